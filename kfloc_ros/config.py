@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Configuration: frozen dataclasses whose fields carry text, range and liveness.
+
+One field definition is the only home of an option: the ROS parameter descriptor, the command-line
+help, the documentation table and the validation are all made from it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from kfloc_ros.errors import ConfigError
+
+ConfigT = TypeVar("ConfigT")
+
+
+@dataclass(frozen=True)
+class Option:
+    """One configuration value, as read from a dataclass field made with :func:`option`."""
+
+    name: str
+    kind: type
+    default: Any
+    text: str
+    low: float | None
+    high: float | None
+    choices: tuple[str, ...]
+    live: bool
+
+    def check(self, value: Any) -> Any:
+        """Return ``value`` in this option's type.
+
+        Raises:
+            ConfigError: wrong type, outside the range, or not one of the choices.
+        """
+        if self.kind is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if not isinstance(value, self.kind) or (self.kind is int and isinstance(value, bool)):
+            raise ConfigError(f"'{self.name}' must be of type {self.kind.__name__}, got {value!r}.")
+        if self.kind in (int, float):
+            low, high = self.low, self.high
+            if not ((low is None or value >= low) and (high is None or value <= high)):
+                raise ConfigError(f"'{self.name}' must lie in [{low}, {high}], got {value!r}.")
+        if self.choices and value not in self.choices:
+            raise ConfigError(f"'{self.name}' must be one of {', '.join(self.choices)}, got {value!r}.")
+        return value
+
+
+def option(
+    default: Any,
+    text: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    choices: tuple[str, ...] = (),
+    live: bool = False,
+) -> Any:
+    """A dataclass field that is a user option. ``live``: may be changed while running."""
+    return dataclasses.field(
+        default=default, metadata={"text": text, "low": low, "high": high, "choices": choices, "live": live}
+    )
+
+
+def options_of(config_type: type) -> Iterator[Option]:
+    """The options of a configuration dataclass, in order."""
+    kinds = typing.get_type_hints(config_type)
+    for item in dataclasses.fields(config_type):
+        meta = item.metadata
+        yield Option(
+            name=item.name,
+            kind=kinds[item.name],
+            default=item.default,
+            text=meta["text"],
+            low=meta["low"],
+            high=meta["high"],
+            choices=meta["choices"],
+            live=meta["live"],
+        )
+
+
+def build_config(config_type: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
+    """Make a configuration from a mapping, with every value checked.
+
+    Raises:
+        ConfigError: a key is unknown (the nearest known one is named) or a value does not fit.
+    """
+    options = {item.name: item for item in options_of(config_type)}
+    for key in values:
+        if key not in options:
+            import difflib
+
+            near = difflib.get_close_matches(key, options, n=1)
+            hint = f" Did you mean '{near[0]}'?" if near else f" Known: {', '.join(options)}."
+            raise ConfigError(f"Unknown option '{key}'.{hint}")
+    return config_type(**{key: options[key].check(value) for key, value in values.items()})

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sources of frames: ``open_source("7scenes:DIR")`` and friends."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from kfloc_ros.datasets.base import FrameSource, Selection, select
+from kfloc_ros.errors import SourceError
+
+__all__ = ["SOURCE_KINDS", "FrameSource", "Selection", "open_source", "select"]
+
+SOURCE_KINDS = {
+    "7scenes": "a folder with frame-000000.color.png|jpg, .depth.png, .pose.txt (or one level of seq-* folders)",
+    "bag": "a rosbag2 folder as `kfloc bag make` writes it",
+}
+"""Prefix of a SOURCE and what it holds."""
+
+
+def open_source(
+    spec: str, *, poses: str = "file", frames: str | None = None, split: str | None = None
+) -> FrameSource:
+    """Open ``KIND:PATH`` and keep the frames asked for.
+
+    Args:
+        spec: such as ``7scenes:/data/redkitchen/seq-01`` or ``bag:/data/kitchen_bag``.
+        poses: which ground truth, where a source has several (``file`` or ``sfm``).
+        frames: see :func:`select`.
+        split: see :func:`select`.
+
+    Raises:
+        SourceError: unknown kind, missing or damaged data, or an empty selection.
+    """
+    kind, separator, path = spec.partition(":")
+    if not separator or kind not in SOURCE_KINDS:
+        known = "; ".join(f"{name}:PATH ({text})" for name, text in SOURCE_KINDS.items())
+        raise SourceError(f"A SOURCE is written KIND:PATH, got '{spec}'. Known: {known}.")
+    if kind == "7scenes":
+        from kfloc_ros.datasets.seven_scenes import SevenScenes
+
+        source: FrameSource = SevenScenes(Path(path), poses=poses)
+    else:
+        from kfloc_ros.datasets.bag import BagSource
+
+        source = BagSource(Path(path))
+    return select(source, frames=frames, split=split)

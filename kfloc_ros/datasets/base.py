@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every source of frames looks like, and how a part of it is chosen."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+
+from kfloc_ros.errors import SourceError
+from kfloc_ros.geometry.camera import Camera
+from kfloc_ros.types import Frame
+
+
+class FrameSource(ABC):
+    """A sequence of frames in temporal order; images are read when asked for."""
+
+    name: str
+    """Short name for reports, such as ``redkitchen``."""
+
+    @property
+    @abstractmethod
+    def camera(self) -> Camera:
+        """Intrinsics of the colour images."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitem__(self, position: int) -> Frame: ...
+
+    @abstractmethod
+    def indices(self) -> Sequence[int]:
+        """``Frame.index`` of every frame, without reading any image."""
+
+    def __iter__(self) -> Iterator[Frame]:
+        for position in range(len(self)):
+            yield self[position]
+
+
+class Selection(FrameSource):
+    """Some of another source's frames, in order; ``Frame.index`` stays that of the whole source."""
+
+    def __init__(self, source: FrameSource, positions: Sequence[int]) -> None:
+        self.name = source.name
+        self._source = source
+        self._positions = list(positions)
+
+    @property
+    def camera(self) -> Camera:
+        return self._source.camera
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    def __getitem__(self, position: int) -> Frame:
+        return self._source[self._positions[position]]
+
+    def indices(self) -> Sequence[int]:
+        whole = self._source.indices()
+        return [whole[position] for position in self._positions]
+
+
+SPLITS = {
+    "blocks50:train": lambda i: (i // 50) % 4 != 3,
+    "blocks50:test": lambda i: (i // 50) % 4 == 3,
+    "extrapolate:train": lambda i: i < 700,
+    "extrapolate:test": lambda i: i >= 700,
+}
+"""Named splits by frame index."""
+
+
+def select(source: FrameSource, *, frames: str | None = None, split: str | None = None) -> FrameSource:
+    """Keep the frames named by ``--frames`` (such as ``0:150,200:350`` or ``0:300:2``) and ``--split``.
+
+    Raises:
+        SourceError: the expression is malformed, the split unknown, or nothing is left.
+    """
+    indices = source.indices()
+    keep = set(range(len(indices)))
+    if frames is not None:
+        ranges = [_parse_range(part) for part in frames.split(",")]
+        keep = {p for p in keep if any(indices[p] in r for r in ranges)}
+    if split is not None:
+        if split not in SPLITS:
+            raise SourceError(f"Unknown split '{split}'; known: {', '.join(SPLITS)}.")
+        keep = {p for p in keep if SPLITS[split](indices[p])}
+    if not keep:
+        raise SourceError(
+            f"No frame is left of the {len(indices)} in '{source.name}' after --frames {frames} --split {split}."
+        )
+    return source if len(keep) == len(indices) else Selection(source, sorted(keep))
+
+
+def _parse_range(text: str) -> range:
+    match = re.fullmatch(r"\s*(\d+)(?::(\d+)(?::(\d+))?)?\s*", text)
+    if match is None or match[3] == "0":
+        raise SourceError(f"Cannot read the frame range '{text}'; write START:STOP, START:STOP:STEP or one index.")
+    start = int(match[1])
+    stop = int(match[2]) if match[2] else start + 1
+    return range(start, stop, int(match[3] or 1))

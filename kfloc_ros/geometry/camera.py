@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Camera intrinsics: pinhole with an optional OpenCV distortion."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from kfloc_ros.errors import FrameError
+
+DISTORTION_LENGTHS: dict[str, tuple[int, ...]] = {
+    "none": (0,),
+    "plumb_bob": (4, 5),
+    "rational_polynomial": (8,),
+    "equidistant": (4,),
+}
+"""Distortion models of ``sensor_msgs/CameraInfo`` and how many coefficients each takes."""
+
+
+@dataclass(frozen=True)
+class Camera:
+    """Pinhole intrinsics in pixels; pixel (0, 0) is the centre of the top-left pixel.
+
+    Raises:
+        FrameError: a value is not finite, a size or focal length is not positive, or the
+            distortion model is unknown or has the wrong number of coefficients.
+    """
+
+    width: int
+    height: int
+    fx: float
+    fy: float
+    cx: float
+    cy: float
+    distortion_model: str = "none"
+    distortion: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        values = (self.fx, self.fy, self.cx, self.cy, *self.distortion)
+        if not all(math.isfinite(v) for v in values):
+            raise FrameError(f"Camera intrinsics must be finite numbers, got {values}.")
+        if self.width <= 0 or self.height <= 0:
+            raise FrameError(f"Camera size must be positive, got {self.width}x{self.height}.")
+        if self.fx <= 0 or self.fy <= 0:
+            raise FrameError(
+                f"Focal lengths must be positive, got fx={self.fx}, fy={self.fy}; "
+                "an all-zero K means that the camera driver has no calibration."
+            )
+        lengths = DISTORTION_LENGTHS.get(self.distortion_model)
+        if lengths is None:
+            known = ", ".join(DISTORTION_LENGTHS)
+            raise FrameError(f"Unknown distortion model '{self.distortion_model}'; known: {known}.")
+        if len(self.distortion) not in lengths:
+            raise FrameError(
+                f"Distortion model '{self.distortion_model}' takes {lengths} coefficients, got {len(self.distortion)}."
+            )
+
+    @property
+    def K(self) -> NDArray[np.float64]:
+        """(3, 3) calibration matrix."""
+        return np.array([[self.fx, 0, self.cx], [0, self.fy, self.cy], [0, 0, 1]], dtype=np.float64)
+
+    @property
+    def is_pinhole(self) -> bool:
+        return not any(self.distortion)
+
+    def pinhole(self) -> Camera:
+        """The same camera without distortion."""
+        return replace(self, distortion_model="none", distortion=())
+
+    def scaled_to(self, width: int, height: int) -> Camera:
+        """Intrinsics after resizing the image to (width, height); the half-pixel offset is kept right."""
+        sx, sy = width / self.width, height / self.height
+        return replace(
+            self,
+            width=width,
+            height=height,
+            fx=self.fx * sx,
+            fy=self.fy * sy,
+            cx=(self.cx + 0.5) * sx - 0.5,
+            cy=(self.cy + 0.5) * sy - 0.5,
+        )
+
+    def distort(self, normalized_xy: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Pixel positions (N, 2) of rays given as (x/z, y/z), (N, 2)."""
+        rays = np.concatenate([normalized_xy, np.ones((len(normalized_xy), 1))], axis=1)
+        if self.distortion_model == "equidistant":
+            pixels, _ = cv2.fisheye.projectPoints(
+                rays[:, None], np.zeros(3), np.zeros(3), self.K, np.array(self.distortion)
+            )
+        else:
+            pixels, _ = cv2.projectPoints(rays[:, None], np.zeros(3), np.zeros(3), self.K, np.array(self.distortion))
+        return np.asarray(pixels, dtype=np.float64).reshape(-1, 2)
+
+
+class ImageAdapter:
+    """Turns images of one camera into images of another pinhole camera: undistorts, scales and crops in one remap.
+
+    The field of view kept is the target's; pixels that the source does not see become black.
+    """
+
+    def __init__(self, source: Camera, target: Camera) -> None:
+        if not target.is_pinhole:
+            raise FrameError("The target camera of an image adapter must be a pinhole.")
+        self.source, self.target = source, target
+        self._maps: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None
+        if source.pinhole() != target or not source.is_pinhole:
+            u, v = np.meshgrid(np.arange(target.width), np.arange(target.height))
+            rays = np.stack([(u - target.cx) / target.fx, (v - target.cy) / target.fy], axis=-1)
+            pixels = source.distort(rays.reshape(-1, 2).astype(np.float64)).astype(np.float32)
+            grid = pixels.reshape(target.height, target.width, 2)
+            self._maps = (np.ascontiguousarray(grid[..., 0]), np.ascontiguousarray(grid[..., 1]))
+
+    @property
+    def is_identity(self) -> bool:
+        return self._maps is None
+
+    def __call__(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Map an (H, W, 3) image of the source camera to the target camera.
+
+        Raises:
+            FrameError: the image does not have the size of the source camera.
+        """
+        if image.shape[:2] != (self.source.height, self.source.width):
+            raise FrameError(
+                f"The image is {image.shape[1]}x{image.shape[0]} but its camera_info says "
+                f"{self.source.width}x{self.source.height}."
+            )
+        if self._maps is None:
+            return image
+        return np.asarray(cv2.remap(image, *self._maps, cv2.INTER_LINEAR), dtype=np.uint8)

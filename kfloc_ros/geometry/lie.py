@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SO(3) and quaternion maps on NumPy arrays (float64) and batched torch tensors."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+
+Matrix = NDArray[np.float64]
+
+
+def skew(v: ArrayLike) -> Matrix:
+    """(3, 3) matrix with ``skew(v) @ w == cross(v, w)``."""
+    x, y, z = np.asarray(v, dtype=np.float64)
+    return np.array([[0.0, -z, y], [z, 0.0, -x], [-y, x, 0.0]])
+
+
+def so3_exp(v: ArrayLike) -> Matrix:
+    """Rotation matrix (3, 3) of a rotation vector in radians."""
+    v = np.asarray(v, dtype=np.float64)
+    angle = float(np.linalg.norm(v))
+    if angle < 1e-8:
+        return np.eye(3) + skew(v)
+    axis = skew(v / angle)
+    return np.asarray(np.eye(3) + np.sin(angle) * axis + (1.0 - np.cos(angle)) * axis @ axis)
+
+
+def so3_log(R: ArrayLike) -> Matrix:
+    """Rotation vector (3,) in radians of a rotation matrix; exact near 0 and near pi."""
+    q = matrix_to_quaternion(R)
+    w, v = q[3], q[:3]
+    if w < 0:
+        w, v = -w, -v
+    norm = float(np.linalg.norm(v))
+    if norm < 1e-12:
+        return 2.0 * v
+    return np.asarray(2.0 * np.arctan2(norm, w) / norm * v)
+
+
+def quaternion_to_matrix(xyzw: ArrayLike) -> Matrix:
+    """Rotation matrix of a quaternion (x, y, z, w); it is normalised first.
+
+    Raises:
+        ValueError: the quaternion has no length or is not finite.
+    """
+    q = np.asarray(xyzw, dtype=np.float64)
+    norm = float(np.linalg.norm(q))
+    if not np.isfinite(norm) or norm < 1e-9:
+        raise ValueError(f"A quaternion must be finite and non-zero, got {q}.")
+    x, y, z, w = q / norm
+    return np.array(
+        [
+            [1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)],
+            [2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)],
+            [2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)],
+        ]
+    )
+
+
+def matrix_to_quaternion(R: ArrayLike) -> Matrix:
+    """Unit quaternion (x, y, z, w), w >= 0, of a rotation matrix."""
+    m = np.asarray(R, dtype=np.float64)
+    trace = np.trace(m)
+    candidates = np.array([m[0, 0], m[1, 1], m[2, 2], trace])
+    k = int(np.argmax(candidates))
+    q = np.empty(4)
+    if k == 3:
+        q[:] = m[2, 1] - m[1, 2], m[0, 2] - m[2, 0], m[1, 0] - m[0, 1], 1.0 + trace
+    else:
+        i, j, l = k, (k + 1) % 3, (k + 2) % 3  # noqa: E741
+        q[i] = 1.0 - trace + 2.0 * m[i, i]
+        q[j] = m[j, i] + m[i, j]
+        q[l] = m[l, i] + m[i, l]
+        q[3] = m[l, j] - m[j, l]
+    q /= np.linalg.norm(q)
+    return q if q[3] >= 0 else -q
+
+
+def make_pose(R: ArrayLike, t: ArrayLike) -> Matrix:
+    """(4, 4) rigid transform of a rotation (3, 3) and a translation (3,)."""
+    T = np.eye(4)
+    T[:3, :3] = R
+    T[:3, 3] = t
+    return T
+
+
+def inverse_pose(T: Matrix) -> Matrix:
+    """Inverse of a rigid transform (4, 4)."""
+    return make_pose(T[:3, :3].T, -T[:3, :3].T @ T[:3, 3])
+
+
+def rotation_angle_deg(R: ArrayLike) -> float:
+    """Angle of a rotation matrix in degrees."""
+    return float(np.degrees(np.linalg.norm(so3_log(R))))
+
+
+def so3_exp_torch(v: torch.Tensor) -> torch.Tensor:
+    """Rotation matrices (..., 3, 3) of rotation vectors (..., 3); differentiable, also at zero."""
+    angle_sq = (v * v).sum(-1)[..., None, None]
+    small = angle_sq < 1e-12
+    safe = torch.where(small, torch.ones_like(angle_sq), angle_sq)
+    angle = safe.sqrt()
+    a = torch.where(small, 1.0 - angle_sq / 6.0, angle.sin() / angle)
+    b = torch.where(small, 0.5 - angle_sq / 24.0, (1.0 - angle.cos()) / safe)
+    x, y, z = v.unbind(-1)
+    zero = torch.zeros_like(x)
+    K = torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], -1).reshape(*v.shape[:-1], 3, 3)
+    eye = torch.eye(3, dtype=v.dtype, device=v.device)
+    return eye + a * K + b * (K @ K)

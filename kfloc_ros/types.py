@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The few types that cross module borders.
+
+Conventions: metres, radians, nanoseconds; ``T_a_b`` (4x4, float64) maps points of frame b into frame a;
+camera frames are optical (x right, y down, z forward); pixel (0, 0) is the centre of the top-left pixel.
+A pose covariance is 6x6 in the order of ``geometry_msgs/PoseWithCovariance``: translation x, y, z of the
+body origin in the map frame, then a rotation vector about the fixed map axes, so that
+``t_true = t + dt`` and ``R_true = Exp(dr) R``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kfloc_ros.geometry.camera import Camera
+
+Matrix = NDArray[np.float64]
+
+
+class TrackingState(Enum):
+    """How far a pose can be trusted; see ``docs/architecture.md``."""
+
+    INITIALIZING = "INITIALIZING"
+    TRACKING = "TRACKING"
+    DEGRADED = "DEGRADED"
+    LOST = "LOST"
+
+
+@dataclass(frozen=True, eq=False)
+class Frame:
+    """One camera image with what is known about it."""
+
+    image: NDArray[np.uint8]
+    """(H, W, 3) RGB."""
+    camera: Camera
+    stamp_ns: int
+    index: int = 0
+    """Position in its source, counted before any selection of frames."""
+    name: str = ""
+    depth_m: NDArray[np.float32] | None = None
+    """(H, W) depth along the optical axis, registered to the image; 0 where unknown."""
+    T_map_camera: Matrix | None = None
+    """Ground truth or mapping pose, (4, 4)."""
+
+
+@dataclass(frozen=True, eq=False)
+class SceneCoordinates:
+    """A per-cell Gaussian belief over the map point that each image cell sees."""
+
+    mean: torch.Tensor
+    """(3, h, w) metres, map frame."""
+    variance: torch.Tensor
+    """(h, w) square metres, the same for x, y and z."""
+    valid: torch.Tensor
+    """(h, w) bool."""
+    stride: int
+    """Image pixels per cell; cell (r, c) stands for the pixel ``stride * (c, r) + (stride - 1) / 2``."""
+
+
+@dataclass(frozen=True, eq=False)
+class CoarsePose:
+    """Result of RANSAC-PnP on a scene-coordinate map."""
+
+    success: bool
+    reason: str
+    T_map_camera: Matrix | None
+    covariance: Matrix | None
+    inlier_count: int
+    inlier_ratio: float
+
+
+@dataclass(frozen=True)
+class FilterReport:
+    """What the Kalman filter did in one frame."""
+
+    reset_reason: str
+    """Why the recursion started anew, or empty if the prior was used."""
+    prior_ratio: float
+    """Share of cells that had a valid prior."""
+    nis_mean: float
+    """Mean normalised innovation squared over cells with a prior (3 degrees of freedom); NaN without prior."""
+    rejected_ratio: float
+    """Share of cells with a prior whose prior failed the NIS test."""
+
+
+@dataclass(frozen=True, eq=False)
+class Alignment:
+    """Result of the direct feature-metric pose alignment."""
+
+    success: bool
+    reason: str
+    T_map_camera: Matrix | None
+    covariance: Matrix | None
+    initial_cost: float
+    final_cost: float
+    valid_ratio: float
+    iterations: int
+    reference_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class PoseEstimate:
+    """What the localizer says about one frame."""
+
+    stamp_ns: int
+    state: TrackingState
+    reason: str
+    """Why the state is not TRACKING; empty when it is."""
+    T_map_camera: Matrix | None = None
+    """None when no pose is known; a pose is never made up."""
+    covariance: Matrix | None = None
+    coarse: CoarsePose | None = None
+    filter: FilterReport | None = None
+    alignment: Alignment | None = None
+    timings_ms: Mapping[str, float] = field(default_factory=dict)
+    """Milliseconds per stage, in the order run: trunk, measure, filter, pnp, refine, and their sum, total."""
