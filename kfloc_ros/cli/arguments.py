@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arguments that several commands share: the SOURCE, which of its frames, which of its poses."""
+
+from __future__ import annotations
+
+import argparse
+
+from kfloc_ros.datasets import SOURCE_KINDS, FrameSource, open_source
+from kfloc_ros.datasets.base import SPLITS
+
+
+def add_source_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add SOURCE, --poses, --frames and --split; read them back with :func:`open_source_from`."""
+    kinds = "; ".join(f"{kind}:PATH is {text}" for kind, text in SOURCE_KINDS.items())
+    parser.add_argument("source", metavar="SOURCE", help=f"where frames come from, written KIND:PATH; {kinds}")
+    group = parser.add_argument_group("which frames, which truth")
+    group.add_argument(
+        "--poses",
+        choices=("file", "sfm"),
+        default="file",
+        help="ground truth to use where a source has two: the pose files, or poses_sfm.txt (default: file)",
+    )
+    group.add_argument("--frames", metavar="RANGES", help="keep frame indices such as 0:150,200:350 or 0:300:2")
+    group.add_argument("--split", metavar="NAME", help=f"keep a named split: {', '.join(SPLITS)}")
+
+
+def open_source_from(args: argparse.Namespace) -> FrameSource:
+    """Open what :func:`add_source_arguments` read.
+
+    Raises:
+        SourceError: see :func:`kfloc_ros.datasets.open_source`.
+    """
+    return open_source(args.source, poses=args.poses, frames=args.frames, split=args.split)
