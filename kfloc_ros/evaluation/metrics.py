@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pose errors, recall, medians and the consistency of covariances. Definitions: ``docs/evaluation.md``.
+
+A frame without an estimate is a failure: its error is (infinite metres, 180 degrees). A frame without
+truth takes no part. Recall counts errors strictly below both thresholds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from kfloc_ros.evaluation.records import FrameRecord
+from kfloc_ros.geometry.lie import rotation_angle_deg, so3_log
+from kfloc_ros.types import Matrix
+
+RECALL_THRESHOLDS: Mapping[str, tuple[float, float]] = {
+    "1cm_1deg": (0.01, 1.0),
+    "2cm_2deg": (0.02, 2.0),
+    "5cm_5deg": (0.05, 5.0),
+    "25cm_2deg": (0.25, 2.0),
+}
+"""Name, metres and degrees of each recall figure."""
+
+NEES_95 = 12.592
+"""95 % quantile of the chi-square distribution with 6 degrees of freedom."""
+
+
+@dataclass(frozen=True)
+class PoseError:
+    """How far an estimate is from the truth."""
+
+    translation_m: float
+    """Distance between the camera centres."""
+    rotation_deg: float
+    """Angle of the rotation between the two orientations."""
+
+
+FAILURE = PoseError(math.inf, 180.0)
+"""The error of a frame that has a truth but no estimate."""
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Accuracy over a set of frames that all have a truth."""
+
+    frames: int
+    localized: int
+    """Frames with a finite estimate, however wrong."""
+    median_translation_m: float
+    median_rotation_deg: float
+    recall: Mapping[str, float]
+    """Share of the frames, 0 to 1, per entry of ``RECALL_THRESHOLDS``."""
+
+
+@dataclass(frozen=True)
+class Consistency:
+    """Whether the covariances say the truth about the errors, over frames with truth, pose and covariance."""
+
+    frames: int
+    nees_mean: float
+    """Mean of e' P^-1 e; 6 where the covariance is right, more where it is too confident."""
+    nees_median: float
+    nees_within_95: float
+    """Share of frames below the 95 % quantile; 0.95 where the covariance is right."""
+    translation_coverage: Mapping[str, float]
+    """Share of axis errors within 1, 2 and 3 sigma; 0.683, 0.954, 0.997 where the covariance is right."""
+    rotation_coverage: Mapping[str, float]
+
+
+def pose_error(estimate: Matrix | None, truth: Matrix) -> PoseError:
+    """Error of ``T_map_camera``; a missing or non-finite estimate is a failure."""
+    if estimate is None or not np.isfinite(estimate).all():
+        return FAILURE
+    return PoseError(
+        translation_m=float(np.linalg.norm(estimate[:3, 3] - truth[:3, 3])),
+        rotation_deg=rotation_angle_deg(estimate[:3, :3].T @ truth[:3, :3]),
+    )
+
+
+def pose_errors(records: Iterable[FrameRecord], *, coarse: bool = False) -> list[PoseError]:
+    """Errors of the final (or the coarse) pose of every record that has a truth, in order."""
+    return [
+        pose_error(record.coarse if coarse else record.estimate, record.truth)
+        for record in records
+        if record.truth is not None
+    ]
+
+
+def recall(errors: Sequence[PoseError], translation_m: float, rotation_deg: float) -> float:
+    """Share of errors strictly below both thresholds; NaN without errors."""
+    if not errors:
+        return math.nan
+    return sum(e.translation_m < translation_m and e.rotation_deg < rotation_deg for e in errors) / len(errors)
+
+
+def accuracy(errors: Sequence[PoseError]) -> Accuracy:
+    """Accuracy over errors; medians are infinite where half of the frames failed, and NaN without frames."""
+    return Accuracy(
+        frames=len(errors),
+        localized=sum(math.isfinite(e.translation_m) for e in errors),
+        median_translation_m=_median([e.translation_m for e in errors]),
+        median_rotation_deg=_median([e.rotation_deg for e in errors]),
+        recall={name: recall(errors, *limits) for name, limits in RECALL_THRESHOLDS.items()},
+    )
+
+
+def tangent_error(estimate: Matrix, truth: Matrix) -> Matrix:
+    """(6,) error in the space of the covariance: ``t_true = t + dt``, ``R_true = Exp(dr) R``."""
+    return np.concatenate([truth[:3, 3] - estimate[:3, 3], so3_log(truth[:3, :3] @ estimate[:3, :3].T)])
+
+
+def consistency(records: Iterable[FrameRecord]) -> Consistency | None:
+    """Compare covariances with errors; None where no record has truth, pose and a usable covariance."""
+    nees: list[float] = []
+    ratios: list[Matrix] = []
+    for record in records:
+        if record.truth is None or record.estimate is None or record.covariance is None:
+            continue
+        covariance = record.covariance
+        if not np.isfinite(covariance).all() or np.linalg.eigvalsh(covariance)[0] <= 0:
+            continue
+        error = tangent_error(record.estimate, record.truth)
+        nees.append(float(error @ np.linalg.solve(covariance, error)))
+        ratios.append(np.abs(error) / np.sqrt(np.diag(covariance)))
+    if not nees:
+        return None
+    table = np.array(ratios)
+    return Consistency(
+        frames=len(nees),
+        nees_mean=float(np.mean(nees)),
+        nees_median=float(np.median(nees)),
+        nees_within_95=float(np.mean(np.array(nees) < NEES_95)),
+        translation_coverage={f"{k}sigma": float((table[:, :3] < k).mean()) for k in (1, 2, 3)},
+        rotation_coverage={f"{k}sigma": float((table[:, 3:] < k).mean()) for k in (1, 2, 3)},
+    )
+
+
+def percentiles(values: Sequence[float]) -> dict[str, float]:
+    """p50, p95 and p99 with linear interpolation; NaN without values."""
+    if not values:
+        return {"p50": math.nan, "p95": math.nan, "p99": math.nan}
+    p50, p95, p99 = np.percentile(np.asarray(values, dtype=np.float64), [50, 95, 99])
+    return {"p50": float(p50), "p95": float(p95), "p99": float(p99)}
+
+
+def _median(values: Sequence[float]) -> float:
+    """The middle value, or the mean of the two in the middle; infinite if one of them is."""
+    if not values:
+        return math.nan
+    ordered = sorted(values)
+    low, high = ordered[(len(ordered) - 1) // 2], ordered[len(ordered) // 2]
+    return low if low == high else (low + high) / 2

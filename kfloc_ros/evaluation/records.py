@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is kept of every frame for evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from kfloc_ros.types import Frame, Matrix, PoseEstimate, TrackingState
+
+
+@dataclass(frozen=True, eq=False)
+class FrameRecord:
+    """One frame that was given to the localizer, what came back, and what is true.
+
+    Poses are ``T_map_camera`` (4, 4); ``covariance`` is 6x6 in the order of :mod:`kfloc_ros.types`.
+    """
+
+    index: int
+    stamp_ns: int
+    truth: Matrix | None
+    estimate: Matrix | None = None
+    coarse: Matrix | None = None
+    """The pose before refinement."""
+    state: str = TrackingState.LOST.value
+    reason: str = ""
+    covariance: Matrix | None = None
+    stats: Mapping[str, float] = field(default_factory=dict)
+    """Numbers of the stages, such as ``inlier_count`` and ``nis_mean``."""
+    timings_ms: Mapping[str, float] = field(default_factory=dict)
+    latency_ms: float | None = None
+    """Offline: time in the localizer. Replay: from the image's publication to the pose's arrival, wall clock."""
+    processed: bool = True
+    """False for a frame that was played but for which the nodes never answered (dropped or lost)."""
+
+
+def record_of(frame: Frame, estimate: PoseEstimate, *, latency_ms: float, adapt_ms: float) -> FrameRecord:
+    """The record of one frame that went through the localizer in this process."""
+    stats: dict[str, float] = {}
+    if estimate.coarse is not None:
+        stats["inlier_count"] = estimate.coarse.inlier_count
+        stats["inlier_ratio"] = estimate.coarse.inlier_ratio
+    if estimate.filter is not None:
+        stats["prior_ratio"] = estimate.filter.prior_ratio
+        stats["nis_mean"] = estimate.filter.nis_mean
+        stats["rejected_ratio"] = estimate.filter.rejected_ratio
+    if estimate.alignment is not None:
+        stats["alignment_valid_ratio"] = estimate.alignment.valid_ratio
+        stats["alignment_iterations"] = estimate.alignment.iterations
+    return FrameRecord(
+        index=frame.index,
+        stamp_ns=frame.stamp_ns,
+        truth=frame.T_map_camera,
+        estimate=estimate.T_map_camera,
+        coarse=None if estimate.coarse is None else estimate.coarse.T_map_camera,
+        state=estimate.state.value,
+        reason=estimate.reason,
+        covariance=estimate.covariance,
+        stats=stats,
+        timings_ms={"adapt": adapt_ms, **estimate.timings_ms},
+        latency_ms=latency_ms,
+    )

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The report of one run in Markdown, and its main table as rows for a terminal."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Sequence
+
+from kfloc_ros.evaluation.metrics import RECALL_THRESHOLDS, Accuracy
+from kfloc_ros.evaluation.records import FrameRecord
+from kfloc_ros.evaluation.summary import Summary
+
+CAPTIONS = {
+    "trajectory.png": "Camera positions seen from above.",
+    "error.png": "Error of every frame; the band is twice the error that the covariance claims.",
+    "recall.png": "Share of frames within x cm and x degrees.",
+    "latency.png": "Stage times, and how the latency is distributed.",
+}
+
+
+def accuracy_rows(summary: Summary) -> list[tuple[str, str, str]]:
+    """Rows (figure, final pose, coarse pose) of the main table."""
+    final, coarse = summary.accuracy, summary.coarse
+    rows = [
+        ("frames", f"{summary.frames}, {final.frames} with truth", ""),
+        ("localized", f"{summary.localized}", f"{summary.coarse_localized}"),
+        ("median position error", _cm(final.median_translation_m), _cm(coarse.median_translation_m)),
+        ("median rotation error", _deg(final), _deg(coarse)),
+    ]
+    for name in RECALL_THRESHOLDS:
+        label = "within " + name.replace("cm_", " cm, ").replace("deg", " deg")
+        rows.append((label, _percent(final.recall[name]), _percent(coarse.recall[name])))
+    return rows
+
+
+def timing_rows(summary: Summary) -> list[tuple[str, str]]:
+    """Rows (figure, value) on time and counts."""
+    latency = summary.latency_ms
+    rows = [
+        ("latency p50 / p95 / p99", " / ".join(_ms(latency[key]) for key in ("p50", "p95", "p99"))),
+        ("throughput", _number(summary.throughput_hz, "{:.1f} Hz")),
+        (
+            "received / processed / dropped",
+            f"{summary.run.received} / {summary.run.processed} / {summary.run.dropped}",
+        ),
+        ("states", ", ".join(f"{state} {count}" for state, count in summary.states.items()) or "none"),
+    ]
+    stages = ", ".join(f"{stage} {value:.0f}" for stage, value in summary.stage_ms.items())
+    if stages:
+        rows.insert(1, ("median stage times [ms]", stages))
+    return rows
+
+
+def report_text(summary: Summary, records: Sequence[FrameRecord], pictures: Sequence[str]) -> str:
+    """The Markdown text of ``report.md``."""
+    run = summary.run
+    hardware = ", ".join(f"{key} {value}" for key, value in run.hardware.items() if value is not None)
+    lines = [
+        f"# {'Replay through the live nodes' if run.kind == 'replay' else 'Localization'}: {run.source}",
+        "",
+        *(["**Interrupted: the figures cover the part that was done.**", ""] if run.interrupted else []),
+        f"- Command: `{run.command}`",
+        f"- Map: `{run.map}`",
+        f"- Truth: {run.poses}; split: {run.split or 'all'}; frames: {run.frames or 'all'}",
+        f"- Options: {', '.join(f'{key} {value}' for key, value in run.options.items()) or 'defaults'}",
+        f"- Hardware: {hardware}",
+        "",
+        "## Accuracy",
+        "",
+        _accuracy_scope(summary),
+        "",
+        "| | final pose | coarse pose |",
+        "|---|---|---|",
+        *(f"| {name} | {final} | {coarse} |" for name, final, coarse in accuracy_rows(summary)),
+        "",
+        f"Frames called TRACKING that are 25 cm or 5 degrees off, or worse: {summary.tracking_but_wrong}.",
+        "",
+        *_played_lines(summary),
+        "## Time",
+        "",
+        _latency_scope(summary),
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {name} | {value} |" for name, value in timing_rows(summary)),
+        "",
+        *_consistency_lines(summary),
+        *_worst_lines(records),
+    ]
+    if pictures:
+        lines += ["## Pictures", ""]
+        for name in pictures:
+            lines += [f"![{CAPTIONS[name]}]({name})", "", CAPTIONS[name], ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def command_line(arguments: Sequence[str]) -> str:
+    """The command as a user would type it again."""
+    return shlex.join(["kfloc", *arguments])
+
+
+def _accuracy_scope(summary: Summary) -> str:
+    which = "processed by the nodes" if summary.run.kind == "replay" else "given"
+    left_out = summary.frames_without_truth
+    without = f" {left_out} frames without truth are left out." if left_out else ""
+    return f"Over the frames {which}; a frame without a pose is a failure; recall is strict (<).{without}"
+
+
+def _latency_scope(summary: Summary) -> str:
+    if summary.run.kind == "replay":
+        return "Latency: wall time from publishing the image to receiving its pose, over DDS."
+    return (
+        "Latency: time from the decoded image to the pose. Images are decoded ahead in a thread of their own; "
+        "throughput is frames over the wall time of the whole loop, decoding included."
+    )
+
+
+def _played_lines(summary: Summary) -> list[str]:
+    if summary.played is None:
+        return []
+    played = summary.played
+    shares = ", ".join(f"{name.replace('_', '/')} {_percent(value)}" for name, value in played.recall.items())
+    return [
+        f"Over all {played.frames} frames played, where a frame that got no answer is a failure: "
+        f"{played.localized} localized; {shares}.",
+        "",
+    ]
+
+
+def _consistency_lines(summary: Summary) -> list[str]:
+    result = summary.consistency
+    if result is None:
+        return []
+    rows = []
+    for name, coverage in (("position", result.translation_coverage), ("rotation", result.rotation_coverage)):
+        rows.append(f"| {name} | " + " | ".join(_percent(coverage[f"{k}sigma"]) for k in (1, 2, 3)) + " |")
+    return [
+        "## Covariance",
+        "",
+        f"Over {result.frames} frames: NEES mean {result.nees_mean:.2f}, median {result.nees_median:.2f} "
+        f"(expected 6 and 5.35); {_percent(result.nees_within_95)} below the 95 % quantile.",
+        "",
+        "| axis errors within | 1 sigma (68.3 %) | 2 sigma (95.4 %) | 3 sigma (99.7 %) |",
+        "|---|---|---|---|",
+        *rows,
+        "",
+    ]
+
+
+def _worst_lines(records: Sequence[FrameRecord]) -> list[str]:
+    from kfloc_ros.evaluation.metrics import pose_error
+
+    known = [(pose_error(r.estimate, r.truth), r) for r in records if r.truth is not None and r.processed]
+    worst = sorted(known, key=lambda item: item[0].translation_m, reverse=True)[:5]
+    if not worst:
+        return []
+    lines = ["## Worst frames", "", "| frame | error | state | reason |", "|---|---|---|---|"]
+    for error, record in worst:
+        size = f"{_cm(error.translation_m)}, {error.rotation_deg:.2f} deg" if record.estimate is not None else "no pose"
+        lines.append(f"| {record.index} | {size} | {record.state} | {record.reason.replace('|', '/')} |")
+    return [*lines, ""]
+
+
+def _number(value: float, form: str) -> str:
+    return form.format(value) if math.isfinite(value) else "-"
+
+
+def _cm(metres: float) -> str:
+    return _number(100 * metres, "{:.2f} cm")
+
+
+def _deg(result: Accuracy) -> str:
+    return _number(result.median_rotation_deg, "{:.2f} deg")
+
+
+def _percent(share: float) -> str:
+    return _number(100 * share, "{:.1f} %")
+
+
+def _ms(value: float) -> str:
+    return _number(value, "{:.0f} ms")

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes and reads the result folder: summary.json, frames.csv, trajectory.tum, groundtruth.tum, report.md, plots.
+
+Every file is written beside its place and moved there, summary.json last, so that a folder with a
+summary is complete whatever happened.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kfloc_ros.errors import SourceError
+from kfloc_ros.evaluation.metrics import pose_error
+from kfloc_ros.evaluation.plots import write_plots
+from kfloc_ros.evaluation.records import FrameRecord
+from kfloc_ros.evaluation.report import report_text
+from kfloc_ros.evaluation.summary import RunInfo, Summary, finite, summarize
+from kfloc_ros.geometry.lie import make_pose, matrix_to_quaternion, quaternion_to_matrix
+from kfloc_ros.types import Matrix
+
+
+def write_results(out: Path, records: Sequence[FrameRecord], run: RunInfo, *, plots: bool = True) -> Summary:
+    """Evaluate the records and write the result folder, which is made where it is missing.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "summary.json").unlink(missing_ok=True)
+    summary = summarize(records, run)
+    _write(out / "frames.csv", frames_csv(records))
+    _write(out / "trajectory.tum", tum_text((r.stamp_ns, r.estimate) for r in records if r.processed))
+    _write(out / "groundtruth.tum", tum_text((r.stamp_ns, r.truth) for r in records))
+    pictures = write_plots(out, records) if plots else []
+    _write(out / "report.md", report_text(summary, records, pictures))
+    _write(out / "summary.json", json.dumps(summary.to_dict(), indent=2, allow_nan=False) + "\n")
+    return summary
+
+
+def frames_csv(records: Sequence[FrameRecord]) -> str:
+    """One line a frame; a column of a stage or statistic is empty where the frame does not have it."""
+    stats = list(dict.fromkeys(key for record in records for key in record.stats))
+    stages = list(dict.fromkeys(key for record in records for key in record.timings_ms))
+    rows = [_row(record) for record in records]
+    buffer = io.StringIO()
+    columns = [*_row(FrameRecord(0, 0, None)), *stats, *(f"{stage}_ms" for stage in stages)]
+    writer = csv.DictWriter(buffer, columns, lineterminator="\n")
+    writer.writeheader()
+    for record, row in zip(records, rows, strict=True):
+        row.update(record.stats)
+        row.update({f"{stage}_ms": round(value, 3) for stage, value in record.timings_ms.items()})
+        writer.writerow({key: "" if value is None else value for key, value in finite(row).items()})
+    return buffer.getvalue()
+
+
+def tum_text(poses: Iterable[tuple[int, Matrix | None]]) -> str:
+    """``t tx ty tz qx qy qz qw`` a line, t in seconds with nanosecond digits; missing poses are left out."""
+    lines = []
+    for stamp_ns, T_map_camera in poses:
+        if T_map_camera is None or not np.isfinite(T_map_camera).all():
+            continue
+        numbers = [*T_map_camera[:3, 3], *matrix_to_quaternion(T_map_camera[:3, :3])]
+        lines.append(f"{stamp_ns // 10**9}.{stamp_ns % 10**9:09d} " + " ".join(f"{n:.9f}" for n in numbers) + "\n")
+    return "".join(lines)
+
+
+def read_tum(path: Path) -> dict[int, Matrix]:
+    """Poses by stamp in nanoseconds, as :func:`tum_text` writes them.
+
+    Raises:
+        SourceError: a line is not eight numbers.
+    """
+    poses: dict[int, Matrix] = {}
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        words = line.split()
+        if not words or words[0].startswith("#"):
+            continue
+        try:
+            seconds, _, fraction = words[0].partition(".")
+            x, y, z, *xyzw = (float(word) for word in words[1:])
+            stamp_ns = int(seconds) * 10**9 + int(f"{fraction:0<9}"[:9])
+            poses[stamp_ns] = make_pose(quaternion_to_matrix(xyzw), [x, y, z])
+        except ValueError:
+            raise SourceError(f"Line {number} of '{path}' is not 't tx ty tz qx qy qz qw': {line!r}.") from None
+    return poses
+
+
+def _row(record: FrameRecord) -> dict[str, Any]:
+    error = None if record.truth is None else pose_error(record.estimate, record.truth)
+    coarse = None if record.truth is None else pose_error(record.coarse, record.truth)
+    pose = [None] * 7 if record.estimate is None else _vector(record.estimate)
+    sigma = [None] * 6 if record.covariance is None else np.sqrt(np.abs(np.diag(record.covariance))).tolist()
+    return {
+        "index": record.index,
+        "stamp_ns": record.stamp_ns,
+        "processed": int(record.processed),
+        "state": record.state,
+        "reason": record.reason,
+        "translation_error_m": None if error is None else error.translation_m,
+        "rotation_error_deg": None if error is None or record.estimate is None else error.rotation_deg,
+        "coarse_translation_error_m": None if coarse is None else coarse.translation_m,
+        "coarse_rotation_error_deg": None if coarse is None or record.coarse is None else coarse.rotation_deg,
+        "latency_ms": record.latency_ms,
+        **dict(zip(("tx_m", "ty_m", "tz_m", "qx", "qy", "qz", "qw"), pose, strict=True)),
+        **dict(zip(("sigma_tx_m", "sigma_ty_m", "sigma_tz_m"), sigma[:3], strict=True)),
+        **dict(zip(("sigma_rx_rad", "sigma_ry_rad", "sigma_rz_rad"), sigma[3:], strict=True)),
+    }
+
+
+def _vector(T_map_camera: Matrix) -> list[Any]:
+    return [*T_map_camera[:3, 3].tolist(), *matrix_to_quaternion(T_map_camera[:3, :3]).tolist()]
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
