@@ -24,10 +24,10 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--split", metavar="NAME", help=f"keep a named split: {', '.join(SPLITS)}")
 
 
-def open_source_from(args: argparse.Namespace) -> FrameSource:
-    """Open what :func:`add_source_arguments` read.
+def open_source_from(args: argparse.Namespace, *, depth: bool = True) -> FrameSource:
+    """Open what :func:`add_source_arguments` read; ``depth`` False saves reading the depth images.
 
     Raises:
         SourceError: see :func:`kfloc_ros.datasets.open_source`.
     """
-    return open_source(args.source, poses=args.poses, frames=args.frames, split=args.split)
+    return open_source(args.source, poses=args.poses, frames=args.frames, split=args.split, depth=depth)

@@ -39,12 +39,13 @@ class SevenScenes(FrameSource):
     Args:
         root: folder with the frames, or one that holds ``seq-*`` folders of which exactly one exists.
         poses: ``file`` for the pose files, ``sfm`` for a ``poses_sfm.txt`` in the folder or its parent.
+        depth: read the depth images.
 
     Raises:
         SourceError: nothing there, several sequences, or poses missing.
     """
 
-    def __init__(self, root: Path, *, poses: str = "file") -> None:
+    def __init__(self, root: Path, *, poses: str = "file", depth: bool = True) -> None:
         if not root.is_dir():
             raise SourceError(f"There is no folder '{root}'.")
         folder = _sequence_folder(root)
@@ -52,6 +53,7 @@ class SevenScenes(FrameSource):
         self._color = sorted(folder.glob("frame-*.color.png")) or sorted(folder.glob("frame-*.color.jpg"))
         if not self._color:
             raise SourceError(f"'{folder}' has no frame-*.color.png or .jpg.")
+        self._with_depth = depth
         self._indices = [int(path.name[6:12]) for path in self._color]
         if poses == "file":
             self._camera, self._sfm = COLOR_CAMERA, None
@@ -88,7 +90,7 @@ class SevenScenes(FrameSource):
         )
 
     def _depth(self, path: Path) -> np.ndarray | None:
-        if not path.exists():
+        if not (self._with_depth and path.exists()):
             return None
         raw = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
         if raw is None or raw.dtype != np.uint16:
