@@ -111,8 +111,8 @@ def _latency_scope(summary: Summary) -> str:
     if summary.run.kind == "replay":
         return "Latency: wall time from publishing the image to receiving its pose, over DDS."
     return (
-        "Latency: time from the decoded image to the pose. Images are decoded ahead in a thread of their own; "
-        "throughput is frames over the wall time of the whole loop, decoding included."
+        "Latency: time from the decoded image to the pose, reading the file not counted; "
+        "throughput: frames over the wall time of the whole loop, reading included."
     )
 
 

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``kfloc localize``: the frames of a source through the localizer, without ROS, and the results."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kfloc_ros.cli.arguments import add_source_arguments, open_source_from
+
+if TYPE_CHECKING:
+    from kfloc_ros.evaluation.records import FrameRecord
+
+DESCRIPTION = """\
+Localize every frame of SOURCE in a map, offline, and evaluate the poses against the source's truth.
+
+Writes into OUT: summary.json, frames.csv, trajectory.tum, groundtruth.tum, report.md and plots.
+Ctrl-C stops early and still writes the results of the frames done.
+"""
+
+EPILOG = """\
+examples:
+  kfloc localize 7scenes:DIR --poses sfm --split blocks50:test --map maps/kitchen --out out/kitchen
+  kfloc localize bag:out/room_bag --map maps/room --out out/room --no-filter
+"""
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the ``localize`` subcommand."""
+    parser = subparsers.add_parser(
+        "localize",
+        help="localize the frames of a source in a map, without ROS",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_source_arguments(parser)
+    parser.add_argument("--map", required=True, metavar="DIR", help="map folder, or the name of a shipped map")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the results")
+    parser.add_argument("--no-filter", action="store_true", help="each frame on its own: no belief carried over")
+    parser.add_argument("--no-refine", action="store_true", help="stop at the coarse pose")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where networks run")
+    parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run ``kfloc localize``; 0 when done, 130 when interrupted."""
+    source = open_source_from(args, depth=False)
+
+    # Imported late, so that a mistyped SOURCE is answered at once and not after loading torch.
+    from tqdm import tqdm
+
+    from kfloc_ros.cli.tables import summary_table
+    from kfloc_ros.evaluation.hardware import describe_hardware, resolve_device
+    from kfloc_ros.evaluation.offline import localize_source
+    from kfloc_ros.evaluation.report import command_line
+    from kfloc_ros.evaluation.results import write_results
+    from kfloc_ros.evaluation.summary import RunInfo
+    from kfloc_ros.localizer import Localizer, LocalizerConfig
+    from kfloc_ros.mapping.scene_map import SceneMap, resolve_map
+
+    device = resolve_device(args.device)
+    config = LocalizerConfig(device=device, filter=not args.no_filter, refine=not args.no_refine)
+    map_path = resolve_map(args.map)
+    localizer = Localizer(SceneMap.load(map_path), config)
+
+    records: list[FrameRecord] = []
+    interrupted = False
+    start = time.perf_counter()
+    with tqdm(total=len(source), unit="frame", disable=args.quiet or not sys.stderr.isatty()) as bar:
+        try:
+            for record in localize_source(localizer, source):
+                records.append(record)
+                bar.set_postfix_str(record.state, refresh=False)
+                bar.update()
+        except KeyboardInterrupt:
+            interrupted = True
+    info = RunInfo(
+        kind="localize",
+        command=command_line(sys.argv[1:]),
+        map=str(map_path),
+        source=args.source,
+        poses=args.poses,
+        split=args.split,
+        frames=args.frames,
+        hardware=describe_hardware(device),
+        received=len(records),
+        processed=len(records),
+        dropped=0,
+        duration_s=time.perf_counter() - start,
+        interrupted=interrupted,
+        options={"device": device, "filter": config.filter, "refine": config.refine},
+    )
+    if interrupted and not records:
+        raise KeyboardInterrupt
+    summary = write_results(args.out, records, info)
+    if not args.quiet:
+        print(summary_table(summary))
+        print(f"\nResults: {args.out / 'report.md'}")
+    if interrupted:
+        print(f"Interrupted; the results cover the first {len(records)} of {len(source)} frames.", file=sys.stderr)
+        return 130
+    return 0
