@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line from outside: help, exit codes, one sentence for an error."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from kfloc_ros import __version__
+from kfloc_ros.cli import main as cli
+from kfloc_ros.errors import MapError
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in cli.COMMANDS)
+
+
+@pytest.mark.parametrize("command", list(cli.COMMANDS))
+def test_every_command_explains_itself_with_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([command, "--help"]) == 0
+    assert f"kfloc {command}" in capsys.readouterr().out.split("usage:", 1)[1].split("\n", 1)[1]
+
+
+def test_help_does_not_load_torch() -> None:
+    code = "import sys; from kfloc_ros.cli.main import main; main(['--help']); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert __version__ in capsys.readouterr().out
+
+
+def test_nothing_asked_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 2
+    assert "commands:" in capsys.readouterr().out
+
+
+def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["lokalize"]) == 2
+    assert "lokalize" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [("kitchen", "KIND:PATH"), ("7scenes:does/not/exist", "does/not/exist"), ("tape:x", "7scenes")],
+)
+def test_a_bad_source_is_one_sentence_and_exit_2(
+    source: str, words: str, capsys: pytest.CaptureFixture[str], tmp_path
+) -> None:
+    assert cli.main(["localize", source, "--map", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.startswith("kfloc: ") and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (MapError("The map is\nof a newer version."), 2, "kfloc: The map is of a newer version.\n"),
+        (KeyboardInterrupt(), 130, "Interrupted; nothing more was written.\n"),
+        (PermissionError(13, "Permission denied", "out"), 2, "refused"),
+    ],
+)
+def test_errors_become_sentences(
+    error: BaseException, code: int, text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(args: object) -> int:
+        raise error
+
+    module = SimpleNamespace(add_parser=lambda subparsers: subparsers.add_parser("demo"), run=run)
+    monkeypatch.setattr(cli.importlib, "import_module", lambda name: module)
+    assert cli.main(["demo"]) == code
+    assert text in capsys.readouterr().err
+
+
+def test_a_bug_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(args: object) -> int:
+        raise ZeroDivisionError
+
+    module = SimpleNamespace(add_parser=lambda subparsers: subparsers.add_parser("demo"), run=run)
+    monkeypatch.setattr(cli.importlib, "import_module", lambda name: module)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["demo"])
+
+
+def test_output_into_a_closed_pipe_is_silent() -> None:
+    code = "from kfloc_ros.cli.main import main; import sys; sys.exit(main(['--help']))"
+    done = subprocess.run(
+        f"'{sys.executable}' -c \"{code}\" | true", shell=True, capture_output=True, text=True, check=False
+    )
+    assert "Traceback" not in done.stderr
