@@ -1,19 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pipeline, Frame -> PoseEstimate: measure, filter, refine. Skeleton of the interfaces; being written."""
+"""The pipeline, Frame -> PoseEstimate: measure, filter, refine."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
 
 from kfloc_ros.config import option
+from kfloc_ros.errors import ConfigError, FrameError
+from kfloc_ros.features.trunk import Trunk, TrunkFeatures
 from kfloc_ros.geometry.camera import Camera
-from kfloc_ros.types import CoarsePose, FilterReport, Frame, PoseEstimate, SceneCoordinates
-
-if TYPE_CHECKING:
-    from kfloc_ros.features.trunk import TrunkFeatures
-    from kfloc_ros.mapping.scene_map import SceneMap
+from kfloc_ros.geometry.lie import Matrix, inverse_pose, make_pose, so3_exp, so3_log
+from kfloc_ros.kfnet import kalman
+from kfloc_ros.kfnet.filter import NO_PRIOR, Filtered, FilterSettings, SceneCoordinateFilter
+from kfloc_ros.mapping.scene_map import SceneMap
+from kfloc_ros.pixloc.refiner import Refiner, RefinerSettings
+from kfloc_ros.solvers.pnp import PnpSettings, solve_pnp
+from kfloc_ros.types import (
+    Alignment,
+    CoarsePose,
+    FilterReport,
+    Frame,
+    PoseEstimate,
+    SceneCoordinates,
+    TrackingState,
+)
 
 
 @dataclass(frozen=True)
@@ -23,6 +39,13 @@ class LocalizerConfig:
     device: str = option("auto", "Where networks run: auto takes a GPU if there is one.", choices=("auto", "cpu", "cuda"))
     filter: bool = option(True, "Carry the belief over scene coordinates from frame to frame.")
     refine: bool = option(True, "Align the coarse pose with the map's reference views.")
+    num_references: int = option(3, "Reference views that a pose is aligned with.", low=1, high=20)
+    max_gap_s: float = option(0.5, "A longer gap between frames resets the filter and the motion model.", low=0.01, high=60.0)
+    nis_threshold: float = option(
+        kalman.NIS_THRESHOLD_95, "Cells whose normalised innovation squared exceeds this drop their prior.", low=0.1, high=1000.0
+    )
+    pnp_max_error_px: float = option(10.0, "Inlier threshold of the reprojection error in PnP.", low=0.5, high=100.0)
+    pnp_min_inliers: int = option(40, "Fewer PnP inliers than this: no coarse pose.", low=6, high=100_000)
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,33 +64,140 @@ class CoarseResult:
 class CoarseStage:
     """Trunk, SCoordNet head, Kalman filter, RANSAC-PnP."""
 
-    def __init__(self, scene_map: SceneMap, config: LocalizerConfig) -> None: ...
+    def __init__(self, scene_map: SceneMap, config: LocalizerConfig) -> None:
+        device = choose_device(config.device)
+        calibration = scene_map.calibration
+        self._trunk = Trunk(device=device)
+        self._head = scene_map.head.to(device)
+        self._variance_scale = calibration.measurement_variance_scale
+        self._camera = scene_map.camera
+        self._use_filter = config.filter
+        self._filter = SceneCoordinateFilter(
+            FilterSettings(
+                flow_temperature=calibration.flow_temperature,
+                process_scale=calibration.process_scale,
+                process_floor_m2=calibration.process_floor_m2,
+                nis_threshold=config.nis_threshold,
+                max_gap_s=config.max_gap_s,
+            )
+        )
+        self._pnp = PnpSettings(
+            max_error_px=config.pnp_max_error_px,
+            min_inliers=config.pnp_min_inliers,
+            covariance_scale=calibration.coarse_covariance_scale,
+        )
 
     @property
     def camera(self) -> Camera:
-        """The pinhole camera that every frame must have (use ``ImageAdapter``)."""
-        raise NotImplementedError
+        """The pinhole camera that every frame must have (``ImageAdapter`` brings images to it)."""
+        return self._camera
 
     def process(self, frame: Frame) -> CoarseResult:
-        """Raises FrameError for an unusable frame."""
-        raise NotImplementedError
+        """Measure, filter, and solve for the coarse pose.
 
-    def reset(self, reason: str) -> None: ...
+        Raises:
+            FrameError: the image does not have the size of the map's camera.
+        """
+        check_frame(frame, self._camera)
+        timings: dict[str, float] = {}
+        with _timed(timings, "trunk"):
+            features = self._trunk.extract(frame.image)
+        with _timed(timings, "measure"):
+            measurement = self._head.measure(features, self._variance_scale)
+        with _timed(timings, "filter"), torch.inference_mode():
+            filtered = self._filtered(frame.stamp_ns, features, measurement)
+        with _timed(timings, "pnp"):
+            pose = solve_pnp(filtered.posterior, self._camera, self._pnp)
+        if not pose.success:
+            self._filter.reset(f"no coarse pose: {pose.reason}")
+        return CoarseResult(frame.stamp_ns, pose, filtered.report, timings, features, filtered.posterior)
+
+    def _filtered(self, stamp_ns: int, features: TrunkFeatures, measurement: SceneCoordinates) -> Filtered:
+        if not self._use_filter:
+            return Filtered(measurement, FilterReport("the filter is off", 0.0, NO_PRIOR, 0.0))
+        return self._filter.step(stamp_ns, features.coarse[0], measurement)
+
+    def reset(self, reason: str) -> None:
+        """Forget what was carried over from earlier frames."""
+        self._filter.reset(reason)
 
 
 class RefineStage:
-    """Reference selection, feature-metric alignment, state and covariance."""
+    """Reference selection, feature-metric alignment, motion model, state and covariance."""
 
-    def __init__(self, scene_map: SceneMap, config: LocalizerConfig) -> None: ...
+    def __init__(self, scene_map: SceneMap, config: LocalizerConfig) -> None:
+        calibration = scene_map.calibration
+        self._refiner = Refiner(
+            scene_map.references.to(choose_device(config.device)),
+            scene_map.camera,
+            RefinerSettings(
+                num_references=config.num_references,
+                max_cost=calibration.max_alignment_cost,
+                covariance_scale=calibration.refined_covariance_scale,
+            ),
+        )
+        self._config = config
+        self._camera = scene_map.camera
+        self._trunk: Trunk | None = None
+        self._motion = ConstantVelocity(config.max_gap_s)
+        self._had_pose = False
 
     def process(self, frame: Frame, coarse: CoarseResult) -> PoseEstimate:
-        raise NotImplementedError
+        """Refine a coarse pose; says in ``state`` and ``reason`` what the result is worth.
 
-    def reset(self, reason: str) -> None: ...
+        Raises:
+            FrameError: the image does not have the size of the map's camera.
+        """
+        check_frame(frame, self._camera)
+        timings = dict(coarse.timings_ms)
+        predicted = self._motion.predict(frame.stamp_ns)
+        alignment: Alignment | None = None
+        if self._config.refine:
+            features = coarse.features or self._extract(frame, timings)
+            starts = [T for T in (coarse.pose.T_map_camera, predicted) if T is not None]
+            with _timed(timings, "refine"):
+                alignment = self._refiner.align(features, starts)
+        timings["total"] = sum(timings.values())
+        estimate = self._judge(frame.stamp_ns, coarse, alignment)
+        if estimate.T_map_camera is not None:
+            self._motion.observe(frame.stamp_ns, estimate.T_map_camera)
+            self._had_pose = True
+        return replace(estimate, timings_ms=timings)
+
+    def _extract(self, frame: Frame, timings: dict[str, float]) -> TrunkFeatures:
+        if self._trunk is None:
+            self._trunk = Trunk(device=choose_device(self._config.device))
+        with _timed(timings, "trunk"):
+            return self._trunk.extract(frame.image)
+
+    def _judge(self, stamp_ns: int, coarse: CoarseResult, alignment: Alignment | None) -> PoseEstimate:
+        pose = coarse.pose
+        common = PoseEstimate(
+            stamp_ns, TrackingState.TRACKING, "", coarse=pose, filter=coarse.filter, alignment=alignment
+        )
+        if alignment is not None and alignment.success:
+            return replace(common, T_map_camera=alignment.T_map_camera, covariance=alignment.covariance)
+        if pose.success:
+            state = TrackingState.DEGRADED if alignment is not None else TrackingState.TRACKING
+            reason = f"not refined: {alignment.reason}" if alignment is not None else ""
+            return replace(common, state=state, reason=reason, T_map_camera=pose.T_map_camera, covariance=pose.covariance)
+        state = TrackingState.LOST if self._had_pose else TrackingState.INITIALIZING
+        reason = pose.reason if alignment is None else f"{pose.reason}; {alignment.reason}"
+        return replace(common, state=state, reason=reason)
+
+    def reset(self, reason: str) -> None:
+        """Forget the motion; the next frame stands on its coarse pose alone."""
+        del reason
+        self._motion.forget()
 
 
 class Localizer:
-    """Both stages in one process."""
+    """Both stages in one process.
+
+    Args:
+        scene_map: of the place.
+        config: options; the defaults are meant to be right.
+    """
 
     def __init__(self, scene_map: SceneMap, config: LocalizerConfig | None = None) -> None:
         config = config or LocalizerConfig()
@@ -76,11 +206,83 @@ class Localizer:
 
     @property
     def camera(self) -> Camera:
+        """The pinhole camera that every frame must have."""
         return self.coarse.camera
 
     def process(self, frame: Frame) -> PoseEstimate:
+        """Localize one frame.
+
+        Raises:
+            FrameError: the image does not have the size of the map's camera.
+        """
         return self.refine.process(frame, self.coarse.process(frame))
 
     def reset(self, reason: str) -> None:
+        """Forget all earlier frames."""
         self.coarse.reset(reason)
         self.refine.reset(reason)
+
+
+class ConstantVelocity:
+    """Predicts a pose from the last two."""
+
+    def __init__(self, max_gap_s: float) -> None:
+        self._max_gap_ns = int(max_gap_s * 1e9)
+        self._last: list[tuple[int, Matrix]] = []
+
+    def observe(self, stamp_ns: int, T_map_camera: Matrix) -> None:
+        """Remember a pose."""
+        if self._last and not 0 < stamp_ns - self._last[-1][0] <= self._max_gap_ns:
+            self.forget()
+        self._last = [*self._last[-1:], (stamp_ns, T_map_camera)]
+
+    def predict(self, stamp_ns: int) -> Matrix | None:
+        """Pose at a later time, or None without a recent one."""
+        if not self._last or not 0 < stamp_ns - self._last[-1][0] <= self._max_gap_ns:
+            return None
+        (t1, T1) = self._last[-1]
+        if len(self._last) == 1:
+            return T1
+        (t0, T0) = self._last[0]
+        share = (stamp_ns - t1) / (t1 - t0)
+        step = inverse_pose(T0) @ T1
+        return T1 @ make_pose(so3_exp(share * so3_log(step[:3, :3])), share * step[:3, 3])
+
+    def forget(self) -> None:
+        self._last = []
+
+
+def choose_device(name: str) -> torch.device:
+    """The torch device of an option ``auto``, ``cpu`` or ``cuda``.
+
+    Raises:
+        ConfigError: a GPU is asked for and there is none.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device is 'cuda', but torch sees no GPU; use 'auto' or 'cpu'.")
+    return torch.device(name)
+
+
+def check_frame(frame: Frame, camera: Camera) -> None:
+    """Refuse an image that does not belong to the map's camera.
+
+    Raises:
+        FrameError: wrong size, type or channels.
+    """
+    image = frame.image
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise FrameError(f"A frame's image must be (H, W, 3) uint8 RGB, got {image.shape} {image.dtype}.")
+    if image.shape[:2] != (camera.height, camera.width):
+        raise FrameError(
+            f"The image is {image.shape[1]}x{image.shape[0]}, but the map's camera is {camera.width}x{camera.height}; "
+            "bring it there with an ImageAdapter."
+        )
+
+
+@contextmanager
+def _timed(timings: dict[str, float], stage: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    timings[stage] = timings.get(stage, 0.0) + (time.perf_counter() - start) * 1e3

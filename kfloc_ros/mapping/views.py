@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From mapping views to training cells and reference views, one view in memory at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kfloc_ros.features.trunk import COARSE_STRIDE, SIZE_MULTIPLE, TrunkFeatures
+from kfloc_ros.geometry.camera import Camera
+from kfloc_ros.geometry.lie import Matrix
+from kfloc_ros.kfnet.scoordnet import head_input
+from kfloc_ros.pixloc.references import METRES_PER_RADIAN, ReferencePoints, ReferenceViews, smooth_depth_mask
+
+MAX_SIDE_PX = 640
+
+
+def map_camera(camera: Camera) -> Camera:
+    """The pinhole camera a map works with: at most 640 pixels wide, sides multiples of 32."""
+    scale = min(1.0, MAX_SIDE_PX / max(camera.width, camera.height))
+
+    def side(pixels: int) -> int:
+        return max(SIZE_MULTIPLE, round(pixels * scale / SIZE_MULTIPLE) * SIZE_MULTIPLE)
+
+    return camera.pinhole().scaled_to(side(camera.width), side(camera.height))
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """One mapping frame brought to the map's camera."""
+
+    image: NDArray[np.uint8]
+    depth_m: NDArray[np.float32]
+    camera: Camera
+    T_map_camera: Matrix
+    index: int
+
+
+@dataclass(frozen=True, eq=False)
+class Cells:
+    """Training samples."""
+
+    inputs: torch.Tensor
+    """(N, 192) half"""
+    coordinates: torch.Tensor
+    """(N, 3) float, metres, map frame"""
+
+
+def random_similarity(camera: Camera, rng: np.random.Generator) -> NDArray[np.float64]:
+    """(2, 3) map from pixels of an augmented image to pixels of the original: rotation, zoom, shift."""
+    angle, zoom = np.radians(rng.uniform(-20, 20)), np.exp(rng.uniform(np.log(0.75), np.log(1.3)))
+    centre = np.array([camera.width, camera.height]) / 2
+    A = zoom * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    shift = centre - A @ centre + rng.uniform(-0.08, 0.08, 2) * camera.width
+    return np.concatenate([A, shift[:, None]], axis=1)
+
+
+IDENTITY = np.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+
+
+def warp_image(image: NDArray[np.uint8], similarity: NDArray[np.float64]) -> NDArray[np.uint8]:
+    """The augmented image; pixels that the original does not have are mirrored in."""
+    size = (image.shape[1], image.shape[0])
+    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    return np.asarray(cv2.warpAffine(image, similarity, size, flags=flags, borderMode=cv2.BORDER_REFLECT_101))
+
+
+def sample_cells(
+    view: View, features: TrunkFeatures, similarity: NDArray[np.float64], limit: int, rng: np.random.Generator
+) -> Cells:
+    """Cells of an (augmented) view whose depth is known and smooth, at most ``limit`` of them.
+
+    Args:
+        view: the original.
+        features: of the augmented image.
+        similarity: augmented pixels to original pixels.
+        limit: most cells to keep.
+        rng: for the choice among too many.
+    """
+    inputs = head_input(features)[0]
+    h, w = inputs.shape[:2]
+    coordinates, valid = cell_coordinates(view, (h, w), similarity)
+    index = np.flatnonzero(valid)
+    if len(index) > limit:
+        index = rng.choice(index, limit, replace=False)
+    chosen = torch.from_numpy(index)
+    return Cells(
+        inputs.reshape(h * w, -1).cpu()[chosen].half(),
+        torch.from_numpy(coordinates[index].astype(np.float32)),
+    )
+
+
+def cell_coordinates(
+    view: View, grid: tuple[int, int], similarity: NDArray[np.float64] = IDENTITY
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """True scene coordinates (h w, 3) of the cell centres of a grid (h, w), and where they are known, (h w,)."""
+    h, w = grid
+    centre = (COARSE_STRIDE - 1) / 2
+    cols, rows = np.meshgrid(np.arange(w) * COARSE_STRIDE + centre, np.arange(h) * COARSE_STRIDE + centre)
+    pixels = np.stack([cols.ravel(), rows.ravel(), np.ones(h * w)], axis=1) @ similarity.T
+    u, v = np.round(pixels).astype(np.int64).T
+    H, W = view.depth_m.shape
+    inside = (u >= 0) & (u < W) & (v >= 0) & (v < H)
+    u, v = np.clip(u, 0, W - 1), np.clip(v, 0, H - 1)
+    smooth = smooth_depth_mask(torch.from_numpy(view.depth_m)).numpy()
+    z = view.depth_m[v, u].astype(np.float64)
+    camera, T = view.camera, view.T_map_camera
+    points = np.stack([(pixels[:, 0] - camera.cx) / camera.fx * z, (pixels[:, 1] - camera.cy) / camera.fy * z, z], axis=1)
+    return points @ T[:3, :3].T + T[:3, 3], inside & smooth[v, u]
+
+
+class ReferenceCollector:
+    """Keeps views that add coverage: a view joins if no kept one is nearer than a spacing in place and direction.
+
+    When there are too many, the spacing grows and the kept ones are thinned, so memory stays bounded.
+    """
+
+    def __init__(self, spacing_m: float, limit: int) -> None:
+        self._spacing, self._limit = spacing_m, limit
+        self._kept: list[tuple[int, Matrix, ReferencePoints]] = []
+
+    def wants(self, T_map_camera: Matrix) -> bool:
+        """Whether a view at this pose would add coverage."""
+        return all(view_distance(T_map_camera, T) > self._spacing for _, T, _ in self._kept)
+
+    def add(self, index: int, T_map_camera: Matrix, points: ReferencePoints) -> None:
+        """Keep a view."""
+        self._kept.append((index, T_map_camera, points))
+        while len(self._kept) > self._limit:
+            self._spacing *= 1.2
+            old, self._kept = self._kept, []
+            for item in old:
+                if self.wants(item[1]):
+                    self._kept.append(item)
+
+    def views(self) -> ReferenceViews:
+        """What was kept."""
+        ids = tuple(index for index, _, _ in self._kept)
+        poses = np.stack([T for _, T, _ in self._kept])
+        return ReferenceViews(ids, poses, tuple(points for _, _, points in self._kept))
+
+
+def view_distance(T_a: Matrix, T_b: Matrix) -> float:
+    """Distance of two views in metres, a radian counting as ``METRES_PER_RADIAN``."""
+    cosine = (np.trace(T_a[:3, :3].T @ T_b[:3, :3]) - 1) / 2
+    angle = float(np.arccos(np.clip(cosine, -1.0, 1.0)))
+    return float(np.linalg.norm(T_a[:3, 3] - T_b[:3, 3])) + METRES_PER_RADIAN * angle

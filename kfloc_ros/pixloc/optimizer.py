@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Levenberg-Marquardt over SE(3) with accept/reject, one feature level at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from kfloc_ros.geometry.lie import Matrix, make_pose, so3_exp
+from kfloc_ros.pixloc.cost import Linearization
+
+LAMBDA_START = 1e-3
+LAMBDA_MIN = 1e-7
+LAMBDA_MAX = 1e3
+DAMPING_FLOOR = 1e-9
+"""Added to the diagonal so that a direction the image says nothing about does not move."""
+
+
+@dataclass(frozen=True)
+class StopRule:
+    """When a level has converged."""
+
+    max_iterations: int
+    step_m: float = 2e-4
+    step_deg: float = 0.005
+    cost_ratio: float = 1e-5
+
+
+@dataclass(frozen=True, eq=False)
+class LevelResult:
+    """Where one level ended."""
+
+    T_camera_map: Matrix
+    start: Linearization
+    end: Linearization
+    iterations: int
+    poses: tuple[Matrix, ...]
+    """The start and every accepted pose."""
+
+
+def left_update(T_camera_map: Matrix, delta: np.ndarray) -> Matrix:
+    """Apply (dt, dw) on the left, decoupled: P' = Exp(dw) P + dt."""
+    return make_pose(so3_exp(delta[3:]), delta[:3]) @ T_camera_map
+
+
+def minimize(
+    linearize_at: Callable[[Matrix], Linearization], T_camera_map: Matrix, rule: StopRule
+) -> LevelResult:
+    """Descend from ``T_camera_map``; a step is kept only if it lowers the cost and loses no more than a
+    third of the valid points, so the result is never worse than the start."""
+    current = linearize_at(T_camera_map)
+    start, poses, damping, iterations = current, [T_camera_map], LAMBDA_START, 0
+    while iterations < rule.max_iterations and current.valid_count > 0:
+        iterations += 1
+        delta = _step(current, damping)
+        if delta is None:
+            break
+        candidate_pose = left_update(T_camera_map, delta)
+        candidate = linearize_at(candidate_pose)
+        if candidate.cost < current.cost and candidate.valid_count * 3 >= current.valid_count * 2:
+            gain = (current.cost - candidate.cost) / max(current.cost, 1e-12)
+            T_camera_map, current = candidate_pose, candidate
+            poses.append(T_camera_map)
+            damping = max(damping / 10, LAMBDA_MIN)
+            small = np.linalg.norm(delta[:3]) < rule.step_m and np.degrees(np.linalg.norm(delta[3:])) < rule.step_deg
+            if small or gain < rule.cost_ratio:
+                break
+        else:
+            damping *= 10
+            small = np.linalg.norm(delta[:3]) < rule.step_m and np.degrees(np.linalg.norm(delta[3:])) < rule.step_deg
+            if damping > LAMBDA_MAX or small:
+                break
+    return LevelResult(T_camera_map, start, current, iterations, tuple(poses))
+
+
+def _step(at: Linearization, damping: float) -> np.ndarray | None:
+    """Damped Gauss-Newton step, or None if the system cannot be solved."""
+    diagonal = torch.diagonal(at.H)
+    damped = at.H + torch.diag(diagonal * damping + DAMPING_FLOOR)
+    factor, info = torch.linalg.cholesky_ex(damped)
+    if int(info) != 0:
+        return None
+    delta = -torch.cholesky_solve(at.g[:, None], factor)[:, 0].numpy()
+    return delta if np.isfinite(delta).all() else None

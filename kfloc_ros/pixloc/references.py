@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reference views of a map: which points they hold, and which of them a pose should be aligned with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+
+from kfloc_ros.features.trunk import COARSE_STRIDE, FINE_STRIDE, TrunkFeatures
+from kfloc_ros.geometry.camera import Camera
+from kfloc_ros.geometry.lie import Matrix
+from kfloc_ros.pixloc.cost import FeatureImage
+
+METRES_PER_RADIAN = 1.2
+"""Exchange rate between a change of place and of direction when views are compared (about 2 cm a degree)."""
+
+CANDIDATE_STEP_PX = 4
+BORDER_PX = 12
+BUCKET_PX = 32
+"""Points are spread over buckets of this size: coverage of the image fixes the pose, not the best corner."""
+
+
+@dataclass(frozen=True, eq=False)
+class ReferencePoints:
+    """Points of one or several reference views, ready for alignment."""
+
+    points: torch.Tensor
+    """(N, 3) metres, map frame."""
+    coarse: torch.Tensor
+    """(N, 64) unit features at stride 8."""
+    fine: torch.Tensor
+    """(N, 24) unit features at stride 4."""
+    confidence: torch.Tensor
+    """(N,)"""
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    def to(self, device: torch.device) -> ReferencePoints:
+        """The same points on another device."""
+        return ReferencePoints(
+            self.points.to(device), self.coarse.to(device), self.fine.to(device), self.confidence.to(device)
+        )
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[ReferencePoints]) -> ReferencePoints:
+        return cls(
+            torch.cat([p.points for p in parts]),
+            torch.cat([p.coarse for p in parts]),
+            torch.cat([p.fine for p in parts]),
+            torch.cat([p.confidence for p in parts]),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class ReferenceViews:
+    """All reference views of a map."""
+
+    ids: tuple[int, ...]
+    """Frame index of each view in the mapping source."""
+    T_map_camera: NDArray[np.float64]
+    """(K, 4, 4)"""
+    views: tuple[ReferencePoints, ...]
+
+    def to(self, device: torch.device) -> ReferenceViews:
+        """The same views with their points on another device."""
+        return ReferenceViews(self.ids, self.T_map_camera, tuple(view.to(device) for view in self.views))
+
+    def nearest(self, T_map_camera: Matrix, count: int) -> list[int]:
+        """Positions of the views nearest to a pose, nearest first."""
+        centres = np.linalg.norm(self.T_map_camera[:, :3, 3] - T_map_camera[:3, 3], axis=1)
+        cosine = (np.einsum("kii->k", self.T_map_camera[:, :3, :3].transpose(0, 2, 1) @ T_map_camera[:3, :3]) - 1) / 2
+        angle = np.arccos(np.clip(cosine, -1.0, 1.0))
+        return [int(k) for k in np.argsort(centres + METRES_PER_RADIAN * angle, kind="stable")[:count]]
+
+
+def extract_reference_points(
+    features: TrunkFeatures, depth_m: NDArray[np.float32], camera: Camera, T_map_camera: Matrix, max_points: int
+) -> ReferencePoints:
+    """Choose points of a mapping view and sample their features.
+
+    Candidates lie on a 4-pixel grid where depth is known and smooth. They are ranked by reliability times the
+    root of the smaller eigenvalue of the fine features' structure tensor (how well the point fixes both image
+    directions), and taken in turns from 32-pixel buckets.
+
+    Args:
+        features: of this one image.
+        depth_m: (H, W).
+        camera: pinhole of the image and depth.
+        T_map_camera: (4, 4) pose of the view.
+        max_points: how many to keep at most.
+    """
+    uv, depth = _candidates(torch.from_numpy(depth_m))
+    coarse = FeatureImage.from_maps(features.coarse[0].cpu().float(), features.reliability[0].cpu().float(), COARSE_STRIDE)
+    fine = FeatureImage.from_maps(
+        features.fine[0].cpu().float(), torch.ones(features.fine.shape[-2:]), FINE_STRIDE
+    )
+    coarse_rows, _ = coarse.sample((uv + 0.5) / COARSE_STRIDE - 0.5)
+    fine_rows, _ = fine.sample((uv + 0.5) / FINE_STRIDE - 0.5)
+    reliability = coarse_rows[:, -1]
+    keep = _spread(uv, reliability * _corner_strength(fine_rows, fine.channels), max_points)
+    uv, depth = uv[keep].double(), depth[keep].double()
+    x = (uv[:, 0] - camera.cx) / camera.fx * depth
+    y = (uv[:, 1] - camera.cy) / camera.fy * depth
+    T = torch.from_numpy(T_map_camera)
+    points = torch.stack([x, y, depth], dim=1) @ T[:3, :3].T + T[:3, 3]
+    return ReferencePoints(
+        points=points.float(),
+        coarse=F.normalize(coarse_rows[keep, : coarse.channels], dim=1),
+        fine=F.normalize(fine_rows[keep, : fine.channels], dim=1),
+        confidence=reliability[keep],
+    )
+
+
+def smooth_depth_mask(depth_m: torch.Tensor) -> torch.Tensor:
+    """(H, W) bool: depth known throughout the 5x5 neighbourhood and varying by less than 3 % + 1 cm."""
+    nearest = -F.max_pool2d(-depth_m[None, None], 5, stride=1, padding=2)[0, 0]
+    farthest = F.max_pool2d(depth_m[None, None], 5, stride=1, padding=2)[0, 0]
+    return (nearest > 0.1) & (farthest - nearest < 0.03 * nearest + 0.01)
+
+
+def _candidates(depth_m: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    H, W = depth_m.shape
+    rows = torch.arange(BORDER_PX, H - BORDER_PX, CANDIDATE_STEP_PX)
+    cols = torch.arange(BORDER_PX, W - BORDER_PX, CANDIDATE_STEP_PX)
+    v, u = (grid.reshape(-1) for grid in torch.meshgrid(rows, cols, indexing="ij"))
+    keep = smooth_depth_mask(depth_m)[v, u]
+    u, v = u[keep], v[keep]
+    return torch.stack([u, v], dim=1).float(), depth_m[v, u]
+
+
+def _corner_strength(rows: torch.Tensor, channels: int) -> torch.Tensor:
+    du, dv = rows[:, channels : 2 * channels], rows[:, 2 * channels : 3 * channels]
+    a, b, c = (du * du).sum(1), (du * dv).sum(1), (dv * dv).sum(1)
+    smaller = (a + c) / 2 - (((a - c) / 2) ** 2 + b * b).sqrt()
+    return smaller.clamp(min=0).sqrt()
+
+
+def _spread(uv: torch.Tensor, score: torch.Tensor, count: int) -> torch.Tensor:
+    """Indices of at most ``count`` points: the best of every bucket, then the second best, and so on."""
+    order = torch.argsort(score, descending=True)
+    bucket = (uv[order] // BUCKET_PX).long()
+    key = (bucket[:, 1] * 100_000 + bucket[:, 0]).numpy()
+    by_bucket = np.argsort(key, kind="stable")
+    sorted_key = key[by_bucket]
+    starts = np.flatnonzero(np.r_[True, sorted_key[1:] != sorted_key[:-1]]) if len(key) else np.zeros(0, dtype=int)
+    rank = np.arange(len(key)) - np.repeat(starts, np.diff(np.r_[starts, len(key)]))
+    turn = np.empty(len(key), dtype=np.int64)
+    turn[by_bucket] = rank
+    return order[torch.from_numpy(np.argsort(turn, kind="stable")[:count])]

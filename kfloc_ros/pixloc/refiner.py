@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The refiner: aligns a coarse pose with the map's nearest reference views, coarse to fine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from kfloc_ros.features.trunk import COARSE_STRIDE, FINE_STRIDE, TrunkFeatures
+from kfloc_ros.geometry.camera import Camera
+from kfloc_ros.geometry.lie import Matrix, inverse_pose, make_pose, rotation_angle_deg
+from kfloc_ros.pixloc.cost import FeatureImage, Linearization, RobustLoss, linearize
+from kfloc_ros.pixloc.optimizer import LevelResult, StopRule, minimize
+from kfloc_ros.pixloc.references import ReferencePoints, ReferenceViews
+from kfloc_ros.solvers.covariance import map_frame_covariance
+from kfloc_ros.types import Alignment
+
+
+@dataclass(frozen=True)
+class RefinerSettings:
+    """How alignment runs and when its result counts."""
+
+    num_references: int = 3
+    loss_scale: float = 0.3
+    max_iterations: int = 20
+    """Per level."""
+    min_points: int = 60
+    """Fewer reference points in view: no alignment."""
+    min_valid_ratio: float = 0.2
+    """Share of the references' points that must be in view at the end."""
+    max_cost: float = 1.0
+    """Mean robust cost at the finest level above which a result is rejected; calibrated when a map is built."""
+    max_correction_m: float = 0.5
+    max_correction_deg: float = 15.0
+    covariance_scale: float = 1.0
+    """From the map's calibration; neighbouring residuals err together."""
+
+
+@dataclass(frozen=True, eq=False)
+class Level:
+    """One feature level of a query with the reference features that belong to it."""
+
+    image: FeatureImage
+    features: torch.Tensor
+
+
+class Refiner:
+    """Feature-metric pose refinement against cached reference features (nothing is recomputed per query)."""
+
+    def __init__(self, references: ReferenceViews, camera: Camera, settings: RefinerSettings) -> None:
+        self.references, self.camera, self.settings = references, camera, settings
+
+    def align(self, features: TrunkFeatures, starts: Sequence[Matrix]) -> Alignment:
+        """Refine the most promising of several starting poses.
+
+        Args:
+            features: of the query image.
+            starts: candidate T_map_camera, such as the coarse pose and the predicted one; the one whose cost
+                at the coarse level is smallest is refined.
+        """
+        if not starts:
+            return failed_alignment("there is no pose to start from")
+        images = query_levels(features)
+        candidates = [self._prepare(images, start) for start in starts]
+        chosen = min(candidates, key=lambda c: c.cost)
+        if chosen.valid_count < self.settings.min_points:
+            return failed_alignment(
+                f"only {chosen.valid_count} reference points are in view", reference_ids=chosen.reference_ids
+            )
+        return self._descend(chosen)
+
+    def _prepare(self, images: tuple[FeatureImage, FeatureImage], T_map_camera: Matrix) -> _Candidate:
+        chosen = self.references.nearest(T_map_camera, self.settings.num_references)
+        points = ReferencePoints.concatenate([self.references.views[k] for k in chosen])
+        # float32 is exact enough only near the origin, and a map may be far from its own
+        origin = T_map_camera[:3, 3].copy()
+        candidate = _Candidate(
+            T_camera_local=make_pose(T_map_camera[:3, :3].T, np.zeros(3)),
+            origin=origin,
+            points=points.points - torch.from_numpy(origin).to(points.points),
+            confidence=points.confidence,
+            levels=(Level(images[0], points.coarse), Level(images[1], points.fine)),
+            reference_ids=tuple(self.references.ids[k] for k in chosen),
+        )
+        at = self._linearize(candidate, candidate.levels[0], candidate.T_camera_local)
+        candidate.cost, candidate.valid_count = at.cost, at.valid_count
+        return candidate
+
+    def _linearize(self, candidate: _Candidate, level: Level, T_camera_local: Matrix) -> Linearization:
+        T = torch.from_numpy(T_camera_local).to(candidate.points)
+        loss = RobustLoss(self.settings.loss_scale)
+        return linearize(level.image, candidate.points, level.features, candidate.confidence, T, self.camera, loss)
+
+    def _descend(self, candidate: _Candidate) -> Alignment:
+        T, iterations = candidate.T_camera_local, 0
+        results: list[LevelResult] = []
+        for level in candidate.levels:
+
+            def at(pose: Matrix, level: Level = level) -> Linearization:
+                return self._linearize(candidate, level, pose)
+
+            result = minimize(at, T, StopRule(self.settings.max_iterations))
+            T, iterations = result.T_camera_map, iterations + result.iterations
+            results.append(result)
+        return self._judge(candidate, results, iterations)
+
+    def _judge(self, candidate: _Candidate, results: list[LevelResult], iterations: int) -> Alignment:
+        end, s = results[-1], self.settings
+        T_local_camera = inverse_pose(end.T_camera_map)
+        T_map_camera = T_local_camera.copy()
+        T_map_camera[:3, 3] += candidate.origin
+        valid_ratio = end.end.valid_count / max(len(candidate.points), 1)
+        correction_m = float(np.linalg.norm(T_local_camera[:3, 3]))
+        correction_deg = rotation_angle_deg(candidate.T_camera_local[:3, :3] @ T_local_camera[:3, :3])
+        covariance = map_frame_covariance(information_of(end.end), end.T_camera_map)
+        reason = ""
+        if end.end.valid_count < s.min_points or valid_ratio < s.min_valid_ratio:
+            reason = f"only {end.end.valid_count} of {len(candidate.points)} reference points stayed in view"
+        elif end.end.cost > s.max_cost:
+            reason = f"the image does not look like the map there (cost {end.end.cost:.3f} > {s.max_cost:.3f})"
+        elif correction_m > s.max_correction_m or correction_deg > s.max_correction_deg:
+            reason = f"the alignment ran away by {correction_m:.2f} m and {correction_deg:.1f} deg"
+        elif covariance is None:
+            reason = "the image does not fix the pose in every direction"
+        return Alignment(
+            success=not reason,
+            reason=reason,
+            T_map_camera=T_map_camera,
+            covariance=None if covariance is None else covariance * s.covariance_scale,
+            initial_cost=results[0].start.cost,
+            final_cost=end.end.cost,
+            valid_ratio=valid_ratio,
+            iterations=iterations,
+            reference_ids=candidate.reference_ids,
+        )
+
+
+@dataclass(eq=False)
+class _Candidate:
+    """One starting pose with the points it is aligned to, in coordinates local to the start."""
+
+    T_camera_local: Matrix
+    origin: np.ndarray
+    points: torch.Tensor
+    confidence: torch.Tensor
+    levels: tuple[Level, Level]
+    reference_ids: tuple[int, ...]
+    cost: float = float("inf")
+    valid_count: int = 0
+
+
+def query_levels(features: TrunkFeatures) -> tuple[FeatureImage, FeatureImage]:
+    """The two levels of one image, coarse then fine, laid out for sampling."""
+    reliability = features.reliability[:1]
+    fine_reliability = F.interpolate(reliability[None], features.fine.shape[-2:], mode="bilinear")[0, 0]
+    return (
+        FeatureImage.from_maps(features.coarse[0].float(), reliability[0], COARSE_STRIDE),
+        FeatureImage.from_maps(features.fine[0].float(), fine_reliability, FINE_STRIDE),
+    )
+
+
+def information_of(at: Linearization) -> Matrix:
+    """(6, 6) information of (dt, dw): the Gauss-Newton matrix over the residual variance.
+
+    With weights that sum to one, n equal residuals have information n H / cost.
+    """
+    return np.asarray(at.H.numpy() * at.valid_count / max(at.cost, 1e-9))
+
+
+def failed_alignment(reason: str, reference_ids: tuple[int, ...] = ()) -> Alignment:
+    """An alignment that could not be started."""
+    inf = float("inf")
+    return Alignment(False, reason, None, None, inf, inf, 0.0, 0, reference_ids)

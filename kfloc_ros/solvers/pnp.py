@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Camera pose from a scene-coordinate map: RANSAC on the surest cells, then weighted refinement.
+
+RANSAC is PoseLib's LO-RANSAC. Its result is refined here with every cell weighted by what its variance
+means in pixels, which RANSAC's inlier count does not know, and that last system gives the covariance.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import poselib
+from numpy.typing import NDArray
+
+from kfloc_ros.geometry.camera import Camera
+from kfloc_ros.geometry.lie import Matrix, inverse_pose, make_pose
+from kfloc_ros.pixloc.optimizer import left_update
+from kfloc_ros.solvers.covariance import map_frame_covariance
+from kfloc_ros.types import CoarsePose, SceneCoordinates
+
+
+@dataclass(frozen=True)
+class PnpSettings:
+    """How the coarse pose is found and when it counts."""
+
+    max_cells: int = 2000
+    """The cells of smallest variance are used, at most this many."""
+    max_sigma_m: float = 0.5
+    """Cells less certain than this are never used."""
+    max_error_px: float = 10.0
+    """Inlier threshold of the reprojection error."""
+    pixel_sigma_px: float = 2.0
+    """Position noise of a cell in the image."""
+    min_inliers: int = 40
+    min_inlier_ratio: float = 0.1
+    covariance_scale: float = 1.0
+    """From the map's calibration; neighbouring cells err together, so the sum of their information is too large."""
+
+
+@dataclass(frozen=True, eq=False)
+class Correspondences:
+    """Cells of a scene-coordinate map used for the pose."""
+
+    pixels: NDArray[np.float64]
+    """(N, 2)"""
+    points: NDArray[np.float64]
+    """(N, 3) metres, map frame"""
+    sigma_m: NDArray[np.float64]
+    """(N,)"""
+
+
+def choose_cells(coordinates: SceneCoordinates, settings: PnpSettings) -> Correspondences:
+    """The surest cells of a scene-coordinate map."""
+    h, w = coordinates.variance.shape
+    sigma = coordinates.variance.sqrt().reshape(-1).cpu().numpy().astype(np.float64)
+    usable = coordinates.valid.reshape(-1).cpu().numpy() & (sigma < settings.max_sigma_m)
+    index = np.flatnonzero(usable)
+    if len(index) > settings.max_cells:
+        index = index[np.argpartition(sigma[index], settings.max_cells)[: settings.max_cells]]
+    offset = (coordinates.stride - 1) / 2
+    pixels = np.stack([index % w, index // w], axis=1) * float(coordinates.stride) + offset
+    points = coordinates.mean.reshape(3, -1).t().cpu().numpy().astype(np.float64)[index]
+    return Correspondences(pixels, points, sigma[index])
+
+
+def solve_pnp(coordinates: SceneCoordinates, camera: Camera, settings: PnpSettings) -> CoarsePose:
+    """Coarse pose of a scene-coordinate map; ``success`` and ``reason`` say whether it can be used."""
+    cells = choose_cells(coordinates, settings)
+    if len(cells.pixels) < settings.min_inliers:
+        return _failure(f"only {len(cells.pixels)} cells are certain enough for PnP", 0, 0.0)
+    pose, info = poselib.estimate_absolute_pose(
+        cells.pixels,
+        cells.points,
+        {
+            "model": "PINHOLE",
+            "width": camera.width,
+            "height": camera.height,
+            "params": [camera.fx, camera.fy, camera.cx, camera.cy],
+        },
+        {"max_reproj_error": settings.max_error_px, "max_iterations": 1000, "min_iterations": 50, "seed": 0},
+        {},
+    )
+    inliers = np.asarray(info["inliers"], dtype=bool)
+    count, ratio = int(inliers.sum()), float(inliers.mean())
+    if count < settings.min_inliers or ratio < settings.min_inlier_ratio:
+        return _failure(f"PnP found {count} inliers of {len(inliers)} cells", count, ratio)
+    T_camera_map, information = _refine(make_pose(pose.R, pose.t), cells, camera, settings)
+    covariance = map_frame_covariance(information, T_camera_map)
+    if covariance is None:
+        return _failure("the PnP system is degenerate", count, ratio)
+    return CoarsePose(True, "", inverse_pose(T_camera_map), covariance * settings.covariance_scale, count, ratio)
+
+
+def _failure(reason: str, count: int, ratio: float) -> CoarsePose:
+    return CoarsePose(False, reason, None, None, count, ratio)
+
+
+REFINE_ITERATIONS = 10
+
+
+def _refine(T: Matrix, cells: Correspondences, camera: Camera, settings: PnpSettings) -> tuple[Matrix, Matrix]:
+    """Gauss-Newton on whitened reprojection errors with a Cauchy loss; returns the pose and its information."""
+    H = np.zeros((6, 6))
+    for _ in range(REFINE_ITERATIONS):
+        P = cells.points @ T[:3, :3].T + T[:3, 3]
+        front = P[:, 2] > 0.05
+        x, y, z = P[front].T
+        sigma_px = np.hypot(settings.pixel_sigma_px, camera.fx * cells.sigma_m[front] / z)
+        error = np.stack([camera.fx * x / z + camera.cx, camera.fy * y / z + camera.cy], axis=1) - cells.pixels[front]
+        squared = (error**2).sum(1) / sigma_px**2
+        weight = 1.0 / (1.0 + squared / 4.0) / sigma_px**2
+        J = _jacobian(x, y, z, camera)
+        JW = J * weight[:, None, None]
+        H = np.einsum("nij,nik->jk", JW, J)
+        g = np.einsum("nij,ni->j", JW, error)
+        try:
+            delta = -np.linalg.solve(H + 1e-9 * np.diag(np.diag(H)), g)
+        except np.linalg.LinAlgError:
+            break
+        T = left_update(T, delta)
+        if np.abs(delta[:3]).max() < 1e-4 and np.abs(delta[3:]).max() < 1e-4:
+            break
+    return T, H
+
+
+def _jacobian(
+    x: NDArray[np.float64], y: NDArray[np.float64], z: NDArray[np.float64], camera: Camera
+) -> NDArray[np.float64]:
+    """(N, 2, 6) derivative of the pixel with respect to a left perturbation (dt, dw) of the camera point."""
+    zero, xz, yz = np.zeros_like(z), x / z, y / z
+    fx, fy = camera.fx, camera.fy
+    row_u = np.stack([fx / z, zero, -fx * xz / z, -fx * xz * yz, fx * (1 + xz**2), -fx * yz], axis=1)
+    row_v = np.stack([zero, fy / z, -fy * yz / z, -fy * (1 + yz**2), fy * xz * yz, fy * xz], axis=1)
+    return np.stack([row_u, row_v], axis=1)
