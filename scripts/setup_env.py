@@ -65,7 +65,8 @@ def _set_up(root: Path, *, dev: bool) -> None:
     if any(step.name in ("torch", "base", "ros") for step in pending):
         check_disk(root, torch)
     started_s = time.monotonic()
-    print(f"Setting up {plan.venv} with " + (f"ROS 2 {plan.ros}" if plan.ros else "ROS 2 Kilted from wheels"), flush=True)
+    which = f"the ROS 2 installation {plan.ros}" if plan.ros else "ROS 2 Kilted from wheels"
+    print(f"Setting up {plan.venv} with {which}", flush=True)
     runner.run(pending)
     runner.set_stamp("torch_choice", torch)
     print(f"Ready after {time.monotonic() - started_s:.0f} s: {plan.venv / 'bin' / 'kfloc'}", flush=True)

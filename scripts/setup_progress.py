@@ -90,7 +90,9 @@ class Runner:
             self.set_stamp(step.name, step.key)
             self._show("done", end="\n")
 
-    def command(self, words: Sequence[str | Path], env: Mapping[str, str] | None = None, cwd: Path | None = None) -> str:
+    def command(
+        self, words: Sequence[str | Path], env: Mapping[str, str] | None = None, cwd: Path | None = None
+    ) -> str:
         """Run a command with its output in the log; return the output.
 
         Raises:

@@ -54,7 +54,7 @@ class Setup:
         made_for = digest(str(plan.root), f"{sys.version_info[:2]}", plan.ros)
         torch_key = digest(files / "torch.txt", plan.torch, os.environ.get("KFLOC_TORCH_INDEX", ""))
         steps = [
-            Step("venv", f"Environment {plan.venv.name} for Python {sys.version.split()[0]}", made_for, self._make_venv),
+            Step("venv", f"Environment for Python {sys.version.split()[0]}", made_for, self._make_venv),
             Step("bootstrap", "Build tools", digest(files / "bootstrap.txt"), lambda: self._pip_file("bootstrap.txt")),
             Step("torch", f"PyTorch ({plan.torch})", torch_key, self._install_torch),
             Step("base", "NumPy, OpenCV, pycolmap and the other libraries",
@@ -66,7 +66,7 @@ class Setup:
             wheels = digest(files / "ros.txt", files / "underlay.txt")
             steps += [
                 Step("ros", "ROS 2 from its wheels", wheels, lambda: self._pip_file("ros.txt", "-r", "underlay.txt")),
-                Step("underlay", "tf2_msgs, built on them", digest(wheels, plan.root / "underlay"), self._build_underlay),
+                Step("underlay", "tf2_msgs on top of it", digest(wheels, plan.root / "underlay"), self._build_underlay),
             ]
         if plan.dev:
             steps.append(Step("dev", "Test tools", digest(files / "dev.txt"), lambda: self._pip_file("dev.txt")))
@@ -87,16 +87,26 @@ class Setup:
                 f"{plan.venv} was made at another place, for another Python or another ROS; "
                 f"remove it (rm -r {plan.venv}) and run set-up again."
             )
+        interrupted = (plan.venv / ".kfloc").is_dir()  # looked at before probing, which makes that folder
         if self._adoptable():
             self._runner.note(f"using the environment found in {plan.venv}")
             return
+        if plan.venv.exists() and not interrupted:
+            shutil.rmtree(plan.venv / ".kfloc", ignore_errors=True)
+            raise SetupError(
+                f"{plan.venv} exists, but is no working environment of Python {sys.version.split()[0]}; "
+                f"remove it (rm -r {plan.venv}) and run set-up again."
+            )
         options = ["--system-site-packages"] if plan.ros else []
         self._runner.command([sys.executable, "-m", "venv", "--clear", *options, plan.venv])
 
     def _adoptable(self) -> bool:
         """Whether the folder holds a working environment of this Python already, made by hand."""
         probe = "import sys, pip; print('%d.%d' % sys.version_info[:2])"
-        if self._plan.ros or not self._plan.python.exists():
+        if not self._plan.python.exists() or not (self._plan.venv / "pyvenv.cfg").is_file():
+            return False
+        settings = (self._plan.venv / "pyvenv.cfg").read_text(encoding="utf-8")
+        if ("include-system-site-packages = true" in settings) != bool(self._plan.ros):
             return False
         try:
             said = self._runner.command([self._plan.python, "-c", probe])
@@ -150,7 +160,8 @@ class Setup:
         try:
             self._pip(f"torch=={version}+cpu", *extra)
         except SetupError as error:
-            if not isinstance(error.__cause__, CommandFailed) or "No matching distr" not in error.__cause__.output:
+            said = error.__cause__.output if isinstance(error.__cause__, CommandFailed) else ""
+            if "No matching distribution" not in said or _unreachable(said):
                 raise
             self._runner.note(
                 f"pip finds no CPU build of PyTorch {version} here, so the ordinary one is installed: it brings "
@@ -168,7 +179,8 @@ class Setup:
         work = plan.venv / ".kfloc" / "underlay"
         shutil.rmtree(work, ignore_errors=True)
         # The original is invisible to colcon on purpose, so a copy is built.
-        shutil.copytree(plan.root / "underlay" / "tf2_msgs", work / "src", ignore=shutil.ignore_patterns("COLCON_IGNORE"))
+        visible = shutil.ignore_patterns("COLCON_IGNORE")
+        shutil.copytree(plan.root / "underlay" / "tf2_msgs", work / "src", ignore=visible)
         prefix = str(plan.venv)
         env = {
             **{key: value for key, value in os.environ.items() if key not in ("COLCON_PREFIX_PATH", "PYTHONPATH")},
@@ -223,17 +235,14 @@ class Setup:
 
     def _check(self) -> None:
         """Import what was installed; with the wheels, see a node and the type hash of /tf."""
-        probes = ["import cv2, matplotlib, numpy, poselib, pycolmap, rosbags, safetensors, torch, tqdm, yaml, kfloc_ros"]
-        if self._plan.ros:
-            probes.append("import rclpy, sensor_msgs.msg, tf2_msgs.msg")
-        else:
-            probes.append(TRY_ROS)
+        libraries = "import cv2, matplotlib, numpy, poselib, pycolmap, rosbags, safetensors, torch, tqdm, yaml, kfloc_ros"
+        probes = [libraries, "import rclpy, sensor_msgs.msg, tf2_msgs.msg" if self._plan.ros else TRY_ROS]
         for probe in probes:
             try:
                 said = self._runner.command([self._plan.python, "-c", probe])
             except CommandFailed as error:
-                last = next((line for line in reversed(error.output.splitlines()) if line.strip()), "no output")
-                raise SetupError(f"What was installed does not work ({last}); the log is {self._runner.log}.") from error
+                last = ([line for line in error.output.splitlines() if line.strip()] or ["no output"])[-1]
+                raise SetupError(f"What was installed does not work ({last}); see {self._runner.log}.") from error
         if not self._plan.ros and TYPE_HASH not in said:
             raise SetupError(f"tf2_msgs was built with the type hash {said.strip()}, not the official {TYPE_HASH}.")
 
