@@ -16,6 +16,8 @@ from setup_progress import CommandFailed, Runner, SetupError, Step, digest
 TYPE_HASH = "RIHS01_e369d0f05a23ae52508854b66f6aa0437f3449d652e8cbf22d5abe85d020f087"
 """The official tf2_msgs/msg/TFMessage: with another one, /tf would not reach other ROS 2 systems."""
 
+LIBRARIES = "cv2, matplotlib, numpy, poselib, pycolmap, rosbags, safetensors, torch, tqdm, yaml, kfloc_ros"
+
 NODES = ("camera_node", "filter_node", "refiner_node", "localizer", "kfloc")
 
 
@@ -194,7 +196,7 @@ class Setup:
             self._runner.command(
                 [plan.venv / "bin" / "colcon", "--log-base", work / "log", "build", "--base-paths", work / "src",
                  "--build-base", work / "build", "--merge-install", "--install-base", prefix,
-                 "--event-handlers", "console_direct+", "console_cohesion-", "--cmake-args",
+                 "--event-handlers", "console_direct+", "--cmake-args",
                  f"-DPython3_EXECUTABLE={plan.python}", "-DBUILD_TESTING=OFF", "-DCMAKE_BUILD_TYPE=Release",
                  f"-DCMAKE_PROJECT_INCLUDE={plan.root / 'underlay' / 'wheel_targets.cmake'}",
                  f"-DKFLOC_PYTHON_INCLUDE={python_include}", f"-DKFLOC_NUMPY_INCLUDE={numpy_include}"],
@@ -235,7 +237,7 @@ class Setup:
 
     def _check(self) -> None:
         """Import what was installed; with the wheels, see a node and the type hash of /tf."""
-        libraries = "import cv2, matplotlib, numpy, poselib, pycolmap, rosbags, safetensors, torch, tqdm, yaml, kfloc_ros"
+        libraries = f"import {LIBRARIES}"
         probes = [libraries, "import rclpy, sensor_msgs.msg, tf2_msgs.msg" if self._plan.ros else TRY_ROS]
         for probe in probes:
             try:
