@@ -54,7 +54,7 @@ setup(
         "torch>=2.1",
         "tqdm>=4.64",
     ],
-    extras_require={"test": ["pytest>=7,<9"]},
+    extras_require={"simulation": ["embreex>=4.4"], "test": ["pytest>=7,<9"]},
     zip_safe=False,
     entry_points={
         "console_scripts": [
