@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``sensor_msgs/CameraInfo`` to :class:`Camera` and back; imports nothing of ROS."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kfloc_ros.errors import FrameError
+from kfloc_ros.geometry.camera import Camera
+
+_ALIASES = {"fisheye": "equidistant", "kannala_brandt": "equidistant"}
+
+
+def camera_from_info(message: Any, *, rectified: bool = False) -> Camera:
+    """The camera that a ``CameraInfo`` describes, in pixels of the image that comes with it.
+
+    ``CameraInfo`` speaks of the full sensor; its region of interest and binning are applied here.
+    ``rectified``: the images were rectified before, so the projection matrix P counts, without distortion.
+
+    Raises:
+        FrameError: the calibration is missing (all zero), not finite, or of an unknown model.
+    """
+    if rectified:
+        fx, fy, cx, cy = (float(message.p[i]) for i in (0, 5, 2, 6))
+    else:
+        fx, fy, cx, cy = (float(message.k[i]) for i in (0, 4, 2, 5))
+    model, distortion = ("none", ()) if rectified else _distortion(message)
+    which = "projection matrix P" if rectified else "matrix K"
+    try:
+        full = Camera(int(message.width), int(message.height), fx, fy, cx, cy, model, distortion)
+        return _binned(_cropped(full, message.roi), int(message.binning_x) or 1, int(message.binning_y) or 1)
+    except FrameError as error:
+        raise FrameError(f"A camera_info cannot be used (its {which} was read): {error}") from error
+
+
+def _distortion(message: Any) -> tuple[str, tuple[float, ...]]:
+    """Model and coefficients; no coefficients, or all zero, is no distortion whatever the model is called."""
+    coefficients = tuple(float(value) for value in message.d)
+    if not any(coefficients):  # NaN counts as something, and Camera refuses it
+        return "none", ()
+    model = str(message.distortion_model)
+    return _ALIASES.get(model, model), coefficients
+
+
+def _cropped(camera: Camera, roi: Any) -> Camera:
+    width, height = int(roi.width), int(roi.height)
+    if width == 0 and height == 0:
+        return camera
+    left, top = int(roi.x_offset), int(roi.y_offset)
+    if left + width > camera.width or top + height > camera.height:
+        raise FrameError(
+            f"its region of interest {width}x{height}+{left}+{top} is not inside its size "
+            f"{camera.width}x{camera.height}."
+        )
+    return Camera(
+        width, height, camera.fx, camera.fy, camera.cx - left, camera.cy - top,
+        camera.distortion_model, camera.distortion,
+    )  # fmt: skip
+
+
+def _binned(camera: Camera, across: int, down: int) -> Camera:
+    if across == 1 and down == 1:
+        return camera
+    return camera.scaled_to(camera.width // across, camera.height // down)
+
+
+def fill_info(message: Any, camera: Camera) -> Any:
+    """Put a camera into a ``CameraInfo`` and return the message."""
+    message.width, message.height = camera.width, camera.height
+    message.distortion_model = "plumb_bob" if camera.distortion_model == "none" else camera.distortion_model
+    message.d = list(camera.distortion) or [0.0] * 5
+    message.k = [float(value) for value in camera.K.reshape(-1)]
+    message.r = [1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0]
+    message.p = [camera.fx, 0.0, camera.cx, 0.0, 0.0, camera.fy, camera.cy, 0.0, 0.0, 0.0, 1.0, 0.0]
+    return message

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one table of ROS parameters: what the nodes declare, ``config/localizer.yaml`` and the documentation.
+
+``python -m kfloc_ros.nodes.parameters --yaml`` prints the file, ``--markdown`` the table. Needs no ROS.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kfloc_ros.config import Option, build_config, option, options_of
+from kfloc_ros.errors import ConfigError
+from kfloc_ros.localizer import LocalizerConfig
+
+
+@dataclass(frozen=True)
+class NodeConfig:
+    """Options of the ROS side."""
+
+    map: str = option("", "Map folder, or the name of a shipped map. Must be given.")
+    map_frame: str = option("", "TF frame of the map; empty: the name written in the map.")
+    base_frame: str = option(
+        "",
+        "TF frame whose pose is published; empty: the frame_id of the images. "
+        "If it is another frame, /tf_static must connect the two.",
+    )
+    image_transport: str = option(
+        "raw", "raw: sensor_msgs/Image on image; compressed: CompressedImage on image/compressed.",
+        choices=("raw", "compressed"),
+    )  # fmt: skip
+    image_reliability: str = option(
+        "best_effort", "Reliability asked of the image and camera_info publishers.", choices=("best_effort", "reliable")
+    )
+    rectified: bool = option(
+        False, "The images are rectified already: take P of camera_info and no distortion, instead of K and D."
+    )
+    max_age_s: float = option(
+        1.0, "Images older than this on the node's clock are dropped and counted, in seconds; 0: never.",
+        low=0.0, high=3600.0, live=True,
+    )  # fmt: skip
+    publish_tf: bool = option(True, "Broadcast map_frame -> base_frame on /tf.", live=True)
+    diagonal_covariance: bool = option(
+        False, "Publish only the variances: Nav2 refuses covariances with negative cross terms.", live=True
+    )
+    path_length: int = option(1000, "How many of the last poses path holds; 0: no path.", low=0, high=100000, live=True)
+
+
+CONFIG_TYPES: tuple[type, ...] = (NodeConfig, LocalizerConfig)
+"""Every node declares the options of all of these, so that one file serves them all."""
+
+LIVE_TYPES: tuple[type, ...] = (NodeConfig,)
+"""Of these the options marked live can be changed while running; the others are read when a node starts."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One row of the table."""
+
+    option: Option
+    group: type
+    live: bool
+
+
+def parameter_table() -> dict[str, Parameter]:
+    """Every parameter by name."""
+    return {
+        item.name: Parameter(item, group, item.live and group in LIVE_TYPES)
+        for group in CONFIG_TYPES
+        for item in options_of(group)
+    }
+
+
+def build_configs(values: Mapping[str, Any]) -> tuple[NodeConfig, LocalizerConfig]:
+    """Both configurations from one flat mapping.
+
+    Raises:
+        ConfigError: a name is unknown or a value does not fit.
+    """
+    table = parameter_table()
+    unknown = [name for name in values if name not in table]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], table, n=1)
+        hint = f"Did you mean '{near[0]}'?" if near else f"Known: {', '.join(table)}."
+        raise ConfigError(f"There is no parameter '{unknown[0]}'. {hint}")
+
+    def of(group: type) -> dict[str, Any]:
+        return {name: value for name, value in values.items() if table[name].group is group}
+
+    return build_config(NodeConfig, of(NodeConfig)), build_config(LocalizerConfig, of(LocalizerConfig))
+
+
+def render_yaml() -> str:
+    """The text of ``config/localizer.yaml``: every parameter with its default."""
+    lines = [
+        "# SPDX-License-Identifier: Apache-2.0",
+        "# Every parameter of the nodes with its default. Made by: python -m kfloc_ros.nodes.parameters --yaml",
+        "/**:",
+        "  ros__parameters:",
+    ]
+    for row in parameter_table().values():
+        note = "; ".join(part for part in (_range(row.option), "live" if row.live else "") if part)
+        lines.append(f"    # {row.option.text}" + (f" ({note})" if note else ""))
+        lines.append(f"    {row.option.name}: {_literal(row.option.default)}")
+    return "\n".join(lines) + "\n"
+
+
+def render_markdown() -> str:
+    """The parameter table of ``docs/ros_interface.md``."""
+    lines = ["| parameter | type | default | range | live | meaning |", "|---|---|---|---|---|---|"]
+    for row in parameter_table().values():
+        item = row.option
+        cells = (
+            f"`{item.name}`", item.kind.__name__, f"`{_literal(item.default)}`", _range(item),
+            "yes" if row.live else "", item.text.replace("|", "\\|"),
+        )  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _range(item: Option) -> str:
+    if item.choices:
+        return ", ".join(item.choices)
+    if item.low is not None and item.high is not None:
+        return f"{item.low:g} to {item.high:g}"
+    if item.low is not None:
+        return f"at least {item.low:g}"
+    return "" if item.high is None else f"at most {item.high:g}"
+
+
+def _literal(value: Any) -> str:
+    """A default as YAML."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return f'"{value}"' if isinstance(value, str) else repr(value)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the parameter file or the documentation table."""
+    parser = argparse.ArgumentParser(prog="python -m kfloc_ros.nodes.parameters", description=__doc__)
+    shape = parser.add_mutually_exclusive_group(required=True)
+    shape.add_argument("--yaml", action="store_true", help="the text of config/localizer.yaml")
+    shape.add_argument("--markdown", action="store_true", help="the table in docs/ros_interface.md")
+    args = parser.parse_args(argv)
+    sys.stdout.write(render_yaml() if args.yaml else render_markdown())
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

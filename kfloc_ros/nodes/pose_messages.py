@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Poses and stamps to ROS messages and back, and covariances moved between bodies; imports nothing of ROS."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kfloc_ros.geometry.lie import make_pose, matrix_to_quaternion, quaternion_to_matrix, skew
+from kfloc_ros.types import Matrix
+
+_NS_PER_S = 1_000_000_000
+
+
+@dataclass(frozen=True, eq=False)
+class BodyPose:
+    """A pose ``T_map_body`` (4, 4) with its covariance (6, 6) in the convention of :mod:`kfloc_ros.types`."""
+
+    T_map_body: Matrix
+    covariance: Matrix
+
+    def moved(self, T_body_other: Matrix) -> BodyPose:
+        """The pose of another frame fixed to the same body.
+
+        The rotation error turns the body about its old origin, so that the other origin, at the map-frame
+        offset p from it, moves by ``dt + dr x p``.
+        """
+        offset = self.T_map_body[:3, :3] @ T_body_other[:3, 3]
+        adjoint = np.eye(6)
+        adjoint[:3, 3:] = -skew(offset)
+        return BodyPose(self.T_map_body @ T_body_other, adjoint @ self.covariance @ adjoint.T)
+
+    def fault(self) -> str:
+        """Why this pose must not be published, or empty: it has to be finite and its covariance positive."""
+        if not (np.isfinite(self.T_map_body).all() and np.isfinite(self.covariance).all()):
+            return "the pose or its covariance is not finite"
+        if (np.diagonal(self.covariance) <= 0).any():
+            return "the covariance has a variance that is not positive"
+        return ""
+
+
+def stamp_to_ns(stamp: Any) -> int:
+    """Nanoseconds of a ``builtin_interfaces/Time``."""
+    return int(stamp.sec) * _NS_PER_S + int(stamp.nanosec)
+
+
+def fill_stamp(stamp: Any, stamp_ns: int) -> None:
+    """Put nanoseconds into a ``builtin_interfaces/Time``."""
+    stamp.sec, stamp.nanosec = divmod(stamp_ns, _NS_PER_S)
+
+
+def fill_pose(message: Any, T: Matrix) -> None:
+    """Put a transform into a ``geometry_msgs/Pose``."""
+    _fill_xyz(message.position, T)
+    _fill_quaternion(message.orientation, T)
+
+
+def fill_transform(message: Any, T: Matrix) -> None:
+    """Put a transform into a ``geometry_msgs/Transform``."""
+    _fill_xyz(message.translation, T)
+    _fill_quaternion(message.rotation, T)
+
+
+def fill_pose_with_covariance(message: Any, pose: BodyPose, *, diagonal: bool = False) -> None:
+    """Put a pose into a ``geometry_msgs/PoseWithCovariance``; ``diagonal`` leaves out the cross terms."""
+    fill_pose(message.pose, pose.T_map_body)
+    symmetric = 0.5 * (pose.covariance + pose.covariance.T)
+    if diagonal:
+        symmetric = np.diag(np.diagonal(symmetric))
+    message.covariance = [float(value) for value in symmetric.reshape(-1)]
+
+
+def pose_from_message(message: Any) -> Matrix:
+    """Transform of a ``geometry_msgs/Pose``. Raises ValueError for a quaternion without length."""
+    return _transform(message.position, message.orientation)
+
+
+def transform_from_message(message: Any) -> Matrix:
+    """Transform of a ``geometry_msgs/Transform``. Raises ValueError for a quaternion without length."""
+    return _transform(message.translation, message.rotation)
+
+
+def _transform(xyz: Any, q: Any) -> Matrix:
+    translation = np.array([xyz.x, xyz.y, xyz.z], dtype=np.float64)
+    if not np.isfinite(translation).all():
+        raise ValueError(f"A translation must be finite, got {translation}.")
+    return make_pose(quaternion_to_matrix([q.x, q.y, q.z, q.w]), translation)
+
+
+def _fill_xyz(message: Any, T: Matrix) -> None:
+    message.x, message.y, message.z = (float(value) for value in T[:3, 3])
+
+
+def _fill_quaternion(message: Any, T: Matrix) -> None:
+    message.x, message.y, message.z, message.w = (float(value) for value in matrix_to_quaternion(T[:3, :3]))

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The hand-over between nodes that run in processes of their own: packets to topics and back.
+
+``frame/image``, ``frame/camera_info`` and ``frame/status`` carry a :class:`CameraFrame`; ``coarse_pose`` and
+``coarse_status`` what a :class:`CoarseResult` adds. All of a frame's messages have the image's stamp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from diagnostic_msgs.msg import DiagnosticArray
+from geometry_msgs.msg import PoseWithCovarianceStamped
+from rclpy.node import Node
+from sensor_msgs.msg import CameraInfo, Image
+
+from kfloc_ros.errors import FrameError
+from kfloc_ros.localizer import CoarseResult
+from kfloc_ros.nodes import qos
+from kfloc_ros.nodes.camera_messages import camera_from_info, fill_info
+from kfloc_ros.nodes.health import Counters
+from kfloc_ros.nodes.image_messages import decode_image, fill_image
+from kfloc_ros.nodes.packets import CameraFrame, CoarseFrame
+from kfloc_ros.nodes.pose_messages import (
+    BodyPose,
+    fill_pose_with_covariance,
+    fill_stamp,
+    pose_from_message,
+    stamp_to_ns,
+)
+from kfloc_ros.nodes.status_messages import (
+    Value,
+    counter_values,
+    make_status,
+    number,
+    read_counters,
+    read_timings,
+    read_values,
+    timing_values,
+)
+from kfloc_ros.types import CoarsePose, FilterReport, Frame
+
+Messages = Mapping[str, Any]
+"""The messages of one stamp by topic."""
+
+FRAME_TOPICS = {"frame/image": Image, "frame/camera_info": CameraInfo, "frame/status": DiagnosticArray}
+COARSE_TOPICS = {"coarse_pose": PoseWithCovarianceStamped, "coarse_status": DiagnosticArray}
+
+_KEPT = 8
+"""Stamps that may be incomplete at a time; the oldest is given up for a new one."""
+
+
+class StampJoiner:
+    """Collects the messages of one stamp from several topics, and hands them on when they are complete.
+
+    A stamp that is complete makes all older ones void.
+    """
+
+    def __init__(self, is_complete: Callable[[Messages], bool], hand_on: Callable[[Messages], None]) -> None:
+        self._is_complete, self._hand_on = is_complete, hand_on
+        self._parts: dict[int, dict[str, Any]] = {}
+
+    def add(self, topic: str, message: Any) -> None:
+        stamp_ns = stamp_to_ns(message.header.stamp)
+        parts = self._parts.setdefault(stamp_ns, {})
+        parts[topic] = message
+        if self._is_complete(parts):
+            # In order of arrival and not of stamps: after a jump back in time the later ones are the smaller ones.
+            for key in list(self._parts):
+                del self._parts[key]
+                if key == stamp_ns:
+                    break
+            self._hand_on(parts)
+        while len(self._parts) > _KEPT:
+            del self._parts[next(iter(self._parts))]
+
+
+def subscribe(node: Node, topics: Mapping[str, type], joiner: StampJoiner) -> None:
+    """Feed a joiner from topics."""
+    for topic, kind in topics.items():
+        node.create_subscription(kind, topic, lambda message, topic=topic: joiner.add(topic, message), qos.results())
+
+
+def frame_is_complete(messages: Messages) -> bool:
+    """Whether a :class:`CameraFrame` can be read."""
+    return all(topic in messages for topic in FRAME_TOPICS)
+
+
+def coarse_is_complete(messages: Messages) -> bool:
+    """Whether a :class:`CoarseFrame` can be read; a frame without a coarse pose has no ``coarse_pose``."""
+    if not frame_is_complete(messages) or "coarse_status" not in messages:
+        return False
+    return "coarse_pose" in messages or read_values(messages["coarse_status"]).get("success") != "true"
+
+
+class FramePublisher:
+    """Publishes camera frames."""
+
+    def __init__(self, node: Node, own: Callable[[], Counters]) -> None:
+        self._publishers = {
+            topic: node.create_publisher(kind, topic, qos.results(2)) for topic, kind in FRAME_TOPICS.items()
+        }
+        self._own = own
+
+    def __call__(self, packet: CameraFrame) -> None:
+        frame = packet.frame
+        info, image = fill_info(CameraInfo(), frame.camera), fill_image(Image(), frame.image)
+        for message in (info, image):
+            fill_stamp(message.header.stamp, frame.stamp_ns)
+            message.header.frame_id = packet.frame_id
+        values: dict[str, Value] = {"receipt_unix_ns": str(packet.receipt_unix_ns), "index": frame.index}
+        values |= counter_values(packet.counters(self._own())) | timing_values(packet.timings_ms)
+        self._publishers["frame/status"].publish(make_status(frame.stamp_ns, "frame", values))
+        self._publishers["frame/camera_info"].publish(info)
+        self._publishers["frame/image"].publish(image)
+
+
+def read_frame(messages: Messages) -> CameraFrame:
+    """The camera frame in messages of one stamp. Raises FrameError if one of them is damaged."""
+    image, info = messages["frame/image"], messages["frame/camera_info"]
+    values = read_values(messages["frame/status"])
+    frame = Frame(
+        image=decode_image(image),
+        camera=camera_from_info(info),
+        stamp_ns=stamp_to_ns(image.header.stamp),
+        index=int(number(values, "index")),
+    )
+    try:
+        receipt_unix_ns = int(values["receipt_unix_ns"])
+    except (KeyError, ValueError) as error:
+        raise FrameError("A frame/status has no 'receipt_unix_ns'; are all nodes of one version?") from error
+    return CameraFrame(frame, image.header.frame_id, receipt_unix_ns, read_timings(values), read_counters(values))
+
+
+class CoarsePublisher:
+    """Publishes coarse poses; ``with_status`` when another process refines them.
+
+    ``coarse_pose`` is the pose of the camera, whatever the base frame is.
+    """
+
+    def __init__(self, node: Node, map_frame: str, own: Callable[[], Counters], *, with_status: bool) -> None:
+        self._map_frame, self._own = map_frame, own
+        self._poses = node.create_publisher(PoseWithCovarianceStamped, "coarse_pose", qos.results())
+        self._statuses = node.create_publisher(DiagnosticArray, "coarse_status", qos.results()) if with_status else None
+
+    def __call__(self, packet: CoarseFrame) -> None:
+        result, pose = packet.result, packet.result.pose
+        success = False
+        if pose.success and pose.T_map_camera is not None and pose.covariance is not None:
+            body = BodyPose(pose.T_map_camera, pose.covariance)
+            success = not body.fault()
+            if success:
+                message = PoseWithCovarianceStamped()
+                fill_stamp(message.header.stamp, result.stamp_ns)
+                message.header.frame_id = self._map_frame
+                fill_pose_with_covariance(message.pose, body)
+                self._poses.publish(message)
+        if self._statuses is None:
+            return
+        values: dict[str, Value] = {
+            "success": success, "reason": pose.reason, "inliers": pose.inlier_count, "inlier_ratio": pose.inlier_ratio,
+            "filter_reset": result.filter.reset_reason, "prior_ratio": result.filter.prior_ratio,
+            "nis": result.filter.nis_mean, "rejected_ratio": result.filter.rejected_ratio,
+        }  # fmt: skip
+        values |= counter_values(packet.camera.counters(self._own())) | timing_values(result.timings_ms)
+        self._statuses.publish(make_status(result.stamp_ns, "coarse", values))
+
+
+def read_coarse(messages: Messages) -> CoarseFrame:
+    """The coarse frame in messages of one stamp. Raises FrameError if one of them is damaged."""
+    camera = read_frame(messages)
+    values = read_values(messages["coarse_status"])
+    pose_message = messages.get("coarse_pose")
+    T = covariance = None
+    if pose_message is not None:
+        try:
+            T = pose_from_message(pose_message.pose.pose)
+        except ValueError as error:
+            raise FrameError(f"A coarse_pose cannot be used: {error}") from error
+        covariance = np.asarray(pose_message.pose.covariance, dtype=np.float64).reshape(6, 6)
+    result = CoarseResult(
+        stamp_ns=camera.frame.stamp_ns,
+        pose=CoarsePose(
+            success=T is not None,
+            reason=values.get("reason", ""),
+            T_map_camera=T,
+            covariance=covariance,
+            inlier_count=int(number(values, "inliers")),
+            inlier_ratio=number(values, "inlier_ratio"),
+        ),
+        filter=FilterReport(
+            reset_reason=values.get("filter_reset", ""),
+            prior_ratio=number(values, "prior_ratio"),
+            nis_mean=number(values, "nis"),
+            rejected_ratio=number(values, "rejected_ratio"),
+        ),
+        timings_ms=read_timings(values),
+    )
+    whole_path = CameraFrame(
+        camera.frame, camera.frame_id, camera.receipt_unix_ns, camera.timings_ms, read_counters(values)
+    )
+    return CoarseFrame(whole_path, result)
