@@ -28,3 +28,7 @@ class FrameError(KflocError):
 
 class RosUnavailableError(KflocError):
     """ROS 2 is needed for this command and cannot be imported."""
+
+
+class ReplayError(KflocError):
+    """A replay could not be carried out: a node ended or did not come up in time."""

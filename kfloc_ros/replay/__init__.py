@@ -1,0 +1,12 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plays a bag over DDS to the live nodes, records what they answer, and evaluates it.
+
+The nodes run as processes of their own, and so does the agent that plays and records: the process
+that calls :func:`run_replay` never imports rclpy.
+"""
+
+from __future__ import annotations
+
+from kfloc_ros.replay.session import ReplayConfig, run_replay
+
+__all__ = ["ReplayConfig", "run_replay"]

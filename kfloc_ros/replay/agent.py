@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ROS side of a replay, a process of its own: waits for the nodes, plays the bag, records the answers.
+
+Speaks with its parent through lines of JSON on standard output: ``waiting``, ``ready``, ``progress``,
+``error`` and ``done``. SIGINT ends the play early; what was recorded until then is still written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import rclpy
+from rclpy.executors import SingleThreadedExecutor
+from rclpy.node import Node
+from rclpy.qos import HistoryPolicy, QoSProfile, ReliabilityPolicy
+from rclpy.signals import SignalHandlerOptions
+from rosgraph_msgs.msg import Clock
+from sensor_msgs.msg import CameraInfo, CompressedImage, Image
+
+from kfloc_ros.errors import KflocError
+from kfloc_ros.replay.bag_stream import BagEvent, BagStream, ReplayRange
+from kfloc_ros.replay.player import play
+from kfloc_ros.replay.recorder import Recorder
+from kfloc_ros.replay.recording import Played, Recording
+
+SENSOR_OUT = QoSProfile(history=HistoryPolicy.KEEP_LAST, depth=5, reliability=ReliabilityPolicy.RELIABLE)
+SETTLE_S = 0.5
+"""Wait after discovery, so that both sides of every connection know it."""
+QUIET_S = 3.0
+"""Without any answer for this long after the last image, the nodes are taken to be through."""
+TAIL_S = 0.3
+"""Wait after the last status for the messages that come with it."""
+
+
+class Agent:
+    """Publishers, recorder and the wait for the nodes."""
+
+    def __init__(self, node: Node, stream: BagStream) -> None:
+        self.recording = Recording()
+        self.stopped = threading.Event()
+        self._node, self._stream = node, stream
+        self._compressed = stream.transport == "compressed"
+        image_type, image_topic = (CompressedImage, "image/compressed") if self._compressed else (Image, "image")
+        self._image = node.create_publisher(image_type, image_topic, SENSOR_OUT)
+        self._info = node.create_publisher(CameraInfo, "camera_info", SENSOR_OUT)
+        self._clock = node.create_publisher(Clock, "/clock", SENSOR_OUT)
+        self.recorder = Recorder(node, self.recording)
+
+    def wait_for_nodes(self, names: Sequence[str], patience_s: float, clock_ns: int) -> str:
+        """Wait until all nodes are there, connected, and have said so on /diagnostics.
+
+        Returns:
+            What is still missing after ``patience_s``, or an empty string.
+        """
+        deadline = time.monotonic() + patience_s
+        missing = "everything"
+        while not self.stopped.is_set():
+            self.tick(clock_ns)
+            missing = self._missing(names)
+            if not missing:
+                self.stopped.wait(SETTLE_S)
+                return ""
+            if time.monotonic() > deadline:
+                return missing
+            self.stopped.wait(0.05)
+        return "interrupted"
+
+    def _missing(self, names: Sequence[str]) -> str:
+        present = set(self._node.get_node_names())
+        absent = [name for name in names if name not in present]
+        if absent:
+            return f"no node {', '.join(absent)}"
+        for what, publisher in (("image", self._image), ("camera_info", self._info), ("/clock", self._clock)):
+            if publisher.get_subscription_count() < (len(names) if what == "/clock" else 1):
+                return f"nobody listens to {what}"
+        for topic in ("pose", "coarse_pose", "status"):
+            if self._node.count_publishers(topic) < 1:
+                return f"nobody publishes {topic}"
+        heard = self.recorder.diagnosed
+        return "" if heard >= len(names) else f"heartbeats of {len(names) - heard} nodes on /diagnostics"
+
+    def tick(self, time_ns: int) -> None:
+        """Publish the replay's time."""
+        message = Clock()
+        message.clock.sec, message.clock.nanosec = divmod(time_ns, 10**9)
+        self._clock.publish(message)
+
+    def publish(self, event: BagEvent) -> None:
+        """Publish one recorded message as it is."""
+        if event.is_image:
+            self.recording.played.append(Played(event.stamp_ns, time.monotonic_ns()))
+            self._image.publish(event.data)
+            if len(self.recording.played) % 5 == 0:
+                say("progress", played=len(self.recording.played), answered=len(self.recording.status))
+        else:
+            self._info.publish(event.data)
+
+    def drain(self, clock_ns: int) -> None:
+        """Wait until the last image is answered or nothing comes any more."""
+        played = self.recording.played
+        end_s = time.monotonic()
+        while played and not self.stopped.is_set():
+            if self.recorder.has_answer(played[-1].stamp_ns):
+                break
+            if min(self.recorder.quiet_s(), time.monotonic() - end_s) > QUIET_S:
+                break
+            self.tick(clock_ns)
+            self.stopped.wait(0.05)
+        time.sleep(TAIL_S)
+
+
+def say(event: str, **values: Any) -> None:
+    """One line to the parent."""
+    print(json.dumps({"event": event, **values}), flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Play, record, and write the recording."""
+    parser = argparse.ArgumentParser(prog="python -m kfloc_ros.replay.agent", description=__doc__)
+    parser.add_argument("bag", type=Path)
+    parser.add_argument("recording", type=Path)
+    parser.add_argument("--image-topic")
+    parser.add_argument("--rate", type=float, default=1.0)
+    parser.add_argument("--start", type=float, default=0.0)
+    parser.add_argument("--duration", type=float)
+    parser.add_argument("--nodes", nargs="+", required=True)
+    parser.add_argument("--patience", type=float, default=60.0)
+    args = parser.parse_args(argv)
+    try:
+        with BagStream(args.bag, image_topic=args.image_topic) as stream:
+            return _run(args, stream)
+    except KflocError as error:
+        say("error", message=str(error))
+        return 1
+
+
+def _run(args: argparse.Namespace, stream: BagStream) -> int:
+    part = ReplayRange(args.start, args.duration)
+    rclpy.init(signal_handler_options=SignalHandlerOptions.NO)
+    node = rclpy.create_node("kfloc_replay")
+    agent = Agent(node, stream)
+    for which in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(which, lambda number, frame: agent.stopped.set())
+    executor = SingleThreadedExecutor()
+    executor.add_node(node)
+    spinning = threading.Event()
+
+    def spin() -> None:
+        while not spinning.is_set():
+            executor.spin_once(timeout_sec=0.1)
+
+    thread = threading.Thread(target=spin, name="recorder")
+    thread.start()
+    try:
+        first = next(iter(stream.events(part)), None)
+        if first is None:
+            say("error", message=f"'{args.bag}' has no image between --start and --duration.")
+            return 1
+        say("waiting")
+        missing = agent.wait_for_nodes(args.nodes, args.patience, first.log_ns)
+        if missing:
+            say("error", message=f"The nodes were not ready after {args.patience:g} s: {missing}.")
+            return 1
+        say("ready")
+        last_ns = first.log_ns
+
+        def publish(event: BagEvent) -> None:
+            nonlocal last_ns
+            last_ns = event.log_ns
+            agent.publish(event)
+
+        play(stream.events(part), rate=args.rate, publish=publish, tick=agent.tick, stopped=agent.stopped.is_set)
+        agent.drain(last_ns)
+    finally:
+        spinning.set()
+        thread.join()
+        executor.shutdown()
+        node.destroy_node()
+        rclpy.try_shutdown()
+    agent.recording.save(args.recording)
+    say("done", played=len(agent.recording.played), answered=len(agent.recording.status))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Subscribes to what the nodes publish and notes when it arrived. Imports rclpy; runs in the agent's process."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+from diagnostic_msgs.msg import DiagnosticArray
+from geometry_msgs.msg import PoseWithCovarianceStamped
+from rclpy.node import Node
+from rclpy.qos import HistoryPolicy, QoSProfile, ReliabilityPolicy
+
+from kfloc_ros.replay.recording import PoseSeen, Recording, StatusSeen
+
+RESULTS = QoSProfile(history=HistoryPolicy.KEEP_LAST, depth=200, reliability=ReliabilityPolicy.RELIABLE)
+
+
+class Recorder:
+    """Fills a :class:`Recording` from the topics of the nodes; callbacks run in the executor's thread."""
+
+    def __init__(self, node: Node, recording: Recording) -> None:
+        self._recording = recording
+        self._lock = threading.Lock()
+        self._last_arrival_s = time.monotonic()
+        self._answered: set[int] = set()
+        node.create_subscription(PoseWithCovarianceStamped, "pose", self._on_pose, RESULTS)
+        node.create_subscription(PoseWithCovarianceStamped, "coarse_pose", self._on_coarse, RESULTS)
+        node.create_subscription(DiagnosticArray, "status", self._on_status, RESULTS)
+        node.create_subscription(DiagnosticArray, "/diagnostics", self._on_diagnostics, RESULTS)
+        try:
+            from tf2_msgs.msg import TFMessage
+        except ImportError:  # an environment without the underlay: the nodes cannot broadcast either
+            node.get_logger().warning("tf2_msgs is not installed; /tf is not recorded.")
+        else:
+            node.create_subscription(TFMessage, "/tf", self._on_tf, RESULTS)
+
+    @property
+    def diagnosed(self) -> int:
+        """How many names have been heard on /diagnostics."""
+        with self._lock:
+            return len(self._recording.diagnostics)
+
+    def has_answer(self, stamp_ns: int) -> bool:
+        """Whether a status for this image has arrived."""
+        with self._lock:
+            return stamp_ns in self._answered
+
+    def quiet_s(self) -> float:
+        """Seconds since the last result."""
+        with self._lock:
+            return time.monotonic() - self._last_arrival_s
+
+    def _on_pose(self, message: Any) -> None:
+        seen = _pose_seen(message, time.monotonic_ns())
+        with self._lock:
+            self._recording.poses.append(seen)
+            self._last_arrival_s = time.monotonic()
+
+    def _on_coarse(self, message: Any) -> None:
+        seen = _pose_seen(message, time.monotonic_ns())
+        with self._lock:
+            self._recording.coarse.append(seen)
+
+    def _on_status(self, message: Any) -> None:
+        received_ns = time.monotonic_ns()
+        stamp_ns = _stamp_ns(message.header.stamp)
+        values = {pair.key: pair.value for status in message.status for pair in status.values}
+        with self._lock:
+            self._recording.status.append(StatusSeen(stamp_ns, received_ns, values))
+            self._answered.add(stamp_ns)
+            self._last_arrival_s = time.monotonic()
+
+    def _on_diagnostics(self, message: Any) -> None:
+        with self._lock:
+            for status in message.status:
+                self._recording.diagnostics[status.name] = {pair.key: pair.value for pair in status.values}
+
+    def _on_tf(self, message: Any) -> None:
+        with self._lock:
+            for transform in message.transforms:
+                edge = f"{transform.header.frame_id} -> {transform.child_frame_id}"
+                self._recording.transforms[edge] = self._recording.transforms.get(edge, 0) + 1
+
+
+def _stamp_ns(stamp: Any) -> int:
+    return int(stamp.sec) * 10**9 + int(stamp.nanosec)
+
+
+def _pose_seen(message: Any, received_ns: int) -> PoseSeen:
+    p, q = message.pose.pose.position, message.pose.pose.orientation
+    return PoseSeen(
+        stamp_ns=_stamp_ns(message.header.stamp),
+        received_ns=received_ns,
+        frame_id=message.header.frame_id,
+        xyz=(p.x, p.y, p.z),
+        xyzw=(q.x, q.y, q.z, q.w),
+        covariance=tuple(float(value) for value in message.pose.covariance),
+    )

@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One replay from beginning to end: start the nodes, play, evaluate, and leave no process behind."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import queue
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+
+from kfloc_ros.errors import ReplayError
+from kfloc_ros.evaluation.hardware import describe_hardware, resolve_device
+from kfloc_ros.evaluation.results import write_results
+from kfloc_ros.evaluation.summary import RunInfo, Summary
+from kfloc_ros.mapping.scene_map import read_description, resolve_map
+from kfloc_ros.replay.bag_stream import BagStream, ReplayRange
+from kfloc_ros.replay.environment import check_ros, ros_environment
+from kfloc_ros.replay.evaluate import active_seconds, replay_counts, replay_records
+from kfloc_ros.replay.processes import ProcessSet
+from kfloc_ros.replay.recording import Recording
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is going on, images played so far, and images in all."""
+
+AGENT = "agent"
+
+
+@dataclass(frozen=True)
+class ReplayConfig:
+    """What to play, where to, and how."""
+
+    bag: Path
+    map: str
+    out: Path
+    rate: float = 1.0
+    separate: bool = False
+    """Three processes (camera, filter, refiner) instead of one."""
+    start_s: float = 0.0
+    duration_s: float | None = None
+    image_topic: str | None = None
+    """Which images to play where the bag has several."""
+    device: str = "auto"
+    filter: bool = True
+    refine: bool = True
+    patience_s: float = 90.0
+    """How long the nodes may take to come up."""
+    domain_id: int | None = None
+    poses: str = "bag"
+    """Name of the ground truth, for the report."""
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """The nodes to start; each is ``kfloc_ros.nodes.<name>``."""
+        return ("camera_node", "filter_node", "refiner_node") if self.separate else ("localizer",)
+
+
+def run_replay(config: ReplayConfig, *, command: str = "", progress: Progress | None = None) -> Summary:
+    """Play a bag to the live nodes and write the result folder.
+
+    A KeyboardInterrupt ends the play; the summary of what was done until then is written and marked
+    ``interrupted``. Every process that was started has ended when this returns or raises.
+
+    Raises:
+        RosUnavailableError: there is no rclpy.
+        SourceError: the bag cannot be used.
+        MapError: there is no such map.
+        ReplayError: a node ended or did not come up.
+    """
+    check_ros()
+    map_path = resolve_map(config.map).absolute()
+    read_description(map_path)  # a missing or newer map is told here, in one sentence, and not by a node's log
+    part = ReplayRange(config.start_s, config.duration_s)
+    with BagStream(config.bag, image_topic=config.image_topic) as stream:
+        total = stream.image_count(part)
+        truth, positions, transport = stream.truth(), stream.positions(), stream.transport
+    logs = config.out / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    report = progress or (lambda text, done, total: None)
+    interrupted = False
+    with tempfile.TemporaryDirectory(prefix="kfloc_replay_") as folder:
+        recording_path = Path(folder) / "recording.json"
+        with ProcessSet(ros_environment(config.domain_id)) as processes:
+            report("starting the nodes", 0, total)
+            parameters = _write_parameters(Path(folder), config, map_path, transport)
+            for name in config.nodes:
+                processes.start(name, f"kfloc_ros.nodes.{name}", _node_arguments(parameters), log=logs / f"{name}.log")
+            arguments = _agent_arguments(config, recording_path)
+            output = processes.start(AGENT, "kfloc_ros.replay.agent", arguments, log=logs / "agent.log", pipe=True)
+            assert output is not None
+            lines = _lines(output)
+            try:
+                _follow(processes, lines, total, report)
+            except KeyboardInterrupt:
+                interrupted = True
+                processes.interrupt(AGENT)
+                with contextlib.suppress(ReplayError):
+                    _follow(processes, lines, total, report)
+        if not recording_path.exists():
+            if interrupted:
+                raise KeyboardInterrupt
+            raise ReplayError(f"The replay agent wrote no recording: {processes.log_tail(AGENT)}")
+        recording = Recording.load(recording_path)
+    if not recording.played:
+        raise KeyboardInterrupt
+    report("evaluating", len(recording.played), total)
+    records = replay_records(recording, truth, positions)
+    counts = replay_counts(recording, records)
+    device = resolve_device(config.device)
+    run = RunInfo(
+        kind="replay",
+        command=command,
+        map=str(map_path),
+        source=str(config.bag),
+        poses=config.poses,
+        split=None,
+        frames=None,
+        hardware=describe_hardware(device),
+        received=counts.received,
+        processed=counts.processed,
+        dropped=counts.dropped,
+        duration_s=active_seconds(recording, config.rate),
+        interrupted=interrupted,
+        options={
+            "rate": config.rate,
+            "separate": config.separate,
+            "device": device,
+            "filter": config.filter,
+            "refine": config.refine,
+            "start_s": config.start_s,
+            "played_s": config.duration_s,
+            "played": counts.played,
+            "lost_in_transport": counts.lost,
+            "transforms": dict(recording.transforms),
+            "node_exits": {name: asdict(ending) for name, ending in processes.endings.items()},
+            "processes_left": processes.left(),
+        },
+    )
+    return write_results(config.out, records, run)
+
+
+def _write_parameters(folder: Path, config: ReplayConfig, map_path: Path, transport: str) -> Path:
+    values = {
+        "map": str(map_path),
+        "image_transport": transport,
+        "use_sim_time": True,
+        "device": config.device,
+        "filter": config.filter,
+        "refine": config.refine,
+    }
+    path = folder / "parameters.yaml"
+    path.write_text(yaml.safe_dump({"/**": {"ros__parameters": values}}), encoding="utf-8")
+    return path
+
+
+def _node_arguments(parameters: Path) -> list[str]:
+    return ["--ros-args", "--params-file", str(parameters)]
+
+
+def _agent_arguments(config: ReplayConfig, recording: Path) -> list[str]:
+    arguments = [str(config.bag), str(recording), f"--rate={config.rate}", f"--start={config.start_s}"]
+    if config.duration_s is not None:
+        arguments.append(f"--duration={config.duration_s}")
+    if config.image_topic is not None:
+        arguments.append(f"--image-topic={config.image_topic}")
+    return [*arguments, f"--patience={config.patience_s}", "--nodes", *config.nodes]
+
+
+def _lines(output: IO[str]) -> queue.Queue[str | None]:
+    """Lines of a pipe, then None, through a thread, so that waiting for one can have a time limit."""
+    lines: queue.Queue[str | None] = queue.Queue()
+
+    def read() -> None:
+        with contextlib.suppress(ValueError, OSError):  # the pipe is closed under us at the end
+            for line in output:
+                lines.put(line)
+        lines.put(None)
+
+    threading.Thread(target=read, name="agent output", daemon=True).start()
+    return lines
+
+
+def _follow(processes: ProcessSet, lines: queue.Queue[str | None], total: int, report: Progress) -> None:
+    """Follow the agent until it is done. Raises ReplayError if it or a node fails."""
+    for message in _messages(processes, lines):
+        event = message["event"]
+        if event == "waiting":
+            report("waiting for the nodes", 0, total)
+        elif event == "ready":
+            report("playing", 0, total)
+        elif event == "progress":
+            report("playing", int(message["played"]), total)
+        elif event == "error":
+            raise ReplayError(str(message["message"]))
+        elif event == "done":
+            report("playing", int(message["played"]), total)
+            return
+
+
+def _messages(processes: ProcessSet, lines: queue.Queue[str | None]) -> Iterator[dict[str, Any]]:
+    while True:
+        try:
+            line = lines.get(timeout=0.2)
+        except queue.Empty:
+            for name in processes.ended():
+                if name != AGENT:
+                    raise ReplayError(
+                        f"{name} ended with exit code {processes.exit_code(name)} during the replay; "
+                        f"its last words: {processes.log_tail(name)}"
+                    ) from None
+            continue
+        if line is None:
+            raise ReplayError(f"The replay agent ended early; its last words: {processes.log_tail(AGENT)}")
+        with contextlib.suppress(json.JSONDecodeError):  # a library may print something of its own
+            message = json.loads(line)
+            if isinstance(message, dict) and "event" in message:
+                yield message
