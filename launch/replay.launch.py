@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Play a bag to the live nodes, record what they answer, and evaluate it against the bag's ground truth.
+
+    ros2 launch kfloc_ros replay.launch.py bag:=out/kitchen_bag map:=maps/kitchen out:=out/kitchen_live
+
+The work is `kfloc replay`'s, which starts the nodes itself so that they are up before the first frame counts.
+"""
+
+from __future__ import annotations
+
+from launch import LaunchContext, LaunchDescription, LaunchDescriptionEntity
+from launch.actions import DeclareLaunchArgument, EmitEvent, ExecuteProcess, OpaqueFunction
+from launch.events import Shutdown
+from launch_ros.substitutions import ExecutableInPackage
+
+
+def generate_launch_description() -> LaunchDescription:
+    """What `ros2 launch` runs."""
+    return LaunchDescription(
+        [
+            DeclareLaunchArgument("bag", description="Folder of the rosbag2 to play (see `kfloc bag make`)."),
+            DeclareLaunchArgument("map", description="Map folder, or the name of a map shipped with the package."),
+            DeclareLaunchArgument("out", description="Folder for the results: summary.json, report.md and the rest."),
+            DeclareLaunchArgument("rate", default_value="1.0", description="Playing speed; 1.0 is as recorded."),
+            DeclareLaunchArgument(
+                "composed",
+                default_value="true",
+                choices=["true", "false"],
+                description="true: all nodes in one process; false: three processes.",
+            ),
+            OpaqueFunction(function=start),
+        ]
+    )
+
+
+def start(context: LaunchContext) -> list[LaunchDescriptionEntity]:
+    """The replay process; the launch ends with it."""
+    given = context.launch_configurations
+    command = [
+        ExecutableInPackage("kfloc", "kfloc_ros"), "replay", given["bag"], "--map", given["map"],
+        "--out", given["out"], "--rate", given["rate"],
+    ]  # fmt: skip
+    if given["composed"] == "false":
+        command.append("--separate")
+    return [
+        ExecuteProcess(
+            cmd=command,
+            name="replay",
+            output="screen",
+            emulate_tty=True,
+            # It stops its own processes on SIGINT, which takes longer than launch waits by default.
+            sigterm_timeout="20",
+            on_exit=[EmitEvent(event=Shutdown(reason="the replay has ended"))],
+        )
+    ]
