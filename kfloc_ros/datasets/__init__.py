@@ -13,6 +13,7 @@ __all__ = ["SOURCE_KINDS", "FrameSource", "Selection", "open_source", "select"]
 SOURCE_KINDS = {
     "7scenes": "a folder with frame-000000.color.png|jpg, .depth.png, .pose.txt (or one level of seq-* folders)",
     "bag": "a rosbag2 folder as `kfloc bag make` writes it",
+    "sim": "the rendered room of the demo: sim:map, sim:localize, or the shorter sim:map-quick, sim:localize-quick",
 }
 """Prefix of a SOURCE and what it holds."""
 
@@ -40,8 +41,12 @@ def open_source(
         from kfloc_ros.datasets.seven_scenes import SevenScenes
 
         source: FrameSource = SevenScenes(Path(path), poses=poses, depth=depth)
+    elif kind == "sim":
+        from kfloc_ros.simulation.source import SimulatedSource
+
+        source = SimulatedSource.from_name(path)
     else:
         from kfloc_ros.datasets.bag import BagSource
 
-        source = BagSource(Path(path))
+        source = BagSource(Path(path), depth=depth)
     return select(source, frames=frames, split=split)

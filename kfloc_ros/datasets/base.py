@@ -33,6 +33,11 @@ class FrameSource(ABC):
     def indices(self) -> Sequence[int]:
         """``Frame.index`` of every frame, without reading any image."""
 
+    def encoded_image(self, position: int) -> bytes | None:
+        """The image as it was recorded, if that is a JPEG, so that a bag can hold it without loss; else None."""
+        del position
+        return None
+
     def __iter__(self) -> Iterator[Frame]:
         for position in range(len(self)):
             yield self[position]
@@ -55,6 +60,9 @@ class Selection(FrameSource):
 
     def __getitem__(self, position: int) -> Frame:
         return self._source[self._positions[position]]
+
+    def encoded_image(self, position: int) -> bytes | None:
+        return self._source.encoded_image(self._positions[position])
 
     def indices(self) -> Sequence[int]:
         whole = self._source.indices()

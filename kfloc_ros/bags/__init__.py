@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rosbag2 recordings, written and read without ROS."""
