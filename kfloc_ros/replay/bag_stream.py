@@ -13,6 +13,7 @@ from typing import Any
 from rosbags.highlevel import AnyReader, AnyReaderError
 from rosbags.typesys import Stores, get_typestore
 
+from kfloc_ros.bags.topics import IMAGE_TOPIC, TRUTH_TOPIC
 from kfloc_ros.errors import SourceError
 from kfloc_ros.geometry.lie import make_pose, quaternion_to_matrix
 from kfloc_ros.types import Matrix
@@ -122,7 +123,7 @@ class BagStream:
         """
         if not self._truth:
             return {}
-        connection = self._pick(POSE, "")
+        connection = self._pick(POSE, TRUTH_TOPIC.rpartition("/")[0])
         poses: dict[int, Matrix] = {}
         for _, _, data in self._reader.messages([connection]):
             message: Any = self._reader.deserialize(data, POSE)
@@ -140,11 +141,13 @@ class BagStream:
                 if connection.topic == topic and connection.msgtype in (COMPRESSED, RAW):
                     return connection
             raise SourceError(f"'{self.path}' has no image topic '{topic}'; it has {self._topics()}.")
-        kinds = {connection.msgtype for connection in self._reader.connections}
-        return self._pick(COMPRESSED if COMPRESSED in kinds else RAW, "")
+        kinds = {connection.topic: connection.msgtype for connection in self._reader.connections}
+        if kinds.get(IMAGE_TOPIC) == COMPRESSED:  # a bag of our own, which also has compressed depth
+            return self._pick_image(IMAGE_TOPIC)
+        return self._pick(COMPRESSED if COMPRESSED in kinds.values() else RAW, "")
 
     def _pick(self, kind: str, near: str) -> Any:
-        """The one connection of a type; with several, the one in the namespace ``near``."""
+        """The one connection of a type; with several topics, the one in the namespace ``near``."""
         found = [connection for connection in self._reader.connections if connection.msgtype == kind]
         topics = {connection.topic for connection in found}
         if len(topics) > 1 and near:
