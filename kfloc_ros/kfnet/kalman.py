@@ -39,7 +39,7 @@ def update(
 ) -> Update:
     """Fuse a prior (3, ...) with a measurement (3, ...).
 
-    K = P / (P + R);  x' = x + K (z - x);  P' = (1 - K) P.
+    K = P / (P + R);  x' = x + K (z - x);  P' = (1 - K) P, computed as P R / (P + R), which does not cancel.
     """
     P = prior_variance.clamp(min=MIN_VARIANCE_M2)
     R = measurement_variance.clamp(min=MIN_VARIANCE_M2)
@@ -48,6 +48,6 @@ def update(
     innovation = measurement - prior_mean
     return Update(
         mean=prior_mean + gain * innovation,
-        variance=(1.0 - gain) * P,
+        variance=gain * R,
         nis=(innovation * innovation).sum(0) / S,
     )

@@ -18,6 +18,8 @@ REFINE_RADIUS = 2
 """Cells of stride 8 around the displacement found above."""
 PIXEL_LOCKING_VARIANCE = 0.02
 """Square cells; what remains uncertain even under a sharp match."""
+MIN_CORRELATION = 0.5
+"""A cell whose best match is less alike than this came into view, or was occluded."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +31,7 @@ class Flow:
     variance: torch.Tensor
     """(h, w) square cells, per axis."""
     valid: torch.Tensor
-    """(h, w) bool: the match lies inside the previous image and inside the search window."""
+    """(h, w) bool: the match is alike and lies inside the previous image and the search window."""
 
 
 def backward_flow(current: torch.Tensor, previous: torch.Tensor, temperature: float) -> Flow:
@@ -60,7 +62,8 @@ def backward_flow(current: torch.Tensor, previous: torch.Tensor, temperature: fl
     variance = (second - mean * mean).clamp(min=0).mean(1) + PIXEL_LOCKING_VARIANCE
     offset = mean.t().reshape(2, h, w) + base
     target_x, target_y = x + offset[0], y + offset[1]
-    valid = (target_x >= 0) & (target_x <= w - 1) & (target_y >= 0) & (target_y <= h - 1) & ~at_edge
+    alike = (probability * scores).sum(1).reshape(h, w) >= MIN_CORRELATION
+    valid = alike & (target_x >= 0) & (target_x <= w - 1) & (target_y >= 0) & (target_y <= h - 1) & ~at_edge
     return Flow(offset, variance.reshape(h, w), valid)
 
 

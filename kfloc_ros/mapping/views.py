@@ -106,7 +106,7 @@ def cell_coordinates(
     H, W = view.depth_m.shape
     inside = (u >= 0) & (u < W) & (v >= 0) & (v < H)
     u, v = np.clip(u, 0, W - 1), np.clip(v, 0, H - 1)
-    smooth = smooth_depth_mask(torch.from_numpy(view.depth_m)).numpy()
+    smooth = smooth_depth_mask(view.depth_m)
     z = view.depth_m[v, u].astype(np.float64)
     camera, T = view.camera, view.T_map_camera
     points = np.stack([(pixels[:, 0] - camera.cx) / camera.fx * z, (pixels[:, 1] - camera.cy) / camera.fy * z, z], axis=1)

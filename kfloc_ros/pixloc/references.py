@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -95,7 +96,7 @@ def extract_reference_points(
         T_map_camera: (4, 4) pose of the view.
         max_points: how many to keep at most.
     """
-    uv, depth = _candidates(torch.from_numpy(depth_m))
+    uv, depth = _candidates(depth_m)
     coarse = FeatureImage.from_maps(features.coarse[0].cpu().float(), features.reliability[0].cpu().float(), COARSE_STRIDE)
     fine = FeatureImage.from_maps(
         features.fine[0].cpu().float(), torch.ones(features.fine.shape[-2:]), FINE_STRIDE
@@ -117,21 +118,20 @@ def extract_reference_points(
     )
 
 
-def smooth_depth_mask(depth_m: torch.Tensor) -> torch.Tensor:
+def smooth_depth_mask(depth_m: NDArray[np.float32]) -> NDArray[np.bool_]:
     """(H, W) bool: depth known throughout the 5x5 neighbourhood and varying by less than 3 % + 1 cm."""
-    nearest = -F.max_pool2d(-depth_m[None, None], 5, stride=1, padding=2)[0, 0]
-    farthest = F.max_pool2d(depth_m[None, None], 5, stride=1, padding=2)[0, 0]
-    return (nearest > 0.1) & (farthest - nearest < 0.03 * nearest + 0.01)
+    window = np.ones((5, 5), dtype=np.uint8)
+    nearest, farthest = cv2.erode(depth_m, window), cv2.dilate(depth_m, window)
+    return np.asarray((nearest > 0.1) & (farthest - nearest < 0.03 * nearest + 0.01))
 
 
-def _candidates(depth_m: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _candidates(depth_m: NDArray[np.float32]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Grid pixels (N, 2) with usable depth, and that depth (N,)."""
     H, W = depth_m.shape
-    rows = torch.arange(BORDER_PX, H - BORDER_PX, CANDIDATE_STEP_PX)
-    cols = torch.arange(BORDER_PX, W - BORDER_PX, CANDIDATE_STEP_PX)
-    v, u = (grid.reshape(-1) for grid in torch.meshgrid(rows, cols, indexing="ij"))
-    keep = smooth_depth_mask(depth_m)[v, u]
-    u, v = u[keep], v[keep]
-    return torch.stack([u, v], dim=1).float(), depth_m[v, u]
+    grid = np.zeros((H, W), dtype=bool)
+    grid[BORDER_PX : H - BORDER_PX : CANDIDATE_STEP_PX, BORDER_PX : W - BORDER_PX : CANDIDATE_STEP_PX] = True
+    v, u = np.nonzero(grid & smooth_depth_mask(depth_m))
+    return torch.from_numpy(np.stack([u, v], axis=1).astype(np.float32)), torch.from_numpy(depth_m[v, u])
 
 
 def _corner_strength(rows: torch.Tensor, channels: int) -> torch.Tensor:

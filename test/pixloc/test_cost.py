@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The feature-metric cost: its Jacobians agree with autograd, its sampling with grid_sample."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from kfloc_ros.geometry.camera import Camera
+from kfloc_ros.geometry.lie import make_pose, so3_exp, so3_exp_torch
+from kfloc_ros.pixloc.cost import FeatureImage, RobustLoss, linearize, project, projection_jacobian
+from kfloc_ros.pixloc.optimizer import StopRule, left_update, minimize
+
+CAMERA = Camera(160, 128, 140.0, 145.0, 80.0, 63.0)
+
+
+def scene(count: int = 300) -> tuple[torch.Tensor, np.ndarray]:
+    generator = torch.Generator().manual_seed(0)
+    points = (torch.rand(count, 3, generator=generator, dtype=torch.float64) - 0.5) * torch.tensor([1.6, 1.2, 0.8])
+    points[:, 2] += 2.0
+    return points, make_pose(so3_exp([0.05, -0.03, 0.02]), [0.02, -0.01, 0.05])
+
+
+def image(channels: int = 8, stride: float = 4.0) -> FeatureImage:
+    generator = torch.Generator().manual_seed(1)
+    maps = torch.randn(1, channels, 10, 12, generator=generator)
+    smooth = F.interpolate(maps, (32, 40), mode="bicubic")[0]
+    return FeatureImage.from_maps(smooth, torch.rand(32, 40, generator=generator), stride)
+
+
+def test_projection_jacobian_agrees_with_autograd() -> None:
+    points, pose = scene(20)
+    T = torch.from_numpy(pose)
+
+    def projected(delta: torch.Tensor) -> torch.Tensor:
+        moved = torch.eye(4, dtype=torch.float64)
+        moved = torch.cat([torch.cat([so3_exp_torch(delta[3:]), delta[:3, None]], dim=1), moved[3:]])
+        return project(points, moved @ T, CAMERA, 4.0)[0]
+
+    expected = torch.autograd.functional.jacobian(projected, torch.zeros(6, dtype=torch.float64))
+    _, P, _ = project(points, T, CAMERA, 4.0)
+    assert torch.allclose(projection_jacobian(P, CAMERA, 4.0), expected, atol=1e-9)
+
+
+def test_sampling_agrees_with_grid_sample() -> None:
+    level = image()
+    uv = torch.rand(100, 2) * torch.tensor([39.0, 31.0])
+    rows, inside = level.sample(uv)
+    maps = level.table.t().reshape(1, -1, 32, 40)
+    grid = uv / torch.tensor([39.0, 31.0]) * 2 - 1
+    expected = F.grid_sample(maps, grid[None, None], align_corners=True)[0, :, 0].t()
+    assert inside.all()
+    assert torch.allclose(rows, expected, atol=1e-5)
+
+
+def test_gradient_is_the_central_difference_of_the_interpolated_map() -> None:
+    level = image()
+    C = level.channels
+    uv = torch.rand(50, 2) * 20 + 5
+    rows, _ = level.sample(uv)
+    right, _ = level.sample(uv + torch.tensor([1.0, 0.0]))
+    left, _ = level.sample(uv - torch.tensor([1.0, 0.0]))
+    assert torch.allclose(rows[:, C : 2 * C], (right[:, :C] - left[:, :C]) / 2, atol=1e-5)
+
+
+def test_normal_equations_agree_with_dense_jacobians() -> None:
+    """H = sum w J^T J and g = sum w J^T r, built the long way from C x 6 Jacobians."""
+    points, pose = scene()
+    level, loss = image(), RobustLoss(0.5)
+    C = level.channels
+    features = torch.randn(len(points), C)
+    confidence = torch.rand(len(points))
+    T = torch.from_numpy(pose)
+    at = linearize(level, points.float(), features, confidence, T.float(), CAMERA, loss)
+    uv, P, front = project(points.float(), T.float(), CAMERA, level.stride)
+    rows, inside = level.sample(uv)
+    r = rows[:, :C] - features
+    weight = confidence * rows[:, 3 * C] * (inside & front)
+    total = weight.sum()
+    weight = weight * loss.weight((r * r).sum(1)) / total
+    gradient = torch.stack([rows[:, C : 2 * C], rows[:, 2 * C : 3 * C]], dim=2)
+    J = gradient @ projection_jacobian(P, CAMERA, level.stride)
+    H = torch.einsum("n,nci,ncj->ij", weight, J, J)
+    g = torch.einsum("n,nci,nc->i", weight, J, r)
+    assert torch.allclose(at.H.float(), H, rtol=1e-3, atol=1e-5)
+    assert torch.allclose(at.g.float(), g, rtol=1e-3, atol=1e-5)
+    assert at.valid_count == int((inside & front).sum())
+
+
+def test_no_point_in_view_is_an_infinite_cost_not_a_crash() -> None:
+    points, pose = scene(10)
+    behind = torch.from_numpy(make_pose(np.eye(3), [0, 0, -10.0]) @ pose).float()
+    at = linearize(image(), points.float(), torch.randn(10, 8), torch.ones(10), behind, CAMERA, RobustLoss(0.5))
+    assert at.cost == float("inf")
+    assert at.valid_count == 0
+
+
+def test_robust_loss_weight_is_its_derivative() -> None:
+    loss = RobustLoss(0.3)
+    x = torch.linspace(0, 4, 50, dtype=torch.float64, requires_grad=True)
+    (derivative,) = torch.autograd.grad(loss.value(x).sum(), x)
+    assert torch.allclose(derivative, loss.weight(x.detach()))
+    assert float(loss.weight(torch.zeros(1))) == 1.0
+
+
+def test_minimize_finds_the_pose_the_features_were_sampled_at() -> None:
+    points, truth = scene()
+    level = image(channels=16)
+    uv, _, _ = project(points.float(), torch.from_numpy(truth).float(), CAMERA, level.stride)
+    rows, inside = level.sample(uv)
+    features, confidence = rows[:, :16], inside.float()
+
+    def at(T: np.ndarray):  # type: ignore[no-untyped-def]
+        pose = torch.from_numpy(T).float()
+        return linearize(level, points.float(), features, confidence, pose, CAMERA, RobustLoss(0.5))
+
+    start = left_update(truth, np.array([0.01, -0.02, 0.02, 0.005, 0.01, -0.01]))
+    result = minimize(at, start, StopRule(30))
+    error = result.T_camera_map @ np.linalg.inv(truth)
+    assert np.linalg.norm(error[:3, 3]) < 1e-3
+    assert error[:3, :3] == pytest.approx(np.eye(3), abs=1e-3)
+    assert result.end.cost < result.start.cost
+    costs = [at(T).cost for T in result.poses]
+    assert costs == sorted(costs, reverse=True)

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reference views: nearest by place and direction; points on smooth depth, spread over the image."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from kfloc_ros.features.trunk import TrunkFeatures
+from kfloc_ros.geometry.camera import Camera
+from kfloc_ros.geometry.lie import make_pose, so3_exp
+from kfloc_ros.pixloc.references import ReferencePoints, ReferenceViews, extract_reference_points, smooth_depth_mask
+
+CAMERA = Camera(320, 256, 260.0, 260.0, 159.5, 127.5)
+
+
+def random_features() -> TrunkFeatures:
+    generator = torch.Generator().manual_seed(0)
+
+    def maps(channels: int, stride: int) -> torch.Tensor:
+        return F.normalize(torch.randn(1, channels, 256 // stride, 320 // stride, generator=generator), dim=1)
+
+    return TrunkFeatures(maps(64, 8), maps(24, 4), maps(128, 8), torch.rand(1, 32, 40, generator=generator))
+
+
+def test_points_lie_on_the_depth_they_came_from_and_cover_the_image() -> None:
+    depth = np.full((256, 320), 2.0, dtype=np.float32)
+    T = make_pose(so3_exp([0.1, 0.2, -0.1]), [1.0, 2.0, 3.0])
+    points = extract_reference_points(random_features(), depth, CAMERA, T, max_points=200)
+    assert len(points) == 200
+    P = points.points.double().numpy() @ T[:3, :3] - T[:3, 3] @ T[:3, :3]
+    assert np.abs(P[:, 2] - 2.0).max() < 1e-4
+    u = P[:, 0] / P[:, 2] * CAMERA.fx + CAMERA.cx
+    v = P[:, 1] / P[:, 2] * CAMERA.fy + CAMERA.cy
+    buckets = {(int(a), int(b)) for a, b in zip(u // 32, v // 32, strict=True)}
+    assert len(buckets) == 80  # every bucket of the 10 x 8 has its best point
+    assert torch.allclose(points.coarse.norm(dim=1), torch.ones(200), atol=1e-5)
+
+
+def test_depth_edges_and_holes_give_no_points() -> None:
+    depth = np.full((256, 320), 2.0, dtype=np.float32)
+    depth[:, 160:] = 3.0
+    depth[100:120, 40:60] = 0.0
+    mask = smooth_depth_mask(depth)
+    assert not mask[:, 158:162].any()
+    assert not mask[98:122, 38:62].any()
+    assert mask[50, 50]
+
+
+def test_nearest_counts_place_and_direction() -> None:
+    poses = np.stack(
+        [
+            make_pose(np.eye(3), [0.5, 0, 0]),
+            make_pose(so3_exp([0, np.radians(90), 0]), [0, 0, 0]),
+            make_pose(so3_exp([0, np.radians(5), 0]), [0.1, 0, 0]),
+        ]
+    )
+    empty = ReferencePoints(torch.zeros(0, 3), torch.zeros(0, 64), torch.zeros(0, 24), torch.zeros(0))
+    views = ReferenceViews((10, 20, 30), poses, (empty, empty, empty))
+    assert views.nearest(np.eye(4), 3) == [2, 0, 1]
+    assert views.nearest(np.eye(4), 1) == [2]
