@@ -10,8 +10,8 @@ An argument left empty leaves the value of the parameter file alone; one that is
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from ament_index_python.packages import get_package_share_directory
 from launch import LaunchContext, LaunchDescription, LaunchDescriptionEntity
@@ -24,9 +24,11 @@ YES_NO = ("true", "false")
 FASTDDS_VARIABLES = ("FASTDDS_DEFAULT_PROFILES_FILE", "FASTRTPS_DEFAULT_PROFILES_FILE")
 
 
-@dataclass(frozen=True)
-class Argument:
-    """A launch argument. ``parameter``: the node parameter that it overrides when it is given."""
+class Argument(NamedTuple):
+    """A launch argument. ``parameter``: the type of the node parameter of that name, which it overrides when given.
+
+    A named tuple: launch loads this file without entering it in sys.modules, which dataclasses need.
+    """
 
     name: str
     default: str
