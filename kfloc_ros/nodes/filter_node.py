@@ -26,6 +26,7 @@ from kfloc_ros.nodes.topics import (
     read_frame,
     subscribe,
 )
+from kfloc_ros.nodes.warm_up import warm_up
 from kfloc_ros.nodes.worker import LatestWorker
 
 
@@ -61,6 +62,7 @@ class _FilterApplication:
 
     def __init__(self, node: Node, parameters: ParameterServer, scene_map: SceneMap) -> None:
         self._health = Health(node.get_logger())
+        warm_up(scene_map, parameters.localizer)
         stage = CoarseStage(scene_map, parameters.localizer)
         self._camera = stage.camera
         map_frame = parameters.node.map_frame or scene_map.frame_id

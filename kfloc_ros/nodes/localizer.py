@@ -14,6 +14,7 @@ from kfloc_ros.nodes.parameter_server import ParameterServer
 from kfloc_ros.nodes.refiner_node import RefinerComponent
 from kfloc_ros.nodes.runtime import run_node
 from kfloc_ros.nodes.topics import CoarsePublisher
+from kfloc_ros.nodes.warm_up import warm_up
 
 
 class LocalizerApplication:
@@ -21,6 +22,7 @@ class LocalizerApplication:
 
     def __init__(self, node: Node, parameters: ParameterServer, scene_map: SceneMap) -> None:
         health = Health(node.get_logger())
+        warm_up(scene_map, parameters.localizer)
         localizer = Localizer(scene_map, parameters.localizer)
         map_frame = parameters.node.map_frame or scene_map.frame_id
         publish_coarse = CoarsePublisher(node, map_frame, lambda: health.counters, with_status=False)

@@ -38,6 +38,7 @@ from kfloc_ros.nodes.topics import (
     read_coarse,
     subscribe,
 )
+from kfloc_ros.nodes.warm_up import warm_up
 from kfloc_ros.nodes.worker import LatestWorker
 from kfloc_ros.types import PoseEstimate
 
@@ -104,6 +105,7 @@ class _RefinerApplication:
     def __init__(self, node: Node, parameters: ParameterServer, scene_map: SceneMap) -> None:
         self._health = Health(node.get_logger())
         self._camera = scene_map.camera
+        warm_up(scene_map, parameters.localizer)
         stage = RefineStage(scene_map, parameters.localizer)
         self._component = RefinerComponent(node, parameters, scene_map, stage, self._health)
         self._worker = LatestWorker("refiner", self._process, self._on_error)

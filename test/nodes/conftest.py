@@ -1,0 +1,353 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A small textured room, a map of it, and a harness that speaks to live nodes over DDS."""
+
+from __future__ import annotations
+
+import array
+import functools
+import importlib.util
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from kfloc_ros.datasets.base import FrameSource
+from kfloc_ros.geometry.camera import Camera
+from kfloc_ros.geometry.lie import make_pose, so3_exp
+from kfloc_ros.nodes.camera_messages import fill_info
+from kfloc_ros.nodes.image_messages import fill_image
+from kfloc_ros.nodes.pose_messages import fill_stamp
+from kfloc_ros.types import Frame, Matrix
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+ROOM_CAMERA = Camera(320, 256, 260.0, 260.0, 159.5, 127.5)
+HALF_SIZE_M = np.array([2.2, 1.4, 1.8])
+"""Half the room, whose centre is the origin."""
+TEXTURE_PX_PER_M = 180.0
+
+
+class Room(FrameSource):
+    """The inside of a box with textured walls, seen from a camera that sways; exact depth and poses."""
+
+    name = "room"
+
+    def __init__(self, length: int, phase: float = 0.0) -> None:
+        self._length, self._phase = length, phase
+        self._textures = [_texture(seed) for seed in range(6)]
+
+    @property
+    def camera(self) -> Camera:
+        return ROOM_CAMERA
+
+    def __len__(self) -> int:
+        return self._length
+
+    def indices(self) -> Sequence[int]:
+        return range(self._length)
+
+    def __getitem__(self, position: int) -> Frame:
+        if not 0 <= position < self._length:
+            raise IndexError(position)
+        return self.at(position + self._phase, position)
+
+    def at(self, time_steps: float, index: int = 0, camera: Camera = ROOM_CAMERA) -> Frame:
+        """The frame at a point of the trajectory."""
+        a = 0.12 * time_steps
+        R = so3_exp([0.05 * np.sin(1.3 * a), 0.5 + 0.12 * np.sin(a), 0.03 * np.cos(a)])
+        t = np.array([0.12 * np.cos(a), 0.06 * np.sin(0.7 * a), -0.6 + 0.1 * np.sin(1.1 * a)])
+        return self.view(make_pose(R, t), index, camera)
+
+    def view(self, T_map_camera: Matrix, index: int = 0, camera: Camera = ROOM_CAMERA) -> Frame:
+        """What a camera sees; a distorted one sees through its lens."""
+        image, depth = self._render(T_map_camera, camera)
+        return Frame(image, camera, index * 100_000_000, index, f"room-{index}", depth, T_map_camera)
+
+    def _render(self, T: Matrix, camera: Camera) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+        u, v = np.meshgrid(np.arange(camera.width), np.arange(camera.height))
+        pixels = np.stack([u, v], -1).reshape(-1, 1, 2).astype(np.float64)
+        xy = cv2.undistortPoints(pixels, camera.K, np.array(camera.distortion or (0.0,) * 4)).reshape(-1, 2)
+        rays = np.concatenate([xy, np.ones((len(xy), 1))], 1)
+        directions = rays @ T[:3, :3].T
+        with np.errstate(divide="ignore"):
+            distances = (np.sign(directions) * HALF_SIZE_M - T[:3, 3]) / directions
+        wall_axis = np.argmin(distances, axis=1)
+        depth = distances[np.arange(len(rays)), wall_axis]
+        points = T[:3, 3] + depth[:, None] * directions
+        image = np.zeros((len(rays), 3), np.uint8)
+        for axis in range(3):
+            for side in (0, 1):
+                at = (wall_axis == axis) & ((directions[:, axis] > 0) == bool(side))
+                if at.any():
+                    across, up = (i for i in range(3) if i != axis)
+                    places = (points[at][:, [across, up]] + HALF_SIZE_M[[across, up]]) * TEXTURE_PX_PER_M
+                    texture = self._textures[2 * axis + side]
+                    x, y = places.T.astype(np.float32)
+                    # remap takes at most 32767 rows, so the points of a wall are cut into columns.
+                    width = 256
+                    filled = -len(x) % width
+                    x, y = (np.pad(c, (0, filled)).reshape(-1, width) for c in (x, y))
+                    image[at] = cv2.remap(texture, x, y, cv2.INTER_LINEAR).reshape(-1, 3)[: at.sum()]
+        shape = camera.height, camera.width
+        return image.reshape(*shape, 3), depth.reshape(shape).astype(np.float32)
+
+
+def _texture(seed: int) -> NDArray[np.uint8]:
+    rng = np.random.default_rng(seed)
+    size = 900
+    canvas = np.full((size, size, 3), rng.integers(90, 170, 3), np.float32)
+    for _ in range(450):
+        x, y = rng.integers(0, size, 2)
+        extent = rng.integers(8, 70, 2)
+        colour = tuple(float(c) for c in rng.integers(0, 255, 3))
+        if rng.random() < 0.5:
+            cv2.rectangle(canvas, (int(x), int(y)), (int(x + extent[0]), int(y + extent[1])), colour, -1)
+        else:
+            cv2.circle(canvas, (int(x), int(y)), int(extent[0] // 2), colour, -1, cv2.LINE_AA)
+    noise = cv2.resize(rng.normal(0, 8, (size // 4, size // 4, 3)).astype(np.float32), (size, size))
+    return np.clip(canvas + noise, 0, 255).astype(np.uint8)
+
+
+@pytest.fixture(scope="session")
+def room() -> Room:
+    """The frames to localize: other views than those the map was made from."""
+    return Room(40, phase=0.37)
+
+
+@pytest.fixture(scope="session")
+def room_map(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A map of the room, built by the real builder with a head small enough for seconds of training."""
+    from kfloc_ros.mapping import build
+
+    out = tmp_path_factory.mktemp("maps") / "room"
+    config = build.MapBuildConfig(train_seconds=6.0, augmentations=0, points_per_view=300, device="cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "HeadTraining", functools.partial(build.HeadTraining, width=128, blocks=1, batch=1024))
+        build.build_map(Room(24), out, config)
+    return out
+
+
+class Harness:
+    """Publishes images to nodes in other processes and collects what they answer."""
+
+    def __init__(self, domain_id: int) -> None:
+        import rclpy
+        from diagnostic_msgs.msg import DiagnosticArray
+        from geometry_msgs.msg import PoseWithCovarianceStamped
+        from nav_msgs.msg import Path as PathMessage
+        from rclpy.executors import SingleThreadedExecutor
+        from rosgraph_msgs.msg import Clock
+        from sensor_msgs.msg import CameraInfo, CompressedImage, Image
+        from tf2_msgs.msg import TFMessage
+
+        self._context = rclpy.Context()
+        rclpy.init(context=self._context, domain_id=domain_id)
+        self.node = rclpy.create_node("harness", context=self._context)
+        self._executor = SingleThreadedExecutor(context=self._context)
+        self._executor.add_node(self.node)
+        self.poses: dict[int, Any] = {}
+        self.coarse: dict[int, Any] = {}
+        self.statuses: dict[int, dict[str, str]] = {}
+        self.transforms: list[Any] = []
+        self.paths: list[Any] = []
+        self.diagnostics: dict[str, Any] = {}
+        subscribe = self.node.create_subscription
+        subscribe(PoseWithCovarianceStamped, "pose", lambda m: self.poses.update({_ns(m.header.stamp): m}), 50)
+        subscribe(PoseWithCovarianceStamped, "coarse_pose", lambda m: self.coarse.update({_ns(m.header.stamp): m}), 50)
+        subscribe(DiagnosticArray, "status", self._on_status, 50)
+        subscribe(TFMessage, "/tf", lambda m: self.transforms.extend(m.transforms), 50)
+        subscribe(PathMessage, "path", self.paths.append, 50)
+        subscribe(DiagnosticArray, "/diagnostics", self._on_diagnostics, 50)
+        self._publishers = {
+            "raw": self.node.create_publisher(Image, "image", 10),
+            "compressed": self.node.create_publisher(CompressedImage, "image/compressed", 10),
+            "info": self.node.create_publisher(CameraInfo, "camera_info", 10),
+            "clock": self.node.create_publisher(Clock, "/clock", 10),
+        }
+
+    def close(self) -> None:
+        self._executor.shutdown()
+        self.node.destroy_node()
+        self._context.try_shutdown()
+
+    def _on_status(self, message: Any) -> None:
+        values = {pair.key: pair.value for pair in message.status[0].values}
+        self.statuses[_ns(message.header.stamp)] = values
+
+    def _on_diagnostics(self, message: Any) -> None:
+        self.diagnostics.update({status.name: status for status in message.status})
+
+    def spin(self, seconds: float) -> None:
+        self.wait(lambda: False, seconds, must=False)
+
+    def wait(self, condition: Callable[[], bool], timeout_s: float = 40.0, *, must: bool = True) -> bool:
+        """Spin until a condition holds; a failure of the test if it does not in time."""
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            if time.monotonic() > deadline:
+                assert not must, "nothing came in time"
+                return False
+            self._executor.spin_once(timeout_sec=0.02)
+        return True
+
+    def listens(self, topic: str = "raw") -> bool:
+        """Whether a node subscribes to images and camera_info."""
+        return all(self._publishers[name].get_subscription_count() > 0 for name in (topic, "info"))
+
+    def send_info(self, camera: Camera, stamp_ns: int, **changes: Any) -> None:
+        from sensor_msgs.msg import CameraInfo
+
+        message = fill_info(CameraInfo(), camera)
+        fill_stamp(message.header.stamp, stamp_ns)
+        message.header.frame_id = "camera"
+        for name, value in changes.items():
+            setattr(message, name, value)
+        self._publishers["info"].publish(message)
+
+    def send_image(self, image: NDArray[np.uint8], stamp_ns: int, **changes: Any) -> None:
+        from sensor_msgs.msg import Image
+
+        message = fill_image(Image(), image)
+        fill_stamp(message.header.stamp, stamp_ns)
+        message.header.frame_id = "camera"
+        for name, value in changes.items():
+            setattr(message, name, value)
+        self._publishers["raw"].publish(message)
+
+    def send_compressed(self, data: bytes, stamp_ns: int) -> None:
+        from sensor_msgs.msg import CompressedImage
+
+        message = CompressedImage(format="jpeg", data=array.array("B", data))
+        fill_stamp(message.header.stamp, stamp_ns)
+        message.header.frame_id = "camera"
+        self._publishers["compressed"].publish(message)
+
+    def send_clock(self, stamp_ns: int) -> None:
+        from rosgraph_msgs.msg import Clock
+
+        message = Clock()
+        fill_stamp(message.clock, stamp_ns)
+        self._publishers["clock"].publish(message)
+
+    def send(self, frame: Frame, stamp_ns: int | None = None) -> int:
+        """Publish a good frame and its camera_info; returns the stamp, by default of now."""
+        stamp_ns = time.time_ns() if stamp_ns is None else stamp_ns
+        self.send_info(frame.camera, stamp_ns)
+        self.send_image(frame.image, stamp_ns)
+        return stamp_ns
+
+    def localize(self, frame: Frame, send: Callable[[Frame], int] | None = None, tries: int = 5) -> Any:
+        """Send a good frame until its pose comes back; returns the pose message."""
+        for _ in range(tries):
+            stamp_ns = (send or self.send)(frame)
+            if self.wait(lambda stamp=stamp_ns: stamp in self.statuses, 10.0, must=False):
+                assert stamp_ns in self.poses or self.wait(
+                    lambda stamp=stamp_ns: stamp in self.poses, 1.0, must=False
+                ), self.statuses[stamp_ns]
+                return self.poses[stamp_ns]
+        raise AssertionError("no good frame was localized")
+
+
+class NodeProcess:
+    """A node in a process of its own; ends when the context does, and must end well."""
+
+    def __init__(self, module: str, environment: dict[str, str], log: Path, *arguments: str) -> None:
+        self.log_path = log
+        command = [sys.executable, "-m", f"kfloc_ros.nodes.{module}", "--ros-args"]
+        for argument in arguments:
+            command += ["-p", argument]
+        with log.open("w") as sink:
+            self.process = subprocess.Popen(command, env=environment, stdout=sink, stderr=subprocess.STDOUT)
+
+    @property
+    def log(self) -> str:
+        return self.log_path.read_text()
+
+    def end(self, how: signal.Signals = signal.SIGINT, patience_s: float = 15.0) -> int:
+        """Ask the process to end and return its exit code."""
+        if self.process.poll() is None:
+            self.process.send_signal(how)
+        try:
+            return self.process.wait(patience_s)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+            raise AssertionError(f"The node did not end within {patience_s} s:\n{self.log}") from None
+
+
+class RosWorld:
+    """A ROS domain with a harness and nodes."""
+
+    def __init__(self, folder: Path, number: int) -> None:
+        self.domain_id = 1 + (os.getpid() + 17 * number) % 101
+        self._folder = folder
+        self.environment = {
+            **os.environ,
+            "ROS_DOMAIN_ID": str(self.domain_id),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH", "")))),
+        }
+        self.harness = Harness(self.domain_id)
+        self.nodes: list[NodeProcess] = []
+
+    def start(self, module: str, *arguments: str) -> NodeProcess:
+        log = self._folder / f"{module}-{len(self.nodes)}.log"
+        node = NodeProcess(module, self.environment, log, *arguments)
+        self.nodes.append(node)
+        return node
+
+    def start_localizer(self, *arguments: str, transport: str = "raw") -> NodeProcess:
+        """Start ``localizer`` and wait until it listens."""
+        node = self.start("localizer", *arguments, f"image_transport:={transport}")
+        self.wait_ready(transport)
+        return node
+
+    def wait_ready(self, transport: str = "raw") -> None:
+        def ready() -> bool:
+            for node in self.nodes:
+                assert node.process.poll() is None, f"a node ended early:\n{node.log}"
+            return self.harness.listens(transport)
+
+        self.harness.wait(ready, 90.0)
+
+    def close(self) -> None:
+        self.harness.close()
+        for node in self.nodes:
+            if node.process.poll() is None:
+                node.end(patience_s=30.0)
+
+
+@pytest.fixture(scope="module")
+def new_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], RosWorld]]:
+    """Makes ROS domains that nobody else is in."""
+    if importlib.util.find_spec("rclpy") is None:
+        pytest.skip("rclpy is not installed: `make setup` brings it, or source a ROS 2 installation")
+    worlds: list[RosWorld] = []
+
+    def make() -> RosWorld:
+        worlds.append(RosWorld(tmp_path_factory.mktemp("ros"), next(_world_numbers)))
+        return worlds[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
+        patch.setenv("FASTDDS_DEFAULT_PROFILES_FILE", str(REPOSITORY / "config" / "fastdds.xml"))
+        yield make
+        for world in worlds:
+            world.close()
+
+
+_world_numbers = itertools.count()
+
+
+def _ns(stamp: Any) -> int:
+    return int(stamp.sec) * 1_000_000_000 + int(stamp.nanosec)
