@@ -41,7 +41,7 @@ class Option:
             value = float(value)
         if not isinstance(value, self.kind) or (self.kind is int and isinstance(value, bool)):
             raise ConfigError(f"'{self.name}' must be of type {self.kind.__name__}, got {value!r}.")
-        if self.kind in (int, float):
+        if self.kind in (int, float) and isinstance(value, (int, float)):
             low, high = self.low, self.high
             if not ((low is None or value >= low) and (high is None or value <= high)):
                 raise ConfigError(f"'{self.name}' must lie in [{low}, {high}], got {value!r}.")

@@ -36,13 +36,20 @@ from kfloc_ros.types import (
 class LocalizerConfig:
     """Options of the whole pipeline."""
 
-    device: str = option("auto", "Where networks run: auto takes a GPU if there is one.", choices=("auto", "cpu", "cuda"))
+    device: str = option(
+        "auto", "Where networks run: auto takes a GPU if there is one.", choices=("auto", "cpu", "cuda")
+    )
     filter: bool = option(True, "Carry the belief over scene coordinates from frame to frame.")
     refine: bool = option(True, "Align the coarse pose with the map's reference views.")
     num_references: int = option(3, "Reference views that a pose is aligned with.", low=1, high=20)
-    max_gap_s: float = option(0.5, "A longer gap between frames resets the filter and the motion model.", low=0.01, high=60.0)
+    max_gap_s: float = option(
+        0.5, "A longer gap between frames resets the filter and the motion model.", low=0.01, high=60.0
+    )
     nis_threshold: float = option(
-        kalman.NIS_THRESHOLD_95, "Cells whose normalised innovation squared exceeds this drop their prior.", low=0.1, high=1000.0
+        kalman.NIS_THRESHOLD_95,
+        "Cells whose normalised innovation squared exceeds this drop their prior.",
+        low=0.1,
+        high=1000.0,
     )
     pnp_max_error_px: float = option(10.0, "Inlier threshold of the reprojection error in PnP.", low=0.5, high=100.0)
     pnp_min_inliers: int = option(40, "Fewer PnP inliers than this: no coarse pose.", low=6, high=100_000)
@@ -180,7 +187,9 @@ class RefineStage:
         if pose.success:
             state = TrackingState.DEGRADED if alignment is not None else TrackingState.TRACKING
             reason = f"not refined: {alignment.reason}" if alignment is not None else ""
-            return replace(common, state=state, reason=reason, T_map_camera=pose.T_map_camera, covariance=pose.covariance)
+            return replace(
+                common, state=state, reason=reason, T_map_camera=pose.T_map_camera, covariance=pose.covariance
+            )
         state = TrackingState.LOST if self._had_pose else TrackingState.INITIALIZING
         reason = pose.reason if alignment is None else f"{pose.reason}; {alignment.reason}"
         return replace(common, state=state, reason=reason)

@@ -28,7 +28,10 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("map", help="build, describe and check maps")
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     build = actions.add_parser(
-        "build", help="build a map from a source", epilog=BUILD_EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+        "build",
+        help="build a map from a source",
+        epilog=BUILD_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_source_arguments(build)
     build.add_argument("--out", type=Path, required=True, metavar="DIR", help="the map folder to write")
@@ -89,7 +92,12 @@ def run_build(args: argparse.Namespace) -> int:
             bar.update(progress.share_done - bar.n)
 
     command = shlex.join(["kfloc", "map", "build", args.source, "--out", str(args.out)])
-    provenance = {"command": command, "poses": args.poses, "frames": args.frames or "all", "split": args.split or "none"}
+    provenance = {
+        "command": command,
+        "poses": args.poses,
+        "frames": args.frames or "all",
+        "split": args.split or "none",
+    }
     scene_map = build_map(
         source,
         args.out,

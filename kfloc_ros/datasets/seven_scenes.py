@@ -14,7 +14,7 @@ from kfloc_ros.datasets.base import FrameSource
 from kfloc_ros.datasets.depth import register_depth
 from kfloc_ros.errors import SourceError
 from kfloc_ros.geometry.camera import Camera
-from kfloc_ros.geometry.lie import quaternion_to_matrix
+from kfloc_ros.geometry.lie import inverse_pose, quaternion_to_matrix
 from kfloc_ros.types import Frame, Matrix
 
 FRAME_PERIOD_NS = 33_333_333
@@ -139,6 +139,6 @@ def _read_sfm_poses(folder: Path) -> tuple[dict[str, Matrix], float]:
         T_camera_map = np.eye(4)
         T_camera_map[:3, :3] = quaternion_to_matrix(values[[1, 2, 3, 0]])
         T_camera_map[:3, 3] = values[4:7]
-        poses[name.split(".")[0]] = np.linalg.inv(T_camera_map)
+        poses[name.split(".")[0]] = inverse_pose(T_camera_map)
         focal_px = float(values[7])
     return poses, focal_px

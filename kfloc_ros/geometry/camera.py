@@ -144,6 +144,5 @@ class ImageAdapter:
     def _check(self, shape: tuple[int, ...]) -> None:
         if shape[:2] != (self.source.height, self.source.width):
             raise FrameError(
-                f"The image is {shape[1]}x{shape[0]} but its camera_info says "
-                f"{self.source.width}x{self.source.height}."
+                f"The image is {shape[1]}x{shape[0]} but its camera_info says {self.source.width}x{self.source.height}."
             )

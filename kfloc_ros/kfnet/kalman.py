@@ -35,7 +35,10 @@ def predict(variance: torch.Tensor, process_variance: torch.Tensor) -> torch.Ten
 
 
 def update(
-    prior_mean: torch.Tensor, prior_variance: torch.Tensor, measurement: torch.Tensor, measurement_variance: torch.Tensor
+    prior_mean: torch.Tensor,
+    prior_variance: torch.Tensor,
+    measurement: torch.Tensor,
+    measurement_variance: torch.Tensor,
 ) -> Update:
     """Fuse a prior (3, ...) with a measurement (3, ...).
 

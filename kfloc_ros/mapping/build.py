@@ -58,7 +58,9 @@ class MapBuildConfig:
         0.08, "A view becomes a reference if none is nearer (a degree counts as 2 cm).", low=0.001, high=10.0
     )
     max_references: int = option(160, "Reference views kept at most; the spacing grows as needed.", low=4, high=10_000)
-    device: str = option("auto", "Where networks run: auto takes a GPU if there is one.", choices=("auto", "cpu", "cuda"))
+    device: str = option(
+        "auto", "Where networks run: auto takes a GPU if there is one.", choices=("auto", "cpu", "cuda")
+    )
     seed: int = option(0, "Seed of every random choice.", low=0)
 
 

@@ -77,9 +77,7 @@ def _true_coordinates(view: View, grid: tuple[int, ...]) -> SceneCoordinates:
     return SceneCoordinates(mean, torch.zeros(h, w), torch.from_numpy(valid).reshape(h, w), COARSE_STRIDE)
 
 
-def _measurement_scale(
-    draft: SceneMap, views: Sequence[View], truth: Sequence[SceneCoordinates], device: str
-) -> float:
+def _measurement_scale(draft: SceneMap, views: Sequence[View], truth: Sequence[SceneCoordinates], device: str) -> float:
     """Factor on the head's variance that puts 68 % of the errors, per axis, inside one sigma."""
     target = choose_device(device)
     trunk, head = Trunk(device=target), draft.head.to(target)
@@ -125,9 +123,7 @@ def _squared_quantile(ratios: torch.Tensor, default: float) -> float:
     return float(np.clip(float(torch.quantile(ratios[::step], ONE_SIGMA)) ** 2, 1e-3, 1e3))
 
 
-def _calibrate_poses(
-    draft: SceneMap, views: Sequence[View], stamps_ns: Sequence[int], device: str
-) -> Calibration:
+def _calibrate_poses(draft: SceneMap, views: Sequence[View], stamps_ns: Sequence[int], device: str) -> Calibration:
     """Run the localizer itself and fit the covariance scales and the acceptance threshold."""
     localizer = Localizer(draft, LocalizerConfig(device=device))
     coarse, refined, costs = [], [], []

@@ -278,9 +278,7 @@ def _pack_references(references: ReferenceViews) -> dict[str, torch.Tensor]:
 
 def _unpack_references(tensors: Mapping[str, torch.Tensor]) -> ReferenceViews:
     counts = tensors["counts"].tolist()
-    parts = {
-        name: torch.split(tensors[name].float(), counts) for name in ("points", "coarse", "fine", "confidence")
-    }
+    parts = {name: torch.split(tensors[name].float(), counts) for name in ("points", "coarse", "fine", "confidence")}
     views = tuple(
         ReferencePoints(points, coarse, fine, confidence)
         for points, coarse, fine, confidence in zip(*parts.values(), strict=True)

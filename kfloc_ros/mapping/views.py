@@ -109,7 +109,9 @@ def cell_coordinates(
     smooth = smooth_depth_mask(view.depth_m)
     z = view.depth_m[v, u].astype(np.float64)
     camera, T = view.camera, view.T_map_camera
-    points = np.stack([(pixels[:, 0] - camera.cx) / camera.fx * z, (pixels[:, 1] - camera.cy) / camera.fy * z, z], axis=1)
+    points = np.stack(
+        [(pixels[:, 0] - camera.cx) / camera.fx * z, (pixels[:, 1] - camera.cy) / camera.fy * z, z], axis=1
+    )
     return points @ T[:3, :3].T + T[:3, 3], inside & smooth[v, u]
 
 

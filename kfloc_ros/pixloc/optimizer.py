@@ -46,9 +46,7 @@ def left_update(T_camera_map: Matrix, delta: np.ndarray) -> Matrix:
     return make_pose(so3_exp(delta[3:]), delta[:3]) @ T_camera_map
 
 
-def minimize(
-    linearize_at: Callable[[Matrix], Linearization], T_camera_map: Matrix, rule: StopRule
-) -> LevelResult:
+def minimize(linearize_at: Callable[[Matrix], Linearization], T_camera_map: Matrix, rule: StopRule) -> LevelResult:
     """Descend from ``T_camera_map``; a step is kept only if it lowers the cost and loses no more than a
     third of the valid points, so the result is never worse than the start."""
     current = linearize_at(T_camera_map)

@@ -97,10 +97,10 @@ def extract_reference_points(
         max_points: how many to keep at most.
     """
     uv, depth = _candidates(depth_m)
-    coarse = FeatureImage.from_maps(features.coarse[0].cpu().float(), features.reliability[0].cpu().float(), COARSE_STRIDE)
-    fine = FeatureImage.from_maps(
-        features.fine[0].cpu().float(), torch.ones(features.fine.shape[-2:]), FINE_STRIDE
+    coarse = FeatureImage.from_maps(
+        features.coarse[0].cpu().float(), features.reliability[0].cpu().float(), COARSE_STRIDE
     )
+    fine = FeatureImage.from_maps(features.fine[0].cpu().float(), torch.ones(features.fine.shape[-2:]), FINE_STRIDE)
     coarse_rows, _ = coarse.sample((uv + 0.5) / COARSE_STRIDE - 0.5)
     fine_rows, _ = fine.sample((uv + 0.5) / FINE_STRIDE - 0.5)
     reliability = coarse_rows[:, -1]

@@ -57,5 +57,3 @@ def pose_error(T_true: Matrix, T_estimate: Matrix) -> Matrix:
     """(6,) error in the tangent space of the covariance: t_true = t + dt, R_true = Exp(dr) R."""
     dR = T_true[:3, :3] @ T_estimate[:3, :3].T
     return np.concatenate([T_true[:3, 3] - T_estimate[:3, 3], so3_log(dR)])
-
-

@@ -52,14 +52,14 @@ class Correspondences:
 
 def choose_cells(coordinates: SceneCoordinates, settings: PnpSettings) -> Correspondences:
     """The surest cells of a scene-coordinate map."""
-    h, w = coordinates.variance.shape
+    w = coordinates.variance.shape[1]
     sigma = coordinates.variance.sqrt().reshape(-1).cpu().numpy().astype(np.float64)
     usable = coordinates.valid.reshape(-1).cpu().numpy() & (sigma < settings.max_sigma_m)
     index = np.flatnonzero(usable)
     if len(index) > settings.max_cells:
         index = index[np.argpartition(sigma[index], settings.max_cells)[: settings.max_cells]]
     offset = (coordinates.stride - 1) / 2
-    pixels = np.stack([index % w, index // w], axis=1) * float(coordinates.stride) + offset
+    pixels = np.stack([index % w, index // w], axis=1).astype(np.float64) * coordinates.stride + offset
     points = coordinates.mean.reshape(3, -1).t().cpu().numpy().astype(np.float64)[index]
     return Correspondences(pixels, points, sigma[index])
 

@@ -78,7 +78,7 @@ def train_head(
         error = (predicted - coordinates[index]).norm(dim=1)
         loss = laplace_nll(error, log_scale).mean()
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(head.parameters(), 1.0)
         optimizer.step()
         step += 1

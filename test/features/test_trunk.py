@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from kfloc_ros.errors import FrameError, WeightsError
 from kfloc_ros.features.trunk import Trunk
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from kfloc_ros.errors import FrameError
 from kfloc_ros.geometry.camera import Camera, ImageAdapter
 

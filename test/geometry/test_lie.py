@@ -6,6 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
 from kfloc_ros.geometry.lie import (
     inverse_pose,
     make_pose,
@@ -29,7 +30,7 @@ def test_exp_gives_rotations_and_agrees_with_torch() -> None:
     for scale in (1e-9, 1e-3, 1.0, 3.0):
         v = rng.normal(size=3) * scale
         R = so3_exp(v)
-        assert R @ R.T == pytest.approx(np.eye(3), abs=1e-12)
+        assert pytest.approx(np.eye(3), abs=1e-12) == R @ R.T
         assert np.linalg.det(R) == pytest.approx(1.0)
         assert so3_exp_torch(torch.from_numpy(v)).numpy() == pytest.approx(R, abs=1e-12)
 

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+
 from kfloc_ros.kfnet.filter import FilterSettings, SceneCoordinateFilter, warp
 from kfloc_ros.kfnet.oflownet import Flow
 from kfloc_ros.types import SceneCoordinates
@@ -52,7 +53,9 @@ def test_first_frame_is_the_measurement() -> None:
     assert math.isnan(first.report.nis_mean)
 
 
-@pytest.mark.parametrize(("stamp_ns", "reason"), [(-1, "backwards"), (0, "backwards"), (2_000_000_000, "no frame for 2.00 s")])
+@pytest.mark.parametrize(
+    ("stamp_ns", "reason"), [(-1, "backwards"), (0, "backwards"), (2_000_000_000, "no frame for 2.00 s")]
+)
 def test_time_gaps_and_backward_time_reset(stamp_ns: int, reason: str) -> None:
     recursion = SceneCoordinateFilter(SETTINGS)
     recursion.step(0, features(), plane(0.1, 0))

@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+
 from kfloc_ros.kfnet.oflownet import PIXEL_LOCKING_VARIANCE, backward_flow
 
 

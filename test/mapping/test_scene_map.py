@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+
 from kfloc_ros.errors import MapError
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.kfnet.scoordnet import SCoordNet

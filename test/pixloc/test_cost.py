@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import make_pose, so3_exp, so3_exp_torch
 from kfloc_ros.pixloc.cost import FeatureImage, RobustLoss, linearize, project, projection_jacobian

@@ -6,6 +6,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.nn.functional as F
+
 from kfloc_ros.features.trunk import TrunkFeatures
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import make_pose, so3_exp

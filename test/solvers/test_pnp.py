@@ -6,6 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import inverse_pose, make_pose, so3_exp
 from kfloc_ros.solvers.covariance import map_frame_covariance, move_covariance, pose_error
@@ -27,7 +28,8 @@ def room(sigma_m: float, seed: int, outliers: float = 0.0) -> SceneCoordinates:
     bad = rng.random(len(X)) < outliers
     X[bad] += rng.normal(size=(int(bad.sum()), 3)) * 2.0
     mean = torch.from_numpy(X.T.reshape(3, 60, 80).astype(np.float32))
-    return SceneCoordinates(mean, torch.full((60, 80), max(sigma_m, 1e-3) ** 2), torch.ones(60, 80, dtype=torch.bool), 8)
+    variance = torch.full((60, 80), max(sigma_m, 1e-3) ** 2)
+    return SceneCoordinates(mean, variance, torch.ones(60, 80, dtype=torch.bool), 8)
 
 
 def test_noisy_map_with_outliers() -> None:
