@@ -141,7 +141,9 @@ def describe(scene_map: Any) -> str:
     rows = {
         "map": f"{scene_map.name} ({scene_map.path}, {scene_map.size_bytes() / 1e6:.1f} MB)",
         "frame": scene_map.frame_id,
-        "camera": f"{camera.width}x{camera.height}, f {camera.fx:.1f} {camera.fy:.1f}, c {camera.cx:.1f} {camera.cy:.1f} px",
+        "camera": (
+            f"{camera.width}x{camera.height}, f {camera.fx:.1f} {camera.fy:.1f}, c {camera.cx:.1f} {camera.cy:.1f} px"
+        ),
         "extent": f"{size} m",
         "references": f"{len(scene_map.references.ids)} views, {points} points",
         "head": f"{scene_map.head.blocks} blocks of {scene_map.head.width}",
