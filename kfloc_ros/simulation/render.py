@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a scene, a camera and a pose to what the lens lets through, and to exact depth.
+
+All surfaces are flat, so the ray caster has only to say which one a pixel sees; depth and texture position follow
+exactly from the surface's homography.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from kfloc_ros.geometry.camera import Camera
+from kfloc_ros.simulation.scene import Scene
+from kfloc_ros.types import Matrix
+
+Array = NDArray[np.float32]
+Ids = NDArray[np.int32]
+
+_BLOCK_PX = 4
+_EDGE_SAMPLES = ((-0.375, -0.125), (0.125, -0.375), (0.375, 0.125), (-0.125, 0.375))
+"""Rotated grid of four samples for pixels that see more than one surface, in pixels from the centre."""
+_TO_LINEAR = np.float32(((np.arange(1024) / 1023 + 0.055) / 1.055) ** 2.4)
+_TO_LINEAR[:42] = np.arange(42) / 1023 / 12.92
+
+
+@dataclass(frozen=True)
+class Illumination:
+    """How strongly each light shines, as linear RGB; white paper in full light has 1."""
+
+    west_lamp: tuple[float, float, float]
+    east_lamp: tuple[float, float, float]
+    window: tuple[float, float, float]
+    ambient: tuple[float, float, float]
+
+    def matrix(self) -> Array:
+        """(3, 4) from the light map's channels to RGB."""
+        return np.array([self.west_lamp, self.east_lamp, self.window, self.ambient], np.float32).T
+
+
+@dataclass(frozen=True, eq=False)
+class Rendering:
+    """What a pinhole sees."""
+
+    radiance: Array
+    """(H, W, 3) linear RGB."""
+    depth_m: Array
+    """(H, W) along the optical axis, at pixel centres; exact."""
+
+
+class Renderer:
+    """Renders one scene with one pinhole camera.
+
+    Args:
+        scene: what to render.
+        camera: without distortion.
+    """
+
+    def __init__(self, scene: Scene, camera: Camera) -> None:
+        self._scene, self._camera = scene, camera
+        ys, xs = np.mgrid[: camera.height, : camera.width].astype(np.float32)
+        self._xs, self._ys = xs, ys
+        self._K_inverse = np.linalg.inv(camera.K)
+        light = scene.light_map
+        self._atlas_scale, self._atlas_offset = _span(
+            scene.picture_px[:, 0], scene.picture_px[:, 1], scene.atlas.packing.left, scene.atlas.packing.top
+        )
+        self._light_scale, self._light_offset = _span(light.columns, light.rows, light.left, light.top)
+        self._corner = np.stack([face.corner for face in scene.faces])
+        # Rows that give the picture position (a, b) of a map point relative to the corner, also for skewed faces.
+        self._to_picture = np.stack(
+            [np.linalg.pinv(np.stack([face.right, face.down], axis=1)) for face in scene.faces]
+        )
+        self._normal = np.stack([face.normal for face in scene.faces])
+
+    def render(self, T_map_camera: Matrix, illumination: Illumination) -> Rendering:
+        """Render from a pose; a camera inside a solid sees nonsense."""
+        homographies = self._homographies(T_map_camera)
+        ids = self._visible_faces(T_map_camera)
+        radiance, inverse_depth = self._shade(ids, self._xs, self._ys, homographies, illumination)
+        edges = _edges(ids)
+        if edges.any():
+            radiance[edges] = self._supersample(edges, T_map_camera, homographies, illumination)
+        return Rendering(radiance, (1.0 / inverse_depth).astype(np.float32))
+
+    def _homographies(self, T_map_camera: Matrix) -> NDArray[np.float64]:
+        """(n, 3, 3): pixel (x, y, 1) to (a / z, b / z, 1 / z) with (a, b) the position in the face's picture."""
+        R, center = T_map_camera[:3, :3], T_map_camera[:3, 3]
+        offset = center - self._corner
+        height = -np.einsum("ij,ij->i", self._normal, offset)
+        height = np.where(np.abs(height) < 1e-9, 1e-9, height)
+        inverse_depth = (self._normal @ R) / height[:, None]
+        position = np.einsum("nij,jk->nik", self._to_picture, R)
+        start = np.einsum("nij,nj->ni", self._to_picture, offset)
+        rows = np.concatenate([position + start[..., None] * inverse_depth[:, None], inverse_depth[:, None]], axis=1)
+        return np.asarray(rows @ self._K_inverse)
+
+    def _rays(self, x: Array, y: Array, T_map_camera: Matrix) -> Array:
+        matrix = (T_map_camera[:3, :3] @ self._K_inverse).astype(np.float32)
+        return np.stack([matrix[i, 0] * x + matrix[i, 1] * y + matrix[i, 2] for i in range(3)], axis=-1)
+
+    def _cast(self, x: Array, y: Array, T_map_camera: Matrix) -> Ids:
+        return self._scene.caster.hit_face(T_map_camera[:3, 3], self._rays(x, y, T_map_camera))
+
+    def _visible_faces(self, T_map_camera: Matrix) -> Ids:
+        """(H, W) face seen by each pixel; rays are cast for a coarse grid and wherever that sees more than one."""
+        height, width = self._xs.shape
+        grid_y, grid_x = np.mgrid[0 : height + _BLOCK_PX : _BLOCK_PX, 0 : width + _BLOCK_PX : _BLOCK_PX]
+        flat = (grid_x.reshape(-1).astype(np.float32), grid_y.reshape(-1).astype(np.float32))
+        grid = self._cast(*flat, T_map_camera).reshape(grid_x.shape)
+        corners = (grid[:-1, :-1], grid[:-1, 1:], grid[1:, :-1], grid[1:, 1:])
+        mixed = np.any([corner != corners[0] for corner in corners[1:]], axis=0)
+        mixed = cv2.dilate(mixed.astype(np.uint8), np.ones((3, 3), np.uint8)).astype(bool)
+        ids = _enlarge(corners[0])[:height, :width].copy()
+        open_pixels = _enlarge(mixed)[:height, :width]
+        ids[open_pixels] = self._cast(self._xs[open_pixels], self._ys[open_pixels], T_map_camera)
+        return _close_cracks(ids)
+
+    def _supersample(
+        self, edges: NDArray[np.bool_], T_map_camera: Matrix, homographies: NDArray[np.float64], light: Illumination
+    ) -> Array:
+        """(n, 3) means over several points of every edge pixel."""
+        x0, y0, total = self._xs[edges], self._ys[edges], None
+        for dx, dy in _EDGE_SAMPLES:
+            x, y = x0 + np.float32(dx), y0 + np.float32(dy)
+            ids = _close_cracks(self._cast(x, y, T_map_camera)[None])[0]
+            radiance, _ = self._shade(_rows(ids), _rows(x), _rows(y), homographies, light)
+            flat = radiance.reshape(-1, 3)[: len(x)]
+            total = flat if total is None else total + flat
+        return np.asarray(total, np.float32) / len(_EDGE_SAMPLES)
+
+    def _shade(
+        self, ids: Ids, x: Array, y: Array, homographies: NDArray[np.float64], illumination: Illumination
+    ) -> tuple[Array, Array]:
+        """Radiance (h, w, 3) and inverse depth (h, w) at pixels that see the given faces."""
+        h = homographies.reshape(-1, 9).astype(np.float32)
+        a, b, inverse_depth = (
+            h[:, 3 * i][ids] * x + h[:, 3 * i + 1][ids] * y + h[:, 3 * i + 2][ids] for i in range(3)
+        )
+        inverse_depth = np.maximum(inverse_depth, 1e-3)
+        a = np.clip(a / inverse_depth, 0, 1)
+        b = np.clip(b / inverse_depth, 0, 1)
+        texel_area = np.abs(np.linalg.det(homographies)) * self._scene.picture_px.prod(axis=1)
+        bias = np.log2(np.maximum(texel_area, 1e-12)).astype(np.float32)
+        level = 0.5 * (bias[ids] - 3.0 * np.log2(inverse_depth))
+        encoded = self._scene.atlas.sample(*_place(a, b, ids, self._atlas_scale, self._atlas_offset), level)
+        albedo = _TO_LINEAR[(encoded * (1023 / 255)).astype(np.int32)]
+        u, v = _place(a, b, ids, self._light_scale, self._light_offset)
+        light = cv2.remap(self._scene.light_map.values, u, v, cv2.INTER_LINEAR)
+        emission = self._scene.emission[ids]
+        radiance = albedo * (cv2.transform(light, illumination.matrix()) + emission[..., None])
+        return radiance, inverse_depth
+
+
+def _span(
+    columns: NDArray[np.int64], rows: NDArray[np.int64], left: NDArray[np.int64], top: NDArray[np.int64]
+) -> tuple[Array, Array]:
+    """Scale and offset from picture positions 0..1 to texel coordinates; texel centres are whole numbers."""
+    scale = np.stack([columns, rows], axis=1).astype(np.float32)
+    offset = np.stack([left, top], axis=1).astype(np.float32) - np.float32(0.5)
+    return scale, offset
+
+
+def _place(a: Array, b: Array, ids: Ids, scale: Array, offset: Array) -> tuple[Array, Array]:
+    u = a * scale[:, 0][ids] + offset[:, 0][ids]
+    v = b * scale[:, 1][ids] + offset[:, 1][ids]
+    return u, v
+
+
+def _enlarge(blocks: NDArray[np.generic]) -> NDArray[np.generic]:
+    return blocks.repeat(_BLOCK_PX, axis=0).repeat(_BLOCK_PX, axis=1)
+
+
+def _edges(ids: Ids) -> NDArray[np.bool_]:
+    """Pixels with a neighbour that sees another face."""
+    edges = np.zeros(ids.shape, bool)
+    across, down = ids[:, 1:] != ids[:, :-1], ids[1:] != ids[:-1]
+    edges[:, 1:] |= across
+    edges[:, :-1] |= across
+    edges[1:] |= down
+    edges[:-1] |= down
+    return edges
+
+
+def _close_cracks(ids: Ids) -> Ids:
+    """Give the few rays that slip between two faces the face to their left."""
+    missed = ids < 0
+    if not missed.any():
+        return ids
+    columns = np.where(missed, 0, np.arange(ids.shape[1]))
+    filled = np.take_along_axis(ids, np.maximum.accumulate(columns, axis=1), axis=1)
+    return np.maximum(filled, 0)
+
+
+def _rows(values: NDArray[np.generic], width: int = 512) -> NDArray[np.generic]:
+    """A list as an image, the last row filled up: OpenCV looks up images, and long rows are too long for it."""
+    missing = -len(values) % width
+    return np.concatenate([values, np.repeat(values[-1:], missing)]).reshape(-1, width)
+
+
+def visible_ids(renderer: Renderer, T_map_camera: Matrix) -> Sequence[int]:
+    """Faces seen from a pose, in no order."""
+    return np.unique(renderer._visible_faces(T_map_camera)).tolist()
