@@ -36,8 +36,8 @@ SETTLE_S = 0.5
 """Wait after discovery, so that both sides of every connection know it."""
 QUIET_S = 3.0
 """Without any answer for this long after the last image, the nodes are taken to be through."""
-TAIL_S = 0.3
-"""Wait after the last status for the messages that come with it."""
+TAIL_S = 1.2
+"""Wait after the last status for the messages that come with it and for one more /diagnostics, with final counts."""
 
 
 class Agent:
@@ -114,7 +114,7 @@ class Agent:
                 break
             self.tick(clock_ns)
             self.stopped.wait(0.05)
-        time.sleep(TAIL_S)
+        time.sleep(TAIL_S if played else 0.0)
 
 
 def say(event: str, **values: Any) -> None:

@@ -3,14 +3,18 @@
 
 from __future__ import annotations
 
+import sqlite3
 import struct
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from rosbags.highlevel import AnyReader, AnyReaderError
+from rosbags.rosbag2 import ReaderError
+from rosbags.serde import SerdeError
 from rosbags.typesys import Stores, get_typestore
 
 from kfloc_ros.bags.topics import IMAGE_TOPIC, TRUTH_TOPIC
@@ -61,11 +65,9 @@ class BagStream:
         if not path.exists():
             raise SourceError(f"There is no bag '{path}'.")
         self.path = path
-        self._reader = AnyReader([path], default_typestore=get_typestore(Stores.ROS2_JAZZY))
-        try:
+        with self._reading():
+            self._reader = AnyReader([path], default_typestore=get_typestore(Stores.ROS2_JAZZY))
             self._reader.open()
-        except (AnyReaderError, OSError, ValueError, KeyError) as error:
-            raise SourceError(f"'{path}' is not a readable rosbag2: {error}.") from error
         try:
             self._image = self._pick_image(image_topic)
             self._info = self._pick(CAMERA_INFO, self._image.topic.removesuffix("/compressed").rpartition("/")[0])
@@ -95,8 +97,8 @@ class BagStream:
         """
         skipped_info: BagEvent | None = None
         first_ns = self._reader.start_time
-        for connection, log_ns, data in self._reader.messages([self._image, self._info]):
-            event = self._event(connection, log_ns, bytes(data))
+        for connection, log_ns, data in self._messages(self._image, self._info):
+            event = self._event(connection, log_ns, data)
             if part.holds(log_ns - first_ns):
                 if skipped_info is not None:
                     yield BagEvent(log_ns, skipped_info.stamp_ns, False, skipped_info.data)
@@ -108,12 +110,11 @@ class BagStream:
     def image_count(self, part: ReplayRange) -> int:
         """How many images the part has."""
         first_ns = self._reader.start_time
-        return sum(part.holds(log_ns - first_ns) for _, log_ns, _ in self._reader.messages([self._image]))
+        return sum(part.holds(log_ns - first_ns) for _, log_ns, _ in self._messages(self._image))
 
     def positions(self) -> dict[int, int]:
         """Number in the bag of every image, by header stamp in nanoseconds."""
-        messages = self._reader.messages([self._image])
-        return {self._event(c, t, bytes(d)).stamp_ns: number for number, (c, t, d) in enumerate(messages)}
+        return {_header_stamp_ns(data): number for number, (_, _, data) in enumerate(self._messages(self._image))}
 
     def truth(self) -> dict[int, Matrix]:
         """``T_map_camera`` by stamp in nanoseconds, from the bag's PoseStamped topic; empty without one.
@@ -125,12 +126,28 @@ class BagStream:
             return {}
         connection = self._pick(POSE, TRUTH_TOPIC.rpartition("/")[0])
         poses: dict[int, Matrix] = {}
-        for _, _, data in self._reader.messages([connection]):
+        for _, _, data in self._messages(connection):
             message: Any = self._reader.deserialize(data, POSE)
             p, q = message.pose.position, message.pose.orientation
             rotation = quaternion_to_matrix([q.x, q.y, q.z, q.w])
             poses[_stamp_ns(message.header.stamp)] = make_pose(rotation, [p.x, p.y, p.z])
         return poses
+
+    def _messages(self, *connections: Any) -> Iterator[tuple[Any, int, bytes]]:
+        with self._reading():
+            for connection, log_ns, data in self._reader.messages(list(connections)):
+                yield connection, log_ns, bytes(data)
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Everything that a damaged bag can make the reader raise, as a sentence."""
+        try:
+            yield
+        except (AnyReaderError, ReaderError, SerdeError, OSError, EOFError, sqlite3.Error, struct.error) as error:
+            raise SourceError(f"'{self.path}' is not a rosbag2 or is damaged: {str(error).rstrip('.')}.") from error
+        except (AssertionError, KeyError, IndexError, TypeError, ValueError) as error:
+            kind = type(error).__name__
+            raise SourceError(f"'{self.path}' is damaged: {kind} while reading it ({error}).") from error
 
     def _event(self, connection: Any, log_ns: int, data: bytes) -> BagEvent:
         return BagEvent(log_ns, _header_stamp_ns(data), connection.id == self._image.id, data)

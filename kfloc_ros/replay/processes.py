@@ -76,10 +76,11 @@ class ProcessSet:
         """Exit status of a process, None while it runs."""
         return self._processes[name].poll()
 
-    def log_tail(self, name: str, lines: int = 5) -> str:
-        """The last lines that a process logged, on one line."""
+    def last_words(self, name: str, lines: int = 3) -> str:
+        """What a process logged last, on one line: its last FATAL line, or the last few lines."""
         text = self._logs[name].read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        return " | ".join(line.strip() for line in text[-lines:])
+        fatal = [line for line in text if "[FATAL]" in line]
+        return " | ".join(line.strip() for line in (fatal[-1:] or text[-lines:])) or "(none)"
 
     def interrupt(self, name: str) -> None:
         """Ask one process to end."""

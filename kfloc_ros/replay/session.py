@@ -105,7 +105,7 @@ def run_replay(config: ReplayConfig, *, command: str = "", progress: Progress | 
         if not recording_path.exists():
             if interrupted:
                 raise KeyboardInterrupt
-            raise ReplayError(f"The replay agent wrote no recording: {processes.log_tail(AGENT)}")
+            raise ReplayError(f"The replay agent wrote no recording: {processes.last_words(AGENT)}")
         recording = Recording.load(recording_path)
     if not recording.played:
         raise KeyboardInterrupt
@@ -212,11 +212,11 @@ def _messages(processes: ProcessSet, lines: queue.Queue[str | None]) -> Iterator
                 if name != AGENT:
                     raise ReplayError(
                         f"{name} ended with exit code {processes.exit_code(name)} during the replay; "
-                        f"its last words: {processes.log_tail(name)}"
+                        f"its last words: {processes.last_words(name)}"
                     ) from None
             continue
         if line is None:
-            raise ReplayError(f"The replay agent ended early; its last words: {processes.log_tail(AGENT)}")
+            raise ReplayError(f"The replay agent ended early; its last words: {processes.last_words(AGENT)}")
         with contextlib.suppress(json.JSONDecodeError):  # a library may print something of its own
             message = json.loads(line)
             if isinstance(message, dict) and "event" in message:

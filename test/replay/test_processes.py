@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""No process outlives what started it: not after an orderly end, not after a crash, not after SIGKILL."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from kfloc_ros.replay.processes import ProcessSet
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+FAST = ((signal.SIGINT, 0.3), (signal.SIGTERM, 0.3), (signal.SIGKILL, 3.0))
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    (tmp_path / "polite.py").write_text(
+        "import time\nprint('up', flush=True)\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('bye')\n"
+    )
+    (tmp_path / "stubborn.py").write_text(
+        "import signal, time\nfor s in (signal.SIGINT, signal.SIGTERM):\n    signal.signal(s, signal.SIG_IGN)\n"
+        "print('up', flush=True)\ntime.sleep(60)\n"
+    )
+    (tmp_path / "failing.py").write_text("print('[FATAL] no map')\nprint('traceback')\nraise SystemExit(3)\n")
+    return {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{REPOSITORY}"}
+
+
+def wait_until(condition, patience_s: float = 10.0) -> bool:
+    deadline = time.monotonic() + patience_s
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_polite_process_ends_by_sigint(environment: dict[str, str], tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with ProcessSet(environment) as processes:
+        processes.start("p", "polite", [], log=log)
+        assert wait_until(lambda: "up" in log.read_text())
+    assert processes.endings["p"].code == 0 and processes.endings["p"].forced == ""
+    assert processes.left() == 0
+    assert "bye" in log.read_text()
+
+
+def test_a_stubborn_process_is_killed_and_said_so(environment: dict[str, str], tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with ProcessSet(environment) as processes:
+        processes.start("s", "stubborn", [], log=log)
+        assert wait_until(lambda: "up" in log.read_text())
+        processes.stop(steps=FAST)
+    assert processes.endings["s"].code == -signal.SIGKILL
+    assert processes.endings["s"].forced == "SIGKILL"
+    assert processes.left() == 0
+
+
+def test_an_error_in_the_parent_ends_the_children(environment: dict[str, str], tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), ProcessSet(environment) as processes:
+        processes.start("p", "polite", [], log=tmp_path / "log")
+        raise ZeroDivisionError
+    assert processes.left() == 0
+
+
+def test_a_process_that_ends_by_itself_is_noticed_with_its_last_words(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    with ProcessSet(environment) as processes:
+        processes.start("f", "failing", [], log=tmp_path / "log")
+        assert wait_until(lambda: processes.ended() == ["f"])
+        assert processes.exit_code("f") == 3
+        assert processes.last_words("f") == "[FATAL] no map"
+
+
+def test_children_die_with_a_parent_that_is_killed(environment: dict[str, str], tmp_path: Path) -> None:
+    parent = tmp_path / "parent.py"
+    log = tmp_path / "log"
+    parent.write_text(
+        textwrap.dedent(f"""
+        import os, time
+        from pathlib import Path
+        from kfloc_ros.replay.processes import ProcessSet
+        processes = ProcessSet(dict(os.environ))
+        processes.start("s", "stubborn", [], log=Path({str(log)!r}))
+        print(processes._processes["s"].pid, flush=True)
+        time.sleep(60)
+        """)
+    )
+    with subprocess.Popen([sys.executable, str(parent)], env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        child = int(process.stdout.readline())
+        assert wait_until(lambda: log.exists() and "up" in log.read_text())
+        assert is_alive(child)
+        process.kill()
+    assert wait_until(lambda: not is_alive(child), 3.0)
