@@ -319,6 +319,8 @@ class RosWorld:
             return self.harness.listens(transport)
 
         self.harness.wait(ready, 90.0)
+        # We know of their subscriptions; they may not yet know of our publishers, and would not hear them.
+        self.harness.spin(0.5)
 
     def close(self) -> None:
         self.harness.close()

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bad input to the live localizer: it says what is wrong, counts it, and localizes the next good frame."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import yaml
+
+pytestmark = [pytest.mark.ros, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def raw_world(new_world: Callable[[], Any], room_map: Path) -> Any:
+    world = new_world()
+    world.start_localizer(f"map:={room_map}")
+    return world
+
+
+@pytest.fixture(scope="module")
+def compressed_world(new_world: Callable[[], Any], room_map: Path) -> Any:
+    world = new_world()
+    world.start_localizer(f"map:={room_map}", transport="compressed")
+    return world
+
+
+def wrong_encoding(harness: Any, frame: Any, stamp_ns: int) -> None:
+    harness.send_info(frame.camera, stamp_ns)
+    harness.send_image(frame.image, stamp_ns, encoding="32FC3")
+
+
+def zero_size(harness: Any, frame: Any, stamp_ns: int) -> None:
+    harness.send_info(frame.camera, stamp_ns)
+    harness.send_image(frame.image[:0], stamp_ns, width=0, step=0)
+
+
+def too_few_bytes(harness: Any, frame: Any, stamp_ns: int) -> None:
+    harness.send_info(frame.camera, stamp_ns)
+    harness.send_image(frame.image[:-20], stamp_ns, height=frame.camera.height)
+
+
+def another_size_than_camera_info(harness: Any, frame: Any, stamp_ns: int) -> None:
+    harness.send_info(frame.camera, stamp_ns)
+    harness.send_image(np.ascontiguousarray(frame.image[::2, ::2]), stamp_ns)
+
+
+@pytest.mark.parametrize(
+    ("send", "said"),
+    [
+        (wrong_encoding, "encoding '32FC3'"),
+        (zero_size, "has no pixels"),
+        (too_few_bytes, "bytes, but has"),
+        (another_size_than_camera_info, "must be of the same camera"),
+    ],
+)
+def test_a_bad_image_is_refused_and_the_next_good_one_localized(
+    raw_world: Any, room: Any, send: Callable[[Any, Any, int], None], said: str
+) -> None:
+    harness = raw_world.harness
+    before = refused(harness, harness.localize(room[4]))
+    stamp_ns = time.time_ns()
+    send(harness, room[4], stamp_ns)
+    harness.wait(lambda: said in raw_world.nodes[0].log)
+    after = refused(harness, harness.localize(room[5]))
+    assert after == before + 1
+    assert stamp_ns not in harness.poses and stamp_ns not in harness.statuses
+    assert "Traceback" not in raw_world.nodes[0].log
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"k": [0.0] * 9}, "no calibration"),
+        ({"k": [math.nan, 0.0, 160.0, 0.0, 260.0, 128.0, 0.0, 0.0, 1.0]}, "finite"),
+        ({"d": [math.nan] * 5}, "finite"),
+        ({"width": 0}, "size must be positive"),
+        ({"distortion_model": "crystal_ball", "d": [0.1]}, "crystal_ball"),
+    ],
+)
+def test_a_bad_camera_info_is_refused_and_the_next_good_one_used(
+    raw_world: Any, room: Any, changes: dict[str, Any], said: str
+) -> None:
+    harness = raw_world.harness
+    harness.send_info(room.camera, time.time_ns(), **changes)
+    harness.wait(lambda: said in raw_world.nodes[0].log)
+    harness.localize(room[4])
+    assert "Traceback" not in raw_world.nodes[0].log
+
+
+def test_without_any_camera_info_the_topic_is_named(new_world: Callable[[], Any], room_map: Path, room: Any) -> None:
+    world = new_world()
+    node = world.start_localizer(f"map:={room_map}")
+    for _ in range(20):
+        world.harness.send_image(room[4].image, time.time_ns())
+        if world.harness.wait(lambda: "No usable camera_info" in node.log, 2.0, must=False):
+            break
+    assert "No usable camera_info has come on '/camera_info'" in node.log
+    world.harness.localize(room[4])
+
+
+@pytest.mark.parametrize("cut", ["half", "empty", "noise"])
+def test_a_truncated_jpeg_is_refused_and_the_next_good_one_localized(
+    compressed_world: Any, room: Any, cut: str
+) -> None:
+    harness = compressed_world.harness
+    _, encoded = cv2.imencode(".jpg", room[4].image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95])
+    data = encoded.tobytes()
+
+    def send(content: bytes) -> int:
+        stamp_ns = time.time_ns()
+        harness.send_info(room.camera, stamp_ns)
+        harness.send_compressed(content, stamp_ns)
+        return stamp_ns
+
+    harness.localize(room[4], lambda frame: send(data))
+    bad = {"half": data[: len(data) // 2], "empty": b"", "noise": bytes(range(256)) * 40}[cut]
+    said = {"half": "is cut off", "empty": "has no data", "noise": "cannot be decoded"}[cut]
+    stamp_ns = send(bad)
+    harness.wait(lambda: said in compressed_world.nodes[0].log)
+    assert stamp_ns not in harness.poses
+    harness.localize(room[4], lambda frame: send(data))
+
+
+def refused(harness: Any, pose: Any) -> int:
+    """The count of refused frames in the status that came with a pose."""
+    stamp = pose.header.stamp
+    return int(harness.statuses[stamp.sec * 10**9 + stamp.nanosec]["refused"])
+
+
+def damaged_map(kind: str, good: Path, folder: Path) -> Path:
+    """A copy of a map with something wrong."""
+    path = folder / kind
+    if kind == "missing":
+        return path
+    shutil.copytree(good, path)
+    description = path / "map.yaml"
+    if kind == "corrupt":
+        weights = path / "scoordnet.safetensors"
+        content = bytearray(weights.read_bytes())
+        content[len(content) // 2] ^= 0xFF
+        weights.write_bytes(content)
+    elif kind == "not yaml":
+        description.write_text("{[")
+    else:
+        values = yaml.safe_load(description.read_text())
+        values["version"] = 99
+        description.write_text(yaml.safe_dump(values))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("missing", "no map folder"),
+        ("corrupt", "does not match its checksum"),
+        ("not yaml", "cannot be read"),
+        ("newer", "format version 99, newer than"),
+    ],
+)
+def test_a_bad_map_ends_the_node_with_one_sentence(
+    new_world: Callable[[], Any], room_map: Path, tmp_path: Path, kind: str, said: str
+) -> None:
+    assert_refuses_to_start(new_world(), said, f"map:={damaged_map(kind, room_map, tmp_path)}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((), "No map was named"),
+        (("mapp:=kitchen",), "Did you mean 'map'?"),
+        (("max_age_s:=-1.0",), "'max_age_s' must lie in"),
+        (("image_transport:=pigeon",), "must be one of raw, compressed"),
+        (("publish_tf:=7",), "'publish_tf' must be of type bool"),
+    ],
+)
+def test_bad_parameters_end_the_node_with_one_sentence(
+    new_world: Callable[[], Any], arguments: tuple[str, ...], said: str
+) -> None:
+    assert_refuses_to_start(new_world(), said, *arguments)
+
+
+def assert_refuses_to_start(world: Any, said: str, *arguments: str) -> None:
+    node = world.start("localizer", *arguments)
+    assert node.process.wait(60.0) == 1, node.log
+    assert "[FATAL]" in node.log and said in node.log and "Traceback" not in node.log
+
+
+def test_a_node_ends_at_once_when_it_is_interrupted_early(new_world: Callable[[], Any], room_map: Path) -> None:
+    world = new_world()
+    node = world.start("localizer", f"map:={room_map}")
+    time.sleep(0.5)
+    while node.process.poll() is None and world.harness.node.count_subscribers("image") == 0:
+        world.harness.spin(0.01)
+    assert node.end(signal.SIGINT, 5.0) == 0, node.log
+    assert "Traceback" not in node.log

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The worker takes the newest item, outlives errors, and ends when asked."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from kfloc_ros.nodes.worker import LatestWorker
+
+PATIENCE_S = 5.0
+
+
+def test_the_newest_item_wins_and_overwritten_ones_are_reported() -> None:
+    begun, may_end, seen = threading.Event(), threading.Event(), []
+
+    def handle(item: int) -> None:
+        seen.append(item)
+        begun.set()
+        assert may_end.wait(PATIENCE_S)
+
+    worker = LatestWorker("test", handle, _fail)
+    try:
+        assert not worker.submit(0)
+        assert begun.wait(PATIENCE_S)
+        assert [worker.submit(item) for item in (1, 2, 3)] == [False, True, True]
+        may_end.set()
+        _wait(lambda: seen == [0, 3])
+    finally:
+        may_end.set()
+        worker.stop()
+    assert seen == [0, 3]
+
+
+def test_an_error_is_handed_over_and_the_next_item_is_worked_on() -> None:
+    errors: list[Exception] = []
+    done = threading.Event()
+
+    def handle(item: str) -> None:
+        if item == "bad":
+            raise ValueError("as planned")
+        done.set()
+
+    worker = LatestWorker("test", handle, errors.append)
+    worker.submit("bad")
+    _wait(lambda: bool(errors))
+    worker.submit("good")
+    assert done.wait(PATIENCE_S)
+    worker.stop()
+    assert [str(error) for error in errors] == ["as planned"]
+
+
+def test_a_discarded_item_is_never_worked_on() -> None:
+    begun, may_end, seen = threading.Event(), threading.Event(), []
+
+    def handle(item: int) -> None:
+        seen.append(item)
+        begun.set()
+        assert may_end.wait(PATIENCE_S)
+
+    worker = LatestWorker("test", handle, _fail)
+    worker.submit(0)
+    assert begun.wait(PATIENCE_S)
+    worker.submit(1)
+    assert worker.discard() and not worker.discard()
+    may_end.set()
+    worker.stop()
+    assert seen == [0]
+
+
+def test_stopping_leaves_no_thread() -> None:
+    before = threading.active_count()
+    worker = LatestWorker[int]("test", lambda item: None, _fail)
+    worker.stop()
+    assert threading.active_count() == before
+
+
+def _fail(error: Exception) -> None:
+    raise AssertionError(f"unexpected: {error}")
+
+
+def _wait(condition: Callable[[], bool]) -> None:
+    waiting = threading.Event()
+    for _ in range(500):
+        if condition():
+            return
+        waiting.wait(PATIENCE_S / 500)
+    raise AssertionError("nothing happened in time")
