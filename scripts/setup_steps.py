@@ -86,8 +86,8 @@ class Setup:
         plan = self._plan
         if self._runner.stamp("venv"):
             raise SetupError(
-                f"{plan.venv} was made at another place, for another Python or another ROS; "
-                f"remove it (rm -r {plan.venv}) and run set-up again."
+                f"{plan.venv} was made at another place, for another Python or with another ROS 2 sourced; "
+                f"source that one again, or remove the environment (rm -r {plan.venv}) and run set-up again."
             )
         interrupted = (plan.venv / ".kfloc").is_dir()  # looked at before probing, which makes that folder
         if self._adoptable():
