@@ -52,7 +52,7 @@ def record_of(frame: Frame, estimate: PoseEstimate, *, latency_ms: float, adapt_
         stamp_ns=frame.stamp_ns,
         truth=frame.T_map_camera,
         estimate=estimate.T_map_camera,
-        coarse=None if estimate.coarse is None else estimate.coarse.T_map_camera,
+        coarse=estimate.coarse.T_map_camera if estimate.coarse is not None and estimate.coarse.success else None,
         state=estimate.state.value,
         reason=estimate.reason,
         covariance=estimate.covariance,

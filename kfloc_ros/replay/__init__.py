@@ -7,6 +7,18 @@ that calls :func:`run_replay` never imports rclpy.
 
 from __future__ import annotations
 
-from kfloc_ros.replay.session import ReplayConfig, run_replay
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kfloc_ros.replay.session import ReplayConfig, run_replay
 
 __all__ = ["ReplayConfig", "run_replay"]
+
+
+def __getattr__(name: str) -> Any:
+    # Late, because the guard of every process also comes through here and must not load torch first.
+    if name in __all__:
+        from kfloc_ros.replay import session
+
+        return getattr(session, name)
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

@@ -1,0 +1,10 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m kfloc_ros.cli``: the ``kfloc`` command where it is not installed."""
+
+from __future__ import annotations
+
+import sys
+
+from kfloc_ros.cli.main import main
+
+sys.exit(main())
