@@ -30,6 +30,8 @@ class Face:
     """Texels per metre, as a share of the scene's."""
     emission: float = 0.0
     """Radiance of its own, beside what it reflects, for lamps, screens and the sky; 1 is white paper in full light."""
+    light: int = -1
+    """Which of the scene's lights it is: its emission follows that light's strength. -1: none, it always shines."""
     outline: NDArray[np.float64] | None = None
     """(n, 2) convex polygon in (a, b); None for the whole parallelogram."""
 

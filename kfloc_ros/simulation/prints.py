@@ -23,19 +23,21 @@ def word(rng: np.random.Generator, low: int = 2, high: int = 4) -> str:
 
 
 def vivid(rng: np.random.Generator, saturation: tuple[float, float] = (0.3, 0.85)) -> Color:
-    """A random colour that paper and cloth can have."""
-    r, g, b = colorsys.hsv_to_rgb(rng.random(), rng.uniform(*saturation), rng.uniform(0.3, 0.85))
+    """A random colour that paper and cloth have: rather warm or blue than green or purple."""
+    hue = rng.choice([rng.uniform(0.0, 0.14), rng.uniform(0.52, 0.66), rng.random()], p=[0.5, 0.32, 0.18])
+    r, g, b = colorsys.hsv_to_rgb(hue, rng.uniform(*saturation), rng.uniform(0.25, 0.9))
     return int(255 * r), int(255 * g), int(255 * b)
 
 
 def write(
     picture: Picture, text: str, left_bottom: tuple[int, int], height_px: float, color: Color, rng: np.random.Generator
 ) -> None:
-    """Put text of a given height into a picture, in a random font."""
-    scale = height_px / 22.0
-    if height_px < 3:
+    """Put text of a given height into a picture, in a random font; smaller where the picture is too narrow."""
+    font, scale = int(rng.choice(_FONTS)), height_px / 22.0
+    (width, _), _ = cv2.getTextSize(text, font, 1.0, 1)
+    scale = min(scale, 0.95 * (picture.shape[1] - left_bottom[0]) / max(width, 1))
+    if scale * 22.0 < 3:
         return
-    font = int(rng.choice(_FONTS))
     cv2.putText(picture, text, left_bottom, font, scale, color, max(1, round(1.6 * scale)), cv2.LINE_AA)
 
 
@@ -94,8 +96,8 @@ def page() -> Painter:
     def paint(rng: np.random.Generator, width: int, height: int, texels_per_m: float) -> Picture:
         picture = np.full((height, width, 3), (228, 226, 218), np.uint8)
         ink = (38, 36, 42)
-        write(picture, word(rng).title() + " " + word(rng), (width // 12, height // 8), 0.05 * height, ink, rng)
-        step = max(4.0, 0.03 * height)
+        write(picture, word(rng).title() + " " + word(rng), (width // 12, height // 8), 0.08 * height, ink, rng)
+        step = max(5.0, 0.05 * height)
         y = 0.18 * height
         while y < 0.95 * height:
             if rng.random() < 0.06 and y < 0.7 * height:
@@ -105,8 +107,8 @@ def page() -> Painter:
                 curve = y + 0.1 * height + 0.05 * height * np.cumsum(rng.normal(0, 0.4, 24)).clip(-1.6, 1.6)
                 cv2.polylines(picture, [np.stack([x, curve], 1).astype(np.int32)], False, ink, 2, cv2.LINE_AA)
                 y += 0.24 * height
-            text = " ".join(word(rng) for _ in range(int(rng.integers(5, 9))))
-            write(picture, text, (width // 12, int(y)), 0.62 * step, ink, rng)
+            text = " ".join(word(rng) for _ in range(int(rng.integers(3, 6))))
+            write(picture, text, (width // 12, int(y)), 0.7 * step, ink, rng)
             y += step
         return _paper(rng, picture, 2.5)
 
@@ -153,7 +155,7 @@ def package(name: str) -> Painter:
         share = np.linspace(0, 1, height, dtype=np.float32)[:, None] * np.ones((1, width), np.float32)
         picture = mix(vivid(rng), vivid(rng), share)
         ink = (250, 246, 235) if picture.mean() < 140 else (25, 20, 40)
-        write(picture, name, (int(0.06 * width), int(0.24 * height)), 1.5 * width / len(name), ink, rng)
+        write(picture, name, (int(0.06 * width), int(0.24 * height)), 0.16 * height, ink, rng)
         for _ in range(12):
             center = (int(rng.uniform(0.15, 0.85) * width), int(rng.uniform(0.36, 0.72) * height))
             _shape(picture, center, float(rng.uniform(0.1, 0.3) * width), vivid(rng), rng)

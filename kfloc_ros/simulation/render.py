@@ -7,7 +7,6 @@ exactly from the surface's homography.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -120,6 +119,11 @@ class Renderer:
         ids[open_pixels] = self._cast(self._xs[open_pixels], self._ys[open_pixels], T_map_camera)
         return _close_cracks(ids)
 
+    def _emission(self, illumination: Illumination) -> Array:
+        """(n, 3) linear RGB that each face radiates of its own."""
+        colors = np.concatenate([illumination.matrix().T[:3], np.ones((1, 3), np.float32)])  # -1 takes the last
+        return np.asarray(self._scene.emission[:, None] * colors[self._scene.light_of], np.float32)
+
     def _supersample(
         self, edges: NDArray[np.bool_], T_map_camera: Matrix, homographies: NDArray[np.float64], light: Illumination
     ) -> Array:
@@ -151,8 +155,10 @@ class Renderer:
         albedo = _TO_LINEAR[(encoded * (1023 / 255)).astype(np.int32)]
         u, v = _place(a, b, ids, self._light_scale, self._light_offset)
         light = cv2.remap(self._scene.light_map.values, u, v, cv2.INTER_LINEAR)
-        emission = self._scene.emission[ids]
-        radiance = albedo * (cv2.transform(light, illumination.matrix()) + emission[..., None])
+        light = cv2.transform(light, illumination.matrix())
+        shining = self._scene.emission[ids] > 0
+        light[shining] += self._emission(illumination)[ids[shining]]
+        radiance = albedo * light
         return radiance, inverse_depth
 
 
@@ -200,8 +206,3 @@ def _rows(values: NDArray[np.generic], width: int = 512) -> NDArray[np.generic]:
     """A list as an image, the last row filled up: OpenCV looks up images, and long rows are too long for it."""
     missing = -len(values) % width
     return np.concatenate([values, np.repeat(values[-1:], missing)]).reshape(-1, width)
-
-
-def visible_ids(renderer: Renderer, T_map_camera: Matrix) -> Sequence[int]:
-    """Faces seen from a pose, in no order."""
-    return np.unique(renderer._visible_faces(T_map_camera)).tolist()

@@ -18,9 +18,6 @@ from kfloc_ros.simulation.textures import Painter, cardboard, cloth, glow, plain
 
 HALF_X_M, HALF_Y_M, HEIGHT_M = 2.5, 2.0, 2.6
 
-LAMPS = ("west lamp", "east lamp")
-"""The two ceiling lamps, in the order of :func:`lights`."""
-
 _OAK, _PINE, _WALNUT = (176, 130, 84), (206, 170, 120), (112, 76, 50)
 _WHITE, _CREAM, _BLUE = (216, 214, 208), (208, 198, 176), (92, 116, 140)
 
@@ -39,11 +36,15 @@ def lights() -> list[Face]:
     """West lamp, east lamp and window, in this order: what lights the room."""
     panel, z = 0.6, HEIGHT_M - 0.02
     lamps = [
-        face((x - panel / 2, -panel / 2, z), (panel, 0, 0), (0, panel, 0), glow((250, 246, 236)), emission=1.6, detail=0.5)
-        for x in (-1.1, 1.1)
+        replace(
+            face((x - panel / 2, -panel / 2, z), (panel, 0, 0), (0, panel, 0), glow((250, 246, 236)), detail=0.5),
+            emission=3.2,
+            light=i,
+        )
+        for i, x in enumerate((-1.1, 1.1))
     ]
     window = _hang(_EAST, -0.3, 1.6, 1.5, 1.25, prints.view())
-    return [*lamps, replace(window, emission=1.0)]
+    return [*lamps, replace(window, emission=1.9, light=2)]
 
 
 def _shell() -> list[Face]:

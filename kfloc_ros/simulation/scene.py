@@ -32,6 +32,8 @@ class Scene:
     light_map: LightMap
     emission: NDArray[np.float32]
     """(n,) see :class:`Face`."""
+    light_of: NDArray[np.int32]
+    """(n,) which light a face is, -1 for none."""
 
 
 @lru_cache(maxsize=2)
@@ -56,4 +58,5 @@ def build_room(seed: int = 0, texels_per_m: float = TEXELS_PER_M) -> Scene:
         picture_px=np.array([(p.shape[1], p.shape[0]) for p in pictures]),
         light_map=bake(faces, lights(), caster, np.random.default_rng(seed)),
         emission=np.array([face.emission for face in faces], np.float32),
+        light_of=np.array([face.light for face in faces], np.int32),
     )

@@ -72,7 +72,8 @@ def plaster(color: Color) -> Painter:
         for _ in range(int(3 * width * height / texels_per_m**2)):
             start = np.array([rng.integers(width), rng.integers(height)])
             end = start + rng.normal(0, 0.12 * texels_per_m, 2).astype(int)
-            shade = tuple(int(c) - int(rng.integers(15, 60)) for c in color)
+            dark = int(rng.integers(12, 45))
+            shade = tuple(int(c) - dark for c in color)
             cv2.line(picture, start.tolist(), end.tolist(), shade, int(rng.integers(1, 3)), cv2.LINE_AA)
         return picture
 

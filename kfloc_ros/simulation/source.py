@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The two recordings of the demo as sources of frames: one to map the room, one to localize in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from kfloc_ros.datasets.base import FrameSource
+from kfloc_ros.errors import SourceError
+from kfloc_ros.geometry.camera import Camera
+from kfloc_ros.simulation.render import Illumination, Renderer
+from kfloc_ros.simulation.scene import TEXELS_PER_M, build_room
+from kfloc_ros.simulation.sensor import Sensor
+from kfloc_ros.simulation.trajectory import Pace, Route, Trajectory, orbit
+from kfloc_ros.types import Frame
+
+CAMERA = Camera(640, 480, 525.0, 525.0, 319.5, 239.5)
+
+_DAY = Illumination(
+    west_lamp=(0.50, 0.47, 0.42), east_lamp=(0.50, 0.47, 0.42), window=(0.34, 0.38, 0.46), ambient=(0.44, 0.44, 0.43)
+)
+_DUSK = Illumination(
+    west_lamp=(0.54, 0.49, 0.41), east_lamp=(0.54, 0.49, 0.41), window=(0.15, 0.18, 0.26), ambient=(0.36, 0.35, 0.34)
+)
+_DUSK_ONE_LAMP = replace(_DUSK, west_lamp=(0.04, 0.04, 0.03), ambient=(0.25, 0.25, 0.25))
+_SWITCH_SHARE, _SWITCH_S = 0.45, 0.25
+
+
+@dataclass(frozen=True)
+class Recording:
+    """How one recording is made."""
+
+    route: Callable[[int], Route]
+    pace: Pace
+    rate_hz: float
+    start_ns: int
+    light: Callable[[float, float], Illumination]
+    """Of the time in seconds and the recording's duration."""
+
+
+def _map_route(seed: int) -> Route:
+    first = np.arange(-30, 340, 30.0)
+    second = np.arange(360, 690, 30.0)
+    wave = np.arange(len(first) + len(second))
+    return orbit(
+        [*first, *second],
+        [1.0] * len(first) + [0.45] * len(second),
+        1.48 + 0.16 * np.sin(1.3 * wave),
+        1.05 + 0.35 * np.sin(1.9 * wave + 0.5),
+        seed,
+    )
+
+
+def _short_map_route(seed: int) -> Route:
+    first, second = np.arange(-15, 165, 30.0), np.arange(150, -30, -30.0)
+    wave = np.arange(len(first) + len(second))
+    return orbit(
+        [*first, *second],
+        [1.0] * len(first) + [0.5] * len(second),
+        1.48 + 0.14 * np.sin(1.3 * wave),
+        1.05 + 0.3 * np.sin(1.9 * wave + 0.5),
+        seed,
+    )
+
+
+def _localize_route(seed: int) -> Route:
+    headings = np.arange(330, -20, -30.0)
+    wave = np.arange(len(headings))
+    heights, aims = 1.36 + 0.1 * np.sin(1.7 * wave), 1.05 + 0.25 * np.sin(2.3 * wave)
+    return orbit(headings, [0.72] * len(headings), heights, aims, seed + 100)
+
+
+def _short_localize_route(seed: int) -> Route:
+    headings = np.arange(135, -1, -27.0)
+    wave = np.arange(len(headings))
+    heights, aims = 1.38 + 0.08 * np.sin(1.7 * wave), 1.05 + 0.2 * np.sin(2.3 * wave)
+    return orbit(headings, [0.72] * len(headings), heights, aims, seed + 100)
+
+
+def _daylight(time_s: float, duration_s: float) -> Illumination:
+    del time_s, duration_s
+    return _DAY
+
+
+def _lamp_goes_out(time_s: float, duration_s: float) -> Illumination:
+    """Dusk; a little before half-time somebody switches the west lamp off."""
+    share = float(np.clip((time_s - _SWITCH_SHARE * duration_s) / _SWITCH_S, 0, 1))
+    return blend(_DUSK, _DUSK_ONE_LAMP, share)
+
+
+def blend(first: Illumination, second: Illumination, share: float) -> Illumination:
+    """Between two illuminations; 0 is the first."""
+    mixed = (1 - share) * first.matrix().T + share * second.matrix().T
+    return Illumination(*(tuple(float(c) for c in row) for row in mixed))
+
+
+RECORDINGS = {
+    "map": Recording(_map_route, Pace(), 10.0, 1_000_000_000_000, _daylight),
+    "localize": Recording(_localize_route, Pace(0.4, 32.0), 15.0, 2_000_000_000_000, _lamp_goes_out),
+    "map-quick": Recording(_short_map_route, Pace(), 10.0, 1_000_000_000_000, _daylight),
+    "localize-quick": Recording(_short_localize_route, Pace(0.4, 30.0), 15.0, 2_000_000_000_000, _lamp_goes_out),
+}
+
+
+class SimulatedSource(FrameSource):
+    """One recording of the simulated room; frames are rendered when asked for, always the same for the same seed.
+
+    The pose of a frame is that in the middle of its exposure, which is also its stamp.
+
+    Args:
+        which: ``map`` or ``localize``.
+        quick: a part of the room only, for a demo in a hurry.
+        seed: of everything: pictures, routes, shake and noise. Both recordings need the same to show the same room.
+        camera: a pinhole.
+        texels_per_m: resolution of the room's pictures.
+
+    Raises:
+        SourceError: the recording is unknown.
+    """
+
+    def __init__(
+        self,
+        which: str,
+        quick: bool = False,
+        seed: int = 0,
+        *,
+        camera: Camera = CAMERA,
+        texels_per_m: float = TEXELS_PER_M,
+    ) -> None:
+        self.name = f"{which}-quick" if quick else which
+        if self.name not in RECORDINGS:
+            raise SourceError(f"There is no simulated recording '{self.name}'; there are: {', '.join(RECORDINGS)}.")
+        self._recording = RECORDINGS[self.name]
+        self._camera, self._seed, self._texels_per_m = camera, seed, texels_per_m
+        self.trajectory = Trajectory(self._recording.route(seed), self._recording.pace, seed + len(which))
+        self._count = int(self.trajectory.duration_s * self._recording.rate_hz)
+        self._studio: tuple[Renderer, Sensor] | None = None
+
+    @classmethod
+    def from_name(cls, name: str) -> SimulatedSource:
+        """The recording of a SOURCE such as ``sim:map-quick``, without its ``sim:``.
+
+        Raises:
+            SourceError: the recording is unknown.
+        """
+        which, dash, rest = name.partition("-")
+        if name not in RECORDINGS:
+            raise SourceError(f"There is no simulated recording '{name}'; there are: {', '.join(RECORDINGS)}.")
+        return cls(which, quick=bool(dash and rest))
+
+    @property
+    def camera(self) -> Camera:
+        return self._camera
+
+    def __len__(self) -> int:
+        return self._count
+
+    def indices(self) -> Sequence[int]:
+        return range(self._count)
+
+    def __getitem__(self, position: int) -> Frame:
+        index = range(self._count)[position]
+        renderer, sensor = self._prepared()
+        time_s = index / self._recording.rate_hz
+        half_s = sensor.model.exposure_s / 2
+        T_start, T_middle, T_end = (self.trajectory.pose(time_s + dt) for dt in (-half_s, 0.0, half_s))
+        light = self._recording.light(time_s, self.trajectory.duration_s)
+        rendering = renderer.render(T_middle, light)
+        rng = np.random.default_rng((self._seed, self._recording.start_ns, index))
+        return Frame(
+            image=sensor.expose(rendering, T_start, T_middle, T_end, rng),
+            camera=self._camera,
+            stamp_ns=self._recording.start_ns + round(time_s * 1e9),
+            index=index,
+            name=f"{self.name}/{index:06d}",
+            depth_m=rendering.depth_m,
+            T_map_camera=T_middle,
+        )
+
+    def _prepared(self) -> tuple[Renderer, Sensor]:
+        """The room and the camera; made with the first frame, so that opening a source takes no time."""
+        if self._studio is None:
+            scene = build_room(self._seed, self._texels_per_m)
+            self._studio = (Renderer(scene, self._camera), Sensor(self._camera))
+        return self._studio
