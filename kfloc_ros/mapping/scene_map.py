@@ -86,6 +86,8 @@ class SceneMap:
             temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
             self._write(temporary)
             temporary.chmod(0o755)
+            for name in (HEAD_FILE, REFERENCES_FILE):
+                (temporary / name).chmod(0o644)  # safetensors makes them private
             _swap_in(temporary, folder)
         except OSError as error:
             raise MapError(f"The map cannot be written to '{folder}': {error}.") from error

@@ -24,7 +24,7 @@ from kfloc_ros.types import CoarsePose, SceneCoordinates
 class PnpSettings:
     """How the coarse pose is found and when it counts."""
 
-    max_cells: int = 2000
+    max_cells: int = 1500
     """The cells of smallest variance are used, at most this many."""
     max_sigma_m: float = 0.5
     """Cells less certain than this are never used."""
@@ -85,7 +85,8 @@ def solve_pnp(coordinates: SceneCoordinates, camera: Camera, settings: PnpSettin
     count, ratio = int(inliers.sum()), float(inliers.mean())
     if count < settings.min_inliers or ratio < settings.min_inlier_ratio:
         return _failure(f"PnP found {count} inliers of {len(inliers)} cells", count, ratio)
-    T_camera_map, information = _refine(make_pose(pose.R, pose.t), cells, camera, settings)
+    kept = Correspondences(cells.pixels[inliers], cells.points[inliers], cells.sigma_m[inliers])
+    T_camera_map, information = _refine(make_pose(pose.R, pose.t), kept, camera, settings)
     covariance = map_frame_covariance(information, T_camera_map)
     if covariance is None:
         return _failure("the PnP system is degenerate", count, ratio)
