@@ -181,7 +181,9 @@ def front(color: Color, *, handle: bool = True, upright: bool = True) -> Painter
         cv2.rectangle(picture, (inset, inset), (width - inset, height - inset), dark, line)
         if handle:
             x, y, reach = int(0.86 * width), int(0.5 * height), int(0.06 * texels_per_m)
-            cv2.line(picture, (x, y - reach), (x, y + reach), (70, 70, 74), max(1, int(0.014 * texels_per_m)), cv2.LINE_AA)
+            cv2.line(
+                picture, (x, y - reach), (x, y + reach), (70, 70, 74), max(1, int(0.014 * texels_per_m)), cv2.LINE_AA
+            )
             shine = max(1, int(0.004 * texels_per_m))
             cv2.line(picture, (x, y - reach), (x, y + reach), (190, 190, 196), shine, cv2.LINE_AA)
         return picture
@@ -250,7 +252,9 @@ def keyboard() -> Painter:
                 left, top = int((column + 0.1) * width / columns), int((row + 0.12) * height / rows)
                 right, bottom = int((column + 0.9) * width / columns), int((row + 0.88) * height / rows)
                 cv2.rectangle(picture, (left, top), (right, bottom), (62, 62, 68), -1)
-                write(picture, chr(65 + int(rng.integers(26))), (left + 3, bottom - 3), height / 14, (220, 220, 220), rng)
+                write(
+                    picture, chr(65 + int(rng.integers(26))), (left + 3, bottom - 3), height / 14, (220, 220, 220), rng
+                )
         return picture
 
     return paint

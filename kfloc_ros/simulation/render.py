@@ -71,9 +71,7 @@ class Renderer:
         self._light_scale, self._light_offset = _span(light.columns, light.rows, light.left, light.top)
         self._corner = np.stack([face.corner for face in scene.faces])
         # Rows that give the picture position (a, b) of a map point relative to the corner, also for skewed faces.
-        self._to_picture = np.stack(
-            [np.linalg.pinv(np.stack([face.right, face.down], axis=1)) for face in scene.faces]
-        )
+        self._to_picture = np.stack([np.linalg.pinv(np.stack([face.right, face.down], axis=1)) for face in scene.faces])
         self._normal = np.stack([face.normal for face in scene.faces])
 
     def render(self, T_map_camera: Matrix, illumination: Illumination) -> Rendering:
@@ -142,9 +140,7 @@ class Renderer:
     ) -> tuple[Array, Array]:
         """Radiance (h, w, 3) and inverse depth (h, w) at pixels that see the given faces."""
         h = homographies.reshape(-1, 9).astype(np.float32)
-        a, b, inverse_depth = (
-            h[:, 3 * i][ids] * x + h[:, 3 * i + 1][ids] * y + h[:, 3 * i + 2][ids] for i in range(3)
-        )
+        a, b, inverse_depth = (h[:, 3 * i][ids] * x + h[:, 3 * i + 1][ids] * y + h[:, 3 * i + 2][ids] for i in range(3))
         inverse_depth = np.maximum(inverse_depth, 1e-3)
         a = np.clip(a / inverse_depth, 0, 1)
         b = np.clip(b / inverse_depth, 0, 1)

@@ -144,7 +144,12 @@ def _bookshelf() -> list[Face]:
         made += row
     for x, z, name in ((0.25, 0.62, "Memo"), (0.45, 0.63, "Kara"), (-0.45, 1.0, "Ludo"), (-0.35, 1.72, "Box 7")):
         made += box(
-            (middle + x, y, z), (0.16, 0.16, 0.24), prints.package(name), yaw_deg=80, skip=("back", "bottom"), detail=1.3
+            (middle + x, y, z),
+            (0.16, 0.16, 0.24),
+            prints.package(name),
+            yaw_deg=80,
+            skip=("back", "bottom"),
+            detail=1.3,
         )
     made += box((middle, HALF_Y_M - 0.15, 2.13), (0.28, 0.7, 0.26), cardboard("PHOTOS"), yaw_deg=90, skip=("bottom",))
     return made
@@ -172,14 +177,20 @@ def _sideboard() -> list[Face]:
 def _kitchen() -> list[Face]:
     """Against the west wall; its fronts look along +x, hence the half turn."""
     x = -HALF_X_M
-    made = [_hang(_WEST, 0.0, 1.18, 2.5, 0.56, tiles((206, 208, 204), (120, 120, 116), 0.14, accent=(70, 100, 150)), detail=1)]
+    made = [
+        _hang(
+            _WEST, 0.0, 1.18, 2.5, 0.56, tiles((206, 208, 204), (120, 120, 116), 0.14, accent=(70, 100, 150)), detail=1
+        )
+    ]
     for i, y in enumerate((-0.9375, -0.3125, 0.3125, 0.9375)):
         low = prints.front(_CREAM) if i != 1 else prints.front((60, 60, 62), upright=False)
         made += box((x + 0.3, y, 0.43), (0.6, 0.62, 0.86), low, yaw_deg=180, skip=("back", "bottom", "top"))
     made += box((x + 0.315, 0.0, 0.88), (0.63, 2.52, 0.04), wood(_OAK), yaw_deg=180, skip=("back",))
     for y in (-0.95, -0.4, 0.15):
         made += box((x + 0.18, y, 1.82), (0.36, 0.54, 0.7), prints.front(_CREAM), yaw_deg=180, skip=("back",))
-    made += box((x + 0.24, 0.95, 1.04), (0.34, 0.5, 0.28), prints.front((70, 72, 76)), yaw_deg=184, skip=("back", "bottom"))
+    made += box(
+        (x + 0.24, 0.95, 1.04), (0.34, 0.5, 0.28), prints.front((70, 72, 76)), yaw_deg=184, skip=("back", "bottom")
+    )
     for y, width, height, yaw, name in (
         (-1.05, 0.19, 0.29, 170, "Mais"), (-0.8, 0.16, 0.25, 192, "Reis"), (0.5, 0.14, 0.22, 185, "Milk"),
     ):  # fmt: skip
@@ -252,8 +263,6 @@ def _table() -> list[Face]:
         (0.42, 0.1, (0.08, 0.19, 0.29), 60, "Musli"), (0.5, -0.22, (0.1, 0.14, 0.2), 140, "Kaffee"),
         (-0.36, -0.22, (0.16, 0.24, 0.09), 15, "Spiel"),
     ):  # fmt: skip
-        made += box(
-            (x, y, 0.75 + size[2] / 2), size, prints.package(name), yaw_deg=yaw, skip=("bottom",), detail=1.4
-        )
+        made += box((x, y, 0.75 + size[2] / 2), size, prints.package(name), yaw_deg=yaw, skip=("bottom",), detail=1.4)
     made += prism((0.2, -0.2, 0.75), 0.042, 0.095, tiles((196, 200, 204), (60, 90, 150), 0.03), plain((52, 36, 26)))
     return made

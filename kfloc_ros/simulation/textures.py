@@ -171,7 +171,9 @@ def rug(first: Color, second: Color, third: Color) -> Painter:
         margin = int(0.2 * min(width, height))
         for cy in range(margin, height - margin + 1, step):
             for cx in range(margin, width - margin + 1, step):
-                corners = np.array([[cx, cy - step // 2], [cx + step // 3, cy], [cx, cy + step // 2], [cx - step // 3, cy]])
+                corners = np.array(
+                    [[cx, cy - step // 2], [cx + step // 3, cy], [cx, cy + step // 2], [cx - step // 3, cy]]
+                )
                 odd = (cx // step + cy // step) % 2 == 1
                 cv2.fillPoly(picture, [corners], second if odd else third, cv2.LINE_AA)
                 cv2.circle(picture, (cx, cy), max(1, step // 9), first, -1, cv2.LINE_AA)

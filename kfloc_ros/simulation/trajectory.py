@@ -111,7 +111,11 @@ class _Spline:
 
 
 def orbit(
-    headings_deg: Sequence[float], reaches: Sequence[float], heights_m: Sequence[float], aims_m: Sequence[float], seed: int
+    headings_deg: Sequence[float],
+    reaches: Sequence[float],
+    heights_m: Sequence[float],
+    aims_m: Sequence[float],
+    seed: int,
 ) -> Route:
     """A route around the middle of the room, looking across it.
 
