@@ -17,7 +17,7 @@ from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import make_pose, rotation_angle_deg, so3_exp
 from kfloc_ros.nodes.pose_messages import pose_from_message, transform_from_message
 
-pytestmark = [pytest.mark.ros, pytest.mark.slow]
+pytestmark = pytest.mark.ros
 
 NewWorld = Callable[[], Any]
 

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The camera component in this process: what its output raises never ends it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from kfloc_ros.errors import FrameError
+
+pytest.importorskip("rclpy", reason="rclpy is not installed: `make setup` brings it, or source a ROS 2 installation")
+
+import rclpy
+from rclpy.node import Node
+from sensor_msgs.msg import CameraInfo, Image
+
+from kfloc_ros.nodes.camera_messages import fill_info
+from kfloc_ros.nodes.camera_node import CameraComponent
+from kfloc_ros.nodes.health import Health
+from kfloc_ros.nodes.image_messages import fill_image
+from kfloc_ros.nodes.parameter_server import ParameterServer
+from kfloc_ros.nodes.pose_messages import fill_stamp
+
+pytestmark = pytest.mark.ros
+
+
+@pytest.fixture
+def node(monkeypatch: pytest.MonkeyPatch) -> Iterator[Node]:
+    monkeypatch.setenv("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
+    context = rclpy.Context()
+    rclpy.init(context=context, domain_id=7)
+    node = Node("camera_test", context=context, automatically_declare_parameters_from_overrides=True)
+    yield node
+    node.destroy_node()
+    context.try_shutdown()
+
+
+def wait(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 5.0
+    while not condition():
+        assert time.monotonic() < deadline, "nothing happened in time"
+        threading.Event().wait(0.005)
+
+
+def test_an_internal_error_is_counted_reported_and_survived(node: Node, room: Any) -> None:
+    health, seen, resets = Health(node.get_logger()), [], []
+
+    def output(packet: Any) -> None:
+        seen.append(packet)
+        if len(seen) == 1:
+            raise ZeroDivisionError("as planned")
+        if len(seen) == 2:
+            raise FrameError("This frame is of no use.")
+
+    component = CameraComponent(node, ParameterServer(node), room.camera, health, output, resets.append)
+    try:
+        component._on_info(fill_info(CameraInfo(), room.camera))
+        for number in range(1, 4):
+            message = fill_image(Image(), room[number].image)
+            fill_stamp(message.header.stamp, time.time_ns())
+            message.header.frame_id = "lens"
+            component._on_image(message)
+            wait(lambda number=number: len(seen) == number)
+    finally:
+        component.stop()
+    assert (health.counters.received, health.counters.failed, health.counters.refused) == (3, 1, 1)
+    assert resets == ["an internal error"], "a refused frame is no reason to start anew"
+    assert seen[-1].frame_id == "lens" and (seen[-1].frame.image == room[3].image).all()
+
+
+def test_live_parameters_reach_the_configuration(node: Node) -> None:
+    from rclpy.parameter import Parameter
+
+    server = ParameterServer(node)
+    assert node.set_parameters([Parameter("max_age_s", value=3.0)])[0].successful
+    assert server.node.max_age_s == 3.0
+    refused = node.set_parameters([Parameter("max_age_s", value=-3.0)])[0]
+    assert not refused.successful and "3600" in refused.reason
+    refused = node.set_parameters([Parameter("base_frame", value="other")])[0]
+    assert not refused.successful and refused.reason
+    assert server.node.max_age_s == 3.0 and server.node.base_frame == ""
