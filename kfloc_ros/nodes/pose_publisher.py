@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections import deque
 
 from geometry_msgs.msg import PoseStamped, PoseWithCovarianceStamped, TransformStamped
@@ -16,6 +18,8 @@ from kfloc_ros.nodes.pose_messages import BodyPose, fill_pose, fill_pose_with_co
 from kfloc_ros.nodes.transforms import TransformUnknownError, make_broadcaster, make_lookup
 from kfloc_ros.types import PoseEstimate
 
+_PATH_PERIOD_S = 0.5
+
 
 class PosePublisher:
     """Turns camera poses into messages about the base frame; never publishes one that is not sound."""
@@ -27,6 +31,7 @@ class PosePublisher:
         self._poses = node.create_publisher(PoseWithCovarianceStamped, "pose", qos.results())
         self._paths = node.create_publisher(Path, "path", qos.results(1))
         self._path: deque[PoseStamped] = deque()
+        self._path_sent_s = -math.inf
 
     def publish(self, estimate: PoseEstimate, camera_frame: str) -> str:
         """Publish the pose in an estimate; returns why there is none to publish, or empty."""
@@ -83,8 +88,12 @@ class PosePublisher:
         self._path.append(pose)
         while len(self._path) > self._parameters.node.path_length:
             self._path.popleft()
-        # A path of a thousand poses takes milliseconds to send: only for those who look.
-        if self._path and self._paths.get_subscription_count() > 0:
+        # A thousand poses take ten milliseconds and more to send: only for those who look, and not too often.
+        now_s = time.monotonic()
+        if now_s - self._path_sent_s < _PATH_PERIOD_S or self._paths.get_subscription_count() == 0:
+            return
+        self._path_sent_s = now_s
+        if self._path:
             message = Path(poses=list(self._path))
             message.header = pose.header
             self._paths.publish(message)

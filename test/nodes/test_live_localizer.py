@@ -44,12 +44,11 @@ def test_an_image_becomes_pose_transform_path_and_status(world: Any, room: Any) 
     covariance = np.array(message.pose.covariance).reshape(6, 6)
     assert np.allclose(covariance, covariance.T) and (np.linalg.eigvalsh(covariance) > 0).all()
 
-    harness.wait(lambda: bool(harness.transforms) and bool(harness.paths) and stamp_ns in harness.coarse)
+    harness.wait(lambda: bool(harness.transforms) and stamp_ns in harness.coarse)
     transform = harness.transforms[-1]
     assert (transform.header.frame_id, transform.child_frame_id) == ("map", "camera")
     assert transform.header.stamp == message.header.stamp
     assert np.allclose(transform_from_message(transform.transform), T)
-    assert harness.paths[-1].poses[-1].header.stamp == message.header.stamp
 
     values = harness.statuses[stamp_ns]
     assert values["state"] == "TRACKING" and values["published"] == "true"
@@ -57,6 +56,10 @@ def test_an_image_becomes_pose_transform_path_and_status(world: Any, room: Any) 
         assert float(values[f"{stage}_ms"]) >= 0
     assert float(values["latency_ms"]) >= float(values["total_ms"])
     assert int(values["processed"]) >= 1 and int(values["inliers"]) > 0
+
+    harness.spin(0.6)  # paths come twice a second
+    harness.localize(frame)
+    harness.wait(lambda: any(pose.header.stamp == message.header.stamp for p in harness.paths for pose in p.poses))
 
 
 def test_diagnostics_name_map_and_rates(world: Any, room: Any) -> None:
@@ -164,7 +167,10 @@ def test_compressed_images_under_sim_time_and_a_clock_that_jumps_back(
     assert_near(pose_from_message(message.pose.pose), room[3].T_map_camera)
     values = harness.statuses[message.header.stamp.sec * 10**9 + message.header.stamp.nanosec]
     assert values["filter_reset"] == "time went backwards"
-    harness.wait(lambda: any(path.header.stamp == message.header.stamp for path in harness.paths))
+    harness.spin(0.6)
+    harness.paths.clear()
+    harness.localize(room[4], earlier)
+    harness.wait(lambda: bool(harness.paths))
     assert all(pose.header.stamp.sec < 500 for pose in harness.paths[-1].poses)
     assert node.end(signal.SIGTERM, 5.0) == 0, node.log
 
