@@ -52,6 +52,9 @@ class MapBuildConfig:
     train_seconds: float = option(
         240.0, "Time for training the head; the whole build takes a few minutes more.", low=1.0, high=86_400.0
     )
+    train_steps: int = option(
+        0, "End training after so many steps, for a repeatable map on a machine of any speed; 0: by time.", low=0
+    )
     augmentations: int = option(1, "Rotated and zoomed copies of every view for training.", low=0, high=10)
     points_per_view: int = option(600, "Points kept of every reference view.", low=50, high=5000)
     reference_spacing_m: float = option(
@@ -116,7 +119,7 @@ def build_map(
         text = f"loss {progress.loss:.2f}, error {progress.median_error_m * 100:.1f} cm, step {progress.step}"
         on_progress(BuildProgress("train", progress.share_done, text))
 
-    settings = HeadTraining(seconds=config.train_seconds, seed=config.seed)
+    settings = HeadTraining(seconds=config.train_seconds, steps=config.train_steps, seed=config.seed)
     head = train_head(survey.cells.inputs, survey.cells.coordinates, settings, device, training)
     points = survey.cells.coordinates
     draft = SceneMap(

@@ -23,6 +23,8 @@ class HeadTraining:
     """How a head is trained."""
 
     seconds: float
+    steps: int = 0
+    """End after so many steps if the time has not run out first, which makes a result repeatable; 0: by time alone."""
     width: int = 256
     blocks: int = 3
     batch: int = 8192
@@ -48,7 +50,7 @@ def train_head(
     device: torch.device,
     on_progress: Callable[[HeadProgress], None],
 ) -> SCoordNet:
-    """Fit a head to cells for a given time.
+    """Fit a head to cells for a given time or number of steps.
 
     Args:
         inputs: (N, 192) half precision, see ``head_input``.
@@ -70,7 +72,7 @@ def train_head(
     optimizer = torch.optim.AdamW(head.parameters(), lr=0.0, weight_decay=settings.weight_decay)
     start = last_report = time.monotonic()
     step, loss_value, error_value = 0, math.nan, math.nan
-    while (share := (time.monotonic() - start) / settings.seconds) < 1.0:
+    while (share := _share_done(step, time.monotonic() - start, settings)) < 1.0:
         _set_learning_rate(optimizer, settings.learning_rate, step, share)
         index = torch.randint(len(inputs), (settings.batch,), generator=generator).to(device)
         with torch.autocast(device.type, dtype=torch.bfloat16):
@@ -90,8 +92,13 @@ def train_head(
     return head.cpu().eval()
 
 
+def _share_done(step: int, elapsed_s: float, settings: HeadTraining) -> float:
+    by_steps = step / settings.steps if settings.steps else 0.0
+    return max(by_steps, elapsed_s / settings.seconds)
+
+
 def _set_learning_rate(optimizer: torch.optim.Optimizer, peak: float, step: int, share: float) -> None:
-    """Linear warm-up by steps, then a cosine to zero over the time that is given."""
+    """Linear warm-up by steps, then a cosine to zero over what is given."""
     rate = peak * min(1.0, (step + 1) / WARM_UP_STEPS) * 0.5 * (1.0 + math.cos(math.pi * share))
     for group in optimizer.param_groups:
         group["lr"] = rate

@@ -130,7 +130,9 @@ def room_map(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from kfloc_ros.mapping import build
 
     out = tmp_path_factory.mktemp("maps") / "room"
-    config = build.MapBuildConfig(train_seconds=120.0, train_steps=500, augmentations=0, points_per_view=300, device="cpu")
+    config = build.MapBuildConfig(
+        train_seconds=120.0, train_steps=500, augmentations=0, points_per_view=300, device="cpu"
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build, "HeadTraining", functools.partial(build.HeadTraining, width=128, blocks=1, batch=1024))
         build.build_map(Room(24), out, config)
