@@ -123,7 +123,8 @@ class Benchmark:
     def _localize(self) -> list[Row]:
         summary = self._offline("localize")
         limits = self._limits
-        position_cm, rotation_deg = 100 * number(summary, "median_translation_m"), number(summary, "median_rotation_deg")
+        position_cm = 100 * number(summary, "median_translation_m")
+        rotation_deg = number(summary, "median_rotation_deg")
         rows = [
             share(f"full pipeline, {label(name)}", summary["recall"][name], limits.get(name))
             for name in ("1cm_1deg", "2cm_2deg", "5cm_5deg", "25cm_2deg")

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import cv2
 import numpy as np
 import pytest
@@ -102,8 +104,8 @@ def test_walks_are_those_of_a_person(name: str) -> None:
     recording = SimulatedSource.from_name(name)
     times = np.arange(0.0, recording.trajectory.duration_s, 0.05)
     poses = [recording.trajectory.pose(t) for t in times]
-    speeds = [np.linalg.norm(b[:3, 3] - a[:3, 3]) / 0.05 for a, b in zip(poses[:-1], poses[1:], strict=True)]
-    turns = [rotation_angle_deg(a[:3, :3].T @ b[:3, :3]) / 0.05 for a, b in zip(poses[:-1], poses[1:], strict=True)]
+    speeds = [np.linalg.norm(b[:3, 3] - a[:3, 3]) / 0.05 for a, b in itertools.pairwise(poses)]
+    turns = [rotation_angle_deg(a[:3, :3].T @ b[:3, :3]) / 0.05 for a, b in itertools.pairwise(poses)]
     assert 0.15 < np.mean(speeds) < 0.5 and max(speeds) < 0.7
     assert max(turns) < 60
     where = np.array([pose[:3, 3] for pose in poses])
