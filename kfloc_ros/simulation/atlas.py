@@ -84,4 +84,5 @@ class TextureAtlas:
         scale = np.float32(0.5) ** level
         x = (u + np.float32(0.5)) * scale - np.float32(0.5) + self._offset[level]
         y = (v + np.float32(0.5)) * scale - np.float32(0.5)
-        return cv2.remap(self._image, x.astype(np.float32), y.astype(np.float32), cv2.INTER_LINEAR).astype(np.float32)
+        found = cv2.remap(self._image, x.astype(np.float32), y.astype(np.float32), cv2.INTER_LINEAR)
+        return np.asarray(found, dtype=np.float32)

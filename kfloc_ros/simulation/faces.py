@@ -53,10 +53,19 @@ class Face:
         return np.stack([points[[0, i, i + 1]] for i in range(1, len(points) - 1)])
 
 
-def face(corner: ArrayLike, right: ArrayLike, down: ArrayLike, painter: Painter, **options: float) -> Face:
+def face(
+    corner: ArrayLike,
+    right: ArrayLike,
+    down: ArrayLike,
+    painter: Painter,
+    *,
+    detail: float = 1.0,
+    emission: float = 0.0,
+    light: int = -1,
+) -> Face:
     """A face from plain lists of numbers."""
-    vectors = (np.asarray(v, dtype=np.float64) for v in (corner, right, down))
-    return Face(*vectors, painter, **options)
+    a, b, c = (np.asarray(v, dtype=np.float64) for v in (corner, right, down))
+    return Face(a, b, c, painter, detail, emission, light)
 
 
 SIDES = ("front", "back", "left", "right", "top", "bottom")

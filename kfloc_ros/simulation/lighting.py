@@ -97,13 +97,14 @@ def _direct(points: Array, normals: Array, light: Face, caster: RayCaster, rng: 
         lit = np.flatnonzero(weight > 1e-4)
         free = caster.distance(points[lit], way[lit], 20.0) >= length[lit] - 0.02
         total[lit] += weight[lit] * free
-    return total / _SHADOW_RAYS
+    return np.asarray(total / _SHADOW_RAYS, dtype=np.float32)
 
 
 def _ambient(points: Array, normals: Array, caster: RayCaster, rng: np.random.Generator) -> Array:
     """Share (n,) of the surroundings that is farther than :data:`AMBIENT_REACH_M`, near things counting in part."""
     side = int(np.sqrt(_AMBIENT_RAYS))
-    helper = np.where(np.abs(normals[:, 2:]) < 0.9, np.float32([0, 0, 1]), np.float32([1, 0, 0]))
+    upright, sideways = np.array([0, 0, 1], np.float32), np.array([1, 0, 0], np.float32)
+    helper = np.where(np.abs(normals[:, 2:]) < 0.9, upright, sideways)
     tangent = np.cross(normals, helper)
     tangent /= np.linalg.norm(tangent, axis=1, keepdims=True)
     other = np.cross(normals, tangent)
@@ -118,4 +119,4 @@ def _ambient(points: Array, normals: Array, caster: RayCaster, rng: np.random.Ge
             + height[:, None] * normals
         ).astype(np.float32)
         total += caster.distance(points, np.ascontiguousarray(way), AMBIENT_REACH_M) / AMBIENT_REACH_M
-    return total / _AMBIENT_RAYS
+    return np.asarray(total / _AMBIENT_RAYS, dtype=np.float32)

@@ -8,6 +8,7 @@ exactly from the surface's homography.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import cv2
 import numpy as np
@@ -19,11 +20,12 @@ from kfloc_ros.types import Matrix
 
 Array = NDArray[np.float32]
 Ids = NDArray[np.int32]
+Value = TypeVar("Value", bound=np.generic)
 
 _BLOCK_PX = 4
 _EDGE_SAMPLES = ((-0.375, -0.125), (0.125, -0.375), (0.375, 0.125), (-0.125, 0.375))
 """Rotated grid of four samples for pixels that see more than one surface, in pixels from the centre."""
-_TO_LINEAR = np.float32(((np.arange(1024) / 1023 + 0.055) / 1.055) ** 2.4)
+_TO_LINEAR = (((np.arange(1024) / 1023 + 0.055) / 1.055) ** 2.4).astype(np.float32)
 _TO_LINEAR[:42] = np.arange(42) / 1023 / 12.92
 
 
@@ -126,14 +128,14 @@ class Renderer:
         self, edges: NDArray[np.bool_], T_map_camera: Matrix, homographies: NDArray[np.float64], light: Illumination
     ) -> Array:
         """(n, 3) means over several points of every edge pixel."""
-        x0, y0, total = self._xs[edges], self._ys[edges], None
+        x0, y0 = self._xs[edges], self._ys[edges]
+        total = np.zeros((len(x0), 3), np.float32)
         for dx, dy in _EDGE_SAMPLES:
             x, y = x0 + np.float32(dx), y0 + np.float32(dy)
             ids = _close_cracks(self._cast(x, y, T_map_camera)[None])[0]
             radiance, _ = self._shade(_rows(ids), _rows(x), _rows(y), homographies, light)
-            flat = radiance.reshape(-1, 3)[: len(x)]
-            total = flat if total is None else total + flat
-        return np.asarray(total, np.float32) / len(_EDGE_SAMPLES)
+            total += radiance.reshape(-1, 3)[: len(x)]
+        return np.asarray(total / len(_EDGE_SAMPLES), np.float32)
 
     def _shade(
         self, ids: Ids, x: Array, y: Array, homographies: NDArray[np.float64], illumination: Illumination
@@ -173,7 +175,7 @@ def _place(a: Array, b: Array, ids: Ids, scale: Array, offset: Array) -> tuple[A
     return u, v
 
 
-def _enlarge(blocks: NDArray[np.generic]) -> NDArray[np.generic]:
+def _enlarge(blocks: NDArray[Value]) -> NDArray[Value]:
     return blocks.repeat(_BLOCK_PX, axis=0).repeat(_BLOCK_PX, axis=1)
 
 
@@ -198,7 +200,7 @@ def _close_cracks(ids: Ids) -> Ids:
     return np.maximum(filled, 0)
 
 
-def _rows(values: NDArray[np.generic], width: int = 512) -> NDArray[np.generic]:
+def _rows(values: NDArray[Value], width: int = 512) -> NDArray[Value]:
     """A list as an image, the last row filled up: OpenCV looks up images, and long rows are too long for it."""
     missing = -len(values) % width
     return np.concatenate([values, np.repeat(values[-1:], missing)]).reshape(-1, width)

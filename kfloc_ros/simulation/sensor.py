@@ -72,7 +72,7 @@ class Sensor:
         values = light * (np.float32(gain) * self._lens)
         spread = np.sqrt(np.float32(self.model.shot_noise) * values + np.float32(self.model.read_noise**2))
         values += spread * rng.standard_normal(values.shape, dtype=np.float32)
-        return _TO_SRGB[np.clip(values * 4095, 0, 4095).astype(np.uint16)]
+        return np.asarray(_TO_SRGB[np.clip(values * 4095, 0, 4095).astype(np.uint16)], dtype=np.uint8)
 
     def _blurred(self, rendering: Rendering, T_start: Matrix, T_middle: Matrix, T_end: Matrix) -> Array:
         """Mean over the exposure. Surfaces are looked up along their path in the middle image, which is right except
@@ -102,6 +102,5 @@ class Sensor:
             x, y, w = moved[:3, :3] @ points + moved[:3, 3:]
             w = np.maximum(w, 0.05)
             ends.append((camera.fx * x / w, camera.fy * y / w))
-        return tuple(  # type: ignore[return-value]
-            (ends[1][i] - ends[0][i]).reshape(z.shape).astype(np.float32) for i in range(2)
-        )
+        path_x, path_y = ((end - start).reshape(z.shape) for start, end in zip(*ends, strict=True))
+        return path_x.astype(np.float32), path_y.astype(np.float32)

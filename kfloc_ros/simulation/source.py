@@ -94,7 +94,8 @@ def _lamp_goes_out(time_s: float, duration_s: float) -> Illumination:
 def blend(first: Illumination, second: Illumination, share: float) -> Illumination:
     """Between two illuminations; 0 is the first."""
     mixed = (1 - share) * first.matrix().T + share * second.matrix().T
-    return Illumination(*(tuple(float(c) for c in row) for row in mixed))
+    west, east, window, ambient = ((float(r), float(g), float(b)) for r, g, b in mixed)
+    return Illumination(west, east, window, ambient)
 
 
 RECORDINGS = {

@@ -139,7 +139,8 @@ def tiles(color: Color, joint: Color, size_m: float, *, accent: Color | None = N
         shade = np.kron(shades, np.ones((size, size), np.float32))[:height, :width]
         dirt = wear * fractal_noise(rng, width, height, (0.4 * texels_per_m, 0.4 * texels_per_m), 6, 0.7)
         whole = np.tile(one, (rows, columns, 1))[:height, :width]
-        return np.clip(whole + 255 * (shade + dirt)[..., None], 0, 255).astype(np.uint8)
+        brightness = np.asarray(shade + dirt, dtype=np.float32)
+        return np.asarray(np.clip(whole + 255 * brightness[..., None], 0, 255), dtype=np.uint8)
 
     return paint
 

@@ -111,10 +111,10 @@ class _Spline:
 
 
 def orbit(
-    headings_deg: Sequence[float],
+    headings_deg: ArrayLike,
     reaches: Sequence[float],
-    heights_m: Sequence[float],
-    aims_m: Sequence[float],
+    heights_m: ArrayLike,
+    aims_m: ArrayLike,
     seed: int,
 ) -> Route:
     """A route around the middle of the room, looking across it.
@@ -127,7 +127,7 @@ def orbit(
         seed: every knot lies a little off the ellipse.
     """
     rng = np.random.default_rng((seed, 11))
-    heading = np.radians(headings_deg)
+    heading = np.radians(np.asarray(headings_deg, dtype=np.float64))
     count = len(heading)
     along = heading + np.radians(rng.uniform(-14, 14, count))
     reach = np.asarray(reaches) * rng.uniform(0.88, 1.08, count)
