@@ -23,6 +23,13 @@ the pictures. Nothing is downloaded.
 The second walk passes at other places and heights than the first, at dusk, and somebody switches a lamp off.
 """
 
+EPILOG = """\
+examples:
+  kfloc demo                       # the whole room, about five minutes on two cores
+  kfloc demo --quick               # a part of it, less than two minutes
+  kfloc demo --separate --out D    # camera, filter and refiner in a process each; everything goes to D
+"""
+
 PICTURES = {
     "room.png": "the room, as both walks saw it",
     "live/trajectory.png": "true and estimated way, from above",
@@ -54,6 +61,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "demo",
         help="the whole path on a scene that the project renders itself",
         description=DESCRIPTION,
+        epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--quick", action="store_true", help="a part of the room only, and a short training")
