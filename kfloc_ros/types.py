@@ -60,7 +60,14 @@ class SceneCoordinates:
     valid: torch.Tensor
     """(h, w) bool."""
     stride: int
-    """Image pixels per cell; cell (r, c) stands for the pixel ``stride * (c, r) + (stride - 1) / 2``."""
+    """Image pixels per cell."""
+    first_pixel: float | None = None
+    """Pixel of cell 0 in x and y; None: the centre of the cell, ``(stride - 1) / 2``. See :meth:`pixel_offset`."""
+
+    @property
+    def pixel_offset(self) -> float:
+        """Cell (r, c) stands for the pixel (u, v) = ``stride * (c, r) + pixel_offset``."""
+        return (self.stride - 1) / 2 if self.first_pixel is None else self.first_pixel
 
 
 @dataclass(frozen=True, eq=False)

@@ -30,6 +30,7 @@ COMMANDS = {
     "localize": Command("kfloc_ros.cli.localize", "localize the frames of a source in a map, without ROS"),
     "bag": Command("kfloc_ros.cli.bag", "write a source as a rosbag2"),
     "replay": Command("kfloc_ros.cli.replay", "play a bag to the live ROS 2 nodes and evaluate what they answer"),
+    "convert": Command("kfloc_ros.cli.convert", "convert weights of the original papers"),
     "demo": Command("kfloc_ros.cli.demo", "the whole path on a scene that the project renders itself"),
 }
 

@@ -32,6 +32,10 @@ class Flow:
     """(h, w) square cells, per axis."""
     valid: torch.Tensor
     """(h, w) bool: the match is alike and lies inside the previous image and the search window."""
+    at_edge: torch.Tensor | None = None
+    """(h, w) bool: the match lies at the border of the search window, so the true one may lie beyond it."""
+    process_variance_m2: torch.Tensor | None = None
+    """(h, w) process noise per axis where a network predicts it; None: the filter models it from ``variance``."""
 
 
 def backward_flow(current: torch.Tensor, previous: torch.Tensor, temperature: float) -> Flow:
@@ -64,7 +68,7 @@ def backward_flow(current: torch.Tensor, previous: torch.Tensor, temperature: fl
     target_x, target_y = x + offset[0], y + offset[1]
     alike = (probability * scores).sum(1).reshape(h, w) >= MIN_CORRELATION
     valid = alike & (target_x >= 0) & (target_x <= w - 1) & (target_y >= 0) & (target_y <= h - 1) & ~at_edge
-    return Flow(offset, variance.reshape(h, w), valid)
+    return Flow(offset, variance.reshape(h, w), valid, at_edge)
 
 
 def _search(current: torch.Tensor, previous: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

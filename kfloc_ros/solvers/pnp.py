@@ -58,7 +58,7 @@ def choose_cells(coordinates: SceneCoordinates, settings: PnpSettings) -> Corres
     index = np.flatnonzero(usable)
     if len(index) > settings.max_cells:
         index = index[np.argpartition(sigma[index], settings.max_cells)[: settings.max_cells]]
-    offset = (coordinates.stride - 1) / 2
+    offset = coordinates.pixel_offset
     pixels = np.stack([index % w, index // w], axis=1).astype(np.float64) * coordinates.stride + offset
     points = coordinates.mean.reshape(3, -1).t().cpu().numpy().astype(np.float64)[index]
     return Correspondences(pixels, points, sigma[index])

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SCoordNet as published: twelve convolutions that regress a scene coordinate and its sigma for every 8x8 cell.
+
+Cell (r, c) stands for the image pixel (u, v) = (8 c, 8 r), as in the original's labels. Source: the layers of
+KFNet's released code; sigma = exp(u) with u the fourth output.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import nn
+
+from kfloc_ros.kfnet.reference.frame import NetworkFrame
+from kfloc_ros.kfnet.reference.layers import Conv, Padding, image_to_input
+from kfloc_ros.types import SceneCoordinates
+
+STRIDE = 8
+CELL_PIXEL_OFFSET = 0.0
+"""Pixel of cell 0, in x and in y."""
+RECEPTIVE_FIELD_PX = 79
+MIN_SIGMA = 1e-5
+"""Smallest sigma that losses and the filter use, in network units."""
+
+_LAYERS = (
+    ("conv1a", 3, 64, 1),
+    ("conv1b", 3, 64, 1),
+    ("conv2a", 3, 256, 2),
+    ("conv2b", 3, 256, 1),
+    ("conv3a", 3, 512, 2),
+    ("conv3b", 3, 512, 1),
+    ("conv4a", 3, 1024, 2),
+    ("conv4b", 3, 1024, 1),
+    ("conv5", 3, 512, 1),
+    ("conv6", 3, 256, 1),
+    ("conv7", 1, 128, 1),
+)
+"""Name, kernel, channels at full width, stride; a rectifier after each."""
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """Output of a batch, in the network's frame and units."""
+
+    coordinates: torch.Tensor
+    """(B, 3, h, w)"""
+    log_sigma: torch.Tensor
+    """(B, h, w) logarithm of the standard deviation per axis."""
+
+
+class ReferenceSCoordNet(nn.Module):
+    """KFNet's measurement network.
+
+    Args:
+        padding: ``TENSORFLOW`` for weights trained by the original, else ``CENTRED``.
+        width: share of the published channels, for machines that cannot train all of them.
+        frame: from the map to the frame that is regressed.
+    """
+
+    def __init__(
+        self, padding: Padding = Padding.CENTRED, width: float = 1.0, frame: NetworkFrame | None = None
+    ) -> None:
+        super().__init__()
+        self.padding, self.width = padding, width
+        inputs = 3
+        for name, kernel, channels, stride in _LAYERS:
+            outputs = max(4, round(channels * width))
+            self.add_module(name, Conv(inputs, outputs, kernel=kernel, stride=stride, padding=padding))
+            inputs = outputs
+        self.prediction = Conv(inputs, 4, kernel=1, padding=padding)
+        self.register_buffer("T_network_map", torch.eye(4, dtype=torch.float64))
+        self.register_buffer("scale", torch.ones((), dtype=torch.float64))
+        if frame is not None:
+            self.set_frame(frame)
+
+    T_network_map: torch.Tensor
+    scale: torch.Tensor
+
+    def set_frame(self, frame: NetworkFrame) -> None:
+        """Regress in this frame from now on; part of the saved state."""
+        self.T_network_map.copy_(torch.from_numpy(frame.T_network_map))
+        self.scale.fill_(frame.scale)
+
+    @property
+    def frame(self) -> NetworkFrame:
+        """From the map to the frame that is regressed."""
+        return NetworkFrame(self.T_network_map.cpu().numpy(), float(self.scale))
+
+    def forward(self, images: torch.Tensor) -> Prediction:
+        """Coordinates of RGB images (B, 3, H, W) with values 0..255."""
+        x = image_to_input(images)
+        for name, _, _, _ in _LAYERS:
+            x = F.relu(self.get_submodule(name)(x))
+        # the last layer stays in float32: half precision would round a coordinate at 3 m to millimetres
+        with torch.autocast(x.device.type, enabled=False):
+            out = self.prediction(x.float())
+        return Prediction(out[:, :3], out[:, 3])
+
+    @torch.inference_mode()
+    def measure(self, image: NDArray[np.uint8], variance_scale: float = 1.0) -> SceneCoordinates:
+        """Scene coordinates, metres in the map frame, of one RGB image (H, W, 3).
+
+        Args:
+            image: of the camera that the network was trained for.
+            variance_scale: from calibration on views that it was not trained on.
+        """
+        pixels = torch.from_numpy(image).to(self.T_network_map.device).permute(2, 0, 1)[None].float()
+        predicted: Prediction = self(pixels)
+        mean = self.to_map(predicted.coordinates[0])
+        sigma_m = predicted.log_sigma[0].exp() / self.scale.float()
+        variance = variance_scale * sigma_m.square()
+        valid = torch.isfinite(mean).all(0) & torch.isfinite(variance)
+        return SceneCoordinates(mean, variance, valid, STRIDE, CELL_PIXEL_OFFSET)
+
+    def to_map(self, coordinates: torch.Tensor) -> torch.Tensor:
+        """Map points (3, ...) in metres of network coordinates (3, ...)."""
+        T = torch.linalg.inv(self.T_network_map)
+        flat = coordinates.reshape(3, -1).double() / self.scale
+        points: torch.Tensor = T[:3, :3] @ flat + T[:3, 3:]
+        return points.to(coordinates.dtype).reshape(coordinates.shape)
