@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from kfloc_ros.config import option
-from kfloc_ros.errors import ConfigError, FrameError
+from kfloc_ros.device import choose_device
+from kfloc_ros.errors import FrameError
 from kfloc_ros.features.trunk import Trunk, TrunkFeatures
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import Matrix, inverse_pose, make_pose, so3_exp, so3_log
@@ -115,8 +116,7 @@ class CoarseStage:
             filtered = self._filtered(frame.stamp_ns, features, measurement)
         with _timed(timings, "pnp"):
             pose = solve_pnp(filtered.posterior, self._camera, self._pnp)
-        if not pose.success:
-            self._filter.reset(f"no coarse pose: {pose.reason}")
+        self._filter.judge(pose)
         return CoarseResult(frame.stamp_ns, pose, filtered.report, timings, features, filtered.posterior)
 
     def _filtered(self, stamp_ns: int, features: TrunkFeatures, measurement: SceneCoordinates) -> Filtered:
@@ -259,19 +259,6 @@ class ConstantVelocity:
 
     def forget(self) -> None:
         self._last = []
-
-
-def choose_device(name: str) -> torch.device:
-    """The torch device of an option ``auto``, ``cpu`` or ``cuda``.
-
-    Raises:
-        ConfigError: a GPU is asked for and there is none.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device is 'cuda', but torch sees no GPU; use 'auto' or 'cpu'.")
-    return torch.device(name)
 
 
 def check_frame(frame: Frame, camera: Camera) -> None:

@@ -25,15 +25,6 @@ def describe_hardware(device: str = "cpu") -> dict[str, str | int | float | None
     }
 
 
-def resolve_device(device: str) -> str:
-    """What ``auto`` stands for on this machine."""
-    if device != "auto":
-        return device
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def _cpu_name() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():

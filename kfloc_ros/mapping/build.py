@@ -16,11 +16,11 @@ import torch
 from kfloc_ros import __version__
 from kfloc_ros.config import option
 from kfloc_ros.datasets.base import FrameSource
+from kfloc_ros.device import choose_device
 from kfloc_ros.errors import MapError, SourceError
 from kfloc_ros.features.trunk import Trunk, find_weights
 from kfloc_ros.geometry.camera import Camera, ImageAdapter
 from kfloc_ros.kfnet.scoordnet import INPUT_CHANNELS
-from kfloc_ros.localizer import choose_device
 from kfloc_ros.mapping.calibration import calibrate
 from kfloc_ros.mapping.scene_map import DESCRIPTION, Calibration, SceneMap
 from kfloc_ros.mapping.views import (
@@ -50,17 +50,17 @@ class MapBuildConfig:
     """Options of ``kfloc map build``."""
 
     train_seconds: float = option(
-        240.0, "Time for training the head; the whole build takes a few minutes more.", low=1.0, high=86_400.0
+        240.0, "Time for training the head; the whole build takes a minute or two more.", low=1.0, high=86_400.0
     )
     train_steps: int = option(
         0, "End training after so many steps, for a repeatable map on a machine of any speed; 0: by time.", low=0
     )
     augmentations: int = option(1, "Rotated and zoomed copies of every view for training.", low=0, high=10)
-    points_per_view: int = option(600, "Points kept of every reference view.", low=50, high=5000)
+    points_per_view: int = option(400, "Points kept of every reference view.", low=50, high=5000)
     reference_spacing_m: float = option(
-        0.08, "A view becomes a reference if none is nearer (a degree counts as 2 cm).", low=0.001, high=10.0
+        0.05, "A view becomes a reference if none is nearer (a degree counts as 2 cm).", low=0.001, high=10.0
     )
-    max_references: int = option(160, "Reference views kept at most; the spacing grows as needed.", low=4, high=10_000)
+    max_references: int = option(240, "Reference views kept at most; the spacing grows as needed.", low=4, high=10_000)
     device: str = option(
         "auto", "Where networks run: auto takes a GPU if there is one.", choices=("auto", "cpu", "cuda")
     )

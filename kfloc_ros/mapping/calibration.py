@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kfloc_ros.device import choose_device
 from kfloc_ros.features.trunk import COARSE_STRIDE, Trunk
 from kfloc_ros.geometry.lie import Matrix
 from kfloc_ros.kfnet.filter import warp
 from kfloc_ros.kfnet.oflownet import backward_flow
-from kfloc_ros.localizer import Localizer, LocalizerConfig, choose_device
+from kfloc_ros.localizer import Localizer, LocalizerConfig
 from kfloc_ros.mapping.scene_map import Calibration, SceneMap
 from kfloc_ros.mapping.views import View, cell_coordinates
 from kfloc_ros.solvers.covariance import pose_error

@@ -15,8 +15,9 @@ from typing import IO, Any
 
 import yaml
 
+from kfloc_ros.device import choose_device
 from kfloc_ros.errors import ReplayError
-from kfloc_ros.evaluation.hardware import describe_hardware, resolve_device
+from kfloc_ros.evaluation.hardware import describe_hardware
 from kfloc_ros.evaluation.results import write_results
 from kfloc_ros.evaluation.summary import RunInfo, Summary
 from kfloc_ros.mapping.scene_map import read_description, resolve_map
@@ -112,7 +113,7 @@ def run_replay(config: ReplayConfig, *, command: str = "", progress: Progress | 
     report("evaluating", len(recording.played), total)
     records = replay_records(recording, truth, positions)
     counts = replay_counts(recording, records)
-    device = resolve_device(config.device)
+    device = str(choose_device(config.device))
     run = RunInfo(
         kind="replay",
         command=command,

@@ -16,6 +16,9 @@ import torch
 from kfloc_ros.kfnet.scoordnet import SCoordNet, laplace_nll
 
 WARM_UP_STEPS = 50
+MIN_STEPS_PER_SECOND = 8.0
+"""A busy or slower machine trains for longer than it was given, until it has made so many steps for every second
+given: two idle cores make about 20, and a map must not be bad because something else ran beside its making."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,8 @@ def train_head(
 
 def _share_done(step: int, elapsed_s: float, settings: HeadTraining) -> float:
     by_steps = step / settings.steps if settings.steps else 0.0
-    return max(by_steps, elapsed_s / settings.seconds)
+    by_time = min(elapsed_s, step / MIN_STEPS_PER_SECOND) / settings.seconds
+    return max(by_steps, by_time)
 
 
 def _set_learning_rate(optimizer: torch.optim.Optimizer, peak: float, step: int, share: float) -> None:
