@@ -1,23 +1,47 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The recursive filter: carries the belief over scene coordinates from frame to frame."""
+"""The recursive filter: carries the belief over scene coordinates from frame to frame.
+
+One implementation for both families of networks: they differ in the function that gives the flow, and in whether the
+process noise comes from a network or is modelled from the flow's uncertainty. It works in the map frame; since the
+frame in which a reference SCoordNet regresses is an isometry of it, up to a scale, the result is the same there.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from enum import Enum
 
 import torch
 import torch.nn.functional as F
 
 from kfloc_ros.kfnet import kalman
 from kfloc_ros.kfnet.oflownet import Flow, backward_flow
-from kfloc_ros.types import FilterReport, SceneCoordinates
+from kfloc_ros.types import CoarsePose, FilterReport, SceneCoordinates
 
 NO_PRIOR = float("nan")
+
+FlowFunction = Callable[[torch.Tensor, torch.Tensor], Flow]
+"""Backward flow from the features (C, h, w) of the current and of the previous frame."""
+
+
+class NisMode(Enum):
+    """What happens to a cell whose measurement contradicts its prior."""
+
+    OFF = "off"
+    """Nothing: prior and measurement are fused all the same."""
+    OUTPUT_ONLY = "output_only"
+    """The emitted coordinates are the measurement's; the recursion keeps what was fused (as published)."""
+    STATE = "state"
+    """The recursion starts anew from the measurement in this cell, too."""
 
 
 @dataclass(frozen=True)
 class FilterSettings:
-    """What the recursion needs to know; the first three are calibrated when a map is built."""
+    """What the recursion needs to know; the first three are calibrated when a map is built.
+
+    The defaults are this project's; the original has no NIS test by default, no resets and no floors.
+    """
 
     flow_temperature: float
     process_scale: float
@@ -28,7 +52,16 @@ class FilterSettings:
     max_gap_s: float = 0.5
     """A longer gap between frames resets the recursion."""
     max_rejected_ratio: float = 0.7
-    """If more of the prior's cells than this fail the NIS test, the whole prior is dropped."""
+    """If more of the prior's cells than this fail the NIS test, the whole prior is dropped (unless NIS is off)."""
+    nis_mode: NisMode = NisMode.STATE
+    max_edge_ratio: float = 0.6
+    """If the flow of more cells than this ends at the border of its search window, the recursion starts anew."""
+    min_inlier_ratio: float = 0.0
+    """A pose with a smaller share of inliers than this drops the belief that it came from."""
+    posterior_floor_m2: float = 0.0
+    """Smallest posterior variance. Neighbouring frames err together, which a Kalman filter takes for independent."""
+    blend_sigma: bool = False
+    """Carry standard deviations instead of variances along the flow, as published."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,15 +78,25 @@ class Filtered:
     """Posterior and report of one frame."""
 
     posterior: SceneCoordinates
+    """What this frame gives out."""
     report: FilterReport
+    belief: SceneCoordinates | None = None
+    """What the recursion carries on, where that is not the posterior (``NisMode.OUTPUT_ONLY``)."""
 
 
-def warp(belief: SceneCoordinates, flow: Flow, process_scale: float, process_floor_m2: float) -> Prior:
+def warp(
+    belief: SceneCoordinates,
+    flow: Flow,
+    process_scale: float,
+    process_floor_m2: float,
+    *,
+    blend_sigma: bool = False,
+) -> Prior:
     """Carry a belief along a backward flow and add process noise.
 
-    The process variance is what the flow's uncertainty means in metres, through the local gradient of the
-    scene coordinates, plus how much the four cells that are blended disagree (a depth edge), plus a floor.
-    A cell is valid only if the flow is and all the cells it blends are.
+    The process variance is what the flow itself says, if it does; else what the flow's uncertainty means in metres,
+    through the local gradient of the scene coordinates, plus how much the four cells that are blended disagree (a
+    depth edge). It is scaled, and a floor added. A cell is valid only if the flow is and all the cells it blends are.
     """
     _, h, w = belief.mean.shape
     device = belief.mean.device
@@ -66,15 +109,19 @@ def warp(belief: SceneCoordinates, flow: Flow, process_scale: float, process_flo
     corners = torch.stack([base, base + 1, base + w, base + w + 1], dim=1)
     weights = torch.stack([(1 - a) * (1 - b), a * (1 - b), (1 - a) * b, a * b], dim=1)
     centre = belief.mean.mean(dim=(1, 2), keepdim=True)  # keeps the squares below small in float32
-    table = torch.cat([belief.mean - centre, belief.variance[None], belief.valid[None].to(belief.mean.dtype)])
+    uncertainty = belief.variance.sqrt() if blend_sigma else belief.variance
+    table = torch.cat([belief.mean - centre, uncertainty[None], belief.valid[None].to(belief.mean.dtype)])
     cells = table.reshape(5, -1).t()[corners]  # (h w, 4, 5)
     blended = (weights[..., None] * cells).sum(1)
     spread = (weights[..., None] * (cells[..., :3] - blended[:, None, :3]) ** 2).sum(dim=(1, 2)) / 3
     mean = blended[:, :3].t().reshape(3, h, w)
-    process = process_scale * (flow.variance * _metres_per_cell_squared(mean) + spread.reshape(h, w))
+    process = flow.process_variance_m2
+    if process is None:
+        process = flow.variance * _metres_per_cell_squared(mean) + spread.reshape(h, w)
+    carried = blended[:, 3].square() if blend_sigma else blended[:, 3]
     return Prior(
         mean=mean + centre,
-        variance=kalman.predict(blended[:, 3].reshape(h, w), process + process_floor_m2),
+        variance=kalman.predict(carried.reshape(h, w), process_scale * process + process_floor_m2),
         valid=flow.valid & (blended[:, 4].reshape(h, w) > 0.999),
     )
 
@@ -88,10 +135,20 @@ def _metres_per_cell_squared(mean: torch.Tensor) -> torch.Tensor:
 
 
 class SceneCoordinateFilter:
-    """Prior by flow, Kalman update, NIS test in state mode, resets."""
+    """Prior by flow, Kalman update, NIS test, resets.
 
-    def __init__(self, settings: FilterSettings) -> None:
+    The recursion starts anew, with the measurement as posterior: at the first frame, after a gap in time, when time
+    goes backwards, when the flow ends at the border of its window, when most of the prior contradicts the
+    measurement, and after a frame without a (good enough) pose.
+
+    Args:
+        settings: of the recursion.
+        flow: backward flow between two frames' features; by default the fast family's.
+    """
+
+    def __init__(self, settings: FilterSettings, flow: FlowFunction | None = None) -> None:
         self.settings = settings
+        self._flow = flow or (lambda now, before: backward_flow(now, before, settings.flow_temperature))
         self._belief: SceneCoordinates | None = None
         self._features: torch.Tensor | None = None
         self._stamp_ns = 0
@@ -101,24 +158,28 @@ class SceneCoordinateFilter:
         """Forget the belief; the next frame starts from its measurement alone."""
         self._belief, self._features, self._reset_reason = None, None, reason
 
+    def judge(self, pose: CoarsePose) -> None:
+        """Say what pose came of the last posterior: a belief that gives none, or hardly one, is not carried on."""
+        if not pose.success:
+            self.reset(f"no coarse pose: {pose.reason}")
+        elif pose.inlier_ratio < self.settings.min_inlier_ratio:
+            self.reset(f"only {pose.inlier_ratio:.0%} of the cells agree with the pose")
+
     def step(self, stamp_ns: int, features: torch.Tensor, measurement: SceneCoordinates) -> Filtered:
         """Fuse the measurement of a frame with the belief carried from the frame before.
 
         Args:
             stamp_ns: time of the frame; a gap or a step backwards resets the recursion.
-            features: (C, h, w) L2-normalised trunk features of the frame.
+            features: (C, h, w) L2-normalised features of the frame, of the kind that the flow takes.
             measurement: scene coordinates of the frame.
         """
         self._check_time(stamp_ns)
         if self._belief is None or self._features is None:
-            filtered = Filtered(measurement, FilterReport(self._reset_reason, 0.0, NO_PRIOR, 0.0))
+            filtered = _started_anew(measurement, self._reset_reason)
         else:
-            s = self.settings
-            flow = backward_flow(features, self._features, s.flow_temperature)
-            prior = warp(self._belief, flow, s.process_scale, s.process_floor_m2)
-            filtered = self._fuse(prior, measurement)
-        self._belief, self._features, self._stamp_ns = filtered.posterior, features, stamp_ns
-        self._reset_reason = ""
+            filtered = self._carried(self._belief, self._flow(features, self._features), measurement)
+        self._belief = filtered.belief or filtered.posterior
+        self._features, self._stamp_ns, self._reset_reason = features, stamp_ns, ""
         return filtered
 
     def _check_time(self, stamp_ns: int) -> None:
@@ -130,25 +191,38 @@ class SceneCoordinateFilter:
         elif gap_s > self.settings.max_gap_s:
             self.reset(f"no frame for {gap_s:.2f} s")
 
-    def _fuse(self, prior: Prior, measurement: SceneCoordinates) -> Filtered:
-        fused = kalman.update(prior.mean, prior.variance, measurement.mean, measurement.variance)
-        both = prior.valid & measurement.valid
-        agree = both & (fused.nis <= self.settings.nis_threshold)
-        n_both = int(both.sum())
-        rejected = 1.0 - int(agree.sum()) / n_both if n_both else 0.0
-        report = FilterReport(
-            reset_reason="",
-            prior_ratio=float(prior.valid.float().mean()),
-            nis_mean=float(fused.nis[both].mean()) if n_both else NO_PRIOR,
-            rejected_ratio=rejected,
-        )
-        if rejected > self.settings.max_rejected_ratio:
-            reason = f"{rejected:.0%} of the prior contradicts the measurement"
-            return Filtered(measurement, FilterReport(reason, report.prior_ratio, report.nis_mean, rejected))
-        posterior = SceneCoordinates(
-            mean=torch.where(agree, fused.mean, measurement.mean),
-            variance=torch.where(agree, fused.variance, measurement.variance),
-            valid=measurement.valid,
-            stride=measurement.stride,
-        )
-        return Filtered(posterior, report)
+    def _carried(self, belief: SceneCoordinates, flow: Flow, measurement: SceneCoordinates) -> Filtered:
+        s = self.settings
+        if flow.at_edge is not None and (ratio := float(flow.at_edge.float().mean())) > s.max_edge_ratio:
+            return _started_anew(measurement, f"the flow of {ratio:.0%} of the cells leaves its search window")
+        prior = warp(belief, flow, s.process_scale, s.process_floor_m2, blend_sigma=s.blend_sigma)
+        return fuse(prior, measurement, s)
+
+
+def fuse(prior: Prior, measurement: SceneCoordinates, settings: FilterSettings) -> Filtered:
+    """Kalman update where the prior is valid, and the NIS test; the measurement elsewhere."""
+    update = kalman.update(prior.mean, prior.variance, measurement.mean, measurement.variance)
+    both = prior.valid & measurement.valid
+    agree = both & (update.nis <= settings.nis_threshold)
+    n_both = int(both.sum())
+    report = FilterReport(
+        reset_reason="",
+        prior_ratio=float(prior.valid.float().mean()),
+        nis_mean=float(update.nis[both].mean()) if n_both else NO_PRIOR,
+        rejected_ratio=1.0 - int(agree.sum()) / n_both if n_both else 0.0,
+    )
+    mode = settings.nis_mode
+    if mode is not NisMode.OFF and report.rejected_ratio > settings.max_rejected_ratio:
+        reason = f"{report.rejected_ratio:.0%} of the prior contradicts the measurement"
+        return Filtered(measurement, replace(report, reset_reason=reason))
+    fused = agree if mode is NisMode.STATE else both
+    variance = torch.where(fused, update.variance.clamp(min=settings.posterior_floor_m2), measurement.variance)
+    belief = replace(measurement, mean=torch.where(fused, update.mean, measurement.mean), variance=variance)
+    if mode is not NisMode.OUTPUT_ONLY:
+        return Filtered(belief, report)
+    emitted = torch.where(agree, update.mean, measurement.mean)
+    return Filtered(replace(belief, mean=emitted), report, belief)
+
+
+def _started_anew(measurement: SceneCoordinates, reason: str) -> Filtered:
+    return Filtered(measurement, FilterReport(reason, 0.0, NO_PRIOR, 0.0))

@@ -4,14 +4,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from kfloc_ros.kfnet.filter import FilterSettings, SceneCoordinateFilter, warp
+from kfloc_ros.kfnet.filter import FilterSettings, NisMode, SceneCoordinateFilter, fuse, warp
 from kfloc_ros.kfnet.oflownet import Flow
-from kfloc_ros.types import SceneCoordinates
+from kfloc_ros.kfnet.reference.oflownet import ReferenceOFlowNet
+from kfloc_ros.types import CoarsePose, SceneCoordinates
 
 H, W = 16, 24
 SETTINGS = FilterSettings(flow_temperature=0.02, process_scale=1.0, process_floor_m2=1e-6)
@@ -107,3 +109,92 @@ def test_a_depth_edge_adds_process_noise() -> None:
     flow.offset[0] += 0.5
     prior = warp(belief, flow, process_scale=1.0, process_floor_m2=0.0)
     assert prior.variance[:, W // 2 - 1].min() > 50 * prior.variance[:, 2].max()
+
+
+def edge_flow(share: float) -> Flow:
+    """No motion; a share of the cells, from the left, at the border of the search window."""
+    at_edge = torch.zeros(H, W, dtype=torch.bool)
+    at_edge[:, : round(share * W)] = True
+    return Flow(torch.zeros(2, H, W), torch.full((H, W), 0.02), ~at_edge, at_edge)
+
+
+@pytest.mark.parametrize(("share", "is_reset"), [(0.25, False), (0.75, True)])
+def test_flow_at_the_border_of_its_window_resets(share: float, is_reset: bool) -> None:
+    recursion = SceneCoordinateFilter(SETTINGS, lambda now, before: edge_flow(share))
+    recursion.step(0, features(), plane(0.02, 0))
+    step = recursion.step(FRAME_NS, features(), plane(0.02, 1))
+    assert ("search window" in step.report.reset_reason) == is_reset
+    assert (step.report.prior_ratio == 0) == is_reset
+
+
+@pytest.mark.parametrize(
+    ("success", "ratio", "reason"), [(False, 0.0, "nothing there"), (True, 0.1, "10%"), (True, 0.6, "")]
+)
+def test_a_belief_that_gives_no_good_pose_is_dropped(success: bool, ratio: float, reason: str) -> None:
+    recursion = SceneCoordinateFilter(replace(SETTINGS, min_inlier_ratio=0.25))
+    recursion.step(0, features(), plane(0.02, 0))
+    recursion.judge(CoarsePose(success, "" if success else "nothing there", None, None, 0, ratio))
+    step = recursion.step(FRAME_NS, features(), plane(0.02, 1))
+    assert reason in step.report.reset_reason
+    assert bool(reason) == bool(step.report.reset_reason)
+
+
+def two_steps(mode: NisMode) -> tuple[SceneCoordinates, SceneCoordinates, SceneCoordinates]:
+    """The second measurement, with one bad cell; what is given out for it; and the frame after, far less certain."""
+    recursion = SceneCoordinateFilter(replace(SETTINGS, nis_mode=mode))
+    recursion.step(0, features(), plane(0.0, 0))
+    bad = plane(0.0, 1)
+    bad.mean[:, 5, 5] += 3.0
+    second = recursion.step(FRAME_NS, features(), bad).posterior
+    third = recursion.step(2 * FRAME_NS, features(), plane(0.0, 2, sigma_m=10.0)).posterior
+    return bad, second, third
+
+
+def test_nis_modes_differ_in_what_is_given_out_and_in_what_is_kept() -> None:
+    truth = plane(0.0, 0).mean[:, 5, 5]
+    bad, off, _ = two_steps(NisMode.OFF)
+    assert torch.allclose(off.mean[:, 5, 5], truth + 1.5, atol=0.05)  # the mean of the two, whatever the NIS says
+    _, emitted, after = two_steps(NisMode.OUTPUT_ONLY)
+    assert torch.equal(emitted.mean[:, 5, 5], bad.mean[:, 5, 5])
+    assert emitted.variance[5, 5] == off.variance[5, 5]
+    assert torch.allclose(after.mean[:, 5, 5], truth + 1.5, atol=0.1)  # the rejected fusion is carried on
+    _, emitted, after = two_steps(NisMode.STATE)
+    assert torch.equal(emitted.mean[:, 5, 5], bad.mean[:, 5, 5])
+    assert emitted.variance[5, 5] == bad.variance[5, 5]
+    assert torch.allclose(after.mean[:, 5, 5], truth + 3.0, atol=0.1)
+
+
+def test_the_floor_bounds_the_posterior() -> None:
+    recursion = SceneCoordinateFilter(replace(SETTINGS, posterior_floor_m2=0.05**2))
+    for k in range(12):
+        last = recursion.step(k * FRAME_NS, features(), plane(0.1, k))
+    assert float(last.posterior.variance.min()) == pytest.approx(0.05**2)
+
+
+def test_published_unit_values_through_warp_and_fusion() -> None:
+    """Spec 3.1, with a flow that brings its own process noise: sigma_last .05, sigma_w .03, sigma_z .04."""
+    shape = (H, W)
+    belief = SceneCoordinates(torch.ones(3, *shape), torch.full(shape, 0.05**2), torch.ones(shape).bool(), 8)
+    noise = torch.full(shape, 0.03**2)
+    flow = Flow(torch.full((2, *shape), 0.25), torch.zeros(shape), torch.ones(shape).bool(), None, noise)
+    prior = warp(belief, flow, 1.0, 0.0, blend_sigma=True)
+    assert prior.variance[3, 3].item() == pytest.approx(0.0034)
+    measurement = SceneCoordinates(belief.mean.clone(), torch.full(shape, 0.04**2), belief.valid, 8)
+    measurement.mean[0] += 0.1
+    step = fuse(prior, measurement, SETTINGS)
+    assert step.posterior.mean[:, 3, 3].tolist() == pytest.approx([1.068, 1.0, 1.0])
+    assert step.posterior.variance[3, 3].item() == pytest.approx(0.001088)
+    assert step.posterior.variance[3, 3].sqrt().item() == pytest.approx(0.032985, abs=1e-6)
+    assert step.report.nis_mean == pytest.approx(2.0, rel=1e-3)
+
+
+def test_reference_network_drives_the_same_filter() -> None:
+    torch.manual_seed(0)
+    net = ReferenceOFlowNet().eval()
+    seen = F.normalize(torch.randn(32, H, W), dim=0)
+    recursion = SceneCoordinateFilter(SETTINGS, net.flow)
+    with torch.inference_mode():
+        recursion.step(0, seen, plane(0.02, 0))
+        step = recursion.step(FRAME_NS, seen, plane(0.02, 1))
+    assert torch.isfinite(step.posterior.mean).all()
+    assert step.report.prior_ratio > 0.5

@@ -17,6 +17,7 @@ def test_published_unit_values() -> None:
     fused = kalman.update(prior, P, torch.tensor([1.1, 0.0, 0.0]), torch.tensor(0.04**2))
     assert fused.mean.tolist() == pytest.approx([1.068, 0.0, 0.0])
     assert float(fused.variance) == pytest.approx(0.001088)
+    assert float(fused.variance.sqrt()) == pytest.approx(0.032985, abs=1e-6)
     assert float(fused.nis) == pytest.approx(2.0)
 
 
