@@ -21,10 +21,10 @@ from pathlib import Path
 import torch
 
 from kfloc_ros.cli.tables import format_table
+from kfloc_ros.device import choose_device
 from kfloc_ros.evaluation.hardware import describe_hardware
 from kfloc_ros.kfnet.reference.oflownet import ReferenceOFlowNet
 from kfloc_ros.kfnet.reference.scoordnet import ReferenceSCoordNet
-from kfloc_ros.localizer import choose_device
 
 HEIGHT, WIDTH = 480, 640
 
