@@ -34,6 +34,9 @@ class NisMode(Enum):
     """The emitted coordinates are the measurement's; the recursion keeps what was fused (as published)."""
     STATE = "state"
     """The recursion starts anew from the measurement in this cell, too."""
+    SURER = "surer"
+    """The cell keeps whichever of prior and measurement claims the smaller variance. A blurred or covered picture
+    gives measurements that are worse than the belief and say so; the other modes always side with them."""
 
 
 @dataclass(frozen=True)
@@ -52,14 +55,19 @@ class FilterSettings:
     max_gap_s: float = 0.5
     """A longer gap between frames resets the recursion."""
     max_rejected_ratio: float = 0.7
-    """If more of the prior's cells than this fail the NIS test, the whole prior is dropped (unless NIS is off)."""
-    nis_mode: NisMode = NisMode.STATE
+    """If more of the prior's cells than this fail the NIS test, prior and measurement contradict each other."""
+    patience: int = 1
+    """Contradicting frames in a row that are taken for bad pictures (with ``NisMode.SURER``, the belief is kept);
+    with the next one, the belief is taken to be wrong and dropped. Never with ``NisMode.OFF``."""
+    nis_mode: NisMode = NisMode.SURER
+    error_correlation: float = 0.5
+    """Of the errors of prior and measurement; 0 is the independence that the original assumes."""
     max_edge_ratio: float = 0.6
     """If the flow of more cells than this ends at the border of its search window, the recursion starts anew."""
     min_inlier_ratio: float = 0.0
     """A pose with a smaller share of inliers than this drops the belief that it came from."""
     posterior_floor_m2: float = 0.0
-    """Smallest posterior variance. Neighbouring frames err together, which a Kalman filter takes for independent."""
+    """Smallest posterior variance of fused cells."""
     blend_sigma: bool = False
     """Carry standard deviations instead of variances along the flow, as published."""
 
@@ -153,10 +161,12 @@ class SceneCoordinateFilter:
         self._features: torch.Tensor | None = None
         self._stamp_ns = 0
         self._reset_reason = "first frame"
+        self._contradictions = 0
 
     def reset(self, reason: str) -> None:
         """Forget the belief; the next frame starts from its measurement alone."""
         self._belief, self._features, self._reset_reason = None, None, reason
+        self._contradictions = 0
 
     def judge(self, pose: CoarsePose) -> None:
         """Say what pose came of the last posterior: a belief that gives none, or hardly one, is not carried on."""
@@ -196,12 +206,22 @@ class SceneCoordinateFilter:
         if flow.at_edge is not None and (ratio := float(flow.at_edge.float().mean())) > s.max_edge_ratio:
             return _started_anew(measurement, f"the flow of {ratio:.0%} of the cells leaves its search window")
         prior = warp(belief, flow, s.process_scale, s.process_floor_m2, blend_sigma=s.blend_sigma)
-        return fuse(prior, measurement, s)
+        filtered = fuse(prior, measurement, s)
+        rejected = filtered.report.rejected_ratio
+        self._contradictions = self._contradictions + 1 if rejected > s.max_rejected_ratio else 0
+        patience = s.patience if s.nis_mode is NisMode.SURER else 0
+        if self._contradictions <= patience or s.nis_mode is NisMode.OFF:
+            return filtered
+        self._contradictions = 0
+        reason = f"{rejected:.0%} of the prior contradicts the measurement"
+        return Filtered(measurement, replace(filtered.report, reset_reason=reason))
 
 
 def fuse(prior: Prior, measurement: SceneCoordinates, settings: FilterSettings) -> Filtered:
     """Kalman update where the prior is valid, and the NIS test; the measurement elsewhere."""
-    update = kalman.update(prior.mean, prior.variance, measurement.mean, measurement.variance)
+    update = kalman.update(
+        prior.mean, prior.variance, measurement.mean, measurement.variance, settings.error_correlation
+    )
     both = prior.valid & measurement.valid
     agree = both & (update.nis <= settings.nis_threshold)
     n_both = int(both.sum())
@@ -212,12 +232,15 @@ def fuse(prior: Prior, measurement: SceneCoordinates, settings: FilterSettings) 
         rejected_ratio=1.0 - int(agree.sum()) / n_both if n_both else 0.0,
     )
     mode = settings.nis_mode
-    if mode is not NisMode.OFF and report.rejected_ratio > settings.max_rejected_ratio:
-        reason = f"{report.rejected_ratio:.0%} of the prior contradicts the measurement"
-        return Filtered(measurement, replace(report, reset_reason=reason))
-    fused = agree if mode is NisMode.STATE else both
+    fused = both if mode in (NisMode.OFF, NisMode.OUTPUT_ONLY) else agree
+    mean = torch.where(fused, update.mean, measurement.mean)
     variance = torch.where(fused, update.variance.clamp(min=settings.posterior_floor_m2), measurement.variance)
-    belief = replace(measurement, mean=torch.where(fused, update.mean, measurement.mean), variance=variance)
+    if mode is NisMode.SURER:
+        kept = both & ~agree
+        if report.rejected_ratio <= settings.max_rejected_ratio:  # else the picture is bad, whatever its cells claim
+            kept &= prior.variance < measurement.variance
+        mean, variance = torch.where(kept, prior.mean, mean), torch.where(kept, prior.variance, variance)
+    belief = replace(measurement, mean=mean, variance=variance)
     if mode is not NisMode.OUTPUT_ONLY:
         return Filtered(belief, report)
     emitted = torch.where(agree, update.mean, measurement.mean)

@@ -39,18 +39,37 @@ def update(
     prior_variance: torch.Tensor,
     measurement: torch.Tensor,
     measurement_variance: torch.Tensor,
+    correlation: float = 0.0,
 ) -> Update:
     """Fuse a prior (3, ...) with a measurement (3, ...).
 
-    K = P / (P + R);  x' = x + K (z - x);  P' = (1 - K) P, computed as P R / (P + R), which does not cancel.
+    With independent errors:  K = P / (P + R);  x' = x + K (z - x);  P' = (1 - K) P, computed as P R / (P + R), which
+    does not cancel. With correlated errors, C = correlation * sqrt(P R) (Bar-Shalom and Campo, 1986):
+    K = (P - C) / (P + R - 2 C), kept in [0, 1];  P' = (1 - K)^2 P + K^2 R + 2 K (1 - K) C. A network errs alike in
+    neighbouring frames, so fusing them as if independent claims too much; here a belief ends at correlation^2 R.
+
+    Args:
+        prior_mean: metres.
+        prior_variance: (...) square metres.
+        measurement: metres.
+        measurement_variance: (...) square metres.
+        correlation: of the prior's and the measurement's errors, 0 to less than 1.
     """
     P = prior_variance.clamp(min=MIN_VARIANCE_M2)
     R = measurement_variance.clamp(min=MIN_VARIANCE_M2)
-    S = P + R
-    gain = P / S
     innovation = measurement - prior_mean
+    if correlation == 0.0:
+        S = P + R
+        gain = P / S
+        variance = gain * R
+    else:
+        C = correlation * (P * R).sqrt()
+        S = P + R - 2.0 * C
+        gain = ((P - C) / S).clamp(0.0, 1.0)
+        rest = 1.0 - gain
+        variance = rest.square() * P + gain.square() * R + 2.0 * gain * rest * C
     return Update(
         mean=prior_mean + gain * innovation,
-        variance=gain * R,
+        variance=variance,
         nis=(innovation * innovation).sum(0) / S,
     )

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kfloc_ros.kfnet.filter import FilterSettings, NisMode, SceneCoordinateFilter, fuse, warp
+from kfloc_ros.kfnet.filter import FilterSettings, NisMode, Prior, SceneCoordinateFilter, fuse, warp
 from kfloc_ros.kfnet.oflownet import Flow
 from kfloc_ros.kfnet.reference.oflownet import ReferenceOFlowNet
 from kfloc_ros.types import CoarsePose, SceneCoordinates
@@ -35,7 +35,7 @@ def features() -> torch.Tensor:
 
 
 def test_static_view_is_averaged() -> None:
-    recursion = SceneCoordinateFilter(SETTINGS)
+    recursion = SceneCoordinateFilter(replace(SETTINGS, error_correlation=0.0, nis_mode=NisMode.STATE))
     truth = plane(0.0, 0).mean
     for k in range(8):
         last = recursion.step(k * FRAME_NS, features(), plane(0.1, k))
@@ -73,8 +73,24 @@ def test_a_contradicting_measurement_resets_the_recursion() -> None:
     recursion.step(0, features(), plane(0.02, 0))
     elsewhere = plane(0.02, 1, shift_m=5.0)
     step = recursion.step(FRAME_NS, features(), elsewhere)
+    assert step.report.rejected_ratio == 1.0
+    step = recursion.step(2 * FRAME_NS, features(), elsewhere)
     assert "contradicts" in step.report.reset_reason
     assert step.posterior is elsewhere
+
+
+def test_one_contradicting_picture_is_outlived() -> None:
+    """A blurred frame whose cells are far off, even with certainty, does not cost the belief."""
+    recursion = SceneCoordinateFilter(SETTINGS)
+    recursion.step(0, features(), plane(0.02, 0))
+    blurred = recursion.step(FRAME_NS, features(), plane(0.02, 1, sigma_m=0.02, shift_m=5.0))
+    assert blurred.report.reset_reason == ""
+    truth = plane(0.0, 0).mean
+    inner = (..., slice(2, -2), slice(2, -2))
+    assert (blurred.posterior.mean - truth)[inner].abs().mean() < 0.05
+    good = recursion.step(2 * FRAME_NS, features(), plane(0.02, 2))
+    assert good.report.rejected_ratio < 0.1
+    assert (good.posterior.mean - truth)[inner].abs().mean() < 0.05
 
 
 def test_single_bad_cells_are_dropped_not_blended() -> None:
@@ -141,7 +157,7 @@ def test_a_belief_that_gives_no_good_pose_is_dropped(success: bool, ratio: float
 
 def two_steps(mode: NisMode) -> tuple[SceneCoordinates, SceneCoordinates, SceneCoordinates]:
     """The second measurement, with one bad cell; what is given out for it; and the frame after, far less certain."""
-    recursion = SceneCoordinateFilter(replace(SETTINGS, nis_mode=mode))
+    recursion = SceneCoordinateFilter(replace(SETTINGS, nis_mode=mode, error_correlation=0.0))
     recursion.step(0, features(), plane(0.0, 0))
     bad = plane(0.0, 1)
     bad.mean[:, 5, 5] += 3.0
@@ -164,8 +180,21 @@ def test_nis_modes_differ_in_what_is_given_out_and_in_what_is_kept() -> None:
     assert torch.allclose(after.mean[:, 5, 5], truth + 3.0, atol=0.1)
 
 
+def test_the_surer_of_two_that_disagree_is_kept() -> None:
+    shape = (H, W)
+    prior = Prior(torch.zeros(3, *shape), torch.full(shape, 0.05**2), torch.ones(shape).bool())
+    variance = torch.full(shape, 0.1**2)
+    variance[:, : W // 2] = 0.02**2
+    measurement = SceneCoordinates(torch.zeros(3, *shape), variance, prior.valid, 8)
+    measurement.mean[0, ::2] += 1.0  # half of the cells, so that the picture as a whole is not in doubt
+    out = fuse(prior, measurement, SETTINGS).posterior
+    assert (out.mean[0, ::2, : W // 2] == 1.0).all()
+    assert (out.mean[0, ::2, W // 2 :] == 0.0).all()
+    assert torch.equal(out.variance[0, W // 2 :], prior.variance[0, W // 2 :])
+
+
 def test_the_floor_bounds_the_posterior() -> None:
-    recursion = SceneCoordinateFilter(replace(SETTINGS, posterior_floor_m2=0.05**2))
+    recursion = SceneCoordinateFilter(replace(SETTINGS, posterior_floor_m2=0.05**2, error_correlation=0.0))
     for k in range(12):
         last = recursion.step(k * FRAME_NS, features(), plane(0.1, k))
     assert float(last.posterior.variance.min()) == pytest.approx(0.05**2)
@@ -181,7 +210,7 @@ def test_published_unit_values_through_warp_and_fusion() -> None:
     assert prior.variance[3, 3].item() == pytest.approx(0.0034)
     measurement = SceneCoordinates(belief.mean.clone(), torch.full(shape, 0.04**2), belief.valid, 8)
     measurement.mean[0] += 0.1
-    step = fuse(prior, measurement, SETTINGS)
+    step = fuse(prior, measurement, replace(SETTINGS, error_correlation=0.0))
     assert step.posterior.mean[:, 3, 3].tolist() == pytest.approx([1.068, 1.0, 1.0])
     assert step.posterior.variance[3, 3].item() == pytest.approx(0.001088)
     assert step.posterior.variance[3, 3].sqrt().item() == pytest.approx(0.032985, abs=1e-6)

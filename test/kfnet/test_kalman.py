@@ -52,3 +52,27 @@ def test_order_of_fusion_does_not_matter() -> None:
     assert torch.allclose(a.mean, b.mean)
     assert torch.allclose(a.variance, b.variance)
     assert torch.allclose(a.nis, b.nis)
+
+
+def test_correlated_errors_are_fused_optimally() -> None:
+    """Closed form against a fine search over the gain, and the claim against sampled errors."""
+    P, R, correlation = 0.04, 0.09, 0.4
+    z = torch.tensor([1.0, 0.0, 0.0])
+    fused = kalman.update(torch.zeros(3), torch.tensor(P), z, torch.tensor(R), correlation)
+    C = correlation * (P * R) ** 0.5
+    gains = torch.linspace(0, 1, 10_001, dtype=torch.float64)
+    claims = (1 - gains) ** 2 * P + gains**2 * R + 2 * gains * (1 - gains) * C
+    assert float(fused.variance) == pytest.approx(float(claims.min()), rel=1e-5)
+    assert float(fused.mean[0]) == pytest.approx(float(gains[claims.argmin()]), abs=1e-3)
+    generator = torch.Generator().manual_seed(0)
+    errors = torch.linalg.cholesky(torch.tensor([[P, C], [C, R]])) @ torch.randn(2, 200_000, generator=generator)
+    after = kalman.update(errors[:1], torch.tensor(P), errors[1:], torch.tensor(R), correlation)
+    assert float(after.mean.var()) == pytest.approx(float(fused.variance), rel=0.02)
+
+
+def test_correlation_bounds_how_sure_a_static_view_gets() -> None:
+    x, P, R = torch.zeros(3), torch.tensor(0.04), torch.tensor(0.04)
+    for _ in range(200):
+        fused = kalman.update(x, P, torch.zeros(3), R, 0.5)
+        P = fused.variance
+    assert 0.25 * float(R) < float(P) < 0.27 * float(R)
