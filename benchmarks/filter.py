@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the Kalman filter is worth: measurement alone against its variants, on a source as it is and made worse.
+
+Every case is a map and a SOURCE with its options. Each frame is measured once; all variants see the same measurement.
+A frame is a failure if its coarse pose is missing or not within 10 cm and 10 degrees.
+
+    python benchmarks/filter.py --json out/filter.json \
+        --case maps/kitchen "7scenes:DIR --poses sfm --split blocks50:test"
+
+In the JSON, `degraded_failure_reduction` is the share of measurement-only failures on all degraded runs together that
+the default filter avoids; `cell_coverage_1sigma` is the share of measured cells' axis errors inside one sigma on the
+clean runs, and `cell_coverage_1sigma_posterior` the same after the default filter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from kfloc_ros.cli.arguments import add_source_arguments, open_source_from
+from kfloc_ros.cli.tables import format_table
+from kfloc_ros.datasets.base import FrameSource
+from kfloc_ros.datasets.degraded import DEGRADATIONS, Degraded
+from kfloc_ros.device import choose_device
+from kfloc_ros.evaluation.cells import CellStatistics
+from kfloc_ros.evaluation.hardware import describe_hardware
+from kfloc_ros.evaluation.metrics import PoseError, accuracy, pose_error, recall
+from kfloc_ros.features.trunk import COARSE_STRIDE, Trunk
+from kfloc_ros.geometry.camera import ImageAdapter
+from kfloc_ros.kfnet.filter import FilterSettings, NisMode, SceneCoordinateFilter
+from kfloc_ros.mapping.scene_map import SceneMap, resolve_map
+from kfloc_ros.mapping.views import View, cell_coordinates
+from kfloc_ros.solvers.pnp import PnpSettings, solve_pnp
+from kfloc_ros.types import Frame, SceneCoordinates
+
+FLOOR_M2 = 0.02**2
+FAILURE_M, FAILURE_DEG = 0.10, 10.0
+MEASUREMENT, DEFAULT = "measurement", "default"
+PUBLISHED: dict[str, Any] = {"error_correlation": 0.0, "blend_sigma": True}
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "off": {**PUBLISHED, "nis_mode": NisMode.OFF},
+    "off, floor": {**PUBLISHED, "nis_mode": NisMode.OFF, "posterior_floor_m2": FLOOR_M2},
+    "output_only": {**PUBLISHED, "nis_mode": NisMode.OUTPUT_ONLY},
+    "output_only, floor": {**PUBLISHED, "nis_mode": NisMode.OUTPUT_ONLY, "posterior_floor_m2": FLOOR_M2},
+    "state": {**PUBLISHED, "nis_mode": NisMode.STATE},
+    "state, floor": {**PUBLISHED, "nis_mode": NisMode.STATE, "posterior_floor_m2": FLOOR_M2},
+    DEFAULT: {},
+}
+"""Changes to the default settings; the default itself fuses correlated errors and keeps the surer of two."""
+
+
+@dataclass
+class Track:
+    """One variant on its way through a run."""
+
+    filter: SceneCoordinateFilter | None
+    cells: CellStatistics = field(default_factory=CellStatistics)
+    errors: list[PoseError] = field(default_factory=list)
+
+
+class Bench:
+    """All variants over the runs of one map."""
+
+    def __init__(self, scene_map: SceneMap, device: torch.device) -> None:
+        self._map, self._device = scene_map, device
+        self._trunk = Trunk(device=device)
+        self._head = scene_map.head.to(device)
+        c = scene_map.calibration
+        self._settings = FilterSettings(c.flow_temperature, c.process_scale, c.process_floor_m2)
+        self._pnp = PnpSettings(covariance_scale=c.coarse_covariance_scale)
+
+    def run(self, source: FrameSource) -> list[dict[str, Any]]:
+        """One row for each variant."""
+        tracks = {MEASUREMENT: Track(None)}
+        for name, change in VARIANTS.items():
+            tracks[name] = Track(SceneCoordinateFilter(replace(self._settings, **change)))
+        adapter = ImageAdapter(source.camera, self._map.camera)
+        for frame in source:
+            self._frame(frame, adapter, tracks)
+        return [row(name, track) for name, track in tracks.items()]
+
+    @torch.inference_mode()
+    def _frame(self, frame: Frame, adapter: ImageAdapter, tracks: dict[str, Track]) -> None:
+        features = self._trunk.extract(adapter(frame.image))
+        measured = self._head.measure(features, self._map.calibration.measurement_variance_scale)
+        truth = self._truth(frame, adapter)
+        for track in tracks.values():
+            posterior = measured
+            if track.filter is not None:
+                posterior = track.filter.step(frame.stamp_ns, features.coarse[0], measured).posterior
+            pose = solve_pnp(posterior, self._map.camera, self._pnp)
+            if track.filter is not None:
+                track.filter.judge(pose)
+            if frame.T_map_camera is not None:
+                track.errors.append(pose_error(pose.T_map_camera, frame.T_map_camera))
+            if truth is not None:
+                track.cells.add(posterior, truth.mean, truth.valid)
+
+    def _truth(self, frame: Frame, adapter: ImageAdapter) -> SceneCoordinates | None:
+        if frame.depth_m is None or frame.T_map_camera is None:
+            return None
+        view = View(frame.image, adapter.nearest(frame.depth_m), self._map.camera, frame.T_map_camera, frame.index)
+        h, w = self._map.camera.height // COARSE_STRIDE, self._map.camera.width // COARSE_STRIDE
+        points, known = cell_coordinates(view, (h, w))
+        mean = torch.from_numpy(points.T.reshape(3, h, w).astype(np.float32)).to(self._device)
+        valid = torch.from_numpy(known.reshape(h, w)).to(self._device)
+        return SceneCoordinates(mean, torch.zeros_like(mean[0]), valid, COARSE_STRIDE)
+
+
+def row(name: str, track: Track) -> dict[str, Any]:
+    poses = accuracy(track.errors)
+    good = recall(track.errors, FAILURE_M, FAILURE_DEG)
+    return {
+        "variant": name,
+        "frames": poses.frames,
+        "failures": round(poses.frames * (1 - good)) if poses.frames else 0,
+        "median_translation_m": poses.median_translation_m,
+        "median_rotation_deg": poses.median_rotation_deg,
+        "recall": {**poses.recall, "10cm_10deg": good},
+        "cells": asdict(track.cells.result()),
+    }
+
+
+def summarize(runs: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """The figures at the top level of the JSON."""
+
+    def total(variant: str, degraded: bool) -> tuple[int, int]:
+        chosen = [r for run in runs if (run["degradation"] != "clean") == degraded for r in run["rows"]]
+        rows = [r for r in chosen if r["variant"] == variant]
+        return sum(r["failures"] for r in rows), sum(r["frames"] for r in rows)
+
+    def coverage(variant: str) -> float:
+        rows = [r for run in runs if run["degradation"] == "clean" for r in run["rows"] if r["variant"] == variant]
+        weights = [r["cells"]["frames"] for r in rows]
+        values = [r["cells"]["coverage"][0] for r in rows]
+        return float(np.average(values, weights=weights)) if sum(weights) else math.nan
+
+    before, frames = total(MEASUREMENT, True)
+    after, _ = total(DEFAULT, True)
+    return {
+        "degraded_failure_reduction": 1 - after / before if before else math.nan,
+        "degraded_failures_measurement": before,
+        "degraded_failures_filter": after,
+        "degraded_frames": frames,
+        "clean_failures_measurement": total(MEASUREMENT, False)[0],
+        "clean_failures_filter": total(DEFAULT, False)[0],
+        "cell_coverage_1sigma": coverage(MEASUREMENT),
+        "cell_coverage_1sigma_posterior": coverage(DEFAULT),
+    }
+
+
+def table(run: dict[str, Any]) -> str:
+    header = ("", "failed", "5cm/5deg", "median", "cells: median/mean/std", "mean sq", "1/2/3 sigma")
+    lines = []
+    for r in run["rows"]:
+        cells = r["cells"]
+        errors = "/".join(f"{100 * cells[k]:.1f}" for k in ("median_error_m", "mean_error_m", "std_error_m"))
+        lines.append(
+            (
+                r["variant"],
+                f"{r['failures']} of {r['frames']}",
+                f"{100 * r['recall']['5cm_5deg']:.1f} %",
+                f"{100 * r['median_translation_m']:.2f} cm {r['median_rotation_deg']:.2f} deg",
+                f"{errors} cm",
+                f"{cells['normalized_mean_square']:.1f}",
+                "/".join(f"{100 * share:.0f}" for share in cells["coverage"]) + " %",
+            )
+        )
+    return f"{run['source']}, {run['degradation']}\n{format_table(lines, header=header)}\n"
+
+
+def finite(value: Any) -> Any:
+    """The same with None for what JSON has no number for."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def main() -> int:
+    """Run all cases and print their tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", nargs=2, action="append", required=True, metavar=("MAP", "SOURCE_AND_OPTIONS"))
+    parser.add_argument("--degradations", nargs="+", choices=tuple(DEGRADATIONS), default=list(DEGRADATIONS))
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the tables as JSON")
+    args = parser.parse_args()
+    source_parser = argparse.ArgumentParser(prog="--case")
+    add_source_arguments(source_parser)
+    device = choose_device(args.device)
+    runs: list[dict[str, Any]] = []
+    for map_name, text in args.case:
+        bench = Bench(SceneMap.load(resolve_map(map_name)), device)
+        source = open_source_from(source_parser.parse_args(shlex.split(text)))
+        for name in args.degradations:
+            rows = bench.run(Degraded(source, DEGRADATIONS[name]))
+            runs.append({"map": map_name, "source": text, "degradation": name, "rows": rows})
+            print(table(runs[-1]), flush=True)
+    summary = summarize(runs)
+    print("\n".join(f"{key}: {value:.3f}" for key, value in summary.items()))
+    if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        content = finite({**summary, "runs": runs, "hardware": describe_hardware(device.type)})
+        args.json.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
