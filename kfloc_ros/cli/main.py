@@ -31,6 +31,9 @@ COMMANDS = {
     "bag": Command("kfloc_ros.cli.bag", "write a source as a rosbag2"),
     "replay": Command("kfloc_ros.cli.replay", "play a bag to the live ROS 2 nodes and evaluate what they answer"),
     "convert": Command("kfloc_ros.cli.convert", "convert weights of the original papers"),
+    "labels": Command("kfloc_ros.cli.labels", "write scene-coordinate labels in KFNet's format"),
+    "coordinates": Command("kfloc_ros.cli.coordinates", "write scene-coordinate maps in KFNet's format"),
+    "pnp": Command("kfloc_ros.cli.pnp", "camera poses of scene-coordinate maps in KFNet's format"),
     "demo": Command("kfloc_ros.cli.demo", "the whole path on a scene that the project renders itself"),
 }
 

@@ -12,6 +12,7 @@ __all__ = ["SOURCE_KINDS", "FrameSource", "Selection", "open_source", "select"]
 
 SOURCE_KINDS = {
     "7scenes": "a folder with frame-000000.color.png|jpg, .depth.png, .pose.txt (or one level of seq-* folders)",
+    "kfnet": "a folder with image_list.txt and, for maps, label_list.txt, as the original KFNet takes it",
     "bag": "a rosbag2 folder as `kfloc bag make` writes it",
     "sim": "the rendered room of the demo: sim:map, sim:localize, or the shorter sim:map-quick, sim:localize-quick",
 }
@@ -41,6 +42,10 @@ def open_source(
         from kfloc_ros.datasets.seven_scenes import SevenScenes
 
         source: FrameSource = SevenScenes(Path(path), poses=poses, depth=depth)
+    elif kind == "kfnet":
+        from kfloc_ros.datasets.kfnet import KfnetFolder
+
+        source = KfnetFolder(Path(path), depth=depth)
     elif kind == "sim":
         from kfloc_ros.simulation.source import SimulatedSource
 

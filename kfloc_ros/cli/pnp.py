@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``kfloc pnp``: coordinate maps in KFNet's format into camera poses."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+DESCRIPTION = """\
+Solve for the camera pose of every coordinate map (coord_<i>.npy: h x w x 4 float32, world metres and 1/sigma) of a
+folder or of a list file, and write OUT/pose_<i>.txt (4x4, camera to world; nan where there is none), poses.json,
+and with --gt the errors. Pixel of a cell and camera come from the folder's coordinates.json, else they are the
+original's: pixel (8 c, 8 r), 640x480, focal length 525 px, centre (320, 240).
+"""
+
+EPILOG = """\
+examples:
+  kfloc pnp out/coordinates --out out/poses --gt gt_list.txt
+  kfloc pnp coord_list.txt --out out/poses --camera 848 480 744 744 424 240 --jobs 32
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Register ``kfloc pnp``."""
+    from kfloc_ros.solvers.pnp_files import MIN_CONFIDENCE_PER_M
+
+    parser = subparsers.add_parser(
+        "pnp",
+        help="camera poses of scene-coordinate maps in KFNet's format",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("maps", type=Path, metavar="MAPS", help="a folder, or a text file with one .npy a line")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the poses")
+    parser.add_argument("--gt", type=Path, metavar="LIST", help="text file with one true 4x4 pose file a line")
+    parser.add_argument(
+        "--camera", type=float, nargs=6, metavar=("W", "H", "FX", "FY", "CX", "CY"), help="camera of the images"
+    )
+    parser.add_argument(
+        "--min-confidence",
+        type=float,
+        default=MIN_CONFIDENCE_PER_M,
+        metavar="C",
+        help=f"leave out cells whose 1/sigma is smaller, in 1/m (default: {MIN_CONFIDENCE_PER_M:g}; 0 keeps all)",
+    )
+    parser.add_argument("--max-error-px", type=float, default=10.0, metavar="PX", help="inlier threshold (default: 10)")
+    parser.add_argument(
+        "--jobs", "--thread_num", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: cores)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Solve all maps; 1 if no pose was found at all."""
+    from dataclasses import replace
+
+    from tqdm import tqdm
+
+    from kfloc_ros.errors import SourceError
+    from kfloc_ros.evaluation.metrics import accuracy, pose_error
+    from kfloc_ros.kfnet.files import read_description, read_list, read_pose, write_pose
+    from kfloc_ros.solvers.pnp import PnpSettings
+    from kfloc_ros.solvers.pnp_files import PnpJob, find_maps, parse_camera, solve_files
+
+    maps = find_maps(args.maps)
+    truths = [read_pose(path) for path in read_list(args.gt)] if args.gt else None
+    if truths is not None and len(truths) != len(maps):
+        raise SourceError(f"'{args.gt}' names {len(truths)} poses for {len(maps)} coordinate maps.")
+    description = read_description(maps[0].parent)
+    if args.camera:
+        description = replace(description, camera=parse_camera(args.camera))
+    job = PnpJob(description, PnpSettings(max_error_px=args.max_error_px), args.min_confidence)
+    args.out.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    bar = tqdm(total=len(maps), unit="map", disable=not sys.stderr.isatty())
+    entries: list[dict[str, Any]] = []
+    errors = []
+    with bar:
+        for i, pose in enumerate(solve_files(maps, job, min(args.jobs, len(maps)))):
+            bar.update()
+            write_pose(args.out / f"pose_{i}.txt", pose.T_map_camera)
+            entry: dict[str, Any] = {
+                "map": str(maps[i]),
+                "success": pose.success,
+                "reason": pose.reason,
+                "inliers": pose.inlier_count,
+                "inlier_ratio": pose.inlier_ratio,
+            }
+            truth = truths[i] if truths is not None else None
+            if truth is not None:
+                error = pose_error(pose.T_map_camera, truth)
+                errors.append(error)
+                entry["translation_m"], entry["rotation_deg"] = _finite(error.translation_m), error.rotation_deg
+            entries.append(entry)
+    solved = sum(entry["success"] for entry in entries)
+    content: dict[str, Any] = {"maps": len(maps), "solved": solved, "seconds": time.perf_counter() - start}
+    print(f"{solved} of {len(maps)} poses in {content['seconds']:.1f} s: {args.out}")
+    if errors:
+        result = accuracy(errors)
+        content["median_translation_m"] = _finite(result.median_translation_m)
+        content["median_rotation_deg"] = result.median_rotation_deg
+        content["recall"] = dict(result.recall)
+        print(f"median error {100 * result.median_translation_m:.2f} cm, {result.median_rotation_deg:.2f} deg")
+        for name, share in result.recall.items():
+            print(f"within {name.replace('cm_', ' cm, ').replace('deg', ' deg')}: {100 * share:.1f} %")
+    content["poses"] = entries
+    (args.out / "poses.json").write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    return 0 if solved else 1
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

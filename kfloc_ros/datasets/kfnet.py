@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Folders as the original KFNet takes them: lists of images and labels, and the scene's transform.
+
+``image_list.txt`` and optionally ``label_list.txt`` (same order), ``transform.txt``. Two files are this package's
+additions: ``camera.txt`` (width height fx fy cx cy of the images; without, the 525 px camera that the original
+assumes) and ``pose_list.txt`` (files with 4x4 camera-to-world matrices). Without poses, a frame's pose is solved from
+its label, which fixes it to the label's own accuracy.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+import poselib
+from numpy.typing import NDArray
+
+from kfloc_ros.datasets.base import FrameSource
+from kfloc_ros.errors import SourceError
+from kfloc_ros.geometry.camera import Camera
+from kfloc_ros.geometry.lie import inverse_pose, make_pose
+from kfloc_ros.kfnet.files import DEFAULT_CAMERA, STRIDE, LabelMap, read_label, read_list, read_pose
+from kfloc_ros.kfnet.reference.frame import NetworkFrame, read_transform
+from kfloc_ros.types import Frame, Matrix
+
+FRAME_PERIOD_NS = 33_333_333
+SEQUENCE_GAP_NS = 10_000_000_000
+"""Between frames of different folders: the lists hold one sequence after the other, to be filtered apart."""
+MIN_LABELS = 30
+"""Fewer labelled pixels than this give no pose."""
+POSE_MAX_ERROR_PX = 4.0
+
+
+class KfnetFolder(FrameSource):
+    """Images, and where there are labels, depth and pose from them.
+
+    Args:
+        root: the folder with the lists.
+        depth: compute depth images from the labels.
+
+    Raises:
+        SourceError: a list is missing or lists of different lengths, or the camera is unknown.
+    """
+
+    def __init__(self, root: Path, *, depth: bool = True) -> None:
+        if not root.is_dir():
+            raise SourceError(f"There is no folder '{root}'.")
+        self.name = root.name
+        self._images = read_list(root / "image_list.txt")
+        self._labels = self._parallel(root / "label_list.txt")
+        self._poses = self._parallel(root / "pose_list.txt")
+        self._with_depth = depth
+        self._camera = self._read_camera(root / "camera.txt")
+        self.frame = read_transform(root / "transform.txt") if (root / "transform.txt").is_file() else NetworkFrame()
+        folders = [path.parent for path in self._images]
+        borders = np.cumsum([0, *(a != b for a, b in itertools.pairwise(folders))])
+        self._stamps_ns = [
+            (i + 1) * FRAME_PERIOD_NS + int(border) * SEQUENCE_GAP_NS for i, border in enumerate(borders)
+        ]
+
+    def _parallel(self, path: Path) -> list[Path] | None:
+        if not path.is_file():
+            return None
+        paths = read_list(path)
+        if len(paths) != len(self._images):
+            raise SourceError(f"'{path}' names {len(paths)} files for {len(self._images)} images.")
+        return paths
+
+    def _read_camera(self, path: Path) -> Camera:
+        if path.is_file():
+            try:
+                width, height, fx, fy, cx, cy = (float(word) for word in path.read_text().split())
+            except ValueError as error:
+                raise SourceError(f"'{path}' must hold six numbers: width height fx fy cx cy.") from error
+            return Camera(int(width), int(height), fx, fy, cx, cy)
+        height, width = self._image(0).shape[:2]
+        if (width, height) != (DEFAULT_CAMERA.width, DEFAULT_CAMERA.height):
+            raise SourceError(
+                f"The images are {width}x{height} and their intrinsics unknown; write '{path}' with one line: "
+                "width height fx fy cx cy."
+            )
+        return DEFAULT_CAMERA
+
+    @property
+    def camera(self) -> Camera:
+        return self._camera
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def indices(self) -> Sequence[int]:
+        return range(len(self._images))
+
+    def label(self, position: int) -> LabelMap | None:
+        """The label of a frame, or None if the folder has no labels.
+
+        Raises:
+            SourceError: it cannot be read, or does not have the size of the image.
+        """
+        if self._labels is None:
+            return None
+        return read_label(self._labels[position], self._camera.width, self._camera.height)
+
+    def __getitem__(self, position: int) -> Frame:
+        position = range(len(self))[position]
+        label = self.label(position) if self._with_depth or self._poses is None else None
+        T_map_camera = self._pose(position, label)
+        depth = None
+        if self._with_depth and label is not None and T_map_camera is not None:
+            depth = depth_of_label(label, T_map_camera, self._camera)
+        return Frame(
+            image=self._image(position),
+            camera=self._camera,
+            stamp_ns=self._stamps_ns[position],
+            index=position,
+            name=self._images[position].stem,
+            depth_m=depth,
+            T_map_camera=T_map_camera,
+        )
+
+    def encoded_image(self, position: int) -> bytes | None:
+        path = self._images[position]
+        return path.read_bytes() if path.suffix.lower() in (".jpg", ".jpeg") else None
+
+    def _image(self, position: int) -> NDArray[np.uint8]:
+        path = self._images[position]
+        bgr = cv2.imread(str(path), cv2.IMREAD_COLOR)
+        if bgr is None:
+            raise SourceError(f"'{path}' is not a readable image.")
+        return np.ascontiguousarray(bgr[..., ::-1], dtype=np.uint8)
+
+    def _pose(self, position: int, label: LabelMap | None) -> Matrix | None:
+        if self._poses is None:
+            return None if label is None else pose_of_label(label, self._camera)
+        return read_pose(self._poses[position])
+
+
+def pose_of_label(label: LabelMap, camera: Camera) -> Matrix | None:
+    """T_map_camera (4, 4) that explains a label, or None where too little is labelled.
+
+    A reflection of the world cannot be explained: labels are in the world, not in the network's frame.
+    """
+    step = STRIDE // label.stride
+    rows, cols = np.nonzero(label.mask[::step, ::step])
+    if len(rows) < MIN_LABELS:
+        return None
+    pixels = STRIDE * np.stack([cols, rows], axis=1).astype(np.float64)
+    points = label.points[::step, ::step][rows, cols].astype(np.float64)
+    pose, info = poselib.estimate_absolute_pose(
+        pixels,
+        points,
+        {
+            "model": "PINHOLE",
+            "width": camera.width,
+            "height": camera.height,
+            "params": [camera.fx, camera.fy, camera.cx, camera.cy],
+        },
+        {"max_reproj_error": POSE_MAX_ERROR_PX, "max_iterations": 500, "min_iterations": 20, "seed": 0},
+        {},
+    )
+    if int(np.sum(info["inliers"])) < MIN_LABELS:
+        return None
+    return inverse_pose(make_pose(pose.R, pose.t))
+
+
+def depth_of_label(label: LabelMap, T_map_camera: Matrix, camera: Camera) -> NDArray[np.float32]:
+    """(H, W) depth in metres, 0 where unknown; labels of every eighth pixel are taken for their neighbours, too."""
+    T = inverse_pose(T_map_camera)
+    depth = np.where(label.mask, label.points @ T[2, :3] + T[2, 3], 0.0).astype(np.float32)
+    depth[depth < 0] = 0.0
+    if label.stride == 1:
+        return depth
+    h, w = depth.shape
+    rows = np.minimum((np.arange(camera.height) + label.stride // 2) // label.stride, h - 1)
+    cols = np.minimum((np.arange(camera.width) + label.stride // 2) // label.stride, w - 1)
+    return np.ascontiguousarray(depth[np.ix_(rows, cols)])
