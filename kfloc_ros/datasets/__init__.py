@@ -11,8 +11,11 @@ from kfloc_ros.errors import SourceError
 __all__ = ["SOURCE_KINDS", "FrameSource", "Selection", "open_source", "select"]
 
 SOURCE_KINDS = {
-    "7scenes": "a folder with frame-000000.color.png|jpg, .depth.png, .pose.txt (or one level of seq-* folders)",
+    "7scenes": "a folder with frame-000000.color.png|jpg, .depth.png, .pose.txt (or one seq-* folder in it); "
+    "DIR@train and DIR@test are a scene's official split",
     "kfnet": "a folder with image_list.txt and, for maps, label_list.txt, as the original KFNet takes it",
+    "12scenes": "a scene's folder with info.txt, split.txt and data/; @train or @test for a part of its split",
+    "cambridge": "a scene's folder with dataset_train.txt and dataset_test.txt; @train or @test for one of them",
     "bag": "a rosbag2 folder as `kfloc bag make` writes it",
     "sim": "the rendered room of the demo: sim:map, sim:localize, or the shorter sim:map-quick, sim:localize-quick",
 }
@@ -39,9 +42,23 @@ def open_source(
         known = "; ".join(f"{name}:PATH ({text})" for name, text in SOURCE_KINDS.items())
         raise SourceError(f"A SOURCE is written KIND:PATH, got '{spec}'. Known: {known}.")
     if kind == "7scenes":
+        from kfloc_ros.datasets.official import seven_scenes, split_part
         from kfloc_ros.datasets.seven_scenes import SevenScenes
 
-        source: FrameSource = SevenScenes(Path(path), poses=poses, depth=depth)
+        root, part = split_part(path)
+        source: FrameSource = (
+            seven_scenes(root, part, poses=poses, depth=depth) if part else SevenScenes(root, poses=poses, depth=depth)
+        )
+    elif kind == "12scenes":
+        from kfloc_ros.datasets.official import split_part
+        from kfloc_ros.datasets.twelve_scenes import TwelveScenes
+
+        source = TwelveScenes(*split_part(path), depth=depth)
+    elif kind == "cambridge":
+        from kfloc_ros.datasets.cambridge import Cambridge
+        from kfloc_ros.datasets.official import split_part
+
+        source = Cambridge(*split_part(path))
     elif kind == "kfnet":
         from kfloc_ros.datasets.kfnet import KfnetFolder
 

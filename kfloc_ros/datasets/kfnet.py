@@ -9,7 +9,6 @@ its label, which fixes it to the label's own accuracy.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import poselib
 from numpy.typing import NDArray
 
 from kfloc_ros.datasets.base import FrameSource
+from kfloc_ros.datasets.sequences import stamps_with_gaps
 from kfloc_ros.errors import SourceError
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import inverse_pose, make_pose
@@ -26,9 +26,6 @@ from kfloc_ros.kfnet.files import DEFAULT_CAMERA, STRIDE, LabelMap, read_label, 
 from kfloc_ros.kfnet.reference.frame import NetworkFrame, read_transform
 from kfloc_ros.types import Frame, Matrix
 
-FRAME_PERIOD_NS = 33_333_333
-SEQUENCE_GAP_NS = 10_000_000_000
-"""Between frames of different folders: the lists hold one sequence after the other, to be filtered apart."""
 MIN_LABELS = 30
 """Fewer labelled pixels than this give no pose."""
 POSE_MAX_ERROR_PX = 4.0
@@ -55,11 +52,7 @@ class KfnetFolder(FrameSource):
         self._with_depth = depth
         self._camera = self._read_camera(root / "camera.txt")
         self.frame = read_transform(root / "transform.txt") if (root / "transform.txt").is_file() else NetworkFrame()
-        folders = [path.parent for path in self._images]
-        borders = np.cumsum([0, *(a != b for a, b in itertools.pairwise(folders))])
-        self._stamps_ns = [
-            (i + 1) * FRAME_PERIOD_NS + int(border) * SEQUENCE_GAP_NS for i, border in enumerate(borders)
-        ]
+        self._stamps_ns = stamps_with_gaps([path.parent for path in self._images])
 
     def _parallel(self, path: Path) -> list[Path] | None:
         if not path.is_file():

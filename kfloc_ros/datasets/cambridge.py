@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cambridge Landmarks: outdoor videos with poses from structure from motion; colour only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from kfloc_ros.datasets.base import FrameSource
+from kfloc_ros.datasets.official import PARTS
+from kfloc_ros.datasets.sequences import stamps_with_gaps
+from kfloc_ros.errors import SourceError
+from kfloc_ros.geometry.camera import Camera
+from kfloc_ros.geometry.lie import inverse_pose, make_pose, quaternion_to_matrix
+from kfloc_ros.types import Frame, Matrix
+
+NOMINAL_FOCAL_PER_WIDTH = 744.0 / 852.0
+"""The focal length that others use for all scenes, in image widths; ``reconstruction.nvm`` has one for every image."""
+HEADER_LINES = 3
+
+
+class Cambridge(FrameSource):
+    """One scene: ``dataset_train.txt`` or ``dataset_test.txt`` with ``seq1/frame00001.png X Y Z W P Q R`` lines.
+
+    The camera has the median focal length of ``reconstruction.nvm`` if the scene's folder has one, else a nominal one,
+    and its centre in the middle of the image.
+
+    Args:
+        root: folder of the scene.
+        part: ``train``, ``test``, or None for both.
+
+    Raises:
+        SourceError: a list is missing or damaged, or an image cannot be read.
+    """
+
+    def __init__(self, root: Path, part: str | None = None) -> None:
+        self.name = root.name
+        self._root = root
+        self._entries = [entry for p in PARTS if part in (None, p) for entry in _read_list(root / f"dataset_{p}.txt")]
+        self._entries.sort(key=lambda entry: entry[0])
+        self._stamps_ns = stamps_with_gaps([Path(name).parent for name, _ in self._entries])
+        height, width = self._image(0).shape[:2]
+        share = _median_focal_share(root / "reconstruction.nvm", width) or NOMINAL_FOCAL_PER_WIDTH
+        self._camera = Camera(width, height, share * width, share * width, (width - 1) / 2, (height - 1) / 2)
+
+    @property
+    def camera(self) -> Camera:
+        return self._camera
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def indices(self) -> Sequence[int]:
+        return range(len(self._entries))
+
+    def __getitem__(self, position: int) -> Frame:
+        index = range(len(self))[position]
+        name, T_map_camera = self._entries[index]
+        return Frame(
+            image=self._image(index),
+            camera=self._camera,
+            stamp_ns=self._stamps_ns[index],
+            index=index,
+            name=name,
+            T_map_camera=T_map_camera,
+        )
+
+    def _image(self, index: int) -> np.ndarray:
+        path = self._root / self._entries[index][0]
+        bgr = cv2.imread(str(path), cv2.IMREAD_COLOR)
+        if bgr is None:
+            raise SourceError(f"'{path}' is not a readable image.")
+        return np.ascontiguousarray(bgr[..., ::-1])
+
+
+def _read_list(path: Path) -> list[tuple[str, Matrix]]:
+    """Names and T_map_camera: the list has camera centres and world-to-camera quaternions, w first."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()[HEADER_LINES:]
+    except OSError as error:
+        raise SourceError(f"The list '{path}' cannot be read: {error.strerror}.") from error
+    entries = []
+    for line in filter(str.strip, lines):
+        name, *numbers = line.split()
+        try:
+            x, y, z, qw, qx, qy, qz = (float(n) for n in numbers)
+            R = quaternion_to_matrix([qx, qy, qz, qw])
+        except ValueError as error:
+            raise SourceError(f"'{path}' has a line that is not 'name X Y Z W P Q R': {line!r}.") from error
+        entries.append((name, inverse_pose(make_pose(R, -R @ np.array([x, y, z])))))
+    if not entries:
+        raise SourceError(f"The list '{path}' is empty.")
+    return entries
+
+
+def _median_focal_share(path: Path, width: int) -> float | None:
+    """Median focal length of an NVM reconstruction in image widths, or None without one."""
+    if not path.is_file():
+        return None
+    focal = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        words = line.replace("\t", " ").split()
+        if len(words) == 11 and words[-1] == "0" and words[0].lower().endswith((".jpg", ".png")):
+            focal.append(float(words[1]))
+    return float(np.median(focal)) / width if focal else None

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""12-Scenes: a tablet's colour and structured-light depth, with poses; several sequences in one numbering."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from kfloc_ros.datasets.base import FrameSource
+from kfloc_ros.datasets.depth import register_depth
+from kfloc_ros.datasets.sequences import stamps_with_gaps
+from kfloc_ros.errors import SourceError
+from kfloc_ros.geometry.camera import Camera
+from kfloc_ros.kfnet.files import read_pose
+from kfloc_ros.types import Frame
+
+
+class TwelveScenes(FrameSource):
+    """One scene: ``info.txt``, ``split.txt`` and ``data/frame-000000.color.jpg``, ``.depth.png``, ``.pose.txt``.
+
+    Args:
+        root: folder of the scene, such as ``apt1/kitchen``.
+        part: ``train``, ``test`` (the first sequence), or None for everything.
+        depth: read the depth images; they are moved into the colour camera.
+
+    Raises:
+        SourceError: a file is missing or damaged.
+    """
+
+    def __init__(self, root: Path, part: str | None = None, *, depth: bool = True) -> None:
+        data = root / "data"
+        images = sorted([*data.glob("frame-*.color.jpg"), *data.glob("frame-*.color.png")])
+        if not images:
+            raise SourceError(f"'{data}' has no frame-*.color.jpg; name the folder of one scene, such as apt1/kitchen.")
+        self.name = f"{root.parent.name}/{root.name}"
+        self._with_depth = depth
+        self._camera, self._depth_camera = read_cameras(root / "info.txt")
+        ranges = read_sequences(root / "split.txt")
+        numbers = [int(path.name[6:12]) for path in images]
+        owner = [next((k for k, r in enumerate(ranges) if n in r), -1) for n in numbers]
+        keep = [
+            i for i, k in enumerate(owner) if part is None or (k == 0 if part == "test" else k > 0)
+        ]  # a frame in no sequence belongs to neither part
+        if not keep:
+            raise SourceError(f"'{root}' has no frame in its {part} split.")
+        self._images = [images[i] for i in keep]
+        self._indices = [numbers[i] for i in keep]
+        self._stamps_ns = stamps_with_gaps([owner[i] for i in keep])
+
+    @property
+    def camera(self) -> Camera:
+        return self._camera
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def indices(self) -> Sequence[int]:
+        return self._indices
+
+    def __getitem__(self, position: int) -> Frame:
+        path = self._images[position]
+        stem = path.name.split(".")[0]
+        bgr = cv2.imread(str(path), cv2.IMREAD_COLOR)
+        if bgr is None:
+            raise SourceError(f"'{path}' is not a readable image.")
+        return Frame(
+            image=np.ascontiguousarray(bgr[..., ::-1], dtype=np.uint8),
+            camera=self._camera,
+            stamp_ns=self._stamps_ns[position],
+            index=self._indices[position],
+            name=stem,
+            depth_m=self._depth(path.with_name(f"{stem}.depth.png")),
+            T_map_camera=read_pose(path.with_name(f"{stem}.pose.txt")),
+        )
+
+    def encoded_image(self, position: int) -> bytes | None:
+        path = self._images[position]
+        return path.read_bytes() if path.suffix == ".jpg" else None
+
+    def _depth(self, path: Path) -> NDArray[np.float32] | None:
+        if not (self._with_depth and path.exists()):
+            return None
+        raw = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+        if raw is None or raw.dtype != np.uint16:
+            raise SourceError(f"'{path}' is not a 16-bit depth image.")
+        depth_m = np.where(raw == 65535, 0, raw).astype(np.float32) * 1e-3
+        # the colour camera has about twice the depth camera's pixels: register at the depth's size, then enlarge
+        small = self._camera.scaled_to(self._depth_camera.width, self._depth_camera.height)
+        registered = register_depth(depth_m, self._depth_camera, small, np.eye(4))
+        size = (self._camera.width, self._camera.height)
+        return np.asarray(cv2.resize(registered, size, interpolation=cv2.INTER_NEAREST), dtype=np.float32)
+
+
+def read_cameras(path: Path) -> tuple[Camera, Camera]:
+    """Colour and depth camera of an ``info.txt``; the two are taken to be in one place, as the dataset does.
+
+    Raises:
+        SourceError: missing, or without their sizes and calibrations.
+    """
+    try:
+        entries = dict(re.findall(r"(?m)^\s*(\w+)\s*=\s*(.*?)\s*$", path.read_text(encoding="utf-8")))
+        cameras = []
+        for kind in ("color", "depth"):
+            K = [float(x) for x in entries[f"m_calibration{kind.capitalize()}Intrinsic"].split()]
+            width, height = int(entries[f"m_{kind}Width"]), int(entries[f"m_{kind}Height"])
+            cameras.append(Camera(width, height, K[0], K[5], K[2], K[6]))
+    except OSError as error:
+        raise SourceError(f"The calibration '{path}' cannot be read: {error.strerror}.") from error
+    except (KeyError, ValueError, IndexError) as error:
+        raise SourceError(f"'{path}' lacks the size or the calibration of a camera: {error}.") from error
+    return cameras[0], cameras[1]
+
+
+def read_sequences(path: Path) -> list[range]:
+    """Frame numbers of each sequence of a ``split.txt``, such as ``sequence0 [frames=357] [start=0 ; end=356]``.
+
+    Raises:
+        SourceError: missing, or without such lines.
+    """
+    try:
+        found = re.findall(r"start\s*=\s*(\d+)\s*;\s*end\s*=\s*(\d+)", path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SourceError(f"The split '{path}' cannot be read: {error.strerror}.") from error
+    if not found:
+        raise SourceError(f"'{path}' has no line like 'sequence0 [frames=357] [start=0 ; end=356]'.")
+    return [range(int(start), int(end) + 1) for start, end in found]
