@@ -56,11 +56,12 @@ def draw_trajectory(figure: Figure, records: Sequence[FrameRecord]) -> bool:
     down = int(np.argmax(np.abs(np.mean([pose[:3, 1] for pose in poses], axis=0))))
     a, b = (axis for axis in range(3) if axis != down)
     axes = figure.add_subplot()
-    for label, color, width, path in (
-        ("truth", TRUTH, 3.0, [_centre(r.truth) for r in records]),
-        ("estimate", FINAL, 1.2, [_centre(r.estimate) for r in records]),
+    processed = [r for r in records if r.processed]
+    for label, color, width, drawn, path in (
+        ("truth", TRUTH, 3.0, records, [_centre(r.truth) for r in records]),
+        ("estimate", FINAL, 1.2, processed, [_centre(r.estimate) for r in processed]),
     ):
-        xyz = _break(records, np.array(path))
+        xyz = _break(drawn, np.array(path).reshape(-1, 3))
         style = {"alpha": 0.35} if label == "truth" else {"marker": ".", "markersize": 3}
         axes.plot(xyz[:, a], xyz[:, b], color=color, linewidth=width, label=label, **style)
     truth = np.array([_centre(r.truth) for r in records])
@@ -81,7 +82,8 @@ def draw_trajectory(figure: Figure, records: Sequence[FrameRecord]) -> bool:
 
 def draw_error(figure: Figure, records: Sequence[FrameRecord]) -> bool:
     """Position and rotation error of every frame with twice the standard deviation that the covariance claims."""
-    known = [r for r in records if r.truth is not None]
+    dropped = [r.stamp_ns for r in records if r.truth is not None and not r.processed]
+    known = [r for r in records if r.truth is not None and r.processed]
     if not known:
         return False
     seconds = (np.array([r.stamp_ns for r in known], dtype=np.float64) - known[0].stamp_ns) * 1e-9
@@ -100,14 +102,18 @@ def draw_error(figure: Figure, records: Sequence[FrameRecord]) -> bool:
             ]
         )
         missing = np.array([r.estimate is None for r in known])
-        times, lines = _break_times(known, seconds, np.column_stack([*values, band]))
-        lines = np.where(np.isfinite(lines), lines, np.nan)
-        lines[np.isin(times, seconds[missing]), 0] = np.nan
+        rows_to_draw = np.column_stack([*values, band])
+        rows_to_draw[missing, 0] = np.nan
+        rows_to_draw[[r.coarse is None for r in known], 1] = np.nan
+        times, lines = _break_times(known, seconds, rows_to_draw)
         axes.fill_between(times, 1e-3, lines[:, 2], color=FINAL, alpha=0.18, linewidth=0, label="2 sigma")
         axes.plot(times, lines[:, 1], ".", color=COARSE, markersize=3, label="coarse")
         axes.plot(times, lines[:, 0], color=FINAL, linewidth=1, marker=".", markersize=3, label="final")
         if missing.any():
             axes.plot(seconds[missing], np.full(missing.sum(), 0.02), "x", color="#c62828", label="no pose")
+        if dropped:
+            ticks = (np.array(dropped, dtype=np.float64) - known[0].stamp_ns) * 1e-9
+            axes.plot(ticks, np.full(len(ticks), 0.012), "|", color="#999999", markersize=4, label="dropped")
         axes.set_yscale("log")
         axes.set_ylim(0.01, None)
         axes.set_ylabel(f"error [{unit}]")
