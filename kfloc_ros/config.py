@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -97,3 +97,28 @@ def build_config(config_type: type[ConfigT], values: Mapping[str, Any]) -> Confi
             hint = f" Did you mean '{near[0]}'?" if near else f" Known: {', '.join(options)}."
             raise ConfigError(f"Unknown option '{key}'.{hint}")
     return config_type(**{key: options[key].check(value) for key, value in values.items()})
+
+
+def parse_overrides(config_type: type, words: Sequence[str]) -> dict[str, Any]:
+    """Values of ``key=value`` words, read as the option's type; :func:`build_config` checks names and ranges.
+
+    Raises:
+        ConfigError: a word has no '=', or its value cannot be read as the option's type.
+    """
+    kinds = {item.name: item.kind for item in options_of(config_type)}
+    values: dict[str, Any] = {}
+    for word in words:
+        key, separator, text = word.partition("=")
+        if not separator:
+            raise ConfigError(f"Options are written key=value, got '{word}'.")
+        kind = kinds.get(key, str)
+        try:
+            if kind is bool:
+                values[key] = {"true": True, "false": False}[text.lower()]
+            elif kind is int:
+                values[key] = int(text.replace("_", ""))
+            else:
+                values[key] = float(text) if kind is float else text
+        except (ValueError, KeyError) as error:
+            raise ConfigError(f"'{key}' must be of type {kind.__name__}, got '{text}'.") from error
+    return values

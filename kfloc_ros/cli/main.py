@@ -34,6 +34,7 @@ COMMANDS = {
     "labels": Command("kfloc_ros.cli.labels", "write scene-coordinate labels in KFNet's format"),
     "coordinates": Command("kfloc_ros.cli.coordinates", "write scene-coordinate maps in KFNet's format"),
     "pnp": Command("kfloc_ros.cli.pnp", "camera poses of scene-coordinate maps in KFNet's format"),
+    "train": Command("kfloc_ros.cli.train", "train KFNet's networks"),
     "demo": Command("kfloc_ros.cli.demo", "the whole path on a scene that the project renders itself"),
 }
 

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``kfloc train``: the three training stages of KFNet's reference networks."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kfloc_ros.cli.arguments import add_source_arguments, open_source_from
+
+if TYPE_CHECKING:
+    from kfloc_ros.kfnet.reference.frame import NetworkFrame
+    from kfloc_ros.training.kfnet_samples import Samples
+    from kfloc_ros.training.kfnet_stages import Stage
+    from kfloc_ros.training.kfnet_trainer import TrainConfig, TrainProgress
+
+STAGES = {
+    "scoordnet": "stage 1: scene coordinates and their sigma from single images",
+    "oflownet": "stage 2: flow and process noise from pairs of frames",
+    "kfnet": "stage 3: both, through the filter over four frames; needs --scoordnet and --oflownet",
+}
+
+DESCRIPTION = """\
+Train on a SOURCE with depth and poses. OUT receives the network's weights (.safetensors), a log (log.jsonl) and a
+checkpoint; the same command again continues from it. Options are given as key=value; the defaults are the published
+schedule (500,000 steps, days on one GPU).
+"""
+
+EPILOG = """\
+examples:
+  kfloc train scoordnet 7scenes:DIR@train --out out/stage1 halving_steps=100000
+  kfloc train oflownet 7scenes:DIR@train --out out/stage2 --time-budget 3600
+  kfloc train kfnet 7scenes:DIR@train --scoordnet out/stage1/scoordnet.safetensors \\
+      --oflownet out/stage2/oflownet.safetensors --out out/stage3
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Register ``kfloc train``."""
+    from kfloc_ros.config import options_of
+    from kfloc_ros.training.kfnet_trainer import TrainConfig
+
+    parser = subparsers.add_parser(
+        "train",
+        help="train KFNet's networks",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=EPILOG
+        + "\noptions as key=value:\n"
+        + "\n".join(f"  {o.name}={o.default}  {o.text}" for o in options_of(TrainConfig)),
+    )
+    stages = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
+    for name, text in STAGES.items():
+        stage = stages.add_parser(name, help=text, description=text)
+        add_source_arguments(stage)
+        stage.add_argument("overrides", nargs="*", metavar="key=value", help="see `kfloc train --help`")
+        stage.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of this training")
+        stage.add_argument(
+            "--time-budget", type=float, default=math.inf, metavar="S", help="stop after so many seconds"
+        )
+        stage.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where networks run")
+        if name != "oflownet":
+            stage.add_argument(
+                "--transform", type=Path, metavar="FILE", help="transform.txt (default: made from SOURCE)"
+            )
+        for network in ("scoordnet", "oflownet"):
+            if name in (network, "kfnet"):
+                stage.add_argument(
+                    f"--{network}", type=Path, metavar="FILE", required=name == "kfnet", help="weights to start from"
+                )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train; 130 when interrupted."""
+    source = open_source_from(args)
+
+    import torch
+    from tqdm import tqdm
+
+    from kfloc_ros.config import build_config, parse_overrides
+    from kfloc_ros.device import choose_device
+    from kfloc_ros.training.kfnet_samples import Samples
+    from kfloc_ros.training.kfnet_stages import FlowStage, JointStage, MeasurementStage
+    from kfloc_ros.training.kfnet_trainer import TrainConfig, train
+
+    config = build_config(TrainConfig, parse_overrides(TrainConfig, args.overrides))
+    kinds: dict[str, type[Stage]] = {"scoordnet": MeasurementStage, "oflownet": FlowStage, "kfnet": JointStage}
+    kind = kinds[args.stage]
+    samples = Samples(
+        source,
+        kind.group_length,
+        both_directions=kind.both_directions,
+        image_width=config.image_width,
+        augment=kind.augment if config.augment == "stage" else config.augment,
+        seed=config.seed,
+        max_step=config.max_step,
+    )
+    torch.manual_seed(config.seed)
+    stage = _stage(args, config, samples)
+    device = choose_device(args.device)
+    with tqdm(unit="step", disable=not sys.stderr.isatty()) as bar:
+
+        def show(progress: TrainProgress) -> None:
+            bar.total = progress.steps
+            bar.set_postfix({k: f"{v:.3g}" for k, v in list(progress.figures.items())[:4]}, refresh=False)
+            bar.update(progress.step - bar.n)
+
+        result = train(stage, samples, config, args.out, device, time_budget_s=args.time_budget, on_progress=show)
+    print(f"{args.out}: step {result.step:,} of {result.steps:,} ({result.stopped_by})")
+    return 130 if result.stopped_by == "interrupted" else 0
+
+
+def _stage(args: argparse.Namespace, config: TrainConfig, samples: Samples) -> Stage:
+    from kfloc_ros.kfnet.reference.layers import Padding
+    from kfloc_ros.kfnet.reference.oflownet import ReferenceOFlowNet
+    from kfloc_ros.kfnet.reference.scoordnet import ReferenceSCoordNet
+    from kfloc_ros.kfnet.reference.weights import load_oflownet, load_scoordnet
+    from kfloc_ros.training.kfnet_stages import FlowStage, JointStage, MeasurementStage
+
+    padding = Padding(config.padding)
+    if args.stage == "oflownet":
+        network = load_oflownet(args.oflownet) if args.oflownet else ReferenceOFlowNet(padding)
+        return FlowStage(network, -1.0 if config.truncation else None)
+    if args.stage == "scoordnet":
+        if args.scoordnet:
+            return MeasurementStage(load_scoordnet(args.scoordnet))
+        return MeasurementStage(ReferenceSCoordNet(padding, config.width, _frame(args, config, samples)))
+    truncation = -2.0 if config.truncation else None
+    return JointStage(load_scoordnet(args.scoordnet), load_oflownet(args.oflownet), truncation, config.fix_flow)
+
+
+def _frame(args: argparse.Namespace, config: TrainConfig, samples: Samples) -> NetworkFrame:
+    from kfloc_ros.kfnet.reference.frame import read_transform
+
+    kind, _, path = args.source.partition(":")
+    beside = Path(path) / "transform.txt"
+    if args.transform or (kind == "kfnet" and beside.is_file()):
+        return read_transform(args.transform or beside, config.scale)
+    return samples.network_frame(config.scale)

@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training samples of KFNet: groups of consecutive frames with true coordinates, augmented alike.
+
+Every sample is a function of its number and the seed alone, so training that is resumed sees what it would have seen.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kfloc_ros.datasets.base import FrameSource
+from kfloc_ros.errors import SourceError
+from kfloc_ros.geometry.camera import Camera, ImageAdapter
+from kfloc_ros.kfnet.reference.frame import NetworkFrame
+from kfloc_ros.kfnet.reference.scoordnet import STRIDE
+from kfloc_ros.types import Frame
+
+Affine = NDArray[np.float64]
+"""(2, 3) from pixels of the augmented image to pixels of the original."""
+
+MAX_ROTATION_DEG = 30.0
+TRANSFORM_FRAMES = 60
+"""Frames from which the network's frame is made."""
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Consecutive frames of one sequence."""
+
+    images: torch.Tensor
+    """(n, 3, H, W) RGB, about 0..255."""
+    points: torch.Tensor
+    """(n, 3, h, w) true map points of the pixels (8 c, 8 r), metres."""
+    mask: torch.Tensor
+    """(n, h, w) bool"""
+
+    @property
+    def small_images(self) -> torch.Tensor:
+        """(n, 3, h, w) every eighth pixel, as the losses take them."""
+        return self.images[:, :, ::STRIDE, ::STRIDE]
+
+
+def identity() -> Affine:
+    """No geometric change."""
+    return np.eye(2, 3)
+
+
+def rotation(camera: Camera, angle_rad: float) -> Affine:
+    """About the image's centre."""
+    c, s = np.cos(angle_rad), np.sin(angle_rad)
+    R, centre = np.array([[c, -s], [s, c]]), np.array([camera.width - 1, camera.height - 1]) / 2
+    return np.concatenate([R, (centre - R @ centre)[:, None]], axis=1)
+
+
+def random_rotation(camera: Camera, rng: np.random.Generator) -> Affine:
+    """Four times in five a rotation by up to 30 degrees (stages 2 and 3)."""
+    if rng.random() >= 0.8:
+        return identity()
+    return rotation(camera, np.radians(rng.uniform(-MAX_ROTATION_DEG, MAX_ROTATION_DEG)))
+
+
+def random_placement(camera: Camera, rng: np.random.Generator) -> Affine:
+    """Nine times in ten a rotation with an enlarged part, or with a shrunk whole (stage 1)."""
+    choice = rng.random()
+    if choice < 0.1:
+        return identity()
+    turned = rotation(camera, np.radians(rng.uniform(-MAX_ROTATION_DEG, MAX_ROTATION_DEG)))
+    size = np.array([camera.width - 1.0, camera.height - 1.0])
+    if choice < 0.55:
+        corner = rng.uniform(0.0, 0.2, 2)
+        zoom = rng.uniform(0.8, 1.0 - corner.max())
+        shift = corner * size
+    else:
+        zoom = 1.0 / rng.uniform(0.8, 1.0)
+        shift = (1.0 - zoom) * size / 2
+    return np.concatenate([turned[:, :2] * zoom, (turned[:, :2] @ shift + turned[:, 2])[:, None]], axis=1)
+
+
+class Samples:
+    """Groups of a source's frames.
+
+    Args:
+        source: with depth and poses.
+        length: frames in a group.
+        both_directions: every group also backwards, as a sample of its own.
+        image_width: images are scaled to this; 0 keeps them.
+        augment: ``none``, ``rotate`` (brightness, contrast, rotation) or ``full`` (also zoom and shift); all frames of
+            a group alike.
+        seed: of order and augmentation.
+        max_step: largest step of the frame index inside a group.
+
+    Raises:
+        SourceError: there is no group of so many consecutive frames.
+    """
+
+    def __init__(
+        self,
+        source: FrameSource,
+        length: int,
+        *,
+        both_directions: bool = False,
+        image_width: int = 0,
+        augment: str = "none",
+        seed: int = 0,
+        max_step: int = 1,
+    ) -> None:
+        self._source, self._augment, self._seed = source, augment, seed
+        indices = source.indices()
+        steps = [0 < b - a <= max_step for a, b in itertools.pairwise(indices)]
+        starts = [i for i in range(len(indices) - length + 1) if all(steps[i : i + length - 1])]
+        self._groups: list[Sequence[int]] = [range(i, i + length) for i in starts]
+        if both_directions:
+            self._groups += [range(i + length - 1, i - 1, -1) for i in starts]
+        if not self._groups:
+            raise SourceError(f"'{source.name}' has no {length} consecutive frames; check --frames and --split.")
+        camera = source.camera
+        width = image_width or camera.width
+        height = max(STRIDE, round(camera.height * width / camera.width / STRIDE) * STRIDE)
+        self._adapter = ImageAdapter(
+            camera, camera.pinhole().scaled_to(width, height if image_width else camera.height)
+        )
+        self.camera = self._adapter.target
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def __getitem__(self, number: int) -> Group:
+        """Sample of a number that only grows: its epoch's order and its augmentation come from the number.
+
+        Raises:
+            SourceError: a frame has no depth or pose.
+        """
+        epoch, position = divmod(number, len(self._groups))
+        order = np.random.default_rng((self._seed, 1, epoch)).permutation(len(self._groups))
+        frames = [self._source[p] for p in self._groups[order[position]]]
+        rng = np.random.default_rng((self._seed, 2, number))
+        affine = identity()
+        delta, factor = 0.0, 1.0
+        if self._augment != "none":
+            delta, factor = rng.uniform(-20, 20), rng.uniform(0.8, 1.2)
+            affine = (random_placement if self._augment == "full" else random_rotation)(self.camera, rng)
+        parts = [self._prepare(frame, affine, delta, factor) for frame in frames]
+        images, points, masks = (torch.from_numpy(np.stack(column)) for column in zip(*parts, strict=True))
+        return Group(images, points, masks)
+
+    def _prepare(
+        self, frame: Frame, affine: Affine, delta: float, factor: float
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_]]:
+        if frame.depth_m is None or frame.T_map_camera is None:
+            raise SourceError(f"Frame {frame.index} of '{self._source.name}' has no depth or no pose to train from.")
+        image = self._adapter(frame.image).astype(np.float32)
+        size = (self.camera.width, self.camera.height)
+        if not np.array_equal(affine, identity()):
+            image = cv2.warpAffine(image, affine, size, flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
+        image += delta
+        mean = image.mean(axis=(0, 1), keepdims=True)
+        image = (image - mean) * factor + mean
+        points, mask = cell_points(self._adapter.nearest(frame.depth_m), self.camera, frame.T_map_camera, affine)
+        return np.ascontiguousarray(image.transpose(2, 0, 1), dtype=np.float32), points, mask
+
+    def network_frame(self, scale: float = 1.0) -> NetworkFrame:
+        """The frame along the principal axes of the scene's points.
+
+        Raises:
+            SourceError: no frame has usable depth.
+        """
+        positions = np.unique(np.linspace(0, len(self._source) - 1, TRANSFORM_FRAMES).astype(int))
+        sample = []
+        for p in positions:
+            _, points, mask = self._prepare(self._source[int(p)], identity(), 0.0, 1.0)
+            sample.append(points[:, mask].T)
+        points = np.concatenate(sample)
+        if len(points) < 100:
+            raise SourceError(f"'{self._source.name}' has hardly any depth.")
+        return NetworkFrame.of_points(points, scale)
+
+
+def cell_points(
+    depth_m: NDArray[np.float32], camera: Camera, T_map_camera: NDArray[np.float64], affine: Affine
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Points (3, h, w) seen at the pixels (8 c, 8 r) of an augmented image, and where they are known, (h, w).
+
+    The depth is taken at the nearest original pixel: coordinates are never blended across edges.
+    """
+    cols, rows = np.meshgrid(np.arange(0, camera.width, STRIDE), np.arange(0, camera.height, STRIDE))
+    pixels = np.stack([cols, rows, np.ones_like(cols)], axis=-1) @ affine.T
+    u, v = np.round(pixels[..., 0]).astype(int), np.round(pixels[..., 1]).astype(int)
+    inside = (u >= 0) & (u < camera.width) & (v >= 0) & (v < camera.height)
+    z = np.where(inside, depth_m[np.clip(v, 0, camera.height - 1), np.clip(u, 0, camera.width - 1)], 0.0)
+    rays = np.stack([(pixels[..., 0] - camera.cx) / camera.fx, (pixels[..., 1] - camera.cy) / camera.fy], axis=-1)
+    local = np.concatenate([rays * z[..., None], z[..., None]], axis=-1)
+    points = local @ T_map_camera[:3, :3].T + T_map_camera[:3, 3]
+    return np.ascontiguousarray(points.transpose(2, 0, 1), dtype=np.float32), z > 0
+
+
+def prefetched(
+    samples: Samples, first: int, batch: int, workers: int = 4, ahead: int = 4
+) -> Generator[list[Group], None, None]:
+    """Batches from a sample number on, without end, read by threads a few batches ahead."""
+    with ThreadPoolExecutor(workers) as pool:
+        waiting: list[list[Future[Group]]] = []
+        for step in itertools.count():
+            while len(waiting) < ahead:
+                start = first + (step + len(waiting)) * batch
+                waiting.append([pool.submit(samples.__getitem__, start + k) for k in range(batch)])
+            yield [future.result() for future in waiting.pop(0)]

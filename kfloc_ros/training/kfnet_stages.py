@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The three training stages of KFNet's reference networks: what a step's loss is made of.
+
+1. SCoordNet on single images; 2. OFlowNet on pairs, supervised by warped true coordinates; 3. both, through the
+Kalman recursion over four frames. Where the original warps from outside the image it takes the origin for a confident
+prior; here such cells take no part.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from kfloc_ros.kfnet import kalman
+from kfloc_ros.kfnet.filter import warp
+from kfloc_ros.kfnet.oflownet import Flow
+from kfloc_ros.kfnet.reference.oflownet import ReferenceOFlowNet
+from kfloc_ros.kfnet.reference.scoordnet import MIN_SIGMA, ReferenceSCoordNet
+from kfloc_ros.training import kfnet_losses as losses
+from kfloc_ros.training.kfnet_samples import Group
+from kfloc_ros.types import SceneCoordinates
+
+
+@dataclass(frozen=True, eq=False)
+class StepLoss:
+    """Loss of a batch, and figures for the log."""
+
+    total: torch.Tensor
+    figures: dict[str, float]
+
+
+class Stage(ABC):
+    """One of the three stages."""
+
+    name: str
+    group_length: int
+    """Frames in a sample."""
+    batch: int
+    """Samples in a step, as published."""
+    augment: str
+    both_directions = False
+
+    @abstractmethod
+    def modules(self) -> dict[str, nn.Module]:
+        """What is trained, by name."""
+
+    @abstractmethod
+    def loss(self, groups: Sequence[Group]) -> StepLoss:
+        """Of a batch whose tensors are on the device of the modules."""
+
+
+class MeasurementStage(Stage):
+    """Stage 1: the likelihood of single images, not truncated."""
+
+    name, group_length, batch, augment = "scoordnet", 1, 4, "full"
+
+    def __init__(self, scoordnet: ReferenceSCoordNet, truncation: float | None = None) -> None:
+        self.scoordnet, self._truncation = scoordnet, truncation
+
+    def modules(self) -> dict[str, nn.Module]:
+        return {"scoordnet": self.scoordnet}
+
+    def loss(self, groups: Sequence[Group]) -> StepLoss:
+        images = torch.cat([group.images for group in groups])
+        mask = torch.cat([group.mask for group in groups])
+        truth = to_network(torch.cat([group.points for group in groups]), self.scoordnet)
+        predicted = self.scoordnet(images)
+        total = losses.likelihood(predicted.coordinates, predicted.log_sigma.exp(), truth, mask, self._truncation)
+        error_m = (predicted.coordinates - truth).detach().norm(dim=1)[mask] / self.scoordnet.scale.float()
+        return StepLoss(total, {"nll": float(total.detach()), **error_figures(error_m)})
+
+
+class FlowStage(Stage):
+    """Stage 2: a pair in both directions; true coordinates of one frame, warped, explain those of the other."""
+
+    name, group_length, batch, augment = "oflownet", 2, 1, "rotate"
+
+    def __init__(self, oflownet: ReferenceOFlowNet, truncation: float | None = -1.0) -> None:
+        self.oflownet, self._truncation = oflownet, truncation
+
+    def modules(self) -> dict[str, nn.Module]:
+        return {"oflownet": self.oflownet}
+
+    def loss(self, groups: Sequence[Group]) -> StepLoss:
+        parts = [self._direction(group, a, 1 - a) for group in groups for a in (0, 1)]
+        nll, smooth, photo, error_m = (list(column) for column in zip(*parts, strict=True))
+        n = len(parts)
+        terms = {"nll": sum(nll) / n, "smoothness": sum(smooth) / n, "photometric": sum(photo) / n}
+        total = (
+            terms["nll"]
+            + losses.SMOOTHNESS_WEIGHT * terms["smoothness"]
+            + losses.PHOTOMETRIC_WEIGHT * terms["photometric"]
+        )
+        figures = {key: float(value.detach()) for key, value in terms.items()}
+        return StepLoss(total, {**figures, **error_figures(torch.cat(error_m))})
+
+    def _direction(
+        self, group: Group, now: int, before: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        features = self.oflownet.features(group.images)
+        flow = self.oflownet.flow(features[now], features[before])
+        known = torch.full_like(group.points[before, 0], MIN_SIGMA**2)
+        prior = warp(SceneCoordinates(group.points[before], known, group.mask[before], 8), flow, 1.0, 0.0)
+        mask = losses.window_mask(group.mask[now], group.mask[before])
+        truth, image = group.points[now], group.small_images[now]
+        nll = losses.likelihood(
+            prior.mean[None], prior.variance.sqrt()[None], truth[None], mask[None], self._truncation
+        )
+        smooth = losses.smoothness(prior.mean[None], image[None], mask[None])
+        seen = sample(group.small_images[before], flow)
+        photo = losses.photometric(seen[None], image[None], group.mask[now][None])
+        return nll, smooth, photo, (prior.mean - truth).detach().norm(dim=0)[mask]
+
+
+class JointStage(Stage):
+    """Stage 3: measurement, prior and posterior of four frames, with gradients through the recursion."""
+
+    name, group_length, batch, augment = "kfnet", 4, 1, "rotate"
+    both_directions = True
+    weights = (0.2, 0.2, 0.6)
+    """Of measurement, prior and posterior."""
+
+    def __init__(
+        self,
+        scoordnet: ReferenceSCoordNet,
+        oflownet: ReferenceOFlowNet,
+        truncation: float | None = -2.0,
+        fix_flow: bool = False,
+    ) -> None:
+        self.scoordnet, self.oflownet, self._truncation = scoordnet, oflownet, truncation
+        oflownet.requires_grad_(not fix_flow)
+
+    def modules(self) -> dict[str, nn.Module]:
+        return {"scoordnet": self.scoordnet, "oflownet": self.oflownet}
+
+    def loss(self, groups: Sequence[Group]) -> StepLoss:
+        results = [self._group(group) for group in groups]
+        total = torch.stack([result.total for result in results]).mean()
+        figures = {key: sum(r.figures[key] for r in results) / len(results) for key in results[0].figures}
+        return StepLoss(total, figures)
+
+    def _group(self, group: Group) -> StepLoss:
+        truth = to_network(group.points, self.scoordnet)
+        measured = self.scoordnet(group.images)
+        variance = measured.log_sigma.exp().clamp(min=MIN_SIGMA).square()
+        features = self.oflownet.features(group.images)
+        scale2 = self.scoordnet.scale.float().square()
+        everywhere = torch.ones_like(group.mask[0])
+        stages = [[(measured.coordinates[0], variance[0], everywhere)] * 3]
+        for k in range(1, len(group.images)):
+            mean, spread, _ = stages[-1][2]
+            flow = self.oflownet.flow(features[k], features[k - 1])
+            prior = warp(SceneCoordinates(mean, spread, everywhere, 8), flow, float(scale2), 0.0)
+            fused = kalman.update(prior.mean, prior.variance, measured.coordinates[k], variance[k])
+            posterior = torch.where(prior.valid, fused.mean, measured.coordinates[k])
+            certainty = torch.where(prior.valid, fused.variance, variance[k])
+            stages.append(
+                [
+                    (measured.coordinates[k], variance[k], everywhere),
+                    (prior.mean, prior.variance, prior.valid),
+                    (posterior, certainty, everywhere),
+                ]
+            )
+        total = truth.new_zeros(())
+        figures: dict[str, float] = {}
+        for name, weight, column in zip(("measurement", "prior", "posterior"), self.weights, range(3), strict=True):
+            mean, spread, usable = (torch.stack([frame[column][i] for frame in stages]) for i in range(3))
+            mask = group.mask & usable
+            nll = losses.likelihood(mean, spread.sqrt(), truth, mask, self._truncation)
+            smooth = losses.smoothness(mean, group.small_images, mask)
+            total = total + weight * (nll + losses.SMOOTHNESS_WEIGHT * smooth)
+            error_m = (mean - truth).detach().norm(dim=1)[mask] / self.scoordnet.scale.float()
+            figures |= {f"{name}_nll": float(nll.detach())}
+            figures |= {f"{name}_{key}": value for key, value in error_figures(error_m).items()}
+        return StepLoss(total, figures)
+
+
+def to_network(points: torch.Tensor, scoordnet: ReferenceSCoordNet) -> torch.Tensor:
+    """Network coordinates (B, 3, h, w) of map points (B, 3, h, w)."""
+    T = scoordnet.T_network_map
+    moved = torch.einsum("ij,bjhw->bihw", T[:3, :3], points.double()) + T[:3, 3].reshape(1, 3, 1, 1)
+    return (moved * scoordnet.scale).to(points.dtype)
+
+
+def sample(image: torch.Tensor, flow: Flow) -> torch.Tensor:
+    """An image (C, h, w) seen along a backward flow, bilinear; 0 outside."""
+    _, h, w = image.shape
+    x = torch.arange(w, device=image.device) + flow.offset[0]
+    y = torch.arange(h, device=image.device)[:, None] + flow.offset[1]
+    grid = torch.stack([2 * x / (w - 1) - 1, 2 * y / (h - 1) - 1], dim=-1)
+    return F.grid_sample(image[None], grid[None], align_corners=True)[0]
+
+
+def error_figures(error_m: torch.Tensor) -> dict[str, float]:
+    """Median, and share below 5 cm, of error lengths (N,)."""
+    if not len(error_m):
+        return {"median_error_m": float("nan"), "within_5cm": float("nan")}
+    return {"median_error_m": float(error_m.median()), "within_5cm": float((error_m < 0.05).float().mean())}

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training checkpoints: tensors in safetensors, the rest in JSON; written whole or not at all, never pickled."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from kfloc_ros.errors import WeightsError
+
+STATE_FILE = "state.json"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where training stands."""
+
+    step: int
+    seconds: float
+    """Time spent in training, over all its runs."""
+
+
+def save_state(
+    folder: Path,
+    modules: Mapping[str, nn.Module],
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    config: Mapping[str, Any],
+) -> None:
+    """Write the next checkpoint and then remove the one before.
+
+    ``state.json`` names the tensors' file and is replaced in one go: a kill at any time leaves one whole checkpoint.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        f"module.{name}.{key}": value.detach().cpu().contiguous()
+        for name, module in modules.items()
+        for key, value in module.state_dict().items()
+    }
+    for index, entry in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{key}": value.detach().cpu().contiguous() for key, value in entry.items()}
+    path = folder / f"checkpoint-{progress.step:09d}.safetensors"
+    save_file(tensors, path)
+    state = {
+        "version": FORMAT_VERSION,
+        "step": progress.step,
+        "seconds": round(progress.seconds, 3),
+        "tensors": path.name,
+        "config": dict(config),
+    }
+    temporary = folder / f".{STATE_FILE}.new"
+    with temporary.open("w", encoding="utf-8") as stream:
+        stream.write(json.dumps(state, indent=1) + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, folder / STATE_FILE)
+    for old in folder.glob("checkpoint-*.safetensors"):
+        if old != path:
+            old.unlink()
+
+
+def load_state(
+    folder: Path,
+    modules: Mapping[str, nn.Module],
+    optimizer: torch.optim.Optimizer,
+    config: Mapping[str, Any],
+    free: frozenset[str] = frozenset(),
+) -> Progress | None:
+    """Restore the newest checkpoint of a folder; None if there is none.
+
+    Args:
+        folder: of the training.
+        modules: to fill.
+        optimizer: to fill; its parameters in the same order as when saved.
+        config: must be the saved one, or the result would be neither the old training nor a new one.
+        free: keys of the configuration that may differ.
+
+    Raises:
+        WeightsError: the checkpoint is damaged, or belongs to another configuration.
+    """
+    path = folder / STATE_FILE
+    if not path.is_file():
+        return None
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        if state["version"] != FORMAT_VERSION:
+            raise WeightsError(f"'{path}' has version {state['version']}; this installation reads {FORMAT_VERSION}.")
+        saved = dict(state["config"])
+        differing = [k for k in config if k not in free and saved.get(k) != config[k]]
+        if differing:
+            key = differing[0]
+            raise WeightsError(
+                f"'{folder}' holds a training with {key}={saved.get(key)!r}, now {config[key]!r}; "
+                "continue with the same options, or name another folder."
+            )
+        tensors = load_file(folder / Path(state["tensors"]).name)
+        for name, module in modules.items():
+            module.load_state_dict(_below(tensors, f"module.{name}."))
+        entries: dict[int, dict[str, torch.Tensor]] = {}
+        for key, value in _below(tensors, "optimizer.").items():
+            index, field = key.split(".")
+            entries.setdefault(int(index), {})[field] = value
+        current = optimizer.state_dict()
+        optimizer.load_state_dict({"state": entries, "param_groups": current["param_groups"]})
+        progress = Progress(int(state["step"]), float(state["seconds"]))
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise WeightsError(f"The checkpoint in '{folder}' is damaged: {error}.") from error
+    if not math.isfinite(progress.seconds) or progress.step < 0:
+        raise WeightsError(f"The checkpoint in '{folder}' is damaged: step {progress.step}.")
+    return progress
+
+
+def _below(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}

@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training of the reference networks: samples agree with geometry, every stage learns, resuming is exact."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from kfloc_ros.cli import main as cli
+from kfloc_ros.config import build_config, parse_overrides
+from kfloc_ros.datasets.base import FrameSource
+from kfloc_ros.datasets.labels import write_kfnet_folder
+from kfloc_ros.errors import ConfigError, SourceError, WeightsError
+from kfloc_ros.geometry.camera import Camera
+from kfloc_ros.geometry.lie import inverse_pose, make_pose, so3_exp
+from kfloc_ros.kfnet.reference.oflownet import ReferenceOFlowNet
+from kfloc_ros.kfnet.reference.scoordnet import ReferenceSCoordNet
+from kfloc_ros.kfnet.reference.weights import load_oflownet, load_scoordnet
+from kfloc_ros.training.kfnet_samples import Samples
+from kfloc_ros.training.kfnet_stages import FlowStage, JointStage, MeasurementStage, Stage
+from kfloc_ros.training.kfnet_trainer import TrainConfig, first_step, learning_rate, total_steps, train
+from kfloc_ros.types import Frame
+
+CAMERA = Camera(128, 96, 110.0, 110.0, 64.0, 48.0)
+CPU = torch.device("cpu")
+
+
+class Poster(FrameSource):
+    """A smooth picture on a plane at z = 2, seen by a camera that moves sideways; indices jump in the middle."""
+
+    name = "poster"
+    camera = CAMERA  # type: ignore[assignment]
+
+    def __init__(self) -> None:
+        noise = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+        self._picture = cv2.resize(noise, (600, 400), interpolation=cv2.INTER_CUBIC)
+
+    def __len__(self) -> int:
+        return 8
+
+    def indices(self) -> Sequence[int]:
+        return [0, 1, 2, 3, 50, 51, 52, 53]
+
+    def __getitem__(self, position: int) -> Frame:
+        T = make_pose(so3_exp([0.0, 0.0, 0.02 * position]), [0.04 * position, 0.0, 0.0])
+        v, u = np.mgrid[:96, :128].astype(np.float64)
+        rays = np.stack([(u - 64) / 110, (v - 48) / 110, np.ones_like(u)], axis=-1) @ T[:3, :3].T
+        depth = (2.0 - T[2, 3]) / rays[..., 2]
+        hit = T[:3, 3] + rays * depth[..., None]
+        xy = (hit[..., :2] * 100 + [250, 200]).astype(np.float32)
+        image = cv2.remap(self._picture, xy[..., 0], xy[..., 1], cv2.INTER_LINEAR)
+        return Frame(
+            image, CAMERA, self.indices()[position] * 33_000_000, self.indices()[position],
+            depth_m=depth.astype(np.float32), T_map_camera=T,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("augment", ["none", "rotate", "full"])
+def test_points_stay_on_the_surface_and_agree_with_the_picture(augment: str) -> None:
+    """The picture's colour at every true point is the image's, whatever was done to the image."""
+    source = Poster()
+    samples = Samples(source, 2, augment=augment, seed=3)
+    for number in range(4):
+        group = samples[number]
+        assert group.images.shape == (2, 3, 96, 128) and group.points.shape == (2, 3, 12, 16)
+        x, y, z = group.points[0][:, group.mask[0]].numpy()
+        assert np.allclose(z, 2.0, atol=1e-4)
+        colours = cv2.remap(
+            source._picture, (x * 100 + 250).astype(np.float32), (y * 100 + 200).astype(np.float32), cv2.INTER_LINEAR
+        ).reshape(-1, 3)
+        seen = group.small_images[0][:, group.mask[0]].numpy().T
+        correlation = np.corrcoef(colours.astype(float).ravel(), seen.ravel())[0, 1]
+        assert correlation > 0.97
+
+
+def test_order_covers_every_group_and_depends_on_the_number_alone() -> None:
+    samples = Samples(Poster(), 2, both_directions=True, augment="full", seed=1)
+    assert len(samples) == 12  # 3 pairs in each of two runs, in both directions: none across the jump
+    first = {tuple(samples._groups[i]) for i in np.random.default_rng((1, 1, 0)).permutation(12)}
+    assert first == set(map(tuple, samples._groups))
+    again = Samples(Poster(), 2, both_directions=True, augment="full", seed=1)
+    assert torch.equal(samples[17].images, again[17].images)
+    assert not torch.equal(samples[17].images, samples[18].images)
+    with pytest.raises(SourceError, match="5 consecutive"):
+        Samples(Poster(), 5)
+
+
+def stage_of(name: str) -> Stage:
+    torch.manual_seed(0)
+    frame = Samples(Poster(), 1).network_frame()
+    scoordnet, oflownet = ReferenceSCoordNet(width=1 / 16, frame=frame), ReferenceOFlowNet()
+    if name == "scoordnet":
+        return MeasurementStage(scoordnet)
+    return FlowStage(oflownet) if name == "oflownet" else JointStage(scoordnet, oflownet)
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "rate"), [("scoordnet", 25, 1e-3), ("oflownet", 12, 1e-3), ("kfnet", 6, 1e-3)]
+)
+def test_every_stage_learns(name: str, steps: int, rate: float, tmp_path: Path) -> None:
+    stage = stage_of(name)
+    samples = Samples(Poster(), stage.group_length, augment="none")
+    config = TrainConfig(steps=steps, halving_steps=1000, learning_rate=rate, log_every=1, batch=1, workers=1)
+    result = train(stage, samples, config, tmp_path, CPU)
+    assert result.stopped_by == "finished"
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines]
+    assert len(losses) == steps
+    assert np.mean(losses[-3:]) < np.mean(losses[:2])
+    assert all(p.grad is not None for m in stage.modules().values() for p in m.parameters())
+
+
+@pytest.mark.parametrize("name", ["scoordnet", "oflownet"])
+def test_resuming_is_exact(name: str, tmp_path: Path) -> None:
+    """Four steps at once, and two with a stop in between and fresh networks, give the same weights to the bit."""
+
+    def run(out: Path, steps: int) -> None:
+        stage = stage_of(name)
+        samples = Samples(Poster(), stage.group_length, augment=stage.augment, seed=5)
+        config = TrainConfig(steps=steps, halving_steps=10, learning_rate=1e-3, seed=5, batch=1, workers=2)
+        train(stage, samples, config, out, CPU)
+
+    run(tmp_path / "whole", 4)
+    run(tmp_path / "parts", 2)
+    run(tmp_path / "parts", 4)
+    load = load_scoordnet if name == "scoordnet" else load_oflownet
+    whole, parts = (load(tmp_path / d / f"{name}.safetensors") for d in ("whole", "parts"))
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), parts.parameters(), strict=True))
+    assert len(list((tmp_path / "parts").glob("checkpoint-*"))) == 1
+
+
+def test_another_configuration_or_damage_is_refused(tmp_path: Path) -> None:
+    samples = Samples(Poster(), 1)
+    config = TrainConfig(steps=1, batch=1)
+    train(stage_of("scoordnet"), samples, config, tmp_path, CPU)
+    with pytest.raises(WeightsError, match="seed=0"):
+        train(stage_of("scoordnet"), samples, TrainConfig(steps=2, batch=1, seed=1), tmp_path, CPU)
+    checkpoint = next(tmp_path.glob("checkpoint-*"))
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    with pytest.raises(WeightsError, match="damaged"):
+        train(stage_of("scoordnet"), samples, config, tmp_path, CPU)
+
+
+def test_time_budget_ends_with_a_checkpoint(tmp_path: Path) -> None:
+    result = train(stage_of("scoordnet"), Samples(Poster(), 1), TrainConfig(batch=1), tmp_path, CPU, time_budget_s=0.0)
+    assert result.stopped_by == "time budget"
+    assert json.loads((tmp_path / "state.json").read_text())["step"] == 0
+
+
+def test_published_schedule() -> None:
+    config = TrainConfig()
+    stages = {name: stage_of(name) for name in ("scoordnet", "kfnet")}
+    assert [total_steps(stage, config) for stage in stages.values()] == [500_000, 500_000]
+    assert [first_step(stage, config) for stage in stages.values()] == [0, 400_000]
+    assert learning_rate(0, config) == pytest.approx(1e-4)
+    assert learning_rate(400_000, config) == pytest.approx(6.25e-6)
+    assert learning_rate(500_000, config) == pytest.approx(3.125e-6)
+    rates = [learning_rate(step, config) for step in range(0, 500_001, 1000)]
+    assert all(b < a for a, b in itertools.pairwise(rates))
+
+
+def test_overrides_are_typed_and_named() -> None:
+    config = build_config(
+        TrainConfig, parse_overrides(TrainConfig, ["halving_steps=30_000", "fix_flow=true", "width=0.25"])
+    )
+    assert (config.halving_steps, config.fix_flow, config.width) == (30_000, True, 0.25)
+    for words, message in ((["steps"], "key=value"), (["steps=ten"], "int"), (["stepz=3"], "'steps'")):
+        with pytest.raises(ConfigError, match=message):
+            build_config(TrainConfig, parse_overrides(TrainConfig, words))
+
+
+def test_commands_of_all_three_stages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    list(write_kfnet_folder(Poster(), tmp_path / "poster"))
+    source = f"kfnet:{tmp_path / 'poster'}"
+    common = ["steps=1", "batch=1", "width=0.05"]
+    for stage in ("scoordnet", "oflownet"):
+        assert cli.main(["train", stage, source, *common, "--out", str(tmp_path / stage)]) == 0
+    weights = [str(tmp_path / name / f"{name}.safetensors") for name in ("scoordnet", "oflownet")]
+    starts = ["--scoordnet", weights[0], "--oflownet", weights[1]]
+    assert cli.main(["train", "kfnet", source, *common, *starts, "--out", str(tmp_path / "joint")]) == 0
+    assert capsys.readouterr().out.count("step 1 of 1 (finished)") == 3
+    trained = load_scoordnet(tmp_path / "joint" / "scoordnet.safetensors")
+    transform = np.loadtxt(tmp_path / "poster" / "transform.txt")
+    assert np.allclose(trained.frame.T_network_map, transform)
+    assert np.allclose(inverse_pose(transform)[:3, :3] @ transform[:3, :3], np.eye(3), atol=1e-6)
