@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,19 @@ examples:
 """
 
 
+class OverridesParser(argparse.ArgumentParser):
+    """Takes ``key=value`` words anywhere among the arguments, as ``overrides``."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's; the words are taken out first, since it wants all positionals in one place."""
+        words = list(sys.argv[1:] if args is None else args)
+        overrides = [word for word in words if re.match(r"[A-Za-z_]\w*=", word)]
+        rest = [word for word in words if word not in overrides]
+        found, unknown = super().parse_known_args(rest, namespace)
+        found.overrides = overrides
+        return found, unknown
+
+
 def add_parser(subparsers: Any) -> None:
     """Register ``kfloc train``."""
     from kfloc_ros.config import options_of
@@ -52,11 +66,11 @@ def add_parser(subparsers: Any) -> None:
         + "\noptions as key=value:\n"
         + "\n".join(f"  {o.name}={o.default}  {o.text}" for o in options_of(TrainConfig)),
     )
-    stages = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
+    stages = parser.add_subparsers(dest="stage", required=True, metavar="STAGE", parser_class=OverridesParser)
     for name, text in STAGES.items():
-        stage = stages.add_parser(name, help=text, description=text)
+        stage = stages.add_parser(name, help=text, description=text, epilog="Options: `kfloc train --help`.")
+        stage.usage = f"kfloc train {name} SOURCE --out DIR [key=value ...] [options]"
         add_source_arguments(stage)
-        stage.add_argument("overrides", nargs="*", metavar="key=value", help="see `kfloc train --help`")
         stage.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of this training")
         stage.add_argument(
             "--time-budget", type=float, default=math.inf, metavar="S", help="stop after so many seconds"

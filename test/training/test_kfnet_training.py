@@ -181,7 +181,7 @@ def test_commands_of_all_three_stages(tmp_path: Path, capsys: pytest.CaptureFixt
     source = f"kfnet:{tmp_path / 'poster'}"
     common = ["steps=1", "batch=1", "width=0.05"]
     for stage in ("scoordnet", "oflownet"):
-        assert cli.main(["train", stage, source, *common, "--out", str(tmp_path / stage)]) == 0
+        assert cli.main(["train", stage, source, common[0], "--out", str(tmp_path / stage), *common[1:]]) == 0
     weights = [str(tmp_path / name / f"{name}.safetensors") for name in ("scoordnet", "oflownet")]
     starts = ["--scoordnet", weights[0], "--oflownet", weights[1]]
     assert cli.main(["train", "kfnet", source, *common, *starts, "--out", str(tmp_path / "joint")]) == 0
