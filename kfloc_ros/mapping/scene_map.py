@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -26,11 +27,14 @@ from kfloc_ros.kfnet.scoordnet import SCoordNet
 from kfloc_ros.pixloc.references import ReferencePoints, ReferenceViews
 
 FORMAT = "kfloc_map"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Version 1 kept reference features in half precision; it is still read."""
 DESCRIPTION = "map.yaml"
 HEAD_FILE = "scoordnet.safetensors"
 REFERENCES_FILE = "references.safetensors"
 MAX_DESCRIPTION_BYTES = 1_000_000
+FEATURE_STEPS = 127
+"""Unit features are stored in one signed byte a channel; the rounding is far below the features' own noise."""
 
 
 @dataclass(frozen=True)
@@ -272,15 +276,22 @@ def _pack_references(references: ReferenceViews) -> dict[str, torch.Tensor]:
         "T_map_camera": torch.from_numpy(references.T_map_camera.copy()),
         "counts": torch.tensor(counts, dtype=torch.int64),
         "points": everything.points.contiguous(),
-        "coarse": everything.coarse.half().contiguous(),
-        "fine": everything.fine.half().contiguous(),
+        "coarse": _quantize(everything.coarse),
+        "fine": _quantize(everything.fine),
         "confidence": everything.confidence.half().contiguous(),
     }
 
 
+def _quantize(unit_features: torch.Tensor) -> torch.Tensor:
+    """(N, C) int8 of unit vectors (N, C); their length is restored on reading."""
+    return (unit_features * FEATURE_STEPS).round().to(torch.int8).contiguous()
+
+
 def _unpack_references(tensors: Mapping[str, torch.Tensor]) -> ReferenceViews:
     counts = tensors["counts"].tolist()
-    parts = {name: torch.split(tensors[name].float(), counts) for name in ("points", "coarse", "fine", "confidence")}
+    columns = {name: tensors[name].float() for name in ("points", "confidence")}
+    columns |= {name: F.normalize(tensors[name].float(), dim=1) for name in ("coarse", "fine")}
+    parts = {name: torch.split(columns[name], counts) for name in ("points", "coarse", "fine", "confidence")}
     views = tuple(
         ReferencePoints(points, coarse, fine, confidence)
         for points, coarse, fine, confidence in zip(*parts.values(), strict=True)
