@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from kfloc_ros.device import quick_matmul
 from kfloc_ros.features.trunk import COARSE_CHANNELS, COARSE_STRIDE, CONTEXT_CHANNELS, TrunkFeatures
 from kfloc_ros.types import SceneCoordinates
 
@@ -74,7 +75,9 @@ class SCoordNet(nn.Module):
             features: of one image.
             variance_scale: from the map's calibration on views that the head was not trained on.
         """
-        mean, log_scale = self(head_input(features)[0])
+        inputs = head_input(features)[0]
+        with quick_matmul(inputs.device):
+            mean, log_scale = self(inputs)
         variance = variance_scale * laplace_variance(log_scale)
         valid = torch.isfinite(mean).all(-1) & torch.isfinite(variance)
         return SceneCoordinates(mean.permute(2, 0, 1).contiguous(), variance, valid, COARSE_STRIDE)
