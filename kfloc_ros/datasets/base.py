@@ -94,9 +94,8 @@ def select(source: FrameSource, *, frames: str | None = None, split: str | None 
             raise SourceError(f"Unknown split '{split}'; known: {', '.join(SPLITS)}.")
         keep = {p for p in keep if SPLITS[split](indices[p])}
     if not keep:
-        raise SourceError(
-            f"No frame is left of the {len(indices)} in '{source.name}' after --frames {frames} --split {split}."
-        )
+        given = [f"--{name} {value}" for name, value in (("frames", frames), ("split", split)) if value is not None]
+        raise SourceError(f"No frame of the {len(indices)} in '{source.name}' is left by {' '.join(given)}.")
     return source if len(keep) == len(indices) else Selection(source, sorted(keep))
 
 
