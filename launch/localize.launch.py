@@ -52,7 +52,9 @@ ARGUMENTS = (
              "image_topic/compressed; empty: as the parameter file says.", ("", "raw", "compressed"), str),
     Argument("base_frame", "", "TF frame whose pose is published; empty: as the parameter file says.", parameter=str),
     Argument("map_frame", "", "TF frame of the map; empty: as the parameter file says.", parameter=str),
-    Argument("publish_tf", "", "Broadcast the pose on /tf; empty: as the parameter file says.", ("", *YES_NO), bool),
+    Argument("odom_frame", "", "TF frame of the odometry; empty: as the parameter file says.", parameter=str),
+    Argument("tf_mode", "", "map_to_odom: broadcast map -> odom (REP-105, beside odometry); map_to_base: map -> base; "
+             "empty: as the parameter file says.", ("", "map_to_odom", "map_to_base", "none"), str),
     Argument("respawn", "false", "Start a node again when it has ended by itself.", YES_NO),
     Argument("log_level", "info", "Least severe messages that the nodes log.",
              ("debug", "info", "warn", "error", "fatal")),

@@ -43,7 +43,38 @@ class NodeConfig:
         1.0, "Images older than this on the node's clock are dropped and counted, in seconds; 0: never.",
         low=0.0, high=3600.0, live=True,
     )  # fmt: skip
-    publish_tf: bool = option(True, "Broadcast map_frame -> base_frame on /tf.", live=True)
+    tf_mode: str = option(
+        "map_to_base",
+        "What is broadcast on /tf: map_to_odom (REP-105, beside odometry), map_to_base (without odometry), or none.",
+        choices=("map_to_odom", "map_to_base", "none"), live=True,
+    )  # fmt: skip
+    odom_frame: str = option(
+        "odom", "TF frame of the odometry, which must publish odom_frame -> base_frame; for tf_mode map_to_odom.",
+        live=True,
+    )  # fmt: skip
+    transform_tolerance: float = option(
+        0.3, "map -> odom is stamped this long after the image, in seconds, so that it is valid until the next one.",
+        low=0.0, high=10.0, live=True,
+    )  # fmt: skip
+    transform_rate_hz: float = option(
+        20.0, "How often the last map -> odom is sent again; 0: only with a new pose.", low=0.0, high=200.0
+    )
+    transform_timeout: float = option(
+        0.1, "How long a pose waits for the odometry at its image's time, in seconds.", low=0.0, high=2.0, live=True
+    )
+    when_lost: str = option(
+        "hold",
+        "While lost: hold keeps sending the last map -> odom; stop does not, so that consumers notice; mark holds and "
+        "publishes the held pose on pose with a covariance that grows.",
+        choices=("hold", "stop", "mark"), live=True,
+    )  # fmt: skip
+    lost_after_s: float = option(
+        2.0, "Without a pose for this long, in seconds, stop stops even if no image comes that says LOST.",
+        low=0.1, high=3600.0, live=True,
+    )  # fmt: skip
+    lost_growth: float = option(
+        0.5, "How fast the standard deviations of a marked pose grow, in m/s and rad/s.", low=0.0, high=100.0, live=True
+    )
     diagonal_covariance: bool = option(
         False, "Publish only the variances: Nav2 refuses covariances with negative cross terms.", live=True
     )

@@ -6,60 +6,91 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
+from dataclasses import dataclass
 
-from geometry_msgs.msg import PoseStamped, PoseWithCovarianceStamped, TransformStamped
+from geometry_msgs.msg import PoseStamped, PoseWithCovarianceStamped
 from nav_msgs.msg import Path
 from rclpy.node import Node
 
 from kfloc_ros.nodes import qos
 from kfloc_ros.nodes.health import Health
+from kfloc_ros.nodes.held_pose import HeldPose
 from kfloc_ros.nodes.parameter_server import ParameterServer
-from kfloc_ros.nodes.pose_messages import BodyPose, fill_pose, fill_pose_with_covariance, fill_stamp, fill_transform
-from kfloc_ros.nodes.transforms import TransformUnknownError, make_broadcaster, make_lookup
-from kfloc_ros.types import PoseEstimate
+from kfloc_ros.nodes.pose_messages import BodyPose, fill_pose, fill_pose_with_covariance, fill_stamp
+from kfloc_ros.nodes.tf_publisher import TfPublisher
+from kfloc_ros.nodes.transform_buffer import TransformUnknownError
+from kfloc_ros.nodes.transforms import TransformListener
+from kfloc_ros.types import PoseEstimate, TrackingState
 
 _PATH_PERIOD_S = 0.5
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Why an estimate's pose or transform was not published; empty where it was, or was not asked for."""
+
+    pose: str = ""
+    transform: str = ""
 
 
 class PosePublisher:
     """Turns camera poses into messages about the base frame; never publishes one that is not sound."""
 
-    def __init__(self, node: Node, parameters: ParameterServer, map_frame: str, health: Health) -> None:
+    def __init__(
+        self, node: Node, parameters: ParameterServer, map_frame: str, listener: TransformListener, health: Health
+    ) -> None:
         self._parameters, self._map_frame, self._health = parameters, map_frame, health
-        self._lookup = make_lookup(node, health.warn)
-        self._broadcast = make_broadcaster(node)
+        self._listener = listener
+        self._transforms = TfPublisher(node, parameters, map_frame, listener, health)
         self._poses = node.create_publisher(PoseWithCovarianceStamped, "pose", qos.results())
         self._paths = node.create_publisher(Path, "path", qos.results(1))
         self._path: deque[PoseStamped] = deque()
         self._path_sent_s = -math.inf
+        self.last: HeldPose | None = None
+        """The last pose that was published as known."""
 
-    def publish(self, estimate: PoseEstimate, camera_frame: str) -> str:
-        """Publish the pose in an estimate; returns why there is none to publish, or empty."""
+    def publish(self, estimate: PoseEstimate, camera_frame: str) -> Outcome:
+        """Publish what an estimate allows."""
         if estimate.T_map_camera is None:
-            return estimate.reason or "no pose"
+            self._lose(estimate)
+            return Outcome(pose=estimate.reason or "no pose")
         if estimate.covariance is None:
-            return "the pose has no covariance"
+            return Outcome(pose="the pose has no covariance")
         body = BodyPose(estimate.T_map_camera, estimate.covariance)
         base_frame = self._parameters.node.base_frame or camera_frame
         if base_frame != camera_frame:
             try:
-                body = body.moved(self._lookup.lookup(camera_frame, base_frame, estimate.stamp_ns))
+                body = body.moved(self._listener.lookup(camera_frame, base_frame, estimate.stamp_ns))
             except TransformUnknownError as error:
-                self._health.warn(str(error))
-                return str(error)
+                self._health.warn(f"No pose is published. {error}")
+                return Outcome(pose=str(error))
         fault = body.fault()
         if fault:
             self._health.warn(f"A pose was held back: {fault}.")
-            return fault
+            return Outcome(pose=fault)
         self._publish_pose(estimate.stamp_ns, body)
-        if self._parameters.node.publish_tf:
-            self._publish_tf(estimate.stamp_ns, body, base_frame)
+        self.last = HeldPose(estimate.stamp_ns, base_frame, body)
         self._publish_path(estimate.stamp_ns, body)
-        return ""
+        return Outcome(transform=self._transforms.publish(estimate.stamp_ns, body.T_map_body, base_frame))
 
     def clear(self) -> None:
-        """Begin a new path."""
+        """Begin a new path, and forget what is held."""
         self._path.clear()
+        self.last = None
+        self._transforms.forget()
+
+    def _lose(self, estimate: PoseEstimate) -> None:
+        """What ``when_lost`` says."""
+        config = self._parameters.node
+        if estimate.state is not TrackingState.LOST:
+            return
+        if config.when_lost == "stop":
+            self._transforms.stop()
+        elif config.when_lost == "mark" and self.last is not None:
+            T_then_now = None
+            if config.tf_mode == "map_to_odom":
+                T_then_now = self.last.travelled(self._listener, config.odom_frame, estimate.stamp_ns)
+            self._publish_pose(estimate.stamp_ns, self.last.grown(estimate.stamp_ns, config.lost_growth, T_then_now))
 
     def _publish_pose(self, stamp_ns: int, body: BodyPose) -> None:
         message = PoseWithCovarianceStamped()
@@ -67,18 +98,6 @@ class PosePublisher:
         message.header.frame_id = self._map_frame
         fill_pose_with_covariance(message.pose, body, diagonal=self._parameters.node.diagonal_covariance)
         self._poses.publish(message)
-
-    def _publish_tf(self, stamp_ns: int, body: BodyPose, base_frame: str) -> None:
-        if not base_frame:
-            self._health.warn(
-                "No transform is broadcast: the images have no frame_id. Have the camera driver name one."
-            )
-            return
-        message = TransformStamped()
-        fill_stamp(message.header.stamp, stamp_ns)
-        message.header.frame_id, message.child_frame_id = self._map_frame, base_frame
-        fill_transform(message.transform, body.T_map_body)
-        self._broadcast(message)
 
     def _publish_path(self, stamp_ns: int, body: BodyPose) -> None:
         pose = PoseStamped()

@@ -17,7 +17,7 @@ from kfloc_ros.nodes.filter_node import check_camera
 from kfloc_ros.nodes.health import Health
 from kfloc_ros.nodes.packets import CoarseFrame
 from kfloc_ros.nodes.parameter_server import ParameterServer
-from kfloc_ros.nodes.pose_publisher import PosePublisher
+from kfloc_ros.nodes.pose_publisher import Outcome, PosePublisher
 from kfloc_ros.nodes.runtime import run_node
 from kfloc_ros.nodes.status_messages import (
     LEVELS,
@@ -38,6 +38,7 @@ from kfloc_ros.nodes.topics import (
     read_coarse,
     subscribe,
 )
+from kfloc_ros.nodes.transforms import TransformListener
 from kfloc_ros.nodes.warm_up import warm_up
 from kfloc_ros.nodes.worker import LatestWorker
 from kfloc_ros.types import PoseEstimate
@@ -51,7 +52,8 @@ class RefinerComponent:
     ) -> None:
         self._stage, self._health, self._map_name = stage, health, scene_map.name
         self._map_frame = parameters.node.map_frame or scene_map.frame_id
-        self._publisher = PosePublisher(node, parameters, self._map_frame, health)
+        self._listener = TransformListener(node, health.warn)
+        self._publisher = PosePublisher(node, parameters, self._map_frame, self._listener, health)
         self._statuses = node.create_publisher(DiagnosticArray, "status", qos.results())
         self._watch = TimeWatch(node)
         self._report = Report(WARN, "no frame was processed yet", {"map": scene_map.name, "state": "INITIALIZING"})
@@ -65,26 +67,27 @@ class RefinerComponent:
             self._publisher.clear()
         estimate = self._stage.process(packet.camera.frame, packet.result)
         start = time.perf_counter()
-        why_not = self._publisher.publish(estimate, packet.camera.frame_id)
+        outcome = self._publisher.publish(estimate, packet.camera.frame_id)
         publish_ms = 1e3 * (time.perf_counter() - start)
         latency_ms = packet.camera.latency_ms()
         self._health.answered(latency_ms)
-        self._publish_status(packet, estimate, why_not, publish_ms, latency_ms)
+        self._publish_status(packet, estimate, outcome, publish_ms, latency_ms)
 
     def reset(self, reason: str) -> None:
         """Forget what was carried over from earlier frames; in the thread that calls ``accept``."""
         self._stage.reset(reason)
 
     def _publish_status(
-        self, packet: CoarseFrame, estimate: PoseEstimate, why_not: str, publish_ms: float, latency_ms: float
+        self, packet: CoarseFrame, estimate: PoseEstimate, outcome: Outcome, publish_ms: float, latency_ms: float
     ) -> None:
-        reason = why_not or estimate.reason
-        values: dict[str, Value] = {"state": estimate.state.value, "reason": reason, "published": not why_not}
+        reason = outcome.pose or outcome.transform or estimate.reason
+        values: dict[str, Value] = {"state": estimate.state.value, "reason": reason, "published": not outcome.pose}
         values |= timing_values({**packet.camera.timings_ms, **estimate.timings_ms, "publish": publish_ms})
         values["latency_ms"] = round(latency_ms, 3)
         values |= counter_values(packet.camera.counters(self._health.counters))
         values |= estimate_values(estimate)
-        level = max(LEVELS[estimate.state], WARN) if why_not else LEVELS[estimate.state]
+        held_back = outcome.pose or outcome.transform
+        level = max(LEVELS[estimate.state], WARN) if held_back else LEVELS[estimate.state]
         self._report = Report(level, reason, {"map": self._map_name, "state": estimate.state.value, "reason": reason})
         self._statuses.publish(
             make_status(

@@ -1,21 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TF without depending on tf2_ros: the real package where it is installed, the same over plain messages elsewhere."""
+"""TF without depending on tf2_ros: the real buffer where it is installed, one that answers alike elsewhere."""
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 from geometry_msgs.msg import TransformStamped
+from rclpy.duration import Duration
 from rclpy.node import Node
 from rclpy.time import Time
 from tf2_msgs.msg import TFMessage
 
-from kfloc_ros.errors import KflocError
-from kfloc_ros.geometry.lie import inverse_pose
 from kfloc_ros.nodes import qos
-from kfloc_ros.nodes.pose_messages import transform_from_message
+from kfloc_ros.nodes.pose_messages import fill_stamp, fill_transform, stamp_to_ns, transform_from_message
+from kfloc_ros.nodes.time_watch import TimeWatch
+from kfloc_ros.nodes.transform_buffer import (
+    TransformBuffer,
+    TransformStore,
+    TransformTimeError,
+    TransformUnknownError,
+    unconnected,
+)
 from kfloc_ros.types import Matrix
 
 try:
@@ -23,96 +31,125 @@ try:
 except ImportError:
     tf2_ros = None
 
-
-class TransformUnknownError(KflocError):
-    """Two TF frames are not connected; the message names those that are known."""
-
-
-class TransformLookup(Protocol):
-    """Where transforms between frames are looked up."""
-
-    def lookup(self, target: str, source: str, stamp_ns: int) -> Matrix:
-        """``T_target_source`` (4, 4). Raises TransformUnknownError if the frames are not connected."""
-        ...
+KEEP_S = 10.0
+JUMP_BACK_S = 1.0
+"""A transform this much older than the one before it means that time went backwards, whatever the clock says."""
 
 
-class StaticTree:
-    """The transforms of ``/tf_static``, chained through any number of frames."""
+class Tf2Buffer:
+    """tf2's own buffer."""
 
-    def __init__(self) -> None:
-        self._parents: dict[str, tuple[str, Matrix]] = {}
+    def __init__(self, keep_s: float = KEEP_S) -> None:
+        self._core = tf2_ros.BufferCore(Duration(seconds=keep_s))
 
-    def add(self, parent: str, child: str, T_parent_child: Matrix) -> None:
-        """Connect two frames; a child has one parent, the last one given."""
-        self._parents[child.lstrip("/")] = (parent.lstrip("/"), T_parent_child)
-
-    def lookup(self, target: str, source: str, stamp_ns: int = 0) -> Matrix:
-        """``T_target_source`` (4, 4).
-
-        Raises:
-            TransformUnknownError: no chain connects the two.
-        """
-        del stamp_ns  # static
-        from_target, from_source = self._ancestors(target.lstrip("/")), self._ancestors(source.lstrip("/"))
-        for frame, T_frame_source in from_source.items():
-            if frame in from_target:
-                return inverse_pose(from_target[frame]) @ T_frame_source
-        known = sorted({*self._parents, *(parent for parent, _ in self._parents.values())})
-        raise TransformUnknownError(
-            f"TF does not connect '{source}' and '{target}', so the pose of '{source}' is not known. "
-            f"Known frames: {', '.join(known) or 'none'}. Publish the transform on /tf_static or change base_frame."
-        )
-
-    def _ancestors(self, frame: str) -> dict[str, Matrix]:
-        """``T_ancestor_frame`` of a frame and all above it; a loop ends the walk."""
-        found = {frame: np.eye(4)}
-        T = np.eye(4)
-        while frame in self._parents:
-            frame, T_parent_frame = self._parents[frame]
-            if frame in found:
-                break
-            T = T_parent_frame @ T
-            found[frame] = T
-        return found
-
-
-class _StaticListener(StaticTree):
-    """A tree fed from ``/tf_static``."""
-
-    def __init__(self, node: Node, warn: Callable[[str], None]) -> None:
-        super().__init__()
-        self._warn = warn
-        node.create_subscription(TFMessage, "/tf_static", self._on_transforms, qos.static_transforms())
-
-    def _on_transforms(self, message: Any) -> None:
-        for item in message.transforms:
-            try:
-                self.add(item.header.frame_id, item.child_frame_id, transform_from_message(item.transform))
-            except ValueError as error:
-                self._warn(f"The transform to '{item.child_frame_id}' on /tf_static cannot be used: {error}")
-
-
-class _Tf2Lookup:
-    """tf2's own buffer, which also follows moving frames."""
-
-    def __init__(self, node: Node) -> None:
-        self._buffer = tf2_ros.Buffer()
-        self._listener = tf2_ros.TransformListener(self._buffer, node, spin_thread=False)
+    def set(self, parent: str, child: str, stamp_ns: int, T_parent_child: Matrix, *, static: bool = False) -> None:
+        message = stamped(parent.lstrip("/"), child.lstrip("/"), stamp_ns, T_parent_child)
+        (self._core.set_transform_static if static else self._core.set_transform)(message, "kfloc_ros")
 
     def lookup(self, target: str, source: str, stamp_ns: int) -> Matrix:
+        target, source = target.lstrip("/"), source.lstrip("/")
         try:
-            found = self._buffer.lookup_transform(target, source, Time(nanoseconds=stamp_ns))
+            found = self._core.lookup_transform_core(target, source, Time(nanoseconds=stamp_ns))
+        except tf2_ros.ExtrapolationException as error:
+            message = f"TF has no '{target}' -> '{source}' at the time asked for ({error})."
+            raise TransformTimeError(message, ahead="future" in str(error)) from error
         except tf2_ros.TransformException as error:
-            known = ", ".join(sorted(self._buffer._getFrameStrings())) or "none"
-            raise TransformUnknownError(
-                f"TF does not connect '{source}' and '{target}' at the image's time ({error}). Known frames: {known}."
-            ) from error
+            raise unconnected(target, source, self.frames()) from error
         return transform_from_message(found.transform)
 
+    def clear(self) -> None:
+        self._core.clear()
 
-def make_lookup(node: Node, warn: Callable[[str], None]) -> TransformLookup:
-    """A lookup fed by the node's subscriptions; ``warn`` takes sentences about bad transforms."""
-    return _StaticListener(node, warn) if tf2_ros is None else _Tf2Lookup(node)
+    def frames(self) -> tuple[str, ...]:
+        return tuple(sorted(self._core._getFrameStrings()))
+
+
+def make_store() -> TransformStore:
+    """tf2's buffer if there is one."""
+    return TransformBuffer(KEEP_S) if tf2_ros is None else Tf2Buffer(KEEP_S)
+
+
+class TransformListener:
+    """A buffer fed from ``/tf`` and ``/tf_static``, cleared when time goes backwards.
+
+    Args:
+        warn: takes sentences about transforms that cannot be used.
+        store: made by :func:`make_store` if None.
+    """
+
+    def __init__(self, node: Node, warn: Callable[[str], None], store: TransformStore | None = None) -> None:
+        self._store, self._warn = store or make_store(), warn
+        self._arrived = threading.Condition()
+        self._parents: dict[str, str] = {}
+        self._newest_ns: dict[str, int] = {}
+        # rclpy's buffer does not notice jumps of the clock, so nobody else clears it.
+        self._watch = TimeWatch(node, on_jump=self.clear)
+        node.create_subscription(TFMessage, "/tf", lambda m: self._add(m, static=False), qos.results(100))
+        node.create_subscription(TFMessage, "/tf_static", lambda m: self._add(m, static=True), qos.static_transforms())
+
+    def lookup(self, target: str, source: str, stamp_ns: int, wait_s: float = 0.0) -> Matrix:
+        """``T_target_source`` (4, 4); waits for what may still come. Not for the executor's thread with ``wait_s``.
+
+        Raises:
+            TransformUnknownError: the frames are not connected.
+            TransformTimeError: they are, but not at that time.
+        """
+        deadline = time.monotonic() + wait_s
+        with self._arrived:
+            while True:
+                try:
+                    return self._store.lookup(target, source, stamp_ns)
+                except TransformTimeError as error:
+                    left_s = deadline - time.monotonic()
+                    if not error.ahead or left_s <= 0:
+                        raise
+                    self._arrived.wait(left_s)
+
+    def parent(self, frame: str) -> str | None:
+        """The parent last seen of a frame, or None."""
+        with self._arrived:
+            return self._parents.get(frame.lstrip("/"))
+
+    def clear(self) -> None:
+        """Forget all moving transforms."""
+        with self._arrived:
+            self._store.clear()
+            self._newest_ns.clear()
+
+    def _add(self, message: Any, *, static: bool) -> None:
+        with self._arrived:
+            for item in message.transforms:
+                parent, child = item.header.frame_id.lstrip("/"), item.child_frame_id.lstrip("/")
+                try:
+                    T = transform_from_message(item.transform)
+                    if not parent or not child or parent == child:
+                        raise ValueError(f"its frames are '{parent}' and '{child}'.")
+                except ValueError as error:
+                    self._warn(f"The transform from '{parent}' to '{child}' on TF cannot be used: {error}")
+                    continue
+                stamp_ns = stamp_to_ns(item.header.stamp)
+                if not static:
+                    self._check_jump(child, stamp_ns)
+                self._parents[child] = parent
+                self._store.set(parent, child, stamp_ns, T, static=static)
+            self._arrived.notify_all()
+
+    def _check_jump(self, child: str, stamp_ns: int) -> None:
+        newest_ns = self._newest_ns.get(child, stamp_ns)
+        if newest_ns - stamp_ns > JUMP_BACK_S * 1e9:
+            self._store.clear()
+            self._newest_ns.clear()
+            newest_ns = stamp_ns
+        self._newest_ns[child] = max(newest_ns, stamp_ns)
+
+
+def stamped(parent: str, child: str, stamp_ns: int, T_parent_child: Matrix) -> TransformStamped:
+    """The message for one transform."""
+    message = TransformStamped(child_frame_id=child)
+    fill_stamp(message.header.stamp, stamp_ns)
+    message.header.frame_id = parent
+    fill_transform(message.transform, T_parent_child)
+    return message
 
 
 def make_broadcaster(node: Node) -> Callable[[TransformStamped], None]:

@@ -74,10 +74,10 @@ def test_empty_arguments_leave_the_parameter_file_alone() -> None:
     module = python_of("localize.launch.py")
     given = {item.name: item.default for item in module.ARGUMENTS}
     assert module.overrides(given) == {}
-    changed = module.overrides({**given, "map": "1", "use_sim_time": "true", "publish_tf": "false"})
+    changed = module.overrides({**given, "map": "1", "use_sim_time": "true", "tf_mode": "none"})
     context = LaunchContext()
     assert {name: value.evaluate(context) for name, value in changed.items()} == {
-        "map": "1", "use_sim_time": True, "publish_tf": False,
+        "map": "1", "use_sim_time": True, "tf_mode": "none",
     }  # fmt: skip
 
 

@@ -130,6 +130,39 @@ class Harness:
         fill_stamp(message.clock, stamp_ns)
         self._publishers["clock"].publish(message)
 
+    def send_transform(self, parent: str, child: str, stamp_ns: int, T: Any, *, static: bool = False) -> None:
+        """Publish one transform on /tf or /tf_static."""
+        from tf2_msgs.msg import TFMessage
+
+        from kfloc_ros.nodes.qos import results, static_transforms
+        from kfloc_ros.nodes.transforms import stamped
+
+        name = "tf_static" if static else "tf"
+        if name not in self._publishers:
+            profile = static_transforms() if static else results(100)
+            self._publishers[name] = self.node.create_publisher(TFMessage, f"/{name}", profile)
+            others = 0 if static else 1  # we hear ourselves on /tf
+            self.wait(lambda: self._publishers[name].get_subscription_count() > others)
+            self.spin(0.3)
+        self._publishers[name].publish(TFMessage(transforms=[stamped(parent, child, stamp_ns, T)]))
+
+    def call(self, kind: Any, name: str, request: Any) -> Any:
+        """Call a service and return its response."""
+        client = self.node.create_client(kind, name)
+        self.wait(client.service_is_ready)
+        future = client.call_async(request)
+        self.wait(future.done)
+        self.node.destroy_client(client)
+        return future.result()
+
+    def set_parameter(self, node: str, name: str, value: Any) -> Any:
+        """Set one parameter of a node; returns the result with ``successful`` and ``reason``."""
+        from rcl_interfaces.srv import SetParameters
+        from rclpy.parameter import Parameter
+
+        request = SetParameters.Request(parameters=[Parameter(name, value=value).to_parameter_msg()])
+        return self.call(SetParameters, f"{node}/set_parameters", request).results[0]
+
     def send(self, frame: Frame, stamp_ns: int | None = None) -> int:
         """Publish a good frame and its camera_info; returns the stamp, by default of now."""
         stamp_ns = time.time_ns() if stamp_ns is None else stamp_ns

@@ -183,7 +183,8 @@ def test_a_misspelt_parameter_ends_the_node_with_one_sentence(new_world: Callabl
         ((), "No map was named"),
         (("max_age_s:=-1.0",), "'max_age_s' must lie in"),
         (("image_transport:=pigeon",), "must be one of raw, compressed"),
-        (("publish_tf:=7",), "'publish_tf' must be of type bool"),
+        (("rectified:=7",), "'rectified' must be of type bool"),
+        (("tf_mode:=odom_to_map",), "must be one of map_to_odom"),
     ],
 )
 def test_bad_parameters_end_the_node_with_one_sentence(

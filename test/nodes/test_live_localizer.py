@@ -109,23 +109,13 @@ def test_too_old_images_are_dropped_and_counted(world: Any, room: Any) -> None:
 
 
 def test_parameters_are_described_checked_and_live(world: Any) -> None:
-    from rcl_interfaces.srv import DescribeParameters, SetParameters
-    from rclpy.parameter import Parameter
-
-    node = world.harness.node
-
-    def call(kind: Any, name: str, request: Any) -> Any:
-        client = node.create_client(kind, f"/localizer/{name}")
-        world.harness.wait(client.service_is_ready)
-        future = client.call_async(request)
-        world.harness.wait(future.done)
-        return future.result()
+    from rcl_interfaces.srv import DescribeParameters
 
     def set_parameter(name: str, value: Any) -> Any:
-        request = SetParameters.Request(parameters=[Parameter(name, value=value).to_parameter_msg()])
-        return call(SetParameters, "set_parameters", request).results[0]
+        return world.harness.set_parameter("/localizer", name, value)
 
-    described = call(DescribeParameters, "describe_parameters", DescribeParameters.Request(names=["max_age_s", "map"]))
+    request = DescribeParameters.Request(names=["max_age_s", "map"])
+    described = world.harness.call(DescribeParameters, "/localizer/describe_parameters", request)
     max_age, map_name = described.descriptors
     assert max_age.floating_point_range[0].to_value == 3600.0 and not max_age.read_only and max_age.description
     assert map_name.read_only

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Broadcasts where the map is, as REP-105 wants it: one parent per frame, nothing that is not known."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+
+from rclpy.clock import Clock, ClockType
+from rclpy.node import Node
+
+from kfloc_ros.geometry.lie import inverse_pose
+from kfloc_ros.nodes.health import Health
+from kfloc_ros.nodes.parameter_server import ParameterServer
+from kfloc_ros.nodes.transform_buffer import TransformUnknownError
+from kfloc_ros.nodes.transforms import TransformListener, make_broadcaster, stamped
+from kfloc_ros.types import Matrix
+
+
+@dataclass(frozen=True, eq=False)
+class _Anchor:
+    """The last ``T_map_odom``, and when it was true on the camera's clock and on the node's."""
+
+    odom_frame: str
+    T_map_odom: Matrix
+    stamp_ns: int
+    node_ns: int
+
+
+class TfPublisher:
+    """Sends map -> odom or map -> base, whatever ``tf_mode`` says; ``publish`` and ``hold`` are for the worker."""
+
+    def __init__(
+        self, node: Node, parameters: ParameterServer, map_frame: str, listener: TransformListener, health: Health
+    ) -> None:
+        self._clock, self._parameters, self._map_frame = node.get_clock(), parameters, map_frame
+        self._listener, self._health = listener, health
+        self._broadcast = make_broadcaster(node)
+        self._lock = threading.Lock()
+        self._anchor: _Anchor | None = None
+        self._sent_ns = 0
+        self._stopped = False
+        rate_hz = parameters.node.transform_rate_hz
+        if rate_hz > 0:  # on the steady clock, so that a /clock that stands still costs nothing
+            node.create_timer(1.0 / rate_hz, self._resend, clock=Clock(clock_type=ClockType.STEADY_TIME))
+
+    def publish(self, stamp_ns: int, T_map_base: Matrix, base_frame: str) -> str:
+        """Broadcast a pose; returns why that was not possible, or empty."""
+        config = self._parameters.node
+        if config.tf_mode == "none":
+            return ""
+        if not base_frame:
+            return self._say("No transform is broadcast: the images have no frame_id. Have the camera driver name one.")
+        if config.tf_mode == "map_to_base":
+            return self._publish_base(stamp_ns, T_map_base, base_frame)
+        odom_frame = config.odom_frame
+        try:
+            T_odom_base = self._listener.lookup(odom_frame, base_frame, stamp_ns, config.transform_timeout)
+        except TransformUnknownError as error:
+            return self._say(f"No {self._map_frame} -> {odom_frame} is broadcast for this image. {error}")
+        fault = self._second_parent(odom_frame)
+        if fault:
+            return self._say(fault)
+        anchor = _Anchor(odom_frame, T_map_base @ inverse_pose(T_odom_base), stamp_ns, self._clock.now().nanoseconds)
+        with self._lock:
+            if self._anchor is not None and stamp_ns < self._anchor.stamp_ns:
+                self._sent_ns = 0  # time went backwards
+            self._anchor, self._stopped = anchor, False
+            self._send(anchor, max(stamp_ns + self._tolerance_ns(), self._sent_ns + 1))
+        return ""
+
+    def stop(self) -> None:
+        """Send nothing more until the next pose."""
+        with self._lock:
+            self._stopped = True
+
+    def forget(self) -> None:
+        """Forget the last transform, too."""
+        with self._lock:
+            self._anchor, self._sent_ns = None, 0
+
+    def _publish_base(self, stamp_ns: int, T_map_base: Matrix, base_frame: str) -> str:
+        fault = self._second_parent(base_frame)
+        if fault:
+            return self._say(fault)
+        self._broadcast(stamped(self._map_frame, base_frame, stamp_ns, T_map_base))
+        return ""
+
+    def _second_parent(self, child: str) -> str:
+        """Why ``child`` must not become a child of the map: a TF frame has one parent."""
+        parent = self._listener.parent(child)
+        if parent is None or parent == self._map_frame.lstrip("/"):
+            return ""
+        way_out = (
+            "Set tf_mode to map_to_odom"
+            if self._parameters.node.tf_mode == "map_to_base"
+            else "Correct odom_frame, or stop the other publisher"
+        )
+        return (
+            f"No {self._map_frame} -> {child} is broadcast: '{child}' already has the parent '{parent}', and a TF "
+            f"frame can have only one. {way_out}; if '{child}' is the camera, set base_frame to the robot's base."
+        )
+
+    def _resend(self) -> None:
+        config = self._parameters.node
+        with self._lock:
+            anchor = self._anchor
+            if anchor is None or self._stopped or config.tf_mode != "map_to_odom":
+                return
+            elapsed_ns = self._clock.now().nanoseconds - anchor.node_ns
+            if elapsed_ns < 0:
+                return
+            if config.when_lost == "stop" and elapsed_ns > config.lost_after_s * 1e9:
+                self._stopped = True
+                return
+            # On the camera's clock, which need not be this node's; and one period late, so that the next pose is later
+            # still: a listener sorts by stamp, and a transform that came before must not stay the newest.
+            stamp_ns = anchor.stamp_ns + elapsed_ns - int(1e9 / config.transform_rate_hz) + self._tolerance_ns()
+            if stamp_ns > self._sent_ns:
+                self._send(anchor, stamp_ns)
+
+    def _send(self, anchor: _Anchor, stamp_ns: int) -> None:
+        self._sent_ns = stamp_ns
+        self._broadcast(stamped(self._map_frame, anchor.odom_frame, stamp_ns, anchor.T_map_odom))
+
+    def _tolerance_ns(self) -> int:
+        return int(self._parameters.node.transform_tolerance * 1e9)
+
+    def _say(self, sentence: str) -> str:
+        self._health.warn(sentence)
+        return sentence

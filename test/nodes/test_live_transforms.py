@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""TF over real DDS: map -> odom as REP-105 wants it, and what happens when there is nothing to go by."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kfloc_ros.geometry.lie import inverse_pose, make_pose, rotation_angle_deg, so3_exp
+from kfloc_ros.nodes.pose_messages import pose_from_message, transform_from_message
+
+pytestmark = pytest.mark.ros
+
+T_BASE_CAMERA = make_pose(so3_exp([0.3, -0.2, 1.0]), [0.2, 0.02, 0.5])
+TOLERANCE_NS = 300_000_000
+
+
+def odometry(stamp_ns: int) -> Any:
+    """``T_odom_base``: somewhere far from the map's origin, and moving."""
+    seconds = (stamp_ns % 10**12) * 1e-9
+    return make_pose(so3_exp([0, 0, 0.2 * seconds]), [5.0 + seconds, -3.0, 0.1])
+
+
+@pytest.fixture(scope="module")
+def robot(new_world: Callable[[], Any], room_map: Path) -> Any:
+    """A localizer on a robot whose camera mount is on /tf_static."""
+    world = new_world()
+    world.start_localizer(f"map:={room_map}", "base_frame:=base_link", "tf_mode:=map_to_odom", "max_gap_s:=60.0")
+    world.harness.send_transform("base_link", "camera", 0, T_BASE_CAMERA, static=True)
+    world.harness.spin(0.3)
+    return world
+
+
+def drive(harness: Any, frame: Any) -> int:
+    """A frame with odometry on both sides of its stamp."""
+    stamp_ns = time.time_ns()
+    for offset_ns in (-10_000_000, 10_000_000):
+        harness.send_transform("odom", "base_link", stamp_ns + offset_ns, odometry(stamp_ns + offset_ns))
+    return int(harness.send(frame, stamp_ns))
+
+
+def anchors(harness: Any) -> list[Any]:
+    return [item for item in harness.transforms if item.header.frame_id == "map"]
+
+
+def stamp_of(message: Any) -> int:
+    return int(message.header.stamp.sec * 10**9 + message.header.stamp.nanosec)
+
+
+def test_without_odometry_there_is_a_pose_but_no_transform_and_the_way_out_is_named(robot: Any, room: Any) -> None:
+    harness = robot.harness
+    message = harness.localize(room[4])
+    truth = room[4].T_map_camera @ inverse_pose(T_BASE_CAMERA)
+    assert np.allclose(pose_from_message(message.pose.pose)[:3, 3], truth[:3, 3], atol=0.05)
+    assert not anchors(harness)
+    assert "TF does not connect 'base_link' and 'odom'. Known frames: base_link, camera" in robot.nodes[0].log
+
+
+def test_map_to_odom_is_right_at_the_images_stamp_dated_ahead_and_sent_again(robot: Any, room: Any) -> None:
+    harness = robot.harness
+    harness.transforms.clear()
+    message = harness.localize(room[4], lambda frame: drive(harness, frame))
+    stamp_ns = stamp_of(message)
+    harness.wait(lambda: len(anchors(harness)) > 3)
+    first, *later = anchors(harness)
+    assert (first.header.frame_id, first.child_frame_id) == ("map", "odom")
+    assert stamp_of(first) == stamp_ns + TOLERANCE_NS, "only the transform is dated ahead"
+    T_map_base = transform_from_message(first.transform) @ odometry(stamp_ns)
+    assert np.allclose(T_map_base, pose_from_message(message.pose.pose), atol=1e-3)
+    stamps = [stamp_of(item) for item in (first, *later)]
+    assert all(a < b for a, b in zip(stamps, stamps[1:], strict=False)), "a listener refuses a stamp that it has"
+    assert all(item.transform == first.transform for item in later)
+    assert not any(item.child_frame_id != "odom" for item in anchors(harness)), "one parent per frame"
+
+
+def test_odometry_that_is_too_late_is_not_extrapolated(robot: Any, room: Any) -> None:
+    harness = robot.harness
+    harness.spin(0.2)
+    before = transform_from_message(anchors(harness)[-1].transform)
+    stamp_ns = stamp_of(harness.localize(room[5]))
+    assert "no 'odom' -> 'base_link'" in harness.statuses[stamp_ns]["reason"]
+    assert np.allclose(transform_from_message(anchors(harness)[-1].transform), before)
+
+
+def test_a_second_parent_is_refused(robot: Any, room: Any) -> None:
+    harness = robot.harness
+    assert harness.set_parameter("/localizer", "tf_mode", "map_to_base").successful
+    harness.spin(0.2)
+    harness.transforms.clear()
+    stamp_ns = stamp_of(harness.localize(room[4], lambda frame: drive(harness, frame)))
+    assert "'base_link' already has the parent 'odom'" in harness.statuses[stamp_ns]["reason"]
+    assert not anchors(harness)
+    assert harness.set_parameter("/localizer", "tf_mode", "map_to_odom").successful
+
+
+@pytest.mark.parametrize("policy", ["hold", "stop", "mark"])
+def test_when_lost(robot: Any, room: Any, policy: str) -> None:
+    harness = robot.harness
+    assert harness.set_parameter("/localizer", "when_lost", policy).successful
+    last = harness.localize(room[4], lambda frame: drive(harness, frame))
+    black_ns = drive(harness, type(room[4])(np.zeros_like(room[4].image), room.camera, 0))
+    harness.wait(lambda: black_ns in harness.statuses)
+    assert harness.statuses[black_ns]["state"] == "LOST"
+    harness.spin(0.2)
+    harness.transforms.clear()
+    harness.spin(0.4)
+    assert bool(anchors(harness)) == (policy != "stop")
+    assert (black_ns in harness.poses) == (policy == "mark")
+    if policy == "mark":
+        held = harness.poses[black_ns]
+        expected = pose_from_message(last.pose.pose) @ inverse_pose(odometry(stamp_of(last))) @ odometry(black_ns)
+        T = pose_from_message(held.pose.pose)
+        assert np.allclose(T[:3, 3], expected[:3, 3], atol=1e-2)
+        assert rotation_angle_deg(T[:3, :3].T @ expected[:3, :3]) < 0.5
+        assert held.pose.covariance[0] > 4 * last.pose.covariance[0]
