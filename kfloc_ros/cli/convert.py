@@ -7,7 +7,7 @@ import argparse
 import importlib
 from typing import Any
 
-CONVERTERS = ("kfloc_ros.cli.convert_kfnet",)
+CONVERTERS = ("kfloc_ros.cli.convert_kfnet", "kfloc_ros.cli.convert_pixloc")
 """Modules with ``add_parser(actions)`` that sets ``run_action``."""
 
 
