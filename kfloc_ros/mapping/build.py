@@ -56,11 +56,11 @@ class MapBuildConfig:
         0, "End training after so many steps, for a repeatable map on a machine of any speed; 0: by time.", low=0
     )
     augmentations: int = option(1, "Rotated and zoomed copies of every view for training.", low=0, high=10)
-    points_per_view: int = option(400, "Points kept of every reference view.", low=50, high=5000)
+    points_per_view: int = option(300, "Points kept of every reference view.", low=50, high=5000)
     reference_spacing_m: float = option(
-        0.05, "A view becomes a reference if none is nearer (a degree counts as 2 cm).", low=0.001, high=10.0
+        0.04, "A view becomes a reference if none is nearer (a degree counts as 2 cm).", low=0.001, high=10.0
     )
-    max_references: int = option(240, "Reference views kept at most; the spacing grows as needed.", low=4, high=10_000)
+    max_references: int = option(500, "Reference views kept at most; the spacing grows as needed.", low=4, high=10_000)
     device: str = option(
         "auto", "Where networks run: auto takes a GPU if there is one.", choices=("auto", "cpu", "cuda")
     )

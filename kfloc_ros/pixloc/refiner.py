@@ -75,14 +75,16 @@ class Refiner:
 
     def _prepare(self, images: tuple[FeatureImage, FeatureImage], T_map_camera: Matrix) -> _Candidate:
         chosen = self.references.nearest(T_map_camera, self.settings.num_references)
-        points = ReferencePoints.concatenate([self.references.views[k] for k in chosen])
+        views = [self.references.views[k] for k in chosen]
+        points = ReferencePoints.concatenate(views)
+        nearness = self.references.nearness(T_map_camera, chosen)
         # float32 is exact enough only near the origin, and a map may be far from its own
         origin = T_map_camera[:3, 3].copy()
         candidate = _Candidate(
             T_camera_local=make_pose(T_map_camera[:3, :3].T, np.zeros(3)),
             origin=origin,
             points=points.points - torch.from_numpy(origin).to(points.points),
-            confidence=points.confidence,
+            confidence=torch.cat([view.confidence * w for view, w in zip(views, nearness, strict=True)]),
             levels=(Level(images[0], points.coarse), Level(images[1], points.fine)),
             reference_ids=tuple(self.references.ids[k] for k in chosen),
         )

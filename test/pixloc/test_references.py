@@ -60,3 +60,15 @@ def test_nearest_counts_place_and_direction() -> None:
     views = ReferenceViews((10, 20, 30), poses, (empty, empty, empty))
     assert views.nearest(np.eye(4), 3) == [2, 0, 1]
     assert views.nearest(np.eye(4), 1) == [2]
+
+
+def test_the_nearest_view_counts_most() -> None:
+    poses = np.stack([make_pose(np.eye(3), [x, 0.0, 0.0]) for x in (0.5, 0.0, 0.1)])
+    empty = ReferencePoints(torch.zeros(0, 3), torch.zeros(0, 64), torch.zeros(0, 24), torch.zeros(0))
+    references = ReferenceViews((0, 1, 2), poses, (empty,) * 3)
+    here = np.eye(4)
+    assert references.nearest(here, 2) == [1, 2]
+    weights = references.nearness(here, [1, 2, 0])
+    assert weights[0] == 1.0 and weights[0] > weights[1] > weights[2] > 0.0
+    there = make_pose(np.eye(3), [50.0, 0.0, 0.0])
+    assert min(references.nearness(there, [1, 2, 0])) > 0.9  # far from all of them none is better
