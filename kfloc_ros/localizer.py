@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -148,6 +148,14 @@ class RefineStage:
         self._trunk: Trunk | None = None
         self._motion = ConstantVelocity(config.max_gap_s)
         self._had_pose = False
+        self._suggested: tuple[Matrix, ...] = ()
+
+    def suggest(self, starts: Sequence[Matrix]) -> None:
+        """Have the next frame try further poses ``T_map_camera`` to start from, such as a user's guess; any thread.
+
+        A hint and no order: the start at which the image looks most like the map is the one that is refined.
+        """
+        self._suggested = tuple(starts)
 
     def process(self, frame: Frame, coarse: CoarseResult) -> PoseEstimate:
         """Refine a coarse pose; says in ``state`` and ``reason`` what the result is worth.
@@ -161,7 +169,8 @@ class RefineStage:
         alignment: Alignment | None = None
         if self._config.refine:
             features = coarse.features or self._extract(frame, timings)
-            starts = [T for T in (coarse.pose.T_map_camera, predicted) if T is not None]
+            suggested, self._suggested = self._suggested, ()
+            starts = [T for T in (coarse.pose.T_map_camera, predicted, *suggested) if T is not None]
             with _timed(timings, "refine"):
                 alignment = self._refiner.align(features, starts)
         timings["total"] = sum(timings.values())

@@ -44,6 +44,8 @@ ARGUMENTS = (
     Argument("namespace", "", "Namespace of the nodes and of their relative topics."),
     Argument("composed", "true", "true: everything in one process, frames handed over in memory; "
              "false: camera_node, filter_node and refiner_node as processes of their own.", YES_NO),
+    Argument("autostart", "", "true: the nodes configure and activate themselves; false: a lifecycle manager does; "
+             "empty: as the parameter file says.", ("", *YES_NO), bool),
     Argument("use_sim_time", "", "Take the time from /clock, as for a played bag; empty: as the parameter file says.",
              ("", *YES_NO), bool),
     Argument("image_topic", "", "Topic of the camera's images, without the /compressed ending; empty: image."),

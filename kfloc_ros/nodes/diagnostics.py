@@ -11,6 +11,7 @@ from rclpy.clock import Clock, ClockType
 from rclpy.node import Node
 
 from kfloc_ros.nodes import qos
+from kfloc_ros.nodes.gate import Gate
 from kfloc_ros.nodes.health import Health
 from kfloc_ros.nodes.status_messages import OK, WARN, Value, counter_values, make_status
 
@@ -29,17 +30,24 @@ class Report:
 class DiagnosticsPublisher:
     """Publishes the health of one node; its timer is on the steady clock, so that it also ticks without ``/clock``."""
 
-    def __init__(self, node: Node, health: Health, hardware_id: str, report: Callable[[], Report]) -> None:
-        self._node, self._health, self._hardware_id, self._report = node, health, hardware_id, report
+    def __init__(self, node: Node, health: Health, gate: Gate, hardware_id: str, report: Callable[[], Report]) -> None:
+        self._node, self._health, self._gate, self._hardware_id, self._report = node, health, gate, hardware_id, report
         self._publisher = node.create_publisher(DiagnosticArray, "/diagnostics", qos.results())
         self._timer = node.create_timer(PERIOD_S, self._publish, clock=Clock(clock_type=ClockType.STEADY_TIME))
 
     def _publish(self) -> None:
         report, rates = self._report(), self._health.rates()
         level, message = report.level, report.message
-        if rates.input_hz == 0.0:
+        if not self._gate.is_open:
+            level, message = OK, self._gate.closed_reason
+        elif rates.input_hz == 0.0:
             level, message = max(level, WARN), "no images come in"
-        values: dict[str, Value] = {**report.values, **counter_values(self._health.counters), **asdict(rates)}
+        values: dict[str, Value] = {
+            "working": self._gate.is_open,
+            **report.values,
+            **counter_values(self._health.counters),
+            **asdict(rates),
+        }
         values["last_fault"] = self._health.last_fault
         array = make_status(
             self._node.get_clock().now().nanoseconds,

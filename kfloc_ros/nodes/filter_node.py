@@ -1,108 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The filter component: frames to coarse poses."""
+"""The ``filter_node`` executable."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from rclpy.node import Node
-
-from kfloc_ros.errors import FrameError
-from kfloc_ros.geometry.camera import Camera
-from kfloc_ros.localizer import CoarseStage
-from kfloc_ros.mapping.scene_map import SceneMap
-from kfloc_ros.nodes.diagnostics import DiagnosticsPublisher, Report
-from kfloc_ros.nodes.health import Health
-from kfloc_ros.nodes.packets import CameraFrame, CoarseFrame
-from kfloc_ros.nodes.parameter_server import ParameterServer
-from kfloc_ros.nodes.runtime import run_node
-from kfloc_ros.nodes.time_watch import TimeWatch
-from kfloc_ros.nodes.topics import (
-    FRAME_TOPICS,
-    CoarsePublisher,
-    Messages,
-    StampJoiner,
-    frame_is_complete,
-    read_frame,
-    subscribe,
-)
-from kfloc_ros.nodes.warm_up import warm_up
-from kfloc_ros.nodes.worker import LatestWorker
-
-
-class FilterComponent:
-    """Takes frames, publishes ``coarse_pose`` and gives coarse frames to ``output``, in the caller's thread."""
-
-    def __init__(
-        self,
-        node: Node,
-        stage: CoarseStage,
-        publish: Callable[[CoarseFrame], None],
-        output: Callable[[CoarseFrame], None] = lambda packet: None,
-    ) -> None:
-        self._stage, self._publish, self._output = stage, publish, output
-        self._watch = TimeWatch(node)
-
-    def accept(self, packet: CameraFrame) -> None:
-        """Work on one frame. Raises FrameError for one that cannot be used."""
-        reason = self._watch.reset_reason(packet.frame.stamp_ns)
-        if reason:
-            self._stage.reset(reason)
-        coarse = CoarseFrame(packet, self._stage.process(packet.frame))
-        self._publish(coarse)
-        self._output(coarse)
-
-    def reset(self, reason: str) -> None:
-        """Forget what was carried over from earlier frames; in the thread that calls ``accept``."""
-        self._stage.reset(reason)
-
-
-class _FilterApplication:
-    """The filter component as a node of its own: frames come in over topics, coarse poses go out."""
-
-    def __init__(self, node: Node, parameters: ParameterServer, scene_map: SceneMap) -> None:
-        self._health = Health(node.get_logger())
-        warm_up(scene_map, parameters.localizer)
-        stage = CoarseStage(scene_map, parameters.localizer)
-        self._camera = stage.camera
-        map_frame = parameters.node.map_frame or scene_map.frame_id
-        publish = CoarsePublisher(node, map_frame, lambda: self._health.counters, with_status=True)
-        self._component = FilterComponent(node, stage, publish)
-        self._worker = LatestWorker("filter", self._process, self._on_error)
-        self._diagnostics = DiagnosticsPublisher(node, self._health, scene_map.name, Report)
-        subscribe(node, FRAME_TOPICS, StampJoiner(frame_is_complete, self._on_frame))
-
-    def stop(self) -> None:
-        self._worker.stop()
-
-    def _on_frame(self, messages: Messages) -> None:
-        self._health.count("received")
-        if self._worker.submit(messages):
-            self._health.count("dropped")
-
-    def _process(self, messages: Messages) -> None:
-        packet = read_frame(messages)
-        check_camera(packet, self._camera)
-        self._component.accept(packet)
-        self._health.answered(packet.latency_ms())
-
-    def _on_error(self, error: Exception) -> None:
-        self._health.fault(error)
-        if not isinstance(error, FrameError):
-            self._component.reset("an internal error")
-
-
-def check_camera(packet: CameraFrame, expected: Camera) -> None:
-    """Raises FrameError if a frame that came over topics is not of the map's camera."""
-    if packet.frame.camera != expected:
-        raise FrameError(
-            "A frame is not of this map's camera; camera_node, filter_node and refiner_node must be given the same map."
-        )
+from kfloc_ros.nodes.entry import run
 
 
 def main() -> int:
     """Run ``filter_node``."""
-    return run_node("filter_node", _FilterApplication)
+    return run("filter_node", "kfloc_ros.nodes.filter_component", "FilterApplication")
 
 
 if __name__ == "__main__":

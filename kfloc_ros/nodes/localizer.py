@@ -1,45 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The three components in one node: frames and features are handed over in memory."""
+"""The ``localizer`` executable."""
 
 from __future__ import annotations
 
-from rclpy.node import Node
-
-from kfloc_ros.localizer import Localizer
-from kfloc_ros.mapping.scene_map import SceneMap
-from kfloc_ros.nodes.camera_node import CameraComponent
-from kfloc_ros.nodes.filter_node import FilterComponent
-from kfloc_ros.nodes.health import Health
-from kfloc_ros.nodes.parameter_server import ParameterServer
-from kfloc_ros.nodes.refiner_node import RefinerComponent
-from kfloc_ros.nodes.runtime import run_node
-from kfloc_ros.nodes.topics import CoarsePublisher
-from kfloc_ros.nodes.warm_up import warm_up
-
-
-class LocalizerApplication:
-    """Camera, filter and refiner, one after the other in the camera's worker thread."""
-
-    def __init__(self, node: Node, parameters: ParameterServer, scene_map: SceneMap) -> None:
-        health = Health(node.get_logger())
-        warm_up(scene_map, parameters.localizer)
-        localizer = Localizer(scene_map, parameters.localizer)
-        map_frame = parameters.node.map_frame or scene_map.frame_id
-        publish_coarse = CoarsePublisher(node, map_frame, lambda: health.counters, with_status=False)
-        refiner = RefinerComponent(node, parameters, scene_map, localizer.refine, health)
-        filter_ = FilterComponent(node, localizer.coarse, publish_coarse, refiner.accept)
-        # The camera comes last: whoever sees its subscriptions knows that everything else is ready.
-        self._camera = CameraComponent(
-            node, parameters, localizer.camera, health, filter_.accept, on_failure=localizer.reset
-        )
-
-    def stop(self) -> None:
-        self._camera.stop()
+from kfloc_ros.nodes.entry import run
 
 
 def main() -> int:
     """Run ``localizer``."""
-    return run_node("localizer", LocalizerApplication)
+    return run("localizer", "kfloc_ros.nodes.localizer_component", "LocalizerApplication")
 
 
 if __name__ == "__main__":

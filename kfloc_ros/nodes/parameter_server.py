@@ -4,17 +4,20 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor, SetParametersResult
 from rclpy.node import Node
 from rclpy.parameter import Parameter as RosParameter
 
-from kfloc_ros.errors import ConfigError
-from kfloc_ros.nodes.parameters import Parameter, build_configs, parameter_table
+from kfloc_ros.errors import KflocError
+from kfloc_ros.localizer import LocalizerConfig
+from kfloc_ros.nodes.parameters import Change, NodeConfig, Parameter, build_configs, parameter_table
 
 _OF_RCLPY = ("use_sim_time", "start_type_description_service")
 _PREFIXES_OF_RCLPY = ("qos_overrides.",)
+ConfigT = TypeVar("ConfigT")
 
 
 class ParameterServer:
@@ -23,17 +26,24 @@ class ParameterServer:
     The node must have been made with ``automatically_declare_parameters_from_overrides``: only so are
     misspelt names seen, which rclpy otherwise passes over in silence.
 
+    Args:
+        check_reload: told of a change that needs a new application, before it is accepted; raises KflocError
+            to refuse it.
+
     Raises:
         ConfigError: a given parameter is unknown or its value does not fit.
     """
 
-    def __init__(self, node: Node) -> None:
+    def __init__(
+        self, node: Node, check_reload: Callable[[NodeConfig, LocalizerConfig], None] = lambda node, localizer: None
+    ) -> None:
         given = {
             name: parameter.value
             for name, parameter in node.get_parameters_by_prefix("").items()
             if name not in _OF_RCLPY and not name.startswith(_PREFIXES_OF_RCLPY)
         }
         self.node, self.localizer = build_configs(given)
+        self._check_reload = check_reload
         self._table = parameter_table()
         for name, row in self._table.items():
             value = row.option.check(given.get(name, row.option.default))
@@ -44,25 +54,36 @@ class ParameterServer:
 
     def _on_set(self, parameters: list[RosParameter]) -> SetParametersResult:
         changes: dict[str, Any] = {}
-        for parameter in parameters:
-            row = self._table.get(parameter.name)
-            if row is None:  # one of rclpy's own
-                continue
-            if not row.live:
-                reason = f"'{parameter.name}' is read when the node starts; set it there and restart the node."
-                return SetParametersResult(successful=False, reason=reason)
-            try:
+        try:
+            for parameter in parameters:
+                row = self._table.get(parameter.name)
+                if row is None:  # one of rclpy's own
+                    continue
                 changes[parameter.name] = row.option.check(parameter.value)
-            except ConfigError as error:
-                return SetParametersResult(successful=False, reason=str(error))
-        self.node = dataclasses.replace(self.node, **changes)
+            node = self._changed(self.node, changes)
+            localizer = self._changed(self.localizer, changes)
+            if any(
+                self._table[name].change is Change.RELOAD and self._differs(name, changes[name]) for name in changes
+            ):
+                self._check_reload(node, localizer)
+        except KflocError as error:
+            return SetParametersResult(successful=False, reason=str(error))
+        self.node, self.localizer = node, localizer
         return SetParametersResult(successful=True)
+
+    def _changed(self, config: ConfigT, changes: Mapping[str, Any]) -> ConfigT:
+        mine = {name: value for name, value in changes.items() if self._table[name].group is type(config)}
+        return dataclasses.replace(config, **mine)  # type: ignore[type-var]
+
+    def _differs(self, name: str, value: Any) -> bool:
+        config = self.node if self._table[name].group is NodeConfig else self.localizer
+        return bool(getattr(config, name) != value)
 
 
 def descriptor(row: Parameter) -> ParameterDescriptor:
     """The ROS description of one row of the table; the parameter's type follows from its default."""
     item = row.option
-    message = ParameterDescriptor(name=item.name, description=item.text, read_only=not row.live)
+    message = ParameterDescriptor(name=item.name, description=item.text, read_only=row.change is Change.START)
     if item.choices:
         message.additional_constraints = f"One of: {', '.join(item.choices)}."
     if item.low is not None and item.high is not None:

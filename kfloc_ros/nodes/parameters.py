@@ -11,6 +11,7 @@ import difflib
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 from kfloc_ros.config import Option, build_config, option, options_of
@@ -23,6 +24,7 @@ class NodeConfig:
     """Options of the ROS side."""
 
     map: str = option("", "Map folder, or the name of a shipped map. Must be given.")
+    autostart: bool = option(True, "Configure and activate by itself; false leaves that to a lifecycle manager.")
     map_frame: str = option("", "TF frame of the map; empty: the name written in the map.")
     base_frame: str = option(
         "",
@@ -34,8 +36,17 @@ class NodeConfig:
         choices=("raw", "compressed"),
     )  # fmt: skip
     image_reliability: str = option(
-        "best_effort", "Reliability asked of the image and camera_info publishers.", choices=("best_effort", "reliable")
+        "best_effort", "Reliability asked of the publisher of images; best_effort hears every publisher.",
+        choices=("best_effort", "reliable"),
+    )  # fmt: skip
+    camera_info_reliability: str = option(
+        "best_effort", "Reliability asked of the publisher of camera_info.", choices=("best_effort", "reliable")
     )
+    camera_info_durability: str = option(
+        "volatile",
+        "Durability asked of the publisher of camera_info; transient_local for one that publishes only once.",
+        choices=("volatile", "transient_local"),
+    )  # fmt: skip
     rectified: bool = option(
         False, "The images are rectified already: take P of camera_info and no distortion, instead of K and D."
     )
@@ -78,14 +89,26 @@ class NodeConfig:
     diagonal_covariance: bool = option(
         False, "Publish only the variances: Nav2 refuses covariances with negative cross terms.", live=True
     )
+    pose_file: str = option("", "File that the last pose is saved in and searched from at the next start; empty: none.")
+    pose_file_period_s: float = option(
+        2.0, "How often the last pose is saved, in seconds.", low=0.1, high=3600.0, live=True
+    )
     path_length: int = option(1000, "How many of the last poses path holds; 0: no path.", low=0, high=100000, live=True)
 
 
 CONFIG_TYPES: tuple[type, ...] = (NodeConfig, LocalizerConfig)
 """Every node declares the options of all of these, so that one file serves them all."""
 
-LIVE_TYPES: tuple[type, ...] = (NodeConfig,)
-"""Of these the options marked live can be changed while running; the others are read when a node starts."""
+START_ONLY = ("autostart",)
+
+
+class Change(Enum):
+    """What setting a parameter does to a running node."""
+
+    LIVE = "at once"
+    RELOAD = "reload"
+    """The application is made anew, within a few seconds, without leaving the lifecycle state."""
+    START = "no"
 
 
 @dataclass(frozen=True)
@@ -94,16 +117,17 @@ class Parameter:
 
     option: Option
     group: type
-    live: bool
+
+    @property
+    def change(self) -> Change:
+        if self.option.name in START_ONLY:
+            return Change.START
+        return Change.LIVE if self.option.live else Change.RELOAD
 
 
 def parameter_table() -> dict[str, Parameter]:
     """Every parameter by name."""
-    return {
-        item.name: Parameter(item, group, item.live and group in LIVE_TYPES)
-        for group in CONFIG_TYPES
-        for item in options_of(group)
-    }
+    return {item.name: Parameter(item, group) for group in CONFIG_TYPES for item in options_of(group)}
 
 
 def build_configs(values: Mapping[str, Any]) -> tuple[NodeConfig, LocalizerConfig]:
@@ -134,7 +158,7 @@ def render_yaml() -> str:
         "  ros__parameters:",
     ]
     for row in parameter_table().values():
-        note = "; ".join(part for part in (_range(row.option), "live" if row.live else "") if part)
+        note = "; ".join(part for part in (_range(row.option), f"change: {row.change.value}") if part)
         lines.append(f"    # {row.option.text}" + (f" ({note})" if note else ""))
         lines.append(f"    {row.option.name}: {_literal(row.option.default)}")
     return "\n".join(lines) + "\n"
@@ -142,12 +166,12 @@ def render_yaml() -> str:
 
 def render_markdown() -> str:
     """The parameter table of ``docs/ros_interface.md``."""
-    lines = ["| parameter | type | default | range | live | meaning |", "|---|---|---|---|---|---|"]
+    lines = ["| parameter | type | default | range | change | meaning |", "|---|---|---|---|---|---|"]
     for row in parameter_table().values():
         item = row.option
         cells = (
             f"`{item.name}`", item.kind.__name__, f"`{_literal(item.default)}`", _range(item),
-            "yes" if row.live else "", item.text.replace("|", "\\|"),
+            row.change.value, item.text.replace("|", "\\|"),
         )  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

@@ -13,6 +13,7 @@ from nav_msgs.msg import Path
 from rclpy.node import Node
 
 from kfloc_ros.nodes import qos
+from kfloc_ros.nodes.gate import Gate
 from kfloc_ros.nodes.health import Health
 from kfloc_ros.nodes.held_pose import HeldPose
 from kfloc_ros.nodes.parameter_server import ParameterServer
@@ -37,11 +38,17 @@ class PosePublisher:
     """Turns camera poses into messages about the base frame; never publishes one that is not sound."""
 
     def __init__(
-        self, node: Node, parameters: ParameterServer, map_frame: str, listener: TransformListener, health: Health
+        self,
+        node: Node,
+        parameters: ParameterServer,
+        map_frame: str,
+        listener: TransformListener,
+        health: Health,
+        gate: Gate,
     ) -> None:
         self._parameters, self._map_frame, self._health = parameters, map_frame, health
         self._listener = listener
-        self._transforms = TfPublisher(node, parameters, map_frame, listener, health)
+        self._transforms = TfPublisher(node, parameters, map_frame, listener, health, gate)
         self._poses = node.create_publisher(PoseWithCovarianceStamped, "pose", qos.results())
         self._paths = node.create_publisher(Path, "path", qos.results(1))
         self._path: deque[PoseStamped] = deque()
@@ -74,8 +81,12 @@ class PosePublisher:
         return Outcome(transform=self._transforms.publish(estimate.stamp_ns, body.T_map_body, base_frame))
 
     def clear(self) -> None:
-        """Begin a new path, and forget what is held."""
+        """Begin a new path, and forget what is held; for the worker."""
         self._path.clear()
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget what is held; for any thread."""
         self.last = None
         self._transforms.forget()
 

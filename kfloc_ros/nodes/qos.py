@@ -3,13 +3,40 @@
 
 from __future__ import annotations
 
-from rclpy.qos import DurabilityPolicy, HistoryPolicy, QoSProfile, ReliabilityPolicy
+from collections.abc import Callable
+from typing import Any
+
+from rclpy.event_handler import SubscriptionEventCallbacks
+from rclpy.qos import (
+    DurabilityPolicy,
+    HistoryPolicy,
+    QoSProfile,
+    ReliabilityPolicy,
+    qos_policy_name_from_kind,
+)
 
 
-def newest(reliability: str) -> QoSProfile:
-    """Sensor input: only the newest message is of use. ``reliability``: best_effort or reliable."""
+def newest(reliability: str, durability: str = "volatile") -> QoSProfile:
+    """Sensor input: only the newest message is of use.
+
+    ``reliability``: best_effort or reliable; ``durability``: volatile or transient_local.
+    """
     policy = ReliabilityPolicy.RELIABLE if reliability == "reliable" else ReliabilityPolicy.BEST_EFFORT
-    return QoSProfile(history=HistoryPolicy.KEEP_LAST, depth=1, reliability=policy)
+    kept = DurabilityPolicy.TRANSIENT_LOCAL if durability == "transient_local" else DurabilityPolicy.VOLATILE
+    return QoSProfile(history=HistoryPolicy.KEEP_LAST, depth=1, reliability=policy, durability=kept)
+
+
+def on_mismatch(topic: str, parameters: str, warn: Callable[[str], None]) -> SubscriptionEventCallbacks:
+    """Says in a sentence that a publisher of ``topic`` cannot be heard, and which parameters would change that."""
+
+    def say(event: Any) -> None:
+        policy = qos_policy_name_from_kind(event.last_policy_kind)
+        warn(
+            f"Nothing is heard from a publisher on '{topic}': it offers a lesser {policy} than is asked for here. "
+            f"Set {parameters} to what it offers (`ros2 topic info -v {topic}` shows it), or change the publisher."
+        )
+
+    return SubscriptionEventCallbacks(incompatible_qos=say)
 
 
 def results(depth: int = 10) -> QoSProfile:

@@ -6,39 +6,27 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
 import rclpy
 from rclpy.exceptions import ROSInterruptException
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
+from rclpy.lifecycle import TransitionCallbackReturn
 from rclpy.logging import get_logger
-from rclpy.node import Node
 from rclpy.signals import SignalHandlerOptions
 
 from kfloc_ros.errors import KflocError
-from kfloc_ros.mapping.scene_map import SceneMap, resolve_map
-from kfloc_ros.nodes.parameter_server import ParameterServer
+from kfloc_ros.nodes.managed_node import Build, ManagedNode
 
 _WAIT_S = 0.1
 """How long the executor waits at a time; a signal is answered within it."""
 
 
-class Application(Protocol):
-    """What a node hosts."""
-
-    def stop(self) -> None:
-        """End the worker thread; the node is still there."""
-        ...
-
-
-Build = Callable[[Node, ParameterServer, SceneMap], Application]
-
-
 def run_node(name: str, build: Build) -> int:
-    """Make a node, let ``build`` attach to it, and spin until SIGINT or SIGTERM.
+    """Make a lifecycle node around what ``build`` makes, start it if it is to, and spin until SIGINT or SIGTERM.
 
     Returns the exit code: 0 after a signal, 1 if the node cannot start, said in one FATAL sentence.
     """
@@ -55,31 +43,30 @@ def run_node(name: str, build: Build) -> int:
 
 
 def _run(name: str, build: Build, asked_to_stop: threading.Event) -> int:
-    node = Node(name, automatically_declare_parameters_from_overrides=True)
-    application: Application | None = None
     try:
-        parameters = ParameterServer(node)
-        scene_map = SceneMap.load(resolve_map(parameters.node.map))
-        application = build(node, parameters, scene_map)
-        node.get_logger().info(f"Ready: map '{scene_map.name}', waiting for images.")
+        node = ManagedNode(name, build)
+    except KflocError as error:
+        get_logger(name).fatal(" ".join(str(error).split()))
+        return 1
+    try:
+        if node.parameters.node.autostart and not asked_to_stop.is_set():
+            if node.trigger_configure() != TransitionCallbackReturn.SUCCESS:
+                node.get_logger().fatal(node.fault)
+                return 1
+            node.trigger_activate()
         _spin(node, asked_to_stop)
         return 0
-    except KflocError as error:
-        node.get_logger().fatal(" ".join(str(error).split()))
-        return 1
     finally:
-        # In this order: nothing may publish on a node that is gone.
-        if application is not None:
-            application.stop()
-        node.destroy_node()
+        node.close()
 
 
-def _spin(node: Node, asked_to_stop: threading.Event) -> None:
+def _spin(node: ManagedNode, asked_to_stop: threading.Event) -> None:
     executor = SingleThreadedExecutor()
     executor.add_node(node)
     try:
         while not asked_to_stop.is_set() and rclpy.ok():
             executor.spin_once(timeout_sec=_WAIT_S)
+            node.settle()
     except (ExternalShutdownException, ROSInterruptException):
         pass
     finally:

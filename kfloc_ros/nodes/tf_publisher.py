@@ -10,6 +10,7 @@ from rclpy.clock import Clock, ClockType
 from rclpy.node import Node
 
 from kfloc_ros.geometry.lie import inverse_pose
+from kfloc_ros.nodes.gate import Gate
 from kfloc_ros.nodes.health import Health
 from kfloc_ros.nodes.parameter_server import ParameterServer
 from kfloc_ros.nodes.transform_buffer import TransformUnknownError
@@ -31,10 +32,16 @@ class TfPublisher:
     """Sends map -> odom or map -> base, whatever ``tf_mode`` says; ``publish`` and ``hold`` are for the worker."""
 
     def __init__(
-        self, node: Node, parameters: ParameterServer, map_frame: str, listener: TransformListener, health: Health
+        self,
+        node: Node,
+        parameters: ParameterServer,
+        map_frame: str,
+        listener: TransformListener,
+        health: Health,
+        gate: Gate,
     ) -> None:
         self._clock, self._parameters, self._map_frame = node.get_clock(), parameters, map_frame
-        self._listener, self._health = listener, health
+        self._listener, self._health, self._gate = listener, health, gate
         self._broadcast = make_broadcaster(node)
         self._lock = threading.Lock()
         self._anchor: _Anchor | None = None
@@ -105,7 +112,7 @@ class TfPublisher:
         config = self._parameters.node
         with self._lock:
             anchor = self._anchor
-            if anchor is None or self._stopped or config.tf_mode != "map_to_odom":
+            if anchor is None or self._stopped or not self._gate.active or config.tf_mode != "map_to_odom":
                 return
             elapsed_ns = self._clock.now().nanoseconds - anchor.node_ns
             if elapsed_ns < 0:

@@ -21,7 +21,6 @@ from kfloc_ros.nodes.transform_buffer import (
     TransformBuffer,
     TransformStore,
     TransformTimeError,
-    TransformUnknownError,
     unconnected,
 )
 from kfloc_ros.types import Matrix

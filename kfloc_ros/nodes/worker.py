@@ -25,6 +25,7 @@ class LatestWorker(Generic[ItemT]):
     def __init__(self, name: str, handle: Callable[[ItemT], None], on_error: Callable[[Exception], None]) -> None:
         self._handle, self._on_error = handle, on_error
         self._item: ItemT | None = None
+        self._working = False
         self._stopping = False
         self._condition = threading.Condition()
         # Not a daemon: one that still publishes while the interpreter ends aborts the process.
@@ -36,7 +37,7 @@ class LatestWorker(Generic[ItemT]):
         with self._condition:
             overwritten = self._item is not None
             self._item = item
-            self._condition.notify()
+            self._condition.notify_all()
         return overwritten
 
     def discard(self) -> bool:
@@ -46,11 +47,17 @@ class LatestWorker(Generic[ItemT]):
             self._item = None
         return waiting
 
+    def pause(self) -> None:
+        """Forget the item that waits, and wait until the one in work is done; not for the worker's own thread."""
+        with self._condition:
+            self._item = None
+            self._condition.wait_for(lambda: not self._working)
+
     def stop(self) -> None:
         """Finish the item in work, forget the one that waits, and end the thread."""
         with self._condition:
             self._stopping = True
-            self._condition.notify()
+            self._condition.notify_all()
         self._thread.join()
 
     def _run(self) -> None:
@@ -60,8 +67,12 @@ class LatestWorker(Generic[ItemT]):
                 if self._stopping:
                     return
                 item, self._item = self._item, None
+                self._working = True
             assert item is not None
             try:
                 self._handle(item)
             except Exception as error:
                 self._on_error(error)
+            with self._condition:
+                self._working = False
+                self._condition.notify_all()

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from kfloc_ros.errors import FrameError
+from kfloc_ros.errors import FrameError, MapError
 
 pytest.importorskip("rclpy", reason="rclpy is not installed: `make setup` brings it, or source a ROS 2 installation")
 
@@ -18,8 +18,9 @@ import rclpy
 from rclpy.node import Node
 from sensor_msgs.msg import CameraInfo, Image
 
+from kfloc_ros.nodes.camera_component import CameraComponent
 from kfloc_ros.nodes.camera_messages import fill_info
-from kfloc_ros.nodes.camera_node import CameraComponent
+from kfloc_ros.nodes.gate import Gate
 from kfloc_ros.nodes.health import Health
 from kfloc_ros.nodes.image_messages import fill_image
 from kfloc_ros.nodes.parameter_server import ParameterServer
@@ -56,7 +57,8 @@ def test_an_internal_error_is_counted_reported_and_survived(node: Node, room: An
         if len(seen) == 2:
             raise FrameError("This frame is of no use.")
 
-    component = CameraComponent(node, ParameterServer(node), room.camera, health, output, resets.append)
+    gate = Gate(active=True)
+    component = CameraComponent(node, ParameterServer(node), room.camera, health, gate, output, resets.append)
     try:
         component._on_info(fill_info(CameraInfo(), room.camera))
         for number in range(1, 4):
@@ -80,6 +82,27 @@ def test_live_parameters_reach_the_configuration(node: Node) -> None:
     assert server.node.max_age_s == 3.0
     refused = node.set_parameters([Parameter("max_age_s", value=-3.0)])[0]
     assert not refused.successful and "3600" in refused.reason
-    refused = node.set_parameters([Parameter("base_frame", value="other")])[0]
-    assert not refused.successful and refused.reason
-    assert server.node.max_age_s == 3.0 and server.node.base_frame == ""
+    assert server.node.max_age_s == 3.0
+
+
+def test_a_change_that_needs_a_reload_is_checked_before_it_is_accepted(node: Node) -> None:
+    from rclpy.parameter import Parameter
+
+    asked: list[str] = []
+
+    def check(config: Any, localizer: Any) -> None:
+        asked.append(config.map)
+        if config.map == "nowhere":
+            raise MapError("There is no map 'nowhere'.")
+
+    server = ParameterServer(node, check)
+    refused = node.set_parameters([Parameter("map", value="nowhere")])[0]
+    assert not refused.successful and "no map 'nowhere'" in refused.reason and server.node.map == ""
+    assert node.set_parameters([Parameter("map", value="kitchen"), Parameter("pnp_min_inliers", value=30)])[
+        0
+    ].successful
+    assert (server.node.map, server.localizer.pnp_min_inliers) == ("kitchen", 30)
+    assert node.set_parameters([Parameter("map", value="kitchen")])[0].successful
+    assert asked == ["nowhere", "kitchen", "kitchen"], "what does not change anything reloads nothing"
+    refused = node.set_parameters([Parameter("autostart", value=False)])[0]
+    assert not refused.successful and "read-only" in refused.reason

@@ -118,10 +118,12 @@ def test_parameters_are_described_checked_and_live(world: Any) -> None:
     described = world.harness.call(DescribeParameters, "/localizer/describe_parameters", request)
     max_age, map_name = described.descriptors
     assert max_age.floating_point_range[0].to_value == 3600.0 and not max_age.read_only and max_age.description
-    assert map_name.read_only
+    assert not map_name.read_only and map_name.description
     assert set_parameter("max_age_s", 2.0).successful
     assert not set_parameter("max_age_s", -1.0).successful
     assert not set_parameter("max_age_s", "soon").successful
+    refused = set_parameter("autostart", False)
+    assert not refused.successful and refused.reason
     refused = set_parameter("map", "elsewhere")
     assert not refused.successful and refused.reason
     assert set_parameter("max_age_s", 1.0).successful

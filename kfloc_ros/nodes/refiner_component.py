@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The refiner component, coarse poses to the poses that are published, and the node of its own around it."""
+
+from __future__ import annotations
+
+import time
+
+from rclpy.node import Node
+
+from kfloc_ros.errors import FrameError
+from kfloc_ros.localizer import RefineStage
+from kfloc_ros.mapping.scene_map import SceneMap
+from kfloc_ros.nodes.diagnostics import DiagnosticsPublisher
+from kfloc_ros.nodes.filter_component import check_camera
+from kfloc_ros.nodes.gate import Gate
+from kfloc_ros.nodes.health import Health
+from kfloc_ros.nodes.initial_pose_input import InitialPoseInput
+from kfloc_ros.nodes.packets import CoarseFrame
+from kfloc_ros.nodes.parameter_server import ParameterServer
+from kfloc_ros.nodes.pose_keeper import PoseKeeper
+from kfloc_ros.nodes.pose_publisher import PosePublisher
+from kfloc_ros.nodes.services import RESET
+from kfloc_ros.nodes.status_publisher import StatusPublisher
+from kfloc_ros.nodes.time_watch import WENT_BACKWARDS, TimeWatch
+from kfloc_ros.nodes.topics import (
+    COARSE_TOPICS,
+    FRAME_TOPICS,
+    Messages,
+    StampJoiner,
+    coarse_is_complete,
+    read_coarse,
+    subscribe,
+)
+from kfloc_ros.nodes.transforms import TransformListener
+from kfloc_ros.nodes.warm_up import warm_up
+from kfloc_ros.nodes.worker import LatestWorker
+
+
+class RefinerComponent:
+    """Takes coarse frames and ``initialpose``; publishes ``pose``, ``/tf``, ``path``, ``status``, ``/diagnostics``."""
+
+    def __init__(
+        self,
+        node: Node,
+        parameters: ParameterServer,
+        scene_map: SceneMap,
+        stage: RefineStage,
+        health: Health,
+        gate: Gate,
+    ) -> None:
+        self._stage, self._health = stage, health
+        map_frame = parameters.node.map_frame or scene_map.frame_id
+        listener = TransformListener(node, health.warn)
+        self._publisher = PosePublisher(node, parameters, map_frame, listener, health, gate)
+        self._keeper = PoseKeeper(node, parameters, scene_map, health)
+        self._initial = InitialPoseInput(
+            node, parameters, map_frame, scene_map.references.T_map_camera, listener, health
+        )
+        self._status = StatusPublisher(node, scene_map.name, health)
+        self._watch = TimeWatch(node)
+        self._diagnostics = DiagnosticsPublisher(node, health, gate, scene_map.name, lambda: self._status.report)
+
+    def accept(self, packet: CoarseFrame) -> None:
+        """Work on one frame, in the caller's thread. Raises FrameError for one that cannot be used."""
+        stamp_ns = packet.result.stamp_ns
+        reason = self._watch.reset_reason(stamp_ns)
+        if reason:
+            self.reset(reason)
+        starts = self._initial.take(packet.camera.frame_id, stamp_ns, self._publisher.last)
+        starts, self._keeper.starts = starts or self._keeper.starts, []
+        if starts:
+            self._stage.suggest(starts)
+        estimate = self._stage.process(packet.camera.frame, packet.result)
+        self._initial.judge(estimate.T_map_camera is not None)
+        start = time.perf_counter()
+        outcome = self._publisher.publish(estimate, packet.camera.frame_id)
+        publish_ms = 1e3 * (time.perf_counter() - start)
+        self._keeper.offer(estimate)
+        latency_ms = packet.camera.latency_ms()
+        self._health.answered(latency_ms)
+        self._status.publish(packet, estimate, outcome, publish_ms, latency_ms)
+
+    def start_anew(self, reason: str) -> None:
+        """Have the next frame stand on its own; for any thread."""
+        self._watch.start_anew(reason)
+        if reason == RESET:  # at once: no frame need ever come
+            self._publisher.forget()
+            self._keeper.forget()
+
+    def reset(self, reason: str) -> None:
+        """Forget what was carried over from earlier frames; in the thread that calls ``accept``."""
+        self._stage.reset(reason)
+        if reason in (RESET, WENT_BACKWARDS):
+            self._publisher.clear()
+
+    def stop(self) -> None:
+        """Save what is to be saved; after the last frame."""
+        self._keeper.stop()
+
+
+class RefinerApplication:
+    """The refiner component as a node of its own: frames and coarse poses come in over topics."""
+
+    def __init__(self, node: Node, parameters: ParameterServer, scene_map: SceneMap, gate: Gate) -> None:
+        self._health, self._gate = Health(node.get_logger()), gate
+        self._camera = scene_map.camera
+        warm_up(scene_map, parameters.localizer)
+        stage = RefineStage(scene_map, parameters.localizer)
+        self._component = RefinerComponent(node, parameters, scene_map, stage, self._health, gate)
+        self._worker = LatestWorker("refiner", self._process, self._on_error)
+        subscribe(node, {**FRAME_TOPICS, **COARSE_TOPICS}, StampJoiner(coarse_is_complete, self._on_coarse))
+
+    def pause(self) -> None:
+        self._worker.pause()
+
+    def stop(self) -> None:
+        self._worker.stop()
+        self._component.stop()
+
+    def start_anew(self, reason: str) -> None:
+        self._component.start_anew(reason)
+
+    def _on_coarse(self, messages: Messages) -> None:
+        if not self._gate.is_open:
+            return
+        self._health.count("received")
+        if self._worker.submit(messages):
+            self._health.count("dropped")
+
+    def _process(self, messages: Messages) -> None:
+        packet = read_coarse(messages)
+        check_camera(packet.camera, self._camera)
+        self._component.accept(packet)
+
+    def _on_error(self, error: Exception) -> None:
+        self._health.fault(error)
+        if not isinstance(error, FrameError):
+            self._component.reset("an internal error")
