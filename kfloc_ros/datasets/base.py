@@ -7,6 +7,9 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from kfloc_ros.errors import SourceError
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.types import Frame
@@ -38,6 +41,11 @@ class FrameSource(ABC):
         del position
         return None
 
+    def visible_points(self, position: int) -> NDArray[np.float64] | None:
+        """(N, 3) points of a reconstruction in the map frame that the image sees; None where the source has none."""
+        del position
+        return None
+
     def __iter__(self) -> Iterator[Frame]:
         for position in range(len(self)):
             yield self[position]
@@ -63,6 +71,9 @@ class Selection(FrameSource):
 
     def encoded_image(self, position: int) -> bytes | None:
         return self._source.encoded_image(self._positions[position])
+
+    def visible_points(self, position: int) -> NDArray[np.float64] | None:
+        return self._source.visible_points(self._positions[position])
 
     def indices(self) -> Sequence[int]:
         whole = self._source.indices()

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kinds of SOURCE: what each holds, how it is recognised, how it is opened (its module is loaded only then)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from kfloc_ros.datasets.base import FrameSource
+from kfloc_ros.datasets.official import split_part
+from kfloc_ros.errors import SourceError
+
+
+@dataclass(frozen=True)
+class SourceKind:
+    """One kind of SOURCE."""
+
+    text: str
+    """What it holds, for help."""
+    open: Callable[[str, str, bool], FrameSource]
+    """From path, which poses, and whether depth is to be read."""
+    recognise: Callable[[Path], bool]
+    """Whether a path looks like one, by names of files alone."""
+
+
+def _seven_scenes(path: str, poses: str, depth: bool) -> FrameSource:
+    from kfloc_ros.datasets.official import seven_scenes
+    from kfloc_ros.datasets.seven_scenes import SevenScenes
+
+    root, part = split_part(path)
+    if part:
+        return seven_scenes(root, part, poses=poses, depth=depth)
+    return SevenScenes(root, poses=poses, depth=depth)
+
+
+def _twelve_scenes(path: str, poses: str, depth: bool) -> FrameSource:
+    from kfloc_ros.datasets.twelve_scenes import TwelveScenes
+
+    return TwelveScenes(*split_part(path), depth=depth)
+
+
+def _cambridge(path: str, poses: str, depth: bool) -> FrameSource:
+    from kfloc_ros.datasets.cambridge import Cambridge
+
+    return Cambridge(*split_part(path))
+
+
+def _kfnet(path: str, poses: str, depth: bool) -> FrameSource:
+    from kfloc_ros.datasets.kfnet import KfnetFolder
+
+    return KfnetFolder(Path(path), depth=depth)
+
+
+def _colmap(path: str, poses: str, depth: bool) -> FrameSource:
+    from kfloc_ros.datasets.colmap import ColmapModel
+
+    return ColmapModel(Path(path))
+
+
+def _tum(path: str, poses: str, depth: bool) -> FrameSource:
+    from kfloc_ros.datasets.tum import TumSequence
+
+    return TumSequence(Path(path), depth=depth)
+
+
+def _transforms(path: str, poses: str, depth: bool) -> FrameSource:
+    from kfloc_ros.datasets.transforms import TransformsFile
+
+    return TransformsFile(Path(path), depth=depth)
+
+
+def _scannet(path: str, poses: str, depth: bool) -> FrameSource:
+    from kfloc_ros.datasets.scannet import ScanNetFolder
+
+    return ScanNetFolder(Path(path), depth=depth)
+
+
+def _bag(path: str, poses: str, depth: bool) -> FrameSource:
+    from kfloc_ros.datasets.bag import BagSource
+
+    return BagSource(Path(path), depth=depth)
+
+
+def _sim(path: str, poses: str, depth: bool) -> FrameSource:
+    from kfloc_ros.simulation.source import SimulatedSource
+
+    return SimulatedSource.from_name(path)
+
+
+def _has(*names: str) -> Callable[[Path], bool]:
+    """Whether a folder has all of these, each a pattern of names."""
+    return lambda root: root.is_dir() and all(any(root.glob(name)) for name in names)
+
+
+def _is_colmap(root: Path) -> bool:
+    from kfloc_ros.datasets.colmap import find_model
+
+    try:
+        find_model(root)
+    except SourceError as error:
+        return "several" in str(error)
+    return True
+
+
+def _is_seven_scenes(root: Path) -> bool:
+    return _has("frame-*.color.*")(root) or _has("seq-*/frame-*.color.*")(root)
+
+
+def _is_transforms(path: Path) -> bool:
+    return path.suffix == ".json" if path.is_file() else (path / "transforms.json").is_file()
+
+
+KINDS = {
+    "7scenes": SourceKind(
+        "a folder with frame-000000.color.png|jpg, .depth.png, .pose.txt (or one seq-* folder in it); "
+        "DIR@train and DIR@test are a scene's official split",
+        _seven_scenes,
+        _is_seven_scenes,
+    ),
+    "kfnet": SourceKind(
+        "a folder with image_list.txt and, for maps, label_list.txt, as the original KFNet takes it",
+        _kfnet,
+        _has("image_list.txt"),
+    ),
+    "12scenes": SourceKind(
+        "a scene's folder with info.txt, split.txt and data/; @train or @test for a part of its split",
+        _twelve_scenes,
+        _has("info.txt", "split.txt", "data"),
+    ),
+    "cambridge": SourceKind(
+        "a scene's folder with dataset_train.txt and dataset_test.txt; @train or @test for one of them",
+        _cambridge,
+        _has("dataset_train.txt", "dataset_test.txt"),
+    ),
+    "colmap": SourceKind("a folder with a COLMAP model and its images", _colmap, _is_colmap),
+    "tum": SourceKind(
+        "a TUM RGB-D sequence: rgb.txt, depth.txt, groundtruth.txt", _tum, _has("rgb.txt", "groundtruth.txt")
+    ),
+    "transforms": SourceKind(
+        "a transforms.json of nerfstudio or instant-ngp, or its folder", _transforms, _is_transforms
+    ),
+    "scannet": SourceKind("a folder with color/, depth/, pose/ and intrinsic/", _scannet, _has("color", "pose")),
+    "bag": SourceKind("a rosbag2 folder as `kfloc bag make` writes it", _bag, _has("metadata.yaml")),
+    "sim": SourceKind(
+        "the rendered room of the demo: sim:map, sim:localize, or the shorter sim:map-quick, sim:localize-quick",
+        _sim,
+        lambda path: False,
+    ),
+}
+"""Prefix of a SOURCE and its kind."""
+
+
+def detect_kind(path: str) -> str:
+    """The kind of what lies at a path.
+
+    Raises:
+        SourceError: nothing is there, it is of no known kind, or of several.
+    """
+    folder = Path(path) if Path(path).exists() else split_part(path)[0]
+    if not folder.exists():
+        raise SourceError(
+            f"There is nothing at '{folder}'. A SOURCE is written KIND:PATH or PATH; known kinds: {', '.join(KINDS)}."
+        )
+    found = [name for name, kind in KINDS.items() if kind.recognise(folder)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        choices = ", ".join(f"{name}:{path}" for name in found)
+        raise SourceError(f"'{path}' can be read in several ways; say which: {choices}.")
+    known = "; ".join(f"{name}:PATH ({kind.text})" for name, kind in KINDS.items())
+    raise SourceError(f"What '{path}' holds is not recognised. Known: {known}.")

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``transforms.json`` of nerfstudio and instant-ngp as a source: one file with cameras, poses and image names.
+
+Its poses are of cameras with OpenGL's axes (x right, y up, z backward); its pixel centres are at .5, like COLMAP's.
+The map frame is the file's own world, after whatever rotation and scale the program applied that wrote it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kfloc_ros.datasets.posed_images import DepthFiles, PosedImage, PosedImages, image_size, inside, natural_key
+from kfloc_ros.datasets.sequences import stamps_with_gaps
+from kfloc_ros.errors import SourceError
+from kfloc_ros.geometry.camera import Camera
+from kfloc_ros.geometry.lie import make_pose
+from kfloc_ros.types import Matrix
+
+FILE_NAME = "transforms.json"
+OPENCV_FROM_OPENGL = np.diag([1.0, -1.0, -1.0, 1.0])
+IMAGE_ENDINGS = ("", ".png", ".jpg", ".jpeg", ".JPG", ".PNG")
+DEFAULT_DEPTH_UNIT_M = 1e-3
+
+
+class TransformsFile(PosedImages):
+    """The frames of a ``transforms.json``, in the order of their file names.
+
+    Args:
+        path: the file, or the folder with it.
+        depth: read the depth images that frames name in ``depth_file_path``.
+
+    Raises:
+        SourceError: the file is missing or damaged, or an image that it names is.
+    """
+
+    def __init__(self, path: Path, *, depth: bool = True) -> None:
+        path = path / FILE_NAME if path.is_dir() else path
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise SourceError(f"'{path}' cannot be read: {error.strerror}.") from error
+        except ValueError as error:
+            raise SourceError(f"'{path}' is not JSON: {error}") from error
+        if not isinstance(content, dict) or not isinstance(content.get("frames"), list):
+            raise SourceError(f"'{path}' has no list 'frames': it is not a transforms.json.")
+        try:
+            frames = sorted(content["frames"], key=lambda frame: natural_key(str(frame["file_path"])))
+            stamps = stamps_with_gaps([Path(frame["file_path"]).parent for frame in frames])
+            unit_m = float(content.get("depth_unit_scale_factor", DEFAULT_DEPTH_UNIT_M))
+            images = [_image(path.parent, content, frame, stamp) for frame, stamp in zip(frames, stamps, strict=True)]
+        except (KeyError, TypeError, ValueError) as error:
+            raise SourceError(
+                f"'{path}' has a frame that cannot be used: {type(error).__name__} ({error}); every frame needs "
+                "'file_path' and a 4x4 'transform_matrix'."
+            ) from error
+        super().__init__(path.resolve().parent.name, images, depth=DepthFiles(unit_m) if depth else None)
+
+
+def _image(folder: Path, content: dict[str, Any], frame: dict[str, Any], stamp_ns: int) -> PosedImage:
+    name = str(frame["file_path"])
+    found = [p for p in (inside(folder, name + ending) for ending in IMAGE_ENDINGS) if p.is_file()]
+    if not found:
+        raise SourceError(f"The image '{folder / name}' is missing.")
+    depth = frame.get("depth_file_path")
+    return PosedImage(
+        path=found[0],
+        name=Path(name).as_posix().removeprefix("./"),
+        stamp_ns=stamp_ns,
+        camera=_camera({**content, **frame}, found[0]),
+        T_map_camera=_pose(frame["transform_matrix"], name),
+        depth_path=inside(folder, str(depth)) if depth else None,
+    )
+
+
+def _camera(values: dict[str, Any], path: Path) -> Camera:
+    """Intrinsics of a frame; what the frame does not say itself is the file's."""
+    if "w" in values and "h" in values:
+        width, height = int(values["w"]), int(values["h"])
+    else:
+        width, height = image_size(path)
+    if "fl_x" in values:
+        fx = float(values["fl_x"])
+        fy = float(values.get("fl_y", fx))
+    elif "camera_angle_x" in values:
+        fx = 0.5 * width / math.tan(0.5 * float(values["camera_angle_x"]))
+        fy = 0.5 * height / math.tan(0.5 * float(values["camera_angle_y"])) if "camera_angle_y" in values else fx
+    else:
+        raise SourceError("A transforms.json needs 'fl_x' or 'camera_angle_x'; without a focal length nothing fits.")
+    cx, cy = float(values.get("cx", width / 2)) - 0.5, float(values.get("cy", height / 2)) - 0.5
+    fisheye = bool(values.get("is_fisheye")) or values.get("camera_model") == "OPENCV_FISHEYE"
+    names = ("k1", "k2", "k3", "k4") if fisheye else ("k1", "k2", "p1", "p2", "k3")
+    distortion = tuple(float(values.get(name, 0.0)) for name in names)
+    if not any(distortion) and not fisheye:
+        return Camera(width, height, fx, fy, cx, cy)
+    return Camera(width, height, fx, fy, cx, cy, "equidistant" if fisheye else "plumb_bob", distortion)
+
+
+def _pose(rows: Any, name: str) -> Matrix:
+    T = np.asarray(rows, dtype=np.float64)
+    if T.shape not in ((4, 4), (3, 4)) or not np.isfinite(T).all():
+        raise SourceError(f"The transform_matrix of '{name}' is not a finite 4x4 matrix.")
+    U, singular, Vt = np.linalg.svd(T[:3, :3])
+    if np.abs(singular - 1).max() > 0.02 or np.linalg.det(T[:3, :3]) < 0:
+        raise SourceError(f"The transform_matrix of '{name}' holds no rotation.")
+    return np.asarray(make_pose(U @ Vt, T[:3, 3]) @ OPENCV_FROM_OPENGL, dtype=np.float64)
