@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the search begins, over real DDS: an initial pose, a saved pose, and inputs that cannot be heard."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kfloc_ros.geometry.lie import make_pose
+from kfloc_ros.nodes.pose_messages import BodyPose, fill_pose_with_covariance, pose_from_message
+
+pytestmark = pytest.mark.ros
+
+NewWorld = Callable[[], Any]
+BLIND = "pnp_min_inliers:=100000"
+"""No coarse pose ever: only a place to start from leads to a pose."""
+
+
+def send_initial_pose(harness: Any, T: Any, frame_id: str = "map", **changes: Any) -> None:
+    from geometry_msgs.msg import PoseWithCovarianceStamped
+
+    message = PoseWithCovarianceStamped()
+    message.header.frame_id = frame_id
+    fill_pose_with_covariance(message.pose, BodyPose(T, 0.02 * np.eye(6)))
+    for name, value in changes.items():
+        setattr(message.pose.pose.position, name, value)
+    if "initialpose" not in harness._publishers:
+        publisher = harness.node.create_publisher(PoseWithCovarianceStamped, "initialpose", 10)
+        harness._publishers["initialpose"] = publisher
+    harness.wait(lambda: harness._publishers["initialpose"].get_subscription_count() > 0)
+    harness.spin(0.2)
+    harness._publishers["initialpose"].publish(message)
+
+
+def answer(harness: Any, frame: Any) -> tuple[int, str]:
+    """Stamp and state of a frame, sent until it is answered."""
+    for _ in range(5):
+        stamp_ns = harness.send(frame)
+        if harness.wait(lambda stamp=stamp_ns: stamp in harness.statuses, 5.0, must=False):
+            return stamp_ns, harness.statuses[stamp_ns]["state"]
+    raise AssertionError("no answer")
+
+
+def test_an_initial_pose_is_tried_a_bad_one_refused_and_the_last_one_found_again_at_the_next_start(
+    new_world: NewWorld, room_map: Path, room: Any, tmp_path: Path
+) -> None:
+    world, file = new_world(), tmp_path / "last_pose.json"
+    arguments = (f"map:={room_map}", BLIND, f"pose_file:={file}", "max_gap_s:=60.0")
+    node = world.start_localizer(*arguments)
+    harness, frame = world.harness, room[4]
+    assert answer(harness, frame)[1] == "INITIALIZING"
+    send_initial_pose(harness, frame.T_map_camera, x=float("nan"))
+    harness.wait(lambda: "An initial pose was refused" in node.log)
+    send_initial_pose(harness, frame.T_map_camera, "moon")
+    harness.wait(lambda: "it is in the frame 'moon', the map is 'map'" in node.log)
+    assert answer(harness, frame)[1] == "INITIALIZING"
+
+    near = frame.T_map_camera @ make_pose(np.eye(3), [0.08, -0.03, 0.05])
+    send_initial_pose(harness, near)
+    harness.wait(lambda: "the next image tries it" in node.log)
+    stamp_ns, state = answer(harness, frame)
+    assert state == "TRACKING", harness.statuses[stamp_ns]
+    T = pose_from_message(harness.poses[stamp_ns].pose.pose)
+    assert np.linalg.norm(T[:3, 3] - frame.T_map_camera[:3, 3]) < 0.02
+    assert node.end() == 0, node.log
+    saved = json.loads(file.read_text())
+    assert np.allclose(saved["T_map_camera"], T, atol=1e-3)
+
+    world.nodes.clear()
+    second = world.start_localizer(*arguments)
+    assert "The search begins at the last pose" in second.log
+    assert answer(harness, frame)[1] == "TRACKING"
+    assert second.end() == 0
+
+    file.write_text(json.dumps({**saved, "map": "another"}))
+    world.nodes.clear()
+    third = world.start_localizer(*arguments)
+    assert answer(harness, frame)[1] == "INITIALIZING"
+    assert "is of another map" in third.log
+
+
+def test_a_publisher_with_other_qos_is_named_with_the_parameter_to_change(
+    new_world: NewWorld, room_map: Path, room: Any
+) -> None:
+    from rclpy.qos import QoSProfile, ReliabilityPolicy
+    from sensor_msgs.msg import Image
+
+    world = new_world()
+    best_effort = QoSProfile(depth=1, reliability=ReliabilityPolicy.BEST_EFFORT)
+    world.harness.node.create_publisher(Image, "image", best_effort)
+    node = world.start_localizer(f"map:={room_map}", "image_reliability:=reliable")
+    world.harness.wait(lambda: "Nothing is heard from a publisher on '/image'" in node.log, 10.0)
+    assert "lesser RELIABILITY" in node.log and "Set image_reliability" in node.log
+    world.harness.localize(room[4])  # from the other publisher, which is reliable
