@@ -14,7 +14,7 @@ from kfloc_ros.features.trunk import COARSE_STRIDE, SIZE_MULTIPLE, TrunkFeatures
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import Matrix
 from kfloc_ros.kfnet.scoordnet import head_input
-from kfloc_ros.pixloc.references import METRES_PER_RADIAN, ReferencePoints, ReferenceViews, smooth_depth_mask
+from kfloc_ros.pixloc.references import ReferencePoints, ReferenceViews, smooth_depth_mask, view_distances
 
 MAX_SIDE_PX = 640
 
@@ -127,7 +127,10 @@ class ReferenceCollector:
 
     def wants(self, T_map_camera: Matrix) -> bool:
         """Whether a view at this pose would add coverage."""
-        return all(view_distance(T_map_camera, T) > self._spacing for _, T, _ in self._kept)
+        if not self._kept:
+            return True
+        kept = np.stack([T for _, T, _ in self._kept])
+        return bool((view_distances(kept, T_map_camera) > self._spacing).all())
 
     def add(self, index: int, T_map_camera: Matrix, points: ReferencePoints) -> None:
         """Keep a view."""
@@ -144,10 +147,3 @@ class ReferenceCollector:
         ids = tuple(index for index, _, _ in self._kept)
         poses = np.stack([T for _, T, _ in self._kept])
         return ReferenceViews(ids, poses, tuple(points for _, _, points in self._kept))
-
-
-def view_distance(T_a: Matrix, T_b: Matrix) -> float:
-    """Distance of two views in metres, a radian counting as ``METRES_PER_RADIAN``."""
-    cosine = (np.trace(T_a[:3, :3].T @ T_b[:3, :3]) - 1) / 2
-    angle = float(np.arccos(np.clip(cosine, -1.0, 1.0)))
-    return float(np.linalg.norm(T_a[:3, 3] - T_b[:3, 3])) + METRES_PER_RADIAN * angle

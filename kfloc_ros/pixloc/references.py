@@ -77,22 +77,22 @@ class ReferenceViews:
 
     def nearest(self, T_map_camera: Matrix, count: int) -> list[int]:
         """Positions of the views nearest to a pose, nearest first."""
-        return [int(k) for k in np.argsort(self._distances(T_map_camera), kind="stable")[:count]]
+        return [int(k) for k in np.argsort(view_distances(self.T_map_camera, T_map_camera), kind="stable")[:count]]
 
     def nearness(self, T_map_camera: Matrix, positions: Sequence[int]) -> list[float]:
         """Weight of each view in an alignment that starts at a pose: 1 for the nearest of them, less for others.
 
         What is seen from nearer looks more alike, and the views' own poses are less wrong relative to each other.
         """
-        distances = self._distances(T_map_camera)[list(positions)] + NEARNESS_FLOOR_M
+        distances = view_distances(self.T_map_camera[list(positions)], T_map_camera) + NEARNESS_FLOOR_M
         return [float(w) for w in (distances.min() / distances) ** 2]
 
-    def _distances(self, T_map_camera: Matrix) -> NDArray[np.float64]:
-        """Distance of every view to a pose in metres, a radian counting as ``METRES_PER_RADIAN``."""
-        centres = np.linalg.norm(self.T_map_camera[:, :3, 3] - T_map_camera[:3, 3], axis=1)
-        cosine = (np.einsum("kii->k", self.T_map_camera[:, :3, :3].transpose(0, 2, 1) @ T_map_camera[:3, :3]) - 1) / 2
-        angle = np.arccos(np.clip(cosine, -1.0, 1.0))
-        return np.asarray(centres + METRES_PER_RADIAN * angle)
+
+def view_distances(T_map_cameras: NDArray[np.float64], T_map_camera: Matrix) -> NDArray[np.float64]:
+    """Distances (K,) of views (K, 4, 4) to another, metres; a radian counts as ``METRES_PER_RADIAN``."""
+    centres = np.linalg.norm(T_map_cameras[:, :3, 3] - T_map_camera[:3, 3], axis=1)
+    cosine = (np.einsum("kij,ij->k", T_map_cameras[:, :3, :3], T_map_camera[:3, :3]) - 1) / 2
+    return np.asarray(centres + METRES_PER_RADIAN * np.arccos(np.clip(cosine, -1.0, 1.0)))
 
 
 def extract_reference_points(
