@@ -36,6 +36,9 @@ def add_parser(subparsers: Any) -> None:
     add_source_arguments(build)
     build.add_argument("--out", type=Path, required=True, metavar="DIR", help="the map folder to write")
     build.add_argument("--name", default="", help="name of the map (default: that of the folder)")
+    build.add_argument(
+        "--no-depth", action="store_true", help="find depth from the views' motion, even if the source has depth"
+    )
     build.add_argument("--force", action="store_true", help="replace an existing map")
     _add_options(build)
     build.set_defaults(run_action=run_build)
@@ -72,9 +75,10 @@ def run_build(args: argparse.Namespace) -> int:
 
     from kfloc_ros.config import build_config, options_of
     from kfloc_ros.mapping.build import MapBuildConfig, build_map
+    from kfloc_ros.mapping.motion_depth import MotionDepth, with_depth
 
     config = build_config(MapBuildConfig, {o.name: getattr(args, o.name) for o in options_of(MapBuildConfig)})
-    source = open_source_from(args)
+    source = with_depth(open_source_from(args, depth=not args.no_depth), hide=args.no_depth, device=config.device)
     titles = {"read": "reading views", "train": "training head", "calibrate": "calibrating"}
     bars: dict[str, tqdm[Any]] = {}
 
@@ -93,6 +97,7 @@ def run_build(args: argparse.Namespace) -> int:
 
     command = shlex.join(["kfloc", "map", "build", args.source, "--out", str(args.out)])
     provenance = {
+        "depth": "from motion" if isinstance(source, MotionDepth) else "measured",
         "command": command,
         "poses": args.poses,
         "frames": args.frames or "all",

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from kfloc_ros.errors import SourceError
 from kfloc_ros.geometry.camera import Camera
-from kfloc_ros.types import Frame
+from kfloc_ros.types import Frame, Matrix
 
 
 class FrameSource(ABC):
@@ -40,6 +40,10 @@ class FrameSource(ABC):
         """The image as it was recorded, if that is a JPEG, so that a bag can hold it without loss; else None."""
         del position
         return None
+
+    def pose(self, position: int) -> Matrix | None:
+        """``T_map_camera`` of a frame; sources that can tell it without reading the image do so."""
+        return self[position].T_map_camera
 
     def visible_points(self, position: int) -> NDArray[np.float64] | None:
         """(N, 3) points of a reconstruction in the map frame that the image sees; None where the source has none."""
@@ -71,6 +75,9 @@ class Selection(FrameSource):
 
     def encoded_image(self, position: int) -> bytes | None:
         return self._source.encoded_image(self._positions[position])
+
+    def pose(self, position: int) -> Matrix | None:
+        return self._source.pose(self._positions[position])
 
     def visible_points(self, position: int) -> NDArray[np.float64] | None:
         return self._source.visible_points(self._positions[position])

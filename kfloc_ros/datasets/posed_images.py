@@ -94,6 +94,9 @@ class PosedImages(FrameSource):
             depth_m = None if depth_m is None else adapter.nearest(depth_m)
         return Frame(rgb, self._camera, image.stamp_ns, index, image.name, depth_m, image.T_map_camera)
 
+    def pose(self, position: int) -> Matrix | None:
+        return self._images[position].T_map_camera
+
     def adapter(self, index: int) -> ImageAdapter | None:
         """What brings an image to the source's camera, or None where it has that camera."""
         camera = self._images[index].camera

@@ -89,6 +89,10 @@ class SevenScenes(FrameSource):
             T_map_camera=self._pose(color_path.with_name(f"{stem}.pose.txt")),
         )
 
+    def pose(self, position: int) -> Matrix | None:
+        path = self._color[position]
+        return self._pose(path.with_name(f"{path.name.split('.')[0]}.pose.txt"))
+
     def encoded_image(self, position: int) -> bytes | None:
         path = self._color[position]
         return path.read_bytes() if path.suffix == ".jpg" else None

@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Views with poses but without depth, given depth from their motion, so that a map is built from them as from RGB-D.
+
+Depth comes from :mod:`kfloc_ros.mapping.sweep`; where the source has points of a reconstruction (see
+``FrameSource.visible_points``) these set the range that is searched and overrule the sweep at their own pixels.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kfloc_ros.datasets.base import FrameSource, Selection
+from kfloc_ros.device import choose_device
+from kfloc_ros.errors import SourceError
+from kfloc_ros.features.trunk import COARSE_STRIDE, Trunk
+from kfloc_ros.geometry.camera import Camera, ImageAdapter
+from kfloc_ros.mapping.sweep import AGREE_RATIO, SweepSettings, SweepView, sweep_depth
+from kfloc_ros.mapping.views import map_camera
+from kfloc_ros.types import Frame, Matrix
+
+NEIGHBOURS = 6
+MIN_BASELINE, MAX_BASELINE, BEST_BASELINE = 0.04, 0.3, 0.12
+"""Distance of a neighbour in units of the usual depth: too near says nothing, too far looks different."""
+MAX_TURN_DEG = 35.0
+PROBES = 10
+"""Frames that are looked at to learn whether a source has depth."""
+CACHED_VIEWS = 300
+"""Features kept in memory (0.6 MB a view); views come in order, so their neighbours mostly are still there."""
+
+
+@dataclass(frozen=True)
+class MotionDepthSettings:
+    """What is known of the place before its views are looked at."""
+
+    near_m: float = 0.3
+    far_m: float = 12.0
+    usual_m: float = 2.0
+    """Depth that baselines are chosen for, where no reconstruction tells it."""
+    min_score: float = 0.7
+    min_margin: float = 0.03
+    max_views: int = 250
+    """Of a longer source, every second (third, ...) view is used: neighbouring frames of a video say the same."""
+
+
+class MotionDepth(FrameSource):
+    """Another source, in the camera of its map, with depth found from the motion between its views.
+
+    Args:
+        source: views with poses; depth, if they have any, is not looked at.
+        settings: range of depth and what is believed.
+        device: where the trunk runs.
+        on_progress: share of the first pass (over the poses) that is done.
+
+    Raises:
+        SourceError: fewer than three views have poses.
+    """
+
+    def __init__(
+        self,
+        source: FrameSource,
+        settings: MotionDepthSettings | None = None,
+        *,
+        device: torch.device | None = None,
+        on_progress: Callable[[float], None] = lambda share: None,
+    ) -> None:
+        self._settings = settings or MotionDepthSettings()
+        step = -(-len(source) // self._settings.max_views)
+        self._source = source if step == 1 else Selection(source, range(0, len(source), step))
+        self.name = source.name
+        self._camera = map_camera(source.camera)
+        self._adapter = ImageAdapter(source.camera, self._camera)
+        self._trunk = Trunk(device=device or torch.device("cpu"))
+        self._cache: OrderedDict[int, SweepView] = OrderedDict()
+        self._poses: dict[int, Matrix] = {}
+        for position in range(len(self._source)):
+            pose = self._source.pose(position)
+            if pose is not None and np.isfinite(pose).all():
+                self._poses[position] = pose
+            on_progress((position + 1) / len(self._source))
+        if len(self._poses) < 3:
+            raise SourceError(f"Depth from motion needs at least three views with poses; '{source.name}' has fewer.")
+
+    @property
+    def camera(self) -> Camera:
+        return self._camera
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def indices(self) -> Sequence[int]:
+        return self._source.indices()
+
+    def __getitem__(self, position: int) -> Frame:
+        position = range(len(self))[position]
+        frame = self._source[position]
+        frame = replace(frame, image=self._adapter(frame.image), camera=self._camera, depth_m=None)
+        pose = self._poses.get(position)
+        if pose is None:
+            return replace(frame, T_map_camera=None)
+        points = self._local_points(position, pose)
+        settings = self._range(points)
+        ids = choose_neighbours(position, self._poses, settings.usual_m)
+        if len(ids) < 2:
+            return frame
+        view = self._view(position, frame)
+        sweep = SweepSettings(
+            settings.near_m, settings.far_m, min_score=settings.min_score, min_margin=settings.min_margin
+        )
+        swept = sweep_depth(view, [self._view(i) for i in ids], self._camera, sweep)
+        depth_m = spread_cells(swept.numpy(), (self._camera.height, self._camera.width))
+        if points is not None:
+            draw_points(depth_m, points, self._camera)
+        return replace(frame, depth_m=depth_m)
+
+    def _view(self, position: int, frame: Frame | None = None) -> SweepView:
+        """Features of a view, from the cache or computed; ``frame`` is already in the map's camera."""
+        if position in self._cache:
+            self._cache.move_to_end(position)
+            return self._cache[position]
+        image = frame.image if frame is not None else self._adapter(self._source[position].image)
+        features = self._trunk.extract(image)
+        view = SweepView(features.coarse[0].cpu().half(), torch.from_numpy(self._poses[position]))
+        self._cache[position] = view
+        while len(self._cache) > CACHED_VIEWS:
+            self._cache.popitem(last=False)
+        return view
+
+    def _local_points(self, position: int, T_map_camera: Matrix) -> NDArray[np.float64] | None:
+        """(N, 3) points of the source's reconstruction in the camera's frame, or None without any."""
+        points = self._source.visible_points(position)
+        if points is None or len(points) < 10:
+            return None
+        return np.asarray((points - T_map_camera[:3, 3]) @ T_map_camera[:3, :3], dtype=np.float64)
+
+    def _range(self, points: NDArray[np.float64] | None) -> MotionDepthSettings:
+        """The settings with the range that a view's own points show, which holds whatever the scale is."""
+        if points is None:
+            return self._settings
+        near, usual, far = np.quantile(points[:, 2], (0.01, 0.5, 0.99))
+        return replace(self._settings, near_m=0.6 * float(near), usual_m=float(usual), far_m=2.0 * float(far))
+
+
+def with_depth(source: FrameSource, *, hide: bool = False, device: str = "auto") -> FrameSource:
+    """The source itself if it has depth, else :class:`MotionDepth` of it.
+
+    Args:
+        source: views with poses.
+        hide: take depth from motion in any case.
+        device: where the trunk runs, see :func:`kfloc_ros.device.choose_device`.
+
+    Raises:
+        SourceError: see :class:`MotionDepth`.
+    """
+    looked_at = range(0, len(source), max(1, len(source) // PROBES))
+    if not hide and any(source[position].depth_m is not None for position in looked_at):
+        return source
+    return MotionDepth(source, device=choose_device(device))
+
+
+def choose_neighbours(position: int, poses: dict[int, Matrix], usual_m: float) -> list[int]:
+    """Views that see the same from elsewhere: a fair baseline, a like direction, and not all from one side."""
+    own = poses[position]
+    ids = np.array([i for i in poses if i != position], dtype=np.int64)
+    if not len(ids):
+        return []
+    others = np.stack([poses[int(i)] for i in ids])
+    baseline = np.linalg.norm(others[:, :3, 3] - own[:3, 3], axis=1) / usual_m
+    cosine = (np.einsum("kij,ij->k", others[:, :3, :3], own[:3, :3]) - 1) / 2
+    fit = (baseline > MIN_BASELINE) & (baseline < MAX_BASELINE) & (cosine > np.cos(np.radians(MAX_TURN_DEG)))
+    ranked = np.flatnonzero(fit)[np.argsort(np.abs(np.log(baseline[fit] / BEST_BASELINE)), kind="stable")]
+    chosen: list[int] = []
+    for k in ranked:
+        place = others[k, :3, 3]
+        if all(np.linalg.norm(place - others[j, :3, 3]) > MIN_BASELINE * usual_m for j in chosen):
+            chosen.append(int(k))
+            if len(chosen) == NEIGHBOURS:
+                break
+    return [int(ids[k]) for k in chosen]
+
+
+def spread_cells(cells: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
+    """A depth image (H, W) of the depths of cells (h, w), 0 where unknown.
+
+    Inverse depth is interpolated between cells of one surface (it is linear in the image on a plane); at the border
+    of a surface a cell stands for the three pixels around its centre.
+    """
+    known = cells > 0
+    inverse = np.where(known, 1 / np.maximum(cells, 1e-6), 0).astype(np.float32)
+    window = np.ones((2, 2), dtype=np.uint8)  # a pixel between four cells needs all of them
+    anchor = (0, 0)
+    high = cv2.dilate(np.where(known, cells, np.inf).astype(np.float32), window, anchor=anchor)
+    low = cv2.erode(np.where(known, cells, 0).astype(np.float32), window, anchor=anchor)
+    whole = np.isfinite(high) & (low > 0) & (high < AGREE_RATIO * np.maximum(low, 1e-6))
+    h, w = cells.shape
+    whole[-1:, :] = whole[:, -1:] = False
+    H, W = size
+    rows, cols = (np.arange(n) / COARSE_STRIDE - (COARSE_STRIDE - 1) / (2 * COARSE_STRIDE) for n in (H, W))
+    r0, c0 = (np.clip(np.floor(x).astype(np.int64), 0, n - 1) for x, n in ((rows, h), (cols, w)))
+    r1, c1 = np.minimum(r0 + 1, h - 1), np.minimum(c0 + 1, w - 1)
+    a, b = np.clip(rows - r0, 0, 1)[:, None], np.clip(cols - c0, 0, 1)[None]
+    top = inverse[r0][:, c0] * (1 - b) + inverse[r0][:, c1] * b
+    bottom = inverse[r1][:, c0] * (1 - b) + inverse[r1][:, c1] * b
+    blended = top * (1 - a) + bottom * a
+    depth = np.where(whole[r0][:, c0] & (blended > 0), 1 / np.maximum(blended, 1e-6), 0).astype(np.float32)
+    near_row, near_col = np.arange(H) // COARSE_STRIDE, np.arange(W) // COARSE_STRIDE
+    nearest = cells[np.minimum(near_row, h - 1)][:, np.minimum(near_col, w - 1)]
+    middle = (np.abs(np.arange(H) % COARSE_STRIDE - 3.5) < 3)[:, None] & (
+        np.abs(np.arange(W) % COARSE_STRIDE - 3.5) < 3
+    )
+    return np.where((depth == 0) & middle, nearest, depth).astype(np.float32)
+
+
+def draw_points(depth_m: NDArray[np.float32], points: NDArray[np.float64], camera: Camera) -> None:
+    """Write the depth of points (N, 3) of the camera's frame around their pixels, the nearest point last."""
+    for x, y, z in points[np.argsort(-points[:, 2])]:
+        if z <= 0:
+            continue
+        u, v = round(camera.fx * x / z + camera.cx), round(camera.fy * y / z + camera.cy)
+        if 0 <= u < camera.width and 0 <= v < camera.height:
+            depth_m[max(v - 3, 0) : v + 4, max(u - 3, 0) : u + 4] = z

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Depth of a view's cells from other views with known poses: a sweep over depth, scored by the trunk's features.
+
+A cell of a view is tried at many depths; at each, its features are compared with those of the neighbours where
+the cell would appear. Because the poses are known this is a search along a line, in all neighbours at once, which
+is why features of one network pass are enough: repeated texture seldom repeats along every neighbour's line.
+Every second cell is searched, as on a chessboard; a cell between four that agree takes their mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from kfloc_ros.features.trunk import COARSE_STRIDE
+from kfloc_ros.geometry.camera import Camera
+
+FINE_HALF_STEPS = 6
+"""Depths tried around the best step on either side, within one and a half steps."""
+MIN_STEPS, MAX_STEPS = 16, 128
+MIN_NEIGHBOURS = 2
+"""Neighbours that must see a cell at its depth."""
+RIVAL_STEPS = 4
+"""A score this many steps from the best one is a rival of it, not its flank."""
+NORM_ZOOM = 4
+"""Resolution of the map of feature lengths between cells, in samples per cell."""
+AGREE_RATIO = 1.06
+"""Depths of neighbouring cells within this factor are of one surface."""
+
+
+@dataclass(frozen=True, eq=False)
+class SweepView:
+    """What the sweep needs of a view."""
+
+    coarse: torch.Tensor
+    """(64, h, w) unit features at stride 8, any float type."""
+    T_map_camera: torch.Tensor
+    """(4, 4) float64."""
+
+
+@dataclass(frozen=True)
+class SweepSettings:
+    """How depths are searched and which are believed."""
+
+    near_m: float
+    far_m: float
+    step_px: float = 8.0
+    """Depths are this far apart in the neighbour with the longest baseline, about one cell."""
+    min_score: float = 0.7
+    """Smallest mean correlation with the neighbours."""
+    min_margin: float = 0.03
+    """Smallest lead of the best score over any rival."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Match:
+    """One neighbour: how like each of its places is to each cell, and where cells fall in it."""
+
+    likeness: torch.Tensor
+    """(N, 1, h, w) inner products of features."""
+    lengths: torch.Tensor
+    """(1, 1, 4h, 4w) length of the features interpolated between cells, which are shorter there."""
+    direction: torch.Tensor
+    """(N, 3) rays of the cells in the neighbour's frame."""
+    offset: torch.Tensor
+    """(3,) the view's centre in the neighbour's frame."""
+
+
+@torch.inference_mode()
+def sweep_depth(
+    view: SweepView, neighbours: Sequence[SweepView], camera: Camera, settings: SweepSettings
+) -> torch.Tensor:
+    """Depth (h, w) along the optical axis of the cells of a view, 0 where it is not believed.
+
+    Args:
+        view: whose depth is sought.
+        neighbours: views of the same camera with a baseline.
+        camera: pinhole of all of them.
+        settings: range of depth and what is believed.
+    """
+    c, h, w = view.coarse.shape
+    row, col = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+    cells = torch.nonzero(((row + col) % 2 == 0).reshape(-1))[:, 0]
+    own = view.coarse.float().reshape(c, -1).t()[cells]
+    rays = cell_rays(h, w, camera)[cells]
+    matches = [_match(own, rays, view, other) for other in neighbours]
+    span = 1 / settings.near_m - 1 / settings.far_m
+    longest = max(float(match.offset.norm()) for match in matches)
+    steps = int(min(max(longest * span * camera.fx / settings.step_px, MIN_STEPS), MAX_STEPS))
+    grid = torch.linspace(1 / settings.far_m, 1 / settings.near_m, steps)
+    score = _score(matches, grid.expand(len(cells), -1), camera)
+    best = score.argmax(dim=1, keepdim=True)
+    rival = (torch.arange(steps) - best).abs() >= RIVAL_STEPS
+    margin = score.gather(1, best)[:, 0] - torch.where(rival, score, torch.full((), -1.0)).amax(dim=1)
+    step = 1.5 * (grid[1] - grid[0]) / FINE_HALF_STEPS
+    offsets = torch.arange(-FINE_HALF_STEPS, FINE_HALF_STEPS + 1) * step
+    inverse = (grid[best] + offsets).clamp(min=1e-6)
+    score = _score(matches, inverse, camera)
+    top = score[:, 1:-1].argmax(dim=1, keepdim=True) + 1
+    left, peak, right = (score.gather(1, top + k)[:, 0] for k in (-1, 0, 1))
+    bend = (left - 2 * peak + right).clamp(max=-1e-6)
+    found = inverse.gather(1, top)[:, 0] + (0.5 * (left - right) / bend).clamp(-0.5, 0.5) * step
+    inner = (best[:, 0] > 0) & (best[:, 0] < steps - 1)
+    good = inner & (peak > settings.min_score) & (margin > settings.min_margin) & (found > 1e-6)
+    whole = torch.zeros(h * w)
+    whole[cells] = torch.where(good, found, torch.zeros(()))
+    return _fill(whole.reshape(h, w))
+
+
+def cell_rays(h: int, w: int, camera: Camera) -> torch.Tensor:
+    """(h w, 3) rays with z = 1 through the cells' centres."""
+    centre = (COARSE_STRIDE - 1) / 2
+    rows, cols = (torch.arange(n, dtype=torch.float32) * COARSE_STRIDE + centre for n in (h, w))
+    v, u = torch.meshgrid(rows, cols, indexing="ij")
+    rays = torch.stack([(u - camera.cx) / camera.fx, (v - camera.cy) / camera.fy, torch.ones_like(u)], dim=-1)
+    return rays.reshape(-1, 3)
+
+
+def _match(own: torch.Tensor, rays: torch.Tensor, view: SweepView, other: SweepView) -> _Match:
+    features = other.coarse.float()
+    c, h, w = features.shape
+    likeness = (own @ features.reshape(c, -1)).reshape(-1, 1, h, w)
+    finer = F.interpolate(features[None], scale_factor=NORM_ZOOM, mode="bilinear", align_corners=False)
+    T = (torch.linalg.inv(other.T_map_camera) @ view.T_map_camera).float()
+    return _Match(likeness, finer.norm(dim=1, keepdim=True), rays @ T[:3, :3].t(), T[:3, 3])
+
+
+def _score(matches: Sequence[_Match], inverse: torch.Tensor, camera: Camera) -> torch.Tensor:
+    """Mean correlation (N, D) of cells at inverse depths (N, D) with the neighbours that see them there, or -1."""
+    total, count = torch.zeros(inverse.shape), torch.zeros(inverse.shape)
+    for match in matches:
+        h, w = match.likeness.shape[-2:]
+        x, y, z = (match.direction[:, k, None] + inverse * match.offset[k] for k in range(3))
+        z_safe = z.clamp(min=1e-3)
+        u = (camera.fx * x / z_safe + camera.cx + 0.5) / (w * COARSE_STRIDE) * 2 - 1
+        v = (camera.fy * y / z_safe + camera.cy + 0.5) / (h * COARSE_STRIDE) * 2 - 1
+        places = torch.stack([u, v], dim=-1)
+        sampled = F.grid_sample(match.likeness, places[:, None], align_corners=False, padding_mode="border")[:, 0, 0]
+        lengths = F.grid_sample(match.lengths, places[None], align_corners=False, padding_mode="border")[0, 0]
+        seen = (u.abs() < 1) & (v.abs() < 1) & (z > 1e-3)
+        total += torch.where(seen, sampled / lengths.clamp(min=1e-3), torch.zeros(()))
+        count += seen
+    enough = count >= min(MIN_NEIGHBOURS, len(matches))
+    return torch.where(enough, total / count.clamp(min=1), torch.full((), -1.0))
+
+
+def _fill(inverse: torch.Tensor) -> torch.Tensor:
+    """Depth (h, w) of inverse depths known on a chessboard: a cell takes the mean of four neighbours that agree."""
+    padded = F.pad(inverse, (1, 1, 1, 1))
+    around = torch.stack([padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]])
+    agree = (around.amin(0) > 0) & (around.amax(0) < AGREE_RATIO * around.amin(0))
+    filled = torch.where((inverse == 0) & agree, around.mean(0), inverse)
+    return torch.where(filled > 0, 1 / filled.clamp(min=1e-6), torch.zeros(()))
