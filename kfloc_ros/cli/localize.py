@@ -12,12 +12,17 @@ from typing import TYPE_CHECKING
 from kfloc_ros.cli.arguments import add_source_arguments, open_source_from
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
+
     from kfloc_ros.evaluation.records import FrameRecord
 
 DESCRIPTION = """\
 Localize every frame of SOURCE in a map, offline, and evaluate the poses against the source's truth.
 
-Writes into OUT: summary.json, frames.csv, trajectory.tum, groundtruth.tum, report.md and plots.
+Writes into OUT: summary.json, frames.csv, trajectory.tum, groundtruth.tum, report.html, report.md and plots.
 Ctrl-C stops early and still writes the results of the frames done.
 """
 
@@ -97,10 +102,15 @@ def run(args: argparse.Namespace) -> int:
     )
     if interrupted and not records:
         raise KeyboardInterrupt
-    summary = write_results(args.out, records, info)
+    place = {index: position for position, index in enumerate(source.indices())}
+
+    def images_of(worst: Sequence[FrameRecord]) -> dict[int, NDArray[np.uint8]]:
+        return {record.stamp_ns: source[place[record.index]].image for record in worst}
+
+    summary = write_results(args.out, records, info, images_of=images_of)
     if not args.quiet:
         print(summary_table(summary))
-        print(f"\nResults: {args.out / 'report.md'}")
+        print(f"\nResults: {args.out / 'report.html'}")
     if interrupted:
         print(f"Interrupted; the results cover the first {len(records)} of {len(source)} frames.", file=sys.stderr)
         return 130

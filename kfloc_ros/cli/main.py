@@ -30,6 +30,7 @@ COMMANDS = {
     "localize": Command("kfloc_ros.cli.localize", "localize the frames of a source in a map, without ROS"),
     "bag": Command("kfloc_ros.cli.bag", "write a source as a rosbag2"),
     "replay": Command("kfloc_ros.cli.replay", "play a bag to the live ROS 2 nodes and evaluate what they answer"),
+    "compare": Command("kfloc_ros.cli.compare", "two result folders side by side"),
     "convert": Command("kfloc_ros.cli.convert", "convert weights of the original papers"),
     "labels": Command("kfloc_ros.cli.labels", "write scene-coordinate labels in KFNet's format"),
     "coordinates": Command("kfloc_ros.cli.coordinates", "write scene-coordinate maps in KFNet's format"),

@@ -39,6 +39,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--start", type=_not_negative, default=0.0, metavar="S", help="seconds to skip")
     parser.add_argument("--duration", type=_positive, metavar="S", help="seconds to play (default: to the end)")
     parser.add_argument("--image-topic", metavar="TOPIC", help="which images to play where the bag has several")
+    parser.add_argument(
+        "--truth", metavar="WHERE",
+        help="ground truth of the camera in the map: /TOPIC (PoseStamped, PoseWithCovarianceStamped, Odometry), "
+        "tf:MAP:CAMERA, or a TUM file (default: the bag's one PoseStamped topic, if it has one)",
+    )  # fmt: skip
     parser.add_argument("--no-filter", action="store_true", help="each frame on its own: no belief carried over")
     parser.add_argument("--no-refine", action="store_true", help="stop at the coarse pose")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where networks run")
@@ -48,17 +53,23 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--patience", type=_positive, default=90.0, metavar="S", help="seconds for the nodes to come up (default: 90)"
     )
+    parser.add_argument(
+        "--require", action="append", default=[], metavar="FIGURE<=N",
+        help="a figure of summary.json that must hold, such as recall.5cm_5deg>=0.95, or exit code 1; may be repeated",
+    )  # fmt: skip
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run ``kfloc replay``; 0 when done, 130 when interrupted."""
+    """Run ``kfloc replay``; 0 when done, 1 if a requirement is not met, 130 when interrupted."""
     from tqdm import tqdm
 
     from kfloc_ros.cli.tables import summary_table
     from kfloc_ros.evaluation.report import command_line
+    from kfloc_ros.evaluation.requirements import parse_requirement
     from kfloc_ros.replay import ReplayConfig, run_replay
 
+    requirements = [parse_requirement(text) for text in args.require]
     config = ReplayConfig(
         bag=args.bag,
         map=args.map,
@@ -68,6 +79,7 @@ def run(args: argparse.Namespace) -> int:
         start_s=args.start,
         duration_s=args.duration,
         image_topic=args.image_topic,
+        truth=args.truth,
         device=args.device,
         filter=not args.no_filter,
         refine=not args.no_refine,
@@ -84,11 +96,15 @@ def run(args: argparse.Namespace) -> int:
         summary = run_replay(config, command=command_line(sys.argv[1:]), progress=progress)
     if not args.quiet:
         print(summary_table(summary))
-        print(f"\nResults: {args.out / 'report.md'}; output of the nodes: {args.out / 'logs'}")
+        print(f"\nResults: {args.out / 'report.html'}; output of the nodes: {args.out / 'logs'}")
     if summary.run.interrupted:
         print("Interrupted; the results cover what was played until then.", file=sys.stderr)
         return 130
-    return 0
+    figures = summary.to_dict()
+    failures = [failure for item in requirements if (failure := item.failure(figures))]
+    for failure in failures:
+        print(f"Not met: {failure}", file=sys.stderr)
+    return 1 if failures else 0
 
 
 def _positive(text: str) -> float:

@@ -52,6 +52,36 @@ def timing_rows(summary: Summary) -> list[tuple[str, str]]:
     return rows
 
 
+def streaming_rows(summary: Summary) -> list[tuple[str, str]]:
+    """Rows (figure, value) on what the stream of poses is worth."""
+    result = summary.streaming
+    recovery = " / ".join(_number(result.recovery_s[key], "{:.2f} s") for key in ("p50", "p95"))
+    ended = "; lost at the end" if result.lost_at_end else ""
+    return [
+        ("availability (TRACKING, of all frames)", _percent(result.availability)),
+        ("time to first fix", _number(result.time_to_first_fix_s, "{:.2f} s")),
+        ("false OK (TRACKING but > 10 cm off)", _percent(result.false_ok)),
+        ("confidently wrong frames", str(result.confidently_wrong)),
+        ("outages; recovery p50 / p95", f"{result.outages}; {recovery}{ended}"),
+    ]
+
+
+def consistency_rows(summary: Summary) -> list[tuple[str, str, str]]:
+    """Rows (figure, measured, where right) on the covariance; empty without one."""
+    result = summary.consistency
+    if result is None:
+        return []
+    rows = [
+        ("NEES mean", f"{result.nees_mean:.2f}", "6"),
+        ("NEES median", f"{result.nees_median:.2f}", "5.35"),
+        ("NEES below the 95 % quantile", _percent(result.nees_within_95), "95 %"),
+    ]
+    for name, coverage in (("position", result.translation_coverage), ("rotation", result.rotation_coverage)):
+        measured = " / ".join(_percent(coverage[f"{k}sigma"]) for k in (1, 2, 3))
+        rows.append((f"{name} errors within 1 / 2 / 3 sigma", measured, "68.3 / 95.4 / 99.7 %"))
+    return rows
+
+
 def report_text(summary: Summary, records: Sequence[FrameRecord], pictures: Sequence[str]) -> str:
     """The Markdown text of ``report.md``."""
     run = summary.run
@@ -77,6 +107,12 @@ def report_text(summary: Summary, records: Sequence[FrameRecord], pictures: Sequ
         f"Frames called TRACKING that are 25 cm or 5 degrees off, or worse: {summary.tracking_but_wrong}.",
         "",
         *_played_lines(summary),
+        "## As a stream",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {name} | {value} |" for name, value in streaming_rows(summary)),
+        "",
         "## Time",
         "",
         _latency_scope(summary),

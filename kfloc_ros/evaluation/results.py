@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes and reads the result folder: summary.json, frames.csv, trajectory.tum, groundtruth.tum, report.md, plots.
+"""Writes and reads the result folder: summary.json, frames.csv, TUM files, report.md, report.html, plots.
 
 Every file is written beside its place and moved there, summary.json last, so that a folder with a
 summary is complete whatever happened.
@@ -19,6 +19,7 @@ import numpy as np
 
 from kfloc_ros.errors import SourceError
 from kfloc_ros.evaluation.metrics import pose_error
+from kfloc_ros.evaluation.page import ImagesOf, page_text
 from kfloc_ros.evaluation.plots import write_plots
 from kfloc_ros.evaluation.records import FrameRecord
 from kfloc_ros.evaluation.report import report_text
@@ -27,8 +28,12 @@ from kfloc_ros.geometry.lie import make_pose, matrix_to_quaternion, quaternion_t
 from kfloc_ros.types import Matrix
 
 
-def write_results(out: Path, records: Sequence[FrameRecord], run: RunInfo, *, plots: bool = True) -> Summary:
+def write_results(
+    out: Path, records: Sequence[FrameRecord], run: RunInfo, *, plots: bool = True, images_of: ImagesOf | None = None
+) -> Summary:
     """Evaluate the records and write the result folder, which is made where it is missing.
+
+    ``images_of`` finds the images of the worst frames for ``report.html``.
 
     Raises:
         OSError: the folder cannot be written.
@@ -41,6 +46,7 @@ def write_results(out: Path, records: Sequence[FrameRecord], run: RunInfo, *, pl
     _write(out / "groundtruth.tum", tum_text((r.stamp_ns, r.truth) for r in records))
     pictures = write_plots(out, records) if plots else []
     _write(out / "report.md", report_text(summary, records, pictures))
+    _write(out / "report.html", page_text(summary, records, out, pictures, images_of))
     _write(out / "summary.json", json.dumps(summary.to_dict(), indent=2, allow_nan=False) + "\n")
     return summary
 

@@ -14,6 +14,7 @@ import numpy as np
 from kfloc_ros import __version__
 from kfloc_ros.evaluation.metrics import Accuracy, Consistency, accuracy, consistency, percentiles, pose_errors
 from kfloc_ros.evaluation.records import FrameRecord
+from kfloc_ros.evaluation.streaming import Streaming, streaming
 from kfloc_ros.types import TrackingState
 
 
@@ -60,6 +61,7 @@ class Summary:
     played: Accuracy | None
     """Replay only: over every frame played, where one that got no answer is a failure."""
     consistency: Consistency | None
+    streaming: Streaming
     states: Mapping[str, int]
     tracking_but_wrong: int
     """Frames called TRACKING whose error is not below 25 cm and 5 deg."""
@@ -80,6 +82,7 @@ class Summary:
             "coarse": {"localized": self.coarse_localized, **_accuracy_dict(self.coarse)},
             "played": None if self.played is None else _played_dict(self.played),
             "consistency": None if self.consistency is None else asdict(self.consistency),
+            "streaming": asdict(self.streaming),
             "states": dict(self.states),
             "tracking_but_wrong": self.tracking_but_wrong,
             "latency_ms": dict(self.latency_ms),
@@ -115,6 +118,7 @@ def summarize(records: Sequence[FrameRecord], run: RunInfo) -> Summary:
         coarse=accuracy(pose_errors(with_truth, coarse=True)),
         played=accuracy(pose_errors(records)) if run.kind == "replay" else None,
         consistency=consistency(with_truth),
+        streaming=streaming(records),
         states=dict(Counter(record.state for record in processed)),
         tracking_but_wrong=wrong,
         latency_ms=percentiles(latencies),

@@ -3,23 +3,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 import struct
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from rosbags.highlevel import AnyReader, AnyReaderError
 from rosbags.rosbag2 import ReaderError
 from rosbags.serde import SerdeError
 from rosbags.typesys import Stores, get_typestore
 
 from kfloc_ros.bags.topics import IMAGE_TOPIC, TRUTH_TOPIC
-from kfloc_ros.errors import SourceError
+from kfloc_ros.errors import FrameError, SourceError
 from kfloc_ros.geometry.lie import make_pose, quaternion_to_matrix
+from kfloc_ros.nodes.image_messages import decode_compressed, decode_image
 from kfloc_ros.types import Matrix
 
 COMPRESSED = "sensor_msgs/msg/CompressedImage"
@@ -115,6 +119,29 @@ class BagStream:
     def positions(self) -> dict[int, int]:
         """Number in the bag of every image, by header stamp in nanoseconds."""
         return {_header_stamp_ns(data): number for number, (_, _, data) in enumerate(self._messages(self._image))}
+
+    def images(self, stamps_ns: Collection[int]) -> dict[int, NDArray[np.uint8]]:
+        """RGB images (H, W, 3) by stamp; one that cannot be decoded is left out."""
+        decode = decode_compressed if self.transport == "compressed" else decode_image
+        found: dict[int, NDArray[np.uint8]] = {}
+        for _, _, data in self._messages(self._image):
+            stamp_ns = _header_stamp_ns(data)
+            if stamp_ns in stamps_ns:
+                with contextlib.suppress(FrameError):
+                    found[stamp_ns] = decode(self._reader.deserialize(data, self._image.msgtype))
+        return found
+
+    def recorded(self, topic: str, kinds: Collection[str], *, must: bool = True) -> Iterator[Any]:
+        """The messages of a topic, in recorded order.
+
+        Raises:
+            SourceError: there is no topic of that name and one of those types, unless ``must`` is False.
+        """
+        found = [c for c in self._reader.connections if c.topic == topic and c.msgtype in kinds]
+        if not found and must:
+            raise SourceError(f"'{self.path}' has no topic '{topic}' with poses; it has {self._topics()}.")
+        for connection, _, data in self._messages(*found) if found else ():
+            yield self._reader.deserialize(data, connection.msgtype)
 
     def truth(self) -> dict[int, Matrix]:
         """``T_map_camera`` by stamp in nanoseconds, from the bag's PoseStamped topic; empty without one.

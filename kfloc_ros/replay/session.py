@@ -8,16 +8,19 @@ import json
 import queue
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import yaml
+from numpy.typing import NDArray
 
 from kfloc_ros.device import choose_device
 from kfloc_ros.errors import ReplayError
 from kfloc_ros.evaluation.hardware import describe_hardware
+from kfloc_ros.evaluation.records import FrameRecord
 from kfloc_ros.evaluation.results import write_results
 from kfloc_ros.evaluation.summary import RunInfo, Summary
 from kfloc_ros.mapping.scene_map import read_description, resolve_map
@@ -26,6 +29,7 @@ from kfloc_ros.replay.environment import check_ros, ros_environment
 from kfloc_ros.replay.evaluate import active_seconds, replay_counts, replay_records
 from kfloc_ros.replay.processes import ProcessSet
 from kfloc_ros.replay.recording import Recording
+from kfloc_ros.replay.truth import read_truth
 
 Progress = Callable[[str, int, int], None]
 """Called with what is going on, images played so far, and images in all."""
@@ -54,7 +58,9 @@ class ReplayConfig:
     """How long the nodes may take to come up."""
     domain_id: int | None = None
     poses: str = "bag"
-    """Name of the ground truth, for the report."""
+    """Name of the ground truth, for the report, where ``truth`` is None."""
+    truth: str | None = None
+    """See :func:`kfloc_ros.replay.truth.read_truth`."""
 
     @property
     def nodes(self) -> tuple[str, ...]:
@@ -80,7 +86,7 @@ def run_replay(config: ReplayConfig, *, command: str = "", progress: Progress | 
     part = ReplayRange(config.start_s, config.duration_s)
     with BagStream(config.bag, image_topic=config.image_topic) as stream:
         total = stream.image_count(part)
-        truth, positions, transport = stream.truth(), stream.positions(), stream.transport
+        truth, positions, transport = read_truth(stream, config.truth), stream.positions(), stream.transport
     logs = config.out / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     report = progress or (lambda text, done, total: None)
@@ -111,7 +117,7 @@ def run_replay(config: ReplayConfig, *, command: str = "", progress: Progress | 
     if not recording.played:
         raise KeyboardInterrupt
     report("evaluating", len(recording.played), total)
-    records = replay_records(recording, truth, positions)
+    records = replay_records(recording, truth.poses, positions)
     counts = replay_counts(recording, records)
     device = str(choose_device(config.device))
     run = RunInfo(
@@ -119,7 +125,7 @@ def run_replay(config: ReplayConfig, *, command: str = "", progress: Progress | 
         command=command,
         map=str(map_path),
         source=str(config.bag),
-        poses=config.poses,
+        poses=config.poses if config.truth is None else truth.name,
         split=None,
         frames=None,
         hardware=describe_hardware(device),
@@ -143,7 +149,12 @@ def run_replay(config: ReplayConfig, *, command: str = "", progress: Progress | 
             "processes_left": processes.left(),
         },
     )
-    return write_results(config.out, records, run)
+
+    def images_of(worst: Sequence[FrameRecord]) -> dict[int, NDArray[np.uint8]]:
+        with BagStream(config.bag, image_topic=config.image_topic) as stream:
+            return stream.images({record.stamp_ns for record in worst})
+
+    return write_results(config.out, records, run, images_of=images_of)
 
 
 def _write_parameters(folder: Path, config: ReplayConfig, map_path: Path, transport: str) -> Path:

@@ -146,7 +146,8 @@ def test_the_folder_is_complete_and_leaves_no_partial_files(tmp_path: Path) -> N
     write_results(out, make_records(), make_run())
     names = {path.name for path in out.iterdir()}
     pictures = {"trajectory.png", "error.png", "recall.png", "latency.png"}
-    assert names == pictures | {"summary.json", "frames.csv", "trajectory.tum", "groundtruth.tum", "report.md"}
+    reports = {"report.md", "report.html"}
+    assert names == pictures | reports | {"summary.json", "frames.csv", "trajectory.tum", "groundtruth.tum"}
     report = (out / "report.md").read_text()
     assert all(f"]({name})" in report for name in pictures)
     assert "too few inliers, 3 / 12" in report

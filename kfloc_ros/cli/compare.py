@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``kfloc compare``: two result folders side by side."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+DESCRIPTION = """\
+Compare two result folders of `kfloc localize` or `kfloc replay`, figure by figure.
+
+Also says what else differs between the two, since figures over other frames, another truth or another
+machine do not compare.
+"""
+
+EPILOG = """\
+examples:
+  kfloc compare out/before out/after
+  kfloc compare out/before out/after --html out/compare.html
+  kfloc compare out/before out/after --require 'change.recall.5cm_5deg>=-0.02' --require 'latency_ms.p95<=100'
+
+exit codes: 0 done, 1 a requirement is not met, 2 the input was at fault
+"""
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the ``compare`` subcommand."""
+    parser = subparsers.add_parser(
+        "compare",
+        help="two result folders side by side",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("first", metavar="A", type=Path, help="result folder to compare with")
+    parser.add_argument("second", metavar="B", type=Path, help="result folder to judge")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="also write the comparison as one HTML file")
+    parser.add_argument(
+        "--require", action="append", default=[], metavar="FIGURE<=N",
+        help="a figure of B's summary.json, or change.FIGURE for B minus A, that must hold; may be repeated",
+    )  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run ``kfloc compare``; 1 if a requirement is not met."""
+    from kfloc_ros.cli.tables import format_table
+    from kfloc_ros.evaluation.compare import compare_page, compare_rows, differences, read_summary, with_changes
+    from kfloc_ros.evaluation.requirements import parse_requirement
+
+    requirements = [parse_requirement(text) for text in args.require]
+    first, second = read_summary(args.first), read_summary(args.second)
+    marks = {1: "better", -1: "worse", 0: ""}
+    rows = [(r.name, r.first, r.second, r.change, marks[r.verdict]) for r in compare_rows(first, second)]
+    print(format_table(rows, header=("", str(args.first), str(args.second), "change", "")))
+    others = differences(first, second)
+    print("\nWhat else differs: " + ("; ".join(others) if others else "nothing") + ".")
+    if args.html is not None:
+        args.html.parent.mkdir(parents=True, exist_ok=True)
+        args.html.write_text(compare_page((str(args.first), str(args.second)), first, second), encoding="utf-8")
+    figures = with_changes(first, second)
+    failures = [failure for item in requirements if (failure := item.failure(figures))]
+    for failure in failures:
+        print(f"Not met: {failure}", file=sys.stderr)
+    return 1 if failures else 0

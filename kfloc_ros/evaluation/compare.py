@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two result folders side by side."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kfloc_ros.errors import SourceError
+from kfloc_ros.evaluation.page import document, escape, table
+from kfloc_ros.evaluation.requirements import figures_of
+
+FIGURES: tuple[tuple[str, str, float, str, int], ...] = (
+    ("frames", "frames", 1, "", 0),
+    ("localized", "localized", 1, "", 1),
+    ("median_translation_m", "median position error", 100, "cm", -1),
+    ("median_rotation_deg", "median rotation error", 1, "deg", -1),
+    ("recall.1cm_1deg", "within 1 cm, 1 deg", 100, "%", 1),
+    ("recall.2cm_2deg", "within 2 cm, 2 deg", 100, "%", 1),
+    ("recall.5cm_5deg", "within 5 cm, 5 deg", 100, "%", 1),
+    ("recall.25cm_2deg", "within 25 cm, 2 deg", 100, "%", 1),
+    ("streaming.availability", "availability", 100, "%", 1),
+    ("streaming.time_to_first_fix_s", "time to first fix", 1, "s", -1),
+    ("streaming.false_ok", "false OK", 100, "%", -1),
+    ("streaming.recovery_s.p50", "recovery p50", 1, "s", -1),
+    ("streaming.recovery_s.p95", "recovery p95", 1, "s", -1),
+    ("consistency.nees_median", "NEES median (5.35 is right)", 1, "", 0),
+    ("latency_ms.p50", "latency p50", 1, "ms", -1),
+    ("latency_ms.p95", "latency p95", 1, "ms", -1),
+    ("throughput_hz", "throughput", 1, "Hz", 1),
+    ("dropped", "dropped", 1, "", -1),
+)
+"""Path in summary.json, name, factor and unit for people, and whether more is better (1), worse (-1) or neither (0)."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure of two runs, as people read it."""
+
+    name: str
+    first: str
+    second: str
+    change: str
+    verdict: int
+    """1: the second is better; -1: worse; 0: the same, or neither."""
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """The content of ``summary.json`` of a result folder.
+
+    Raises:
+        SourceError: there is none, or it is damaged.
+    """
+    path = folder / "summary.json" if folder.is_dir() else folder
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SourceError(
+            f"'{folder}' has no summary.json; it is not a result folder, or its run did not end."
+        ) from None
+    except (OSError, ValueError) as error:
+        raise SourceError(f"'{path}' cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise SourceError(f"'{path}' is not a summary of this package.")
+    return content
+
+
+def compare_rows(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[Row]:
+    """A row for every figure that one of the two has."""
+    a, b = figures_of(first), figures_of(second)
+    rows = []
+    for path, name, factor, unit, sense in FIGURES:
+        left, right = a.get(path), b.get(path)
+        if left is None and right is None:
+            continue
+        change = math.nan if left is None or right is None else (right - left) * factor
+        verdict = 0 if not change or math.isnan(change) else sense * (1 if change > 0 else -1)
+        shown = "-" if math.isnan(change) else f"{change:+.4g} {unit}".rstrip()
+        rows.append(Row(name, _shown(left, factor, unit), _shown(right, factor, unit), shown, verdict))
+    return rows
+
+
+def with_changes(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures of the second run, and ``change.FIGURE``, second minus first, where both have one."""
+    a, b = figures_of(first), figures_of(second)
+    changes = {}
+    for path in a.keys() & b.keys():
+        left, right = a[path], b[path]
+        changes[f"change.{path}"] = None if left is None or right is None else right - left
+    return {**b, **changes}
+
+
+def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
+    """What else differs, so that figures are not compared that cannot be: map, source, truth, hardware, options."""
+    found = []
+    for key in ("kind", "source", "poses", "split", "frame_selection", "map", "kfloc_version", "hardware", "options"):
+        a, b = first.get(key), second.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            parts = [k for k in dict.fromkeys([*a, *b]) if a.get(k) != b.get(k) and not isinstance(a.get(k), Mapping)]
+            found += [f"{key}.{k}: {a.get(k)} / {b.get(k)}" for k in parts]
+        elif a != b:
+            found.append(f"{key}: {a} / {b}")
+    return found
+
+
+def compare_page(names: tuple[str, str], first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
+    """The comparison as one HTML page."""
+    css = {1: "good", -1: "bad", 0: ""}
+    rows = [
+        (escape(r.name), escape(r.first), escape(r.second), f'<span class="{css[r.verdict]}">{escape(r.change)}</span>')
+        for r in compare_rows(first, second)
+    ]
+    a, b = (escape(name) for name in names)
+    others = "".join(f"<li>{escape(text)}</li>" for text in differences(first, second)) or "<li>nothing</li>"
+    parts = [f"<h1>{a} and {b}</h1>", table(rows, ("", a, b, "change"), raw=True)]
+    return document(f"{names[0]} and {names[1]}", [*parts, "<h2>What else differs</h2>", f"<ul>{others}</ul>"])
+
+
+def _shown(value: float | None, factor: float, unit: str) -> str:
+    return "-" if value is None else f"{value * factor:.4g} {unit}".rstrip()
