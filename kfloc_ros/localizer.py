@@ -19,6 +19,7 @@ from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import Matrix, inverse_pose, make_pose, so3_exp, so3_log
 from kfloc_ros.kfnet import kalman
 from kfloc_ros.kfnet.filter import NO_PRIOR, Filtered, FilterSettings, SceneCoordinateFilter
+from kfloc_ros.mapping.first_fix import FirstFix
 from kfloc_ros.mapping.scene_map import SceneMap
 from kfloc_ros.pixloc.refiner import Refiner, RefinerSettings
 from kfloc_ros.solvers.pnp import PnpSettings, solve_pnp
@@ -42,6 +43,7 @@ class LocalizerConfig:
     )
     filter: bool = option(True, "Carry the belief over scene coordinates from frame to frame.")
     refine: bool = option(True, "Align the coarse pose with the map's reference views.")
+    first_fix: bool = option(True, "Search the map's reference views when there is no pose to align from.")
     num_references: int = option(3, "Reference views that a pose is aligned with.", low=1, high=20)
     max_gap_s: float = option(
         0.5, "A longer gap between frames resets the filter and the motion model.", low=0.01, high=60.0
@@ -134,8 +136,10 @@ class RefineStage:
 
     def __init__(self, scene_map: SceneMap, config: LocalizerConfig) -> None:
         calibration = scene_map.calibration
+        references = scene_map.references.to(choose_device(config.device))
+        self._first_fix = FirstFix(references, scene_map.camera) if config.first_fix else None
         self._refiner = Refiner(
-            scene_map.references.to(choose_device(config.device)),
+            references,
             scene_map.camera,
             RefinerSettings(
                 num_references=config.num_references,
@@ -173,12 +177,21 @@ class RefineStage:
             starts = [T for T in (coarse.pose.T_map_camera, predicted, *suggested) if T is not None]
             with _timed(timings, "refine"):
                 alignment = self._refiner.align(features, starts)
+            if not alignment.success and self._first_fix is not None:
+                with _timed(timings, "first_fix"):
+                    alignment = self._search(features, alignment)
         timings["total"] = sum(timings.values())
         estimate = self._judge(frame.stamp_ns, coarse, alignment)
         if estimate.T_map_camera is not None:
             self._motion.observe(frame.stamp_ns, estimate.T_map_camera)
             self._had_pose = True
         return replace(estimate, timings_ms=timings)
+
+    def _search(self, features: TrunkFeatures, failed: Alignment) -> Alignment:
+        """The alignment found without any prior, or the failed one with what the search says about it."""
+        assert self._first_fix is not None
+        found = self._first_fix.find(features, lambda starts: self._refiner.align(features, starts))
+        return found if found.success else replace(failed, reason=f"{failed.reason}; searched the map: {found.reason}")
 
     def _extract(self, frame: Frame, timings: dict[str, float]) -> TrunkFeatures:
         if self._trunk is None:

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A pose with no prior: retrieve reference views, match their points, solve, and let the alignment be the judge."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import poselib
+import torch
+from numpy.typing import NDArray
+
+from kfloc_ros.features.trunk import COARSE_STRIDE, TrunkFeatures
+from kfloc_ros.geometry.camera import Camera
+from kfloc_ros.geometry.lie import Matrix, inverse_pose, make_pose, rotation_angle_deg
+from kfloc_ros.mapping.retrieval import ReferenceIndex
+from kfloc_ros.pixloc.references import ReferenceViews
+from kfloc_ros.pixloc.refiner import failed_alignment
+from kfloc_ros.types import Alignment
+
+
+@dataclass(frozen=True)
+class FirstFixSettings:
+    """How far the search goes and when a place counts as found."""
+
+    retrieved: int = 20
+    """Reference views whose points are matched."""
+    places: int = 3
+    """Starting poses tried at most, each from its own group of views."""
+    group_radius_m: float = 1.0
+    """Views from nearer than this to the best of a group join it: they see one place."""
+    min_similarity: float = 0.7
+    """Cosine of two features below which they do not match."""
+    max_error_px: float = 8.0
+    min_inliers: int = 20
+    max_cost: float = 0.26
+    """Alignment cost above which a place found without a prior is not believed, however lax the map's own limit is.
+
+    The features are the same in every map, and so is the cost of unrelated images: in an office (hololens_office)
+    wrong places cost 0.27 and more, right ones at most 0.25.
+    """
+    distinct_m: float = 0.5
+    distinct_deg: float = 20.0
+    """Two poses further apart than either of these are different places."""
+    clear_margin: float = 1.15
+    """The second place's alignment must cost more than the best one's by this factor, or nothing is claimed."""
+
+
+@dataclass(frozen=True, eq=False)
+class Matches:
+    """Pixels of an image with the map points they show."""
+
+    pixels: NDArray[np.float64]
+    """(N, 2)"""
+    points: NDArray[np.float64]
+    """(N, 3) metres, map frame."""
+
+
+class FirstFix:
+    """Finds where an image was taken from nothing but the image; the index is made when it is first asked."""
+
+    def __init__(self, references: ReferenceViews, camera: Camera, settings: FirstFixSettings | None = None) -> None:
+        self._references, self._camera, self._settings = references, camera, settings or FirstFixSettings()
+        self._index: ReferenceIndex | None = None
+
+    @torch.inference_mode()
+    def starts(self, features: TrunkFeatures) -> list[Matrix]:
+        """Poses ``T_map_camera`` that the image may have, the best supported first; possibly none."""
+        if self._index is None:
+            self._index = ReferenceIndex(self._references)
+        retrieved = self._index.search(features, self._settings.retrieved)
+        matches = {item.position: self._match(features, item.position) for item in retrieved}
+        ranked = sorted(matches, key=lambda k: -len(matches[k].pixels))
+        centres = self._references.T_map_camera[:, :3, 3]
+        found: list[Matrix] = []
+        while ranked and len(found) < self._settings.places:
+            away_m = np.linalg.norm(centres - centres[ranked[0]], axis=1)
+            group = [k for k in ranked if away_m[k] <= self._settings.group_radius_m]
+            start = self._solve([matches[k] for k in group])
+            if start is not None:
+                found.append(start)
+            ranked = [k for k in ranked if k not in group]
+        return found
+
+    def find(self, features: TrunkFeatures, align: Callable[[Sequence[Matrix]], Alignment]) -> Alignment:
+        """The alignment at the one place that the image shows; failed, with the reason, if there is none or several.
+
+        Args:
+            features: of the image.
+            align: refines starting poses and judges the result.
+        """
+        starts = self.starts(features)
+        if not starts:
+            return failed_alignment("no reference view shows what the image shows")
+        results = [align([start]) for start in starts]
+        good = sorted((r for r in results if r.success and r.final_cost <= self._settings.max_cost), key=_cost)
+        if not good:
+            best = min(results, key=_cost)
+            reason = (
+                best.reason or f"the image hardly looks like the map at {_place(best)} (cost {best.final_cost:.2f})"
+            )
+            return replace(best, success=False, reason=reason)
+        rival = next((r for r in good[1:] if self._distinct(good[0], r)), None)
+        if rival is None or rival.final_cost > self._settings.clear_margin * good[0].final_cost:
+            return good[0]
+        return replace(good[0], success=False, reason=f"two places look alike: {_place(good[0])} and {_place(rival)}")
+
+    def _match(self, features: TrunkFeatures, position: int) -> Matches:
+        """Mutual nearest neighbours between a view's points and the image's cells."""
+        view, grid = self._references.views[position], features.coarse[0].float()
+        w = grid.shape[2]
+        similarity = view.coarse.to(grid) @ grid.reshape(len(grid), -1)
+        value, cell = similarity.max(dim=1)
+        best_point = similarity[:, cell].argmax(dim=0)
+        kept = (best_point == torch.arange(len(cell), device=cell.device)) & (value > self._settings.min_similarity)
+        chosen = cell[kept].cpu().numpy()
+        pixels = np.stack([chosen % w, chosen // w], axis=1) * COARSE_STRIDE + (COARSE_STRIDE - 1) / 2
+        return Matches(pixels.astype(np.float64), view.points[kept.to(view.points.device)].cpu().double().numpy())
+
+    def _solve(self, parts: Sequence[Matches]) -> Matrix | None:
+        pixels = np.concatenate([m.pixels for m in parts])
+        points = np.concatenate([m.points for m in parts])
+        if len(pixels) < self._settings.min_inliers:
+            return None
+        camera = {"model": "PINHOLE", "width": self._camera.width, "height": self._camera.height}
+        camera["params"] = [self._camera.fx, self._camera.fy, self._camera.cx, self._camera.cy]
+        ransac = {"max_reproj_error": self._settings.max_error_px, "max_iterations": 3000, "seed": 0}
+        # RANSAC near the group: a map may lie kilometres from its own origin
+        origin = points.mean(axis=0)
+        pose, info = poselib.estimate_absolute_pose(pixels, points - origin, camera, ransac, {})
+        inlier_cells = {tuple(p) for p in pixels[np.asarray(info["inliers"], dtype=bool)]}
+        if len(inlier_cells) < self._settings.min_inliers:
+            return None
+        T_map_camera = inverse_pose(make_pose(pose.R, pose.t))
+        T_map_camera[:3, 3] += origin
+        return T_map_camera
+
+    def _distinct(self, a: Alignment, b: Alignment) -> bool:
+        assert a.T_map_camera is not None and b.T_map_camera is not None
+        apart_m = float(np.linalg.norm(a.T_map_camera[:3, 3] - b.T_map_camera[:3, 3]))
+        apart_deg = rotation_angle_deg(a.T_map_camera[:3, :3].T @ b.T_map_camera[:3, :3])
+        return apart_m > self._settings.distinct_m or apart_deg > self._settings.distinct_deg
+
+
+def _cost(alignment: Alignment) -> float:
+    return alignment.final_cost
+
+
+def _place(alignment: Alignment) -> str:
+    assert alignment.T_map_camera is not None
+    x, y, z = alignment.T_map_camera[:3, 3]
+    return f"({x:.1f}, {y:.1f}, {z:.1f}) m"

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which reference views does an image show? One compact descriptor a view, from the features the map already holds.
+
+The descriptor is a VLAD (Jegou et al., CVPR 2010) of the trunk's coarse features, normalised cluster by cluster
+(Arandjelovic and Zisserman, CVPR 2013), each feature weighted by its reliability. The vocabulary is learned from the
+map itself. Everything follows from the reference points, so that a map stores nothing for it and maps of every
+format version have it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from kfloc_ros.features.trunk import TrunkFeatures
+from kfloc_ros.pixloc.references import ReferenceViews
+
+CLUSTERS = 64
+CLUSTERING_STEPS = 12
+MAX_CLUSTERED = 20_000
+BLOCK_CELLS = 4
+CELLS_PER_BLOCK = 2
+"""Of every block of cells the most reliable ones speak for the image, spread over it as reference points are."""
+
+
+@dataclass(frozen=True)
+class Retrieved:
+    """A reference view that an image resembles."""
+
+    position: int
+    """In the map's list of views."""
+    similarity: float
+    """Cosine of the two descriptors."""
+
+
+@dataclass(frozen=True, eq=False)
+class QueryCells:
+    """Features that speak for an image."""
+
+    features: torch.Tensor
+    """(N, 64) unit vectors."""
+    weight: torch.Tensor
+    """(N,)"""
+
+
+class ReferenceIndex:
+    """Descriptors of all reference views of a map; building it takes a fraction of a second."""
+
+    def __init__(self, references: ReferenceViews) -> None:
+        everything = torch.cat([view.coarse for view in references.views]).float()
+        sample = everything[:: max(1, -(-len(everything) // MAX_CLUSTERED))]
+        self._centres = _cluster(sample, min(CLUSTERS, len(sample)))
+        rows = [self._describe(view.coarse.float(), view.confidence.float()) for view in references.views]
+        self._mean = torch.stack(rows).mean(dim=0)
+        self._descriptors = F.normalize(torch.stack(rows) - self._mean, dim=1)
+
+    def search(self, features: TrunkFeatures, count: int) -> list[Retrieved]:
+        """The reference views most like an image, best first, at most ``count``."""
+        cells = reliable_cells(features)
+        row = self._describe(cells.features.to(self._centres), cells.weight.to(self._centres))
+        similarity = self._descriptors @ F.normalize(row - self._mean, dim=0)
+        values, positions = similarity.topk(min(count, len(similarity)))
+        return [Retrieved(int(k), float(v)) for k, v in zip(positions.tolist(), values.tolist(), strict=True)]
+
+    def _describe(self, features: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """(K C,) unit descriptor of weighted unit features (N, C)."""
+        nearest = (features @ self._centres.t()).argmax(dim=1)
+        residual = (features - self._centres[nearest]) * weight[:, None]
+        summed = torch.zeros_like(self._centres).index_add_(0, nearest, residual)
+        return F.normalize(F.normalize(summed, dim=1).reshape(-1), dim=0)
+
+
+def reliable_cells(features: TrunkFeatures) -> QueryCells:
+    """The most reliable cells of the (first) image, spread over it."""
+    reliability, coarse = features.reliability[0].float(), features.coarse[0].float()
+    h, w = (side // BLOCK_CELLS * BLOCK_CELLS for side in reliability.shape)
+    index = torch.arange(reliability.numel(), device=reliability.device).reshape(reliability.shape)
+
+    def blocks(cells: torch.Tensor) -> torch.Tensor:
+        shape = (h // BLOCK_CELLS, BLOCK_CELLS, w // BLOCK_CELLS, BLOCK_CELLS)
+        return cells[:h, :w].reshape(shape).transpose(1, 2).reshape(-1, BLOCK_CELLS**2)
+
+    best = blocks(reliability).topk(CELLS_PER_BLOCK, dim=1)
+    chosen = blocks(index).gather(1, best.indices).reshape(-1)
+    return QueryCells(coarse.reshape(len(coarse), -1)[:, chosen].t(), best.values.reshape(-1))
+
+
+def _cluster(rows: torch.Tensor, count: int) -> torch.Tensor:
+    """(K, C) unit centres of unit rows (N, C) by spherical k-means from a fixed start: the same map, the same index."""
+    start = torch.linspace(0, len(rows) - 1, count).long().to(rows.device)
+    centres = rows[start]
+    for _ in range(CLUSTERING_STEPS):
+        nearest = (rows @ centres.t()).argmax(dim=1)
+        summed = torch.zeros_like(centres).index_add_(0, nearest, rows)
+        filled = summed.norm(dim=1, keepdim=True) > 0
+        centres = torch.where(filled, F.normalize(summed, dim=1), centres)
+    return centres

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The search of the map: finds the view, the pose without a prior, and admits it when two places look alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from kfloc_ros.features.trunk import Trunk, TrunkFeatures
+from kfloc_ros.geometry.lie import Matrix
+from kfloc_ros.localizer import CoarseResult, LocalizerConfig, RefineStage
+from kfloc_ros.mapping.first_fix import FirstFix
+from kfloc_ros.mapping.retrieval import ReferenceIndex
+from kfloc_ros.mapping.scene_map import SceneMap
+from kfloc_ros.pixloc.references import ReferenceViews
+from kfloc_ros.types import CoarsePose, FilterReport, TrackingState
+
+NO_COARSE_POSE = CoarsePose(False, "too few inliers", None, None, 0, 0.0)
+FILTER_OFF = FilterReport("off", 0.0, 0.0, 0.0)
+
+
+@pytest.fixture(scope="module")
+def scene_map(room_map) -> SceneMap:
+    return SceneMap.load(room_map)
+
+
+@pytest.fixture(scope="module")
+def features(scene_map: SceneMap, room) -> TrunkFeatures:
+    return Trunk(device="cpu").extract(room[9].image)
+
+
+def away(T: Matrix, frame) -> float:
+    return float(np.linalg.norm(T[:3, 3] - frame.T_map_camera[:3, 3]))
+
+
+def twice(references: ReferenceViews, shift_m: float) -> ReferenceViews:
+    """The same place again, elsewhere."""
+    poses = references.T_map_camera.copy()
+    poses[:, 0, 3] += shift_m
+    offset = torch.tensor([shift_m, 0.0, 0.0])
+    views = tuple(replace(view, points=view.points + offset) for view in references.views)
+    ids = tuple(i + 1000 for i in references.ids)
+    return ReferenceViews(
+        references.ids + ids, np.concatenate([references.T_map_camera, poses]), references.views + views
+    )
+
+
+def test_the_view_most_alike_is_near(scene_map: SceneMap, features: TrunkFeatures, room) -> None:
+    best, *others = ReferenceIndex(scene_map.references).search(features, 3)
+    centres = scene_map.references.T_map_camera[:, :3, 3]
+    distance = np.linalg.norm(centres - room[9].T_map_camera[:3, 3], axis=1)
+    assert distance[best.position] <= np.median(distance)
+    assert all(best.similarity >= other.similarity for other in others)
+
+
+def test_no_more_views_are_returned_than_there_are(scene_map: SceneMap, features: TrunkFeatures) -> None:
+    count = len(scene_map.references.ids)
+    found = ReferenceIndex(scene_map.references).search(features, 10 * count)
+    assert sorted(item.position for item in found) == list(range(count))
+
+
+def test_a_pose_is_found_from_the_image_alone(scene_map: SceneMap, features: TrunkFeatures, room) -> None:
+    starts = FirstFix(scene_map.references, scene_map.camera).starts(features)
+    assert starts and away(starts[0], room[9]) < 0.1
+
+
+def test_an_image_of_elsewhere_has_no_start(scene_map: SceneMap) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (scene_map.camera.height, scene_map.camera.width, 3))
+    features = Trunk(device="cpu").extract(noise.astype(np.uint8))
+    assert FirstFix(scene_map.references, scene_map.camera).starts(features) == []
+
+
+def stage_result(scene_map: SceneMap, room, features: TrunkFeatures, coarse: CoarsePose = NO_COARSE_POSE, **options):
+    stage = RefineStage(scene_map, LocalizerConfig(device="cpu", **options))
+    return stage.process(room[9], CoarseResult(room[9].stamp_ns, coarse, FILTER_OFF, {}, features))
+
+
+def test_the_refiner_searches_when_there_is_no_coarse_pose(scene_map: SceneMap, features: TrunkFeatures, room) -> None:
+    found = stage_result(scene_map, room, features)
+    assert found.state is TrackingState.TRACKING and away(found.T_map_camera, room[9]) < 0.03
+    assert stage_result(scene_map, room, features, first_fix=False).T_map_camera is None
+
+
+def test_the_refiner_searches_when_the_coarse_pose_is_refused(
+    scene_map: SceneMap, features: TrunkFeatures, room
+) -> None:
+    wrong = room[9].T_map_camera @ np.diag([-1.0, 1.0, -1.0, 1.0])  # looks the other way
+    coarse = CoarsePose(True, "", wrong, np.eye(6), 100, 0.5)
+    found = stage_result(scene_map, room, features, coarse)
+    assert found.state is TrackingState.TRACKING and away(found.T_map_camera, room[9]) < 0.03
+
+
+def test_two_places_that_look_alike_are_not_guessed(scene_map: SceneMap, features: TrunkFeatures, room) -> None:
+    doubled = replace(scene_map, references=twice(scene_map.references, 30.0))
+    found = stage_result(doubled, room, features)
+    assert found.T_map_camera is None and "two places look alike" in found.reason
+
+
+def test_nothing_is_searched_while_tracking(
+    scene_map: SceneMap, features: TrunkFeatures, room, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def searched(self: FirstFix, features: TrunkFeatures) -> Sequence[Matrix]:
+        raise AssertionError("the map was searched")
+
+    monkeypatch.setattr(FirstFix, "starts", searched)
+    coarse = CoarsePose(True, "", room[9].T_map_camera, np.eye(6), 100, 0.5)
+    estimate = stage_result(scene_map, room, features, coarse)
+    assert estimate.state is TrackingState.TRACKING and "first_fix" not in estimate.timings_ms
