@@ -140,3 +140,14 @@ class BagSource(FrameSource):
             raise SourceError(
                 f"The bag '{self._path}' is damaged: {type(error).__name__} while reading it ({error})."
             ) from error
+
+
+def is_own_bag(path: Path) -> bool:
+    """Whether a rosbag2's description names the topics that ``kfloc bag make`` writes, or is too damaged to tell."""
+    if path.suffix == ".bag":
+        return False
+    try:
+        text = (path / "metadata.yaml").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return True
+    return IMAGE_TOPIC in text or "topic_metadata" not in text

@@ -77,9 +77,13 @@ def _scannet(path: str, poses: str, depth: bool) -> FrameSource:
 
 
 def _bag(path: str, poses: str, depth: bool) -> FrameSource:
-    from kfloc_ros.datasets.bag import BagSource
+    from kfloc_ros.datasets.bag import BagSource, is_own_bag
+    from kfloc_ros.datasets.ros_bag import RosBag, split_words
 
-    return BagSource(Path(path), depth=depth)
+    folder, words = split_words(path)
+    if not words and is_own_bag(folder):
+        return BagSource(folder, depth=depth)
+    return RosBag(folder, words, depth=depth)
 
 
 def _sim(path: str, poses: str, depth: bool) -> FrameSource:
@@ -109,6 +113,10 @@ def _is_seven_scenes(root: Path) -> bool:
 
 def _is_transforms(path: Path) -> bool:
     return path.suffix == ".json" if path.is_file() else (path / "transforms.json").is_file()
+
+
+def _is_bag(path: Path) -> bool:
+    return path.suffix == ".bag" if path.is_file() else (path / "metadata.yaml").is_file()
 
 
 KINDS = {
@@ -141,7 +149,11 @@ KINDS = {
         "a transforms.json of nerfstudio or instant-ngp, or its folder", _transforms, _is_transforms
     ),
     "scannet": SourceKind("a folder with color/, depth/, pose/ and intrinsic/", _scannet, _has("color", "pose")),
-    "bag": SourceKind("a rosbag2 folder as `kfloc bag make` writes it", _bag, _has("metadata.yaml")),
+    "bag": SourceKind(
+        "a rosbag2 folder or rosbag1 file; where it has several topics, PATH?image=/a&pose=/b (or pose=tf)",
+        _bag,
+        _is_bag,
+    ),
     "sim": SourceKind(
         "the rendered room of the demo: sim:map, sim:localize, or the shorter sim:map-quick, sim:localize-quick",
         _sim,
@@ -157,7 +169,7 @@ def detect_kind(path: str) -> str:
     Raises:
         SourceError: nothing is there, it is of no known kind, or of several.
     """
-    folder = Path(path) if Path(path).exists() else split_part(path)[0]
+    folder = Path(path) if Path(path).exists() else split_part(path.partition("?")[0])[0]
     if not folder.exists():
         raise SourceError(
             f"There is nothing at '{folder}'. A SOURCE is written KIND:PATH or PATH; known kinds: {', '.join(KINDS)}."
