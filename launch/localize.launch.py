@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Localize a camera in a map: one process with everything (the default), or three nodes.
 
+    ros2 launch kfloc_ros localize.launch.py
     ros2 launch kfloc_ros localize.launch.py map:=maps/kitchen image_topic:=/camera/image_raw \
         camera_info_topic:=/camera/camera_info base_frame:=base_link
 
@@ -20,6 +21,8 @@ from launch_ros.actions import Node
 from launch_ros.parameter_descriptions import ParameterValue
 
 PACKAGE = "kfloc_ros"
+DEMO_MAP = "demo_room"
+"""Comes with the package: a first launch with no argument has a map to localize in."""
 YES_NO = ("true", "false")
 FASTDDS_VARIABLES = ("FASTDDS_DEFAULT_PROFILES_FILE", "FASTRTPS_DEFAULT_PROFILES_FILE")
 
@@ -39,7 +42,7 @@ class Argument(NamedTuple):
 
 ARGUMENTS = (
     Argument("map", "", "Map folder (see `kfloc map build`), or the name of a map shipped with the package; "
-             "empty: as the parameter file says.", parameter=str),
+             "empty: as the parameter file says, and the demo room without one.", parameter=str),
     Argument("params_file", "", "Parameter file for all nodes; empty: config/localizer.yaml of the package."),
     Argument("namespace", "", "Namespace of the nodes and of their relative topics."),
     Argument("composed", "true", "true: everything in one process, frames handed over in memory; "
@@ -77,7 +80,7 @@ def generate_launch_description() -> LaunchDescription:
 
 def start(context: LaunchContext) -> list[LaunchDescriptionEntity]:
     """The processes for the arguments as given."""
-    given = {item.name: context.launch_configurations[item.name] for item in ARGUMENTS}
+    given = with_demo_map({item.name: context.launch_configurations[item.name] for item in ARGUMENTS})
     share = Path(get_package_share_directory(PACKAGE))
     actions: list[LaunchDescriptionEntity] = []
     if not any(name in context.environment for name in FASTDDS_VARIABLES):
@@ -103,6 +106,11 @@ def start(context: LaunchContext) -> list[LaunchDescriptionEntity]:
     if given["rviz"] == "true":
         actions.append(rviz(given, share))
     return actions
+
+
+def with_demo_map(given: dict[str, str]) -> dict[str, str]:
+    """The arguments, with the map that comes with the package where nobody named one or a parameter file."""
+    return given if given["map"] or given["params_file"] else {**given, "map": DEMO_MAP}
 
 
 def overrides(given: dict[str, str]) -> dict[str, ParameterValue]:
@@ -138,6 +146,7 @@ def rviz(given: dict[str, str], share: Path) -> Node:
         arguments=["-d", given["rviz_config"] or os.fspath(share / "rviz" / "localize.rviz")],
         parameters=[{"use_sim_time": given["use_sim_time"] == "true"}],
         remappings=[("/pose", "pose"), ("/coarse_pose", "coarse_pose"), ("/path", "path"), ("/image", image),
+                    ("/initialpose", "initialpose"),
                     ("/image/compressed", f"{image}/compressed")],
         output="log",
     )  # fmt: skip

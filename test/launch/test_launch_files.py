@@ -116,3 +116,12 @@ def python_of(file: str) -> Any:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def test_without_any_argument_there_is_the_demo_room() -> None:
+    module = python_of("localize.launch.py")
+    assert (LAUNCH.parent / "maps" / module.DEMO_MAP / "map.yaml").is_file()
+    given = {item.name: item.default for item in module.ARGUMENTS}
+    assert module.with_demo_map(given)["map"] == module.DEMO_MAP
+    assert module.with_demo_map({**given, "map": "kitchen"})["map"] == "kitchen"
+    assert module.with_demo_map({**given, "params_file": "mine.yaml"})["map"] == ""
