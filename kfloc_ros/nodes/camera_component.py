@@ -16,7 +16,7 @@ from kfloc_ros.errors import FrameError
 from kfloc_ros.geometry.camera import Camera, ImageAdapter
 from kfloc_ros.mapping.scene_map import SceneMap
 from kfloc_ros.nodes import qos
-from kfloc_ros.nodes.camera_messages import camera_from_info
+from kfloc_ros.nodes.camera_messages import camera_from_info, in_words, shared_view
 from kfloc_ros.nodes.diagnostics import DiagnosticsPublisher, Report
 from kfloc_ros.nodes.gate import Gate
 from kfloc_ros.nodes.health import Health
@@ -32,6 +32,8 @@ from kfloc_ros.types import Frame
 
 _FIRST_INFO_WAIT_S = 0.5
 """The first image may come just before the first camera_info."""
+_MIN_VIEW, _FULL_VIEW = 0.3, 0.8
+"""Shares of the map camera's view below which a camera is refused, or used with a warning."""
 _AHEAD_S = 0.5
 """Stamps further in the future than this are worth a warning."""
 
@@ -150,8 +152,22 @@ class CameraComponent:
                 f"{camera.width}x{camera.height}; they must be of the same camera."
             )
         if self._adapter.source != camera:
+            self._check_view(camera)
             self._adapter = ImageAdapter(camera, self._target)
         return self._adapter
+
+    def _check_view(self, camera: Camera) -> None:
+        """Refuse a camera that sees too little of what the map's camera saw."""
+        share = shared_view(camera, self._target)
+        said = (
+            f"The camera sees {100 * share:.0f} % of the view of the camera that the map was made with. "
+            f"camera_info: {in_words(camera)}. Map: {in_words(self._target)}."
+        )
+        if share < _MIN_VIEW:
+            way_out = "Is it the calibration of this camera? If it is, build a map with it"
+            raise FrameError(f"{said} That is too little. {way_out}.")
+        if share < _FULL_VIEW:
+            self._health.warn(f"{said} The rest stays black, and poses will be fewer and less accurate.")
 
     def _is_out_of_order(self, stamp_ns: int) -> bool:
         fault = self._stamps.fault(stamp_ns)

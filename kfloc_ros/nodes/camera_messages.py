@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from kfloc_ros.errors import FrameError
 from kfloc_ros.geometry.camera import Camera
 
@@ -62,6 +64,24 @@ def _binned(camera: Camera, across: int, down: int) -> Camera:
     if across == 1 and down == 1:
         return camera
     return camera.scaled_to(camera.width // across, camera.height // down)
+
+
+def shared_view(camera: Camera, map_camera: Camera) -> float:
+    """Share, 0 to 1, of the map camera's image that another camera sees, too."""
+    u, v = np.meshgrid(np.linspace(0, map_camera.width - 1, 21), np.linspace(0, map_camera.height - 1, 21))
+    rays = np.stack([(u - map_camera.cx) / map_camera.fx, (v - map_camera.cy) / map_camera.fy], axis=-1).reshape(-1, 2)
+    pixels = camera.distort(rays)
+    inside = (pixels >= -0.5).all(axis=1) & (pixels <= [camera.width - 0.5, camera.height - 0.5]).all(axis=1)
+    return float(inside.mean())
+
+
+def in_words(camera: Camera) -> str:
+    """A camera for an error message."""
+    lens = "no distortion" if camera.is_pinhole else f"{camera.distortion_model} {list(camera.distortion)}"
+    return (
+        f"{camera.width}x{camera.height}, fx {camera.fx:.1f}, fy {camera.fy:.1f}, "
+        f"cx {camera.cx:.1f}, cy {camera.cy:.1f}, {lens}"
+    )
 
 
 def fill_info(message: Any, camera: Camera) -> Any:

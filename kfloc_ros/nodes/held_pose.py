@@ -18,6 +18,10 @@ class _Lookup(Protocol):
     def lookup(self, target: str, source: str, stamp_ns: int, wait_s: float = 0.0) -> Matrix: ...
 
 
+_MAX_SIGMA_M = 1e4
+"""Nav2 refuses poses with a covariance beyond 1e9."""
+
+
 @dataclass(frozen=True, eq=False)
 class HeldPose:
     """A pose of the base frame and when it was true."""
@@ -33,7 +37,7 @@ class HeldPose:
     def grown(self, stamp_ns: int, growth: float, T_then_now: Matrix | None = None) -> BodyPose:
         """The pose at a later time: moved as odometry says, with standard deviations ``growth`` m/s and rad/s wider."""
         body = self.body if T_then_now is None else self.body.moved(T_then_now)
-        wider = growth * max(stamp_ns - self.stamp_ns, 0) * 1e-9
+        wider = min(growth * max(stamp_ns - self.stamp_ns, 0) * 1e-9, _MAX_SIGMA_M)
         turned = min(wider, math.pi)  # nothing is known of a rotation any more
         variances = np.array([wider**2] * 3 + [turned**2] * 3)
         return BodyPose(body.T_map_body, body.covariance + np.diag(variances))

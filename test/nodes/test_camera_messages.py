@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 
 from kfloc_ros.errors import FrameError
 from kfloc_ros.geometry.camera import Camera
-from kfloc_ros.nodes.camera_messages import camera_from_info, fill_info
+from kfloc_ros.nodes.camera_messages import camera_from_info, fill_info, in_words, shared_view
 
 PINHOLE = Camera(640, 480, 500.0, 510.0, 320.0, 241.0)
 
@@ -63,6 +64,29 @@ def test_binning_keeps_the_half_pixel() -> None:
     camera = camera_from_info(info(binning_x=2, binning_y=2))
     # The centre of the image's left top 2x2 block is at 0.5, 0.5 in full pixels and at 0, 0 in binned ones.
     assert (camera.width, camera.fx, camera.cx, camera.cy) == (320, 250.0, 159.75, 120.25)
+
+
+def test_rational_and_fisheye_lenses_with_binning_and_a_region_of_interest() -> None:
+    roi = SimpleNamespace(x_offset=100, y_offset=40, width=320, height=240)
+    for model, d in (("rational_polynomial", [0.1] * 8), ("equidistant", [0.1, 0.0, 0.0, 0.0])):
+        camera = camera_from_info(info(distortion_model=model, d=d, roi=roi, binning_x=2, binning_y=2))
+        assert (camera.width, camera.height, camera.fx) == (160, 120, 250.0)
+        assert camera.distortion == tuple(d), "distortion acts on rays, which neither cropping nor binning changes"
+
+
+def test_k_with_its_distortion_counts_even_where_a_driver_copies_k_into_p() -> None:
+    message = info(distortion_model="plumb_bob", d=[-0.2, 0.1, 0.0, 0.0, 0.0])
+    assert camera_from_info(message).distortion == (-0.2, 0.1, 0.0, 0.0, 0.0)
+    assert camera_from_info(message, rectified=True).is_pinhole
+
+
+def test_how_much_of_the_maps_view_another_camera_sees() -> None:
+    assert shared_view(PINHOLE, PINHOLE) == 1.0
+    assert shared_view(PINHOLE.scaled_to(320, 240), PINHOLE) == 1.0
+    tele = replace(PINHOLE, fx=2 * PINHOLE.fx, fy=2 * PINHOLE.fy)
+    assert shared_view(tele, PINHOLE) == pytest.approx(0.25, abs=0.05)
+    assert shared_view(PINHOLE, tele) == 1.0
+    assert "640x480" in in_words(PINHOLE) and "no distortion" in in_words(PINHOLE)
 
 
 @pytest.mark.parametrize(

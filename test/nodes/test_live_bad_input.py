@@ -8,6 +8,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,21 @@ def test_a_bad_camera_info_is_refused_and_the_next_good_one_used(
     harness.wait(lambda: said in raw_world.nodes[0].log)
     harness.localize(room[4])
     assert "Traceback" not in raw_world.nodes[0].log
+
+
+def test_a_camera_that_sees_something_else_than_the_maps_is_refused_with_both_printed(
+    raw_world: Any, room: Any
+) -> None:
+    harness = raw_world.harness
+    harness.localize(room[4])
+    tele = replace(room.camera, fx=4 * room.camera.fx, fy=4 * room.camera.fy)
+    stamp_ns = time.time_ns()
+    harness.send_info(tele, stamp_ns)
+    harness.spin(0.1)
+    harness.send_image(room[4].image, stamp_ns)
+    harness.wait(lambda: "fx 1040.0" in raw_world.nodes[0].log)
+    assert "Map: 320x256, fx 260.0" in raw_world.nodes[0].log and stamp_ns not in harness.statuses
+    harness.localize(room[4])
 
 
 def test_without_any_camera_info_the_topic_is_named(new_world: Callable[[], Any], room_map: Path, room: Any) -> None:
