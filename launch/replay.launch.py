@@ -20,8 +20,25 @@ def generate_launch_description() -> LaunchDescription:
         [
             DeclareLaunchArgument("bag", description="Folder of the rosbag2 to play (see `kfloc bag make`)."),
             DeclareLaunchArgument("map", description="Map folder, or the name of a map shipped with the package."),
-            DeclareLaunchArgument("out", description="Folder for the results: summary.json, report.md and the rest."),
+            DeclareLaunchArgument("out", description="Folder for the results: summary.json, report.html and the rest."),
             DeclareLaunchArgument("rate", default_value="1.0", description="Playing speed; 1.0 is as recorded."),
+            DeclareLaunchArgument("start", default_value="0.0", description="Seconds of the bag to skip."),
+            DeclareLaunchArgument("duration", default_value="", description="Seconds to play; empty: to the end."),
+            DeclareLaunchArgument(
+                "image_topic", default_value="", description="Which images to play where the bag has several."
+            ),
+            DeclareLaunchArgument(
+                "truth",
+                default_value="",
+                description="Ground truth of the camera in the map: /topic, tf:MAP:CAMERA or a TUM file; "
+                "empty: the bag's one PoseStamped topic, if it has one.",
+            ),
+            DeclareLaunchArgument(
+                "require",
+                default_value="",
+                description="Figures of summary.json that must hold, separated by blanks, such as "
+                "'recall.5cm_5deg>=0.95 latency_ms.p95<=100'; otherwise the replay's exit code is 1.",
+            ),
             DeclareLaunchArgument(
                 "composed",
                 default_value="true",
@@ -38,8 +55,13 @@ def start(context: LaunchContext) -> list[LaunchDescriptionEntity]:
     given = context.launch_configurations
     command = [
         ExecutableInPackage("kfloc", "kfloc_ros"), "replay", given["bag"], "--map", given["map"],
-        "--out", given["out"], "--rate", given["rate"],
+        "--out", given["out"], "--rate", given["rate"], "--start", given["start"],
     ]  # fmt: skip
+    for name in ("duration", "image_topic", "truth"):
+        if given[name]:
+            command += [f"--{name.replace('_', '-')}", given[name]]
+    for requirement in given["require"].split():
+        command += ["--require", requirement]
     if given["composed"] == "false":
         command.append("--separate")
     return [

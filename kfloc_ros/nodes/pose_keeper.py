@@ -16,6 +16,9 @@ from kfloc_ros.nodes.pose_file import PoseFileError, SavedPose, load_pose, map_i
 from kfloc_ros.nodes.worker import LatestWorker
 from kfloc_ros.types import Matrix, PoseEstimate, TrackingState
 
+_MAX_TRIES = 10
+"""Images that try the saved pose."""
+
 
 class PoseKeeper:
     """Does nothing where ``pose_file`` is empty; what goes wrong with the file is said and never ends anything."""
@@ -25,14 +28,14 @@ class PoseKeeper:
         self._saved_s = 0.0
         self._last: SavedPose | None = None
         self._path: Path | None = None
-        self.starts: list[Matrix] = []
-        """Poses ``T_map_camera`` to start the first frame from."""
+        self._starts: list[Matrix] = []
+        self._tries_left = _MAX_TRIES
         if not parameters.node.pose_file:
             return
         self._path = Path(parameters.node.pose_file).expanduser()
         self._map_id = map_id(scene_map)
         # A disk can take its time: neither a frame nor a callback waits for it.
-        self._writer = LatestWorker("pose file", self._write, health.fault)
+        self._writer = LatestWorker("pose file", self._write, lambda error: health.warn(str(error)))
         try:
             saved = load_pose(self._path, self._map_id)
         except PoseFileError as error:
@@ -40,10 +43,17 @@ class PoseKeeper:
             return
         if saved is not None:
             node.get_logger().info(f"The search begins at the last pose, from '{self._path}'.")
-            self.starts = spread(saved.T_map_camera, saved.covariance)
+            self._starts = spread(saved.T_map_camera, saved.covariance)
+
+    def take(self) -> list[Matrix]:
+        """Poses ``T_map_camera`` that a frame may start from, for the first few frames or until one has a pose."""
+        self._tries_left -= 1
+        return self._starts if self._tries_left >= 0 else []
 
     def offer(self, estimate: PoseEstimate) -> None:
         """Save a good pose, unless one was saved a moment ago."""
+        if estimate.T_map_camera is not None:
+            self._starts = []
         if self._path is None or estimate.state is not TrackingState.TRACKING:
             return
         if estimate.T_map_camera is None or estimate.covariance is None:
@@ -56,7 +66,7 @@ class PoseKeeper:
 
     def forget(self) -> None:
         """Remove the file, too: the next start shall know nothing."""
-        self._last, self.starts = None, []
+        self._last, self._starts = None, []
         if self._path is not None:
             try:
                 self._path.unlink(missing_ok=True)

@@ -67,7 +67,7 @@ class RefinerComponent:
         if reason:
             self.reset(reason)
         starts = self._initial.take(packet.camera.frame_id, stamp_ns, self._publisher.last)
-        starts, self._keeper.starts = starts or self._keeper.starts, []
+        starts = starts or self._keeper.take()
         if starts:
             self._stage.suggest(starts)
         estimate = self._stage.process(packet.camera.frame, packet.result)

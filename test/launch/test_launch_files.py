@@ -103,11 +103,16 @@ def test_dds_profile_is_set_unless_the_user_has_one() -> None:
 
 
 def test_replay_passes_its_arguments_on() -> None:
-    context, actions = entities("replay.launch.py", bag="b", map="m", out="o", composed="false")
+    context, actions = entities(
+        "replay.launch.py", bag="b", map="m", out="o", composed="false", truth="/pose", require="frames>=1 dropped<=2"
+    )
     process = next(action for action in actions if isinstance(action, ExecuteProcess))
     words = ["".join(part.perform(context) for part in word) for word in process.cmd]
     assert Path(words[0]).name == "kfloc"
-    assert words[1:] == ["replay", "b", "--map", "m", "--out", "o", "--rate", "1.0", "--separate"]
+    assert words[1:] == [
+        "replay", "b", "--map", "m", "--out", "o", "--rate", "1.0", "--start", "0.0", "--truth", "/pose",
+        "--require", "frames>=1", "--require", "dropped<=2", "--separate",
+    ]  # fmt: skip
 
 
 def python_of(file: str) -> Any:
