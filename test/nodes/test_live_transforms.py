@@ -119,3 +119,16 @@ def test_when_lost(robot: Any, room: Any, policy: str) -> None:
         assert np.allclose(T[:3, 3], expected[:3, 3], atol=1e-2)
         assert rotation_angle_deg(T[:3, :3].T @ expected[:3, :3]) < 0.5
         assert held.pose.covariance[0] > 4 * last.pose.covariance[0]
+
+
+def test_stop_also_stops_when_no_image_says_that_it_is_lost(robot: Any, room: Any) -> None:
+    harness = robot.harness
+    assert harness.set_parameter("/localizer", "when_lost", "stop").successful
+    assert harness.set_parameter("/localizer", "lost_after_s", 0.5).successful
+    harness.localize(room[4], lambda frame: drive(harness, frame))
+    harness.spin(1.0)
+    harness.transforms.clear()
+    harness.spin(0.3)
+    assert not anchors(harness)
+    harness.localize(room[5], lambda frame: drive(harness, frame))
+    harness.wait(lambda: bool(anchors(harness)))

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Over real DDS: after whatever happened, the next good image is localized, without anybody's help."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kfloc_ros.nodes.pose_messages import pose_from_message
+from kfloc_ros.types import Frame
+
+pytestmark = pytest.mark.ros
+
+
+@pytest.fixture(scope="module")
+def world(new_world: Callable[[], Any], room_map: Path) -> Any:
+    world = new_world()
+    world.start_localizer(f"map:={room_map}")
+    return world
+
+
+def assert_localized(harness: Any, frame: Any) -> None:
+    """The first answer to a good frame is its true pose."""
+    message = harness.localize(frame)
+    stamp_ns = message.header.stamp.sec * 10**9 + message.header.stamp.nanosec
+    assert harness.statuses[stamp_ns]["state"] == "TRACKING", harness.statuses[stamp_ns]
+    T = pose_from_message(message.pose.pose)
+    assert np.linalg.norm(T[:3, 3] - frame.T_map_camera[:3, 3]) < 0.05
+
+
+def state_of(harness: Any, image: Any, camera: Any) -> str:
+    """What the localizer says of a picture that shows nothing of the map."""
+    frame = Frame(image, camera, 0)
+    for _ in range(5):
+        stamp_ns = harness.send(frame)
+        if harness.wait(lambda stamp=stamp_ns: stamp in harness.statuses, 5.0, must=False):
+            assert stamp_ns not in harness.poses, "no pose is made up"
+            return str(harness.statuses[stamp_ns]["state"])
+    raise AssertionError("no answer")
+
+
+@pytest.mark.parametrize("cover", ["black", "white", "noise"])
+def test_after_the_camera_was_covered(world: Any, room: Any, cover: str) -> None:
+    harness = world.harness
+    shape = room[4].image.shape
+    pictures = {
+        "black": np.zeros(shape, np.uint8),
+        "white": np.full(shape, 255, np.uint8),
+        "noise": np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8),
+    }
+    assert_localized(harness, room[4])
+    for _ in range(2):
+        assert state_of(harness, pictures[cover], room.camera) == "LOST"
+    assert_localized(harness, room[5])
+
+
+def test_after_two_seconds_without_images(world: Any, room: Any) -> None:
+    assert_localized(world.harness, room[4])
+    world.harness.spin(2.0)
+    assert_localized(world.harness, room[6])
+
+
+def test_after_being_carried_elsewhere(world: Any, room: Any) -> None:
+    assert_localized(world.harness, room[0])
+    for position in (30, 2, 20):
+        assert_localized(world.harness, room[position])
