@@ -19,7 +19,7 @@ from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import Matrix, inverse_pose, make_pose, so3_exp, so3_log
 from kfloc_ros.kfnet import kalman
 from kfloc_ros.kfnet.filter import NO_PRIOR, Filtered, FilterSettings, SceneCoordinateFilter
-from kfloc_ros.mapping.first_fix import FirstFix
+from kfloc_ros.mapping.first_fix import UNRELATED_COST, FirstFix
 from kfloc_ros.mapping.scene_map import SceneMap
 from kfloc_ros.pixloc.refiner import Refiner, RefinerSettings
 from kfloc_ros.solvers.pnp import PnpSettings, solve_pnp
@@ -143,7 +143,7 @@ class RefineStage:
             scene_map.camera,
             RefinerSettings(
                 num_references=config.num_references,
-                max_cost=calibration.max_alignment_cost,
+                max_cost=min(calibration.max_alignment_cost, UNRELATED_COST),
                 covariance_scale=calibration.refined_covariance_scale,
             ),
         )

@@ -19,6 +19,13 @@ from kfloc_ros.pixloc.references import ReferenceViews
 from kfloc_ros.pixloc.refiner import failed_alignment
 from kfloc_ros.types import Alignment
 
+UNRELATED_COST = 0.26
+"""Alignment cost above which no pose is believed, however lax the limit that a map was calibrated with.
+
+The features are the same in every map, and so is the cost of unrelated images: in an office (hololens_office) wrong
+places cost 0.27 and more, right ones at most 0.25.
+"""
+
 
 @dataclass(frozen=True)
 class FirstFixSettings:
@@ -34,12 +41,7 @@ class FirstFixSettings:
     """Cosine of two features below which they do not match."""
     max_error_px: float = 8.0
     min_inliers: int = 20
-    max_cost: float = 0.26
-    """Alignment cost above which a place found without a prior is not believed, however lax the map's own limit is.
-
-    The features are the same in every map, and so is the cost of unrelated images: in an office (hololens_office)
-    wrong places cost 0.27 and more, right ones at most 0.25.
-    """
+    max_cost: float = UNRELATED_COST
     distinct_m: float = 0.5
     distinct_deg: float = 20.0
     """Two poses further apart than either of these are different places."""

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from kfloc_ros.errors import FrameError, MapError
+from kfloc_ros.features.trunk import COARSE_CHANNELS, FINE_CHANNELS
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.kfnet.scoordnet import SCoordNet
 from kfloc_ros.pixloc.references import ReferencePoints, ReferenceViews
@@ -33,8 +34,23 @@ DESCRIPTION = "map.yaml"
 HEAD_FILE = "scoordnet.safetensors"
 REFERENCES_FILE = "references.safetensors"
 MAX_DESCRIPTION_BYTES = 1_000_000
+MAX_DESCRIPTION_DEPTH = 16
+MAX_FILE_BYTES = 4_000_000_000
+MAX_HEAD_WIDTH, MAX_HEAD_BLOCKS = 2048, 32
 FEATURE_STEPS = 127
 """Unit features are stored in one signed byte a channel; the rounding is far below the features' own noise."""
+
+_DAMAGE = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    TypeError,
+    ValueError,
+    RuntimeError,
+    SafetensorError,
+)
+"""What reading a damaged map raises, file contents being whatever they are."""
 
 
 @dataclass(frozen=True)
@@ -136,8 +152,7 @@ class SceneMap:
         for name in (HEAD_FILE, REFERENCES_FILE):
             _verify_file(folder, name, description)
         try:
-            size = description["head"]
-            head = SCoordNet(int(size["width"]), int(size["blocks"]))
+            head = SCoordNet(*_head_size(description["head"]))
             head.load_state_dict({k: v.float() for k, v in load_file(folder / HEAD_FILE).items()})
             references = _unpack_references(load_file(folder / REFERENCES_FILE))
             low, high = (tuple(float(v) for v in corner) for corner in description["bounds_m"])
@@ -154,7 +169,7 @@ class SceneMap:
                 provenance=dict(description.get("provenance", {})),
                 path=folder,
             )
-        except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError, FrameError) as error:
+        except (*_DAMAGE, FrameError) as error:
             raise MapError(f"The map '{folder}' is damaged: {error}. Build it again.") from error
 
     def size_bytes(self) -> int:
@@ -173,11 +188,15 @@ def read_description(folder: Path) -> dict[str, Any]:
         raise MapError(f"There is no map folder '{folder}'. Build one with `kfloc map build SOURCE --out {folder}`.")
     if not path.is_file():
         raise MapError(f"'{folder}' is not a map: it has no {DESCRIPTION}.")
+    if path.is_symlink():
+        raise MapError(f"'{path}' is a link to another file; a map holds its files itself. Copy it there.")
     try:
         if path.stat().st_size > MAX_DESCRIPTION_BYTES:
             raise MapError(f"'{path}' is larger than any map description; it is damaged.")
-        description = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        text = path.read_text()
+        _check_structure(path, text)
+        description = yaml.safe_load(text)
+    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
         raise MapError(f"'{path}' cannot be read: {error}") from error
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         raise MapError(f"'{path}' does not describe a map of this package.")
@@ -190,6 +209,17 @@ def read_description(folder: Path) -> dict[str, Any]:
             "reads. Update kfloc_ros, or build the map again."
         )
     return description
+
+
+def _check_structure(path: Path, text: str) -> None:
+    """Refuse what makes a YAML reader take for ever: aliases, which multiply, and nesting without end."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            raise MapError(f"'{path}' refers to itself with YAML aliases, which no map description does.")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DESCRIPTION_DEPTH:
+            raise MapError(f"'{path}' is nested deeper than any map description.")
 
 
 def verify_map(folder: Path) -> list[str]:
@@ -264,6 +294,11 @@ def _verify_file(folder: Path, name: str, description: Mapping[str, Any]) -> Non
         raise MapError(f"The map '{folder}' is damaged: {DESCRIPTION} does not list {name}.")
     if not path.is_file():
         raise MapError(f"The map '{folder}' is incomplete: {name} is missing. Build it again.")
+    if path.is_symlink():
+        raise MapError(f"'{path}' is a link to another file; a map holds its files itself. Copy it there.")
+    size = path.stat().st_size
+    if size > MAX_FILE_BYTES or size != expected.get("bytes"):
+        raise MapError(f"The map '{folder}' is damaged: {name} has {size} bytes, not those listed. Build it again.")
     if _checksum(path) != expected:
         raise MapError(f"The map '{folder}' is damaged: {name} does not match its checksum. Build it again.")
 
@@ -287,7 +322,22 @@ def _quantize(unit_features: torch.Tensor) -> torch.Tensor:
     return (unit_features * FEATURE_STEPS).round().to(torch.int8).contiguous()
 
 
+def _head_size(size: Mapping[str, Any]) -> tuple[int, int]:
+    """Width and blocks of the head, refused before memory is taken for them."""
+    width, blocks = int(size["width"]), int(size["blocks"])
+    if not (1 <= width <= MAX_HEAD_WIDTH and 0 <= blocks <= MAX_HEAD_BLOCKS):
+        raise ValueError(f"no head has {blocks} blocks of {width}")
+    return width, blocks
+
+
 def _unpack_references(tensors: Mapping[str, torch.Tensor]) -> ReferenceViews:
+    if tensors["counts"].ndim != 1 or tensors["ids"].shape != tensors["counts"].shape or not len(tensors["counts"]):
+        raise ValueError("the reference views are not listed")
+    total = int(tensors["counts"].sum())
+    shapes = {"points": (3,), "coarse": (COARSE_CHANNELS,), "fine": (FINE_CHANNELS,), "confidence": ()}
+    for name, channels in shapes.items():
+        if tuple(tensors[name].shape) != (total, *channels):
+            raise ValueError(f"the references' {name} have the shape {tuple(tensors[name].shape)}")
     counts = tensors["counts"].tolist()
     columns = {name: tensors[name].float() for name in ("points", "confidence")}
     columns |= {name: F.normalize(tensors[name].float(), dim=1) for name in ("coarse", "fine")}
