@@ -26,6 +26,8 @@ class NormalEquations:
     """(B, 6, 6) float64: sum w rho' J^T J; not divided by the number of points."""
     g: torch.Tensor
     """(B, 6) float64: sum w rho' J^T r."""
+    scatter: torch.Tensor
+    """(B, 6, 6) float64: sum of the outer products of each point's part of g, for the covariance."""
     cost: torch.Tensor
     """(B, N) rho(|r|^2), without confidence."""
     confidence: torch.Tensor
@@ -92,9 +94,10 @@ class FeatureCost:
         tensor = torch.stack([uu, uvw, uvw, vv], dim=-1).reshape(*uu.shape, 2, 2).double()
         slope = torch.stack([(du * residual).sum(-1), (dv * residual).sum(-1)], dim=-1).double()
         J = self.camera.J_world2image(p) @ T.J_transform(p)
+        J = torch.where(valid[..., None, None], J, torch.zeros_like(J))  # a point that is not finite counts for nothing
         SJ = tensor @ J
         B = len(J)
         H = J.reshape(B, -1, 6).mT @ (weight[..., None, None] * SJ).reshape(B, -1, 6)
-        g = J.reshape(B, -1, 6).mT @ (weight[..., None] * slope).reshape(B, -1, 1)
+        parts = (J.mT @ (weight[..., None] * slope)[..., None])[..., 0]
         norms = (J * SJ).sum(-2).clamp(min=0).sqrt() if column_norms else None
-        return NormalEquations(H, g[..., 0], loss.value(squared), confidence, valid, norms)
+        return NormalEquations(H, parts.sum(-2), parts.mT @ parts, loss.value(squared), confidence, valid, norms)

@@ -261,6 +261,7 @@ def _select(accept: torch.Tensor, new: NormalEquations, old: NormalEquations) ->
         old,
         H=pick(new.H, old.H),
         g=pick(new.g, old.g),
+        scatter=pick(new.scatter, old.scatter),
         cost=pick(new.cost, old.cost),
         confidence=pick(new.confidence, old.confidence),
         valid=pick(new.valid, old.valid),

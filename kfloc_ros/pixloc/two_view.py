@@ -114,7 +114,7 @@ def align_two_views(
             pad=pad,
             legacy=settings.legacy,
         )
-        tell = None if observer is None else _translated(observer, level, local.origin)
+        tell = None if observer is None else in_world(observer, level, local.origin)
         start = T.detach()
         result = minimize(cost, start, settings, model.damping(level).double(), tell)
         T = result.T
@@ -130,7 +130,9 @@ def align_two_views(
     return TwoViewResult(tuple(levels))
 
 
-def _translated(observer: LevelObserver, level: int, origin: torch.Tensor) -> Callable[[Iteration], None]:
+def in_world(observer: LevelObserver, level: int, origin: torch.Tensor) -> Callable[[Iteration], None]:
+    """An observer of one level of a recentred problem, for one that wants poses from the world frame."""
+
     def tell(iteration: Iteration) -> None:
         observer(level, replace(iteration, T=from_recentred(iteration.T, origin)))
 

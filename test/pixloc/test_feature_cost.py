@@ -101,7 +101,7 @@ def test_normal_equations_are_those_of_the_jacobian_written_out(camera: Camera) 
     assert torch.allclose(at.H, torch.einsum("bn,bnci,bncj->bij", w, J, J), rtol=1e-8)
     assert torch.allclose(at.g, torch.einsum("bn,bnci,bnc->bi", w, J, r), rtol=1e-8)
     assert at.column_norms is not None
-    assert torch.allclose(at.column_norms, J.norm(dim=-2), atol=1e-8)
+    assert torch.allclose(at.column_norms, J.norm(dim=-2) * at.valid[..., None], atol=1e-8)
 
 
 def test_masked_points_do_not_count() -> None:
