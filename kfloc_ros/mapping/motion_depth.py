@@ -107,14 +107,16 @@ class MotionDepth(FrameSource):
         points = self._local_points(position, pose)
         settings = self._range(points)
         ids = choose_neighbours(position, self._poses, settings.usual_m)
-        if len(ids) < 2:
+        depth_m = np.zeros((self._camera.height, self._camera.width), dtype=np.float32)
+        if len(ids) >= 2:
+            sweep = SweepSettings(
+                settings.near_m, settings.far_m, min_score=settings.min_score, min_margin=settings.min_margin
+            )
+            neighbours = [self._view(i) for i in ids]
+            swept = sweep_depth(self._view(position, frame), neighbours, self._camera, sweep)
+            depth_m = spread_cells(swept.numpy(), (self._camera.height, self._camera.width))
+        elif points is None:
             return frame
-        view = self._view(position, frame)
-        sweep = SweepSettings(
-            settings.near_m, settings.far_m, min_score=settings.min_score, min_margin=settings.min_margin
-        )
-        swept = sweep_depth(view, [self._view(i) for i in ids], self._camera, sweep)
-        depth_m = spread_cells(swept.numpy(), (self._camera.height, self._camera.width))
         if points is not None:
             draw_points(depth_m, points, self._camera)
         return replace(frame, depth_m=depth_m)

@@ -14,12 +14,14 @@ import pytest
 from kfloc_ros.localizer import Localizer, LocalizerConfig
 from kfloc_ros.mapping import build
 from kfloc_ros.mapping.motion_depth import MotionDepth, with_depth
+from kfloc_ros.training.scene_head import HeadTraining
 
 pytestmark = pytest.mark.slow
 
 
 def test_a_map_without_depth_localizes(room: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "HeadTraining", functools.partial(build.HeadTraining, width=128, blocks=1, batch=1024))
+    small = functools.partial(HeadTraining, width=128, blocks=1, batch=1024)
+    monkeypatch.setattr("kfloc_ros.mapping.build.HeadTraining", small)
     config = build.MapBuildConfig(
         train_seconds=120.0, train_steps=500, augmentations=0, points_per_view=300, device="cpu"
     )

@@ -106,6 +106,9 @@ def test_views_without_pose_or_without_neighbours_have_no_depth() -> None:
     source = MotionDepth(Wall([*poses, None, far_away]))
     assert source[4].T_map_camera is None and source[4].depth_m is None
     assert source[5].depth_m is None
+    points = np.column_stack([np.linspace(49.5, 50.5, 20), np.zeros(20), np.full(20, WALL_M)])
+    alone = MotionDepth(Wall([*poses, far_away], points))[4].depth_m
+    assert alone is not None and set(np.unique(alone)) == {0.0, np.float32(WALL_M)}
     with pytest.raises(SourceError, match="three views"):
         MotionDepth(Wall([poses[0], None, None]))
 
