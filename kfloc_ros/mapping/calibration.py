@@ -8,6 +8,7 @@ chi-square distribution, the acceptance threshold so that good alignments pass.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -17,22 +18,25 @@ from numpy.typing import NDArray
 
 from kfloc_ros.device import choose_device
 from kfloc_ros.features.trunk import COARSE_STRIDE, Trunk
-from kfloc_ros.geometry.lie import Matrix
+from kfloc_ros.geometry.lie import Matrix, make_pose, so3_exp
 from kfloc_ros.kfnet.filter import warp
 from kfloc_ros.kfnet.oflownet import backward_flow
 from kfloc_ros.localizer import Localizer, LocalizerConfig
 from kfloc_ros.mapping.scene_map import Calibration, SceneMap
 from kfloc_ros.mapping.views import View, cell_coordinates
+from kfloc_ros.pixloc.cost import RobustLoss
+from kfloc_ros.pixloc.refiner import Refiner, RefinerSettings
 from kfloc_ros.solvers.covariance import pose_error
 from kfloc_ros.types import Frame, SceneCoordinates
 
 ONE_SIGMA = 0.6827
 CHI2_6_MEDIAN = 5.348
 TEMPERATURES = (0.005, 0.01, 0.02, 0.04, 0.08)
+MIN_WRONG = 5
 GOOD_M, GOOD_DEG = 0.10, 5.0
 """An alignment nearer to the truth than this is a good one."""
-COST_MARGIN = 1.6
-"""The acceptance threshold over the 95th percentile of good costs: query views differ more than mapping views."""
+WRONG_START = make_pose(so3_exp(np.array([0.0, 0.5, 0.0])), np.array([0.5, 0.0, 0.0]))
+"""A view seen from here, relative to where it is, is out of the alignment's reach: where that then ends is wrong."""
 
 
 def calibrate(
@@ -125,7 +129,11 @@ def _squared_quantile(ratios: torch.Tensor, default: float) -> float:
 
 
 def _calibrate_poses(draft: SceneMap, views: Sequence[View], stamps_ns: Sequence[int], device: str) -> Calibration:
-    """Run the localizer itself and fit the covariance scales and the acceptance threshold."""
+    """Run the localizer itself and fit the covariance scales and the acceptance threshold.
+
+    The threshold lies midway between what good alignments cost at most and wrong ones at least, 5 % of each set
+    aside. Query views differ more from the references than held-out mapping views do, so it must not hug the good.
+    """
     localizer = Localizer(draft, LocalizerConfig(device=device))
     coarse, refined, costs = [], [], []
     for view, stamp in zip(views, stamps_ns, strict=True):
@@ -141,8 +149,31 @@ def _calibrate_poses(draft: SceneMap, views: Sequence[View], stamps_ns: Sequence
         draft.calibration,
         coarse_covariance_scale=_median_scale(coarse),
         refined_covariance_scale=_median_scale(refined),
-        max_alignment_cost=float(np.quantile(costs, 0.95) * COST_MARGIN) if costs else 1.0,
+        max_alignment_cost=_threshold(costs, _wrong_costs(draft, views, device)),
     )
+
+
+def _wrong_costs(draft: SceneMap, views: Sequence[View], device: str) -> list[float]:
+    """Costs of alignments that ended in a wrong place."""
+    target = choose_device(device)
+    trunk = Trunk(device=target)
+    settings = RefinerSettings(max_cost=math.inf)
+    refiner = Refiner(draft.references.to(target), draft.camera, settings)
+    wrong = []
+    for view in views:
+        alignment = refiner.align(trunk.extract(view.image), [view.T_map_camera @ WRONG_START])
+        if alignment.success and not _is_good(view.T_map_camera, alignment.T_map_camera):
+            wrong.append(alignment.final_cost)
+    return wrong
+
+
+def _threshold(good: Sequence[float], wrong: Sequence[float]) -> float:
+    unrelated = float(RobustLoss(RefinerSettings().loss_scale).value(torch.tensor(2.0)))  # of orthogonal features
+    if not good:
+        return unrelated
+    highest = float(np.quantile(good, 0.95))
+    lowest = float(np.quantile(wrong, 0.05)) if len(wrong) >= MIN_WRONG else unrelated
+    return max((highest + lowest) / 2, highest)
 
 
 def _is_good(T_true: Matrix, T: Matrix | None) -> bool:

@@ -16,7 +16,7 @@ import torch
 from kfloc_ros.kfnet.scoordnet import SCoordNet, laplace_nll
 
 WARM_UP_STEPS = 50
-MIN_STEPS_PER_SECOND = 8.0
+MIN_STEPS_PER_SECOND = 12.0
 """A busy or slower machine trains for longer than it was given, until it has made so many steps for every second
 given: two idle cores make about 20, and a map must not be bad because something else ran beside its making."""
 
@@ -52,6 +52,7 @@ def train_head(
     settings: HeadTraining,
     device: torch.device,
     on_progress: Callable[[HeadProgress], None],
+    extra_loss: Callable[[SCoordNet, torch.Generator], torch.Tensor] | None = None,
 ) -> SCoordNet:
     """Fit a head to cells for a given time or number of steps.
 
@@ -61,6 +62,7 @@ def train_head(
         settings: time, size and schedule.
         device: where to train.
         on_progress: called about four times a second.
+        extra_loss: added to the loss of every step, for what has no coordinates to fit.
 
     Returns:
         The head, in evaluation mode, on the CPU.
@@ -82,6 +84,8 @@ def train_head(
             predicted, log_scale = head(inputs[index].float())
         error = (predicted - coordinates[index]).norm(dim=1)
         loss = laplace_nll(error, log_scale).mean()
+        if extra_loss is not None:
+            loss = loss + extra_loss(head, generator)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(head.parameters(), 1.0)
