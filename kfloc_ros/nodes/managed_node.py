@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
+import torch
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from rclpy.node import Node
 
@@ -143,6 +144,8 @@ class ManagedNode(LifecycleNode):  # type: ignore[misc]
                 destroy_one(entity)
         del application
         gc.collect()  # components know each other in circles
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()  # for others: torch keeps what it once had
 
     def _entities(self) -> Iterable[Any]:
         yield from self.timers

@@ -73,6 +73,7 @@ class LatestWorker(Generic[ItemT]):
                 self._handle(item)
             except Exception as error:
                 self._on_error(error)
-            with self._condition:
-                self._working = False
-                self._condition.notify_all()
+            finally:
+                with self._condition:
+                    self._working = False
+                    self._condition.notify_all()

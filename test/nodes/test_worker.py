@@ -79,6 +79,29 @@ def _fail(error: Exception) -> None:
     raise AssertionError(f"unexpected: {error}")
 
 
+def test_a_pause_ends_with_the_item_in_work_and_forgets_the_one_that_waits() -> None:
+    begun, may_end, seen = threading.Event(), threading.Event(), []
+
+    def handle(item: int) -> None:
+        begun.set()
+        assert may_end.wait(PATIENCE_S)
+        seen.append(item)
+
+    worker = LatestWorker("test", handle, _fail)
+    try:
+        worker.submit(0)
+        assert begun.wait(PATIENCE_S)
+        worker.submit(1)
+        threading.Timer(0.05, may_end.set).start()
+        worker.pause()
+        assert seen == [0]
+        worker.submit(2)
+        _wait(lambda: seen == [0, 2])
+    finally:
+        may_end.set()
+        worker.stop()
+
+
 def _wait(condition: Callable[[], bool]) -> None:
     waiting = threading.Event()
     for _ in range(500):
