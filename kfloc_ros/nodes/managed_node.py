@@ -144,8 +144,7 @@ class ManagedNode(LifecycleNode):  # type: ignore[misc]
                 destroy_one(entity)
         del application
         gc.collect()  # components know each other in circles
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()  # for others: torch keeps what it once had
+        torch.cuda.empty_cache()  # for others: torch keeps what it once had; does nothing without a GPU
 
     def _entities(self) -> Iterable[Any]:
         yield from self.timers
