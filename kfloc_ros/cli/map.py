@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kfloc_ros.cli.arguments import add_source_arguments, open_source_from
+from kfloc_ros.cli.map_tools import add_tools
 
 if TYPE_CHECKING:
     from kfloc_ros.mapping.build import BuildProgress
@@ -25,7 +26,7 @@ folder in one go at the end: interrupting a build leaves nothing behind.
 
 def add_parser(subparsers: Any) -> None:
     """Register ``kfloc map``."""
-    parser = subparsers.add_parser("map", help="build, describe and check maps")
+    parser = subparsers.add_parser("map", help="build, describe, check, draw, export, pack and crop maps")
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     build = actions.add_parser(
         "build",
@@ -48,6 +49,7 @@ def add_parser(subparsers: Any) -> None:
     verify = actions.add_parser("verify", help="check a map's files, checksums and values")
     verify.add_argument("map", metavar="MAP", help="map folder, or name of an installed map")
     verify.set_defaults(run_action=run_verify)
+    add_tools(actions)
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
