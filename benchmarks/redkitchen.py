@@ -263,9 +263,7 @@ def share(name: str, value: float | None, limit: float | None) -> Row:
     return Row(name, value, text, f">= {100 * limit:g} %", value is not None and value >= limit)
 
 
-def _limited(
-    name: str, value: float, limit: float, unit: str, sign: str, holds: Callable[[float, float], bool]
-) -> Row:
+def _limited(name: str, value: float, limit: float, unit: str, sign: str, holds: Callable[[float, float], bool]) -> Row:
     passed = math.isfinite(value) and holds(value, limit)
     return Row(name, value if math.isfinite(value) else None, f"{value:.2f} {unit}", f"{sign} {limit:g} {unit}", passed)
 

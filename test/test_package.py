@@ -49,6 +49,15 @@ def imported(tree: ast.AST) -> Iterator[str]:
             yield node.module
 
 
+def names_from(tree: ast.AST, module: str) -> Iterator[list[str]]:
+    """Of every import of a module, the names that it brings; the module's own where it brings that."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ([alias.name] for alias in node.names if alias.name.split(".")[0] == module)
+        elif isinstance(node, ast.ImportFrom) and node.module == module:
+            yield [alias.name for alias in node.names]
+
+
 @pytest.fixture(scope="module")
 def manifest() -> ElementTree.Element:
     return ElementTree.parse(ROOT / "package.xml").getroot()
@@ -146,6 +155,8 @@ def test_nothing_unsafe_is_called() -> None:
     for path in [*sources(), *sorted((ROOT / "scripts").glob("*.py")), *sorted((ROOT / "benchmarks").rglob("*.py"))]:
         tree = ast.parse(path.read_text(encoding="utf-8"))
         unsafe = {"pickle", "marshal", "dill", "shelve"}.intersection(imported(tree))
+        if "pickle" in unsafe and all(names == ["UnpicklingError"] for names in names_from(tree, "pickle")):
+            unsafe.remove("pickle")  # what torch.load raises
         offenders += [f"{path.name}: imports {name}" for name in unsafe]
         for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
             settings = {item.arg: ast.unparse(item.value) for item in call.keywords}

@@ -7,12 +7,12 @@ pickle may hold only NumPy numbers are let in, since the file's validation metri
 
 from __future__ import annotations
 
-import pickle
 import re
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -91,7 +91,7 @@ def _load(path: Path) -> Any:
     try:
         with torch.serialization.safe_globals(allowed):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except UnpicklingError as error:
         raise WeightsError(
             f"'{path}' holds something that is neither a tensor nor a plain value, or is damaged; it was not loaded. "
             f"({_first_line(error)})"

@@ -1,24 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Logs of hloc (``*_logs.pkl``), of 2021 and of today: which images and points a query was matched with, and its pose.
 
-The files are pickles. They are read by an unpickler that knows NumPy's arrays and nothing else: objects of other
-packages become inert records, and everything that could be called is refused.
+The files are pickles, and are read without unpickling them: see ``inert_pickle``.
 """
 
 from __future__ import annotations
 
-import pickle
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kfloc_ros.errors import SourceError
 from kfloc_ros.geometry.lie import Matrix, inverse_pose, make_pose, quaternion_to_matrix
+from kfloc_ros.pixloc.inert_pickle import read_inert
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,14 +49,13 @@ def read_hloc_log(path: Path) -> dict[str, HlocQuery]:
     """Every query of a log.
 
     Raises:
-        SourceError: missing, damaged, not a log, or holding something that could run.
+        SourceError: missing, damaged, or not a log.
     """
     try:
-        with path.open("rb") as stream:
-            content = _Reader(stream).load()
+        content = read_inert(path.read_bytes())
     except OSError as error:
         raise SourceError(f"The log '{path}' cannot be read: {error.strerror}.") from error
-    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
+    except ValueError as error:
         raise SourceError(f"The log '{path}' is damaged or not hloc's: {error}") from error
     queries = content.get("loc") if isinstance(content, Mapping) else None
     if not isinstance(queries, Mapping):
@@ -69,42 +67,6 @@ def read_hloc_log(path: Path) -> dict[str, HlocQuery]:
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise SourceError(f"The log '{path}' cannot be understood at query '{name}': {error!r}") from error
     return found
-
-
-class _Record:
-    """Stands in for an object of another package; remembers what it was made of."""
-
-    def __init__(self, *args: Any) -> None:
-        self.args, self.state = args, dict[str, Any]()
-
-    def __setstate__(self, state: Any) -> None:
-        self.args, self.state = (), dict(state) if isinstance(state, Mapping) else {}
-
-
-def _numpy_functions() -> dict[tuple[str, str], Any]:
-    """What NumPy's own pickles call, under the names of its first and second version."""
-    reconstruct = np.empty(0).__reduce_ex__(2)[0]
-    scalar = np.float64(0).__reduce__()[0]
-    from_buffer = np.empty(1).__reduce_ex__(5)[0]
-    allowed: dict[tuple[str, str], Any] = {("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype}
-    for core in ("numpy.core", "numpy._core"):
-        allowed[f"{core}.multiarray", "_reconstruct"] = reconstruct
-        allowed[f"{core}.multiarray", "scalar"] = scalar
-        allowed[f"{core}.numeric", "_frombuffer"] = from_buffer
-    return allowed
-
-
-class _Reader(pickle.Unpickler):
-    def __init__(self, stream: IO[bytes]) -> None:
-        super().__init__(stream)
-        self._allowed = _numpy_functions()
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in self._allowed:
-            return self._allowed[module, name]
-        if module.split(".")[0] in ("pycolmap", "pathlib"):
-            return _Record
-        raise pickle.UnpicklingError(f"it holds '{module}.{name}', which is not loaded")
 
 
 def _query(entry: Mapping[str, Any]) -> HlocQuery:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 from kfloc_ros.errors import SourceError
 from kfloc_ros.geometry.lie import inverse_pose, make_pose, matrix_to_quaternion, so3_exp
 from kfloc_ros.pixloc.hloc_log import read_hloc_log
+from kfloc_ros.pixloc.inert_pickle import read_inert
 from kfloc_ros.pixloc.pose_file import (
     accuracy_text,
     read_pairs,
@@ -99,14 +101,15 @@ def entry(**changes: Any) -> dict[str, Any]:
     } | changes  # fmt: skip
 
 
-def log(path: Path, **queries: Any) -> Path:
+def log(path: Path, protocol: int | None = None, /, **queries: Any) -> Path:
     content = {"features": Path("a.h5"), "matches": Path("b.h5"), "retrieval": Path("c.txt"), "loc": queries}
-    path.write_bytes(pickle.dumps(content))
+    path.write_bytes(pickle.dumps(content, protocol))
     return path
 
 
-def test_a_log_of_2021(tmp_path: Path) -> None:
-    found = read_hloc_log(log(tmp_path / "x_logs.pkl", q=entry(), bad=entry(PnP_ret={"success": False})))
+@pytest.mark.parametrize("protocol", range(2, 6))
+def test_a_log_of_2021(tmp_path: Path, protocol: int) -> None:
+    found = read_hloc_log(log(tmp_path / "x_logs.pkl", protocol, q=entry(), bad=entry(PnP_ret={"success": False})))
     q = found["q"]
     assert q.database_ids == (5, 9, 4)
     assert q.T_map_camera is not None and np.allclose(q.T_map_camera, POSE)
@@ -151,6 +154,41 @@ def test_nothing_in_a_log_is_run(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="not"):
         read_hloc_log(log(tmp_path / "x.pkl", q=Trap(mark)))
     assert not mark.exists()
+
+
+@pytest.mark.parametrize("protocol", range(2, 6))
+def test_arrays_come_out_of_a_pickle_as_they_went_in(protocol: int) -> None:
+    value = {
+        "c": np.arange(6, dtype=np.float32).reshape(2, 3), "f": np.asfortranarray(np.eye(3)[:, :2]),
+        "big": np.ones(2, ">i4"), "scalar": np.int64(-3), "flags": np.array([True, False]), "empty": np.zeros((0, 2)),
+        "text": np.array(["ab", "c"]),
+        "plain": [1, -2.5, None, True, "é", b"\xff", (), (1,), {2}, frozenset({3})], "long": 2**70,
+    }  # fmt: skip
+    value["again"] = value["c"]
+    found = read_inert(pickle.dumps(value, protocol))
+    assert found.keys() == value.keys()
+    for name, expected in value.items():
+        assert np.array_equal(found[name], expected) if name != "plain" else found[name] == expected, name
+        if isinstance(expected, np.ndarray):
+            assert found[name].dtype == expected.dtype
+
+
+def test_a_damaged_pickle_is_always_a_value_error() -> None:
+    content = pickle.dumps({"loc": {"q": entry()}})
+    rng = np.random.default_rng(0)
+    for _ in range(500):
+        damaged = bytearray(content)
+        for position in rng.integers(len(content), size=3):
+            damaged[position] = rng.integers(256)
+        with contextlib.suppress(ValueError):
+            read_inert(bytes(damaged[: rng.integers(1, len(damaged) + 1)]))
+
+
+def test_something_that_contains_itself_is_refused() -> None:
+    endless: list[Any] = []
+    endless.append(endless)
+    with pytest.raises(ValueError, match="contains itself"):
+        read_inert(pickle.dumps(endless))
 
 
 @pytest.mark.parametrize(
