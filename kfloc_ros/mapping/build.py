@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import time
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from kfloc_ros.config import option
 from kfloc_ros.datasets.base import FrameSource
 from kfloc_ros.device import choose_device
 from kfloc_ros.errors import MapError, SourceError
-from kfloc_ros.features.trunk import Trunk, find_weights
+from kfloc_ros.features.trunk import Trunk, TrunkFeatures, find_weights
 from kfloc_ros.geometry.camera import Camera, ImageAdapter
 from kfloc_ros.kfnet.scoordnet import INPUT_CHANNELS
 from kfloc_ros.mapping.calibration import calibrate
@@ -33,7 +34,7 @@ from kfloc_ros.mapping.views import (
     sample_cells,
     warp_image,
 )
-from kfloc_ros.pixloc.references import ReferenceViews, extract_reference_points
+from kfloc_ros.pixloc.references import ReferencePoints, ReferenceViews, extract_reference_points
 from kfloc_ros.training.scene_head import HeadProgress, HeadTraining, train_head
 from kfloc_ros.types import Frame
 
@@ -82,6 +83,8 @@ class _Survey:
 
     cells: Cells
     references: ReferenceViews
+    all_references: ReferenceViews
+    """With those of the held-out views, which may join once calibration is done: there is no reason for a gap."""
     held_out: list[View]
     stamps_ns: list[int]
     used: int
@@ -134,7 +137,7 @@ def build_map(
             "source": source.name,
             "views": survey.used,
             "views_skipped": survey.skipped,
-            "references": len(survey.references.ids),
+            "references": len(survey.all_references.ids),
             "built": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "kfloc_ros": __version__,
             "trunk": find_weights().name,
@@ -147,6 +150,7 @@ def build_map(
         on_progress(BuildProgress("calibrate", share, text))
 
     finished = calibrate(draft, survey.held_out, survey.stamps_ns, config.device, calibrating)
+    finished = dataclasses.replace(finished, references=survey.all_references)
     finished.save(out, overwrite=overwrite)
     on_progress(BuildProgress("done", 1.0, f"'{out}' after {time.monotonic() - start:.0f} s"))
     return SceneMap.load(out)
@@ -168,19 +172,25 @@ def _survey(
     inputs: list[torch.Tensor] = []
     coordinates: list[torch.Tensor] = []
     held_out: list[View] = []
+    held_out_points: list[ReferencePoints] = []
     stamps: list[int] = []
     used = 0
+
+    def reference_points(view: View, features: TrunkFeatures) -> ReferencePoints:
+        return extract_reference_points(features, view.depth_m, camera, view.T_map_camera, config.points_per_view)
+
     for position, frame in enumerate(source):
         on_progress(BuildProgress("read", position / len(source), f"view {position + 1} of {len(source)}"))
         view = _view(frame, adapter)
         if view is None:
             continue
         used += 1
+        features = trunk.extract(view.image)
         if is_held_out(position, len(source)):
             held_out.append(view)
             stamps.append(frame.stamp_ns)
+            held_out_points.append(reference_points(view, features))
             continue
-        features = trunk.extract(view.image)
         samples = [sample_cells(view, features, IDENTITY, limit, rng)]
         for _ in range(config.augmentations):
             similarity = random_similarity(camera, rng)
@@ -189,21 +199,22 @@ def _survey(
         inputs += [s.inputs for s in samples]
         coordinates += [s.coordinates for s in samples]
         if collector.wants(view.T_map_camera):
-            points = extract_reference_points(features, view.depth_m, camera, view.T_map_camera, config.points_per_view)
-            if len(points) >= MIN_REFERENCE_POINTS:
-                collector.add(view.index, view.T_map_camera, points)
-    if used < MIN_VIEWS or not inputs or sum(map(len, inputs)) < MIN_CELLS:
+            collector.add(view.index, view.T_map_camera, reference_points(view, features))
+    if used < MIN_VIEWS or not len(collector) or sum(map(len, inputs)) < MIN_CELLS:
         raise SourceError(
             f"'{source.name}' has {used} views with depth and pose out of {len(source)}; "
             f"a map needs at least {MIN_VIEWS}, with usable depth in most of the image."
         )
     cells = Cells(torch.cat(inputs), torch.cat(coordinates))
     assert cells.inputs.shape[1] == INPUT_CHANNELS
-    return _Survey(cells, collector.views(), held_out, stamps, used, len(source) - used)
+    references = collector.views()
+    for view, points in zip(held_out, held_out_points, strict=True):
+        if collector.wants(view.T_map_camera):
+            collector.add(view.index, view.T_map_camera, points)
+    return _Survey(cells, references, collector.views(), held_out, stamps, used, len(source) - used)
 
 
 MIN_CELLS = 5_000
-MIN_REFERENCE_POINTS = 50
 
 
 def is_held_out(position: int, count: int) -> bool:

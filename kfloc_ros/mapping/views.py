@@ -115,6 +115,9 @@ def cell_coordinates(
     return points @ T[:3, :3].T + T[:3, 3], inside & smooth[v, u]
 
 
+MIN_REFERENCE_POINTS = 50
+
+
 class ReferenceCollector:
     """Keeps views that add coverage: a view joins if no kept one is nearer than a spacing in place and direction.
 
@@ -125,6 +128,9 @@ class ReferenceCollector:
         self._spacing, self._limit = spacing_m, limit
         self._kept: list[tuple[int, Matrix, ReferencePoints]] = []
 
+    def __len__(self) -> int:
+        return len(self._kept)
+
     def wants(self, T_map_camera: Matrix) -> bool:
         """Whether a view at this pose would add coverage."""
         if not self._kept:
@@ -133,7 +139,9 @@ class ReferenceCollector:
         return bool((view_distances(kept, T_map_camera) > self._spacing).all())
 
     def add(self, index: int, T_map_camera: Matrix, points: ReferencePoints) -> None:
-        """Keep a view."""
+        """Keep a view, unless it has too few points to be of use."""
+        if len(points) < MIN_REFERENCE_POINTS:
+            return
         self._kept.append((index, T_map_camera, points))
         while len(self._kept) > self._limit:
             self._spacing *= 1.2
