@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -21,6 +22,19 @@ def choose_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device is 'cuda', but torch sees no GPU; use 'auto' or 'cpu'.")
     return torch.device(name)
+
+
+MAX_THREADS = 4
+
+
+def limit_threads() -> None:
+    """Have torch use half the cores, at most ``MAX_THREADS``, for localization; ``OMP_NUM_THREADS`` overrules it.
+
+    A frame is hundreds of small operations, which wait for each other longer than they compute: on two cores one
+    thread is a fifth faster than two, and the other core is there for what the robot does besides.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(max((os.cpu_count() or 1) // 2, 1), MAX_THREADS))
 
 
 def quick_matmul(device: torch.device) -> AbstractContextManager[object]:

@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from kfloc_ros.cli.tables import summary_table
-    from kfloc_ros.device import choose_device
+    from kfloc_ros.device import choose_device, limit_threads
     from kfloc_ros.evaluation.hardware import describe_hardware
     from kfloc_ros.evaluation.offline import localize_source
     from kfloc_ros.evaluation.report import command_line
@@ -68,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
     from kfloc_ros.localizer import Localizer, LocalizerConfig
     from kfloc_ros.mapping.scene_map import SceneMap, resolve_map
 
+    limit_threads()
     device = str(choose_device(args.device))
     config = LocalizerConfig(device=device, filter=not args.no_filter, refine=not args.no_refine)
     map_path = resolve_map(args.map)

@@ -18,6 +18,7 @@ from rclpy.lifecycle import TransitionCallbackReturn
 from rclpy.logging import get_logger
 from rclpy.signals import SignalHandlerOptions
 
+from kfloc_ros.device import limit_threads
 from kfloc_ros.errors import KflocError
 from kfloc_ros.nodes.managed_node import Build, ManagedNode
 
@@ -43,6 +44,7 @@ def run_node(name: str, build: Build) -> int:
 
 
 def _run(name: str, build: Build, asked_to_stop: threading.Event) -> int:
+    limit_threads()
     try:
         node = ManagedNode(name, build)
     except KflocError as error:
