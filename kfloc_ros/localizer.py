@@ -69,6 +69,10 @@ class CoarseResult:
     features: TrunkFeatures | None = None
     """None when the coarse pose came from another process: the refiner then runs the trunk itself."""
     scene_coordinates: SceneCoordinates | None = None
+    measurement: SceneCoordinates | None = None
+    """What this frame alone says, before the filter."""
+    filtered: Filtered | None = None
+    """What the filter did, cell by cell; ``scene_coordinates`` is its posterior."""
 
 
 class CoarseStage:
@@ -119,7 +123,9 @@ class CoarseStage:
         with _timed(timings, "pnp"):
             pose = solve_pnp(filtered.posterior, self._camera, self._pnp)
         self._filter.judge(pose)
-        return CoarseResult(frame.stamp_ns, pose, filtered.report, timings, features, filtered.posterior)
+        return CoarseResult(
+            frame.stamp_ns, pose, filtered.report, timings, features, filtered.posterior, measurement, filtered
+        )
 
     def _filtered(self, stamp_ns: int, features: TrunkFeatures, measurement: SceneCoordinates) -> Filtered:
         if not self._use_filter:

@@ -97,6 +97,17 @@ class FilterReport:
 
 
 @dataclass(frozen=True, eq=False)
+class AlignmentStep:
+    """One pose on the way from the start of an alignment to its end."""
+
+    T_map_camera: Matrix
+    cost: float
+    """At the level of this step; costs of different levels do not compare."""
+    stride: int
+    """Image pixels per cell of the level."""
+
+
+@dataclass(frozen=True, eq=False)
 class Alignment:
     """Result of the direct feature-metric pose alignment."""
 
@@ -109,6 +120,8 @@ class Alignment:
     valid_ratio: float
     iterations: int
     reference_ids: tuple[int, ...]
+    steps: tuple[AlignmentStep, ...] = ()
+    """Of every level its start and the poses that were accepted, in order."""
 
 
 @dataclass(frozen=True, eq=False)

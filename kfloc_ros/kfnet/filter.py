@@ -79,17 +79,24 @@ class Prior:
     mean: torch.Tensor
     variance: torch.Tensor
     valid: torch.Tensor
+    process_variance: torch.Tensor | None = None
+    """(h, w) square metres of noise that carrying added; part of ``variance``."""
 
 
 @dataclass(frozen=True, eq=False)
 class Filtered:
-    """Posterior and report of one frame."""
+    """Posterior and report of one frame, and what they were made of."""
 
     posterior: SceneCoordinates
     """What this frame gives out."""
     report: FilterReport
     belief: SceneCoordinates | None = None
     """What the recursion carries on, where that is not the posterior (``NisMode.OUTPUT_ONLY``)."""
+    flow: Flow | None = None
+    """From the frame before; None at a fresh start."""
+    prior: Prior | None = None
+    nis: torch.Tensor | None = None
+    """(h, w) normalised innovation squared; it means something where prior and measurement are valid."""
 
 
 def warp(
@@ -127,10 +134,12 @@ def warp(
     if process is None:
         process = flow.variance * _metres_per_cell_squared(mean) + spread.reshape(h, w)
     carried = blended[:, 3].square() if blend_sigma else blended[:, 3]
+    process = process_scale * process + process_floor_m2
     return Prior(
         mean=mean + centre,
-        variance=kalman.predict(carried.reshape(h, w), process_scale * process + process_floor_m2),
+        variance=kalman.predict(carried.reshape(h, w), process),
         valid=flow.valid & (blended[:, 4].reshape(h, w) > 0.999),
+        process_variance=process,
     )
 
 
@@ -204,9 +213,10 @@ class SceneCoordinateFilter:
     def _carried(self, belief: SceneCoordinates, flow: Flow, measurement: SceneCoordinates) -> Filtered:
         s = self.settings
         if flow.at_edge is not None and (ratio := float(flow.at_edge.float().mean())) > s.max_edge_ratio:
-            return _started_anew(measurement, f"the flow of {ratio:.0%} of the cells leaves its search window")
+            reason = f"the flow of {ratio:.0%} of the cells leaves its search window"
+            return replace(_started_anew(measurement, reason), flow=flow)
         prior = warp(belief, flow, s.process_scale, s.process_floor_m2, blend_sigma=s.blend_sigma)
-        filtered = fuse(prior, measurement, s)
+        filtered = replace(fuse(prior, measurement, s), flow=flow)
         rejected = filtered.report.rejected_ratio
         self._contradictions = self._contradictions + 1 if rejected > s.max_rejected_ratio else 0
         patience = s.patience if s.nis_mode is NisMode.SURER else 0
@@ -214,7 +224,8 @@ class SceneCoordinateFilter:
             return filtered
         self._contradictions = 0
         reason = f"{rejected:.0%} of the prior contradicts the measurement"
-        return Filtered(measurement, replace(filtered.report, reset_reason=reason))
+        report = replace(filtered.report, reset_reason=reason)
+        return replace(filtered, posterior=measurement, belief=None, report=report)
 
 
 def fuse(prior: Prior, measurement: SceneCoordinates, settings: FilterSettings) -> Filtered:
@@ -242,9 +253,9 @@ def fuse(prior: Prior, measurement: SceneCoordinates, settings: FilterSettings) 
         mean, variance = torch.where(kept, prior.mean, mean), torch.where(kept, prior.variance, variance)
     belief = replace(measurement, mean=mean, variance=variance)
     if mode is not NisMode.OUTPUT_ONLY:
-        return Filtered(belief, report)
+        return Filtered(belief, report, prior=prior, nis=update.nis)
     emitted = torch.where(agree, update.mean, measurement.mean)
-    return Filtered(replace(belief, mean=emitted), report, belief)
+    return Filtered(replace(belief, mean=emitted), report, belief, prior=prior, nis=update.nis)
 
 
 def _started_anew(measurement: SceneCoordinates, reason: str) -> Filtered:

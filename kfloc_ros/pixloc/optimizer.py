@@ -39,6 +39,8 @@ class LevelResult:
     iterations: int
     poses: tuple[Matrix, ...]
     """The start and every accepted pose."""
+    costs: tuple[float, ...]
+    """At each of these poses."""
 
 
 def left_update(T_camera_map: Matrix, delta: np.ndarray) -> Matrix:
@@ -50,7 +52,7 @@ def minimize(linearize_at: Callable[[Matrix], Linearization], T_camera_map: Matr
     """Descend from ``T_camera_map``; a step is kept only if it lowers the cost and loses no more than a
     third of the valid points, so the result is never worse than the start."""
     current = linearize_at(T_camera_map)
-    start, poses, damping, iterations = current, [T_camera_map], LAMBDA_START, 0
+    start, poses, costs, damping, iterations = current, [T_camera_map], [current.cost], LAMBDA_START, 0
     while iterations < rule.max_iterations and current.valid_count > 0:
         iterations += 1
         delta = _step(current, damping)
@@ -62,6 +64,7 @@ def minimize(linearize_at: Callable[[Matrix], Linearization], T_camera_map: Matr
             gain = (current.cost - candidate.cost) / max(current.cost, 1e-12)
             T_camera_map, current = candidate_pose, candidate
             poses.append(T_camera_map)
+            costs.append(current.cost)
             damping = max(damping / 10, LAMBDA_MIN)
             small = np.linalg.norm(delta[:3]) < rule.step_m and np.degrees(np.linalg.norm(delta[3:])) < rule.step_deg
             if small or gain < rule.cost_ratio:
@@ -71,7 +74,7 @@ def minimize(linearize_at: Callable[[Matrix], Linearization], T_camera_map: Matr
             small = np.linalg.norm(delta[:3]) < rule.step_m and np.degrees(np.linalg.norm(delta[3:])) < rule.step_deg
             if damping > LAMBDA_MAX or small:
                 break
-    return LevelResult(T_camera_map, start, current, iterations, tuple(poses))
+    return LevelResult(T_camera_map, start, current, iterations, tuple(poses), tuple(costs))
 
 
 def _step(at: Linearization, damping: float) -> np.ndarray | None:

@@ -17,7 +17,7 @@ from kfloc_ros.pixloc.cost import FeatureImage, Linearization, RobustLoss, linea
 from kfloc_ros.pixloc.optimizer import LevelResult, StopRule, minimize
 from kfloc_ros.pixloc.references import ReferencePoints, ReferenceViews
 from kfloc_ros.solvers.covariance import map_frame_covariance
-from kfloc_ros.types import Alignment
+from kfloc_ros.types import Alignment, AlignmentStep
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,7 @@ class Refiner:
     def _judge(self, candidate: _Candidate, results: list[LevelResult], iterations: int) -> Alignment:
         end, s = results[-1], self.settings
         T_local_camera = inverse_pose(end.T_camera_map)
-        T_map_camera = T_local_camera.copy()
-        T_map_camera[:3, 3] += candidate.origin
+        T_map_camera = candidate.in_map(end.T_camera_map)
         valid_ratio = end.end.valid_count / max(len(candidate.points), 1)
         correction_m = float(np.linalg.norm(T_local_camera[:3, 3]))
         correction_deg = rotation_angle_deg(candidate.T_camera_local[:3, :3] @ T_local_camera[:3, :3])
@@ -138,6 +137,11 @@ class Refiner:
             valid_ratio=valid_ratio,
             iterations=iterations,
             reference_ids=candidate.reference_ids,
+            steps=tuple(
+                AlignmentStep(candidate.in_map(pose), cost, round(level.image.stride))
+                for level, result in zip(candidate.levels, results, strict=True)
+                for pose, cost in zip(result.poses, result.costs, strict=True)
+            ),
         )
 
 
@@ -153,6 +157,12 @@ class _Candidate:
     reference_ids: tuple[int, ...]
     cost: float = float("inf")
     valid_count: int = 0
+
+    def in_map(self, T_camera_local: Matrix) -> Matrix:
+        """``T_map_camera`` of a pose in the local coordinates."""
+        T_map_camera = inverse_pose(T_camera_local)
+        T_map_camera[:3, 3] += self.origin
+        return T_map_camera
 
 
 def query_levels(features: TrunkFeatures) -> tuple[FeatureImage, FeatureImage]:

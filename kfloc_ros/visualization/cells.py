@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is known of an image's cells, as pictures: standard deviations, NIS, flow, scene coordinates, reliability.
+
+A picture has one pixel a cell; :meth:`CellPicture.enlarged` brings it to the image's size. The scales are fixed, so
+that pictures of different frames and runs compare.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+
+from kfloc_ros.kfnet import kalman
+from kfloc_ros.kfnet.oflownet import Flow
+from kfloc_ros.types import SceneCoordinates
+
+NO_VALUE = (90, 90, 90)
+"""Grey: the cell has no number, or one that is not to be trusted."""
+MAX_FLOW_CELLS = 6.0
+"""Flow of this length, and longer, has the full colour."""
+MAX_FLOW_SIGMA_CELLS = 0.6
+"""Flow less certain than this is suppressed."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Numbers as colours, on a linear or logarithmic scale."""
+
+    label: str
+    low: float
+    high: float
+    palette: str = "viridis"
+    """``viridis``, ``turbo`` or ``balance`` (blue, white in the middle, red)."""
+    logarithmic: bool = False
+    ticks: tuple[float, ...] = ()
+    """Numbers to write beside the colours; none: chosen by who draws."""
+
+    def share(self, values: ArrayLike) -> NDArray[np.float64]:
+        """Place on the scale, 0 at ``low`` to 1 at ``high``; NaN stays NaN."""
+        numbers, low, high = np.asarray(values, dtype=np.float64), self.low, self.high
+        if self.logarithmic:
+            with np.errstate(divide="ignore", invalid="ignore"):
+                numbers, low, high = np.log(numbers), np.log(low), np.log(high)
+        return np.asarray(np.clip((numbers - low) / (high - low), 0.0, 1.0))
+
+    def rgb(self, values: ArrayLike) -> NDArray[np.uint8]:
+        """Colours (..., 3) of numbers (...); grey where there is none."""
+        share = self.share(values)
+        known = np.isfinite(share)
+        colours = palette(self.palette)[np.rint(255 * np.where(known, share, 0.0)).astype(np.intp)]
+        colours[~known] = NO_VALUE
+        return np.asarray(colours, dtype=np.uint8)
+
+
+SIGMA = Scale("standard deviation per axis [cm]", 0.5, 100.0, logarithmic=True, ticks=(0.5, 1, 2, 5, 10, 20, 50, 100))
+RELIABILITY = Scale("reliability", 0.0, 1.0, "viridis", ticks=(0, 0.25, 0.5, 0.75, 1))
+
+
+@dataclass(frozen=True, eq=False)
+class CellPicture:
+    """One picture of an image's cells."""
+
+    title: str
+    rgb: NDArray[np.uint8]
+    """(h, w, 3), one pixel a cell."""
+    scale: Scale | None = None
+    """What the colours mean, where they stand for one number."""
+
+    def enlarged(self, width: int, height: int) -> NDArray[np.uint8]:
+        """The picture (height, width, 3), cells as blocks."""
+        return np.asarray(cv2.resize(self.rgb, (width, height), interpolation=cv2.INTER_NEAREST), dtype=np.uint8)
+
+
+def sigma_picture(title: str, variance: torch.Tensor | None, valid: torch.Tensor | None = None) -> CellPicture | None:
+    """Standard deviations in centimetres of variances (h, w) in square metres; None where there are none."""
+    if variance is None:
+        return None
+    return CellPicture(title, SIGMA.rgb(100.0 * np.sqrt(_numbers(variance, valid))), SIGMA)
+
+
+def nis_scale(threshold: float = kalman.NIS_THRESHOLD_95) -> Scale:
+    """Blue: prior and measurement agree; white: at the threshold; red: they contradict each other."""
+    ticks = tuple(round(threshold * factor, 3) for factor in (1 / 16, 1 / 4, 1, 4, 16))
+    return Scale("normalised innovation squared", threshold / 16, threshold * 16, "balance", True, ticks)
+
+
+def nis_picture(
+    nis: torch.Tensor | None, valid: torch.Tensor | None = None, threshold: float = kalman.NIS_THRESHOLD_95
+) -> CellPicture | None:
+    """Normalised innovation squared (h, w) around the threshold of its test; None where there was no prior at all."""
+    if nis is None:
+        return None
+    scale = nis_scale(threshold)
+    # a NIS of zero lies below any logarithmic scale
+    return CellPicture(
+        "NIS: does the measurement fit the prior?", scale.rgb(_numbers(nis, valid).clip(min=1e-6)), scale
+    )
+
+
+def reliability_picture(reliability: torch.Tensor) -> CellPicture:
+    """How likely each cell (h, w) is to be matched rightly."""
+    return CellPicture("reliability of the features", RELIABILITY.rgb(_numbers(reliability)), RELIABILITY)
+
+
+def flow_picture(
+    flow: Flow | None, max_sigma_cells: float = MAX_FLOW_SIGMA_CELLS, max_cells: float = MAX_FLOW_CELLS
+) -> CellPicture | None:
+    """Backward flow: the hue is where a cell was in the frame before, its strength how far; grey if uncertain."""
+    if flow is None:
+        return None
+    offset = flow.offset.detach().cpu().float().numpy()
+    colours = flow_colours(offset, max_cells)
+    colours[~trusted_flow(flow, max_sigma_cells)] = NO_VALUE
+    return CellPicture("backward flow (grey: uncertain)", colours)
+
+
+def trusted_flow(flow: Flow, max_sigma_cells: float = MAX_FLOW_SIGMA_CELLS) -> NDArray[np.bool_]:
+    """(h, w): the flow's own test passed and its standard deviation is small enough."""
+    sure = flow.valid & (flow.variance <= max_sigma_cells**2)
+    return np.asarray(sure.detach().cpu().numpy(), dtype=bool)
+
+
+def flow_colours(offset: NDArray[np.floating], max_cells: float = MAX_FLOW_CELLS) -> NDArray[np.uint8]:
+    """RGB (..., 3) of vectors (2, ...): right is red, then clockwise yellow, green, blue; white: none."""
+    x, y = np.asarray(offset[0], dtype=np.float64), np.asarray(offset[1], dtype=np.float64)
+    shape = x.shape
+    hue = np.degrees(np.arctan2(y, x)) % 360.0 / 2.0
+    strength = np.clip(np.hypot(x, y) / max_cells, 0.0, 1.0)
+    hsv = np.stack([hue, 255 * strength, 255 - 55 * strength], axis=-1).astype(np.uint8).reshape(-1, 1, 3)
+    if not hsv.size:
+        return np.zeros((*shape, 3), np.uint8)
+    return np.asarray(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB), dtype=np.uint8).reshape(*shape, 3)
+
+
+def flow_wheel(side: int = 64) -> NDArray[np.uint8]:
+    """The key to :func:`flow_colours`, (side, side, 3): the colour of the vector from the centre to each pixel."""
+    span = np.linspace(-1.0, 1.0, side) * MAX_FLOW_CELLS
+    x, y = np.meshgrid(span, span)
+    colours = flow_colours(np.stack([x, y]))
+    colours[np.hypot(x, y) > MAX_FLOW_CELLS] = 255
+    return colours
+
+
+def coordinates_picture(
+    coordinates: SceneCoordinates, bounds_m: Sequence[Sequence[float]], title: str = "scene coordinates"
+) -> CellPicture:
+    """x, y, z of the map frame as red, green, blue, from the smallest to the largest corner of the map."""
+    low, high = (np.array(corner, dtype=np.float64) for corner in bounds_m)
+    points = coordinates.mean.detach().cpu().double().permute(1, 2, 0).numpy()
+    share = np.clip((points - low) / np.maximum(high - low, 1e-6), 0.0, 1.0)
+    known = coordinates.valid.cpu().numpy() & np.isfinite(share).all(axis=2)
+    colours = np.rint(40 + 215 * np.where(known[..., None], share, 0.0)).astype(np.uint8)
+    colours[~known] = NO_VALUE
+    return CellPicture(title, colours)
+
+
+@cache
+def palette(name: str) -> NDArray[np.uint8]:
+    """(256, 3) RGB."""
+    steps = np.arange(256, dtype=np.uint8)[:, None]
+    known = {"viridis": cv2.COLORMAP_VIRIDIS, "turbo": cv2.COLORMAP_TURBO}
+    if name in known:
+        return np.ascontiguousarray(np.asarray(cv2.applyColorMap(steps, known[name])).reshape(256, 3)[:, ::-1])
+    stops = np.array(
+        [[33, 70, 160], [120, 170, 220], [245, 245, 245], [235, 140, 105], [165, 20, 30]], dtype=np.float64
+    )
+    places = np.linspace(0, 255, len(stops))
+    table = np.stack([np.interp(np.arange(256), places, stops[:, k]) for k in range(3)], axis=1)
+    return np.asarray(np.rint(table), dtype=np.uint8)
+
+
+def _numbers(values: torch.Tensor, valid: torch.Tensor | None = None) -> NDArray[np.float64]:
+    """As float64, NaN where invalid."""
+    numbers = values.detach().cpu().double().numpy().copy()
+    if valid is not None:
+        numbers[~valid.cpu().numpy()] = np.nan
+    return np.asarray(numbers, dtype=np.float64)
