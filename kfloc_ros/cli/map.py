@@ -6,14 +6,14 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kfloc_ros.cli.arguments import add_source_arguments, open_source_from
+from kfloc_ros.cli.build_options import BuildBars, add_build_options, build_config_from, provenance_of
+from kfloc_ros.cli.map_join import add_join
 from kfloc_ros.cli.map_tools import add_tools
-
-if TYPE_CHECKING:
-    from kfloc_ros.mapping.build import BuildProgress
 
 BUILD_EXAMPLE = """\
 example:
@@ -26,7 +26,9 @@ folder in one go at the end: interrupting a build leaves nothing behind.
 
 def add_parser(subparsers: Any) -> None:
     """Register ``kfloc map``."""
-    parser = subparsers.add_parser("map", help="build, describe, check, draw, export, pack and crop maps")
+    parser = subparsers.add_parser(
+        "map", help="build, update, merge, describe, check, draw, export, pack and crop maps"
+    )
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     build = actions.add_parser(
         "build",
@@ -37,11 +39,8 @@ def add_parser(subparsers: Any) -> None:
     add_source_arguments(build)
     build.add_argument("--out", type=Path, required=True, metavar="DIR", help="the map folder to write")
     build.add_argument("--name", default="", help="name of the map (default: that of the folder)")
-    build.add_argument(
-        "--no-depth", action="store_true", help="find depth from the views' motion, even if the source has depth"
-    )
     build.add_argument("--force", action="store_true", help="replace an existing map")
-    _add_options(build)
+    add_build_options(build)
     build.set_defaults(run_action=run_build)
     info = actions.add_parser("info", help="describe a map")
     info.add_argument("map", metavar="MAP", help="map folder, or name of an installed map")
@@ -49,21 +48,8 @@ def add_parser(subparsers: Any) -> None:
     verify = actions.add_parser("verify", help="check a map's files, checksums and values")
     verify.add_argument("map", metavar="MAP", help="map folder, or name of an installed map")
     verify.set_defaults(run_action=run_verify)
+    add_join(actions)
     add_tools(actions)
-
-
-def _add_options(parser: argparse.ArgumentParser) -> None:
-    from kfloc_ros.config import options_of
-    from kfloc_ros.mapping.build import MapBuildConfig
-
-    for item in options_of(MapBuildConfig):
-        parser.add_argument(
-            f"--{item.name.replace('_', '-')}",
-            type=item.kind,
-            default=item.default,
-            choices=item.choices or None,
-            help=f"{item.text} (default: {item.default})",
-        )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -73,46 +59,23 @@ def run(args: argparse.Namespace) -> int:
 
 def run_build(args: argparse.Namespace) -> int:
     """``kfloc map build``."""
-    from tqdm import tqdm
+    started = time.monotonic()
 
-    from kfloc_ros.config import build_config, options_of
-    from kfloc_ros.mapping.build import MapBuildConfig, build_map
-    from kfloc_ros.mapping.motion_depth import MotionDepth, with_depth
+    from kfloc_ros.mapping.build import build_map
+    from kfloc_ros.mapping.motion_depth import with_depth
 
-    config = build_config(MapBuildConfig, {o.name: getattr(args, o.name) for o in options_of(MapBuildConfig)})
+    config = build_config_from(args)
     source = with_depth(open_source_from(args, depth=not args.no_depth), hide=args.no_depth, device=config.device)
-    titles = {"read": "reading views", "train": "training head", "calibrate": "calibrating"}
-    bars: dict[str, tqdm[Any]] = {}
-
-    def show(progress: BuildProgress) -> None:
-        if progress.stage not in bars:
-            for bar in bars.values():
-                bar.update(bar.total - bar.n)
-                bar.close()
-            if progress.stage in titles:
-                layout = "{desc:14} {percentage:3.0f}%|{bar:24}| {elapsed}, {remaining} left{postfix}"
-                bars[progress.stage] = tqdm(total=1.0, desc=titles[progress.stage], bar_format=layout, file=sys.stderr)
-        if progress.stage in bars:
-            bar = bars[progress.stage]
-            bar.set_postfix_str(progress.text, refresh=False)
-            bar.update(progress.share_done - bar.n)
-
     command = shlex.join(["kfloc", "map", "build", args.source, "--out", str(args.out)])
-    provenance = {
-        "depth": "from motion" if isinstance(source, MotionDepth) else "measured",
-        "command": command,
-        "poses": args.poses,
-        "frames": args.frames or "all",
-        "split": args.split or "none",
-    }
     scene_map = build_map(
         source,
         args.out,
         config,
         name=args.name,
         overwrite=args.force,
-        provenance=provenance,
-        on_progress=show,
+        provenance=provenance_of(args, source, command),
+        started=started,
+        on_progress=BuildBars(),
     )
     print(describe(scene_map))
     return 0
@@ -141,6 +104,8 @@ def run_verify(args: argparse.Namespace) -> int:
 
 def describe(scene_map: Any) -> str:
     """A map in a few aligned lines."""
+    from kfloc_ros.kfnet.experts import heads_of
+
     camera, c = scene_map.camera, scene_map.calibration
     low, high = scene_map.bounds_m
     points = sum(len(view) for view in scene_map.references.views)
@@ -153,7 +118,7 @@ def describe(scene_map: Any) -> str:
         ),
         "extent": f"{size} m",
         "references": f"{len(scene_map.references.ids)} views, {points} points",
-        "head": f"{scene_map.head.blocks} blocks of {scene_map.head.width}",
+        "heads": f"{len(heads_of(scene_map.head))}, of {scene_map.head.blocks} blocks of {scene_map.head.width}",
         "calibration": (
             f"variance x{c.measurement_variance_scale:.2f}, flow temperature {c.flow_temperature:g}, "
             f"process x{c.process_scale:.2f}, alignment cost <= {c.max_alignment_cost:.3f}"

@@ -6,44 +6,27 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from kfloc_ros import __version__
 from kfloc_ros.config import option
 from kfloc_ros.datasets.base import FrameSource
 from kfloc_ros.device import choose_device
-from kfloc_ros.errors import MapError, SourceError
-from kfloc_ros.features.trunk import Trunk, TrunkFeatures, find_weights
-from kfloc_ros.geometry.camera import Camera, ImageAdapter
-from kfloc_ros.kfnet.scoordnet import INPUT_CHANNELS
+from kfloc_ros.errors import MapError
+from kfloc_ros.features.trunk import Trunk, find_weights
+from kfloc_ros.geometry.camera import Camera
+from kfloc_ros.kfnet.scoordnet import SCoordNet
 from kfloc_ros.mapping.calibration import calibrate
+from kfloc_ros.mapping.pace import Pace
 from kfloc_ros.mapping.scene_map import DESCRIPTION, Calibration, SceneMap
-from kfloc_ros.mapping.views import (
-    IDENTITY,
-    Cells,
-    ReferenceCollector,
-    View,
-    map_camera,
-    random_similarity,
-    sample_cells,
-    warp_image,
-)
-from kfloc_ros.pixloc.references import ReferencePoints, ReferenceViews, extract_reference_points
-from kfloc_ros.training.scene_head import HeadProgress, HeadTraining, train_head
-from kfloc_ros.types import Frame
-
-MIN_VIEWS = 8
-HOLD_OUT_PERIOD = 100
-"""Of every 100 views, the middle ``HOLD_OUT_LENGTH`` are kept from training, for calibration."""
-HOLD_OUT_LENGTH = 8
-MAX_CELLS = 5_000_000
-"""Cells in the training buffer (about 2 GB); long sources give fewer cells a view."""
+from kfloc_ros.mapping.survey import HOLD_OUT_LENGTH, Survey, SurveySettings, describe_left_out, survey_source
+from kfloc_ros.mapping.views import View, map_camera
+from kfloc_ros.training.scene_head import MIN_STEPS_PER_SECOND, HeadProgress, HeadTraining, train_head
 
 
 @dataclass(frozen=True)
@@ -56,12 +39,20 @@ class MapBuildConfig:
     train_steps: int = option(
         0, "End training after so many steps, for a repeatable map on a machine of any speed; 0: by time.", low=0
     )
+    budget_s: float = option(
+        0.0, "Time for the whole build instead; views are left out if it is short. 0: no limit.", low=0.0, high=86_400.0
+    )
     augmentations: int = option(1, "Rotated and zoomed copies of every view for training.", low=0, high=10)
     points_per_view: int = option(300, "Points kept of every reference view.", low=50, high=5000)
     reference_spacing_m: float = option(
         0.04, "A view becomes a reference if none is nearer (a degree counts as 2 cm).", low=0.001, high=10.0
     )
-    max_references: int = option(500, "Reference views kept at most; the spacing grows as needed.", low=4, high=10_000)
+    max_points: int = option(
+        100_000,
+        "Reference points kept at most, 102 bytes each; the spacing of the views grows as needed.",
+        low=1_000,
+        high=10_000_000,
+    )
     device: str = option(
         "auto", "Where networks run: auto takes a GPU if there is one.", choices=("auto", "cpu", "cuda")
     )
@@ -77,18 +68,15 @@ class BuildProgress:
     text: str = ""
 
 
-@dataclass(frozen=True, eq=False)
-class _Survey:
-    """What one pass over the views yields."""
+Report = Callable[[BuildProgress], None]
 
-    cells: Cells
-    references: ReferenceViews
-    all_references: ReferenceViews
-    """With those of the held-out views, which may join once calibration is done: there is no reason for a gap."""
-    held_out: list[View]
-    stamps_ns: list[int]
-    used: int
-    skipped: int
+
+@dataclass(frozen=True, eq=False)
+class MadeMap:
+    """A map that is not written yet, with views that it was not trained on."""
+
+    scene_map: SceneMap
+    held_out: Sequence[View]
 
 
 def build_map(
@@ -99,44 +87,97 @@ def build_map(
     name: str = "",
     overwrite: bool = False,
     provenance: dict[str, Any] | None = None,
-    on_progress: Callable[[BuildProgress], None] = lambda progress: None,
+    started: float | None = None,
+    on_progress: Report = lambda progress: None,
 ) -> SceneMap:
     """Build a map from a source with depth and poses and write it.
 
     Nothing is written before the end, so an interruption leaves an older map as it was.
 
+    Args:
+        source: see :func:`make_map`.
+        out: the folder to write.
+        config: options.
+        name: of the map; that of the folder by default.
+        overwrite: replace a map that is there.
+        provenance: more to note about where the map comes from.
+        started: see :func:`make_map`.
+        on_progress: told where the build stands.
+
     Raises:
-        SourceError: too few views with depth and pose.
+        SourceError: too few views with depth and pose, or a budget that is too short.
         MapError: the folder exists and ``overwrite`` is false, or cannot be written.
     """
-    config = config or MapBuildConfig()
+    check_free(out, overwrite=overwrite)
+    start = time.monotonic()
+    made = make_map(
+        source, config, name=name or out.name, provenance=provenance, started=started, on_progress=on_progress
+    )
+    made.scene_map.save(out, overwrite=overwrite)
+    on_progress(BuildProgress("done", 1.0, f"'{out}' after {time.monotonic() - start:.0f} s"))
+    return SceneMap.load(out)
+
+
+def check_free(out: Path, *, overwrite: bool) -> None:
+    """Refuse a folder that may not be written, before minutes of work.
+
+    Raises:
+        MapError: it exists and is not to be replaced, or is no map.
+    """
     if out.exists() and not (overwrite and (out / DESCRIPTION).is_file()):
         raise MapError(f"'{out}' exists; pass --force to replace a map, or name another folder.")
+
+
+def make_map(
+    source: FrameSource,
+    config: MapBuildConfig | None = None,
+    *,
+    camera: Camera | None = None,
+    name: str = "",
+    provenance: dict[str, Any] | None = None,
+    started: float | None = None,
+    on_progress: Report = lambda progress: None,
+) -> MadeMap:
+    """Make a map in memory.
+
+    Args:
+        source: views with depth and poses.
+        config: options.
+        camera: that the map is for; by default that of the source, made small.
+        name: of the map.
+        provenance: more to note about where the map comes from.
+        started: when the budget began, as told by ``time.monotonic``; by default now.
+        on_progress: told where it stands.
+
+    Raises:
+        SourceError: too few views with depth and pose, or a budget that is too short.
+    """
+    config = config or MapBuildConfig()
     start = time.monotonic()
+    pace = Pace(config.budget_s, start if started is None else started)
     device = choose_device(config.device)
-    trunk = Trunk(device=device)
-    camera = map_camera(source.camera)
-    survey = _survey(source, camera, trunk, config, on_progress)
+    camera = camera or map_camera(source.camera)
+    settings = SurveySettings(
+        config.augmentations, config.points_per_view, config.reference_spacing_m, config.max_points, config.seed
+    )
 
-    def training(progress: HeadProgress) -> None:
-        text = f"loss {progress.loss:.2f}, error {progress.median_error_m * 100:.1f} cm, step {progress.step}"
-        on_progress(BuildProgress("train", progress.share_done, text))
+    def reading(position: int) -> None:
+        on_progress(BuildProgress("read", position / len(source), f"view {position + 1} of {len(source)}"))
 
-    settings = HeadTraining(seconds=config.train_seconds, steps=config.train_steps, seed=config.seed)
-    head = train_head(survey.cells.inputs, survey.cells.coordinates, settings, device, training)
-    points = survey.cells.coordinates
+    survey = survey_source(source, camera, Trunk(device=device), settings, pace, reading)
+    held_out, stamps_ns = _affordable(survey, pace)
     draft = SceneMap(
-        name=name or out.name,
+        name=name or source.name,
         frame_id="map",
         camera=camera,
-        head=head,
+        head=_train(survey, config, pace, len(held_out), device, on_progress),
         references=survey.references,
         calibration=Calibration(),
-        bounds_m=_bounds(points),
+        bounds_m=_bounds(survey.cells.coordinates),
         provenance={
             "source": source.name,
             "views": survey.used,
-            "views_skipped": survey.skipped,
+            **_left_out(survey),
             "references": len(survey.all_references.ids),
             "built": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "kfloc_ros": __version__,
@@ -149,92 +190,40 @@ def build_map(
     def calibrating(share: float, text: str) -> None:
         on_progress(BuildProgress("calibrate", share, text))
 
-    finished = calibrate(draft, survey.held_out, survey.stamps_ns, config.device, calibrating)
-    finished = dataclasses.replace(finished, references=survey.all_references)
-    finished.save(out, overwrite=overwrite)
-    on_progress(BuildProgress("done", 1.0, f"'{out}' after {time.monotonic() - start:.0f} s"))
-    return SceneMap.load(out)
+    finished = calibrate(draft, held_out, stamps_ns, config.device, calibrating)
+    return MadeMap(dataclasses.replace(finished, references=survey.all_references), survey.held_out)
 
 
-def _survey(
-    source: FrameSource,
-    camera: Camera,
-    trunk: Trunk,
-    config: MapBuildConfig,
-    on_progress: Callable[[BuildProgress], None],
-) -> _Survey:
-    """Read every view once: training cells, reference views, and the views held out."""
-    rng = np.random.default_rng(config.seed)
-    copies = 1 + config.augmentations
-    limit = max(64, MAX_CELLS // (len(source) * copies))
-    collector = ReferenceCollector(config.reference_spacing_m, config.max_references)
-    adapter = ImageAdapter(source.camera, camera)
-    inputs: list[torch.Tensor] = []
-    coordinates: list[torch.Tensor] = []
-    held_out: list[View] = []
-    held_out_points: list[ReferencePoints] = []
-    stamps: list[int] = []
-    used = 0
+def _train(
+    survey: Survey, config: MapBuildConfig, pace: Pace, calibration_views: int, device: torch.device, report: Report
+) -> SCoordNet:
+    def training(progress: HeadProgress) -> None:
+        text = f"loss {progress.loss:.2f}, error {progress.median_error_m * 100:.1f} cm, step {progress.step}"
+        report(BuildProgress("train", progress.share_done, text))
 
-    def reference_points(view: View, features: TrunkFeatures) -> ReferencePoints:
-        return extract_reference_points(features, view.depth_m, camera, view.T_map_camera, config.points_per_view)
-
-    for position, frame in enumerate(source):
-        on_progress(BuildProgress("read", position / len(source), f"view {position + 1} of {len(source)}"))
-        view = _view(frame, adapter)
-        if view is None:
-            continue
-        used += 1
-        features = trunk.extract(view.image)
-        if is_held_out(position, len(source)):
-            held_out.append(view)
-            stamps.append(frame.stamp_ns)
-            held_out_points.append(reference_points(view, features))
-            continue
-        samples = [sample_cells(view, features, IDENTITY, limit, rng)]
-        for _ in range(config.augmentations):
-            similarity = random_similarity(camera, rng)
-            augmented = trunk.extract(warp_image(view.image, similarity))
-            samples.append(sample_cells(view, augmented, similarity, limit, rng))
-        inputs += [s.inputs for s in samples]
-        coordinates += [s.coordinates for s in samples]
-        if collector.wants(view.T_map_camera):
-            collector.add(view.index, view.T_map_camera, reference_points(view, features))
-    if used < MIN_VIEWS or not len(collector) or sum(map(len, inputs)) < MIN_CELLS:
-        raise SourceError(
-            f"'{source.name}' has {used} views with depth and pose out of {len(source)}; "
-            f"a map needs at least {MIN_VIEWS}, with usable depth in most of the image."
-        )
-    cells = Cells(torch.cat(inputs), torch.cat(coordinates))
-    assert cells.inputs.shape[1] == INPUT_CHANNELS
-    references = collector.views()
-    for view, points in zip(held_out, held_out_points, strict=True):
-        if collector.wants(view.T_map_camera):
-            collector.add(view.index, view.T_map_camera, points)
-    return _Survey(cells, references, collector.views(), held_out, stamps, used, len(source) - used)
+    seconds, floor = config.train_seconds, MIN_STEPS_PER_SECOND
+    if pace.limited:
+        seconds, floor = pace.training_s(calibration_views, survey.trunk_pass_s), 0.0
+    settings = HeadTraining(seconds=seconds, steps=config.train_steps, seed=config.seed, min_steps_per_second=floor)
+    return train_head(survey.cells.inputs, survey.cells.coordinates, settings, device, training)
 
 
-MIN_CELLS = 5_000
+def _affordable(survey: Survey, pace: Pace) -> tuple[list[View], list[int]]:
+    """Held-out views, with their stamps, that there is time to calibrate with: whole runs, evenly chosen."""
+    count = pace.calibration_views(len(survey.held_out), survey.trunk_pass_s)
+    runs = -(-len(survey.held_out) // HOLD_OUT_LENGTH)
+    step = -(-runs // max(1, count // HOLD_OUT_LENGTH))
+    chosen = [k for k in range(len(survey.held_out)) if (k // HOLD_OUT_LENGTH) % step == 0]
+    return [survey.held_out[k] for k in chosen], [survey.stamps_ns[k] for k in chosen]
 
 
-def is_held_out(position: int, count: int) -> bool:
-    """Whether the view at a position is kept from training: short runs, so that the filter can be calibrated too."""
-    if count < 2 * HOLD_OUT_PERIOD:  # a short source cannot spare runs of eight in a hundred
-        period, length = max(count // 4, 4), max(2, min(HOLD_OUT_LENGTH, count // 24))
-    else:
-        period, length = HOLD_OUT_PERIOD, HOLD_OUT_LENGTH
-    phase = position % period - period // 2
-    return 0 <= phase < length
-
-
-def _view(frame: Frame, adapter: ImageAdapter) -> View | None:
-    """A frame as a view of the map's camera, or None if it has no depth or no finite pose."""
-    if frame.depth_m is None or frame.T_map_camera is None or not np.isfinite(frame.T_map_camera).all():
-        return None
-    depth = adapter.nearest(frame.depth_m)
-    if np.count_nonzero(depth) < 0.05 * depth.size:
-        return None
-    return View(adapter(frame.image), depth, adapter.target, frame.T_map_camera, frame.index)
+def _left_out(survey: Survey) -> dict[str, Any]:
+    noted: dict[str, Any] = {"views_left_out": sum(survey.left_out.values())}
+    if survey.left_out:
+        noted["left_out"] = describe_left_out(survey.left_out)
+    if survey.unread:
+        noted["unread_for_want_of_time"] = survey.unread
+    return noted
 
 
 def _bounds(points: torch.Tensor) -> tuple[tuple[float, float, float], tuple[float, float, float]]:

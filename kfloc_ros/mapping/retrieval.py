@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from kfloc_ros.features.trunk import TrunkFeatures
-from kfloc_ros.pixloc.references import ReferenceViews
+from kfloc_ros.pixloc.references import ReferencePoints, ReferenceViews
 
 CLUSTERS = 64
 CLUSTERING_STEPS = 12
@@ -59,7 +59,14 @@ class ReferenceIndex:
     def search(self, features: TrunkFeatures, count: int) -> list[Retrieved]:
         """The reference views most like an image, best first, at most ``count``."""
         cells = reliable_cells(features)
-        row = self._describe(cells.features.to(self._centres), cells.weight.to(self._centres))
+        return self._nearest(cells.features, cells.weight, count)
+
+    def search_view(self, view: ReferencePoints, count: int) -> list[Retrieved]:
+        """The same for a reference view, such as one of another map."""
+        return self._nearest(view.coarse.float(), view.confidence.float(), count)
+
+    def _nearest(self, features: torch.Tensor, weight: torch.Tensor, count: int) -> list[Retrieved]:
+        row = self._describe(features.to(self._centres), weight.to(self._centres))
         similarity = self._descriptors @ F.normalize(row - self._mean, dim=0)
         values, positions = similarity.topk(min(count, len(similarity)))
         return [Retrieved(int(k), float(v)) for k, v in zip(positions.tolist(), values.tolist(), strict=True)]

@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,15 @@ from safetensors.torch import load_file, save_file
 from kfloc_ros.errors import FrameError, MapError
 from kfloc_ros.features.trunk import COARSE_CHANNELS, FINE_CHANNELS
 from kfloc_ros.geometry.camera import Camera
+from kfloc_ros.kfnet.experts import MAX_HEADS, Head, heads_of, together
 from kfloc_ros.kfnet.scoordnet import SCoordNet
 from kfloc_ros.pixloc.references import ReferencePoints, ReferenceViews
 
 FORMAT = "kfloc_map"
-FORMAT_VERSION = 2
-"""Version 1 kept reference features in half precision; it is still read."""
+FORMAT_VERSION = 3
+"""Version 1 kept reference features in half precision; versions 1 and 2 hold one head. All are read."""
+ONE_HEAD_VERSION = 2
+"""What a map with one head is written as, so that older installations read it, too."""
 DESCRIPTION = "map.yaml"
 HEAD_FILE = "scoordnet.safetensors"
 REFERENCES_FILE = "references.safetensors"
@@ -80,7 +83,7 @@ class SceneMap:
     frame_id: str
     camera: Camera
     """The pinhole camera that query images are brought to."""
-    head: SCoordNet
+    head: Head
     references: ReferenceViews
     calibration: Calibration
     bounds_m: tuple[tuple[float, float, float], tuple[float, float, float]]
@@ -117,19 +120,18 @@ class SceneMap:
         return folder
 
     def _write(self, folder: Path) -> None:
-        head = {key: value.half() if "input_" not in key else value for key, value in self.head.state_dict().items()}
-        head["centre"] = self.head.centre
-        save_file({k: v.contiguous().cpu() for k, v in head.items()}, folder / HEAD_FILE)
+        heads = heads_of(self.head)
+        save_file(_pack_heads(heads), folder / HEAD_FILE)
         save_file(_pack_references(self.references), folder / REFERENCES_FILE)
         description = {
             "format": FORMAT,
-            "version": FORMAT_VERSION,
+            "version": ONE_HEAD_VERSION if len(heads) == 1 else FORMAT_VERSION,
             "name": self.name,
             "frame_id": self.frame_id,
             "family": "fast",
             "units": {"length": "metre", "angle": "radian"},
             "camera": {**asdict(self.camera), "distortion": list(self.camera.distortion)},
-            "head": {"width": self.head.width, "blocks": self.head.blocks},
+            "head": {"width": self.head.width, "blocks": self.head.blocks, **_count(heads)},
             "bounds_m": [list(corner) for corner in self.bounds_m],
             "calibration": asdict(self.calibration),
             "provenance": dict(self.provenance),
@@ -152,8 +154,7 @@ class SceneMap:
         for name in (HEAD_FILE, REFERENCES_FILE):
             _verify_file(folder, name, description)
         try:
-            head = SCoordNet(*_head_size(description["head"]))
-            head.load_state_dict({k: v.float() for k, v in load_file(folder / HEAD_FILE).items()})
+            head = _unpack_heads(load_file(folder / HEAD_FILE), description["head"])
             references = _unpack_references(load_file(folder / REFERENCES_FILE))
             low, high = (tuple(float(v) for v in corner) for corner in description["bounds_m"])
             camera = dict(description["camera"])
@@ -322,12 +323,28 @@ def _quantize(unit_features: torch.Tensor) -> torch.Tensor:
     return (unit_features * FEATURE_STEPS).round().to(torch.int8).contiguous()
 
 
-def _head_size(size: Mapping[str, Any]) -> tuple[int, int]:
-    """Width and blocks of the head, refused before memory is taken for them."""
-    width, blocks = int(size["width"]), int(size["blocks"])
-    if not (1 <= width <= MAX_HEAD_WIDTH and 0 <= blocks <= MAX_HEAD_BLOCKS):
-        raise ValueError(f"no head has {blocks} blocks of {width}")
-    return width, blocks
+def _count(heads: Sequence[SCoordNet]) -> dict[str, int]:
+    return {"count": len(heads)} if len(heads) > 1 else {}
+
+
+def _pack_heads(heads: Sequence[SCoordNet]) -> dict[str, torch.Tensor]:
+    """Half precision but for what the inputs are normalised with, and where the outputs are relative to."""
+    tensors = {}
+    for number, head in enumerate(heads):
+        for key, value in head.state_dict().items():
+            exact = key.startswith("input_") or key == "centre"
+            tensors[f"heads.{number}.{key}" if len(heads) > 1 else key] = value if exact else value.half()
+    return {key: value.contiguous().cpu() for key, value in tensors.items()}
+
+
+def _unpack_heads(tensors: Mapping[str, torch.Tensor], size: Mapping[str, Any]) -> Head:
+    """The heads, their size and number refused before memory is taken for them."""
+    width, blocks, count = int(size["width"]), int(size["blocks"]), int(size.get("count", 1))
+    if not (1 <= width <= MAX_HEAD_WIDTH and 0 <= blocks <= MAX_HEAD_BLOCKS and 1 <= count <= MAX_HEADS):
+        raise ValueError(f"no map has {count} heads with {blocks} blocks of {width}")
+    head = together([SCoordNet(width, blocks) for _ in range(count)])
+    head.load_state_dict({key: value.float() for key, value in tensors.items()})
+    return head
 
 
 def _unpack_references(tensors: Mapping[str, torch.Tensor]) -> ReferenceViews:

@@ -116,16 +116,19 @@ def cell_coordinates(
 
 
 MIN_REFERENCE_POINTS = 50
+SPACING_GROWTH = 1.05
+"""A small step: a large one would throw away many views for one too many."""
 
 
 class ReferenceCollector:
     """Keeps views that add coverage: a view joins if no kept one is nearer than a spacing in place and direction.
 
-    When there are too many, the spacing grows and the kept ones are thinned, so memory stays bounded.
+    When they have too many points, the spacing grows and the kept ones are thinned: memory stays bounded, and so does
+    the size of the map.
     """
 
-    def __init__(self, spacing_m: float, limit: int) -> None:
-        self._spacing, self._limit = spacing_m, limit
+    def __init__(self, spacing_m: float, max_points: int) -> None:
+        self._spacing, self._max_points = spacing_m, max_points
         self._kept: list[tuple[int, Matrix, ReferencePoints]] = []
 
     def __len__(self) -> int:
@@ -143,8 +146,8 @@ class ReferenceCollector:
         if len(points) < MIN_REFERENCE_POINTS:
             return
         self._kept.append((index, T_map_camera, points))
-        while len(self._kept) > self._limit:
-            self._spacing *= 1.2
+        while sum(len(kept) for _, _, kept in self._kept) > self._max_points and len(self._kept) > 1:
+            self._spacing *= SPACING_GROWTH
             old, self._kept = self._kept, []
             for item in old:
                 if self.wants(item[1]):

@@ -34,6 +34,8 @@ class HeadTraining:
     learning_rate: float = 3e-3
     weight_decay: float = 1e-4
     seed: int = 0
+    min_steps_per_second: float = MIN_STEPS_PER_SECOND
+    """0: the time given is a promise, however little is learned in it."""
 
 
 @dataclass(frozen=True)
@@ -101,8 +103,9 @@ def train_head(
 
 def _share_done(step: int, elapsed_s: float, settings: HeadTraining) -> float:
     by_steps = step / settings.steps if settings.steps else 0.0
-    by_time = min(elapsed_s, step / MIN_STEPS_PER_SECOND) / settings.seconds
-    return max(by_steps, by_time)
+    if settings.min_steps_per_second:
+        elapsed_s = min(elapsed_s, step / settings.min_steps_per_second)
+    return max(by_steps, elapsed_s / settings.seconds)
 
 
 def _set_learning_rate(optimizer: torch.optim.Optimizer, peak: float, step: int, share: float) -> None:

@@ -112,7 +112,7 @@ def test_missing_things_are_named(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 99}, "newer than the 2 that this installation reads"),
+        ({"version": 99}, "newer than the 3 that this installation reads"),
         ({"version": "one"}, "no valid format version"),
         ({"format": "other"}, "does not describe a map"),
         ({"camera": {"width": 320}}, "damaged"),

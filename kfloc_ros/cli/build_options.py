@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ``kfloc map build`` and ``kfloc map update`` share: the options of a build and its progress bars."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+    from kfloc_ros.datasets.base import FrameSource
+    from kfloc_ros.mapping.build import BuildProgress, MapBuildConfig
+
+BUDGET = "budget_s"
+UNITS_S = {"": 1.0, "s": 1.0, "min": 60.0, "h": 3600.0}
+
+
+def add_build_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a build; read them back with :func:`build_config_from`."""
+    from kfloc_ros.config import options_of
+    from kfloc_ros.mapping.build import MapBuildConfig
+
+    parser.add_argument(
+        "--no-depth", action="store_true", help="find depth from the views' motion, even if the source has depth"
+    )
+    parser.add_argument(
+        "--budget",
+        dest=BUDGET,
+        type=duration_s,
+        default=0.0,
+        metavar="TIME",
+        help="time for everything, such as 5min or 90s: views are left out if it is short, and training takes what "
+        "is left (default: all views, and --train-seconds for training)",
+    )
+    for item in options_of(MapBuildConfig):
+        if item.name != BUDGET:
+            parser.add_argument(
+                f"--{item.name.replace('_', '-')}",
+                type=item.kind,
+                default=item.default,
+                choices=item.choices or None,
+                help=f"{item.text} (default: {item.default})",
+            )
+
+
+def build_config_from(args: argparse.Namespace) -> MapBuildConfig:
+    """The options of a build, checked.
+
+    Raises:
+        ConfigError: a value out of its range.
+    """
+    from kfloc_ros.config import build_config, options_of
+    from kfloc_ros.mapping.build import MapBuildConfig
+
+    return build_config(MapBuildConfig, {o.name: getattr(args, o.name) for o in options_of(MapBuildConfig)})
+
+
+def provenance_of(args: argparse.Namespace, source: FrameSource, command: str) -> dict[str, Any]:
+    """What a map notes about the command line that made it."""
+    from kfloc_ros.mapping.motion_depth import MotionDepth
+
+    return {
+        "depth": "from motion" if isinstance(source, MotionDepth) else "measured",
+        "command": command,
+        "poses": args.poses,
+        "frames": args.frames or "all",
+        "split": args.split or "none",
+    }
+
+
+def duration_s(text: str) -> float:
+    """Seconds of ``5min``, ``90s``, ``1h`` or ``300``."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|min|h|)", text.strip())
+    if match is None or float(match[1]) <= 0:
+        raise argparse.ArgumentTypeError(f"'{text}' is no time; write 5min, 90s or 1h")
+    return float(match[1]) * UNITS_S[match[2]]
+
+
+TITLES = {"read": "reading views", "train": "training head", "calibrate": "calibrating", "place": "placing"}
+
+
+class BuildBars:
+    """Progress bars, one for each stage of a build."""
+
+    def __init__(self) -> None:
+        self._bars: dict[str, tqdm[Any]] = {}
+
+    def __call__(self, progress: BuildProgress) -> None:
+        """Show where a build stands."""
+        from tqdm import tqdm
+
+        if progress.stage not in self._bars:
+            for bar in self._bars.values():
+                bar.update(bar.total - bar.n)
+                bar.close()
+            if progress.stage in TITLES:
+                layout = "{desc:14} {percentage:3.0f}%|{bar:24}| {elapsed}, {remaining} left{postfix}"
+                title = TITLES[progress.stage]
+                self._bars[progress.stage] = tqdm(total=1.0, desc=title, bar_format=layout, file=sys.stderr)
+        if progress.stage in self._bars:
+            bar = self._bars[progress.stage]
+            bar.set_postfix_str(progress.text, refresh=False)
+            bar.update(progress.share_done - bar.n)

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two maps as one: the heads of both, and the reference views of both where they add coverage."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from kfloc_ros.errors import MapError
+from kfloc_ros.geometry.lie import Matrix
+from kfloc_ros.kfnet.experts import MAX_HEADS, heads_of, moved, together, with_variance_scale
+from kfloc_ros.kfnet.scoordnet import SCoordNet
+from kfloc_ros.mapping.scene_map import Calibration, SceneMap
+from kfloc_ros.mapping.views import ReferenceCollector
+from kfloc_ros.pixloc.references import ReferenceViews
+
+MAX_FOCAL_RATIO = 1.25
+"""Heads and features stand as much zoom as they are trained with, and no more."""
+Corner = tuple[float, float, float]
+
+
+def merge_maps(
+    older: SceneMap, newer: SceneMap, T_older_newer: Matrix, *, spacing_m: float, max_points: int, name: str = ""
+) -> SceneMap:
+    """One map of both, in the frame and for the camera of the older one.
+
+    Heads are kept side by side, each with its own calibration; reference views of the newer map come first, and those
+    of the older one join where none of them is near, since where a place has changed the newer is right.
+
+    Args:
+        older: the map whose frame stays.
+        newer: what is added to it.
+        T_older_newer: (4, 4) rigid motion from the newer map's frame.
+        spacing_m: see ``MapBuildConfig.reference_spacing_m``.
+        max_points: reference points kept at most.
+        name: of the result; the older one's by default.
+
+    Raises:
+        MapError: cameras or heads do not fit, or there are too many heads.
+    """
+    _check_cameras(older, newer)
+    heads = [*_own_heads(older), *(moved(head, T_older_newer) for head in _own_heads(newer))]
+    if len({(head.width, head.blocks) for head in heads}) > 1:
+        raise MapError("The maps' heads differ in size (`kfloc map info` shows it); build one of them again.")
+    if len(heads) > MAX_HEADS:
+        raise MapError(
+            f"The result would have {len(heads)} heads, more than the {MAX_HEADS} that a frame has time for. "
+            "Build one map of all recordings anew."
+        )
+    references = _join(older.references, transformed(newer.references, T_older_newer), spacing_m, max_points)
+    return SceneMap(
+        name=name or older.name,
+        frame_id=older.frame_id,
+        camera=older.camera,
+        head=together(heads),
+        references=references,
+        calibration=_calibration(older.calibration, newer.calibration),
+        bounds_m=_bounds(older.bounds_m, newer.bounds_m, T_older_newer),
+        provenance={**older.provenance, "references": len(references.ids), **_session(older, newer)},
+    )
+
+
+def transformed(references: ReferenceViews, T: Matrix) -> ReferenceViews:
+    """The same views in another frame."""
+    views = []
+    for view in references.views:
+        points = view.points.double().numpy() @ T[:3, :3].T + T[:3, 3]
+        views.append(replace(view, points=view.points.new_tensor(points)))
+    return ReferenceViews(references.ids, T @ references.T_map_camera, tuple(views))
+
+
+def _own_heads(scene_map: SceneMap) -> list[SCoordNet]:
+    """Heads whose variance holds without the map's scale."""
+    scale = scene_map.calibration.measurement_variance_scale
+    return [with_variance_scale(head, scale) for head in heads_of(scene_map.head)]
+
+
+def _join(older: ReferenceViews, newer: ReferenceViews, spacing_m: float, max_points: int) -> ReferenceViews:
+    collector = ReferenceCollector(spacing_m, max_points)
+    offset = max(older.ids, default=-1) + 1
+    for ident, T, view in zip(newer.ids, newer.T_map_camera, newer.views, strict=True):
+        collector.add(ident + offset, T, view)
+    for ident, T, view in zip(older.ids, older.T_map_camera, older.views, strict=True):
+        if collector.wants(T):
+            collector.add(ident, T, view)
+    return collector.views()
+
+
+def _calibration(a: Calibration, b: Calibration) -> Calibration:
+    """What holds for both: the larger of every claim of doubt. Variances of the heads are scaled already."""
+    return Calibration(
+        measurement_variance_scale=1.0,
+        flow_temperature=a.flow_temperature,
+        process_scale=max(a.process_scale, b.process_scale),
+        process_floor_m2=max(a.process_floor_m2, b.process_floor_m2),
+        coarse_covariance_scale=max(a.coarse_covariance_scale, b.coarse_covariance_scale),
+        refined_covariance_scale=max(a.refined_covariance_scale, b.refined_covariance_scale),
+        max_alignment_cost=max(a.max_alignment_cost, b.max_alignment_cost),
+    )
+
+
+def _bounds(a: tuple[Corner, Corner], b: tuple[Corner, Corner], T: Matrix) -> tuple[Corner, Corner]:
+    """Box around one box and the moved corners of the other."""
+    corners = np.array(list(itertools.product(*zip(*b, strict=True)))) @ T[:3, :3].T + T[:3, 3]
+    low, high = np.minimum(a[0], corners.min(axis=0)), np.maximum(a[1], corners.max(axis=0))
+    return (float(low[0]), float(low[1]), float(low[2])), (float(high[0]), float(high[1]), float(high[2]))
+
+
+def _session(older: SceneMap, newer: SceneMap) -> dict[str, Any]:
+    number = len(heads_of(older.head)) + 1
+    p = newer.provenance
+    views = p.get("views", len(newer.references.ids))
+    return {f"session_{number}": f"{p.get('source', newer.name)}, {views} views, built {p.get('built', 'earlier')}"}
+
+
+def _check_cameras(older: SceneMap, newer: SceneMap) -> None:
+    for which in ("fx", "fy"):
+        ratio = getattr(newer.camera, which) / getattr(older.camera, which)
+        if not 1 / MAX_FOCAL_RATIO < ratio < MAX_FOCAL_RATIO:
+            raise MapError(
+                f"The maps were made for cameras of different focal length ({which} {older.camera.fx:.0f} and "
+                f"{newer.camera.fx:.0f} pixels). Build the second with `kfloc map update`, which uses the first's."
+            )

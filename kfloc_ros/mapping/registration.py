@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where one map lies in the frame of another: their reference points are matched by feature, and a rigid motion fitted.
+
+No images are needed. Reference points of two sessions are rarely the same point, only near each other on the same
+surface, so single pairs are off by centimetres; thousands of them from many views fix the motion to millimetres.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kfloc_ros.errors import MapError
+from kfloc_ros.geometry.lie import Matrix, make_pose
+from kfloc_ros.mapping.retrieval import ReferenceIndex
+from kfloc_ros.pixloc.references import ReferencePoints, ReferenceViews
+
+VIEWS_TRIED = 60
+RETRIEVED = 5
+MIN_SIMILARITY = 0.75
+INLIER_M = 0.15
+"""Two points that match lie this near to each other: neighbouring points of one bucket, and errors of depth."""
+MIN_VIEW_INLIERS = 20
+MIN_VIEWS = 3
+"""Views that must agree on one motion: one alone may show a poster that hangs in both places."""
+TRIPLES = 200
+REFINEMENTS = 10
+MAX_SCALE_ERROR = 0.05
+Points = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Registration:
+    """A rigid motion between two maps and what it rests on."""
+
+    T_fixed_moving: Matrix
+    views: int
+    """Views of the moving map that agree with it."""
+    pairs: int
+    """Pairs of points within ``INLIER_M``."""
+    residual_m: float
+    """Their median distance."""
+
+
+def register(fixed: ReferenceViews, moving: ReferenceViews, *, seed: int = 0) -> Registration:
+    """Find the frame of ``moving`` in that of ``fixed``.
+
+    Args:
+        fixed: reference views of the map that keeps its frame.
+        moving: those of the other one.
+        seed: of the random triples.
+
+    Raises:
+        MapError: the two share too little, or one is larger than the other.
+    """
+    rng = np.random.default_rng(seed)
+    index = ReferenceIndex(fixed)
+    tried = np.unique(np.linspace(0, len(moving.views) - 1, min(VIEWS_TRIED, len(moving.views))).round().astype(int))
+    pairs = [_pairs(index, fixed, moving.views[k]) for k in tried]
+    votes = [T for a, b in pairs if (T := _vote(a, b, rng)) is not None]
+    if not votes:
+        raise MapError(_nothing_shared(0))
+    fixed_points, moving_points = (np.concatenate(column) for column in zip(*pairs, strict=True))
+    best = max(votes, key=lambda T: int(_near(fixed_points, moving_points, T).sum()))
+    for _ in range(REFINEMENTS):
+        near = _near(fixed_points, moving_points, best)
+        best = fit_rigid(fixed_points[near], moving_points[near])
+    agreeing = sum(int(_near(a, b, best).sum()) >= MIN_VIEW_INLIERS for a, b in pairs)
+    if agreeing < MIN_VIEWS:
+        raise MapError(_nothing_shared(agreeing))
+    near = _near(fixed_points, moving_points, best)
+    a, b = fixed_points[near], moving_points[near]
+    scale = float(np.sqrt((a - a.mean(0)).var() / (b - b.mean(0)).var()))
+    if abs(scale - 1) > MAX_SCALE_ERROR:
+        raise MapError(
+            f"The second map is {scale:.2f} times too small: its lengths are not metres, or the first map's are not. "
+            "Build it again from poses in metres."
+        )
+    return Registration(best, agreeing, int(near.sum()), float(np.median(_distances(a, b, best))))
+
+
+def fit_rigid(fixed: Points, moving: Points) -> Matrix:
+    """The rigid motion (4, 4) that brings points (N, 3) nearest to others (Kabsch, Acta Cryst. 1976)."""
+    a, b = fixed.mean(axis=0), moving.mean(axis=0)
+    U, _, Vt = np.linalg.svd((fixed - a).T @ (moving - b))
+    R = U @ np.diag([1.0, 1.0, np.sign(np.linalg.det(U @ Vt))]) @ Vt
+    return make_pose(R, a - R @ b)
+
+
+def _pairs(index: ReferenceIndex, fixed: ReferenceViews, view: ReferencePoints) -> tuple[Points, Points]:
+    """Points of the views that a view resembles, with its own points that look the same."""
+    fixed_points, own_points = [np.zeros((0, 3))], [np.zeros((0, 3))]
+    for item in index.search_view(view, RETRIEVED):
+        other = fixed.views[item.position]
+        similarity = other.coarse @ view.coarse.t()
+        value, own = similarity.max(dim=1)
+        mutual = (similarity.argmax(dim=0)[own] == torch.arange(len(own))) & (value > MIN_SIMILARITY)
+        fixed_points.append(other.points[mutual].double().numpy())
+        own_points.append(view.points[own[mutual]].double().numpy())
+    return np.concatenate(fixed_points), np.concatenate(own_points)
+
+
+def _vote(fixed: Points, moving: Points, rng: np.random.Generator) -> Matrix | None:
+    """The motion that most pairs of one view agree with, from random triples."""
+    if len(fixed) < MIN_VIEW_INLIERS:
+        return None
+    best: tuple[int, Matrix | None] = (MIN_VIEW_INLIERS - 1, None)
+    for _ in range(TRIPLES):
+        triple = rng.choice(len(fixed), 3, replace=False)
+        a, b = fixed[triple], moving[triple]
+        sides = [np.linalg.norm(p - np.roll(p, 1, axis=0), axis=1) for p in (a, b)]
+        if np.abs(sides[0] - sides[1]).max() > 2 * INLIER_M or sides[0].min() < 2 * INLIER_M:
+            continue  # no rigid motion does this, or the triple fixes none
+        T = fit_rigid(a, b)
+        count = int(_near(fixed, moving, T).sum())
+        if count > best[0]:
+            best = (count, T)
+    return best[1]
+
+
+def _distances(fixed: Points, moving: Points, T: Matrix) -> NDArray[np.float64]:
+    return np.asarray(np.linalg.norm(moving @ T[:3, :3].T + T[:3, 3] - fixed, axis=1))
+
+
+def _near(fixed: Points, moving: Points, T: Matrix) -> NDArray[np.bool_]:
+    return _distances(fixed, moving, T) < INLIER_M
+
+
+def _nothing_shared(agreeing: int) -> str:
+    return (
+        f"The two maps do not show the same place: {agreeing} views agree on how one lies in the other, {MIN_VIEWS} "
+        "are needed. If they have the same frame already, pass --same-frame."
+    )
+
+
+def average_pose(motions: Sequence[Matrix], centre: NDArray[np.float64]) -> Matrix:
+    """The mean of like motions (4, 4), each with the same weight, as they act around a point (3,)."""
+    U, _, Vt = np.linalg.svd(np.mean([T[:3, :3] for T in motions], axis=0))
+    R = U @ np.diag([1.0, 1.0, np.linalg.det(U @ Vt)]) @ Vt
+    moved = np.median([T[:3, :3] @ centre + T[:3, 3] for T in motions], axis=0)
+    return make_pose(R, moved - R @ centre)

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Building holds a bounded amount in memory, and keeps to the time it is given."""
+
+from __future__ import annotations
+
+import argparse
+
+import numpy as np
+import pytest
+import torch
+
+from kfloc_ros.cli.build_options import duration_s
+from kfloc_ros.errors import SourceError
+from kfloc_ros.mapping.pace import READ_SHARE, Pace
+from kfloc_ros.mapping.survey import MAX_CELLS, MAX_HELD_OUT, CellBuffer, is_held_out
+from kfloc_ros.mapping.views import Cells, ReferenceCollector
+from kfloc_ros.pixloc.references import ReferencePoints
+
+
+def numbered(first: int, count: int) -> Cells:
+    number = torch.arange(first, first + count)
+    return Cells((number % 2000)[:, None].expand(-1, 192).half(), number[:, None].expand(-1, 3).float())
+
+
+def test_a_full_buffer_holds_an_even_choice_of_all_cells() -> None:
+    buffer = CellBuffer(1000, np.random.default_rng(0))
+    for view in range(20):
+        buffer.add(numbered(200 * view, 200))
+    cells = buffer.cells()
+    assert len(buffer) == len(cells.inputs) == 1000
+    number = cells.coordinates[:, 0].long()
+    assert len(number.unique()) == 1000
+    assert torch.equal(cells.inputs[:, 5].long(), number % 2000)  # inputs and coordinates of the same cell
+    per_quarter = torch.histc(number.float(), 4, 0, 4000)
+    assert (per_quarter > 200).all() and (per_quarter < 300).all()
+
+
+def test_a_buffer_that_is_not_full_holds_everything() -> None:
+    buffer = CellBuffer(1000, np.random.default_rng(0))
+    buffer.add(numbered(0, 300))
+    buffer.add(numbered(300, 300))
+    assert buffer.cells().coordinates[:, 0].tolist() == list(range(600))
+
+
+@pytest.mark.parametrize("count", [5_000, 50_000])
+def test_memory_for_a_long_source_stays_below_4_gb(count: int) -> None:
+    held_out = sum(is_held_out(k, count) for k in range(count))
+    assert 40 <= held_out <= MAX_HELD_OUT
+    cells = MAX_CELLS * (192 * 2 + 3 * 4)
+    views = held_out * 640 * 480 * (3 + 4)
+    features = held_out * 80 * 60 * (64 + 4 + 1) * 4  # what calibration keeps of each
+    assert cells + views + features + 1.2e9 < 4e9  # with torch, the trunk and training
+
+
+def test_reference_points_stay_below_their_limit_and_cover_the_whole_way() -> None:
+    collector = ReferenceCollector(0.01, 1000)
+    for k in range(200):
+        T = np.eye(4)
+        T[0, 3] = 0.05 * k
+        n = 60
+        points = ReferencePoints(torch.zeros(n, 3), torch.zeros(n, 64), torch.zeros(n, 24), torch.ones(n))
+        if collector.wants(T):
+            collector.add(k, T, points)
+    views = collector.views()
+    assert sum(map(len, views.views)) <= 1000 and len(views.ids) >= 12
+    gaps = np.diff(np.sort(views.T_map_camera[:, 0, 3]))
+    assert gaps.max() < 1.5 and views.T_map_camera[:, 0, 3].max() > 9.0
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.mark.parametrize(("per_view_s", "expected"), [(0.01, 1000), (0.1, 450), (0.5, 90)])
+def test_views_are_left_out_evenly_until_reading_fits(per_view_s: float, expected: int) -> None:
+    clock = Clock()
+    pace = Pace(100.0, 100.0, clock)
+    read = []
+    for position in range(1000):
+        if pace.wants(1000 - position):
+            read.append(position)
+            clock.now += per_view_s
+    assert len(read) == pytest.approx(expected, rel=0.05)
+    assert clock.now <= 100.0 + 100.0 * READ_SHARE + 2 * per_view_s
+    late = np.diff(read[10:])
+    assert late.max() <= 2 * np.median(late) + 1 and read[-1] > 960
+
+
+def test_training_gets_what_reading_and_calibration_leave() -> None:
+    clock = Clock()
+    pace = Pace(100.0, 100.0, clock)
+    clock.now += 45.0
+    views = pace.calibration_views(50, trunk_pass_s=0.1)
+    assert 20 <= views < 50
+    assert 25.0 < pace.training_s(views, 0.1) < 40.0
+    clock.now += 50.0
+    with pytest.raises(SourceError, match="too short"):
+        pace.training_s(views, 0.1)
+
+
+def test_without_a_budget_nothing_is_left_out() -> None:
+    pace = Pace(0.0, 0.0)
+    assert not pace.limited and all(pace.wants(n) for n in range(100, 0, -1))
+    assert pace.calibration_views(77, 10.0) == 77
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("5min", 300), ("90s", 90), ("1.5h", 5400), ("42", 42)])
+def test_durations(text: str, seconds: float) -> None:
+    assert duration_s(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "min", "-5min", "0s", "5 days", "1e3"])
+def test_what_is_no_duration(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError):
+        duration_s(text)
