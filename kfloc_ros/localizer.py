@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pipeline, Frame -> PoseEstimate: measure, filter, refine."""
+"""The pipeline, Frame -> PoseEstimate: measure, filter, refine; or, while a track holds, refine alone."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -16,13 +16,14 @@ from kfloc_ros.device import choose_device
 from kfloc_ros.errors import FrameError
 from kfloc_ros.features.trunk import Trunk, TrunkFeatures
 from kfloc_ros.geometry.camera import Camera
-from kfloc_ros.geometry.lie import Matrix, inverse_pose, make_pose, so3_exp, so3_log
+from kfloc_ros.geometry.lie import Matrix
 from kfloc_ros.kfnet import kalman
 from kfloc_ros.kfnet.filter import NO_PRIOR, Filtered, FilterSettings, SceneCoordinateFilter
 from kfloc_ros.mapping.first_fix import UNRELATED_COST, FirstFix
 from kfloc_ros.mapping.scene_map import SceneMap
 from kfloc_ros.pixloc.refiner import Refiner, RefinerSettings
 from kfloc_ros.solvers.pnp import PnpSettings, solve_pnp
+from kfloc_ros.tracking import ConstantVelocity, Track, TrackSettings
 from kfloc_ros.types import (
     Alignment,
     CoarsePose,
@@ -43,6 +44,12 @@ class LocalizerConfig:
     )
     filter: bool = option(True, "Carry the belief over scene coordinates from frame to frame.")
     refine: bool = option(True, "Align the coarse pose with the map's reference views.")
+    tracking: bool = option(
+        False, "While alignments from the predicted pose succeed, find a coarse pose only now and then, as a check."
+    )
+    tracking_check_period: int = option(
+        10, "With tracking: every so many frames a coarse pose is found all the same.", low=2, high=1000
+    )
     first_fix: bool = option(True, "Search the map's reference views when there is no pose to align from.")
     num_references: int = option(3, "Reference views that a pose is aligned with.", low=1, high=20)
     max_gap_s: float = option(
@@ -56,6 +63,15 @@ class LocalizerConfig:
     )
     pnp_max_error_px: float = option(10.0, "Inlier threshold of the reprojection error in PnP.", low=0.5, high=100.0)
     pnp_min_inliers: int = option(40, "Fewer PnP inliers than this: no coarse pose.", low=6, high=100_000)
+
+
+@dataclass(frozen=True, eq=False)
+class Observation:
+    """A frame after its one pass through the trunk: what all stages look at."""
+
+    features: TrunkFeatures
+    timings_ms: dict[str, float] = field(default_factory=dict)
+    """Spent on the frame so far, by stage."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,8 +122,8 @@ class CoarseStage:
         """The pinhole camera that every frame must have (``ImageAdapter`` brings images to it)."""
         return self._camera
 
-    def process(self, frame: Frame) -> CoarseResult:
-        """Measure, filter, and solve for the coarse pose.
+    def observe(self, frame: Frame) -> Observation:
+        """Run the trunk.
 
         Raises:
             FrameError: the image does not have the size of the map's camera.
@@ -116,6 +132,23 @@ class CoarseStage:
         timings: dict[str, float] = {}
         with _timed(timings, "trunk"):
             features = self._trunk.extract(frame.image)
+        return Observation(features, timings)
+
+    def process(self, frame: Frame, observation: Observation | None = None) -> CoarseResult:
+        """Measure, filter, and solve for the coarse pose.
+
+        The filter does not mind frames that were not given to it: the belief is carried over from the last one that
+        was, if that is recent and the flow reaches so far, and else starts anew.
+
+        Args:
+            frame: to localize.
+            observation: of the frame, if the trunk has run.
+
+        Raises:
+            FrameError: the image does not have the size of the map's camera.
+        """
+        observation = observation or self.observe(frame)
+        features, timings = observation.features, observation.timings_ms
         with _timed(timings, "measure"):
             measurement = self._head.measure(features, self._variance_scale)
         with _timed(timings, "filter"), torch.inference_mode():
@@ -157,6 +190,8 @@ class RefineStage:
         self._camera = scene_map.camera
         self._trunk: Trunk | None = None
         self._motion = ConstantVelocity(config.max_gap_s)
+        self._track = Track(TrackSettings(check_period=config.tracking_check_period))
+        self._tracks = config.tracking and config.refine
         self._had_pose = False
         self._suggested: tuple[Matrix, ...] = ()
 
@@ -166,6 +201,26 @@ class RefineStage:
         A hint and no order: the start at which the image looks most like the map is the one that is refined.
         """
         self._suggested = tuple(starts)
+
+    def track(self, frame: Frame, observation: Observation) -> PoseEstimate | None:
+        """Align from the predicted pose alone, while a track holds; None if the frame needs a coarse pose."""
+        predicted = self._motion.predict(frame.stamp_ns)
+        if not self._tracks or predicted is None or self._suggested or not self._track.holds:
+            return None
+        with _timed(observation.timings_ms, "refine"):
+            alignment = self._refiner.align(observation.features, [predicted])
+        if self._track.doubt(alignment, predicted):
+            return None
+        estimate = PoseEstimate(
+            frame.stamp_ns,
+            TrackingState.TRACKING,
+            "",
+            T_map_camera=alignment.T_map_camera,
+            covariance=alignment.covariance,
+            alignment=alignment,
+            tracked=True,
+        )
+        return self._finish(estimate, observation.timings_ms)
 
     def process(self, frame: Frame, coarse: CoarseResult) -> PoseEstimate:
         """Refine a coarse pose; says in ``state`` and ``reason`` what the result is worth.
@@ -183,13 +238,27 @@ class RefineStage:
             starts = [T for T in (coarse.pose.T_map_camera, predicted, *suggested) if T is not None]
             with _timed(timings, "refine"):
                 alignment = self._refiner.align(features, starts)
+                if self._tracks:
+                    alignment = self._checked(alignment, coarse.pose, features)
             if not alignment.success and self._first_fix is not None:
                 with _timed(timings, "first_fix"):
                     alignment = self._search(features, alignment)
+        return self._finish(self._judge(frame.stamp_ns, coarse, alignment), timings)
+
+    def _checked(self, alignment: Alignment, coarse: CoarsePose, features: TrunkFeatures) -> Alignment:
+        """The alignment if it agrees with the coarse pose, else the better of it and one from the coarse pose."""
+        if self._track.check(alignment, coarse) or coarse.T_map_camera is None:
+            return alignment
+        other = self._refiner.align(features, [coarse.T_map_camera])
+        if not other.success or (alignment.success and alignment.final_cost <= other.final_cost):
+            return alignment
+        self._track.check(other, coarse)
+        return other
+
+    def _finish(self, estimate: PoseEstimate, timings: dict[str, float]) -> PoseEstimate:
         timings["total"] = sum(timings.values())
-        estimate = self._judge(frame.stamp_ns, coarse, alignment)
         if estimate.T_map_camera is not None:
-            self._motion.observe(frame.stamp_ns, estimate.T_map_camera)
+            self._motion.observe(estimate.stamp_ns, estimate.T_map_camera)
             self._had_pose = True
         return replace(estimate, timings_ms=timings)
 
@@ -226,6 +295,7 @@ class RefineStage:
         """Forget the motion; the next frame stands on its coarse pose alone."""
         del reason
         self._motion.forget()
+        self._track.end()
 
 
 class Localizer:
@@ -252,41 +322,14 @@ class Localizer:
         Raises:
             FrameError: the image does not have the size of the map's camera.
         """
-        return self.refine.process(frame, self.coarse.process(frame))
+        observation = self.coarse.observe(frame)
+        tracked = self.refine.track(frame, observation)
+        return tracked or self.refine.process(frame, self.coarse.process(frame, observation))
 
     def reset(self, reason: str) -> None:
         """Forget all earlier frames."""
         self.coarse.reset(reason)
         self.refine.reset(reason)
-
-
-class ConstantVelocity:
-    """Predicts a pose from the last two."""
-
-    def __init__(self, max_gap_s: float) -> None:
-        self._max_gap_ns = int(max_gap_s * 1e9)
-        self._last: list[tuple[int, Matrix]] = []
-
-    def observe(self, stamp_ns: int, T_map_camera: Matrix) -> None:
-        """Remember a pose."""
-        if self._last and not 0 < stamp_ns - self._last[-1][0] <= self._max_gap_ns:
-            self.forget()
-        self._last = [*self._last[-1:], (stamp_ns, T_map_camera)]
-
-    def predict(self, stamp_ns: int) -> Matrix | None:
-        """Pose at a later time, or None without a recent one."""
-        if not self._last or not 0 < stamp_ns - self._last[-1][0] <= self._max_gap_ns:
-            return None
-        (t1, T1) = self._last[-1]
-        if len(self._last) == 1:
-            return T1
-        (t0, T0) = self._last[0]
-        share = (stamp_ns - t1) / (t1 - t0)
-        step = inverse_pose(T0) @ T1
-        return T1 @ make_pose(so3_exp(share * so3_log(step[:3, :3])), share * step[:3, 3])
-
-    def forget(self) -> None:
-        self._last = []
 
 
 def check_frame(frame: Frame, camera: Camera) -> None:

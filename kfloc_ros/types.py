@@ -138,5 +138,7 @@ class PoseEstimate:
     coarse: CoarsePose | None = None
     filter: FilterReport | None = None
     alignment: Alignment | None = None
+    tracked: bool = False
+    """Whether it was aligned from the predicted pose alone; there is no coarse pose then."""
     timings_ms: Mapping[str, float] = field(default_factory=dict)
     """Milliseconds per stage, in the order run: trunk, measure, filter, pnp, refine, and their sum, total."""

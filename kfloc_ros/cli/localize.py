@@ -47,6 +47,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the results")
     parser.add_argument("--no-filter", action="store_true", help="each frame on its own: no belief carried over")
     parser.add_argument("--no-refine", action="store_true", help="stop at the coarse pose")
+    parser.add_argument(
+        "--tracking", action="store_true", help="align from the predicted pose while that succeeds; faster"
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where networks run")
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
 
@@ -70,7 +73,9 @@ def run(args: argparse.Namespace) -> int:
 
     limit_threads()
     device = str(choose_device(args.device))
-    config = LocalizerConfig(device=device, filter=not args.no_filter, refine=not args.no_refine)
+    config = LocalizerConfig(
+        device=device, filter=not args.no_filter, refine=not args.no_refine, tracking=args.tracking
+    )
     map_path = resolve_map(args.map)
     localizer = Localizer(SceneMap.load(map_path), config)
 
@@ -99,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
         dropped=0,
         duration_s=time.perf_counter() - start,
         interrupted=interrupted,
-        options={"device": device, "filter": config.filter, "refine": config.refine},
+        options={"device": device, "filter": config.filter, "refine": config.refine, "tracking": config.tracking},
     )
     if interrupted and not records:
         raise KeyboardInterrupt

@@ -82,11 +82,14 @@ def pose_error(estimate: Matrix | None, truth: Matrix) -> PoseError:
 
 
 def pose_errors(records: Iterable[FrameRecord], *, coarse: bool = False) -> list[PoseError]:
-    """Errors of the final (or the coarse) pose of every record that has a truth, in order."""
+    """Errors of the final (or the coarse) pose of every record that has a truth, in order.
+
+    Of the coarse pose: of every record for which one was looked for.
+    """
     return [
         pose_error(record.coarse if coarse else record.estimate, record.truth)
         for record in records
-        if record.truth is not None
+        if record.truth is not None and not (coarse and record.tracked)
     ]
 
 

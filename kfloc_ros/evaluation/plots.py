@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from kfloc_ros.evaluation.metrics import pose_errors, recall
+from kfloc_ros.evaluation.metrics import pose_error, pose_errors, recall
 from kfloc_ros.evaluation.records import FrameRecord
 
 if TYPE_CHECKING:
@@ -87,7 +87,8 @@ def draw_error(figure: Figure, records: Sequence[FrameRecord]) -> bool:
     if not known:
         return False
     seconds = (np.array([r.stamp_ns for r in known], dtype=np.float64) - known[0].stamp_ns) * 1e-9
-    final, coarse = pose_errors(known), pose_errors(known, coarse=True)
+    final = pose_errors(known)
+    coarse = [pose_error(r.coarse, r.truth) for r in known if r.truth is not None]
     upper, lower = figure.subplots(2, 1, sharex=True)
     for axes, unit, rows, values in (
         (upper, "cm", slice(0, 3), [[100 * e.translation_m for e in errors] for errors in (final, coarse)]),

@@ -30,6 +30,8 @@ class FrameRecord:
     timings_ms: Mapping[str, float] = field(default_factory=dict)
     latency_ms: float | None = None
     """Offline: time in the localizer. Replay: from the image's publication to the pose's arrival, wall clock."""
+    tracked: bool = False
+    """Whether it was aligned from the predicted pose alone, so that no coarse pose was looked for."""
     processed: bool = True
     """False for a frame that was played but for which the nodes never answered (dropped or lost)."""
 
@@ -59,4 +61,5 @@ def record_of(frame: Frame, estimate: PoseEstimate, *, latency_ms: float, adapt_
         stats=stats,
         timings_ms={"adapt": adapt_ms, **estimate.timings_ms},
         latency_ms=latency_ms,
+        tracked=estimate.tracked,
     )

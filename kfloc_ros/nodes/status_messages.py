@@ -86,7 +86,7 @@ def read_timings(values: Mapping[str, str]) -> dict[str, float]:
 
 def estimate_values(estimate: PoseEstimate) -> dict[str, Value]:
     """What the stages say about one frame."""
-    values: dict[str, Value] = {}
+    values: dict[str, Value] = {"tracked": estimate.tracked}
     if estimate.coarse is not None:
         values["inliers"] = estimate.coarse.inlier_count
         values["inlier_ratio"] = estimate.coarse.inlier_ratio

@@ -11,7 +11,7 @@ from rclpy.node import Node
 from kfloc_ros.nodes import qos
 from kfloc_ros.nodes.diagnostics import Report
 from kfloc_ros.nodes.health import Health
-from kfloc_ros.nodes.packets import CoarseFrame
+from kfloc_ros.nodes.packets import CameraFrame
 from kfloc_ros.nodes.pose_publisher import Outcome
 from kfloc_ros.nodes.status_messages import (
     LEVELS,
@@ -34,7 +34,7 @@ class StatusPublisher:
         self.report = Report(WARN, "no frame was processed yet", {"map": map_name, "state": "INITIALIZING"})
 
     def publish(
-        self, packet: CoarseFrame, estimate: PoseEstimate, outcome: Outcome, publish_ms: float, latency_ms: float
+        self, packet: CameraFrame, estimate: PoseEstimate, outcome: Outcome, publish_ms: float, latency_ms: float
     ) -> None:
         """Publish the status of one frame."""
         reason = outcome.pose or outcome.transform or estimate.reason
@@ -43,9 +43,9 @@ class StatusPublisher:
         values: dict[str, Value] = {
             **summary, "published": not outcome.pose, "transform": outcome.transform or "sound",
         }  # fmt: skip
-        values |= timing_values({**packet.camera.timings_ms, **estimate.timings_ms, "publish": publish_ms})
+        values |= timing_values({**packet.timings_ms, **estimate.timings_ms, "publish": publish_ms})
         values["latency_ms"] = round(latency_ms, 3)
-        values |= counter_values(packet.camera.counters(self._health.counters))
+        values |= counter_values(packet.counters(self._health.counters))
         values |= asdict(self._health.rates()) | details
         level = LEVELS[estimate.state]
         if outcome.pose or outcome.transform:
@@ -59,6 +59,6 @@ class StatusPublisher:
                 level=level,
                 message=reason,
                 hardware_id=self._map_name,
-                frame_id=packet.camera.frame_id,
+                frame_id=packet.frame_id,
             )
         )

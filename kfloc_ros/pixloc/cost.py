@@ -39,11 +39,17 @@ class FeatureImage:
         hence a wider basin, than the interpolant's own derivative).
         """
         C, H, W = features.shape
-        padded = F.pad(features[None], (1, 1, 1, 1), mode="replicate")[0]
-        du = (padded[:, 1:-1, 2:] - padded[:, 1:-1, :-2]) / 2
-        dv = (padded[:, 2:, 1:-1] - padded[:, :-2, 1:-1]) / 2
-        table = torch.cat([features, du, dv, confidence[None]]).reshape(3 * C + 1, H * W)
-        return cls(table.t().contiguous().float(), W, H, float(stride))
+        cells = features.permute(1, 2, 0)  # channels lie side by side already where the trunk's layout is kept
+        table = torch.empty(H, W, 3 * C + 1, dtype=torch.float32, device=features.device)
+        table[..., :C] = cells
+        du, dv = table[..., C : 2 * C], table[..., 2 * C : 3 * C]
+        du[:, 1:-1] = cells[:, 2:] - cells[:, :-2]
+        du[:, 0], du[:, -1] = cells[:, 1] - cells[:, 0], cells[:, -1] - cells[:, -2]
+        dv[1:-1] = cells[2:] - cells[:-2]
+        dv[0], dv[-1] = cells[1] - cells[0], cells[-1] - cells[-2]
+        table[..., C : 3 * C] *= 0.5
+        table[..., 3 * C] = confidence
+        return cls(table.reshape(H * W, 3 * C + 1), W, H, float(stride))
 
     @property
     def channels(self) -> int:
