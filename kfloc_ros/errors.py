@@ -32,3 +32,7 @@ class RosUnavailableError(KflocError):
 
 class ReplayError(KflocError):
     """A replay could not be carried out: a node ended or did not come up in time."""
+
+
+class DrawingError(KflocError):
+    """A picture, video, recording or page cannot be made: nothing to show, a missing package, or no codec."""
