@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -102,6 +103,24 @@ def _texture(seed: int) -> NDArray[np.uint8]:
             cv2.circle(canvas, (int(x), int(y)), int(extent[0] // 2), colour, -1, cv2.LINE_AA)
     noise = cv2.resize(rng.normal(0, 8, (size // 4, size // 4, 3)).astype(np.float32), (size, size))
     return np.clip(canvas + noise, 0, 255).astype(np.uint8)
+
+
+@pytest.fixture(params=[pytest.param(40, id="few"), pytest.param(3000, id="thousands", marks=pytest.mark.slow)])
+def fuzz(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Calls ``check`` with many generated inputs: the same few every time, or thousands of new ones (``slow``)."""
+    hypothesis = pytest.importorskip("hypothesis", reason="hypothesis is not installed: `make setup-dev` brings it")
+
+    def run(check: Callable[..., None], *strategies: Any, share: float = 1.0) -> None:
+        settings = hypothesis.settings(
+            max_examples=max(int(request.param * share), 5),
+            deadline=None,
+            derandomize=request.param < 100,
+            database=None,
+            suppress_health_check=list(hypothesis.HealthCheck),
+        )
+        settings(hypothesis.given(*strategies)(check))()
+
+    return run
 
 
 @pytest.fixture(scope="session")
