@@ -37,7 +37,7 @@ setup(
         (f"share/{PACKAGE}", ["package.xml"]),
         *folder("launch", "*.py"),
         *folder("config", "*.yaml", "*.xml"),
-        *folder("rviz", "*.rviz"),
+        *folder("rviz", "*.rviz", "*.json"),
         *folder("maps", "*"),
     ],
     # What the algorithm imports. ROS 2 is never asked of pip: it is sourced, or set-up brings it.
@@ -54,7 +54,7 @@ setup(
         "torch>=2.1",
         "tqdm>=4.64",
     ],
-    extras_require={"simulation": ["embreex>=4.4"], "test": ["pytest>=7,<9"]},
+    extras_require={"simulation": ["embreex>=4.4"], "test": ["hypothesis>=6.100", "pytest>=7,<9"]},
     zip_safe=False,
     entry_points={
         "console_scripts": [

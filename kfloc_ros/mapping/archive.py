@@ -15,14 +15,8 @@ import zlib
 from pathlib import Path
 
 from kfloc_ros.errors import MapError
-from kfloc_ros.mapping.scene_map import (
-    DESCRIPTION,
-    HEAD_FILE,
-    MAX_DESCRIPTION_BYTES,
-    MAX_FILE_BYTES,
-    REFERENCES_FILE,
-    SceneMap,
-)
+from kfloc_ros.mapping.map_files import MAX_FILE_BYTES
+from kfloc_ros.mapping.scene_map import DESCRIPTION, HEAD_FILE, MAX_DESCRIPTION_BYTES, REFERENCES_FILE, SceneMap
 
 ENDING = ".kfmap"
 LIMITS = {DESCRIPTION: MAX_DESCRIPTION_BYTES, HEAD_FILE: MAX_FILE_BYTES, REFERENCES_FILE: MAX_FILE_BYTES}
@@ -97,6 +91,8 @@ def _check_names(archive: Path, packed: zipfile.ZipFile) -> None:
     if names != sorted(LIMITS):
         shown = ", ".join(repr(name[:60]) for name in names[:5])
         raise MapError(f"it must hold {', '.join(sorted(LIMITS))} and nothing else, but holds {shown or 'nothing'}.")
+    if any(item.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for item in packed.infolist()):
+        raise MapError("its files are compressed in a way that packed maps are not.")
 
 
 def _extract(packed: zipfile.ZipFile, name: str, path: Path, limit: int) -> int:

@@ -19,6 +19,7 @@ from kfloc_ros.nodes import qos
 from kfloc_ros.nodes.camera_messages import camera_from_info, in_words, shared_view
 from kfloc_ros.nodes.diagnostics import DiagnosticsPublisher, Report
 from kfloc_ros.nodes.gate import Gate
+from kfloc_ros.nodes.gpu_memory import explained
 from kfloc_ros.nodes.health import Health
 from kfloc_ros.nodes.image_messages import decode_compressed, decode_image
 from kfloc_ros.nodes.packets import CameraFrame
@@ -192,7 +193,7 @@ class CameraComponent:
         return True
 
     def _on_error(self, error: Exception) -> None:
-        self._health.fault(error)
+        self._health.fault(explained(error, self._parameters))
         if not isinstance(error, FrameError):
             self._on_failure("an internal error")
 

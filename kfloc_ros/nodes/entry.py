@@ -8,6 +8,9 @@ import os
 import signal
 from types import FrameType
 
+MAX_COMPRESSED_PIXELS = 100_000_000
+"""Of an image that comes compressed."""
+
 
 def run(name: str, module: str, application: str) -> int:
     """Import what the node consists of and run it; returns its exit code.
@@ -20,6 +23,8 @@ def run(name: str, module: str, application: str) -> int:
     # raised in the middle of loading a library comes out as a traceback.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _leave)
+    # OpenCV reads it once, when it is loaded: a small file must not unpack into gigabytes.
+    os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(MAX_COMPRESSED_PIXELS))
     build = getattr(importlib.import_module(module), application)
     runtime = importlib.import_module("kfloc_ros.nodes.runtime")
     return int(runtime.run_node(name, build))

@@ -13,6 +13,7 @@ from kfloc_ros.localizer import CoarseStage
 from kfloc_ros.mapping.scene_map import SceneMap
 from kfloc_ros.nodes.diagnostics import DiagnosticsPublisher, Report
 from kfloc_ros.nodes.gate import Gate
+from kfloc_ros.nodes.gpu_memory import explained
 from kfloc_ros.nodes.health import Health
 from kfloc_ros.nodes.packets import CameraFrame, CoarseFrame
 from kfloc_ros.nodes.parameter_server import ParameterServer
@@ -65,7 +66,7 @@ class FilterApplication:
     """The filter component as a node of its own: frames come in over topics, coarse poses go out."""
 
     def __init__(self, node: Node, parameters: ParameterServer, scene_map: SceneMap, gate: Gate) -> None:
-        self._gate = gate
+        self._gate, self._parameters = gate, parameters
         self._health = Health(node.get_logger())
         warm_up(scene_map, parameters.localizer)
         stage = CoarseStage(scene_map, parameters.localizer)
@@ -100,7 +101,7 @@ class FilterApplication:
         self._health.answered(packet.latency_ms())
 
     def _on_error(self, error: Exception) -> None:
-        self._health.fault(error)
+        self._health.fault(explained(error, self._parameters))
         if not isinstance(error, FrameError):
             self._component.reset("an internal error")
 

@@ -18,6 +18,8 @@ from kfloc_ros.errors import FrameError
 
 Rgb = NDArray[np.uint8]
 
+MAX_SIDE_PX = 32_767
+"""OpenCV undistorts no larger images."""
 _JPEG_START, _JPEG_SCAN, _JPEG_END = b"\xff\xd8", b"\xff\xda", b"\xff\xd9"
 _PNG_START = b"\x89PNG\r\n\x1a\n"
 
@@ -76,6 +78,7 @@ def decode_image(message: Any) -> Rgb:
     height, width, step = int(message.height), int(message.width), int(message.step)
     if height <= 0 or width <= 0:
         raise FrameError(f"An image has no pixels: its size is {width}x{height}.")
+    _check_size(width, height)
     row_bytes = width * layout.channels * layout.bits // 8
     step = step or row_bytes
     if step < row_bytes:
@@ -128,7 +131,13 @@ def decode_compressed(message: Any) -> Rgb:
         bgr = None
     if bgr is None:
         raise FrameError(f"A compressed image ('{message.format}', {len(data)} bytes) cannot be decoded.")
+    _check_size(bgr.shape[1], bgr.shape[0])
     return np.asarray(cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB), dtype=np.uint8)
+
+
+def _check_size(width: int, height: int) -> None:
+    if max(width, height) > MAX_SIDE_PX:
+        raise FrameError(f"An image of {width}x{height} is too large: no side may have more than {MAX_SIDE_PX} pixels.")
 
 
 def _is_cut_off(data: bytes) -> bool:

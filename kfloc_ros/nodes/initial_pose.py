@@ -56,7 +56,7 @@ def read_initial_pose(message: Any) -> InitialPose:
     if not frame_id:
         raise InitialPoseError("An initial pose was refused: its header names no frame.")
     q = message.pose.pose.orientation
-    length = math.sqrt(q.x**2 + q.y**2 + q.z**2 + q.w**2)
+    length = math.hypot(q.x, q.y, q.z, q.w)
     if not abs(length - 1.0) < _UNIT_TOLERANCE:
         raise InitialPoseError(f"An initial pose was refused: its quaternion has the length {length:.3g}, not 1.")
     covariance = np.array(message.pose.covariance, dtype=np.float64).reshape(6, 6)

@@ -17,6 +17,7 @@ from kfloc_ros.errors import KflocError
 from kfloc_ros.localizer import LocalizerConfig
 from kfloc_ros.mapping.scene_map import SceneMap, resolve_map
 from kfloc_ros.nodes.gate import Gate
+from kfloc_ros.nodes.gpu_memory import explained
 from kfloc_ros.nodes.parameter_server import ParameterServer
 from kfloc_ros.nodes.parameters import NodeConfig
 from kfloc_ros.nodes.services import Services
@@ -69,6 +70,7 @@ class ManagedNode(LifecycleNode):  # type: ignore[misc]
 
     def settle(self) -> None:
         """Do what was put off until no callback runs."""
+        self._set_what_was_asked()
         if not self._reload_asked:
             return
         self._reload_asked = False
@@ -123,9 +125,24 @@ class ManagedNode(LifecycleNode):  # type: ignore[misc]
         return self.on_cleanup(state)
 
     def _set_up(self, scene_map: SceneMap) -> None:
-        self._application = self._build(self, self.parameters, scene_map, self._gate)
+        try:
+            self._application = self._build(self, self.parameters, scene_map, self._gate)
+        except torch.cuda.OutOfMemoryError as error:
+            fault = explained(error, self.parameters)
+            self._tear_down()
+            if not self._set_what_was_asked():
+                raise fault from error
+            self.get_logger().warning(str(fault))
+            self._application = self._build(self, self.parameters, scene_map, self._gate)
         self._map, self.fault = scene_map, ""
         self.get_logger().info(f"Ready: map '{scene_map.name}', waiting for images.")
+
+    def _set_what_was_asked(self) -> bool:
+        """Make the changes of parameters that came from within; whether there were any."""
+        asked = list(self.parameters.asked())
+        if asked:
+            self.set_parameters(asked)
+        return bool(asked)
 
     def _tear_down(self) -> None:
         """Back to what the node had before it was configured."""

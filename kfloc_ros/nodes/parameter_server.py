@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import queue
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor, SetParametersResult
@@ -44,6 +45,7 @@ class ParameterServer:
         }
         self.node, self.localizer = build_configs(given)
         self._check_reload = check_reload
+        self._asked: queue.SimpleQueue[RosParameter] = queue.SimpleQueue()
         self._table = parameter_table()
         for name, row in self._table.items():
             value = row.option.check(given.get(name, row.option.default))
@@ -51,6 +53,15 @@ class ParameterServer:
                 node.undeclare_parameter(name)
             node.declare_parameter(name, value, descriptor(row))
         node.add_on_set_parameters_callback(self._on_set)
+
+    def ask(self, name: str, value: Any) -> None:
+        """Have the node change one of its parameters itself, soon; for any thread."""
+        self._asked.put(RosParameter(name, value=value))
+
+    def asked(self) -> Iterator[RosParameter]:
+        """What was asked for since the last time; in the executor's thread."""
+        while not self._asked.empty():
+            yield self._asked.get()
 
     def _on_set(self, parameters: list[RosParameter]) -> SetParametersResult:
         changes: dict[str, Any] = {}

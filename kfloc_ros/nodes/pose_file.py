@@ -60,6 +60,8 @@ def save_pose(path: Path, pose: SavedPose) -> None:
     }
     temporary: str | None = None
     try:
+        if path.exists() and not path.is_file():
+            raise PoseFileError(f"The last pose cannot be saved in '{path}': that is no plain file.")
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         with os.fdopen(handle, "w", encoding="utf-8") as stream:
@@ -68,8 +70,9 @@ def save_pose(path: Path, pose: SavedPose) -> None:
             os.fsync(stream.fileno())
         os.replace(temporary, path)
         temporary = None
-    except OSError as error:
-        raise PoseFileError(f"The last pose cannot be saved in '{path}': {error.strerror or error}.") from error
+    except (OSError, ValueError) as error:  # ValueError: a path with a zero byte
+        why = getattr(error, "strerror", None) or error
+        raise PoseFileError(f"The last pose cannot be saved in '{path}': {why}.") from error
     finally:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
@@ -82,6 +85,8 @@ def load_pose(path: Path, expected_map_id: str) -> SavedPose | None:
         PoseFileError: the file is damaged or belongs to another map.
     """
     try:
+        if not path.is_file() and path.exists():
+            raise PoseFileError(f"'{path}' is no plain file; no pose is read from it.")
         if path.stat().st_size > _MAX_BYTES:
             raise PoseFileError(f"'{path}' is larger than any pose file; it is not used.")
         values = json.loads(path.read_text(encoding="utf-8"))

@@ -32,7 +32,11 @@ class PoseKeeper:
         self._tries_left = _MAX_TRIES
         if not parameters.node.pose_file:
             return
-        self._path = Path(parameters.node.pose_file).expanduser()
+        try:
+            self._path = Path(parameters.node.pose_file).expanduser()
+        except RuntimeError:
+            health.warn(f"The last pose is not saved: there is no user as in pose_file '{parameters.node.pose_file}'.")
+            return
         self._map_id = map_id(scene_map)
         # A disk can take its time: neither a frame nor a callback waits for it.
         self._writer = LatestWorker("pose file", self._write, lambda error: health.warn(str(error)))

@@ -12,6 +12,8 @@ from kfloc_ros.geometry.lie import make_pose, matrix_to_quaternion, quaternion_t
 from kfloc_ros.types import Matrix
 
 _NS_PER_S = 1_000_000_000
+_MAX_COORDINATE_M = 1e8
+"""Nothing on Earth is further away, and its square is still exact enough in single precision."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,19 +75,19 @@ def fill_pose_with_covariance(message: Any, pose: BodyPose, *, diagonal: bool = 
 
 
 def pose_from_message(message: Any) -> Matrix:
-    """Transform of a ``geometry_msgs/Pose``. Raises ValueError for a quaternion without length."""
+    """Transform of a ``geometry_msgs/Pose``. Raises ValueError for no rotation, and for a place off the Earth."""
     return _transform(message.position, message.orientation)
 
 
 def transform_from_message(message: Any) -> Matrix:
-    """Transform of a ``geometry_msgs/Transform``. Raises ValueError for a quaternion without length."""
+    """Transform of a ``geometry_msgs/Transform``. Raises ValueError like :func:`pose_from_message`."""
     return _transform(message.translation, message.rotation)
 
 
 def _transform(xyz: Any, q: Any) -> Matrix:
     translation = np.array([xyz.x, xyz.y, xyz.z], dtype=np.float64)
-    if not np.isfinite(translation).all():
-        raise ValueError(f"A translation must be finite, got {translation}.")
+    if not (np.abs(translation) <= _MAX_COORDINATE_M).all():
+        raise ValueError(f"A translation must be finite and no longer than {_MAX_COORDINATE_M:g} m, got {translation}.")
     return make_pose(quaternion_to_matrix([q.x, q.y, q.z, q.w]), translation)
 
 

@@ -13,6 +13,7 @@ from kfloc_ros.mapping.scene_map import SceneMap
 from kfloc_ros.nodes.diagnostics import DiagnosticsPublisher
 from kfloc_ros.nodes.filter_component import check_camera
 from kfloc_ros.nodes.gate import Gate
+from kfloc_ros.nodes.gpu_memory import explained
 from kfloc_ros.nodes.health import Health
 from kfloc_ros.nodes.initial_pose_input import InitialPoseInput
 from kfloc_ros.nodes.packets import CoarseFrame
@@ -102,7 +103,7 @@ class RefinerApplication:
     """The refiner component as a node of its own: frames and coarse poses come in over topics."""
 
     def __init__(self, node: Node, parameters: ParameterServer, scene_map: SceneMap, gate: Gate) -> None:
-        self._health, self._gate = Health(node.get_logger()), gate
+        self._health, self._gate, self._parameters = Health(node.get_logger()), gate, parameters
         self._camera = scene_map.camera
         warm_up(scene_map, parameters.localizer)
         stage = RefineStage(scene_map, parameters.localizer)
@@ -133,6 +134,6 @@ class RefinerApplication:
         self._component.accept(packet)
 
     def _on_error(self, error: Exception) -> None:
-        self._health.fault(error)
+        self._health.fault(explained(error, self._parameters))
         if not isinstance(error, FrameError):
             self._component.reset("an internal error")

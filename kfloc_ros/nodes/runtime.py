@@ -6,6 +6,7 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -22,6 +23,10 @@ from kfloc_ros.device import limit_threads
 from kfloc_ros.errors import KflocError
 from kfloc_ros.nodes.managed_node import Build, ManagedNode
 
+_MAX_FAILURES = 100
+"""Callbacks that may fail one after the other before the node gives up."""
+_REPEAT_S = 5.0
+"""How often a failure is told, in seconds."""
 _WAIT_S = 0.1
 """How long the executor waits at a time; a signal is answered within it."""
 
@@ -65,9 +70,22 @@ def _run(name: str, build: Build, asked_to_stop: threading.Event) -> int:
 def _spin(node: ManagedNode, asked_to_stop: threading.Event) -> None:
     executor = SingleThreadedExecutor()
     executor.add_node(node)
+    failures = 0
     try:
         while not asked_to_stop.is_set() and rclpy.ok():
-            executor.spin_once(timeout_sec=_WAIT_S)
+            try:
+                executor.spin_once(timeout_sec=_WAIT_S)
+                failures = 0
+            except (ExternalShutdownException, ROSInterruptException):
+                raise
+            except Exception as error:  # a callback's: one message must not end the node
+                failures += 1
+                if failures > _MAX_FAILURES:
+                    raise
+                trace = "".join(traceback.format_exception(error))
+                node.get_logger().error(
+                    f"A callback failed; the node goes on. Please report it:\n{trace}", throttle_duration_sec=_REPEAT_S
+                )
             node.settle()
     except (ExternalShutdownException, ROSInterruptException):
         pass

@@ -30,6 +30,7 @@ from kfloc_ros.nodes.pose_messages import (
     pose_from_message,
     stamp_to_ns,
 )
+from kfloc_ros.nodes.stamp_guard import check_stamp
 from kfloc_ros.nodes.status_messages import (
     Value,
     counter_values,
@@ -39,6 +40,7 @@ from kfloc_ros.nodes.status_messages import (
     read_timings,
     read_values,
     timing_values,
+    whole,
 )
 from kfloc_ros.types import CoarsePose, FilterReport, Frame
 
@@ -120,17 +122,15 @@ class FramePublisher:
 def read_frame(messages: Messages) -> CameraFrame:
     """The camera frame in messages of one stamp. Raises FrameError if one of them is damaged."""
     image, info = messages["frame/image"], messages["frame/camera_info"]
-    values = read_values(messages["frame/status"])
+    values, stamp_ns = read_values(messages["frame/status"]), stamp_to_ns(image.header.stamp)
+    check_stamp(stamp_ns)
     frame = Frame(
         image=decode_image(image),
         camera=camera_from_info(info),
-        stamp_ns=stamp_to_ns(image.header.stamp),
-        index=int(number(values, "index")),
+        stamp_ns=stamp_ns,
+        index=whole(values, "index"),
     )
-    try:
-        receipt_unix_ns = int(values["receipt_unix_ns"])
-    except (KeyError, ValueError) as error:
-        raise FrameError("A frame/status has no 'receipt_unix_ns'; are all nodes of one version?") from error
+    receipt_unix_ns = whole(values, "receipt_unix_ns")
     return CameraFrame(frame, image.header.frame_id, receipt_unix_ns, read_timings(values), read_counters(values))
 
 
@@ -180,6 +180,9 @@ def read_coarse(messages: Messages) -> CoarseFrame:
         except ValueError as error:
             raise FrameError(f"A coarse_pose cannot be used: {error}") from error
         covariance = np.asarray(pose_message.pose.covariance, dtype=np.float64).reshape(6, 6)
+        fault = BodyPose(T, covariance).fault()
+        if fault:
+            raise FrameError(f"A coarse_pose cannot be used: {fault}.")
     result = CoarseResult(
         stamp_ns=camera.frame.stamp_ns,
         pose=CoarsePose(
@@ -187,7 +190,7 @@ def read_coarse(messages: Messages) -> CoarseFrame:
             reason=values.get("reason", ""),
             T_map_camera=T,
             covariance=covariance,
-            inlier_count=int(number(values, "inliers")),
+            inlier_count=whole(values, "inliers"),
             inlier_ratio=number(values, "inlier_ratio"),
         ),
         filter=FilterReport(

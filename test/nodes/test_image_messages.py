@@ -124,7 +124,8 @@ def test_there_and_back() -> None:
         ({"height": 0}, "no pixels"),
         ({"step": 5}, "step is 5"),
         ({"data": b"abc"}, "has 3"),
-        ({"height": 4_000_000_000}, "needs"),
+        ({"height": 30_000}, "needs"),
+        ({"height": 4_000_000_000}, "too large"),
     ],
 )
 def test_unusable_images_are_refused_in_words(changes: dict[str, object], said: str) -> None:
