@@ -20,6 +20,8 @@ from launch.actions import DeclareLaunchArgument, OpaqueFunction, SetEnvironment
 from launch_ros.actions import Node
 from launch_ros.parameter_descriptions import ParameterValue
 
+from kfloc_ros.nodes.topic_table import TOPICS
+
 PACKAGE = "kfloc_ros"
 DEMO_MAP = "demo_room"
 """Comes with the package: a first launch with no argument has a map to localize in."""
@@ -139,14 +141,14 @@ def remappings(given: dict[str, str]) -> list[tuple[str, str]]:
 def rviz(given: dict[str, str], share: Path) -> Node:
     """RViz in the same namespace; the topics in its configuration are written with a slash and made relative here."""
     image = given["image_topic"].removesuffix("/compressed") or "image"
+    relative = [topic.name for topic in TOPICS if not topic.name.startswith("/")]
     return Node(
         package="rviz2",
         executable="rviz2",
         namespace=given["namespace"] or None,
         arguments=["-d", given["rviz_config"] or os.fspath(share / "rviz" / "localize.rviz")],
         parameters=[{"use_sim_time": given["use_sim_time"] == "true"}],
-        remappings=[("/pose", "pose"), ("/coarse_pose", "coarse_pose"), ("/path", "path"), ("/image", image),
-                    ("/initialpose", "initialpose"),
-                    ("/image/compressed", f"{image}/compressed")],
+        remappings=[*((f"/{name}", name) for name in (*relative, "initialpose")),
+                    ("/image", image), ("/image/compressed", f"{image}/compressed")],
         output="log",
     )  # fmt: skip

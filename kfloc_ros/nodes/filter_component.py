@@ -11,6 +11,7 @@ from kfloc_ros.errors import FrameError
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.localizer import CoarseStage
 from kfloc_ros.mapping.scene_map import SceneMap
+from kfloc_ros.nodes.cell_publisher import cell_publisher
 from kfloc_ros.nodes.diagnostics import DiagnosticsPublisher, Report
 from kfloc_ros.nodes.gate import Gate
 from kfloc_ros.nodes.gpu_memory import explained
@@ -73,16 +74,19 @@ class FilterApplication:
         self._camera = stage.camera
         map_frame = parameters.node.map_frame or scene_map.frame_id
         publish = CoarsePublisher(node, map_frame, lambda: self._health.counters, with_status=True)
-        self._component = FilterComponent(node, stage, publish)
+        self._cells = cell_publisher(node, map_frame, self._health.warn)
+        self._component = FilterComponent(node, stage, publish, self._cells.offer)
         self._worker = LatestWorker("filter", self._process, self._on_error)
         self._diagnostics = DiagnosticsPublisher(node, self._health, gate, scene_map.name, Report)
         subscribe(node, FRAME_TOPICS, StampJoiner(frame_is_complete, self._on_frame))
 
     def pause(self) -> None:
         self._worker.pause()
+        self._cells.pause()
 
     def stop(self) -> None:
         self._worker.stop()
+        self._cells.stop()
 
     def start_anew(self, reason: str) -> None:
         self._component.start_anew(reason)

@@ -8,9 +8,11 @@ from rclpy.node import Node
 from kfloc_ros.localizer import Localizer
 from kfloc_ros.mapping.scene_map import SceneMap
 from kfloc_ros.nodes.camera_component import CameraComponent
+from kfloc_ros.nodes.cell_publisher import cell_publisher
 from kfloc_ros.nodes.filter_component import FilterComponent
 from kfloc_ros.nodes.gate import Gate
 from kfloc_ros.nodes.health import Health
+from kfloc_ros.nodes.packets import CoarseFrame
 from kfloc_ros.nodes.parameter_server import ParameterServer
 from kfloc_ros.nodes.refiner_component import RefinerComponent
 from kfloc_ros.nodes.topics import CoarsePublisher
@@ -27,7 +29,8 @@ class LocalizerApplication:
         map_frame = parameters.node.map_frame or scene_map.frame_id
         publish_coarse = CoarsePublisher(node, map_frame, lambda: health.counters, with_status=False)
         self._refiner = RefinerComponent(node, parameters, scene_map, localizer.refine, health, gate)
-        self._filter = FilterComponent(node, localizer.coarse, publish_coarse, self._refiner.accept)
+        self._filter = FilterComponent(node, localizer.coarse, publish_coarse, self._refine_and_show)
+        self._cells = cell_publisher(node, map_frame, health.warn)
         # The camera comes last: whoever sees its subscriptions knows that everything else is ready.
         self._camera = CameraComponent(
             node, parameters, localizer.camera, health, gate, self._filter.accept, on_failure=localizer.reset
@@ -35,11 +38,18 @@ class LocalizerApplication:
 
     def pause(self) -> None:
         self._camera.pause()
+        self._cells.pause()
+        self._refiner.pause()
 
     def stop(self) -> None:
         self._camera.stop()
+        self._cells.stop()
         self._refiner.stop()
 
     def start_anew(self, reason: str) -> None:
         self._filter.start_anew(reason)
         self._refiner.start_anew(reason)
+
+    def _refine_and_show(self, packet: CoarseFrame) -> None:
+        self._refiner.accept(packet)
+        self._cells.offer(packet)  # the pose first

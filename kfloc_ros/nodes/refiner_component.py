@@ -7,6 +7,7 @@ import time
 
 from rclpy.node import Node
 
+from kfloc_ros.device import choose_device
 from kfloc_ros.errors import FrameError
 from kfloc_ros.localizer import RefineStage
 from kfloc_ros.mapping.scene_map import SceneMap
@@ -16,6 +17,8 @@ from kfloc_ros.nodes.gate import Gate
 from kfloc_ros.nodes.gpu_memory import explained
 from kfloc_ros.nodes.health import Health
 from kfloc_ros.nodes.initial_pose_input import InitialPoseInput
+from kfloc_ros.nodes.map_publisher import MapPublisher
+from kfloc_ros.nodes.overlay_publisher import Localized, overlay_publisher
 from kfloc_ros.nodes.packets import CoarseFrame
 from kfloc_ros.nodes.parameter_server import ParameterServer
 from kfloc_ros.nodes.pose_keeper import PoseKeeper
@@ -35,6 +38,7 @@ from kfloc_ros.nodes.topics import (
 from kfloc_ros.nodes.transforms import TransformListener
 from kfloc_ros.nodes.warm_up import warm_up
 from kfloc_ros.nodes.worker import LatestWorker
+from kfloc_ros.visualization.overlay import OverlayPainter
 
 
 class RefinerComponent:
@@ -59,6 +63,12 @@ class RefinerComponent:
         )
         self._status = StatusPublisher(node, scene_map.name, health)
         self._watch = TimeWatch(node)
+        self._map = MapPublisher(node, scene_map, map_frame, gate)
+        options = parameters.localizer
+        painter = OverlayPainter(
+            scene_map.references, scene_map.camera, count=options.num_references, device=choose_device(options.device)
+        )
+        self._overlay = overlay_publisher(node, painter, health.warn)
         self._diagnostics = DiagnosticsPublisher(node, health, gate, scene_map.name, lambda: self._status.report)
 
     def accept(self, packet: CoarseFrame) -> None:
@@ -80,6 +90,7 @@ class RefinerComponent:
         latency_ms = packet.camera.latency_ms()
         self._health.answered(latency_ms)
         self._status.publish(packet, estimate, outcome, publish_ms, latency_ms)
+        self._overlay.offer(Localized(packet.camera, estimate, packet.result.features))
 
     def start_anew(self, reason: str) -> None:
         """Have the next frame stand on its own; for any thread."""
@@ -94,8 +105,13 @@ class RefinerComponent:
         if reason in (RESET, WENT_BACKWARDS):
             self._publisher.clear()
 
+    def pause(self) -> None:
+        """Let the picture in work come to its end; after the last frame."""
+        self._overlay.pause()
+
     def stop(self) -> None:
         """Save what is to be saved; after the last frame."""
+        self._overlay.stop()
         self._keeper.stop()
 
 
@@ -113,6 +129,7 @@ class RefinerApplication:
 
     def pause(self) -> None:
         self._worker.pause()
+        self._component.pause()
 
     def stop(self) -> None:
         self._worker.stop()

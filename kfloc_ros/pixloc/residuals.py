@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How well the map's points fit an image at a pose: what the alignment has left over, point by point."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kfloc_ros.features.trunk import FINE_STRIDE, TrunkFeatures
+from kfloc_ros.geometry.camera import Camera
+from kfloc_ros.geometry.lie import Matrix, make_pose
+from kfloc_ros.pixloc.cost import FeatureImage, project
+from kfloc_ros.pixloc.references import ReferencePoints
+
+
+@dataclass(frozen=True, eq=False)
+class Reprojection:
+    """The points that are in view, in no order."""
+
+    pixels: NDArray[np.float32]
+    """(N, 2) where they are seen."""
+    residuals: NDArray[np.float32]
+    """(N,) length of the difference between a point's unit feature and the image's: 0 alike, 1 and more unlike."""
+
+
+def reproject(features: TrunkFeatures, points: ReferencePoints, T_map_camera: Matrix, camera: Camera) -> Reprojection:
+    """Project reference points into an image and compare features at the fine level, the last one of the alignment.
+
+    Args:
+        features: of the image.
+        points: of one or several reference views, on the features' device.
+        T_map_camera: pose of the image.
+        camera: of the image.
+    """
+    confidence = torch.ones_like(features.fine[0, 0])
+    image = FeatureImage.from_maps(features.fine[0].float(), confidence, FINE_STRIDE)
+    # float32 is exact enough only near the origin, and a map may be far from its own
+    origin = torch.from_numpy(T_map_camera[:3, 3].copy()).to(points.points)
+    T_camera_local = torch.from_numpy(make_pose(T_map_camera[:3, :3].T, np.zeros(3))).to(points.points)
+    cells, _, in_front = project(points.points - origin, T_camera_local, camera, FINE_STRIDE)
+    rows, inside = image.sample(cells)
+    seen = inside & in_front
+    residuals = (rows[:, : image.channels] - points.fine).norm(dim=1)
+    pixels = (cells + 0.5) * FINE_STRIDE - 0.5
+    return Reprojection(pixels[seen].cpu().numpy(), residuals[seen].cpu().numpy())

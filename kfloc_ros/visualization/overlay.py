@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The picture that says at a glance whether a pose is right: the map's points drawn over the image."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kfloc_ros.features.trunk import Trunk, TrunkFeatures
+from kfloc_ros.geometry.camera import Camera
+from kfloc_ros.pixloc.references import ReferencePoints, ReferenceViews
+from kfloc_ros.pixloc.residuals import Reprojection, reproject
+from kfloc_ros.types import PoseEstimate, TrackingState
+from kfloc_ros.visualization.cells import Scale
+
+RESIDUAL = Scale("residual of the features", 0.0, 1.0, "turbo", ticks=(0, 0.25, 0.5, 0.75, 1))
+"""Features that have nothing to do with each other differ by more than the last."""
+REFERENCE_WIDTH_PX = 640
+"""Sizes below are for an image of this width."""
+_STATE_COLOURS = {
+    TrackingState.TRACKING: (90, 220, 90),
+    TrackingState.DEGRADED: (255, 200, 60),
+    TrackingState.LOST: (255, 90, 80),
+    TrackingState.INITIALIZING: (190, 190, 190),
+}
+
+
+def draw_overlay(image: NDArray[np.uint8], estimate: PoseEstimate, points: Reprojection | None) -> NDArray[np.uint8]:
+    """The image (H, W, 3), paler, with the points in the colours of their residuals (blue fits, red does not).
+
+    On top is the state and, of the points, the median residual and how many are in view; without points, the reason.
+    """
+    picture = np.ascontiguousarray((0.65 * image + 0.35 * 128).astype(np.uint8))
+    scale = max(image.shape[1] / REFERENCE_WIDTH_PX, 0.5)
+    caption = estimate.reason
+    if points is not None and len(points.pixels):
+        _draw_points(picture, points, max(round(3 * scale), 1))
+        caption = f"median residual {np.median(points.residuals):.2f} of {len(points.residuals)} points"
+        caption = f"{caption}; {estimate.reason}" if estimate.reason else caption
+    _draw_caption(picture, estimate.state, caption, scale)
+    return picture
+
+
+def _draw_points(picture: NDArray[np.uint8], points: Reprojection, radius_px: int) -> None:
+    colours = RESIDUAL.rgb(points.residuals).tolist()
+    worst_last = np.argsort(points.residuals)
+    places = np.rint(points.pixels).astype(int).tolist()
+    for k in worst_last.tolist():
+        cv2.circle(picture, places[k], radius_px, colours[k], cv2.FILLED, cv2.LINE_AA)
+
+
+def _draw_caption(picture: NDArray[np.uint8], state: TrackingState, caption: str, scale: float) -> None:
+    height = round(22 * scale)
+    picture[:height] //= 3
+    size, thickness = 0.5 * scale, max(round(scale), 1)
+    baseline = round(15 * scale)
+    # OpenCV's own font has ASCII only
+    words = [(state.value, _STATE_COLOURS[state]), (caption.encode("ascii", "replace").decode(), (235, 235, 235))]
+    x = round(6 * scale)
+    for text, colour in words:
+        cv2.putText(picture, text, (x, baseline), cv2.FONT_HERSHEY_SIMPLEX, size, colour, thickness, cv2.LINE_AA)
+        (width, _), _ = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, size, thickness)
+        x += width + round(10 * scale)
+
+
+class OverlayPainter:
+    """Draws overlays of one map.
+
+    Args:
+        references: of the map; those that the alignment used are drawn, or the nearest ones where there was none.
+        camera: of the map.
+        count: how many reference views are drawn where there was no alignment.
+        device: where the trunk runs for images that come without features.
+    """
+
+    def __init__(
+        self, references: ReferenceViews, camera: Camera, *, count: int = 3, device: str | torch.device = "cpu"
+    ) -> None:
+        self._references, self._camera, self._count, self._device = references, camera, count, device
+        self._positions = {ident: position for position, ident in enumerate(references.ids)}
+        self._trunk: Trunk | None = None
+
+    def paint(
+        self, image: NDArray[np.uint8], estimate: PoseEstimate, features: TrunkFeatures | None = None
+    ) -> NDArray[np.uint8]:
+        """The overlay (H, W, 3) of an image (H, W, 3); its features are made anew where they are not given."""
+        T = estimate.T_map_camera
+        if T is None:
+            return draw_overlay(image, estimate, None)
+        used = estimate.alignment.reference_ids if estimate.alignment is not None else ()
+        chosen = [self._positions[ident] for ident in used if ident in self._positions]
+        chosen = chosen or self._references.nearest(T, self._count)
+        points = ReferencePoints.concatenate([self._references.views[k] for k in chosen])
+        features = features or self._extract(image)
+        return draw_overlay(image, estimate, reproject(features, points.to(features.fine.device), T, self._camera))
+
+    def _extract(self, image: NDArray[np.uint8]) -> TrunkFeatures:
+        if self._trunk is None:
+            self._trunk = Trunk(device=self._device)
+        return self._trunk.extract(image)
