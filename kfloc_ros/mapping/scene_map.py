@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
 import os
 import shutil
@@ -19,13 +18,14 @@ import torch
 import torch.nn.functional as F
 import yaml
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from kfloc_ros.errors import FrameError, MapError
-from kfloc_ros.features.trunk import COARSE_CHANNELS, FINE_CHANNELS
+from kfloc_ros.features.trunk import COARSE_CHANNELS, FINE_CHANNELS, SIZE_MULTIPLE
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.kfnet.experts import MAX_HEADS, Head, heads_of, together
 from kfloc_ros.kfnet.scoordnet import SCoordNet
+from kfloc_ros.mapping.map_files import file_checksum, read_file, read_tensors
 from kfloc_ros.pixloc.references import ReferencePoints, ReferenceViews
 
 FORMAT = "kfloc_map"
@@ -38,7 +38,7 @@ HEAD_FILE = "scoordnet.safetensors"
 REFERENCES_FILE = "references.safetensors"
 MAX_DESCRIPTION_BYTES = 1_000_000
 MAX_DESCRIPTION_DEPTH = 16
-MAX_FILE_BYTES = 4_000_000_000
+MAX_CAMERA_SIDE_PX = 4096
 MAX_HEAD_WIDTH, MAX_HEAD_BLOCKS = 2048, 32
 FEATURE_STEPS = 127
 """Unit features are stored in one signed byte a channel; the rounding is far below the features' own noise."""
@@ -135,7 +135,7 @@ class SceneMap:
             "bounds_m": [list(corner) for corner in self.bounds_m],
             "calibration": asdict(self.calibration),
             "provenance": dict(self.provenance),
-            "files": {name: _checksum(folder / name) for name in (HEAD_FILE, REFERENCES_FILE)},
+            "files": {name: file_checksum((folder / name).read_bytes()) for name in (HEAD_FILE, REFERENCES_FILE)},
         }
         with (folder / DESCRIPTION).open("w") as stream:
             yaml.safe_dump(description, stream, sort_keys=False)
@@ -151,18 +151,17 @@ class SceneMap:
         """
         folder = Path(folder)
         description = read_description(folder)
-        for name in (HEAD_FILE, REFERENCES_FILE):
-            _verify_file(folder, name, description)
         try:
-            head = _unpack_heads(load_file(folder / HEAD_FILE), description["head"])
-            references = _unpack_references(load_file(folder / REFERENCES_FILE))
+            camera = _read_camera(description["camera"])
+            head = _unpack_heads(read_tensors(read_file(folder, HEAD_FILE, description)), description["head"])
+            references = _unpack_references(read_tensors(read_file(folder, REFERENCES_FILE, description)))
             low, high = (tuple(float(v) for v in corner) for corner in description["bounds_m"])
-            camera = dict(description["camera"])
-            camera["distortion"] = tuple(camera.get("distortion", ()))
+            if not np.isfinite([low, high]).all():
+                raise ValueError("its bounds are not finite")
             return cls(
-                name=str(description["name"]),
-                frame_id=str(description["frame_id"]),
-                camera=Camera(**camera),
+                name=_read_name(description["name"]),
+                frame_id=_read_name(description["frame_id"]),
+                camera=camera,
                 head=head.eval(),
                 references=references,
                 calibration=Calibration(**description["calibration"]),
@@ -172,6 +171,8 @@ class SceneMap:
             )
         except (*_DAMAGE, FrameError) as error:
             raise MapError(f"The map '{folder}' is damaged: {error}. Build it again.") from error
+        except OSError as error:
+            raise MapError(f"The map '{folder}' cannot be read: {error}.") from error
 
     def size_bytes(self) -> int:
         """Size of the map folder on disk; 0 for a map that was never saved."""
@@ -185,13 +186,14 @@ def read_description(folder: Path) -> dict[str, Any]:
         MapError: no such folder, not a map, unreadable, or of a newer format version.
     """
     path = folder / DESCRIPTION
-    if not folder.is_dir():
-        raise MapError(f"There is no map folder '{folder}'. Build one with `kfloc map build SOURCE --out {folder}`.")
-    if not path.is_file():
-        raise MapError(f"'{folder}' is not a map: it has no {DESCRIPTION}.")
-    if path.is_symlink():
-        raise MapError(f"'{path}' is a link to another file; a map holds its files itself. Copy it there.")
     try:
+        if not folder.is_dir():
+            way_out = f"Build one with `kfloc map build SOURCE --out {folder}`."
+            raise MapError(f"There is no map folder '{folder}'. {way_out}")
+        if not path.is_file():
+            raise MapError(f"'{folder}' is not a map: it has no {DESCRIPTION}.")
+        if path.is_symlink():
+            raise MapError(f"'{path}' is a link to another file; a map holds its files itself. Copy it there.")
         if path.stat().st_size > MAX_DESCRIPTION_BYTES:
             raise MapError(f"'{path}' is larger than any map description; it is damaged.")
         text = path.read_text()
@@ -257,9 +259,12 @@ def resolve_map(name_or_path: str) -> Path:
     """
     if not name_or_path:
         raise MapError("No map was named; give a map folder or the name of one, such as map:=kitchen.")
-    path = Path(name_or_path).expanduser()
-    if path.is_dir() or path.is_absolute() or len(path.parts) > 1:
-        return path
+    try:
+        path = Path(name_or_path).expanduser()
+        if path.is_dir() or path.is_absolute() or len(path.parts) > 1:
+            return path
+    except (OSError, RuntimeError) as error:  # a name that is too long, a user who is not there
+        raise MapError(f"There is no map '{name_or_path[:200]}': {error}.") from error
     searched = maps_search_path()
     for folder in searched:
         if (folder / name_or_path / DESCRIPTION).is_file():
@@ -283,27 +288,6 @@ def _swap_in(temporary: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _checksum(path: Path) -> dict[str, Any]:
-    with path.open("rb") as stream:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
-
-
-def _verify_file(folder: Path, name: str, description: Mapping[str, Any]) -> None:
-    path = folder / name
-    expected = description.get("files", {}).get(name) if isinstance(description.get("files"), dict) else None
-    if not isinstance(expected, dict):
-        raise MapError(f"The map '{folder}' is damaged: {DESCRIPTION} does not list {name}.")
-    if not path.is_file():
-        raise MapError(f"The map '{folder}' is incomplete: {name} is missing. Build it again.")
-    if path.is_symlink():
-        raise MapError(f"'{path}' is a link to another file; a map holds its files itself. Copy it there.")
-    size = path.stat().st_size
-    if size > MAX_FILE_BYTES or size != expected.get("bytes"):
-        raise MapError(f"The map '{folder}' is damaged: {name} has {size} bytes, not those listed. Build it again.")
-    if _checksum(path) != expected:
-        raise MapError(f"The map '{folder}' is damaged: {name} does not match its checksum. Build it again.")
-
-
 def _pack_references(references: ReferenceViews) -> dict[str, torch.Tensor]:
     everything = ReferencePoints.concatenate(references.views)
     counts = [len(view) for view in references.views]
@@ -321,6 +305,23 @@ def _pack_references(references: ReferenceViews) -> dict[str, torch.Tensor]:
 def _quantize(unit_features: torch.Tensor) -> torch.Tensor:
     """(N, C) int8 of unit vectors (N, C); their length is restored on reading."""
     return (unit_features * FEATURE_STEPS).round().to(torch.int8).contiguous()
+
+
+def _read_name(name: object) -> str:
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"{name!r} is no name")
+    return name
+
+
+def _read_camera(values: Mapping[str, Any]) -> Camera:
+    """The map's camera, refused before memory is taken for its images."""
+    camera = Camera(**{**values, "distortion": tuple(values.get("distortion", ()))})
+    for side in (camera.width, camera.height):
+        if type(side) is not int or side > MAX_CAMERA_SIDE_PX or side % SIZE_MULTIPLE:
+            raise ValueError(f"its camera has {camera.width}x{camera.height} pixels")
+    if not camera.is_pinhole:
+        raise ValueError("its camera has a distortion")
+    return camera
 
 
 def _count(heads: Sequence[SCoordNet]) -> dict[str, int]:
@@ -366,4 +367,8 @@ def _unpack_references(tensors: Mapping[str, torch.Tensor]) -> ReferenceViews:
     poses = tensors["T_map_camera"].double().numpy()
     if poses.shape != (len(views), 4, 4):
         raise ValueError("the reference poses do not fit the reference views")
+    R = poses[:, :3, :3]
+    turned = R @ R.transpose(0, 2, 1) - np.eye(3)
+    if not (np.abs(turned).max() < 1e-2 and (np.linalg.det(R) > 0).all() and (poses[:, 3] == [0, 0, 0, 1]).all()):
+        raise ValueError("the reference poses are no rigid poses")
     return ReferenceViews(tuple(int(i) for i in tensors["ids"].tolist()), poses, views)

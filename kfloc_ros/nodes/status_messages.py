@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any
@@ -64,6 +65,23 @@ def number(values: Mapping[str, str], key: str) -> float:
         ) from error
 
 
+def whole(values: Mapping[str, str], key: str) -> int:
+    """One value as a whole number, 0 to 2**63 - 1.
+
+    Raises:
+        FrameError: it is missing or no such number.
+    """
+    try:
+        value = int(values[key])
+    except (KeyError, ValueError):
+        value = -1
+    if not 0 <= value < 2**63:
+        raise FrameError(
+            f"A status message of the node before has no whole number '{key}'; are all nodes of one version?"
+        )
+    return value
+
+
 def counter_values(counters: Counters) -> dict[str, Value]:
     """Counters as named values."""
     return asdict(counters)
@@ -71,7 +89,7 @@ def counter_values(counters: Counters) -> dict[str, Value]:
 
 def read_counters(values: Mapping[str, str]) -> Counters:
     """Counters back from named values. Raises FrameError if one is missing."""
-    return Counters(**{item.name: int(number(values, item.name)) for item in fields(Counters)})
+    return Counters(**{item.name: whole(values, item.name) for item in fields(Counters)})
 
 
 def timing_values(timings_ms: Mapping[str, float]) -> dict[str, Value]:
@@ -80,8 +98,11 @@ def timing_values(timings_ms: Mapping[str, float]) -> dict[str, Value]:
 
 
 def read_timings(values: Mapping[str, str]) -> dict[str, float]:
-    """Stage timings back from named values."""
-    return {key.removesuffix("_ms"): number(values, key) for key in values if key.endswith("_ms")}
+    """Stage timings back from named values. Raises FrameError for one that is no time."""
+    timings = {key.removesuffix("_ms"): number(values, key) for key in values if key.endswith("_ms")}
+    if not all(0.0 <= value < math.inf for value in timings.values()):
+        raise FrameError(f"A status message of the node before has times that are none: {timings}.")
+    return timings
 
 
 def estimate_values(estimate: PoseEstimate) -> dict[str, Value]:
