@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``kfloc bag make``: a source of frames as a real rosbag2 recording."""
+"""``kfloc bag``: a source of frames as a real rosbag2 recording, and what a recording holds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from kfloc_ros.cli.arguments import add_source_arguments, open_source_from
 
-DESCRIPTION = """\
+MAKE_DESCRIPTION = """\
 Write the frames of SOURCE as a rosbag2 folder (mcap), at the rate at which they were recorded.
 
 Topics: /camera/image/compressed (sensor_msgs/CompressedImage), /camera/camera_info, /camera/depth/compressed
@@ -17,22 +17,33 @@ Topics: /camera/image/compressed (sensor_msgs/CompressedImage), /camera/camera_i
 map -> camera_ground_truth. Needs no ROS. Images that SOURCE has as JPEG are stored as they are.
 """
 
-EPILOG = """\
+MAKE_EPILOG = """\
 examples:
   kfloc bag make 7scenes:DIR --split blocks50:test --poses sfm --out out/kitchen_bag
   kfloc bag make sim:localize --out out/room_bag
 """
 
+INFO_DESCRIPTION = """\
+List the topics and TF frames of a rosbag2, and say what `kfloc replay` would play of it, or what is left to choose.
+"""
+
+INFO_EPILOG = """\
+examples:
+  kfloc bag info my_bag
+
+exit codes: 0 `kfloc replay` needs no choice of topics, 1 it does, 2 the bag cannot be read
+"""
+
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the ``bag`` subcommand."""
-    parser = subparsers.add_parser("bag", help="write a source as a rosbag2")
+    parser = subparsers.add_parser("bag", help="write a source as a rosbag2, or list what one holds")
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
     make = actions.add_parser(
         "make",
         help="write a source as a rosbag2",
-        description=DESCRIPTION,
-        epilog=EPILOG,
+        description=MAKE_DESCRIPTION,
+        epilog=MAKE_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_source_arguments(make)
@@ -41,6 +52,15 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     make.add_argument("--force", action="store_true", help="replace a bag that is there")
     make.add_argument("--quiet", action="store_true", help="print nothing but errors")
     make.set_defaults(action=run_make)
+    info = actions.add_parser(
+        "info",
+        help="list the topics and frames of a rosbag2",
+        description=INFO_DESCRIPTION,
+        epilog=INFO_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    info.add_argument("bag", metavar="BAG", type=Path, help="rosbag2 folder")
+    info.set_defaults(action=run_info)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -64,4 +84,37 @@ def run_make(args: argparse.Namespace) -> int:
             f"{args.out}: {report.frames} frames, {report.with_truth} with truth, {report.with_depth} with depth; "
             f"{report.duration_s:.1f} s, {report.size_bytes / 1e6:.0f} MB."
         )
+    return 0
+
+
+def run_info(args: argparse.Namespace) -> int:
+    """Run ``kfloc bag info``; 0 if the topics to play follow from the bag, 1 if the user has to choose."""
+    from kfloc_ros.cli.tables import format_table
+    from kfloc_ros.errors import SourceError
+    from kfloc_ros.replay.bag_file import BagFile
+    from kfloc_ros.replay.bag_topics import choose_image, choose_info, choose_truth
+
+    with BagFile(args.bag) as bag:
+        rows = [
+            (
+                topic.name,
+                topic.kind,
+                str(topic.count),
+                " -> ".join(filter(None, (topic.frame_id, topic.child_frame_id))),
+            )
+            for topic in bag.topics
+        ]
+        print(f"{args.bag}: {bag.duration_s:.1f} s\n")
+        print(format_table(rows, header=("topic", "type", "messages", "frame")))
+        links = [f"{link.parent} -> {link.child}{' (static)' if link.static else ''}" for link in bag.links()]
+        print(f"\nTF: {', '.join(links) or 'none'}.")
+        try:
+            image = choose_image(args.bag, bag.topics, None)
+            print(f"Images: {image.name}.")
+            print(f"Calibration: {choose_info(args.bag, bag.topics, image, None).name}.")
+            truth = choose_truth(args.bag, bag.topics)
+            print(f"Truth: {truth.name if truth is not None else 'none, unless --truth names one'}.")
+        except SourceError as error:
+            print(error)
+            return 1
     return 0

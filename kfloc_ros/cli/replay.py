@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``kfloc replay``: a bag over DDS to the live nodes, and the results."""
+"""``kfloc replay``: a bag over DDS to the live nodes, or offline to the same localizer, and the results."""
 
 from __future__ import annotations
 
@@ -13,12 +13,18 @@ Play a bag with /clock over DDS to the live ROS 2 nodes, record what they answer
 The nodes are started as processes of their own, in a ROS domain of their own, and end with this
 command. Writes into OUT what `kfloc localize` writes, and the nodes' output into OUT/logs.
 Ctrl-C stops early and still evaluates what was played.
+
+With --offline the images go to the same localizer in this process instead: every frame is worked on, no ROS is
+needed, and two runs give the same poses.
 """
 
 EPILOG = """\
 examples:
+  kfloc bag info my_bag                                  # what there is to choose from
   kfloc replay out/kitchen_bag --map maps/kitchen --out out/kitchen_live
   kfloc replay out/kitchen_bag --map maps/kitchen --out out/three --separate --start 10 --duration 20
+  kfloc replay my_bag --map maps/lab --out out/lab --image-topic /left/image_raw --truth /mocap --truth-of base_link
+  kfloc replay my_bag --map maps/lab --out out/lab --offline --require 'recall.5cm_5deg>=0.95'
 """
 
 
@@ -34,30 +40,55 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("bag", metavar="BAG", type=Path, help="rosbag2 folder, such as `kfloc bag make` writes")
     parser.add_argument("--map", required=True, metavar="DIR", help="map folder, or the name of a shipped map")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the results")
-    parser.add_argument("--rate", type=_positive, default=1.0, metavar="R", help="2 plays twice as fast (default: 1)")
-    parser.add_argument("--separate", action="store_true", help="camera, filter and refiner in a process each")
-    parser.add_argument("--start", type=_not_negative, default=0.0, metavar="S", help="seconds to skip")
-    parser.add_argument("--duration", type=_positive, metavar="S", help="seconds to play (default: to the end)")
-    parser.add_argument("--image-topic", metavar="TOPIC", help="which images to play where the bag has several")
-    parser.add_argument(
-        "--truth", metavar="WHERE",
-        help="ground truth of the camera in the map: /TOPIC (PoseStamped, PoseWithCovarianceStamped, Odometry), "
-        "tf:MAP:CAMERA, or a TUM file (default: the bag's one PoseStamped topic, if it has one)",
-    )  # fmt: skip
+    _add_playing(parser.add_argument_group("how it is played"))
+    _add_topics(parser.add_argument_group("what is played, what is true"))
     parser.add_argument("--no-filter", action="store_true", help="each frame on its own: no belief carried over")
     parser.add_argument("--no-refine", action="store_true", help="stop at the coarse pose")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where networks run")
-    parser.add_argument(
-        "--domain-id", type=int, choices=range(102), metavar="N", help="ROS domain, 0 to 101 (default: a private one)"
-    )
-    parser.add_argument(
-        "--patience", type=_positive, default=90.0, metavar="S", help="seconds for the nodes to come up (default: 90)"
-    )
     parser.add_argument(
         "--require", action="append", default=[], metavar="FIGURE<=N",
         help="a figure of summary.json that must hold, such as recall.5cm_5deg>=0.95, or exit code 1; may be repeated",
     )  # fmt: skip
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
+
+
+def _add_playing(group: argparse._ArgumentGroup) -> None:
+    how = group.add_mutually_exclusive_group()
+    how.add_argument("--separate", action="store_true", help="camera, filter and refiner in a process each")
+    how.add_argument("--offline", action="store_true", help="no nodes: every image through the localizer, right here")
+    group.add_argument("--rate", type=_positive, default=1.0, metavar="R", help="2 plays twice as fast (default: 1)")
+    group.add_argument(
+        "--every-frame", action="store_true",
+        help="wait for each answer before the next image, so that the nodes drop none however slow they are",
+    )  # fmt: skip
+    group.add_argument("--start", type=_not_negative, default=0.0, metavar="S", help="seconds to skip")
+    group.add_argument("--duration", type=_positive, metavar="S", help="seconds to play (default: to the end)")
+    group.add_argument("--loop", type=_count, default=1, metavar="N", help="play N times; the clock jumps back between")
+    group.add_argument(
+        "--domain-id", type=int, choices=range(102), metavar="N", help="ROS domain, 0 to 101 (default: a private one)"
+    )
+    group.add_argument(
+        "--patience", type=_positive, default=90.0, metavar="S", help="seconds for the nodes to come up (default: 90)"
+    )
+
+
+def _add_topics(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--image-topic", metavar="TOPIC", help="which images to play where the bag has several")
+    group.add_argument("--camera-info-topic", metavar="TOPIC", help="their calibration, where it is not beside them")
+    group.add_argument(
+        "--rectified", action=argparse.BooleanOptionalAction,
+        help="the images are rectified, so P of camera_info counts (default: if the topic is called image_rect...)",
+    )  # fmt: skip
+    group.add_argument(
+        "--truth", metavar="WHERE",
+        help="ground truth in the map: /TOPIC (PoseStamped, PoseWithCovarianceStamped, Odometry), "
+        "tf:MAP:CAMERA, or a TUM file (default: the bag's one PoseStamped topic, if it has one)",
+    )  # fmt: skip
+    group.add_argument(
+        "--truth-of", metavar="FRAME",
+        help="the frame that the truth is of, such as base_link; the bag's /tf_static says where the camera is on it "
+        "(default: the camera's optical frame; of an Odometry, its child_frame_id)",
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
@@ -67,7 +98,12 @@ def run(args: argparse.Namespace) -> int:
     from kfloc_ros.cli.tables import summary_table
     from kfloc_ros.evaluation.report import command_line
     from kfloc_ros.evaluation.requirements import parse_requirement
-    from kfloc_ros.replay import ReplayConfig, run_replay
+    from kfloc_ros.replay.config import ReplayConfig
+
+    if args.offline:
+        from kfloc_ros.replay.offline import run_offline as replay
+    else:
+        from kfloc_ros.replay.session import run_replay as replay
 
     requirements = [parse_requirement(text) for text in args.require]
     config = ReplayConfig(
@@ -78,8 +114,13 @@ def run(args: argparse.Namespace) -> int:
         separate=args.separate,
         start_s=args.start,
         duration_s=args.duration,
+        loops=args.loop,
+        every_frame=args.every_frame,
         image_topic=args.image_topic,
+        info_topic=args.camera_info_topic,
+        rectified=args.rectified,
         truth=args.truth,
+        truth_of=args.truth_of,
         device=args.device,
         filter=not args.no_filter,
         refine=not args.no_refine,
@@ -93,10 +134,12 @@ def run(args: argparse.Namespace) -> int:
             bar.total, bar.n = total, done
             bar.refresh()
 
-        summary = run_replay(config, command=command_line(sys.argv[1:]), progress=progress)
+        summary = replay(config, command=command_line(sys.argv[1:]), progress=progress)
     if not args.quiet:
+        print(_what_was_played(summary.run.options, summary.run.poses))
         print(summary_table(summary))
-        print(f"\nResults: {args.out / 'report.html'}; output of the nodes: {args.out / 'logs'}")
+        logs = "" if args.offline else f"; output of the nodes: {args.out / 'logs'}"
+        print(f"\nResults: {args.out / 'report.html'}{logs}")
     if summary.run.interrupted:
         print("Interrupted; the results cover what was played until then.", file=sys.stderr)
         return 130
@@ -105,6 +148,22 @@ def run(args: argparse.Namespace) -> int:
     for failure in failures:
         print(f"Not met: {failure}", file=sys.stderr)
     return 1 if failures else 0
+
+
+def _what_was_played(options: object, truth: str) -> str:
+    assert isinstance(options, dict)
+    kind = ", rectified" if options["rectified"] else ""
+    return f"Images: {options['image_topic']}{kind}; calibration: {options['camera_info_topic']}; truth: {truth}.\n"
+
+
+def _count(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number") from None
+    if not 1 <= value <= 10_000:
+        raise argparse.ArgumentTypeError(f"must lie between 1 and 10000, not {text}")
+    return value
 
 
 def _positive(text: str) -> float:

@@ -40,29 +40,40 @@ class Streaming:
 def streaming(records: Sequence[FrameRecord]) -> Streaming:
     """Figures of records in the order in which they came."""
     ok = [is_ok(record) for record in records]
+    times_s = elapsed_s(records)
     known = [r for r in records if r.processed and r.truth is not None]
-    first = next((record for record, good in zip(records, ok, strict=True) if good), None)
-    began_ns: int | None = None
+    first_s = next((time_s for time_s, good in zip(times_s, ok, strict=True) if good), math.nan)
+    began_s: float | None = None
     recoveries: list[float] = []
     after_fix = False
-    for record, good in zip(records, ok, strict=True):
+    for record, good, time_s in zip(records, ok, times_s, strict=True):
         if not record.processed:
             continue
         if good:
-            if began_ns is not None:
-                recoveries.append((record.stamp_ns - began_ns) * 1e-9)
-            began_ns, after_fix = None, True
-        elif after_fix and began_ns is None:
-            began_ns = record.stamp_ns
+            if began_s is not None:
+                recoveries.append(time_s - began_s)
+            began_s, after_fix = None, True
+        elif after_fix and began_s is None:
+            began_s = time_s
     return Streaming(
         availability=sum(ok) / len(ok) if ok else math.nan,
-        time_to_first_fix_s=math.nan if first is None else (first.stamp_ns - records[0].stamp_ns) * 1e-9,
+        time_to_first_fix_s=first_s,
         false_ok=sum(is_ok(r) and _error_m(r) > FALSE_OK_M for r in known) / len(known) if known else math.nan,
         confidently_wrong=sum(is_ok(r) and _two_sigma_m(r) < 0.05 and _error_m(r) > 0.15 for r in known),
-        outages=len(recoveries) + (began_ns is not None),
+        outages=len(recoveries) + (began_s is not None),
         recovery_s=percentiles(recoveries),
-        lost_at_end=began_ns is not None,
+        lost_at_end=began_s is not None,
     )
+
+
+def elapsed_s(records: Sequence[FrameRecord]) -> list[float]:
+    """Recorded time of every record since the first; where a bag begins anew, time stands still and goes on."""
+    times_s, elapsed_ns = [], 0
+    for number, record in enumerate(records):
+        if number:
+            elapsed_ns += max(record.stamp_ns - records[number - 1].stamp_ns, 0)
+        times_s.append(elapsed_ns * 1e-9)
+    return times_s
 
 
 def is_ok(record: FrameRecord) -> bool:

@@ -7,18 +7,20 @@ that calls :func:`run_replay` never imports rclpy.
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kfloc_ros.replay.session import ReplayConfig, run_replay
+    from kfloc_ros.replay.config import ReplayConfig
+    from kfloc_ros.replay.offline import run_offline
+    from kfloc_ros.replay.session import run_replay
 
-__all__ = ["ReplayConfig", "run_replay"]
+__all__ = ["ReplayConfig", "run_offline", "run_replay"]
+_MODULES = {"ReplayConfig": "config", "run_offline": "offline", "run_replay": "session"}
 
 
 def __getattr__(name: str) -> Any:
     # Late, because the guard of every process also comes through here and must not load torch first.
-    if name in __all__:
-        from kfloc_ros.replay import session
-
-        return getattr(session, name)
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"kfloc_ros.replay.{_MODULES[name]}"), name)
     raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

@@ -36,6 +36,8 @@ SETTLE_S = 0.5
 """Wait after discovery, so that both sides of every connection know it."""
 QUIET_S = 3.0
 """Without any answer for this long after the last image, the nodes are taken to be through."""
+ANSWER_S = 10.0
+"""With --every-frame, an image that is not answered for this long is taken to be refused."""
 TAIL_S = 1.2
 """Wait after the last status for the messages that come with it and for one more /diagnostics, with final counts."""
 
@@ -103,12 +105,20 @@ class Agent:
         else:
             self._info.publish(event.data)
 
+    def wait_for_answer(self) -> None:
+        """Wait until the last image is answered; not for ever, since one that is refused never is."""
+        sent_s = time.monotonic()
+        while not self.stopped.is_set() and not self.recorder.has_answer(self.recording.played[-1]):
+            if time.monotonic() - sent_s > ANSWER_S:
+                break
+            self.stopped.wait(0.002)
+
     def drain(self, clock_ns: int) -> None:
         """Wait until the last image is answered or nothing comes any more."""
         played = self.recording.played
         end_s = time.monotonic()
         while played and not self.stopped.is_set():
-            if self.recorder.has_answer(played[-1].stamp_ns):
+            if self.recorder.has_answer(played[-1]):
                 break
             if min(self.recorder.quiet_s(), time.monotonic() - end_s) > QUIET_S:
                 break
@@ -128,14 +138,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("bag", type=Path)
     parser.add_argument("recording", type=Path)
     parser.add_argument("--image-topic")
+    parser.add_argument("--camera-info-topic")
     parser.add_argument("--rate", type=float, default=1.0)
     parser.add_argument("--start", type=float, default=0.0)
     parser.add_argument("--duration", type=float)
+    parser.add_argument("--loops", type=int, default=1)
+    parser.add_argument("--every-frame", action="store_true")
     parser.add_argument("--nodes", nargs="+", required=True)
     parser.add_argument("--patience", type=float, default=60.0)
     args = parser.parse_args(argv)
     try:
-        with BagStream(args.bag, image_topic=args.image_topic) as stream:
+        with BagStream(args.bag, image_topic=args.image_topic, info_topic=args.camera_info_topic) as stream:
             return _run(args, stream)
     except KflocError as error:
         say("error", message=str(error))
@@ -176,8 +189,14 @@ def _run(args: argparse.Namespace, stream: BagStream) -> int:
             nonlocal last_ns
             last_ns = event.log_ns
             agent.publish(event)
+            if args.every_frame and event.is_image:
+                agent.wait_for_answer()
 
-        play(stream.events(part), rate=args.rate, publish=publish, tick=agent.tick, stopped=agent.stopped.is_set)
+        for number in range(args.loops):
+            if number and args.every_frame:  # an image that overtook the clock that jumps back would be forgotten
+                agent.tick(first.log_ns)
+                agent.stopped.wait(SETTLE_S)
+            play(stream.events(part), rate=args.rate, publish=publish, tick=agent.tick, stopped=agent.stopped.is_set)
         agent.drain(last_ns)
     finally:
         spinning.set()

@@ -4,32 +4,21 @@
 from __future__ import annotations
 
 import contextlib
-import sqlite3
 import struct
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rosbags.highlevel import AnyReader, AnyReaderError
-from rosbags.rosbag2 import ReaderError
-from rosbags.serde import SerdeError
-from rosbags.typesys import Stores, get_typestore
 
-from kfloc_ros.bags.topics import IMAGE_TOPIC, TRUTH_TOPIC
 from kfloc_ros.errors import FrameError, SourceError
 from kfloc_ros.geometry.lie import make_pose, quaternion_to_matrix
 from kfloc_ros.nodes.image_messages import decode_compressed, decode_image
+from kfloc_ros.replay.bag_file import BagFile
+from kfloc_ros.replay.bag_topics import COMPRESSED, POSE, Topic, choose_image, choose_info, choose_truth, is_rectified
 from kfloc_ros.types import Matrix
-
-COMPRESSED = "sensor_msgs/msg/CompressedImage"
-RAW = "sensor_msgs/msg/Image"
-CAMERA_INFO = "sensor_msgs/msg/CameraInfo"
-POSE = "geometry_msgs/msg/PoseStamped"
 
 
 @dataclass(frozen=True)
@@ -58,40 +47,37 @@ class ReplayRange:
         return after_start >= 0 and (self.duration_s is None or after_start < self.duration_s * 1e9)
 
 
-class BagStream:
-    """An open bag; use it as a context.
+class BagStream(BagFile):
+    """An open bag of which one camera is played; use it as a context.
+
+    Args:
+        path: folder of a rosbag2.
+        image_topic: which images; needed where the bag has several cameras.
+        info_topic: which camera_info; needed where it does not follow from the images.
 
     Raises:
         SourceError: no readable bag there, or its image or camera_info topic is missing or ambiguous.
     """
 
-    def __init__(self, path: Path, *, image_topic: str | None = None) -> None:
-        if not path.exists():
-            raise SourceError(f"There is no bag '{path}'.")
-        self.path = path
-        with self._reading():
-            self._reader = AnyReader([path], default_typestore=get_typestore(Stores.ROS2_JAZZY))
-            self._reader.open()
+    def __init__(self, path: Path, *, image_topic: str | None = None, info_topic: str | None = None) -> None:
+        super().__init__(path)
         try:
-            self._image = self._pick_image(image_topic)
-            self._info = self._pick(CAMERA_INFO, self._image.topic.removesuffix("/compressed").rpartition("/")[0])
+            self.image = choose_image(path, self.topics, image_topic)
+            self.info = choose_info(path, self.topics, self.image, info_topic)
         except SourceError:
             self._reader.close()
             raise
-        self._truth = [c for c in self._reader.connections if c.msgtype == POSE]
-
-    def __enter__(self) -> BagStream:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._reader.close()
+        self._image, self._info = self._connections(self.image)[0], self._connections(self.info)[0]
 
     @property
     def transport(self) -> str:
         """``compressed`` or ``raw``: the ``image_transport`` that the nodes need."""
-        return "compressed" if self._image.msgtype == COMPRESSED else "raw"
+        return "compressed" if self.image.kind == COMPRESSED else "raw"
+
+    @property
+    def rectified(self) -> bool:
+        """Whether the images are rectified already, by the name of their topic."""
+        return is_rectified(self.image)
 
     def events(self, part: ReplayRange) -> Iterator[BagEvent]:
         """Images and camera_info of the part, in recorded order.
@@ -120,28 +106,28 @@ class BagStream:
         """Number in the bag of every image, by header stamp in nanoseconds."""
         return {_header_stamp_ns(data): number for number, (_, _, data) in enumerate(self._messages(self._image))}
 
+    def message(self, event: BagEvent) -> Any:
+        """An event's message, deserialised."""
+        with self._reading():
+            return self._reader.deserialize(event.data, (self.image if event.is_image else self.info).kind)
+
+    def decode(self, message: Any) -> NDArray[np.uint8]:
+        """RGB image (H, W, 3) of one of the played messages. Raises FrameError if it is none."""
+        return decode_compressed(message) if self.transport == "compressed" else decode_image(message)
+
     def images(self, stamps_ns: Collection[int]) -> dict[int, NDArray[np.uint8]]:
         """RGB images (H, W, 3) by stamp; one that cannot be decoded is left out."""
-        decode = decode_compressed if self.transport == "compressed" else decode_image
         found: dict[int, NDArray[np.uint8]] = {}
-        for _, _, data in self._messages(self._image):
+        for _, log_ns, data in self._messages(self._image):
             stamp_ns = _header_stamp_ns(data)
             if stamp_ns in stamps_ns:
                 with contextlib.suppress(FrameError):
-                    found[stamp_ns] = decode(self._reader.deserialize(data, self._image.msgtype))
+                    found[stamp_ns] = self.decode(self.message(BagEvent(log_ns, stamp_ns, True, data)))
         return found
 
-    def recorded(self, topic: str, kinds: Collection[str], *, must: bool = True) -> Iterator[Any]:
-        """The messages of a topic, in recorded order.
-
-        Raises:
-            SourceError: there is no topic of that name and one of those types, unless ``must`` is False.
-        """
-        found = [c for c in self._reader.connections if c.topic == topic and c.msgtype in kinds]
-        if not found and must:
-            raise SourceError(f"'{self.path}' has no topic '{topic}' with poses; it has {self._topics()}.")
-        for connection, _, data in self._messages(*found) if found else ():
-            yield self._reader.deserialize(data, connection.msgtype)
+    def truth_topic(self) -> Topic | None:
+        """Where :meth:`truth` is from, or None. Raises SourceError if there are several candidates."""
+        return choose_truth(self.path, self.topics)
 
     def truth(self) -> dict[int, Matrix]:
         """``T_map_camera`` by stamp in nanoseconds, from the bag's PoseStamped topic; empty without one.
@@ -149,60 +135,16 @@ class BagStream:
         Raises:
             SourceError: there are several such topics.
         """
-        if not self._truth:
-            return {}
-        connection = self._pick(POSE, TRUTH_TOPIC.rpartition("/")[0])
+        topic = self.truth_topic()
         poses: dict[int, Matrix] = {}
-        for _, _, data in self._messages(connection):
-            message: Any = self._reader.deserialize(data, POSE)
+        for message in self.recorded(topic.name, (POSE,)) if topic is not None else ():
             p, q = message.pose.position, message.pose.orientation
             rotation = quaternion_to_matrix([q.x, q.y, q.z, q.w])
             poses[_stamp_ns(message.header.stamp)] = make_pose(rotation, [p.x, p.y, p.z])
         return poses
 
-    def _messages(self, *connections: Any) -> Iterator[tuple[Any, int, bytes]]:
-        with self._reading():
-            for connection, log_ns, data in self._reader.messages(list(connections)):
-                yield connection, log_ns, bytes(data)
-
-    @contextmanager
-    def _reading(self) -> Iterator[None]:
-        """Everything that a damaged bag can make the reader raise, as a sentence."""
-        try:
-            yield
-        except (AnyReaderError, ReaderError, SerdeError, OSError, EOFError, sqlite3.Error, struct.error) as error:
-            raise SourceError(f"'{self.path}' is not a rosbag2 or is damaged: {str(error).rstrip('.')}.") from error
-        except (AssertionError, KeyError, IndexError, TypeError, ValueError) as error:
-            kind = type(error).__name__
-            raise SourceError(f"'{self.path}' is damaged: {kind} while reading it ({error}).") from error
-
     def _event(self, connection: Any, log_ns: int, data: bytes) -> BagEvent:
         return BagEvent(log_ns, _header_stamp_ns(data), connection.id == self._image.id, data)
-
-    def _pick_image(self, topic: str | None) -> Any:
-        if topic is not None:
-            for connection in self._reader.connections:
-                if connection.topic == topic and connection.msgtype in (COMPRESSED, RAW):
-                    return connection
-            raise SourceError(f"'{self.path}' has no image topic '{topic}'; it has {self._topics()}.")
-        kinds = {connection.topic: connection.msgtype for connection in self._reader.connections}
-        if kinds.get(IMAGE_TOPIC) == COMPRESSED:  # a bag of our own, which also has compressed depth
-            return self._pick_image(IMAGE_TOPIC)
-        return self._pick(COMPRESSED if COMPRESSED in kinds.values() else RAW, "")
-
-    def _pick(self, kind: str, near: str) -> Any:
-        """The one connection of a type; with several topics, the one in the namespace ``near``."""
-        found = [connection for connection in self._reader.connections if connection.msgtype == kind]
-        topics = {connection.topic for connection in found}
-        if len(topics) > 1 and near:
-            found = [connection for connection in found if connection.topic.rpartition("/")[0] == near]
-        if len({connection.topic for connection in found}) == 1:
-            return found[0]
-        how = "several topics" if topics else "no topic"
-        raise SourceError(f"'{self.path}' has {how} of type {kind}; it has {self._topics()}.")
-
-    def _topics(self) -> str:
-        return ", ".join(sorted(f"{c.topic} ({c.msgtype})" for c in self._reader.connections)) or "no topics"
 
 
 def _stamp_ns(stamp: Any) -> int:

@@ -7,6 +7,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from kfloc_ros.evaluation.records import FrameRecord
 from kfloc_ros.replay.recording import Played, PoseSeen, Recording, StatusSeen
@@ -16,6 +17,7 @@ PAUSE_S = 0.5
 """Longer pauses between images do not count as time that the nodes had work."""
 
 _COUNTERS = ("received", "processed", "dropped", "refused", "failed")
+SeenT = TypeVar("SeenT", PoseSeen, StatusSeen)
 
 
 @dataclass(frozen=True)
@@ -44,17 +46,19 @@ def replay_records(
         truth: ``T_map_camera`` by stamp.
         positions: number of the image in its bag by stamp.
     """
-    poses = {seen.stamp_ns: seen for seen in recording.poses}
-    coarse = {seen.stamp_ns: seen for seen in recording.coarse}
-    status = {seen.stamp_ns: seen for seen in recording.status}
+    sent: dict[int, list[tuple[int, int]]] = {}
+    for number, played in enumerate(recording.played):
+        sent.setdefault(played.stamp_ns, []).append((played.sent_ns, number))
+    poses, coarse = _by_image(recording.poses, sent), _by_image(recording.coarse, sent)
+    status = _by_image(recording.status, sent)
     return [
         _record(
             played,
             index=positions.get(played.stamp_ns, number),
             truth=truth.get(played.stamp_ns),
-            pose=poses.get(played.stamp_ns),
-            coarse=coarse.get(played.stamp_ns),
-            status=status.get(played.stamp_ns),
+            pose=poses.get(number),
+            coarse=coarse.get(number),
+            status=status.get(number),
         )
         for number, played in enumerate(recording.played)
     ]
@@ -85,6 +89,23 @@ def active_seconds(recording: Recording, rate: float) -> float:
     if recording.status and recording.played:
         tail_s = max((recording.status[-1].received_ns - recording.played[-1].sent_ns) * 1e-9, 0.0)
     return playing_s + tail_s
+
+
+def wall_seconds(recording: Recording) -> float:
+    """Wall time from the first image to the answer to the last."""
+    if not (recording.played and recording.status):
+        return 0.0
+    return max((recording.status[-1].received_ns - recording.played[0].sent_ns) * 1e-9, 0.0)
+
+
+def _by_image(answers: Sequence[SeenT], sent: Mapping[int, Sequence[tuple[int, int]]]) -> dict[int, SeenT]:
+    """Answers by the number of their image; of images with one stamp, as a bag that loops has, the last before it."""
+    found: dict[int, SeenT] = {}
+    for answer in answers:
+        before = [number for sent_ns, number in sent.get(answer.stamp_ns, ()) if sent_ns <= answer.received_ns]
+        if before:
+            found[before[-1]] = answer
+    return found
 
 
 def _record(

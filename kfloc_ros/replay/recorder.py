@@ -12,7 +12,7 @@ from geometry_msgs.msg import PoseWithCovarianceStamped
 from rclpy.node import Node
 from rclpy.qos import HistoryPolicy, QoSProfile, ReliabilityPolicy
 
-from kfloc_ros.replay.recording import PoseSeen, Recording, StatusSeen
+from kfloc_ros.replay.recording import Played, PoseSeen, Recording, StatusSeen
 
 RESULTS = QoSProfile(history=HistoryPolicy.KEEP_LAST, depth=200, reliability=ReliabilityPolicy.RELIABLE)
 
@@ -24,7 +24,7 @@ class Recorder:
         self._recording = recording
         self._lock = threading.Lock()
         self._last_arrival_s = time.monotonic()
-        self._answered: set[int] = set()
+        self._answered_ns: dict[int, int] = {}
         node.create_subscription(PoseWithCovarianceStamped, "pose", self._on_pose, RESULTS)
         node.create_subscription(PoseWithCovarianceStamped, "coarse_pose", self._on_coarse, RESULTS)
         node.create_subscription(DiagnosticArray, "status", self._on_status, RESULTS)
@@ -42,10 +42,10 @@ class Recorder:
         with self._lock:
             return len(self._recording.diagnostics)
 
-    def has_answer(self, stamp_ns: int) -> bool:
-        """Whether a status for this image has arrived."""
+    def has_answer(self, played: Played) -> bool:
+        """Whether a status for this image has arrived since it was published."""
         with self._lock:
-            return stamp_ns in self._answered
+            return self._answered_ns.get(played.stamp_ns, -1) >= played.sent_ns
 
     def quiet_s(self) -> float:
         """Seconds since the last result."""
@@ -69,7 +69,7 @@ class Recorder:
         values = {pair.key: pair.value for status in message.status for pair in status.values}
         with self._lock:
             self._recording.status.append(StatusSeen(stamp_ns, received_ns, values))
-            self._answered.add(stamp_ns)
+            self._answered_ns[stamp_ns] = received_ns
             self._last_arrival_s = time.monotonic()
 
     def _on_diagnostics(self, message: Any) -> None:

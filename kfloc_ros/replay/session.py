@@ -8,8 +8,8 @@ import json
 import queue
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,9 +24,9 @@ from kfloc_ros.evaluation.records import FrameRecord
 from kfloc_ros.evaluation.results import write_results
 from kfloc_ros.evaluation.summary import RunInfo, Summary
 from kfloc_ros.mapping.scene_map import read_description, resolve_map
-from kfloc_ros.replay.bag_stream import BagStream, ReplayRange
+from kfloc_ros.replay.config import ReplayConfig
 from kfloc_ros.replay.environment import check_ros, ros_environment
-from kfloc_ros.replay.evaluate import active_seconds, replay_counts, replay_records
+from kfloc_ros.replay.evaluate import active_seconds, replay_counts, replay_records, wall_seconds
 from kfloc_ros.replay.processes import ProcessSet
 from kfloc_ros.replay.recording import Recording
 from kfloc_ros.replay.truth import read_truth
@@ -35,37 +35,6 @@ Progress = Callable[[str, int, int], None]
 """Called with what is going on, images played so far, and images in all."""
 
 AGENT = "agent"
-
-
-@dataclass(frozen=True)
-class ReplayConfig:
-    """What to play, where to, and how."""
-
-    bag: Path
-    map: str
-    out: Path
-    rate: float = 1.0
-    separate: bool = False
-    """Three processes (camera, filter, refiner) instead of one."""
-    start_s: float = 0.0
-    duration_s: float | None = None
-    image_topic: str | None = None
-    """Which images to play where the bag has several."""
-    device: str = "auto"
-    filter: bool = True
-    refine: bool = True
-    patience_s: float = 90.0
-    """How long the nodes may take to come up."""
-    domain_id: int | None = None
-    poses: str = "bag"
-    """Name of the ground truth, for the report, where ``truth`` is None."""
-    truth: str | None = None
-    """See :func:`kfloc_ros.replay.truth.read_truth`."""
-
-    @property
-    def nodes(self) -> tuple[str, ...]:
-        """The nodes to start; each is ``kfloc_ros.nodes.<name>``."""
-        return ("camera_node", "filter_node", "refiner_node") if self.separate else ("localizer",)
 
 
 def run_replay(config: ReplayConfig, *, command: str = "", progress: Progress | None = None) -> Summary:
@@ -83,10 +52,14 @@ def run_replay(config: ReplayConfig, *, command: str = "", progress: Progress | 
     check_ros()
     map_path = resolve_map(config.map).absolute()
     read_description(map_path)  # a missing or newer map is told here, in one sentence, and not by a node's log
-    part = ReplayRange(config.start_s, config.duration_s)
-    with BagStream(config.bag, image_topic=config.image_topic) as stream:
-        total = stream.image_count(part)
-        truth, positions, transport = read_truth(stream, config.truth), stream.positions(), stream.transport
+    with config.open() as stream:
+        total = stream.image_count(config.part) * config.loops
+        truth, positions = read_truth(stream, config.truth, config.truth_of), stream.positions()
+        camera: dict[str, str | bool] = {
+            "image_transport": stream.transport,
+            "rectified": config.is_rectified(stream),
+        }
+        played = {"image_topic": stream.image.name, "camera_info_topic": stream.info.name}
     logs = config.out / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     report = progress or (lambda text, done, total: None)
@@ -95,7 +68,7 @@ def run_replay(config: ReplayConfig, *, command: str = "", progress: Progress | 
         recording_path = Path(folder) / "recording.json"
         with ProcessSet(ros_environment(config.domain_id)) as processes:
             report("starting the nodes", 0, total)
-            parameters = _write_parameters(Path(folder), config, map_path, transport)
+            parameters = _write_parameters(Path(folder), config, map_path, camera)
             for name in config.nodes:
                 processes.start(name, f"kfloc_ros.nodes.{name}", _node_arguments(parameters), log=logs / f"{name}.log")
             arguments = _agent_arguments(config, recording_path)
@@ -125,16 +98,17 @@ def run_replay(config: ReplayConfig, *, command: str = "", progress: Progress | 
         command=command,
         map=str(map_path),
         source=str(config.bag),
-        poses=config.poses if config.truth is None else truth.name,
+        poses=truth.name,
         split=None,
         frames=None,
         hardware=describe_hardware(device),
         received=counts.received,
         processed=counts.processed,
         dropped=counts.dropped,
-        duration_s=active_seconds(recording, config.rate),
+        duration_s=wall_seconds(recording) if config.every_frame else active_seconds(recording, config.rate),
         interrupted=interrupted,
         options={
+            **played,
             "rate": config.rate,
             "separate": config.separate,
             "device": device,
@@ -142,6 +116,9 @@ def run_replay(config: ReplayConfig, *, command: str = "", progress: Progress | 
             "refine": config.refine,
             "start_s": config.start_s,
             "played_s": config.duration_s,
+            "loops": config.loops,
+            "every_frame": config.every_frame,
+            "rectified": camera["rectified"],
             "played": counts.played,
             "lost_in_transport": counts.lost,
             "transforms": dict(recording.transforms),
@@ -151,16 +128,16 @@ def run_replay(config: ReplayConfig, *, command: str = "", progress: Progress | 
     )
 
     def images_of(worst: Sequence[FrameRecord]) -> dict[int, NDArray[np.uint8]]:
-        with BagStream(config.bag, image_topic=config.image_topic) as stream:
+        with config.open() as stream:
             return stream.images({record.stamp_ns for record in worst})
 
     return write_results(config.out, records, run, images_of=images_of)
 
 
-def _write_parameters(folder: Path, config: ReplayConfig, map_path: Path, transport: str) -> Path:
+def _write_parameters(folder: Path, config: ReplayConfig, map_path: Path, camera: Mapping[str, str | bool]) -> Path:
     values = {
         "map": str(map_path),
-        "image_transport": transport,
+        **camera,
         "use_sim_time": True,
         "device": config.device,
         "filter": config.filter,
@@ -177,10 +154,14 @@ def _node_arguments(parameters: Path) -> list[str]:
 
 def _agent_arguments(config: ReplayConfig, recording: Path) -> list[str]:
     arguments = [str(config.bag), str(recording), f"--rate={config.rate}", f"--start={config.start_s}"]
+    arguments.append(f"--loops={config.loops}")
+    arguments += ["--every-frame"] if config.every_frame else []
     if config.duration_s is not None:
         arguments.append(f"--duration={config.duration_s}")
     if config.image_topic is not None:
         arguments.append(f"--image-topic={config.image_topic}")
+    if config.info_topic is not None:
+        arguments.append(f"--camera-info-topic={config.info_topic}")
     return [*arguments, f"--patience={config.patience_s}", "--nodes", *config.nodes]
 
 

@@ -12,19 +12,13 @@ from typing import Any
 from kfloc_ros.errors import SourceError
 from kfloc_ros.evaluation.results import read_tum
 from kfloc_ros.nodes.pose_messages import pose_from_message, stamp_to_ns, transform_from_message
-from kfloc_ros.nodes.transform_buffer import TransformBuffer, TransformUnknownError, interpolate
+from kfloc_ros.nodes.transform_buffer import NEWEST, TransformBuffer, TransformUnknownError, interpolate
 from kfloc_ros.replay.bag_stream import BagStream
+from kfloc_ros.replay.bag_topics import POSE_TYPES, TF_TYPE
 from kfloc_ros.types import Matrix
 
 MAX_GAP_S = 0.2
 """Truth is interpolated between poses no further apart than this."""
-
-POSE_TYPES = (
-    "geometry_msgs/msg/PoseStamped",
-    "geometry_msgs/msg/PoseWithCovarianceStamped",
-    "nav_msgs/msg/Odometry",
-)
-TF_TYPE = "tf2_msgs/msg/TFMessage"
 
 
 @dataclass(frozen=True)
@@ -35,28 +29,33 @@ class Truth:
     poses: Mapping[int, Matrix]
 
 
-def read_truth(stream: BagStream, choice: str | None) -> Truth:
+def read_truth(stream: BagStream, choice: str | None, body: str | None = None) -> Truth:
     """The truth at the images' stamps; an image without truth near it gets none.
 
     Args:
         choice: None: the bag's one PoseStamped topic, if there is one; ``/topic``: PoseStamped,
             PoseWithCovarianceStamped or Odometry; ``tf:MAP:CAMERA``: two TF frames; else the path of a TUM file.
-            All must be of the camera's optical frame in the map's frame.
+            All must be in the map's frame.
+        body: the frame whose pose the truth is; ``/tf_static`` of the bag tells where the camera sits on it. None: the
+            camera's optical frame; of an Odometry, its ``child_frame_id``.
 
     Raises:
-        SourceError: there is no such truth, or it is damaged.
+        SourceError: there is no such truth, or it is damaged, or the camera's place on ``body`` is not known.
     """
     if choice is None:
-        return Truth("bag", stream.truth())
+        topic = stream.truth_topic()
+        return Truth("none" if topic is None else "bag", _of_camera(stream, stream.truth(), body))
     stamps_ns = sorted(stream.positions())
     if choice.startswith("tf:"):
         return Truth(choice, _of_tf(stream, choice, stamps_ns))
     if choice.startswith("/") and not Path(choice).exists():
-        return Truth(choice, at_stamps(_of_topic(stream, choice), stamps_ns))
+        topic = next((topic for topic in stream.topics if topic.name == choice), None)
+        body = body or (topic.child_frame_id if topic is not None else None)
+        return Truth(choice, at_stamps(_of_camera(stream, _of_topic(stream, choice), body), stamps_ns))
     path = Path(choice)
     if not path.is_file():
         raise SourceError(f"There is no truth '{choice}': it is no topic, no tf:MAP:CAMERA, and no file.")
-    return Truth(path.name, at_stamps(read_tum(path), stamps_ns))
+    return Truth(path.name, at_stamps(_of_camera(stream, read_tum(path), body), stamps_ns))
 
 
 def at_stamps(poses: Mapping[int, Matrix], stamps_ns: Iterable[int]) -> dict[int, Matrix]:
@@ -74,6 +73,21 @@ def at_stamps(poses: Mapping[int, Matrix], stamps_ns: Iterable[int]) -> dict[int
     return found
 
 
+def _of_camera(stream: BagStream, poses: Mapping[int, Matrix], body: str | None) -> dict[int, Matrix]:
+    """Poses of the camera from those of a body that it sits on."""
+    camera, body = stream.image.frame_id, (body or "").lstrip("/")
+    if not body or body == camera or not poses:
+        return dict(poses)
+    try:
+        T_body_camera = _buffer(stream, ("/tf_static",)).lookup(body, camera, NEWEST)
+    except TransformUnknownError as error:
+        raise SourceError(
+            f"The truth is of '{body}', the images of '{camera}', and the bag's /tf_static does not connect the two. "
+            "Record /tf_static, or name the frame that the truth is of with --truth-of."
+        ) from error
+    return {stamp_ns: T @ T_body_camera for stamp_ns, T in poses.items()}
+
+
 def _of_topic(stream: BagStream, topic: str) -> dict[int, Matrix]:
     poses: dict[int, Matrix] = {}
     for message in stream.recorded(topic, POSE_TYPES):
@@ -87,14 +101,7 @@ def _of_tf(stream: BagStream, choice: str, stamps_ns: Iterable[int]) -> dict[int
     target, separator, source = frames.partition(":")
     if not (separator and target and source):
         raise SourceError(f"Truth from TF is written tf:MAP:CAMERA, such as tf:map:camera_optical, not '{choice}'.")
-    buffer = TransformBuffer(keep_s=1e9)
-    for topic in ("/tf_static", "/tf"):
-        for message in stream.recorded(topic, (TF_TYPE,), must=False):
-            for item in message.transforms:
-                T = _checked(transform_from_message, item.transform)
-                stamp_ns = stamp_to_ns(item.header.stamp)
-                static = topic == "/tf_static"
-                buffer.set(item.header.frame_id, item.child_frame_id, stamp_ns, T, static=static)
+    buffer = _buffer(stream, ("/tf_static", "/tf"))
     known = {target.lstrip("/"), source.lstrip("/")} & set(buffer.frames())
     if len(known) < 2:
         raise SourceError(
@@ -107,6 +114,19 @@ def _of_tf(stream: BagStream, choice: str, stamps_ns: Iterable[int]) -> dict[int
         except TransformUnknownError:
             continue
     return found
+
+
+def _buffer(stream: BagStream, topics: Iterable[str]) -> TransformBuffer:
+    """The transforms on some topics of the bag."""
+    buffer = TransformBuffer(keep_s=1e9)
+    for topic in topics:
+        for message in stream.recorded(topic, (TF_TYPE,), must=False):
+            for item in message.transforms:
+                T = _checked(transform_from_message, item.transform)
+                stamp_ns = stamp_to_ns(item.header.stamp)
+                static = topic == "/tf_static"
+                buffer.set(item.header.frame_id, item.child_frame_id, stamp_ns, T, static=static)
+    return buffer
 
 
 def _checked(read: Any, part: Any) -> Matrix:

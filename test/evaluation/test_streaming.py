@@ -61,3 +61,10 @@ def test_false_ok_counts_only_what_is_called_tracking() -> None:
 def test_nothing_is_no_number() -> None:
     result = streaming([])
     assert math.isnan(result.availability) and math.isnan(result.false_ok)
+
+
+def test_a_bag_that_loops_does_not_take_time_back() -> None:
+    looped = records("ITTT") + records("LLTT")
+    result = streaming(looped)
+    assert result.time_to_first_fix_s == pytest.approx(0.1)
+    assert result.outages == 1 and result.recovery_s["p50"] == pytest.approx(0.2)

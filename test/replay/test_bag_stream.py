@@ -5,18 +5,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from rosbags.rosbag2 import StoragePlugin, Writer
 from rosbags.typesys import Stores, get_typestore
 
+from kfloc_ros.bags.messages import MessageCodec
+from kfloc_ros.bags.topics import TOPIC_TYPES
 from kfloc_ros.bags.writer import write_bag
+from kfloc_ros.cli import main as cli
 from kfloc_ros.datasets.base import FrameSource
 from kfloc_ros.errors import SourceError
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import make_pose, so3_exp
-from kfloc_ros.replay.bag_stream import COMPRESSED, BagStream, ReplayRange
+from kfloc_ros.replay.bag_stream import BagStream, ReplayRange
+from kfloc_ros.replay.bag_topics import CAMERA_INFO as INFO
+from kfloc_ros.replay.bag_topics import COMPRESSED, RAW, Topic, choose_image
 from kfloc_ros.types import Frame
 
 PERIOD_NS = 100_000_000
@@ -107,3 +113,62 @@ def test_several_cameras_are_not_guessed_among(tmp_path: Path) -> None:
         BagStream(tmp_path / "two")
     with BagStream(tmp_path / "two", image_topic="/right/image/compressed") as stream:
         assert stream.transport == "compressed"
+
+
+def a_bag(path: Path, topics: Sequence[tuple[str, str, str]]) -> Path:
+    """A bag with one message on each topic (name, type, frame)."""
+    store = get_typestore(Stores.ROS2_JAZZY)
+    codec = MessageCodec()
+    with Writer(path, version=9, storage_plugin=StoragePlugin.MCAP) as writer:
+        for topic, kind, frame_id in topics:
+            like = [data for name, data in codec.encode_frame(Grey()[0]) if TOPIC_TYPES[name] == kind][-1]
+            message: Any = store.deserialize_cdr(like, kind)
+            message.header.frame_id = frame_id
+            connection = writer.add_connection(topic, kind, typestore=store)
+            writer.write(connection, START_NS, store.serialize_cdr(message, kind))
+    return path
+
+
+def test_a_raw_and_a_compressed_camera_are_not_guessed_between(tmp_path: Path) -> None:
+    path = a_bag(
+        tmp_path / "bag", [("/left/image/compressed", COMPRESSED, "left"), ("/left/camera_info", INFO, "left")]
+    )
+    with BagStream(path) as stream:
+        assert (stream.image.name, stream.image.frame_id) == ("/left/image/compressed", "left")
+        assert stream.info.name == "/left/camera_info" and not stream.rectified
+
+
+def test_a_calibration_of_another_frame_is_not_taken_for_granted(tmp_path: Path) -> None:
+    path = a_bag(tmp_path / "bag", [("/left/image_rect/compressed", COMPRESSED, "left"), ("/info", INFO, "right")])
+    with pytest.raises(SourceError, match=r"frame 'right'.*--camera-info-topic /info"):
+        BagStream(path)
+    with BagStream(path, info_topic="/info") as stream:
+        assert stream.info.frame_id == "right" and stream.rectified
+
+
+def test_a_copy_of_an_image_topic_is_no_second_camera_and_depth_is_none() -> None:
+    topics = [
+        Topic("/camera/image_raw", RAW, 9),
+        Topic("/camera/image_raw/compressed", COMPRESSED, 9),
+        Topic("/camera/depth/image_raw", RAW, 9, is_depth=True),
+    ]
+    assert choose_image(Path("b"), topics, None).name == "/camera/image_raw/compressed"
+    assert choose_image(Path("b"), topics, "/camera/image_raw").kind == RAW
+    with pytest.raises(SourceError, match=r"several image topics: /a, /camera/image_raw/compressed.*--image-topic"):
+        choose_image(Path("b"), [Topic("/a", RAW, 1), *topics], None)
+
+
+def test_what_a_bag_holds(bag: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert cli.main(["bag", "info", str(bag)]) == 0
+    text = capsys.readouterr().out
+    assert "/camera/depth/compressed" in text and "map -> camera_ground_truth" in text
+    assert "Images: /camera/image/compressed.\nCalibration: /camera/camera_info.\nTruth: /ground_truth/pose." in text
+    two = a_bag(tmp_path / "two", [("/a/image", COMPRESSED, "a"), ("/b/image", COMPRESSED, "b")])
+    assert cli.main(["bag", "info", str(two)]) == 1
+    assert "several image topics: /a/image, /b/image" in capsys.readouterr().out
+
+
+def test_a_rosbag1_is_refused_with_the_ways_out(tmp_path: Path) -> None:
+    (tmp_path / "old.bag").write_bytes(b"#ROSBAG V2.0\n")
+    with pytest.raises(SourceError, match=r"rosbag1.*rosbags-convert"):
+        BagStream(tmp_path / "old.bag")

@@ -87,3 +87,15 @@ def test_json_round_trip(tmp_path: Path) -> None:
     path = tmp_path / "recording.json"
     recording().save(path)
     assert Recording.load(path) == recording()
+
+
+def test_a_bag_that_loops_has_its_answers_apart() -> None:
+    data = Recording(
+        played=[Played(0, 1000), Played(100, 2000), Played(0, 3000), Played(100, 4000)],
+        status=[StatusSeen(t, at, {"state": s}) for t, at, s in ((0, 1500, "A"), (0, 3500, "B"), (100, 4500, "C"))],
+    )
+    records = replay_records(data, {}, {0: 7, 100: 8})
+    assert [(r.index, r.processed, r.state) for r in records if r.processed] == [
+        (7, True, "A"), (7, True, "B"), (8, True, "C"),
+    ]  # fmt: skip
+    assert [r.processed for r in records] == [True, False, True, True]
