@@ -18,7 +18,7 @@ from kfloc_ros.features.trunk import Trunk, TrunkFeatures
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import Matrix
 from kfloc_ros.kfnet import kalman
-from kfloc_ros.kfnet.filter import NO_PRIOR, Filtered, FilterSettings, SceneCoordinateFilter
+from kfloc_ros.kfnet.filter import NO_PRIOR, Filtered, FilterSettings, NisMode, SceneCoordinateFilter
 from kfloc_ros.mapping.first_fix import UNRELATED_COST, FirstFix
 from kfloc_ros.mapping.scene_map import SceneMap
 from kfloc_ros.pixloc.refiner import Refiner, RefinerSettings
@@ -55,9 +55,15 @@ class LocalizerConfig:
     max_gap_s: float = option(
         0.5, "A longer gap between frames resets the filter and the motion model.", low=0.01, high=60.0
     )
+    nis_mode: str = option(
+        NisMode.SURER.value,
+        "Where prior and measurement of a cell contradict each other: off fuses them all the same, output_only emits "
+        "the measurement, state also goes on from it, surer keeps the one with the smaller variance.",
+        choices=tuple(mode.value for mode in NisMode),
+    )
     nis_threshold: float = option(
         kalman.NIS_THRESHOLD_95,
-        "Cells whose normalised innovation squared exceeds this drop their prior.",
+        "Cells whose normalised innovation squared exceeds this contradict their prior.",
         low=0.1,
         high=1000.0,
     )
@@ -108,6 +114,7 @@ class CoarseStage:
                 process_scale=calibration.process_scale,
                 process_floor_m2=calibration.process_floor_m2,
                 nis_threshold=config.nis_threshold,
+                nis_mode=NisMode(config.nis_mode),
                 max_gap_s=config.max_gap_s,
             )
         )

@@ -8,9 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from kfloc_ros.errors import FrameError
+from kfloc_ros.config import build_config
+from kfloc_ros.errors import ConfigError, FrameError
 from kfloc_ros.geometry.lie import rotation_angle_deg
-from kfloc_ros.localizer import Localizer, LocalizerConfig
+from kfloc_ros.localizer import CoarseStage, Localizer, LocalizerConfig
 from kfloc_ros.mapping.scene_map import SceneMap
 from kfloc_ros.types import Frame, PoseEstimate, TrackingState
 
@@ -68,6 +69,22 @@ def test_the_filter_is_used_from_the_second_frame_and_not_after_a_gap(scene_map:
     shares = [e.filter.prior_ratio for e in localize(scene_map, frames)]
     assert shares[0] == 0.0 and shares[3] == 0.0
     assert shares[1] > 0.3 and shares[2] > 0.3
+
+
+def test_every_treatment_of_contradictions_can_be_chosen(scene_map: SceneMap, room) -> None:
+    """The lower half of the second image is another place's; what comes out of it depends on the mode."""
+    image = room[1].image.copy()
+    image[240:] = room[20].image[240:, ::-1]
+    frames = [room[0], replace(room[1], image=image)]
+    beliefs = {}
+    for mode in ("off", "output_only", "state"):
+        stage = CoarseStage(scene_map, LocalizerConfig(device="cpu", nis_mode=mode))
+        beliefs[mode] = [stage.process(frame).scene_coordinates for frame in frames][-1]
+    assert not np.allclose(beliefs["off"].mean, beliefs["output_only"].mean)
+    assert np.allclose(beliefs["output_only"].mean, beliefs["state"].mean)  # both emit the measurement,
+    assert not np.allclose(beliefs["off"].variance, beliefs["state"].variance)  # but only one believes it
+    with pytest.raises(ConfigError, match="output_only"):
+        build_config(LocalizerConfig, {"nis_mode": "on"})
 
 
 def test_the_same_frames_give_the_same_poses(scene_map: SceneMap, room) -> None:
