@@ -9,7 +9,8 @@ from rclpy.node import Node
 
 from kfloc_ros.device import choose_device
 from kfloc_ros.errors import FrameError
-from kfloc_ros.localizer import RefineStage
+from kfloc_ros.features.trunk import TrunkFeatures
+from kfloc_ros.localizer import Observation, RefineStage
 from kfloc_ros.mapping.scene_map import SceneMap
 from kfloc_ros.nodes.diagnostics import DiagnosticsPublisher
 from kfloc_ros.nodes.filter_component import check_camera
@@ -19,7 +20,7 @@ from kfloc_ros.nodes.health import Health
 from kfloc_ros.nodes.initial_pose_input import InitialPoseInput
 from kfloc_ros.nodes.map_publisher import MapPublisher
 from kfloc_ros.nodes.overlay_publisher import Localized, overlay_publisher
-from kfloc_ros.nodes.packets import CoarseFrame
+from kfloc_ros.nodes.packets import CameraFrame, CoarseFrame
 from kfloc_ros.nodes.parameter_server import ParameterServer
 from kfloc_ros.nodes.pose_keeper import PoseKeeper
 from kfloc_ros.nodes.pose_publisher import PosePublisher
@@ -38,6 +39,7 @@ from kfloc_ros.nodes.topics import (
 from kfloc_ros.nodes.transforms import TransformListener
 from kfloc_ros.nodes.warm_up import warm_up
 from kfloc_ros.nodes.worker import LatestWorker
+from kfloc_ros.types import PoseEstimate
 from kfloc_ros.visualization.overlay import OverlayPainter
 
 
@@ -63,6 +65,7 @@ class RefinerComponent:
         )
         self._status = StatusPublisher(node, scene_map.name, health)
         self._watch = TimeWatch(node)
+        self._begun: CameraFrame | None = None
         self._map = MapPublisher(node, scene_map, map_frame, gate)
         options = parameters.localizer
         painter = OverlayPainter(
@@ -71,26 +74,45 @@ class RefinerComponent:
         self._overlay = overlay_publisher(node, painter, health.warn)
         self._diagnostics = DiagnosticsPublisher(node, health, gate, scene_map.name, lambda: self._status.report)
 
+    def track(self, packet: CameraFrame, observation: Observation) -> bool:
+        """Answer a frame without a coarse pose where the stage can; False if it needs one. In the caller's thread."""
+        self._begin(packet)
+        estimate = self._stage.track(packet.frame, observation)
+        if estimate is None:
+            return False
+        self._answer(packet, estimate, observation.features)
+        return True
+
     def accept(self, packet: CoarseFrame) -> None:
         """Work on one frame, in the caller's thread. Raises FrameError for one that cannot be used."""
-        stamp_ns = packet.result.stamp_ns
+        if packet.camera is not self._begun:
+            self._begin(packet.camera)
+        estimate = self._stage.process(packet.camera.frame, packet.result)
+        self._answer(packet.camera, estimate, packet.result.features)
+
+    def _begin(self, packet: CameraFrame) -> None:
+        """What is due once a frame, before anything is made of it."""
+        self._begun = packet
+        stamp_ns = packet.frame.stamp_ns
         reason = self._watch.reset_reason(stamp_ns)
         if reason:
             self.reset(reason)
-        starts = self._initial.take(packet.camera.frame_id, stamp_ns, self._publisher.last)
+        starts = self._initial.take(packet.frame_id, stamp_ns, self._publisher.last)
         starts = starts or self._keeper.take()
         if starts:
             self._stage.suggest(starts)
-        estimate = self._stage.process(packet.camera.frame, packet.result)
+
+    def _answer(self, packet: CameraFrame, estimate: PoseEstimate, features: TrunkFeatures) -> None:
+        self._begun = None
         self._initial.judge(estimate.T_map_camera is not None)
         start = time.perf_counter()
-        outcome = self._publisher.publish(estimate, packet.camera.frame_id)
+        outcome = self._publisher.publish(estimate, packet.frame_id)
         publish_ms = 1e3 * (time.perf_counter() - start)
         self._keeper.offer(estimate)
-        latency_ms = packet.camera.latency_ms()
+        latency_ms = packet.latency_ms()
         self._health.answered(latency_ms)
         self._status.publish(packet, estimate, outcome, publish_ms, latency_ms)
-        self._overlay.offer(Localized(packet.camera, estimate, packet.result.features))
+        self._overlay.offer(Localized(packet, estimate, features))
 
     def start_anew(self, reason: str) -> None:
         """Have the next frame stand on its own; for any thread."""
