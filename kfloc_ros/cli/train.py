@@ -5,12 +5,11 @@ from __future__ import annotations
 
 import argparse
 import math
-import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kfloc_ros.cli.arguments import add_source_arguments, open_source_from
+from kfloc_ros.cli.arguments import OverridesParser, add_source_arguments, open_source_from
 
 if TYPE_CHECKING:
     from kfloc_ros.kfnet.reference.frame import NetworkFrame
@@ -25,8 +24,8 @@ STAGES = {
 }
 
 DESCRIPTION = """\
-Train on a SOURCE with depth and poses. OUT receives the network's weights (.safetensors), a log (log.jsonl) and a
-checkpoint; the same command again continues from it. Options are given as key=value; the defaults are the published
+Train on a SOURCE with depth and poses. OUT receives the network's weights (.safetensors), a log (log.jsonl, and event
+files: `tensorboard --logdir OUT`) and a checkpoint; the same command again continues from it. Options are given as key=value; the defaults are the published
 schedule (500,000 steps, days on one GPU).
 """
 
@@ -37,19 +36,6 @@ examples:
   kfloc train kfnet 7scenes:DIR@train --scoordnet out/stage1/scoordnet.safetensors \\
       --oflownet out/stage2/oflownet.safetensors --out out/stage3
 """
-
-
-class OverridesParser(argparse.ArgumentParser):
-    """Takes ``key=value`` words anywhere among the arguments, as ``overrides``."""
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse's; the words are taken out first, since it wants all positionals in one place."""
-        words = list(sys.argv[1:] if args is None else args)
-        overrides = [word for word in words if re.match(r"[A-Za-z_]\w*=", word)]
-        rest = [word for word in words if word not in overrides]
-        found, unknown = super().parse_known_args(rest, namespace)
-        found.overrides = overrides
-        return found, unknown
 
 
 def add_parser(subparsers: Any) -> None:

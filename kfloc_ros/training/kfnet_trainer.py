@@ -20,6 +20,7 @@ from kfloc_ros.config import option
 from kfloc_ros.errors import KflocError
 from kfloc_ros.kfnet.reference.oflownet import ReferenceOFlowNet
 from kfloc_ros.kfnet.reference.weights import save_network
+from kfloc_ros.training.event_log import EventLog
 from kfloc_ros.training.kfnet_samples import Group, Samples, prefetched
 from kfloc_ros.training.kfnet_stages import JointStage, Stage
 from kfloc_ros.training.kfnet_state import Progress, load_state, save_state
@@ -102,8 +103,9 @@ def train(
     time_budget_s: float = math.inf,
     on_progress: Callable[[TrainProgress], None] = lambda progress: None,
 ) -> TrainResult:
-    """Train, or continue the training that ``out`` holds; writes checkpoints, a log and the networks' weights.
+    """Train, or continue the training that ``out`` holds; writes checkpoints, logs and the networks' weights.
 
+    The figures of every ``log_every`` steps go into ``log.jsonl`` and into an event file for TensorBoard.
     Ctrl-C writes a checkpoint and returns. A training that was killed continues from its last checkpoint and arrives
     at the same weights as one that was not, on the same machine and number of threads.
 
@@ -133,8 +135,10 @@ def train(
             save_network(out / f"{name}.safetensors", module)  # type: ignore[arg-type]
 
     last_saved = step if found else -1
+    _forget_after(out / LOG_FILE, step)
     with (
         (out / LOG_FILE).open("a", encoding="utf-8") as log,
+        EventLog(out, step) as events,
         closing(prefetched(samples, (step - first) * batch, batch, config.workers)) as batches,
     ):
         try:
@@ -145,7 +149,9 @@ def train(
                 figures = _step(stage, next(batches), optimizer, learning_rate(step, config), config, device)
                 step += 1
                 if step % config.log_every == 0 or step == steps:
-                    _log(log, step, learning_rate(step - 1, config), figures)
+                    figures = {"learning_rate": learning_rate(step - 1, config), **figures}
+                    _log(log, step, figures)
+                    events.add(step, figures)
                     on_progress(TrainProgress(step, steps, figures))
                 if step % config.snapshot_every == 0:
                     snapshot()
@@ -188,7 +194,23 @@ def _compile(modules: Mapping[str, nn.Module]) -> None:
             part.compile()
 
 
-def _log(stream: Any, step: int, rate: float, figures: dict[str, float]) -> None:
+def _log(stream: Any, step: int, figures: dict[str, float]) -> None:
     clean = {key: value if math.isfinite(value) else None for key, value in figures.items()}
-    stream.write(json.dumps({"step": step, "learning_rate": rate, **clean}) + "\n")
+    stream.write(json.dumps({"step": step, **clean}) + "\n")
     stream.flush()
+
+
+def _forget_after(log: Path, step: int) -> None:
+    """Cut off what a run that was killed logged after its last checkpoint: these steps are made again."""
+    if not log.is_file():
+        return
+    kept = []
+    for line in log.read_text(encoding="utf-8").splitlines():
+        try:
+            if int(json.loads(line)["step"]) <= step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue  # the line that the kill cut short
+    temporary = log.with_name(f".{log.name}.new")
+    temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    temporary.replace(log)

@@ -25,7 +25,14 @@ from kfloc_ros.kfnet.reference.scoordnet import ReferenceSCoordNet
 from kfloc_ros.kfnet.reference.weights import load_oflownet, load_scoordnet
 from kfloc_ros.training.kfnet_samples import Samples
 from kfloc_ros.training.kfnet_stages import FlowStage, JointStage, MeasurementStage, Stage
-from kfloc_ros.training.kfnet_trainer import TrainConfig, first_step, learning_rate, total_steps, train
+from kfloc_ros.training.kfnet_trainer import (
+    TrainConfig,
+    TrainProgress,
+    first_step,
+    learning_rate,
+    total_steps,
+    train,
+)
 from kfloc_ros.types import Frame
 
 CAMERA = Camera(128, 96, 110.0, 110.0, 64.0, 48.0)
@@ -134,6 +141,37 @@ def test_resuming_is_exact(name: str, tmp_path: Path) -> None:
     whole, parts = (load(tmp_path / d / f"{name}.safetensors") for d in ("whole", "parts"))
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), parts.parameters(), strict=True))
     assert len(list((tmp_path / "parts").glob("checkpoint-*"))) == 1
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing is written any more."""
+
+
+def test_what_was_killed_after_a_checkpoint_arrives_at_the_same_weights(tmp_path: Path) -> None:
+    """Killed at step 3 with a checkpoint of step 2: step 3 is made again, and logged once."""
+
+    def run(out: Path, killed_at: int) -> None:
+        stage = stage_of("scoordnet")
+        samples = Samples(Poster(), 1, augment="full", seed=5)
+        config = TrainConfig(steps=4, halving_steps=10, learning_rate=1e-3, batch=1, snapshot_every=2, log_every=1)
+
+        def watch(progress: TrainProgress) -> None:
+            if progress.step == killed_at:
+                raise Killed
+
+        train(stage, samples, config, out, CPU, on_progress=watch)
+
+    run(tmp_path / "whole", 0)
+    with pytest.raises(Killed):
+        run(tmp_path / "killed", 3)
+    log = tmp_path / "killed" / "log.jsonl"
+    with log.open("a") as stream:
+        stream.write('{"step": 4, "lo')  # the line that the kill cut short
+    run(tmp_path / "killed", 0)
+    whole, killed = (load_scoordnet(tmp_path / d / "scoordnet.safetensors") for d in ("whole", "killed"))
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), killed.parameters(), strict=True))
+    assert log.read_text() == (tmp_path / "whole" / "log.jsonl").read_text()
+    assert len(list((tmp_path / "killed").glob("events.out.tfevents.*"))) == 2
 
 
 def test_another_configuration_or_damage_is_refused(tmp_path: Path) -> None:
