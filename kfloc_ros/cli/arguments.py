@@ -1,12 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arguments that several commands share: the SOURCE, which of its frames, which of its poses."""
+"""Arguments that several commands share: the SOURCE, which of its frames, which of its poses; key=value words."""
 
 from __future__ import annotations
 
 import argparse
+import re
+import sys
+from typing import Any
 
 from kfloc_ros.datasets import SOURCE_KINDS, FrameSource, open_source
 from kfloc_ros.datasets.base import SPLITS
+
+
+class OverridesParser(argparse.ArgumentParser):
+    """Takes ``key=value`` words anywhere among the arguments, as ``overrides``."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's; the words are taken out first, since it wants all positionals in one place."""
+        words = list(sys.argv[1:] if args is None else args)
+        overrides = [word for word in words if re.match(r"[A-Za-z_][\w.]*=", word)]
+        rest = [word for word in words if word not in overrides]
+        found, unknown = super().parse_known_args(rest, namespace)
+        found.overrides = overrides
+        return found, unknown
 
 
 def add_source_arguments(parser: argparse.ArgumentParser) -> None:

@@ -24,9 +24,9 @@ STAGES = {
 }
 
 DESCRIPTION = """\
-Train on a SOURCE with depth and poses. OUT receives the network's weights (.safetensors), a log (log.jsonl, and event
-files: `tensorboard --logdir OUT`) and a checkpoint; the same command again continues from it. Options are given as key=value; the defaults are the published
-schedule (500,000 steps, days on one GPU).
+Train on a SOURCE with depth and poses. OUT receives the network's weights (.safetensors), a checkpoint, and a log
+(log.jsonl, and event files: `tensorboard --logdir OUT`); the same command again continues from the checkpoint. Options
+are given as key=value; the defaults are the published schedule (500,000 steps, days on one GPU).
 """
 
 EPILOG = """\
