@@ -88,8 +88,7 @@ class CoarseResult:
     pose: CoarsePose
     filter: FilterReport
     timings_ms: Mapping[str, float]
-    features: TrunkFeatures | None = None
-    """None when the coarse pose came from another process: the refiner then runs the trunk itself."""
+    features: TrunkFeatures
     scene_coordinates: SceneCoordinates | None = None
     measurement: SceneCoordinates | None = None
     """What this frame alone says, before the filter."""
@@ -182,7 +181,8 @@ class RefineStage:
 
     def __init__(self, scene_map: SceneMap, config: LocalizerConfig) -> None:
         calibration = scene_map.calibration
-        references = scene_map.references.to(choose_device(config.device))
+        self._device = choose_device(config.device)
+        references = scene_map.references.to(self._device)
         self._first_fix = FirstFix(references, scene_map.camera) if config.first_fix else None
         self._refiner = Refiner(
             references,
@@ -195,7 +195,6 @@ class RefineStage:
         )
         self._config = config
         self._camera = scene_map.camera
-        self._trunk: Trunk | None = None
         self._motion = ConstantVelocity(config.max_gap_s)
         self._track = Track(TrackSettings(check_period=config.tracking_check_period))
         self._tracks = config.tracking and config.refine
@@ -240,7 +239,7 @@ class RefineStage:
         predicted = self._motion.predict(frame.stamp_ns)
         alignment: Alignment | None = None
         if self._config.refine:
-            features = coarse.features or self._extract(frame, timings)
+            features = coarse.features.to(self._device)
             suggested, self._suggested = self._suggested, ()
             starts = [T for T in (coarse.pose.T_map_camera, predicted, *suggested) if T is not None]
             with _timed(timings, "refine"):
@@ -274,12 +273,6 @@ class RefineStage:
         assert self._first_fix is not None
         found = self._first_fix.find(features, lambda starts: self._refiner.align(features, starts))
         return found if found.success else replace(failed, reason=f"{failed.reason}; searched the map: {found.reason}")
-
-    def _extract(self, frame: Frame, timings: dict[str, float]) -> TrunkFeatures:
-        if self._trunk is None:
-            self._trunk = Trunk(device=choose_device(self._config.device))
-        with _timed(timings, "trunk"):
-            return self._trunk.extract(frame.image)
 
     def _judge(self, stamp_ns: int, coarse: CoarseResult, alignment: Alignment | None) -> PoseEstimate:
         pose = coarse.pose

@@ -44,6 +44,12 @@ class TrunkFeatures:
     reliability: torch.Tensor
     """(B, H/8, W/8) in (0, 1): how likely a cell is to be matched rightly."""
 
+    def to(self, device: torch.device) -> TrunkFeatures:
+        """The same on another device."""
+        if self.coarse.device == device:
+            return self
+        return TrunkFeatures(*(grid.to(device) for grid in (self.coarse, self.fine, self.context, self.reliability)))
+
 
 def find_weights() -> Path:
     """Path of the pretrained weights.

@@ -9,7 +9,7 @@ from rclpy.node import Node
 
 from kfloc_ros.errors import FrameError
 from kfloc_ros.geometry.camera import Camera
-from kfloc_ros.localizer import CoarseStage
+from kfloc_ros.localizer import CoarseStage, Observation
 from kfloc_ros.mapping.scene_map import SceneMap
 from kfloc_ros.nodes.cell_publisher import cell_publisher
 from kfloc_ros.nodes.diagnostics import DiagnosticsPublisher, Report
@@ -33,7 +33,10 @@ from kfloc_ros.nodes.worker import LatestWorker
 
 
 class FilterComponent:
-    """Takes frames, publishes ``coarse_pose`` and gives coarse frames to ``output``, in the caller's thread."""
+    """Takes frames, publishes ``coarse_pose`` and gives coarse frames to ``output``, in the caller's thread.
+
+    Where ``track`` answers a frame after the trunk alone, it has no coarse pose.
+    """
 
     def __init__(
         self,
@@ -41,8 +44,9 @@ class FilterComponent:
         stage: CoarseStage,
         publish: Callable[[CoarseFrame], None],
         output: Callable[[CoarseFrame], None] = lambda packet: None,
+        track: Callable[[CameraFrame, Observation], bool] = lambda packet, observation: False,
     ) -> None:
-        self._stage, self._publish, self._output = stage, publish, output
+        self._stage, self._publish, self._output, self._track = stage, publish, output, track
         self._watch = TimeWatch(node)
 
     def accept(self, packet: CameraFrame) -> None:
@@ -50,7 +54,10 @@ class FilterComponent:
         reason = self._watch.reset_reason(packet.frame.stamp_ns)
         if reason:
             self._stage.reset(reason)
-        coarse = CoarseFrame(packet, self._stage.process(packet.frame))
+        observation = self._stage.observe(packet.frame)
+        if self._track(packet, observation):
+            return
+        coarse = CoarseFrame(packet, self._stage.process(packet.frame, observation))
         self._publish(coarse)
         self._output(coarse)
 
@@ -73,7 +80,7 @@ class FilterApplication:
         stage = CoarseStage(scene_map, parameters.localizer)
         self._camera = stage.camera
         map_frame = parameters.node.map_frame or scene_map.frame_id
-        publish = CoarsePublisher(node, map_frame, lambda: self._health.counters, with_status=True)
+        publish = CoarsePublisher(node, map_frame, lambda: self._health.counters, for_refiner=True)
         self._cells = cell_publisher(node, map_frame, self._health.warn)
         self._component = FilterComponent(node, stage, publish, self._cells.offer)
         self._worker = LatestWorker("filter", self._process, self._on_error)

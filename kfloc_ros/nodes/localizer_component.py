@@ -27,9 +27,11 @@ class LocalizerApplication:
         warm_up(scene_map, parameters.localizer)
         localizer = Localizer(scene_map, parameters.localizer)
         map_frame = parameters.node.map_frame or scene_map.frame_id
-        publish_coarse = CoarsePublisher(node, map_frame, lambda: health.counters, with_status=False)
+        publish_coarse = CoarsePublisher(node, map_frame, lambda: health.counters, for_refiner=False)
         self._refiner = RefinerComponent(node, parameters, scene_map, localizer.refine, health, gate)
-        self._filter = FilterComponent(node, localizer.coarse, publish_coarse, self._refine_and_show)
+        self._filter = FilterComponent(
+            node, localizer.coarse, publish_coarse, self._refine_and_show, self._refiner.track
+        )
         self._cells = cell_publisher(node, map_frame, health.warn)
         # The camera comes last: whoever sees its subscriptions knows that everything else is ready.
         self._camera = CameraComponent(

@@ -25,8 +25,7 @@ class Localized:
 
     camera: CameraFrame
     estimate: PoseEstimate
-    features: TrunkFeatures | None
-    """None where another process has them; they are then made anew for the picture."""
+    features: TrunkFeatures
 
 
 def overlay_publisher(node: Node, painter: OverlayPainter, warn: Callable[[str], None]) -> Spectators[Localized]:

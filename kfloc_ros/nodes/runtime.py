@@ -36,7 +36,7 @@ def run_node(name: str, build: Build) -> int:
 
     Returns the exit code: 0 after a signal, 1 if the node cannot start, said in one FATAL sentence.
     """
-    with _signals_set() as asked_to_stop:
+    with signals_set() as asked_to_stop:
         try:
             rclpy.init(args=sys.argv, signal_handler_options=SignalHandlerOptions.NO)
         except RuntimeError as error:  # arguments that rcl does not understand
@@ -94,7 +94,7 @@ def _spin(node: ManagedNode, asked_to_stop: threading.Event) -> None:
 
 
 @contextmanager
-def _signals_set() -> Iterator[threading.Event]:
+def signals_set() -> Iterator[threading.Event]:
     """An event that SIGINT and SIGTERM set, in place of rclpy's handlers, which shut down under a running spin."""
     asked = threading.Event()
 

@@ -2,7 +2,8 @@
 """The hand-over between nodes that run in processes of their own: packets to topics and back.
 
 ``frame/image``, ``frame/camera_info`` and ``frame/status`` carry a :class:`CameraFrame`; ``coarse_pose`` and
-``coarse_status`` what a :class:`CoarseResult` adds. All of a frame's messages have the image's stamp.
+``coarse_status`` what a :class:`CoarseResult` adds, with the features in ``frame/features_...``. All of a frame's
+messages have the image's stamp.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ from rclpy.node import Node
 from sensor_msgs.msg import CameraInfo, Image
 
 from kfloc_ros.errors import FrameError
+from kfloc_ros.features.trunk import TrunkFeatures
 from kfloc_ros.localizer import CoarseResult
 from kfloc_ros.nodes import qos
 from kfloc_ros.nodes.camera_messages import camera_from_info, fill_info
+from kfloc_ros.nodes.feature_messages import fill_coarse, fill_fine, read_features
 from kfloc_ros.nodes.health import Counters
 from kfloc_ros.nodes.image_messages import decode_image, fill_image
 from kfloc_ros.nodes.packets import CameraFrame, CoarseFrame
@@ -48,7 +51,8 @@ Messages = Mapping[str, Any]
 """The messages of one stamp by topic."""
 
 FRAME_TOPICS = {"frame/image": Image, "frame/camera_info": CameraInfo, "frame/status": DiagnosticArray}
-COARSE_TOPICS = {"coarse_pose": PoseWithCovarianceStamped, "coarse_status": DiagnosticArray}
+FEATURE_TOPICS = {"frame/features_coarse": Image, "frame/features_fine": Image}
+COARSE_TOPICS = {"coarse_pose": PoseWithCovarianceStamped, "coarse_status": DiagnosticArray, **FEATURE_TOPICS}
 
 _KEPT = 8
 """Stamps that may be incomplete at a time; the oldest is given up for a new one."""
@@ -92,7 +96,8 @@ def frame_is_complete(messages: Messages) -> bool:
 
 def coarse_is_complete(messages: Messages) -> bool:
     """Whether a :class:`CoarseFrame` can be read; a frame without a coarse pose has no ``coarse_pose``."""
-    if not frame_is_complete(messages) or "coarse_status" not in messages:
+    always = {*FRAME_TOPICS, *COARSE_TOPICS} - {"coarse_pose"}
+    if not always.issubset(messages):
         return False
     return "coarse_pose" in messages or read_values(messages["coarse_status"]).get("success") != "true"
 
@@ -135,15 +140,20 @@ def read_frame(messages: Messages) -> CameraFrame:
 
 
 class CoarsePublisher:
-    """Publishes coarse poses; ``with_status`` when another process refines them.
+    """Publishes coarse poses; ``for_refiner`` what a refiner in another process needs besides.
 
     ``coarse_pose`` is the pose of the camera, whatever the base frame is.
     """
 
-    def __init__(self, node: Node, map_frame: str, own: Callable[[], Counters], *, with_status: bool) -> None:
+    def __init__(self, node: Node, map_frame: str, own: Callable[[], Counters], *, for_refiner: bool) -> None:
         self._map_frame, self._own = map_frame, own
         self._poses = node.create_publisher(PoseWithCovarianceStamped, "coarse_pose", qos.results())
-        self._statuses = node.create_publisher(DiagnosticArray, "coarse_status", qos.results()) if with_status else None
+        self._for_refiner = for_refiner
+        if for_refiner:
+            self._statuses = node.create_publisher(DiagnosticArray, "coarse_status", qos.results())
+            self._coarse, self._fine = (
+                node.create_publisher(kind, topic, qos.results(2)) for topic, kind in FEATURE_TOPICS.items()
+            )
 
     def __call__(self, packet: CoarseFrame) -> None:
         result, pose = packet.result, packet.result.pose
@@ -157,8 +167,10 @@ class CoarsePublisher:
                 message.header.frame_id = self._map_frame
                 fill_pose_with_covariance(message.pose, body)
                 self._poses.publish(message)
-        if self._statuses is None:
+        if not self._for_refiner:
             return
+        if result.features is not None:
+            self._publish_features(packet.camera, result.features)
         values: dict[str, Value] = {
             "success": success, "reason": pose.reason, "inliers": pose.inlier_count, "inlier_ratio": pose.inlier_ratio,
             "filter_reset": result.filter.reset_reason, "prior_ratio": result.filter.prior_ratio,
@@ -166,6 +178,13 @@ class CoarsePublisher:
         }  # fmt: skip
         values |= counter_values(packet.camera.counters(self._own())) | timing_values(result.timings_ms)
         self._statuses.publish(make_status(result.stamp_ns, "coarse", values))
+
+    def _publish_features(self, camera: CameraFrame, features: TrunkFeatures) -> None:
+        for publisher, fill in ((self._coarse, fill_coarse), (self._fine, fill_fine)):
+            message = fill(Image(), features)
+            fill_stamp(message.header.stamp, camera.frame.stamp_ns)
+            message.header.frame_id = camera.frame_id
+            publisher.publish(message)
 
 
 def read_coarse(messages: Messages) -> CoarseFrame:
@@ -200,6 +219,7 @@ def read_coarse(messages: Messages) -> CoarseFrame:
             rejected_ratio=number(values, "rejected_ratio"),
         ),
         timings_ms=read_timings(values),
+        features=read_features(messages["frame/features_coarse"], messages["frame/features_fine"], camera.frame.camera),
     )
     whole_path = CameraFrame(
         camera.frame, camera.frame_id, camera.receipt_unix_ns, camera.timings_ms, read_counters(values)
