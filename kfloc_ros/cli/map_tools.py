@@ -20,9 +20,14 @@ def add_tools(actions: Any) -> None:
     )
     export.set_defaults(run_action=run_export)
 
-    view = actions.add_parser("view", help="draw a map from above: points, reference views, extent")
+    view = actions.add_parser(
+        "view", help="draw a map from above: points, reference views, extent; or where it will localize"
+    )
     view.add_argument("map", metavar="MAP", help=MAP_HELP)
     view.add_argument("--out", type=Path, required=True, metavar="PNG", help="picture to write")
+    view.add_argument(
+        "--accuracy", action="store_true", help="draw where it will localize, and how well: a forecast over the floor"
+    )
     view.set_defaults(run_action=run_view)
 
     pack = actions.add_parser("pack", help="put a map into one file")
@@ -64,12 +69,30 @@ def run_export(args: argparse.Namespace) -> int:
 
 def run_view(args: argparse.Namespace) -> int:
     """``kfloc map view``."""
+    import numpy as np
+
+    from kfloc_ros.mapping.coverage import floor_coverage
     from kfloc_ros.mapping.export import write_new_file
-    from kfloc_ros.mapping.picture import picture_from_above
+    from kfloc_ros.mapping.picture import picture_from_above, picture_of_coverage, up_axis
     from kfloc_ros.mapping.scene_map import SceneMap, resolve_map
 
     scene_map = SceneMap.load(resolve_map(args.map))
-    print(f"Drawn as '{write_new_file(args.out, picture_from_above(scene_map))}'.")
+    if args.accuracy:
+        coverage = floor_coverage(scene_map, *up_axis(scene_map))
+        picture = picture_of_coverage(scene_map, coverage)
+        covered = coverage.share > 0
+        if covered.any():
+            area_m2, share = covered.sum() * coverage.step_m**2, 100 * coverage.share[covered].mean()
+            error_cm = 100 * np.nanmedian(coverage.error_m)
+            print(
+                f"{area_m2:.1f} m2 are covered, on average in {share:.0f} % of the directions, with a median expected "
+                f"error of {error_cm:.1f} cm."
+            )
+        else:
+            print("No level view at the height of the recording is covered.")
+    else:
+        picture = picture_from_above(scene_map)
+    print(f"Drawn as '{write_new_file(args.out, picture)}'.")
     return 0
 
 

@@ -7,6 +7,7 @@ import io
 
 import numpy as np
 
+from kfloc_ros.mapping.coverage import Coverage
 from kfloc_ros.mapping.scene_map import SceneMap
 
 MAX_POINTS = 60_000
@@ -20,6 +21,12 @@ def up_axis(scene_map: SceneMap) -> tuple[int, float]:
     return axis, float(np.sign(upwards[axis]) or 1.0)
 
 
+def floor_axes(axis: int, sign: float) -> tuple[int, int]:
+    """Axes of the map frame to draw to the right and upwards, so that the picture is no mirror image."""
+    right, ahead = (k for k in ((0, 1, 2) if sign * (-1) ** axis > 0 else (2, 1, 0)) if k != axis)
+    return right, ahead
+
+
 def picture_from_above(scene_map: SceneMap) -> bytes:
     """PNG: points coloured by height, an arrow for every reference view, the mapped box dashed, axes in metres."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -27,9 +34,7 @@ def picture_from_above(scene_map: SceneMap) -> bytes:
     from matplotlib.patches import Rectangle
 
     axis, sign = up_axis(scene_map)
-    right, ahead = (
-        [k for k in range(3) if k != axis] if sign * (-1) ** axis > 0 else [k for k in (2, 1, 0) if k != axis]
-    )
+    right, ahead = floor_axes(axis, sign)
     points = np.concatenate([view.points.cpu().numpy() for view in scene_map.references.views])
     points = points[:: -(-len(points) // MAX_POINTS)]
     height = sign * points[:, axis]
@@ -70,6 +75,49 @@ def picture_from_above(scene_map: SceneMap) -> bytes:
     axes.grid(alpha=0.25)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
     figure.colorbar(shades, ax=axes, label=f"height, {'' if sign > 0 else '-'}{AXES[axis]} [m]", shrink=0.8)
+    data = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(data)
+    return data.getvalue()
+
+
+def picture_of_coverage(scene_map: SceneMap, coverage: Coverage) -> bytes:
+    """PNG: expected position error over the floor, fainter where only some directions are covered."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    axis, sign = up_axis(scene_map)
+    right, ahead = floor_axes(axis, sign)
+    covered = coverage.share > 0
+    x, y = coverage.places_m[:, right], coverage.places_m[:, ahead]
+    size = np.maximum([np.ptp(x), np.ptp(y)], 0.1)
+    figure = Figure(figsize=(9.0, float(np.clip(9.0 * size[1] / size[0], 4.0, 14.0))), layout="constrained")
+    axes = figure.add_subplot()
+    points = np.concatenate([view.points.cpu().numpy() for view in scene_map.references.views])
+    points = points[:: -(-len(points) // MAX_POINTS)]
+    axes.scatter(points[:, right], points[:, ahead], s=0.5, c="#bbbbbb", linewidths=0, rasterized=True)
+    half = coverage.step_m / 2
+    axes.set(xlim=(x.min() - half, x.max() + half), ylim=(y.min() - half, y.max() + half), aspect="equal")
+    figure.canvas = FigureCanvasAgg(figure)
+    figure.draw_without_rendering()
+    side_pt = coverage.step_m * 72 * axes.get_window_extent().width / figure.dpi / (np.ptp(x) + 2 * half)
+    shades = axes.scatter(
+        x[covered],
+        y[covered],
+        c=100 * coverage.error_m[covered],
+        s=side_pt**2,
+        marker="s",
+        alpha=0.25 + 0.75 * coverage.share[covered],
+        cmap="RdYlGn_r",
+        vmin=0.0,
+        vmax=max(5.0, float(100 * np.nanquantile(coverage.error_m, 0.9))) if covered.any() else 5.0,
+        linewidths=0,
+    )
+    T = scene_map.references.T_map_camera
+    axes.plot(T[:, right, 3], T[:, ahead, 3], ".", color="#1a237e", markersize=2.0, label="reference views")
+    axes.set(xlabel=f"{AXES[right]} [m]", ylabel=f"{AXES[ahead]} [m]")
+    axes.set_title(f"{scene_map.name}: where it will localize (fainter: in fewer directions)")
+    figure.legend(loc="outside lower center", frameon=False)
+    figure.colorbar(shades, ax=axes, label="expected position error [cm]", shrink=0.8)
     data = io.BytesIO()
     FigureCanvasAgg(figure).print_png(data)
     return data.getvalue()

@@ -116,15 +116,14 @@ def cell_coordinates(
 
 
 MIN_REFERENCE_POINTS = 50
-SPACING_GROWTH = 1.05
-"""A small step: a large one would throw away many views for one too many."""
+Poses = NDArray[np.float64]
 
 
 class ReferenceCollector:
     """Keeps views that add coverage: a view joins if no kept one is nearer than a spacing in place and direction.
 
-    When they have too many points, the spacing grows and the kept ones are thinned: memory stays bounded, and so does
-    the size of the map.
+    When they have too many points, the view that adds least goes, one at a time, and the spacing grows to what is left:
+    memory stays bounded, and so does the size of the map.
     """
 
     def __init__(self, spacing_m: float, max_points: int) -> None:
@@ -138,23 +137,30 @@ class ReferenceCollector:
         """Whether a view at this pose would add coverage."""
         if not self._kept:
             return True
-        kept = np.stack([T for _, T, _ in self._kept])
-        return bool((view_distances(kept, T_map_camera) > self._spacing).all())
+        return bool((view_distances(self._poses(), T_map_camera) > self._spacing).all())
 
     def add(self, index: int, T_map_camera: Matrix, points: ReferencePoints) -> None:
         """Keep a view, unless it has too few points to be of use."""
         if len(points) < MIN_REFERENCE_POINTS:
             return
         self._kept.append((index, T_map_camera, points))
-        while sum(len(kept) for _, _, kept in self._kept) > self._max_points and len(self._kept) > 1:
-            self._spacing *= SPACING_GROWTH
-            old, self._kept = self._kept, []
-            for item in old:
-                if self.wants(item[1]):
-                    self._kept.append(item)
+        while sum(len(kept) for _, _, kept in self._kept) > self._max_points and len(self._kept) > 2:
+            self._drop_one()
+
+    def _drop_one(self) -> None:
+        """Of the two views nearest to each other the one that has others nearer, too."""
+        poses = self._poses()
+        apart = np.stack([view_distances(poses, T) for T in poses])
+        np.fill_diagonal(apart, np.inf)
+        a, b = np.unravel_index(int(apart.argmin()), apart.shape)
+        self._spacing = max(self._spacing, float(apart[a, b]))
+        second = [float(np.partition(apart[k], 1)[1]) for k in (a, b)]
+        del self._kept[int(a if second[0] < second[1] else b)]
+
+    def _poses(self) -> Poses:
+        return np.stack([T for _, T, _ in self._kept])
 
     def views(self) -> ReferenceViews:
         """What was kept."""
         ids = tuple(index for index, _, _ in self._kept)
-        poses = np.stack([T for _, T, _ in self._kept])
-        return ReferenceViews(ids, poses, tuple(points for _, _, points in self._kept))
+        return ReferenceViews(ids, self._poses(), tuple(points for _, _, points in self._kept))
