@@ -66,7 +66,7 @@ def expected_error_m(scene_map: SceneMap, T_map_camera: Matrix) -> float:
     return float(np.sqrt(np.trace(covariance[:3, :3])) * (1 + GROWTH_PER_M * distances[nearest[0]]))
 
 
-def floor_coverage(scene_map: SceneMap, up_axis: int, up_sign: float, step_m: float = 0.2) -> Coverage:
+def floor_coverage(scene_map: SceneMap, up_axis: int, up_sign: float, step_m: float = 0.1) -> Coverage:
     """Coverage of the floor plan around the reference views, for a level camera at their usual height.
 
     Args:

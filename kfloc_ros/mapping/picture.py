@@ -81,39 +81,41 @@ def picture_from_above(scene_map: SceneMap) -> bytes:
 
 
 def picture_of_coverage(scene_map: SceneMap, coverage: Coverage) -> bytes:
-    """PNG: expected position error over the floor, fainter where only some directions are covered."""
+    """PNG: expected position error over the floor, fainter where fewer directions are covered."""
+    from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.collections import PatchCollection
+    from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
 
     axis, sign = up_axis(scene_map)
     right, ahead = floor_axes(axis, sign)
-    covered = coverage.share > 0
-    x, y = coverage.places_m[:, right], coverage.places_m[:, ahead]
-    size = np.maximum([np.ptp(x), np.ptp(y)], 0.1)
+    low, high = (np.array(corner)[[right, ahead]] for corner in scene_map.bounds_m)
+    size = np.maximum(high - low, 0.1)
     figure = Figure(figsize=(9.0, float(np.clip(9.0 * size[1] / size[0], 4.0, 14.0))), layout="constrained")
     axes = figure.add_subplot()
     points = np.concatenate([view.points.cpu().numpy() for view in scene_map.references.views])
     points = points[:: -(-len(points) // MAX_POINTS)]
     axes.scatter(points[:, right], points[:, ahead], s=0.5, c="#bbbbbb", linewidths=0, rasterized=True)
-    half = coverage.step_m / 2
-    axes.set(xlim=(x.min() - half, x.max() + half), ylim=(y.min() - half, y.max() + half), aspect="equal")
-    figure.canvas = FigureCanvasAgg(figure)
-    figure.draw_without_rendering()
-    side_pt = coverage.step_m * 72 * axes.get_window_extent().width / figure.dpi / (np.ptp(x) + 2 * half)
-    shades = axes.scatter(
-        x[covered],
-        y[covered],
-        c=100 * coverage.error_m[covered],
-        s=side_pt**2,
-        marker="s",
-        alpha=0.25 + 0.75 * coverage.share[covered],
-        cmap="RdYlGn_r",
-        vmin=0.0,
-        vmax=max(5.0, float(100 * np.nanquantile(coverage.error_m, 0.9))) if covered.any() else 5.0,
-        linewidths=0,
-    )
+
+    covered = coverage.share > 0
+    error_cm = 100 * coverage.error_m[covered]
+    worst_cm = max(5.0, float(np.quantile(error_cm, 0.9))) if covered.any() else 5.0
+    shades = ScalarMappable(Normalize(0.0, worst_cm), colormaps["RdYlGn_r"])
+    colours = shades.to_rgba(error_cm)
+    colours[:, 3] = 0.25 + 0.75 * coverage.share[covered]
+    step = coverage.step_m
+    corners = coverage.places_m[covered][:, [right, ahead]] - step / 2
+    squares = [Rectangle((float(x), float(y)), step, step) for x, y in corners]
+    axes.add_collection(PatchCollection(squares, facecolors=colours, linewidths=0))
+
     T = scene_map.references.T_map_camera
     axes.plot(T[:, right, 3], T[:, ahead, 3], ".", color="#1a237e", markersize=2.0, label="reference views")
+    start = np.minimum(low, coverage.places_m[:, [right, ahead]].min(axis=0))
+    end = np.maximum(high, coverage.places_m[:, [right, ahead]].max(axis=0))
+    axes.set(xlim=(start[0], end[0]), ylim=(start[1], end[1]), aspect="equal")
     axes.set(xlabel=f"{AXES[right]} [m]", ylabel=f"{AXES[ahead]} [m]")
     axes.set_title(f"{scene_map.name}: where it will localize (fainter: in fewer directions)")
     figure.legend(loc="outside lower center", frameon=False)
