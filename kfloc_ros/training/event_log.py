@@ -26,7 +26,7 @@ class EventLog:
 
     Args:
         folder: what ``tensorboard --logdir`` is to be pointed at.
-        step: from which this run goes on; what an earlier, killed run wrote of later steps is not shown any more.
+        step: after which this run goes on; what an earlier, killed run wrote of later steps is not shown any more.
     """
 
     def __init__(self, folder: Path, step: int) -> None:
@@ -36,7 +36,7 @@ class EventLog:
         self._stream = (folder / f"events.out.tfevents.{now:017.6f}.kfloc").open("wb")
         self._write(_event(now, 0, _field(3, FILE_VERSION.encode())))
         if step:
-            self._write(_event(now, step, _field(7, SESSION_STARTS)))
+            self._write(_event(now, step + 1, _field(7, SESSION_STARTS)))
 
     def add(self, step: int, figures: Mapping[str, float]) -> None:
         """Write the figures of a step; those that are not finite are left out."""

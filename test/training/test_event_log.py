@@ -81,7 +81,7 @@ def test_a_continued_training_takes_back_what_the_killed_one_wrote(tmp_path: Pat
             log.add(start + 50, {"loss": 1.0})
     paths = sorted(tmp_path.glob("events.out.tfevents.*"))
     assert len(paths) == 2
-    assert [event[2] for event in records(paths[1])] == [0, 2000, 2050]
+    assert [event[2] for event in records(paths[1])] == [0, 2001, 2050]
     assert list(records(paths[1]))[1][7] == b"\x08\x01"  # the session starts: later steps seen before are forgotten
 
 
