@@ -36,6 +36,7 @@ COMMANDS = {
     "coordinates": Command("kfloc_ros.cli.coordinates", "write scene-coordinate maps in KFNet's format"),
     "pnp": Command("kfloc_ros.cli.pnp", "camera poses of scene-coordinate maps in KFNet's format"),
     "train": Command("kfloc_ros.cli.train", "train KFNet's networks"),
+    "pixloc": Command("kfloc_ros.cli.pixloc", "run PixLoc on the benchmarks' data sets, or on one picture"),
     "demo": Command("kfloc_ros.cli.demo", "the whole path on a scene that the project renders itself"),
 }
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -144,7 +144,7 @@ class ReferenceRefiner:
         T_map_camera: Matrix,
         views: Sequence[int],
         *,
-        only_rows: NDArray[np.int64] | None = None,
+        only_rows: NDArray[np.int64] | Mapping[int, NDArray[np.int64]] | None = None,
         observer: LevelObserver | None = None,
     ) -> Refinement:
         """Refine the pose of one image. A query that cannot be aligned is a result with a reason, never an error.
@@ -154,13 +154,14 @@ class ReferenceRefiner:
             camera: of the image, any model.
             T_map_camera: where to start.
             views: positions of reference images, best first; the first ``num_dbs`` of them are used.
-            only_rows: rows of the scene's points to use, such as those that were matched (default: all).
+            only_rows: rows of the scene's points to use, such as those that were matched, for all images or for
+                each by its position (default: all).
             observer: told of every iteration; its poses are T_camera_map.
         """
         chosen = tuple(dict.fromkeys(views))[: self.settings.num_dbs]
         run = _Query(self, chosen, T_map_camera, observer)
         for scale in self.settings.multiscale:
-            views_at = [self.store.views[v, scale] for v in chosen if (v, scale) in self.store.views]
+            views_at = {v: self.store.views[v, scale] for v in chosen if (v, scale) in self.store.views}
             references = self._assemble(views_at, only_rows)
             count = len(references.points)
             if count < self.settings.min_points_opt:
@@ -172,14 +173,17 @@ class ReferenceRefiner:
                 return run.failed(reason, count)
         return run.finished()
 
-    def _assemble(self, views: Sequence[ViewFeatures], only_rows: NDArray[np.int64] | None) -> _References:
+    def _assemble(
+        self,
+        views: Mapping[int, ViewFeatures],
+        only_rows: NDArray[np.int64] | Mapping[int, NDArray[np.int64]] | None,
+    ) -> _References:
         """Features of the usable points of several images, one after another or averaged."""
-        usable = self._long_tracks
-        if only_rows is not None:
-            listed = torch.zeros_like(usable)
-            listed[torch.from_numpy(only_rows).to(self.device)] = True
-            usable = usable & listed
-        kept = [(view, usable[view.rows]) for view in views]
+        kept = []
+        for position, view in views.items():
+            wanted = only_rows.get(position, _NO_ROWS) if isinstance(only_rows, Mapping) else only_rows
+            usable = self._long_tracks if wanted is None else self._long_tracks & self._listed(wanted)
+            kept.append((view, usable[view.rows]))
         empty = torch.zeros(0, dtype=torch.int64, device=self.device)
         rows = torch.cat([empty, *(view.rows[keep] for view, keep in kept)])
         features, confidences = [], []
@@ -193,6 +197,15 @@ class ReferenceRefiner:
         unique, group = torch.unique(rows, return_inverse=True)
         pairs = [_averaged(f, c, group, len(unique)) for f, c in zip(features, confidences, strict=True)]
         return _References(self._points[unique], tuple(f for f, _ in pairs), tuple(c for _, c in pairs))
+
+    def _listed(self, rows: NDArray[np.int64]) -> torch.Tensor:
+        """(P,) bool: the points of some rows."""
+        listed = torch.zeros_like(self._long_tracks)
+        listed[torch.from_numpy(rows).to(self.device)] = True
+        return listed
+
+
+_NO_ROWS: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
 
 
 def _averaged(

@@ -25,6 +25,8 @@ class ReferenceImage:
     T_camera_map: Matrix
     point_rows: NDArray[np.int64]
     """(N,) rows of the scene's points that this image observes."""
+    ident: int = -1
+    """Number of the image in the COLMAP model that it comes from."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +85,7 @@ def read_scene(folder: Path) -> ReferenceScene:
                 camera_from_colmap(model.cameras[image.camera_id]),
                 make_pose(matrix[:3, :3], matrix[:3, 3]),
                 np.array(rows, dtype=np.int64),
+                int(image.image_id),
             )
         )
     if not images:

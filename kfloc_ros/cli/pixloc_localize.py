@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``kfloc pixloc localize``: where was this picture taken, and how well does it fit?"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from kfloc_ros.geometry.camera import Camera
+    from kfloc_ros.types import Matrix
+
+DESCRIPTION = """\
+Find the pose of one picture, print it as 'name qw qx qy qz tx ty tz' (world to camera, as PixLoc's result files), and
+draw the map's points over the picture.
+
+DIR is a map of `kfloc map build`, or a COLMAP model (cameras, images, points3D as .bin or .txt) together with
+--images and --weights: then PixLoc's own network aligns the picture, from the images most like it.
+"""
+
+EPILOG = """\
+examples:
+  kfloc pixloc localize photo.jpg --map maps/kitchen --camera PINHOLE 640 480 525 525 320 240
+  kfloc pixloc localize photo.jpg --map sparse/0 --images images --weights pixloc_megadepth.safetensors --cache f.st
+"""
+
+
+def add_parser(actions: Any) -> None:
+    """Register ``kfloc pixloc localize``."""
+    parser = actions.add_parser(
+        "localize",
+        help="find the pose of one picture in a map",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("image", type=Path, metavar="IMAGE", help="the picture")
+    parser.add_argument("--map", required=True, metavar="DIR", help="map folder or name, or folder of a COLMAP model")
+    parser.add_argument(
+        "--camera", nargs="+", metavar="WORD",
+        help="COLMAP's model, width, height and parameters (default: the map's camera, if the proportions agree)",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, metavar="FILE", help="picture to write (default: IMAGE_pose.png)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write pose, covariance and score")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where networks run")
+    group = parser.add_argument_group("with a COLMAP model")
+    group.add_argument("--images", type=Path, metavar="DIR", help="folder of the model's images")
+    group.add_argument("--weights", type=Path, metavar="FILE", help="PixLoc model, as `kfloc convert` writes")
+    group.add_argument("--cache", type=Path, metavar="FILE", help="keep the reference features for the next picture")
+    group.add_argument("--tries", type=int, default=3, metavar="N", help="images to start from (default: 3)")
+    parser.set_defaults(run_action=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Localize; 1 if no pose was found."""
+    from kfloc_ros.errors import ConfigError
+    from kfloc_ros.pixloc.run import read_image
+
+    image = read_image(args.image)
+    if args.weights is None:
+        if args.overrides:
+            raise ConfigError(f"Options such as '{args.overrides[0]}' are for a COLMAP model with --weights.")
+        answer = _in_map(args, image)
+    else:
+        answer = _in_model(args, image)
+    print(answer.text)
+    if answer.picture is not None:
+        import cv2
+
+        out = args.out or args.image.with_name(f"{args.image.stem}_pose.png")
+        if not cv2.imwrite(str(out), answer.picture[..., ::-1]):
+            raise ConfigError(f"The picture '{out}' cannot be written.")
+        print(f"picture: {out}")
+    if args.json is not None:
+        args.json.write_text(json.dumps(answer.values, indent=1) + "\n")
+    return 0 if answer.values["T_map_camera"] is not None else 1
+
+
+class _Answer:
+    """What is printed, drawn and written."""
+
+    def __init__(
+        self, name: str, T: Matrix | None, words: str, picture: NDArray[np.uint8] | None, **values: Any
+    ) -> None:
+        from kfloc_ros.pixloc.pose_file import pose_line
+
+        self.text = words if T is None else f"{pose_line(name, T)}\n{words}"
+        self.picture = picture
+        self.values = {"T_map_camera": None if T is None else T.tolist(), **values}
+
+
+def _camera(args: argparse.Namespace, image: NDArray[np.uint8], of_map: Camera) -> Camera:
+    """The picture's camera, or the map's if it can be."""
+    from kfloc_ros.errors import ConfigError
+    from kfloc_ros.geometry.colmap import camera_from_parameters
+
+    height, width = image.shape[:2]
+    if args.camera:
+        try:
+            model, w, h, *parameters = args.camera
+            camera = camera_from_parameters(model, int(w), int(h), [float(p) for p in parameters])
+        except ValueError as error:
+            raise ConfigError(f"--camera takes MODEL width height and numbers: {error}") from error
+        if (camera.width, camera.height) != (width, height):
+            raise ConfigError(f"--camera is {camera.width}x{camera.height}, but the picture is {width}x{height}.")
+        return camera
+    if abs(width / height - of_map.width / of_map.height) > 0.01:
+        raise ConfigError(
+            f"The picture is {width}x{height} and the map's camera {of_map.width}x{of_map.height}, so it was another "
+            "camera; say which with --camera MODEL width height parameters."
+        )
+    print("camera: taken to be the map's; say otherwise with --camera", file=sys.stderr)
+    return of_map.scaled_to(width, height)
+
+
+def _in_map(args: argparse.Namespace, image: NDArray[np.uint8]) -> _Answer:
+    """The fast family: coarse pose or search of the map, then alignment."""
+    import numpy as np
+
+    from kfloc_ros.device import choose_device
+    from kfloc_ros.geometry.camera import ImageAdapter
+    from kfloc_ros.localizer import Localizer, LocalizerConfig
+    from kfloc_ros.mapping.scene_map import SceneMap, resolve_map
+    from kfloc_ros.types import Frame, PoseEstimate, TrackingState
+    from kfloc_ros.visualization.overlay import OverlayPainter
+
+    device = choose_device(args.device)
+    scene_map = SceneMap.load(resolve_map(args.map))
+    adapter = ImageAdapter(_camera(args, image, scene_map.camera), scene_map.camera)
+    adapted = adapter(image)
+    localizer = Localizer(scene_map, LocalizerConfig(device=str(device)))
+    estimate = localizer.process(Frame(adapted, scene_map.camera, stamp_ns=1, name=args.image.name))
+    painter = OverlayPainter(scene_map.references, scene_map.camera)
+    pictures = [painter.paint(adapted, estimate)]
+    coarse = estimate.coarse
+    if coarse is not None and coarse.success and estimate.alignment is not None:
+        start = PoseEstimate(1, TrackingState.DEGRADED, "before the alignment", T_map_camera=coarse.T_map_camera)
+        pictures.insert(0, painter.paint(adapted, start))
+    cost = estimate.alignment.final_cost if estimate.alignment is not None else None
+    words = f"{estimate.state.value}{': ' + estimate.reason if estimate.reason else ''}"
+    covariance = None if estimate.covariance is None else estimate.covariance.tolist()
+    return _Answer(
+        args.image.name, estimate.T_map_camera, words, np.concatenate(pictures, axis=1),
+        state=estimate.state.value, reason=estimate.reason, covariance=covariance,
+        alignment_cost=cost if cost is not None and np.isfinite(cost) else None,
+    )  # fmt: skip
+
+
+def _in_model(args: argparse.Namespace, image: NDArray[np.uint8]) -> _Answer:
+    """The reference family: PixLoc's network and a COLMAP model."""
+    import numpy as np
+
+    from kfloc_ros.device import choose_device
+    from kfloc_ros.errors import ConfigError
+    from kfloc_ros.pixloc.model import load_model
+    from kfloc_ros.pixloc.own_picture import localize_picture
+    from kfloc_ros.pixloc.reference_refiner import ReferenceRefiner
+    from kfloc_ros.pixloc.run import gather_views, view_settings
+    from kfloc_ros.pixloc.run_options import run_options
+    from kfloc_ros.pixloc.scene import read_scene
+    from kfloc_ros.visualization.moved_points import draw_moved_points
+
+    if args.images is None:
+        raise ConfigError("With --weights, --images names the folder of the COLMAP model's images.")
+    if args.tries < 1:
+        raise ConfigError(f"--tries takes 1 or more, got {args.tries}.")
+    options = run_options("7scenes", from_poses=False, words=args.overrides)
+    model, scene = load_model(args.weights).to(choose_device(args.device)), read_scene(Path(args.map))
+    camera = _camera(args, image, scene.images[0].camera)
+    store = gather_views(model, scene, range(len(scene.images)), args.images, view_settings(options), cache=args.cache)
+    refiner = ReferenceRefiner(model, scene, store, options.settings())
+    results = list(localize_picture(refiner, image, camera, tries=args.tries))
+    best = max(results, key=lambda r: (r.success, r.score.value))
+    rows = np.unique(np.concatenate([scene.images[k].point_rows for k in best.views]))
+    picture = draw_moved_points(image, camera, scene.points[rows], best.T_map_camera_init, best.T_map_camera)
+    names = [scene.images[k].name for k in best.views]
+    words = f"score {best.score.value:.2f} with {best.point_count} points of {', '.join(names)}"
+    words = words if best.success else f"not aligned: {best.reason}"
+    covariance = None if best.covariance is None else best.covariance.tolist()
+    return _Answer(
+        args.image.name, best.T_map_camera if best.success else None, words, picture,
+        reason=best.reason, score=best.score.value, covariance=covariance, references=names,
+    )  # fmt: skip
