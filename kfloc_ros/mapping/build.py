@@ -28,6 +28,8 @@ from kfloc_ros.mapping.survey import HOLD_OUT_LENGTH, Survey, SurveySettings, de
 from kfloc_ros.mapping.views import View, map_camera
 from kfloc_ros.training.scene_head import MIN_STEPS_PER_SECOND, HeadProgress, HeadTraining, train_head
 
+MIN_CALIBRATION_VIEWS = 3
+
 
 @dataclass(frozen=True)
 class MapBuildConfig:
@@ -209,11 +211,12 @@ def _train(
 
 
 def _affordable(survey: Survey, pace: Pace) -> tuple[list[View], list[int]]:
-    """Held-out views, with their stamps, that there is time to calibrate with: whole runs, evenly chosen."""
+    """Held-out views, with their stamps, that there is time to calibrate with: evenly chosen runs."""
     count = pace.calibration_views(len(survey.held_out), survey.trunk_pass_s)
     runs = -(-len(survey.held_out) // HOLD_OUT_LENGTH)
     step = -(-runs // max(1, count // HOLD_OUT_LENGTH))
     chosen = [k for k in range(len(survey.held_out)) if (k // HOLD_OUT_LENGTH) % step == 0]
+    chosen = chosen[: max(count, MIN_CALIBRATION_VIEWS)]
     return [survey.held_out[k] for k in chosen], [survey.stamps_ns[k] for k in chosen]
 
 

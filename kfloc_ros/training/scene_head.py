@@ -54,7 +54,6 @@ def train_head(
     settings: HeadTraining,
     device: torch.device,
     on_progress: Callable[[HeadProgress], None],
-    extra_loss: Callable[[SCoordNet, torch.Generator], torch.Tensor] | None = None,
 ) -> SCoordNet:
     """Fit a head to cells for a given time or number of steps.
 
@@ -64,7 +63,6 @@ def train_head(
         settings: time, size and schedule.
         device: where to train.
         on_progress: called about four times a second.
-        extra_loss: added to the loss of every step, for what has no coordinates to fit.
 
     Returns:
         The head, in evaluation mode, on the CPU.
@@ -86,8 +84,6 @@ def train_head(
             predicted, log_scale = head(inputs[index].float())
         error = (predicted - coordinates[index]).norm(dim=1)
         loss = laplace_nll(error, log_scale).mean()
-        if extra_loss is not None:
-            loss = loss + extra_loss(head, generator)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(head.parameters(), 1.0)
