@@ -18,7 +18,7 @@ from kfloc_ros.errors import FrameError
 
 Rgb = NDArray[np.uint8]
 
-MAX_SIDE_PX = 32_767
+MAX_SIDE_PX = 32_766
 """OpenCV undistorts no larger images."""
 _JPEG_START, _JPEG_SCAN, _JPEG_END = b"\xff\xd8", b"\xff\xda", b"\xff\xd9"
 _PNG_START = b"\x89PNG\r\n\x1a\n"
@@ -92,7 +92,7 @@ def decode_image(message: Any) -> Rgb:
         raise FrameError(
             f"An image of {width}x{height} in '{message.encoding}' needs {needed} bytes, but has {data.size}."
         )
-    rows = np.lib.stride_tricks.as_strided(data, (height, row_bytes), (step, 1), writeable=False)
+    rows = np.lib.stride_tricks.as_strided(data, (height, row_bytes), (step, 1))
     return _to_rgb(rows, width, layout, bool(message.is_bigendian))
 
 

@@ -105,12 +105,16 @@ class Harness:
             setattr(message, name, value)
         self._publishers["info"].publish(message)
 
-    def send_image(self, image: NDArray[np.uint8], stamp_ns: int, **changes: Any) -> None:
+    def image_message(self, image: NDArray[np.uint8], stamp_ns: int = 0) -> Any:
         from sensor_msgs.msg import Image
 
         message = fill_image(Image(), image)
         fill_stamp(message.header.stamp, stamp_ns)
         message.header.frame_id = "camera"
+        return message
+
+    def send_image(self, image: NDArray[np.uint8], stamp_ns: int, **changes: Any) -> None:
+        message = self.image_message(image, stamp_ns)
         for name, value in changes.items():
             setattr(message, name, value)
         self._publishers["raw"].publish(message)
