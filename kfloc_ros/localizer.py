@@ -17,6 +17,7 @@ from kfloc_ros.errors import FrameError
 from kfloc_ros.features.trunk import Trunk, TrunkFeatures
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import Matrix
+from kfloc_ros.judgement import JudgementSettings, judge
 from kfloc_ros.kfnet import kalman
 from kfloc_ros.kfnet.filter import NO_PRIOR, Filtered, FilterSettings, NisMode, SceneCoordinateFilter
 from kfloc_ros.mapping.first_fix import UNRELATED_COST, FirstFix
@@ -199,7 +200,13 @@ class RefineStage:
         self._track = Track(TrackSettings(check_period=config.tracking_check_period))
         self._tracks = config.tracking and config.refine
         self._had_pose = False
+        self._judgement = JudgementSettings(min_inlier_ratio=calibration.min_inlier_ratio)
         self._suggested: tuple[Matrix, ...] = ()
+
+    @property
+    def refiner(self) -> Refiner:
+        """What aligns poses; it keeps nothing from one call to the next."""
+        return self._refiner
 
     def suggest(self, starts: Sequence[Matrix]) -> None:
         """Have the next frame try further poses ``T_map_camera`` to start from, such as a user's guess; any thread.
@@ -249,7 +256,7 @@ class RefineStage:
             if not alignment.success and self._first_fix is not None:
                 with _timed(timings, "first_fix"):
                     alignment = self._search(features, alignment)
-        return self._finish(self._judge(frame.stamp_ns, coarse, alignment), timings)
+        return self._finish(self._judge(coarse, alignment), timings)
 
     def _checked(self, alignment: Alignment, coarse: CoarsePose, features: TrunkFeatures) -> Alignment:
         """The alignment if it agrees with the coarse pose, else the better of it and one from the coarse pose."""
@@ -274,22 +281,9 @@ class RefineStage:
         found = self._first_fix.find(features, lambda starts: self._refiner.align(features, starts))
         return found if found.success else replace(failed, reason=f"{failed.reason}; searched the map: {found.reason}")
 
-    def _judge(self, stamp_ns: int, coarse: CoarseResult, alignment: Alignment | None) -> PoseEstimate:
-        pose = coarse.pose
-        common = PoseEstimate(
-            stamp_ns, TrackingState.TRACKING, "", coarse=pose, filter=coarse.filter, alignment=alignment
-        )
-        if alignment is not None and alignment.success:
-            return replace(common, T_map_camera=alignment.T_map_camera, covariance=alignment.covariance)
-        if pose.success:
-            state = TrackingState.DEGRADED if alignment is not None else TrackingState.TRACKING
-            reason = f"not refined: {alignment.reason}" if alignment is not None else ""
-            return replace(
-                common, state=state, reason=reason, T_map_camera=pose.T_map_camera, covariance=pose.covariance
-            )
-        state = TrackingState.LOST if self._had_pose else TrackingState.INITIALIZING
-        reason = pose.reason if alignment is None else f"{pose.reason}; {alignment.reason}"
-        return replace(common, state=state, reason=reason)
+    def _judge(self, coarse: CoarseResult, alignment: Alignment | None) -> PoseEstimate:
+        stamp_ns, had_pose = coarse.stamp_ns, self._had_pose
+        return judge(stamp_ns, coarse.pose, coarse.filter, alignment, had_pose=had_pose, settings=self._judgement)
 
     def reset(self, reason: str) -> None:
         """Forget the motion; the next frame stands on its coarse pose alone."""

@@ -21,7 +21,7 @@ from kfloc_ros.features.trunk import COARSE_STRIDE, Trunk
 from kfloc_ros.geometry.lie import Matrix, make_pose, so3_exp
 from kfloc_ros.kfnet.filter import warp
 from kfloc_ros.kfnet.oflownet import backward_flow
-from kfloc_ros.localizer import Localizer, LocalizerConfig
+from kfloc_ros.localizer import CoarseStage, Localizer, LocalizerConfig
 from kfloc_ros.mapping.scene_map import Calibration, SceneMap
 from kfloc_ros.mapping.views import View, cell_coordinates
 from kfloc_ros.pixloc.cost import RobustLoss
@@ -33,6 +33,9 @@ ONE_SIGMA = 0.6827
 CHI2_6_MEDIAN = 5.348
 TEMPERATURES = (0.005, 0.01, 0.02, 0.04, 0.08)
 MIN_WRONG = 5
+MAX_MIRRORED = 20
+"""Mirrored views that are localized at most."""
+RATIO_LIMITS = 0.1, 0.5
 GOOD_M, GOOD_DEG = 0.10, 5.0
 """An alignment nearer to the truth than this is a good one."""
 WRONG_START = make_pose(so3_exp(np.array([0.0, 0.5, 0.0])), np.array([0.5, 0.0, 0.0]))
@@ -135,11 +138,13 @@ def _calibrate_poses(draft: SceneMap, views: Sequence[View], stamps_ns: Sequence
     aside. Query views differ more from the references than held-out mapping views do, so it must not hug the good.
     """
     localizer = Localizer(draft, LocalizerConfig(device=device))
-    coarse, refined, costs = [], [], []
+    coarse, refined, costs, ratios = [], [], [], []
     for view, stamp in zip(views, stamps_ns, strict=True):
         estimate = localizer.process(Frame(view.image, view.camera, stamp, view.index))
         if estimate.coarse is not None and estimate.coarse.success:
             coarse.append(_mahalanobis(view.T_map_camera, estimate.coarse.T_map_camera, estimate.coarse.covariance))
+            if _is_good(view.T_map_camera, estimate.coarse.T_map_camera):
+                ratios.append(estimate.coarse.inlier_ratio)
         alignment = estimate.alignment
         if alignment is not None and alignment.success and _is_good(view.T_map_camera, alignment.T_map_camera):
             refined.append(_mahalanobis(view.T_map_camera, alignment.T_map_camera, alignment.covariance))
@@ -150,6 +155,7 @@ def _calibrate_poses(draft: SceneMap, views: Sequence[View], stamps_ns: Sequence
         coarse_covariance_scale=_median_scale(coarse),
         refined_covariance_scale=_median_scale(refined),
         max_alignment_cost=_threshold(costs, _wrong_costs(draft, views, device)),
+        min_inlier_ratio=_ratio_threshold(ratios, _mirrored_ratios(draft, views, stamps_ns, device)),
     )
 
 
@@ -165,6 +171,24 @@ def _wrong_costs(draft: SceneMap, views: Sequence[View], device: str) -> list[fl
         if alignment.success and not _is_good(view.T_map_camera, alignment.T_map_camera):
             wrong.append(alignment.final_cost)
     return wrong
+
+
+def _mirrored_ratios(draft: SceneMap, views: Sequence[View], stamps_ns: Sequence[int], device: str) -> list[float]:
+    """Inlier ratios of coarse poses of mirrored views: of a room that is not the map's, but looks like it."""
+    stage = CoarseStage(draft, LocalizerConfig(device=device, filter=False))
+    ratios = []
+    for i in range(0, len(views), max(len(views) // MAX_MIRRORED, 1)):
+        image = np.ascontiguousarray(views[i].image[:, ::-1])
+        ratios.append(stage.process(Frame(image, views[i].camera, stamps_ns[i])).pose.inlier_ratio)
+    draft.head.to("cpu")
+    return ratios
+
+
+def _ratio_threshold(good: Sequence[float], wrong: Sequence[float]) -> float:
+    """Midway between the least that good coarse poses have and the most that wrong ones have, 5 % of each set aside."""
+    if len(good) < MIN_WRONG or len(wrong) < MIN_WRONG:
+        return Calibration().min_inlier_ratio
+    return float(np.clip((np.quantile(good, 0.05) + np.quantile(wrong, 0.95)) / 2, *RATIO_LIMITS))
 
 
 def _threshold(good: Sequence[float], wrong: Sequence[float]) -> float:

@@ -99,6 +99,7 @@ def _calibration(a: Calibration, b: Calibration) -> Calibration:
         coarse_covariance_scale=max(a.coarse_covariance_scale, b.coarse_covariance_scale),
         refined_covariance_scale=max(a.refined_covariance_scale, b.refined_covariance_scale),
         max_alignment_cost=max(a.max_alignment_cost, b.max_alignment_cost),
+        min_inlier_ratio=max(a.min_inlier_ratio, b.min_inlier_ratio),
     )
 
 
