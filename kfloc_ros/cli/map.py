@@ -121,7 +121,8 @@ def describe(scene_map: Any) -> str:
         "heads": f"{len(heads_of(scene_map.head))}, of {scene_map.head.blocks} blocks of {scene_map.head.width}",
         "calibration": (
             f"variance x{c.measurement_variance_scale:.2f}, flow temperature {c.flow_temperature:g}, "
-            f"process x{c.process_scale:.2f}, alignment cost <= {c.max_alignment_cost:.3f}"
+            f"process x{c.process_scale:.2f}, alignment cost <= {c.max_alignment_cost:.3f}, "
+            f"inlier ratio >= {c.min_inlier_ratio:.2f}"
         ),
         **{key.replace("_", " "): str(value) for key, value in scene_map.provenance.items()},
     }
