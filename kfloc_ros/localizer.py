@@ -208,6 +208,11 @@ class RefineStage:
         """What aligns poses; it keeps nothing from one call to the next."""
         return self._refiner
 
+    @property
+    def refiner(self) -> Refiner:
+        """What aligns poses; it keeps nothing from one call to the next."""
+        return self._refiner
+
     def suggest(self, starts: Sequence[Matrix]) -> None:
         """Have the next frame try further poses ``T_map_camera`` to start from, such as a user's guess; any thread.
 

@@ -35,6 +35,7 @@ COMMANDS = {
     "labels": Command("kfloc_ros.cli.labels", "write scene-coordinate labels in KFNet's format"),
     "coordinates": Command("kfloc_ros.cli.coordinates", "write scene-coordinate maps in KFNet's format"),
     "pnp": Command("kfloc_ros.cli.pnp", "camera poses of scene-coordinate maps in KFNet's format"),
+    "show": Command("kfloc_ros.cli.show", "see what happens inside: pictures, videos, point clouds, a page"),
     "train": Command("kfloc_ros.cli.train", "train KFNet's networks"),
     "pixloc": Command("kfloc_ros.cli.pixloc", "run PixLoc on the benchmarks' data sets, or on one picture"),
     "demo": Command("kfloc_ros.cli.demo", "the whole path on a scene that the project renders itself"),

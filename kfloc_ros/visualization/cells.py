@@ -22,9 +22,9 @@ from kfloc_ros.types import SceneCoordinates
 
 NO_VALUE = (90, 90, 90)
 """Grey: the cell has no number, or one that is not to be trusted."""
-MAX_FLOW_CELLS = 6.0
+MAX_FLOW_CELLS = 3.0
 """Flow of this length, and longer, has the full colour."""
-MAX_FLOW_SIGMA_CELLS = 0.6
+MAX_FLOW_SIGMA_CELLS = 0.9
 """Flow less certain than this is suppressed."""
 
 
@@ -148,7 +148,7 @@ def flow_wheel(side: int = 64) -> NDArray[np.uint8]:
 
 
 def coordinates_picture(
-    coordinates: SceneCoordinates, bounds_m: Sequence[Sequence[float]], title: str = "scene coordinates"
+    coordinates: SceneCoordinates, bounds_m: Sequence[ArrayLike], title: str = "scene coordinates"
 ) -> CellPicture:
     """x, y, z of the map frame as red, green, blue, from the smallest to the largest corner of the map."""
     low, high = (np.array(corner, dtype=np.float64) for corner in bounds_m)

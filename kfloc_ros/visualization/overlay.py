@@ -44,11 +44,18 @@ def draw_overlay(image: NDArray[np.uint8], estimate: PoseEstimate, points: Repro
 
 
 def _draw_points(picture: NDArray[np.uint8], points: Reprojection, radius_px: int) -> None:
-    colours = RESIDUAL.rgb(points.residuals).tolist()
+    colours = RESIDUAL.rgb(points.residuals)
     worst_last = np.argsort(points.residuals)
-    places = np.rint(points.pixels).astype(int).tolist()
-    for k in worst_last.tolist():
-        cv2.circle(picture, places[k], radius_px, colours[k], cv2.FILLED, cv2.LINE_AA)
+    draw_points(picture, points.pixels[worst_last], colours[worst_last], radius_px)
+
+
+def draw_points(
+    picture: NDArray[np.uint8], pixels: NDArray[np.floating], colours: NDArray[np.uint8], radius_px: int
+) -> None:
+    """Draw discs at pixels (N, 2) in RGB colours (N, 3) into a picture, later ones over earlier ones."""
+    places = np.rint(pixels).astype(int).tolist()
+    for place, colour in zip(places, colours.tolist(), strict=True):
+        cv2.circle(picture, place, radius_px, colour, cv2.FILLED, cv2.LINE_AA)
 
 
 def _draw_caption(picture: NDArray[np.uint8], state: TrackingState, caption: str, scale: float) -> None:

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``kfloc show cells|filter|flow|confidence``: one sheet of pictures a frame."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from tqdm import tqdm
+
+from kfloc_ros.cli.arguments import open_source_from
+from kfloc_ros.errors import DrawingError
+from kfloc_ros.localizer import Localizer, LocalizerConfig
+from kfloc_ros.mapping.picture import up_axis
+from kfloc_ros.mapping.scene_map import SceneMap, resolve_map
+from kfloc_ros.visualization.filter_views import caption, confidence_panels, filter_panels, flow_panels
+from kfloc_ros.visualization.rerun import Recording
+from kfloc_ros.visualization.rerun_views import log_filter
+from kfloc_ros.visualization.series import PictureSeries
+from kfloc_ros.visualization.sheet import Panel, Sheet
+from kfloc_ros.visualization.stored_cells import show_stored
+from kfloc_ros.visualization.stream import Seen, is_coordinate_folder, watch
+from kfloc_ros.visualization.stream_cells import CellStream
+
+Item = TypeVar("Item")
+
+
+def progress(items: Iterable[Item], total: int, unit: str = "frame") -> Iterable[Item]:
+    """The items, counted on stderr where that is a terminal."""
+    bar: Iterable[Item] = tqdm(items, total=total, unit=unit, disable=not sys.stderr.isatty())
+    return bar
+
+
+def open_recording(args: argparse.Namespace, title: str, up: tuple[int, float], **views: Sequence[str]) -> Any | None:
+    """The Rerun recording that was asked for, or None.
+
+    Raises:
+        DrawingError: Rerun is not installed, or there is no display for it.
+    """
+    if not args.rerun and not args.live:
+        return None
+    path = args.out / f"{args.verb}.rrd" if args.rerun else None
+    return Recording(title, path=path, live=args.live, up=up, **views)
+
+
+def filter_sheets(args: argparse.Namespace) -> list[str]:
+    """``kfloc show filter``."""
+    config = LocalizerConfig(device=args.device)
+    pictures = ("map/camera/image", *(f"filter/{name}" for name in ("measurement", "nis", "flow", "posterior")))
+
+    def log(recording: Recording, seen: Seen) -> None:
+        log_filter(recording, seen, config.nis_threshold)
+
+    return _sheets(
+        args, 3, lambda s: filter_panels(s.frame, s.coarse, config.nis_threshold), log, {"pictures": pictures}
+    )
+
+
+def flow(args: argparse.Namespace) -> list[str]:
+    """``kfloc show flow``."""
+    return _sheets(args, 2, lambda s: flow_panels(s.frame, s.coarse))
+
+
+def confidence(args: argparse.Namespace) -> list[str]:
+    """``kfloc show confidence``."""
+    return _sheets(args, 2, lambda s: confidence_panels(s.frame, s.coarse))
+
+
+def _sheets(
+    args: argparse.Namespace,
+    columns: int,
+    panels_of: Callable[[Seen], list[Panel]],
+    log: Callable[[Recording, Seen], None] | None = None,
+    views: dict[str, Sequence[str]] | None = None,
+) -> list[str]:
+    source = open_source_from(args, depth=False)
+    scene_map = SceneMap.load(resolve_map(args.map))
+    localizer = Localizer(scene_map, LocalizerConfig(device=args.device))
+    recording = None
+    if log is not None:
+        recording = open_recording(args, f"{scene_map.name}: {args.verb}", up_axis(scene_map), **(views or {}))
+    sheet = Sheet(columns, scene_map.camera.width, scene_map.camera.height)
+    with series_of(args) as series:
+        for seen in progress(watch(localizer, source, refine=False), len(source)):
+            series.add(seen.frame.index, sheet.draw(caption(source.name, seen.frame, seen.coarse), panels_of(seen)))
+            if recording is not None and log is not None:
+                log(recording, seen)
+    return series.written + closed(recording, args)
+
+
+def cells(args: argparse.Namespace) -> list[str]:
+    """``kfloc show cells``."""
+    folder = Path(args.source)
+    if is_coordinate_folder(folder):
+        with series_of(args) as series:
+            written = list(progress(show_stored(folder, args.out, series, args.max_sigma, args.voxel), 0, "map"))
+        return [line for line in written if line] + series.written
+    if args.map is None:
+        raise DrawingError(
+            f"Scene coordinates of '{args.source}' need a map: give --map DIR. Only a folder that holds "
+            "coord_<number>.npy files is shown without."
+        )
+    source = open_source_from(args, depth=False)
+    scene_map = SceneMap.load(resolve_map(args.map))
+    localizer = Localizer(scene_map, LocalizerConfig(device=args.device, filter=not args.no_filter))
+    up = up_axis(scene_map)
+    recording = open_recording(args, f"{scene_map.name}: cells", up, pictures=("map/camera/image",))
+    stream = CellStream(scene_map.bounds_m, up, args.max_sigma, args.voxel)
+    camera = scene_map.camera
+    sheet = Sheet(2, camera.width, camera.height)
+    with series_of(args) as series:
+        for seen in progress(watch(localizer, source, refine=False), len(source)):
+            panels = stream.add(seen, args.out / "cells")
+            series.add(seen.frame.index, sheet.draw(caption(source.name, seen.frame, seen.coarse), panels))
+            if recording is not None:
+                stream.log(recording, seen)
+    title = f"{source.name} in {scene_map.name}"
+    return stream.write(args.out, title) + series.written + closed(recording, args)
+
+
+def series_of(args: argparse.Namespace) -> PictureSeries:
+    """Where a verb's sheets go.
+
+    Raises:
+        DrawingError: nothing would be written.
+    """
+    if args.no_pictures and args.no_video:
+        raise DrawingError("With both --no-pictures and --no-video there is nothing to write; leave one of them out.")
+    return PictureSeries(
+        args.out, args.verb, pictures=not args.no_pictures, video=not args.no_video, fps=float(np.clip(args.fps, 1, 60))
+    )
+
+
+def closed(recording: Recording | None, args: argparse.Namespace) -> list[str]:
+    """What to say of a recording."""
+    if recording is None:
+        return []
+    recording.close()
+    return [f"{args.out / (args.verb + '.rrd')}: open it with `rerun FILE`"] if args.rerun else []

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A localization as one HTML file: points, cameras and steps in 3-D, images beside them. It needs no network.
+
+The page is ``web/viewer.html`` with ``web/viewer.js``, ``web/three.min.js`` and the data put in. Points go in as 16-bit
+integers over their extent (a tenth of a millimetre in a room), residuals as bytes, images as JPEG.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kfloc_ros.errors import DrawingError
+from kfloc_ros.features.trunk import TrunkFeatures
+from kfloc_ros.geometry.lie import Matrix
+from kfloc_ros.mapping.picture import up_axis
+from kfloc_ros.mapping.scene_map import SceneMap
+from kfloc_ros.pixloc.residuals import reproject_all
+from kfloc_ros.types import AlignmentStep
+from kfloc_ros.visualization.alignment_views import offset_between, reference_points
+from kfloc_ros.visualization.clouds import Cloud, cell_cloud, map_cloud
+from kfloc_ros.visualization.ply import merged, surest
+from kfloc_ros.visualization.stream import Seen
+
+MAX_MAP_POINTS, MAX_SEEN_POINTS = 60_000, 60_000
+MAX_SIGMA_M, VOXEL_M = 0.08, 0.02
+RESIDUAL_STEPS = 200
+"""A residual of 1 is stored as this; above 255 all are the same."""
+UNSEEN = 255
+JPEG_QUALITY = 78
+
+
+class LocalizationPage:
+    """Collects frames, then writes the page.
+
+    Args:
+        scene_map: of the place.
+        source: name of what is localized.
+        image_width: of the images in the page, pixels.
+    """
+
+    def __init__(self, scene_map: SceneMap, source: str, image_width: int = 480) -> None:
+        self._map, self._source = scene_map, source
+        self._scale = min(image_width / scene_map.camera.width, 1.0)
+        self._cloud = merged([], VOXEL_M)
+        self._frames: list[dict[str, Any]] = []
+
+    @property
+    def count(self) -> int:
+        return len(self._frames)
+
+    def add(self, seen: Seen) -> None:
+        """Add a frame with its coarse pose, the steps of its alignment, and its image."""
+        frame, estimate = seen.frame, seen.estimate
+        assert estimate is not None  # `watch` was asked to refine
+        if seen.coarse.scene_coordinates is not None:
+            cells = surest(cell_cloud(seen.coarse.scene_coordinates, frame.image), MAX_SIGMA_M)
+            self._cloud = merged([self._cloud, cells], VOXEL_M)
+        alignment = estimate.alignment
+        steps = alignment.steps if alignment is not None else ()
+        ids = alignment.reference_ids if steps and alignment is not None else ()
+        entry = {
+            "index": frame.index,
+            "state": estimate.state.value,
+            "reason": estimate.reason,
+            "image": _jpeg(frame.image, self._scale),
+            "coarse": _pose(seen.coarse.pose.T_map_camera),
+            "pose": _pose(estimate.T_map_camera),
+            "truth": _pose(frame.T_map_camera),
+            "references": [self._map.references.ids.index(ident) for ident in ids],
+            "steps": [_step(step, steps[-1].T_map_camera, frame.T_map_camera) for step in steps],
+            "residuals": self._residuals(seen.coarse.features, steps, ids),
+        }
+        self._frames.append(entry)
+
+    def write(self, path: Path) -> Path:
+        """Write the page.
+
+        Raises:
+            DrawingError: there are no frames, or the file cannot be written.
+        """
+        if not self._frames:
+            raise DrawingError("There is no frame to show.")
+        cloud = map_cloud(self._map, MAX_MAP_POINTS)
+        seen = self._cloud
+        thinned = slice(None, None, -(-max(len(seen.points), 1) // MAX_SEEN_POINTS))
+        axis, sign = up_axis(self._map)
+        views = self._map.references
+        camera = self._map.camera
+        data = {
+            "title": f"{self._source} in {self._map.name}",
+            "up": [sign if k == axis else 0 for k in range(3)],
+            "camera": [camera.width, camera.height, camera.fx, camera.fy, camera.cx, camera.cy],
+            "map": _packed(cloud),
+            "seen": _packed(Cloud(seen.points[thinned], seen.colours[thinned])),
+            "references": [_pose(T) for T in views.T_map_camera],
+            "reference_ids": list(views.ids),
+            "points": [_packed_points(view.points.cpu().numpy()) for view in views.views],
+            "residual_steps": RESIDUAL_STEPS,
+            "frames": self._frames,
+        }
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(_page(data), encoding="utf-8")
+        except OSError as error:
+            raise DrawingError(f"The page '{path}' cannot be written: {error.strerror}.") from error
+        return path
+
+    def _residuals(self, features: TrunkFeatures, steps: Sequence[AlignmentStep], ids: Sequence[int]) -> list[str]:
+        """One byte for every point of the references at every step; 255 where it is out of view."""
+        if not steps:
+            return []
+        points = reference_points(self._map, ids).to(features.fine.device)
+        rows = []
+        for step in steps:
+            residuals, in_view = reproject_all(features, points, step.T_map_camera, self._map.camera)
+            values = torch.where(in_view, (residuals * RESIDUAL_STEPS).round().clamp(0, UNSEEN - 1), UNSEEN)
+            rows.append(_text(values.to(torch.uint8).cpu().numpy()))
+        return rows
+
+
+def _page(data: dict[str, Any]) -> str:
+    folder = resources.files("kfloc_ros.visualization") / "web"
+    text = (folder / "viewer.html").read_text(encoding="utf-8")
+    # "</" would end the script that the data stands in
+    content = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("</", "<\\/")
+    parts = {
+        "/*THREE*/": (folder / "three.min.js").read_text(encoding="utf-8").replace("</script", "<\\/script"),
+        "/*VIEWER*/": (folder / "viewer.js").read_text(encoding="utf-8"),
+        "/*LICENCE*/": (folder / "three.LICENSE").read_text(encoding="utf-8"),
+        "/*DATA*/": content,
+    }
+    for mark, part in parts.items():
+        before, _, after = text.partition(mark)
+        text = before + part + after
+    return text
+
+
+def _packed(cloud: Cloud) -> dict[str, Any]:
+    return {**_packed_points(cloud.points), "colours": _text(np.ascontiguousarray(cloud.colours, dtype=np.uint8))}
+
+
+def _packed_points(points: NDArray[np.floating]) -> dict[str, Any]:
+    """Points (N, 3) as integers of 16 bits between two corners."""
+    points = np.asarray(points, dtype=np.float64).reshape(-1, 3)
+    if not len(points):
+        return {"low": [0, 0, 0], "size": [1, 1, 1], "points": ""}
+    low, high = points.min(axis=0), points.max(axis=0)
+    size = np.maximum(high - low, 1e-6)
+    steps = np.rint((points - low) / size * 65535).astype("<u2")
+    return {"low": low.tolist(), "size": size.tolist(), "points": _text(steps)}
+
+
+def _text(values: NDArray[Any]) -> str:
+    return base64.b64encode(values.tobytes()).decode("ascii")
+
+
+def _pose(T: Matrix | None) -> list[float] | None:
+    """The upper three rows of a pose, or None."""
+    return None if T is None else [round(float(v), 7) for v in T[:3].reshape(-1)]
+
+
+def _step(step: AlignmentStep, end: Matrix, truth: Matrix | None) -> dict[str, Any]:
+    away = offset_between(step.T_map_camera, end)
+    entry: dict[str, Any] = {
+        "pose": _pose(step.T_map_camera),
+        "cost": round(step.cost, 5) if np.isfinite(step.cost) else None,
+        "stride": step.stride,
+        "cm": round(100 * away.metres, 3),
+        "deg": round(away.degrees, 4),
+    }
+    if truth is not None:
+        error = offset_between(step.T_map_camera, truth)
+        entry |= {"error_cm": round(100 * error.metres, 2), "error_deg": round(error.degrees, 3)}
+    return entry
+
+
+def _jpeg(image: NDArray[np.uint8], scale: float) -> str:
+    size = (max(round(image.shape[1] * scale), 1), max(round(image.shape[0] * scale), 1))
+    small = cv2.resize(image, size, interpolation=cv2.INTER_AREA) if scale < 1.0 else image
+    _, data = cv2.imencode(".jpg", np.ascontiguousarray(small[..., ::-1]), [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
+    return base64.b64encode(data.tobytes()).decode("ascii")

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sheets: several pictures side by side with titles, colour bars and arrows, drawn once and then updated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kfloc_ros.visualization.cells import CellPicture, Scale, flow_wheel, palette
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+DPI = 100
+PANEL_WIDTH_IN, PANEL_HEIGHT_IN = 4.6, 3.25
+TITLE_HEIGHT_IN = 0.45
+SEPARATOR = "   |   "
+"""Between the parts of a title; narrow sheets break the line after the first part."""
+QUIET = "#666666"
+
+
+@dataclass(frozen=True, eq=False)
+class Arrows:
+    """Vectors drawn over a panel."""
+
+    places: NDArray[np.float64]
+    """(N, 2) pixels of the image."""
+    vectors: NDArray[np.float64]
+    """(N, 2) pixels."""
+
+
+@dataclass(frozen=True, eq=False)
+class Panel:
+    """One picture of a sheet; all of a sheet show the same field of view."""
+
+    title: str
+    rgb: NDArray[np.uint8] | None
+    """(h, w, 3); None where there is nothing to show in this frame."""
+    scale: Scale | None = None
+    wheel: bool = False
+    """Explain the colours of flow."""
+    arrows: Arrows | None = None
+    nothing: str = "nothing to show"
+    """Why there is no picture."""
+
+
+def panel_of(title: str, picture: CellPicture | None, scale: Scale, nothing: str) -> Panel:
+    """A panel of a cell picture; the scale is shown even while there is no picture."""
+    return Panel(title, None if picture is None else picture.rgb, scale, nothing=nothing)
+
+
+class Sheet:
+    """Draws sheets of one layout: the first one lays the figure out, later ones only change what differs.
+
+    Args:
+        columns: panels in a row.
+        width, height: of the image in pixels, that all panels are stretched to.
+    """
+
+    def __init__(self, columns: int, width: int, height: int) -> None:
+        self._columns, self._width, self._height = columns, width, height
+        self._canvas: Any = None
+        self._axes: list[Axes] = []
+        self._images: list[Any] = []
+        self._texts: list[Any] = []
+        self._quivers: list[Any] = []
+        self._title: Any = None
+
+    def draw(self, title: str, panels: Sequence[Panel]) -> NDArray[np.uint8]:
+        """The sheet as an RGB picture; all sheets of one layout have the same size."""
+        if self._canvas is None:
+            self._lay_out(panels)
+        wide = self._columns > 2
+        self._title.set_text(title if wide else title.replace(SEPARATOR, "\n", 1))
+        for k, panel in enumerate(panels):
+            self._update(k, panel)
+        self._canvas.draw()
+        self._canvas.figure.set_layout_engine("none")  # nothing moves from here on, and drawing takes half the time
+        return np.array(self._canvas.buffer_rgba(), dtype=np.uint8)[..., :3]
+
+    def _lay_out(self, panels: Sequence[Panel]) -> None:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        rows = -(-len(panels) // self._columns)
+        aspect = self._height / self._width
+        size = (
+            PANEL_WIDTH_IN * self._columns,
+            (PANEL_HEIGHT_IN * aspect / 0.75 + 0.1) * rows + TITLE_HEIGHT_IN,
+        )
+        figure = Figure(figsize=size, dpi=DPI, layout="constrained")
+        self._canvas = FigureCanvasAgg(figure)
+        self._title = figure.suptitle("", fontsize=11, x=0.01, ha="left")
+        grid = figure.subplots(rows, self._columns, squeeze=False).reshape(-1)
+        blank = np.full((2, 2, 3), 235, np.uint8)
+        extent = (-0.5, self._width - 0.5, self._height - 0.5, -0.5)
+        for axes, panel in zip(grid, panels, strict=False):
+            axes.set_xticks([])
+            axes.set_yticks([])
+            self._images.append(axes.imshow(blank, extent=extent, interpolation="nearest"))
+            self._texts.append(
+                axes.text(0.5, 0.5, "", transform=axes.transAxes, ha="center", va="center", color=QUIET, wrap=True)
+            )
+            self._quivers.append(None)
+            self._axes.append(axes)
+            if panel.scale is not None:
+                add_scale(figure, axes, panel.scale)
+            if panel.wheel:
+                _add_wheel(axes)
+        for axes in grid[len(panels) :]:
+            axes.set_axis_off()
+
+    def _update(self, k: int, panel: Panel) -> None:
+        axes, image = self._axes[k], self._images[k]
+        axes.set_title(panel.title, fontsize=10)
+        image.set_data(np.full((2, 2, 3), 235, np.uint8) if panel.rgb is None else panel.rgb)
+        self._texts[k].set_text(panel.nothing if panel.rgb is None else "")
+        if self._quivers[k] is not None:
+            self._quivers[k].remove()
+            self._quivers[k] = None
+        if panel.arrows is not None and len(panel.arrows.places):
+            self._quivers[k] = axes.quiver(
+                *panel.arrows.places.T,
+                *panel.arrows.vectors.T,
+                angles="xy",
+                scale_units="xy",
+                scale=1.0,
+                color="black",
+                width=0.0028,
+                headwidth=4,
+                headlength=4,
+                headaxislength=3.5,
+            )
+
+
+def add_scale(figure: Any, axes: Any, scale: Scale) -> None:
+    """A colour bar right of axes."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import ListedColormap, LogNorm, Normalize
+
+    norm = (LogNorm if scale.logarithmic else Normalize)(scale.low, scale.high)
+    bar = figure.colorbar(
+        ScalarMappable(norm, ListedColormap(palette(scale.palette) / 255.0)), ax=axes, shrink=0.92, pad=0.015, aspect=22
+    )
+    bar.set_label(scale.label, fontsize=8)
+    if scale.ticks:
+        bar.minorticks_off()
+        bar.set_ticks(list(scale.ticks), labels=[f"{tick:.3g}" for tick in scale.ticks])
+    bar.ax.tick_params(labelsize=7)
+
+
+def _add_wheel(axes: Any) -> None:
+    """The key to flow colours in a corner."""
+    inset = axes.inset_axes((0.0, 0.0, 0.16, 0.21))
+    inset.imshow(flow_wheel())
+    inset.set_xticks([])
+    inset.set_yticks([])

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs the localizer over a source for onlookers: every stage's result of every frame."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from kfloc_ros.datasets.base import FrameSource
+from kfloc_ros.errors import SourceError
+from kfloc_ros.geometry.camera import Camera, ImageAdapter
+from kfloc_ros.kfnet.files import read_coordinates, read_description
+from kfloc_ros.localizer import CoarseResult, Localizer
+from kfloc_ros.types import Frame, PoseEstimate, SceneCoordinates
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """One frame and what became of it."""
+
+    frame: Frame
+    """Brought to the map's camera."""
+    coarse: CoarseResult
+    estimate: PoseEstimate | None
+    """None where the refiner did not run."""
+
+
+def watch(localizer: Localizer, source: FrameSource, *, refine: bool) -> Iterator[Seen]:
+    """Localize frame after frame; without ``refine`` up to the coarse pose.
+
+    Raises:
+        SourceError: an image cannot be read.
+    """
+    adapter = ImageAdapter(source.camera, localizer.camera)
+    for frame in source:
+        adapted = replace(frame, image=adapter(frame.image), camera=adapter.target, depth_m=None)
+        coarse = localizer.coarse.process(adapted)
+        yield Seen(adapted, coarse, localizer.refine.process(adapted, coarse) if refine else None)
+
+
+@dataclass(frozen=True, eq=False)
+class StoredMap:
+    """A file ``coord_<i>.npy``."""
+
+    index: int
+    coordinates: SceneCoordinates
+
+
+def is_coordinate_folder(path: Path) -> bool:
+    """Whether a folder holds coordinate maps in KFNet's format."""
+    return path.is_dir() and any(path.glob("coord_*.npy"))
+
+
+def read_coordinate_folder(folder: Path) -> tuple[Camera, list[Path]]:
+    """The camera and the files of a folder of coordinate maps, in the order of their numbers.
+
+    Raises:
+        SourceError: a name is not ``coord_<i>.npy``, or the description is damaged.
+    """
+    numbered = {}
+    for path in folder.glob("coord_*.npy"):
+        number = path.stem.removeprefix("coord_")
+        if not number.isdecimal():
+            raise SourceError(f"'{path}' is not named coord_<number>.npy, as KFNet's coordinate maps are.")
+        numbered[int(number)] = path
+    return read_description(folder).camera, [numbered[k] for k in sorted(numbered)]
+
+
+def read_stored(path: Path) -> StoredMap:
+    """One coordinate map.
+
+    Raises:
+        SourceError: it is damaged.
+    """
+    coordinates = read_coordinates(path, read_description(path.parent))
+    return StoredMap(int(path.stem.removeprefix("coord_")), coordinates)
+
+
+def read_flow(folder: Path, index: int) -> np.ndarray | None:
+    """(h, w, 3) flow from image ``index`` to the one before, with 1/sigma; None where there is none."""
+    path = folder / f"{index}_{index - 1}_flow.npy"
+    if not path.is_file():
+        return None
+    try:
+        grid = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise SourceError(f"'{path}' is not a readable array: {error}") from error
+    if grid.ndim != 3 or grid.shape[2] != 3 or grid.dtype.kind != "f":
+        raise SourceError(f"'{path}' has the shape {grid.shape} ({grid.dtype}); a flow map is h x w x 3 floats.")
+    return np.asarray(grid, dtype=np.float32)
