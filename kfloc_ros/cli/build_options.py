@@ -80,27 +80,38 @@ def duration_s(text: str) -> float:
 
 
 TITLES = {"read": "reading views", "train": "training head", "calibrate": "calibrating", "place": "placing"}
+DONE = "done"
 
 
-class BuildBars:
-    """Progress bars, one for each stage of a build."""
+class StageBars:
+    """Progress bars, one for each stage, named as the stage is or as ``TITLES`` says."""
 
     def __init__(self) -> None:
         self._bars: dict[str, tqdm[Any]] = {}
 
-    def __call__(self, progress: BuildProgress) -> None:
-        """Show where a build stands."""
+    def __call__(self, stage: str, share_done: float, text: str = "") -> None:
+        """Show how much of a stage is done."""
         from tqdm import tqdm
 
-        if progress.stage not in self._bars:
+        if stage not in self._bars:
             for bar in self._bars.values():
                 bar.update(bar.total - bar.n)
                 bar.close()
-            if progress.stage in TITLES:
-                layout = "{desc:14} {percentage:3.0f}%|{bar:24}| {elapsed}, {remaining} left{postfix}"
-                title = TITLES[progress.stage]
-                self._bars[progress.stage] = tqdm(total=1.0, desc=title, bar_format=layout, file=sys.stderr)
-        if progress.stage in self._bars:
-            bar = self._bars[progress.stage]
-            bar.set_postfix_str(progress.text, refresh=False)
-            bar.update(progress.share_done - bar.n)
+            if stage == DONE:
+                return
+            layout = "{desc:16} {percentage:3.0f}%|{bar:24}| {elapsed}, {remaining} left{postfix}"
+            self._bars[stage] = tqdm(total=1.0, desc=TITLES.get(stage, stage), bar_format=layout, file=sys.stderr)
+        bar = self._bars[stage]
+        bar.set_postfix_str(text, refresh=False)
+        bar.update(share_done - bar.n)
+
+
+class BuildBars:
+    """Progress bars of a build."""
+
+    def __init__(self) -> None:
+        self._bars = StageBars()
+
+    def __call__(self, progress: BuildProgress) -> None:
+        """Show where a build stands."""
+        self._bars(progress.stage, progress.share_done, progress.text)

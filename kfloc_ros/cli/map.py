@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from kfloc_ros.cli.arguments import add_source_arguments, open_source_from
-from kfloc_ros.cli.build_options import BuildBars, add_build_options, build_config_from, provenance_of
+from kfloc_ros.cli.build_options import BuildBars, StageBars, add_build_options, build_config_from, provenance_of
 from kfloc_ros.cli.map_join import add_join
 from kfloc_ros.cli.map_tools import add_tools
 
 BUILD_EXAMPLE = """\
-example:
+examples:
   kfloc map build 7scenes:/data/redkitchen --split blocks50:train --out maps/kitchen
+  kfloc map build walk.mp4?every=10 --sfm out/walk --sfm-length 0 12 1.50 --out maps/walk
 
 Trains the map's scene-coordinate head, chooses reference views, calibrates on views held out, and writes the
 folder in one go at the end: interrupting a build leaves nothing behind.
@@ -41,6 +42,20 @@ def add_parser(subparsers: Any) -> None:
     build.add_argument("--name", default="", help="name of the map (default: that of the folder)")
     build.add_argument("--force", action="store_true", help="replace an existing map")
     add_build_options(build)
+    structure = build.add_argument_group("poses from the images alone")
+    structure.add_argument(
+        "--sfm",
+        type=Path,
+        metavar="DIR",
+        help="find the poses by structure from motion, and keep its model and images in DIR (read again as colmap:DIR)",
+    )
+    structure.add_argument(
+        "--sfm-length",
+        nargs=3,
+        metavar=("FRAME", "FRAME", "METRES"),
+        help="the distance between the camera's places in two frames, counted from 0, for the scale (default: from "
+        "the source's depth, or else its poses)",
+    )
     build.set_defaults(run_action=run_build)
     info = actions.add_parser("info", help="describe a map")
     info.add_argument("map", metavar="MAP", help="map folder, or name of an installed map")
@@ -61,11 +76,16 @@ def run_build(args: argparse.Namespace) -> int:
     """``kfloc map build``."""
     started = time.monotonic()
 
-    from kfloc_ros.mapping.build import build_map
+    from kfloc_ros.mapping.build import build_map, check_free
     from kfloc_ros.mapping.motion_depth import with_depth
+    from kfloc_ros.mapping.structure import known_length, reconstruct
 
     config = build_config_from(args)
-    source = with_depth(open_source_from(args, depth=not args.no_depth), hide=args.no_depth, device=config.device)
+    frames = open_source_from(args, depth=not args.no_depth)
+    if args.sfm is not None:
+        check_free(args.out, overwrite=args.force)
+        frames = reconstruct(frames, args.sfm, length=known_length(args.sfm_length), on_progress=StageBars())
+    source = with_depth(frames, hide=args.no_depth, device=config.device)
     command = shlex.join(["kfloc", "map", "build", args.source, "--out", str(args.out)])
     scene_map = build_map(
         source,
@@ -73,7 +93,7 @@ def run_build(args: argparse.Namespace) -> int:
         config,
         name=args.name,
         overwrite=args.force,
-        provenance=provenance_of(args, source, command),
+        provenance=provenance_of(args, source, command) | ({"poses": "from the images"} if args.sfm else {}),
         started=started,
         on_progress=BuildBars(),
     )

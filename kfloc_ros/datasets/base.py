@@ -26,6 +26,11 @@ class FrameSource(ABC):
     def camera(self) -> Camera:
         """Intrinsics of the colour images."""
 
+    @property
+    def camera_is_guess(self) -> bool:
+        """Whether the intrinsics are not known and only stand for a usual camera."""
+        return False
+
     @abstractmethod
     def __len__(self) -> int: ...
 
@@ -66,6 +71,10 @@ class Selection(FrameSource):
     @property
     def camera(self) -> Camera:
         return self._source.camera
+
+    @property
+    def camera_is_guess(self) -> bool:
+        return self._source.camera_is_guess
 
     def __len__(self) -> int:
         return len(self._positions)

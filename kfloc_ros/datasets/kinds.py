@@ -86,6 +86,18 @@ def _bag(path: str, poses: str, depth: bool) -> FrameSource:
     return RosBag(folder, words, depth=depth)
 
 
+def _images(path: str, poses: str, depth: bool) -> FrameSource:
+    from kfloc_ros.datasets.pictures import ImageFolder
+
+    return ImageFolder(Path(path))
+
+
+def _video(path: str, poses: str, depth: bool) -> FrameSource:
+    from kfloc_ros.datasets.pictures import open_video
+
+    return open_video(path)
+
+
 def _sim(path: str, poses: str, depth: bool) -> FrameSource:
     from kfloc_ros.simulation.source import SimulatedSource
 
@@ -109,6 +121,18 @@ def _is_colmap(root: Path) -> bool:
 
 def _is_seven_scenes(root: Path) -> bool:
     return _has("frame-*.color.*")(root) or _has("seq-*/frame-*.color.*")(root)
+
+
+def _is_image_folder(root: Path) -> bool:
+    from kfloc_ros.datasets.pictures import image_files
+
+    return bool(image_files(root)) and not (_is_seven_scenes(root) or (root / "image_list.txt").is_file())
+
+
+def _is_video(path: Path) -> bool:
+    from kfloc_ros.datasets.pictures import VIDEO_ENDINGS
+
+    return path.is_file() and path.suffix.lower() in VIDEO_ENDINGS
 
 
 def _is_transforms(path: Path) -> bool:
@@ -154,6 +178,12 @@ KINDS = {
         _bag,
         _is_bag,
     ),
+    "images": SourceKind(
+        "a folder of images without poses (find them with --sfm), and camera.txt if the camera is known",
+        _images,
+        _is_image_folder,
+    ),
+    "video": SourceKind("a video, or FILE?every=N for every N-th frame, without poses as images", _video, _is_video),
     "sim": SourceKind(
         "the rendered room of the demo: sim:map, sim:localize, or the shorter sim:map-quick, sim:localize-quick",
         _sim,

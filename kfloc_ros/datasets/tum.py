@@ -51,13 +51,7 @@ class TumSequence(PosedImages):
 def _camera(root: Path) -> Camera:
     path = root / CALIBRATION_FILE
     if path.is_file():
-        try:
-            width, height, *rest = (float(word) for word in path.read_text(encoding="utf-8").split())
-            fx, fy, cx, cy, *distortion = rest
-        except ValueError as error:
-            raise SourceError(f"'{path}' is not 'width height fx fy cx cy' and distortion: {error}") from error
-        model = "plumb_bob" if distortion else "none"
-        return Camera(int(width), int(height), fx, fy, cx, cy, model, tuple(distortion))
+        return read_calibration(path)
     match = re.search(r"(?:freiburg|fr)([123])", root.resolve().name)
     if match is None:
         raise SourceError(
@@ -65,6 +59,21 @@ def _camera(root: Path) -> Camera:
             f"Put a file {CALIBRATION_FILE} with 'width height fx fy cx cy' and the distortion there."
         )
     return CAMERAS[match[1]]
+
+
+def read_calibration(path: Path) -> Camera:
+    """The camera of a ``camera.txt``.
+
+    Raises:
+        SourceError: it is not one line of ``width height fx fy cx cy`` and the distortion.
+    """
+    try:
+        width, height, *rest = (float(word) for word in path.read_text(encoding="utf-8").split())
+        fx, fy, cx, cy, *distortion = rest
+    except ValueError as error:
+        raise SourceError(f"'{path}' is not 'width height fx fy cx cy' and distortion: {error}") from error
+    model = "plumb_bob" if distortion else "none"
+    return Camera(int(width), int(height), fx, fy, cx, cy, model, tuple(distortion))
 
 
 def _rows(path: Path) -> list[list[str]]:

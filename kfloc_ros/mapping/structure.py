@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Poses from the images alone: COLMAP finds features, matches and maps; then lengths become metres, and z points up.
+
+What a model does not know, its scale, comes from depth images, from poses that are known roughly (odometry, another
+tracker), or from one length that was measured.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from kfloc_ros.datasets.base import FrameSource
+from kfloc_ros.datasets.colmap import MIN_TRACK_LENGTH, camera_of
+from kfloc_ros.errors import SourceError
+from kfloc_ros.geometry.camera import ImageAdapter
+from kfloc_ros.geometry.lie import Matrix, inverse_pose, make_pose
+from kfloc_ros.mapping.sfm_source import ReconstructedSource
+
+EXHAUSTIVE_IMAGES = 120
+"""Up to so many images every pair is matched; longer sequences match neighbours, near and in doubling steps."""
+OVERLAP = 10
+MIN_REGISTERED = 8
+MIN_SHARE = 0.5
+"""Share of the images that must have found their place: less is a part of the recording only."""
+DEPTH_VIEWS = 30
+MIN_DEPTH_PAIRS = 200
+MIN_BASELINE_M = 0.05
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class KnownLength:
+    """The measured distance between the camera's places in two frames."""
+
+    first: int
+    second: int
+    metres: float
+
+
+def known_length(words: Sequence[str] | None) -> KnownLength | None:
+    """``FRAME FRAME METRES``, as given on a command line.
+
+    Raises:
+        SourceError: these are no two numbers of frames and a length.
+    """
+    if words is None:
+        return None
+    try:
+        return KnownLength(int(words[0]), int(words[1]), float(words[2]))
+    except (ValueError, IndexError) as error:
+        raise SourceError(f"--sfm-length takes two numbers of frames and metres, not '{' '.join(words)}'.") from error
+
+
+def reconstruct(
+    source: FrameSource,
+    folder: Path,
+    *,
+    length: KnownLength | None = None,
+    on_progress: Callable[[str, float], None] = lambda stage, share: None,
+) -> ReconstructedSource:
+    """Find the poses of a source's images; its own poses, if it has any, are used for nothing but the scale.
+
+    Args:
+        source: images in order, of one camera; if that is a guess, it is found, too.
+        folder: for the images, COLMAP's database and the model; must not exist.
+        length: that fixes the scale; else the source's depth does, or else its poses.
+        on_progress: told the stage and the share of it that is done.
+
+    Raises:
+        SourceError: the images do not fit together, or the scale cannot be told.
+    """
+    import pycolmap
+
+    if folder.exists():
+        raise SourceError(f"'{folder}' exists; name another folder for the reconstruction.")
+    images = folder / "images"
+    images.mkdir(parents=True)
+    try:
+        names = _write_images(source, images, on_progress)
+        database = folder / "database.db"
+        camera = source.camera.pinhole()
+        reader = pycolmap.ImageReaderOptions()
+        reader.camera_model = "SIMPLE_RADIAL" if source.camera_is_guess else "PINHOLE"
+        if not source.camera_is_guess:
+            reader.camera_params = f"{camera.fx},{camera.fy},{camera.cx + 0.5},{camera.cy + 0.5}"
+        on_progress("finding features", 0.0)
+        pycolmap.extract_features(database, images, camera_mode=pycolmap.CameraMode.SINGLE, reader_options=reader)
+        on_progress("matching", 0.0)
+        _match(database, len(names))
+        model = _largest_model(database, images, folder / "models", source, on_progress)
+    except (RuntimeError, ValueError) as error:
+        raise SourceError(f"The images of '{source.name}' could not be put together: {error}") from error
+    poses, points = _read(model, names)
+    if len(poses) < max(MIN_REGISTERED, MIN_SHARE * len(names)):
+        raise SourceError(
+            f"Only {len(poses)} of {len(names)} images of '{source.name}' found their place among the others. Record "
+            "more slowly, with more overlap and light, and move sideways rather than turn on the spot."
+        )
+    scale = _scale(source, poses, points, length)
+    T_map_model = _upright(poses)
+    model.transform(pycolmap.Sim3d(np.concatenate([scale * T_map_model[:3, :3], np.zeros((3, 1))], axis=1)))
+    (folder / "sparse").mkdir()
+    model.write(folder / "sparse")
+    shutil.rmtree(folder / "models", ignore_errors=True)
+    (folder / "database.db").unlink(missing_ok=True)
+    poses, points = _read(model, names)
+    found = camera_of(next(iter(model.cameras.values()))) if source.camera_is_guess else None
+    return ReconstructedSource(source, poses, points, found)
+
+
+def _write_images(source: FrameSource, images: Path, on_progress: Callable[[str, float], None]) -> list[str]:
+    adapter = ImageAdapter(source.camera, source.camera.pinhole())
+    names = []
+    for position in range(len(source)):
+        names.append(f"{position:06d}.png")
+        bgr = cv2.cvtColor(adapter(source[position].image), cv2.COLOR_RGB2BGR)
+        if not cv2.imwrite(str(images / names[-1]), bgr):
+            raise SourceError(f"'{images / names[-1]}' cannot be written.")
+        on_progress("writing images", (position + 1) / len(source))
+    return names
+
+
+def _match(database: Path, count: int) -> None:
+    import pycolmap
+
+    if count <= EXHAUSTIVE_IMAGES:
+        pycolmap.match_exhaustive(database)
+        return
+    pairing = pycolmap.SequentialPairingOptions()
+    pairing.overlap, pairing.quadratic_overlap = OVERLAP, True
+    pycolmap.match_sequential(database, pairing_options=pairing)
+
+
+def _largest_model(
+    database: Path, images: Path, out: Path, source: FrameSource, on_progress: Callable[[str, float], None]
+) -> Any:
+    import pycolmap
+
+    out.mkdir()
+    options = pycolmap.IncrementalPipelineOptions()
+    options.ba_refine_focal_length = options.ba_refine_extra_params = source.camera_is_guess
+    options.ba_refine_principal_point = False
+    options.min_model_size = MIN_REGISTERED
+    placed = 2
+
+    def next_image() -> None:
+        nonlocal placed
+        placed += 1
+        on_progress("placing images", min(1.0, placed / len(source)))
+
+    models = pycolmap.incremental_mapping(database, images, out, options, next_image_callback=next_image)
+    if not models:
+        raise SourceError(
+            "No two of the images could be put together: they show too little in common, or the camera only turned "
+            "on the spot. Record while moving sideways."
+        )
+    return max(models.values(), key=lambda model: int(model.num_reg_images()))
+
+
+def _read(model: Any, names: Sequence[str]) -> tuple[dict[int, Matrix], dict[int, Array]]:
+    """Poses, and the points that each image sees, by position."""
+    number = {name: position for position, name in enumerate(names)}
+    poses: dict[int, Matrix] = {}
+    points: dict[int, Array] = {}
+    for image in model.images.values():
+        if not image.has_pose:
+            continue
+        matrix = np.asarray(image.cam_from_world().matrix(), dtype=np.float64)
+        position = number[image.name]
+        poses[position] = inverse_pose(make_pose(matrix[:, :3], matrix[:, 3]))
+        seen = (model.points3D[p.point3D_id] for p in image.points2D if p.has_point3D())
+        points[position] = np.array(
+            [point.xyz for point in seen if point.track.length() >= MIN_TRACK_LENGTH], dtype=np.float64
+        ).reshape(-1, 3)
+    return dict(sorted(poses.items())), points
+
+
+def _scale(
+    source: FrameSource, poses: dict[int, Matrix], points: dict[int, Array], length: KnownLength | None
+) -> float:
+    """Metres of a unit of the model."""
+    if length is not None:
+        return _scale_from_length(poses, length, len(source))
+    scale = _scale_from_depth(source, poses, points)
+    if scale is None:
+        scale = scale_from_poses(poses, {k: T for k in poses if (T := source.pose(k)) is not None})
+    if scale is None:
+        raise SourceError(
+            f"How large things are cannot be told from images: '{source.name}' has neither depth nor poses. Measure "
+            "how far the camera was apart in two frames and pass --sfm-length FRAME FRAME METRES."
+        )
+    return scale
+
+
+def _scale_from_length(poses: dict[int, Matrix], length: KnownLength, count: int) -> float:
+    for frame in (length.first, length.second):
+        if frame not in poses:
+            raise SourceError(f"Frame {frame} of the measured length has no place among the {count} images.")
+    apart = float(np.linalg.norm(poses[length.first][:3, 3] - poses[length.second][:3, 3]))
+    if not (length.metres > 0 and apart > 1e-9):
+        raise SourceError("The measured length must be between two different places, and positive.")
+    return length.metres / apart
+
+
+def _scale_from_depth(source: FrameSource, poses: dict[int, Matrix], points: dict[int, Array]) -> float | None:
+    """Median ratio of the measured depth to the model's at its points."""
+    camera = source.camera.pinhole()
+    adapter = ImageAdapter(source.camera, camera)
+    ratios: list[Array] = []
+    known = list(poses)
+    for position in known[:: max(1, len(known) // DEPTH_VIEWS)]:
+        depth_m = source[position].depth_m
+        if depth_m is None:
+            continue
+        T = inverse_pose(poses[position])
+        local = points[position] @ T[:3, :3].T + T[:3, 3]
+        local = local[local[:, 2] > 1e-6]
+        u = np.round(camera.fx * local[:, 0] / local[:, 2] + camera.cx).astype(np.int64)
+        v = np.round(camera.fy * local[:, 1] / local[:, 2] + camera.cy).astype(np.int64)
+        inside = (u >= 0) & (u < camera.width) & (v >= 0) & (v < camera.height)
+        measured = adapter.nearest(depth_m)[v[inside], u[inside]]
+        ratios.append((measured / local[inside, 2])[measured > 0].astype(np.float64))
+    pairs = np.concatenate(ratios) if ratios else np.zeros(0)
+    return float(np.median(pairs)) if len(pairs) >= MIN_DEPTH_PAIRS else None
+
+
+def scale_from_poses(model: dict[int, Matrix], known: dict[int, Matrix]) -> float | None:
+    """Median ratio of the distances between the same two frames in two sets of poses, far apart ones counting.
+
+    Distances, not places: odometry drifts, and neither knows the other's frame.
+    """
+    frames = [k for k, T in known.items() if np.isfinite(T).all() and k in model]
+    if len(frames) < 2:
+        return None
+    a, b = (np.stack([poses[k][:3, 3] for k in frames]) for poses in (model, known))
+    apart_model, apart_m = (np.linalg.norm(c[:, None] - c[None], axis=2)[np.triu_indices(len(c), 1)] for c in (a, b))
+    far = (apart_m > max(MIN_BASELINE_M, float(np.median(apart_m)))) & (apart_model > 1e-9)
+    return float(np.median(apart_m[far] / apart_model[far])) if far.any() else None
+
+
+def _upright(poses: dict[int, Matrix]) -> Matrix:
+    """The rotation to a frame whose z axis points upwards, taking the images as upright on average."""
+    up = -np.mean([T[:3, 1] for T in poses.values()], axis=0)
+    if np.linalg.norm(up) < 1e-3:  # images of every direction: there is nothing to go by
+        return np.eye(4)
+    z = up / np.linalg.norm(up)
+    ahead = np.mean([T[:3, 2] for T in poses.values()], axis=0)
+    x = ahead - (ahead @ z) * z
+    if np.linalg.norm(x) < 1e-3:
+        x = np.cross(z, np.eye(3)[int(np.abs(z).argmin())])
+    x /= np.linalg.norm(x)
+    return make_pose(np.stack([x, np.cross(z, x), z]), np.zeros(3))

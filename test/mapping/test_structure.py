@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Poses from the images alone: right up to a motion, in metres, upright; and what cannot be told is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from kfloc_ros.datasets import open_source
+from kfloc_ros.datasets.base import FrameSource, Selection
+from kfloc_ros.errors import SourceError
+from kfloc_ros.geometry.lie import make_pose, so3_exp
+from kfloc_ros.mapping.sfm_source import ReconstructedSource
+from kfloc_ros.mapping.structure import KnownLength, known_length, reconstruct, scale_from_poses
+from kfloc_ros.types import Frame
+
+
+class Walk(FrameSource):
+    """Ten views of the room from a camera that moves sideways, as its images, depth and rough poses."""
+
+    name = "walk"
+
+    def __init__(self, room) -> None:
+        self.frames = []
+        for k in range(10):
+            R = so3_exp(np.array([0.02 * np.sin(k), 0.05 * np.cos(2.0 * k), 0.0]))
+            self.frames.append(room.view(make_pose(R, [-0.9 + 0.2 * k, 0.05 * np.sin(k), -0.8]), k))
+
+    @property
+    def camera(self):
+        return self.frames[0].camera
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    def indices(self) -> Sequence[int]:
+        return range(len(self.frames))
+
+    def __getitem__(self, position: int) -> Frame:
+        return self.frames[position]
+
+
+class Blind(Walk):
+    """The same as images and nothing else."""
+
+    def __getitem__(self, position: int) -> Frame:
+        return replace(self.frames[position], depth_m=None, T_map_camera=None)
+
+
+@pytest.fixture(scope="module")
+def walk(room) -> Walk:
+    return Walk(room)
+
+
+def centres(source: FrameSource) -> np.ndarray:
+    return np.stack([T[:3, 3] for k in range(len(source)) if (T := source.pose(k)) is not None])
+
+
+def distances(source: FrameSource) -> np.ndarray:
+    c = centres(source)
+    return np.linalg.norm(c[:, None] - c[None], axis=2)
+
+
+@pytest.fixture(scope="module")
+def found(walk, tmp_path_factory) -> ReconstructedSource:
+    folder = tmp_path_factory.mktemp("sfm")
+    stages: dict[str, float] = {}
+    source = reconstruct(walk, folder / "walk", on_progress=lambda stage, share: stages.update({stage: share}))
+    assert stages["writing images"] == 1.0 and stages["placing images"] == 1.0
+    again = open_source(f"colmap:{folder / 'walk'}")  # the model that is kept is the same map frame
+    np.testing.assert_allclose(again[3].T_map_camera, source[3].T_map_camera, atol=1e-6)
+    return source
+
+
+def test_poses_are_found_and_the_depth_makes_them_metric(walk, found) -> None:
+    assert len(centres(found)) == len(walk)
+    assert np.abs(distances(found) - distances(walk)).max() < 0.03
+    assert found[4].depth_m is not None and found.visible_points(4).shape[0] > 50
+
+
+def test_the_map_frame_has_its_z_axis_upwards(found) -> None:
+    down = np.mean([found.pose(k)[:3, 1] for k in range(len(found))], axis=0)
+    assert down[2] < -0.95
+
+
+def test_points_that_an_image_sees_lie_where_it_sees_them(walk, found) -> None:
+    T = np.linalg.inv(found.pose(5))
+    local = found.visible_points(5) @ T[:3, :3].T + T[:3, 3]
+    camera = walk.camera
+    u, v = (
+        np.round(f * local[:, k] / local[:, 2] + c)
+        for k, f, c in ((0, camera.fx, camera.cx), (1, camera.fy, camera.cy))
+    )
+    inside = (u >= 0) & (u < camera.width) & (v >= 0) & (v < camera.height)
+    assert inside.mean() > 0.95
+    depth = walk[5].depth_m[v[inside].astype(int), u[inside].astype(int)]
+    assert np.median(np.abs(local[inside, 2] / depth - 1)) < 0.02
+
+
+def test_too_few_images_and_a_folder_that_is_there_are_refused(walk, tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="exists"):
+        reconstruct(walk, tmp_path)
+    with pytest.raises(SourceError, match=r"could be put together|found their place"):
+        reconstruct(Selection(walk, [0, 1, 2]), tmp_path / "few")
+
+
+def test_the_scale_comes_from_other_poses_wherever_their_frame_is(walk) -> None:
+    known = {k: frame.T_map_camera for k, frame in enumerate(walk.frames)}
+    elsewhere = make_pose(so3_exp(np.array([0.4, 1.0, -0.3])), [9.0, 2.0, 1.0])
+    model = {}
+    for k, T in known.items():
+        model[k] = elsewhere @ T
+        model[k][:3, 3] /= 2.5
+    assert scale_from_poses(model, known) == pytest.approx(2.5)
+    known[3] = np.full((4, 4), np.inf)
+    assert scale_from_poses(model, known) == pytest.approx(2.5)
+    assert scale_from_poses(model, {}) is None
+
+
+def test_a_length_on_the_command_line() -> None:
+    assert known_length(None) is None
+    assert known_length(["0", "12", "1.5"]) == KnownLength(0, 12, 1.5)
+    with pytest.raises(SourceError, match="two numbers of frames"):
+        known_length(["0", "x", "1.5"])
+
+
+def test_a_folder_of_images_and_a_video_are_sources(walk, tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    video = cv2.VideoWriter(str(tmp_path / "walk.avi"), cv2.VideoWriter.fourcc(*"MJPG"), 20.0, (320, 256))
+    for k, frame in enumerate(walk.frames):
+        bgr = cv2.cvtColor(frame.image, cv2.COLOR_RGB2BGR)
+        cv2.imwrite(str(folder / f"photo{k}.png"), bgr)
+        video.write(bgr)
+    video.release()
+    photos = open_source(str(folder))
+    assert len(photos) == 10 and photos.camera_is_guess and photos[2].T_map_camera is None
+    np.testing.assert_array_equal(photos[2].image, walk[2].image)
+    (folder / "camera.txt").write_text("320 256 260 260 159.5 127.5")
+    assert not open_source(str(folder)).camera_is_guess and open_source(str(folder)).camera == walk.camera
+    film = open_source(f"video:{tmp_path / 'walk.avi'}?every=3")
+    assert len(film) == 4 and film.camera_is_guess
+    for position in (2, 0, 1):
+        difference = np.abs(film[position].image.astype(int) - walk[3 * position].image)
+        assert difference.mean() < 12
+    with pytest.raises(SourceError, match="every=10"):
+        open_source(f"video:{tmp_path / 'walk.avi'}?each=3")
