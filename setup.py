@@ -54,7 +54,11 @@ setup(
         "torch>=2.1",
         "tqdm>=4.64",
     ],
-    extras_require={"simulation": ["embreex>=4.4"], "test": ["hypothesis>=6.100", "pytest>=7,<9"]},
+    extras_require={
+        "simulation": ["embreex>=4.4"],
+        "test": ["hypothesis>=6.100", "pytest>=7,<9"],
+        "view": ["rerun-sdk>=0.41,<1"],
+    },
     zip_safe=False,
     entry_points={
         "console_scripts": [

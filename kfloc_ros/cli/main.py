@@ -38,6 +38,7 @@ COMMANDS = {
     "show": Command("kfloc_ros.cli.show", "see what happens inside: pictures, videos, point clouds, a page"),
     "train": Command("kfloc_ros.cli.train", "train KFNet's networks"),
     "pixloc": Command("kfloc_ros.cli.pixloc", "run PixLoc on the benchmarks' data sets, or on one picture"),
+    "view": Command("kfloc_ros.cli.view", "see localization in a map, live or recorded, in the Rerun viewer"),
     "demo": Command("kfloc_ros.cli.demo", "the whole path on a scene that the project renders itself"),
 }
 

@@ -26,10 +26,12 @@ from rosgraph_msgs.msg import Clock
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 
 from kfloc_ros.errors import KflocError
+from kfloc_ros.evaluation.results import read_tum
 from kfloc_ros.replay.bag_stream import BagEvent, BagStream, ReplayRange
 from kfloc_ros.replay.player import play
 from kfloc_ros.replay.recorder import Recorder
 from kfloc_ros.replay.recording import Played, Recording
+from kfloc_ros.replay.truth_path import TruthPath
 
 SENSOR_OUT = QoSProfile(history=HistoryPolicy.KEEP_LAST, depth=5, reliability=ReliabilityPolicy.RELIABLE)
 SETTLE_S = 0.5
@@ -45,10 +47,10 @@ TAIL_S = 1.2
 class Agent:
     """Publishers, recorder and the wait for the nodes."""
 
-    def __init__(self, node: Node, stream: BagStream) -> None:
+    def __init__(self, node: Node, stream: BagStream, truth: TruthPath) -> None:
         self.recording = Recording()
         self.stopped = threading.Event()
-        self._node, self._stream = node, stream
+        self._node, self._stream, self._truth = node, stream, truth
         self._compressed = stream.transport == "compressed"
         image_type, image_topic = (CompressedImage, "image/compressed") if self._compressed else (Image, "image")
         self._image = node.create_publisher(image_type, image_topic, SENSOR_OUT)
@@ -100,6 +102,7 @@ class Agent:
         if event.is_image:
             self.recording.played.append(Played(event.stamp_ns, time.monotonic_ns()))
             self._image.publish(event.data)
+            self._truth.show(event.stamp_ns)
             if len(self.recording.played) % 5 == 0:
                 say("progress", played=len(self.recording.played), answered=len(self.recording.status))
         else:
@@ -144,6 +147,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--duration", type=float)
     parser.add_argument("--loops", type=int, default=1)
     parser.add_argument("--every-frame", action="store_true")
+    parser.add_argument("--truth", type=Path, help="TUM file of the true path, to show to who looks on")
+    parser.add_argument("--map-frame", default="map")
     parser.add_argument("--nodes", nargs="+", required=True)
     parser.add_argument("--patience", type=float, default=60.0)
     args = parser.parse_args(argv)
@@ -159,7 +164,7 @@ def _run(args: argparse.Namespace, stream: BagStream) -> int:
     part = ReplayRange(args.start, args.duration)
     rclpy.init(signal_handler_options=SignalHandlerOptions.NO)
     node = rclpy.create_node("kfloc_replay")
-    agent = Agent(node, stream)
+    agent = Agent(node, stream, TruthPath(node, args.map_frame, read_tum(args.truth) if args.truth else {}))
     for which in (signal.SIGINT, signal.SIGTERM):
         signal.signal(which, lambda number, frame: agent.stopped.set())
     executor = SingleThreadedExecutor()

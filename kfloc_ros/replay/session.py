@@ -21,7 +21,7 @@ from kfloc_ros.device import choose_device
 from kfloc_ros.errors import ReplayError
 from kfloc_ros.evaluation.hardware import describe_hardware
 from kfloc_ros.evaluation.records import FrameRecord
-from kfloc_ros.evaluation.results import write_results
+from kfloc_ros.evaluation.results import tum_text, write_results
 from kfloc_ros.evaluation.summary import RunInfo, Summary
 from kfloc_ros.mapping.scene_map import read_description, resolve_map
 from kfloc_ros.replay.config import ReplayConfig
@@ -51,7 +51,7 @@ def run_replay(config: ReplayConfig, *, command: str = "", progress: Progress | 
     """
     check_ros()
     map_path = resolve_map(config.map).absolute()
-    read_description(map_path)  # a missing or newer map is told here, in one sentence, and not by a node's log
+    description = read_description(map_path)  # a missing map is told here, and not by a log
     with config.open() as stream:
         total = stream.image_count(config.part) * config.loops
         truth, positions = read_truth(stream, config.truth, config.truth_of), stream.positions()
@@ -72,6 +72,10 @@ def run_replay(config: ReplayConfig, *, command: str = "", progress: Progress | 
             for name in config.nodes:
                 processes.start(name, f"kfloc_ros.nodes.{name}", _node_arguments(parameters), log=logs / f"{name}.log")
             arguments = _agent_arguments(config, recording_path)
+            if truth.poses:
+                truth_path = Path(folder) / "truth.tum"
+                truth_path.write_text(tum_text(sorted(truth.poses.items())), encoding="utf-8")
+                arguments += [f"--truth={truth_path}", f"--map-frame={description.get('frame_id', 'map')}"]
             output = processes.start(AGENT, "kfloc_ros.replay.agent", arguments, log=logs / "agent.log", pipe=True)
             assert output is not None
             lines = _lines(output)

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``kfloc view``: localization in a map, live or recorded, in the Rerun viewer."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from kfloc_ros.errors import ConfigError, SourceError
+
+DESCRIPTION = """\
+Show localization in a map where there is no RViz, in 3-D and over time: with the Rerun viewer, which the Python package
+rerun-sdk brings.
+
+WHAT is a bag or any other SOURCE (written KIND:PATH), which is localized on the way: map, camera, scene coordinates,
+overlay, noise, flow, both paths and errors; or a result folder of `kfloc localize` or `kfloc replay`: map, both paths,
+states, errors and latencies. --live shows what running ROS 2 nodes publish. Without --save a window opens.
+"""
+
+EPILOG = """\
+examples:
+  kfloc view out/kitchen_bag --map maps/kitchen --frames 0:300
+  kfloc view out/kitchen_live --save kitchen.rrd
+  kfloc view --live --save now.rrd --duration 60
+"""
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the ``view`` subcommand."""
+    parser = subparsers.add_parser(
+        "view",
+        help="see localization in a map, live or recorded, in the Rerun viewer",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("what", nargs="?", metavar="WHAT", help="a bag, a SOURCE, or a result folder")
+    parser.add_argument(
+        "--map", metavar="DIR", help="map folder or name (default: the one that a result was made with)"
+    )
+    parser.add_argument("--frames", metavar="RANGES", help="keep frames of a bag or SOURCE, such as 0:150,200:350")
+    parser.add_argument("--save", type=Path, metavar="FILE.rrd", help="write a recording instead of opening a window")
+    parser.add_argument("--force", action="store_true", help="replace an existing file")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where networks run")
+    live = parser.add_argument_group("running nodes")
+    live.add_argument("--live", action="store_true", help="show what they publish, until Ctrl-C")
+    live.add_argument("--namespace", metavar="NS", help="namespace that they are in, such as /robot")
+    live.add_argument("--duration", type=_positive, metavar="S", help="end after so many seconds")
+    parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run ``kfloc view``; 0 when done, 1 if nothing was heard of running nodes, 130 when interrupted."""
+    _check(args)
+    if args.live:
+        return _run_live(args)
+    folder = Path(args.what)
+    return _run_results(args, folder) if (folder / "summary.json").is_file() else _run_source(args)
+
+
+def _check(args: argparse.Namespace) -> None:
+    if args.live == (args.what is not None):
+        raise ConfigError("Say what to view: a bag, a SOURCE or a result folder, or --live for running nodes.")
+    if args.live and args.map is not None:
+        raise ConfigError("--live shows the map that the nodes publish; leave --map out.")
+    if args.save is not None and args.save.exists() and not args.force:
+        raise ConfigError(f"'{args.save}' exists; replace it with --force or name another file.")
+
+
+def _run_results(args: argparse.Namespace, folder: Path) -> int:
+    import json
+
+    from kfloc_ros.mapping.scene_map import SceneMap, resolve_map
+    from kfloc_ros.visualization.run_view import begin, view_results
+
+    try:
+        made_with = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["map"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise SourceError(f"'{folder / 'summary.json'}' is damaged: {error}") from error
+    scene_map = SceneMap.load(resolve_map(args.map or str(made_with)))
+    with begin(folder.name, scene_map, args.save) as recording:
+        count = view_results(recording, folder)
+    _say_done(args, count)
+    return 0
+
+
+def _run_source(args: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from kfloc_ros.datasets import SOURCE_KINDS, open_source
+
+    if args.map is None:
+        raise ConfigError("Name the map to localize in with --map.")
+    kind = args.what.partition(":")[0]
+    source = open_source(args.what if kind in SOURCE_KINDS else f"bag:{args.what}", frames=args.frames, depth=False)
+
+    from kfloc_ros.localizer import Localizer, LocalizerConfig
+    from kfloc_ros.mapping.scene_map import SceneMap, resolve_map
+    from kfloc_ros.visualization.run_view import begin, view_source
+
+    scene_map = SceneMap.load(resolve_map(args.map))
+    localizer = Localizer(scene_map, LocalizerConfig(device=args.device))
+    count = 0
+    with (
+        begin(f"{source.name} in {scene_map.name}", scene_map, args.save) as recording,
+        tqdm(total=len(source), unit="frame", disable=args.quiet or not sys.stderr.isatty()) as bar,
+    ):
+        for estimate in view_source(recording, scene_map, localizer, source):
+            count += 1
+            bar.set_postfix_str(estimate.state.value, refresh=False)
+            bar.update()
+    _say_done(args, count)
+    return 0
+
+
+def _run_live(args: argparse.Namespace) -> int:
+    from kfloc_ros.replay.environment import check_ros, ros_environment
+
+    check_ros()
+    # In a process of its own: where ROS comes from wheels, its libraries must be known before Python starts.
+    try:
+        domain_id = int(os.environ.get("ROS_DOMAIN_ID", "0"))
+    except ValueError:
+        raise ConfigError(f"ROS_DOMAIN_ID must be a number, not '{os.environ['ROS_DOMAIN_ID']}'.") from None
+    environment = ros_environment(domain_id)
+    if "ROS_AUTOMATIC_DISCOVERY_RANGE" not in os.environ:
+        del environment["ROS_AUTOMATIC_DISCOVERY_RANGE"]  # the nodes may be on another machine
+    command = [sys.executable, "-m", "kfloc_ros.nodes.viewer"]
+    command += ["--save", str(args.save)] if args.save is not None else []
+    command += ["--duration", str(args.duration)] if args.duration is not None else []
+    if args.namespace:
+        command += ["--ros-args", "-r", f"__ns:=/{args.namespace.strip('/')}"]
+    with subprocess.Popen(command, env=environment) as process:
+        while True:
+            try:
+                return process.wait()
+            except KeyboardInterrupt:
+                continue  # it was interrupted as well, and closes the recording
+
+
+def _say_done(args: argparse.Namespace, count: int) -> None:
+    if not args.quiet:
+        where = "the window" if args.save is None else f"{args.save}; open it with `rerun {args.save}`"
+        print(f"{count} frames are in {where}.")
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number") from None
+    if not 0 < value < 1e9:
+        raise argparse.ArgumentTypeError(f"must be more than 0, and finite, not {text}")
+    return value
