@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``kfloc train``: the three training stages of KFNet's reference networks."""
+"""``kfloc train``: the three training stages of KFNet's reference networks, and PixLoc's network."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kfloc_ros.cli import train_pixloc
 from kfloc_ros.cli.arguments import OverridesParser, add_source_arguments, open_source_from
 
 if TYPE_CHECKING:
@@ -26,7 +27,8 @@ STAGES = {
 DESCRIPTION = """\
 Train on a SOURCE with depth and poses. OUT receives the network's weights (.safetensors), a checkpoint, and a log
 (log.jsonl, and event files: `tensorboard --logdir OUT`); the same command again continues from the checkpoint. Options
-are given as key=value; the defaults are the published schedule (500,000 steps, days on one GPU).
+are given as key=value; the defaults are the published schedule (500,000 steps, days on one GPU). PixLoc's network has
+options of its own: `kfloc train pixloc --help`.
 """
 
 EPILOG = """\
@@ -45,7 +47,7 @@ def add_parser(subparsers: Any) -> None:
 
     parser = subparsers.add_parser(
         "train",
-        help="train KFNet's networks",
+        help="train KFNet's networks and PixLoc's",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=EPILOG
@@ -71,10 +73,13 @@ def add_parser(subparsers: Any) -> None:
                 stage.add_argument(
                     f"--{network}", type=Path, metavar="FILE", required=name == "kfnet", help="weights to start from"
                 )
+    train_pixloc.add_stages(stages)
 
 
 def run(args: argparse.Namespace) -> int:
     """Train; 130 when interrupted."""
+    if args.stage in train_pixloc.STAGES:
+        return train_pixloc.run(args)
     source = open_source_from(args)
 
     import torch

@@ -135,7 +135,7 @@ def train(
             save_network(out / f"{name}.safetensors", module)  # type: ignore[arg-type]
 
     last_saved = step if found else -1
-    _forget_after(out / LOG_FILE, step)
+    forget_after(out / LOG_FILE, step)
     with (
         (out / LOG_FILE).open("a", encoding="utf-8") as log,
         EventLog(out, step) as events,
@@ -150,7 +150,7 @@ def train(
                 step += 1
                 if step % config.log_every == 0 or step == steps:
                     figures = {"learning_rate": learning_rate(step - 1, config), **figures}
-                    _log(log, step, figures)
+                    write_figures(log, step, figures)
                     events.add(step, figures)
                     on_progress(TrainProgress(step, steps, figures))
                 if step % config.snapshot_every == 0:
@@ -194,13 +194,14 @@ def _compile(modules: Mapping[str, nn.Module]) -> None:
             part.compile()
 
 
-def _log(stream: Any, step: int, figures: dict[str, float]) -> None:
+def write_figures(stream: Any, step: int, figures: dict[str, float]) -> None:
+    """One line of the log."""
     clean = {key: value if math.isfinite(value) else None for key, value in figures.items()}
     stream.write(json.dumps({"step": step, **clean}) + "\n")
     stream.flush()
 
 
-def _forget_after(log: Path, step: int) -> None:
+def forget_after(log: Path, step: int) -> None:
     """Cut off what a run that was killed logged after its last checkpoint: these steps are made again."""
     if not log.is_file():
         return

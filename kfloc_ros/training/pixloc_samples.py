@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pairs of views of a SOURCE with poses and depth (or points), to train PixLoc; the k-th sample is always the same."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kfloc_ros.datasets.base import FrameSource
+from kfloc_ros.errors import SourceError
+from kfloc_ros.features.preparation import ImageSize
+from kfloc_ros.geometry.camera_tensor import CameraTensor
+from kfloc_ros.geometry.lie import Matrix, inverse_pose, make_pose, so3_exp, so3_log
+from kfloc_ros.geometry.pose import Pose
+from kfloc_ros.pixloc.references import smooth_depth_mask, view_distances
+from kfloc_ros.types import Frame
+
+GRID_PX = 4
+TRIES = 30
+"""Pairs looked at for one sample, before the source is said to have none."""
+MIN_COMMON = 30
+"""Points that both views of a pair must see."""
+INIT_STEPS = 20
+INIT_ERROR_PX = 63.0
+
+
+@dataclass(frozen=True)
+class PairRule:
+    """Which pairs are used, and how they are shown."""
+
+    max_distance_m: float = 2.0
+    """Between the two views; a radian counts as 1.2 m."""
+    min_overlap: float = 0.3
+    """Share of the reference's points that the query sees."""
+    resize: int = 640
+    crop: int = 512
+    points: int = 512
+    init: str = "interpolate"
+    """``identity``; ``interpolate``: 75 to 100 % of the way to the truth; ``max_error``: as far from it as the
+    median reprojection error stays below 63 px."""
+    init_low: float = 0.75
+    init_high: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """A batch."""
+
+    reference: torch.Tensor
+    """(B, 3, h, w) in [0, 1]"""
+    query: torch.Tensor
+    camera_reference: CameraTensor
+    camera_query: CameraTensor
+    points: torch.Tensor
+    """(B, N, 3) float64 in the reference camera."""
+    T_true: Pose
+    """(B,) T_query_reference"""
+    T_init: Pose
+
+    def to(self, device: torch.device) -> Pairs:
+        """The same on another device."""
+        return Pairs(
+            self.reference.to(device), self.query.to(device), self.camera_reference.to(device),
+            self.camera_query.to(device), self.points.to(device), self.T_true.to(device), self.T_init.to(device),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class _Shown:
+    """One view as it is shown."""
+
+    pixels: torch.Tensor
+    camera: CameraTensor
+
+
+class PairSamples:
+    """Draws pairs.
+
+    Args:
+        source: with poses, and depth or points that its images see.
+        rule: for pairs.
+        seed: of everything that is drawn.
+
+    Raises:
+        SourceError: fewer than two frames have poses.
+    """
+
+    def __init__(self, source: FrameSource, rule: PairRule, seed: int = 0) -> None:
+        self._source, self._rule, self._seed = source, rule, seed
+        poses = [(k, T) for k in range(len(source)) if (T := source.pose(k)) is not None]
+        if len(poses) < 2:
+            raise SourceError(
+                f"Training on pairs needs at least two frames with poses, '{source.name}' has {len(poses)}."
+            )
+        self._positions = [k for k, _ in poses]
+        self._T_map_camera = np.stack([T for _, T in poses])
+
+    def batch(self, first: int, count: int, workers: ThreadPoolExecutor | None = None) -> Pairs:
+        """Samples ``first`` to ``first + count - 1``."""
+        numbers = range(first, first + count)
+        parts = list(workers.map(self.sample, numbers) if workers is not None else map(self.sample, numbers))
+        return Pairs(
+            torch.cat([p.reference for p in parts]),
+            torch.cat([p.query for p in parts]),
+            CameraTensor.stack([p.camera_reference[0] for p in parts]),
+            CameraTensor.stack([p.camera_query[0] for p in parts]),
+            torch.cat([p.points for p in parts]),
+            Pose.stack([p.T_true[0] for p in parts]),
+            Pose.stack([p.T_init[0] for p in parts]),
+        )
+
+    def sample(self, number: int) -> Pairs:
+        """One pair, as a batch of one.
+
+        Raises:
+            SourceError: no two views overlap enough, or there is neither depth nor points.
+        """
+        rng = np.random.default_rng((self._seed, number))
+        for _ in range(TRIES):
+            a = int(rng.integers(len(self._positions)))
+            near = view_distances(self._T_map_camera, self._T_map_camera[a]) <= self._rule.max_distance_m
+            near[a] = False
+            if not near.any():
+                continue
+            b = int(rng.choice(np.flatnonzero(near)))
+            found = self._pair(a, b, rng)
+            if found is not None:
+                return found
+        raise SourceError(
+            f"'{self._source.name}' has hardly a pair of views that see the same: none of {TRIES} within "
+            f"{self._rule.max_distance_m:g} m shares {self._rule.min_overlap:.0%} of its points."
+        )
+
+    def _pair(self, a: int, b: int, rng: np.random.Generator) -> Pairs | None:
+        frame_a, frame_b = (self._source[self._positions[k]] for k in (a, b))
+        points = self._points(frame_a, self._positions[a], self._T_map_camera[a])
+        T_true = inverse_pose(self._T_map_camera[b]) @ self._T_map_camera[a]
+        shown_a, shown_b = self._shown(frame_a, rng), self._shown(frame_b, rng)
+        moved = points @ T_true[:3, :3].T + T_true[:3, 3]
+        in_a = shown_a.camera.world2image(torch.from_numpy(points)).valid.numpy()
+        in_b = shown_b.camera.world2image(torch.from_numpy(moved)).valid.numpy()
+        common = in_a & in_b
+        if common.sum() < MIN_COMMON or common.sum() < self._rule.min_overlap * in_a.sum():
+            return None
+        chosen = points[rng.choice(np.flatnonzero(in_a), self._rule.points)]
+        T_init = initial_pose(T_true, self._rule, rng, shown_b.camera, points[common])
+        return Pairs(
+            shown_a.pixels, shown_b.pixels, shown_a.camera[None], shown_b.camera[None],
+            torch.from_numpy(chosen)[None], Pose.from_4x4mat(T_true)[None], Pose.from_4x4mat(T_init)[None],
+        )  # fmt: skip
+
+    def _points(self, frame: Frame, position: int, T_map_camera: Matrix) -> NDArray[np.float64]:
+        """(N, 3) in the camera: of the depth image, or the reconstruction's."""
+        if frame.depth_m is None:
+            points = self._source.visible_points(position)
+            if points is None:
+                raise SourceError(
+                    f"Training needs depth or points; '{self._source.name}' has neither for '{frame.name}'."
+                )
+            return np.asarray((points - T_map_camera[:3, 3]) @ T_map_camera[:3, :3], dtype=np.float64)
+        usable = np.zeros(frame.depth_m.shape, dtype=bool)
+        usable[::GRID_PX, ::GRID_PX] = True
+        v, u = np.nonzero(usable & smooth_depth_mask(frame.depth_m))
+        pixels = torch.from_numpy(np.stack([u, v], axis=1).astype(np.float64))
+        rays = CameraTensor.from_camera(frame.camera).image2world(pixels).numpy()
+        return np.asarray(rays * frame.depth_m[v, u, None].astype(np.float64))
+
+    def _shown(self, frame: Frame, rng: np.random.Generator) -> _Shown:
+        """Resized and cropped; crops of the two views are independent."""
+        prepared = ImageSize(self._rule.resize).prepare(frame.image)
+        height, width = prepared.pixels.shape[-2:]
+        h, w = min(height, self._rule.crop), min(width, self._rule.crop)
+        y, x = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
+        camera = CameraTensor.from_camera(frame.camera).scale(prepared.scale).crop((x, y), (w, h))
+        return _Shown(prepared.pixels[..., y : y + h, x : x + w].contiguous(), camera)
+
+
+def initial_pose(
+    T_true: Matrix, rule: PairRule, rng: np.random.Generator, camera: CameraTensor, points: NDArray[np.float64]
+) -> Matrix:
+    """Where the alignment of a pair starts, on the way from the reference's pose to the truth."""
+    if rule.init == "interpolate":
+        return _part_of(T_true, float(rng.uniform(rule.init_low, rule.init_high)))
+    if rule.init == "max_error":
+        true_uv = camera.world2image(_in_view(T_true, points)).points
+        for share in np.linspace(0.0, 1.0, INIT_STEPS):
+            T = _part_of(T_true, float(share))
+            away = (camera.world2image(_in_view(T, points)).points - true_uv).norm(dim=-1)
+            if float(away.median()) < INIT_ERROR_PX:
+                return T
+    return _part_of(T_true, 0.0)
+
+
+def _in_view(T: Matrix, points: NDArray[np.float64]) -> torch.Tensor:
+    return torch.from_numpy(points @ T[:3, :3].T + T[:3, 3])
+
+
+def _part_of(T: Matrix, share: float) -> Matrix:
+    return make_pose(so3_exp(share * so3_log(T[:3, :3])), share * T[:3, 3])
