@@ -11,14 +11,16 @@ from typing import Any
 from kfloc_ros.cli.arguments import add_source_arguments, open_source_from
 
 DESCRIPTION = """\
-Write a source with depth and poses as a folder that KFNet trains from: image_list.txt, label_list.txt (raw float32
-H x W x 4: x, y, z in metres and a mask), transform.txt, and as additions camera.txt and pose_list.txt.
-The folder is itself a SOURCE: kfnet:OUT.
+Write a source with poses as a folder that KFNet trains from: image_list.txt, label_list.txt (raw float32 H x W x 4:
+x, y, z in metres and a mask), transform.txt, and as additions camera.txt and pose_list.txt. The folder is itself a
+SOURCE: kfnet:OUT. Where the source has no depth, such as a COLMAP model, it is found from the motion between the views
+and from the points of the reconstruction; pixels where that fails stay unknown.
 """
 
 EPILOG = """\
-example:
+examples:
   kfloc labels 7scenes:DIR --split blocks50:train --eighth --out out/labels
+  kfloc labels colmap:DIR --out out/labels
   kfloc map build kfnet:out/labels --out maps/kitchen
 """
 
@@ -35,17 +37,27 @@ def add_parser(subparsers: Any) -> None:
     add_source_arguments(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
     parser.add_argument("--eighth", action="store_true", help="labels of every eighth pixel: 1/64 of the size")
+    parser.add_argument(
+        "--no-depth", action="store_true", help="find depth from the views' motion, even if the source has depth"
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where depth is found")
 
 
 def run(args: argparse.Namespace) -> int:
     """Write the folder."""
-    source = open_source_from(args)
+    source = open_source_from(args, depth=not args.no_depth)
 
+    import numpy as np
     from tqdm import tqdm
 
     from kfloc_ros.datasets.labels import write_kfnet_folder
+    from kfloc_ros.mapping.motion_depth import MotionDepth, MotionDepthSettings, with_depth
 
+    every_view = MotionDepthSettings(max_views=len(source))
+    source = with_depth(source, hide=args.no_depth, device=args.device, settings=every_view)
     written = write_kfnet_folder(source, args.out, full_resolution=not args.eighth)
-    count = sum(1 for _ in tqdm(written, total=len(source), unit="frame", disable=not sys.stderr.isatty()))
-    print(f"{args.out}: {count} labelled images of {len(source)}")
+    bar = tqdm(written, total=len(source), unit="frame", disable=not sys.stderr.isatty())
+    known = [float(np.mean(frame.depth_m > 0)) for frame in bar if frame.depth_m is not None]
+    origin = "depth from motion" if isinstance(source, MotionDepth) else "measured depth"
+    print(f"{args.out}: {len(known)} labelled images of {len(source)}, {np.mean(known):.0%} of the pixels ({origin})")
     return 0

@@ -46,6 +46,12 @@ def _cambridge(path: str, poses: str, depth: bool) -> FrameSource:
     return Cambridge(*split_part(path))
 
 
+def _deeploc(path: str, poses: str, depth: bool) -> FrameSource:
+    from kfloc_ros.datasets.deeploc import DeepLoc
+
+    return DeepLoc(*split_part(path))
+
+
 def _kfnet(path: str, poses: str, depth: bool) -> FrameSource:
     from kfloc_ros.datasets.kfnet import KfnetFolder
 
@@ -164,6 +170,11 @@ KINDS = {
         "a scene's folder with dataset_train.txt and dataset_test.txt; @train or @test for one of them",
         _cambridge,
         _has("dataset_train.txt", "dataset_test.txt"),
+    ),
+    "deeploc": SourceKind(
+        "a folder with train/ and test/, each with poses.txt and LeftImages/, and camera.txt; @train or @test for one",
+        _deeploc,
+        _has("train/poses.txt", "test/poses.txt"),
     ),
     "colmap": SourceKind("a folder with a COLMAP model and its images", _colmap, _is_colmap),
     "tum": SourceKind(

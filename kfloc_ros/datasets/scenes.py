@@ -73,4 +73,4 @@ CAMBRIDGE = {
 """``dataset_train.txt`` and ``dataset_test.txt`` of each scene hold its split; the parts of Street are KFNet's own."""
 
 DEEPLOC = {"DeepLoc": Scene((864, 480), 200_000, 3, 0.02)}
-"""Its folders ``train`` and ``test`` are its split; it is read as a ``kfnet:`` folder of each."""
+"""Its folders ``train`` and ``test`` are its split."""

@@ -149,13 +149,16 @@ class MotionDepth(FrameSource):
         return replace(self._settings, near_m=0.6 * float(near), usual_m=float(usual), far_m=2.0 * float(far))
 
 
-def with_depth(source: FrameSource, *, hide: bool = False, device: str = "auto") -> FrameSource:
+def with_depth(
+    source: FrameSource, *, hide: bool = False, device: str = "auto", settings: MotionDepthSettings | None = None
+) -> FrameSource:
     """The source itself if it has depth, else :class:`MotionDepth` of it.
 
     Args:
         source: views with poses.
         hide: take depth from motion in any case.
         device: where the trunk runs, see :func:`kfloc_ros.device.choose_device`.
+        settings: of depth from motion.
 
     Raises:
         SourceError: see :class:`MotionDepth`.
@@ -163,7 +166,7 @@ def with_depth(source: FrameSource, *, hide: bool = False, device: str = "auto")
     looked_at = range(0, len(source), max(1, len(source) // PROBES))
     if not hide and any(source[position].depth_m is not None for position in looked_at):
         return source
-    return MotionDepth(source, device=choose_device(device))
+    return MotionDepth(source, settings, device=choose_device(device))
 
 
 def choose_neighbours(position: int, poses: dict[int, Matrix], usual_m: float) -> list[int]:

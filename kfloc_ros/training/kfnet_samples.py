@@ -155,7 +155,10 @@ class Samples:
         self, frame: Frame, affine: Affine, delta: float, factor: float
     ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_]]:
         if frame.depth_m is None or frame.T_map_camera is None:
-            raise SourceError(f"Frame {frame.index} of '{self._source.name}' has no depth or no pose to train from.")
+            raise SourceError(
+                f"Frame {frame.index} of '{self._source.name}' has no depth or no pose to train from. "
+                "`kfloc labels` finds depth once and for all; then train from kfnet:OUT."
+            )
         image = self._adapter(frame.image).astype(np.float32)
         size = (self.camera.width, self.camera.height)
         if not np.array_equal(affine, identity()):

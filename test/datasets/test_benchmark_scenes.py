@@ -40,7 +40,7 @@ def test_tables_have_what_was_published() -> None:
     assert all(not set(scene.train) & set(scene.test) for scene in SEVEN_SCENES.values())
     assert len(TWELVE_SCENES) == 12
     assert CAMBRIDGE["GreatCourt"].scale == 0.01 and CAMBRIDGE["ShopFacade"].image_size == (848, 480)
-    assert DEEPLOC["DeepLoc"].image_size == (864, 480)
+    assert DEEPLOC["DeepLoc"].image_size == (864, 480) and DEEPLOC["DeepLoc"].scale == 0.02
     assert all(
         w % 8 == 0 and h % 8 == 0 for t in (SEVEN_SCENES, CAMBRIDGE) for w, h in (s.image_size for s in t.values())
     )
@@ -139,6 +139,34 @@ def test_cambridge(tmp_path: Path) -> None:
     (root / "dataset_test.txt").write_text("a\nb\n\nseq2/frame00001.png 1 2 3\n")
     with pytest.raises(SourceError, match="X Y Z W P Q R"):
         open_source(f"cambridge:{root}@test")
+
+
+def test_deeploc(tmp_path: Path) -> None:
+    root = tmp_path / "DeepLoc"
+    pose = make_pose(so3_exp([0.3, -0.2, 0.5]), [1.0, 2.0, 3.0])
+    x, y, z, w = matrix_to_quaternion(pose[:3, :3])
+    for part, names in (("train", ("Image_10", "Image_9")), ("test", ("Image_3",))):
+        for name in names:
+            write_image(root / part / "LeftImages" / f"{name}.png", 128, 72, int(name.split("_")[1]))
+        lines = [f"{name} 1.0 2.0 3.0 {w} {x} {y} {z}\n" for name in names]
+        (root / part / "poses.txt").write_text("".join(lines))
+    with pytest.raises(SourceError, match="width height fx fy cx cy"):
+        open_source(f"deeploc:{root}@train")
+    (root / "camera.txt").write_text("1280 720 700 700 639.5 359.5\n")
+    train, test, both = (open_source(f"{root}{part}") for part in ("@train", "@test", ""))
+    assert [frame.name for frame in train] == ["train/Image_9", "train/Image_10"]
+    assert [int(frame.image[0, 0, 0]) for frame in train] == [9, 10]
+    assert train.camera.fx == pytest.approx(70.0) and train.camera.width == 128
+    truth = test[0].T_map_camera
+    assert truth is not None and np.allclose(truth, pose, atol=1e-6)
+    gaps = np.diff([frame.stamp_ns for frame in both]) / 1e9
+    assert [gap > 1 for gap in gaps] == [False, True]
+    (root / "test" / "poses.txt").write_text("../../other 1 2 3 1 0 0 0\n")
+    with pytest.raises(SourceError, match="leads out"):
+        open_source(f"deeploc:{root}@test")
+    (root / "test" / "poses.txt").write_text("Image_3 1 2 3\n")
+    with pytest.raises(SourceError, match="qw qx qy qz"):
+        open_source(f"deeploc:{root}@test")
 
 
 NVM_FOCAL = 170.5

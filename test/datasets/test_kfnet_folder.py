@@ -5,7 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 
@@ -13,10 +15,10 @@ from kfloc_ros.cli import main as cli
 from kfloc_ros.datasets import open_source
 from kfloc_ros.datasets.base import FrameSource
 from kfloc_ros.datasets.kfnet import KfnetFolder
-from kfloc_ros.datasets.labels import write_kfnet_folder
+from kfloc_ros.datasets.labels import scene_points, write_kfnet_folder
 from kfloc_ros.errors import SourceError
 from kfloc_ros.geometry.camera import Camera
-from kfloc_ros.geometry.lie import make_pose, so3_exp
+from kfloc_ros.geometry.lie import inverse_pose, make_pose, matrix_to_quaternion, so3_exp
 from kfloc_ros.kfnet.files import read_label, write_label
 from kfloc_ros.types import Frame, Matrix
 
@@ -129,3 +131,55 @@ def test_command_explains_itself_and_names_what_is_wrong(tmp_path: Path, capsys:
     assert cli.main(["labels", f"kfnet:{tmp_path / 'wall'}", "--eighth", "--out", str(out)]) == 0
     assert "3 labelled images of 3" in capsys.readouterr().out
     assert (out / "labels" / "000002.bin").stat().st_size == 12 * 20 * 16
+
+
+def colmap_model(root: Path, frames: Sequence[Frame]) -> Path:
+    """Frames as COLMAP would leave them: images, poses, and some points, which they see."""
+    model = root / "sparse" / "0"
+    model.mkdir(parents=True)
+    (root / "images").mkdir()
+    c = frames[0].camera
+    (model / "cameras.txt").write_text(f"1 PINHOLE {c.width} {c.height} {c.fx} {c.fy} {c.cx + 0.5} {c.cy + 0.5}\n")
+    first = frames[0]
+    assert first.depth_m is not None and first.T_map_camera is not None
+    points = scene_points(first.depth_m, c, first.T_map_camera)[16::32, 16::32].reshape(-1, 3)
+    tracks: list[list[str]] = [[] for _ in points]
+    lines = []
+    for k, frame in enumerate(frames):
+        assert frame.T_map_camera is not None
+        assert cv2.imwrite(str(root / "images" / f"{k}.png"), frame.image[..., ::-1])
+        T = inverse_pose(frame.T_map_camera)
+        x, y, z, w = matrix_to_quaternion(T[:3, :3])
+        lines.append(f"{k + 1} {w} {x} {y} {z} {T[0, 3]} {T[1, 3]} {T[2, 3]} 1 {k}.png")
+        local = points @ T[:3, :3].T + T[:3, 3]
+        u = local[:, 0] / local[:, 2] * c.fx + c.cx
+        v = local[:, 1] / local[:, 2] * c.fy + c.cy
+        seen = np.flatnonzero((u > 0) & (u < c.width - 1) & (v > 0) & (v < c.height - 1))
+        lines.append(" ".join(f"{u[j] + 0.5} {v[j] + 0.5} {j + 1}" for j in seen))
+        for place, j in enumerate(seen):
+            tracks[j].append(f"{k + 1} {place}")
+    (model / "images.txt").write_text("\n".join(lines) + "\n")
+    rows = [f"{j + 1} {p[0]} {p[1]} {p[2]} 9 9 9 0.5 {' '.join(tracks[j])}" for j, p in enumerate(points)]
+    (model / "points3D.txt").write_text("\n".join(rows) + "\n")
+    return root
+
+
+def test_labels_of_a_colmap_model_lie_on_the_surfaces(
+    tmp_path: Path, room: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    walk = [make_pose(so3_exp([0, 0.4 + 0.02 * k, 0]), [0.15 * k - 0.3, 0.1 * (k % 2), -0.6]) for k in range(5)]
+    frames = [room.view(T, k) for k, T in enumerate(walk)]
+    source = f"colmap:{colmap_model(tmp_path / 'model', frames)}"
+    out = tmp_path / "labels"
+    assert cli.main(["labels", source, "--device", "cpu", "--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "5 labelled images of 5" in said and "depth from motion" in said
+    errors, shares = [], []
+    for label, frame in zip(open_source(f"kfnet:{out}"), frames, strict=True):
+        assert label.depth_m is not None and frame.depth_m is not None
+        known = label.depth_m > 0
+        shares.append(known.mean())
+        errors.append(np.abs(label.depth_m[known] / frame.depth_m[known] - 1))
+    error = np.concatenate(errors)
+    assert np.mean(shares) > 0.3
+    assert np.median(error) < 0.03 and np.mean(error < 0.1) > 0.8

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DeepLoc: a campus seen from a robot with a stereo camera, with poses from laser SLAM; read as left colour images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from kfloc_ros.datasets.official import PARTS
+from kfloc_ros.datasets.posed_images import PosedImage, PosedImages, image_size, inside, natural_key
+from kfloc_ros.datasets.sequences import stamps_with_gaps
+from kfloc_ros.errors import FrameError, SourceError
+from kfloc_ros.geometry.camera import Camera
+from kfloc_ros.geometry.lie import make_pose, quaternion_to_matrix
+from kfloc_ros.types import Matrix
+
+POSES = "poses.txt"
+IMAGES = "LeftImages"
+CALIBRATION_FILE = "camera.txt"
+
+
+class DeepLoc(PosedImages):
+    """One part or both: folders ``train`` and ``test``, each with ``poses.txt`` and ``LeftImages``.
+
+    A line of the list is ``name x y z qw qx qy qz``: where the camera is, and how it is turned, in the world. The
+    data set comes without the camera's intrinsics in these folders; ``camera.txt`` in the root has them.
+
+    Args:
+        root: folder with ``train`` and ``test``.
+        part: ``train``, ``test``, or None for both.
+
+    Raises:
+        SourceError: a list, the calibration or the first image is missing or damaged.
+    """
+
+    def __init__(self, root: Path, part: str | None = None) -> None:
+        parts = [p for p in PARTS if part in (None, p)]
+        entries = [(p, name, T) for p in parts for name, T in _read_list(root / p / POSES)]
+        stamps = stamps_with_gaps([Path(p) for p, _, _ in entries])
+        paths = [inside(root / p / IMAGES, f"{name}.png") for p, name, _ in entries]
+        camera = _camera(root / CALIBRATION_FILE, *image_size(paths[0]))
+        super().__init__(
+            root.resolve().name,
+            [
+                PosedImage(path, f"{p}/{name}", stamp, camera, T)
+                for path, (p, name, T), stamp in zip(paths, entries, stamps, strict=True)
+            ],
+        )
+
+
+def _read_list(path: Path) -> list[tuple[str, Matrix]]:
+    """Names without ending and T_map_camera, in the order of the names."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SourceError(f"The list '{path}' cannot be read: {error}.") from error
+    entries = []
+    for line in filter(str.strip, lines):
+        name, *numbers = line.split()
+        try:
+            x, y, z, qw, qx, qy, qz = (float(number) for number in numbers)
+            T = make_pose(quaternion_to_matrix([qx, qy, qz, qw]), np.array([x, y, z]))
+        except ValueError as error:
+            raise SourceError(f"'{path}' has a line that is not 'name x y z qw qx qy qz': {line!r}.") from error
+        entries.append((name, T))
+    if not entries:
+        raise SourceError(f"The list '{path}' is empty.")
+    return sorted(entries, key=lambda entry: natural_key(entry[0]))
+
+
+def _camera(path: Path, width: int, height: int) -> Camera:
+    """Intrinsics of ``width height fx fy cx cy``, scaled to the images' size."""
+    try:
+        numbers = [float(word) for word in path.read_text(encoding="utf-8").split()]
+        w, h, fx, fy, cx, cy = numbers
+        return Camera(int(w), int(h), fx, fy, cx, cy).scaled_to(width, height)
+    except FileNotFoundError as error:
+        raise SourceError(
+            f"The intrinsics of DeepLoc's camera are not known; write 'width height fx fy cx cy' into '{path}'."
+        ) from error
+    except (OSError, ValueError, FrameError) as error:
+        raise SourceError(f"'{path}' does not hold 'width height fx fy cx cy': {error}.") from error
