@@ -28,7 +28,7 @@ folder in one go at the end: interrupting a build leaves nothing behind.
 def add_parser(subparsers: Any) -> None:
     """Register ``kfloc map``."""
     parser = subparsers.add_parser(
-        "map", help="build, update, merge, describe, check, draw, export, pack and crop maps"
+        "map", help="build, update, merge, migrate, describe, check, draw, export, pack and crop maps"
     )
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     build = actions.add_parser(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``kfloc map update|merge``: more of a place in one map."""
+"""``kfloc map update|merge|migrate``: more of a place in one map, and an older map in the present format."""
 
 from __future__ import annotations
 
@@ -48,6 +48,14 @@ def add_join(actions: Any) -> None:
     merge.add_argument("--name", default="", help="name of the result (default: that of MAP)")
     _add_common(merge, "OTHER's poses")
     merge.set_defaults(run_action=run_merge)
+
+    migrate = actions.add_parser("migrate", help="write a map of an older format version in the present one")
+    migrate.add_argument("map", metavar="MAP", help="map folder, or name of an installed map")
+    migrate.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="map folder to write; MAP itself with --force"
+    )
+    migrate.add_argument("--force", action="store_true", help="replace an existing map")
+    migrate.set_defaults(run_action=run_migrate)
 
 
 def _add_common(parser: argparse.ArgumentParser, what: str) -> None:
@@ -115,6 +123,17 @@ def run_merge(args: argparse.Namespace) -> int:
     )
     merged.save(args.out, overwrite=args.force)
     print(_counts(older, merged, args.out))
+    return 0
+
+
+def run_migrate(args: argparse.Namespace) -> int:
+    """``kfloc map migrate``."""
+    from kfloc_ros.mapping.scene_map import FORMAT_VERSION, SceneMap, read_description, resolve_map
+
+    folder = resolve_map(args.map)
+    old = read_description(folder)["version"]
+    SceneMap.load(folder).save(args.out, overwrite=args.force)
+    print(f"'{args.out}' has format version {FORMAT_VERSION} (before: {old}).")
     return 0
 
 

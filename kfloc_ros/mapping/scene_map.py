@@ -30,9 +30,8 @@ from kfloc_ros.pixloc.references import ReferencePoints, ReferenceViews
 
 FORMAT = "kfloc_map"
 FORMAT_VERSION = 3
-"""Version 1 kept reference features in half precision; versions 1 and 2 hold one head. All are read."""
-ONE_HEAD_VERSION = 2
-"""What a map with one head is written as, so that older installations read it, too."""
+"""Version 1 kept reference features in half precision; versions 1 and 2 hold one head, no ``min_inlier_ratio``. All are
+read."""
 DESCRIPTION = "map.yaml"
 HEAD_FILE = "scoordnet.safetensors"
 REFERENCES_FILE = "references.safetensors"
@@ -127,7 +126,7 @@ class SceneMap:
         save_file(_pack_references(self.references), folder / REFERENCES_FILE)
         description = {
             "format": FORMAT,
-            "version": ONE_HEAD_VERSION if len(heads) == 1 else FORMAT_VERSION,
+            "version": FORMAT_VERSION,
             "name": self.name,
             "frame_id": self.frame_id,
             "family": "fast",

@@ -13,10 +13,18 @@ import torch.nn.functional as F
 import yaml
 from safetensors.torch import load_file, save_file
 
+from kfloc_ros.cli.main import main
 from kfloc_ros.errors import MapError
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.kfnet.scoordnet import SCoordNet
-from kfloc_ros.mapping.scene_map import REFERENCES_FILE, Calibration, SceneMap, resolve_map, verify_map
+from kfloc_ros.mapping.scene_map import (
+    REFERENCES_FILE,
+    Calibration,
+    SceneMap,
+    read_description,
+    resolve_map,
+    verify_map,
+)
 from kfloc_ros.pixloc.references import ReferencePoints, ReferenceViews
 
 
@@ -78,6 +86,11 @@ def test_a_map_of_version_1_is_read(folder: Path) -> None:
     (folder / "map.yaml").write_text(yaml.safe_dump(description))
     old = SceneMap.load(folder).references.views
     assert all(torch.allclose(a.coarse, b.coarse, atol=1e-3) for a, b in zip(old, views, strict=True))
+    assert main(["map", "migrate", str(folder), "--out", str(folder)]) == 2  # exists
+    assert main(["map", "migrate", str(folder), "--out", str(folder), "--force"]) == 0
+    assert read_description(folder)["version"] == 3 and verify_map(folder) == []
+    new = SceneMap.load(folder).references.views
+    assert all(torch.allclose(a.coarse, b.coarse, atol=0.01) for a, b in zip(new, views, strict=True))
 
 
 def test_an_existing_folder_is_kept_unless_asked(folder: Path, tmp_path: Path) -> None:
