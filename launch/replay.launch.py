@@ -25,13 +25,25 @@ def generate_launch_description() -> LaunchDescription:
             DeclareLaunchArgument("start", default_value="0.0", description="Seconds of the bag to skip."),
             DeclareLaunchArgument("duration", default_value="", description="Seconds to play; empty: to the end."),
             DeclareLaunchArgument(
+                "loop", default_value="1", description="How often to play it; the clock jumps back between."
+            ),
+            DeclareLaunchArgument(
                 "image_topic", default_value="", description="Which images to play where the bag has several."
+            ),
+            DeclareLaunchArgument(
+                "camera_info_topic", default_value="", description="Their calibration, where it is not beside them."
             ),
             DeclareLaunchArgument(
                 "truth",
                 default_value="",
                 description="Ground truth of the camera in the map: /topic, tf:MAP:CAMERA or a TUM file; "
                 "empty: the bag's one PoseStamped topic, if it has one.",
+            ),
+            DeclareLaunchArgument(
+                "truth_of",
+                default_value="",
+                description="Frame that the truth is of, such as base_link, if it is not the camera's; the bag's "
+                "/tf_static leads from it to the camera.",
             ),
             DeclareLaunchArgument(
                 "require",
@@ -45,6 +57,12 @@ def generate_launch_description() -> LaunchDescription:
                 choices=["true", "false"],
                 description="true: all nodes in one process; false: three processes.",
             ),
+            DeclareLaunchArgument(
+                "every_frame",
+                default_value="false",
+                choices=["true", "false"],
+                description="true: wait for each answer before the next image, so that none is dropped.",
+            ),
             OpaqueFunction(function=start),
         ]
     )
@@ -57,13 +75,17 @@ def start(context: LaunchContext) -> list[LaunchDescriptionEntity]:
         ExecutableInPackage("kfloc", "kfloc_ros"), "replay", given["bag"], "--map", given["map"],
         "--out", given["out"], "--rate", given["rate"], "--start", given["start"],
     ]  # fmt: skip
-    for name in ("duration", "image_topic", "truth"):
+    if given["loop"] != "1":
+        command += ["--loop", given["loop"]]
+    for name in ("duration", "image_topic", "camera_info_topic", "truth", "truth_of"):
         if given[name]:
             command += [f"--{name.replace('_', '-')}", given[name]]
     for requirement in given["require"].split():
         command += ["--require", requirement]
     if given["composed"] == "false":
         command.append("--separate")
+    if given["every_frame"] == "true":
+        command.append("--every-frame")
     return [
         ExecuteProcess(
             cmd=command,

@@ -104,14 +104,15 @@ def test_dds_profile_is_set_unless_the_user_has_one() -> None:
 
 def test_replay_passes_its_arguments_on() -> None:
     context, actions = entities(
-        "replay.launch.py", bag="b", map="m", out="o", composed="false", truth="/pose", require="frames>=1 dropped<=2"
-    )
+        "replay.launch.py", bag="b", map="m", out="o", composed="false", truth="/pose", require="frames>=1 dropped<=2",
+        loop="2", truth_of="base_link", every_frame="true",
+    )  # fmt: skip
     process = next(action for action in actions if isinstance(action, ExecuteProcess))
     words = ["".join(part.perform(context) for part in word) for word in process.cmd]
     assert Path(words[0]).name == "kfloc"
     assert words[1:] == [
-        "replay", "b", "--map", "m", "--out", "o", "--rate", "1.0", "--start", "0.0", "--truth", "/pose",
-        "--require", "frames>=1", "--require", "dropped<=2", "--separate",
+        "replay", "b", "--map", "m", "--out", "o", "--rate", "1.0", "--start", "0.0", "--loop", "2", "--truth", "/pose",
+        "--truth-of", "base_link", "--require", "frames>=1", "--require", "dropped<=2", "--separate", "--every-frame",
     ]  # fmt: skip
 
 
