@@ -8,6 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from kfloc_ros.evaluation.metrics import pose_errors
+from kfloc_ros.evaluation.records import FrameRecord
 from kfloc_ros.geometry.lie import make_pose, so3_exp
 from kfloc_ros.localizer import Localizer, LocalizerConfig
 from kfloc_ros.mapping.scene_map import SceneMap
@@ -121,6 +123,15 @@ def test_a_suggested_pose_and_a_reset_are_answered_with_a_coarse_pose(scene_map:
     assert tracking.process(room[3]).tracked
     tracking.reset("asked")
     assert not tracking.process(room[4]).tracked
+
+
+def test_frames_without_a_coarse_pose_are_not_coarse_failures() -> None:
+    found = FrameRecord(0, 0, POSE, estimate=POSE, coarse=POSE)
+    tracked = FrameRecord(1, 1, POSE, estimate=POSE, tracked=True)
+    failed = FrameRecord(2, 2, POSE)
+    records = [found, tracked, failed]
+    assert [e.translation_m for e in pose_errors(records)] == [0.0, 0.0, np.inf]
+    assert [e.translation_m for e in pose_errors(records, coarse=True)] == [0.0, np.inf]
 
 
 def test_a_wrong_place_is_left_at_the_next_check(scene_map: SceneMap, room) -> None:

@@ -7,7 +7,7 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -230,6 +230,6 @@ def _together(data_set: DataSet, every: Mapping[str, Paths], args: argparse.Name
 
     label = "-".join(part[:3] for part in every)
     given = {"results": args.results}
-    target = replace(paths_of(data_set, label, args.dataset, args.dataset, args.eval_dir, given)).results
+    target = paths_of(data_set, label, args.dataset, args.dataset, args.eval_dir, given).results
     target.write_text("".join(paths.results.read_text() for paths in every.values()))
     return target

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from kfloc_ros.errors import SourceError
@@ -260,8 +260,3 @@ def read_lines(path: Path) -> list[str]:
         return path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise SourceError(f"'{path}' cannot be read: {error}") from error
-
-
-def with_results(paths: Paths, results: Path) -> Paths:
-    """The same with another file for the results."""
-    return replace(paths, results=results)

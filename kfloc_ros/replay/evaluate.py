@@ -133,6 +133,7 @@ def _record(
         stats={key: value for key, value in numbers.items() if not key.endswith(("_ms", "_ns", *_COUNTERS))},
         timings_ms={key.removesuffix("_ms"): value for key, value in stages.items()},
         latency_ms=None if arrival_ns is None else (arrival_ns - played.sent_ns) * 1e-6,
+        tracked=values.get("tracked") == "true",
         processed=status is not None or pose is not None,
     )
 

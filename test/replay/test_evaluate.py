@@ -31,7 +31,11 @@ def recording() -> Recording:
         poses=[seen(0, second + 150 * MS)],
         coarse=[seen(0, second + 120 * MS)],
         status=[
-            StatusSeen(0, second + 151 * MS, {"state": "TRACKING", "reason": "", "trunk_ms": "31.5", "received": "1"}),
+            StatusSeen(
+                0,
+                second + 151 * MS,
+                {"state": "TRACKING", "reason": "", "trunk_ms": "31.5", "received": "1", "tracked": "true"},
+            ),
             StatusSeen(
                 300 * MS,
                 second + 500 * MS,
@@ -55,6 +59,7 @@ def test_every_image_played_has_a_record() -> None:
     assert dark.estimate is None and dark.state == "LOST" and dark.reason == "too dark"
     assert dark.stats == {"inliers": 12.0}
     assert overtaken.reason
+    assert first.tracked and not dark.tracked and not overtaken.tracked
 
 
 def test_latency_runs_from_publication_to_the_pose_or_else_the_status() -> None:
