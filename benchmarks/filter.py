@@ -9,7 +9,7 @@ A frame is a failure if its coarse pose is missing or not within 10 cm and 10 de
 
 In the JSON, `degraded_failure_reduction` is the share of measurement-only failures on all degraded runs together that
 the default filter avoids; `cell_coverage_1sigma` is the share of measured cells' axis errors inside one sigma on the
-clean runs, and `cell_coverage_1sigma_posterior` the same after the default filter.
+clean runs, and `cell_coverage_1sigma_posterior` the same after the default filter. `cases` has the same for each case.
 """
 
 from __future__ import annotations
@@ -160,6 +160,15 @@ def summarize(runs: Sequence[dict[str, Any]]) -> dict[str, float]:
     }
 
 
+def by_case(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The summary of every map and source by itself."""
+    names = dict.fromkeys((run["map"], run["source"]) for run in runs)
+    return [
+        {"map": name, "source": source, **summarize([r for r in runs if (r["map"], r["source"]) == (name, source)])}
+        for name, source in names
+    ]
+
+
 def table(run: dict[str, Any]) -> str:
     header = ("", "failed", "5cm/5deg", "median", "cells: median/mean/std", "mean sq", "1/2/3 sigma")
     lines = []
@@ -212,7 +221,7 @@ def main() -> int:
     print("\n".join(f"{key}: {value:.3f}" for key, value in summary.items()))
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        content = finite({**summary, "runs": runs, "hardware": describe_hardware(device.type)})
+        content = finite({**summary, "cases": by_case(runs), "runs": runs, "hardware": describe_hardware(device.type)})
         args.json.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
     return 0
 

@@ -124,7 +124,7 @@ def test_every_stage_learns(name: str, steps: int, rate: float, tmp_path: Path) 
     assert all(p.grad is not None for m in stage.modules().values() for p in m.parameters())
 
 
-@pytest.mark.parametrize("name", ["scoordnet", "oflownet"])
+@pytest.mark.parametrize("name", ["scoordnet", "oflownet", "kfnet"])
 def test_resuming_is_exact(name: str, tmp_path: Path) -> None:
     """Four steps at once, and two with a stop in between and fresh networks, give the same weights to the bit."""
 
@@ -137,9 +137,11 @@ def test_resuming_is_exact(name: str, tmp_path: Path) -> None:
     run(tmp_path / "whole", 4)
     run(tmp_path / "parts", 2)
     run(tmp_path / "parts", 4)
-    load = load_scoordnet if name == "scoordnet" else load_oflownet
-    whole, parts = (load(tmp_path / d / f"{name}.safetensors") for d in ("whole", "parts"))
-    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), parts.parameters(), strict=True))
+    loaders = {"scoordnet": load_scoordnet, "oflownet": load_oflownet}
+    for network, load in loaders.items():
+        if name in (network, "kfnet"):
+            whole, parts = (load(tmp_path / d / f"{network}.safetensors") for d in ("whole", "parts"))
+            assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), parts.parameters(), strict=True))
     assert len(list((tmp_path / "parts").glob("checkpoint-*"))) == 1
 
 
