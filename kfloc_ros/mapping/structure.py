@@ -8,6 +8,7 @@ tracker), or from one length that was measured.
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,25 +78,35 @@ def reconstruct(
     Raises:
         SourceError: the images do not fit together, or the scale cannot be told.
     """
+    if folder.exists():
+        raise SourceError(
+            f"'{folder}' exists; name another folder for the reconstruction, or read it: colmap:{folder}."
+        )
+    temporary: Path | None = None
+    try:
+        folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.absolute().parent))
+        found = _reconstruct(source, temporary, length, on_progress)
+        temporary.chmod(0o755)
+        temporary.rename(folder)
+    except OSError as error:
+        raise SourceError(f"The reconstruction cannot be written to '{folder}': {error}.") from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return found
+
+
+def _reconstruct(
+    source: FrameSource, folder: Path, length: KnownLength | None, on_progress: Callable[[str, float], None]
+) -> ReconstructedSource:
     import pycolmap
 
-    if folder.exists():
-        raise SourceError(f"'{folder}' exists; name another folder for the reconstruction.")
     images = folder / "images"
-    images.mkdir(parents=True)
+    images.mkdir()
+    names = _write_images(source, images, on_progress)
     try:
-        names = _write_images(source, images, on_progress)
-        database = folder / "database.db"
-        camera = source.camera.pinhole()
-        reader = pycolmap.ImageReaderOptions()
-        reader.camera_model = "SIMPLE_RADIAL" if source.camera_is_guess else "PINHOLE"
-        if not source.camera_is_guess:
-            reader.camera_params = f"{camera.fx},{camera.fy},{camera.cx + 0.5},{camera.cy + 0.5}"
-        on_progress("finding features", 0.0)
-        pycolmap.extract_features(database, images, camera_mode=pycolmap.CameraMode.SINGLE, reader_options=reader)
-        on_progress("matching", 0.0)
-        _match(database, len(names))
-        model = _largest_model(database, images, folder / "models", source, on_progress)
+        model = _solve(source, folder, images, len(names), on_progress)
     except (RuntimeError, ValueError) as error:
         raise SourceError(f"The images of '{source.name}' could not be put together: {error}") from error
     poses, points = _read(model, names)
@@ -109,11 +120,31 @@ def reconstruct(
     model.transform(pycolmap.Sim3d(np.concatenate([scale * T_map_model[:3, :3], np.zeros((3, 1))], axis=1)))
     (folder / "sparse").mkdir()
     model.write(folder / "sparse")
-    shutil.rmtree(folder / "models", ignore_errors=True)
-    (folder / "database.db").unlink(missing_ok=True)
     poses, points = _read(model, names)
-    found = camera_of(next(iter(model.cameras.values()))) if source.camera_is_guess else None
-    return ReconstructedSource(source, poses, points, found)
+    camera = camera_of(next(iter(model.cameras.values()))) if source.camera_is_guess else None
+    return ReconstructedSource(source, poses, points, camera)
+
+
+def _solve(
+    source: FrameSource, folder: Path, images: Path, count: int, on_progress: Callable[[str, float], None]
+) -> Any:
+    """COLMAP's largest model of the images; what else it wrote is removed."""
+    import pycolmap
+
+    database, models = folder / "database.db", folder / "models"
+    reader = pycolmap.ImageReaderOptions()
+    reader.camera_model = "SIMPLE_RADIAL" if source.camera_is_guess else "PINHOLE"
+    if not source.camera_is_guess:
+        camera = source.camera.pinhole()
+        reader.camera_params = f"{camera.fx},{camera.fy},{camera.cx + 0.5},{camera.cy + 0.5}"
+    on_progress("finding features", 0.0)
+    pycolmap.extract_features(database, images, camera_mode=pycolmap.CameraMode.SINGLE, reader_options=reader)
+    on_progress("matching", 0.0)
+    _match(database, count)
+    model = _largest_model(database, images, models, source, on_progress)
+    shutil.rmtree(models, ignore_errors=True)
+    database.unlink()
+    return model
 
 
 def _write_images(source: FrameSource, images: Path, on_progress: Callable[[str, float], None]) -> list[str]:

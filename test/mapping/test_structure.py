@@ -107,6 +107,7 @@ def test_too_few_images_and_a_folder_that_is_there_are_refused(walk, tmp_path: P
         reconstruct(walk, tmp_path)
     with pytest.raises(SourceError, match=r"could be put together|found their place"):
         reconstruct(Selection(walk, [0, 1, 2]), tmp_path / "few")
+    assert not any(tmp_path.iterdir())  # nothing half done is left behind
 
 
 def test_the_scale_comes_from_other_poses_wherever_their_frame_is(walk) -> None:
