@@ -77,12 +77,12 @@ def table(result: DisturbedRun) -> str:
             name,
             f"{kind.recovered} of {kind.events}",
             *(f"{kind.seconds[key]:.2f}" for key in ("p50", "p95")),
-            f"{kind.images['p50']:.0f}",
+            *(f"{kind.images[key]:.0f}" for key in ("p50", "p95")),
             str(kind.false_ok),
         )
         for name, kind in result.kinds.items()
     ]
-    header = ("disturbance", "recovered", "p50 [s]", "p95 [s]", "images", "false OK")
+    header = ("disturbance", "recovered", "p50 [s]", "p95 [s]", "images p50", "p95", "false OK")
     parts = [format_table(rows, header=header)]
     for title, states in (("images of the map", result.good_images), ("other images", result.replaced_images)):
         counts = [(state, *(str(row.get(name, 0)) for name in OUTCOMES)) for state, row in states.items()]
