@@ -8,6 +8,8 @@ import re
 import sys
 from typing import TYPE_CHECKING, Any
 
+from kfloc_ros.errors import SourceError
+
 if TYPE_CHECKING:
     from tqdm import tqdm
 
@@ -56,6 +58,19 @@ def build_config_from(args: argparse.Namespace) -> MapBuildConfig:
     from kfloc_ros.mapping.build import MapBuildConfig
 
     return build_config(MapBuildConfig, {o.name: getattr(args, o.name) for o in options_of(MapBuildConfig)})
+
+
+def need_poses(source: FrameSource) -> None:
+    """Refuse images of an unknown camera, which have no poses, before anything is computed.
+
+    Raises:
+        SourceError: what to do instead.
+    """
+    if source.camera_is_guess:
+        raise SourceError(
+            f"'{source.name}' has images without poses. `kfloc map build ... --sfm DIR` finds them, and keeps them "
+            "in DIR as the source colmap:DIR."
+        )
 
 
 def provenance_of(args: argparse.Namespace, source: FrameSource, command: str) -> dict[str, Any]:

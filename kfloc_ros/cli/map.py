@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from kfloc_ros.cli.arguments import add_source_arguments, open_source_from
-from kfloc_ros.cli.build_options import BuildBars, StageBars, add_build_options, build_config_from, provenance_of
+from kfloc_ros.cli.build_options import (
+    BuildBars,
+    StageBars,
+    add_build_options,
+    build_config_from,
+    need_poses,
+    provenance_of,
+)
 from kfloc_ros.cli.map_join import add_join
 from kfloc_ros.cli.map_tools import add_tools
 
@@ -85,6 +92,8 @@ def run_build(args: argparse.Namespace) -> int:
     if args.sfm is not None:
         check_free(args.out, overwrite=args.force)
         frames = reconstruct(frames, args.sfm, length=known_length(args.sfm_length), on_progress=StageBars())
+    else:
+        need_poses(frames)
     source = with_depth(frames, hide=args.no_depth, device=config.device)
     command = shlex.join(["kfloc", "map", "build", args.source, "--out", str(args.out)])
     scene_map = build_map(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kfloc_ros.cli.arguments import add_source_arguments, open_source_from
-from kfloc_ros.cli.build_options import BuildBars, add_build_options, build_config_from, provenance_of
+from kfloc_ros.cli.build_options import BuildBars, add_build_options, build_config_from, need_poses, provenance_of
 
 UPDATE = """\
 Maps a recording by itself, finds where it lies in MAP by localizing some of its views there, and adds it: a head of its
@@ -78,7 +78,9 @@ def run_update(args: argparse.Namespace) -> int:
     check_free(args.out, overwrite=args.force)
     config = build_config_from(args)
     scene_map = SceneMap.load(resolve_map(args.map))
-    source = with_depth(open_source_from(args, depth=not args.no_depth), hide=args.no_depth, device=config.device)
+    frames = open_source_from(args, depth=not args.no_depth)
+    need_poses(frames)
+    source = with_depth(frames, hide=args.no_depth, device=config.device)
     command = shlex.join(["kfloc", "map", "update", args.map, args.source, "--out", str(args.out)])
     updated = update_map(
         scene_map,

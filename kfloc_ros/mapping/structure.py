@@ -34,6 +34,8 @@ MIN_SHARE = 0.5
 DEPTH_VIEWS = 30
 MIN_DEPTH_PAIRS = 200
 MIN_BASELINE_M = 0.05
+LOG_ERRORS = 2
+"""COLMAP's log below this level (glog's ERROR) would drown the progress bars."""
 Array = NDArray[np.float64]
 
 
@@ -131,6 +133,7 @@ def _solve(
     """COLMAP's largest model of the images; what else it wrote is removed."""
     import pycolmap
 
+    pycolmap.logging.minloglevel = max(pycolmap.logging.minloglevel, LOG_ERRORS)
     database, models = folder / "database.db", folder / "models"
     reader = pycolmap.ImageReaderOptions()
     reader.camera_model = "SIMPLE_RADIAL" if source.camera_is_guess else "PINHOLE"

@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 import pytest
 
+from kfloc_ros.cli.main import main
 from kfloc_ros.datasets import open_source
 from kfloc_ros.datasets.base import FrameSource, Selection
 from kfloc_ros.errors import SourceError
@@ -130,7 +131,7 @@ def test_a_length_on_the_command_line() -> None:
         known_length(["0", "x", "1.5"])
 
 
-def test_a_folder_of_images_and_a_video_are_sources(walk, tmp_path: Path) -> None:
+def test_a_folder_of_images_and_a_video_are_sources(walk, tmp_path: Path, capsys) -> None:
     folder = tmp_path / "photos"
     folder.mkdir()
     video = cv2.VideoWriter(str(tmp_path / "walk.avi"), cv2.VideoWriter.fourcc(*"MJPG"), 20.0, (320, 256))
@@ -143,6 +144,8 @@ def test_a_folder_of_images_and_a_video_are_sources(walk, tmp_path: Path) -> Non
     assert len(photos) == 10 and photos.camera_is_guess and photos[2].T_map_camera is None
     np.testing.assert_array_equal(photos[2].image, walk[2].image)
     (folder / "camera.txt").write_text("320 256 260 260 159.5 127.5")
+    assert main(["map", "build", str(tmp_path / "walk.avi"), "--out", str(tmp_path / "map")]) == 2
+    assert "--sfm" in capsys.readouterr().err
     assert not open_source(str(folder)).camera_is_guess and open_source(str(folder)).camera == walk.camera
     film = open_source(f"video:{tmp_path / 'walk.avi'}?every=3")
     assert len(film) == 4 and film.camera_is_guess
