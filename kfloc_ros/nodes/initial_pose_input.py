@@ -61,7 +61,11 @@ class InitialPoseInput:
         self._waiting: InitialPose | None = None
         self._tried: InitialPose | None = None
         self._tries = 0
-        node.create_subscription(PoseWithCovarianceStamped, "initialpose", self._on_pose, qos.results(1))
+        profile = qos.results(1, parameters.node.initialpose_reliability)
+        events = qos.on_mismatch(node.resolve_topic_name("initialpose"), "initialpose_reliability", health.warn)
+        node.create_subscription(
+            PoseWithCovarianceStamped, "initialpose", self._on_pose, profile, event_callbacks=events
+        )
 
     def take(self, camera_frame: str, stamp_ns: int, last: HeldPose | None) -> list[Matrix]:
         """Poses ``T_map_camera`` to start a frame from; empty where there are none. For the worker.

@@ -47,6 +47,14 @@ class NodeConfig:
         "Durability asked of the publisher of camera_info; transient_local for one that publishes only once.",
         choices=("volatile", "transient_local"),
     )  # fmt: skip
+    initialpose_reliability: str = option(
+        "reliable", "Reliability asked of the publisher of initialpose; best_effort hears every publisher.",
+        choices=("best_effort", "reliable"),
+    )  # fmt: skip
+    tf_reliability: str = option(
+        "reliable", "Reliability asked of the publishers of /tf; best_effort hears every one, and may miss transforms.",
+        choices=("best_effort", "reliable"),
+    )  # fmt: skip
     rectified: bool = option(
         False, "The images are rectified already: take P of camera_info and no distortion, instead of K and D."
     )

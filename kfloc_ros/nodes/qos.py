@@ -16,14 +16,17 @@ from rclpy.qos import (
 )
 
 
+def _reliability(name: str) -> ReliabilityPolicy:
+    return ReliabilityPolicy.RELIABLE if name == "reliable" else ReliabilityPolicy.BEST_EFFORT
+
+
 def newest(reliability: str, durability: str = "volatile") -> QoSProfile:
     """Sensor input: only the newest message is of use.
 
     ``reliability``: best_effort or reliable; ``durability``: volatile or transient_local.
     """
-    policy = ReliabilityPolicy.RELIABLE if reliability == "reliable" else ReliabilityPolicy.BEST_EFFORT
     kept = DurabilityPolicy.TRANSIENT_LOCAL if durability == "transient_local" else DurabilityPolicy.VOLATILE
-    return QoSProfile(history=HistoryPolicy.KEEP_LAST, depth=1, reliability=policy, durability=kept)
+    return QoSProfile(history=HistoryPolicy.KEEP_LAST, depth=1, reliability=_reliability(reliability), durability=kept)
 
 
 def on_mismatch(topic: str, parameters: str, warn: Callable[[str], None]) -> SubscriptionEventCallbacks:
@@ -39,9 +42,12 @@ def on_mismatch(topic: str, parameters: str, warn: Callable[[str], None]) -> Sub
     return SubscriptionEventCallbacks(incompatible_qos=say)
 
 
-def results(depth: int = 10) -> QoSProfile:
-    """What must arrive, in order: poses, states, and images between our own nodes."""
-    return QoSProfile(history=HistoryPolicy.KEEP_LAST, depth=depth, reliability=ReliabilityPolicy.RELIABLE)
+def results(depth: int = 10, reliability: str = "reliable") -> QoSProfile:
+    """What must arrive, in order: poses, states, and images between our own nodes.
+
+    ``reliability``: best_effort to hear a publisher that offers no more, too.
+    """
+    return QoSProfile(history=HistoryPolicy.KEEP_LAST, depth=depth, reliability=_reliability(reliability))
 
 
 def static_transforms() -> QoSProfile:

@@ -57,7 +57,7 @@ class RefinerComponent:
     ) -> None:
         self._stage, self._health = stage, health
         map_frame = parameters.node.map_frame or scene_map.frame_id
-        listener = TransformListener(node, health.warn)
+        listener = TransformListener(node, health.warn, reliability=parameters.node.tf_reliability)
         self._publisher = PosePublisher(node, parameters, map_frame, listener, health, gate)
         self._keeper = PoseKeeper(node, parameters, scene_map, health)
         self._initial = InitialPoseInput(

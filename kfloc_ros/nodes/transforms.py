@@ -74,16 +74,28 @@ class TransformListener:
     Args:
         warn: takes sentences about transforms that cannot be used.
         store: made by :func:`make_store` if None.
+        reliability: asked of the publishers of ``/tf``.
     """
 
-    def __init__(self, node: Node, warn: Callable[[str], None], store: TransformStore | None = None) -> None:
+    def __init__(
+        self,
+        node: Node,
+        warn: Callable[[str], None],
+        store: TransformStore | None = None,
+        *,
+        reliability: str = "reliable",
+    ) -> None:
         self._store, self._warn = store or make_store(), warn
         self._arrived = threading.Condition()
         self._parents: dict[str, str] = {}
         self._newest_ns: dict[str, int] = {}
         # rclpy's buffer does not notice jumps of the clock, so nobody else clears it.
         self._watch = TimeWatch(node, on_jump=self.clear)
-        node.create_subscription(TFMessage, "/tf", lambda m: self._add(m, static=False), qos.results(100))
+        events = qos.on_mismatch("/tf", "tf_reliability", warn)
+        profile = qos.results(100, reliability)
+        node.create_subscription(
+            TFMessage, "/tf", lambda m: self._add(m, static=False), profile, event_callbacks=events
+        )
         node.create_subscription(TFMessage, "/tf_static", lambda m: self._add(m, static=True), qos.static_transforms())
 
     def lookup(self, target: str, source: str, stamp_ns: int, wait_s: float = 0.0) -> Matrix:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -93,6 +94,28 @@ def test_relocalize_and_reset_start_anew(world: Any, room: Any) -> None:
         assert trigger(harness, service).success
         stamp = harness.localize(room[5]).header.stamp
         assert harness.statuses[stamp.sec * 10**9 + stamp.nanosec]["filter_reset"] == reason
+
+
+def documented(heading: str) -> dict[str, str]:
+    """First and second column of the table under a heading of the interface's documentation."""
+    text = (Path(__file__).resolve().parents[2] / "docs" / "ros_interface.md").read_text()
+    section = re.split(r"^#+ ", text.partition(f"{heading}\n")[2], maxsplit=1, flags=re.MULTILINE)[0]
+    return dict(re.findall(r"^\| `([^`]+)` \| `([^`]+)` \|", section, flags=re.MULTILINE))
+
+
+def test_what_it_listens_to_and_offers_is_what_is_documented(world: Any) -> None:
+    node = world.harness.node
+    world.harness.wait(world.harness.listens)
+    heard = dict(node.get_subscriber_names_and_types_by_node("localizer", "/"))
+    of_rclpy = {"/parameter_events", "/clock"}
+    inputs = documented("### In")
+    assert inputs.pop("image/compressed"), "with another image_transport"
+    expected = {f"/{name.lstrip('/')}": kind.replace("/", "/msg/") for name, kind in inputs.items()}
+    assert {name: kinds[0] for name, kinds in heard.items() if name not in of_rclpy} == expected
+    services = dict(node.get_service_names_and_types_by_node("localizer", "/"))
+    ours = {name: kinds[0] for name, kinds in services.items() if kinds[0].startswith("std_srvs/")}
+    expected = {name.replace("~", "/localizer"): kind for name, kind in documented("## Services").items()}
+    assert ours == {name: kind.replace("/", "/srv/") for name, kind in expected.items()}
 
 
 def test_the_map_changes_through_a_parameter_and_a_bad_one_is_refused(

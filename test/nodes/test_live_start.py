@@ -87,13 +87,20 @@ def test_an_initial_pose_is_tried_a_bad_one_refused_and_the_last_one_found_again
 def test_a_publisher_with_other_qos_is_named_with_the_parameter_to_change(
     new_world: NewWorld, room_map: Path, room: Any
 ) -> None:
+    from geometry_msgs.msg import PoseWithCovarianceStamped
     from rclpy.qos import QoSProfile, ReliabilityPolicy
     from sensor_msgs.msg import Image
+    from tf2_msgs.msg import TFMessage
 
     world = new_world()
     best_effort = QoSProfile(depth=1, reliability=ReliabilityPolicy.BEST_EFFORT)
     world.harness.node.create_publisher(Image, "image", best_effort)
+    world.harness.node.create_publisher(PoseWithCovarianceStamped, "initialpose", best_effort)
+    world.harness.node.create_publisher(TFMessage, "/tf", best_effort)
     node = world.start_localizer(f"map:={room_map}", "image_reliability:=reliable")
     world.harness.wait(lambda: "Nothing is heard from a publisher on '/image'" in node.log, 10.0)
     assert "lesser RELIABILITY" in node.log and "Set image_reliability" in node.log
+    for topic, parameter in (("/initialpose", "initialpose_reliability"), ("/tf", "tf_reliability")):
+        world.harness.wait(lambda topic=topic: f"Nothing is heard from a publisher on '{topic}'" in node.log, 10.0)
+        assert f"Set {parameter}" in node.log
     world.harness.localize(room[4])  # from the other publisher, which is reliable
