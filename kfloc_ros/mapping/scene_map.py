@@ -264,7 +264,7 @@ def resolve_map(name_or_path: str) -> Path:
         path = Path(name_or_path).expanduser()
         if path.is_dir() or path.is_absolute() or len(path.parts) > 1:
             return path
-    except (OSError, RuntimeError) as error:  # a name that is too long, a user who is not there
+    except (OSError, RuntimeError, ValueError) as error:  # too long, no such user, a zero byte
         raise MapError(f"There is no map '{name_or_path[:200]}': {error}.") from error
     searched = maps_search_path()
     for folder in searched:

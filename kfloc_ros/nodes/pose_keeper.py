@@ -34,7 +34,7 @@ class PoseKeeper:
             return
         try:
             self._path = Path(parameters.node.pose_file).expanduser()
-        except RuntimeError:
+        except (RuntimeError, ValueError):
             health.warn(f"The last pose is not saved: there is no user as in pose_file '{parameters.node.pose_file}'.")
             return
         self._map_id = map_id(scene_map)

@@ -223,7 +223,7 @@ def test_other_compressions_are_refused(folder: Path, tmp_path: Path, method: in
 
 def test_any_name_of_a_map_is_a_folder_or_refused(fuzz: Fuzz) -> None:
     names = st.one_of(
-        st.text(max_size=20), st.sampled_from(["x" * 300, "~nobody-of-that-name/map", "\x00", "a/" * 3000])
+        st.text(max_size=20), st.sampled_from(["x" * 300, "~nobody-of-that-name/map", "\x00", "~\x00", "a/" * 3000])
     )
 
     def check(name: str) -> None:

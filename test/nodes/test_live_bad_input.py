@@ -6,7 +6,9 @@ from __future__ import annotations
 import math
 import shutil
 import signal
+import struct
 import time
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -123,7 +125,7 @@ def test_without_any_camera_info_the_topic_is_named(new_world: Callable[[], Any]
     world.harness.localize(room[4])
 
 
-@pytest.mark.parametrize("cut", ["half", "empty", "noise"])
+@pytest.mark.parametrize("cut", ["swelling", "half", "empty", "noise"])
 def test_a_truncated_jpeg_is_refused_and_the_next_good_one_localized(
     compressed_world: Any, room: Any, cut: str
 ) -> None:
@@ -138,12 +140,24 @@ def test_a_truncated_jpeg_is_refused_and_the_next_good_one_localized(
         return stamp_ns
 
     harness.localize(room[4], lambda frame: send(data))
-    bad = {"half": data[: len(data) // 2], "empty": b"", "noise": bytes(range(256)) * 40}[cut]
-    said = {"half": "is cut off", "empty": "has no data", "noise": "cannot be decoded"}[cut]
+    bad = {"half": data[: len(data) // 2], "empty": b"", "noise": bytes(range(256)) * 40, "swelling": swelling()}[cut]
+    said = {"half": "is cut off", "empty": "has no data", "noise": "cannot be decoded"}.get(cut, f"{len(bad)} bytes) c")
     stamp_ns = send(bad)
     harness.wait(lambda: said in compressed_world.nodes[0].log)
     assert stamp_ns not in harness.poses
     harness.localize(room[4], lambda frame: send(data))
+
+
+def swelling() -> bytes:
+    """A PNG of a few kilobytes that unpacks into more than a hundred million pixels."""
+    side = 10_400
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)  # one bit a pixel
+    pixels = zlib.compress(bytes((1 + side // 8) * side), 1)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
 
 
 def refused(harness: Any, pose: Any) -> int:

@@ -88,6 +88,27 @@ def test_odometry_that_is_too_late_is_not_extrapolated(robot: Any, room: Any) ->
     assert np.allclose(transform_from_message(anchors(harness)[-1].transform), before)
 
 
+def test_odometry_that_jumps_moves_map_to_odom_and_not_the_pose(robot: Any, room: Any) -> None:
+    harness = robot.harness
+    before = pose_from_message(harness.localize(room[4], lambda frame: drive(harness, frame)).pose.pose)
+    harness.transforms.clear()
+    jump = make_pose(so3_exp([0.0, 0.0, 2.0]), [100.0, -40.0, 0.0])
+
+    def drive_after_jump(frame: Any) -> int:
+        stamp_ns = time.time_ns()
+        for offset_ns in (-10_000_000, 10_000_000):
+            T = jump @ odometry(stamp_ns + offset_ns)
+            harness.send_transform("odom", "base_link", stamp_ns + offset_ns, T)
+        return int(harness.send(frame, stamp_ns))
+
+    message = harness.localize(room[4], drive_after_jump)
+    T_map_base = pose_from_message(message.pose.pose)
+    assert np.allclose(T_map_base[:3, 3], before[:3, 3], atol=0.02)
+    harness.wait(lambda: bool(anchors(harness)) and stamp_of(anchors(harness)[-1]) >= stamp_of(message) + TOLERANCE_NS)
+    T_odom_base = jump @ odometry(stamp_of(message))
+    assert np.allclose(transform_from_message(anchors(harness)[-1].transform) @ T_odom_base, T_map_base, atol=0.02)
+
+
 def test_a_second_parent_is_refused(robot: Any, room: Any) -> None:
     harness = robot.harness
     assert harness.set_parameter("/localizer", "tf_mode", "map_to_base").successful
