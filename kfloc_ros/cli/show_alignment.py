@@ -50,7 +50,7 @@ def alignment(args: argparse.Namespace) -> list[str]:
         args,
         f"{scene_map.name}: frame {args.frame}",
         up_axis(scene_map),
-        pictures=("map/camera/image",),
+        pictures=("overlay",),
         curves=("cost",),
     )
     args.frames, args.split = str(args.frame), None
@@ -66,7 +66,7 @@ def alignment(args: argparse.Namespace) -> list[str]:
     ):
         written.append(str(write_picture(args.out / f"{name}_{args.frame:06d}.png", picture)))
     if recording is not None:
-        log_alignment(recording, seen.frame, found, scene_map)
+        log_alignment(recording, seen.frame, seen.coarse.features, found, scene_map)
     return [title, *written, *closed(recording, args)]
 
 

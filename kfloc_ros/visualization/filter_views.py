@@ -24,7 +24,7 @@ from kfloc_ros.visualization.cells import (
     sigma_picture,
     trusted_flow,
 )
-from kfloc_ros.visualization.sheet import SEPARATOR, Arrows, Panel, panel_of
+from kfloc_ros.visualization.sheet import ARROW_LENGTHENING, SEPARATOR, Arrows, Panel, panel_of
 
 ARROW_STEP_CELLS = 4
 MIN_ARROW_PX = 1.0
@@ -79,7 +79,7 @@ def flow_panels(frame: Frame, coarse: CoarseResult) -> list[Panel]:
     stride, offset = _posterior(coarse).stride, _posterior(coarse).pixel_offset
     arrows = None if flow is None else flow_arrows(flow, stride, offset)
     return [
-        Panel("image, and how each cell has moved since the frame before", faded(frame.image), arrows=arrows),
+        Panel(f"motion since the frame before, {ARROW_LENGTHENING:g} times as long", faded(frame.image), arrows=arrows),
         flow_panel(frame, flow, stride),
     ]
 

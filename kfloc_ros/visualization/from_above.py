@@ -101,6 +101,7 @@ class Ortho:
         length = fitting[-1] if fitting else BARS_M[0]
         x, y = 14, self.height - 14
         end = x + round(length * self.pixels_per_m)
+        picture[y - 24 :, : end + 14] = BACKGROUND
         cv2.line(picture, (x, y), (end, y), (30, 30, 30), 2)
         for place in (x, end):
             cv2.line(picture, (place, y - 4), (place, y + 4), (30, 30, 30), 2)

@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+from kfloc_ros.features.trunk import TrunkFeatures
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.mapping.scene_map import SceneMap
+from kfloc_ros.pixloc.residuals import reproject
 from kfloc_ros.types import Alignment, Frame
+from kfloc_ros.visualization.alignment_views import by_residual, reference_points
 from kfloc_ros.visualization.cells import flow_picture, nis_picture, sigma_picture
 from kfloc_ros.visualization.clouds import FRUSTUM_DEPTH_M, camera_symbols, cell_cloud, map_cloud
 from kfloc_ros.visualization.rerun import Recording
@@ -25,21 +28,21 @@ def log_map(recording: Recording, scene_map: SceneMap) -> None:
 
 
 def log_frame(recording: Recording, seen: Seen) -> None:
-    """The image, where its coarse pose puts it, and the points that its cells see."""
+    """The image, where its coarse pose puts it."""
     frame, pose = seen.frame, seen.coarse.pose
     recording.at(frame.index, frame.stamp_ns)
     if pose.T_map_camera is not None:
         recording.camera("map/camera", pose.T_map_camera, frame.camera, frame.image)
     else:
         recording.text("log", f"frame {frame.index}: no pose: {pose.reason}")
-    if seen.coarse.scene_coordinates is not None:
-        cloud = cell_cloud(seen.coarse.scene_coordinates, frame.image)
-        recording.cloud("map/cells", cloud.points, cloud.colours, radius_m=0.012)
 
 
 def log_filter(recording: Recording, seen: Seen, nis_threshold: float) -> None:
-    """A frame with its noise, NIS and flow pictures."""
+    """A frame with the points that its cells see, and its noise, NIS and flow pictures."""
     log_frame(recording, seen)
+    if seen.coarse.scene_coordinates is not None:
+        cloud = cell_cloud(seen.coarse.scene_coordinates, seen.frame.image)
+        recording.cloud("map/cells", cloud.points, cloud.colours, radius_m=0.012)
     filtered, measurement = seen.coarse.filtered, seen.coarse.measurement
     if filtered is None or measurement is None:
         return
@@ -57,10 +60,13 @@ def log_filter(recording: Recording, seen: Seen, nis_threshold: float) -> None:
             recording.picture(f"filter/{name}", picture.rgb)
 
 
-def log_alignment(recording: Recording, frame: Frame, alignment: Alignment, scene_map: SceneMap) -> None:
-    """The map, the reference views that were used, and the camera at every step; the viewer's timeline is ``step``."""
+def log_alignment(
+    recording: Recording, frame: Frame, features: TrunkFeatures, alignment: Alignment, scene_map: SceneMap
+) -> None:
+    """The map, the reference views used, and camera and overlay at every step; the viewer's timeline is ``step``."""
     log_map(recording, scene_map)
     camera: Camera = frame.camera
+    points = reference_points(scene_map, alignment.reference_ids).to(features.fine.device)
     positions = {ident: k for k, ident in enumerate(scene_map.references.ids)}
     used = [positions[ident] for ident in alignment.reference_ids]
     for k in used:
@@ -75,3 +81,5 @@ def log_alignment(recording: Recording, frame: Frame, alignment: Alignment, scen
         recording.step(number)
         recording.camera("map/camera", step.T_map_camera, camera, frame.image)
         recording.number(f"cost/stride_{step.stride}", step.cost)
+        seen = reproject(features, points, step.T_map_camera, camera)
+        recording.picture("overlay", by_residual(frame.image, seen), jpeg=True)

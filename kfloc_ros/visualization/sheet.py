@@ -21,6 +21,8 @@ TITLE_HEIGHT_IN = 0.45
 SEPARATOR = "   |   "
 """Between the parts of a title; narrow sheets break the line after the first part."""
 QUIET = "#666666"
+ARROW_LENGTHENING = 2.0
+"""Motion between frames is short."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,12 +130,12 @@ class Sheet:
                 *panel.arrows.vectors.T,
                 angles="xy",
                 scale_units="xy",
-                scale=1.0,
+                scale=1.0 / ARROW_LENGTHENING,
                 color="black",
-                width=0.0028,
-                headwidth=4,
-                headlength=4,
-                headaxislength=3.5,
+                width=0.003,
+                headwidth=3.2,
+                headlength=3.5,
+                headaxislength=3.0,
             )
 
 
@@ -149,8 +151,12 @@ def add_scale(figure: Any, axes: Any, scale: Scale) -> None:
     bar.set_label(scale.label, fontsize=8)
     if scale.ticks:
         bar.minorticks_off()
-        bar.set_ticks(list(scale.ticks), labels=[f"{tick:.3g}" for tick in scale.ticks])
+        bar.set_ticks(list(scale.ticks), labels=[_short(tick) for tick in scale.ticks])
     bar.ax.tick_params(labelsize=7)
+
+
+def _short(tick: float) -> str:
+    return f"{tick:.0f}" if tick >= 100 else f"{tick:.2g}"
 
 
 def _add_wheel(axes: Any) -> None:

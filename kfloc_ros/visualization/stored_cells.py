@@ -24,9 +24,6 @@ from kfloc_ros.visualization.series import PictureSeries, write_picture
 from kfloc_ros.visualization.sheet import SEPARATOR, Panel, Sheet, panel_of
 from kfloc_ros.visualization.stream import read_coordinate_folder, read_flow, read_stored
 
-MAX_FLOW_SIGMA_M = 0.5
-"""Flow whose prior would be less certain than this is suppressed."""
-
 
 def show_stored(folder: Path, out: Path, series: PictureSeries, max_sigma_m: float, voxel_m: float) -> Iterator[str]:
     """Draw every map of a folder; yields an empty line for each, and then what was written.
@@ -52,7 +49,7 @@ def show_stored(folder: Path, out: Path, series: PictureSeries, max_sigma_m: flo
         panels = [
             Panel("scene coordinates: x, y, z as red, green, blue", coordinates_picture(coordinates, (low, high)).rgb),
             panel_of("noise", sigma_picture("", coordinates.variance, coordinates.valid), SIGMA, ""),
-            _flow_panel(folder, stored.index),
+            _flow_panel(folder, stored.index, max_sigma_m),
         ]
         sure = len(cloud.points) / max(coordinates.valid.numel(), 1)
         title = f"{folder.name}/{path.name}{SEPARATOR}{sure:.0%} of the cells surer than {100 * max_sigma_m:g} cm"
@@ -73,12 +70,12 @@ def sigma_cloud(coordinates: SceneCoordinates) -> Cloud:
     return Cloud(points, SIGMA.rgb(100 * sigma), sigma)
 
 
-def _flow_panel(folder: Path, index: int) -> Panel:
+def _flow_panel(folder: Path, index: int, max_sigma_m: float) -> Panel:
     grid = read_flow(folder, index)
     if grid is None:
         return Panel("flow", None, wheel=True, nothing=f"no {index}_{index - 1}_flow.npy")
     colours = flow_colours(grid[..., :2].transpose(2, 0, 1))
-    uncertain = ~(grid[..., 2] >= 1.0 / MAX_FLOW_SIGMA_M)
+    uncertain = ~(grid[..., 2] >= 1.0 / max_sigma_m)  # of the prior that it carries here
     colours[uncertain] = NO_VALUE
     return Panel(f"flow to map {index - 1}, {uncertain.mean():.0%} uncertain (grey)", colours, wheel=True)
 

@@ -36,7 +36,7 @@ class CellStream:
     def __init__(
         self, bounds_m: Sequence[Sequence[float]], up: tuple[int, float], max_sigma_m: float, voxel_m: float
     ) -> None:
-        self.cloud = merged([], voxel_m)
+        self.cloud = self._latest = merged([], voxel_m)
         self._bounds, self._up = bounds_m, up
         self._max_sigma_m, self._voxel_m = max_sigma_m, voxel_m
         self._way: list[NDArray[np.float64]] = []
@@ -53,6 +53,7 @@ class CellStream:
         cloud = surest(cell_cloud(coordinates, seen.frame.image), self._max_sigma_m)
         write_ply(folder / f"{seen.frame.index:06d}.ply", cloud, f"frame {seen.frame.index}")
         self._files += 1
+        self._latest = cloud
         self.cloud = merged([self.cloud, cloud], self._voxel_m)
         if pose.T_map_camera is not None:
             self._way.append(pose.T_map_camera[:3, 3])
@@ -60,9 +61,9 @@ class CellStream:
         return cell_panels(seen.frame, seen.coarse, self._bounds, from_above)
 
     def log(self, recording: Recording, seen: Seen) -> None:
-        """The frame, and the cloud so far."""
+        """The frame, and its points, which stay."""
         log_frame(recording, seen)
-        recording.cloud("map/cloud", self.cloud.points, self.cloud.colours, radius_m=0.008)
+        recording.cloud(f"map/cloud/{seen.frame.index}", self._latest.points, self._latest.colours, radius_m=0.006)
 
     def write(self, out: Path, title: str) -> list[str]:
         """Write ``cloud.ply`` and ``cloud.png`` of all frames; returns what there is, in words."""
