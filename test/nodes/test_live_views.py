@@ -117,3 +117,47 @@ def test_pictures_show_something(seen: dict[str, list[Any]], room: Any) -> None:
     assert overlay.shape == (room.camera.height, room.camera.width, 3)
     strong = overlay.max(axis=2).astype(int) - overlay.min(axis=2) > 150
     assert 0.005 < strong[30:].mean() < 0.5  # points in the colours of the palette
+
+
+@pytest.mark.slow
+def test_three_nodes_publish_what_the_table_says_of_each(
+    new_world: Callable[[], Any], room: Any, room_map: Path
+) -> None:
+    world = new_world()
+    nodes = ("camera_node", "filter_node", "refiner_node")
+    for name in nodes:
+        world.start(name, f"map:={room_map}")
+    world.wait_ready()
+    node = world.harness.node
+    hand_over = ("/frame/", "/coarse_status", "/parameter_events", "/rosout")
+
+    def missing() -> list[str]:
+        if not set(nodes) <= set(node.get_node_names()):
+            return ["not all of the nodes are there"]
+        found = {
+            (name, topic, *kinds)
+            for name in nodes
+            for topic, kinds in node.get_publisher_names_and_types_by_node(name, "/")
+            if not topic.startswith(hand_over) and not topic.endswith("/transition_event")
+        }
+        expected = {
+            (name, f"/{topic.name.lstrip('/')}", topic.type) for name in nodes for topic in published_by(name).values()
+        }
+        return sorted(map(str, expected ^ found))
+
+    world.harness.wait(lambda: not missing(), 90.0, must=False)
+    assert missing() == []
+    seen: dict[str, list[Any]] = {"scene_coordinates": [], "overlay": []}
+    for topic in TOPICS:
+        if topic.name in seen:
+            node.create_subscription(message_class(topic.type), topic.name, seen[topic.name].append, 10)
+    for k in range(4, 16):
+        world.harness.localize(room[k])
+        world.harness.spin(0.3)
+        if all(seen.values()):
+            break
+    assert read_cloud(seen["scene_coordinates"][-1]).points.shape[:2] == (
+        room.camera.height // 8,
+        room.camera.width // 8,
+    )
+    assert decode_image(seen["overlay"][-1]).std() > 5

@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -102,12 +105,44 @@ def test_everything_worth_seeing_is_there(manager: dict[str, Any]) -> None:
     assert covariance[0]["Covariance"]["Value"] is True
 
 
-def test_the_launch_file_makes_every_topic_of_rviz_relative(manager: dict[str, Any]) -> None:
-    text = (ROOT / "launch" / "localize.launch.py").read_text(encoding="utf-8")
-    assert "for topic in TOPICS" in text and '"rviz" / "localize.rviz"' in text
-    for _, display in displays(manager):
-        topic = display.get("Topic", {}).get("Value", "/image")
-        assert topic in PUBLISHED or topic in INPUTS
+LAUNCH_NAMES = {
+    "ament_index_python.packages": ("get_package_share_directory",),
+    "launch": ("LaunchContext", "LaunchDescription", "LaunchDescriptionEntity"),
+    "launch.actions": ("DeclareLaunchArgument", "OpaqueFunction", "SetEnvironmentVariable"),
+    "launch_ros.actions": ("Node",),
+    "launch_ros.parameter_descriptions": ("ParameterValue",),
+}
+
+
+@pytest.fixture
+def rviz_node(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What the launch file starts for rviz:=true: the arguments of its Node, also where there is no launch package."""
+    for module, names in LAUNCH_NAMES.items():
+        for part in (module.partition(".")[0], module):
+            if part not in LAUNCH_NAMES or part == module:
+                monkeypatch.setitem(sys.modules, part, types.ModuleType(part))
+        for name in names:
+            setattr(sys.modules[module], name, type(name, (types.SimpleNamespace,), {}))
+    spec = importlib.util.spec_from_file_location("launch_under_test", ROOT / "launch" / "localize.launch.py")
+    assert spec is not None and spec.loader is not None
+    module_under_test = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module_under_test)
+    given = {"image_topic": "/camera/image_raw", "namespace": "robot", "rviz_config": "", "use_sim_time": "true"}
+    return module_under_test.rviz(given, Path("share"))
+
+
+def test_rviz_is_started_with_this_file_and_all_its_topics_in_the_nodes_namespace(
+    manager: dict[str, Any], rviz_node: Any
+) -> None:
+    assert (rviz_node.package, rviz_node.executable, rviz_node.namespace) == ("rviz2", "rviz2", "robot")
+    assert rviz_node.arguments == ["-d", str(Path("share") / "rviz" / RVIZ.name)]
+    assert rviz_node.parameters == [{"use_sim_time": True}]
+    remapped = dict(rviz_node.remappings)
+    shown = {display["Topic"]["Value"] for _, display in displays(manager) if "Topic" in display}
+    assert {topic: remapped[topic] for topic in shown - {"/image"}} == {
+        topic: topic.lstrip("/") for topic in shown - {"/image"}
+    }
+    assert remapped["/image"] == "/camera/image_raw" and remapped["/initialpose"] == "initialpose"
 
 
 @pytest.fixture(scope="module")
