@@ -108,6 +108,7 @@ class CoarseStage:
         self._variance_scale = calibration.measurement_variance_scale
         self._camera = scene_map.camera
         self._use_filter = config.filter
+        self._passed_by: tuple[int, TrunkFeatures] | None = None
         self._filter = SceneCoordinateFilter(
             FilterSettings(
                 flow_temperature=calibration.flow_temperature,
@@ -144,8 +145,8 @@ class CoarseStage:
     def process(self, frame: Frame, observation: Observation | None = None) -> CoarseResult:
         """Measure, filter, and solve for the coarse pose.
 
-        The filter does not mind frames that were not given to it: the belief is carried over from the last one that
-        was, if that is recent and the flow reaches so far, and else starts anew.
+        A frame that was passed by just before is filtered first, so that the belief is one frame old and a bad picture,
+        for which alone a track mostly ends, does not meet an older one or none.
 
         Args:
             frame: to localize.
@@ -156,6 +157,11 @@ class CoarseStage:
         """
         observation = observation or self.observe(frame)
         features, timings = observation.features, observation.timings_ms
+        if self._passed_by is not None and self._use_filter:
+            with _timed(timings, "filter"), torch.inference_mode():
+                stamp_ns, before = self._passed_by
+                self._filtered(stamp_ns, before, self._head.measure(before, self._variance_scale))
+        self._passed_by = None
         with _timed(timings, "measure"):
             measurement = self._head.measure(features, self._variance_scale)
         with _timed(timings, "filter"), torch.inference_mode():
@@ -167,6 +173,10 @@ class CoarseStage:
             frame.stamp_ns, pose, filtered.report, timings, features, filtered.posterior, measurement, filtered
         )
 
+    def pass_by(self, stamp_ns: int, observation: Observation) -> None:
+        """Take note of a frame that needs no coarse pose."""
+        self._passed_by = (stamp_ns, observation.features)
+
     def _filtered(self, stamp_ns: int, features: TrunkFeatures, measurement: SceneCoordinates) -> Filtered:
         if not self._use_filter:
             return Filtered(measurement, FilterReport("the filter is off", 0.0, NO_PRIOR, 0.0))
@@ -175,6 +185,7 @@ class CoarseStage:
     def reset(self, reason: str) -> None:
         """Forget what was carried over from earlier frames."""
         self._filter.reset(reason)
+        self._passed_by = None
 
 
 class RefineStage:
@@ -202,11 +213,6 @@ class RefineStage:
         self._had_pose = False
         self._judgement = JudgementSettings(min_inlier_ratio=calibration.min_inlier_ratio)
         self._suggested: tuple[Matrix, ...] = ()
-
-    @property
-    def refiner(self) -> Refiner:
-        """What aligns poses; it keeps nothing from one call to the next."""
-        return self._refiner
 
     @property
     def refiner(self) -> Refiner:
@@ -323,7 +329,10 @@ class Localizer:
         """
         observation = self.coarse.observe(frame)
         tracked = self.refine.track(frame, observation)
-        return tracked or self.refine.process(frame, self.coarse.process(frame, observation))
+        if tracked is not None:
+            self.coarse.pass_by(frame.stamp_ns, observation)
+            return tracked
+        return self.refine.process(frame, self.coarse.process(frame, observation))
 
     def reset(self, reason: str) -> None:
         """Forget all earlier frames."""

@@ -101,6 +101,15 @@ def test_most_frames_do_without_a_coarse_pose(scene_map: SceneMap, room) -> None
     assert np.median([error_m(e, f) for e, f in zip(estimates, frames, strict=True)]) < 0.01
 
 
+def test_the_filter_is_brought_up_to_date_before_a_coarse_pose(scene_map: SceneMap, room) -> None:
+    """Eight frames at 10 Hz are longer than its greatest gap: without the frame just before it would start anew."""
+    tracking = localizer(scene_map, tracking_check_period=8)
+    last = [tracking.process(room[i]) for i in range(9)][-1]
+    assert last.filter is not None and not last.tracked
+    assert last.filter.reset_reason == ""
+    assert last.filter.prior_ratio > 0.3
+
+
 def test_a_covered_lens_and_another_place_end_the_track(scene_map: SceneMap, room) -> None:
     blank = np.zeros_like(room[2].image)
     elsewhere = replace(room[22], stamp_ns=room[5].stamp_ns)  # carried there between two frames

@@ -56,6 +56,7 @@ class FilterComponent:
             self._stage.reset(reason)
         observation = self._stage.observe(packet.frame)
         if self._track(packet, observation):
+            self._stage.pass_by(packet.frame.stamp_ns, observation)
             return
         coarse = CoarseFrame(packet, self._stage.process(packet.frame, observation))
         self._publish(coarse)

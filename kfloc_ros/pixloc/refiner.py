@@ -54,6 +54,7 @@ class Refiner:
     def __init__(self, references: ReferenceViews, camera: Camera, settings: RefinerSettings) -> None:
         self.references, self.camera, self.settings = references, camera, settings
 
+    @torch.inference_mode()
     def align(self, features: TrunkFeatures, starts: Sequence[Matrix]) -> Alignment:
         """Refine the most promising of several starting poses.
 
