@@ -3,8 +3,8 @@
 
 Frames of a SOURCE are localized in turns: a stretch by this version, the same stretch by the other one (from a git
 worktree, in a process of its own), so that both see the same load of the machine. Times are of the clock and, in
-brackets, of the processor, which a busy machine changes less. `refine` is the refiner's stage, from features and a start
-to a pose and its covariance, for three references.
+brackets, of the processor, which a busy machine changes less. `refine` is the stage from features and a starting pose
+to a pose with its covariance, for three references.
 
     python benchmarks/refiner.py 7scenes:DATA/7scenes/redkitchen --poses sfm --split blocks50:test --map MAP \
         --against HEAD~20 --json out/refiner.json
