@@ -97,7 +97,8 @@ def cells(args: argparse.Namespace) -> list[str]:
     folder = Path(args.source)
     if is_coordinate_folder(folder):
         with series_of(args) as series:
-            written = list(progress(show_stored(folder, args.out, series, args.max_sigma, args.voxel), 0, "map"))
+            stored = show_stored(folder, args.out, series, args.max_sigma, args.voxel)
+            written = list(progress(stored, len(list(folder.glob("coord_*.npy"))), "map"))
         return [line for line in written if line] + series.written
     if args.map is None:
         raise DrawingError(
