@@ -78,6 +78,12 @@ class NodeConfig:
     transform_rate_hz: float = option(
         20.0, "How often the last map -> odom is sent again; 0: only with a new pose.", low=0.0, high=200.0
     )
+    max_odom_jump: float = option(
+        0.0,
+        "With map_to_odom, a pose this far from where the odometry has carried the last one, in metres (30 degrees a "
+        "metre), is DEGRADED and does not move the map until a second one agrees; 0: never.",
+        low=0.0, high=100.0, live=True,
+    )  # fmt: skip
     transform_timeout: float = option(
         0.1, "How long a pose waits for the odometry at its image's time, in seconds.", low=0.0, high=2.0, live=True
     )

@@ -32,6 +32,8 @@ class Outcome:
 
     pose: str = ""
     transform: str = ""
+    doubted: bool = False
+    """The odometry contradicts the pose."""
 
 
 class PosePublisher:
@@ -78,7 +80,8 @@ class PosePublisher:
         self._publish_pose(estimate.stamp_ns, body)
         self.last = HeldPose(estimate.stamp_ns, base_frame, body)
         self._publish_path(estimate.stamp_ns, body)
-        return Outcome(transform=self._transforms.publish(estimate.stamp_ns, body.T_map_body, base_frame))
+        fault = self._transforms.publish(estimate.stamp_ns, body.T_map_body, base_frame)
+        return Outcome(transform=fault, doubted=self._transforms.doubted)
 
     def clear(self) -> None:
         """Begin a new path, and forget what is held; for the worker."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 from rclpy.node import Node
 
@@ -39,7 +40,7 @@ from kfloc_ros.nodes.topics import (
 from kfloc_ros.nodes.transforms import TransformListener
 from kfloc_ros.nodes.warm_up import warm_up
 from kfloc_ros.nodes.worker import LatestWorker
-from kfloc_ros.types import PoseEstimate
+from kfloc_ros.types import PoseEstimate, TrackingState
 from kfloc_ros.visualization.overlay import OverlayPainter
 
 
@@ -108,6 +109,8 @@ class RefinerComponent:
         start = time.perf_counter()
         outcome = self._publisher.publish(estimate, packet.frame_id)
         publish_ms = 1e3 * (time.perf_counter() - start)
+        if outcome.doubted:
+            estimate = replace(estimate, state=TrackingState.DEGRADED, reason=outcome.transform)
         self._keeper.offer(estimate)
         latency_ms = packet.latency_ms()
         self._health.answered(latency_ms)

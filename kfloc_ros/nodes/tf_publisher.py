@@ -12,6 +12,7 @@ from rclpy.node import Node
 from kfloc_ros.geometry.lie import inverse_pose
 from kfloc_ros.nodes.gate import Gate
 from kfloc_ros.nodes.health import Health
+from kfloc_ros.nodes.odometry_check import OdometryCheck
 from kfloc_ros.nodes.parameter_server import ParameterServer
 from kfloc_ros.nodes.transform_buffer import TransformUnknownError
 from kfloc_ros.nodes.transforms import TransformListener, make_broadcaster, stamped
@@ -47,6 +48,9 @@ class TfPublisher:
         self._anchor: _Anchor | None = None
         self._sent_ns = 0
         self._stopped = False
+        self._check = OdometryCheck()
+        self.doubted = False
+        """Whether the last pose was not broadcast because the odometry contradicts it."""
         rate_hz = parameters.node.transform_rate_hz
         if rate_hz > 0:  # on the steady clock, so that a /clock that stands still costs nothing
             node.create_timer(1.0 / rate_hz, self._resend, clock=Clock(clock_type=ClockType.STEADY_TIME))
@@ -54,6 +58,7 @@ class TfPublisher:
     def publish(self, stamp_ns: int, T_map_base: Matrix, base_frame: str) -> str:
         """Broadcast a pose; returns why that was not possible, or empty."""
         config = self._parameters.node
+        self.doubted = False
         if config.tf_mode == "none":
             return ""
         if not base_frame:
@@ -68,6 +73,10 @@ class TfPublisher:
         fault = self._second_parent(odom_frame)
         if fault:
             return self._say(fault)
+        doubt = self._check.doubt(stamp_ns, T_map_base, T_odom_base, config.max_odom_jump)
+        if doubt:
+            self.doubted = True
+            return self._say(doubt)
         anchor = _Anchor(odom_frame, T_map_base @ inverse_pose(T_odom_base), stamp_ns, self._clock.now().nanoseconds)
         with self._lock:
             if self._anchor is not None and stamp_ns < self._anchor.stamp_ns:
@@ -85,6 +94,7 @@ class TfPublisher:
         """Forget the last transform, too."""
         with self._lock:
             self._anchor, self._sent_ns = None, 0
+            self._check.forget()
 
     def _publish_base(self, stamp_ns: int, T_map_base: Matrix, base_frame: str) -> str:
         fault = self._second_parent(base_frame)

@@ -153,3 +153,21 @@ def test_stop_also_stops_when_no_image_says_that_it_is_lost(robot: Any, room: An
     assert not anchors(harness)
     harness.localize(room[5], lambda frame: drive(harness, frame))
     harness.wait(lambda: bool(anchors(harness)))
+
+
+def test_a_pose_that_the_odometry_contradicts_waits_for_a_second_one(robot: Any, room: Any) -> None:
+    harness = robot.harness
+    assert harness.set_parameter("/localizer", "when_lost", "hold").successful
+    harness.localize(room[4], lambda frame: drive(harness, frame))
+    assert harness.set_parameter("/localizer", "max_odom_jump", 0.001).successful
+    harness.spin(2.2)  # so that the next pose is believed whatever it is
+    believed = stamp_of(harness.localize(room[4], lambda frame: drive(harness, frame)))
+    assert harness.statuses[believed]["state"] == "TRACKING"
+    doubted = stamp_of(harness.localize(room[5], lambda frame: drive(harness, frame)))  # the odometry moves, we do not
+    if doubted - believed < 2 * 10**9:
+        values = harness.statuses[doubted]
+        assert values["state"] == "DEGRADED" and "where the odometry has it" in values["reason"], values
+        assert values["published"] == "true" and values["transform"] == values["reason"]
+    assert harness.set_parameter("/localizer", "max_odom_jump", 0.0).successful
+    last = stamp_of(harness.localize(room[4], lambda frame: drive(harness, frame)))
+    assert harness.statuses[last]["state"] == "TRACKING"
