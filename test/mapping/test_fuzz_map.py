@@ -116,7 +116,7 @@ def test_any_value_in_the_description_is_sound_or_refused(fuzz: Fuzz, folder: Pa
             return
         assert_sound(loaded)
 
-    fuzz(check, st.lists(st.tuples(PLACES, ANY), min_size=1, max_size=2))
+    fuzz(check, st.lists(st.tuples(PLACES, ANY), min_size=1, max_size=2), share=0.5)
     assert sorted(path.name for path in tmp_path.rglob("*")) == sorted(["closet", *LIMITS])
 
 
@@ -135,7 +135,7 @@ def test_any_text_as_description_is_refused_or_whole(fuzz: Fuzz, folder: Path) -
         assert_sound(loaded)
 
     edits = st.lists(st.tuples(st.integers(0, 5000), st.one_of(st.binary(max_size=3), st.just(b"&a ["))), max_size=4)
-    fuzz(check, edits, st.one_of(st.none(), st.text(max_size=80)))
+    fuzz(check, edits, st.one_of(st.none(), st.text(max_size=80)), share=0.5)
 
 
 @pytest.mark.parametrize("name", [HEAD_FILE, REFERENCES_FILE])
@@ -157,7 +157,7 @@ def test_any_bytes_with_right_checksums_are_sound_or_refused(fuzz: Fuzz, folder:
         assert_sound(loaded)
 
     places = st.tuples(st.one_of(st.integers(0, 12), st.integers(0, 10**6)), st.integers(0, 255))
-    fuzz(check, st.lists(places, max_size=6), st.one_of(st.none(), st.integers(0, 10**7)))
+    fuzz(check, st.lists(places, max_size=6), st.one_of(st.none(), st.integers(0, 10**7)), share=0.5)
 
 
 NAMES = st.sampled_from(["ids", "counts", "T_map_camera", "points", "coarse", "fine", "confidence"])
@@ -183,7 +183,9 @@ def test_any_tensors_with_right_checksums_are_sound_or_refused(fuzz: Fuzz, folde
             return
         assert_sound(loaded)
 
-    fuzz(check, st.lists(st.tuples(NAMES, st.one_of(st.none(), TYPES), SHAPES, FILLS), min_size=1, max_size=2))
+    fuzz(
+        check, st.lists(st.tuples(NAMES, st.one_of(st.none(), TYPES), SHAPES, FILLS), min_size=1, max_size=2), share=0.5
+    )
 
 
 def test_any_archive_is_whole_or_refused_and_leaves_nothing(fuzz: Fuzz, folder: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("hypothesis", reason="hypothesis is not installed: `make setup-dev` brings it")
 pytest.importorskip("rclpy", reason="rclpy is not installed: `make setup` brings it, or source a ROS 2 installation")
@@ -25,9 +26,11 @@ from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 from std_msgs.msg import Header
 
 from kfloc_ros.errors import FrameError
+from kfloc_ros.features.trunk import COARSE_CHANNELS, FINE_CHANNELS, TrunkFeatures
 from kfloc_ros.geometry.camera import Camera, ImageAdapter
 from kfloc_ros.geometry.lie import make_pose, so3_exp
 from kfloc_ros.nodes.camera_messages import camera_from_info, fill_info, in_words, shared_view
+from kfloc_ros.nodes.feature_messages import fill_coarse, fill_fine
 from kfloc_ros.nodes.image_messages import (
     _LAYOUTS,
     ENCODINGS,
@@ -244,13 +247,23 @@ def statuses(good: dict[str, Any]) -> st.SearchStrategy[DiagnosticArray]:
     return st.builds(lambda change: make_status(5, "frame", {**good, **change}), changes)
 
 
+FEATURES = TrunkFeatures(
+    coarse=torch.nn.functional.normalize(torch.rand(1, COARSE_CHANNELS, 3, 4)),
+    fine=torch.nn.functional.normalize(torch.rand(1, FINE_CHANNELS, 6, 8)),
+    context=torch.empty(1, 0, 3, 4),
+    reliability=torch.rand(1, 3, 4),
+)
+
+
 def test_any_packets_between_the_nodes_are_a_frame_or_refused(fuzz: Fuzz) -> None:
     good_info = fill_info(CameraInfo(), Camera(32, 24, 30.0, 30.0, 15.5, 11.5))
 
-    def check(image: Image, info: CameraInfo, frame: Any, coarse: Any, pose: Any, stamp: Time) -> None:
+    def check(image: Any, info: Any, frame: Any, coarse: Any, pose: Any, features: list[Any], stamp: Time) -> None:
         messages = {
             "frame/image": image, "frame/camera_info": info, "frame/status": frame,
             "coarse_status": coarse, "coarse_pose": pose,
+            "frame/features_coarse": features[0] or fill_coarse(Image(), FEATURES),
+            "frame/features_fine": features[1] or fill_fine(Image(), FEATURES),
         }  # fmt: skip
         assert messages.keys() == FRAME_TOPICS.keys() | COARSE_TOPICS.keys()
         joined: list[Any] = []
@@ -266,6 +279,7 @@ def test_any_packets_between_the_nodes_are_a_frame_or_refused(fuzz: Fuzz) -> Non
             result = packet.result
             assert packet.camera.latency_ms() < 1e13 and packet.camera.frame.image.dtype == np.uint8
             assert all(0 <= value < math.inf for value in result.timings_ms.values())
+            assert result.features is not None and result.features.coarse.isfinite().all()
             if result.pose.T_map_camera is not None:
                 assert np.isfinite(result.pose.T_map_camera).all() and np.isfinite(result.pose.covariance).all()
 
@@ -276,6 +290,7 @@ def test_any_packets_between_the_nodes_are_a_frame_or_refused(fuzz: Fuzz) -> Non
         statuses(GOOD_FRAME),
         statuses(GOOD_COARSE),
         INITIAL_POSES,
+        st.tuples(st.one_of(st.none(), images()), st.one_of(st.none(), images())),
         STAMPS,
     )
 

@@ -33,6 +33,7 @@ def both(number: int) -> signal.Signals:
     return SIGNALS[number % 2]
 
 
+@pytest.mark.slow
 def test_without_a_map_all_four_end_well(new_world: NewWorld, tmp_path: Path) -> None:
     """Up, unconfigured, and a map that is not there asked for."""
     from lifecycle_msgs.srv import ChangeState
