@@ -132,7 +132,12 @@ def series_of(args: argparse.Namespace) -> PictureSeries:
     if args.no_pictures and args.no_video:
         raise DrawingError("With both --no-pictures and --no-video there is nothing to write; leave one of them out.")
     return PictureSeries(
-        args.out, args.verb, pictures=not args.no_pictures, video=not args.no_video, fps=float(np.clip(args.fps, 1, 60))
+        args.out,
+        args.verb,
+        pictures=not args.no_pictures,
+        video=not args.no_video,
+        fps=float(np.clip(args.fps, 1, 60)),
+        codec=args.codec,
     )
 
 

@@ -36,14 +36,17 @@ class PictureSeries:
         pictures: write the single pictures, too; one that stays alone is always written.
         video: write the video.
         fps: pictures per second.
+        codec: of the video, see :data:`kfloc_ros.visualization.video.CODECS`.
     """
 
-    def __init__(self, out: Path, name: str, *, pictures: bool = True, video: bool = True, fps: float = 10.0) -> None:
+    def __init__(
+        self, out: Path, name: str, *, pictures: bool = True, video: bool = True, fps: float = 10.0, codec: str = "vp9"
+    ) -> None:
         self.out, self.name = out, name
         self.written: list[str] = []
         """What there is, in words."""
         self._pictures, self._with_video = pictures, video
-        self._video = Video(out / f"{name}.mp4", fps)
+        self._video = Video(out / f"{name}.mp4", fps, codec)
         self._first: tuple[Path, NDArray[np.uint8]] | None = None
         self._count = 0
 

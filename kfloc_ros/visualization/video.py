@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from kfloc_ros.errors import DrawingError
 
-CODECS = ("vp09", "mp4v")
-"""Tried in this order: VP9 plays in browsers, MPEG-4 part 2 in VLC and mpv. Wheels of OpenCV lack H.264."""
+CODECS = {"vp9": "vp09", "mpeg4": "mp4v"}
+"""Names and FourCCs. VP9 plays in browsers, too, but takes half a second a sheet to write; MPEG-4 part 2 takes a
+thirtieth of that, and plays in VLC and mpv. Wheels of OpenCV lack H.264."""
 
 
 class Video:
@@ -21,10 +22,12 @@ class Video:
     Args:
         path: of the file; its folder is made.
         fps: pictures per second.
+        codec: of ``CODECS``, to be tried first.
     """
 
-    def __init__(self, path: Path, fps: float = 10.0) -> None:
+    def __init__(self, path: Path, fps: float = 10.0, codec: str = "vp9") -> None:
         self.path, self._fps = path, fps
+        self._codecs = sorted(CODECS, key=lambda name: name != codec)
         self.codec = ""
         """What the file is encoded with, once there is a picture."""
         self.count = 0
@@ -53,8 +56,8 @@ class Video:
             self.path.open("wb").close()
         except OSError as error:
             raise DrawingError(f"The video '{self.path}' cannot be written: {error.strerror}.") from error
-        for codec in CODECS:
-            writer = cv2.VideoWriter(str(self.path), cv2.VideoWriter.fourcc(*codec), self._fps, self._size)
+        for codec in self._codecs:
+            writer = cv2.VideoWriter(str(self.path), cv2.VideoWriter.fourcc(*CODECS[codec]), self._fps, self._size)
             if writer.isOpened():
                 self._writer, self.codec = writer, codec
                 return
