@@ -100,6 +100,10 @@ class CameraComponent:
     def stop(self) -> None:
         self._worker.stop()
 
+    def start_anew(self) -> None:
+        """Take the next image whatever its stamp: whoever asks for a new start may be playing the same bag again."""
+        self._stamps.forget()
+
     def _on_info(self, message: Any) -> None:
         try:
             self._camera = camera_from_info(message, rectified=self._parameters.node.rectified)
@@ -214,7 +218,7 @@ class CameraApplication:
         self._component.stop()
 
     def start_anew(self, reason: str) -> None:
-        """Nothing is carried over from frame to frame here."""
+        self._component.start_anew()
 
     def _hand_on(self, packet: CameraFrame) -> None:
         self._publish(packet)

@@ -49,6 +49,7 @@ class LocalizerApplication:
         self._refiner.stop()
 
     def start_anew(self, reason: str) -> None:
+        self._camera.start_anew()
         self._filter.start_anew(reason)
         self._refiner.start_anew(reason)
 
