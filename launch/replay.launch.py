@@ -34,6 +34,12 @@ def generate_launch_description() -> LaunchDescription:
                 "camera_info_topic", default_value="", description="Their calibration, where it is not beside them."
             ),
             DeclareLaunchArgument(
+                "base_frame",
+                default_value="",
+                description="Frame whose pose is published, such as base_link; the bag's TF is played and leads "
+                "from it to the camera. Empty: the camera's, and no TF.",
+            ),
+            DeclareLaunchArgument(
                 "truth",
                 default_value="",
                 description="Ground truth of the camera in the map: /topic, tf:MAP:CAMERA or a TUM file; "
@@ -77,7 +83,7 @@ def start(context: LaunchContext) -> list[LaunchDescriptionEntity]:
     ]  # fmt: skip
     if given["loop"] != "1":
         command += ["--loop", given["loop"]]
-    for name in ("duration", "image_topic", "camera_info_topic", "truth", "truth_of"):
+    for name in ("duration", "image_topic", "camera_info_topic", "base_frame", "truth", "truth_of"):
         if given[name]:
             command += [f"--{name.replace('_', '-')}", given[name]]
     for requirement in given["require"].split():

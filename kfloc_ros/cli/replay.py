@@ -80,6 +80,11 @@ def _add_topics(group: argparse._ArgumentGroup) -> None:
         help="the images are rectified, so P of camera_info counts (default: if the topic is called image_rect...)",
     )  # fmt: skip
     group.add_argument(
+        "--base-frame", default="", metavar="FRAME",
+        help="have the nodes publish the pose of this frame, such as base_link, and play the bag's TF to them, but not "
+        "what it says of the map; with odometry in it they broadcast map -> odom (default: the camera's frame, no TF)",
+    )  # fmt: skip
+    group.add_argument(
         "--truth", metavar="WHERE",
         help="ground truth in the map: /TOPIC (PoseStamped, PoseWithCovarianceStamped, Odometry), "
         "tf:MAP:CAMERA, or a TUM file (default: the bag's one PoseStamped topic, if it has one)",
@@ -96,6 +101,7 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from kfloc_ros.cli.tables import summary_table
+    from kfloc_ros.errors import ConfigError
     from kfloc_ros.evaluation.report import command_line
     from kfloc_ros.evaluation.requirements import parse_requirement
     from kfloc_ros.replay.config import ReplayConfig
@@ -105,6 +111,8 @@ def run(args: argparse.Namespace) -> int:
     else:
         from kfloc_ros.replay.session import run_replay as replay
 
+    if args.offline and args.base_frame:
+        raise ConfigError("--base-frame is for the live nodes; --offline has no TF. Leave one of them out.")
     requirements = [parse_requirement(text) for text in args.require]
     config = ReplayConfig(
         bag=args.bag,
@@ -119,6 +127,7 @@ def run(args: argparse.Namespace) -> int:
         image_topic=args.image_topic,
         info_topic=args.camera_info_topic,
         rectified=args.rectified,
+        base_frame=args.base_frame,
         truth=args.truth,
         truth_of=args.truth_of,
         device=args.device,

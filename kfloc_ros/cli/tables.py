@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kfloc_ros.evaluation.report import accuracy_rows, timing_rows
+from kfloc_ros.evaluation.report import accuracy_rows, timing_rows, transform_text
 from kfloc_ros.evaluation.summary import Summary
 
 
@@ -27,4 +27,6 @@ def summary_table(summary: Summary) -> str:
     lines = [accuracy, "", format_table(timing_rows(summary))]
     if summary.played is not None:
         lines += ["", f"Recall is over {scope}; over all {summary.played.frames} played see report.md."]
+    if summary.run.transform is not None:
+        lines.append(f"map -> camera on TF at the images' times: median {transform_text(summary.run.transform)}.")
     return "\n".join(lines)

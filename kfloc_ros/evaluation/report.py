@@ -57,13 +57,21 @@ def streaming_rows(summary: Summary) -> list[tuple[str, str]]:
     result = summary.streaming
     recovery = " / ".join(_number(result.recovery_s[key], "{:.2f} s") for key in ("p50", "p95"))
     ended = "; lost at the end" if result.lost_at_end else ""
+    tf = summary.run.transform
     return [
         ("availability (TRACKING, of all frames)", _percent(result.availability)),
         ("time to first fix", _number(result.time_to_first_fix_s, "{:.2f} s")),
         ("false OK (TRACKING but > 10 cm off)", _percent(result.false_ok)),
         ("confidently wrong frames", str(result.confidently_wrong)),
         ("outages; recovery p50 / p95", f"{result.outages}; {recovery}{ended}"),
+        *([("map -> camera on TF at the images' times, median", transform_text(tf))] if tf is not None else []),
     ]
+
+
+def transform_text(tf: Accuracy) -> str:
+    """One line on :attr:`RunInfo.transform`."""
+    share = _percent(tf.recall["5cm_5deg"])
+    return f"{_cm(tf.median_translation_m)}, {_deg(tf)}; {share} within 5 cm, 5 deg"
 
 
 def consistency_rows(summary: Summary) -> list[tuple[str, str, str]]:

@@ -42,6 +42,8 @@ class RunInfo:
     duration_s: float
     """Wall time from the first frame's start to the last frame's end."""
     interrupted: bool = False
+    transform: Accuracy | None = None
+    """Replay with a base frame: how right TF was about the camera at the images' times."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Whatever else the run was asked for, such as ``filter`` and ``rate``."""
 

@@ -14,9 +14,9 @@ from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 
 from kfloc_ros.errors import FrameError
 from kfloc_ros.geometry.camera import Camera, ImageAdapter
-from kfloc_ros.mapping.scene_map import SceneMap
+from kfloc_ros.mapping.outline import MapOutline
 from kfloc_ros.nodes import qos
-from kfloc_ros.nodes.camera_messages import camera_from_info, in_words, shared_view
+from kfloc_ros.nodes.camera_messages import camera_from_info, check_view
 from kfloc_ros.nodes.diagnostics import DiagnosticsPublisher, Report
 from kfloc_ros.nodes.gate import Gate
 from kfloc_ros.nodes.gpu_memory import explained
@@ -33,8 +33,6 @@ from kfloc_ros.types import Frame
 
 _FIRST_INFO_WAIT_S = 0.5
 """The first image may come just before the first camera_info."""
-_MIN_VIEW, _FULL_VIEW = 0.3, 0.8
-"""Shares of the map camera's view below which a camera is refused, or used with a warning."""
 _AHEAD_S = 0.5
 """Stamps further in the future than this are worth a warning."""
 
@@ -157,22 +155,11 @@ class CameraComponent:
                 f"{camera.width}x{camera.height}; they must be of the same camera."
             )
         if self._adapter.source != camera:
-            self._check_view(camera)
+            doubt = check_view(camera, self._target)
+            if doubt:
+                self._health.warn(doubt)
             self._adapter = ImageAdapter(camera, self._target)
         return self._adapter
-
-    def _check_view(self, camera: Camera) -> None:
-        """Refuse a camera that sees too little of what the map's camera saw."""
-        share = shared_view(camera, self._target)
-        said = (
-            f"The camera sees {100 * share:.0f} % of the view of the camera that the map was made with. "
-            f"camera_info: {in_words(camera)}. Map: {in_words(self._target)}."
-        )
-        if share < _MIN_VIEW:
-            way_out = "Is it the calibration of this camera? If it is, build a map with it"
-            raise FrameError(f"{said} That is too little. {way_out}.")
-        if share < _FULL_VIEW:
-            self._health.warn(f"{said} The rest stays black, and poses will be fewer and less accurate.")
 
     def _is_out_of_order(self, stamp_ns: int) -> bool:
         fault = self._stamps.fault(stamp_ns)
@@ -205,7 +192,7 @@ class CameraComponent:
 class CameraApplication:
     """The camera component as a node of its own: frames go out over topics."""
 
-    def __init__(self, node: Node, parameters: ParameterServer, scene_map: SceneMap, gate: Gate) -> None:
+    def __init__(self, node: Node, parameters: ParameterServer, scene_map: MapOutline, gate: Gate) -> None:
         self._health = Health(node.get_logger())
         self._publish = FramePublisher(node, lambda: self._health.counters)
         self._diagnostics = DiagnosticsPublisher(node, self._health, gate, scene_map.name, Report)

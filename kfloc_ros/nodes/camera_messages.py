@@ -10,6 +10,8 @@ import numpy as np
 from kfloc_ros.errors import FrameError
 from kfloc_ros.geometry.camera import Camera
 
+_MIN_VIEW, _FULL_VIEW = 0.3, 0.8
+"""Shares of the map camera's view below which a camera is refused, or used with a warning."""
 _ALIASES = {"fisheye": "equidistant", "kannala_brandt": "equidistant"}
 
 
@@ -73,6 +75,25 @@ def shared_view(camera: Camera, map_camera: Camera) -> float:
     pixels = camera.distort(rays)
     inside = (pixels >= -0.5).all(axis=1) & (pixels <= [camera.width - 0.5, camera.height - 0.5]).all(axis=1)
     return float(inside.mean())
+
+
+def check_view(camera: Camera, map_camera: Camera) -> str:
+    """What to warn of if a camera sees less than the one the map was made with, or empty.
+
+    Raises:
+        FrameError: it sees too little for a pose.
+    """
+    share = shared_view(camera, map_camera)
+    if share >= _FULL_VIEW:
+        return ""
+    said = (
+        f"The camera sees {100 * share:.0f} % of the view of the camera that the map was made with. "
+        f"camera_info: {in_words(camera)}. Map: {in_words(map_camera)}."
+    )
+    if share < _MIN_VIEW:
+        way_out = "Is it the calibration of this camera? If it is, build a map with it"
+        raise FrameError(f"{said} That is too little. {way_out}.")
+    return f"{said} The rest stays black, and poses will be fewer and less accurate."
 
 
 def in_words(camera: Camera) -> str:

@@ -8,12 +8,13 @@ Speaks with its parent through lines of JSON on standard output: ``waiting``, ``
 from __future__ import annotations
 
 import argparse
+import heapq
 import json
 import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,11 @@ from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 from kfloc_ros.errors import KflocError
 from kfloc_ros.evaluation.results import read_tum
 from kfloc_ros.replay.bag_stream import BagEvent, BagStream, ReplayRange
+from kfloc_ros.replay.bag_transforms import BagTransforms, TransformEvent
 from kfloc_ros.replay.player import play
 from kfloc_ros.replay.recorder import Recorder
 from kfloc_ros.replay.recording import Played, Recording
+from kfloc_ros.replay.transform_player import TransformPlayer
 from kfloc_ros.replay.truth_path import TruthPath
 
 SENSOR_OUT = QoSProfile(history=HistoryPolicy.KEEP_LAST, depth=5, reliability=ReliabilityPolicy.RELIABLE)
@@ -47,16 +50,26 @@ TAIL_S = 1.2
 class Agent:
     """Publishers, recorder and the wait for the nodes."""
 
-    def __init__(self, node: Node, stream: BagStream, truth: TruthPath) -> None:
+    def __init__(
+        self, node: Node, stream: BagStream, truth: TruthPath, transforms: BagTransforms | None, map_frame: str
+    ) -> None:
         self.recording = Recording()
         self.stopped = threading.Event()
         self._node, self._stream, self._truth = node, stream, truth
+        self._transforms = None if transforms is None else TransformPlayer(node, transforms)
         self._compressed = stream.transport == "compressed"
         image_type, image_topic = (CompressedImage, "image/compressed") if self._compressed else (Image, "image")
         self._image = node.create_publisher(image_type, image_topic, SENSOR_OUT)
         self._info = node.create_publisher(CameraInfo, "camera_info", SENSOR_OUT)
         self._clock = node.create_publisher(Clock, "/clock", SENSOR_OUT)
-        self.recorder = Recorder(node, self.recording)
+        self.recorder = Recorder(node, self.recording, map_frame)
+
+    def events(self, part: ReplayRange) -> Iterable[BagEvent | TransformEvent]:
+        """What is played of a part, in recorded order."""
+        images = self._stream.events(part)
+        if self._transforms is None:
+            return images
+        return heapq.merge(images, self._transforms.source.moving(part), key=lambda event: event.log_ns)
 
     def wait_for_nodes(self, names: Sequence[str], patience_s: float, clock_ns: int) -> str:
         """Wait until all nodes are there, connected, and have said so on /diagnostics.
@@ -97,9 +110,12 @@ class Agent:
         message.clock.sec, message.clock.nanosec = divmod(time_ns, 10**9)
         self._clock.publish(message)
 
-    def publish(self, event: BagEvent) -> None:
+    def publish(self, event: BagEvent | TransformEvent) -> None:
         """Publish one recorded message as it is."""
-        if event.is_image:
+        if isinstance(event, TransformEvent):
+            assert self._transforms is not None
+            self._transforms.publish(event)
+        elif event.is_image:
             self.recording.played.append(Played(event.stamp_ns, time.monotonic_ns()))
             self._image.publish(event.data)
             self._truth.show(event.stamp_ns)
@@ -149,6 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--every-frame", action="store_true")
     parser.add_argument("--truth", type=Path, help="TUM file of the true path, to show to who looks on")
     parser.add_argument("--map-frame", default="map")
+    parser.add_argument("--base-frame", help="play the bag's TF, which leads from this frame to the camera")
     parser.add_argument("--nodes", nargs="+", required=True)
     parser.add_argument("--patience", type=float, default=60.0)
     args = parser.parse_args(argv)
@@ -162,9 +179,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace, stream: BagStream) -> int:
     part = ReplayRange(args.start, args.duration)
+    transforms = BagTransforms(stream, args.map_frame, args.base_frame) if args.base_frame else None
     rclpy.init(signal_handler_options=SignalHandlerOptions.NO)
     node = rclpy.create_node("kfloc_replay")
-    agent = Agent(node, stream, TruthPath(node, args.map_frame, read_tum(args.truth) if args.truth else {}))
+    truth = TruthPath(node, args.map_frame, read_tum(args.truth) if args.truth else {})
+    agent = Agent(node, stream, truth, transforms, args.map_frame)
     for which in (signal.SIGINT, signal.SIGTERM):
         signal.signal(which, lambda number, frame: agent.stopped.set())
     executor = SingleThreadedExecutor()
@@ -190,18 +209,18 @@ def _run(args: argparse.Namespace, stream: BagStream) -> int:
         say("ready")
         last_ns = first.log_ns
 
-        def publish(event: BagEvent) -> None:
+        def publish(event: BagEvent | TransformEvent) -> None:
             nonlocal last_ns
             last_ns = event.log_ns
             agent.publish(event)
-            if args.every_frame and event.is_image:
+            if args.every_frame and isinstance(event, BagEvent) and event.is_image:
                 agent.wait_for_answer()
 
         for number in range(args.loops):
             if number and args.every_frame:  # an image that overtook the clock that jumps back would be forgotten
                 agent.tick(first.log_ns)
                 agent.stopped.wait(SETTLE_S)
-            play(stream.events(part), rate=args.rate, publish=publish, tick=agent.tick, stopped=agent.stopped.is_set)
+            play(agent.events(part), rate=args.rate, publish=publish, tick=agent.tick, stopped=agent.stopped.is_set)
         agent.drain(last_ns)
     finally:
         spinning.set()

@@ -97,6 +97,16 @@ class BagStream(BagFile):
             elif log_ns - first_ns < part.start_s * 1e9 and not event.is_image:
                 skipped_info = event
 
+    def timed(self, topic: str, kinds: Collection[str], part: ReplayRange) -> Iterator[tuple[int, Any]]:
+        """When each message of a topic was recorded, in nanoseconds, and the message; nothing without such a topic."""
+        first_ns = self._reader.start_time
+        found = [c for c in self._reader.connections if c.topic == topic and c.msgtype in kinds]
+        for connection, log_ns, data in self._messages(*found) if found else ():
+            if part.holds(log_ns - first_ns):
+                with self._reading():
+                    message = self._reader.deserialize(data, connection.msgtype)
+                yield log_ns, message
+
     def image_count(self, part: ReplayRange) -> int:
         """How many images the part has."""
         first_ns = self._reader.start_time

@@ -37,6 +37,9 @@ class ReplayConfig:
     patience_s: float = 90.0
     """How long the nodes may take to come up."""
     domain_id: int | None = None
+    base_frame: str = ""
+    """The frame whose pose the nodes publish; the bag's TF is played and leads from it to the camera.
+    Empty: the camera's own, and no TF."""
     truth: str | None = None
     """See :func:`kfloc_ros.replay.truth.read_truth`."""
     truth_of: str | None = None

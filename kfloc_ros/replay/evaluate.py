@@ -9,7 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from kfloc_ros.evaluation.metrics import Accuracy, accuracy, pose_errors
 from kfloc_ros.evaluation.records import FrameRecord
+from kfloc_ros.nodes.pose_messages import BodyPose
+from kfloc_ros.nodes.transform_buffer import TransformBuffer, TransformUnknownError
+from kfloc_ros.replay.bag_transforms import BagTransforms
 from kfloc_ros.replay.recording import Played, PoseSeen, Recording, StatusSeen
 from kfloc_ros.types import Matrix, TrackingState
 
@@ -38,13 +42,17 @@ class ReplayCounts:
 
 
 def replay_records(
-    recording: Recording, truth: Mapping[int, Matrix], positions: Mapping[int, int]
+    recording: Recording,
+    truth: Mapping[int, Matrix],
+    positions: Mapping[int, int],
+    transforms: BagTransforms | None = None,
 ) -> list[FrameRecord]:
     """One record for every image played, in order; unanswered ones have ``processed`` False.
 
     Args:
         truth: ``T_map_camera`` by stamp.
         positions: number of the image in its bag by stamp.
+        transforms: where the camera is on the base frame, if poses are of that; None: they are of the camera.
     """
     sent: dict[int, list[tuple[int, int]]] = {}
     for number, played in enumerate(recording.played):
@@ -56,12 +64,31 @@ def replay_records(
             played,
             index=positions.get(played.stamp_ns, number),
             truth=truth.get(played.stamp_ns),
-            pose=poses.get(number),
+            pose=_camera_pose(poses.get(number), transforms),
             coarse=coarse.get(number),
             status=status.get(number),
         )
         for number, played in enumerate(recording.played)
     ]
+
+
+def transform_accuracy(recording: Recording, truth: Mapping[int, Matrix], transforms: BagTransforms) -> Accuracy:
+    """How right TF was about the camera at the time of every image played, once the transforms around it had come.
+
+    With ``map_to_odom`` it is the correction of a moment ago, carried on by the odometry.
+    """
+    store = TransformBuffer(keep_s=1e9)
+    transforms.add_to(store)
+    for seen in recording.map_transforms:
+        store.set(transforms.map_frame, seen.child, seen.stamp_ns, seen.T_map_child)
+    records: list[FrameRecord] = []
+    for played in recording.played:
+        try:
+            T = store.lookup(transforms.map_frame, transforms.camera_frame, played.stamp_ns)
+        except TransformUnknownError:
+            T = None
+        records.append(FrameRecord(len(records), played.stamp_ns, truth.get(played.stamp_ns), estimate=T))
+    return accuracy(pose_errors(records))
 
 
 def replay_counts(recording: Recording, records: Sequence[FrameRecord]) -> ReplayCounts:
@@ -108,12 +135,32 @@ def _by_image(answers: Sequence[SeenT], sent: Mapping[int, Sequence[tuple[int, i
     return found
 
 
+@dataclass(frozen=True, eq=False)
+class _CameraPose:
+    """A pose that arrived, of the camera."""
+
+    pose: BodyPose
+    received_ns: int
+
+
+def _camera_pose(seen: PoseSeen | None, transforms: BagTransforms | None) -> _CameraPose | None:
+    if seen is None:
+        return None
+    pose = BodyPose(seen.T_map_body, seen.covariance_matrix)
+    if transforms is not None:
+        T_base_camera = transforms.T_base_camera(seen.stamp_ns)
+        if T_base_camera is None:
+            return None
+        pose = pose.moved(T_base_camera)
+    return _CameraPose(pose, seen.received_ns)
+
+
 def _record(
     played: Played,
     *,
     index: int,
     truth: Matrix | None,
-    pose: PoseSeen | None,
+    pose: _CameraPose | None,
     coarse: PoseSeen | None,
     status: StatusSeen | None,
 ) -> FrameRecord:
@@ -125,11 +172,11 @@ def _record(
         index=index,
         stamp_ns=played.stamp_ns,
         truth=truth,
-        estimate=None if pose is None else pose.T_map_body,
+        estimate=None if pose is None else pose.pose.T_map_body,
         coarse=None if coarse is None else coarse.T_map_body,
         state=values.get("state", TrackingState.LOST.value if pose is None else TrackingState.TRACKING.value),
         reason=values.get("reason", "") if status is not None or pose is not None else "no answer from the nodes",
-        covariance=None if pose is None else pose.covariance_matrix,
+        covariance=None if pose is None else pose.pose.covariance,
         stats={key: value for key, value in numbers.items() if not key.endswith(("_ms", "_ns", *_COUNTERS))},
         timings_ms={key.removesuffix("_ms"): value for key, value in stages.items()},
         latency_ms=None if arrival_ns is None else (arrival_ns - played.sent_ns) * 1e-6,

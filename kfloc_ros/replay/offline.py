@@ -22,7 +22,7 @@ from kfloc_ros.evaluation.summary import RunInfo, Summary
 from kfloc_ros.geometry.camera import Camera, ImageAdapter
 from kfloc_ros.localizer import Localizer, LocalizerConfig
 from kfloc_ros.mapping.scene_map import SceneMap, resolve_map
-from kfloc_ros.nodes.camera_messages import camera_from_info
+from kfloc_ros.nodes.camera_messages import camera_from_info, check_view
 from kfloc_ros.nodes.stamp_guard import StampGuard
 from kfloc_ros.replay.bag_stream import BagEvent, BagStream, ReplayRange
 from kfloc_ros.replay.config import ReplayConfig
@@ -109,6 +109,7 @@ class BagLocalizer:
                 f"The image is {image.shape[1]}x{image.shape[0]}, its camera_info {camera.width}x{camera.height}."
             )
         if self._adapter.source != camera:
+            check_view(camera, self._localizer.camera)
             self._adapter = ImageAdapter(camera, self._localizer.camera)
         return self._adapter
 

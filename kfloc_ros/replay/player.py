@@ -5,18 +5,28 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from typing import Protocol, TypeVar
 
-from kfloc_ros.replay.bag_stream import BagEvent
 
+class Timed(Protocol):
+    """Something that was recorded."""
+
+    @property
+    def log_ns(self) -> int:
+        """When."""
+        ...
+
+
+TimedT = TypeVar("TimedT", bound=Timed)
 CLOCK_PERIOD_S = 0.025
 """Wall time between two ticks of /clock while nothing is played, as `ros2 bag play --clock` has it."""
 
 
 def play(
-    events: Iterable[BagEvent],
+    events: Iterable[TimedT],
     *,
     rate: float,
-    publish: Callable[[BagEvent], None],
+    publish: Callable[[TimedT], None],
     tick: Callable[[int], None],
     stopped: Callable[[], bool],
     now_s: Callable[[], float] = time.monotonic,

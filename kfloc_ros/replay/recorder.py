@@ -12,7 +12,7 @@ from geometry_msgs.msg import PoseWithCovarianceStamped
 from rclpy.node import Node
 from rclpy.qos import HistoryPolicy, QoSProfile, ReliabilityPolicy
 
-from kfloc_ros.replay.recording import Played, PoseSeen, Recording, StatusSeen
+from kfloc_ros.replay.recording import Played, PoseSeen, Recording, StatusSeen, TransformSeen
 
 RESULTS = QoSProfile(history=HistoryPolicy.KEEP_LAST, depth=200, reliability=ReliabilityPolicy.RELIABLE)
 
@@ -20,8 +20,8 @@ RESULTS = QoSProfile(history=HistoryPolicy.KEEP_LAST, depth=200, reliability=Rel
 class Recorder:
     """Fills a :class:`Recording` from the topics of the nodes; callbacks run in the executor's thread."""
 
-    def __init__(self, node: Node, recording: Recording) -> None:
-        self._recording = recording
+    def __init__(self, node: Node, recording: Recording, map_frame: str) -> None:
+        self._recording, self._map_frame = recording, map_frame
         self._lock = threading.Lock()
         self._last_arrival_s = time.monotonic()
         self._answered_ns: dict[int, int] = {}
@@ -82,6 +82,11 @@ class Recorder:
             for transform in message.transforms:
                 edge = f"{transform.header.frame_id} -> {transform.child_frame_id}"
                 self._recording.transforms[edge] = self._recording.transforms.get(edge, 0) + 1
+                if transform.header.frame_id == self._map_frame:
+                    t, q = transform.transform.translation, transform.transform.rotation
+                    stamp_ns = _stamp_ns(transform.header.stamp)
+                    seen = TransformSeen(transform.child_frame_id, stamp_ns, (t.x, t.y, t.z), (q.x, q.y, q.z, q.w))
+                    self._recording.map_transforms.append(seen)
 
 
 def _stamp_ns(stamp: Any) -> int:

@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -54,6 +55,21 @@ class StatusSeen:
     values: Mapping[str, str]
 
 
+@dataclass(frozen=True)
+class TransformSeen:
+    """One transform from the map's frame that arrived on /tf."""
+
+    child: str
+    stamp_ns: int
+    xyz: tuple[float, ...]
+    xyzw: tuple[float, ...]
+
+    @property
+    def T_map_child(self) -> Matrix:
+        """(4, 4). Raises ValueError where the message held no rotation."""
+        return make_pose(quaternion_to_matrix(self.xyzw), self.xyz)
+
+
 @dataclass
 class Recording:
     """Everything that was published and received, in order of arrival."""
@@ -64,6 +80,8 @@ class Recording:
     status: list[StatusSeen] = field(default_factory=list)
     transforms: dict[str, int] = field(default_factory=dict)
     """Transforms received on /tf, counted by ``parent -> child``."""
+    map_transforms: list[TransformSeen] = field(default_factory=list)
+    """Those of them whose parent is the map."""
     diagnostics: dict[str, dict[str, str]] = field(default_factory=dict)
     """The last values of every name on /diagnostics."""
 
@@ -77,13 +95,14 @@ class Recording:
         data = json.loads(path.read_text(encoding="utf-8"))
         return cls(
             played=[Played(**item) for item in data["played"]],
-            poses=[_pose(item) for item in data["poses"]],
-            coarse=[_pose(item) for item in data["coarse"]],
+            poses=[PoseSeen(**_tuples(item)) for item in data["poses"]],
+            coarse=[PoseSeen(**_tuples(item)) for item in data["coarse"]],
             status=[StatusSeen(**item) for item in data["status"]],
             transforms=data["transforms"],
+            map_transforms=[TransformSeen(**_tuples(item)) for item in data["map_transforms"]],
             diagnostics=data["diagnostics"],
         )
 
 
-def _pose(item: dict[str, object]) -> PoseSeen:
-    return PoseSeen(**{key: tuple(value) if isinstance(value, list) else value for key, value in item.items()})  # type: ignore[arg-type]
+def _tuples(item: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in item.items()}

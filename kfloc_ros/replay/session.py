@@ -24,9 +24,10 @@ from kfloc_ros.evaluation.records import FrameRecord
 from kfloc_ros.evaluation.results import tum_text, write_results
 from kfloc_ros.evaluation.summary import RunInfo, Summary
 from kfloc_ros.mapping.scene_map import read_description, resolve_map
+from kfloc_ros.replay.bag_transforms import BagTransforms
 from kfloc_ros.replay.config import ReplayConfig
 from kfloc_ros.replay.environment import check_ros, ros_environment
-from kfloc_ros.replay.evaluate import active_seconds, replay_counts, replay_records, wall_seconds
+from kfloc_ros.replay.evaluate import active_seconds, replay_counts, replay_records, transform_accuracy, wall_seconds
 from kfloc_ros.replay.processes import ProcessSet
 from kfloc_ros.replay.recording import Recording
 from kfloc_ros.replay.truth import read_truth
@@ -52,12 +53,20 @@ def run_replay(config: ReplayConfig, *, command: str = "", progress: Progress | 
     check_ros()
     map_path = resolve_map(config.map).absolute()
     description = read_description(map_path)  # a missing map is told here, and not by a log
+    map_frame = str(description.get("frame_id", "map"))
     with config.open() as stream:
+        transforms = BagTransforms(stream, map_frame, config.base_frame) if config.base_frame else None
         total = stream.image_count(config.part) * config.loops
         truth, positions = read_truth(stream, config.truth, config.truth_of), stream.positions()
-        camera: dict[str, str | bool] = {
+        parameters: dict[str, str | bool] = {
+            "map": str(map_path),
+            "use_sim_time": True,
+            "device": config.device,
+            "filter": config.filter,
+            "refine": config.refine,
             "image_transport": stream.transport,
             "rectified": config.is_rectified(stream),
+            **_frames(transforms),
         }
         played = {"image_topic": stream.image.name, "camera_info_topic": stream.info.name}
     logs = config.out / "logs"
@@ -68,14 +77,14 @@ def run_replay(config: ReplayConfig, *, command: str = "", progress: Progress | 
         recording_path = Path(folder) / "recording.json"
         with ProcessSet(ros_environment(config.domain_id)) as processes:
             report("starting the nodes", 0, total)
-            parameters = _write_parameters(Path(folder), config, map_path, camera)
+            options = ["--ros-args", "--params-file", str(_write_parameters(Path(folder), parameters))]
             for name in config.nodes:
-                processes.start(name, f"kfloc_ros.nodes.{name}", _node_arguments(parameters), log=logs / f"{name}.log")
-            arguments = _agent_arguments(config, recording_path)
+                processes.start(name, f"kfloc_ros.nodes.{name}", options, log=logs / f"{name}.log")
+            arguments = [*_agent_arguments(config, recording_path), f"--map-frame={map_frame}"]
             if truth.poses:
                 truth_path = Path(folder) / "truth.tum"
                 truth_path.write_text(tum_text(sorted(truth.poses.items())), encoding="utf-8")
-                arguments += [f"--truth={truth_path}", f"--map-frame={description.get('frame_id', 'map')}"]
+                arguments.append(f"--truth={truth_path}")
             output = processes.start(AGENT, "kfloc_ros.replay.agent", arguments, log=logs / "agent.log", pipe=True)
             assert output is not None
             lines = _lines(output)
@@ -94,7 +103,10 @@ def run_replay(config: ReplayConfig, *, command: str = "", progress: Progress | 
     if not recording.played:
         raise KeyboardInterrupt
     report("evaluating", len(recording.played), total)
-    records = replay_records(recording, truth.poses, positions)
+    records = replay_records(recording, truth.poses, positions, transforms)
+    transform = None
+    if transforms is not None and config.loops == 1:
+        transform = transform_accuracy(recording, truth.poses, transforms)
     counts = replay_counts(recording, records)
     device = str(choose_device(config.device))
     run = RunInfo(
@@ -111,6 +123,7 @@ def run_replay(config: ReplayConfig, *, command: str = "", progress: Progress | 
         dropped=counts.dropped,
         duration_s=wall_seconds(recording) if config.every_frame else active_seconds(recording, config.rate),
         interrupted=interrupted,
+        transform=transform,
         options={
             **played,
             "rate": config.rate,
@@ -122,7 +135,8 @@ def run_replay(config: ReplayConfig, *, command: str = "", progress: Progress | 
             "played_s": config.duration_s,
             "loops": config.loops,
             "every_frame": config.every_frame,
-            "rectified": camera["rectified"],
+            "rectified": parameters["rectified"],
+            **_frames(transforms),
             "played": counts.played,
             "lost_in_transport": counts.lost,
             "transforms": dict(recording.transforms),
@@ -138,22 +152,19 @@ def run_replay(config: ReplayConfig, *, command: str = "", progress: Progress | 
     return write_results(config.out, records, run, images_of=images_of)
 
 
-def _write_parameters(folder: Path, config: ReplayConfig, map_path: Path, camera: Mapping[str, str | bool]) -> Path:
-    values = {
-        "map": str(map_path),
-        **camera,
-        "use_sim_time": True,
-        "device": config.device,
-        "filter": config.filter,
-        "refine": config.refine,
-    }
+def _frames(transforms: BagTransforms | None) -> dict[str, str | bool]:
+    """The parameters that say whose pose is published, and against what."""
+    if transforms is None:
+        return {}
+    if not transforms.odom_frame:
+        return {"base_frame": transforms.base_frame, "tf_mode": "map_to_base"}
+    return {"base_frame": transforms.base_frame, "tf_mode": "map_to_odom", "odom_frame": transforms.odom_frame}
+
+
+def _write_parameters(folder: Path, values: Mapping[str, str | bool]) -> Path:
     path = folder / "parameters.yaml"
-    path.write_text(yaml.safe_dump({"/**": {"ros__parameters": values}}), encoding="utf-8")
+    path.write_text(yaml.safe_dump({"/**": {"ros__parameters": dict(values)}}), encoding="utf-8")
     return path
-
-
-def _node_arguments(parameters: Path) -> list[str]:
-    return ["--ros-args", "--params-file", str(parameters)]
 
 
 def _agent_arguments(config: ReplayConfig, recording: Path) -> list[str]:
@@ -166,6 +177,8 @@ def _agent_arguments(config: ReplayConfig, recording: Path) -> list[str]:
         arguments.append(f"--image-topic={config.image_topic}")
     if config.info_topic is not None:
         arguments.append(f"--camera-info-topic={config.info_topic}")
+    if config.base_frame:
+        arguments.append(f"--base-frame={config.base_frame}")
     return [*arguments, f"--patience={config.patience_s}", "--nodes", *config.nodes]
 
 

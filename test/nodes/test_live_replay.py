@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 import pytest
+from robot_bag import add_robot
 
 from kfloc_ros.bags.writer import write_bag
 from kfloc_ros.errors import ReplayError
@@ -45,6 +46,22 @@ def test_a_bag_is_localized_by_live_nodes(separate: bool, room_bag: Path, room_m
     assert all(ending == {"code": 0, "forced": ""} for ending in summary["options"]["node_exits"].values())
     assert len((tmp_path / "frames.csv").read_text().splitlines()) == 41
     assert {"starting the nodes", "playing", "evaluating"} <= set(said)
+
+
+def test_a_robots_bag_is_played_with_its_tf(room, room_map: Path, tmp_path: Path) -> None:
+    """The base's pose goes out, and map -> odom, and both are right about the camera."""
+    bag = tmp_path / "robot"
+    write_bag(room, bag, depth=False)
+    add_robot(bag)
+    config = ReplayConfig(bag=bag, map=str(room_map), out=tmp_path / "out", base_frame="base_link", every_frame=True)
+    run_replay(config, command="test")
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    options = summary["options"]
+    assert (options["base_frame"], options["tf_mode"], options["odom_frame"]) == ("base_link", "map_to_odom", "odom")
+    assert options["transforms"]["map -> odom"] > 10
+    assert "map -> camera_ground_truth" not in options["transforms"], "what the bag says of the map is not played"
+    assert summary["localized"] >= 30 and summary["median_translation_m"] < 0.05
+    assert summary["transform"]["localized"] >= 20 and summary["transform"]["median_translation_m"] < 0.05
 
 
 def test_a_node_that_cannot_start_ends_the_replay_with_its_reason(

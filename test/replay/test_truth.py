@@ -3,24 +3,20 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
-from rosbags.highlevel import AnyReader
-from rosbags.rosbag2 import StoragePlugin, Writer
+from robot_bag import add_transforms
 
-from kfloc_ros.bags.messages import MessageCodec
 from kfloc_ros.bags.writer import write_bag
 from kfloc_ros.datasets.base import FrameSource
 from kfloc_ros.errors import SourceError
 from kfloc_ros.evaluation.results import tum_text
 from kfloc_ros.geometry.camera import Camera
-from kfloc_ros.geometry.lie import inverse_pose, make_pose, matrix_to_quaternion, so3_exp
+from kfloc_ros.geometry.lie import inverse_pose, make_pose, so3_exp
 from kfloc_ros.replay.bag_stream import BagStream
-from kfloc_ros.replay.bag_topics import TF_TYPE
 from kfloc_ros.replay.truth import at_stamps, read_truth
 from kfloc_ros.types import Frame, Matrix
 
@@ -108,40 +104,10 @@ def test_truth_of_another_frame_comes_to_the_camera_through_tf_static(bag: Path,
     T_base_camera = make_pose(so3_exp([-1.2, 1.2, -1.2]), [0.2, 0.0, 0.4])
     mounted = tmp_path / "mounted"
     write_bag(Grey(), mounted)
-    add_static(mounted, "base_link", "camera", T_base_camera)
+    add_transforms(mounted, [("base_link", "camera", START_NS, T_base_camera)])
     path = tmp_path / "base.tum"
     path.write_text(tum_text((START_NS + i * PERIOD_NS, pose(i) @ inverse_pose(T_base_camera)) for i in range(10)))
     with BagStream(mounted) as stream:
         assert_is_true(read_truth(stream, str(path), "base_link").poses)
     with BagStream(bag) as stream, pytest.raises(SourceError, match=r"of 'base_link'.*'camera'.*--truth-of"):
         read_truth(stream, str(path), "base_link")
-
-
-def add_static(bag: Path, parent: str, child: str, T: Matrix) -> None:
-    """Put one transform on /tf_static of a bag."""
-    codec = MessageCodec()
-    types = codec.typestore.types
-    x, y, z, w = (float(v) for v in matrix_to_quaternion(T[:3, :3]))
-    stamped = types["geometry_msgs/msg/TransformStamped"](
-        header=types["std_msgs/msg/Header"](
-            stamp=types["builtin_interfaces/msg/Time"](sec=START_NS // 10**9, nanosec=0), frame_id=parent
-        ),
-        child_frame_id=child,
-        transform=types["geometry_msgs/msg/Transform"](
-            translation=types["geometry_msgs/msg/Vector3"](*(float(v) for v in T[:3, 3])),
-            rotation=types["geometry_msgs/msg/Quaternion"](x, y, z, w),
-        ),
-    )
-    data = codec.typestore.serialize_cdr(types[TF_TYPE](transforms=[stamped]), TF_TYPE)
-    copy = bag.with_name("copy")
-    with (
-        AnyReader([bag], default_typestore=codec.typestore) as reader,
-        Writer(copy, version=9, storage_plugin=StoragePlugin.MCAP) as writer,
-    ):
-        static = writer.add_connection("/tf_static", TF_TYPE, typestore=codec.typestore)
-        writer.write(static, START_NS, data)
-        known = {c.id: writer.add_connection(c.topic, c.msgtype, typestore=codec.typestore) for c in reader.connections}
-        for connection, log_ns, raw in reader.messages():
-            writer.write(known[connection.id], log_ns, raw)
-    shutil.rmtree(bag)
-    copy.rename(bag)
