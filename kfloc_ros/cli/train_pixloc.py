@@ -1,40 +1,53 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``kfloc train pixloc`` and ``gnnet``: PixLoc's network on pairs of views of any SOURCE."""
+"""``kfloc train pixloc`` and ``gnnet``: PixLoc's network on pairs of views; ``heads``: see ``train_heads``."""
 
 from __future__ import annotations
 
 import argparse
 import math
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kfloc_ros.cli import train_heads
 from kfloc_ros.cli.arguments import add_source_arguments, open_source_from
+from kfloc_ros.datasets import open_source
+from kfloc_ros.errors import SourceError
 
 if TYPE_CHECKING:
     from kfloc_ros.training.kfnet_trainer import TrainProgress
+    from kfloc_ros.training.pixloc_samples import Pairs
+    from kfloc_ros.training.pixloc_stages import Samples
+    from kfloc_ros.training.pixloc_trainer import PixLocTrainConfig
 
-STAGES = {
+NETWORKS = {
     "pixloc": "PixLoc on pairs of views: pose errors through the alignment itself",
     "gnnet": "PixLoc's network by GN-Net's losses at true correspondences",
 }
+STAGES = {**NETWORKS, train_heads.STAGE: train_heads.TEXT}
 
 EPILOG = """\
-SOURCE needs poses, and depth or the points of a reconstruction. OUT receives pixloc.safetensors (as `kfloc convert
-pixloc-checkpoint` writes, for `kfloc pixloc`), a checkpoint, and a log; the same command again continues.
+SOURCE needs poses, and depth or the points of a reconstruction; or it is PixLoc's own training data: megadepth:DIR and
+cmu:DIR, DIR being what the original calls its data path. OUT receives pixloc.safetensors (as `kfloc convert
+pixloc-checkpoint` writes, for `kfloc pixloc`), pixloc_best.safetensors (lowest loss on what is held out), a checkpoint,
+and a log; the same command again continues.
 
-example:
+examples:
   kfloc train pixloc 7scenes:DIR --split blocks50:train --weights pixloc_megadepth.safetensors --out out/tuned
+  kfloc train pixloc megadepth:DIR --out out/megadepth encoder=vgg19 learning_rate=5e-6 batch=6 resize=512 \\
+      resize_by=shorter
+  kfloc train pixloc cmu:DIR --out out/cmu init=identity pad=3 resize=720 resize_by=shorter crop=720
 """
 
 
 def add_stages(stages: Any) -> None:
-    """Register both."""
+    """Register all three."""
     from kfloc_ros.config import options_of
     from kfloc_ros.training.pixloc_trainer import PixLocTrainConfig
 
     options = "\n".join(f"  {o.name}={o.default}  {o.text}" for o in options_of(PixLocTrainConfig))
-    for name, text in STAGES.items():
+    for name, text in NETWORKS.items():
         stage = stages.add_parser(
             name,
             help=text,
@@ -47,14 +60,19 @@ def add_stages(stages: Any) -> None:
         stage.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of this training")
         stage.add_argument("--weights", type=Path, metavar="FILE", help="model to start from (default: random)")
         stage.add_argument(
+            "--validation", metavar="SOURCE", help="to look at in between (default: a part of SOURCE that is held out)"
+        )
+        stage.add_argument(
             "--time-budget", type=float, default=math.inf, metavar="S", help="stop after so many seconds"
         )
         stage.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the network runs")
+    train_heads.add_stage(stages)
 
 
 def run(args: argparse.Namespace) -> int:
     """Train; 130 when interrupted."""
-    source = open_source_from(args)
+    if args.stage == train_heads.STAGE:
+        return train_heads.run(args)
 
     from dataclasses import replace
 
@@ -65,11 +83,11 @@ def run(args: argparse.Namespace) -> int:
     from kfloc_ros.device import choose_device
     from kfloc_ros.features.unet import UNetConfig
     from kfloc_ros.pixloc.model import PixLocConfig, PixLocModel, load_model
-    from kfloc_ros.training.pixloc_samples import PairSamples
     from kfloc_ros.training.pixloc_stages import GnNetStage, PairStage, TwoViewStage
-    from kfloc_ros.training.pixloc_trainer import PixLocTrainConfig, train_pixloc
+    from kfloc_ros.training.pixloc_trainer import PixLocTrainConfig, train_stage
 
     config = build_config(PixLocTrainConfig, parse_overrides(PixLocTrainConfig, args.overrides))
+    data = open_data(args, config)
     torch.manual_seed(config.seed)
     if args.weights is not None:
         model = load_model(args.weights)
@@ -79,7 +97,6 @@ def run(args: argparse.Namespace) -> int:
     stage: PairStage = GnNetStage(model)
     if args.stage == "pixloc":
         stage = TwoViewStage(model, success_px=config.success_px, clamp_px=config.clamp_px)
-    samples = PairSamples(source, config.rule(), config.seed)
     with tqdm(unit="step", disable=not sys.stderr.isatty()) as bar:
 
         def show(progress: TrainProgress) -> None:
@@ -87,9 +104,45 @@ def run(args: argparse.Namespace) -> int:
             bar.set_postfix({k: f"{v:.3g}" for k, v in list(progress.figures.items())[:4]}, refresh=False)
             bar.update(progress.step - bar.n)
 
-        result = train_pixloc(
-            stage, samples, config, args.out, choose_device(args.device), time_budget_s=args.time_budget,
-            on_progress=show,
+        result = train_stage(
+            stage, data.training, config, args.out, choose_device(args.device), validation=data.validation,
+            time_budget_s=args.time_budget, on_progress=show,
         )  # fmt: skip
+    if data.validation is None:
+        print("nothing was held out: the source is too short, or validation_share=0; --validation names another one")
     print(f"{args.out}: step {result.step:,} of {result.steps:,} ({result.stopped_by})")
     return 130 if result.stopped_by == "interrupted" else 0
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is trained on, and what is looked at in between."""
+
+    training: Samples[Pairs]
+    validation: Samples[Pairs] | None
+
+
+def open_data(args: argparse.Namespace, config: PixLocTrainConfig) -> Data:
+    """Pairs of the sources that the command names.
+
+    Raises:
+        SourceError: a source cannot be read, or has no pairs.
+    """
+    from kfloc_ros.training.pixloc_samples import PairSamples
+    from kfloc_ros.training.preprocessed import KINDS, open_preprocessed
+    from kfloc_ros.training.validation import hold_out
+
+    rule = config.rule()
+    kind, _, folder = args.source.partition(":")
+    if kind in KINDS:
+        if args.frames or args.split or args.validation:
+            raise SourceError(f"{kind}:DIR has parts of its own for training and validation; leave out other choices.")
+        parts = open_preprocessed(kind, Path(folder), rule, config.seed, config.validation_share)
+        return Data(parts.training, parts.held_out)
+    source = open_source_from(args)
+    if args.validation is not None:
+        other = PairSamples(open_source(args.validation, poses=args.poses), rule, config.seed)
+        return Data(PairSamples(source, rule, config.seed), other)
+    split = hold_out(source, config.validation_share)
+    held_out = None if split.held_out is None else PairSamples(split.held_out, rule, config.seed)
+    return Data(PairSamples(split.training, rule, config.seed), held_out)

@@ -48,11 +48,23 @@ def left_update(T_camera_map: Matrix, delta: np.ndarray) -> Matrix:
     return make_pose(so3_exp(delta[3:]), delta[:3]) @ T_camera_map
 
 
-def minimize(linearize_at: Callable[[Matrix], Linearization], T_camera_map: Matrix, rule: StopRule) -> LevelResult:
+def minimize(
+    linearize_at: Callable[[Matrix], Linearization],
+    T_camera_map: Matrix,
+    rule: StopRule,
+    start_damping: np.ndarray | float = LAMBDA_START,
+) -> LevelResult:
     """Descend from ``T_camera_map``; a step is kept only if it lowers the cost and loses no more than a
-    third of the valid points, so the result is never worse than the start."""
+    third of the valid points, so the result is never worse than the start.
+
+    Args:
+        linearize_at: the cost and its normal equations at a pose.
+        T_camera_map: to start from.
+        rule: when it has converged.
+        start_damping: one factor of the diagonal of H for the first step, or (6,) of tx, ty, tz, rx, ry, rz.
+    """
     current = linearize_at(T_camera_map)
-    start, poses, costs, damping, iterations = current, [T_camera_map], [current.cost], LAMBDA_START, 0
+    start, poses, costs, damping, iterations = current, [T_camera_map], [current.cost], np.asarray(start_damping), 0
     while iterations < rule.max_iterations and current.valid_count > 0:
         iterations += 1
         delta = _step(current, damping)
@@ -65,22 +77,22 @@ def minimize(linearize_at: Callable[[Matrix], Linearization], T_camera_map: Matr
             T_camera_map, current = candidate_pose, candidate
             poses.append(T_camera_map)
             costs.append(current.cost)
-            damping = max(damping / 10, LAMBDA_MIN)
+            damping = np.maximum(damping / 10, LAMBDA_MIN)
             small = np.linalg.norm(delta[:3]) < rule.step_m and np.degrees(np.linalg.norm(delta[3:])) < rule.step_deg
             if small or gain < rule.cost_ratio:
                 break
         else:
-            damping *= 10
+            damping = damping * 10
             small = np.linalg.norm(delta[:3]) < rule.step_m and np.degrees(np.linalg.norm(delta[3:])) < rule.step_deg
-            if damping > LAMBDA_MAX or small:
+            if damping.min() > LAMBDA_MAX or small:
                 break
     return LevelResult(T_camera_map, start, current, iterations, tuple(poses), tuple(costs))
 
 
-def _step(at: Linearization, damping: float) -> np.ndarray | None:
+def _step(at: Linearization, damping: np.ndarray) -> np.ndarray | None:
     """Damped Gauss-Newton step, or None if the system cannot be solved."""
     diagonal = torch.diagonal(at.H)
-    damped = at.H + torch.diag(diagonal * damping + DAMPING_FLOOR)
+    damped = at.H + torch.diag(diagonal * torch.from_numpy(np.asarray(damping)) + DAMPING_FLOOR)
     factor, info = torch.linalg.cholesky_ex(damped)
     if int(info) != 0:
         return None

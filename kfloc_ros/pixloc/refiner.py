@@ -14,7 +14,8 @@ from kfloc_ros.features.trunk import COARSE_STRIDE, FINE_STRIDE, TrunkFeatures
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import Matrix, inverse_pose, make_pose, rotation_angle_deg
 from kfloc_ros.pixloc.cost import FeatureImage, Linearization, RobustLoss, linearize
-from kfloc_ros.pixloc.optimizer import LevelResult, StopRule, minimize
+from kfloc_ros.pixloc.heads import LEVELS, AlignmentHeads
+from kfloc_ros.pixloc.optimizer import LAMBDA_START, LevelResult, StopRule, minimize
 from kfloc_ros.pixloc.references import ReferencePoints, ReferenceViews
 from kfloc_ros.solvers.covariance import map_frame_covariance
 from kfloc_ros.types import Alignment, AlignmentStep
@@ -46,13 +47,32 @@ class Level:
 
     image: FeatureImage
     features: torch.Tensor
+    confidence: torch.Tensor
 
 
 class Refiner:
-    """Feature-metric pose refinement against cached reference features (nothing is recomputed per query)."""
+    """Feature-metric pose refinement against cached reference features (nothing is recomputed per query).
 
-    def __init__(self, references: ReferenceViews, camera: Camera, settings: RefinerSettings) -> None:
-        self.references, self.camera, self.settings = references, camera, settings
+    Args:
+        references: of the map.
+        camera: of the query.
+        settings: how alignment runs and when its result counts.
+        heads: that features pass through before they are compared, on the references' device; None: as they are.
+    """
+
+    def __init__(
+        self,
+        references: ReferenceViews,
+        camera: Camera,
+        settings: RefinerSettings,
+        heads: AlignmentHeads | None = None,
+    ) -> None:
+        self.references, self.camera, self.settings, self.heads = references, camera, settings, heads
+        self._max_cost = settings.max_cost
+        self._damping: tuple[np.ndarray | float, ...] = (LAMBDA_START, LAMBDA_START)
+        if heads is not None:
+            self._max_cost *= float(heads.cost_ratio)
+            self._damping = tuple(heads.damping_of(level).detach().double().cpu().numpy() for level in LEVELS)
 
     @torch.inference_mode()
     def align(self, features: TrunkFeatures, starts: Sequence[Matrix]) -> Alignment:
@@ -65,7 +85,7 @@ class Refiner:
         """
         if not starts:
             return failed_alignment("there is no pose to start from")
-        images = query_levels(features)
+        images = query_levels(features, self.heads)
         candidates = [self._prepare(images, start) for start in starts]
         chosen = min(candidates, key=lambda c: c.cost)
         if chosen.valid_count < self.settings.min_points:
@@ -79,34 +99,45 @@ class Refiner:
         views = [self.references.views[k] for k in chosen]
         points = ReferencePoints.concatenate(views)
         nearness = self.references.nearness(T_map_camera, chosen)
+        confidence = torch.cat([view.confidence * w for view, w in zip(views, nearness, strict=True)])
         # float32 is exact enough only near the origin, and a map may be far from its own
         origin = T_map_camera[:3, 3].copy()
         candidate = _Candidate(
             T_camera_local=make_pose(T_map_camera[:3, :3].T, np.zeros(3)),
             origin=origin,
             points=points.points - torch.from_numpy(origin).to(points.points),
-            confidence=torch.cat([view.confidence * w for view, w in zip(views, nearness, strict=True)]),
-            levels=(Level(images[0], points.coarse), Level(images[1], points.fine)),
+            levels=self._levels(images, points, confidence),
             reference_ids=tuple(self.references.ids[k] for k in chosen),
         )
         at = self._linearize(candidate, candidate.levels[0], candidate.T_camera_local)
         candidate.cost, candidate.valid_count = at.cost, at.valid_count
         return candidate
 
+    def _levels(
+        self, images: tuple[FeatureImage, FeatureImage], points: ReferencePoints, confidence: torch.Tensor
+    ) -> tuple[Level, Level]:
+        if self.heads is None:
+            return Level(images[0], points.coarse, confidence), Level(images[1], points.fine, confidence)
+        coarse, fine = self.heads.of_points(points.coarse, points.fine)
+        return (
+            Level(images[0], coarse.features, confidence * coarse.trust),
+            Level(images[1], fine.features, confidence * fine.trust),
+        )
+
     def _linearize(self, candidate: _Candidate, level: Level, T_camera_local: Matrix) -> Linearization:
         T = torch.from_numpy(T_camera_local).to(candidate.points)
         loss = RobustLoss(self.settings.loss_scale)
-        return linearize(level.image, candidate.points, level.features, candidate.confidence, T, self.camera, loss)
+        return linearize(level.image, candidate.points, level.features, level.confidence, T, self.camera, loss)
 
     def _descend(self, candidate: _Candidate) -> Alignment:
         T, iterations = candidate.T_camera_local, 0
         results: list[LevelResult] = []
-        for level in candidate.levels:
+        for level, damping in zip(candidate.levels, self._damping, strict=True):
 
             def at(pose: Matrix, level: Level = level) -> Linearization:
                 return self._linearize(candidate, level, pose)
 
-            result = minimize(at, T, StopRule(self.settings.max_iterations))
+            result = minimize(at, T, StopRule(self.settings.max_iterations), damping)
             T, iterations = result.T_camera_map, iterations + result.iterations
             results.append(result)
         return self._judge(candidate, results, iterations)
@@ -122,8 +153,8 @@ class Refiner:
         reason = ""
         if end.end.valid_count < s.min_points or valid_ratio < s.min_valid_ratio:
             reason = f"only {end.end.valid_count} of {len(candidate.points)} reference points stayed in view"
-        elif end.end.cost > s.max_cost:
-            reason = f"the image does not look like the map there (cost {end.end.cost:.3f} > {s.max_cost:.3f})"
+        elif end.end.cost > self._max_cost:
+            reason = f"the image does not look like the map there (cost {end.end.cost:.3f} > {self._max_cost:.3f})"
         elif correction_m > s.max_correction_m or correction_deg > s.max_correction_deg:
             reason = f"the alignment ran away by {correction_m:.2f} m and {correction_deg:.1f} deg"
         elif covariance is None:
@@ -153,7 +184,6 @@ class _Candidate:
     T_camera_local: Matrix
     origin: np.ndarray
     points: torch.Tensor
-    confidence: torch.Tensor
     levels: tuple[Level, Level]
     reference_ids: tuple[int, ...]
     cost: float = float("inf")
@@ -166,13 +196,20 @@ class _Candidate:
         return T_map_camera
 
 
-def query_levels(features: TrunkFeatures) -> tuple[FeatureImage, FeatureImage]:
+def query_levels(features: TrunkFeatures, heads: AlignmentHeads | None = None) -> tuple[FeatureImage, FeatureImage]:
     """The two levels of one image, coarse then fine, laid out for sampling."""
     reliability = features.reliability[:1]
     fine_reliability = F.interpolate(reliability[None], features.fine.shape[-2:], mode="bilinear")[0, 0]
+    coarse, fine = features.coarse[0].float(), features.fine[0].float()
+    coarse_reliability = reliability[0]
+    if heads is not None:
+        levels = heads.of_maps(coarse[None], fine[None])
+        coarse, fine = (level.features[0].permute(2, 0, 1) for level in levels)
+        coarse_reliability = coarse_reliability * levels[0].trust[0]
+        fine_reliability = fine_reliability * levels[1].trust[0]
     return (
-        FeatureImage.from_maps(features.coarse[0].float(), reliability[0], COARSE_STRIDE),
-        FeatureImage.from_maps(features.fine[0].float(), fine_reliability, FINE_STRIDE),
+        FeatureImage.from_maps(coarse, coarse_reliability, COARSE_STRIDE),
+        FeatureImage.from_maps(fine, fine_reliability, FINE_STRIDE),
     )
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -37,6 +38,8 @@ class PairRule:
     min_overlap: float = 0.3
     """Share of the reference's points that the query sees."""
     resize: int = 640
+    resize_by: str = "longer"
+    """Side that is brought to ``resize``: ``longer``, which only makes smaller, or ``shorter``."""
     crop: int = 512
     points: int = 512
     init: str = "interpolate"
@@ -70,11 +73,25 @@ class Pairs:
 
 
 @dataclass(frozen=True, eq=False)
-class _Shown:
+class Shown:
     """One view as it is shown."""
 
     pixels: torch.Tensor
     camera: CameraTensor
+
+
+def together(parts: Sequence[Pairs], device: torch.device | None = None) -> Pairs:
+    """Batches as one, on a device; the images of all are of one size."""
+    pairs = Pairs(
+        torch.cat([p.reference for p in parts]),
+        torch.cat([p.query for p in parts]),
+        CameraTensor.stack([p.camera_reference[0] for p in parts]),
+        CameraTensor.stack([p.camera_query[0] for p in parts]),
+        torch.cat([p.points for p in parts]),
+        Pose.stack([p.T_true[0] for p in parts]),
+        Pose.stack([p.T_init[0] for p in parts]),
+    )
+    return pairs if device is None else pairs.to(device)
 
 
 class PairSamples:
@@ -99,19 +116,12 @@ class PairSamples:
         self._positions = [k for k, _ in poses]
         self._T_map_camera = np.stack([T for _, T in poses])
 
-    def batch(self, first: int, count: int, workers: ThreadPoolExecutor | None = None) -> Pairs:
+    def batch(
+        self, first: int, count: int, workers: ThreadPoolExecutor | None = None, device: torch.device | None = None
+    ) -> Pairs:
         """Samples ``first`` to ``first + count - 1``."""
         numbers = range(first, first + count)
-        parts = list(workers.map(self.sample, numbers) if workers is not None else map(self.sample, numbers))
-        return Pairs(
-            torch.cat([p.reference for p in parts]),
-            torch.cat([p.query for p in parts]),
-            CameraTensor.stack([p.camera_reference[0] for p in parts]),
-            CameraTensor.stack([p.camera_query[0] for p in parts]),
-            torch.cat([p.points for p in parts]),
-            Pose.stack([p.T_true[0] for p in parts]),
-            Pose.stack([p.T_init[0] for p in parts]),
-        )
+        return together(list(workers.map(self.sample, numbers) if workers else map(self.sample, numbers)), device)
 
     def sample(self, number: int) -> Pairs:
         """One pair, as a batch of one.
@@ -139,19 +149,10 @@ class PairSamples:
         frame_a, frame_b = (self._source[self._positions[k]] for k in (a, b))
         points = self._points(frame_a, self._positions[a], self._T_map_camera[a])
         T_true = inverse_pose(self._T_map_camera[b]) @ self._T_map_camera[a]
-        shown_a, shown_b = self._shown(frame_a, rng), self._shown(frame_b, rng)
-        moved = points @ T_true[:3, :3].T + T_true[:3, 3]
-        in_a = shown_a.camera.world2image(torch.from_numpy(points)).valid.numpy()
-        in_b = shown_b.camera.world2image(torch.from_numpy(moved)).valid.numpy()
-        common = in_a & in_b
-        if common.sum() < MIN_COMMON or common.sum() < self._rule.min_overlap * in_a.sum():
-            return None
-        chosen = points[rng.choice(np.flatnonzero(in_a), self._rule.points)]
-        T_init = initial_pose(T_true, self._rule, rng, shown_b.camera, points[common])
-        return Pairs(
-            shown_a.pixels, shown_b.pixels, shown_a.camera[None], shown_b.camera[None],
-            torch.from_numpy(chosen)[None], Pose.from_4x4mat(T_true)[None], Pose.from_4x4mat(T_init)[None],
-        )  # fmt: skip
+        shown_a, shown_b = (
+            show(frame.image, CameraTensor.from_camera(frame.camera), self._rule, rng) for frame in (frame_a, frame_b)
+        )
+        return make_pair(shown_a, shown_b, points, T_true, self._rule, rng)
 
     def _points(self, frame: Frame, position: int, T_map_camera: Matrix) -> NDArray[np.float64]:
         """(N, 3) in the camera: of the depth image, or the reconstruction's."""
@@ -169,14 +170,52 @@ class PairSamples:
         rays = CameraTensor.from_camera(frame.camera).image2world(pixels).numpy()
         return np.asarray(rays * frame.depth_m[v, u, None].astype(np.float64))
 
-    def _shown(self, frame: Frame, rng: np.random.Generator) -> _Shown:
-        """Resized and cropped; crops of the two views are independent."""
-        prepared = ImageSize(self._rule.resize).prepare(frame.image)
-        height, width = prepared.pixels.shape[-2:]
-        h, w = min(height, self._rule.crop), min(width, self._rule.crop)
-        y, x = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
-        camera = CameraTensor.from_camera(frame.camera).scale(prepared.scale).crop((x, y), (w, h))
-        return _Shown(prepared.pixels[..., y : y + h, x : x + w].contiguous(), camera)
+
+def show(image: NDArray[np.uint8], camera: CameraTensor, rule: PairRule, rng: np.random.Generator) -> Shown:
+    """Resized and cropped at random, independently of the other view."""
+    if rule.resize_by == "shorter":
+        height, width = image.shape[:2]
+        longer = round(rule.resize * max(height, width) / min(height, width))
+        prepared = ImageSize(longer, "max_force").prepare(image)
+    else:
+        prepared = ImageSize(rule.resize).prepare(image)
+    height, width = prepared.pixels.shape[-2:]
+    h, w = min(height, rule.crop), min(width, rule.crop)
+    y, x = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
+    return Shown(
+        prepared.pixels[..., y : y + h, x : x + w].contiguous(), camera.scale(prepared.scale).crop((x, y), (w, h))
+    )
+
+
+def make_pair(
+    reference: Shown,
+    query: Shown,
+    points: NDArray[np.float64],
+    T_true: Matrix,
+    rule: PairRule,
+    rng: np.random.Generator,
+) -> Pairs | None:
+    """A batch of one, or None if the views, as they are shown, have too little in common.
+
+    Args:
+        reference, query: the two views.
+        points: (N, 3) in the reference camera that it may see.
+        T_true: ``T_query_reference``.
+        rule: for pairs.
+        rng: chooses points and the start.
+    """
+    moved = points @ T_true[:3, :3].T + T_true[:3, 3]
+    in_reference = reference.camera.world2image(torch.from_numpy(points)).valid.numpy()
+    in_query = query.camera.world2image(torch.from_numpy(moved)).valid.numpy()
+    common = in_reference & in_query
+    if common.sum() < MIN_COMMON or common.sum() < rule.min_overlap * in_reference.sum():
+        return None
+    chosen = points[rng.choice(np.flatnonzero(in_reference), rule.points)]
+    T_init = initial_pose(T_true, rule, rng, query.camera, points[common])
+    return Pairs(
+        reference.pixels, query.pixels, reference.camera[None], query.camera[None],
+        torch.from_numpy(chosen)[None], Pose.from_4x4mat(T_true)[None], Pose.from_4x4mat(T_init)[None],
+    )  # fmt: skip
 
 
 def initial_pose(

@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a step of training PixLoc's network is made of: the alignment of pairs, or GN-Net's losses on features."""
+"""What a step of training is made of. For PixLoc's network: the alignment of pairs, or GN-Net's losses on features."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from kfloc_ros.pixloc.feature_map import FeatureMap
-from kfloc_ros.pixloc.model import PixLocModel
+from kfloc_ros.pixloc.model import PixLocModel, save_model
 from kfloc_ros.pixloc.two_view import align_two_views, training_settings
 from kfloc_ros.training.kfnet_stages import StepLoss
 from kfloc_ros.training.pixloc_losses import GnNetLoss, gnnet_loss, two_view_loss
@@ -19,17 +23,57 @@ GRADIENT_PAD = 1
 """Cells at a map's border where a central difference would leave it."""
 
 
-class PairStage(ABC):
-    """A way to train on pairs."""
+BatchT = TypeVar("BatchT")
+BatchT_co = TypeVar("BatchT_co", covariant=True)
+
+
+class Samples(Protocol[BatchT_co]):
+    """Draws batches; the k-th sample is always the same."""
+
+    def batch(
+        self, first: int, count: int, workers: ThreadPoolExecutor | None = None, device: torch.device | None = None
+    ) -> BatchT_co:
+        """Samples ``first`` to ``first + count - 1``, on a device."""
+
+
+class TrainingStage(ABC, Generic[BatchT]):
+    """A way to train something that aligns images."""
 
     name: str
+    model: nn.Module
+    weights_name: str
+    """Of the file with the weights, without ending."""
+
+    @abstractmethod
+    def groups(self, learning_rate: float, damping_rate: float) -> list[dict[str, Any]]:
+        """The optimizer's groups of parameters; the damping's rate is ``damping_rate`` times the others'."""
+
+    @abstractmethod
+    def save(self, path: Path, origin: str) -> None:
+        """Write the weights as they are now."""
+
+    @abstractmethod
+    def loss(self, batch: BatchT, generator: torch.Generator) -> StepLoss:
+        """Of a batch on the model's device."""
+
+
+class PairStage(TrainingStage[Pairs]):
+    """A way to train PixLoc's network on pairs."""
+
+    weights_name = "pixloc"
+    model: PixLocModel
 
     def __init__(self, model: PixLocModel) -> None:
         self.model = model
 
-    @abstractmethod
-    def loss(self, pairs: Pairs, generator: torch.Generator) -> StepLoss:
-        """Of a batch on the model's device."""
+    def groups(self, learning_rate: float, damping_rate: float) -> list[dict[str, Any]]:
+        return [
+            {"params": list(self.model.extractor.parameters()), "lr": learning_rate},
+            {"params": list(self.model.optimizer.parameters()), "lr": learning_rate * damping_rate},
+        ]
+
+    def save(self, path: Path, origin: str) -> None:
+        save_model(path, self.model, origin=origin)
 
 
 class TwoViewStage(PairStage):
@@ -41,9 +85,9 @@ class TwoViewStage(PairStage):
         super().__init__(model)
         self._success_px, self._clamp_px = success_px, clamp_px
 
-    def loss(self, pairs: Pairs, generator: torch.Generator) -> StepLoss:
+    def loss(self, batch: Pairs, generator: torch.Generator) -> StepLoss:
         del generator
-        model = self.model
+        pairs, model = batch, self.model
         result = align_two_views(
             model,
             model.extractor(pairs.reference),
@@ -72,8 +116,8 @@ class GnNetStage(PairStage):
 
     name = "gnnet"
 
-    def loss(self, pairs: Pairs, generator: torch.Generator) -> StepLoss:
-        model = self.model
+    def loss(self, batch: Pairs, generator: torch.Generator) -> StepLoss:
+        pairs, model = batch, self.model
         reference, query = model.extractor(pairs.reference), model.extractor(pairs.query)
         moved = pairs.T_true.double().transform(pairs.points)
         parts: list[GnNetLoss] = []

@@ -24,7 +24,10 @@ from kfloc_ros.pixloc.two_view import TwoViewLevel, TwoViewResult
 from kfloc_ros.training.pixloc_losses import gnnet_loss, two_view_loss
 from kfloc_ros.training.pixloc_samples import PairRule, PairSamples, initial_pose
 from kfloc_ros.training.pixloc_stages import GnNetStage, TwoViewStage
-from kfloc_ros.training.pixloc_trainer import WEIGHTS_FILE, PixLocTrainConfig, take_step, train_pixloc
+from kfloc_ros.training.pixloc_trainer import PixLocTrainConfig, take_step, train_stage, validate
+from kfloc_ros.training.validation import BEST_FILE, Best, hold_out, mean_figures
+
+WEIGHTS_FILE = "pixloc.safetensors"
 
 
 @pytest.fixture(autouse=True)
@@ -118,7 +121,8 @@ def test_a_source_without_overlap_is_named(room) -> None:
 
 def config(**changes: object) -> PixLocTrainConfig:
     small = {"steps": 4, "batch": 1, "resize": 160, "crop": 96, "points": 64, "log_every": 1,
-             "snapshot_every": 2, "learning_rate": 1e-3,  "min_overlap": 0.2, "workers": 1}  # fmt: skip
+             "snapshot_every": 2, "learning_rate": 1e-3, "min_overlap": 0.2, "workers": 1,
+             "validation_share": 0.0}  # fmt: skip
     return PixLocTrainConfig(**{**small, **changes})  # type: ignore[arg-type]
 
 
@@ -130,7 +134,10 @@ def stage_of(kind: type, seed: int = 0) -> TwoViewStage | GnNetStage:
 
 def run(kind: type, room: object, out: Path, **changes: object) -> PixLocModel:
     stage, c = stage_of(kind), config(**changes)
-    train_pixloc(stage, PairSamples(room, c.rule(), c.seed), c, out, torch.device("cpu"))  # type: ignore[arg-type]
+    split = hold_out(room, c.validation_share)  # type: ignore[arg-type]
+    held_out = None if split.held_out is None else PairSamples(split.held_out, c.rule(), c.seed)
+    samples = PairSamples(split.training, c.rule(), c.seed)
+    train_stage(stage, samples, c, out, torch.device("cpu"), validation=held_out)
     return stage.model
 
 
@@ -157,6 +164,44 @@ def test_a_training_that_was_stopped_arrives_at_the_same_weights(room, tmp_path:
         assert {"reprojection_px/init", "reprojection_px/0", "reprojection_px/2", "usable"} <= lines[0].keys()
         with pytest.raises(WeightsError, match="batch"):
             run(kind, room, tmp_path / "parts", batch=2)
+
+
+def test_the_held_out_part_is_looked_at_and_the_best_is_kept(room, tmp_path: Path) -> None:
+    room = type(room)(12)  # frames are rendered when asked for their pose
+    split = hold_out(room, 0.34)
+    assert split.held_out is not None
+    assert set(room.indices()) == {*split.training.indices(), *split.held_out.indices()}
+    assert max(split.training.indices()) < min(split.held_out.indices())
+    assert hold_out(room, 0.0).held_out is None
+    words = {"validation_share": 0.34, "validation_pairs": 2, "validate_every": 2}
+    run(TwoViewStage, room, tmp_path / "whole", steps=3, **words)
+    run(TwoViewStage, room, tmp_path / "parts", steps=2, **words)
+    model = run(TwoViewStage, room, tmp_path / "parts", steps=3, **words)
+    logs = [(tmp_path / name / "log.jsonl").read_text() for name in ("whole", "parts")]
+    assert logs[0] == logs[1]  # what was looked at in between changed nothing
+    looks = [line for line in map(json.loads, logs[0].splitlines()) if "validation/loss" in line]
+    assert [line["step"] for line in looks] == [0, 2, 3]
+    assert {"validation/reprojection_px/0", "validation/usable"} <= looks[0].keys()
+    best = min(looks, key=lambda line: line["validation/loss"])
+    assert json.loads((tmp_path / "parts" / BEST_FILE).read_text())["step"] == best["step"]
+    kept = load_model(tmp_path / "parts" / "pixloc_best.safetensors")
+    stage = TwoViewStage(kept)
+    samples = PairSamples(split.held_out, config().rule(), 0)
+    again = validate(stage, samples, config(validation_pairs=2), torch.device("cpu"))
+    assert again["validation/loss"] == pytest.approx(best["validation/loss"])
+    assert model.training  # looking at the held-out part leaves the network as it was
+
+
+def test_only_a_lower_loss_is_the_best(tmp_path: Path) -> None:
+    best, weights = Best.of(tmp_path), tmp_path / "w.safetensors"
+    for loss, kept in ((2.0, True), (2.0, False), (float("nan"), False), (1.0, True), (1.5, False)):
+        assert best.offer(loss, int(10 * loss) if loss == loss else 0, weights, lambda p: p.write_text("w")) is kept
+    assert (Best.of(tmp_path).loss, Best.of(tmp_path).step) == (1.0, 10)
+    (tmp_path / BEST_FILE).write_text("no JSON")
+    with pytest.raises(WeightsError, match="damaged"):
+        Best.of(tmp_path)
+    means = mean_figures([{"a": 1.0, "b": float("nan")}, {"a": 3.0}])
+    assert means["validation/a"] == 2.0 and np.isnan(means["validation/b"])
 
 
 def test_a_step_is_clipped_before_it_is_taken_and_left_out_if_not_finite() -> None:
@@ -207,5 +252,10 @@ def test_from_the_command_line(tmp_path: Path, room, capsys: pytest.CaptureFixtu
     base = ["train", "pixloc", f"7scenes:{frames}", "--out", str(tmp_path / "tuned"), "--weights", weights]
     assert main([*base, "--device", "cpu", "iterations=2", *words]) == 0
     assert load_model(tmp_path / "tuned" / WEIGHTS_FILE).config.num_iters == 2
+    assert "nothing was held out" in capsys.readouterr().out
+    looked = ["--validation", f"7scenes:{frames}", "validation_pairs=1"]
+    base = ["train", "gnnet", f"7scenes:{frames}", "--out", str(tmp_path / "looked"), "--device", "cpu"]
+    assert main([*base, *looked, *words]) == 0
+    assert load_model(tmp_path / "looked" / "pixloc_best.safetensors")
     assert main([*base, "learning_rat=1"]) == 2
     assert "Did you mean 'learning_rate'" in capsys.readouterr().err
