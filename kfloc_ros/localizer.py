@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from kfloc_ros.kfnet import kalman
 from kfloc_ros.kfnet.filter import NO_PRIOR, Filtered, FilterSettings, NisMode, SceneCoordinateFilter
 from kfloc_ros.mapping.first_fix import UNRELATED_COST, FirstFix
 from kfloc_ros.mapping.scene_map import SceneMap
+from kfloc_ros.pixloc.references import ReferenceViews
 from kfloc_ros.pixloc.refiner import Refiner, RefinerSettings
 from kfloc_ros.solvers.pnp import PnpSettings, solve_pnp
 from kfloc_ros.tracking import ConstantVelocity, Track, TrackSettings
@@ -52,6 +54,7 @@ class LocalizerConfig:
         10, "With tracking: every so many frames a coarse pose is found all the same.", low=2, high=1000
     )
     first_fix: bool = option(True, "Search the map's reference views when there is no pose to align from.")
+    loaded_submaps: int = option(4, "Submaps of a place kept in memory (a place is several maps).", low=2, high=1000)
     num_references: int = option(3, "Reference views that a pose is aligned with.", low=1, high=20)
     max_gap_s: float = option(
         0.5, "A longer gap between frames resets the filter and the motion model.", low=0.01, high=60.0
@@ -98,12 +101,18 @@ class CoarseResult:
 
 
 class CoarseStage:
-    """Trunk, SCoordNet head, Kalman filter, RANSAC-PnP."""
+    """Trunk, SCoordNet head, Kalman filter, RANSAC-PnP.
 
-    def __init__(self, scene_map: SceneMap, config: LocalizerConfig) -> None:
+    Args:
+        scene_map: of the place.
+        config: options.
+        trunk: to share with other stages; made here by default.
+    """
+
+    def __init__(self, scene_map: SceneMap, config: LocalizerConfig, trunk: Trunk | None = None) -> None:
         device = choose_device(config.device)
         calibration = scene_map.calibration
-        self._trunk = Trunk(device=device)
+        self._trunk = trunk or Trunk(device=device)
         self._head = scene_map.head.to(device)
         self._variance_scale = calibration.measurement_variance_scale
         self._camera = scene_map.camera
@@ -119,6 +128,8 @@ class CoarseStage:
                 max_gap_s=config.max_gap_s,
             )
         )
+        self.note = ""
+        """What of the configuration could not be had, in a sentence; empty if all could."""
         self._pnp = PnpSettings(
             max_error_px=config.pnp_max_error_px,
             min_inliers=config.pnp_min_inliers,
@@ -136,11 +147,7 @@ class CoarseStage:
         Raises:
             FrameError: the image does not have the size of the map's camera.
         """
-        check_frame(frame, self._camera)
-        timings: dict[str, float] = {}
-        with _timed(timings, "trunk"):
-            features = self._trunk.extract(frame.image)
-        return Observation(features, timings)
+        return observe(frame, self._camera, self._trunk)
 
     def process(self, frame: Frame, observation: Observation | None = None) -> CoarseResult:
         """Measure, filter, and solve for the coarse pose.
@@ -158,15 +165,15 @@ class CoarseStage:
         observation = observation or self.observe(frame)
         features, timings = observation.features, observation.timings_ms
         if self._passed_by is not None and self._use_filter:
-            with _timed(timings, "filter"), torch.inference_mode():
+            with timed(timings, "filter"), torch.inference_mode():
                 stamp_ns, before = self._passed_by
                 self._filtered(stamp_ns, before, self._head.measure(before, self._variance_scale))
         self._passed_by = None
-        with _timed(timings, "measure"):
+        with timed(timings, "measure"):
             measurement = self._head.measure(features, self._variance_scale)
-        with _timed(timings, "filter"), torch.inference_mode():
+        with timed(timings, "filter"), torch.inference_mode():
             filtered = self._filtered(frame.stamp_ns, features, measurement)
-        with _timed(timings, "pnp"):
+        with timed(timings, "pnp"):
             pose = solve_pnp(filtered.posterior, self._camera, self._pnp)
         self._filter.judge(pose)
         return CoarseResult(
@@ -215,6 +222,11 @@ class RefineStage:
         self._suggested: tuple[Matrix, ...] = ()
 
     @property
+    def references(self) -> ReferenceViews:
+        """What poses are aligned with."""
+        return self._refiner.references
+
+    @property
     def refiner(self) -> Refiner:
         """What aligns poses; it keeps nothing from one call to the next."""
         return self._refiner
@@ -231,7 +243,7 @@ class RefineStage:
         predicted = self._motion.predict(frame.stamp_ns)
         if not self._tracks or predicted is None or self._suggested or not self._track.holds:
             return None
-        with _timed(observation.timings_ms, "refine"):
+        with timed(observation.timings_ms, "refine"):
             alignment = self._refiner.align(observation.features, [predicted])
         if self._track.doubt(alignment, predicted):
             return None
@@ -260,12 +272,12 @@ class RefineStage:
             features = coarse.features.to(self._device)
             suggested, self._suggested = self._suggested, ()
             starts = [T for T in (coarse.pose.T_map_camera, predicted, *suggested) if T is not None]
-            with _timed(timings, "refine"):
+            with timed(timings, "refine"):
                 alignment = self._refiner.align(features, starts)
                 if self._tracks:
                     alignment = self._checked(alignment, coarse.pose, features)
             if not alignment.success and self._first_fix is not None:
-                with _timed(timings, "first_fix"):
+                with timed(timings, "first_fix"):
                     alignment = self._search(features, alignment)
         return self._finish(self._judge(coarse, alignment), timings)
 
@@ -303,18 +315,66 @@ class RefineStage:
         self._track.end()
 
 
-class Localizer:
-    """Both stages in one process.
+class CoarseSteps(Protocol):
+    """What finds coarse poses: :class:`CoarseStage`, or that of the submap a camera is in."""
 
-    Args:
-        scene_map: of the place.
-        config: options; the defaults are meant to be right.
-    """
+    @property
+    def note(self) -> str:
+        """What of the configuration could not be had, in a sentence; empty if all could."""
+        ...
 
-    def __init__(self, scene_map: SceneMap, config: LocalizerConfig | None = None) -> None:
-        config = config or LocalizerConfig()
-        self.coarse = CoarseStage(scene_map, config)
-        self.refine = RefineStage(scene_map, config)
+    @property
+    def camera(self) -> Camera:
+        """The pinhole camera that every frame must have."""
+        ...
+
+    def observe(self, frame: Frame) -> Observation:
+        """Run the trunk. Raises FrameError."""
+        ...
+
+    def process(self, frame: Frame, observation: Observation | None = None) -> CoarseResult:
+        """Find the coarse pose. Raises FrameError."""
+        ...
+
+    def pass_by(self, stamp_ns: int, observation: Observation) -> None:
+        """Take note of a frame that needs no coarse pose."""
+        ...
+
+    def reset(self, reason: str) -> None:
+        """Forget what was carried over from earlier frames."""
+        ...
+
+
+class RefineSteps(Protocol):
+    """What refines coarse poses: :class:`RefineStage`, or that of the submap a camera is in."""
+
+    @property
+    def references(self) -> ReferenceViews:
+        """What poses are aligned with."""
+        ...
+
+    def suggest(self, starts: Sequence[Matrix]) -> None:
+        """Have the next frame try further poses ``T_map_camera`` to start from; any thread."""
+        ...
+
+    def track(self, frame: Frame, observation: Observation) -> PoseEstimate | None:
+        """Align from the predicted pose alone, while a track holds; None if the frame needs a coarse pose."""
+        ...
+
+    def process(self, frame: Frame, coarse: CoarseResult) -> PoseEstimate:
+        """Refine a coarse pose. Raises FrameError."""
+        ...
+
+    def reset(self, reason: str) -> None:
+        """Forget what was carried over from earlier frames."""
+        ...
+
+
+class Pipeline:
+    """Both stages, one after the other: frames to poses."""
+
+    coarse: CoarseSteps
+    refine: RefineSteps
 
     @property
     def camera(self) -> Camera:
@@ -340,6 +400,36 @@ class Localizer:
         self.refine.reset(reason)
 
 
+class Localizer(Pipeline):
+    """Both stages for one map.
+
+    Args:
+        scene_map: of the place.
+        config: options; the defaults are meant to be right.
+    """
+
+    coarse: CoarseStage
+    refine: RefineStage
+
+    def __init__(self, scene_map: SceneMap, config: LocalizerConfig | None = None) -> None:
+        config = config or LocalizerConfig()
+        self.coarse = CoarseStage(scene_map, config)
+        self.refine = RefineStage(scene_map, config)
+
+
+def observe(frame: Frame, camera: Camera, trunk: Trunk) -> Observation:
+    """Run the trunk on a frame.
+
+    Raises:
+        FrameError: the image does not have the size of the map's camera.
+    """
+    check_frame(frame, camera)
+    timings: dict[str, float] = {}
+    with timed(timings, "trunk"):
+        features = trunk.extract(frame.image)
+    return Observation(features, timings)
+
+
 def check_frame(frame: Frame, camera: Camera) -> None:
     """Refuse an image that does not belong to the map's camera.
 
@@ -357,7 +447,7 @@ def check_frame(frame: Frame, camera: Camera) -> None:
 
 
 @contextmanager
-def _timed(timings: dict[str, float], stage: str) -> Iterator[None]:
+def timed(timings: dict[str, float], stage: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     timings[stage] = timings.get(stage, 0.0) + (time.perf_counter() - start) * 1e3

@@ -43,7 +43,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_source_arguments(parser)
-    parser.add_argument("--map", required=True, metavar="DIR", help="map folder, or the name of a shipped map")
+    parser.add_argument("--map", required=True, metavar="DIR", help="map or place folder, or the name of a shipped map")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the results")
     parser.add_argument("--no-filter", action="store_true", help="each frame on its own: no belief carried over")
     parser.add_argument("--no-refine", action="store_true", help="stop at the coarse pose")
@@ -68,8 +68,10 @@ def run(args: argparse.Namespace) -> int:
     from kfloc_ros.evaluation.report import command_line
     from kfloc_ros.evaluation.results import write_results
     from kfloc_ros.evaluation.summary import RunInfo
-    from kfloc_ros.localizer import Localizer, LocalizerConfig
-    from kfloc_ros.mapping.scene_map import SceneMap, resolve_map
+    from kfloc_ros.localizer import LocalizerConfig
+    from kfloc_ros.mapping.place import load_map
+    from kfloc_ros.mapping.scene_map import resolve_map
+    from kfloc_ros.place_localizer import localizer_for
 
     limit_threads()
     device = str(choose_device(args.device))
@@ -77,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
         device=device, filter=not args.no_filter, refine=not args.no_refine, tracking=args.tracking
     )
     map_path = resolve_map(args.map)
-    localizer = Localizer(SceneMap.load(map_path), config)
+    localizer = localizer_for(load_map(map_path), config)
 
     records: list[FrameRecord] = []
     interrupted = False

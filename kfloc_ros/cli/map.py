@@ -20,6 +20,7 @@ from kfloc_ros.cli.build_options import (
     provenance_of,
 )
 from kfloc_ros.cli.map_join import add_join
+from kfloc_ros.cli.map_place import add_place, describe_place
 from kfloc_ros.cli.map_tools import add_tools
 
 BUILD_EXAMPLE = """\
@@ -35,7 +36,7 @@ folder in one go at the end: interrupting a build leaves nothing behind.
 def add_parser(subparsers: Any) -> None:
     """Register ``kfloc map``."""
     parser = subparsers.add_parser(
-        "map", help="build, update, merge, migrate, describe, check, draw, export, pack and crop maps"
+        "map", help="build, update, merge, join, migrate, describe, check, draw, export, pack and crop maps"
     )
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     build = actions.add_parser(
@@ -71,6 +72,7 @@ def add_parser(subparsers: Any) -> None:
     verify.add_argument("map", metavar="MAP", help="map folder, or name of an installed map")
     verify.set_defaults(run_action=run_verify)
     add_join(actions)
+    add_place(actions)
     add_tools(actions)
 
 
@@ -112,18 +114,21 @@ def run_build(args: argparse.Namespace) -> int:
 
 def run_info(args: argparse.Namespace) -> int:
     """``kfloc map info``."""
-    from kfloc_ros.mapping.scene_map import SceneMap, resolve_map
+    from kfloc_ros.mapping.place import Place, load_map
+    from kfloc_ros.mapping.scene_map import resolve_map
 
-    print(describe(SceneMap.load(resolve_map(args.map))))
+    loaded = load_map(resolve_map(args.map))
+    print(describe_place(loaded) if isinstance(loaded, Place) else describe(loaded))
     return 0
 
 
 def run_verify(args: argparse.Namespace) -> int:
     """``kfloc map verify``: exit code 1 if something is wrong."""
+    from kfloc_ros.mapping.place import is_place, verify_place
     from kfloc_ros.mapping.scene_map import resolve_map, verify_map
 
     folder = resolve_map(args.map)
-    problems = verify_map(folder)
+    problems = verify_place(folder) if is_place(folder) else verify_map(folder)
     for problem in problems:
         print(problem, file=sys.stderr)
     if not problems:

@@ -10,11 +10,11 @@ from kfloc_ros.datasets.base import FrameSource
 from kfloc_ros.errors import FrameError
 from kfloc_ros.evaluation.records import FrameRecord, record_of
 from kfloc_ros.geometry.camera import ImageAdapter
-from kfloc_ros.localizer import Localizer
+from kfloc_ros.localizer import Pipeline
 from kfloc_ros.types import Frame, PoseEstimate, TrackingState
 
 
-def localize_source(localizer: Localizer, source: FrameSource) -> Iterator[FrameRecord]:
+def localize_source(localizer: Pipeline, source: FrameSource) -> Iterator[FrameRecord]:
     """Yield one record a frame, in order.
 
     The latency runs from the decoded image to the pose: adapting the image to the map's camera and

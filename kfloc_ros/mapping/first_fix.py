@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from kfloc_ros.features.trunk import COARSE_STRIDE, TrunkFeatures
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import Matrix, inverse_pose, make_pose, rotation_angle_deg
-from kfloc_ros.mapping.retrieval import ReferenceIndex
+from kfloc_ros.mapping.retrieval import ReferenceIndex, Retrieved
 from kfloc_ros.pixloc.references import ReferenceViews
 from kfloc_ros.pixloc.refiner import failed_alignment
 from kfloc_ros.types import Alignment
@@ -67,11 +67,18 @@ class FirstFix:
         self._index: ReferenceIndex | None = None
 
     @torch.inference_mode()
-    def starts(self, features: TrunkFeatures) -> list[Matrix]:
-        """Poses ``T_map_camera`` that the image may have, the best supported first; possibly none."""
-        if self._index is None:
-            self._index = ReferenceIndex(self._references)
-        retrieved = self._index.search(features, self._settings.retrieved)
+    def starts(self, features: TrunkFeatures, retrieved: Sequence[Retrieved] | None = None) -> list[Matrix]:
+        """Poses ``T_map_camera`` that the image may have, the best supported first; possibly none.
+
+        Args:
+            features: of the image.
+            retrieved: the views that it may show, if somebody else has looked for them; else they are looked for in
+                all of the map's.
+        """
+        if retrieved is None:
+            if self._index is None:
+                self._index = ReferenceIndex(self._references)
+            retrieved = self._index.search(features, self._settings.retrieved)
         matches = {item.position: self._match(features, item.position) for item in retrieved}
         ranked = sorted(matches, key=lambda k: -len(matches[k].pixels))
         centres = self._references.T_map_camera[:, :3, 3]
@@ -92,21 +99,7 @@ class FirstFix:
             features: of the image.
             align: refines starting poses and judges the result.
         """
-        starts = self.starts(features)
-        if not starts:
-            return failed_alignment("no reference view shows what the image shows")
-        results = [align([start]) for start in starts]
-        good = sorted((r for r in results if r.success and r.final_cost <= self._settings.max_cost), key=_cost)
-        if not good:
-            best = min(results, key=_cost)
-            reason = (
-                best.reason or f"the image hardly looks like the map at {_place(best)} (cost {best.final_cost:.2f})"
-            )
-            return replace(best, success=False, reason=reason)
-        rival = next((r for r in good[1:] if self._distinct(good[0], r)), None)
-        if rival is None or rival.final_cost > self._settings.clear_margin * good[0].final_cost:
-            return good[0]
-        return replace(good[0], success=False, reason=f"two places look alike: {_place(good[0])} and {_place(rival)}")
+        return choose([align([start]) for start in self.starts(features)], self._settings)
 
     def _match(self, features: TrunkFeatures, position: int) -> Matches:
         """Mutual nearest neighbours between a view's points and the image's cells."""
@@ -138,11 +131,39 @@ class FirstFix:
         T_map_camera[:3, 3] += origin
         return T_map_camera
 
-    def _distinct(self, a: Alignment, b: Alignment) -> bool:
-        assert a.T_map_camera is not None and b.T_map_camera is not None
-        apart_m = float(np.linalg.norm(a.T_map_camera[:3, 3] - b.T_map_camera[:3, 3]))
-        apart_deg = rotation_angle_deg(a.T_map_camera[:3, :3].T @ b.T_map_camera[:3, :3])
-        return apart_m > self._settings.distinct_m or apart_deg > self._settings.distinct_deg
+
+def choose(
+    results: Sequence[Alignment],
+    settings: FirstFixSettings,
+    place: Callable[[Alignment], str] | None = None,
+) -> Alignment:
+    """The one of several alignments that is where the image was taken; failed, with the reason, if that is not clear.
+
+    Args:
+        results: of alignments from different starts.
+        settings: when a place counts as found.
+        place: says in words where an alignment is.
+    """
+    place = place or _place
+    if not results:
+        return failed_alignment("no reference view shows what the image shows")
+    good = sorted((r for r in results if r.success and r.final_cost <= settings.max_cost), key=_cost)
+    if not good:
+        best = min(results, key=_cost)
+        reason = best.reason or f"the image hardly looks like the map at {place(best)} (cost {best.final_cost:.2f})"
+        return replace(best, success=False, reason=reason)
+    rival = next((r for r in good[1:] if distinct(good[0], r, settings)), None)
+    if rival is None or rival.final_cost > settings.clear_margin * good[0].final_cost:
+        return good[0]
+    return replace(good[0], success=False, reason=f"two places look alike: {place(good[0])} and {place(rival)}")
+
+
+def distinct(a: Alignment, b: Alignment, settings: FirstFixSettings) -> bool:
+    """Whether two alignments, which have poses, are of different places."""
+    assert a.T_map_camera is not None and b.T_map_camera is not None
+    apart_m = float(np.linalg.norm(a.T_map_camera[:3, 3] - b.T_map_camera[:3, 3]))
+    apart_deg = rotation_angle_deg(a.T_map_camera[:3, :3].T @ b.T_map_camera[:3, :3])
+    return apart_m > settings.distinct_m or apart_deg > settings.distinct_deg
 
 
 def _cost(alignment: Alignment) -> float:

@@ -8,13 +8,14 @@ import io
 import numpy as np
 
 from kfloc_ros.mapping.coverage import Coverage
+from kfloc_ros.mapping.outline import MapOutline
 from kfloc_ros.mapping.scene_map import SceneMap
 
 MAX_POINTS = 60_000
 AXES = "xyz"
 
 
-def up_axis(scene_map: SceneMap) -> tuple[int, float]:
+def up_axis(scene_map: MapOutline) -> tuple[int, float]:
     """Axis of the map frame (0 to 2) that points up or down, and its sign: where the views' images have their top."""
     upwards = -scene_map.references.T_map_camera[:, :3, 1].mean(axis=0)
     axis = int(np.abs(upwards).argmax())

@@ -45,38 +45,54 @@ class QueryCells:
     """(N,)"""
 
 
+@dataclass(frozen=True, eq=False)
+class Vocabulary:
+    """The words that images are described in."""
+
+    centres: torch.Tensor
+    """(K, C) unit vectors."""
+
+    @classmethod
+    def learn(cls, features: torch.Tensor) -> Vocabulary:
+        """From unit features (N, C) of many views, at most :data:`MAX_CLUSTERED` of which are looked at."""
+        sample = features[:: max(1, -(-len(features) // MAX_CLUSTERED))]
+        return cls(_cluster(sample, min(CLUSTERS, len(sample))))
+
+    def describe(self, features: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """(K C,) unit descriptor of unit features (N, C), each of a weight (N,)."""
+        features, weight = features.to(self.centres), weight.to(self.centres)
+        nearest = (features @ self.centres.t()).argmax(dim=1)
+        residual = (features - self.centres[nearest]) * weight[:, None]
+        summed = torch.zeros_like(self.centres).index_add_(0, nearest, residual)
+        return F.normalize(F.normalize(summed, dim=1).reshape(-1), dim=0)
+
+    def describe_view(self, view: ReferencePoints) -> torch.Tensor:
+        """(K C,) of a reference view."""
+        return self.describe(view.coarse, view.confidence)
+
+
 class ReferenceIndex:
     """Descriptors of all reference views of a map; building it takes a fraction of a second."""
 
     def __init__(self, references: ReferenceViews) -> None:
-        everything = torch.cat([view.coarse for view in references.views]).float()
-        sample = everything[:: max(1, -(-len(everything) // MAX_CLUSTERED))]
-        self._centres = _cluster(sample, min(CLUSTERS, len(sample)))
-        rows = [self._describe(view.coarse.float(), view.confidence.float()) for view in references.views]
+        self._vocabulary = Vocabulary.learn(torch.cat([view.coarse for view in references.views]).float())
+        rows = [self._vocabulary.describe_view(view) for view in references.views]
         self._mean = torch.stack(rows).mean(dim=0)
         self._descriptors = F.normalize(torch.stack(rows) - self._mean, dim=1)
 
     def search(self, features: TrunkFeatures, count: int) -> list[Retrieved]:
         """The reference views most like an image, best first, at most ``count``."""
         cells = reliable_cells(features)
-        return self._nearest(cells.features, cells.weight, count)
+        return self._nearest(self._vocabulary.describe(cells.features, cells.weight), count)
 
     def search_view(self, view: ReferencePoints, count: int) -> list[Retrieved]:
         """The same for a reference view, such as one of another map."""
-        return self._nearest(view.coarse.float(), view.confidence.float(), count)
+        return self._nearest(self._vocabulary.describe_view(view), count)
 
-    def _nearest(self, features: torch.Tensor, weight: torch.Tensor, count: int) -> list[Retrieved]:
-        row = self._describe(features.to(self._centres), weight.to(self._centres))
+    def _nearest(self, row: torch.Tensor, count: int) -> list[Retrieved]:
         similarity = self._descriptors @ F.normalize(row - self._mean, dim=0)
         values, positions = similarity.topk(min(count, len(similarity)))
         return [Retrieved(int(k), float(v)) for k, v in zip(positions.tolist(), values.tolist(), strict=True)]
-
-    def _describe(self, features: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """(K C,) unit descriptor of weighted unit features (N, C)."""
-        nearest = (features @ self._centres.t()).argmax(dim=1)
-        residual = (features - self._centres[nearest]) * weight[:, None]
-        summed = torch.zeros_like(self._centres).index_add_(0, nearest, residual)
-        return F.normalize(F.normalize(summed, dim=1).reshape(-1), dim=0)
 
 
 def reliable_cells(features: TrunkFeatures) -> QueryCells:

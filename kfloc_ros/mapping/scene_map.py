@@ -32,6 +32,10 @@ FORMAT = "kfloc_map"
 FORMAT_VERSION = 3
 """Version 1 kept reference features in half precision; versions 1 and 2 hold one head, no ``min_inlier_ratio``. All are
 read."""
+PLACE_FORMAT = "kfloc_place"
+PLACE_VERSION = 1
+NEWEST = {FORMAT: FORMAT_VERSION, PLACE_FORMAT: PLACE_VERSION}
+"""What a ``map.yaml`` may describe, a map or a place of several (``place.py``), and the newest version that is read."""
 DESCRIPTION = "map.yaml"
 HEAD_FILE = "scoordnet.safetensors"
 REFERENCES_FILE = "references.safetensors"
@@ -42,7 +46,7 @@ MAX_HEAD_WIDTH, MAX_HEAD_BLOCKS = 2048, 32
 FEATURE_STEPS = 127
 """Unit features are stored in one signed byte a channel; the rounding is far below the features' own noise."""
 
-_DAMAGE = (
+DAMAGE = (
     ArithmeticError,
     AttributeError,
     LookupError,
@@ -112,7 +116,7 @@ class SceneMap:
             temporary.chmod(0o755)
             for name in (HEAD_FILE, REFERENCES_FILE):
                 (temporary / name).chmod(0o644)  # safetensors makes them private
-            _swap_in(temporary, folder)
+            swap_in(temporary, folder)
         except OSError as error:
             raise MapError(f"The map cannot be written to '{folder}': {error}.") from error
         finally:
@@ -151,17 +155,17 @@ class SceneMap:
             MapError: missing, damaged, or of a newer format version; the message says which and what to do.
         """
         folder = Path(folder)
-        description = read_description(folder)
+        description = read_description(folder, FORMAT)
         try:
-            camera = _read_camera(description["camera"])
+            camera = read_camera(description["camera"])
             head = _unpack_heads(read_tensors(read_file(folder, HEAD_FILE, description)), description["head"])
             references = _unpack_references(read_tensors(read_file(folder, REFERENCES_FILE, description)))
             low, high = (tuple(float(v) for v in corner) for corner in description["bounds_m"])
             if not np.isfinite([low, high]).all():
                 raise ValueError("its bounds are not finite")
             return cls(
-                name=_read_name(description["name"]),
-                frame_id=_read_name(description["frame_id"]),
+                name=read_name(description["name"]),
+                frame_id=read_name(description["frame_id"]),
                 camera=camera,
                 head=head.eval(),
                 references=references,
@@ -170,7 +174,7 @@ class SceneMap:
                 provenance=dict(description.get("provenance", {})),
                 path=folder,
             )
-        except (*_DAMAGE, FrameError) as error:
+        except (*DAMAGE, FrameError) as error:
             raise MapError(f"The map '{folder}' is damaged: {error}. Build it again.") from error
         except OSError as error:
             raise MapError(f"The map '{folder}' cannot be read: {error}.") from error
@@ -180,8 +184,12 @@ class SceneMap:
         return sum(p.stat().st_size for p in self.path.iterdir() if p.is_file()) if self.path else 0
 
 
-def read_description(folder: Path) -> dict[str, Any]:
+def read_description(folder: Path, *formats: str) -> dict[str, Any]:
     """The checked content of ``map.yaml``.
+
+    Args:
+        folder: of the map.
+        formats: those of :data:`NEWEST` that will do; by default all.
 
     Raises:
         MapError: no such folder, not a map, unreadable, or of a newer format version.
@@ -202,14 +210,21 @@ def read_description(folder: Path) -> dict[str, Any]:
         description = yaml.safe_load(text)
     except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
         raise MapError(f"'{path}' cannot be read: {error}") from error
-    if not isinstance(description, dict) or description.get("format") != FORMAT:
+    if not isinstance(description, dict):
         raise MapError(f"'{path}' does not describe a map of this package.")
+    known = description.get("format")
+    if not isinstance(known, str) or known not in NEWEST:
+        raise MapError(f"'{path}' does not describe a map of this package.")
+    if formats and known not in formats:
+        if known == PLACE_FORMAT:
+            raise MapError(f"'{folder}' is a place of several maps, and one map is needed: name a folder below it.")
+        raise MapError(f"'{folder}' is a single map, and a place of several is needed: see `kfloc map place --help`.")
     version = description.get("version")
     if not isinstance(version, int) or version < 1:
         raise MapError(f"'{path}' has no valid format version.")
-    if version > FORMAT_VERSION:
+    if version > NEWEST[known]:
         raise MapError(
-            f"The map '{folder}' has format version {version}, newer than the {FORMAT_VERSION} that this installation "
+            f"The map '{folder}' has format version {version}, newer than the {NEWEST[known]} that this installation "
             "reads. Update kfloc_ros, or build the map again."
         )
     return description
@@ -274,7 +289,7 @@ def resolve_map(name_or_path: str) -> Path:
     raise MapError(f"There is no map '{name_or_path}' in {places}. Name a folder, or set KFLOC_MAPS.")
 
 
-def _swap_in(temporary: Path, folder: Path) -> None:
+def swap_in(temporary: Path, folder: Path) -> None:
     if not folder.exists():
         temporary.rename(folder)
         return
@@ -308,13 +323,13 @@ def _quantize(unit_features: torch.Tensor) -> torch.Tensor:
     return (unit_features * FEATURE_STEPS).round().to(torch.int8).contiguous()
 
 
-def _read_name(name: object) -> str:
+def read_name(name: object) -> str:
     if not isinstance(name, str) or not name:
         raise ValueError(f"{name!r} is no name")
     return name
 
 
-def _read_camera(values: Mapping[str, Any]) -> Camera:
+def read_camera(values: Mapping[str, Any]) -> Camera:
     """The map's camera, refused before memory is taken for its images."""
     camera = Camera(**{**values, "distortion": tuple(values.get("distortion", ()))})
     for side in (camera.width, camera.height):

@@ -9,8 +9,8 @@ from rclpy.node import Node
 
 from kfloc_ros.errors import FrameError
 from kfloc_ros.geometry.camera import Camera
-from kfloc_ros.localizer import CoarseStage, Observation
-from kfloc_ros.mapping.scene_map import SceneMap
+from kfloc_ros.localizer import CoarseStage, CoarseSteps, Observation
+from kfloc_ros.mapping.place import AnyMap, single_map
 from kfloc_ros.nodes.cell_publisher import cell_publisher
 from kfloc_ros.nodes.diagnostics import DiagnosticsPublisher, Report
 from kfloc_ros.nodes.gate import Gate
@@ -41,7 +41,7 @@ class FilterComponent:
     def __init__(
         self,
         node: Node,
-        stage: CoarseStage,
+        stage: CoarseSteps,
         publish: Callable[[CoarseFrame], None],
         output: Callable[[CoarseFrame], None] = lambda packet: None,
         track: Callable[[CameraFrame, Observation], bool] = lambda packet, observation: False,
@@ -74,7 +74,8 @@ class FilterComponent:
 class FilterApplication:
     """The filter component as a node of its own: frames come in over topics, coarse poses go out."""
 
-    def __init__(self, node: Node, parameters: ParameterServer, scene_map: SceneMap, gate: Gate) -> None:
+    def __init__(self, node: Node, parameters: ParameterServer, scene_map: AnyMap, gate: Gate) -> None:
+        scene_map = single_map(scene_map)
         self._gate, self._parameters = gate, parameters
         self._health = Health(node.get_logger())
         warm_up(scene_map, parameters.localizer)

@@ -5,8 +5,7 @@ from __future__ import annotations
 
 from rclpy.node import Node
 
-from kfloc_ros.localizer import Localizer
-from kfloc_ros.mapping.scene_map import SceneMap
+from kfloc_ros.mapping.place import AnyMap
 from kfloc_ros.nodes.camera_component import CameraComponent
 from kfloc_ros.nodes.cell_publisher import cell_publisher
 from kfloc_ros.nodes.filter_component import FilterComponent
@@ -17,15 +16,16 @@ from kfloc_ros.nodes.parameter_server import ParameterServer
 from kfloc_ros.nodes.refiner_component import RefinerComponent
 from kfloc_ros.nodes.topics import CoarsePublisher
 from kfloc_ros.nodes.warm_up import warm_up
+from kfloc_ros.place_localizer import localizer_for
 
 
 class LocalizerApplication:
     """Camera, filter and refiner, one after the other in the camera's worker thread."""
 
-    def __init__(self, node: Node, parameters: ParameterServer, scene_map: SceneMap, gate: Gate) -> None:
+    def __init__(self, node: Node, parameters: ParameterServer, scene_map: AnyMap, gate: Gate) -> None:
         health = Health(node.get_logger())
         warm_up(scene_map, parameters.localizer)
-        localizer = Localizer(scene_map, parameters.localizer)
+        localizer = localizer_for(scene_map, parameters.localizer)
         map_frame = parameters.node.map_frame or scene_map.frame_id
         publish_coarse = CoarsePublisher(node, map_frame, lambda: health.counters, for_refiner=False)
         self._refiner = RefinerComponent(node, parameters, scene_map, localizer.refine, health, gate)

@@ -15,7 +15,8 @@ from rclpy.node import Node
 from kfloc_ros.device import choose_device
 from kfloc_ros.errors import KflocError
 from kfloc_ros.localizer import LocalizerConfig
-from kfloc_ros.mapping.scene_map import SceneMap, resolve_map
+from kfloc_ros.mapping.place import AnyMap, load_map
+from kfloc_ros.mapping.scene_map import resolve_map
 from kfloc_ros.nodes.gate import Gate
 from kfloc_ros.nodes.gpu_memory import explained
 from kfloc_ros.nodes.parameter_server import ParameterServer
@@ -41,7 +42,7 @@ class Application(Protocol):
         ...
 
 
-Build = Callable[[Node, ParameterServer, SceneMap, Gate], Application]
+Build = Callable[[Node, ParameterServer, AnyMap, Gate], Application]
 
 
 class ManagedNode(LifecycleNode):  # type: ignore[misc]
@@ -59,8 +60,8 @@ class ManagedNode(LifecycleNode):  # type: ignore[misc]
         self._build = build
         self._gate = Gate()
         self._application: Application | None = None
-        self._map: SceneMap | None = None
-        self._next_map: SceneMap | None = None
+        self._map: AnyMap | None = None
+        self._next_map: AnyMap | None = None
         self._reload_asked = False
         self.fault = ""
         """Why the last attempt to configure failed."""
@@ -94,7 +95,7 @@ class ManagedNode(LifecycleNode):  # type: ignore[misc]
 
     def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
         try:
-            self._set_up(SceneMap.load(resolve_map(self.parameters.node.map)))
+            self._set_up(load_map(resolve_map(self.parameters.node.map)))
         except Exception as error:
             self._explain(error)
             self._tear_down()
@@ -124,7 +125,7 @@ class ManagedNode(LifecycleNode):  # type: ignore[misc]
     def on_error(self, state: LifecycleState) -> TransitionCallbackReturn:
         return self.on_cleanup(state)
 
-    def _set_up(self, scene_map: SceneMap) -> None:
+    def _set_up(self, scene_map: AnyMap) -> None:
         try:
             self._application = self._build(self, self.parameters, scene_map, self._gate)
         except torch.cuda.OutOfMemoryError as error:
@@ -175,7 +176,7 @@ class ManagedNode(LifecycleNode):  # type: ignore[misc]
             return  # configuring will read them
         choose_device(localizer.device)
         if node.map != self.parameters.node.map:
-            self._next_map = SceneMap.load(resolve_map(node.map))
+            self._next_map = load_map(resolve_map(node.map))
         self._reload_asked = True
 
     def _explain(self, error: Exception) -> None:

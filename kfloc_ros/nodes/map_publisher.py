@@ -12,7 +12,7 @@ from rclpy.node import Node
 from sensor_msgs.msg import PointCloud2, PointField
 from visualization_msgs.msg import Marker, MarkerArray
 
-from kfloc_ros.mapping.scene_map import SceneMap
+from kfloc_ros.mapping.outline import MapOutline
 from kfloc_ros.nodes import qos
 from kfloc_ros.nodes.cloud_messages import fill_cloud
 from kfloc_ros.nodes.gate import Gate
@@ -26,7 +26,7 @@ _COLOUR = {"r": 0.85, "g": 0.35, "b": 0.15, "a": 0.8}
 class MapPublisher:
     """Publishes what a map holds, once each."""
 
-    def __init__(self, node: Node, scene_map: SceneMap, map_frame: str, gate: Gate) -> None:
+    def __init__(self, node: Node, scene_map: MapOutline, map_frame: str, gate: Gate) -> None:
         self._node, self._map, self._frame, self._gate = node, scene_map, map_frame, gate
         views: tuple[tuple[str, type, Callable[[], Any]], ...] = (
             ("map_points", PointCloud2, self._points),

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from kfloc_ros.errors import KflocError
-from kfloc_ros.mapping.scene_map import DESCRIPTION, SceneMap
+from kfloc_ros.mapping.outline import MapOutline
+from kfloc_ros.mapping.scene_map import DESCRIPTION
 from kfloc_ros.types import Matrix
 
 FORMAT = "kfloc_pose"
@@ -37,7 +38,7 @@ class SavedPose:
     covariance: Matrix
 
 
-def map_id(scene_map: SceneMap) -> str:
+def map_id(scene_map: MapOutline) -> str:
     """Name and checksum of a map: a pose means nothing in another one, or in one that was built again."""
     description = scene_map.path / DESCRIPTION if scene_map.path is not None else None
     content = description.read_bytes() if description is not None and description.is_file() else b""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rclpy.node import Node
 
-from kfloc_ros.mapping.scene_map import SceneMap
+from kfloc_ros.mapping.outline import MapOutline
 from kfloc_ros.nodes.health import Health
 from kfloc_ros.nodes.initial_pose import spread
 from kfloc_ros.nodes.parameter_server import ParameterServer
@@ -23,7 +23,7 @@ _MAX_TRIES = 10
 class PoseKeeper:
     """Does nothing where ``pose_file`` is empty; what goes wrong with the file is said and never ends anything."""
 
-    def __init__(self, node: Node, parameters: ParameterServer, scene_map: SceneMap, health: Health) -> None:
+    def __init__(self, node: Node, parameters: ParameterServer, scene_map: MapOutline, health: Health) -> None:
         self._parameters, self._health = parameters, health
         self._saved_s = 0.0
         self._last: SavedPose | None = None

@@ -11,8 +11,9 @@ from rclpy.node import Node
 from kfloc_ros.device import choose_device
 from kfloc_ros.errors import FrameError
 from kfloc_ros.features.trunk import TrunkFeatures
-from kfloc_ros.localizer import Observation, RefineStage
-from kfloc_ros.mapping.scene_map import SceneMap
+from kfloc_ros.localizer import Observation, RefineStage, RefineSteps
+from kfloc_ros.mapping.outline import MapOutline
+from kfloc_ros.mapping.place import AnyMap, single_map
 from kfloc_ros.nodes.diagnostics import DiagnosticsPublisher
 from kfloc_ros.nodes.filter_component import check_camera
 from kfloc_ros.nodes.gate import Gate
@@ -51,8 +52,8 @@ class RefinerComponent:
         self,
         node: Node,
         parameters: ParameterServer,
-        scene_map: SceneMap,
-        stage: RefineStage,
+        scene_map: MapOutline,
+        stage: RefineSteps,
         health: Health,
         gate: Gate,
     ) -> None:
@@ -70,7 +71,10 @@ class RefinerComponent:
         self._map = MapPublisher(node, scene_map, map_frame, gate)
         options = parameters.localizer
         painter = OverlayPainter(
-            scene_map.references, scene_map.camera, count=options.num_references, device=choose_device(options.device)
+            lambda: stage.references,
+            scene_map.camera,
+            count=options.num_references,
+            device=choose_device(options.device),
         )
         self._overlay = overlay_publisher(node, painter, health.warn)
         self._diagnostics = DiagnosticsPublisher(node, health, gate, scene_map.name, lambda: self._status.report)
@@ -143,7 +147,8 @@ class RefinerComponent:
 class RefinerApplication:
     """The refiner component as a node of its own: frames and coarse poses come in over topics."""
 
-    def __init__(self, node: Node, parameters: ParameterServer, scene_map: SceneMap, gate: Gate) -> None:
+    def __init__(self, node: Node, parameters: ParameterServer, scene_map: AnyMap, gate: Gate) -> None:
+        scene_map = single_map(scene_map)
         self._health, self._gate, self._parameters = Health(node.get_logger()), gate, parameters
         self._camera = scene_map.camera
         warm_up(scene_map, parameters.localizer)

@@ -23,6 +23,10 @@ _WHITE, _CREAM, _BLUE = (216, 214, 208), (208, 198, 176), (92, 116, 140)
 
 _NORTH, _SOUTH, _EAST, _WEST = (0.0, 1.0), (0.0, -1.0), (1.0, 0.0), (-1.0, 0.0)
 
+OWN_PICTURES = (0, 3, 4, 7, 8)
+"""Of :func:`_pictures`: the five posters, on three walls, in which the rooms of a building differ."""
+_PICTURES = 10
+
 
 def room() -> list[Face]:
     """Every surface of the room, lamps and window included."""
@@ -30,6 +34,11 @@ def room() -> list[Face]:
         *_shell(), *lights(), *_window_side(), *_bookshelf(), *_sideboard(), *_kitchen(), *_desk(), *_sofa_side(),
         *_table(), *_pictures(),
     ]  # fmt: skip
+
+
+def own_faces(faces: Sequence[Face]) -> tuple[int, ...]:
+    """Which faces of a :func:`room` look different in every room of a building; its pictures come last."""
+    return tuple(len(faces) - _PICTURES + i for i in OWN_PICTURES)
 
 
 def lights() -> list[Face]:

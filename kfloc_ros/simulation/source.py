@@ -19,14 +19,15 @@ from kfloc_ros.types import Frame
 
 CAMERA = Camera(640, 480, 525.0, 525.0, 319.5, 239.5)
 
-_DAY = Illumination(
+DAY = Illumination(
     west_lamp=(0.50, 0.47, 0.42), east_lamp=(0.50, 0.47, 0.42), window=(0.34, 0.38, 0.46), ambient=(0.44, 0.44, 0.43)
 )
-_DUSK = Illumination(
+DUSK = Illumination(
     west_lamp=(0.54, 0.49, 0.41), east_lamp=(0.54, 0.49, 0.41), window=(0.15, 0.18, 0.26), ambient=(0.36, 0.35, 0.34)
 )
-_DUSK_ONE_LAMP = replace(_DUSK, west_lamp=(0.04, 0.04, 0.03), ambient=(0.25, 0.25, 0.25))
+_DUSK_ONE_LAMP = replace(DUSK, west_lamp=(0.04, 0.04, 0.03), ambient=(0.25, 0.25, 0.25))
 _SWITCH_SHARE, _SWITCH_S = 0.45, 0.25
+_WALKS_PER_ROOM = 1000
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Recording:
     """Of the time in seconds and the recording's duration."""
 
 
-def _map_route(seed: int) -> Route:
+def map_route(seed: int) -> Route:
     first = np.arange(-30, 340, 30.0)
     second = np.arange(360, 690, 30.0)
     wave = np.arange(len(first) + len(second))
@@ -66,7 +67,7 @@ def _short_map_route(seed: int) -> Route:
     )
 
 
-def _localize_route(seed: int) -> Route:
+def localize_route(seed: int) -> Route:
     headings = np.arange(330, -20, -30.0)
     wave = np.arange(len(headings))
     heights, aims = 1.36 + 0.1 * np.sin(1.7 * wave), 1.05 + 0.25 * np.sin(2.3 * wave)
@@ -82,13 +83,13 @@ def _short_localize_route(seed: int) -> Route:
 
 def _daylight(time_s: float, duration_s: float) -> Illumination:
     del time_s, duration_s
-    return _DAY
+    return DAY
 
 
 def _lamp_goes_out(time_s: float, duration_s: float) -> Illumination:
     """Dusk; a little before half-time somebody switches the west lamp off."""
     share = float(np.clip((time_s - _SWITCH_SHARE * duration_s) / _SWITCH_S, 0, 1))
-    return blend(_DUSK, _DUSK_ONE_LAMP, share)
+    return blend(DUSK, _DUSK_ONE_LAMP, share)
 
 
 def blend(first: Illumination, second: Illumination, share: float) -> Illumination:
@@ -99,8 +100,8 @@ def blend(first: Illumination, second: Illumination, share: float) -> Illuminati
 
 
 RECORDINGS = {
-    "map": Recording(_map_route, Pace(), 10.0, 1_000_000_000_000, _daylight),
-    "localize": Recording(_localize_route, Pace(0.4, 32.0), 15.0, 2_000_000_000_000, _lamp_goes_out),
+    "map": Recording(map_route, Pace(), 10.0, 1_000_000_000_000, _daylight),
+    "localize": Recording(localize_route, Pace(0.4, 32.0), 15.0, 2_000_000_000_000, _lamp_goes_out),
     "map-quick": Recording(_short_map_route, Pace(), 10.0, 1_000_000_000_000, _daylight),
     "localize-quick": Recording(_short_localize_route, Pace(0.4, 30.0), 15.0, 2_000_000_000_000, _lamp_goes_out),
 }
@@ -117,6 +118,9 @@ class SimulatedSource(FrameSource):
         seed: of everything: pictures, routes, shake and noise. Both recordings need the same to show the same room.
         camera: a pinhole.
         texels_per_m: resolution of the room's pictures.
+        room: number of a room in a building (see ``building.py``), which has other posters and other walks; 0 for the
+            demo's own.
+        recording: another one than those in :data:`RECORDINGS`, called ``which``.
 
     Raises:
         SourceError: the recording is unknown.
@@ -130,14 +134,19 @@ class SimulatedSource(FrameSource):
         *,
         camera: Camera = CAMERA,
         texels_per_m: float = TEXELS_PER_M,
+        room: int = 0,
+        recording: Recording | None = None,
     ) -> None:
         self.name = f"{which}-quick" if quick else which
-        if self.name not in RECORDINGS:
-            raise SourceError(f"There is no simulated recording '{self.name}'; there are: {', '.join(RECORDINGS)}.")
-        self._recording = RECORDINGS[self.name]
+        if recording is None:
+            if self.name not in RECORDINGS:
+                raise SourceError(f"There is no simulated recording '{self.name}'; there are: {', '.join(RECORDINGS)}.")
+            recording = RECORDINGS[self.name]
+        self._recording, self._room = recording, room
         self._camera, self._seed, self._texels_per_m = camera, seed, texels_per_m
-        self.trajectory = Trajectory(self._recording.route(seed), self._recording.pace, seed + len(which))
-        self._count = int(self.trajectory.duration_s * self._recording.rate_hz)
+        walk = seed + _WALKS_PER_ROOM * room
+        self.trajectory = Trajectory(recording.route(walk), recording.pace, walk + len(which))
+        self._count = int(self.trajectory.duration_s * recording.rate_hz)
         self._studio: tuple[Renderer, Sensor] | None = None
 
     @classmethod
@@ -170,7 +179,7 @@ class SimulatedSource(FrameSource):
         T_start, T_middle, T_end = (self.trajectory.pose(time_s + dt) for dt in (-half_s, 0.0, half_s))
         light = self._recording.light(time_s, self.trajectory.duration_s)
         rendering = renderer.render(T_middle, light)
-        rng = np.random.default_rng((self._seed, self._recording.start_ns, index))
+        rng = np.random.default_rng((self._seed, self._recording.start_ns + self._room, index))
         return Frame(
             image=sensor.expose(rendering, T_start, T_middle, T_end, rng),
             camera=self._camera,
@@ -184,6 +193,6 @@ class SimulatedSource(FrameSource):
     def _prepared(self) -> tuple[Renderer, Sensor]:
         """The room and the camera; made with the first frame, so that opening a source takes no time."""
         if self._studio is None:
-            scene = build_room(self._seed, self._texels_per_m)
+            scene = build_room(self._seed, self._texels_per_m, self._room)
             self._studio = (Renderer(scene, self._camera), Sensor(self._camera))
         return self._studio

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import Matrix
+from kfloc_ros.mapping.outline import MapOutline
 from kfloc_ros.mapping.picture import up_axis
-from kfloc_ros.mapping.scene_map import SceneMap
 from kfloc_ros.types import SceneCoordinates
 from kfloc_ros.visualization.cells import Scale
 
@@ -33,7 +33,7 @@ class Cloud:
     """(...) standard deviation per axis, where it is known."""
 
 
-def map_cloud(scene_map: SceneMap, limit: int = MAX_MAP_POINTS) -> Cloud:
+def map_cloud(scene_map: MapOutline, limit: int = MAX_MAP_POINTS) -> Cloud:
     """All reference points, evenly thinned to ``limit``, coloured by height: maps keep no colours."""
     points = np.concatenate([view.points.cpu().numpy() for view in scene_map.references.views]).astype(np.float32)
     points = points[:: -(-len(points) // limit)]

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import cv2
 import numpy as np
 import torch
@@ -76,17 +78,23 @@ class OverlayPainter:
     """Draws overlays of one map.
 
     Args:
-        references: of the map; those that the alignment used are drawn, or the nearest ones where there was none.
+        references: of the map, or what gives them; those that the alignment used are drawn, or the nearest ones where
+            there was none.
         camera: of the map.
         count: how many reference views are drawn where there was no alignment.
         device: where the trunk runs for images that come without features.
     """
 
     def __init__(
-        self, references: ReferenceViews, camera: Camera, *, count: int = 3, device: str | torch.device = "cpu"
+        self,
+        references: ReferenceViews | Callable[[], ReferenceViews],
+        camera: Camera,
+        *,
+        count: int = 3,
+        device: str | torch.device = "cpu",
     ) -> None:
-        self._references, self._camera, self._count, self._device = references, camera, count, device
-        self._positions = {ident: position for position, ident in enumerate(references.ids)}
+        self._references: Callable[[], ReferenceViews] = references if callable(references) else lambda: references
+        self._camera, self._count, self._device = camera, count, device
         self._trunk: Trunk | None = None
 
     def paint(
@@ -96,10 +104,12 @@ class OverlayPainter:
         T = estimate.T_map_camera
         if T is None:
             return draw_overlay(image, estimate, None)
+        references = self._references()
+        positions = {ident: position for position, ident in enumerate(references.ids)}
         used = estimate.alignment.reference_ids if estimate.alignment is not None else ()
-        chosen = [self._positions[ident] for ident in used if ident in self._positions]
-        chosen = chosen or self._references.nearest(T, self._count)
-        points = ReferencePoints.concatenate([self._references.views[k] for k in chosen])
+        chosen = [positions[ident] for ident in used if ident in positions]
+        chosen = chosen or references.nearest(T, self._count)
+        points = ReferencePoints.concatenate([references.views[k] for k in chosen])
         features = features or self._extract(image)
         return draw_overlay(image, estimate, reproject(features, points.to(features.fine.device), T, self._camera))
 

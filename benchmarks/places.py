@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ten rooms that are alike: how often is a cold start in the right one, and what does a place cost as it grows?
+
+Maps the rooms of the simulated building (once; they are kept in --work), makes places of the first 1, 3 and 10 of them,
+and measures each in a process of its own: cold starts from single images, equally spaced through the walks in the rooms
+of --rooms, and a walk of --walk images after a start that is told where it is. A start is
+
+    right      a pose within 0.5 m and 20 degrees of the truth
+    alike      no pose, since several submaps look alike
+    none       no pose for another reason
+    wrong      another pose
+
+    python benchmarks/places.py --work out/building --json out/places.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from kfloc_ros.cli.tables import format_table
+from kfloc_ros.datasets.base import FrameSource
+from kfloc_ros.device import limit_threads
+from kfloc_ros.errors import KflocError
+from kfloc_ros.evaluation.hardware import describe_hardware
+from kfloc_ros.geometry.camera import ImageAdapter
+from kfloc_ros.geometry.lie import rotation_angle_deg
+from kfloc_ros.localizer import LocalizerConfig
+from kfloc_ros.mapping.build import MapBuildConfig, build_map
+from kfloc_ros.mapping.place import Place
+from kfloc_ros.mapping.place_making import make_place
+from kfloc_ros.place_localizer import PlaceLocalizer
+from kfloc_ros.simulation.building import ROOMS, BuildingSource
+from kfloc_ros.types import Frame, PoseEstimate
+
+OUTCOMES = ("right", "alike", "none", "wrong")
+NEAR_M, NEAR_DEG = 0.5, 20.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured in a place of so many submaps."""
+
+    submaps: int
+    starts: int
+    outcomes: dict[str, int]
+    median_error_cm: float
+    """Of the right ones."""
+    start_ms: float
+    """Median of a cold start, with loading the submaps that it needs."""
+    frame_ms: float
+    """Median of a frame after it."""
+    loads: int
+    waited_ms: float
+    """Median of waiting for a submap."""
+    memory_mb: float
+    """Resident at the end, less what is resident before the place is loaded."""
+    place_mb: float
+    """On disk."""
+
+
+def main() -> int:
+    """Run the benchmark and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("out/building"), metavar="DIR", help="maps and places")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[1, 3, 10], help="of the places (default: 1 3 10)")
+    parser.add_argument("--rooms", type=int, nargs="+", default=list(range(1, ROOMS + 1)), help="rooms started in")
+    parser.add_argument("--starts", type=int, default=6, help="cold starts in each room (default: 6)")
+    parser.add_argument("--walk", type=int, default=20, help="frames of the walk in the first room (default: 20)")
+    parser.add_argument("--train-seconds", type=float, default=10.0, help="of each room's head (default: 10)")
+    parser.add_argument("--loaded-submaps", type=int, default=4, help="submaps kept in memory (default: 4)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON")
+    parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    try:
+        limit_threads()
+        if args.one is not None:
+            print(json.dumps(asdict(measure(args, args.one))))
+            return 0
+        prepare(args.work, max(args.sizes), args.train_seconds)
+        rows = [in_own_process(size) for size in args.sizes]
+    except KflocError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(table(rows))
+    if args.json is not None:
+        content = {"command": " ".join(sys.argv), "hardware": describe_hardware(), "rows": [asdict(r) for r in rows]}
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(content, indent=1) + "\n")
+    return 0
+
+
+def prepare(work: Path, rooms: int, train_seconds: float) -> None:
+    """Map the rooms that are not mapped yet."""
+    for room in range(1, rooms + 1):
+        folder = work / f"room_{room}"
+        if folder.is_dir():
+            continue
+        start = time.perf_counter()
+        config = MapBuildConfig(train_seconds=train_seconds, augmentations=0, seed=room)
+        build_map(BuildingSource(room), folder, config)
+        print(f"room {room} mapped in {time.perf_counter() - start:.0f} s", file=sys.stderr)
+
+
+def in_own_process(size: int) -> Row:
+    """Measure a place in a process that has loaded nothing else."""
+    done = subprocess.run(
+        [sys.executable, __file__, *sys.argv[1:], "--one", str(size)], stdout=subprocess.PIPE, text=True, check=True
+    )
+    return Row(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def measure(args: argparse.Namespace, size: int) -> Row:
+    """One row; rooms that the place does not have are left out."""
+    folder = args.work / f"place_{size}"
+    if not folder.is_dir():
+        make_place([args.work / f"room_{room}" for room in range(1, size + 1)], folder)
+    starts = [frame for room in args.rooms if room <= size for frame in started(room, args.starts)]
+    walk = [BuildingSource(1, "localize")[k] for k in range(30, 30 + args.walk)]
+    before_mb = resident_mb()
+    place = Place.load(folder)
+    localizer = PlaceLocalizer(place, LocalizerConfig(loaded_submaps=args.loaded_submaps))
+    adapter = ImageAdapter(BuildingSource(1).camera, localizer.camera)
+    counts = dict.fromkeys(OUTCOMES, 0)
+    errors, start_ms = [], []
+    for frame in starts:
+        localizer.reset("a cold start")
+        estimate, spent_ms = timed(localizer, frame, adapter)
+        start_ms.append(spent_ms)
+        outcome, error_m = judged(estimate, frame)
+        counts[outcome] += 1
+        if outcome == "right":
+            errors.append(error_m)
+        print(f"{frame.name}: {outcome} {localizer.submap} {estimate.reason}", file=sys.stderr)
+    localizer.reset("a walk")
+    assert walk[0].T_map_camera is not None
+    localizer.refine.suggest([walk[0].T_map_camera])
+    frame_ms = [timed(localizer, frame, adapter)[1] for frame in walk]
+    cache = localizer.guide.cache.counts
+    return Row(
+        submaps=size,
+        starts=len(starts),
+        outcomes=counts,
+        median_error_cm=float(100 * np.median(errors)) if errors else float("nan"),
+        start_ms=float(np.median(start_ms)),
+        frame_ms=float(np.median(frame_ms[1:])),
+        loads=cache.loads,
+        waited_ms=cache.waited_ms / max(cache.waits, 1),
+        memory_mb=resident_mb() - before_mb,
+        place_mb=place.size_bytes() / 1e6,
+    )
+
+
+def started(room: int, count: int) -> Iterator[Frame]:
+    """Frames equally spaced through the walk in a room."""
+    source: FrameSource = BuildingSource(room, "localize")
+    for position in np.linspace(0, len(source) - 1, count + 2)[1:-1].astype(int).tolist():
+        yield replace(source[position], depth_m=None)
+
+
+def timed(localizer: PlaceLocalizer, frame: Frame, adapter: ImageAdapter) -> tuple[PoseEstimate, float]:
+    """The estimate of a frame, and how long it took."""
+    adapted = replace(frame, image=adapter(frame.image), camera=adapter.target)
+    start = time.perf_counter()
+    estimate = localizer.process(adapted)
+    return estimate, 1e3 * (time.perf_counter() - start)
+
+
+def judged(estimate: PoseEstimate, frame: Frame) -> tuple[str, float]:
+    """What became of a cold start, and how far off its pose is."""
+    T, truth = estimate.T_map_camera, frame.T_map_camera
+    if T is None or truth is None:
+        return ("alike" if re.search("look alike", estimate.reason) else "none"), float("nan")
+    away_m = float(np.linalg.norm(T[:3, 3] - truth[:3, 3]))
+    near = away_m < NEAR_M and rotation_angle_deg(T[:3, :3].T @ truth[:3, :3]) < NEAR_DEG
+    return ("right" if near else "wrong"), away_m
+
+
+def resident_mb() -> float:
+    """Memory of this process that is in RAM."""
+    with open("/proc/self/status", encoding="ascii") as stream:
+        line = next(line for line in stream if line.startswith("VmRSS"))
+    return float(line.split()[1]) / 1e3
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The figures for a terminal."""
+    header = ["submaps", "starts", *OUTCOMES, "median", "start", "frame", "loads", "wait", "memory", "on disk"]
+    lines = [
+        [str(row.submaps), str(row.starts)]
+        + [f"{100 * row.outcomes[name] / max(row.starts, 1):.0f} %" for name in OUTCOMES]
+        + [f"{row.median_error_cm:.1f} cm", f"{row.start_ms:.0f} ms", f"{row.frame_ms:.0f} ms", str(row.loads)]
+        + [f"{row.waited_ms:.0f} ms", f"{row.memory_mb:.0f} MB", f"{row.place_mb:.0f} MB"]
+        for row in rows
+    ]
+    return format_table(lines, header=header)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
