@@ -43,6 +43,8 @@ QUIET_S = 3.0
 """Without any answer for this long after the last image, the nodes are taken to be through."""
 ANSWER_S = 10.0
 """With --every-frame, an image that is not answered for this long is taken to be refused."""
+TF_AHEAD_S = 1.0
+"""With --every-frame, TF is played this much ahead: an answer may need odometry that was recorded after its image."""
 TAIL_S = 1.2
 """Wait after the last status for the messages that come with it and for one more /diagnostics, with final counts."""
 
@@ -64,12 +66,13 @@ class Agent:
         self._clock = node.create_publisher(Clock, "/clock", SENSOR_OUT)
         self.recorder = Recorder(node, self.recording, map_frame)
 
-    def events(self, part: ReplayRange) -> Iterable[BagEvent | TransformEvent]:
-        """What is played of a part, in recorded order."""
+    def events(self, part: ReplayRange, tf_ahead_s: float) -> Iterable[BagEvent | TransformEvent]:
+        """What is played of a part, in recorded order, but TF earlier than it was recorded."""
         images = self._stream.events(part)
         if self._transforms is None:
             return images
-        return heapq.merge(images, self._transforms.source.moving(part), key=lambda event: event.log_ns)
+        moving = self._transforms.source.moving(part, tf_ahead_s)
+        return heapq.merge(moving, images, key=lambda event: event.log_ns)
 
     def wait_for_nodes(self, names: Sequence[str], patience_s: float, clock_ns: int) -> str:
         """Wait until all nodes are there, connected, and have said so on /diagnostics.
@@ -197,17 +200,18 @@ def _run(args: argparse.Namespace, stream: BagStream) -> int:
     thread = threading.Thread(target=spin, name="recorder")
     thread.start()
     try:
-        first = next(iter(stream.events(part)), None)
-        if first is None:
+        if next(iter(stream.events(part)), None) is None:
             say("error", message=f"'{args.bag}' has no image between --start and --duration.")
             return 1
         say("waiting")
-        missing = agent.wait_for_nodes(args.nodes, args.patience, first.log_ns)
+        tf_ahead_s = TF_AHEAD_S if args.every_frame else 0.0
+        first_ns = next(iter(agent.events(part, tf_ahead_s))).log_ns
+        missing = agent.wait_for_nodes(args.nodes, args.patience, first_ns)
         if missing:
             say("error", message=f"The nodes were not ready after {args.patience:g} s: {missing}.")
             return 1
         say("ready")
-        last_ns = first.log_ns
+        last_ns = first_ns
 
         def publish(event: BagEvent | TransformEvent) -> None:
             nonlocal last_ns
@@ -218,9 +222,10 @@ def _run(args: argparse.Namespace, stream: BagStream) -> int:
 
         for number in range(args.loops):
             if number and args.every_frame:  # an image that overtook the clock that jumps back would be forgotten
-                agent.tick(first.log_ns)
+                agent.tick(first_ns)
                 agent.stopped.wait(SETTLE_S)
-            play(agent.events(part), rate=args.rate, publish=publish, tick=agent.tick, stopped=agent.stopped.is_set)
+            events = agent.events(part, tf_ahead_s)
+            play(events, rate=args.rate, publish=publish, tick=agent.tick, stopped=agent.stopped.is_set)
         agent.drain(last_ns)
     finally:
         spinning.set()

@@ -51,6 +51,11 @@ class BagFile:
         self._reader.close()
 
     @property
+    def start_ns(self) -> int:
+        """When the first message was recorded."""
+        return int(self._reader.start_time)
+
+    @property
     def duration_s(self) -> float:
         """From the first message to the last."""
         return self._reader.duration * 1e-9 if self._reader.message_count else 0.0

@@ -97,15 +97,14 @@ class BagStream(BagFile):
             elif log_ns - first_ns < part.start_s * 1e9 and not event.is_image:
                 skipped_info = event
 
-    def timed(self, topic: str, kinds: Collection[str], part: ReplayRange) -> Iterator[tuple[int, Any]]:
-        """When each message of a topic was recorded, in nanoseconds, and the message; nothing without such a topic."""
+    def timed(self, topic: str, kinds: Collection[str]) -> Iterator[tuple[int, Any]]:
+        """How long after the bag's start each message of a topic was recorded, in nanoseconds, and the message."""
         first_ns = self._reader.start_time
         found = [c for c in self._reader.connections if c.topic == topic and c.msgtype in kinds]
         for connection, log_ns, data in self._messages(*found) if found else ():
-            if part.holds(log_ns - first_ns):
-                with self._reading():
-                    message = self._reader.deserialize(data, connection.msgtype)
-                yield log_ns, message
+            with self._reading():
+                message = self._reader.deserialize(data, connection.msgtype)
+            yield log_ns - first_ns, message
 
     def image_count(self, part: ReplayRange) -> int:
         """How many images the part has."""

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,10 +50,13 @@ class BagTransforms:
     """
 
     def __init__(self, stream: BagStream, map_frame: str, base_frame: str) -> None:
-        self._stream, self.map_frame, self.base_frame = stream, map_frame.lstrip("/"), base_frame.lstrip("/")
+        self.map_frame, self.base_frame = map_frame.lstrip("/"), base_frame.lstrip("/")
         self.camera_frame = stream.image.frame_id
-        self.static = tuple(self._static())
+        found = (self._edges(message) for message in stream.recorded(TF_STATIC, (TF_TYPE,), must=False))
+        self.static = tuple({edge.child: edge for edges in found for edge in edges}.values())
         """The last transform of every child on ``/tf_static``."""
+        self._start_ns = stream.start_ns
+        self._moving = [(offset_ns, self._edges(message)) for offset_ns, message in stream.timed(TF, (TF_TYPE,))]
         self._parents = {link.child: link.parent for link in stream.links() if self._counts(link.parent, link.child)}
         self._store = TransformBuffer(keep_s=1e9)
         self.add_to(self._store)
@@ -74,12 +77,11 @@ class BagTransforms:
             seen.add(frame := parent)
         return "" if frame == self.base_frame else frame
 
-    def moving(self, part: ReplayRange) -> Iterator[TransformEvent]:
-        """The messages of ``/tf`` in a part of the bag, in recorded order."""
-        for log_ns, message in self._stream.timed(TF, (TF_TYPE,), part):
-            edges = tuple(self._edges(message))
-            if edges:
-                yield TransformEvent(log_ns, edges)
+    def moving(self, part: ReplayRange, ahead_s: float = 0.0) -> Iterator[TransformEvent]:
+        """The messages of ``/tf`` in a part of the bag, in recorded order, each as if it had been recorded earlier."""
+        for offset_ns, edges in self._moving:
+            if edges and part.holds(offset_ns):
+                yield TransformEvent(self._start_ns + offset_ns - int(ahead_s * 1e9), edges)
 
     def T_base_camera(self, stamp_ns: int) -> Matrix | None:
         """Where the camera was on the base frame (4, 4); None where the bag does not tell."""
@@ -96,13 +98,8 @@ class BagTransforms:
             for edge in event.edges:
                 store.set(edge.parent, edge.child, edge.stamp_ns, edge.T_parent_child)
 
-    def _static(self) -> Iterable[Edge]:
-        found: dict[str, Edge] = {}
-        for message in self._stream.recorded(TF_STATIC, (TF_TYPE,), must=False):
-            found.update({edge.child: edge for edge in self._edges(message)})
-        return found.values()
-
-    def _edges(self, message: Any) -> Iterator[Edge]:
+    def _edges(self, message: Any) -> tuple[Edge, ...]:
+        edges: list[Edge] = []
         for item in message.transforms:
             parent, child = item.header.frame_id.lstrip("/"), item.child_frame_id.lstrip("/")
             if not self._counts(parent, child):
@@ -111,7 +108,8 @@ class BagTransforms:
                 T = transform_from_message(item.transform)
             except ValueError:
                 continue
-            yield Edge(parent, child, stamp_to_ns(item.header.stamp), T)
+            edges.append(Edge(parent, child, stamp_to_ns(item.header.stamp), T))
+        return tuple(edges)
 
     def _counts(self, parent: str, child: str) -> bool:
         return bool(parent and child) and parent != child and self.map_frame not in (parent, child)

@@ -20,10 +20,12 @@ from kfloc_ros.evaluation.records import FrameRecord, record_of
 from kfloc_ros.evaluation.results import write_results
 from kfloc_ros.evaluation.summary import RunInfo, Summary
 from kfloc_ros.geometry.camera import Camera, ImageAdapter
-from kfloc_ros.localizer import Localizer, LocalizerConfig
-from kfloc_ros.mapping.scene_map import SceneMap, resolve_map
+from kfloc_ros.localizer import LocalizerConfig, Pipeline
+from kfloc_ros.mapping.place import load_map
+from kfloc_ros.mapping.scene_map import resolve_map
 from kfloc_ros.nodes.camera_messages import camera_from_info, check_view
 from kfloc_ros.nodes.stamp_guard import StampGuard
+from kfloc_ros.place_localizer import localizer_for
 from kfloc_ros.replay.bag_stream import BagEvent, BagStream, ReplayRange
 from kfloc_ros.replay.config import ReplayConfig
 from kfloc_ros.replay.truth import read_truth
@@ -47,7 +49,7 @@ class BagLocalizer:
     def __init__(
         self,
         stream: BagStream,
-        localizer: Localizer,
+        localizer: Pipeline,
         *,
         max_gap_s: float,
         rectified: bool,
@@ -137,7 +139,7 @@ def run_offline(
         truth = read_truth(stream, config.truth, config.truth_of)
         bag = BagLocalizer(
             stream,
-            Localizer(SceneMap.load(map_path), options),
+            localizer_for(load_map(map_path), options),
             max_gap_s=options.max_gap_s,
             rectified=config.is_rectified(stream),
             truth=truth.poses,
