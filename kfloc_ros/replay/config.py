@@ -5,7 +5,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from kfloc_ros.device import choose_device
 from kfloc_ros.replay.bag_stream import BagStream, ReplayRange
 
 
@@ -58,6 +60,20 @@ class ReplayConfig:
     def open(self) -> BagStream:
         """The bag, with the topics that are chosen. Raises SourceError."""
         return BagStream(self.bag, image_topic=self.image_topic, info_topic=self.info_topic)
+
+    def played(self, stream: BagStream) -> dict[str, Any]:
+        """What of the bag is played and how it is worked on, for the summary's ``options``."""
+        return {
+            "image_topic": stream.image.name,
+            "camera_info_topic": stream.info.name,
+            "rectified": self.is_rectified(stream),
+            "start_s": self.start_s,
+            "played_s": self.duration_s,
+            "loops": self.loops,
+            "device": str(choose_device(self.device)),
+            "filter": self.filter,
+            "refine": self.refine,
+        }
 
     def is_rectified(self, stream: BagStream) -> bool:
         """Whether the images are rectified already."""

@@ -170,18 +170,7 @@ def run_offline(
             dropped=len(records) - processed,
             duration_s=time.perf_counter() - start,
             interrupted=interrupted,
-            options={
-                "offline": True,
-                "image_topic": stream.image.name,
-                "camera_info_topic": stream.info.name,
-                "device": device,
-                "filter": config.filter,
-                "refine": config.refine,
-                "start_s": config.start_s,
-                "played_s": config.duration_s,
-                "loops": config.loops,
-                "rectified": config.is_rectified(stream),
-            },
+            options={"offline": True, **config.played(stream)},
         )
 
         def images_of(worst: Sequence[FrameRecord]) -> dict[int, NDArray[np.uint8]]:

@@ -68,7 +68,7 @@ def run_replay(config: ReplayConfig, *, command: str = "", progress: Progress | 
             "rectified": config.is_rectified(stream),
             **_frames(transforms),
         }
-        played = {"image_topic": stream.image.name, "camera_info_topic": stream.info.name}
+        played = config.played(stream)
     logs = config.out / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     report = progress or (lambda text, done, total: None)
@@ -128,14 +128,7 @@ def run_replay(config: ReplayConfig, *, command: str = "", progress: Progress | 
             **played,
             "rate": config.rate,
             "separate": config.separate,
-            "device": device,
-            "filter": config.filter,
-            "refine": config.refine,
-            "start_s": config.start_s,
-            "played_s": config.duration_s,
-            "loops": config.loops,
             "every_frame": config.every_frame,
-            "rectified": parameters["rectified"],
             **_frames(transforms),
             "played": counts.played,
             "lost_in_transport": counts.lost,

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from grey_frames import PERIOD_NS, START_NS, Grey
 from rosbags.rosbag2 import StoragePlugin, Writer
 from rosbags.typesys import Stores, get_typestore
 
@@ -16,36 +17,10 @@ from kfloc_ros.bags.messages import MessageCodec
 from kfloc_ros.bags.topics import TOPIC_TYPES
 from kfloc_ros.bags.writer import write_bag
 from kfloc_ros.cli import main as cli
-from kfloc_ros.datasets.base import FrameSource
 from kfloc_ros.errors import SourceError
-from kfloc_ros.geometry.camera import Camera
-from kfloc_ros.geometry.lie import make_pose, so3_exp
 from kfloc_ros.replay.bag_stream import BagStream, ReplayRange
 from kfloc_ros.replay.bag_topics import CAMERA_INFO as INFO
 from kfloc_ros.replay.bag_topics import COMPRESSED, RAW, Topic, choose_image
-from kfloc_ros.types import Frame
-
-PERIOD_NS = 100_000_000
-START_NS = 1_700_000_000_123_456_789
-
-
-class Grey(FrameSource):
-    """Ten small frames at 10 Hz with depth and truth."""
-
-    name = "grey"
-    camera = Camera(32, 24, 30.0, 30.0, 15.5, 11.5)
-
-    def __len__(self) -> int:
-        return 10
-
-    def indices(self) -> Sequence[int]:
-        return range(10)
-
-    def __getitem__(self, i: int) -> Frame:
-        image = np.full((24, 32, 3), 20 * i, np.uint8)
-        pose = make_pose(so3_exp([0.1 * i, 0.0, 0.2]), [float(i), 0.0, 1.0])
-        depth = np.full((24, 32), 2.0, np.float32)
-        return Frame(image, self.camera, START_NS + i * PERIOD_NS, i, depth_m=depth, T_map_camera=pose)
 
 
 @pytest.fixture(scope="module")

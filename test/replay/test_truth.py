@@ -3,46 +3,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+from grey_frames import PERIOD_NS, START_NS, Grey, pose
 from robot_bag import add_transforms
 
 from kfloc_ros.bags.writer import write_bag
-from kfloc_ros.datasets.base import FrameSource
 from kfloc_ros.errors import SourceError
 from kfloc_ros.evaluation.results import tum_text
-from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import inverse_pose, make_pose, so3_exp
 from kfloc_ros.replay.bag_stream import BagStream
 from kfloc_ros.replay.truth import at_stamps, read_truth
-from kfloc_ros.types import Frame, Matrix
-
-PERIOD_NS = 100_000_000
-START_NS = 1_700_000_000_123_456_789
-
-
-def pose(i: float) -> Matrix:
-    return make_pose(so3_exp([0.1 * i, 0.0, 0.0]), [float(i), 0.0, 1.0])
-
-
-class Grey(FrameSource):
-    """Ten small frames at 10 Hz with truth."""
-
-    name = "grey"
-    camera = Camera(32, 24, 30.0, 30.0, 15.5, 11.5)
-
-    def __len__(self) -> int:
-        return 10
-
-    def indices(self) -> Sequence[int]:
-        return range(10)
-
-    def __getitem__(self, i: int) -> Frame:
-        image = np.full((24, 32, 3), 20 * i, np.uint8)
-        return Frame(image, self.camera, START_NS + i * PERIOD_NS, i, T_map_camera=pose(i))
 
 
 @pytest.fixture(scope="module")
