@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -23,6 +24,7 @@ from kfloc_ros.kfnet import kalman
 from kfloc_ros.kfnet.filter import NO_PRIOR, Filtered, FilterSettings, NisMode, SceneCoordinateFilter
 from kfloc_ros.mapping.first_fix import UNRELATED_COST, FirstFix
 from kfloc_ros.mapping.scene_map import SceneMap
+from kfloc_ros.pixloc.heads import load_heads
 from kfloc_ros.pixloc.references import ReferenceViews
 from kfloc_ros.pixloc.refiner import Refiner, RefinerSettings
 from kfloc_ros.solvers.pnp import PnpSettings, solve_pnp
@@ -56,6 +58,9 @@ class LocalizerConfig:
     first_fix: bool = option(True, "Search the map's reference views when there is no pose to align from.")
     loaded_submaps: int = option(4, "Submaps of a place kept in memory (a place is several maps).", low=2, high=1000)
     num_references: int = option(3, "Reference views that a pose is aligned with.", low=1, high=20)
+    alignment_heads: str = option(
+        "", "File of alignment heads that `kfloc train heads` made; empty: features as the trunk makes them."
+    )
     max_gap_s: float = option(
         0.5, "A longer gap between frames resets the filter and the motion model.", low=0.01, high=60.0
     )
@@ -211,6 +216,7 @@ class RefineStage:
                 max_cost=min(calibration.max_alignment_cost, UNRELATED_COST),
                 covariance_scale=calibration.refined_covariance_scale,
             ),
+            load_heads(Path(config.alignment_heads)).to(self._device) if config.alignment_heads else None,
         )
         self._config = config
         self._camera = scene_map.camera

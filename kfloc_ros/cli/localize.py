@@ -50,6 +50,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--tracking", action="store_true", help="align from the predicted pose while that succeeds; faster"
     )
+    parser.add_argument(
+        "--heads", type=Path, metavar="FILE", help="alignment heads that `kfloc train heads` made (default: none)"
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where networks run")
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
 
@@ -76,7 +79,11 @@ def run(args: argparse.Namespace) -> int:
     limit_threads()
     device = str(choose_device(args.device))
     config = LocalizerConfig(
-        device=device, filter=not args.no_filter, refine=not args.no_refine, tracking=args.tracking
+        device=device,
+        filter=not args.no_filter,
+        refine=not args.no_refine,
+        tracking=args.tracking,
+        alignment_heads="" if args.heads is None else str(args.heads),
     )
     map_path = resolve_map(args.map)
     localizer = localizer_for(load_map(map_path), config)

@@ -18,7 +18,7 @@ DESCRIPTION = f"""\
 Train {TEXT} in other light: a projection and a confidence for each level of XFeat's features, and the damping. The
 rooms have the furniture of the demo's and other pictures and surfaces; a last one is held out. OUT receives
 heads.safetensors, heads_best.safetensors (lowest loss in the held-out room), a checkpoint and a log; the same command
-again continues. They can be used with any map.
+again continues. `kfloc localize --heads FILE` and the parameter alignment_heads use them, with any map.
 """
 EPILOG = """\
 example:

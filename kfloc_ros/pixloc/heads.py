@@ -99,7 +99,7 @@ class AlignmentHeads(nn.Module):
         self.register_buffer("cost_ratio", torch.ones(()))
 
     cost_ratio: torch.Tensor
-    """What the plain features' mean cost at the fine level is multiplied by; thresholds of costs are, too."""
+    """How the mean cost at the fine level compares with that of plain features: about, and at true poses."""
 
     def of_points(self, coarse: torch.Tensor, fine: torch.Tensor) -> tuple[Aligned, Aligned]:
         """Coarse and fine level of points with the trunk's unit features (..., 64) and (..., 24)."""

@@ -68,10 +68,11 @@ class Refiner:
         heads: AlignmentHeads | None = None,
     ) -> None:
         self.references, self.camera, self.settings, self.heads = references, camera, settings, heads
-        self._max_cost = settings.max_cost
+        self._cost_scale = 1.0
+        """Brings costs to those of plain features, which limits of costs are for."""
         self._damping: tuple[np.ndarray | float, ...] = (LAMBDA_START, LAMBDA_START)
         if heads is not None:
-            self._max_cost *= float(heads.cost_ratio)
+            self._cost_scale = 1.0 / max(float(heads.cost_ratio), 1e-6)
             self._damping = tuple(heads.damping_of(level).detach().double().cpu().numpy() for level in LEVELS)
 
     @torch.inference_mode()
@@ -150,11 +151,12 @@ class Refiner:
         correction_m = float(np.linalg.norm(T_local_camera[:3, 3]))
         correction_deg = rotation_angle_deg(candidate.T_camera_local[:3, :3] @ T_local_camera[:3, :3])
         covariance = map_frame_covariance(information_of(end.end), end.T_camera_map)
+        cost = end.end.cost * self._cost_scale
         reason = ""
         if end.end.valid_count < s.min_points or valid_ratio < s.min_valid_ratio:
             reason = f"only {end.end.valid_count} of {len(candidate.points)} reference points stayed in view"
-        elif end.end.cost > self._max_cost:
-            reason = f"the image does not look like the map there (cost {end.end.cost:.3f} > {self._max_cost:.3f})"
+        elif cost > s.max_cost:
+            reason = f"the image does not look like the map there (cost {cost:.3f} > {s.max_cost:.3f})"
         elif correction_m > s.max_correction_m or correction_deg > s.max_correction_deg:
             reason = f"the alignment ran away by {correction_m:.2f} m and {correction_deg:.1f} deg"
         elif covariance is None:
@@ -164,15 +166,15 @@ class Refiner:
             reason=reason,
             T_map_camera=T_map_camera,
             covariance=None if covariance is None else covariance * s.covariance_scale,
-            initial_cost=results[0].start.cost,
-            final_cost=end.end.cost,
+            initial_cost=results[0].start.cost * self._cost_scale,
+            final_cost=cost,
             valid_ratio=valid_ratio,
             iterations=iterations,
             reference_ids=candidate.reference_ids,
             steps=tuple(
-                AlignmentStep(candidate.in_map(pose), cost, round(level.image.stride))
+                AlignmentStep(candidate.in_map(pose), step_cost * self._cost_scale, round(level.image.stride))
                 for level, result in zip(candidate.levels, results, strict=True)
-                for pose, cost in zip(result.poses, result.costs, strict=True)
+                for pose, step_cost in zip(result.poses, result.costs, strict=True)
             ),
         )
 

@@ -14,6 +14,8 @@ from safetensors.torch import save_file
 from kfloc_ros.errors import ConfigError, WeightsError
 from kfloc_ros.features.trunk import Trunk
 from kfloc_ros.geometry.lie import inverse_pose, make_pose, so3_exp
+from kfloc_ros.localizer import LocalizerConfig, RefineStage
+from kfloc_ros.mapping.scene_map import SceneMap
 from kfloc_ros.pixloc.heads import LEVELS, PLAIN_DAMPING, AlignmentHeads, HeadsConfig, load_heads, save_heads
 from kfloc_ros.pixloc.optimizer import LAMBDA_START
 from kfloc_ros.pixloc.references import ReferenceViews, extract_reference_points
@@ -111,3 +113,13 @@ def test_files_are_read_as_written_and_checked(tmp_path: Path) -> None:
         load_heads(tmp_path / "bad")
     with pytest.raises(ConfigError):
         HeadsConfig(fine_width=0)
+
+
+def test_the_localizer_takes_heads_from_a_file(room_map: Path, tmp_path: Path) -> None:
+    scene_map = SceneMap.load(room_map)
+    save_heads(tmp_path / "heads.safetensors", shaken())
+    with_heads = RefineStage(scene_map, LocalizerConfig(alignment_heads=str(tmp_path / "heads.safetensors")))
+    assert with_heads.refiner.heads is not None
+    assert RefineStage(scene_map, LocalizerConfig()).refiner.heads is None
+    with pytest.raises(WeightsError, match="no alignment heads"):
+        RefineStage(scene_map, LocalizerConfig(alignment_heads=str(tmp_path / "none")))
