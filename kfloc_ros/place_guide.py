@@ -45,8 +45,17 @@ class ActiveSubmap:
     """The submap that the camera is in."""
 
     number: int
-    coarse: CoarseStage
-    refine: RefineStage
+    loaded: LoadedSubmap
+
+    @property
+    def coarse(self) -> CoarseStage:
+        """What finds coarse poses in it."""
+        return self.loaded.coarse
+
+    @property
+    def refine(self) -> RefineStage:
+        """What refines them."""
+        return self.loaded.refine
 
 
 class PlaceGuide:
@@ -68,16 +77,14 @@ class PlaceGuide:
         search: PlaceSearchSettings | None = None,
         settings: GuideSettings | None = None,
     ) -> None:
-        device = choose_device(config.device)
-        self.place, self.trunk = place, Trunk(device=device)
+        own = replace(config, first_fix=False)  # in a submap alone; the whole place is searched here
+        self.place, self.trunk = place, Trunk(device=choose_device(config.device))
         self.active: ActiveSubmap | None = None
         self.cache = SubmapCache(
-            lambda number: LoadedSubmap.of(place.load_submap(number), config.num_references, device),
-            config.loaded_submaps,
+            lambda number: LoadedSubmap.of(place.load_submap(number), own, self.trunk), config.loaded_submaps
         )
         self._search = PlaceSearch(place, self.cache, search) if config.first_fix else None
         self._settings = settings or GuideSettings()
-        self._config = replace(config, first_fix=False)  # in a submap alone; the whole place is searched here
         self._motion = ConstantVelocity(config.max_gap_s)
         self._suggested: tuple[Matrix, ...] = ()
         self._start_from_motion = False
@@ -160,10 +167,10 @@ class PlaceGuide:
 
     def _enter(self, number: int, T_place_camera: Matrix) -> None:
         """Make a submap the active one, whose first frame starts from a pose."""
-        scene_map = self.cache.get(number).scene_map
-        coarse = CoarseStage(scene_map, self._config, self.trunk)
-        self.active = ActiveSubmap(number, coarse, RefineStage(scene_map, self._config))
-        self.active.refine.suggest([T_place_camera])
+        loaded = self.cache.get(number)
+        loaded.begin_anew()
+        self.active = ActiveSubmap(number, loaded)
+        loaded.refine.suggest([T_place_camera])
         self._pause = self._settings.pause_frames
 
     def _try_suggested(self, starts: Sequence[Matrix], features: TrunkFeatures) -> bool:
@@ -172,7 +179,7 @@ class PlaceGuide:
         for start in starts:
             by_submap.setdefault(int(np.argmin(self.place.index.distances(start))), []).append(start)
         ranked = sorted(by_submap, key=lambda number: -len(by_submap[number]))[: self._settings.hinted_submaps]
-        tried = [(n, self.cache.get(n).refiner.align(features, by_submap[n])) for n in ranked]
+        tried = [(n, self.cache.get(n).align(features, by_submap[n])) for n in ranked]
         fitting = [item for item in tried if item[1].success]
         if not fitting:
             return False
@@ -202,7 +209,7 @@ class PlaceGuide:
             return estimate
         start = time.perf_counter()
         self._pause = s.pause_frames
-        alignment = submap.refiner.align(features, [at])
+        alignment = submap.align(features, [at])
         if self._is_better(alignment, estimate, weak=weak) and alignment.T_map_camera is not None:
             self._enter(number, alignment.T_map_camera)
             self._start_from_motion = True

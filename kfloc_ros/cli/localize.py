@@ -30,6 +30,7 @@ EPILOG = """\
 examples:
   kfloc localize 7scenes:DIR --poses sfm --split blocks50:test --map maps/kitchen --out out/kitchen
   kfloc localize bag:out/room_bag --map maps/room --out out/room --no-filter
+  kfloc localize sim:building-3-localize --map maps/building --out out/building_3
 """
 
 
@@ -50,10 +51,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--tracking", action="store_true", help="align from the predicted pose while that succeeds; faster"
     )
-    parser.add_argument(
-        "--heads", type=Path, metavar="FILE", help="alignment heads that `kfloc train heads` made (default: none)"
-    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where networks run")
+    parser.add_argument(
+        "--loaded-submaps", type=int, default=4, metavar="N", help="of a place, submaps kept in memory (default: 4)"
+    )
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
 
 
@@ -83,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
         filter=not args.no_filter,
         refine=not args.no_refine,
         tracking=args.tracking,
-        alignment_heads="" if args.heads is None else str(args.heads),
+        loaded_submaps=args.loaded_submaps,
     )
     map_path = resolve_map(args.map)
     localizer = localizer_for(load_map(map_path), config)

@@ -6,15 +6,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-import torch
-
-from kfloc_ros.features.trunk import TrunkFeatures
-from kfloc_ros.mapping.first_fix import UNRELATED_COST, FirstFix, FirstFixSettings, choose
+from kfloc_ros.features.trunk import Trunk, TrunkFeatures
+from kfloc_ros.geometry.lie import Matrix
+from kfloc_ros.localizer import CoarseStage, LocalizerConfig, RefineStage
+from kfloc_ros.mapping.first_fix import FirstFix, FirstFixSettings, choose
 from kfloc_ros.mapping.place import Place
 from kfloc_ros.mapping.place_index import SubmapCandidate
 from kfloc_ros.mapping.scene_map import SceneMap
 from kfloc_ros.mapping.submap_cache import SubmapCache
-from kfloc_ros.pixloc.refiner import Refiner, RefinerSettings, failed_alignment
+from kfloc_ros.pixloc.refiner import failed_alignment
 from kfloc_ros.types import Alignment
 
 
@@ -31,23 +31,26 @@ class PlaceSearchSettings:
 
 @dataclass(frozen=True, eq=False)
 class LoadedSubmap:
-    """A submap in memory, with what aligns images to it."""
+    """A submap in memory, with the stages that localize in it."""
 
-    scene_map: SceneMap
-    refiner: Refiner
+    coarse: CoarseStage
+    refine: RefineStage
     first_fix: FirstFix
 
     @classmethod
-    def of(cls, scene_map: SceneMap, num_references: int, device: torch.device) -> LoadedSubmap:
-        """A submap in the place's frame."""
-        references = scene_map.references.to(device)
-        settings = RefinerSettings(
-            num_references=num_references,
-            max_cost=min(scene_map.calibration.max_alignment_cost, UNRELATED_COST),
-            covariance_scale=scene_map.calibration.refined_covariance_scale,
-        )
-        first_fix = FirstFix(references, scene_map.camera)
-        return cls(scene_map, Refiner(references, scene_map.camera, settings), first_fix)
+    def of(cls, scene_map: SceneMap, config: LocalizerConfig, trunk: Trunk) -> LoadedSubmap:
+        """Of a submap in the place's frame; the trunk is shared by all."""
+        refine = RefineStage(scene_map, config)
+        return cls(CoarseStage(scene_map, config, trunk), refine, FirstFix(refine.references, scene_map.camera))
+
+    def align(self, features: TrunkFeatures, starts: Sequence[Matrix]) -> Alignment:
+        """Refine the most promising of several poses; see :meth:`Refiner.align`."""
+        return self.refine.refiner.align(features, starts)
+
+    def begin_anew(self) -> None:
+        """Forget what is known of a camera that was here before."""
+        self.coarse.reset("the camera came from elsewhere")
+        self.refine.reset("the camera came from elsewhere")
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +96,7 @@ class PlaceSearch:
     def _try(self, features: TrunkFeatures, item: SubmapCandidate) -> list[Alignment]:
         submap = self._cache.get(item.submap)
         starts = submap.first_fix.starts(features, item.retrieved)
-        return [submap.refiner.align(features, [start]) for start in starts]
+        return [submap.align(features, [start]) for start in starts]
 
     def _choose(
         self, results: Sequence[tuple[SubmapCandidate, Alignment]], tried: Sequence[SubmapCandidate]

@@ -34,11 +34,11 @@ class SubmapCache(Generic[Loaded]):
 
     Args:
         load: makes a submap, or raises MapError; called in the cache's thread for what is asked for ahead.
-        limit: how many are kept.
+        limit: how many are kept, two at least.
     """
 
     def __init__(self, load: Callable[[int], Loaded], limit: int) -> None:
-        self._load, self._limit = load, max(1, limit)
+        self._load, self._limit = load, max(2, limit)
         self._kept: OrderedDict[int, Loaded] = OrderedDict()
         self._coming: tuple[int, Future[Loaded]] | None = None
         self._damaged: set[int] = set()
