@@ -78,6 +78,7 @@ def test_a_small_loop_is_noticed_too(world: Any, room: Any) -> None:
     for stamp_ns in stamps:
         harness.send(room[4], stamp_ns)
         harness.spin(0.3)
+    harness.wait(lambda: stamps[-1] in harness.statuses)
     assert [stamp_ns in harness.statuses for stamp_ns in stamps] == [False, False, True, True]
     assert harness.statuses[stamps[2]]["filter_reset"] == "time went backwards"
 
