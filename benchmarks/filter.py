@@ -38,6 +38,8 @@ from kfloc_ros.evaluation.metrics import PoseError, accuracy, pose_error, recall
 from kfloc_ros.features.trunk import COARSE_STRIDE, Trunk
 from kfloc_ros.geometry.camera import ImageAdapter
 from kfloc_ros.kfnet.filter import FilterSettings, NisMode, SceneCoordinateFilter
+from kfloc_ros.kfnet.flow_choice import FlowKind, choose_flow
+from kfloc_ros.localizer import LocalizerConfig
 from kfloc_ros.mapping.scene_map import SceneMap, resolve_map
 from kfloc_ros.mapping.views import View, cell_coordinates
 from kfloc_ros.solvers.pnp import PnpSettings, solve_pnp
@@ -46,6 +48,9 @@ from kfloc_ros.types import Frame, SceneCoordinates
 FLOOR_M2 = 0.02**2
 FAILURE_M, FAILURE_DEG = 0.10, 10.0
 MEASUREMENT, DEFAULT = "measurement", "default"
+DEFAULT_FLOW = FlowKind(LocalizerConfig().oflownet)
+OTHER_FLOW = next(kind for kind in FlowKind if kind is not DEFAULT_FLOW)
+OTHER = f"default, {OTHER_FLOW.value} flow"
 PUBLISHED: dict[str, Any] = {"error_correlation": 0.0, "blend_sigma": True}
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -56,8 +61,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "state": {**PUBLISHED, "nis_mode": NisMode.STATE},
     "state, floor": {**PUBLISHED, "nis_mode": NisMode.STATE, "posterior_floor_m2": FLOOR_M2},
     DEFAULT: {},
+    OTHER: {},
 }
-"""Changes to the default settings; the default itself fuses correlated errors and keeps the surer of two."""
+"""Changes to the default settings; the default itself fuses correlated errors and keeps the surer of two. The last has
+the fast family's other flow: see ``kfnet/flow_choice.py``. A map that was not calibrated for the learned one has only
+one, and the two agree."""
 
 
 @dataclass
@@ -77,6 +85,7 @@ class Bench:
         self._trunk = Trunk(device=device)
         self._head = scene_map.head.to(device)
         c = scene_map.calibration
+        self._flows = {kind: choose_flow(kind, c, device) for kind in FlowKind}
         self._settings = FilterSettings(c.flow_temperature, c.process_scale, c.process_floor_m2)
         self._pnp = PnpSettings(covariance_scale=c.coarse_covariance_scale)
 
@@ -84,7 +93,10 @@ class Bench:
         """One row for each variant."""
         tracks = {MEASUREMENT: Track(None)}
         for name, change in VARIANTS.items():
-            tracks[name] = Track(SceneCoordinateFilter(replace(self._settings, **change)))
+            chosen = self._flows[OTHER_FLOW if name == OTHER else DEFAULT_FLOW]
+            noise = {"process_scale": chosen.process_scale, "process_floor_m2": chosen.process_floor_m2}
+            settings = replace(self._settings, **{**noise, **change})
+            tracks[name] = Track(SceneCoordinateFilter(settings, chosen.flow))
         adapter = ImageAdapter(source.camera, self._map.camera)
         for frame in source:
             self._frame(frame, adapter, tracks)

@@ -22,6 +22,7 @@ from kfloc_ros.geometry.lie import Matrix
 from kfloc_ros.judgement import JudgementSettings, judge
 from kfloc_ros.kfnet import kalman
 from kfloc_ros.kfnet.filter import NO_PRIOR, Filtered, FilterSettings, NisMode, SceneCoordinateFilter
+from kfloc_ros.kfnet.flow_choice import FlowKind, choose_flow
 from kfloc_ros.mapping.first_fix import UNRELATED_COST, FirstFix
 from kfloc_ros.mapping.scene_map import SceneMap
 from kfloc_ros.pixloc.heads import load_heads
@@ -76,6 +77,12 @@ class LocalizerConfig:
         low=0.1,
         high=1000.0,
     )
+    oflownet: str = option(
+        FlowKind.LEARNED.value,
+        "What reads the flow that carries the belief from the cost volume: learned is the network of this package, "
+        "cost_volume a soft-argmax without training, which is what maps calibrated before there was a network take.",
+        choices=tuple(kind.value for kind in FlowKind),
+    )
     pnp_max_error_px: float = option(10.0, "Inlier threshold of the reprojection error in PnP.", low=0.5, high=100.0)
     pnp_min_inliers: int = option(40, "Fewer PnP inliers than this: no coarse pose.", low=6, high=100_000)
 
@@ -123,18 +130,20 @@ class CoarseStage:
         self._camera = scene_map.camera
         self._use_filter = config.filter
         self._passed_by: tuple[int, TrunkFeatures] | None = None
+        chosen = choose_flow(FlowKind(config.oflownet), calibration, device)
+        self.note = chosen.note if config.filter else ""
+        """What of the configuration could not be had, in a sentence; empty if all could."""
         self._filter = SceneCoordinateFilter(
             FilterSettings(
                 flow_temperature=calibration.flow_temperature,
-                process_scale=calibration.process_scale,
-                process_floor_m2=calibration.process_floor_m2,
+                process_scale=chosen.process_scale,
+                process_floor_m2=chosen.process_floor_m2,
                 nis_threshold=config.nis_threshold,
                 nis_mode=NisMode(config.nis_mode),
                 max_gap_s=config.max_gap_s,
-            )
+            ),
+            chosen.flow,
         )
-        self.note = ""
-        """What of the configuration could not be had, in a sentence; empty if all could."""
         self._pnp = PnpSettings(
             max_error_px=config.pnp_max_error_px,
             min_inliers=config.pnp_min_inliers,

@@ -25,10 +25,14 @@ class OverridesParser(argparse.ArgumentParser):
         return found, unknown
 
 
-def add_source_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add SOURCE, --poses, --frames and --split; read them back with :func:`open_source_from`."""
+def add_source_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """Add SOURCE, --poses, --frames and --split; read them back with :func:`open_source_from`.
+
+    Without ``required``, SOURCE may be left out and is None then.
+    """
     kinds = "; ".join(f"{kind}:PATH is {text}" for kind, text in SOURCE_KINDS.items())
-    parser.add_argument("source", metavar="SOURCE", help=f"where frames come from, written KIND:PATH; {kinds}")
+    text = f"where frames come from, written KIND:PATH; {kinds}"
+    parser.add_argument("source", metavar="SOURCE", nargs=None if required else "?", help=text)
     group = parser.add_argument_group("which frames, which truth")
     group.add_argument(
         "--poses",

@@ -9,12 +9,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kfloc_ros.cli import train_pixloc
+from kfloc_ros.cli import train_flow, train_pixloc
 from kfloc_ros.cli.arguments import OverridesParser, add_source_arguments, open_source_from
+from kfloc_ros.errors import ConfigError
 
 if TYPE_CHECKING:
     from kfloc_ros.kfnet.reference.frame import NetworkFrame
-    from kfloc_ros.training.kfnet_samples import Samples
+    from kfloc_ros.training.kfnet_samples import Group, Samples
     from kfloc_ros.training.kfnet_stages import Stage
     from kfloc_ros.training.kfnet_trainer import TrainConfig, TrainProgress
 
@@ -35,6 +36,7 @@ EPILOG = """\
 examples:
   kfloc train scoordnet 7scenes:DIR@train --out out/stage1 halving_steps=100000
   kfloc train oflownet 7scenes:DIR@train --out out/stage2 --time-budget 3600
+  kfloc train oflownet --family fast --out out/flow --time-budget 1200
   kfloc train kfnet 7scenes:DIR@train --scoordnet out/stage1/scoordnet.safetensors \\
       --oflownet out/stage2/oflownet.safetensors --out out/stage3
 """
@@ -58,7 +60,9 @@ def add_parser(subparsers: Any) -> None:
     for name, text in STAGES.items():
         stage = stages.add_parser(name, help=text, description=text, epilog="Options: `kfloc train --help`.")
         stage.usage = f"kfloc train {name} SOURCE --out DIR [key=value ...] [options]"
-        add_source_arguments(stage)
+        add_source_arguments(stage, required=name != "oflownet")
+        if name == "oflownet":
+            train_flow.add_family(stage)
         stage.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of this training")
         stage.add_argument(
             "--time-budget", type=float, default=math.inf, metavar="S", help="stop after so many seconds"
@@ -80,6 +84,10 @@ def run(args: argparse.Namespace) -> int:
     """Train; 130 when interrupted."""
     if args.stage in train_pixloc.STAGES:
         return train_pixloc.run(args)
+    if args.stage == "oflownet" and args.family == "fast":
+        return train_flow.run(args)
+    if args.source is None:
+        raise ConfigError("Name a SOURCE to train from; only `--family fast` has one of its own.")
     source = open_source_from(args)
 
     import torch
@@ -92,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
     from kfloc_ros.training.kfnet_trainer import TrainConfig, train
 
     config = build_config(TrainConfig, parse_overrides(TrainConfig, args.overrides))
-    kinds: dict[str, type[Stage]] = {"scoordnet": MeasurementStage, "oflownet": FlowStage, "kfnet": JointStage}
+    kinds: dict[str, type[Stage[Group]]] = {"scoordnet": MeasurementStage, "oflownet": FlowStage, "kfnet": JointStage}
     kind = kinds[args.stage]
     samples = Samples(
         source,
@@ -118,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
     return 130 if result.stopped_by == "interrupted" else 0
 
 
-def _stage(args: argparse.Namespace, config: TrainConfig, samples: Samples) -> Stage:
+def _stage(args: argparse.Namespace, config: TrainConfig, samples: Samples) -> Stage[Group]:
     from kfloc_ros.kfnet.reference.layers import Padding
     from kfloc_ros.kfnet.reference.oflownet import ReferenceOFlowNet
     from kfloc_ros.kfnet.reference.scoordnet import ReferenceSCoordNet

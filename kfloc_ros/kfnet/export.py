@@ -13,7 +13,7 @@ from kfloc_ros.datasets.base import FrameSource
 from kfloc_ros.geometry.camera import ImageAdapter
 from kfloc_ros.kfnet.files import MapDescription, write_coordinates, write_description, write_flow, write_pose
 from kfloc_ros.kfnet.filter import warp
-from kfloc_ros.kfnet.oflownet import backward_flow
+from kfloc_ros.kfnet.flow_choice import FlowKind, choose_flow
 from kfloc_ros.localizer import CoarseResult, CoarseStage, LocalizerConfig
 from kfloc_ros.mapping.scene_map import SceneMap
 from kfloc_ros.types import Frame
@@ -51,7 +51,7 @@ def export_coordinates(
         assert coordinates is not None  # the stage runs in this process
         write_coordinates(out, i, coordinates)
         if flow and previous is not None:
-            _write_flow(out, i, previous, result, scene_map)
+            _write_flow(out, i, previous, result, scene_map, FlowKind(config.oflownet))
         if truth is not None:
             write_pose(truth / f"gt_{i}.txt", frame.T_map_camera)
         description = MapDescription(stage.camera, coordinates.stride, coordinates.pixel_offset)
@@ -64,10 +64,13 @@ def export_coordinates(
 
 
 @torch.inference_mode()
-def _write_flow(out: Path, i: int, previous: CoarseResult, result: CoarseResult, scene_map: SceneMap) -> None:
-    c = scene_map.calibration
+def _write_flow(
+    out: Path, i: int, previous: CoarseResult, result: CoarseResult, scene_map: SceneMap, kind: FlowKind
+) -> None:
     if result.features is None or previous.features is None or previous.scene_coordinates is None:
         return
-    flow = backward_flow(result.features.coarse[0], previous.features.coarse[0], c.flow_temperature)
-    prior = warp(previous.scene_coordinates, flow, c.process_scale, c.process_floor_m2)
+    features = result.features.coarse[0]
+    chosen = choose_flow(kind, scene_map.calibration, features.device)
+    flow = chosen.flow(features, previous.features.coarse[0])
+    prior = warp(previous.scene_coordinates, flow, chosen.process_scale, chosen.process_floor_m2)
     write_flow(out, i, i - 1, flow.offset, prior.variance)

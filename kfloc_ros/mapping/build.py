@@ -22,9 +22,10 @@ from kfloc_ros.features.trunk import Trunk, find_weights
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.kfnet.scoordnet import SCoordNet
 from kfloc_ros.mapping.calibration import calibrate
+from kfloc_ros.mapping.hold_out import HeldOut
 from kfloc_ros.mapping.pace import Pace
 from kfloc_ros.mapping.scene_map import DESCRIPTION, Calibration, SceneMap
-from kfloc_ros.mapping.survey import HOLD_OUT_LENGTH, Survey, SurveySettings, describe_left_out, survey_source
+from kfloc_ros.mapping.survey import Survey, SurveySettings, describe_left_out, survey_source
 from kfloc_ros.mapping.views import View, map_camera
 from kfloc_ros.training.scene_head import MIN_STEPS_PER_SECOND, HeadProgress, HeadTraining, train_head
 
@@ -167,7 +168,7 @@ def make_map(
         on_progress(BuildProgress("read", position / len(source), f"view {position + 1} of {len(source)}"))
 
     survey = survey_source(source, camera, Trunk(device=device), settings, pace, reading)
-    held_out, stamps_ns = _affordable(survey, pace)
+    held_out = affordable(survey.held_out, pace.calibration_views(len(survey.held_out), survey.trunk_pass_s))
     draft = SceneMap(
         name=name or source.name,
         frame_id="map",
@@ -192,8 +193,9 @@ def make_map(
     def calibrating(share: float, text: str) -> None:
         on_progress(BuildProgress("calibrate", share, text))
 
-    finished = calibrate(draft, held_out, stamps_ns, config.device, calibrating)
-    return MadeMap(dataclasses.replace(finished, references=survey.all_references), survey.held_out)
+    finished = calibrate(draft, held_out, config.device, calibrating)
+    finished = dataclasses.replace(finished, references=survey.all_references)
+    return MadeMap(finished, [held.view for held in survey.held_out])
 
 
 def _train(
@@ -210,14 +212,14 @@ def _train(
     return train_head(survey.cells.inputs, survey.cells.coordinates, settings, device, training)
 
 
-def _affordable(survey: Survey, pace: Pace) -> tuple[list[View], list[int]]:
-    """Held-out views, with their stamps, that there is time to calibrate with: evenly chosen runs."""
-    count = pace.calibration_views(len(survey.held_out), survey.trunk_pass_s)
-    runs = -(-len(survey.held_out) // HOLD_OUT_LENGTH)
-    step = -(-runs // max(1, count // HOLD_OUT_LENGTH))
-    chosen = [k for k in range(len(survey.held_out)) if (k // HOLD_OUT_LENGTH) % step == 0]
-    chosen = chosen[: max(count, MIN_CALIBRATION_VIEWS)]
-    return [survey.held_out[k] for k in chosen], [survey.stamps_ns[k] for k in chosen]
+def affordable(held_out: Sequence[HeldOut], count: int) -> Sequence[HeldOut]:
+    """Those of the views held out that there is time to calibrate with, ``count`` of them: evenly chosen runs."""
+    runs: dict[int, list[HeldOut]] = {}
+    for held in held_out:
+        runs.setdefault(held.run, []).append(held)
+    step = -(-len(held_out) // max(count, 1))
+    chosen = [held for number, run in enumerate(runs.values()) if number % step == 0 for held in run]
+    return chosen[: max(count, MIN_CALIBRATION_VIEWS)]
 
 
 def _left_out(survey: Survey) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,9 +20,12 @@ from numpy.typing import NDArray
 from kfloc_ros.device import choose_device
 from kfloc_ros.features.trunk import COARSE_STRIDE, Trunk
 from kfloc_ros.geometry.lie import Matrix, make_pose, so3_exp
-from kfloc_ros.kfnet.filter import warp
+from kfloc_ros.kfnet.filter import FlowFunction, warp
+from kfloc_ros.kfnet.flow_choice import LEARNED_FLOOR_M2
+from kfloc_ros.kfnet.flow_network import shipped_flow_network
 from kfloc_ros.kfnet.oflownet import backward_flow
 from kfloc_ros.localizer import CoarseStage, Localizer, LocalizerConfig
+from kfloc_ros.mapping.hold_out import HeldOut, inner_half
 from kfloc_ros.mapping.scene_map import Calibration, SceneMap
 from kfloc_ros.mapping.views import View, cell_coordinates
 from kfloc_ros.pixloc.cost import RobustLoss
@@ -32,6 +36,9 @@ from kfloc_ros.types import Frame, SceneCoordinates
 ONE_SIGMA = 0.6827
 CHI2_6_MEDIAN = 5.348
 TEMPERATURES = (0.005, 0.01, 0.02, 0.04, 0.08)
+MIN_ERRORS = 100
+LEAST_SCALE = 1e-3
+"""Of process noise, and the inverse of the largest."""
 MIN_WRONG = 5
 MAX_MIRRORED = 20
 """Mirrored views that are localized at most."""
@@ -44,32 +51,31 @@ WRONG_START = make_pose(so3_exp(np.array([0.0, 0.5, 0.0])), np.array([0.5, 0.0, 
 
 def calibrate(
     draft: SceneMap,
-    held_out: Sequence[View],
-    stamps_ns: Sequence[int],
+    held_out: Sequence[HeldOut],
     device: str,
     on_progress: Callable[[float, str], None],
 ) -> SceneMap:
     """Return the map with its calibration filled in; unchanged defaults where too few views were held out."""
     if not held_out:
         return draft
-    features = _coarse_features(draft, held_out, device, on_progress)
-    truth = [_true_coordinates(view, tuple(f.shape[1:])) for view, f in zip(held_out, features, strict=True)]
-    calibration = replace(
-        draft.calibration, measurement_variance_scale=_measurement_scale(draft, held_out, truth, device)
-    )
-    pairs = [i for i in range(1, len(held_out)) if held_out[i].index - held_out[i - 1].index <= 2]
+    views, stamps_ns = [held.view for held in held_out], [held.stamp_ns for held in held_out]
+    features = _coarse_features(views, device, on_progress)
+    truth = [_true_coordinates(view, tuple(f.shape[1:])) for view, f in zip(views, features, strict=True)]
+    inner = [k for k, is_inner in enumerate(inner_half(held_out)) if is_inner]
+    scale = _measurement_scale(draft, [views[k] for k in inner], [truth[k] for k in inner], device)
+    calibration = replace(draft.calibration, measurement_variance_scale=scale)
+    pairs = [i for i in range(1, len(views)) if views[i].index - views[i - 1].index <= 2]
     if pairs:
         on_progress(0.5, "flow")
-        calibration = _calibrate_flow(calibration, features, truth, pairs)
+        calibration = calibrate_flow(calibration, features, truth, pairs)
     on_progress(0.6, "poses")
-    calibration = _calibrate_poses(replace(draft, calibration=calibration), held_out, stamps_ns, device)
+    calibration = _calibrate_poses(replace(draft, calibration=calibration), views, stamps_ns, device)
     return replace(draft, calibration=calibration)
 
 
 def _coarse_features(
-    draft: SceneMap, views: Sequence[View], device: str, on_progress: Callable[[float, str], None]
+    views: Sequence[View], device: str, on_progress: Callable[[float, str], None]
 ) -> list[torch.Tensor]:
-    del draft
     trunk = Trunk(device=choose_device(device))
     features = []
     for i, view in enumerate(views):
@@ -98,34 +104,77 @@ def _measurement_scale(draft: SceneMap, views: Sequence[View], truth: Sequence[S
     return _squared_quantile(torch.cat(ratios), default=1.0)
 
 
-def _calibrate_flow(
+def calibrate_flow(
     calibration: Calibration,
     features: Sequence[torch.Tensor],
     truth: Sequence[SceneCoordinates],
     pairs: Sequence[int],
 ) -> Calibration:
-    """Temperature with the smallest error of warped true coordinates, then the scale of its process noise."""
-    best = (float("inf"), calibration)
-    floor = calibration.process_floor_m2
+    """The scale of the process noise of the flow network, and of the cost volume at the temperature that fits best.
+
+    Args:
+        calibration: to change.
+        features: (C, h, w) of the views.
+        truth: their true coordinates.
+        pairs: views whose predecessors are to be carried to them.
+    """
+    network = shipped_flow_network(torch.device("cpu"))
+    learned = _carried(network.flow, features, truth, pairs)
+    best = None
     for temperature in TEMPERATURES:
-        errors, ratios = [], []
-        for i in pairs:
-            flow = backward_flow(features[i], features[i - 1], temperature)
-            prior = warp(truth[i - 1], flow, 1.0, 0.0)
-            both = prior.valid & truth[i].valid
-            error = (prior.mean - truth[i].mean)[:, both].abs()
-            errors.append(error.norm(dim=0))
-            ratios.append((error / (prior.variance[both] + floor).sqrt()).reshape(-1))
-        error_m = float(torch.cat(errors).median()) if any(len(e) for e in errors) else float("inf")
-        if error_m < best[0]:
-            scale = _squared_quantile(torch.cat(ratios), default=1.0)
-            best = (error_m, replace(calibration, flow_temperature=temperature, process_scale=scale))
-    return best[1]
+        carried = _carried(partial(backward_flow, temperature=temperature), features, truth, pairs)
+        if best is None or carried.median_m < best[0].median_m:
+            best = carried, temperature
+    assert best is not None
+    return replace(
+        calibration,
+        flow_temperature=best[1],
+        process_scale=best[0].scale(calibration.process_floor_m2),
+        learned_process_scale=learned.scale(LEARNED_FLOOR_M2),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Carried:
+    """Errors of true coordinates that were carried from one view to the next, and the process noise as modelled."""
+
+    squared_m2: torch.Tensor
+    """(N,) of every axis."""
+    process_m2: torch.Tensor
+    """(N,) as modelled, unscaled."""
+    median_m: float
+    """Of the error lengths; infinite if there are none."""
+
+    def scale(self, floor_m2: float) -> float:
+        """Of the process noise, so that with the floor 68 % of the errors lie inside one sigma."""
+        if len(self.squared_m2) < MIN_ERRORS:
+            return 1.0
+        low, high = LEAST_SCALE, 1.0 / LEAST_SCALE
+        for _ in range(30):
+            middle = math.sqrt(low * high)
+            inside = float((self.squared_m2 < middle * self.process_m2 + floor_m2).float().mean())
+            low, high = (middle, high) if inside < ONE_SIGMA else (low, middle)
+        return high
+
+
+def _carried(
+    flow: FlowFunction, features: Sequence[torch.Tensor], truth: Sequence[SceneCoordinates], pairs: Sequence[int]
+) -> _Carried:
+    squared, process, lengths = [], [], []
+    for i in pairs:
+        prior = warp(truth[i - 1], flow(features[i], features[i - 1]), 1.0, 0.0)
+        both = prior.valid & truth[i].valid
+        error = (prior.mean - truth[i].mean)[:, both]
+        squared.append(error.square().reshape(-1))
+        process.append(prior.variance[both].repeat(3))
+        lengths.append(error.norm(dim=0))
+    length = torch.cat(lengths)
+    return _Carried(torch.cat(squared), torch.cat(process), float(length.median()) if len(length) else math.inf)
 
 
 def _squared_quantile(ratios: torch.Tensor, default: float) -> float:
     """Square of the 68 % quantile of |error| / sigma: the factor by which the variance is too small."""
-    if len(ratios) < 100:
+    if len(ratios) < MIN_ERRORS:
         return default
     step = max(1, len(ratios) // 1_000_000)  # torch.quantile takes at most 16 million values
     return float(np.clip(float(torch.quantile(ratios[::step], ONE_SIGMA)) ** 2, 1e-3, 1e3))

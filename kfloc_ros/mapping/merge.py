@@ -91,6 +91,7 @@ def _join(older: ReferenceViews, newer: ReferenceViews, spacing_m: float, max_po
 
 def _calibration(a: Calibration, b: Calibration) -> Calibration:
     """What holds for both: the larger of every claim of doubt. Variances of the heads are scaled already."""
+    learned = (a.learned_process_scale, b.learned_process_scale)
     return Calibration(
         measurement_variance_scale=1.0,
         flow_temperature=a.flow_temperature,
@@ -100,6 +101,7 @@ def _calibration(a: Calibration, b: Calibration) -> Calibration:
         refined_covariance_scale=max(a.refined_covariance_scale, b.refined_covariance_scale),
         max_alignment_cost=max(a.max_alignment_cost, b.max_alignment_cost),
         min_inlier_ratio=max(a.min_inlier_ratio, b.min_inlier_ratio),
+        learned_process_scale=None if None in learned else max(scale for scale in learned if scale is not None),
     )
 
 

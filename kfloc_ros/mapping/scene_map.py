@@ -29,9 +29,9 @@ from kfloc_ros.mapping.map_files import file_checksum, read_file, read_tensors
 from kfloc_ros.pixloc.references import ReferencePoints, ReferenceViews
 
 FORMAT = "kfloc_map"
-FORMAT_VERSION = 3
-"""Version 1 kept reference features in half precision; versions 1 and 2 hold one head, no ``min_inlier_ratio``. All are
-read."""
+FORMAT_VERSION = 4
+"""Version 1 kept reference features in half precision; versions 1 and 2 hold one head, no ``min_inlier_ratio``; version
+3 was calibrated without the flow network. All are read."""
 PLACE_FORMAT = "kfloc_place"
 PLACE_VERSION = 1
 NEWEST = {FORMAT: FORMAT_VERSION, PLACE_FORMAT: PLACE_VERSION}
@@ -72,10 +72,14 @@ class Calibration:
     max_alignment_cost: float = 1.0
     min_inlier_ratio: float = 0.2
     """Of a coarse pose that stands on its own. Where measured, right ones had 0.30 or more, wrong ones up to 0.16."""
+    learned_process_scale: float | None = None
+    """As ``process_scale``, for the flow of the network; None: the map was calibrated without it."""
 
     def __post_init__(self) -> None:
         for item in fields(self):
             value = getattr(self, item.name)
+            if value is None and item.name == "learned_process_scale":
+                continue
             if not isinstance(value, float) or not math.isfinite(value) or value <= 0:
                 raise MapError(f"The map's calibration '{item.name}' must be a positive number, got {value!r}.")
 

@@ -15,6 +15,7 @@ from kfloc_ros.errors import SourceError
 from kfloc_ros.features.trunk import COARSE_STRIDE, Trunk, TrunkFeatures
 from kfloc_ros.geometry.camera import Camera, ImageAdapter
 from kfloc_ros.kfnet.scoordnet import INPUT_CHANNELS
+from kfloc_ros.mapping.hold_out import HeldOut, HoldOut
 from kfloc_ros.mapping.pace import Pace
 from kfloc_ros.mapping.screening import DEPTH, Screening
 from kfloc_ros.mapping.views import (
@@ -31,11 +32,6 @@ from kfloc_ros.types import Frame
 
 MIN_VIEWS = 8
 MIN_CELLS = 5_000
-HOLD_OUT_PERIOD = 100
-"""Of every 100 views, the middle ``HOLD_OUT_LENGTH`` are kept from training, for calibration."""
-HOLD_OUT_LENGTH = 8
-MAX_HELD_OUT = 80
-"""Views held out at most (they stay in memory): longer sources hold out runs farther apart."""
 MAX_CELLS = 5_000_000
 """Cells in the training buffer (2 GB); long sources give fewer cells a view."""
 MIN_CELLS_PER_VIEW = 64
@@ -61,8 +57,7 @@ class Survey:
     references: ReferenceViews
     all_references: ReferenceViews
     """With those of the held-out views, which may join once calibration is done: there is no reason for a gap."""
-    held_out: list[View]
-    stamps_ns: list[int]
+    held_out: list[HeldOut]
     used: int
     left_out: Mapping[str, int]
     """Frames that were not good enough, by reason."""
@@ -137,9 +132,8 @@ def survey_source(
     collector = ReferenceCollector(settings.reference_spacing_m, settings.max_points)
     adapter = ImageAdapter(source.camera, camera)
     screening = Screening()
-    held_out: list[View] = []
+    held_out: list[HeldOut] = []
     held_out_points: list[ReferencePoints] = []
-    stamps: list[int] = []
     used = passes = 0
     start = time.monotonic()
 
@@ -156,9 +150,9 @@ def survey_source(
         used += 1
         passes += 1
         features = trunk.extract(view.image)
-        if is_held_out(position, len(source)):
-            held_out.append(view)
-            stamps.append(frame.stamp_ns)
+        run = reading.held_out.get(position)
+        if run is not None:
+            held_out.append(HeldOut(view, frame.stamp_ns, run))
             held_out_points.append(reference_points(view, features))
             continue
         buffer.add(sample_cells(view, features, IDENTITY, limit, rng))
@@ -175,15 +169,14 @@ def survey_source(
             f"{_told(screening.left_out)}; a map needs at least {MIN_VIEWS}, with usable depth in most of the image."
         )
     references = collector.views()
-    for view, points in zip(held_out, held_out_points, strict=True):
-        if collector.wants(view.T_map_camera):
-            collector.add(view.index, view.T_map_camera, points)
+    for held, points in zip(held_out, held_out_points, strict=True):
+        if collector.wants(held.view.T_map_camera):
+            collector.add(held.view.index, held.view.T_map_camera, points)
     return Survey(
         buffer.cells(),
         references,
         collector.views(),
         held_out,
-        stamps,
         used,
         dict(screening.left_out),
         reading.unread,
@@ -197,24 +190,22 @@ class _Reading:
     def __init__(self, source: FrameSource, pace: Pace) -> None:
         self._source, self._pace = source, pace
         self.unread = 0
+        self.held_out: dict[int, int] = {}
+        """Run of every position that is kept from training."""
 
     def __iter__(self) -> Iterator[tuple[int, Frame]]:
         count = len(self._source)
+        hold_out = HoldOut(count)
         for position in range(count):
-            if self._pace.wants(count - position, needed=is_held_out(position, count)):
-                yield position, self._source[position]
-            else:
+            kept = hold_out.wants(position)
+            if not self._pace.wants(count - position, needed=kept):
                 self.unread += 1
-
-
-def is_held_out(position: int, count: int) -> bool:
-    """Whether the view at a position is kept from training: short runs, so that the filter can be calibrated too."""
-    if count < 2 * HOLD_OUT_PERIOD:  # a short source cannot spare runs of eight in a hundred
-        period, length = max(count // 4, 4), max(2, min(HOLD_OUT_LENGTH, count // 24))
-    else:
-        period, length = max(HOLD_OUT_PERIOD, -(-count * HOLD_OUT_LENGTH // MAX_HELD_OUT)), HOLD_OUT_LENGTH
-    phase = position % period - period // 2
-    return 0 <= phase < length
+                continue
+            frame = self._source[position]
+            if kept:
+                self.held_out[position] = hold_out.runs
+                hold_out.saw(position, frame.T_map_camera)
+            yield position, frame
 
 
 def describe_left_out(left_out: Mapping[str, int]) -> str:

@@ -80,6 +80,8 @@ class FilterApplication:
         self._health = Health(node.get_logger())
         warm_up(scene_map, parameters.localizer)
         stage = CoarseStage(scene_map, parameters.localizer)
+        if stage.note:
+            self._health.warn(stage.note)
         self._camera = stage.camera
         map_frame = parameters.node.map_frame or scene_map.frame_id
         publish = CoarsePublisher(node, map_frame, lambda: self._health.counters, for_refiner=True)

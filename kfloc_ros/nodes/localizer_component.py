@@ -26,6 +26,8 @@ class LocalizerApplication:
         health = Health(node.get_logger())
         warm_up(scene_map, parameters.localizer)
         localizer = localizer_for(scene_map, parameters.localizer)
+        if localizer.coarse.note:
+            health.warn(localizer.coarse.note)
         map_frame = parameters.node.map_frame or scene_map.frame_id
         publish_coarse = CoarsePublisher(node, map_frame, lambda: health.counters, for_refiner=False)
         self._refiner = RefinerComponent(node, parameters, scene_map, localizer.refine, health, gate)

@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import cv2
 import numpy as np
@@ -31,6 +32,15 @@ TRANSFORM_FRAMES = 60
 """Frames from which the network's frame is made."""
 
 
+ItemT = TypeVar("ItemT", covariant=True)
+
+
+class Numbered(Protocol[ItemT]):
+    """Samples by number, without end."""
+
+    def __getitem__(self, number: int) -> ItemT: ...
+
+
 @dataclass(frozen=True, eq=False)
 class Group:
     """Consecutive frames of one sequence."""
@@ -41,6 +51,10 @@ class Group:
     """(n, 3, h, w) true map points of the pixels (8 c, 8 r), metres."""
     mask: torch.Tensor
     """(n, h, w) bool"""
+
+    def to(self, device: torch.device) -> Group:
+        """The same on a device."""
+        return Group(self.images.to(device, non_blocking=True), self.points.to(device), self.mask.to(device))
 
     @property
     def small_images(self) -> torch.Tensor:
@@ -205,11 +219,11 @@ def cell_points(
 
 
 def prefetched(
-    samples: Samples, first: int, batch: int, workers: int = 4, ahead: int = 4
-) -> Generator[list[Group], None, None]:
+    samples: Numbered[ItemT], first: int, batch: int, workers: int = 4, ahead: int = 4
+) -> Generator[list[ItemT], None, None]:
     """Batches from a sample number on, without end, read by threads a few batches ahead."""
     with ThreadPoolExecutor(workers) as pool:
-        waiting: list[list[Future[Group]]] = []
+        waiting: list[list[Future[ItemT]]] = []
         for step in itertools.count():
             while len(waiting) < ahead:
                 start = first + (step + len(waiting)) * batch

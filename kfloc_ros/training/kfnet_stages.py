@@ -11,6 +11,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +23,7 @@ from kfloc_ros.kfnet.filter import warp
 from kfloc_ros.kfnet.oflownet import Flow
 from kfloc_ros.kfnet.reference.oflownet import ReferenceOFlowNet
 from kfloc_ros.kfnet.reference.scoordnet import MIN_SIGMA, ReferenceSCoordNet
+from kfloc_ros.kfnet.reference.weights import save_network
 from kfloc_ros.training import kfnet_losses as losses
 from kfloc_ros.training.kfnet_samples import Group
 from kfloc_ros.types import SceneCoordinates
@@ -34,7 +37,18 @@ class StepLoss:
     figures: dict[str, float]
 
 
-class Stage(ABC):
+class Sample(Protocol):
+    """What a stage learns from."""
+
+    def to(self: SampleT, device: torch.device) -> SampleT:
+        """The same on a device."""
+        ...
+
+
+SampleT = TypeVar("SampleT", bound=Sample)
+
+
+class Stage(ABC, Generic[SampleT]):
     """One of the three stages."""
 
     name: str
@@ -49,12 +63,17 @@ class Stage(ABC):
     def modules(self) -> dict[str, nn.Module]:
         """What is trained, by name."""
 
+    def save(self, folder: Path) -> None:
+        """Write the weights of every module, as those who use them read them."""
+        for name, module in self.modules().items():
+            save_network(folder / f"{name}.safetensors", module)  # type: ignore[arg-type]
+
     @abstractmethod
-    def loss(self, groups: Sequence[Group]) -> StepLoss:
+    def loss(self, groups: Sequence[SampleT]) -> StepLoss:
         """Of a batch whose tensors are on the device of the modules."""
 
 
-class MeasurementStage(Stage):
+class MeasurementStage(Stage[Group]):
     """Stage 1: the likelihood of single images, not truncated."""
 
     name, group_length, batch, augment = "scoordnet", 1, 4, "full"
@@ -75,7 +94,7 @@ class MeasurementStage(Stage):
         return StepLoss(total, {"nll": float(total.detach()), **error_figures(error_m)})
 
 
-class FlowStage(Stage):
+class FlowStage(Stage[Group]):
     """Stage 2: a pair in both directions; true coordinates of one frame, warped, explain those of the other."""
 
     name, group_length, batch, augment = "oflownet", 2, 1, "rotate"
@@ -117,7 +136,7 @@ class FlowStage(Stage):
         return nll, smooth, photo, (prior.mean - truth).detach().norm(dim=0)[mask]
 
 
-class JointStage(Stage):
+class JointStage(Stage[Group]):
     """Stage 3: measurement, prior and posterior of four frames, with gradients through the recursion."""
 
     name, group_length, batch, augment = "kfnet", 4, 1, "rotate"

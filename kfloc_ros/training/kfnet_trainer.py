@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training loop of KFNet's reference networks: schedule, checkpoints, exact resume, time budget."""
+"""The training loop of KFNet's networks: schedule, checkpoints, exact resume, time budget."""
 
 from __future__ import annotations
 
@@ -19,10 +19,9 @@ from torch import nn
 from kfloc_ros.config import option
 from kfloc_ros.errors import KflocError
 from kfloc_ros.kfnet.reference.oflownet import ReferenceOFlowNet
-from kfloc_ros.kfnet.reference.weights import save_network
 from kfloc_ros.training.event_log import EventLog
-from kfloc_ros.training.kfnet_samples import Group, Samples, prefetched
-from kfloc_ros.training.kfnet_stages import JointStage, Stage
+from kfloc_ros.training.kfnet_samples import Numbered, prefetched
+from kfloc_ros.training.kfnet_stages import JointStage, SampleT, Stage
 from kfloc_ros.training.kfnet_state import Progress, load_state, save_state
 
 LOG_FILE = "log.jsonl"
@@ -78,12 +77,12 @@ class TrainResult:
     """``finished``, ``time budget`` or ``interrupted``."""
 
 
-def total_steps(stage: Stage, config: TrainConfig) -> int:
+def total_steps(stage: Stage[SampleT], config: TrainConfig) -> int:
     """Step at which training ends."""
     return config.steps or 5 * config.halving_steps
 
 
-def first_step(stage: Stage, config: TrainConfig) -> int:
+def first_step(stage: Stage[SampleT], config: TrainConfig) -> int:
     """Stage 3 runs through the last of the five halvings only."""
     return 4 * config.halving_steps if isinstance(stage, JointStage) and not config.steps else 0
 
@@ -94,8 +93,8 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 
 def train(
-    stage: Stage,
-    samples: Samples,
+    stage: Stage[SampleT],
+    samples: Numbered[SampleT],
     config: TrainConfig,
     out: Path,
     device: torch.device,
@@ -131,8 +130,7 @@ def train(
     def snapshot() -> None:
         spent = progress.seconds + time.monotonic() - start
         save_state(out, modules, optimizer, Progress(step, spent), described)
-        for name, module in modules.items():
-            save_network(out / f"{name}.safetensors", module)  # type: ignore[arg-type]
+        stage.save(out)
 
     last_saved = step if found else -1
     forget_after(out / LOG_FILE, step)
@@ -164,8 +162,8 @@ def train(
 
 
 def _step(
-    stage: Stage,
-    groups: Sequence[Group],
+    stage: Stage[SampleT],
+    groups: Sequence[SampleT],
     optimizer: torch.optim.Optimizer,
     rate: float,
     config: TrainConfig,
@@ -173,7 +171,7 @@ def _step(
 ) -> dict[str, float]:
     for group in optimizer.param_groups:
         group["lr"] = rate
-    moved = [Group(g.images.to(device, non_blocking=True), g.points.to(device), g.mask.to(device)) for g in groups]
+    moved = [group.to(device) for group in groups]
     with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
         result = stage.loss(moved)
     if not bool(torch.isfinite(result.total)):

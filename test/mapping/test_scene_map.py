@@ -88,7 +88,7 @@ def test_a_map_of_version_1_is_read(folder: Path) -> None:
     assert all(torch.allclose(a.coarse, b.coarse, atol=1e-3) for a, b in zip(old, views, strict=True))
     assert main(["map", "migrate", str(folder), "--out", str(folder)]) == 2  # exists
     assert main(["map", "migrate", str(folder), "--out", str(folder), "--force"]) == 0
-    assert read_description(folder)["version"] == 3 and verify_map(folder) == []
+    assert read_description(folder)["version"] == 4 and verify_map(folder) == []
     new = SceneMap.load(folder).references.views
     assert all(torch.allclose(a.coarse, b.coarse, atol=0.01) for a, b in zip(new, views, strict=True))
 
@@ -125,7 +125,7 @@ def test_missing_things_are_named(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 99}, "newer than the 3 that this installation reads"),
+        ({"version": 99}, "newer than the 4 that this installation reads"),
         ({"version": "one"}, "no valid format version"),
         ({"format": "other"}, "does not describe a map"),
         ({"camera": {"width": 320}}, "damaged"),

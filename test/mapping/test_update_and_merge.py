@@ -86,7 +86,7 @@ def test_a_recording_is_found_in_the_map_and_both_are_localized_in_what_results(
     assert np.linalg.norm(T[:3, 3] - T_MAP_SESSION[:3, 3]) < 0.03
     assert rotation_angle_deg(T[:3, :3].T @ T_MAP_SESSION[:3, :3]) < 0.5
     out = updated.scene_map.save(tmp_path / "grown")
-    assert read_description(out)["version"] == 3
+    assert read_description(out)["version"] == 4
     grown = SceneMap.load(out)
     assert isinstance(grown.head, SCoordNets) and len(heads_of(grown.head)) == 2
     assert "own frame" in grown.provenance["session_2"]

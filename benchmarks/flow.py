@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How good the fast family's flow is: the network's against the cost volume's, on sources with depth and poses.
+
+Per source and step of the frame index: the error of the flow in cells of 8 pixels, which share of the cells it claims
+to know, how many of these are lost (more than a cell off), whether its sigma is right, and what it costs. The process
+noise is the filter's: carried true coordinates against true ones, before and after scaling as a map's calibration does.
+
+    python benchmarks/flow.py --json out/flow.json --case "sim:localize --frames 0:200:4" \
+        --case "7scenes:DIR --poses sfm --split blocks50:test"
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from kfloc_ros.cli.arguments import add_source_arguments, open_source_from
+from kfloc_ros.cli.tables import format_table
+from kfloc_ros.datasets.base import FrameSource
+from kfloc_ros.datasets.degraded import motion_blur
+from kfloc_ros.evaluation.hardware import describe_hardware
+from kfloc_ros.features.trunk import COARSE_STRIDE, Trunk
+from kfloc_ros.geometry.camera import ImageAdapter
+from kfloc_ros.kfnet.filter import FlowFunction, warp
+from kfloc_ros.kfnet.flow_choice import LEARNED_FLOOR_M2
+from kfloc_ros.kfnet.flow_network import load_flow_network
+from kfloc_ros.kfnet.oflownet import backward_flow
+from kfloc_ros.mapping.calibration import TEMPERATURES
+from kfloc_ros.mapping.scene_map import Calibration
+from kfloc_ros.mapping.views import View, cell_coordinates, map_camera
+from kfloc_ros.training.flow_pairs import true_flow
+from kfloc_ros.types import SceneCoordinates
+
+BLUR_PX = 20.0
+
+
+class Tally:
+    """Errors of one flow over many pairs."""
+
+    def __init__(self) -> None:
+        self.error: list[torch.Tensor] = []
+        self.ratio: list[torch.Tensor] = []
+        self.metres: list[torch.Tensor] = []
+        self.process: list[torch.Tensor] = []
+        self.claimed = self.right = self.seen = 0
+        self.milliseconds: list[float] = []
+
+    @torch.inference_mode()
+    def add(self, flow_of: FlowFunction, features: Sequence[torch.Tensor], views: Sequence[View]) -> None:
+        """One pair: this frame's, and the one's before."""
+        start = time.perf_counter()
+        flow = flow_of(features[0], features[1])
+        self.milliseconds.append(1e3 * (time.perf_counter() - start))
+        truth, _, visible = (torch.from_numpy(part) for part in true_flow(views[0], views[1]))
+        both = flow.valid & visible
+        difference = (flow.offset - truth)[:, both]
+        self.error.append(difference.norm(dim=0))
+        self.ratio.append((difference.abs() / flow.variance[both].sqrt()).reshape(-1))
+        self.claimed += int(flow.valid.sum())
+        self.right += int(both.sum())
+        self.seen += int(visible.sum())
+        now, before = (scene_coordinates(view) for view in views)
+        prior = warp(before, flow, 1.0, 0.0)
+        usable = prior.valid & now.valid
+        self.metres.append((prior.mean - now.mean)[:, usable].square().reshape(-1))
+        self.process.append(prior.variance[usable].repeat(3))
+
+    def row(self, floor_m2: float) -> dict[str, float]:
+        """The figures."""
+        error, ratio = torch.cat(self.error).numpy(), torch.cat(self.ratio)
+        squared, process = torch.cat(self.metres), torch.cat(self.process)
+        scales = np.geomspace(1e-3, 1e3, 121)
+        inside = [float((squared < s * process + floor_m2).float().mean()) for s in scales]
+        scale = float(scales[int(np.argmin(np.abs(np.array(inside) - 0.6827)))])
+        bare = [float((squared < s * process + 1e-8).float().mean()) for s in scales]
+        fit = scales[int(np.argmin(np.abs(np.array(bare) - 0.6827)))] * process + 1e-8
+        return {
+            "median_cells": float(np.median(error)),
+            "p90_cells": float(np.quantile(error, 0.9)),
+            "lost": float((error > 1.0).mean()),
+            "known": self.right / max(self.seen, 1),
+            "flow_inside_1sigma": float((ratio < 1).float().mean()),
+            "prior_axis_rms_m": float(squared.clamp(max=0.25).mean().sqrt()),
+            "prior_axis_median_m": float(squared.median().sqrt()),
+            "process_scale": scale,
+            "process_inside_1sigma": float((squared < scale * process + floor_m2).float().mean()),
+            "nll_without_floor": float((0.5 * fit.log() + (squared / fit).clamp(max=25.0) / 2).mean()),
+            "milliseconds": float(np.median(self.milliseconds)),
+        }
+
+
+def scene_coordinates(view: View) -> SceneCoordinates:
+    """True coordinates of a view's cells."""
+    h, w = view.camera.height // COARSE_STRIDE, view.camera.width // COARSE_STRIDE
+    points, known = cell_coordinates(view, (h, w))
+    mean = torch.from_numpy(points.T.reshape(3, h, w).astype(np.float32))
+    return SceneCoordinates(mean, torch.zeros(h, w), torch.from_numpy(known.reshape(h, w)), COARSE_STRIDE)
+
+
+def run(source: FrameSource, step: int, blurred: bool, every: int, weights: Path | None) -> dict[str, dict[str, float]]:
+    """A row for each flow over pairs that are ``step`` apart in the source."""
+    trunk, adapter = Trunk(), ImageAdapter(source.camera, map_camera(source.camera))
+    network = load_flow_network() if weights is None else load_flow_network(weights)
+    flows: dict[str, FlowFunction] = {"learned": network.flow}
+    flows |= {f"soft-argmax, {t:g}": partial(backward_flow, temperature=t) for t in TEMPERATURES}
+    tallies = {name: Tally() for name in flows}
+    indices = source.indices()
+    for now in range(step, len(source), every):
+        if indices[now] - indices[now - step] > 3 * step:
+            continue
+        views, features = [], []
+        for position in (now, now - step):
+            frame = source[position]
+            assert frame.depth_m is not None and frame.T_map_camera is not None
+            image, depth = adapter(frame.image), adapter.nearest(frame.depth_m)
+            if blurred and position == now:
+                image = motion_blur(image, BLUR_PX, float(now))
+            views.append(View(image, depth, adapter.target, frame.T_map_camera, frame.index))
+            features.append(trunk.extract(image).coarse[0])
+        for name, flow in flows.items():
+            tallies[name].add(flow, features, views)
+    floors = {"learned": LEARNED_FLOOR_M2}
+    return {name: tally.row(floors.get(name, Calibration().process_floor_m2)) for name, tally in tallies.items()}
+
+
+def main() -> int:
+    """Run all cases and print their tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", action="append", required=True, metavar="SOURCE_AND_OPTIONS")
+    parser.add_argument("--steps", type=int, nargs="+", default=[1, 3], help="distances of the two frames")
+    parser.add_argument("--every", type=int, default=5, help="take every so many frames")
+    parser.add_argument("--weights", type=Path, metavar="FILE", help="of the network (default: those shipped)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the tables as JSON")
+    args = parser.parse_args()
+    source_parser = argparse.ArgumentParser(prog="--case")
+    add_source_arguments(source_parser)
+    runs: list[dict[str, Any]] = []
+    for text in args.case:
+        source = open_source_from(source_parser.parse_args(shlex.split(text)))
+        for step, blurred in [*((step, False) for step in args.steps), (args.steps[0], True)]:
+            rows = run(source, step, blurred, args.every, args.weights)
+            runs.append({"source": text, "step": step, "blurred": blurred, "rows": rows})
+            print(f"{text}, {step} apart{', the later blurred' if blurred else ''}")
+            columns = list(next(iter(rows.values())))
+            lines = [(name, *(f"{row[c]:.3g}" for c in columns)) for name, row in rows.items()]
+            print(format_table(lines, header=("", *columns)), flush=True)
+    if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps({"runs": runs, "hardware": describe_hardware("cpu")}, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""OFlowNet of the fast family: a small network that reads flow and its uncertainty from the cost volume.
+
+First every cell by itself: its 25 scores become a match distribution with a mean and a certainty. Then every cell with
+the 24 around it: their flows, relative to its own, become weights of a mean over all 25, a remainder, the scale of
+the error and whether the point was seen at all. Only differences of flows go in, so the answer does not depend on how
+fast the camera moves; only cosines go in, so it depends on no place. One set of weights serves every map.
+
+The likelihood of a flow error e is an isotropic Laplace density in the plane, p(e) ~ exp(-|e| / b) / b^2, whose
+variance per axis is 3 b^2; a map's calibration scales it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from kfloc_ros.errors import WeightsError
+from kfloc_ros.kfnet.oflownet import WINDOW_CELLS, CostWindow, Flow, cost_window, ends_inside, window_offsets
+
+FORMAT, FORMAT_VERSION = "kfloc_flow", "1"
+WEIGHTS_FILE = Path(__file__).parent / "weights" / "oflownet_fast.safetensors"
+NEIGHBOURS = 5
+"""Side of the square of cells that the second half looks at."""
+MAX_APART = 3.0
+"""Cells; neighbours whose flows differ by more are not told apart."""
+MIN_SCALE, MAX_SCALE = 5e-3, 8.0
+"""Of b, cells."""
+TEMPERATURE = 0.03
+"""That the match distribution starts from."""
+_STATES = 4
+
+
+@dataclass(frozen=True, eq=False)
+class FlowReading:
+    """What the network says of a batch of frame pairs."""
+
+    offset: torch.Tensor
+    """(B, 2, h, w) cells, x then y."""
+    log_scale: torch.Tensor
+    """(B, h, w) log b, b in cells."""
+    seen: torch.Tensor
+    """(B, h, w) logit of whether the point is visible in the previous image."""
+
+
+class FlowNetwork(nn.Module):
+    """Flow from cost windows; 15 thousand parameters.
+
+    Args:
+        width: hidden channels of both halves.
+    """
+
+    def __init__(self, width: int = 48) -> None:
+        super().__init__()
+        self.width = width
+        self.cell = nn.Sequential(nn.Linear(2 * WINDOW_CELLS + 2, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU())
+        self.cell_out = nn.Linear(width, WINDOW_CELLS + _STATES)
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(TEMPERATURE)))
+        around = NEIGHBOURS * NEIGHBOURS
+        self.join = nn.Sequential(
+            nn.Linear(around * (2 + _STATES), width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()
+        )
+        self.join_out = nn.Linear(width, around + 4)
+        with torch.no_grad():
+            for layer in (self.cell_out, self.join_out):
+                layer.weight.mul_(0.1)
+                layer.bias.zero_()
+            self.join_out.bias[around // 2] = 2.0  # its own flow counts most until something better is learned
+            self.join_out.bias[around + 2] = math.log(0.2)
+
+    def forward(self, windows: list[CostWindow]) -> FlowReading:
+        """Read windows of equal grids."""
+        h, w = windows[0].grid
+        scores = torch.cat([window.scores for window in windows])
+        inside = torch.cat([window.inside for window in windows])
+        base = torch.stack([window.base for window in windows]).to(scores.dtype)
+        flow, state = self._cells(scores, inside)
+        flow = flow.reshape(len(windows), h, w, 2).permute(0, 3, 1, 2) + base
+        return self._joined(flow, state.reshape(len(windows), h, w, _STATES).permute(0, 3, 1, 2))
+
+    def _cells(self, scores: torch.Tensor, inside: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Flow (n, 2) relative to the window's centre, and what else each cell knows, (n, _STATES)."""
+        known = torch.where(inside, scores, torch.full_like(scores, -1.0))
+        best = known.amax(1, keepdim=True)
+        mean = known.mean(1, keepdim=True)
+        relative = (4.0 * (known - best)).clamp(min=-4.0)
+        out = self.cell_out(self.cell(torch.cat([relative, inside.to(scores.dtype), best, mean], dim=1)))
+        logits = (known - best) * (-self.log_temperature).exp() + out[:, :WINDOW_CELLS]
+        probability = logits.masked_fill(~inside, -1e4).softmax(dim=1)
+        return probability @ window_offsets(scores.device).to(scores.dtype), out[:, WINDOW_CELLS:]
+
+    def _joined(self, flow: torch.Tensor, state: torch.Tensor) -> FlowReading:
+        B, _, h, w = flow.shape
+        n = NEIGHBOURS * NEIGHBOURS
+        around = _neighbours(torch.cat([flow, state], dim=1))  # (B, h w, n, 2 + states)
+        flows = around[..., :2]
+        own = flow.permute(0, 2, 3, 1).reshape(B, h * w, 1, 2)
+        apart = flows - own
+        told = apart.clamp(-MAX_APART, MAX_APART)
+        out = self.join_out(self.join(torch.cat([told, around[..., 2:]], dim=-1).flatten(2)))
+        weights = out[..., :n].softmax(dim=-1)
+        offset = own[:, :, 0] + (weights[..., None] * apart).sum(2) + 0.5 * out[..., n : n + 2]
+        log_scale = out[..., n + 2].clamp(math.log(MIN_SCALE), math.log(MAX_SCALE))
+        return FlowReading(
+            offset.transpose(1, 2).reshape(B, 2, h, w), log_scale.reshape(B, h, w), out[..., n + 3].reshape(B, h, w)
+        )
+
+    @torch.inference_mode()
+    def flow(self, current: torch.Tensor, previous: torch.Tensor) -> Flow:
+        """Flow from L2-normalised trunk features (C, h, w) of two frames."""
+        window = cost_window(current, previous)
+        read = self([window])
+        offset = read.offset[0]
+        valid = (read.seen[0] > 0) & ends_inside(offset) & ~window.at_edge
+        return Flow(offset, laplace_variance(read.log_scale[0]), valid, window.at_edge)
+
+
+def laplace_variance(log_scale: torch.Tensor) -> torch.Tensor:
+    """Variance per axis, square cells, of the isotropic Laplace density in the plane: E|e|^2 = 6 b^2."""
+    return 3.0 * (2.0 * log_scale).exp()
+
+
+def laplace_nll(error: torch.Tensor, log_scale: torch.Tensor) -> torch.Tensor:
+    """Negative log-likelihood, up to a constant, of error lengths |e| at log b, both in cells."""
+    return 2.0 * log_scale + error * (-log_scale).exp()
+
+
+def _neighbours(values: torch.Tensor) -> torch.Tensor:
+    """(B, h w, n, C) of values (B, C, h, w): each cell's square of neighbours; the border repeats."""
+    B, C, h, w = values.shape
+    r = NEIGHBOURS // 2
+    padded = F.pad(values, (r, r, r, r), mode="replicate")
+    shifted = [padded[:, :, dy : dy + h, dx : dx + w] for dy in range(NEIGHBOURS) for dx in range(NEIGHBOURS)]
+    return torch.stack(shifted, dim=1).reshape(B, len(shifted), C, h * w).permute(0, 3, 1, 2)
+
+
+def save_flow_network(path: Path, network: FlowNetwork) -> None:
+    """Write the weights."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
+    save_file(tensors, path, {"format": FORMAT, "version": FORMAT_VERSION, "width": str(network.width)})
+    path.chmod(0o644)  # safetensors makes it private
+
+
+def load_flow_network(path: Path = WEIGHTS_FILE) -> FlowNetwork:
+    """Read weights, by default those of this package, in evaluation mode on the CPU.
+
+    Raises:
+        WeightsError: the file is missing, damaged, or holds something else.
+    """
+    if not path.is_file():
+        raise WeightsError(f"There is no file '{path}' with the weights of the fast family's OFlowNet.")
+    try:
+        with safe_open(path, "pt") as stream:
+            metadata: dict[str, str] = stream.metadata() or {}
+        if (metadata.get("format"), metadata.get("version")) != (FORMAT, FORMAT_VERSION):
+            raise WeightsError(f"'{path}' holds no weights of the fast family's OFlowNet that this version reads.")
+        network = FlowNetwork(min(int(metadata["width"]), 1024))
+        network.load_state_dict(load_file(path))
+    except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
+        raise WeightsError(f"'{path}' is damaged: {error}.") from error
+    return network.eval()
+
+
+@cache
+def shipped_flow_network(device: torch.device) -> FlowNetwork:
+    """The network of this package on a device, shared by all who ask."""
+    return load_flow_network().to(device).requires_grad_(False)
