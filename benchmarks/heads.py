@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Alignment with and without alignment heads: the same frames, the same coarse poses, one run.
 
-Every frame of a SOURCE is aligned from its coarse pose by the plain refiner and by one with heads, in turns; neither
-rejects anything, so that only the alignment is compared. Basins are of every ``--basin-every``-th frame, started beside
-the truth in random directions (the same for both); a start converges that ends within 2 cm and 2 deg.
+Every frame of a SOURCE is aligned from its coarse pose by the plain refiner and with every file of heads, in turns.
+None rejects anything, so that only the alignment is compared. Basins are of every ``--basin-every``-th frame, started
+beside the truth in random directions, the same for all; a start converges that ends within 2 cm and 2 deg.
 
     python benchmarks/heads.py 7scenes:DATA/7scenes/redkitchen --poses sfm --split blocks50:test --map MAP \
         --heads out/heads/heads_best.safetensors --json out/heads.json
@@ -46,7 +46,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_source_arguments(parser)
     parser.add_argument("--map", required=True, metavar="MAP", help="map folder or name")
-    parser.add_argument("--heads", required=True, type=Path, metavar="FILE", help="made by `kfloc train heads`")
+    parser.add_argument("--heads", required=True, type=Path, nargs="+", metavar="FILE", help="of `kfloc train heads`")
     parser.add_argument("--basin-every", type=int, default=10, metavar="N", help="frames between basins (default: 10)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
@@ -57,8 +57,10 @@ def main() -> int:
     settings = RefinerSettings(**UNLIMITED)
     refiners = {
         "XFeat": Refiner(scene_map.references, scene_map.camera, settings),
-        "heads": Refiner(scene_map.references, scene_map.camera, settings, load_heads(args.heads)),
     }
+    for path in args.heads:
+        name = "heads" if len(args.heads) == 1 else str(path)
+        refiners[name] = Refiner(scene_map.references, scene_map.camera, settings, load_heads(path))
     stage = CoarseStage(scene_map, LocalizerConfig(device="cpu"))
     adapter = ImageAdapter(source.camera, scene_map.camera)
     errors: dict[str, list[PoseError]] = defaultdict(list)
@@ -93,8 +95,8 @@ def main() -> int:
         print(f"{name:8s}" + "  ".join(f"{key} {value:.3g}" for key, value in row.items()))
     if args.json is not None:
         content = {
-            "source": source.name, "map": str(args.map), "heads": str(args.heads), "frames": len(errors["coarse"]),
-            "rows": rows, "hardware": describe_hardware(),
+            "source": source.name, "map": str(args.map), "heads": [str(path) for path in args.heads],
+            "frames": len(errors["coarse"]), "rows": rows, "hardware": describe_hardware(),
         }  # fmt: skip
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(content, indent=1) + "\n")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,9 @@ from kfloc_ros.training.pixloc_stages import TrainingStage
 from kfloc_ros.training.pixloc_trainer import LoopConfig
 
 STRIDES = (COARSE_STRIDE, FINE_STRIDE)
-KNEE_PX = 0.5
-"""Errors below count by their square, errors above by their length: it is the last pixel that matters."""
+SCALE_PX = 0.25
+"""An error counts by the logarithm of how much larger than this it is: to halve a small one is worth as much as to
+halve a large one, so that the last tenth of a pixel is not lost among pairs that go wrong."""
 RATIO_STEP = 0.02
 """Of the running mean of cost ratios, a step."""
 
@@ -99,19 +101,19 @@ class HeadsStage(TrainingStage[HeadPairs]):
         usable = common.sum(-1) >= MIN_COMMON_POINTS
 
         def error_px(T: Pose) -> torch.Tensor:
-            """(B,) mean distance of the common points from where they belong, rounded off below the knee."""
+            """(B,) mean distance of the common points from where they belong, in pixels."""
             uv, _ = camera.world2image(T.transform(points))
             squared = torch.where(common, ((uv - true_uv) ** 2).sum(-1), torch.zeros_like(uv[..., 0]))
-            distance = (squared + KNEE_PX**2).sqrt() - KNEE_PX
-            return (distance * common).sum(-1) / common.sum(-1).clamp(min=1)
+            return ((squared + 1e-6).sqrt() * common).sum(-1) / common.sum(-1).clamp(min=1)
 
-        ends = self.align(batch)
+        ends, worst = self.align(batch), math.log1p(self._clamp_px / SCALE_PX)
         total = torch.zeros_like(usable, dtype=torch.float64)
         counts, figures = torch.ones_like(usable), {}
         for level, stride, T in zip(LEVELS, STRIDES, ends, strict=True):
             error = error_px(T).clamp(max=self._clamp_px)
             usable = usable & error.detach().isfinite()
-            total = total + torch.where(counts, error, torch.zeros_like(error)) / len(ends)
+            value = torch.log1p(error / SCALE_PX)
+            total = total + torch.where(counts, value, torch.full_like(value, worst)) / len(ends)
             # where the coarse level went wrong, the fine one can learn nothing
             counts = counts & (error.detach() < self._success_px * stride)
             figures[f"error_px/{level}"] = error.detach()
