@@ -39,7 +39,7 @@ from kfloc_ros.features.trunk import COARSE_STRIDE, Trunk
 from kfloc_ros.geometry.camera import ImageAdapter
 from kfloc_ros.kfnet.filter import FilterSettings, NisMode, SceneCoordinateFilter
 from kfloc_ros.kfnet.flow_choice import FlowKind, choose_flow
-from kfloc_ros.localizer import LocalizerConfig
+from kfloc_ros.localizer_config import LocalizerConfig
 from kfloc_ros.mapping.scene_map import SceneMap, resolve_map
 from kfloc_ros.mapping.views import View, cell_coordinates
 from kfloc_ros.solvers.pnp import PnpSettings, solve_pnp
@@ -80,8 +80,8 @@ class Track:
 class Bench:
     """All variants over the runs of one map."""
 
-    def __init__(self, scene_map: SceneMap, device: torch.device) -> None:
-        self._map, self._device = scene_map, device
+    def __init__(self, scene_map: SceneMap, device: torch.device, variants: Sequence[str] = tuple(VARIANTS)) -> None:
+        self._map, self._device, self._variants = scene_map, device, variants
         self._trunk = Trunk(device=device)
         self._head = scene_map.head.to(device)
         c = scene_map.calibration
@@ -92,7 +92,8 @@ class Bench:
     def run(self, source: FrameSource) -> list[dict[str, Any]]:
         """One row for each variant."""
         tracks = {MEASUREMENT: Track(None)}
-        for name, change in VARIANTS.items():
+        for name in self._variants:
+            change = VARIANTS[name]
             chosen = self._flows[OTHER_FLOW if name == OTHER else DEFAULT_FLOW]
             noise = {"process_scale": chosen.process_scale, "process_floor_m2": chosen.process_floor_m2}
             settings = replace(self._settings, **{**noise, **change})
@@ -215,6 +216,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", nargs=2, action="append", required=True, metavar=("MAP", "SOURCE_AND_OPTIONS"))
     parser.add_argument("--degradations", nargs="+", choices=tuple(DEGRADATIONS), default=list(DEGRADATIONS))
+    parser.add_argument("--variants", nargs="+", choices=tuple(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the tables as JSON")
     args = parser.parse_args()
@@ -223,7 +225,7 @@ def main() -> int:
     device = choose_device(args.device)
     runs: list[dict[str, Any]] = []
     for map_name, text in args.case:
-        bench = Bench(SceneMap.load(resolve_map(map_name)), device)
+        bench = Bench(SceneMap.load(resolve_map(map_name)), device, args.variants)
         source = open_source_from(source_parser.parse_args(shlex.split(text)))
         for name in args.degradations:
             rows = bench.run(Degraded(source, DEGRADATIONS[name]))

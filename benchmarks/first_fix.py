@@ -25,7 +25,8 @@ from kfloc_ros.datasets.base import FrameSource
 from kfloc_ros.errors import KflocError
 from kfloc_ros.geometry.camera import ImageAdapter
 from kfloc_ros.geometry.lie import rotation_angle_deg
-from kfloc_ros.localizer import Localizer, LocalizerConfig
+from kfloc_ros.localizer import Localizer
+from kfloc_ros.localizer_config import LocalizerConfig
 from kfloc_ros.mapping.scene_map import SceneMap, resolve_map
 
 AFTER = (0, 1, 5, 10)

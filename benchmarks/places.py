@@ -37,7 +37,7 @@ from kfloc_ros.errors import KflocError
 from kfloc_ros.evaluation.hardware import describe_hardware
 from kfloc_ros.geometry.camera import ImageAdapter
 from kfloc_ros.geometry.lie import rotation_angle_deg
-from kfloc_ros.localizer import LocalizerConfig
+from kfloc_ros.localizer_config import LocalizerConfig
 from kfloc_ros.mapping.build import MapBuildConfig, build_map
 from kfloc_ros.mapping.place import Place
 from kfloc_ros.mapping.place_making import make_place

@@ -120,7 +120,8 @@ def work(args: argparse.Namespace) -> int:
     import kfloc_ros
     from kfloc_ros.datasets import open_source
     from kfloc_ros.geometry.camera import ImageAdapter
-    from kfloc_ros.localizer import Localizer, LocalizerConfig
+    from kfloc_ros.localizer import Localizer
+    from kfloc_ros.localizer_config import LocalizerConfig
     from kfloc_ros.mapping.scene_map import SceneMap, resolve_map
     from kfloc_ros.types import Frame
 

@@ -9,13 +9,15 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from kfloc_ros.coarse_stage import CoarseStage
 from kfloc_ros.device import choose_device
 from kfloc_ros.features.trunk import Trunk, TrunkFeatures
 from kfloc_ros.geometry.lie import Matrix, inverse_pose, rotation_angle_deg
-from kfloc_ros.localizer import CoarseStage, LocalizerConfig, RefineStage
+from kfloc_ros.localizer_config import LocalizerConfig
 from kfloc_ros.mapping.place import Place
 from kfloc_ros.mapping.place_search import LoadedSubmap, PlaceSearch, PlaceSearchSettings
 from kfloc_ros.mapping.submap_cache import SubmapCache
+from kfloc_ros.refine_stage import RefineStage
 from kfloc_ros.tracking import ConstantVelocity
 from kfloc_ros.types import Alignment, PoseEstimate, TrackingState
 

@@ -9,21 +9,14 @@ from dataclasses import replace
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.judgement import JudgementSettings, judge
 from kfloc_ros.kfnet.filter import NO_PRIOR
-from kfloc_ros.localizer import (
-    CoarseResult,
-    Localizer,
-    LocalizerConfig,
-    Observation,
-    Pipeline,
-    check_frame,
-    observe,
-    timed,
-)
+from kfloc_ros.localizer import Localizer, Pipeline
+from kfloc_ros.localizer_config import LocalizerConfig
 from kfloc_ros.mapping.place import Place
 from kfloc_ros.mapping.place_search import PlaceSearchSettings
 from kfloc_ros.mapping.scene_map import SceneMap
 from kfloc_ros.pixloc.references import ReferenceViews
 from kfloc_ros.place_guide import GuideSettings, PlaceGuide
+from kfloc_ros.stages import CoarseResult, Observation, check_frame, observe, timed
 from kfloc_ros.types import CoarsePose, FilterReport, Frame, Matrix, PoseEstimate
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from kfloc_ros.geometry.camera import Camera
-from kfloc_ros.localizer import LocalizerConfig
+from kfloc_ros.localizer_config import LocalizerConfig
 from kfloc_ros.mapping.build import MapBuildConfig, build_map
 from kfloc_ros.mapping.place import Place
 from kfloc_ros.mapping.place_making import make_place

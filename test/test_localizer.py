@@ -8,10 +8,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from kfloc_ros.coarse_stage import CoarseStage
 from kfloc_ros.config import build_config
 from kfloc_ros.errors import ConfigError, FrameError
 from kfloc_ros.geometry.lie import rotation_angle_deg
-from kfloc_ros.localizer import CoarseStage, Localizer, LocalizerConfig
+from kfloc_ros.localizer import Localizer
+from kfloc_ros.localizer_config import LocalizerConfig
 from kfloc_ros.mapping.scene_map import SceneMap
 from kfloc_ros.types import Frame, PoseEstimate, TrackingState
 

@@ -18,7 +18,8 @@ from kfloc_ros.evaluation.offline import localize_source
 from kfloc_ros.features.trunk import Trunk
 from kfloc_ros.geometry.lie import make_pose, so3_exp
 from kfloc_ros.kfnet.scoordnet import SCoordNet
-from kfloc_ros.localizer import Localizer, LocalizerConfig
+from kfloc_ros.localizer import Localizer
+from kfloc_ros.localizer_config import LocalizerConfig
 from kfloc_ros.mapping.place import Place
 from kfloc_ros.mapping.place_making import make_place
 from kfloc_ros.mapping.place_search import PlaceSearchSettings

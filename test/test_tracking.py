@@ -11,7 +11,8 @@ import pytest
 from kfloc_ros.evaluation.metrics import pose_errors
 from kfloc_ros.evaluation.records import FrameRecord
 from kfloc_ros.geometry.lie import make_pose, so3_exp
-from kfloc_ros.localizer import Localizer, LocalizerConfig
+from kfloc_ros.localizer import Localizer
+from kfloc_ros.localizer_config import LocalizerConfig
 from kfloc_ros.mapping.scene_map import SceneMap
 from kfloc_ros.tracking import ConstantVelocity, Track, TrackSettings
 from kfloc_ros.types import Alignment, CoarsePose, PoseEstimate, TrackingState

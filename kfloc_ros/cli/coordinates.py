@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from kfloc_ros.kfnet.export import export_coordinates
-    from kfloc_ros.localizer import LocalizerConfig
+    from kfloc_ros.localizer_config import LocalizerConfig
     from kfloc_ros.mapping.scene_map import SceneMap, resolve_map
 
     scene_map = SceneMap.load(resolve_map(args.map))

@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     from kfloc_ros.evaluation.report import command_line
     from kfloc_ros.evaluation.results import write_results
     from kfloc_ros.evaluation.summary import RunInfo
-    from kfloc_ros.localizer import LocalizerConfig
+    from kfloc_ros.localizer_config import LocalizerConfig
     from kfloc_ros.mapping.place import load_map
     from kfloc_ros.mapping.scene_map import resolve_map
     from kfloc_ros.place_localizer import localizer_for
@@ -92,6 +92,8 @@ def run(args: argparse.Namespace) -> int:
     )
     map_path = resolve_map(args.map)
     localizer = localizer_for(load_map(map_path), config)
+    if localizer.coarse.note:
+        print(localizer.coarse.note, file=sys.stderr)
 
     records: list[FrameRecord] = []
     interrupted = False

@@ -12,7 +12,8 @@ from kfloc_ros.cli.arguments import open_source_from
 from kfloc_ros.cli.show_stream import closed, open_recording, progress
 from kfloc_ros.errors import DrawingError, SourceError
 from kfloc_ros.geometry.lie import Matrix
-from kfloc_ros.localizer import Localizer, LocalizerConfig
+from kfloc_ros.localizer import Localizer
+from kfloc_ros.localizer_config import LocalizerConfig
 from kfloc_ros.mapping.picture import up_axis
 from kfloc_ros.mapping.scene_map import SceneMap, resolve_map
 from kfloc_ros.types import Alignment

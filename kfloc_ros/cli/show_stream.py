@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from kfloc_ros.cli.arguments import open_source_from
 from kfloc_ros.errors import DrawingError
-from kfloc_ros.localizer import Localizer, LocalizerConfig
+from kfloc_ros.localizer import Localizer
+from kfloc_ros.localizer_config import LocalizerConfig
 from kfloc_ros.mapping.picture import up_axis
 from kfloc_ros.mapping.scene_map import SceneMap, resolve_map
 from kfloc_ros.visualization.filter_views import caption, confidence_panels, filter_panels, flow_panels

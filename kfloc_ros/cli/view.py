@@ -97,7 +97,8 @@ def _run_source(args: argparse.Namespace) -> int:
     kind = args.what.partition(":")[0]
     source = open_source(args.what if kind in SOURCE_KINDS else f"bag:{args.what}", frames=args.frames, depth=False)
 
-    from kfloc_ros.localizer import Localizer, LocalizerConfig
+    from kfloc_ros.localizer import Localizer
+    from kfloc_ros.localizer_config import LocalizerConfig
     from kfloc_ros.mapping.scene_map import SceneMap, resolve_map
     from kfloc_ros.visualization.run_view import begin, view_source
 

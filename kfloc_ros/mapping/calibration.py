@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kfloc_ros.coarse_stage import CoarseStage
 from kfloc_ros.device import choose_device
 from kfloc_ros.features.trunk import COARSE_STRIDE, Trunk
 from kfloc_ros.geometry.lie import Matrix, make_pose, so3_exp
@@ -24,7 +25,8 @@ from kfloc_ros.kfnet.filter import FlowFunction, warp
 from kfloc_ros.kfnet.flow_choice import LEARNED_FLOOR_M2
 from kfloc_ros.kfnet.flow_network import shipped_flow_network
 from kfloc_ros.kfnet.oflownet import backward_flow
-from kfloc_ros.localizer import CoarseStage, Localizer, LocalizerConfig
+from kfloc_ros.localizer import Localizer
+from kfloc_ros.localizer_config import LocalizerConfig
 from kfloc_ros.mapping.hold_out import HeldOut, inner_half
 from kfloc_ros.mapping.scene_map import Calibration, SceneMap
 from kfloc_ros.mapping.views import View, cell_coordinates
@@ -129,7 +131,7 @@ def calibrate_flow(
     return replace(
         calibration,
         flow_temperature=best[1],
-        process_scale=best[0].scale(calibration.process_floor_m2),
+        process_scale=best[0].loose_scale(calibration.process_floor_m2),
         learned_process_scale=learned.scale(LEARNED_FLOOR_M2),
     )
 
@@ -155,6 +157,13 @@ class _Carried:
             inside = float((self.squared_m2 < middle * self.process_m2 + floor_m2).float().mean())
             low, high = (middle, high) if inside < ONE_SIGMA else (low, middle)
         return high
+
+    def loose_scale(self, floor_m2: float) -> float:
+        """By how much noise and floor together are too large; the floor is then added once more.
+
+        That is more than 68 % ask for, and right for a noise that does not know where flow is wrong.
+        """
+        return _squared_quantile((self.squared_m2 / (self.process_m2 + floor_m2)).sqrt(), default=1.0)
 
 
 def _carried(

@@ -6,15 +6,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+from kfloc_ros.coarse_stage import CoarseStage
 from kfloc_ros.features.trunk import Trunk, TrunkFeatures
 from kfloc_ros.geometry.lie import Matrix
-from kfloc_ros.localizer import CoarseStage, LocalizerConfig, RefineStage
+from kfloc_ros.localizer_config import LocalizerConfig
 from kfloc_ros.mapping.first_fix import FirstFix, FirstFixSettings, choose
 from kfloc_ros.mapping.place import Place
 from kfloc_ros.mapping.place_index import SubmapCandidate
 from kfloc_ros.mapping.scene_map import SceneMap
 from kfloc_ros.mapping.submap_cache import SubmapCache
 from kfloc_ros.pixloc.refiner import failed_alignment
+from kfloc_ros.refine_stage import RefineStage
 from kfloc_ros.types import Alignment
 
 

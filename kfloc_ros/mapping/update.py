@@ -13,7 +13,8 @@ import numpy as np
 from kfloc_ros.datasets.base import FrameSource
 from kfloc_ros.errors import MapError
 from kfloc_ros.geometry.lie import Matrix, inverse_pose, rotation_angle_deg
-from kfloc_ros.localizer import Localizer, LocalizerConfig
+from kfloc_ros.localizer import Localizer
+from kfloc_ros.localizer_config import LocalizerConfig
 from kfloc_ros.mapping.build import BuildProgress, MapBuildConfig, Report, make_map
 from kfloc_ros.mapping.merge import merge_maps
 from kfloc_ros.mapping.registration import average_pose

@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 from rclpy.node import Node
 from sensor_msgs.msg import Image, PointCloud2, PointField
 
-from kfloc_ros.localizer import CoarseResult
 from kfloc_ros.nodes.cloud_messages import fill_cloud
 from kfloc_ros.nodes.image_messages import fill_image
 from kfloc_ros.nodes.packets import CoarseFrame
 from kfloc_ros.nodes.pose_messages import fill_stamp
 from kfloc_ros.nodes.spectators import Spectators, View
+from kfloc_ros.stages import CoarseResult
 from kfloc_ros.visualization.cell_views import flow_view, noise_view
 from kfloc_ros.visualization.clouds import cell_cloud
 

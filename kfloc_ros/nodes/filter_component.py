@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 from rclpy.node import Node
 
+from kfloc_ros.coarse_stage import CoarseStage
 from kfloc_ros.errors import FrameError
 from kfloc_ros.geometry.camera import Camera
-from kfloc_ros.localizer import CoarseStage, CoarseSteps, Observation
 from kfloc_ros.mapping.place import AnyMap, single_map
 from kfloc_ros.nodes.cell_publisher import cell_publisher
 from kfloc_ros.nodes.diagnostics import DiagnosticsPublisher, Report
@@ -30,6 +30,7 @@ from kfloc_ros.nodes.topics import (
 )
 from kfloc_ros.nodes.warm_up import warm_up
 from kfloc_ros.nodes.worker import LatestWorker
+from kfloc_ros.stages import CoarseSteps, Observation
 
 
 class FilterComponent:

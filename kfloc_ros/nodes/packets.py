@@ -7,8 +7,8 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from kfloc_ros.localizer import CoarseResult
 from kfloc_ros.nodes.health import Counters
+from kfloc_ros.stages import CoarseResult
 from kfloc_ros.types import Frame
 
 

@@ -11,7 +11,6 @@ from rclpy.node import Node
 from kfloc_ros.device import choose_device
 from kfloc_ros.errors import FrameError
 from kfloc_ros.features.trunk import TrunkFeatures
-from kfloc_ros.localizer import Observation, RefineStage, RefineSteps
 from kfloc_ros.mapping.outline import MapOutline
 from kfloc_ros.mapping.place import AnyMap, single_map
 from kfloc_ros.nodes.diagnostics import DiagnosticsPublisher
@@ -41,6 +40,8 @@ from kfloc_ros.nodes.topics import (
 from kfloc_ros.nodes.transforms import TransformListener
 from kfloc_ros.nodes.warm_up import warm_up
 from kfloc_ros.nodes.worker import LatestWorker
+from kfloc_ros.refine_stage import RefineStage
+from kfloc_ros.stages import Observation, RefineSteps
 from kfloc_ros.types import PoseEstimate, TrackingState
 from kfloc_ros.visualization.overlay import OverlayPainter
 

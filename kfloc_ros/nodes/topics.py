@@ -19,7 +19,6 @@ from sensor_msgs.msg import CameraInfo, Image
 
 from kfloc_ros.errors import FrameError
 from kfloc_ros.features.trunk import TrunkFeatures
-from kfloc_ros.localizer import CoarseResult
 from kfloc_ros.nodes import qos
 from kfloc_ros.nodes.camera_messages import camera_from_info, fill_info
 from kfloc_ros.nodes.feature_messages import fill_coarse, fill_fine, read_features
@@ -45,6 +44,7 @@ from kfloc_ros.nodes.status_messages import (
     timing_values,
     whole,
 )
+from kfloc_ros.stages import CoarseResult
 from kfloc_ros.types import CoarsePose, FilterReport, Frame
 
 Messages = Mapping[str, Any]

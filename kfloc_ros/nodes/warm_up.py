@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kfloc_ros.localizer import LocalizerConfig
+from kfloc_ros.localizer_config import LocalizerConfig
 from kfloc_ros.mapping.place import AnyMap
 from kfloc_ros.place_localizer import localizer_for
 from kfloc_ros.types import Frame

@@ -20,7 +20,8 @@ from kfloc_ros.evaluation.records import FrameRecord, record_of
 from kfloc_ros.evaluation.results import write_results
 from kfloc_ros.evaluation.summary import RunInfo, Summary
 from kfloc_ros.geometry.camera import Camera, ImageAdapter
-from kfloc_ros.localizer import LocalizerConfig, Pipeline
+from kfloc_ros.localizer import Pipeline
+from kfloc_ros.localizer_config import LocalizerConfig
 from kfloc_ros.mapping.place import load_map
 from kfloc_ros.mapping.scene_map import resolve_map
 from kfloc_ros.nodes.camera_messages import camera_from_info, check_view
@@ -40,7 +41,7 @@ class BagLocalizer:
     Args:
         stream: the open bag.
         localizer: is reset where time goes backwards.
-        max_gap_s: see :class:`kfloc_ros.localizer.LocalizerConfig`.
+        max_gap_s: see :class:`kfloc_ros.localizer_config.LocalizerConfig`.
         rectified: see :func:`kfloc_ros.nodes.camera_messages.camera_from_info`.
         truth: ``T_map_camera`` by stamp.
         positions: number of the image in its bag by stamp.

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kfloc_ros.localizer import CoarseResult
+from kfloc_ros.stages import CoarseResult
 from kfloc_ros.visualization.cells import NO_VALUE, SIGMA, CellPicture, flow_picture, flow_wheel, sigma_picture
 
 FLOW_CELL_PX = 8

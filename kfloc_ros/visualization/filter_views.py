@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from kfloc_ros.kfnet.filter import Filtered
 from kfloc_ros.kfnet.oflownet import Flow
-from kfloc_ros.localizer import CoarseResult
+from kfloc_ros.stages import CoarseResult
 from kfloc_ros.types import Frame, SceneCoordinates
 from kfloc_ros.visualization.cells import (
     RELIABILITY,

@@ -17,9 +17,10 @@ from kfloc_ros.errors import FrameError, SourceError
 from kfloc_ros.evaluation.metrics import pose_error
 from kfloc_ros.evaluation.results import read_tum
 from kfloc_ros.geometry.camera import ImageAdapter
-from kfloc_ros.localizer import CoarseResult, Localizer
+from kfloc_ros.localizer import Localizer
 from kfloc_ros.mapping.picture import up_axis
 from kfloc_ros.mapping.scene_map import SceneMap
+from kfloc_ros.stages import CoarseResult
 from kfloc_ros.types import Frame, Matrix, PoseEstimate, TrackingState
 from kfloc_ros.visualization.cell_views import flow_view, noise_view
 from kfloc_ros.visualization.clouds import FRUSTUM_DEPTH_M, camera_symbols, cell_cloud, map_cloud

@@ -13,7 +13,8 @@ from kfloc_ros.datasets.base import FrameSource
 from kfloc_ros.errors import SourceError
 from kfloc_ros.geometry.camera import Camera, ImageAdapter
 from kfloc_ros.kfnet.files import read_coordinates, read_description
-from kfloc_ros.localizer import CoarseResult, Localizer
+from kfloc_ros.localizer import Localizer
+from kfloc_ros.stages import CoarseResult
 from kfloc_ros.types import Frame, PoseEstimate, SceneCoordinates
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from kfloc_ros.cli import main as cli
 from kfloc_ros.datasets.base import select
 from kfloc_ros.kfnet.export import export_coordinates
-from kfloc_ros.localizer import LocalizerConfig
+from kfloc_ros.localizer_config import LocalizerConfig
 from kfloc_ros.mapping.scene_map import SceneMap
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from kfloc_ros.localizer import Localizer, LocalizerConfig
+from kfloc_ros.localizer import Localizer
+from kfloc_ros.localizer_config import LocalizerConfig
 from kfloc_ros.mapping.calibration import RATIO_LIMITS, _ratio_threshold
 from kfloc_ros.mapping.scene_map import Calibration, SceneMap
 from kfloc_ros.types import Frame, TrackingState

@@ -12,11 +12,13 @@ import torch
 
 from kfloc_ros.features.trunk import Trunk, TrunkFeatures
 from kfloc_ros.geometry.lie import Matrix
-from kfloc_ros.localizer import CoarseResult, LocalizerConfig, RefineStage
+from kfloc_ros.localizer_config import LocalizerConfig
 from kfloc_ros.mapping.first_fix import FirstFix
 from kfloc_ros.mapping.retrieval import ReferenceIndex
 from kfloc_ros.mapping.scene_map import SceneMap
 from kfloc_ros.pixloc.references import ReferenceViews
+from kfloc_ros.refine_stage import RefineStage
+from kfloc_ros.stages import CoarseResult
 from kfloc_ros.types import CoarsePose, FilterReport, TrackingState
 
 NO_COARSE_POSE = CoarsePose(False, "too few inliers", None, None, 0, 0.0)

@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 from kfloc_ros.errors import MapError
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.kfnet.scoordnet import SCoordNet
-from kfloc_ros.localizer import Localizer, LocalizerConfig
+from kfloc_ros.localizer import Localizer
+from kfloc_ros.localizer_config import LocalizerConfig
 from kfloc_ros.mapping.archive import LIMITS, pack_map, unpack_map
 from kfloc_ros.mapping.scene_map import DESCRIPTION, HEAD_FILE, REFERENCES_FILE, Calibration, SceneMap, resolve_map
 from kfloc_ros.pixloc.references import ReferencePoints, ReferenceViews

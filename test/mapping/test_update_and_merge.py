@@ -17,7 +17,8 @@ from kfloc_ros.datasets.base import FrameSource
 from kfloc_ros.errors import MapError
 from kfloc_ros.geometry.lie import Matrix, inverse_pose, make_pose, rotation_angle_deg, so3_exp
 from kfloc_ros.kfnet.experts import SCoordNets, heads_of, moved
-from kfloc_ros.localizer import Localizer, LocalizerConfig
+from kfloc_ros.localizer import Localizer
+from kfloc_ros.localizer_config import LocalizerConfig
 from kfloc_ros.mapping import build
 from kfloc_ros.mapping.merge import merge_maps, transformed
 from kfloc_ros.mapping.registration import register

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
-from kfloc_ros.localizer import CoarseResult, CoarseStage, LocalizerConfig
+from kfloc_ros.coarse_stage import CoarseStage
+from kfloc_ros.localizer_config import LocalizerConfig
 from kfloc_ros.mapping.scene_map import SceneMap
+from kfloc_ros.stages import CoarseResult
 from kfloc_ros.visualization.cell_views import FLOW_CELL_PX, NOISE_CELL_PX, flow_view, noise_view
 from kfloc_ros.visualization.cells import NO_VALUE
 

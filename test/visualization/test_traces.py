@@ -12,7 +12,8 @@ import pytest
 
 from kfloc_ros.datasets.base import Selection
 from kfloc_ros.errors import DrawingError
-from kfloc_ros.localizer import Localizer, LocalizerConfig
+from kfloc_ros.localizer import Localizer
+from kfloc_ros.localizer_config import LocalizerConfig
 from kfloc_ros.mapping.scene_map import SceneMap
 from kfloc_ros.visualization.alignment_views import moved, offset_between
 from kfloc_ros.visualization.rerun import Recording
