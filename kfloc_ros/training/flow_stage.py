@@ -18,13 +18,13 @@ from kfloc_ros.training.flow_pairs import FlowPair
 from kfloc_ros.training.kfnet_stages import Stage, StepLoss
 
 FLOW_DEFAULTS: Mapping[str, Any] = {
-    "steps": 2500,
-    "halving_steps": 500,
+    "steps": 600,
+    "halving_steps": 120,
     "learning_rate": 3e-3,
     "weight_decay": 0.0,
     "batch": 4,
     "max_step": 4,
-    "snapshot_every": 250,
+    "snapshot_every": 100,
 }
 """Defaults of ``kfloc train oflownet --family fast`` where they are not the published schedule's."""
 FLOW_OPTIONS = frozenset(FLOW_DEFAULTS) | {"augment", "precision", "seed", "log_every", "workers"}
