@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -33,10 +33,15 @@ class FirstFixSettings:
 
     retrieved: int = 20
     """Reference views whose points are matched."""
-    places: int = 3
-    """Starting poses tried at most, each from its own group of views."""
+    groups: int = 10
+    """Groups of views that are solved for a pose at most."""
     group_radius_m: float = 1.0
     """Views from nearer than this to the best of a group join it: they see one place."""
+    places: int = 3
+    """Starting poses aligned at most, those that most cells agree with."""
+    same_start_m: float = 0.3
+    same_start_deg: float = 10.0
+    """Starts nearer to each other than both would be aligned to the same pose."""
     min_similarity: float = 0.7
     """Cosine of two features below which they do not match."""
     max_error_px: float = 8.0
@@ -59,6 +64,14 @@ class Matches:
     """(N, 3) metres, map frame."""
 
 
+@dataclass(frozen=True, eq=False)
+class _Supported:
+    """A pose and how many cells of the image agree with it."""
+
+    T_map_camera: Matrix
+    support: int
+
+
 class FirstFix:
     """Finds where an image was taken from nothing but the image; the index is made when it is first asked."""
 
@@ -72,25 +85,40 @@ class FirstFix:
 
         Args:
             features: of the image.
-            retrieved: the views that it may show, if somebody else has looked for them; else they are looked for in
-                all of the map's.
+            retrieved: the views that it may show, the likeliest first, if somebody else has looked for them; else they
+                are looked for in all of the map's.
         """
         if retrieved is None:
             if self._index is None:
                 self._index = ReferenceIndex(self._references)
             retrieved = self._index.search(features, self._settings.retrieved)
         matches = {item.position: self._match(features, item.position) for item in retrieved}
-        ranked = sorted(matches, key=lambda k: -len(matches[k].pixels))
+        found = sorted(self._supported(matches), key=lambda place: -place.support)
+        chosen: list[Matrix] = []
+        for place in found:
+            near = (self._settings.same_start_m, self._settings.same_start_deg)
+            if all(apart(place.T_map_camera, T, *near) for T in chosen):
+                chosen.append(place.T_map_camera)
+        return chosen[: self._settings.places]
+
+    def _supported(self, matches: Mapping[int, Matches]) -> Iterator[_Supported]:
+        """Poses from the views, in order: each view that is in no earlier group by its group, and by itself.
+
+        A group's views see one place and support each other; but where one view alone shows what the image shows, the
+        others' matches, all wrong, drown it.
+        """
         centres = self._references.T_map_camera[:, :3, 3]
-        found: list[Matrix] = []
-        while ranked and len(found) < self._settings.places:
-            away_m = np.linalg.norm(centres - centres[ranked[0]], axis=1)
-            group = [k for k in ranked if away_m[k] <= self._settings.group_radius_m]
-            start = self._solve([matches[k] for k in group])
-            if start is not None:
-                found.append(start)
-            ranked = [k for k in ranked if k not in group]
-        return found
+        left = list(matches)
+        for _ in range(self._settings.groups):
+            if not left:
+                return
+            away_m = np.linalg.norm(centres - centres[left[0]], axis=1)
+            group = [k for k in matches if away_m[k] <= self._settings.group_radius_m]
+            for views in (group, left[:1])[: 1 if len(group) == 1 else 2]:
+                place = self._solve([matches[k] for k in views])
+                if place is not None:
+                    yield place
+            left = [k for k in left if k not in group]
 
     def find(self, features: TrunkFeatures, align: Callable[[Sequence[Matrix]], Alignment]) -> Alignment:
         """The alignment at the one place that the image shows; failed, with the reason, if there is none or several.
@@ -113,7 +141,7 @@ class FirstFix:
         pixels = np.stack([chosen % w, chosen // w], axis=1) * COARSE_STRIDE + (COARSE_STRIDE - 1) / 2
         return Matches(pixels.astype(np.float64), view.points[kept.to(view.points.device)].cpu().double().numpy())
 
-    def _solve(self, parts: Sequence[Matches]) -> Matrix | None:
+    def _solve(self, parts: Sequence[Matches]) -> _Supported | None:
         pixels = np.concatenate([m.pixels for m in parts])
         points = np.concatenate([m.points for m in parts])
         if len(pixels) < self._settings.min_inliers:
@@ -129,7 +157,7 @@ class FirstFix:
             return None
         T_map_camera = inverse_pose(make_pose(pose.R, pose.t))
         T_map_camera[:3, 3] += origin
-        return T_map_camera
+        return _Supported(T_map_camera, len(inlier_cells))
 
 
 def choose(
@@ -161,9 +189,14 @@ def choose(
 def distinct(a: Alignment, b: Alignment, settings: FirstFixSettings) -> bool:
     """Whether two alignments, which have poses, are of different places."""
     assert a.T_map_camera is not None and b.T_map_camera is not None
-    apart_m = float(np.linalg.norm(a.T_map_camera[:3, 3] - b.T_map_camera[:3, 3]))
-    apart_deg = rotation_angle_deg(a.T_map_camera[:3, :3].T @ b.T_map_camera[:3, :3])
-    return apart_m > settings.distinct_m or apart_deg > settings.distinct_deg
+    return apart(a.T_map_camera, b.T_map_camera, settings.distinct_m, settings.distinct_deg)
+
+
+def apart(a: Matrix, b: Matrix, limit_m: float, limit_deg: float) -> bool:
+    """Whether two poses are further apart than either limit."""
+    return (
+        float(np.linalg.norm(a[:3, 3] - b[:3, 3])) > limit_m or rotation_angle_deg(a[:3, :3].T @ b[:3, :3]) > limit_deg
+    )
 
 
 def _cost(alignment: Alignment) -> float:

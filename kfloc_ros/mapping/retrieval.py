@@ -3,13 +3,15 @@
 
 The descriptor is a VLAD (Jegou et al., CVPR 2010) of the trunk's coarse features, normalised cluster by cluster
 (Arandjelovic and Zisserman, CVPR 2013), each feature weighted by its reliability. The vocabulary is learned from the
-map itself. Everything follows from the reference points, so that a map stores nothing for it and maps of every
-format version have it.
+map itself. Of the views that are most like an image by it, the image's own features then choose: each votes for the
+views that hold the points it resembles most, so that what is everywhere decides nothing. Everything follows from the
+reference points, so that a map stores nothing for it and maps of every format version have it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,11 @@ import torch.nn.functional as F
 from kfloc_ros.features.trunk import TrunkFeatures
 from kfloc_ros.pixloc.references import ReferencePoints, ReferenceViews
 
+SHORTLIST = 60
+"""Views that an image's features vote among: what a search costs does not grow with the map."""
+VOTES = 3
+MIN_VOTE = 0.6
+"""Cosine of two features from which a vote counts; what is above it is the vote's weight."""
 CLUSTERS = 64
 CLUSTERING_STEPS = 12
 MAX_CLUSTERED = 20_000
@@ -33,6 +40,8 @@ class Retrieved:
     """In the map's list of views."""
     similarity: float
     """Cosine of the two descriptors."""
+    votes: float = 0.0
+    """Weight of the image's features that voted for the view, where they were asked."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,19 +84,32 @@ class ReferenceIndex:
     """Descriptors of all reference views of a map; building it takes a fraction of a second."""
 
     def __init__(self, references: ReferenceViews) -> None:
+        self._views = references.views
         self._vocabulary = Vocabulary.learn(torch.cat([view.coarse for view in references.views]).float())
         rows = [self._vocabulary.describe_view(view) for view in references.views]
         self._mean = torch.stack(rows).mean(dim=0)
         self._descriptors = F.normalize(torch.stack(rows) - self._mean, dim=1)
 
     def search(self, features: TrunkFeatures, count: int) -> list[Retrieved]:
-        """The reference views most like an image, best first, at most ``count``."""
+        """The reference views that show most of what an image shows, best first, at most ``count``."""
         cells = reliable_cells(features)
-        return self._nearest(self._vocabulary.describe(cells.features, cells.weight), count)
+        listed = self._nearest(self._vocabulary.describe(cells.features, cells.weight), max(count, SHORTLIST))
+        votes = self._votes(cells, [item.position for item in listed])
+        voted = [replace(item, votes=weight) for item, weight in zip(listed, votes, strict=True)]
+        return sorted(voted, key=lambda item: -item.votes)[:count]
 
     def search_view(self, view: ReferencePoints, count: int) -> list[Retrieved]:
         """The same for a reference view, such as one of another map."""
         return self._nearest(self._vocabulary.describe_view(view), count)
+
+    def _votes(self, cells: QueryCells, positions: Sequence[int]) -> list[float]:
+        """Weight of the cells that each view got: a cell votes for the views with the points most like it."""
+        features = cells.features.float()
+        alike = [(features @ self._views[k].coarse.to(features).t()).amax(dim=1) for k in positions]
+        best = torch.stack(alike, dim=1).topk(min(VOTES, len(positions)), dim=1)
+        weight = (best.values - MIN_VOTE).clamp(min=0) * cells.weight[:, None]
+        votes = torch.zeros(len(positions), device=weight.device)
+        return [float(v) for v in votes.index_add_(0, best.indices.reshape(-1), weight.reshape(-1))]
 
     def _nearest(self, row: torch.Tensor, count: int) -> list[Retrieved]:
         similarity = self._descriptors @ F.normalize(row - self._mean, dim=0)

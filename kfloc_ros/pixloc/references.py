@@ -15,13 +15,18 @@ from numpy.typing import NDArray
 from kfloc_ros.features.trunk import COARSE_STRIDE, FINE_STRIDE, TrunkFeatures
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import Matrix
-from kfloc_ros.pixloc.cost import FeatureImage
+from kfloc_ros.pixloc.cost import NEAR_M, FeatureImage
 
 METRES_PER_RADIAN = 1.2
 """Exchange rate between a change of place and of direction when views are compared (about 2 cm a degree)."""
 
 NEARNESS_FLOOR_M = 0.02
 """Views nearer than this, the noise of a coarse pose, do not differ."""
+
+MIN_IN_VIEW = 0.3
+"""Share of a reference view's points that a camera must have in view for the view to be its first choice."""
+LOOKED_AT = 16
+"""Nearest views among which those with enough in view are sought."""
 
 CANDIDATE_STEP_PX = 4
 BORDER_PX = 12
@@ -78,6 +83,34 @@ class ReferenceViews:
     def nearest(self, T_map_camera: Matrix, count: int) -> list[int]:
         """Positions of the views nearest to a pose, nearest first."""
         return [int(k) for k in np.argsort(view_distances(self.T_map_camera, T_map_camera), kind="stable")[:count]]
+
+    def overlapping(self, T_map_camera: Matrix, camera: Camera, count: int) -> list[int]:
+        """Positions of the views that a camera should be compared with: the nearest that hold enough of what it sees.
+
+        Far from the mapped path the nearest views may look past what the camera sees, and others further away see it.
+        Where all of the nearest have enough in view, they are what :meth:`nearest` gives.
+        """
+        near = self.nearest(T_map_camera, max(count, LOOKED_AT))
+        shares = self._in_view(T_map_camera, camera, near[:count])
+        if all(share >= MIN_IN_VIEW for share in shares):
+            return near[:count]
+        shares += self._in_view(T_map_camera, camera, near[count:])
+        order = sorted(range(len(near)), key=lambda k: (-min(shares[k], MIN_IN_VIEW), k))
+        return [near[k] for k in order[:count]]
+
+    def _in_view(self, T_map_camera: Matrix, camera: Camera, positions: Sequence[int]) -> list[float]:
+        """Share of each view's points that lie in the camera's image."""
+        if not positions:
+            return []
+        counts = [len(self.views[k]) for k in positions]
+        points = torch.cat([self.views[k].points for k in positions])
+        # float32 is exact enough only near the origin, and a map may be far from its own
+        local = points - torch.from_numpy(T_map_camera[:3, 3]).to(points)
+        x, y, z = (local @ torch.from_numpy(T_map_camera[:3, :3]).to(points)).unbind(dim=1)
+        u, v = camera.fx * x / z + camera.cx, camera.fy * y / z + camera.cy
+        inside = (z > NEAR_M) & (u > 0) & (v > 0) & (u < camera.width - 1) & (v < camera.height - 1)
+        parts = torch.split(inside.float(), counts)
+        return [float(part.mean()) if len(part) else 0.0 for part in parts]
 
     def nearness(self, T_map_camera: Matrix, positions: Sequence[int]) -> list[float]:
         """Weight of each view in an alignment that starts at a pose: 1 for the nearest of them, less for others.

@@ -31,7 +31,7 @@ class RefinerSettings:
     """Per level."""
     min_points: int = 60
     """Fewer reference points in view: no alignment."""
-    min_valid_ratio: float = 0.2
+    min_valid_ratio: float = 0.1
     """Share of the references' points that must be in view at the end."""
     max_cost: float = 1.0
     """Mean robust cost at the finest level above which a result is rejected; calibrated when a map is built."""
@@ -96,7 +96,7 @@ class Refiner:
         return self._descend(chosen)
 
     def _prepare(self, images: tuple[FeatureImage, FeatureImage], T_map_camera: Matrix) -> _Candidate:
-        chosen = self.references.nearest(T_map_camera, self.settings.num_references)
+        chosen = self.references.overlapping(T_map_camera, self.camera, self.settings.num_references)
         views = [self.references.views[k] for k in chosen]
         points = ReferencePoints.concatenate(views)
         nearness = self.references.nearness(T_map_camera, chosen)

@@ -72,3 +72,18 @@ def test_the_nearest_view_counts_most() -> None:
     assert weights[0] == 1.0 and weights[0] > weights[1] > weights[2] > 0.0
     there = make_pose(np.eye(3), [50.0, 0.0, 0.0])
     assert min(references.nearness(there, [1, 2, 0])) > 0.9  # far from all of them none is better
+
+
+def test_views_that_look_past_what_the_camera_sees_come_last() -> None:
+    ahead, beside = torch.tensor([[0.0, 0.0, 3.0]]), torch.tensor([[9.0, 0.0, 0.5]])
+    poses = np.tile(np.eye(4), (3, 1, 1))
+    poses[:, 0, 3] = [0.1, 0.5, 2.0]
+    parts = tuple(
+        ReferencePoints(points.repeat(5, 1), torch.zeros(5, 64), torch.zeros(5, 24), torch.ones(5))
+        for points in (beside, ahead, ahead)
+    )
+    references = ReferenceViews((0, 1, 2), poses, parts)
+    camera = Camera(640, 480, 500.0, 500.0, 319.5, 239.5)
+    assert references.nearest(np.eye(4), 2) == [0, 1]
+    assert references.overlapping(np.eye(4), camera, 2) == [1, 2]
+    assert references.overlapping(np.eye(4), camera, 3) == [1, 2, 0]  # still there if there is nothing better
