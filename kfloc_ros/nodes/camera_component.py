@@ -19,16 +19,15 @@ from kfloc_ros.nodes import qos
 from kfloc_ros.nodes.camera_messages import camera_from_info, check_view
 from kfloc_ros.nodes.diagnostics import DiagnosticsPublisher, Report
 from kfloc_ros.nodes.gate import Gate
-from kfloc_ros.nodes.gpu_memory import explained
 from kfloc_ros.nodes.health import Health
 from kfloc_ros.nodes.image_messages import decode_compressed, decode_image
+from kfloc_ros.nodes.intake import Intake
 from kfloc_ros.nodes.packets import CameraFrame
 from kfloc_ros.nodes.parameter_server import ParameterServer
 from kfloc_ros.nodes.pose_messages import stamp_to_ns
 from kfloc_ros.nodes.stamp_guard import StampGuard
 from kfloc_ros.nodes.time_watch import TimeWatch
 from kfloc_ros.nodes.topics import FramePublisher
-from kfloc_ros.nodes.worker import LatestWorker
 from kfloc_ros.types import Frame
 
 _FIRST_INFO_WAIT_S = 0.5
@@ -64,13 +63,13 @@ class CameraComponent:
         output: Callable[[CameraFrame], None],
         on_failure: Callable[[str], None] = lambda reason: None,
     ) -> None:
-        self._clock, self._parameters, self._health, self._gate = node.get_clock(), parameters, health, gate
-        self._target, self._output, self._on_failure = camera, output, on_failure
+        self._clock, self._parameters, self._health = node.get_clock(), parameters, health
+        self._target, self._output = camera, output
         self._camera: Camera | None = None
         self._info_came = threading.Event()
         self._adapter = ImageAdapter(camera, camera)
         self._index = 0
-        self._worker = LatestWorker("camera", self._process, self._on_error)
+        self._intake = Intake("camera", health, gate, parameters, self._process, on_failure)
         self._stamps = StampGuard(parameters.localizer.max_gap_s)
         self._watch = TimeWatch(node, on_jump=self._on_jump)
 
@@ -92,11 +91,10 @@ class CameraComponent:
 
     def pause(self) -> None:
         """Forget the image that waits, and let the one in work come to its end."""
-        self._discard()
-        self._worker.pause()
+        self._intake.pause()
 
     def stop(self) -> None:
-        self._worker.stop()
+        self._intake.stop()
 
     def start_anew(self) -> None:
         """Take the next image whatever its stamp: whoever asks for a new start may be playing the same bag again."""
@@ -111,19 +109,11 @@ class CameraComponent:
         self._info_came.set()
 
     def _on_image(self, message: Any) -> None:
-        if not self._gate.is_open:
-            return
-        self._health.count("received")
-        if self._worker.submit(_Arrival(message, time.time_ns())):
-            self._health.count("dropped")
+        self._intake.offer(_Arrival(message, time.time_ns()))
 
     def _on_jump(self) -> None:
         self._stamps.forget()
-        self._discard()
-
-    def _discard(self) -> None:
-        if self._worker.discard():
-            self._health.count("dropped")
+        self._intake.discard()
 
     def _process(self, arrival: _Arrival) -> None:
         """Raises FrameError for an image that cannot be used."""
@@ -182,11 +172,6 @@ class CameraComponent:
             "If they come from a bag, set use_sim_time and play it with --clock."
         )
         return True
-
-    def _on_error(self, error: Exception) -> None:
-        self._health.fault(explained(error, self._parameters))
-        if not isinstance(error, FrameError):
-            self._on_failure("an internal error")
 
 
 class CameraApplication:

@@ -14,8 +14,8 @@ from kfloc_ros.mapping.place import AnyMap, single_map
 from kfloc_ros.nodes.cell_publisher import cell_publisher
 from kfloc_ros.nodes.diagnostics import DiagnosticsPublisher, Report
 from kfloc_ros.nodes.gate import Gate
-from kfloc_ros.nodes.gpu_memory import explained
 from kfloc_ros.nodes.health import Health
+from kfloc_ros.nodes.intake import Intake
 from kfloc_ros.nodes.packets import CameraFrame, CoarseFrame
 from kfloc_ros.nodes.parameter_server import ParameterServer
 from kfloc_ros.nodes.time_watch import TimeWatch
@@ -29,7 +29,6 @@ from kfloc_ros.nodes.topics import (
     subscribe,
 )
 from kfloc_ros.nodes.warm_up import warm_up
-from kfloc_ros.nodes.worker import LatestWorker
 from kfloc_ros.stages import CoarseSteps, Observation
 
 
@@ -77,7 +76,6 @@ class FilterApplication:
 
     def __init__(self, node: Node, parameters: ParameterServer, scene_map: AnyMap, gate: Gate) -> None:
         scene_map = single_map(scene_map)
-        self._gate, self._parameters = gate, parameters
         self._health = Health(node.get_logger())
         warm_up(scene_map, parameters.localizer)
         stage = CoarseStage(scene_map, parameters.localizer)
@@ -88,38 +86,26 @@ class FilterApplication:
         publish = CoarsePublisher(node, map_frame, lambda: self._health.counters, for_refiner=True)
         self._cells = cell_publisher(node, map_frame, self._health.warn)
         self._component = FilterComponent(node, stage, publish, self._cells.offer)
-        self._worker = LatestWorker("filter", self._process, self._on_error)
+        self._intake = Intake("filter", self._health, gate, parameters, self._process, self._component.reset)
         self._diagnostics = DiagnosticsPublisher(node, self._health, gate, scene_map.name, Report)
-        subscribe(node, FRAME_TOPICS, StampJoiner(frame_is_complete, self._on_frame))
+        subscribe(node, FRAME_TOPICS, StampJoiner(frame_is_complete, self._intake.offer))
 
     def pause(self) -> None:
-        self._worker.pause()
+        self._intake.pause()
         self._cells.pause()
 
     def stop(self) -> None:
-        self._worker.stop()
+        self._intake.stop()
         self._cells.stop()
 
     def start_anew(self, reason: str) -> None:
         self._component.start_anew(reason)
-
-    def _on_frame(self, messages: Messages) -> None:
-        if not self._gate.is_open:
-            return
-        self._health.count("received")
-        if self._worker.submit(messages):
-            self._health.count("dropped")
 
     def _process(self, messages: Messages) -> None:
         packet = read_frame(messages)
         check_camera(packet, self._camera)
         self._component.accept(packet)
         self._health.answered(packet.latency_ms())
-
-    def _on_error(self, error: Exception) -> None:
-        self._health.fault(explained(error, self._parameters))
-        if not isinstance(error, FrameError):
-            self._component.reset("an internal error")
 
 
 def check_camera(packet: CameraFrame, expected: Camera) -> None:

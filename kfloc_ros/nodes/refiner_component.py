@@ -9,16 +9,15 @@ from dataclasses import replace
 from rclpy.node import Node
 
 from kfloc_ros.device import choose_device
-from kfloc_ros.errors import FrameError
 from kfloc_ros.features.trunk import TrunkFeatures
 from kfloc_ros.mapping.outline import MapOutline
 from kfloc_ros.mapping.place import AnyMap, single_map
 from kfloc_ros.nodes.diagnostics import DiagnosticsPublisher
 from kfloc_ros.nodes.filter_component import check_camera
 from kfloc_ros.nodes.gate import Gate
-from kfloc_ros.nodes.gpu_memory import explained
 from kfloc_ros.nodes.health import Health
 from kfloc_ros.nodes.initial_pose_input import InitialPoseInput
+from kfloc_ros.nodes.intake import Intake
 from kfloc_ros.nodes.map_publisher import MapPublisher
 from kfloc_ros.nodes.overlay_publisher import Localized, overlay_publisher
 from kfloc_ros.nodes.packets import CameraFrame, CoarseFrame
@@ -39,7 +38,6 @@ from kfloc_ros.nodes.topics import (
 )
 from kfloc_ros.nodes.transforms import TransformListener
 from kfloc_ros.nodes.warm_up import warm_up
-from kfloc_ros.nodes.worker import LatestWorker
 from kfloc_ros.refine_stage import RefineStage
 from kfloc_ros.stages import Observation, RefineSteps
 from kfloc_ros.types import PoseEstimate, TrackingState
@@ -150,38 +148,26 @@ class RefinerApplication:
 
     def __init__(self, node: Node, parameters: ParameterServer, scene_map: AnyMap, gate: Gate) -> None:
         scene_map = single_map(scene_map)
-        self._health, self._gate, self._parameters = Health(node.get_logger()), gate, parameters
+        self._health = Health(node.get_logger())
         self._camera = scene_map.camera
         warm_up(scene_map, parameters.localizer)
         stage = RefineStage(scene_map, parameters.localizer)
         self._component = RefinerComponent(node, parameters, scene_map, stage, self._health, gate)
-        self._worker = LatestWorker("refiner", self._process, self._on_error)
-        subscribe(node, {**FRAME_TOPICS, **COARSE_TOPICS}, StampJoiner(coarse_is_complete, self._on_coarse))
+        self._intake = Intake("refiner", self._health, gate, parameters, self._process, self._component.reset)
+        subscribe(node, {**FRAME_TOPICS, **COARSE_TOPICS}, StampJoiner(coarse_is_complete, self._intake.offer))
 
     def pause(self) -> None:
-        self._worker.pause()
+        self._intake.pause()
         self._component.pause()
 
     def stop(self) -> None:
-        self._worker.stop()
+        self._intake.stop()
         self._component.stop()
 
     def start_anew(self, reason: str) -> None:
         self._component.start_anew(reason)
 
-    def _on_coarse(self, messages: Messages) -> None:
-        if not self._gate.is_open:
-            return
-        self._health.count("received")
-        if self._worker.submit(messages):
-            self._health.count("dropped")
-
     def _process(self, messages: Messages) -> None:
         packet = read_coarse(messages)
         check_camera(packet.camera, self._camera)
         self._component.accept(packet)
-
-    def _on_error(self, error: Exception) -> None:
-        self._health.fault(explained(error, self._parameters))
-        if not isinstance(error, FrameError):
-            self._component.reset("an internal error")

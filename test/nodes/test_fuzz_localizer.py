@@ -39,7 +39,7 @@ from tf2_msgs.msg import TFMessage
 
 from kfloc_ros.errors import KflocError
 from kfloc_ros.mapping.scene_map import SceneMap
-from kfloc_ros.nodes import camera_component
+from kfloc_ros.nodes import intake
 from kfloc_ros.nodes.camera_messages import fill_info
 from kfloc_ros.nodes.gate import Gate
 from kfloc_ros.nodes.health import Health
@@ -114,7 +114,7 @@ class AtOnce:
 @pytest.fixture
 def node(monkeypatch: pytest.MonkeyPatch) -> Iterator[OpenNode]:
     monkeypatch.setenv("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
-    monkeypatch.setattr(camera_component, "LatestWorker", AtOnce)
+    monkeypatch.setattr(intake, "LatestWorker", AtOnce)
     context = rclpy.Context()
     rclpy.init(context=context, domain_id=9)
     made = OpenNode(context)

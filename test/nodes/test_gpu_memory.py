@@ -44,8 +44,7 @@ class Application:
 @pytest.fixture
 def make_node(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., ManagedNode]]:
     monkeypatch.setenv("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
-    loader = SimpleNamespace(load=lambda path: SimpleNamespace(name="room"))
-    monkeypatch.setattr(managed_node, "SceneMap", loader)
+    monkeypatch.setattr(managed_node, "load_map", lambda path: SimpleNamespace(name="room"))
     rclpy.init(args=["--ros-args", "-p", "map:=/"], domain_id=8)
     nodes: list[ManagedNode] = []
 
