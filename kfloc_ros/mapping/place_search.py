@@ -26,8 +26,8 @@ class PlaceSearchSettings:
 
     submaps: int = 4
     """Tried at most, whatever the size of the place."""
-    untried_margin: float = 0.05
-    """A submap that was not tried must resemble the image less than the one found, by this cosine."""
+    clear_vote: float = 1.5
+    """Where there are more submaps, the one found must have more votes than any that was not tried, by this factor."""
     fix: FirstFixSettings = field(default_factory=FirstFixSettings)
 
 
@@ -81,7 +81,7 @@ class PlaceSearch:
             MapError: a submap cannot be loaded.
         """
         s = self._settings
-        ranked = self._place.index.search(features, s.submaps + 1, s.fix.retrieved)
+        ranked = self._place.index.search(features, s.submaps, s.fix.retrieved)
         tried = ranked[: s.submaps]
         results = [(item, alignment) for item in tried for alignment in self._try(features, item)]
         chosen = self._choose(results, tried)
@@ -90,8 +90,8 @@ class PlaceSearch:
             return Found(chosen, tried=numbers)
         winner = next(item for item, alignment in results if alignment is chosen)
         rest = ranked[s.submaps :]
-        if rest and rest[0].similarity > winner.similarity - s.untried_margin:
-            reason = f"more than {s.submaps} submaps look alike: {self._names([*tried, *rest])}"
+        if rest and winner.votes <= s.clear_vote * rest[0].votes:
+            reason = f"more than {s.submaps} submaps look alike: {self._names([*tried, rest[0]])}"
             return Found(replace(chosen, success=False, reason=reason), tried=numbers)
         return Found(chosen, winner.submap, numbers)
 

@@ -18,10 +18,12 @@ from safetensors.torch import load_file, save_file
 
 from kfloc_ros.cli.main import main
 from kfloc_ros.errors import MapError
+from kfloc_ros.features.trunk import TrunkFeatures
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import make_pose, so3_exp
 from kfloc_ros.kfnet.scoordnet import SCoordNet
 from kfloc_ros.mapping.place import INDEX_FILE, SUBMAPS, Place, in_frame, is_place, load_map, verify_place
+from kfloc_ros.mapping.place_index import SHORTLIST, make_index
 from kfloc_ros.mapping.place_making import make_place
 from kfloc_ros.mapping.scene_map import DESCRIPTION, Calibration, SceneMap, read_description
 from kfloc_ros.pixloc.references import ReferencePoints, ReferenceViews
@@ -178,6 +180,8 @@ def damaged_index(name: str, value: torch.Tensor | None) -> Callable[[Path], Non
         damaged_index("submap", torch.tensor([0, 0, 0, 2, 2, 2])),
         damaged_index("submap", torch.tensor([0, 0, 0, 1, 1, 10**12])),
         damaged_index("T_place_camera", torch.zeros(6, 4, 4)),
+        damaged_index("codes", torch.zeros(6, 128, 8)),
+        damaged_index("codes", torch.zeros(6, 128, 7, dtype=torch.uint8)),
         lambda folder: (folder / INDEX_FILE).write_bytes(b"\xff" * 100),
         lambda folder: (folder / INDEX_FILE).unlink(),
     ],
@@ -240,3 +244,26 @@ def test_a_place_is_made_described_and_verified_on_the_command_line(
     (out / SUBMAPS / "attic" / DESCRIPTION).unlink()
     assert main(["map", "verify", str(out)]) == 1
     assert read_description(out)["format"] == "kfloc_place"
+
+
+def test_what_a_few_points_show_decides_between_submaps_alike(tmp_path: Path) -> None:
+    """Twenty submaps of the same features but for a tenth of each; the descriptors hardly tell them apart."""
+    unit, count, own = torch.nn.functional.normalize, 20, 8
+    torch.manual_seed(0)
+    common = unit(torch.randn(80 - own, 64))
+    features = [torch.cat([unit(torch.randn(own, 64)), common]) for _ in range(count)]
+    weight = torch.ones(80)
+
+    def load(number: int) -> ReferenceViews:
+        view = ReferencePoints(torch.randn(80, 3), features[number], unit(torch.randn(80, 24)), weight)
+        return ReferenceViews((0,), np.eye(4)[None], (view,))
+
+    index = make_index(load, count)
+    for number in (0, 7, 13):
+        grid = torch.zeros(1, 64, 32, 40)
+        grid[0, :, ::4, ::4] = unit(features[number] + 0.04 * torch.randn(80, 64)).t().reshape(64, 8, 10)
+        reliability = torch.zeros(1, 32, 40)
+        reliability[0, ::4, ::4] = 1.0
+        found = index.search(TrunkFeatures(grid, torch.zeros(0), torch.zeros(0), reliability), submaps=4, views=3)
+        assert found[0].submap == number and found[0].votes > 3 * found[1].votes
+        assert len(found) <= SHORTLIST
