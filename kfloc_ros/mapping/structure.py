@@ -21,13 +21,17 @@ from numpy.typing import NDArray
 from kfloc_ros.datasets.base import FrameSource
 from kfloc_ros.datasets.colmap import MIN_TRACK_LENGTH, camera_of
 from kfloc_ros.errors import SourceError
-from kfloc_ros.geometry.camera import ImageAdapter
+from kfloc_ros.features.trunk import Trunk
+from kfloc_ros.geometry.camera import Camera, ImageAdapter
 from kfloc_ros.geometry.lie import Matrix, inverse_pose, make_pose
+from kfloc_ros.mapping.pairs import similar_pairs
 from kfloc_ros.mapping.sfm_source import ReconstructedSource
 
 EXHAUSTIVE_IMAGES = 120
 """Up to so many images every pair is matched; longer sequences match neighbours, near and in doubling steps."""
 OVERLAP = 10
+SIMILAR_IMAGES = 10
+"""Of a longer sequence each image is matched, too, with so many that look like it and lie further away."""
 MIN_REGISTERED = 8
 MIN_SHARE = 0.5
 """Share of the images that must have found their place: less is a part of the recording only."""
@@ -108,7 +112,7 @@ def _reconstruct(
     images.mkdir()
     names = _write_images(source, images, on_progress)
     try:
-        model = _solve(source, folder, images, len(names), on_progress)
+        model = _solve(source, folder, images, names, on_progress)
     except (RuntimeError, ValueError) as error:
         raise SourceError(f"The images of '{source.name}' could not be put together: {error}") from error
     poses, points = _read(model, names)
@@ -128,7 +132,11 @@ def _reconstruct(
 
 
 def _solve(
-    source: FrameSource, folder: Path, images: Path, count: int, on_progress: Callable[[str, float], None]
+    source: FrameSource,
+    folder: Path,
+    images: Path,
+    names: Sequence[str],
+    on_progress: Callable[[str, float], None],
 ) -> Any:
     """COLMAP's largest model of the images; what else it wrote is removed."""
     import pycolmap
@@ -143,7 +151,7 @@ def _solve(
     on_progress("finding features", 0.0)
     pycolmap.extract_features(database, images, camera_mode=pycolmap.CameraMode.SINGLE, reader_options=reader)
     on_progress("matching", 0.0)
-    _match(database, count)
+    _match(database, images, names, source.camera.pinhole(), on_progress)
     model = _largest_model(database, images, models, source, on_progress)
     shutil.rmtree(models, ignore_errors=True)
     database.unlink()
@@ -162,15 +170,40 @@ def _write_images(source: FrameSource, images: Path, on_progress: Callable[[str,
     return names
 
 
-def _match(database: Path, count: int) -> None:
+def _match(
+    database: Path, images: Path, names: Sequence[str], camera: Camera, on_progress: Callable[[str, float], None]
+) -> None:
     import pycolmap
 
-    if count <= EXHAUSTIVE_IMAGES:
+    if len(names) <= EXHAUSTIVE_IMAGES:
         pycolmap.match_exhaustive(database)
         return
     pairing = pycolmap.SequentialPairingOptions()
     pairing.overlap, pairing.quadratic_overlap = OVERLAP, True
     pycolmap.match_sequential(database, pairing_options=pairing)
+    on_progress("matching again", 0.0)
+    _match_similar(database, images, names, camera)
+
+
+def _match_similar(database: Path, images: Path, names: Sequence[str], camera: Camera) -> None:
+    """Match images that look alike though they lie far apart: where the recording comes back, it must close."""
+    import pycolmap
+
+    read = (_read_image(images / name) for name in names)
+    pairs = similar_pairs(read, camera, Trunk(), partners=SIMILAR_IMAGES, min_apart=OVERLAP + 1)
+    listed = database.with_name("pairs.txt")
+    listed.write_text("".join(f"{names[i]} {names[j]}\n" for i, j in pairs))
+    pairing = pycolmap.ImportedPairingOptions()
+    pairing.match_list_path = listed
+    pycolmap.match_image_pairs(database, pairing_options=pairing)
+    listed.unlink()
+
+
+def _read_image(path: Path) -> NDArray[np.uint8]:
+    bgr = cv2.imread(str(path), cv2.IMREAD_COLOR)
+    if bgr is None:
+        raise SourceError(f"'{path}' cannot be read back.")
+    return np.ascontiguousarray(bgr[..., ::-1])
 
 
 def _largest_model(
