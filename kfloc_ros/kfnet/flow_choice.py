@@ -19,6 +19,12 @@ LEARNED_FLOOR_M2 = 0.002**2
 cost volume needs on top would drown that."""
 
 
+STEPS_ALIKE = 3.0
+"""Factor on the noise that one step of the network's flow adds. Errors of successive steps are alike (the same edge,
+the same texture), so they add up faster than independent ones would: a correlation of r between neighbours makes the
+variance of a long sum (1 + r) / (1 - r) times as large, and r is about a half."""
+
+
 class FlowKind(Enum):
     """How flow is read from the cost volume."""
 
@@ -61,7 +67,8 @@ def choose_flow(asked: FlowKind, calibration: FlowCalibration, device: torch.dev
     """The flow that was asked for, or the cost volume's where the map knows no process noise for the network's."""
     scale = calibration.learned_process_scale
     if asked is FlowKind.LEARNED and scale is not None:
-        return ChosenFlow(FlowKind.LEARNED, shipped_flow_network(device).flow, scale, LEARNED_FLOOR_M2, "")
+        flow = shipped_flow_network(device).flow
+        return ChosenFlow(FlowKind.LEARNED, flow, STEPS_ALIKE * scale, STEPS_ALIKE * LEARNED_FLOOR_M2, "")
     soft = partial(backward_flow, temperature=calibration.flow_temperature)
     note = ""
     if asked is FlowKind.LEARNED:

@@ -64,7 +64,8 @@ def calibrate(
     features = _coarse_features(views, device, on_progress)
     truth = [_true_coordinates(view, tuple(f.shape[1:])) for view, f in zip(views, features, strict=True)]
     inner = [k for k, is_inner in enumerate(inner_half(held_out)) if is_inner]
-    scale = _measurement_scale(draft, [views[k] for k in inner], [truth[k] for k in inner], device)
+    runs = [held_out[k].run for k in inner]
+    scale = _measurement_scale(draft, [views[k] for k in inner], [truth[k] for k in inner], runs, device)
     calibration = replace(draft.calibration, measurement_variance_scale=scale)
     pairs = [i for i in range(1, len(views)) if views[i].index - views[i - 1].index <= 2]
     if pairs:
@@ -93,17 +94,33 @@ def _true_coordinates(view: View, grid: tuple[int, ...]) -> SceneCoordinates:
     return SceneCoordinates(mean, torch.zeros(h, w), torch.from_numpy(valid).reshape(h, w), COARSE_STRIDE)
 
 
-def _measurement_scale(draft: SceneMap, views: Sequence[View], truth: Sequence[SceneCoordinates], device: str) -> float:
-    """Factor on the head's variance that puts 68 % of the errors, per axis, inside one sigma."""
+def _measurement_scale(
+    draft: SceneMap, views: Sequence[View], truth: Sequence[SceneCoordinates], runs: Sequence[int], device: str
+) -> float:
+    """Factor on the head's variance, see :func:`scale_of_worse_runs`."""
     target = choose_device(device)
     trunk, head = Trunk(device=target), draft.head.to(target)
-    ratios = []
-    for view, true in zip(views, truth, strict=True):
+    ratios: dict[int, list[torch.Tensor]] = {}
+    for view, true, run in zip(views, truth, runs, strict=True):
         measured = head.measure(trunk.extract(view.image))
         error = (measured.mean.cpu() - true.mean).abs() / measured.variance.cpu().sqrt()
-        ratios.append(error[:, true.valid].reshape(-1))
+        ratios.setdefault(run, []).append(error[:, true.valid].reshape(-1))
     draft.head.to("cpu")
-    return _squared_quantile(torch.cat(ratios), default=1.0)
+    return scale_of_worse_runs([torch.cat(run) for run in ratios.values()])
+
+
+def scale_of_worse_runs(ratios: Sequence[torch.Tensor]) -> float:
+    """Factor on variances that puts 68 % of the errors, per axis, inside one sigma in the worse half of the runs.
+
+    How sure a head may be differs more from place to place than within one, and whoever asks may be farther from what
+    it was trained on than any view that was held out: all runs together would promise too much.
+
+    Args:
+        ratios: (n,) |error| / sigma for each run of views held out.
+    """
+    enough = [run for run in ratios if len(run) >= MIN_ERRORS]
+    ordered = sorted(enough, key=lambda run: _squared_quantile(run, default=1.0))
+    return _squared_quantile(torch.cat(ordered[len(ordered) // 2 :]), default=1.0) if ordered else 1.0
 
 
 def calibrate_flow(

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from kfloc_ros.errors import WeightsError
-from kfloc_ros.kfnet.flow_choice import FlowKind, choose_flow
+from kfloc_ros.kfnet.flow_choice import STEPS_ALIKE, FlowKind, choose_flow
 from kfloc_ros.kfnet.flow_network import (
     WEIGHTS_FILE,
     FlowNetwork,
@@ -92,7 +92,7 @@ class Calibrated:
 
 def test_a_map_decides_which_flow_can_be_had() -> None:
     learned = choose_flow(FlowKind.LEARNED, Calibrated(), CPU)
-    assert (learned.kind, learned.process_scale, learned.note) == (FlowKind.LEARNED, 0.25, "")
+    assert (learned.kind, learned.process_scale, learned.note) == (FlowKind.LEARNED, 0.25 * STEPS_ALIKE, "")
     asked = choose_flow(FlowKind.COST_VOLUME, Calibrated(), CPU)
     assert (asked.kind, asked.process_scale, asked.note) == (FlowKind.COST_VOLUME, 0.5, "")
     older = choose_flow(FlowKind.LEARNED, Calibrated(learned_process_scale=None), CPU)
