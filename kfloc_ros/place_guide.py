@@ -118,7 +118,6 @@ class PlaceGuide:
         if suggested and self._try_suggested(suggested, features):
             return ""
         if self.active is not None:
-            self.cache.get(self.active.number)  # used, so that others make room for new ones
             if self._start_from_motion and predicted is not None:
                 self.active.refine.suggest([predicted])
             self._start_from_motion = False
@@ -203,6 +202,7 @@ class PlaceGuide:
         number = int(np.argmin(away))
         if away[number] > s.reach_m:
             return estimate
+        self.cache.touch(self.active.number)  # in use: others make room for the neighbour
         submap = self.cache.get_if_kept(number)  # loads it ahead
         self._pause -= 1
         weak = estimate.T_map_camera is None or estimate.state is TrackingState.DEGRADED

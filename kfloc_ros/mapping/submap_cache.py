@@ -78,6 +78,11 @@ class SubmapCache(Generic[Loaded]):
             self._coming = submap, self._pool.submit(self._load, submap)
         return None
 
+    def touch(self, submap: int) -> None:
+        """Count a submap as used just now, if it is there: others make room before it."""
+        if submap in self._kept:
+            self._kept.move_to_end(submap)
+
     def close(self) -> None:
         """End the thread."""
         if self._pool is not None:
