@@ -61,12 +61,12 @@ def build_config_from(args: argparse.Namespace) -> MapBuildConfig:
 
 
 def need_poses(source: FrameSource) -> None:
-    """Refuse images of an unknown camera, which have no poses, before anything is computed.
+    """Refuse images without poses before anything is computed.
 
     Raises:
         SourceError: what to do instead.
     """
-    if source.camera_is_guess:
+    if source.camera_is_guess or all(source.pose(position) is None for position in range(len(source))):
         raise SourceError(
             f"'{source.name}' has images without poses. `kfloc map build ... --sfm DIR` finds them, and keeps them "
             "in DIR as the source colmap:DIR."

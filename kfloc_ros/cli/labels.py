@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kfloc_ros.cli.arguments import add_source_arguments, open_source_from
+from kfloc_ros.cli.build_options import need_poses
 
 DESCRIPTION = """\
 Write a source with poses as a folder that KFNet trains from: image_list.txt, label_list.txt (raw float32 H x W x 4:
@@ -46,6 +47,7 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write the folder."""
     source = open_source_from(args, depth=not args.no_depth)
+    need_poses(source)
 
     import numpy as np
     from tqdm import tqdm

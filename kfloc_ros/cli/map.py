@@ -86,8 +86,9 @@ def run_build(args: argparse.Namespace) -> int:
     started = time.monotonic()
 
     from kfloc_ros.mapping.build import build_map, check_free
+    from kfloc_ros.mapping.model_scale import known_length
     from kfloc_ros.mapping.motion_depth import with_depth
-    from kfloc_ros.mapping.structure import known_length, reconstruct
+    from kfloc_ros.mapping.structure import reconstruct
 
     config = build_config_from(args)
     frames = open_source_from(args, depth=not args.no_depth)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from kfloc_ros.cli import train_flow, train_pixloc
 from kfloc_ros.cli.arguments import OverridesParser, add_source_arguments, open_source_from
+from kfloc_ros.cli.build_options import need_poses
 from kfloc_ros.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ def run(args: argparse.Namespace) -> int:
     if args.source is None:
         raise ConfigError("Name a SOURCE to train from; only `--family fast` has one of its own.")
     source = open_source_from(args)
+    need_poses(source)
 
     import torch
     from tqdm import tqdm

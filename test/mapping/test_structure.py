@@ -16,8 +16,9 @@ from kfloc_ros.datasets import open_source
 from kfloc_ros.datasets.base import FrameSource, Selection
 from kfloc_ros.errors import SourceError
 from kfloc_ros.geometry.lie import make_pose, so3_exp
+from kfloc_ros.mapping.model_scale import KnownLength, known_length, scale_from_poses
 from kfloc_ros.mapping.sfm_source import ReconstructedSource
-from kfloc_ros.mapping.structure import KnownLength, known_length, reconstruct, scale_from_poses
+from kfloc_ros.mapping.structure import reconstruct
 from kfloc_ros.types import Frame
 
 
@@ -154,3 +155,12 @@ def test_a_folder_of_images_and_a_video_are_sources(walk, tmp_path: Path, capsys
         assert difference.mean() < 12
     with pytest.raises(SourceError, match="every=10"):
         open_source(f"video:{tmp_path / 'walk.avi'}?each=3")
+
+
+@pytest.mark.parametrize("words", [["labels"], ["train", "scoordnet"], ["map", "build"]])
+def test_what_needs_poses_says_how_to_find_them(walk, tmp_path: Path, capsys, words: list[str]) -> None:
+    for k, frame in enumerate(walk.frames[:3]):
+        cv2.imwrite(str(tmp_path / f"{k}.png"), frame.image)
+    (tmp_path / "camera.txt").write_text("320 256 260 260 159.5 127.5")  # the camera is known, the poses are not
+    assert main([*words, f"images:{tmp_path}", "--out", str(tmp_path / "out")]) == 2
+    assert "--sfm" in capsys.readouterr().err
