@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,6 +17,7 @@ from kfloc_ros.mapping.place import Place
 from kfloc_ros.mapping.place_search import LoadedSubmap, PlaceSearch, PlaceSearchSettings
 from kfloc_ros.mapping.submap_cache import SubmapCache
 from kfloc_ros.refine_stage import RefineStage
+from kfloc_ros.stages import timed
 from kfloc_ros.tracking import ConstantVelocity
 from kfloc_ros.types import Alignment, PoseEstimate, TrackingState
 
@@ -27,10 +27,8 @@ class GuideSettings:
     """When another submap takes over."""
 
     max_jump_m: float = 0.5
-    max_speed_m_s: float = 3.0
     max_jump_deg: float = 25.0
-    max_turn_deg_s: float = 180.0
-    """A pose further from the predicted one than a camera moves in the time is a new fix, and needs a search."""
+    """A pose further from the predicted one than either is a new fix, and needs a search of the whole place."""
     reach_m: float = 1.5
     """Submaps with a view within this of a pose (a degree counts as 2 cm) are its neighbours."""
     nearer_ratio: float = 0.6
@@ -147,6 +145,7 @@ class PlaceGuide:
                 self._start_from_motion = True
                 estimate = replace(estimate, state=TrackingState.LOST, reason=jump, T_map_camera=None, covariance=None)
         if self.active is not None:
+            estimate = self._find_again(features, estimate, predicted)
             estimate = self._look_around(features, estimate, predicted)
         if estimate.T_map_camera is not None:
             self._motion.observe(stamp_ns, estimate.T_map_camera)
@@ -190,6 +189,20 @@ class PlaceGuide:
         self._enter(number, alignment.T_map_camera)
         return True
 
+    def _find_again(self, features: TrunkFeatures, estimate: PoseEstimate, predicted: Matrix | None) -> PoseEstimate:
+        """The estimate, or, where it has no pose, that of a search around where the camera must be."""
+        if self.active is None or self._search is None or predicted is None or estimate.T_map_camera is not None:
+            return estimate
+        spent: dict[str, float] = {}
+        number, loaded = self.active.number, self.active.loaded
+        with timed(spent, "first_fix"):
+            found = self._search.find_again(features, number, loaded, lambda T: not self._jump(predicted, T))
+        estimate = _with_time(estimate, spent)
+        if not found.success or found.T_map_camera is None or self._jump(predicted, found.T_map_camera):
+            return estimate
+        self._start_from_motion = True
+        return _found_at(estimate, found)
+
     def _look_around(self, features: TrunkFeatures, estimate: PoseEstimate, predicted: Matrix | None) -> PoseEstimate:
         """The estimate, or a better one from a neighbour, which then takes over."""
         assert self.active is not None
@@ -209,21 +222,16 @@ class PlaceGuide:
         nearer = own > s.own_reach_m and away[number] < s.nearer_ratio * own
         if submap is None or self._pause > 0 or not (weak or nearer):
             return estimate
-        start = time.perf_counter()
+        spent: dict[str, float] = {}
         self._pause = s.pause_frames
-        alignment = submap.align(features, [at])
+        with timed(spent, "change_over"):
+            alignment = submap.align(features, [at])
         if self._is_better(alignment, estimate, weak=weak) and alignment.T_map_camera is not None:
             self._enter(number, alignment.T_map_camera)
             self._start_from_motion = True
             if weak:
-                estimate = replace(
-                    estimate, state=TrackingState.TRACKING, reason="", T_map_camera=alignment.T_map_camera,
-                    covariance=alignment.covariance, alignment=alignment,
-                )  # fmt: skip
-        spent_ms = 1e3 * (time.perf_counter() - start)
-        timings = {**estimate.timings_ms, "change_over": spent_ms}
-        timings["total"] = timings.pop("total", 0.0) + spent_ms
-        return replace(estimate, timings_ms=timings)
+                estimate = _found_at(estimate, alignment)
+        return _with_time(estimate, spent)
 
     def _is_better(self, alignment: Alignment, estimate: PoseEstimate, *, weak: bool) -> bool:
         if not alignment.success or alignment.covariance is None:
@@ -239,3 +247,22 @@ class PlaceGuide:
         if moved_m <= s.max_jump_m and moved_deg <= s.max_jump_deg:
             return ""
         return f"the pose jumped by {moved_m:.2f} m and {moved_deg:.0f} deg; other submaps may look like this one"
+
+
+def _found_at(estimate: PoseEstimate, alignment: Alignment) -> PoseEstimate:
+    """An estimate that takes the pose of a successful alignment."""
+    return replace(
+        estimate,
+        state=TrackingState.TRACKING,
+        reason="",
+        T_map_camera=alignment.T_map_camera,
+        covariance=alignment.covariance,
+        alignment=alignment,
+    )
+
+
+def _with_time(estimate: PoseEstimate, spent_ms: Mapping[str, float]) -> PoseEstimate:
+    """An estimate that took longer, by stage."""
+    timings = {**estimate.timings_ms, **spent_ms}
+    timings["total"] = timings.pop("total", 0.0) + sum(spent_ms.values())
+    return replace(estimate, timings_ms=timings)

@@ -190,6 +190,17 @@ def test_where_the_present_submap_gives_no_pose_a_neighbour_takes_over(make: Mak
         assert localizer.submap == ("before" if k < 8 else "after")
 
 
+def test_after_a_sudden_turn_the_present_submap_alone_is_searched(three_alike: Place, room) -> None:
+    """Its twin looks the same, but the camera cannot be there."""
+    localizer = localizer_of(three_alike)
+    localizer.refine.suggest([room[9].T_map_camera])
+    localizer.process(at(room[9], 0))
+    turned = room.view(room[9].T_map_camera @ make_pose(so3_exp([0.0, 0.33, 0.0]), np.zeros(3)))
+    estimate = localizer.process(at(turned, 1))
+    assert "first_fix" in estimate.timings_ms and localizer.submap == "own"
+    assert estimate.state is TrackingState.TRACKING and away_m(estimate, turned.T_map_camera) < 0.05
+
+
 def test_carried_elsewhere_a_pose_is_claimed_only_after_a_search(two_rooms: Place, room, other_room) -> None:
     localizer = localizer_of(two_rooms, max_gap_s=0.25)
     for k in range(3):

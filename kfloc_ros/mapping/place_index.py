@@ -88,8 +88,7 @@ class PlaceIndex:
             views: how many of each one's views at most.
         """
         cells = reliable_cells(features)
-        row = self.axes @ (self.vocabulary.describe(cells.features, cells.weight) - self.mean)
-        similarity = (self.descriptors @ F.normalize(row, dim=0)).numpy()
+        similarity = self._similarity(cells)
         order = np.argsort(-similarity, kind="stable")
         first = np.searchsorted(self.submap, np.arange(self.submap_count))
         _, best = np.unique(self.submap[order], return_index=True)
@@ -103,6 +102,19 @@ class PlaceIndex:
             found = [replace(item, votes=weight) for item, weight in zip(found, votes, strict=True)]
             found.sort(key=lambda item: -item.votes)  # stable: without a vote the descriptors decide
         return found
+
+    @torch.inference_mode()
+    def views_of(self, submap: int, features: TrunkFeatures, views: int) -> tuple[Retrieved, ...]:
+        """The views of one submap that an image looks most like, best first."""
+        own = np.flatnonzero(self.submap == submap)
+        similarity = self._similarity(reliable_cells(features))[own]
+        best = np.argsort(-similarity, kind="stable")[:views].tolist()
+        return tuple(Retrieved(k, float(similarity[k])) for k in best)
+
+    def _similarity(self, cells: QueryCells) -> NDArray[np.float32]:
+        """(N,) cosine of an image's shortened descriptor with those of the views."""
+        row = self.axes @ (self.vocabulary.describe(cells.features, cells.weight) - self.mean)
+        return np.asarray((self.descriptors @ F.normalize(row, dim=0)).numpy(), dtype=np.float32)
 
     def _votes(self, cells: QueryCells, first: Sequence[int], found: Sequence[SubmapCandidate]) -> list[float]:
         """Weight of the cells that fit a submap better than half of the others, and by how much."""

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from kfloc_ros.coarse_stage import CoarseStage
@@ -94,6 +94,21 @@ class PlaceSearch:
             reason = f"more than {s.submaps} submaps look alike: {self._names([*tried, rest[0]])}"
             return Found(replace(chosen, success=False, reason=reason), tried=numbers)
         return Found(chosen, winner.submap, numbers)
+
+    def find_again(
+        self, features: TrunkFeatures, submap: int, loaded: LoadedSubmap, allowed: Callable[[Matrix], bool]
+    ) -> Alignment:
+        """The alignment in a submap that the camera is known to be in; failed, with the reason, if there is none.
+
+        Args:
+            features: of the image.
+            submap: its number.
+            loaded: the submap.
+            allowed: says whether the camera can be at a pose.
+        """
+        retrieved = self._place.index.views_of(submap, features, self._settings.fix.retrieved)
+        starts = [start for start in loaded.first_fix.starts(features, retrieved) if allowed(start)]
+        return choose([loaded.align(features, [start]) for start in starts], self._settings.fix)
 
     def _try(self, features: TrunkFeatures, item: SubmapCandidate) -> list[Alignment]:
         submap = self._cache.get(item.submap)
