@@ -30,7 +30,9 @@ class LocalizerConfig:
     loaded_submaps: int = option(4, "Submaps of a place kept in memory (a place is several maps).", low=2, high=1000)
     num_references: int = option(3, "Reference views that a pose is aligned with.", low=1, high=20)
     alignment_heads: str = option(
-        "", "File of alignment heads that `kfloc train heads` made; empty: features as the trunk makes them."
+        "",
+        "What features pass through before they are aligned: shipped, a file that `kfloc train heads` made, or empty "
+        "for nothing.",
     )
     max_gap_s: float = option(
         0.5, "A longer gap between frames resets the filter and the motion model.", low=0.01, high=60.0

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from kfloc_ros.device import choose_device
 from kfloc_ros.features.trunk import TrunkFeatures
@@ -13,7 +12,7 @@ from kfloc_ros.judgement import JudgementSettings, judge
 from kfloc_ros.localizer_config import LocalizerConfig
 from kfloc_ros.mapping.first_fix import UNRELATED_COST, FirstFix
 from kfloc_ros.mapping.scene_map import SceneMap
-from kfloc_ros.pixloc.heads import load_heads
+from kfloc_ros.pixloc.heads import choose_heads
 from kfloc_ros.pixloc.references import ReferenceViews
 from kfloc_ros.pixloc.refiner import Refiner, RefinerSettings
 from kfloc_ros.stages import CoarseResult, Observation, check_frame, timed
@@ -29,6 +28,7 @@ class RefineStage:
         self._device = choose_device(config.device)
         references = scene_map.references.to(self._device)
         self._first_fix = FirstFix(references, scene_map.camera) if config.first_fix else None
+        heads = choose_heads(config.alignment_heads)
         self._refiner = Refiner(
             references,
             scene_map.camera,
@@ -37,7 +37,7 @@ class RefineStage:
                 max_cost=min(calibration.max_alignment_cost, UNRELATED_COST),
                 covariance_scale=calibration.refined_covariance_scale,
             ),
-            load_heads(Path(config.alignment_heads)).to(self._device) if config.alignment_heads else None,
+            None if heads is None else heads.to(self._device),
         )
         self._config = config
         self._camera = scene_map.camera

@@ -52,7 +52,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--tracking", action="store_true", help="align from the predicted pose while that succeeds; faster"
     )
     parser.add_argument(
-        "--heads", type=Path, metavar="FILE", help="alignment heads that `kfloc train heads` made (default: none)"
+        "--heads",
+        default="",
+        metavar="FILE",
+        help="alignment heads: shipped, or a file of `kfloc train heads` (default: none)",
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where networks run")
     parser.add_argument(
@@ -88,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
         refine=not args.no_refine,
         tracking=args.tracking,
         loaded_submaps=args.loaded_submaps,
-        alignment_heads="" if args.heads is None else str(args.heads),
+        alignment_heads=args.heads,
     )
     map_path = resolve_map(args.map)
     localizer = localizer_for(load_map(map_path), config)

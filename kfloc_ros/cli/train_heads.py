@@ -53,14 +53,15 @@ def run(args: argparse.Namespace) -> int:
 
     from kfloc_ros.config import build_config, parse_overrides
     from kfloc_ros.device import choose_device
-    from kfloc_ros.pixloc.heads import AlignmentHeads, load_heads
+    from kfloc_ros.pixloc.heads import AlignmentHeads, HeadsConfig, load_heads
     from kfloc_ros.training.heads_stage import HeadsStage, HeadsTrainConfig
     from kfloc_ros.training.heads_views import SimulatedPairs, ViewRule
     from kfloc_ros.training.pixloc_trainer import train_stage
 
     config = build_config(HeadsTrainConfig, parse_overrides(HeadsTrainConfig, args.overrides))
     torch.manual_seed(config.seed)
-    heads = load_heads(args.heads) if args.heads is not None else AlignmentHeads()
+    widths = HeadsConfig() if config.fine else HeadsConfig(fine_width=0)
+    heads = load_heads(args.heads) if args.heads is not None else AlignmentHeads(widths)
     rule = ViewRule(rooms=config.rooms, places=config.places, views=config.views)
     quiet = not sys.stderr.isatty()
     with tqdm(total=100, unit="%", desc="rendering", disable=quiet) as bar:

@@ -28,6 +28,8 @@ FORMAT = "kfloc_heads"
 FORMAT_VERSION = "1"
 MAX_WIDTH = 1024
 LEVELS = ("coarse", "fine")
+SHIPPED = "shipped"
+SHIPPED_FILE = Path(__file__).parent / "weights" / "heads_fast.safetensors"
 PLAIN_DAMPING = 1e-3
 """The plain refiner's damping at the start of a level."""
 
@@ -42,12 +44,14 @@ class HeadsConfig:
 
     coarse_width: int = 64
     fine_width: int = 48
+    """0: the fine level's features stay as they are; it is the coarse one that decides how far a start may lie off."""
     context: int = 16
     """Channels of the coarse level that the fine one sees: what a cell's surroundings look like."""
     damping_log10_range: tuple[float, float] = (-6.0, 3.0)
 
     def __post_init__(self) -> None:
-        if not all(0 < width <= MAX_WIDTH for width in (self.coarse_width, self.fine_width, self.context)):
+        widths = (self.coarse_width, self.fine_width or 1, self.context)
+        if not all(0 < width <= MAX_WIDTH for width in widths):
             raise ConfigError(f"Widths of alignment heads lie between 1 and {MAX_WIDTH}, got {self}.")
         low, high = self.damping_log10_range
         if not -12 <= low < high <= 12:
@@ -89,8 +93,8 @@ class AlignmentHeads(nn.Module):
         self.config = config or HeadsConfig()
         c = self.config
         self.coarse = LevelHead(COARSE_CHANNELS, 0, c.coarse_width)
-        self.context = nn.Linear(COARSE_CHANNELS, c.context)
-        self.fine = LevelHead(FINE_CHANNELS, c.context, c.fine_width)
+        self.context = nn.Linear(COARSE_CHANNELS, c.context) if c.fine_width else None
+        self.fine = LevelHead(FINE_CHANNELS, c.context, c.fine_width) if c.fine_width else None
         self.damping = nn.ModuleDict({level: ConstantDamping(c.damping_log10_range) for level in LEVELS})
         low, high = c.damping_log10_range
         share = torch.tensor((torch.log10(torch.tensor(PLAIN_DAMPING)).item() - low) / (high - low))
@@ -103,11 +107,15 @@ class AlignmentHeads(nn.Module):
 
     def of_points(self, coarse: torch.Tensor, fine: torch.Tensor) -> tuple[Aligned, Aligned]:
         """Coarse and fine level of points with the trunk's unit features (..., 64) and (..., 24)."""
+        if self.fine is None or self.context is None:
+            return self.coarse(coarse), _unchanged(fine)
         return self.coarse(coarse), self.fine(fine, self.context(coarse))
 
     def of_maps(self, coarse: torch.Tensor, fine: torch.Tensor) -> tuple[Aligned, Aligned]:
         """Coarse and fine level of maps (B, 64, h, w) and (B, 24, H, W), each (B, height, width, ...)."""
         coarse = coarse.permute(0, 2, 3, 1)
+        if self.fine is None or self.context is None:
+            return self.coarse(coarse), _unchanged(fine.permute(0, 2, 3, 1))
         context = self.context(coarse).permute(0, 3, 1, 2)
         context = F.interpolate(context, fine.shape[-2:], mode="bilinear").permute(0, 2, 3, 1)
         return self.coarse(coarse), self.fine(fine.permute(0, 2, 3, 1), context)
@@ -115,6 +123,10 @@ class AlignmentHeads(nn.Module):
     def damping_of(self, level: str) -> torch.Tensor:
         """(6,) factors of the diagonal in the order tx, ty, tz, rx, ry, rz of the camera."""
         return torch.as_tensor(self.damping[level]())
+
+
+def _unchanged(features: torch.Tensor) -> Aligned:
+    return Aligned(features, features.new_ones(features.shape[:-1]))
 
 
 def save_heads(path: Path, heads: AlignmentHeads, origin: str = "") -> None:
@@ -128,6 +140,15 @@ def save_heads(path: Path, heads: AlignmentHeads, origin: str = "") -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({k: v.detach().cpu().contiguous() for k, v in heads.state_dict().items()}, path, metadata)
     path.chmod(0o644)  # safetensors makes it private
+
+
+def choose_heads(choice: str) -> AlignmentHeads | None:
+    """The heads that an option names: none if it is empty, those of this package if it is ``shipped``, else a file's.
+
+    Raises:
+        WeightsError: see :func:`load_heads`.
+    """
+    return load_heads(SHIPPED_FILE if choice == SHIPPED else Path(choice)) if choice else None
 
 
 def load_heads(path: Path) -> AlignmentHeads:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,9 +26,8 @@ from kfloc_ros.training.pixloc_stages import TrainingStage
 from kfloc_ros.training.pixloc_trainer import LoopConfig
 
 STRIDES = (COARSE_STRIDE, FINE_STRIDE)
-SCALE_PX = 0.25
-"""An error counts by the logarithm of how much larger than this it is: to halve a small one is worth as much as to
-halve a large one, so that the last tenth of a pixel is not lost among pairs that go wrong."""
+KNEE_PX = 0.5
+"""Errors below count by their square, errors above by their length."""
 RATIO_STEP = 0.02
 """Of the running mean of cost ratios, a step."""
 
@@ -45,6 +43,7 @@ class HeadsTrainConfig(LoopConfig):
     validate_every: int = option(100, "Steps between looks at the held-out room; also at the start and end.", low=1)
     validation_pairs: int = option(64, "Pairs of the held-out room that are looked at, always the same.", low=1)
     snapshot_every: int = option(100, "Steps between checkpoints; one is also written at the end.", low=1)
+    fine: bool = option(False, "A head for the fine level, too; it costs time and has brought nothing so far.")
     iterations: int = option(8, "Of the alignment, a level.", low=1, high=100)
     success_px: float = option(3.0, "Error, in coarse cells, above which the fine level does not count.", low=0.0)
     clamp_px: float = option(50.0, "Error above which there is no gradient.", low=0.0)
@@ -101,19 +100,19 @@ class HeadsStage(TrainingStage[HeadPairs]):
         usable = common.sum(-1) >= MIN_COMMON_POINTS
 
         def error_px(T: Pose) -> torch.Tensor:
-            """(B,) mean distance of the common points from where they belong, in pixels."""
+            """(B,) mean distance of the common points from where they belong, in pixels, rounded off below the knee."""
             uv, _ = camera.world2image(T.transform(points))
             squared = torch.where(common, ((uv - true_uv) ** 2).sum(-1), torch.zeros_like(uv[..., 0]))
-            return ((squared + 1e-6).sqrt() * common).sum(-1) / common.sum(-1).clamp(min=1)
+            distance = (squared + KNEE_PX**2).sqrt() - KNEE_PX
+            return (distance * common).sum(-1) / common.sum(-1).clamp(min=1)
 
-        ends, worst = self.align(batch), math.log1p(self._clamp_px / SCALE_PX)
+        ends = self.align(batch)
         total = torch.zeros_like(usable, dtype=torch.float64)
         counts, figures = torch.ones_like(usable), {}
         for level, stride, T in zip(LEVELS, STRIDES, ends, strict=True):
             error = error_px(T).clamp(max=self._clamp_px)
             usable = usable & error.detach().isfinite()
-            value = torch.log1p(error / SCALE_PX)
-            total = total + torch.where(counts, value, torch.full_like(value, worst)) / len(ends)
+            total = total + torch.where(counts, error, torch.full_like(error, self._clamp_px)) / len(ends)
             # where the coarse level went wrong, the fine one can learn nothing
             counts = counts & (error.detach() < self._success_px * stride)
             figures[f"error_px/{level}"] = error.detach()

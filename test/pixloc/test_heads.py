@@ -113,7 +113,7 @@ def test_files_are_read_as_written_and_checked(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="not finite"):
         load_heads(tmp_path / "bad")
     with pytest.raises(ConfigError):
-        HeadsConfig(fine_width=0)
+        HeadsConfig(fine_width=-1)
 
 
 def test_the_localizer_takes_heads_from_a_file(room_map: Path, tmp_path: Path) -> None:
@@ -122,5 +122,17 @@ def test_the_localizer_takes_heads_from_a_file(room_map: Path, tmp_path: Path) -
     with_heads = RefineStage(scene_map, LocalizerConfig(alignment_heads=str(tmp_path / "heads.safetensors")))
     assert with_heads.refiner.heads is not None
     assert RefineStage(scene_map, LocalizerConfig()).refiner.heads is None
+    shipped = RefineStage(scene_map, LocalizerConfig(alignment_heads="shipped")).refiner.heads
+    assert shipped is not None and shipped.fine is None  # so that what a map is calibrated with stays right
     with pytest.raises(WeightsError, match="no alignment heads"):
         RefineStage(scene_map, LocalizerConfig(alignment_heads=str(tmp_path / "none")))
+
+
+def test_without_a_fine_head_the_fine_level_stays_as_it_is(tmp_path: Path) -> None:
+    heads = AlignmentHeads(HeadsConfig(fine_width=0))
+    coarse, fine = F.normalize(torch.randn(1, 64, 4, 5), dim=1), F.normalize(torch.randn(1, 24, 8, 10), dim=1)
+    maps, points = heads.of_maps(coarse, fine), heads.of_points(coarse[:, :, 1, 2], fine[:, :, 3, 4])
+    assert torch.equal(maps[1].features.permute(0, 3, 1, 2), fine) and bool((maps[1].trust == 1).all())
+    assert torch.equal(points[1].features, fine[:, :, 3, 4]) and points[1].trust.shape == (1,)
+    save_heads(tmp_path / "heads", heads)
+    assert load_heads(tmp_path / "heads").fine is None
