@@ -128,7 +128,9 @@ class RefineStage:
     def _search(self, features: TrunkFeatures, failed: Alignment) -> Alignment:
         """The alignment found without any prior, or the failed one with what the search says about it."""
         assert self._first_fix is not None
-        found = self._first_fix.find(features, lambda starts: self._refiner.align(features, starts))
+        found = self._first_fix.find(
+            features, lambda starts: self._refiner.align(features, starts, max_cost=UNRELATED_COST)
+        )
         return found if found.success else replace(failed, reason=f"{failed.reason}; searched the map: {found.reason}")
 
     def _judge(self, coarse: CoarseResult, alignment: Alignment | None) -> PoseEstimate:

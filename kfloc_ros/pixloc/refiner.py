@@ -76,13 +76,14 @@ class Refiner:
             self._damping = tuple(heads.damping_of(level).detach().double().cpu().numpy() for level in LEVELS)
 
     @torch.inference_mode()
-    def align(self, features: TrunkFeatures, starts: Sequence[Matrix]) -> Alignment:
+    def align(self, features: TrunkFeatures, starts: Sequence[Matrix], *, max_cost: float | None = None) -> Alignment:
         """Refine the most promising of several starting poses.
 
         Args:
             features: of the query image.
             starts: candidate T_map_camera, such as the coarse pose and the predicted one; the one whose cost
                 at the coarse level is smallest is refined.
+            max_cost: instead of that of the settings.
         """
         if not starts:
             return failed_alignment("there is no pose to start from")
@@ -93,7 +94,7 @@ class Refiner:
             return failed_alignment(
                 f"only {chosen.valid_count} reference points are in view", reference_ids=chosen.reference_ids
             )
-        return self._descend(chosen)
+        return self._descend(chosen, self.settings.max_cost if max_cost is None else max_cost)
 
     def _prepare(self, images: tuple[FeatureImage, FeatureImage], T_map_camera: Matrix) -> _Candidate:
         chosen = self.references.overlapping(T_map_camera, self.camera, self.settings.num_references)
@@ -130,7 +131,7 @@ class Refiner:
         loss = RobustLoss(self.settings.loss_scale)
         return linearize(level.image, candidate.points, level.features, level.confidence, T, self.camera, loss)
 
-    def _descend(self, candidate: _Candidate) -> Alignment:
+    def _descend(self, candidate: _Candidate, max_cost: float) -> Alignment:
         T, iterations = candidate.T_camera_local, 0
         results: list[LevelResult] = []
         for level, damping in zip(candidate.levels, self._damping, strict=True):
@@ -141,9 +142,9 @@ class Refiner:
             result = minimize(at, T, StopRule(self.settings.max_iterations), damping)
             T, iterations = result.T_camera_map, iterations + result.iterations
             results.append(result)
-        return self._judge(candidate, results, iterations)
+        return self._judge(candidate, results, iterations, max_cost)
 
-    def _judge(self, candidate: _Candidate, results: list[LevelResult], iterations: int) -> Alignment:
+    def _judge(self, candidate: _Candidate, results: list[LevelResult], iterations: int, max_cost: float) -> Alignment:
         end, s = results[-1], self.settings
         T_local_camera = inverse_pose(end.T_camera_map)
         T_map_camera = candidate.in_map(end.T_camera_map)
@@ -155,8 +156,8 @@ class Refiner:
         reason = ""
         if end.end.valid_count < s.min_points or valid_ratio < s.min_valid_ratio:
             reason = f"only {end.end.valid_count} of {len(candidate.points)} reference points stayed in view"
-        elif cost > s.max_cost:
-            reason = f"the image does not look like the map there (cost {cost:.3f} > {s.max_cost:.3f})"
+        elif cost > max_cost:
+            reason = f"the image does not look like the map there (cost {cost:.3f} > {max_cost:.3f})"
         elif correction_m > s.max_correction_m or correction_deg > s.max_correction_deg:
             reason = f"the alignment ran away by {correction_m:.2f} m and {correction_deg:.1f} deg"
         elif covariance is None:
