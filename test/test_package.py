@@ -103,6 +103,16 @@ def test_entry_points_exist_and_are_callable(setup_text: str) -> None:
         assert any(isinstance(node, ast.FunctionDef) and node.name == function for node in tree.body), path
 
 
+def test_what_the_package_needs_besides_its_modules_is_installed_with_it(setup_text: str) -> None:
+    """Weights and pages: every file below the package that is no module matches a pattern of its package data."""
+    match = re.search(r"package_data=\{PACKAGE: (\[.*?\])\}", setup_text)
+    assert match is not None
+    packaged = {path for pattern in ast.literal_eval(match[1]) for path in PACKAGE.glob(pattern)}
+    others = {path for path in PACKAGE.rglob("*.*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert PACKAGE / "kfnet" / "weights" / "oflownet_fast.safetensors" in others
+    assert others <= packaged
+
+
 def ros_imports(path: Path) -> list[str]:
     return [name for name in imported(ast.parse(path.read_text(encoding="utf-8"))) if ROS_MODULES.match(name)]
 
