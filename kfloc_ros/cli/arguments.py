@@ -10,6 +10,7 @@ from typing import Any
 
 from kfloc_ros.datasets import SOURCE_KINDS, FrameSource, open_source
 from kfloc_ros.datasets.base import SPLITS
+from kfloc_ros.errors import SourceError
 
 
 class OverridesParser(argparse.ArgumentParser):
@@ -51,3 +52,16 @@ def open_source_from(args: argparse.Namespace, *, depth: bool = True) -> FrameSo
         SourceError: see :func:`kfloc_ros.datasets.open_source`.
     """
     return open_source(args.source, poses=args.poses, frames=args.frames, split=args.split, depth=depth)
+
+
+def need_camera(source: FrameSource) -> None:
+    """Refuse images of a camera that is only guessed, where poses or a recording would be wrong with it.
+
+    Raises:
+        SourceError: what to do instead.
+    """
+    if source.camera_is_guess:
+        raise SourceError(
+            f"The camera of '{source.name}' is not known. Put a camera.txt with 'width height fx fy cx cy' and the "
+            "distortion beside the images; `kfloc map build ... --sfm DIR` finds the camera and writes DIR/camera.txt."
+        )

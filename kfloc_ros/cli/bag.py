@@ -7,7 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from kfloc_ros.cli.arguments import add_source_arguments, open_source_from
+from kfloc_ros.cli.arguments import add_source_arguments, need_camera, open_source_from
 
 MAKE_DESCRIPTION = """\
 Write the frames of SOURCE as a rosbag2 folder (mcap), at the rate at which they were recorded.
@@ -75,6 +75,7 @@ def run_make(args: argparse.Namespace) -> int:
     from kfloc_ros.bags.writer import write_bag
 
     source = open_source_from(args, depth=not args.no_depth)
+    need_camera(source)
     with tqdm(total=len(source), unit="frame", disable=args.quiet or not sys.stderr.isatty()) as bar:
         report = write_bag(
             source, args.out, depth=not args.no_depth, force=args.force, progress=lambda done: bar.update(done - bar.n)

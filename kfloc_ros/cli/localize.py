@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kfloc_ros.cli.arguments import add_source_arguments, open_source_from
+from kfloc_ros.cli.arguments import add_source_arguments, need_camera, open_source_from
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -67,6 +67,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """Run ``kfloc localize``; 0 when done, 130 when interrupted."""
     source = open_source_from(args, depth=False)
+    need_camera(source)
 
     # Imported late, so that a mistyped SOURCE is answered at once and not after loading torch.
     from tqdm import tqdm

@@ -54,7 +54,7 @@ class ImageFolder(PosedImages):
 
 
 class VideoFile(FrameSource):
-    """Every so many frames of a video, of a camera that is not known.
+    """Every so many frames of a video; the camera is that of a ``camera.txt`` beside it, or else a guess.
 
     Args:
         path: anything that OpenCV reads.
@@ -75,7 +75,12 @@ class VideoFile(FrameSource):
         self._period_ns = round(1e9 / rate) if 0 < rate < 1e5 else FRAME_PERIOD_NS
         self._numbers = range(0, count, step)
         self._next = 0
-        self._camera = guessed_camera(self._read(0))
+        first = self._read(0)
+        calibration = path.with_name(CALIBRATION_FILE)
+        self._is_guess = not calibration.is_file()
+        self._camera = guessed_camera(first) if self._is_guess else read_calibration(calibration)
+        if first.shape[:2] != (self._camera.height, self._camera.width):
+            raise SourceError(f"'{calibration}' is of another camera: '{path}' is {first.shape[1]}x{first.shape[0]}.")
 
     @property
     def camera(self) -> Camera:
@@ -83,7 +88,7 @@ class VideoFile(FrameSource):
 
     @property
     def camera_is_guess(self) -> bool:
-        return True
+        return self._is_guess
 
     def __len__(self) -> int:
         return len(self._numbers)

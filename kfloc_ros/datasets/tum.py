@@ -76,6 +76,12 @@ def read_calibration(path: Path) -> Camera:
     return Camera(int(width), int(height), fx, fy, cx, cy, model, tuple(distortion))
 
 
+def write_calibration(path: Path, camera: Camera) -> None:
+    """Write a ``camera.txt`` that :func:`read_calibration` reads as the same camera."""
+    values = (camera.fx, camera.fy, camera.cx, camera.cy, *camera.distortion)
+    path.write_text(f"{camera.width} {camera.height} {' '.join(map(repr, values))}\n", encoding="utf-8")
+
+
 def _rows(path: Path) -> list[list[str]]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()

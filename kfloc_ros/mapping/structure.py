@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from kfloc_ros.datasets.base import FrameSource
 from kfloc_ros.datasets.colmap import MIN_TRACK_LENGTH, camera_of
+from kfloc_ros.datasets.tum import CALIBRATION_FILE, write_calibration
 from kfloc_ros.errors import SourceError
 from kfloc_ros.features.trunk import Trunk
 from kfloc_ros.geometry.camera import Camera, ImageAdapter
@@ -47,7 +48,7 @@ def reconstruct(
 
     Args:
         source: images in order, of one camera; if that is a guess, it is found, too.
-        folder: for the images, COLMAP's database and the model; must not exist.
+        folder: for the images, COLMAP's database, the model, and the camera if it was found; must not exist.
         length: that fixes the scale; else the source's depth does, or else its poses.
         on_progress: told the stage and the share of it that is done.
 
@@ -98,6 +99,8 @@ def _reconstruct(
     model.write(folder / "sparse")
     poses, points = _read(model, names)
     camera = camera_of(next(iter(model.cameras.values()))) if source.camera_is_guess else None
+    if camera is not None:
+        write_calibration(folder / CALIBRATION_FILE, camera)
     return ReconstructedSource(source, poses, points, camera)
 
 

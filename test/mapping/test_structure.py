@@ -14,6 +14,7 @@ import pytest
 from kfloc_ros.cli.main import main
 from kfloc_ros.datasets import open_source
 from kfloc_ros.datasets.base import FrameSource, Selection
+from kfloc_ros.datasets.tum import write_calibration
 from kfloc_ros.errors import SourceError
 from kfloc_ros.geometry.lie import make_pose, so3_exp
 from kfloc_ros.mapping.model_scale import KnownLength, known_length, scale_from_poses
@@ -148,6 +149,8 @@ def test_a_folder_of_images_and_a_video_are_sources(walk, tmp_path: Path, capsys
     assert main(["map", "build", str(tmp_path / "walk.avi"), "--out", str(tmp_path / "map")]) == 2
     assert "--sfm" in capsys.readouterr().err
     assert not open_source(str(folder)).camera_is_guess and open_source(str(folder)).camera == walk.camera
+    assert main(["localize", str(tmp_path / "walk.avi"), "--map", "demo_room", "--out", str(tmp_path / "out")]) == 2
+    assert "DIR/camera.txt" in capsys.readouterr().err
     film = open_source(f"video:{tmp_path / 'walk.avi'}?every=3")
     assert len(film) == 4 and film.camera_is_guess
     for position in (2, 0, 1):
@@ -164,3 +167,11 @@ def test_what_needs_poses_says_how_to_find_them(walk, tmp_path: Path, capsys, wo
     (tmp_path / "camera.txt").write_text("320 256 260 260 159.5 127.5")  # the camera is known, the poses are not
     assert main([*words, f"images:{tmp_path}", "--out", str(tmp_path / "out")]) == 2
     assert "--sfm" in capsys.readouterr().err
+
+
+def test_a_camera_that_was_found_can_be_put_beside_other_images_of_it(walk, tmp_path: Path) -> None:
+    camera = replace(walk.camera, distortion_model="plumb_bob", distortion=(-0.03, 0.0, 0.0, 0.0, 0.0))
+    write_calibration(tmp_path / "camera.txt", camera)
+    cv2.imwrite(str(tmp_path / "0.png"), walk[0].image)
+    source = open_source(f"images:{tmp_path}")
+    assert source.camera == camera and not source.camera_is_guess
