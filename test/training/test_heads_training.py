@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from kfloc_ros.cli.main import main
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import rotation_angle_deg
 from kfloc_ros.pixloc.heads import LEVELS, AlignmentHeads, load_heads
@@ -107,3 +108,13 @@ def test_steps_lower_the_loss_of_their_own_pairs(pairs: SimulatedPairs) -> None:
         optimizer.step()
         losses.append(float(total.detach()))
     assert min(losses[-3:]) < 0.9 * losses[0]
+
+
+@pytest.mark.slow
+def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["rooms=1", "places=1", "views=2", "steps=1", "batch=1", "iterations=2", "validation_pairs=1"]
+    assert main(["train", "heads", "--out", str(tmp_path / "out"), "--device", "cpu", *words]) == 0
+    assert "step 1 of 1 (finished)" in capsys.readouterr().out
+    assert load_heads(tmp_path / "out" / "heads_best.safetensors").fine is None
+    again = ["train", "heads", "--heads", str(tmp_path / "out" / "heads.safetensors"), "--out", str(tmp_path / "more")]
+    assert main([*again, "--device", "cpu", *words]) == 0
