@@ -56,7 +56,7 @@ def test_the_view_most_alike_is_near(scene_map: SceneMap, features: TrunkFeature
     centres = scene_map.references.T_map_camera[:, :3, 3]
     distance = np.linalg.norm(centres - room[9].T_map_camera[:3, 3], axis=1)
     assert distance[best.position] <= np.median(distance)
-    assert all(best.similarity >= other.similarity for other in others)
+    assert best.votes > 0 and all(best.votes >= other.votes for other in others)
 
 
 def test_no_more_views_are_returned_than_there_are(scene_map: SceneMap, features: TrunkFeatures) -> None:
@@ -85,6 +85,14 @@ def test_the_refiner_searches_when_there_is_no_coarse_pose(scene_map: SceneMap, 
     found = stage_result(scene_map, room, features)
     assert found.state is TrackingState.TRACKING and away(found.T_map_camera, room[9]) < 0.03
     assert stage_result(scene_map, room, features, first_fix=False).T_map_camera is None
+
+
+def test_the_search_does_not_ask_for_what_views_near_the_mapped_ones_cost(
+    scene_map: SceneMap, features: TrunkFeatures, room
+) -> None:
+    strict = replace(scene_map, calibration=replace(scene_map.calibration, max_alignment_cost=1e-4))
+    found = stage_result(strict, room, features)
+    assert found.state is TrackingState.TRACKING and away(found.T_map_camera, room[9]) < 0.03
 
 
 def test_the_refiner_searches_when_the_coarse_pose_is_refused(
