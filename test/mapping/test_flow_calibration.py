@@ -8,7 +8,14 @@ import torch
 import torch.nn.functional as F
 
 from kfloc_ros.kfnet.flow_choice import LEARNED_FLOOR_M2
-from kfloc_ros.mapping.calibration import ONE_SIGMA, TEMPERATURES, _Carried, calibrate_flow, scale_of_worse_runs
+from kfloc_ros.mapping.calibration import (
+    ONE_SIGMA,
+    TEMPERATURES,
+    USUAL_LEARNED_SCALE,
+    _Carried,
+    calibrate_flow,
+    scale_of_worse_runs,
+)
 from kfloc_ros.mapping.scene_map import Calibration
 from kfloc_ros.types import SceneCoordinates
 
@@ -25,7 +32,7 @@ def test_the_scale_puts_the_right_share_inside_one_sigma(scale: float) -> None:
     assert found == pytest.approx(scale, rel=0.1)
     inside = (error.square() < found * process + LEARNED_FLOOR_M2).float().mean()
     assert inside == pytest.approx(ONE_SIGMA, abs=1e-3)
-    assert _Carried(torch.zeros(3), torch.ones(3), 0.0).scale(LEARNED_FLOOR_M2) == 1.0
+    assert _Carried(torch.zeros(3), torch.ones(3), 0.0).scale(LEARNED_FLOOR_M2) == USUAL_LEARNED_SCALE
 
 
 def test_both_flows_are_calibrated_on_the_same_pairs() -> None:
