@@ -11,11 +11,13 @@ import poselib
 import torch
 from numpy.typing import NDArray
 
+from kfloc_ros.features.lighterglue import LighterGlue, PointSet
 from kfloc_ros.features.trunk import COARSE_STRIDE, TrunkFeatures
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import Matrix, inverse_pose, make_pose, rotation_angle_deg
 from kfloc_ros.mapping.retrieval import ReferenceIndex, Retrieved
-from kfloc_ros.pixloc.references import ReferenceViews
+from kfloc_ros.pixloc.cost import project
+from kfloc_ros.pixloc.references import ReferenceViews, query_points
 from kfloc_ros.pixloc.refiner import failed_alignment
 from kfloc_ros.types import Alignment
 
@@ -34,7 +36,12 @@ class FirstFixSettings:
     """How far the search goes and when a place counts as found."""
 
     retrieved: int = 20
-    """Reference views whose points are matched."""
+    """Reference views whose points may be matched."""
+    matched: int = 6
+    """Of these, views whose points are matched in context; all are matched one by one where that finds nothing."""
+    query_points: int = 800
+    min_matched_inliers: int = 10
+    """Of matches in context, which are few and mostly right."""
     groups: int = 10
     """Groups of views that are solved for a pose at most."""
     group_radius_m: float = 1.0
@@ -80,6 +87,7 @@ class FirstFix:
     def __init__(self, references: ReferenceViews, camera: Camera, settings: FirstFixSettings | None = None) -> None:
         self._references, self._camera, self._settings = references, camera, settings or FirstFixSettings()
         self._index: ReferenceIndex | None = None
+        self._matcher: LighterGlue | None = None
 
     @torch.inference_mode()
     def starts(self, features: TrunkFeatures, retrieved: Sequence[Retrieved] | None = None) -> list[Matrix]:
@@ -94,8 +102,12 @@ class FirstFix:
             if self._index is None:
                 self._index = ReferenceIndex(self._references)
             retrieved = self._index.search(features, self._settings.retrieved)
-        matches = {item.position: self._match(features, item.position) for item in retrieved}
-        found = sorted(self._supported(matches), key=lambda place: -place.support)
+        matches = self._match_in_context(features, [item.position for item in retrieved[: self._settings.matched]])
+        found = list(self._supported(matches, self._settings.min_matched_inliers))
+        if not found:
+            matches = {item.position: self._match(features, item.position) for item in retrieved}
+            found = list(self._supported(matches, self._settings.min_inliers))
+        found.sort(key=lambda place: -place.support)
         chosen: list[Matrix] = []
         for place in found:
             near = (self._settings.same_start_m, self._settings.same_start_deg)
@@ -103,7 +115,7 @@ class FirstFix:
                 chosen.append(place.T_map_camera)
         return chosen[: self._settings.places]
 
-    def _supported(self, matches: Mapping[int, Matches]) -> Iterator[_Supported]:
+    def _supported(self, matches: Mapping[int, Matches], min_inliers: int) -> Iterator[_Supported]:
         """Poses from the views, in order: each view that is in no earlier group by its group, and by itself.
 
         A group's views see one place and support each other; but where one view alone shows what the image shows, the
@@ -117,7 +129,7 @@ class FirstFix:
             away_m = np.linalg.norm(centres - centres[left[0]], axis=1)
             group = [k for k in matches if away_m[k] <= self._settings.group_radius_m]
             for views in (group, left[:1])[: 1 if len(group) == 1 else 2]:
-                place = self._solve([matches[k] for k in views])
+                place = self._solve([matches[k] for k in views], min_inliers)
                 if place is not None:
                     yield place
             left = [k for k in left if k not in group]
@@ -131,6 +143,28 @@ class FirstFix:
         """
         return choose([align([start]) for start in self.starts(features)], self._settings)
 
+    def _match_in_context(self, features: TrunkFeatures, positions: Sequence[int]) -> dict[int, Matches]:
+        """Matches that were judged with their surroundings."""
+        if self._matcher is None:
+            self._matcher = LighterGlue(device=features.coarse.device)
+        width, height = self._camera.width, self._camera.height
+        query = PointSet(*query_points(features, self._settings.query_points), width, height)
+        pixels = query.pixels.cpu().double().numpy()
+        found = {}
+        for position in positions:
+            view = self._references.views[position]
+            uv, _, _ = project(
+                view.points.double(),
+                torch.from_numpy(inverse_pose(self._references.T_map_camera[position])).to(view.points.device),
+                self._camera,
+                1.0,
+            )
+            seen = PointSet(uv.to(query.pixels), view.coarse.to(query.features), width, height)
+            pairs = self._matcher.match(seen, query).cpu()
+            points = view.points.cpu().double().numpy()[pairs[:, 0].numpy()]
+            found[position] = Matches(pixels[pairs[:, 1].numpy()], points)
+        return found
+
     def _match(self, features: TrunkFeatures, position: int) -> Matches:
         """Mutual nearest neighbours between a view's points and the image's cells."""
         view, grid = self._references.views[position], features.coarse[0].float()
@@ -143,10 +177,10 @@ class FirstFix:
         pixels = np.stack([chosen % w, chosen // w], axis=1) * COARSE_STRIDE + (COARSE_STRIDE - 1) / 2
         return Matches(pixels.astype(np.float64), view.points[kept.to(view.points.device)].cpu().double().numpy())
 
-    def _solve(self, parts: Sequence[Matches]) -> _Supported | None:
+    def _solve(self, parts: Sequence[Matches], min_inliers: int) -> _Supported | None:
         pixels = np.concatenate([m.pixels for m in parts])
         points = np.concatenate([m.points for m in parts])
-        if len(pixels) < self._settings.min_inliers:
+        if len(pixels) < min_inliers:
             return None
         camera = {"model": "PINHOLE", "width": self._camera.width, "height": self._camera.height}
         camera["params"] = [self._camera.fx, self._camera.fy, self._camera.cx, self._camera.cy]
@@ -155,7 +189,7 @@ class FirstFix:
         origin = points.mean(axis=0)
         pose, info = poselib.estimate_absolute_pose(pixels, points - origin, camera, ransac, {})
         inlier_cells = {tuple(p) for p in pixels[np.asarray(info["inliers"], dtype=bool)]}
-        if len(inlier_cells) < self._settings.min_inliers:
+        if len(inlier_cells) < min_inliers:
             return None
         T_map_camera = inverse_pose(make_pose(pose.R, pose.t))
         T_map_camera[:3, 3] += origin

