@@ -25,7 +25,7 @@ UNRELATED_COST = 0.26
 """Alignment cost above which no pose is believed, however lax the limit that a map was calibrated with.
 
 The features are the same in every map, and so is the cost of unrelated images: in an office (hololens_office) and in a
-mirrored kitchen (RedKitchen) wrong places cost 0.27 and more, right ones at most 0.25. The search believes up to here,
+mirrored kitchen (RedKitchen) wrong places cost 0.26 and more, right ones at most 0.25. The search believes up to here,
 however strict the map's own limit: it is calibrated on views from near the mapped ones, and right poses from further
 away cost more; and matched points have said independently of the cost where to align from.
 """
