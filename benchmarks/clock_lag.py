@@ -27,7 +27,8 @@ from typing import Any
 import numpy as np
 
 from kfloc_ros.evaluation.hardware import describe_hardware
-from kfloc_ros.mapping.scene_map import SceneMap, resolve_map
+from kfloc_ros.mapping.map_folders import resolve_map
+from kfloc_ros.mapping.scene_map import SceneMap
 from kfloc_ros.replay.environment import ros_environment
 
 _CHILD = "KFLOC_BENCHMARK_CHILD"

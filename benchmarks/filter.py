@@ -40,7 +40,8 @@ from kfloc_ros.geometry.camera import ImageAdapter
 from kfloc_ros.kfnet.filter import FilterSettings, NisMode, SceneCoordinateFilter
 from kfloc_ros.kfnet.flow_choice import FlowKind, choose_flow
 from kfloc_ros.localizer_config import LocalizerConfig
-from kfloc_ros.mapping.scene_map import SceneMap, resolve_map
+from kfloc_ros.mapping.map_folders import resolve_map
+from kfloc_ros.mapping.scene_map import SceneMap
 from kfloc_ros.mapping.views import View, cell_coordinates
 from kfloc_ros.solvers.pnp import PnpSettings, solve_pnp
 from kfloc_ros.types import Frame, SceneCoordinates

@@ -32,7 +32,8 @@ from kfloc_ros.geometry.camera import ImageAdapter
 from kfloc_ros.geometry.lie import Matrix, rotation_angle_deg
 from kfloc_ros.localizer import Localizer
 from kfloc_ros.localizer_config import LocalizerConfig
-from kfloc_ros.mapping.scene_map import SceneMap, resolve_map
+from kfloc_ros.mapping.map_folders import resolve_map
+from kfloc_ros.mapping.scene_map import SceneMap
 
 AFTER = (0, 1, 5, 10)
 """Frames seen before the one that is judged."""

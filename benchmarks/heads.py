@@ -31,7 +31,8 @@ from kfloc_ros.evaluation.metrics import PoseError, pose_error, recall
 from kfloc_ros.geometry.camera import ImageAdapter
 from kfloc_ros.geometry.lie import Matrix, make_pose, so3_exp
 from kfloc_ros.localizer_config import LocalizerConfig
-from kfloc_ros.mapping.scene_map import SceneMap, resolve_map
+from kfloc_ros.mapping.map_folders import resolve_map
+from kfloc_ros.mapping.scene_map import SceneMap
 from kfloc_ros.pixloc.heads import load_heads
 from kfloc_ros.pixloc.refiner import Refiner, RefinerSettings
 from kfloc_ros.types import Alignment, Frame

@@ -22,7 +22,8 @@ from pathlib import Path
 
 import numpy as np
 
-from kfloc_ros.mapping.scene_map import SceneMap, resolve_map
+from kfloc_ros.mapping.map_folders import resolve_map
+from kfloc_ros.mapping.scene_map import SceneMap
 from kfloc_ros.replay.environment import ros_environment
 
 _CHILD = "KFLOC_BENCHMARK_CHILD"

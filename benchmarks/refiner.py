@@ -122,7 +122,8 @@ def work(args: argparse.Namespace) -> int:
     from kfloc_ros.geometry.camera import ImageAdapter
     from kfloc_ros.localizer import Localizer
     from kfloc_ros.localizer_config import LocalizerConfig
-    from kfloc_ros.mapping.scene_map import SceneMap, resolve_map
+    from kfloc_ros.mapping.map_folders import resolve_map
+    from kfloc_ros.mapping.scene_map import SceneMap
     from kfloc_ros.types import Frame
 
     found, wanted = Path(kfloc_ros.__file__).resolve().parents[1], Path(os.environ["PYTHONPATH"]).resolve()

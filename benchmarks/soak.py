@@ -33,7 +33,8 @@ from typing import Any
 import numpy as np
 
 from kfloc_ros.evaluation.hardware import describe_hardware
-from kfloc_ros.mapping.scene_map import read_description, resolve_map
+from kfloc_ros.mapping.map_folders import resolve_map
+from kfloc_ros.mapping.map_format import read_description
 from kfloc_ros.replay.bag_stream import BagEvent, BagStream, ReplayRange
 from kfloc_ros.replay.environment import ros_environment
 from kfloc_ros.replay.player import play

@@ -49,7 +49,8 @@ def run(args: argparse.Namespace) -> int:
 
     from kfloc_ros.kfnet.export import export_coordinates
     from kfloc_ros.localizer_config import LocalizerConfig
-    from kfloc_ros.mapping.scene_map import SceneMap, resolve_map
+    from kfloc_ros.mapping.map_folders import resolve_map
+    from kfloc_ros.mapping.scene_map import SceneMap
 
     scene_map = SceneMap.load(resolve_map(args.map))
     config = LocalizerConfig(device=args.device, filter=not args.no_filter)

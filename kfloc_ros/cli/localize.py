@@ -80,8 +80,8 @@ def run(args: argparse.Namespace) -> int:
     from kfloc_ros.evaluation.results import write_results
     from kfloc_ros.evaluation.summary import RunInfo
     from kfloc_ros.localizer_config import LocalizerConfig
+    from kfloc_ros.mapping.map_folders import resolve_map
     from kfloc_ros.mapping.place import load_map
-    from kfloc_ros.mapping.scene_map import resolve_map
     from kfloc_ros.place_localizer import localizer_for
 
     limit_threads()

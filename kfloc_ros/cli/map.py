@@ -65,10 +65,12 @@ def add_parser(subparsers: Any) -> None:
         "the source's depth, or else its poses)",
     )
     build.set_defaults(run_action=run_build)
-    info = actions.add_parser("info", help="describe a map")
+    info = actions.add_parser("info", help="describe a map, or a place and its submaps")
     info.add_argument("map", metavar="MAP", help="map folder, or name of an installed map")
     info.set_defaults(run_action=run_info)
-    verify = actions.add_parser("verify", help="check a map's files, checksums and values")
+    verify = actions.add_parser(
+        "verify", help="check a map's files, checksums and values, or those of a place and its submaps"
+    )
     verify.add_argument("map", metavar="MAP", help="map folder, or name of an installed map")
     verify.set_defaults(run_action=run_verify)
     add_join(actions)
@@ -115,8 +117,8 @@ def run_build(args: argparse.Namespace) -> int:
 
 def run_info(args: argparse.Namespace) -> int:
     """``kfloc map info``."""
+    from kfloc_ros.mapping.map_folders import resolve_map
     from kfloc_ros.mapping.place import Place, load_map
-    from kfloc_ros.mapping.scene_map import resolve_map
 
     loaded = load_map(resolve_map(args.map))
     print(describe_place(loaded) if isinstance(loaded, Place) else describe(loaded))
@@ -125,15 +127,17 @@ def run_info(args: argparse.Namespace) -> int:
 
 def run_verify(args: argparse.Namespace) -> int:
     """``kfloc map verify``: exit code 1 if something is wrong."""
+    from kfloc_ros.mapping.map_folders import resolve_map
     from kfloc_ros.mapping.place import is_place, verify_place
-    from kfloc_ros.mapping.scene_map import resolve_map, verify_map
+    from kfloc_ros.mapping.scene_map import verify_map
 
     folder = resolve_map(args.map)
     problems = verify_place(folder) if is_place(folder) else verify_map(folder)
     for problem in problems:
         print(problem, file=sys.stderr)
     if not problems:
-        print(f"'{folder}' is whole: checksums match and all values are finite.")
+        what = "the index and all submaps agree, " if is_place(folder) else ""
+        print(f"'{folder}' is whole: {what}checksums match and all values are finite.")
     return 1 if problems else 0
 
 

@@ -11,19 +11,26 @@ from typing import Any
 
 from kfloc_ros.cli.arguments import add_source_arguments, open_source_from
 from kfloc_ros.cli.build_options import BuildBars, add_build_options, build_config_from, need_poses, provenance_of
+from kfloc_ros.errors import MapError
 
 UPDATE = """\
 Maps a recording by itself, finds where it lies in MAP by localizing some of its views there, and adds it: a head of its
 own, which leaves what the map knows as it was, and reference views where they add coverage, newer before older.
+
+Of a place of several maps one submap is updated, that of --submap or the one in which the recording's images are found
+(with --same-frame: whose views are nearest to its poses); the others are copied.
 """
 UPDATE_EXAMPLE = """\
 examples:
   kfloc map update maps/kitchen bag:out/second_visit --out maps/kitchen --force --budget 3min
   kfloc map update maps/kitchen 7scenes:DIR --same-frame --out maps/kitchen_2
+  kfloc map update maps/house bag:out/visit --submap attic --out maps/house --force
 """
 MERGE = """\
 Makes one map of two. The second is placed in the first's frame by matching their reference points; --same-frame skips
 that for maps that have one frame already, such as maps of neighbouring rooms in one building's frame.
+
+Maps that are to stay apart are made a place of: see `kfloc map place --help`, which also adds a map to a place.
 """
 
 
@@ -39,6 +46,9 @@ def add_join(actions: Any) -> None:
     update.add_argument("map", metavar="MAP", help="map folder, or name of an installed map")
     add_source_arguments(update)
     _add_common(update, "the recording's poses")
+    update.add_argument(
+        "--submap", metavar="NAME", help="of a place, the submap to add to (default: where the recording is found)"
+    )
     add_build_options(update)
     update.set_defaults(run_action=run_update)
 
@@ -49,7 +59,7 @@ def add_join(actions: Any) -> None:
     _add_common(merge, "OTHER's poses")
     merge.set_defaults(run_action=run_merge)
 
-    migrate = actions.add_parser("migrate", help="write a map of an older format version in the present one")
+    migrate = actions.add_parser("migrate", help="write a map or a place of an older format version in the present one")
     migrate.add_argument("map", metavar="MAP", help="map folder, or name of an installed map")
     migrate.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="map folder to write; MAP itself with --force"
@@ -71,32 +81,45 @@ def run_update(args: argparse.Namespace) -> int:
     started = time.monotonic()
 
     from kfloc_ros.mapping.build import check_free
+    from kfloc_ros.mapping.map_folders import resolve_map
+    from kfloc_ros.mapping.map_format import SUBMAPS
     from kfloc_ros.mapping.motion_depth import with_depth
-    from kfloc_ros.mapping.scene_map import SceneMap, resolve_map
+    from kfloc_ros.mapping.place import Place, load_map
+    from kfloc_ros.mapping.place_editing import submap_of, update_place
     from kfloc_ros.mapping.update import update_map
 
     check_free(args.out, overwrite=args.force)
     config = build_config_from(args)
-    scene_map = SceneMap.load(resolve_map(args.map))
+    known = load_map(resolve_map(args.map))
+    if args.submap and not isinstance(known, Place):
+        raise MapError(f"'{args.map}' is a single map, which has no submap '{args.submap}'; leave out --submap.")
     frames = open_source_from(args, depth=not args.no_depth)
     need_poses(frames)
     source = with_depth(frames, hide=args.no_depth, device=config.device)
     command = shlex.join(["kfloc", "map", "update", args.map, args.source, "--out", str(args.out)])
-    updated = update_map(
-        scene_map,
-        source,
-        config,
-        same_frame=args.same_frame,
-        provenance={f"last_update_{key}": value for key, value in provenance_of(args, source, command).items()},
-        started=started,
-        on_progress=BuildBars(),
-    )
-    updated.scene_map.save(args.out, overwrite=args.force)
+    options: dict[str, Any] = {
+        "same_frame": args.same_frame,
+        "provenance": {f"last_update_{k}": value for k, value in provenance_of(args, source, command).items()},
+        "started": started,
+        "on_progress": BuildBars(),
+    }
+    if isinstance(known, Place):
+        number = (
+            known.number_of(args.submap)
+            if args.submap
+            else submap_of(known, frames, same_frame=args.same_frame, device=config.device)
+        )
+        before, out = known.load_submap(number), args.out / SUBMAPS / known.submaps[number].name
+        _, updated = update_place(known, number, source, args.out, config, overwrite=args.force, **options)
+    else:
+        before, out = known, args.out
+        updated = update_map(known, source, config, **options)
+        updated.scene_map.save(args.out, overwrite=args.force)
     placed = updated.placement
     if placed is not None:
         where = "its poses, moved into the map's frame" if placed.moved else "its poses as they are"
         print(f"Placed by {placed.agreeing} of {placed.tried} views that agree: {where}.")
-    print(_counts(scene_map, updated.scene_map, args.out))
+    print(_counts(before, updated.scene_map, out))
     return 0
 
 
@@ -105,11 +128,21 @@ def run_merge(args: argparse.Namespace) -> int:
     import numpy as np
 
     from kfloc_ros.mapping.build import MapBuildConfig, check_free
+    from kfloc_ros.mapping.map_folders import resolve_map
+    from kfloc_ros.mapping.map_format import SUBMAPS
     from kfloc_ros.mapping.merge import merge_maps
+    from kfloc_ros.mapping.place import is_place
     from kfloc_ros.mapping.registration import register
-    from kfloc_ros.mapping.scene_map import SceneMap, resolve_map
+    from kfloc_ros.mapping.scene_map import SceneMap
 
     check_free(args.out, overwrite=args.force)
+    for folder in (resolve_map(args.map), resolve_map(args.other)):
+        if is_place(folder):
+            raise MapError(
+                f"'{folder}' is a place of several maps, and only single maps are merged: name one of its submaps, the "
+                f"folders in '{folder / SUBMAPS}'. To have the submaps of both side by side, make one place of them: "
+                f"kfloc map place {args.map} {args.other} --out PLACE"
+            )
     older, newer = SceneMap.load(resolve_map(args.map)), SceneMap.load(resolve_map(args.other))
     T = np.eye(4)
     if not args.same_frame:
@@ -130,12 +163,19 @@ def run_merge(args: argparse.Namespace) -> int:
 
 def run_migrate(args: argparse.Namespace) -> int:
     """``kfloc map migrate``."""
-    from kfloc_ros.mapping.scene_map import FORMAT_VERSION, SceneMap, read_description, resolve_map
+    from kfloc_ros.mapping.map_folders import resolve_map
+    from kfloc_ros.mapping.map_format import NEWEST, read_description
+    from kfloc_ros.mapping.place import Place, load_map
+    from kfloc_ros.mapping.place_editing import migrate_place
 
     folder = resolve_map(args.map)
-    old = read_description(folder)["version"]
-    SceneMap.load(folder).save(args.out, overwrite=args.force)
-    print(f"'{args.out}' has format version {FORMAT_VERSION} (before: {old}).")
+    old, known = read_description(folder), load_map(folder)
+    if isinstance(known, Place):
+        migrate_place(known, args.out, overwrite=args.force)
+        print(f"'{args.out}' and its {len(known.submaps)} submaps have the present format.")
+        return 0
+    known.save(args.out, overwrite=args.force)
+    print(f"'{args.out}' has format version {NEWEST[old['format']]} (before: {old['version']}).")
     return 0
 
 

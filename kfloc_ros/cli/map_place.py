@@ -16,11 +16,13 @@ if TYPE_CHECKING:
 TEXT = """\
 Makes a place of several maps, its submaps, each called as its folder. They are copied; the result is used like a map
 (`kfloc localize SOURCE --map PLACE`, map:=PLACE), and poses are in its frame. The maps' poses are to be in one frame,
-such as a building's, or --at says where a submap's frame lies. All must be for one camera.
+such as a building's, or --at says where a submap's frame lies. All must be for one camera. Of a MAP that is a place
+itself all submaps are taken, where they lie in it: so a map is added to a place, or two places are joined.
 """
 EXAMPLE = """\
-example:
+examples:
   kfloc map place maps/hall maps/kitchen maps/attic --at attic 0 0 3.1 0 0 0 1 --out maps/house
+  kfloc map place maps/house maps/cellar --out maps/house --force
 """
 
 
@@ -33,7 +35,7 @@ def add_place(actions: Any) -> None:
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("maps", nargs="+", metavar="MAP", help="map folder, or name of an installed map")
+    parser.add_argument("maps", nargs="+", metavar="MAP", help="folder of a map or a place, or an installed one's name")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the place to write")
     parser.add_argument("--name", default="", help="name of the place (default: that of the folder)")
     parser.add_argument(
@@ -50,8 +52,8 @@ def add_place(actions: Any) -> None:
 
 def run_place(args: argparse.Namespace) -> int:
     """``kfloc map place``."""
+    from kfloc_ros.mapping.map_folders import resolve_map
     from kfloc_ros.mapping.place_making import make_place
-    from kfloc_ros.mapping.scene_map import resolve_map
 
     motions: dict[str, Matrix] = {}
     for name, *numbers in args.at:

@@ -1,18 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``kfloc map export|view|pack|unpack|crop``: what can be done with a map that is there."""
+"""``kfloc map export|view|pack|unpack|crop``: what can be done with a map, or a place of several, that is there."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-MAP_HELP = "map folder, or name of an installed map"
+if TYPE_CHECKING:
+    from kfloc_ros.mapping.coverage import Coverage
+
+MAP_HELP = "folder of a map or of a place of several, or name of an installed one"
 
 
 def add_tools(actions: Any) -> None:
     """Register the actions below ``kfloc map``."""
-    export = actions.add_parser("export", help="write a map for other programs: a COLMAP model or a PLY point cloud")
+    export = actions.add_parser(
+        "export", help="write a map or a place for other programs: a COLMAP model or a PLY point cloud"
+    )
     export.add_argument("map", metavar="MAP", help=MAP_HELP)
     export.add_argument("--to", choices=("colmap", "ply"), required=True, help="format")
     export.add_argument(
@@ -21,7 +26,9 @@ def add_tools(actions: Any) -> None:
     export.set_defaults(run_action=run_export)
 
     view = actions.add_parser(
-        "view", help="draw a map from above: points, reference views, extent; or where it will localize"
+        "view",
+        help="draw a map, or a place with all its submaps, from above: points, reference views, extent; or where "
+        "it will localize",
     )
     view.add_argument("map", metavar="MAP", help=MAP_HELP)
     view.add_argument("--out", type=Path, required=True, metavar="PNG", help="picture to write")
@@ -30,18 +37,18 @@ def add_tools(actions: Any) -> None:
     )
     view.set_defaults(run_action=run_view)
 
-    pack = actions.add_parser("pack", help="put a map into one file")
+    pack = actions.add_parser("pack", help="put a map or a place into one file")
     pack.add_argument("map", metavar="MAP", help=MAP_HELP)
     pack.add_argument("--out", type=Path, required=True, metavar="FILE", help="file to write, such as kitchen.kfmap")
     pack.add_argument("--force", action="store_true", help="replace an existing file")
     pack.set_defaults(run_action=run_pack)
 
-    unpack = actions.add_parser("unpack", help="take a map out of such a file, checked")
-    unpack.add_argument("file", type=Path, metavar="FILE", help="a packed map")
-    unpack.add_argument("--out", type=Path, required=True, metavar="DIR", help="the map folder to create")
+    unpack = actions.add_parser("unpack", help="take a map or a place out of such a file, checked")
+    unpack.add_argument("file", type=Path, metavar="FILE", help="a packed map or place")
+    unpack.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to create")
     unpack.set_defaults(run_action=run_unpack)
 
-    crop = actions.add_parser("crop", help="keep the part of a map inside a box")
+    crop = actions.add_parser("crop", help="keep the part of a map or a place inside a box")
     crop.add_argument("map", metavar="MAP", help=MAP_HELP)
     crop.add_argument("--out", type=Path, required=True, metavar="DIR", help="the map folder to write")
     crop.add_argument(
@@ -59,47 +66,53 @@ def add_tools(actions: Any) -> None:
 def run_export(args: argparse.Namespace) -> int:
     """``kfloc map export``."""
     from kfloc_ros.mapping.export import export_colmap, export_ply
-    from kfloc_ros.mapping.scene_map import SceneMap, resolve_map
+    from kfloc_ros.mapping.map_folders import resolve_map
+    from kfloc_ros.mapping.place import load_map
 
-    scene_map = SceneMap.load(resolve_map(args.map))
+    known = load_map(resolve_map(args.map))
     write = export_colmap if args.to == "colmap" else export_ply
-    print(f"Written to '{write(scene_map, args.out)}'.")
+    print(f"Written to '{write(known, args.out)}'.")
     return 0
 
 
 def run_view(args: argparse.Namespace) -> int:
     """``kfloc map view``."""
-    import numpy as np
-
     from kfloc_ros.mapping.coverage import floor_coverage
     from kfloc_ros.mapping.export import write_new_file
+    from kfloc_ros.mapping.map_folders import resolve_map
     from kfloc_ros.mapping.picture import picture_from_above, picture_of_coverage, up_axis
-    from kfloc_ros.mapping.scene_map import SceneMap, resolve_map
+    from kfloc_ros.mapping.place import each_map, load_map
 
-    scene_map = SceneMap.load(resolve_map(args.map))
+    known = load_map(resolve_map(args.map))
     if args.accuracy:
-        coverage = floor_coverage(scene_map, *up_axis(scene_map))
-        picture = picture_of_coverage(scene_map, coverage)
-        covered = coverage.share > 0
-        if covered.any():
-            area_m2, share = covered.sum() * coverage.step_m**2, 100 * coverage.share[covered].mean()
-            error_cm = 100 * np.nanmedian(coverage.error_m)
-            print(
-                f"{area_m2:.1f} m2 are covered, on average in {share:.0f} % of the directions, with a median expected "
-                f"error of {error_cm:.1f} cm."
-            )
-        else:
-            print("No level view at the height of the recording is covered.")
+        coverages = []
+        for submap, scene_map in each_map(known):
+            coverages.append(floor_coverage(scene_map, *up_axis(known)))
+            print(f"{submap}: " * bool(submap) + _describe_coverage(coverages[-1]))
+        picture = picture_of_coverage(known, coverages)
     else:
-        picture = picture_from_above(scene_map)
+        picture = picture_from_above(known)
     print(f"Drawn as '{write_new_file(args.out, picture)}'.")
     return 0
+
+
+def _describe_coverage(coverage: Coverage) -> str:
+    import numpy as np
+
+    covered = coverage.share > 0
+    if not covered.any():
+        return "No level view at the height of the recording is covered."
+    area_m2, share = covered.sum() * coverage.step_m**2, 100 * coverage.share[covered].mean()
+    return (
+        f"{area_m2:.1f} m2 are covered, on average in {share:.0f} % of the directions, with a median expected error "
+        f"of {100 * np.nanmedian(coverage.error_m):.1f} cm."
+    )
 
 
 def run_pack(args: argparse.Namespace) -> int:
     """``kfloc map pack``."""
     from kfloc_ros.mapping.archive import pack_map
-    from kfloc_ros.mapping.scene_map import resolve_map
+    from kfloc_ros.mapping.map_folders import resolve_map
 
     archive = pack_map(resolve_map(args.map), args.out, overwrite=args.force)
     print(f"Packed into '{archive}' ({archive.stat().st_size / 1e6:.1f} MB).")
@@ -110,18 +123,28 @@ def run_unpack(args: argparse.Namespace) -> int:
     """``kfloc map unpack``."""
     from kfloc_ros.mapping.archive import unpack_map
 
-    scene_map = unpack_map(args.file, args.out)
-    print(f"The map '{scene_map.name}' is whole, and now in '{args.out}'.")
+    known = unpack_map(args.file, args.out)
+    print(f"'{known.name}' is whole, and now in '{args.out}'.")
     return 0
 
 
 def run_crop(args: argparse.Namespace) -> int:
     """``kfloc map crop``."""
     from kfloc_ros.mapping.crop import crop_map
-    from kfloc_ros.mapping.scene_map import SceneMap, resolve_map
+    from kfloc_ros.mapping.map_folders import resolve_map
+    from kfloc_ros.mapping.place import Place, load_map
+    from kfloc_ros.mapping.place_editing import crop_place
 
-    whole = SceneMap.load(resolve_map(args.map))
-    part = crop_map(whole, args.box[:3], args.box[3:])
+    whole = load_map(resolve_map(args.map))
+    low, high = args.box[:3], args.box[3:]
+    if isinstance(whole, Place):
+        cropped = crop_place(whole, low, high, args.out, overwrite=args.force)
+        print(
+            f"{len(cropped.submaps)} of {len(whole.submaps)} submaps, with {len(cropped.references.ids)} of "
+            f"{len(whole.references.ids)} reference views, are in '{cropped.path}'."
+        )
+        return 0
+    part = crop_map(whole, low, high)
     folder = part.save(args.out, overwrite=args.force)
     print(f"{len(part.references.ids)} of {len(whole.references.ids)} reference views are in '{folder}'.")
     return 0

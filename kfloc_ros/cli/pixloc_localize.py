@@ -127,7 +127,8 @@ def _in_map(args: argparse.Namespace, image: NDArray[np.uint8]) -> _Answer:
     from kfloc_ros.geometry.camera import ImageAdapter
     from kfloc_ros.localizer import Localizer
     from kfloc_ros.localizer_config import LocalizerConfig
-    from kfloc_ros.mapping.scene_map import SceneMap, resolve_map
+    from kfloc_ros.mapping.map_folders import resolve_map
+    from kfloc_ros.mapping.scene_map import SceneMap
     from kfloc_ros.types import Frame, PoseEstimate, TrackingState
     from kfloc_ros.visualization.overlay import OverlayPainter
 

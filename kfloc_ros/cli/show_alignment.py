@@ -14,8 +14,9 @@ from kfloc_ros.errors import DrawingError, SourceError
 from kfloc_ros.geometry.lie import Matrix
 from kfloc_ros.localizer import Localizer
 from kfloc_ros.localizer_config import LocalizerConfig
+from kfloc_ros.mapping.map_folders import resolve_map
 from kfloc_ros.mapping.picture import up_axis
-from kfloc_ros.mapping.scene_map import SceneMap, resolve_map
+from kfloc_ros.mapping.scene_map import SceneMap
 from kfloc_ros.types import Alignment
 from kfloc_ros.visualization.alignment_views import alignment_panels, moved, steps_picture, summary
 from kfloc_ros.visualization.basin import (

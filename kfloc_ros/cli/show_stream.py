@@ -16,8 +16,9 @@ from kfloc_ros.cli.arguments import open_source_from
 from kfloc_ros.errors import DrawingError
 from kfloc_ros.localizer import Localizer
 from kfloc_ros.localizer_config import LocalizerConfig
+from kfloc_ros.mapping.map_folders import resolve_map
 from kfloc_ros.mapping.picture import up_axis
-from kfloc_ros.mapping.scene_map import SceneMap, resolve_map
+from kfloc_ros.mapping.scene_map import SceneMap
 from kfloc_ros.visualization.filter_views import caption, confidence_panels, filter_panels, flow_panels
 from kfloc_ros.visualization.rerun import Recording
 from kfloc_ros.visualization.rerun_views import log_filter

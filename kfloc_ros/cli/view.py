@@ -73,7 +73,8 @@ def _check(args: argparse.Namespace) -> None:
 def _run_results(args: argparse.Namespace, folder: Path) -> int:
     import json
 
-    from kfloc_ros.mapping.scene_map import SceneMap, resolve_map
+    from kfloc_ros.mapping.map_folders import resolve_map
+    from kfloc_ros.mapping.scene_map import SceneMap
     from kfloc_ros.visualization.run_view import begin, view_results
 
     try:
@@ -99,7 +100,8 @@ def _run_source(args: argparse.Namespace) -> int:
 
     from kfloc_ros.localizer import Localizer
     from kfloc_ros.localizer_config import LocalizerConfig
-    from kfloc_ros.mapping.scene_map import SceneMap, resolve_map
+    from kfloc_ros.mapping.map_folders import resolve_map
+    from kfloc_ros.mapping.scene_map import SceneMap
     from kfloc_ros.visualization.run_view import begin, view_source
 
     scene_map = SceneMap.load(resolve_map(args.map))

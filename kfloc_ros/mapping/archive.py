@@ -1,57 +1,64 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A map as one file: a ZIP archive that holds the files of the map folder and nothing else.
+"""A map, or a place of several, as one file: a ZIP archive that holds the files of its folder and nothing else.
 
-Reading trusts nothing that the archive says: only the names of a map's files are accepted, sizes are counted while
-reading, and the result is checked as a map before it appears.
+Reading trusts nothing that the archive says: only the names of a map's files are accepted, or of those submaps that a
+place's description lists; sizes are counted while reading, and the result is checked before it appears.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 import zipfile
 import zlib
 from pathlib import Path
 
 from kfloc_ros.errors import MapError
-from kfloc_ros.mapping.map_files import MAX_FILE_BYTES
-from kfloc_ros.mapping.scene_map import DESCRIPTION, HEAD_FILE, MAX_DESCRIPTION_BYTES, REFERENCES_FILE, SceneMap
+from kfloc_ros.mapping.map_files import MAX_FILE_BYTES, appearing, appearing_file
+from kfloc_ros.mapping.map_format import (
+    DESCRIPTION,
+    HEAD_FILE,
+    INDEX_FILE,
+    MAX_DESCRIPTION_BYTES,
+    PLACE_FORMAT,
+    REFERENCES_FILE,
+    SUBMAPS,
+    read_description,
+)
+from kfloc_ros.mapping.place import AnyMap, load_map, submaps_of, verify_place
+from kfloc_ros.mapping.scene_map import SceneMap
 
 ENDING = ".kfmap"
 LIMITS = {DESCRIPTION: MAX_DESCRIPTION_BYTES, HEAD_FILE: MAX_FILE_BYTES, REFERENCES_FILE: MAX_FILE_BYTES}
+"""The files of a map."""
+MAX_UNPACKED_BYTES = 2 * MAX_FILE_BYTES
 CHUNK_BYTES = 1 << 20
 
 
 def pack_map(folder: Path, archive: Path, *, overwrite: bool = False) -> Path:
-    """Write a map folder into one file; it appears whole or not at all.
+    """Write the folder of a map or of a place into one file; it appears whole or not at all.
 
     Raises:
-        MapError: the folder is no whole map, or the file exists or cannot be written.
+        MapError: the folder is no whole map or place, it is too large, or the file exists or cannot be written.
     """
-    SceneMap.load(folder)
+    limits = _check(folder)
+    size = sum((folder / item).stat().st_size for item in limits)
+    if size > MAX_UNPACKED_BYTES:
+        raise MapError(
+            f"'{folder}' has {size / 1e9:.1f} GB, more than the {MAX_UNPACKED_BYTES / 1e9:.0f} GB that a packed file "
+            "may hold; copy the folder instead."
+        )
     if archive.exists() and not overwrite:
         raise MapError(f"'{archive}' exists; pass --force to replace it or name another file.")
-    partial: Path | None = None
     try:
-        archive.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{archive.name}.", dir=archive.parent)
-        partial = Path(name)
-        with os.fdopen(handle, "wb") as stream, zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as packed:
-            for item in LIMITS:
+        with appearing_file(archive) as stream, zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as packed:
+            for item in limits:
                 packed.write(folder / item, item)
-        partial.chmod(0o644)
-        os.replace(partial, archive)
     except OSError as error:
         raise MapError(f"'{archive}' cannot be written: {error}.") from error
-    finally:
-        if partial is not None:
-            partial.unlink(missing_ok=True)
     return archive
 
 
-def unpack_map(archive: Path, folder: Path, *, max_bytes: int = 2 * MAX_FILE_BYTES) -> SceneMap:
-    """Read a packed map into a new folder; it appears whole or not at all.
+def unpack_map(archive: Path, folder: Path, *, max_bytes: int = MAX_UNPACKED_BYTES) -> AnyMap:
+    """Read a packed map or place into a new folder; it appears whole or not at all.
 
     Args:
         archive: the packed map.
@@ -65,34 +72,63 @@ def unpack_map(archive: Path, folder: Path, *, max_bytes: int = 2 * MAX_FILE_BYT
         raise MapError(f"'{folder}' exists; name another folder.")
     temporary: Path | None = None
     try:
-        folder.absolute().parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.absolute().parent))
-        with zipfile.ZipFile(archive) as packed:
-            _check_names(archive, packed)
-            for item, limit in LIMITS.items():
+        with appearing(folder.absolute()) as temporary, zipfile.ZipFile(archive) as packed:
+            for item, limit in _listed(packed, temporary).items():
+                (temporary / item).parent.mkdir(parents=True, exist_ok=True)
                 max_bytes -= _extract(packed, item, temporary / item, min(limit, max_bytes))
-        SceneMap.load(temporary)
-        temporary.chmod(0o755)
-        temporary.rename(folder)
+            _check(temporary)
     except MapError as error:
         raise MapError(
             f"'{archive}' does not hold a whole map: {error}".replace(str(temporary), str(folder))
         ) from error
     except (OSError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError, NotImplementedError) as error:
         raise MapError(f"'{archive}' cannot be unpacked: {error}.") from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-    return SceneMap.load(folder)
+    return load_map(folder)
 
 
-def _check_names(archive: Path, packed: zipfile.ZipFile) -> None:
+def _check(folder: Path) -> dict[str, int]:
+    """Have a folder be a whole map or place; its files, by their names in it, and the most bytes of each.
+
+    Raises:
+        MapError: it is not.
+    """
+    limits = _limits(folder)
+    if limits == LIMITS:
+        SceneMap.load(folder)
+    elif problems := verify_place(folder):
+        raise MapError(problems[0])
+    return limits
+
+
+def _limits(folder: Path) -> dict[str, int]:
+    """What belongs to the map or place that a folder's description describes, the description first."""
+    description = read_description(folder)
+    if description["format"] != PLACE_FORMAT:
+        return LIMITS
+    limits = {DESCRIPTION: MAX_DESCRIPTION_BYTES, INDEX_FILE: MAX_FILE_BYTES}
+    for submap in submaps_of(folder, description):
+        limits |= {f"{SUBMAPS}/{submap.name}/{item}": limit for item, limit in LIMITS.items()}
+    return limits
+
+
+def _listed(packed: zipfile.ZipFile, folder: Path) -> dict[str, int]:
+    """What is to be unpacked, and the most bytes of each; leaves nothing in the folder.
+
+    Raises:
+        MapError: the archive holds anything but a map or a place, or the files of either in another way.
+    """
     names = sorted(item.filename for item in packed.infolist())
-    if names != sorted(LIMITS):
-        shown = ", ".join(repr(name[:60]) for name in names[:5])
-        raise MapError(f"it must hold {', '.join(sorted(LIMITS))} and nothing else, but holds {shown or 'nothing'}.")
     if any(item.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for item in packed.infolist()):
         raise MapError("its files are compressed in a way that packed maps are not.")
+    limits = LIMITS
+    if INDEX_FILE in names and names.count(DESCRIPTION) == 1:
+        _extract(packed, DESCRIPTION, folder / DESCRIPTION, MAX_DESCRIPTION_BYTES)
+        limits = _limits(folder)
+        (folder / DESCRIPTION).unlink()
+    if names != sorted(limits):
+        shown = ", ".join(repr(name[:60]) for name in names if name not in limits)[:400] or f"{len(names)} files"
+        raise MapError(f"it must hold {', '.join(sorted(limits)[:5])} and nothing else, but holds {shown}.")
+    return limits
 
 
 def _extract(packed: zipfile.ZipFile, name: str, path: Path, limit: int) -> int:

@@ -23,8 +23,9 @@ from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.kfnet.scoordnet import SCoordNet
 from kfloc_ros.mapping.calibration import calibrate
 from kfloc_ros.mapping.hold_out import HeldOut
+from kfloc_ros.mapping.map_format import DESCRIPTION
 from kfloc_ros.mapping.pace import Pace
-from kfloc_ros.mapping.scene_map import DESCRIPTION, Calibration, SceneMap
+from kfloc_ros.mapping.scene_map import Calibration, SceneMap
 from kfloc_ros.mapping.survey import Survey, SurveySettings, describe_left_out, survey_source
 from kfloc_ros.mapping.views import View, map_camera
 from kfloc_ros.training.scene_head import MIN_STEPS_PER_SECOND, HeadProgress, HeadTraining, train_head

@@ -16,6 +16,10 @@ MIN_POINTS = 60
 """A view with fewer points inside says too little about a pose: an alignment needs as many."""
 
 
+class NothingInside(MapError):
+    """Nothing of a map lies in the box that it is to be cropped to."""
+
+
 def crop_map(scene_map: SceneMap, low_m: Sequence[float], high_m: Sequence[float]) -> SceneMap:
     """The map within a box; the head and the calibration stay as they are.
 
@@ -25,7 +29,8 @@ def crop_map(scene_map: SceneMap, low_m: Sequence[float], high_m: Sequence[float
         high_m: largest corner (3,).
 
     Raises:
-        MapError: the box is inside out, or no view has enough points in it.
+        MapError: the box is inside out.
+        NothingInside: no view has enough points in it.
     """
     if any(not a < b for a, b in zip(low_m, high_m, strict=True)):
         raise MapError(f"The box must have its smallest corner first, got {tuple(low_m)} and {tuple(high_m)}.")
@@ -41,7 +46,7 @@ def crop_map(scene_map: SceneMap, low_m: Sequence[float], high_m: Sequence[float
             )
     if not kept:
         extent = " to ".join(str(tuple(round(v, 2) for v in corner)) for corner in scene_map.bounds_m)
-        raise MapError(f"No reference view has {MIN_POINTS} points in the box; the map reaches from {extent} m.")
+        raise NothingInside(f"No reference view has {MIN_POINTS} points in the box; the map reaches from {extent} m.")
     a, b = scene_map.bounds_m
     ids = tuple(scene_map.references.ids[k] for k in kept)
     box = " ".join(f"{v:g}" for v in (*low_m, *high_m))

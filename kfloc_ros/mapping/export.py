@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A map for other programs: a COLMAP text model, and a PLY point cloud.
+"""A map, or a place of several, for other programs: a COLMAP text model, and a PLY point cloud.
 
 Maps keep no images and no colours: points are grey, image names are ``view_<id>.png`` and stand for the frame index
-in the mapping source.
+in the mapping source; those of a place begin with the submap's name, ``kitchen/view_<id>.png``. Submaps are read one
+after the other, and all is in the place's frame.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +17,8 @@ from numpy.typing import NDArray
 from kfloc_ros.errors import MapError
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import Matrix, inverse_pose
-from kfloc_ros.mapping.scene_map import SceneMap
+from kfloc_ros.mapping.map_files import appearing, appearing_file
+from kfloc_ros.mapping.place import AnyMap, each_map
 
 COLMAP_PIXEL_SHIFT = 0.5
 """COLMAP's pixel (0, 0) is the corner of the top-left pixel, here it is its centre."""
@@ -27,47 +26,40 @@ GREY = 128
 ERROR_UNKNOWN = -1.0
 
 
-def export_colmap(scene_map: SceneMap, folder: Path) -> Path:
+def export_colmap(known: AnyMap, folder: Path) -> Path:
     """Write cameras.txt, images.txt and points3D.txt: the reference views, and each point seen in its own view.
 
     Raises:
-        MapError: the folder exists or cannot be written.
+        MapError: the folder exists or cannot be written, or a submap cannot be read.
     """
     if folder.exists():
         raise MapError(f"'{folder}' exists; name another folder.")
-    temporary: Path | None = None
     try:
-        folder.absolute().parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.absolute().parent))
-        c = scene_map.camera
-        centre = f"{c.cx + COLMAP_PIXEL_SHIFT!r} {c.cy + COLMAP_PIXEL_SHIFT!r}"
-        (temporary / "cameras.txt").write_text(f"1 PINHOLE {c.width} {c.height} {c.fx!r} {c.fy!r} {centre}\n")
-        with (temporary / "images.txt").open("w") as images, (temporary / "points3D.txt").open("w") as points:
-            for image_line, observations, point_lines in _colmap_lines(scene_map):
-                images.write(f"{image_line}\n{observations}\n")
-                points.writelines(f"{line}\n" for line in point_lines)
-        temporary.chmod(0o755)
-        temporary.rename(folder)
+        with appearing(folder.absolute()) as temporary:
+            c = known.camera
+            centre = f"{c.cx + COLMAP_PIXEL_SHIFT!r} {c.cy + COLMAP_PIXEL_SHIFT!r}"
+            (temporary / "cameras.txt").write_text(f"1 PINHOLE {c.width} {c.height} {c.fx!r} {c.fy!r} {centre}\n")
+            with (temporary / "images.txt").open("w") as images, (temporary / "points3D.txt").open("w") as points:
+                for image_line, observations, point_lines in _colmap_lines(known):
+                    images.write(f"{image_line}\n{observations}\n")
+                    points.writelines(f"{line}\n" for line in point_lines)
     except OSError as error:
         raise MapError(f"'{folder}' cannot be written: {error}.") from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 
-def export_ply(scene_map: SceneMap, path: Path) -> Path:
+def export_ply(known: AnyMap, path: Path) -> Path:
     """Write all reference points as binary PLY: x, y, z in metres (map frame), confidence.
 
     Raises:
-        MapError: the file exists or cannot be written.
+        MapError: the file exists or cannot be written, or a submap cannot be read.
     """
-    views = scene_map.references.views
+    views = (view for _, part in each_map(known) for view in part.references.views)
     rows = [np.c_[view.points.cpu().numpy(), view.confidence.cpu().numpy()] for view in views]
     table = np.concatenate(rows).astype("<f4")
     properties = "".join(f"property float {name}\n" for name in ("x", "y", "z", "confidence"))
     header = (
-        f"ply\nformat binary_little_endian 1.0\ncomment frame {_one_line(scene_map.frame_id)}, metres\n"
+        f"ply\nformat binary_little_endian 1.0\ncomment frame {_one_line(known.frame_id)}, metres\n"
         f"element vertex {len(table)}\n{properties}end_header\n"
     )
     return write_new_file(path, header.encode("ascii", "replace") + table.tobytes())
@@ -81,33 +73,26 @@ def write_new_file(path: Path, data: bytes) -> Path:
     """
     if path.exists():
         raise MapError(f"'{path}' exists; name another file.")
-    partial: Path | None = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        partial = Path(name)
-        with os.fdopen(handle, "wb") as stream:
+        with appearing_file(path) as stream:
             stream.write(data)
-        partial.chmod(0o644)
-        os.replace(partial, path)
     except OSError as error:
         raise MapError(f"'{path}' cannot be written: {error}.") from error
-    finally:
-        if partial is not None:
-            partial.unlink(missing_ok=True)
     return path
 
 
-def _colmap_lines(scene_map: SceneMap) -> Iterator[tuple[str, str, list[str]]]:
+def _colmap_lines(known: AnyMap) -> Iterator[tuple[str, str, list[str]]]:
     """For every view: its line of images.txt, its observations, its lines of points3D.txt."""
+    views = (
+        (_image_name(submap, ident), T, view)
+        for submap, part in each_map(known)
+        for ident, T, view in zip(part.references.ids, part.references.T_map_camera, part.references.views, strict=True)
+    )
     first = 1
-    references = scene_map.references
-    for number, (ident, T, view) in enumerate(
-        zip(references.ids, references.T_map_camera, references.views, strict=True), start=1
-    ):
+    for number, (name, T, view) in enumerate(views, start=1):
         T_camera_map = inverse_pose(T)
         points = view.points.cpu().double().numpy()
-        pixels = _project(points, T_camera_map, scene_map.camera) + COLMAP_PIXEL_SHIFT
+        pixels = _project(points, T_camera_map, known.camera) + COLMAP_PIXEL_SHIFT
         pose = " ".join(repr(float(v)) for v in (*quaternion_wxyz(T_camera_map[:3, :3]), *T_camera_map[:3, 3]))
         numbers = range(first, first + len(points))
         observations = " ".join(f"{u:.3f} {v:.3f} {k}" for (u, v), k in zip(pixels, numbers, strict=True))
@@ -115,8 +100,13 @@ def _colmap_lines(scene_map: SceneMap) -> Iterator[tuple[str, str, list[str]]]:
             f"{k} {x!r} {y!r} {z!r} {GREY} {GREY} {GREY} {ERROR_UNKNOWN} {number} {at}"
             for at, (k, (x, y, z)) in enumerate(zip(numbers, points.tolist(), strict=True))
         ]
-        yield f"{number} {pose} 1 view_{ident:06d}.png", observations, lines
+        yield f"{number} {pose} 1 {name}", observations, lines
         first += len(points)
+
+
+def _image_name(submap: str, ident: int) -> str:
+    name = f"view_{ident:06d}.png"
+    return f"{submap}/{name}" if submap else name
 
 
 def _project(points: NDArray[np.float64], T_camera_map: Matrix, camera: Camera) -> NDArray[np.float64]:

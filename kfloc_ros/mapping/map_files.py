@@ -7,10 +7,15 @@ change with it, and a process that reads behind the end of a file that was cut o
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Mapping
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors.torch import load
@@ -61,3 +66,58 @@ def read_tensors(data: bytes) -> dict[str, torch.Tensor]:
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise ValueError(f"{name} holds values that are not finite")
     return tensors
+
+
+@contextmanager
+def appearing(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary folder beside ``folder``, which takes its place when the block ends well, and is gone otherwise.
+
+    Args:
+        folder: absolute path; its parents are made.
+        overwrite: replace what is there; it is moved aside first, and brought back if that fails.
+
+    Raises:
+        OSError: it cannot be made, or put into place.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        if overwrite and folder.exists():
+            _swap_in(temporary, folder)
+        else:
+            temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _swap_in(temporary: Path, folder: Path) -> None:
+    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
+    os.rename(folder, old / folder.name)
+    try:
+        temporary.rename(folder)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.rename(old / folder.name, folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def appearing_file(path: Path) -> Iterator[BinaryIO]:
+    """A new file beside ``path``, which takes its place when the block ends well, and is gone otherwise.
+
+    Raises:
+        OSError: it cannot be written, or put into place.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    partial = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            yield stream
+        partial.chmod(0o644)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

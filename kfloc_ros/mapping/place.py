@@ -6,10 +6,9 @@ Read like a map folder: ``map.yaml`` says what it is, by its ``format``. The sub
 
 from __future__ import annotations
 
-import itertools
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,28 +20,25 @@ from kfloc_ros.errors import FrameError, MapError
 from kfloc_ros.features.trunk import COARSE_CHANNELS, FINE_CHANNELS
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import Matrix
-from kfloc_ros.kfnet.experts import heads_of, moved, together
 from kfloc_ros.mapping.map_files import file_checksum, read_file, read_tensors
-from kfloc_ros.mapping.merge import transformed
-from kfloc_ros.mapping.place_index import PlaceIndex, are_rigid
-from kfloc_ros.mapping.scene_map import (
+from kfloc_ros.mapping.map_format import (
     DAMAGE,
     DESCRIPTION,
+    INDEX_FILE,
     MAX_DESCRIPTION_BYTES,
     PLACE_FORMAT,
-    SceneMap,
+    SUBMAPS,
     read_camera,
     read_description,
     read_name,
 )
+from kfloc_ros.mapping.map_frames import Box, in_frame
+from kfloc_ros.mapping.place_index import PlaceIndex, are_rigid
+from kfloc_ros.mapping.scene_map import SceneMap
 from kfloc_ros.pixloc.references import ReferencePoints, ReferenceViews
 
-INDEX_FILE = "index.safetensors"
-SUBMAPS = "submaps"
-"""The folder in a place that holds its submaps, each under its name."""
 MAX_SUBMAPS = 10_000
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
-Box = tuple[tuple[float, float, float], tuple[float, float, float]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,8 +83,38 @@ class Place:
         return ReferenceViews(tuple(range(len(points))), poses, views)
 
     def folder(self, submap: int) -> Path:
-        """Where a submap lies."""
-        return self.path / SUBMAPS / self.submaps[submap].name
+        """Where a submap lies.
+
+        Raises:
+            MapError: there is a link, and not the submap itself.
+        """
+        folder = self.path / SUBMAPS / self.submaps[submap].name
+        for path in (folder.parent, folder):
+            if path.is_symlink():
+                raise MapError(f"'{path}' is a link; a place holds its submaps itself. Copy them there.")
+        return folder
+
+    def number_of(self, name: str) -> int:
+        """The number of the submap with a name.
+
+        Raises:
+            MapError: there is none.
+        """
+        names = [submap.name for submap in self.submaps]
+        if name not in names:
+            raise MapError(f"The place '{self.path}' has no submap '{name}'; it has: {listed(names)}.")
+        return names.index(name)
+
+    def check_description(self, submap: int, folder: Path) -> None:
+        """Have the map in a folder be the one that the place was made of.
+
+        Raises:
+            MapError: it is another.
+            OSError: its description cannot be read.
+        """
+        if file_checksum(description_bytes(folder)) != self.submaps[submap].description:
+            name = self.submaps[submap].name
+            raise MapError(f"The submap '{name}' of '{self.path}' is not the one that the place was made of. {_AGAIN}")
 
     def load_submap(self, submap: int) -> SceneMap:
         """A submap in the place's frame, by its number.
@@ -96,14 +122,10 @@ class Place:
         Raises:
             MapError: it is missing, damaged, or not the one that the place was made of.
         """
-        said, folder = self.submaps[submap], self.folder(submap)
-        for path in (folder.parent, folder):
-            if path.is_symlink():
-                raise MapError(f"'{path}' is a link; a place holds its submaps itself. Copy them there.")
+        folder = self.folder(submap)
         try:
-            scene_map = in_frame(SceneMap.load(folder), said.T_place_submap, self.frame_id)
-            if file_checksum(description_bytes(folder)) != said.description:
-                raise MapError(f"The submap '{folder}' is not the one that the place was made of. {_AGAIN}")
+            scene_map = in_frame(SceneMap.load(folder), self.submaps[submap].T_place_submap, self.frame_id)
+            self.check_description(submap, folder)
         except OSError as error:
             raise MapError(f"The submap '{folder}' cannot be read: {error}.") from error
         if scene_map.camera != self.camera or len(scene_map.references.ids) != self.index.view_count(submap):
@@ -119,8 +141,8 @@ class Place:
         """
         folder = Path(folder)
         description = read_description(folder, PLACE_FORMAT)
+        submaps = submaps_of(folder, description)
         try:
-            submaps = _read_submaps(description["submaps"])
             tensors = read_tensors(read_file(folder, INDEX_FILE, description))
             return cls(
                 name=read_name(description["name"]),
@@ -152,11 +174,15 @@ def verify_place(folder: Path) -> list[str]:
     except MapError as error:
         return [str(error)]
     problems = []
-    for submap in range(len(place.submaps)):
+    for submap, said in enumerate(place.submaps):
         try:
-            place.load_submap(submap)
+            poses = place.load_submap(submap).references.T_map_camera
         except MapError as error:
             problems.append(str(error))
+            continue
+        indexed = place.index.T_place_camera[place.index.submap == submap]
+        if not np.allclose(indexed, poses, atol=1e-6):
+            problems.append(f"The place's index has other poses of views than the submap '{said.name}'. {_AGAIN}")
     return problems
 
 
@@ -177,6 +203,18 @@ def load_map(folder: Path) -> AnyMap:
     return Place.load(folder) if is_place(folder) else SceneMap.load(folder)
 
 
+def each_map(known: AnyMap) -> Iterator[tuple[str, SceneMap]]:
+    """A map, without a name, or one submap after the other, with its name, in the place's frame.
+
+    Raises:
+        MapError: a submap cannot be read.
+    """
+    if isinstance(known, SceneMap):
+        yield "", known
+    else:
+        yield from ((submap.name, known.load_submap(number)) for number, submap in enumerate(known.submaps))
+
+
 def single_map(known: AnyMap) -> SceneMap:
     """A map for those who can do with one only.
 
@@ -191,17 +229,16 @@ def single_map(known: AnyMap) -> SceneMap:
     return known
 
 
-def in_frame(scene_map: SceneMap, T: Matrix, frame_id: str) -> SceneMap:
-    """A map in another frame: each point p becomes T p, for its head, too."""
-    if np.array_equal(T, np.eye(4)):
-        return replace(scene_map, frame_id=frame_id)
-    return replace(
-        scene_map,
-        frame_id=frame_id,
-        head=together([moved(head, T) for head in heads_of(scene_map.head)]).eval(),
-        references=transformed(scene_map.references, T),
-        bounds_m=_box(scene_map.bounds_m, T),
-    )
+def submaps_of(folder: Path, description: Mapping[str, Any]) -> tuple[Submap, ...]:
+    """What a place's description says of its submaps.
+
+    Raises:
+        MapError: nothing that can be true.
+    """
+    try:
+        return _read_submaps(description["submaps"])
+    except DAMAGE as error:
+        raise MapError(f"The place '{folder}' is damaged: {error}. {_AGAIN}") from error
 
 
 def _read_submaps(listed: object) -> tuple[Submap, ...]:
@@ -224,15 +261,15 @@ def _read_submaps(listed: object) -> tuple[Submap, ...]:
     return tuple(submaps)
 
 
+def listed(names: Sequence[str], most: int = 8) -> str:
+    """Names for a sentence, some of them if there are many."""
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
+
+
 def description_bytes(folder: Path) -> bytes:
     with (folder / DESCRIPTION).open("rb") as stream:
         return stream.read(MAX_DESCRIPTION_BYTES + 1)
-
-
-def _box(bounds_m: Box, T: Matrix) -> Box:
-    corners = np.array(list(itertools.product(*zip(*bounds_m, strict=True)))) @ T[:3, :3].T + T[:3, 3]
-    low, high = corners.min(axis=0).tolist(), corners.max(axis=0).tolist()
-    return (low[0], low[1], low[2]), (high[0], high[1], high[2])
 
 
 def is_submap_name(name: str) -> bool:

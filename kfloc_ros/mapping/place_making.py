@@ -3,36 +3,52 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from safetensors.torch import save_file
 
 from kfloc_ros import __version__
 from kfloc_ros.errors import MapError
 from kfloc_ros.geometry.lie import Matrix
-from kfloc_ros.mapping.map_files import file_checksum
-from kfloc_ros.mapping.place import INDEX_FILE, MAX_SUBMAPS, SUBMAPS, Place, description_bytes, in_frame, is_submap_name
-from kfloc_ros.mapping.place_index import are_rigid, make_index
-from kfloc_ros.mapping.scene_map import (
+from kfloc_ros.mapping.map_files import appearing, file_checksum
+from kfloc_ros.mapping.map_format import (
     DESCRIPTION,
     FORMAT,
     HEAD_FILE,
+    INDEX_FILE,
     MAX_DESCRIPTION_BYTES,
     PLACE_FORMAT,
     PLACE_VERSION,
     REFERENCES_FILE,
-    SceneMap,
+    SUBMAPS,
     read_description,
-    swap_in,
+    write_description,
 )
+from kfloc_ros.mapping.map_frames import in_frame
+from kfloc_ros.mapping.place import (
+    MAX_SUBMAPS,
+    Place,
+    description_bytes,
+    is_place,
+    is_submap_name,
+)
+from kfloc_ros.mapping.place_index import are_rigid, make_index
+from kfloc_ros.mapping.scene_map import SceneMap
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A submap to be."""
+
+    name: str
+    T_place_submap: Matrix
+    write: Callable[[Path], object]
+    """Makes its map folder, which is not there yet."""
 
 
 def make_place(
@@ -46,8 +62,8 @@ def make_place(
     """Make a place of maps, which are copied into it; it appears whole or not at all.
 
     Args:
-        folders: the maps. A submap is called as its folder.
-        out: the folder to write.
+        folders: the maps. A submap is called as its folder. Of a place all submaps are taken, where they lie there.
+        out: the folder to write, which may be one of the places.
         name: of the place; that of the folder by default.
         T_place_submaps: by name, where a submap's frame lies in the place's, (4, 4); the others have that frame.
         overwrite: replace a place that is there.
@@ -55,28 +71,46 @@ def make_place(
     Raises:
         MapError: a map is damaged, two have one name, their cameras differ, or the folder cannot be written.
     """
-    out, motions = out.absolute(), dict(T_place_submaps or {})
-    names = _names_of(folders)
+    motions = dict(T_place_submaps or {})
+    parts = [part for folder in folders for part in _parts_of(folder)]
+    names = [part.name for part in parts]
     for unknown in motions.keys() - set(names):
         raise MapError(f"There is no submap '{unknown}' to be placed; there are: {', '.join(names)}.")
     if not are_rigid(np.stack([*motions.values(), np.eye(4)])):
         raise MapError("The frames of submaps must be placed by rigid motions.")
+    parts = [replace(part, T_place_submap=motions.get(part.name, part.T_place_submap)) for part in parts]
+    return write_place(parts, out, name=name, overwrite=overwrite)
+
+
+def write_place(parts: Sequence[Part], out: Path, *, name: str = "", overwrite: bool = False) -> Place:
+    """Make a place of submaps; it appears whole or not at all.
+
+    Raises:
+        MapError: as :func:`make_place`.
+    """
+    out = out.absolute()
+    _check_names([part.name for part in parts])
     check_free_for_place(out, overwrite=overwrite)
-    temporary: Path | None = None
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-        for submap, folder in zip(names, folders, strict=True):
-            _copy(folder, temporary / SUBMAPS / submap)
-        _describe(temporary, name or out.name, [(submap, motions.get(submap, np.eye(4))) for submap in names])
-        temporary.chmod(0o755)
-        swap_in(temporary, out)
+        with appearing(out, overwrite=overwrite) as temporary:
+            (temporary / SUBMAPS).mkdir()
+            for part in parts:
+                part.write(temporary / SUBMAPS / part.name)
+            _describe(temporary, name or out.name, [(part.name, part.T_place_submap) for part in parts])
     except OSError as error:
         raise MapError(f"The place cannot be written to '{out}': {error}.") from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
     return Place.load(out)
+
+
+def kept(place: Place, number: int) -> Part:
+    """A submap of a place, as it is and where it is."""
+
+    def write(to: Path) -> None:
+        _copy(place.folder(number), to)
+        place.check_description(number, to)
+
+    said = place.submaps[number]
+    return Part(said.name, said.T_place_submap, write)
 
 
 def check_free_for_place(out: Path, *, overwrite: bool) -> None:
@@ -125,16 +159,20 @@ def _describe(folder: Path, name: str, motions: Sequence[tuple[str, Matrix]]) ->
         "provenance": {"kfloc_ros": __version__, "references": len(index.submap)},
         "files": {INDEX_FILE: file_checksum((folder / INDEX_FILE).read_bytes())},
     }
-    with (folder / DESCRIPTION).open("w") as stream:
-        yaml.safe_dump(description, stream, sort_keys=False)
-        stream.flush()
-        os.fsync(stream.fileno())
+    write_description(folder, description)
     if (folder / DESCRIPTION).stat().st_size > MAX_DESCRIPTION_BYTES:
         raise MapError(f"{len(motions)} submaps are more than a place can describe; merge some of them.")
 
 
-def _names_of(folders: Sequence[Path]) -> list[str]:
-    names = [folder.absolute().name for folder in folders]
+def _parts_of(folder: Path) -> list[Part]:
+    """The map, or the submaps of the place, in a folder."""
+    if not is_place(folder):
+        return [Part(folder.absolute().name, np.eye(4), lambda to: _copy(folder, to))]
+    place = Place.load(folder)
+    return [kept(place, number) for number in range(len(place.submaps))]
+
+
+def _check_names(names: Sequence[str]) -> None:
     if not names:
         raise MapError("A place needs at least one map.")
     if len(names) > MAX_SUBMAPS:
@@ -146,7 +184,6 @@ def _names_of(folders: Sequence[Path]) -> list[str]:
             )
         if [other.lower() for other in names].count(name.lower()) > 1:
             raise MapError(f"Two of the maps are called '{name}', as their folders are. Rename one of them.")
-    return names
 
 
 def _copy(folder: Path, to: Path) -> None:

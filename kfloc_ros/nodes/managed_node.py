@@ -15,8 +15,8 @@ from rclpy.node import Node
 from kfloc_ros.device import choose_device
 from kfloc_ros.errors import KflocError
 from kfloc_ros.localizer_config import LocalizerConfig
+from kfloc_ros.mapping.map_folders import resolve_map
 from kfloc_ros.mapping.place import AnyMap, load_map
-from kfloc_ros.mapping.scene_map import resolve_map
 from kfloc_ros.nodes.gate import Gate
 from kfloc_ros.nodes.gpu_memory import explained
 from kfloc_ros.nodes.parameter_server import ParameterServer

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from kfloc_ros.errors import KflocError
+from kfloc_ros.mapping.map_format import DESCRIPTION
 from kfloc_ros.mapping.outline import MapOutline
-from kfloc_ros.mapping.scene_map import DESCRIPTION
 from kfloc_ros.types import Matrix
 
 FORMAT = "kfloc_pose"

@@ -22,8 +22,8 @@ from kfloc_ros.evaluation.summary import RunInfo, Summary
 from kfloc_ros.geometry.camera import Camera, ImageAdapter
 from kfloc_ros.localizer import Pipeline
 from kfloc_ros.localizer_config import LocalizerConfig
+from kfloc_ros.mapping.map_folders import resolve_map
 from kfloc_ros.mapping.place import load_map
-from kfloc_ros.mapping.scene_map import resolve_map
 from kfloc_ros.nodes.camera_messages import camera_from_info, check_view
 from kfloc_ros.nodes.stamp_guard import StampGuard
 from kfloc_ros.place_localizer import localizer_for

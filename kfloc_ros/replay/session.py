@@ -23,7 +23,8 @@ from kfloc_ros.evaluation.hardware import describe_hardware
 from kfloc_ros.evaluation.records import FrameRecord
 from kfloc_ros.evaluation.results import tum_text, write_results
 from kfloc_ros.evaluation.summary import RunInfo, Summary
-from kfloc_ros.mapping.scene_map import read_description, resolve_map
+from kfloc_ros.mapping.map_folders import resolve_map
+from kfloc_ros.mapping.map_format import read_description
 from kfloc_ros.replay.bag_transforms import BagTransforms
 from kfloc_ros.replay.config import ReplayConfig
 from kfloc_ros.replay.environment import check_ros, ros_environment

@@ -18,7 +18,8 @@ from kfloc_ros.errors import MapError
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.kfnet.scoordnet import SCoordNet
 from kfloc_ros.mapping.archive import LIMITS, pack_map, unpack_map
-from kfloc_ros.mapping.scene_map import DESCRIPTION, HEAD_FILE, REFERENCES_FILE, Calibration, SceneMap
+from kfloc_ros.mapping.map_format import DESCRIPTION, HEAD_FILE, REFERENCES_FILE
+from kfloc_ros.mapping.scene_map import Calibration, SceneMap
 from kfloc_ros.pixloc.references import ReferencePoints, ReferenceViews
 
 

@@ -26,7 +26,9 @@ from kfloc_ros.kfnet.scoordnet import SCoordNet
 from kfloc_ros.localizer import Localizer
 from kfloc_ros.localizer_config import LocalizerConfig
 from kfloc_ros.mapping.archive import LIMITS, pack_map, unpack_map
-from kfloc_ros.mapping.scene_map import DESCRIPTION, HEAD_FILE, REFERENCES_FILE, Calibration, SceneMap, resolve_map
+from kfloc_ros.mapping.map_folders import resolve_map
+from kfloc_ros.mapping.map_format import DESCRIPTION, HEAD_FILE, REFERENCES_FILE
+from kfloc_ros.mapping.scene_map import Calibration, SceneMap
 from kfloc_ros.pixloc.references import ReferencePoints, ReferenceViews
 from kfloc_ros.types import Frame
 

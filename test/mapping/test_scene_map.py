@@ -17,14 +17,9 @@ from kfloc_ros.cli.main import main
 from kfloc_ros.errors import MapError
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.kfnet.scoordnet import SCoordNet
-from kfloc_ros.mapping.scene_map import (
-    REFERENCES_FILE,
-    Calibration,
-    SceneMap,
-    read_description,
-    resolve_map,
-    verify_map,
-)
+from kfloc_ros.mapping.map_folders import resolve_map
+from kfloc_ros.mapping.map_format import REFERENCES_FILE, read_description
+from kfloc_ros.mapping.scene_map import Calibration, SceneMap, verify_map
 from kfloc_ros.pixloc.references import ReferencePoints, ReferenceViews
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kfloc_ros.mapping.scene_map import SceneMap, resolve_map, verify_map
+from kfloc_ros.mapping.map_folders import resolve_map
+from kfloc_ros.mapping.scene_map import SceneMap, verify_map
 
 MAPS = Path(__file__).resolve().parents[2] / "maps"
 MAX_BYTES = 12_000_000

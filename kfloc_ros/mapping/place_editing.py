@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A place changed: a recording added to one of its submaps, a part of it kept, or written in the present format."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kfloc_ros.datasets.base import FrameSource
+from kfloc_ros.errors import MapError
+from kfloc_ros.geometry.camera import ImageAdapter
+from kfloc_ros.localizer_config import LocalizerConfig
+from kfloc_ros.mapping.build import MapBuildConfig, Report
+from kfloc_ros.mapping.crop import NothingInside, crop_map
+from kfloc_ros.mapping.place import Place, listed
+from kfloc_ros.mapping.place_making import Part, kept, write_place
+from kfloc_ros.mapping.scene_map import SceneMap
+from kfloc_ros.mapping.update import Updated, update_map
+from kfloc_ros.place_localizer import PlaceLocalizer
+
+PROBES = 24
+"""Frames of a recording that are looked at to learn which submap it is of."""
+MIN_PROBES_FOUND = 3
+
+
+def update_place(
+    place: Place,
+    submap: int,
+    source: FrameSource,
+    out: Path,
+    config: MapBuildConfig | None = None,
+    *,
+    same_frame: bool = False,
+    overwrite: bool = False,
+    provenance: dict[str, Any] | None = None,
+    started: float | None = None,
+    on_progress: Report = lambda progress: None,
+) -> tuple[Place, Updated]:
+    """Add a recording to a submap; the others are copied. The updated submap is written in the place's frame.
+
+    Args:
+        place: where the recording was made.
+        submap: number of the submap that it is added to.
+        source: as for :func:`kfloc_ros.mapping.update.update_map`.
+        out: the place to write; that itself to replace it.
+        config: as for ``update_map``, and the following.
+        same_frame: the recording's poses are in the place's frame.
+        overwrite: replace a place that is there.
+        provenance: more to note of the submap.
+        started: when the budget began.
+        on_progress: told where it stands.
+
+    Raises:
+        SourceError: too few views with depth and pose.
+        MapError: the recording was not found in the submap, or the place cannot be written.
+    """
+    updated = update_map(
+        place.load_submap(submap),
+        source,
+        config,
+        same_frame=same_frame,
+        provenance=provenance,
+        started=started,
+        on_progress=on_progress,
+    )
+    parts = [
+        Part(said.name, np.eye(4), updated.scene_map.save) if number == submap else kept(place, number)
+        for number, said in enumerate(place.submaps)
+    ]
+    return write_place(parts, out, name=place.name, overwrite=overwrite), updated
+
+
+def submap_of(place: Place, source: FrameSource, *, same_frame: bool = False, device: str = "cpu") -> int:
+    """Number of the submap that a recording is of: that nearest to its poses, or that in which its images are found.
+
+    Args:
+        place: where it was made.
+        source: the recording.
+        same_frame: its poses are in the place's frame; no image is looked at.
+        device: for the localizer.
+
+    Raises:
+        MapError: there is no such submap, or there are several.
+    """
+    positions = np.unique(np.linspace(0, len(source) - 1, min(PROBES, len(source))).round().astype(int)).tolist()
+    if same_frame:
+        poses = [T for T in (source.pose(position) for position in positions) if T is not None]
+        found = [int(np.argmin(place.index.distances(T))) for T in poses]
+    else:
+        found = _found_in(place, source, positions, device)
+    counts = Counter(found).most_common()
+    if not counts or counts[0][1] < (1 if same_frame else MIN_PROBES_FOUND) or counts[0][1] < 0.75 * len(found):
+        names = listed([f"'{place.submaps[number].name}' ({count})" for number, count in counts]) or "none"
+        raise MapError(
+            f"Which submap of '{place.path}' the recording is of is not clear: of {len(positions)} frames looked at, "
+            f"{len(found)} were found, in {names}. Name it with --submap; a recording of several submaps is added to "
+            "each with the frames that show it (--frames)."
+        )
+    return counts[0][0]
+
+
+def crop_place(
+    place: Place, low_m: Sequence[float], high_m: Sequence[float], out: Path, *, overwrite: bool = False
+) -> Place:
+    """The place within a box in its frame; submaps with nothing in it are left out. One is in memory at a time.
+
+    Raises:
+        MapError: the box is inside out, nothing is in it, or the place cannot be written.
+    """
+
+    def part_of(number: int) -> SceneMap:
+        return crop_map(place.load_submap(number), low_m, high_m)
+
+    def anew(number: int) -> Part:
+        return Part(place.submaps[number].name, np.eye(4), lambda to: part_of(number).save(to))
+
+    parts = []
+    for number in range(len(place.submaps)):
+        with contextlib.suppress(NothingInside):
+            part_of(number)
+            parts.append(anew(number))
+    if not parts:
+        extent = " to ".join(str(tuple(round(v, 2) for v in corner)) for corner in place.bounds_m)
+        raise NothingInside(f"No submap has enough points in the box; the place reaches from {extent} m.")
+    return write_place(parts, out, name=place.name, overwrite=overwrite)
+
+
+def migrate_place(place: Place, out: Path, *, overwrite: bool = False) -> Place:
+    """The place with every submap written in the present format.
+
+    Raises:
+        MapError: a submap is damaged, or the place cannot be written.
+    """
+
+    def anew(number: int) -> Part:
+        said = place.submaps[number]
+
+        def write(to: Path) -> None:
+            place.load_submap(number)  # refuses another map in its place
+            SceneMap.load(place.folder(number)).save(to)
+
+        return Part(said.name, said.T_place_submap, write)
+
+    parts = [anew(number) for number in range(len(place.submaps))]
+    return write_place(parts, out, name=place.name, overwrite=overwrite)
+
+
+def _found_in(place: Place, source: FrameSource, positions: Sequence[int], device: str) -> list[int]:
+    """Submaps in which some frames are found, each frame for itself."""
+    localizer = PlaceLocalizer(place, LocalizerConfig(device=device))
+    adapter = ImageAdapter(source.camera, place.camera)
+    found = []
+    for position in positions:
+        localizer.reset("frames are judged one by one")
+        frame = source[position]
+        adapted = replace(frame, image=adapter(frame.image), camera=adapter.target, depth_m=None)
+        if localizer.process(adapted).T_map_camera is not None and localizer.guide.active is not None:
+            found.append(localizer.guide.active.number)
+    localizer.guide.cache.close()
+    return found
