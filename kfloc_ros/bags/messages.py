@@ -118,19 +118,19 @@ def stamp_ns_of(message: Any) -> int:
     return int(message.header.stamp.sec) * 1_000_000_000 + int(message.header.stamp.nanosec)
 
 
-def pose_of(message: Any) -> Matrix:
-    """(4, 4) transform of a ``PoseStamped``.
+def pose_of(position: Any, orientation: Any) -> Matrix:
+    """(4, 4) transform of the position (or translation) and the quaternion of a message.
 
     Raises:
-        SourceError: the pose is not finite or its quaternion has no length.
+        SourceError: they are not finite, or the quaternion has no length.
     """
-    p, q = message.pose.position, message.pose.orientation
+    p, q = position, orientation
     try:
         T = make_pose(quaternion_to_matrix((q.x, q.y, q.z, q.w)), (p.x, p.y, p.z))
     except ValueError as error:
-        raise SourceError(f"A ground-truth pose of the bag cannot be used: {error}") from error
+        raise SourceError(f"A pose of the bag cannot be used: {error}") from error
     if not np.isfinite(T).all():
-        raise SourceError("A ground-truth pose of the bag has a position that is not finite.")
+        raise SourceError("A pose of the bag is not finite.")
     return T
 
 

@@ -3,15 +3,12 @@
 
 from __future__ import annotations
 
-import sqlite3
-import struct
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
-from kfloc_ros.bags.messages import MessageCodec, decode_depth, decode_jpeg, pose_of, stamp_ns_of
+from kfloc_ros.bags.messages import decode_depth, decode_jpeg, pose_of, stamp_ns_of
 from kfloc_ros.bags.topics import CAMERA_INFO_TOPIC, DEPTH_TOPIC, IMAGE_TOPIC, TOPIC_TYPES, TRUTH_TOPIC
+from kfloc_ros.datasets.bag_reader import BagReader, reading, recorded_jpeg
 from kfloc_ros.datasets.base import FrameSource
 from kfloc_ros.errors import FrameError, SourceError
 from kfloc_ros.geometry.camera import Camera
@@ -19,17 +16,11 @@ from kfloc_ros.nodes.camera_messages import camera_from_info  # imports nothing 
 from kfloc_ros.types import Frame, Matrix
 
 
-class _Slot(NamedTuple):
-    """Where an image is: its own stamp and the time under which the bag files it."""
-
-    stamp_ns: int
-    logged_ns: int
-
-
 class BagSource(FrameSource):
     """A recording as ``kfloc bag make`` writes it; images are read from disk when asked for.
 
-    Depth and truth belong to the image with the same stamp. ``Frame.index`` counts the bag's images.
+    Unlike those of other bags (:class:`kfloc_ros.datasets.ros_bag.RosBag`) its topics are known, and depth and truth
+    belong to the image with the same stamp. ``Frame.index`` counts the bag's images.
 
     Args:
         path: the bag's folder.
@@ -40,27 +31,17 @@ class BagSource(FrameSource):
     """
 
     def __init__(self, path: Path, *, depth: bool = True) -> None:
-        # Imported here, so that `kfloc --help` and other sources do not wait for it.
-        from rosbags.rosbag2 import Reader
-
         if not (path / "metadata.yaml").is_file():
             raise SourceError(f"'{path}' is not a rosbag2 folder: it has no metadata.yaml.")
         self.name = path.resolve().name
         self._path = path
-        self._codec = MessageCodec()
-        with self._reading():
-            self._reader = Reader(path)
-            self._reader.open()
-            self._connections = {
-                topic: [c for c in self._reader.connections if c.topic == topic and c.msgtype == message_type]
-                for topic, message_type in TOPIC_TYPES.items()
-            }
+        with reading(path):
+            self._reader = BagReader(path)
             self._camera = self._read_camera()
-            self._slots = self._scan(IMAGE_TOPIC)
-            self._depths = {slot.stamp_ns: slot for slot in self._scan(DEPTH_TOPIC)} if depth else {}
+            self._slots = self._reader.slots(self._need(IMAGE_TOPIC))
+            has_depth = depth and self._has(DEPTH_TOPIC)
+            self._depths = {slot.stamp_ns: slot for slot in self._reader.slots(DEPTH_TOPIC)} if has_depth else {}
             self._truth = self._read_truth()
-        if not self._slots:
-            raise SourceError(f"The bag '{path}' has no {TOPIC_TYPES[IMAGE_TOPIC]} on {IMAGE_TOPIC}.")
 
     @property
     def camera(self) -> Camera:
@@ -74,10 +55,10 @@ class BagSource(FrameSource):
 
     def __getitem__(self, position: int) -> Frame:
         slot = self._slots[position]
-        with self._reading():
-            image = decode_jpeg(self._message(IMAGE_TOPIC, slot).data)
+        with reading(self._path):
+            image = decode_jpeg(self._reader.message(IMAGE_TOPIC, slot).data)
             depth_slot = self._depths.get(slot.stamp_ns)
-            depth_m = decode_depth(self._message(DEPTH_TOPIC, depth_slot).data) if depth_slot else None
+            depth_m = decode_depth(self._reader.message(DEPTH_TOPIC, depth_slot).data) if depth_slot else None
         index = range(len(self._slots))[position]
         if image is None:
             raise SourceError(f"Image {index} of the bag '{self._path}' cannot be decoded.")
@@ -90,56 +71,35 @@ class BagSource(FrameSource):
             index=index,
             name=f"{self.name}/{index:06d}",
             depth_m=depth_m,
-            T_map_camera=self._truth.get(slot.stamp_ns),
+            T_map_camera=self.pose(position),
         )
 
     def encoded_image(self, position: int) -> bytes | None:
-        with self._reading():
-            message = self._message(IMAGE_TOPIC, self._slots[position])
-        return bytes(message.data) if "png" not in message.format else None
+        with reading(self._path):
+            return recorded_jpeg(self._reader.message(IMAGE_TOPIC, self._slots[position]))
 
-    def _message(self, topic: str, slot: _Slot) -> Any:
-        for message, _ in self._messages(topic, slot.logged_ns, slot.logged_ns + 1):
-            if stamp_ns_of(message) == slot.stamp_ns:
-                return message
-        raise SourceError(f"The bag '{self._path}' changed while it was read: a message on {topic} is gone.")
+    def pose(self, position: int) -> Matrix | None:
+        return self._truth.get(self._slots[position].stamp_ns)
 
-    def _messages(self, topic: str, start: int | None = None, stop: int | None = None) -> Iterator[tuple[Any, int]]:
-        connections = self._connections[topic]
-        if not connections:  # an empty list would mean all topics
-            return
-        for connection, logged_ns, data in self._reader.messages(connections, start, stop):
-            yield self._codec.decode(data, connection.msgtype), logged_ns
+    def _has(self, topic: str) -> bool:
+        return self._reader.topics.get(topic) == TOPIC_TYPES[topic]
 
-    def _scan(self, topic: str) -> list[_Slot]:
-        slots = [_Slot(stamp_ns_of(message), logged_ns) for message, logged_ns in self._messages(topic)]
-        return sorted(slots)
+    def _need(self, topic: str) -> str:
+        if not self._has(topic):
+            raise SourceError(f"The bag '{self._path}' has no {TOPIC_TYPES[topic]} on {topic}.")
+        return topic
 
     def _read_camera(self) -> Camera:
-        for message, _ in self._messages(CAMERA_INFO_TOPIC):
-            try:
-                return camera_from_info(message)
-            except FrameError as error:
-                raise SourceError(f"The bag '{self._path}': {error}") from error
-        raise SourceError(f"The bag '{self._path}' has no {TOPIC_TYPES[CAMERA_INFO_TOPIC]} on {CAMERA_INFO_TOPIC}.")
+        try:
+            return camera_from_info(next(self._reader.messages(self._need(CAMERA_INFO_TOPIC))))
+        except FrameError as error:
+            raise SourceError(f"The bag '{self._path}': {error}") from error
 
     def _read_truth(self) -> dict[int, Matrix]:
-        return {stamp_ns_of(message): pose_of(message) for message, _ in self._messages(TRUTH_TOPIC)}
-
-    @contextmanager
-    def _reading(self) -> Iterator[None]:
-        """Everything that a damaged bag can make the reader raise, as a sentence."""
-        from rosbags.rosbag2 import ReaderError
-        from rosbags.serde import SerdeError
-
-        try:
-            yield
-        except (ReaderError, SerdeError, sqlite3.Error, struct.error, EOFError, AssertionError, TypeError) as error:
-            raise SourceError(f"The bag '{self._path}' is damaged or of an unknown kind: {error}") from error
-        except (KeyError, IndexError, ValueError, UnicodeDecodeError) as error:
-            raise SourceError(
-                f"The bag '{self._path}' is damaged: {type(error).__name__} while reading it ({error})."
-            ) from error
+        if not self._has(TRUTH_TOPIC):
+            return {}
+        poses = self._reader.messages(TRUTH_TOPIC)
+        return {stamp_ns_of(m): pose_of(m.pose.position, m.pose.orientation) for m in poses}
 
 
 def is_own_bag(path: Path) -> bool:

@@ -60,13 +60,28 @@ class FrameSource(ABC):
             yield self[position]
 
 
-class Selection(FrameSource):
-    """Some of another source's frames, in order; ``Frame.index`` stays that of the whole source."""
+class DerivedSource(FrameSource):
+    """Another source, changed: a subclass says which of its frames there are, and what becomes of each.
 
-    def __init__(self, source: FrameSource, positions: Sequence[int]) -> None:
+    The subclasses override :meth:`origin` with ``__len__`` where there are other frames, :meth:`changed` where the
+    frames are others, and with it :meth:`pose`, ``camera`` and whatever else is no longer the other source's own.
+    """
+
+    passes_images_on = False
+    """Whether the images stay as they are, so that they may also be had as they were recorded."""
+
+    def __init__(self, source: FrameSource) -> None:
         self.name = source.name
         self._source = source
-        self._positions = list(positions)
+
+    def origin(self, position: int) -> int:
+        """Position in the other source of a frame, 0 to ``len(self) - 1``."""
+        return position
+
+    def changed(self, frame: Frame, position: int) -> Frame:
+        """What becomes of a frame of the other source that has a position here."""
+        del position
+        return frame
 
     @property
     def camera(self) -> Camera:
@@ -77,23 +92,40 @@ class Selection(FrameSource):
         return self._source.camera_is_guess
 
     def __len__(self) -> int:
-        return len(self._positions)
+        return len(self._source)
 
     def __getitem__(self, position: int) -> Frame:
-        return self._source[self._positions[position]]
-
-    def encoded_image(self, position: int) -> bytes | None:
-        return self._source.encoded_image(self._positions[position])
-
-    def pose(self, position: int) -> Matrix | None:
-        return self._source.pose(self._positions[position])
-
-    def visible_points(self, position: int) -> NDArray[np.float64] | None:
-        return self._source.visible_points(self._positions[position])
+        position = range(len(self))[position]
+        return self.changed(self._source[self.origin(position)], position)
 
     def indices(self) -> Sequence[int]:
         whole = self._source.indices()
-        return [whole[position] for position in self._positions]
+        return [whole[self.origin(position)] for position in range(len(self))]
+
+    def encoded_image(self, position: int) -> bytes | None:
+        return self._source.encoded_image(self.origin(position)) if self.passes_images_on else None
+
+    def pose(self, position: int) -> Matrix | None:
+        return self._source.pose(self.origin(position))
+
+    def visible_points(self, position: int) -> NDArray[np.float64] | None:
+        return self._source.visible_points(self.origin(position))
+
+
+class Selection(DerivedSource):
+    """Some of another source's frames, in order; ``Frame.index`` stays that of the whole source."""
+
+    passes_images_on = True
+
+    def __init__(self, source: FrameSource, positions: Sequence[int]) -> None:
+        super().__init__(source)
+        self._positions = list(positions)
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    def origin(self, position: int) -> int:
+        return self._positions[position]
 
 
 SPLITS = {

@@ -6,16 +6,14 @@ What happens to a frame depends on its position in the source and a seed alone, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from kfloc_ros.datasets.base import FrameSource
+from kfloc_ros.datasets.base import DerivedSource, FrameSource
 from kfloc_ros.errors import SourceError
-from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.types import Frame
 
 
@@ -52,31 +50,25 @@ DEGRADATIONS = {
 """By name: every third frame blurred, half the image covered for ten frames of 25, 30 % dropped, and all of it."""
 
 
-class Degraded(FrameSource):
+class Degraded(DerivedSource):
     """Another source with blurred, covered and missing frames; stamps, indices, depth and poses stay true."""
 
     def __init__(self, source: FrameSource, degradation: Degradation) -> None:
-        self.name = source.name
-        self._source, self._degradation = source, degradation
+        super().__init__(source)
+        self._degradation = degradation
         chance = np.random.default_rng((degradation.seed, 1)).random(len(source))
         self._kept = [p for p in range(len(source)) if chance[p] >= degradation.drop_share]
         if not self._kept:
             raise SourceError(f"All {len(source)} frames of '{source.name}' would be dropped.")
 
-    @property
-    def camera(self) -> Camera:
-        return self._source.camera
-
     def __len__(self) -> int:
         return len(self._kept)
 
-    def indices(self) -> Sequence[int]:
-        whole = self._source.indices()
-        return [whole[position] for position in self._kept]
+    def origin(self, position: int) -> int:
+        return self._kept[position]
 
-    def __getitem__(self, position: int) -> Frame:
+    def changed(self, frame: Frame, position: int) -> Frame:
         original = self._kept[position]
-        frame = self._source[original]
         d = self._degradation
         rng = np.random.default_rng((d.seed, 2, original))
         image = frame.image

@@ -7,26 +7,23 @@ words after the path: ``bag:PATH?image=/front/color/image_raw&pose=/odom``.
 
 from __future__ import annotations
 
-import sqlite3
-import struct
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kfloc_ros.bags.messages import stamp_ns_of
+from kfloc_ros.bags.messages import pose_of, stamp_ns_of
+from kfloc_ros.datasets.bag_reader import BagReader, reading, recorded_jpeg
 from kfloc_ros.datasets.base import FrameSource
 from kfloc_ros.datasets.depth import register_depth
 from kfloc_ros.datasets.depth_messages import decode_depth_message, is_depth
 from kfloc_ros.datasets.pose_track import PoseTrack, nearest_stamp
 from kfloc_ros.datasets.transform_tree import TransformTree
-from kfloc_ros.errors import FrameError, KflocError, SourceError
+from kfloc_ros.errors import FrameError, SourceError
 from kfloc_ros.geometry.camera import Camera
-from kfloc_ros.geometry.lie import make_pose, quaternion_to_matrix
 from kfloc_ros.nodes.camera_messages import camera_from_info  # imports nothing of ROS
 from kfloc_ros.nodes.image_messages import decode_compressed, decode_image  # imports nothing of ROS
 from kfloc_ros.types import Frame, Matrix
@@ -41,13 +38,6 @@ POSE_TYPES = (
 DEPTH_TOLERANCE_NS = 20_000_000
 WORDS = ("image", "info", "depth", "depth_info", "pose", "map", "body")
 """What may follow a path: topics, the map's frame, and the frame whose pose a pose topic tells."""
-
-
-class _Slot(NamedTuple):
-    """Where a message is: its own stamp and the time under which the bag files it."""
-
-    stamp_ns: int
-    logged_ns: int
 
 
 class RosBag(FrameSource):
@@ -67,26 +57,22 @@ class RosBag(FrameSource):
     """
 
     def __init__(self, path: Path, words: dict[str, str], *, depth: bool = True) -> None:
-        from rosbags.highlevel import AnyReader
-        from rosbags.typesys import Stores, get_typestore
-
         if not path.exists():
             raise SourceError(f"There is no bag '{path}'.")
         if unknown := sorted(set(words) - set(WORDS)):
             raise SourceError(f"After a bag's path only {', '.join(WORDS)} can be given, not {', '.join(unknown)}.")
         self.name = path.resolve().stem
         self._path, self._words = path, words
-        with self._reading():
-            self._reader = AnyReader([path], default_typestore=get_typestore(Stores.ROS2_JAZZY))
-            self._reader.open()
-            self._topics = {c.topic: c.msgtype for c in self._reader.connections if c.msgcount}
+        with reading(path):
+            self._reader = BagReader(path)
+            self._topics = self._reader.topics
             self._image_topic, self._depth_topic = self._choose_images(depth)
-            self._slots = self._scan(self._image_topic)
+            self._slots = self._reader.slots(self._image_topic)
             self._frame_id = self._frame_of(self._image_topic)
             self._camera = self._camera_of(self._image_topic, "info")
             self._tree = self._read_tree()
             self._pose_at = self._choose_poses()
-            self._depths = self._scan(self._depth_topic) if self._depth_topic else []
+            self._depths = self._reader.slots(self._depth_topic) if self._depth_topic else []
             self._depth_stamps = [slot.stamp_ns for slot in self._depths]
             self._register = self._registration()
 
@@ -106,8 +92,8 @@ class RosBag(FrameSource):
     def __getitem__(self, position: int) -> Frame:
         index = range(len(self._slots))[position]
         slot = self._slots[index]
-        with self._reading():
-            message = self._message(self._image_topic, slot)
+        with reading(self._path):
+            message = self._reader.message(self._image_topic, slot)
             image = (
                 decode_compressed(message) if self._topics[self._image_topic] == COMPRESSED else decode_image(message)
             )
@@ -122,17 +108,23 @@ class RosBag(FrameSource):
             T_map_camera=self.pose(index),
         )
 
+    def encoded_image(self, position: int) -> bytes | None:
+        if self._topics[self._image_topic] != COMPRESSED:
+            return None
+        with reading(self._path):
+            return recorded_jpeg(self._reader.message(self._image_topic, self._slots[position]))
+
     def _depth(self, stamp_ns: int) -> NDArray[np.float32] | None:
         nearest = nearest_stamp(self._depth_stamps, stamp_ns, DEPTH_TOLERANCE_NS)
         if nearest is None or self._depth_topic is None:
             return None
-        message = self._message(self._depth_topic, self._depths[nearest])
+        message = self._reader.message(self._depth_topic, self._depths[nearest])
         return self._register(decode_depth_message(message, self._topics[self._depth_topic] == COMPRESSED))
 
     def _choose_images(self, depth: bool) -> tuple[str, str | None]:
         """The topics of colour and of depth images."""
         pictures = [topic for topic, kind in self._topics.items() if kind in (IMAGE, COMPRESSED)]
-        depths = [topic for topic in pictures if is_depth(next(self._messages(topic))[0])]
+        depths = [topic for topic in pictures if is_depth(next(self._reader.messages(topic)))]
         colours = [topic for topic in pictures if topic not in depths]
         image = self._choose("image", "image", _without_copies(colours))
         if image is None:
@@ -170,7 +162,9 @@ class RosBag(FrameSource):
         if chosen is None:
             raise SourceError(f"The bag '{self._path}' has no camera_info for {topic}.")
         try:
-            return camera_from_info(_lower_case(next(self._messages(chosen))[0]), rectified="rect" in _last_word(topic))
+            return camera_from_info(
+                _lower_case(next(self._reader.messages(chosen))), rectified="rect" in _last_word(topic)
+            )
         except FrameError as error:
             raise SourceError(f"The bag '{self._path}': {error}") from error
 
@@ -185,11 +179,11 @@ class RosBag(FrameSource):
         if chosen == "tf":
             return lambda stamp_ns: self._tree.at(top, self._frame_id, stamp_ns)
         stamps, poses, body = [], [], self._words.get("body", "")
-        for message, _ in self._messages(chosen):
+        for message in self._reader.messages(chosen):
             body = body or str(getattr(message, "child_frame_id", "")) or self._frame_id
             pose = message.pose.pose if hasattr(message.pose, "pose") else message.pose
             stamps.append(stamp_ns_of(message))
-            poses.append(_pose_of(pose.position, pose.orientation))
+            poses.append(pose_of(pose.position, pose.orientation))
         T_body_camera = self._tree.fixed(body, self._frame_id)
         if T_body_camera is None:
             raise SourceError(
@@ -231,9 +225,9 @@ class RosBag(FrameSource):
         for topic, kind in self._topics.items():
             if kind not in (TF, "tf/msg/tfMessage"):
                 continue
-            for message, _ in self._messages(topic):
+            for message in self._reader.messages(topic):
                 for link in message.transforms:
-                    T = _pose_of(link.transform.translation, link.transform.rotation)
+                    T = pose_of(link.transform.translation, link.transform.rotation)
                     if topic.endswith("tf_static"):
                         tree.add_static(link.header.frame_id, link.child_frame_id, T)
                     else:
@@ -241,40 +235,7 @@ class RosBag(FrameSource):
         return tree
 
     def _frame_of(self, topic: str) -> str:
-        return str(next(self._messages(topic))[0].header.frame_id).lstrip("/")
-
-    def _scan(self, topic: str) -> list[_Slot]:
-        return sorted(_Slot(stamp_ns_of(message), logged_ns) for message, logged_ns in self._messages(topic))
-
-    def _message(self, topic: str, slot: _Slot) -> Any:
-        for message, _ in self._messages(topic, slot.logged_ns, slot.logged_ns + 1):
-            if stamp_ns_of(message) == slot.stamp_ns:
-                return message
-        raise SourceError(f"The bag '{self._path}' changed while it was read: a message on {topic} is gone.")
-
-    def _messages(self, topic: str, start: int | None = None, stop: int | None = None) -> Iterator[tuple[Any, int]]:
-        connections = [c for c in self._reader.connections if c.topic == topic]
-        if not connections:
-            raise SourceError(f"The bag '{self._path}' has no topic {topic}.")
-        for connection, logged_ns, data in self._reader.messages(connections, start, stop):
-            yield self._reader.deserialize(data, connection.msgtype), logged_ns
-
-    @contextmanager
-    def _reading(self) -> Iterator[None]:
-        """Everything that a damaged bag can make the reader raise, as a sentence."""
-        from rosbags.highlevel import AnyReaderError
-        from rosbags.serde import SerdeError
-
-        damaged = (
-            AnyReaderError, SerdeError, sqlite3.Error, struct.error, EOFError, AssertionError, TypeError, KeyError,
-            IndexError, ValueError, AttributeError, StopIteration, RuntimeError,
-        )  # fmt: skip
-        try:
-            yield
-        except KflocError:
-            raise
-        except damaged as error:
-            raise SourceError(f"The bag '{self._path}' is damaged or of an unknown kind: {error}") from error
+        return str(next(self._reader.messages(topic)).header.frame_id).lstrip("/")
 
 
 def split_words(path: str) -> tuple[Path, dict[str, str]]:
@@ -315,10 +276,3 @@ def _lower_case(info: Any) -> Any:
     names = ("width", "height", "distortion_model", "binning_x", "binning_y", "roi")
     fields = {name: getattr(info, name) for name in names}
     return SimpleNamespace(**fields, d=info.D, k=info.K, r=info.R, p=info.P)
-
-
-def _pose_of(xyz: Any, q: Any) -> Matrix:
-    T = make_pose(quaternion_to_matrix((q.x, q.y, q.z, q.w)), (xyz.x, xyz.y, xyz.z))
-    if not np.isfinite(T).all():
-        raise SourceError("A pose of the bag is not finite.")
-    return T

@@ -12,7 +12,7 @@ import numpy as np
 from kfloc_ros.datasets.base import FrameSource
 from kfloc_ros.errors import SourceError
 from kfloc_ros.geometry.camera import Camera
-from kfloc_ros.types import Frame
+from kfloc_ros.types import Frame, Matrix
 
 FRAME_PERIOD_NS = 33_333_333
 """For datasets without time stamps: 30 Hz."""
@@ -63,6 +63,10 @@ class Sequences(FrameSource):
         frame = self._parts[part][inner]
         name = f"{part}/{frame.name}"
         return replace(frame, index=index, stamp_ns=self._stamps_ns[index], name=name)
+
+    def pose(self, position: int) -> Matrix | None:
+        part, inner = self._where[position]
+        return self._parts[part].pose(inner)
 
     def encoded_image(self, position: int) -> bytes | None:
         part, inner = self._where[position]

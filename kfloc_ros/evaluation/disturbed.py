@@ -14,9 +14,8 @@ from enum import Enum
 import numpy as np
 from numpy.typing import NDArray
 
-from kfloc_ros.datasets.base import FrameSource
+from kfloc_ros.datasets.base import DerivedSource, FrameSource
 from kfloc_ros.errors import SourceError
-from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import inverse_pose, rotation_angle_deg
 from kfloc_ros.types import Frame, Matrix
 
@@ -73,7 +72,7 @@ class DisturbancePlan:
     seed: int = 0
 
 
-class DisturbedSource(FrameSource):
+class DisturbedSource(DerivedSource):
     """The disturbed stream as a source.
 
     Args:
@@ -85,17 +84,14 @@ class DisturbedSource(FrameSource):
     """
 
     def __init__(self, source: FrameSource, plan: DisturbancePlan | None = None) -> None:
+        super().__init__(source)
         plan = plan or DisturbancePlan()
         self.name = f"{source.name} (disturbed)"
-        self._source, self._seed = source, plan.seed
+        self._seed = plan.seed
         self.events = tuple(
             kind for number in range(plan.events_per_kind) for kind in _shuffled(plan.kinds, plan.seed + number)
         )
         self.slots = tuple(_Cutter(source, plan).cut(self.events))
-
-    @property
-    def camera(self) -> Camera:
-        return self._source.camera
 
     def __len__(self) -> int:
         return len(self.slots)
@@ -103,12 +99,11 @@ class DisturbedSource(FrameSource):
     def indices(self) -> Sequence[int]:
         return range(len(self.slots))
 
-    def pose(self, position: int) -> Matrix | None:
-        return self._source.pose(self.slots[position].position)
+    def origin(self, position: int) -> int:
+        return self.slots[position].position
 
-    def __getitem__(self, position: int) -> Frame:
+    def changed(self, frame: Frame, position: int) -> Frame:
         slot = self.slots[position]
-        frame = self._source[slot.position]
         image = frame.image if slot.shown is None else _picture(slot.shown, frame.image, self._seed + position)
         return replace(frame, image=image, stamp_ns=slot.stamp_ns, index=position, depth_m=None)
 

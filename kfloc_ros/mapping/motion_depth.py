@@ -8,7 +8,7 @@ Depth comes from :mod:`kfloc_ros.mapping.sweep`; where the source has points of 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import cv2
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kfloc_ros.datasets.base import FrameSource, Selection
+from kfloc_ros.datasets.base import DerivedSource, FrameSource, Selection
 from kfloc_ros.device import choose_device
 from kfloc_ros.errors import SourceError
 from kfloc_ros.features.trunk import COARSE_STRIDE, Trunk
@@ -49,7 +49,7 @@ class MotionDepthSettings:
     """Of a longer source, every second (third, ...) view is used: neighbouring frames of a video say the same."""
 
 
-class MotionDepth(FrameSource):
+class MotionDepth(DerivedSource):
     """Another source, in the camera of its map, with depth found from the motion between its views.
 
     Args:
@@ -72,8 +72,7 @@ class MotionDepth(FrameSource):
     ) -> None:
         self._settings = settings or MotionDepthSettings()
         step = -(-len(source) // self._settings.max_views)
-        self._source = source if step == 1 else Selection(source, range(0, len(source), step))
-        self.name = source.name
+        super().__init__(source if step == 1 else Selection(source, range(0, len(source), step)))
         self._camera = map_camera(source.camera)
         self._adapter = ImageAdapter(source.camera, self._camera)
         self._trunk = Trunk(device=device or torch.device("cpu"))
@@ -91,15 +90,10 @@ class MotionDepth(FrameSource):
     def camera(self) -> Camera:
         return self._camera
 
-    def __len__(self) -> int:
-        return len(self._source)
+    def pose(self, position: int) -> Matrix | None:
+        return self._poses.get(position)
 
-    def indices(self) -> Sequence[int]:
-        return self._source.indices()
-
-    def __getitem__(self, position: int) -> Frame:
-        position = range(len(self))[position]
-        frame = self._source[position]
+    def changed(self, frame: Frame, position: int) -> Frame:
         frame = replace(frame, image=self._adapter(frame.image), camera=self._camera, depth_m=None)
         pose = self._poses.get(position)
         if pose is None:

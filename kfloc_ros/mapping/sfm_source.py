@@ -3,18 +3,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kfloc_ros.datasets.base import FrameSource
+from kfloc_ros.datasets.base import DerivedSource, FrameSource
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.types import Frame, Matrix
 
 
-class ReconstructedSource(FrameSource):
+class ReconstructedSource(DerivedSource):
     """Images, and depth if there is any, of one source with the poses of a reconstruction.
 
     Args:
@@ -24,6 +24,8 @@ class ReconstructedSource(FrameSource):
         camera: what the reconstruction found where the source's camera was a guess.
     """
 
+    passes_images_on = True
+
     def __init__(
         self,
         source: FrameSource,
@@ -31,26 +33,20 @@ class ReconstructedSource(FrameSource):
         points: Mapping[int, NDArray[np.float64]],
         camera: Camera | None = None,
     ) -> None:
-        self.name = source.name
-        self._source, self._poses, self._points = source, poses, points
+        super().__init__(source)
+        self._poses, self._points = poses, points
         self._camera = camera or source.camera
 
     @property
     def camera(self) -> Camera:
         return self._camera
 
-    def __len__(self) -> int:
-        return len(self._source)
+    @property
+    def camera_is_guess(self) -> bool:
+        return False
 
-    def __getitem__(self, position: int) -> Frame:
-        position = range(len(self))[position]
-        return replace(self._source[position], camera=self._camera, T_map_camera=self._poses.get(position))
-
-    def indices(self) -> Sequence[int]:
-        return self._source.indices()
-
-    def encoded_image(self, position: int) -> bytes | None:
-        return self._source.encoded_image(position)
+    def changed(self, frame: Frame, position: int) -> Frame:
+        return replace(frame, camera=self._camera, T_map_camera=self._poses.get(position))
 
     def pose(self, position: int) -> Matrix | None:
         return self._poses.get(position)

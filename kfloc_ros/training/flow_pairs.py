@@ -7,8 +7,6 @@ Both frames of a pair are turned and zoomed alike; light, blur, noise and covers
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,13 +17,13 @@ from numpy.typing import NDArray
 
 from kfloc_ros.datasets.base import FrameSource
 from kfloc_ros.datasets.degraded import motion_blur
+from kfloc_ros.datasets.derived import Remembered
 from kfloc_ros.errors import SourceError
 from kfloc_ros.features.trunk import COARSE_STRIDE
-from kfloc_ros.geometry.camera import Camera, ImageAdapter
+from kfloc_ros.geometry.camera import ImageAdapter
 from kfloc_ros.geometry.lie import inverse_pose
 from kfloc_ros.mapping.views import IDENTITY, View, cell_coordinates, map_camera, warp_image
 from kfloc_ros.training.kfnet_samples import random_placement
-from kfloc_ros.types import Frame
 
 Mask = NDArray[np.bool_]
 
@@ -53,35 +51,6 @@ class FlowPair:
     def to(self, device: torch.device) -> FlowPair:
         """The same on a device."""
         return FlowPair(*(part.to(device) for part in (self.images, self.flow, self.known, self.seen)))
-
-
-class Remembered(FrameSource):
-    """Another source whose latest frames are kept in memory; frames are made one at a time, for any thread."""
-
-    def __init__(self, source: FrameSource, capacity: int) -> None:
-        self.name = source.name
-        self._source, self._capacity = source, capacity
-        self._frames: OrderedDict[int, Frame] = OrderedDict()
-        self._lock = threading.Lock()
-
-    @property
-    def camera(self) -> Camera:
-        return self._source.camera
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def indices(self) -> Sequence[int]:
-        return self._source.indices()
-
-    def __getitem__(self, position: int) -> Frame:
-        with self._lock:
-            if position not in self._frames:
-                self._frames[position] = self._source[position]
-                while len(self._frames) > self._capacity:
-                    self._frames.popitem(last=False)
-            self._frames.move_to_end(position)
-            return self._frames[position]
 
 
 class FlowPairs:

@@ -13,45 +13,21 @@ import torch
 import torch.nn.functional as F
 
 from kfloc_ros.cli.main import main
-from kfloc_ros.datasets.base import FrameSource
+from kfloc_ros.datasets.derived import InFrame
 from kfloc_ros.errors import MapError
 from kfloc_ros.geometry.lie import Matrix, inverse_pose, make_pose, rotation_angle_deg, so3_exp
 from kfloc_ros.kfnet.experts import SCoordNets, heads_of, moved
 from kfloc_ros.localizer import Localizer
 from kfloc_ros.localizer_config import LocalizerConfig
 from kfloc_ros.mapping import build
+from kfloc_ros.mapping.map_format import read_description
 from kfloc_ros.mapping.merge import merge_maps, transformed
 from kfloc_ros.mapping.registration import register
-from kfloc_ros.mapping.scene_map import SceneMap, read_description
+from kfloc_ros.mapping.scene_map import SceneMap
 from kfloc_ros.mapping.update import Updated, update_map
 from kfloc_ros.pixloc.references import ReferencePoints, ReferenceViews
-from kfloc_ros.types import Frame
 
 T_MAP_SESSION = make_pose(so3_exp(np.array([0.1, 0.8, -0.05])), np.array([2.0, -0.5, 1.0]))
-
-
-class OwnFrame(FrameSource):
-    """A recording whose poses are told in a frame of its own."""
-
-    name = "own frame"
-
-    def __init__(self, source: FrameSource, T_own_map: Matrix) -> None:
-        self._source, self._T = source, T_own_map
-
-    @property
-    def camera(self):
-        return self._source.camera
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def indices(self):
-        return self._source.indices()
-
-    def __getitem__(self, position: int) -> Frame:
-        frame = self._source[position]
-        assert frame.T_map_camera is not None
-        return replace(frame, T_map_camera=self._T @ frame.T_map_camera)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +40,7 @@ def updated(scene_map: SceneMap, room) -> Updated:
     config = build.MapBuildConfig(
         train_seconds=120.0, train_steps=200, augmentations=0, reference_spacing_m=0.03, device="cpu"
     )
-    session = OwnFrame(type(room)(26, phase=30.0), inverse_pose(T_MAP_SESSION))
+    session = InFrame(type(room)(26, phase=30.0), inverse_pose(T_MAP_SESSION))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build, "HeadTraining", functools.partial(build.HeadTraining, width=128, blocks=1, batch=1024))
         return update_map(scene_map, session, config)

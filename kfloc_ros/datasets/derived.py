@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sources that are another source with one thing changed: told in another frame, or kept in memory."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kfloc_ros.datasets.base import DerivedSource, FrameSource
+from kfloc_ros.types import Frame, Matrix
+
+
+class InFrame(DerivedSource):
+    """Another source whose poses are told in another frame: ``T_new_old`` times what they were."""
+
+    passes_images_on = True
+
+    def __init__(self, source: FrameSource, T_new_old: Matrix) -> None:
+        super().__init__(source)
+        self._T = T_new_old
+
+    def changed(self, frame: Frame, position: int) -> Frame:
+        return frame if frame.T_map_camera is None else replace(frame, T_map_camera=self._T @ frame.T_map_camera)
+
+    def pose(self, position: int) -> Matrix | None:
+        T = super().pose(position)
+        return None if T is None else self._T @ T
+
+    def visible_points(self, position: int) -> NDArray[np.float64] | None:
+        points = super().visible_points(position)
+        return None if points is None else points @ self._T[:3, :3].T + self._T[:3, 3]
+
+
+class Remembered(DerivedSource):
+    """Another source whose latest frames are kept in memory; frames are made one at a time, for any thread."""
+
+    passes_images_on = True
+
+    def __init__(self, source: FrameSource, capacity: int) -> None:
+        super().__init__(source)
+        self._capacity = capacity
+        self._frames: OrderedDict[int, Frame] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __getitem__(self, position: int) -> Frame:
+        position = range(len(self))[position]
+        with self._lock:
+            if position not in self._frames:
+                self._frames[position] = self._source[position]
+                while len(self._frames) > self._capacity:
+                    self._frames.popitem(last=False)
+            self._frames.move_to_end(position)
+            return self._frames[position]
