@@ -17,6 +17,7 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,11 @@ from kfloc_ros.cli.arguments import add_source_arguments, open_source_from
 from kfloc_ros.cli.tables import format_table
 from kfloc_ros.datasets.base import FrameSource
 from kfloc_ros.datasets.degraded import motion_blur
+from kfloc_ros.evaluation.flow import FlowStatistics
 from kfloc_ros.evaluation.hardware import describe_hardware
 from kfloc_ros.features.trunk import COARSE_STRIDE, Trunk
 from kfloc_ros.geometry.camera import ImageAdapter
-from kfloc_ros.kfnet.filter import FlowFunction, warp
+from kfloc_ros.kfnet.filter import FlowFunction
 from kfloc_ros.kfnet.flow_choice import LEARNED_FLOOR_M2
 from kfloc_ros.kfnet.flow_network import load_flow_network
 from kfloc_ros.kfnet.oflownet import backward_flow
@@ -45,58 +47,24 @@ BLUR_PX = 20.0
 
 
 class Tally:
-    """Errors of one flow over many pairs."""
+    """Errors and times of one flow over many pairs."""
 
     def __init__(self) -> None:
-        self.error: list[torch.Tensor] = []
-        self.ratio: list[torch.Tensor] = []
-        self.metres: list[torch.Tensor] = []
-        self.process: list[torch.Tensor] = []
-        self.claimed = self.right = self.seen = 0
-        self.milliseconds: list[float] = []
+        self.statistics, self.milliseconds = FlowStatistics(), list[float]()
 
-    @torch.inference_mode()
     def add(self, flow_of: FlowFunction, features: Sequence[torch.Tensor], views: Sequence[View]) -> None:
         """One pair: this frame's, and the one's before."""
         start = time.perf_counter()
-        flow = flow_of(features[0], features[1])
+        with torch.inference_mode():
+            flow = flow_of(features[0], features[1])
         self.milliseconds.append(1e3 * (time.perf_counter() - start))
-        truth, _, visible = (torch.from_numpy(part) for part in true_flow(views[0], views[1]))
-        both = flow.valid & visible
-        difference = (flow.offset - truth)[:, both]
-        self.error.append(difference.norm(dim=0))
-        self.ratio.append((difference.abs() / flow.variance[both].sqrt()).reshape(-1))
-        self.claimed += int(flow.valid.sum())
-        self.right += int(both.sum())
-        self.seen += int(visible.sum())
+        offset, _, visible = (torch.from_numpy(part) for part in true_flow(views[0], views[1]))
         now, before = (scene_coordinates(view) for view in views)
-        prior = warp(before, flow, 1.0, 0.0)
-        usable = prior.valid & now.valid
-        self.metres.append((prior.mean - now.mean)[:, usable].square().reshape(-1))
-        self.process.append(prior.variance[usable].repeat(3))
+        self.statistics.add(flow, offset, visible, now, before)
 
     def row(self, floor_m2: float) -> dict[str, float]:
         """The figures."""
-        error, ratio = torch.cat(self.error).numpy(), torch.cat(self.ratio)
-        squared, process = torch.cat(self.metres), torch.cat(self.process)
-        scales = np.geomspace(1e-3, 1e3, 121)
-        inside = [float((squared < s * process + floor_m2).float().mean()) for s in scales]
-        scale = float(scales[int(np.argmin(np.abs(np.array(inside) - 0.6827)))])
-        bare = [float((squared < s * process + 1e-8).float().mean()) for s in scales]
-        fit = scales[int(np.argmin(np.abs(np.array(bare) - 0.6827)))] * process + 1e-8
-        return {
-            "median_cells": float(np.median(error)),
-            "p90_cells": float(np.quantile(error, 0.9)),
-            "lost": float((error > 1.0).mean()),
-            "known": self.right / max(self.seen, 1),
-            "flow_inside_1sigma": float((ratio < 1).float().mean()),
-            "prior_axis_rms_m": float(squared.clamp(max=0.25).mean().sqrt()),
-            "prior_axis_median_m": float(squared.median().sqrt()),
-            "process_scale": scale,
-            "process_inside_1sigma": float((squared < scale * process + floor_m2).float().mean()),
-            "nll_without_floor": float((0.5 * fit.log() + (squared / fit).clamp(max=25.0) / 2).mean()),
-            "milliseconds": float(np.median(self.milliseconds)),
-        }
+        return {**asdict(self.statistics.result(floor_m2)), "milliseconds": float(np.median(self.milliseconds))}
 
 
 def scene_coordinates(view: View) -> SceneCoordinates:

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The learning curve of the reference SCoordNet: trained piece by piece, looked at on frames it never saw in between.
+"""The learning curves of KFNet's reference networks: trained piece by piece, looked at on frames they never saw.
 
-Options after the two sources are those of `kfloc train scoordnet`. Every piece continues the training exactly, as that
-command does, so this measures what it makes.
+One stage (`--stage scoordnet`, `oflownet` or `kfnet`) or all three in order, each in its folder below OUT; the joint
+stage starts from what the two others left there, and is also looked at before its first step. Options as key=value are
+those of `kfloc train`; one that is meant for a single stage has its name in front (`kfnet.learning_rate=3e-4`). Every
+piece continues the training exactly, as that command does, so this measures what it makes.
 
     python benchmarks/reference_training.py --train "7scenes:DIR --split blocks50:train" \
-        --test "7scenes:DIR --split blocks50:test" --out out/reference --minutes 25 --piece 5 \
-        width=0.125 image_width=320 halving_steps=700 learning_rate=1e-3
+        --test "7scenes:DIR --split blocks50:test" --out out/reference --minutes 25 15 20 --piece 5 \
+        width=0.125 image_width=160 halving_steps=700 learning_rate=1e-3
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ import json
 import math
 import shlex
 import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +30,33 @@ from kfloc_ros.cli.tables import format_table
 from kfloc_ros.config import build_config, parse_overrides
 from kfloc_ros.datasets.base import FrameSource
 from kfloc_ros.device import choose_device
-from kfloc_ros.evaluation.cells import CellStatistics
 from kfloc_ros.evaluation.hardware import describe_hardware
-from kfloc_ros.evaluation.metrics import PoseError, accuracy, pose_error
-from kfloc_ros.geometry.camera import ImageAdapter
-from kfloc_ros.kfnet.reference.layers import Padding
-from kfloc_ros.kfnet.reference.scoordnet import ReferenceSCoordNet
-from kfloc_ros.kfnet.reference.weights import load_scoordnet
-from kfloc_ros.solvers.pnp import PnpSettings, solve_pnp
-from kfloc_ros.training.kfnet_samples import Samples, cell_points, identity
-from kfloc_ros.training.kfnet_stages import MeasurementStage
-from kfloc_ros.training.kfnet_trainer import TrainConfig, train
+from kfloc_ros.evaluation.reference_networks import (
+    AS_PUBLISHED,
+    HeldOutFrames,
+    look_at_kfnet,
+    look_at_oflownet,
+    look_at_scoordnet,
+)
+from kfloc_ros.kfnet.filter import FilterSettings
+from kfloc_ros.kfnet.reference.weights import OFLOWNET, SCOORDNET, load_oflownet, load_scoordnet
+from kfloc_ros.training.kfnet_start import JOINT, KINDS, StartWeights, samples_of, stage_of
+from kfloc_ros.training.kfnet_trainer import TrainConfig, first_step, train
+
+Look = dict[str, Any]
+OWN_FILTER = FilterSettings(flow_temperature=1.0, process_scale=1.0, process_floor_m2=0.0)
+"""This project's recursion instead of the published one."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Minutes of one stage, in all and between two looks, and which frames are looked at."""
+
+    minutes: float
+    piece: float
+    every: int
+    run_length: int
+    runs: int
 
 
 def source_of(text: str) -> FrameSource:
@@ -46,90 +66,151 @@ def source_of(text: str) -> FrameSource:
     return open_source_from(parser.parse_args(shlex.split(text)))
 
 
-def samples_of(source: FrameSource, config: TrainConfig, augment: str) -> Samples:
-    """Single images of a source as training takes them."""
-    return Samples(source, 1, image_width=config.image_width, augment=augment, seed=config.seed)
+def options_of(stage: str, words: Sequence[str]) -> list[str]:
+    """The key=value words that hold for a stage, without its name."""
+    own = [word.removeprefix(f"{stage}.") for word in words if word.startswith(f"{stage}.")]
+    return [word for word in words if "." not in word.split("=")[0]] + own
 
 
-def examine(network: ReferenceSCoordNet, source: FrameSource, config: TrainConfig, step: int) -> dict[str, Any]:
-    """Errors of cells and of poses on every ``step``-th frame."""
-    network.eval()
-    device = network.T_network_map.device
-    camera = samples_of(source, config, "none").camera
-    adapter = ImageAdapter(source.camera, camera)
-    cells, errors = CellStatistics(), list[PoseError]()
-    for position in range(0, len(source), step):
-        frame = source[position]
-        if frame.depth_m is None or frame.T_map_camera is None:
-            continue
-        measured = network.measure(adapter(frame.image))
-        points, known = cell_points(adapter.nearest(frame.depth_m), camera, frame.T_map_camera, identity())
-        cells.add(measured, torch.from_numpy(points).to(device), torch.from_numpy(known).to(device))
-        pose = solve_pnp(measured, camera, PnpSettings())
-        errors.append(pose_error(pose.T_map_camera, frame.T_map_camera))
-    poses, found = accuracy(errors), cells.result()
-    return {
-        "frames": poses.frames,
-        "median_cell_error_m": found.median_error_m,
-        "coverage_1sigma": found.coverage[0],
-        "median_translation_m": poses.median_translation_m,
-        "median_rotation_deg": poses.median_rotation_deg,
-        "recall": dict(poses.recall),
-    }
+def look(stage: str, weights: Mapping[str, Path], frames: HeldOutFrames, schedule: Schedule) -> Look:
+    """What the weights in files are worth."""
+    scoordnet = load_scoordnet(weights[SCOORDNET]).to(frames.device) if stage != OFLOWNET else None
+    oflownet = load_oflownet(weights[OFLOWNET]).to(frames.device) if stage != SCOORDNET else None
+    if scoordnet is None:
+        assert oflownet is not None
+        return asdict(look_at_oflownet(oflownet, frames, schedule.every))
+    if oflownet is None:
+        return asdict(look_at_scoordnet(scoordnet, frames, schedule.every))
+    runs = frames.runs(schedule.run_length, schedule.runs)
+    published, own = (look_at_kfnet(scoordnet, oflownet, frames, runs, s) for s in (AS_PUBLISHED, OWN_FILTER))
+    return {**asdict(published), "own_filter": {"posterior": asdict(own.posterior), "poses": asdict(own.poses)}}
 
 
-def finite(look: dict[str, Any]) -> dict[str, Any]:
+def run_stage(
+    stage: str,
+    sources: tuple[FrameSource, FrameSource],
+    config: TrainConfig,
+    start: StartWeights,
+    out: Path,
+    schedule: Schedule,
+    device: torch.device,
+) -> list[Look]:
+    """Train and look in turn; the curve is written after every piece."""
+    samples = samples_of(stage, sources[0], config)
+    frames = HeldOutFrames(sources[1], samples.camera, device)
+    training = stage_of(stage, samples, config, start)
+    weights = {name: out / f"{name}.safetensors" for name in (SCOORDNET, OFLOWNET)}
+    curve: list[Look] = []
+
+    def note(minutes: float, step: int, found: Look) -> None:
+        curve.append({"minutes": minutes, "step": step, **found})
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "curve.json").write_text(json.dumps(finite(curve), indent=1) + "\n")
+        print(stage, json.dumps(finite(curve[-1])), flush=True)
+
+    if start.scoordnet is not None and start.oflownet is not None:
+        before = {SCOORDNET: start.scoordnet, OFLOWNET: start.oflownet}
+        note(0.0, first_step(training, config), look(stage, before, frames, schedule))
+    spent = 0.0
+    while spent < schedule.minutes:
+        piece = min(schedule.piece, schedule.minutes - spent)
+        result = train(training, samples, config, out, device, time_budget_s=60 * piece)
+        spent += piece
+        if result.stopped_by == "interrupted":
+            raise KeyboardInterrupt
+        note(spent, result.step, look(stage, weights, frames, schedule))
+        if result.stopped_by == "finished":
+            break
+    return curve
+
+
+def finite(value: Any) -> Any:
     """The same with None for what JSON has no number for."""
-    return {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in look.items()
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def table_of(stage: str, curve: Sequence[Look]) -> str:
+    """The curve of a stage."""
+
+    def cells(found: Mapping[str, Any]) -> str:
+        return f"{100 * found['median_error_m']:.1f} cm, {100 * found['coverage'][0]:.0f} %"
+
+    def poses(found: Mapping[str, Any]) -> str:
+        recall = f"{100 * found['recall']['5cm_5deg']:.0f} %"
+        return f"{100 * found['median_translation_m']:.1f} cm {found['median_rotation_deg']:.2f} deg, {recall}"
+
+    rows = []
+    for found in curve:
+        row = [f"{found['minutes']:.0f}", f"{found['step']}"]
+        if stage == SCOORDNET:
+            row += [cells(found["cells"]), poses(found["poses"])]
+        elif stage == OFLOWNET:
+            row += [f"{found['median_cells']:.2f}", f"{found['p90_cells']:.2f}", f"{100 * found['lost']:.1f} %"]
+            row += [f"{1e3 * found['prior_axis_median_m']:.0f} mm", f"{1e3 * found['prior_axis_rms_m']:.0f} mm"]
+            row += [f"{100 * found['prior_inside_1sigma']:.0f} %"]
+        else:
+            row += [cells(found[name]) for name in ("measurement", "measurement_there", "prior", "posterior")]
+            row += [cells(found["own_filter"]["posterior"]), poses(found["measurement_poses"]), poses(found["poses"])]
+            row += [poses(found["own_filter"]["poses"])]
+        rows.append(row)
+    columns = {
+        SCOORDNET: ("cells: median, in 1 sigma", "poses: median, 5cm/5deg"),
+        OFLOWNET: ("flow: cells, median", "90 %", "lost", "carried, axis: median", "rms", "in 1 sigma"),
+        JOINT: (
+            "cells: measured",
+            "where carried",
+            "prior",
+            "filtered",
+            "our filter",
+            "poses: measured",
+            "filtered",
+            "our filter",
+        ),
     }
+    return format_table(rows, header=("minutes", "step", *columns[stage]))
 
 
 def main() -> int:
-    """Train and examine in turn."""
+    """Train and look in turn."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", choices=("all", *KINDS), default="all", help="which to train (default: all)")
     parser.add_argument("--train", required=True, metavar="SOURCE", help="with its options, in quotes")
     parser.add_argument("--test", required=True, metavar="SOURCE", help="with its options, in quotes")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the training")
-    parser.add_argument("--minutes", type=float, default=25.0, help="time for training in all")
-    parser.add_argument("--piece", type=float, default=5.0, help="minutes between two looks")
-    parser.add_argument("--every", type=int, default=10, help="of the test frames, look at every so many")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="of the trainings, each stage below it")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        nargs="+",
+        default=[25.0],
+        metavar="M",
+        help="to train, of all stages or each",
+    )
+    parser.add_argument("--piece", type=float, default=5.0, metavar="M", help="minutes between two looks")
+    parser.add_argument("--every", type=int, default=10, help="stages 1, 2: every so many test frames")
+    parser.add_argument("--run-length", type=int, default=10, help="stage 3: consecutive test frames in a run")
+    parser.add_argument("--runs", type=int, default=8, help="stage 3: runs of test frames to look at")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("overrides", nargs="*", metavar="[STAGE.]key=value")
     args = parser.parse_args()
-    config = build_config(TrainConfig, parse_overrides(TrainConfig, args.overrides))
+    stages = list(KINDS) if args.stage == "all" else [args.stage]
+    if len(args.minutes) not in (1, len(stages)):
+        parser.error(f"--minutes takes one number, or one for each of {', '.join(stages)}")
     device = choose_device(args.device)
-    training, test = source_of(args.train), source_of(args.test)
-    samples = samples_of(training, config, MeasurementStage.augment if config.augment == "stage" else config.augment)
-    torch.manual_seed(config.seed)
-    network = ReferenceSCoordNet(Padding(config.padding), config.width, samples.network_frame(config.scale))
-    curve: list[dict[str, Any]] = []
-    spent = 0.0
-    while spent < args.minutes:
-        piece = min(args.piece, args.minutes - spent)
-        result = train(MeasurementStage(network), samples, config, args.out, device, time_budget_s=60 * piece)
-        spent += piece
-        if result.stopped_by == "interrupted":
-            break
-        network = load_scoordnet(args.out / "scoordnet.safetensors").to(device)
-        curve.append({"minutes": spent, "step": result.step, **examine(network, test, config, args.every)})
-        (args.out / "curve.json").write_text(json.dumps([finite(look) for look in curve], indent=1) + "\n")
-        print(json.dumps(finite(curve[-1])), flush=True)
-        if result.stopped_by == "finished":
-            break
-    lines = [
-        (
-            f"{c['minutes']:.0f}",
-            f"{c['step']}",
-            f"{100 * c['median_cell_error_m']:.1f} cm",
-            f"{100 * c['coverage_1sigma']:.0f} %",
-            f"{100 * c['median_translation_m']:.1f} cm {c['median_rotation_deg']:.2f} deg",
-            f"{100 * c['recall']['5cm_5deg']:.0f} %",
-        )
-        for c in curve
-    ]
-    header = ("minutes", "step", "cells: median", "in 1 sigma", "poses: median", "5cm/5deg")
-    print(format_table(lines, header=header))
+    sources = source_of(args.train), source_of(args.test)
+    schedule = Schedule(0.0, args.piece, args.every, args.run_length, args.runs)
+    tables = []
+    for stage, minutes in zip(stages, args.minutes * (len(stages) // len(args.minutes)), strict=True):
+        config = build_config(TrainConfig, parse_overrides(TrainConfig, options_of(stage, args.overrides)))
+        start = StartWeights()
+        if stage == JOINT:
+            start = StartWeights(*(args.out / name / f"{name}.safetensors" for name in (SCOORDNET, OFLOWNET)))
+        curve = run_stage(stage, sources, config, start, args.out / stage, replace(schedule, minutes=minutes), device)
+        tables.append(f"{stage}\n{table_of(stage, curve)}")
+    print("\n" + "\n\n".join(tables))
     print(describe_hardware(device.type))
     return 0
 

@@ -16,9 +16,7 @@ from kfloc_ros.errors import ConfigError
 
 if TYPE_CHECKING:
     from kfloc_ros.kfnet.reference.frame import NetworkFrame
-    from kfloc_ros.training.kfnet_samples import Group, Samples
-    from kfloc_ros.training.kfnet_stages import Stage
-    from kfloc_ros.training.kfnet_trainer import TrainConfig, TrainProgress
+    from kfloc_ros.training.kfnet_trainer import TrainProgress
 
 STAGES = {
     "scoordnet": "stage 1: scene coordinates and their sigma from single images",
@@ -70,7 +68,7 @@ def add_parser(subparsers: Any) -> None:
             "--time-budget", type=float, default=math.inf, metavar="S", help="stop after so many seconds"
         )
         stage.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where networks run")
-        if name != "oflownet":
+        if name == "scoordnet":
             stage.add_argument(
                 "--transform", type=Path, metavar="FILE", help="transform.txt (default: made from SOURCE)"
             )
@@ -93,29 +91,18 @@ def run(args: argparse.Namespace) -> int:
     source = open_source_from(args)
     need_poses(source)
 
-    import torch
     from tqdm import tqdm
 
     from kfloc_ros.config import build_config, parse_overrides
     from kfloc_ros.device import choose_device
-    from kfloc_ros.training.kfnet_samples import Samples
-    from kfloc_ros.training.kfnet_stages import FlowStage, JointStage, MeasurementStage
+    from kfloc_ros.training.kfnet_start import StartWeights, samples_of, stage_of
     from kfloc_ros.training.kfnet_trainer import TrainConfig, train
 
     config = build_config(TrainConfig, parse_overrides(TrainConfig, args.overrides))
-    kinds: dict[str, type[Stage[Group]]] = {"scoordnet": MeasurementStage, "oflownet": FlowStage, "kfnet": JointStage}
-    kind = kinds[args.stage]
-    samples = Samples(
-        source,
-        kind.group_length,
-        both_directions=kind.both_directions,
-        image_width=config.image_width,
-        augment=kind.augment if config.augment == "stage" else config.augment,
-        seed=config.seed,
-        max_step=config.max_step,
-    )
-    torch.manual_seed(config.seed)
-    stage = _stage(args, config, samples)
+    samples = samples_of(args.stage, source, config)
+    files = {name: getattr(args, name, None) for name in ("scoordnet", "oflownet")}
+    frame = _given_frame(args, config.scale) if args.stage == "scoordnet" else None
+    stage = stage_of(args.stage, samples, config, StartWeights(**files, frame=frame))
     device = choose_device(args.device)
     with tqdm(unit="step", disable=not sys.stderr.isatty()) as bar:
 
@@ -129,30 +116,12 @@ def run(args: argparse.Namespace) -> int:
     return 130 if result.stopped_by == "interrupted" else 0
 
 
-def _stage(args: argparse.Namespace, config: TrainConfig, samples: Samples) -> Stage[Group]:
-    from kfloc_ros.kfnet.reference.layers import Padding
-    from kfloc_ros.kfnet.reference.oflownet import ReferenceOFlowNet
-    from kfloc_ros.kfnet.reference.scoordnet import ReferenceSCoordNet
-    from kfloc_ros.kfnet.reference.weights import load_oflownet, load_scoordnet
-    from kfloc_ros.training.kfnet_stages import FlowStage, JointStage, MeasurementStage
-
-    padding = Padding(config.padding)
-    if args.stage == "oflownet":
-        network = load_oflownet(args.oflownet) if args.oflownet else ReferenceOFlowNet(padding)
-        return FlowStage(network, -1.0 if config.truncation else None)
-    if args.stage == "scoordnet":
-        if args.scoordnet:
-            return MeasurementStage(load_scoordnet(args.scoordnet))
-        return MeasurementStage(ReferenceSCoordNet(padding, config.width, _frame(args, config, samples)))
-    truncation = -2.0 if config.truncation else None
-    return JointStage(load_scoordnet(args.scoordnet), load_oflownet(args.oflownet), truncation, config.fix_flow)
-
-
-def _frame(args: argparse.Namespace, config: TrainConfig, samples: Samples) -> NetworkFrame:
+def _given_frame(args: argparse.Namespace, scale: float) -> NetworkFrame | None:
+    """The frame of ``--transform`` or of a ``kfnet:DIR`` source; None: to be made from the points."""
     from kfloc_ros.kfnet.reference.frame import read_transform
 
     kind, _, path = args.source.partition(":")
     beside = Path(path) / "transform.txt"
     if args.transform or (kind == "kfnet" and beside.is_file()):
-        return read_transform(args.transform or beside, config.scale)
-    return samples.network_frame(config.scale)
+        return read_transform(args.transform or beside, scale)
+    return None

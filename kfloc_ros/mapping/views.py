@@ -17,6 +17,8 @@ from kfloc_ros.kfnet.scoordnet import head_input
 from kfloc_ros.pixloc.references import ReferencePoints, ReferenceViews, smooth_depth_mask, view_distances
 
 MAX_SIDE_PX = 640
+CELL_CENTRE = (COARSE_STRIDE - 1) / 2
+"""Pixel of cell 0, in x and in y."""
 
 
 def map_camera(camera: Camera) -> Camera:
@@ -95,12 +97,17 @@ def sample_cells(
 
 
 def cell_coordinates(
-    view: View, grid: tuple[int, int], similarity: NDArray[np.float64] = IDENTITY
+    view: View,
+    grid: tuple[int, int],
+    similarity: NDArray[np.float64] = IDENTITY,
+    first_pixel: float = CELL_CENTRE,
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """True scene coordinates (h w, 3) of the cell centres of a grid (h, w), and where they are known, (h w,)."""
+    """True scene coordinates (h w, 3) of the cells of a grid (h, w), and where they are known, (h w,).
+
+    Cell (r, c) stands for the pixel (u, v) = 8 (c, r) + ``first_pixel``, by default its centre.
+    """
     h, w = grid
-    centre = (COARSE_STRIDE - 1) / 2
-    cols, rows = np.meshgrid(np.arange(w) * COARSE_STRIDE + centre, np.arange(h) * COARSE_STRIDE + centre)
+    cols, rows = np.meshgrid(np.arange(w) * COARSE_STRIDE + first_pixel, np.arange(h) * COARSE_STRIDE + first_pixel)
     pixels = np.stack([cols.ravel(), rows.ravel(), np.ones(h * w)], axis=1) @ similarity.T
     u, v = np.round(pixels).astype(np.int64).T
     H, W = view.depth_m.shape

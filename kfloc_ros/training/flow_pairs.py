@@ -22,7 +22,7 @@ from kfloc_ros.errors import SourceError
 from kfloc_ros.features.trunk import COARSE_STRIDE
 from kfloc_ros.geometry.camera import ImageAdapter
 from kfloc_ros.geometry.lie import inverse_pose
-from kfloc_ros.mapping.views import IDENTITY, View, cell_coordinates, map_camera, warp_image
+from kfloc_ros.mapping.views import CELL_CENTRE, IDENTITY, View, cell_coordinates, map_camera, warp_image
 from kfloc_ros.training.kfnet_samples import random_placement
 
 Mask = NDArray[np.bool_]
@@ -125,17 +125,18 @@ class FlowPairs:
 
 
 def true_flow(
-    now: View, before: View, placement: NDArray[np.float64] = IDENTITY
+    now: View, before: View, placement: NDArray[np.float64] = IDENTITY, first_pixel: float = CELL_CENTRE
 ) -> tuple[NDArray[np.float32], Mask, Mask]:
     """Backward flow (2, h, w) in cells, where it is known, and where the point is seen again, both (h, w).
 
     Args:
         now, before: two views of one camera.
         placement: (2, 3) from pixels of both augmented images to pixels of the originals.
+        first_pixel: pixel of cell 0, in x and in y; by default the cell's centre.
     """
     camera = now.camera
     h, w = camera.height // COARSE_STRIDE, camera.width // COARSE_STRIDE
-    points, known = cell_coordinates(now, (h, w), placement)
+    points, known = cell_coordinates(now, (h, w), placement, first_pixel)
     T = inverse_pose(before.T_map_camera)
     x, y, z = T[:3, :3] @ points.T + T[:3, 3:]
     known &= z > 0.05
@@ -146,7 +147,7 @@ def true_flow(
     depth = before.depth_m[np.clip(v, 0, camera.height - 1), np.clip(u, 0, camera.width - 1)]
     seen &= (depth > 0) & (np.abs(depth - z) < DEPTH_AGREES * z + DEPTH_AGREES_M)
     placed = np.linalg.solve(placement[:, :2], pixel - placement[:, 2:])
-    cell = (placed - (COARSE_STRIDE - 1) / 2) / COARSE_STRIDE
+    cell = (placed - first_pixel) / COARSE_STRIDE
     seen &= ((cell >= 0) & (cell <= np.array([[w - 1], [h - 1]]))).all(0)
     rows, cols = np.mgrid[:h, :w]
     flow = np.where(known, cell - np.stack([cols.ravel(), rows.ravel()]), 0.0)

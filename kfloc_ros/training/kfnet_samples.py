@@ -7,6 +7,7 @@ Every sample is a function of its number and the seed alone, so training that is
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from kfloc_ros.errors import SourceError
 from kfloc_ros.geometry.camera import Camera, ImageAdapter
 from kfloc_ros.kfnet.reference.frame import NetworkFrame
 from kfloc_ros.kfnet.reference.scoordnet import STRIDE
-from kfloc_ros.types import Frame
+from kfloc_ros.mapping.views import View
 
 Affine = NDArray[np.float64]
 """(2, 3) from pixels of the augmented image to pixels of the original."""
@@ -98,6 +99,19 @@ def random_placement(camera: Camera, rng: np.random.Generator) -> Affine:
     return np.concatenate([turned[:, :2] * zoom, (turned[:, :2] @ shift + turned[:, 2])[:, None]], axis=1)
 
 
+def network_camera(camera: Camera, image_width: int = 0, image_height: int = 0) -> Camera:
+    """A source's camera as the networks see it.
+
+    Args:
+        camera: of the source.
+        image_width: of the networks' images; 0 keeps it.
+        image_height: the same; 0: what keeps the images' shape, to a multiple of 8, or as it is if the width is kept.
+    """
+    width = image_width or camera.width
+    shaped = max(STRIDE, round(camera.height * width / camera.width / STRIDE) * STRIDE)
+    return camera.pinhole().scaled_to(width, image_height or (shaped if image_width else camera.height))
+
+
 class Samples:
     """Groups of a source's frames.
 
@@ -106,10 +120,13 @@ class Samples:
         length: frames in a group.
         both_directions: every group also backwards, as a sample of its own.
         image_width: images are scaled to this; 0 keeps them.
+        image_height: the same; 0: what keeps their shape, to a multiple of 8.
         augment: ``none``, ``rotate`` (brightness, contrast, rotation) or ``full`` (also zoom and shift); all frames of
             a group alike.
         seed: of order and augmentation.
         max_step: largest step of the frame index inside a group.
+        remembered_bytes: of frames at the networks' size that stay in memory, so that each is read once: reading one
+            takes longer than a step of small networks. The first that fit stay; the others are read every time.
 
     Raises:
         SourceError: there is no group of so many consecutive frames.
@@ -122,9 +139,11 @@ class Samples:
         *,
         both_directions: bool = False,
         image_width: int = 0,
+        image_height: int = 0,
         augment: str = "none",
         seed: int = 0,
         max_step: int = 1,
+        remembered_bytes: int = 0,
     ) -> None:
         self._source, self._augment, self._seed = source, augment, seed
         indices = source.indices()
@@ -135,13 +154,11 @@ class Samples:
             self._groups += [range(i + length - 1, i - 1, -1) for i in starts]
         if not self._groups:
             raise SourceError(f"'{source.name}' has no {length} consecutive frames; check --frames and --split.")
-        camera = source.camera
-        width = image_width or camera.width
-        height = max(STRIDE, round(camera.height * width / camera.width / STRIDE) * STRIDE)
-        self._adapter = ImageAdapter(
-            camera, camera.pinhole().scaled_to(width, height if image_width else camera.height)
-        )
+        self._adapter = ImageAdapter(source.camera, network_camera(source.camera, image_width, image_height))
         self.camera = self._adapter.target
+        self._remembered: dict[int, View] = {}
+        self._room_bytes = remembered_bytes
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._groups)
@@ -154,33 +171,46 @@ class Samples:
         """
         epoch, position = divmod(number, len(self._groups))
         order = np.random.default_rng((self._seed, 1, epoch)).permutation(len(self._groups))
-        frames = [self._source[p] for p in self._groups[order[position]]]
+        views = [self._view(p) for p in self._groups[order[position]]]
         rng = np.random.default_rng((self._seed, 2, number))
         affine = identity()
         delta, factor = 0.0, 1.0
         if self._augment != "none":
             delta, factor = rng.uniform(-20, 20), rng.uniform(0.8, 1.2)
             affine = (random_placement if self._augment == "full" else random_rotation)(self.camera, rng)
-        parts = [self._prepare(frame, affine, delta, factor) for frame in frames]
+        parts = [self._prepare(view, affine, delta, factor) for view in views]
         images, points, masks = (torch.from_numpy(np.stack(column)) for column in zip(*parts, strict=True))
         return Group(images, points, masks)
 
-    def _prepare(
-        self, frame: Frame, affine: Affine, delta: float, factor: float
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_]]:
+    def _view(self, position: int) -> View:
+        if (known := self._remembered.get(position)) is not None:
+            return known
+        frame = self._source[position]
         if frame.depth_m is None or frame.T_map_camera is None:
             raise SourceError(
                 f"Frame {frame.index} of '{self._source.name}' has no depth or no pose to train from. "
                 "`kfloc labels` finds depth once and for all; then train from kfnet:OUT."
             )
-        image = self._adapter(frame.image).astype(np.float32)
+        image, depth_m = self._adapter(frame.image), self._adapter.nearest(frame.depth_m)
+        view = View(image, depth_m, self.camera, frame.T_map_camera, frame.index)
+        with self._lock:
+            taken = image.nbytes + depth_m.nbytes
+            if position not in self._remembered and taken <= self._room_bytes:
+                self._remembered[position] = view
+                self._room_bytes -= taken
+        return view
+
+    def _prepare(
+        self, view: View, affine: Affine, delta: float, factor: float
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_]]:
+        image = view.image.astype(np.float32)
         size = (self.camera.width, self.camera.height)
         if not np.array_equal(affine, identity()):
             image = cv2.warpAffine(image, affine, size, flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
         image += delta
         mean = image.mean(axis=(0, 1), keepdims=True)
         image = (image - mean) * factor + mean
-        points, mask = cell_points(self._adapter.nearest(frame.depth_m), self.camera, frame.T_map_camera, affine)
+        points, mask = cell_points(view.depth_m, self.camera, view.T_map_camera, affine)
         return np.ascontiguousarray(image.transpose(2, 0, 1), dtype=np.float32), points, mask
 
     def network_frame(self, scale: float = 1.0) -> NetworkFrame:
@@ -192,7 +222,7 @@ class Samples:
         positions = np.unique(np.linspace(0, len(self._source) - 1, TRANSFORM_FRAMES).astype(int))
         sample = []
         for p in positions:
-            _, points, mask = self._prepare(self._source[int(p)], identity(), 0.0, 1.0)
+            _, points, mask = self._prepare(self._view(int(p)), identity(), 0.0, 1.0)
             sample.append(points[:, mask].T)
         points = np.concatenate(sample)
         if len(points) < 100:

@@ -106,7 +106,10 @@ class FlowStage(Stage[Group]):
         return {"oflownet": self.oflownet}
 
     def loss(self, groups: Sequence[Group]) -> StepLoss:
-        parts = [self._direction(group, a, 1 - a) for group in groups for a in (0, 1)]
+        parts = []
+        for group in groups:
+            features = self.oflownet.features(group.images)
+            parts += [self._direction(group, features, now, 1 - now) for now in (0, 1)]
         nll, smooth, photo, error_m = (list(column) for column in zip(*parts, strict=True))
         n = len(parts)
         terms = {"nll": sum(nll) / n, "smoothness": sum(smooth) / n, "photometric": sum(photo) / n}
@@ -119,9 +122,8 @@ class FlowStage(Stage[Group]):
         return StepLoss(total, {**figures, **error_figures(torch.cat(error_m))})
 
     def _direction(
-        self, group: Group, now: int, before: int
+        self, group: Group, features: torch.Tensor, now: int, before: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        features = self.oflownet.features(group.images)
         flow = self.oflownet.flow(features[now], features[before])
         known = torch.full_like(group.points[before, 0], MIN_SIGMA**2)
         prior = warp(SceneCoordinates(group.points[before], known, group.mask[before], 8), flow, 1.0, 0.0)

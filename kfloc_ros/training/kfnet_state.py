@@ -83,7 +83,8 @@ def load_state(
         folder: of the training.
         modules: to fill.
         optimizer: to fill; its parameters in the same order as when saved.
-        config: must be the saved one, or the result would be neither the old training nor a new one.
+        config: must be the saved one, or the result would be neither the old training nor a new one; what an older
+            version did not save yet may be anything.
         free: keys of the configuration that may differ.
 
     Raises:
@@ -97,7 +98,7 @@ def load_state(
         if state["version"] != FORMAT_VERSION:
             raise WeightsError(f"'{path}' has version {state['version']}; this installation reads {FORMAT_VERSION}.")
         saved = dict(state["config"])
-        differing = [k for k in config if k not in free and saved.get(k) != config[k]]
+        differing = [k for k in config if k in saved and k not in free and saved[k] != config[k]]
         if differing:
             key = differing[0]
             raise WeightsError(

@@ -25,7 +25,7 @@ from kfloc_ros.training.kfnet_stages import JointStage, SampleT, Stage
 from kfloc_ros.training.kfnet_state import Progress, load_state, save_state
 
 LOG_FILE = "log.jsonl"
-FREE_KEYS = frozenset({"steps", "snapshot_every", "log_every", "workers", "precision", "compile"})
+FREE_KEYS = frozenset({"steps", "snapshot_every", "log_every", "workers", "remember_mb", "precision", "compile"})
 """Options that may change when a training is continued."""
 
 
@@ -46,6 +46,7 @@ class TrainConfig:
     padding: str = option("centred", "Of convolutions.", choices=("centred", "tensorflow"))
     scale: float = option(1.0, "Network units per metre; below 1 for large outdoor scenes.", low=1e-6, high=1e3)
     image_width: int = option(0, "Scale images to this width; 0 keeps them.", low=0, high=10_000)
+    image_height: int = option(0, "And to this height; 0 keeps their shape, to a multiple of 8.", low=0, high=10_000)
     augment: str = option("stage", "Augmentation.", choices=("stage", "none", "rotate", "full"))
     max_step: int = option(1, "Largest step of the frame index inside a group.", low=1)
     truncation: bool = option(True, "Truncate the likelihood in stages 2 and 3.")
@@ -56,6 +57,12 @@ class TrainConfig:
     snapshot_every: int = option(5000, "Steps between checkpoints; one is also written at the end.", low=1)
     log_every: int = option(50, "Steps between lines of the log.", low=1)
     workers: int = option(4, "Threads that read images.", low=1, high=64)
+    remember_mb: int = option(
+        2000,
+        "Images and depth kept in memory, at the networks' size, so that they are read once.",
+        low=0,
+        high=1_000_000,
+    )
 
 
 @dataclass(frozen=True)

@@ -5,21 +5,19 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from poster import Poster
 
 from kfloc_ros.cli import main as cli
 from kfloc_ros.config import build_config, parse_overrides
-from kfloc_ros.datasets.base import FrameSource
 from kfloc_ros.datasets.labels import write_kfnet_folder
 from kfloc_ros.errors import ConfigError, SourceError, WeightsError
-from kfloc_ros.geometry.camera import Camera
-from kfloc_ros.geometry.lie import inverse_pose, make_pose, so3_exp
+from kfloc_ros.geometry.lie import inverse_pose
 from kfloc_ros.kfnet.reference.oflownet import ReferenceOFlowNet
 from kfloc_ros.kfnet.reference.scoordnet import ReferenceSCoordNet
 from kfloc_ros.kfnet.reference.weights import load_oflownet, load_scoordnet
@@ -35,38 +33,7 @@ from kfloc_ros.training.kfnet_trainer import (
 )
 from kfloc_ros.types import Frame
 
-CAMERA = Camera(128, 96, 110.0, 110.0, 64.0, 48.0)
 CPU = torch.device("cpu")
-
-
-class Poster(FrameSource):
-    """A smooth picture on a plane at z = 2, seen by a camera that moves sideways; indices jump in the middle."""
-
-    name = "poster"
-    camera = CAMERA  # type: ignore[assignment]
-
-    def __init__(self) -> None:
-        noise = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
-        self._picture = cv2.resize(noise, (600, 400), interpolation=cv2.INTER_CUBIC)
-
-    def __len__(self) -> int:
-        return 8
-
-    def indices(self) -> Sequence[int]:
-        return [0, 1, 2, 3, 50, 51, 52, 53]
-
-    def __getitem__(self, position: int) -> Frame:
-        T = make_pose(so3_exp([0.0, 0.0, 0.02 * position]), [0.04 * position, 0.0, 0.0])
-        v, u = np.mgrid[:96, :128].astype(np.float64)
-        rays = np.stack([(u - 64) / 110, (v - 48) / 110, np.ones_like(u)], axis=-1) @ T[:3, :3].T
-        depth = (2.0 - T[2, 3]) / rays[..., 2]
-        hit = T[:3, 3] + rays * depth[..., None]
-        xy = (hit[..., :2] * 100 + [250, 200]).astype(np.float32)
-        image = cv2.remap(self._picture, xy[..., 0], xy[..., 1], cv2.INTER_LINEAR)
-        return Frame(
-            image, CAMERA, self.indices()[position] * 33_000_000, self.indices()[position],
-            depth_m=depth.astype(np.float32), T_map_camera=T,
-        )  # fmt: skip
 
 
 @pytest.mark.parametrize("augment", ["none", "rotate", "full"])
@@ -97,6 +64,29 @@ def test_order_covers_every_group_and_depends_on_the_number_alone() -> None:
     assert not torch.equal(samples[17].images, samples[18].images)
     with pytest.raises(SourceError, match="5 consecutive"):
         Samples(Poster(), 5)
+
+
+class Counted(Poster):
+    """Counts how often it is read."""
+
+    reads = 0
+
+    def __getitem__(self, position: int) -> Frame:
+        self.reads += 1
+        return super().__getitem__(position)
+
+
+def test_frames_are_read_once_as_far_as_memory_is_given() -> None:
+    """What is remembered does not change the samples; three frames of 128x96 with depth fit into 260 kB."""
+    plain, all_kept, few_kept = Counted(), Counted(), Counted()
+    kept = Samples(all_kept, 2, augment="full", remembered_bytes=10_000_000)
+    few = Samples(few_kept, 2, augment="full", remembered_bytes=260_000)
+    none = Samples(plain, 2, augment="full")
+    for number in range(12):
+        a, b, c = kept[number], few[number], none[number]
+        assert torch.equal(a.images, c.images) and torch.equal(a.points, c.points) and torch.equal(b.images, c.images)
+    assert all_kept.reads == 8 and plain.reads == 24
+    assert 8 < few_kept.reads < 24 and len(few._remembered) == 3
 
 
 def stage_of(name: str) -> Stage:
@@ -226,7 +216,11 @@ def test_commands_of_all_three_stages(tmp_path: Path, capsys: pytest.CaptureFixt
     starts = ["--scoordnet", weights[0], "--oflownet", weights[1]]
     assert cli.main(["train", "kfnet", source, *common, *starts, "--out", str(tmp_path / "joint")]) == 0
     assert capsys.readouterr().out.count("step 1 of 1 (finished)") == 3
+    again = ["train", "kfnet", source, *common, "image_width=64", *starts, "--out", str(tmp_path / "smaller")]
+    assert cli.main(again) == 2
+    assert "image_width=128 image_height=96" in capsys.readouterr().err
     trained = load_scoordnet(tmp_path / "joint" / "scoordnet.safetensors")
+    assert trained.image_size == (128, 96)
     transform = np.loadtxt(tmp_path / "poster" / "transform.txt")
     assert np.allclose(trained.frame.T_network_map, transform)
     assert np.allclose(inverse_pose(transform)[:3, :3] @ transform[:3, :3], np.eye(3), atol=1e-6)

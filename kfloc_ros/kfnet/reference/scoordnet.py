@@ -59,13 +59,18 @@ class ReferenceSCoordNet(nn.Module):
         padding: ``TENSORFLOW`` for weights trained by the original, else ``CENTRED``.
         width: share of the published channels, for machines that cannot train all of them.
         frame: from the map to the frame that is regressed.
+        image_size: width and height of the images that it is trained on, pixels; None: not known.
     """
 
     def __init__(
-        self, padding: Padding = Padding.CENTRED, width: float = 1.0, frame: NetworkFrame | None = None
+        self,
+        padding: Padding = Padding.CENTRED,
+        width: float = 1.0,
+        frame: NetworkFrame | None = None,
+        image_size: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
-        self.padding, self.width = padding, width
+        self.padding, self.width, self.image_size = padding, width, image_size
         inputs = 3
         for name, kernel, channels, stride in _LAYERS:
             outputs = max(4, round(channels * width))

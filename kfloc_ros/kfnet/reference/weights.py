@@ -16,10 +16,12 @@ from kfloc_ros.kfnet.reference.scoordnet import ReferenceSCoordNet
 FORMAT = "kfloc_kfnet"
 FORMAT_VERSION = "1"
 SCOORDNET, OFLOWNET = "scoordnet", "oflownet"
+MAX_WIDTH = 4.0
+"""Of SCoordNet, in published channels; more is damage."""
 
 
 def save_network(path: Path, network: ReferenceSCoordNet | ReferenceOFlowNet) -> None:
-    """Write a network's weights, its padding and width, and for SCoordNet the frame that it regresses in."""
+    """Write a network's weights and its padding; of SCoordNet also its width, its frame, and the size of its images."""
     is_scoordnet = isinstance(network, ReferenceSCoordNet)
     metadata = {
         "format": FORMAT,
@@ -28,6 +30,8 @@ def save_network(path: Path, network: ReferenceSCoordNet | ReferenceOFlowNet) ->
         "padding": network.padding.value,
         "width": repr(network.width) if is_scoordnet else "1.0",
     }
+    if isinstance(network, ReferenceSCoordNet) and network.image_size is not None:
+        metadata["image_size"] = "{}x{}".format(*network.image_size)
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
     save_file(tensors, path, metadata)
@@ -41,7 +45,13 @@ def load_scoordnet(path: Path) -> ReferenceSCoordNet:
         WeightsError: the file is missing, damaged, or holds something else.
     """
     metadata = _metadata(path, SCOORDNET)
-    network = ReferenceSCoordNet(Padding(metadata["padding"]), float(metadata["width"]))
+    try:
+        width, size = float(metadata["width"]), _image_size(metadata.get("image_size", ""))
+        if not 0.0 < width <= MAX_WIDTH:
+            raise ValueError(f"it has {width} times the published channels")
+    except (KeyError, ValueError) as error:
+        raise WeightsError(f"'{path}' is damaged: {error}.") from error
+    network = ReferenceSCoordNet(Padding(metadata["padding"]), width, image_size=size)
     _fill(network, path)
     try:
         _ = network.frame  # checked when it is made
@@ -79,6 +89,15 @@ def _metadata(path: Path, network: str) -> dict[str, str]:
     if metadata.get("padding") not in {padding.value for padding in Padding}:
         raise WeightsError(f"'{path}' names the unknown padding {metadata.get('padding')!r}.")
     return metadata
+
+
+def _image_size(text: str) -> tuple[int, int] | None:
+    if not text:
+        return None  # converted, or written by an older version
+    width, height = (int(side) for side in text.split("x"))
+    if width <= 0 or height <= 0:
+        raise ValueError(f"it is for images of {text} pixels")
+    return width, height
 
 
 def _fill(network: ReferenceSCoordNet | ReferenceOFlowNet, path: Path) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import save_file
 
 from kfloc_ros.cli import main as cli
 from kfloc_ros.errors import WeightsError
@@ -128,3 +129,20 @@ def test_scoordnet_keeps_width_padding_and_frame(tmp_path: Path) -> None:
     loaded = weights.load_scoordnet(tmp_path / "s.safetensors")
     assert (loaded.padding, loaded.width, loaded.frame.scale) == (Padding.TENSORFLOW, 1 / 64, 0.02)
     assert torch.equal(loaded.conv4a.weight, net.conv4a.weight)
+    assert loaded.image_size is None
+    net.image_size = (160, 120)
+    weights.save_network(tmp_path / "s.safetensors", net)
+    assert weights.load_scoordnet(tmp_path / "s.safetensors").image_size == (160, 120)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [("width", "1e9", "published channels"), ("width", "wide", "wide"), ("image_size", "-8x6", "-8x6 pixels")],
+)
+def test_a_damaged_description_is_refused(tmp_path: Path, key: str, value: str, words: str) -> None:
+    net = ReferenceSCoordNet(width=1 / 64)
+    weights.save_network(tmp_path / "s.safetensors", net)
+    description = {"format": "kfloc_kfnet", "version": "1", "network": "scoordnet", "padding": "centred"}
+    save_file(net.state_dict(), tmp_path / "s.safetensors", {**description, "width": "0.015625", key: value})
+    with pytest.raises(WeightsError, match=words):
+        weights.load_scoordnet(tmp_path / "s.safetensors")

@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What KFNet's reference networks are worth after each of their three training stages, on frames they never saw."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from kfloc_ros.datasets.base import FrameSource
+from kfloc_ros.errors import SourceError
+from kfloc_ros.evaluation.cells import CellAccuracy, CellStatistics
+from kfloc_ros.evaluation.flow import FlowAccuracy, FlowStatistics
+from kfloc_ros.evaluation.metrics import Accuracy, PoseError, accuracy, pose_error
+from kfloc_ros.geometry.camera import Camera, ImageAdapter
+from kfloc_ros.kfnet.filter import FilterSettings, NisMode, SceneCoordinateFilter
+from kfloc_ros.kfnet.reference.oflownet import ReferenceOFlowNet
+from kfloc_ros.kfnet.reference.scoordnet import CELL_PIXEL_OFFSET, STRIDE, ReferenceSCoordNet
+from kfloc_ros.mapping.views import View
+from kfloc_ros.solvers.pnp import PnpSettings, solve_pnp
+from kfloc_ros.training.flow_pairs import true_flow
+from kfloc_ros.training.kfnet_samples import cell_points, identity
+from kfloc_ros.types import SceneCoordinates
+
+AS_PUBLISHED = FilterSettings(
+    flow_temperature=1.0,  # of the fast family alone
+    process_scale=1.0,
+    process_floor_m2=0.0,
+    nis_mode=NisMode.OFF,
+    error_correlation=0.0,
+    blend_sigma=True,
+)
+"""The recursion that the joint stage trains, but for the mask of invalid priors."""
+
+
+@dataclass(frozen=True)
+class MeasurementLook:
+    """SCoordNet alone, image by image."""
+
+    cells: CellAccuracy
+    poses: Accuracy
+
+
+@dataclass(frozen=True)
+class FilterLook:
+    """Both networks and the filter between them, over runs of consecutive frames, the first of each left out."""
+
+    measurement: CellAccuracy
+    """Of all cells, before the filter."""
+    prior: CellAccuracy
+    """Of the cells that have one."""
+    measurement_there: CellAccuracy
+    """Of the same cells, to compare the prior with."""
+    posterior: CellAccuracy
+    """Of all cells, after the filter."""
+    prior_share: float
+    """Of cells with a valid prior."""
+    measurement_poses: Accuracy
+    poses: Accuracy
+    """After the filter."""
+
+
+class HeldOutFrames:
+    """A source's frames as the networks see them, with their truth.
+
+    Args:
+        source: with depth and poses.
+        camera: that the networks were trained for.
+        device: where they run.
+    """
+
+    def __init__(self, source: FrameSource, camera: Camera, device: torch.device) -> None:
+        self.source, self.camera, self.device = source, camera, device
+        self._adapter = ImageAdapter(source.camera, camera)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def view(self, position: int) -> View:
+        """One frame.
+
+        Raises:
+            SourceError: it has no depth or pose.
+        """
+        frame = self.source[position]
+        if frame.depth_m is None or frame.T_map_camera is None:
+            raise SourceError(f"Frame {frame.index} of '{self.source.name}' has no depth or no pose to compare with.")
+        depth_m = self._adapter.nearest(frame.depth_m)
+        return View(self._adapter(frame.image), depth_m, self.camera, frame.T_map_camera, frame.index)
+
+    def truth(self, view: View) -> SceneCoordinates:
+        """True coordinates of a view's cells, without variance."""
+        points, known = cell_points(view.depth_m, view.camera, view.T_map_camera, identity())
+        mean, valid = (torch.from_numpy(part).to(self.device) for part in (points, known))
+        return SceneCoordinates(mean, torch.zeros_like(mean[0]), valid, STRIDE, CELL_PIXEL_OFFSET)
+
+    def pixels(self, view: View) -> torch.Tensor:
+        """The image as the networks take it, (1, 3, H, W)."""
+        return torch.from_numpy(view.image).to(self.device).permute(2, 0, 1)[None].float()
+
+    def runs(self, length: int, count: int) -> list[range]:
+        """Positions of at most ``count`` runs of ``length`` consecutive frames, spread over the source.
+
+        Raises:
+            SourceError: there is none.
+        """
+        indices = self.source.indices()
+        follows = [b - a == 1 for a, b in itertools.pairwise(indices)]
+        found: list[range] = []
+        start = 0
+        while start + length <= len(indices):
+            if all(follows[start : start + length - 1]):
+                found.append(range(start, start + length))
+                start += length
+            else:
+                start += 1
+        if not found:
+            raise SourceError(f"'{self.source.name}' has no {length} consecutive frames; check --frames and --split.")
+        chosen = np.unique(np.linspace(0, len(found) - 1, min(count, len(found))).round().astype(int))
+        return [found[k] for k in chosen]
+
+
+def look_at_scoordnet(network: ReferenceSCoordNet, frames: HeldOutFrames, every: int) -> MeasurementLook:
+    """Errors of cells and of poses on every ``every``-th frame.
+
+    Raises:
+        SourceError: a frame has no depth or pose.
+    """
+    network.eval()
+    cells, errors = CellStatistics(), list[PoseError]()
+    for position in range(0, len(frames), every):
+        view = frames.view(position)
+        measured, truth = network.measure(view.image), frames.truth(view)
+        cells.add(measured, truth.mean, truth.valid)
+        errors.append(_pose_error(measured, view))
+    return MeasurementLook(cells.result(), accuracy(errors))
+
+
+@torch.inference_mode()
+def look_at_oflownet(network: ReferenceOFlowNet, frames: HeldOutFrames, every: int) -> FlowAccuracy:
+    """Errors of the flow from every ``every``-th frame to the one before, and of true coordinates carried along it.
+
+    Raises:
+        SourceError: no two frames follow each other, or one has no depth or pose.
+    """
+    network.eval()
+    statistics = FlowStatistics()
+    for pair in frames.runs(2, len(frames))[:: max(1, every // 2)]:
+        before, now = (frames.view(position) for position in pair)
+        features = [network.features(frames.pixels(view))[0] for view in (before, now)]
+        flow = network.flow(features[1], features[0])
+        offset, _, visible = (
+            torch.from_numpy(part).to(frames.device) for part in true_flow(now, before, first_pixel=CELL_PIXEL_OFFSET)
+        )
+        statistics.add(flow, offset, visible, frames.truth(now), frames.truth(before))
+    return statistics.result()
+
+
+@torch.inference_mode()
+def look_at_kfnet(
+    scoordnet: ReferenceSCoordNet,
+    oflownet: ReferenceOFlowNet,
+    frames: HeldOutFrames,
+    runs: Sequence[range],
+    settings: FilterSettings = AS_PUBLISHED,
+) -> FilterLook:
+    """Errors of cells before the filter, of the prior, and after the filter, and of the poses before and after.
+
+    Args:
+        scoordnet: measures.
+        oflownet: carries.
+        frames: never trained on.
+        runs: positions of consecutive frames; the filter starts anew with each.
+        settings: of the filter.
+
+    Raises:
+        SourceError: a frame has no depth or pose.
+    """
+    scoordnet.eval()
+    oflownet.eval()
+    cells = {name: CellStatistics() for name in ("measurement", "prior", "measurement_there", "posterior")}
+    errors: dict[str, list[PoseError]] = {"measurement": [], "posterior": []}
+    shares: list[float] = []
+    for run in runs:
+        recursion = SceneCoordinateFilter(settings, oflownet.flow)
+        for number, position in enumerate(run):
+            view = frames.view(position)
+            measured, truth = scoordnet.measure(view.image), frames.truth(view)
+            features = oflownet.features(frames.pixels(view))[0]
+            filtered = recursion.step(33_000_000 * number, features, measured)
+            if number == 0:
+                continue
+            cells["measurement"].add(measured, truth.mean, truth.valid)
+            cells["posterior"].add(filtered.posterior, truth.mean, truth.valid)
+            if (prior := filtered.prior) is not None:
+                carried = SceneCoordinates(prior.mean, prior.variance, prior.valid, STRIDE, CELL_PIXEL_OFFSET)
+                cells["prior"].add(carried, truth.mean, truth.valid)
+                cells["measurement_there"].add(measured, truth.mean, truth.valid & prior.valid)
+            shares.append(filtered.report.prior_ratio)
+            errors["measurement"].append(_pose_error(measured, view))
+            errors["posterior"].append(_pose_error(filtered.posterior, view))
+    return FilterLook(
+        **{name: statistics.result() for name, statistics in cells.items()},
+        prior_share=float(np.mean(shares)),
+        measurement_poses=accuracy(errors["measurement"]),
+        poses=accuracy(errors["posterior"]),
+    )
+
+
+def _pose_error(coordinates: SceneCoordinates, view: View) -> PoseError:
+    return pose_error(solve_pnp(coordinates, view.camera, PnpSettings()).T_map_camera, view.T_map_camera)
