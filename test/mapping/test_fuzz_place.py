@@ -89,7 +89,7 @@ def test_any_value_in_the_description_is_sound_or_refused(fuzz: Fuzz, folder: Pa
         except MapError:
             return
 
-    fuzz(check, st.lists(st.tuples(SPOTS, ANY), min_size=1, max_size=2), share=0.5)
+    fuzz(check, st.lists(st.tuples(SPOTS, ANY), min_size=1, max_size=2), share=0.2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["house"]
 
 
@@ -116,7 +116,7 @@ def test_any_index_with_a_right_checksum_is_sound_or_refused(fuzz: Fuzz, folder:
             return
 
     strategy = st.tuples(NAMES, st.one_of(st.none(), TYPES), SHAPES, FILLS)
-    fuzz(check, st.lists(strategy, min_size=1, max_size=2), share=0.5)
+    fuzz(check, st.lists(strategy, min_size=1, max_size=2), share=0.2)
 
 
 def test_any_archive_is_whole_or_refused_and_leaves_nothing(fuzz: Fuzz, folder: Path, tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def test_any_archive_is_whole_or_refused_and_leaves_nothing(fuzz: Fuzz, folder: 
         shutil.rmtree(work / "out")
 
     places = st.tuples(st.one_of(st.integers(0, 900), st.integers(0, 10**7)), st.integers(0, 255))
-    fuzz(check, st.lists(places, max_size=5), st.one_of(st.none(), st.integers(0, 10**7)), share=0.5)
+    fuzz(check, st.lists(places, max_size=5), st.one_of(st.none(), st.integers(0, 10**7)), share=0.2)
 
 
 def test_a_packed_place_comes_out_as_it_went_in(folder: Path, tmp_path: Path) -> None:
@@ -213,7 +213,7 @@ def test_a_place_of_countless_submaps_that_swells_is_stopped(folder: Path, tmp_p
     with pytest.raises(MapError, match="larger than"):
         unpack_map(archive, tmp_path / "out", max_bytes=2_000_000)
     hall = json.dumps(yaml.safe_load((folder / DESCRIPTION).read_text())["submaps"][0])
-    change(folder, lambda d: d.update(submaps=[{**json.loads(hall), "name": f"s{k}"} for k in range(900)]))
+    change(folder, lambda d: d.update(submaps=[{**json.loads(hall), "name": f"s{k}"} for k in range(30)]))
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as packed:
         packed.write(folder / DESCRIPTION, DESCRIPTION)
         packed.write(folder / INDEX_FILE, INDEX_FILE)

@@ -66,7 +66,7 @@ def test_a_recording_is_found_in_the_map_and_both_are_localized_in_what_results(
     assert read_description(out)["version"] == 4
     grown = SceneMap.load(out)
     assert isinstance(grown.head, SCoordNets) and len(heads_of(grown.head)) == 2
-    assert "own frame" in grown.provenance["session_2"]
+    assert "26 views" in grown.provenance["session_2"]
     assert np.median(errors_m(grown, room, [3.4, 9.6, 15.3])) < 0.02
     assert np.median(errors_m(grown, room, [36.4, 41.6, 47.3])) < 0.03
     assert main(["map", "verify", str(out)]) == 0
