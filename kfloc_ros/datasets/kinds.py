@@ -105,10 +105,10 @@ def _video(path: str, poses: str, depth: bool) -> FrameSource:
 
 
 def _sim(path: str, poses: str, depth: bool) -> FrameSource:
-    from kfloc_ros.simulation.building import BuildingSource
+    from kfloc_ros.simulation.building import building_source
     from kfloc_ros.simulation.source import SimulatedSource
 
-    return BuildingSource.from_name(path) if path.startswith("building") else SimulatedSource.from_name(path)
+    return building_source(path) if path.startswith("building") else SimulatedSource.from_name(path)
 
 
 def _has(*names: str) -> Callable[[Path], bool]:
@@ -198,7 +198,8 @@ KINDS = {
     "video": SourceKind("a video, or FILE?every=N for every N-th frame, without poses as images", _video, _is_video),
     "sim": SourceKind(
         "the rendered room of the demo: sim:map, sim:localize, or the shorter sim:map-quick, sim:localize-quick; "
-        "a building of ten rooms like it: sim:building-K to map room K, sim:building-K-localize",
+        "a building of ten rooms like it: sim:building-K to map room K, sim:building-K-localize, and through its doors "
+        "sim:building-walk-K-L",
         _sim,
         lambda path: False,
     ),

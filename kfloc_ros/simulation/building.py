@@ -1,35 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A building of ten rooms that are alike: the demo's room ten times, but for five posters, in one frame."""
+"""A building of ten rooms that are alike: the demo's room ten times, but for five posters, in one frame.
+
+Two rows of five. In a row a doorway leads from each room into the next; all else is closed.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import replace
+from functools import lru_cache
 
 import numpy as np
 
-from kfloc_ros.datasets.base import FrameSource
 from kfloc_ros.errors import SourceError
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import make_pose
-from kfloc_ros.simulation.scene import TEXELS_PER_M
-from kfloc_ros.simulation.source import CAMERA, DAY, DUSK, Recording, SimulatedSource, blend, localize_route, map_route
-from kfloc_ros.simulation.trajectory import Pace
-from kfloc_ros.types import Frame, Matrix
+from kfloc_ros.simulation.doorways import MIDDLE_Y_M, WALL_M
+from kfloc_ros.simulation.room import HALF_X_M
+from kfloc_ros.simulation.scene import TEXELS_PER_M, RoomInBuilding, Scene, build_rooms
+from kfloc_ros.simulation.source import CAMERA, DAY, DUSK, RecordedSource, Recording, blend, localize_route, map_route
+from kfloc_ros.simulation.trajectory import Pace, Route
+from kfloc_ros.types import Matrix
 
 ROOMS = 10
 ROOMS_IN_A_ROW = 5
-PITCH_X_M, PITCH_Y_M = 5.3, 4.3
+PITCH_X_M, PITCH_Y_M = 2 * HALF_X_M + WALL_M, 4.3
 """From the middle of a room to that of the next, over a wall."""
+_WALKS_PER_ROOM = 1000
+_HELP = (
+    f"those of the building are sim:building-K to map room K (1 to {ROOMS}), sim:building-K-localize, and "
+    "sim:building-walk-K-L through the doors from room K to room L of the same row"
+)
 
 _EVENING = blend(DAY, DUSK, 0.5)
-_RECORDINGS = {
-    "map": Recording(map_route, Pace(), 1.5, 3_000_000_000_000, lambda time_s, duration_s: DAY),
-    "localize": Recording(
-        localize_route, Pace(0.4, 32.0), 15.0, 4_000_000_000_000, lambda time_s, duration_s: _EVENING
-    ),
-}
+_HEIGHT_M, _AIM_M = 1.4, 1.2
+_IN_THE_DOOR_M = HALF_X_M - 0.2
+"""How far from the middle of the room somebody stands who maps it from its doorway."""
+_CROSSING = np.array([
+    (-2.0, -1.6), (-1.4, -1.3), (-0.75, -0.98), (0.0, -0.92), (0.75, -0.98), (1.4, -1.3), (2.0, -1.6),
+])  # fmt: skip
+"""From the west doorway of a room to its east doorway, between sofa and table."""
 
 
 def T_building_room(room: int) -> Matrix:
@@ -38,8 +47,23 @@ def T_building_room(room: int) -> Matrix:
     return make_pose(np.eye(3), [PITCH_X_M * across, PITCH_Y_M * along, 0.0])
 
 
-class BuildingSource(FrameSource):
-    """One recording in one of the rooms: some 50 views to map it, or a walk in another light; poses in the building.
+@lru_cache(maxsize=1)
+def build_building(texels_per_m: float = TEXELS_PER_M) -> Scene:
+    """All rooms, seen through the open doors.
+
+    Raises:
+        SourceError: the ray caster is not installed.
+    """
+    rooms = []
+    for number in range(1, ROOMS + 1):
+        x, y, z = T_building_room(number)[:3, 3].tolist()
+        place = (number - 1) % ROOMS_IN_A_ROW
+        rooms.append(RoomInBuilding(number, (x, y, z), place + 1 < ROOMS_IN_A_ROW, place > 0))
+    return build_rooms(rooms, 0, texels_per_m)
+
+
+class BuildingSource(RecordedSource):
+    """One recording in one of the rooms: some 90 views to map it, or a walk in another light; poses in the building.
 
     Args:
         room: 1 to :data:`ROOMS`.
@@ -55,42 +79,120 @@ class BuildingSource(FrameSource):
         self, room: int, which: str = "map", *, camera: Camera = CAMERA, texels_per_m: float = TEXELS_PER_M
     ) -> None:
         if not 1 <= room <= ROOMS or which not in _RECORDINGS:
-            raise SourceError(
-                f"There is no recording '{which}' of room {room}; the simulated building has rooms 1 to {ROOMS}, and "
-                "of each sim:building-K to map it and sim:building-K-localize."
-            )
-        self.name = f"building-{room}" + ("" if which == "map" else f"-{which}")
-        self._T = T_building_room(room)
-        self._source = SimulatedSource(
-            which, camera=camera, texels_per_m=texels_per_m, room=room, recording=_RECORDINGS[which]
+            raise SourceError(f"There is no recording '{which}' of room {room} in the simulated building; {_HELP}.")
+        recording = _RECORDINGS[which]
+        super().__init__(
+            f"building-{room}" + ("" if which == "map" else f"-{which}"),
+            recording,
+            lambda: build_building(texels_per_m),
+            walk_seed=_WALKS_PER_ROOM * room,
+            noise_seed=(0, recording.start_ns + room),
+            camera=camera,
+            T_scene_route=T_building_room(room),
         )
 
-    @classmethod
-    def from_name(cls, name: str) -> BuildingSource:
-        """The recording of a SOURCE such as ``sim:building-3-localize``, without its ``sim:``.
 
-        Raises:
-            SourceError: there is no such room or recording.
-        """
-        match = re.fullmatch(r"building-(\d{1,3})(?:-([a-z]+))?", name)
-        if match is None:
-            raise SourceError(
-                f"There is no simulated recording '{name}'; those of the building are sim:building-K, K from 1 to "
-                f"{ROOMS}, and sim:building-K-localize."
-            )
-        return cls(int(match[1]), match[2] or "map")
+class WalkSource(RecordedSource):
+    """A walk through the doors, from the middle of one room to that of another in the same row, in the evening.
 
-    @property
-    def camera(self) -> Camera:
-        return self._source.camera
+    Args:
+        start: the first room.
+        end: the last one; with a smaller number the walk leads back, to the west.
+        camera: a pinhole.
+        texels_per_m: resolution of the rooms' pictures.
 
-    def __len__(self) -> int:
-        return len(self._source)
+    Raises:
+        SourceError: there is no way from one to the other.
+    """
 
-    def indices(self) -> Sequence[int]:
-        return self._source.indices()
+    def __init__(self, start: int, end: int, *, camera: Camera = CAMERA, texels_per_m: float = TEXELS_PER_M) -> None:
+        known = min(start, end) >= 1 and max(start, end) <= ROOMS and start != end
+        if not known or (start - 1) // ROOMS_IN_A_ROW != (end - 1) // ROOMS_IN_A_ROW:
+            raise SourceError(f"No doors lead from room {start} to room {end} of the simulated building; {_HELP}.")
+        self.start, self.end = start, end
+        recording = Recording(
+            lambda seed: walk_route(start, end), Pace(0.5, 40.0), 15.0, 5_000_000_000_000, lambda t, whole: _EVENING, 11
+        )
+        super().__init__(
+            f"building-walk-{start}-{end}",
+            recording,
+            lambda: build_building(texels_per_m),
+            walk_seed=100 * start + end,
+            noise_seed=(0, recording.start_ns + 100 * start + end),
+            camera=camera,
+        )
 
-    def __getitem__(self, position: int) -> Frame:
-        frame = self._source[position]
-        assert frame.T_map_camera is not None
-        return replace(frame, name=f"{self.name}/{frame.index:06d}", T_map_camera=self._T @ frame.T_map_camera)
+
+def building_source(name: str) -> RecordedSource:
+    """The recording of a SOURCE such as ``sim:building-3-localize``, without its ``sim:``.
+
+    Raises:
+        SourceError: there is no such room or recording.
+    """
+    if match := re.fullmatch(r"building-walk-(\d{1,3})-(\d{1,3})", name):
+        return WalkSource(int(match[1]), int(match[2]))
+    if match := re.fullmatch(r"building-(\d{1,3})(?:-([a-z]+))?", name):
+        return BuildingSource(int(match[1]), match[2] or "map")
+    raise SourceError(f"There is no simulated recording '{name}'; {_HELP}.")
+
+
+def room_at(x_m: float, y_m: float) -> int:
+    """Number of the room at a place in the building; the wall between two rooms belongs to both by halves."""
+    across = np.clip(round(x_m / PITCH_X_M), 0, ROOMS_IN_A_ROW - 1)
+    along = np.clip(round(y_m / PITCH_Y_M), 0, ROOMS // ROOMS_IN_A_ROW - 1)
+    return int(1 + across + ROOMS_IN_A_ROW * along)
+
+
+def door_distance_m(x_m: float) -> float:
+    """How far along a row a place is from the nearest plane between two rooms."""
+    return float(abs((x_m / PITCH_X_M - 0.5) - round(x_m / PITCH_X_M - 0.5)) * PITCH_X_M)
+
+
+def _map_route(seed: int) -> Route:
+    """In through the west doorway, around the room, and to the east doorway, for a look through it and one back."""
+    around = map_route(seed)
+    way_in = [((-_IN_THE_DOOR_M, MIDDLE_Y_M), (-0.3, -1.1)), ((-1.8, -1.55), (0.6, -0.7)), ((-1.3, -1.05), (1.6, 0.0))]
+    way_out = [
+        ((1.0, -1.0), (2.6, -1.5)), ((1.7, -1.45), (3.9, -1.6)), ((_IN_THE_DOOR_M, MIDDLE_Y_M), (4.4, -1.5)),
+        ((_IN_THE_DOOR_M, MIDDLE_Y_M), (3.2, -0.4)), ((_IN_THE_DOOR_M, MIDDLE_Y_M + 0.02), (1.9, 0.6)),
+        ((_IN_THE_DOOR_M, MIDDLE_Y_M), (0.6, -0.6)), ((1.8, -1.55), (-0.8, -1.1)), ((1.2, -1.1), (-1.6, -1.5)),
+    ]  # fmt: skip
+    positions = [(*at, _HEIGHT_M) for at, _ in way_in], [(*at, _HEIGHT_M) for at, _ in way_out]
+    targets = [(*to, _AIM_M) for _, to in way_in], [(*to, _AIM_M) for _, to in way_out]
+    return Route(
+        np.concatenate([positions[0], around.positions, positions[1]]),
+        np.concatenate([targets[0], around.targets, targets[1]]),
+    )
+
+
+def walk_route(start: int, end: int) -> Route:
+    """Knots in the building's frame: a look around in the first room, through the doors, a look around in the last."""
+    east = end > start
+    rooms = range(start, end + 1) if east else range(start, end - 1, -1)
+    way = _CROSSING if east else _CROSSING[::-1]
+    ahead = 1.0 if east else -1.0
+    positions, targets = [], []
+    for room in rooms:
+        knots, looks = way, np.stack([way[:, 0] + 2.2 * ahead, 0.75 * way[:, 1] + 0.15], axis=1)
+        looks[2:4] += (-0.7 * ahead, 0.9)  # into the room while crossing it
+        if room == rooms[0]:
+            knots = np.concatenate([[(-0.6 * ahead, -0.5), (-0.55 * ahead, -0.45), (-0.35 * ahead, -0.6)], way[3:]])
+            looks = np.concatenate([[(-0.8, 1.9), (0.5, 1.9), (1.9 * ahead, 0.9)], looks[3:]])
+        if room == rooms[-1]:
+            knots = np.concatenate([knots[:4], [(0.3 * ahead, -0.6), (0.4 * ahead, -0.5)]])
+            looks = np.concatenate([looks[:4], [(0.8 * ahead, 1.9), (-0.6, 1.9)]])
+        origin = T_building_room(room)[:2, 3]
+        positions.append(knots + origin)
+        targets.append(looks + origin)
+    flat, aims = np.concatenate(positions), np.concatenate(targets)
+    wave = np.arange(len(flat))
+    heights = _HEIGHT_M - 0.03 + 0.05 * np.sin(1.7 * wave)
+    return Route(np.c_[flat, heights], np.c_[aims, _AIM_M + 0.15 * np.sin(2.3 * wave)])
+
+
+_RECORDINGS = {
+    "map": Recording(_map_route, Pace(), 1.2, 3_000_000_000_000, lambda time_s, duration_s: DAY, 3),
+    "localize": Recording(
+        localize_route, Pace(0.4, 32.0), 15.0, 4_000_000_000_000, lambda time_s, duration_s: _EVENING, 8
+    ),
+}

@@ -67,10 +67,13 @@ class Renderer:
         self._xs, self._ys = xs, ys
         self._K_inverse = np.linalg.inv(camera.K)
         light = scene.light_map
+        shown, lit, packing = scene.picture_of, scene.patch_of, scene.atlas.packing
         self._atlas_scale, self._atlas_offset = _span(
-            scene.picture_px[:, 0], scene.picture_px[:, 1], scene.atlas.packing.left, scene.atlas.packing.top
+            scene.picture_px[:, 0], scene.picture_px[:, 1], packing.left[shown], packing.top[shown]
         )
-        self._light_scale, self._light_offset = _span(light.columns, light.rows, light.left, light.top)
+        self._light_scale, self._light_offset = _span(
+            light.columns[lit], light.rows[lit], light.left[lit], light.top[lit]
+        )
         self._corner = np.stack([face.corner for face in scene.faces])
         # Rows that give the picture position (a, b) of a map point relative to the corner, also for skewed faces.
         self._to_picture = np.stack([np.linalg.pinv(np.stack([face.right, face.down], axis=1)) for face in scene.faces])

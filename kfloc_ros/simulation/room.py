@@ -13,6 +13,7 @@ from dataclasses import replace
 import numpy as np
 
 from kfloc_ros.simulation import prints
+from kfloc_ros.simulation.doorways import HIGH_Y_M, passages, wall_with_doorway
 from kfloc_ros.simulation.faces import Face, box, face, prism
 from kfloc_ros.simulation.textures import Painter, cardboard, cloth, glow, plain, plaster, rug, tiles, wood
 
@@ -28,12 +29,27 @@ OWN_PICTURES = (0, 3, 4, 7, 8)
 _PICTURES = 10
 
 
-def room() -> list[Face]:
-    """Every surface of the room, lamps and window included."""
+def room(doorways: bool = False) -> list[Face]:
+    """Every surface of the room, lamps and window included.
+
+    Args:
+        doorways: as a room in a building is: with a doorway in the east and one in the west wall, each closed by a
+            door (see :func:`door_faces`), and the desk moved out of the way.
+    """
+    desk = _desk()
+    if doorways:
+        aside = np.array([0.0, 0.66, 0.0])
+        desk = [replace(item, corner=item.corner + aside) for item in desk]
+    ways = passages(HALF_X_M, wood(_WALNUT, upright=True), wood(_OAK), prints.front((140, 104, 72))) if doorways else []
     return [
-        *_shell(), *lights(), *_window_side(), *_bookshelf(), *_sideboard(), *_kitchen(), *_desk(), *_sofa_side(),
-        *_table(), *_pictures(),
+        *_shell(doorways), *lights(), *_window_side(), *_bookshelf(), *_sideboard(), *_kitchen(), *desk, *_sofa_side(),
+        *_table(), *ways, *_pictures(doorways),
     ]  # fmt: skip
+
+
+def door_faces(faces: Sequence[Face]) -> tuple[int, int]:
+    """Which faces of a :func:`room` with doorways close the one to the east and the one to the west."""
+    return len(faces) - _PICTURES - 2, len(faces) - _PICTURES - 1
 
 
 def own_faces(faces: Sequence[Face]) -> tuple[int, ...]:
@@ -56,22 +72,27 @@ def lights() -> list[Face]:
     return [*lamps, replace(window, emission=1.9, light=2)]
 
 
-def _shell() -> list[Face]:
+def _shell(doorways: bool) -> list[Face]:
     x, y, z = HALF_X_M, HALF_Y_M, HEIGHT_M
     floor = tiles((150, 128, 104), (92, 80, 68), 0.33, accent=(122, 98, 74))
     base = wood(_WALNUT)
+    sides = [
+        face((x, y, z), (0, -2 * y, 0), (0, 0, -z), plaster((150, 166, 160))),
+        face((-x, -y, z), (0, 2 * y, 0), (0, 0, -z), plaster((200, 190, 176))),
+    ]
+    if doorways:
+        sides = [part for wall in sides for part in wall_with_doorway(float(wall.corner[0]), y, z, wall.painter)]
     skirting = [
         face((-x, y - 0.012, 0.08), (2 * x, 0, 0), (0, 0, -0.08), base),
         face((x, -y + 0.012, 0.08), (-2 * x, 0, 0), (0, 0, -0.08), base),
-        face((x - 0.012, y, 0.08), (0, -2 * y, 0), (0, 0, -0.08), base),
+        face((x - 0.012, y, 0.08), (0, (HIGH_Y_M if doorways else -y) - y, 0), (0, 0, -0.08), base),
     ]
     return [
         face((-x, y, 0), (2 * x, 0, 0), (0, -2 * y, 0), floor),
         face((-x, -y, z), (2 * x, 0, 0), (0, 2 * y, 0), wood((206, 196, 180), plank_m=0.28), detail=0.6),
         face((-x, y, z), (2 * x, 0, 0), (0, 0, -z), plaster((196, 184, 160))),
         face((x, -y, z), (-2 * x, 0, 0), (0, 0, -z), plain((198, 196, 190)), detail=0.4),
-        face((x, y, z), (0, -2 * y, 0), (0, 0, -z), plaster((150, 166, 160))),
-        face((-x, -y, z), (0, 2 * y, 0), (0, 0, -z), plaster((200, 190, 176))),
+        *sides,
         *skirting,
     ]
 
@@ -89,16 +110,17 @@ def _hang(
     return face(middle - right * width_m / 2 + up, right * width_m, -2 * up, painter, detail=detail)
 
 
-def _pictures() -> list[Face]:
+def _pictures(doorways: bool) -> list[Face]:
     poster, page = prints.poster, prints.page
+    aside, note = ((1.0, 1.72), (1.08, 1.2)) if doorways else ((1.25, 1.72), (1.7, 1.3))  # where the doorway is not
     return [
         _hang(_NORTH, -0.25, 1.62, 0.62, 0.88, poster()),
         _hang(_NORTH, 0.62, 1.7, 0.9, 0.66, poster()),
         _hang(_NORTH, 1.45, 1.62, 0.42, 0.6, poster()),
         _hang(_NORTH, 2.1, 1.5, 0.5, 0.72, poster()),
-        _hang(_EAST, 1.25, 1.72, 0.5, 0.7, poster()),
+        _hang(_EAST, *aside, 0.5, 0.7, poster()),
         _hang(_EAST, 0.78, 1.25, 0.21, 0.3, page()),
-        _hang(_EAST, 1.7, 1.3, 0.3, 0.21, page()),
+        _hang(_EAST, *note, 0.3, 0.21, page()),
         _hang(_EAST, -1.55, 1.6, 0.56, 0.8, poster()),
         _hang(_WEST, 1.62, 2.2, 0.5, 0.36, poster()),
         _hang(_SOUTH, 1.3, 1.35, 0.21, 0.3, page()),  # all there is on the blank wall, beside the door

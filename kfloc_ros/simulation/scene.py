@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The room, ready to be rendered: geometry, pictures and light."""
+"""The scene of a room, or of several side by side: faces, their pictures, and baked light."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -14,7 +14,7 @@ from kfloc_ros.simulation.atlas import TextureAtlas
 from kfloc_ros.simulation.caster import RayCaster
 from kfloc_ros.simulation.faces import Face
 from kfloc_ros.simulation.lighting import LightMap, bake
-from kfloc_ros.simulation.room import lights, own_faces, room
+from kfloc_ros.simulation.room import door_faces, lights, own_faces, room
 
 TEXELS_PER_M = 320.0
 """A texel is as wide as a pixel at 1.6 m."""
@@ -29,59 +29,110 @@ class Scene:
     atlas: TextureAtlas
     picture_px: NDArray[np.int64]
     """(n, 2) width and height of each face's picture."""
+    picture_of: NDArray[np.int64]
+    """(n,) which of the atlas's pictures each face shows."""
     light_map: LightMap
+    patch_of: NDArray[np.int64]
+    """(n,) which of the light map's faces has the light of each face."""
     emission: NDArray[np.float32]
     """(n,) see :class:`Face`."""
     light_of: NDArray[np.int32]
     """(n,) which light a face is, -1 for none."""
 
 
-@dataclass(frozen=True, eq=False)
-class _Shell:
-    """What the rooms of a building have in common: shape, light, and the pictures on most faces."""
+@dataclass(frozen=True)
+class RoomInBuilding:
+    """One of several rooms that differ in a few posters alone, and which of its doors stand open."""
 
-    faces: Sequence[Face]
-    caster: RayCaster
-    pictures: Sequence[NDArray[np.uint8]]
-    light_map: LightMap
+    number: int
+    offset_m: tuple[float, float, float]
+    """Where its frame's origin lies; the axes are the building's."""
+    open_east: bool
+    open_west: bool
 
 
 @lru_cache(maxsize=2)
-def build_room(seed: int = 0, texels_per_m: float = TEXELS_PER_M, number: int = 0) -> Scene:
+def build_room(seed: int = 0, texels_per_m: float = TEXELS_PER_M) -> Scene:
     """The demo's room; the same seed gives the same room, also on another machine with the same libraries.
 
     Args:
         seed: of everything to be seen.
         texels_per_m: resolution of the pictures.
-        number: of a room in a building, from 1, which differs from the demo's in a few posters alone.
 
     Raises:
         SourceError: the ray caster is not installed.
     """
-    shell = _kept_shell(seed, texels_per_m) if number else _shell(seed, texels_per_m)
-    faces, pictures = shell.faces, list(shell.pictures)
-    for i in own_faces(faces) if number else ():
-        pictures[i] = _paint(faces[i], (seed, i, number), texels_per_m)
+    faces = room()
+    same = np.arange(len(faces))
+    caster = RayCaster(faces)
+    return _scene(faces, caster, _paintings(faces, seed, texels_per_m), same, _baked(faces, caster, seed), same)
+
+
+def build_rooms(rooms: Sequence[RoomInBuilding], seed: int = 0, texels_per_m: float = TEXELS_PER_M) -> Scene:
+    """Several rooms side by side, seen through their doorways; pictures and light that they have in common are shared.
+
+    Light is baked with all doors closed.
+
+    Args:
+        rooms: in the building.
+        seed: of everything to be seen.
+        texels_per_m: resolution of the pictures.
+
+    Raises:
+        SourceError: the ray caster is not installed.
+    """
+    shell = room(doorways=True)
+    own, (east, west) = own_faces(shell), door_faces(shell)
+    pictures, faces = _paintings(shell, seed, texels_per_m), []
+    picture_of, patch_of = [], []
+    for item in rooms:
+        gone = _open(item, east, west)
+        for i, face in enumerate(shell):
+            if i in gone:
+                continue
+            faces.append(replace(face, corner=face.corner + np.array(item.offset_m)))
+            patch_of.append(i)
+            picture_of.append(i)
+            if i in own:
+                picture_of[-1] = len(pictures)
+                pictures.append(_paint(face, (seed, i, item.number), texels_per_m))
+    light_map = _baked(shell, RayCaster(shell), seed)
+    return _scene(faces, RayCaster(faces), pictures, np.array(picture_of), light_map, np.array(patch_of))
+
+
+def _scene(
+    faces: Sequence[Face],
+    caster: RayCaster,
+    pictures: Sequence[NDArray[np.uint8]],
+    picture_of: NDArray[np.int64],
+    light_map: LightMap,
+    patch_of: NDArray[np.int64],
+) -> Scene:
     return Scene(
         faces=faces,
-        caster=shell.caster,
+        caster=caster,
         atlas=TextureAtlas(pictures),
-        picture_px=np.array([(p.shape[1], p.shape[0]) for p in pictures]),
-        light_map=shell.light_map,
+        picture_px=np.array([(p.shape[1], p.shape[0]) for p in pictures])[picture_of],
+        picture_of=picture_of,
+        light_map=light_map,
+        patch_of=patch_of,
         emission=np.array([face.emission for face in faces], np.float32),
         light_of=np.array([face.light for face in faces], np.int32),
     )
 
 
-def _shell(seed: int, texels_per_m: float) -> _Shell:
-    faces = room()
-    caster = RayCaster(faces)
-    # Each face has a generator of its own, so that changing one thing in the room changes no other.
-    pictures = [_paint(face, (seed, i), texels_per_m) for i, face in enumerate(faces)]
-    return _Shell(faces, caster, pictures, bake(faces, lights(), caster, np.random.default_rng(seed)))
+def _open(item: RoomInBuilding, east: int, west: int) -> set[int]:
+    """Doors that are not there."""
+    return {face for face, is_open in ((east, item.open_east), (west, item.open_west)) if is_open}
 
 
-_kept_shell = lru_cache(maxsize=1)(_shell)
+def _baked(faces: Sequence[Face], caster: RayCaster, seed: int) -> LightMap:
+    return bake(faces, lights(), caster, np.random.default_rng(seed))
+
+
+def _paintings(faces: Sequence[Face], seed: int, texels_per_m: float) -> list[NDArray[np.uint8]]:
+    """Each face has a generator of its own, so that changing one thing in the room changes no other."""
+    return [_paint(face, (seed, i), texels_per_m) for i, face in enumerate(faces)]
 
 
 def _paint(face: Face, seed: tuple[int, ...], texels_per_m: float) -> NDArray[np.uint8]:

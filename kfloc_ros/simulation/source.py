@@ -12,10 +12,10 @@ from kfloc_ros.datasets.base import FrameSource
 from kfloc_ros.errors import SourceError
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.simulation.render import Illumination, Renderer
-from kfloc_ros.simulation.scene import TEXELS_PER_M, build_room
+from kfloc_ros.simulation.scene import TEXELS_PER_M, Scene, build_room
 from kfloc_ros.simulation.sensor import Sensor
 from kfloc_ros.simulation.trajectory import Pace, Route, Trajectory, orbit
-from kfloc_ros.types import Frame
+from kfloc_ros.types import Frame, Matrix
 
 CAMERA = Camera(640, 480, 525.0, 525.0, 319.5, 239.5)
 
@@ -27,7 +27,7 @@ DUSK = Illumination(
 )
 _DUSK_ONE_LAMP = replace(DUSK, west_lamp=(0.04, 0.04, 0.03), ambient=(0.25, 0.25, 0.25))
 _SWITCH_SHARE, _SWITCH_S = 0.45, 0.25
-_WALKS_PER_ROOM = 1000
+IDENTITY: Matrix = np.eye(4)
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ class Recording:
     start_ns: int
     light: Callable[[float, float], Illumination]
     """Of the time in seconds and the recording's duration."""
+    shake: int = 0
+    """Added to the seed of the walk for that of the hand's shake."""
 
 
 def map_route(seed: int) -> Route:
@@ -100,17 +102,90 @@ def blend(first: Illumination, second: Illumination, share: float) -> Illuminati
 
 
 RECORDINGS = {
-    "map": Recording(map_route, Pace(), 10.0, 1_000_000_000_000, _daylight),
-    "localize": Recording(localize_route, Pace(0.4, 32.0), 15.0, 2_000_000_000_000, _lamp_goes_out),
-    "map-quick": Recording(_short_map_route, Pace(), 10.0, 1_000_000_000_000, _daylight),
-    "localize-quick": Recording(_short_localize_route, Pace(0.4, 30.0), 15.0, 2_000_000_000_000, _lamp_goes_out),
+    "map": Recording(map_route, Pace(), 10.0, 1_000_000_000_000, _daylight, 3),
+    "localize": Recording(localize_route, Pace(0.4, 32.0), 15.0, 2_000_000_000_000, _lamp_goes_out, 8),
+    "map-quick": Recording(_short_map_route, Pace(), 10.0, 1_000_000_000_000, _daylight, 3),
+    "localize-quick": Recording(_short_localize_route, Pace(0.4, 30.0), 15.0, 2_000_000_000_000, _lamp_goes_out, 8),
 }
 
 
-class SimulatedSource(FrameSource):
-    """One recording of the simulated room; frames are rendered when asked for, always the same for the same seed.
+class RecordedSource(FrameSource):
+    """One recording in a simulated scene; frames are rendered when asked for, always the same for the same seed.
 
     The pose of a frame is that in the middle of its exposure, which is also its stamp.
+
+    Args:
+        name: for reports.
+        recording: how it is made.
+        scene: makes what is recorded, with the first frame, so that opening a source takes no time.
+        walk_seed: of the route and the shake.
+        noise_seed: of the sensor.
+        camera: a pinhole.
+        T_scene_route: where the frame of the recording's route lies in the scene's, (4, 4).
+    """
+
+    def __init__(
+        self,
+        name: str,
+        recording: Recording,
+        scene: Callable[[], Scene],
+        *,
+        walk_seed: int,
+        noise_seed: tuple[int, int],
+        camera: Camera = CAMERA,
+        T_scene_route: Matrix = IDENTITY,
+    ) -> None:
+        self.name = name
+        self._recording, self._scene, self._camera = recording, scene, camera
+        self._noise_seed, self._T = noise_seed, T_scene_route
+        # The shake is the hand's own: another recording has another, also where its walk is the same.
+        self.trajectory = Trajectory(recording.route(walk_seed), recording.pace, walk_seed + recording.shake)
+        self._count = int(self.trajectory.duration_s * recording.rate_hz)
+        self._studio: tuple[Renderer, Sensor] | None = None
+
+    @property
+    def camera(self) -> Camera:
+        return self._camera
+
+    def __len__(self) -> int:
+        return self._count
+
+    def indices(self) -> Sequence[int]:
+        return range(self._count)
+
+    def pose(self, position: int) -> Matrix:
+        return self._pose_at(range(self._count)[position] / self._recording.rate_hz)
+
+    def __getitem__(self, position: int) -> Frame:
+        index = range(self._count)[position]
+        renderer, sensor = self._prepared()
+        time_s = index / self._recording.rate_hz
+        half_s = sensor.model.exposure_s / 2
+        T_start, T_middle, T_end = (self._pose_at(time_s + dt) for dt in (-half_s, 0.0, half_s))
+        light = self._recording.light(time_s, self.trajectory.duration_s)
+        rendering = renderer.render(T_middle, light)
+        rng = np.random.default_rng((*self._noise_seed, index))
+        return Frame(
+            image=sensor.expose(rendering, T_start, T_middle, T_end, rng),
+            camera=self._camera,
+            stamp_ns=self._recording.start_ns + round(time_s * 1e9),
+            index=index,
+            name=f"{self.name}/{index:06d}",
+            depth_m=rendering.depth_m,
+            T_map_camera=T_middle,
+        )
+
+    def _pose_at(self, time_s: float) -> Matrix:
+        return self._T @ self.trajectory.pose(time_s)
+
+    def _prepared(self) -> tuple[Renderer, Sensor]:
+        if self._studio is None:
+            self._studio = (Renderer(self._scene(), self._camera), Sensor(self._camera))
+        return self._studio
+
+
+class SimulatedSource(RecordedSource):
+    """One recording of the demo's room.
 
     Args:
         which: ``map`` or ``localize``.
@@ -118,9 +193,6 @@ class SimulatedSource(FrameSource):
         seed: of everything: pictures, routes, shake and noise. Both recordings need the same to show the same room.
         camera: a pinhole.
         texels_per_m: resolution of the room's pictures.
-        room: number of a room in a building (see ``building.py``), which has other posters and other walks; 0 for the
-            demo's own.
-        recording: another one than those in :data:`RECORDINGS`, called ``which``.
 
     Raises:
         SourceError: the recording is unknown.
@@ -134,20 +206,19 @@ class SimulatedSource(FrameSource):
         *,
         camera: Camera = CAMERA,
         texels_per_m: float = TEXELS_PER_M,
-        room: int = 0,
-        recording: Recording | None = None,
     ) -> None:
-        self.name = f"{which}-quick" if quick else which
-        if recording is None:
-            if self.name not in RECORDINGS:
-                raise SourceError(f"There is no simulated recording '{self.name}'; there are: {', '.join(RECORDINGS)}.")
-            recording = RECORDINGS[self.name]
-        self._recording, self._room = recording, room
-        self._camera, self._seed, self._texels_per_m = camera, seed, texels_per_m
-        walk = seed + _WALKS_PER_ROOM * room
-        self.trajectory = Trajectory(recording.route(walk), recording.pace, walk + len(which))
-        self._count = int(self.trajectory.duration_s * recording.rate_hz)
-        self._studio: tuple[Renderer, Sensor] | None = None
+        name = f"{which}-quick" if quick else which
+        if name not in RECORDINGS:
+            raise SourceError(f"There is no simulated recording '{name}'; there are: {', '.join(RECORDINGS)}.")
+        recording = RECORDINGS[name]
+        super().__init__(
+            name,
+            recording,
+            lambda: build_room(seed, texels_per_m),
+            walk_seed=seed,
+            noise_seed=(seed, recording.start_ns),
+            camera=camera,
+        )
 
     @classmethod
     def from_name(cls, name: str) -> SimulatedSource:
@@ -160,39 +231,3 @@ class SimulatedSource(FrameSource):
         if name not in RECORDINGS:
             raise SourceError(f"There is no simulated recording '{name}'; there are: {', '.join(RECORDINGS)}.")
         return cls(which, quick=bool(dash and rest))
-
-    @property
-    def camera(self) -> Camera:
-        return self._camera
-
-    def __len__(self) -> int:
-        return self._count
-
-    def indices(self) -> Sequence[int]:
-        return range(self._count)
-
-    def __getitem__(self, position: int) -> Frame:
-        index = range(self._count)[position]
-        renderer, sensor = self._prepared()
-        time_s = index / self._recording.rate_hz
-        half_s = sensor.model.exposure_s / 2
-        T_start, T_middle, T_end = (self.trajectory.pose(time_s + dt) for dt in (-half_s, 0.0, half_s))
-        light = self._recording.light(time_s, self.trajectory.duration_s)
-        rendering = renderer.render(T_middle, light)
-        rng = np.random.default_rng((self._seed, self._recording.start_ns + self._room, index))
-        return Frame(
-            image=sensor.expose(rendering, T_start, T_middle, T_end, rng),
-            camera=self._camera,
-            stamp_ns=self._recording.start_ns + round(time_s * 1e9),
-            index=index,
-            name=f"{self.name}/{index:06d}",
-            depth_m=rendering.depth_m,
-            T_map_camera=T_middle,
-        )
-
-    def _prepared(self) -> tuple[Renderer, Sensor]:
-        """The room and the camera; made with the first frame, so that opening a source takes no time."""
-        if self._studio is None:
-            scene = build_room(self._seed, self._texels_per_m, self._room)
-            self._studio = (Renderer(scene, self._camera), Sensor(self._camera))
-        return self._studio
