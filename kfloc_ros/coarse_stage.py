@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import torch
 
+from kfloc_ros.coarse_networks import networks_of
 from kfloc_ros.device import choose_device
-from kfloc_ros.features.trunk import Trunk, TrunkFeatures
+from kfloc_ros.features.trunk import COARSE_STRIDE, Trunk
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.kfnet.filter import NO_PRIOR, Filtered, FilterSettings, NisMode, SceneCoordinateFilter
-from kfloc_ros.kfnet.flow_choice import FlowKind, choose_flow
 from kfloc_ros.localizer_config import LocalizerConfig
 from kfloc_ros.mapping.scene_map import SceneMap
 from kfloc_ros.solvers.pnp import PnpSettings, solve_pnp
@@ -18,7 +18,7 @@ from kfloc_ros.types import FilterReport, Frame, SceneCoordinates
 
 
 class CoarseStage:
-    """Trunk, SCoordNet head, Kalman filter, RANSAC-PnP.
+    """Trunk, the networks of the map's family, Kalman filter, RANSAC-PnP.
 
     Args:
         scene_map: of the place.
@@ -30,27 +30,29 @@ class CoarseStage:
         device = choose_device(config.device)
         calibration = scene_map.calibration
         self._trunk = trunk or Trunk(device=device)
-        self._head = scene_map.head.to(device)
-        self._variance_scale = calibration.measurement_variance_scale
+        self._networks = networks_of(scene_map, config.oflownet, device)
         self._camera = scene_map.camera
         self._use_filter = config.filter
-        self._passed_by: tuple[int, TrunkFeatures] | None = None
-        chosen = choose_flow(FlowKind(config.oflownet), calibration, device)
-        self.note = chosen.note if config.filter else ""
+        self._passed_by: tuple[int, Observation] | None = None
+        self.note = self._networks.note if config.filter else ""
         """What of the configuration could not be had, in a sentence; empty if all could."""
         self._filter = SceneCoordinateFilter(
             FilterSettings(
                 flow_temperature=calibration.flow_temperature,
-                process_scale=chosen.process_scale,
-                process_floor_m2=chosen.process_floor_m2,
+                process_scale=self._networks.process_scale,
+                process_floor_m2=self._networks.process_floor_m2,
                 nis_threshold=config.nis_threshold,
                 nis_mode=NisMode(config.nis_mode),
                 max_gap_s=config.max_gap_s,
             ),
-            chosen.flow,
+            self._networks.flow,
         )
+        larger = (
+            self._networks.stride / COARSE_STRIDE
+        )  # of cells; what can be told of a place in the image goes with it
         self._pnp = PnpSettings(
-            max_error_px=config.pnp_max_error_px,
+            max_error_px=larger * config.pnp_max_error_px,
+            pixel_sigma_px=larger * PnpSettings().pixel_sigma_px,
             min_inliers=config.pnp_min_inliers,
             covariance_scale=calibration.coarse_covariance_scale,
         )
@@ -86,12 +88,12 @@ class CoarseStage:
         if self._passed_by is not None and self._use_filter:
             with timed(timings, "filter"), torch.inference_mode():
                 stamp_ns, before = self._passed_by
-                self._filtered(stamp_ns, before, self._head.measure(before, self._variance_scale))
+                self._filtered(stamp_ns, before, self._networks.measure(before))
         self._passed_by = None
         with timed(timings, "measure"):
-            measurement = self._head.measure(features, self._variance_scale)
+            measurement = self._networks.measure(observation)
         with timed(timings, "filter"), torch.inference_mode():
-            filtered = self._filtered(frame.stamp_ns, features, measurement)
+            filtered = self._filtered(frame.stamp_ns, observation, measurement)
         with timed(timings, "pnp"):
             pose = solve_pnp(filtered.posterior, self._camera, self._pnp)
         self._filter.judge(pose)
@@ -101,12 +103,12 @@ class CoarseStage:
 
     def pass_by(self, stamp_ns: int, observation: Observation) -> None:
         """Take note of a frame that needs no coarse pose."""
-        self._passed_by = (stamp_ns, observation.features)
+        self._passed_by = (stamp_ns, observation)
 
-    def _filtered(self, stamp_ns: int, features: TrunkFeatures, measurement: SceneCoordinates) -> Filtered:
+    def _filtered(self, stamp_ns: int, observation: Observation, measurement: SceneCoordinates) -> Filtered:
         if not self._use_filter:
             return Filtered(measurement, FilterReport("the filter is off", 0.0, NO_PRIOR, 0.0))
-        return self._filter.step(stamp_ns, features.coarse[0], measurement)
+        return self._filter.step(stamp_ns, self._networks.flow_features(observation), measurement)
 
     def reset(self, reason: str) -> None:
         """Forget what was carried over from earlier frames."""

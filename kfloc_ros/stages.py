@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kfloc_ros.errors import FrameError
 from kfloc_ros.features.trunk import Trunk, TrunkFeatures
@@ -24,6 +25,8 @@ class Observation:
     """A frame after its one pass through the trunk: what all stages look at."""
 
     features: TrunkFeatures
+    image: NDArray[np.uint8]
+    """(H, W, 3) RGB, for networks that do not take the trunk's features."""
     timings_ms: dict[str, float] = field(default_factory=dict)
     """Spent on the frame so far, by stage."""
 
@@ -109,7 +112,7 @@ def observe(frame: Frame, camera: Camera, trunk: Trunk) -> Observation:
     timings: dict[str, float] = {}
     with timed(timings, "trunk"):
         features = trunk.extract(frame.image)
-    return Observation(features, timings)
+    return Observation(features, frame.image, timings)
 
 
 def check_frame(frame: Frame, camera: Camera) -> None:

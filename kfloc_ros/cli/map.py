@@ -20,6 +20,7 @@ from kfloc_ros.cli.build_options import (
     provenance_of,
 )
 from kfloc_ros.cli.map_join import add_join
+from kfloc_ros.cli.map_kfnet import add_kfnet
 from kfloc_ros.cli.map_place import add_place, describe_place
 from kfloc_ros.cli.map_tools import add_tools
 
@@ -76,6 +77,7 @@ def add_parser(subparsers: Any) -> None:
     add_join(actions)
     add_place(actions)
     add_tools(actions)
+    add_kfnet(actions)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -152,6 +154,7 @@ def describe(scene_map: Any) -> str:
     rows = {
         "map": f"{scene_map.name} ({scene_map.path}, {scene_map.size_bytes() / 1e6:.1f} MB)",
         "frame": scene_map.frame_id,
+        "family": scene_map.family,
         "camera": (
             f"{camera.width}x{camera.height}, f {camera.fx:.1f} {camera.fy:.1f}, c {camera.cx:.1f} {camera.cy:.1f} px"
         ),

@@ -69,6 +69,11 @@ def export_coordinates(
 def _write_flow(
     out: Path, i: int, previous: CoarseResult, result: CoarseResult, scene_map: SceneMap, kind: FlowKind
 ) -> None:
+    if scene_map.kfnet is not None:  # the filter has just had them; anew, there is nothing that was carried
+        filtered = result.filtered
+        if filtered is not None and filtered.flow is not None and filtered.prior is not None:
+            write_flow(out, i, i - 1, filtered.flow.offset, filtered.prior.variance)
+        return
     if result.features is None or previous.features is None or previous.scene_coordinates is None:
         return
     features = result.features.coarse[0]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import zipfile
 import zlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from kfloc_ros.errors import MapError
@@ -17,6 +18,7 @@ from kfloc_ros.mapping.map_format import (
     DESCRIPTION,
     HEAD_FILE,
     INDEX_FILE,
+    KFNET_FILE,
     MAX_DESCRIPTION_BYTES,
     PLACE_FORMAT,
     REFERENCES_FILE,
@@ -97,7 +99,7 @@ def _check(folder: Path) -> dict[str, int]:
         SceneMap.load(folder)
     elif problems := verify_place(folder):
         raise MapError(problems[0])
-    return limits
+    return _with_networks(limits, lambda item: (folder / item).is_file())
 
 
 def _limits(folder: Path) -> dict[str, int]:
@@ -109,6 +111,12 @@ def _limits(folder: Path) -> dict[str, int]:
     for submap in submaps_of(folder, description):
         limits |= {f"{SUBMAPS}/{submap.name}/{item}": limit for item, limit in LIMITS.items()}
     return limits
+
+
+def _with_networks(limits: Mapping[str, int], is_there: Callable[[str], bool]) -> dict[str, int]:
+    """The same with the networks that a map may hold besides its head, where they are there."""
+    possible = [item.removesuffix(HEAD_FILE) + KFNET_FILE for item in limits if item.endswith(HEAD_FILE)]
+    return {**limits, **{item: MAX_FILE_BYTES for item in possible if is_there(item)}}
 
 
 def _listed(packed: zipfile.ZipFile, folder: Path) -> dict[str, int]:
@@ -125,6 +133,7 @@ def _listed(packed: zipfile.ZipFile, folder: Path) -> dict[str, int]:
         _extract(packed, DESCRIPTION, folder / DESCRIPTION, MAX_DESCRIPTION_BYTES)
         limits = _limits(folder)
         (folder / DESCRIPTION).unlink()
+    limits = _with_networks(limits, lambda item: item in names)
     if names != sorted(limits):
         shown = ", ".join(repr(name[:60]) for name in names if name not in limits)[:400] or f"{len(names)} files"
         raise MapError(f"it must hold {', '.join(sorted(limits)[:5])} and nothing else, but holds {shown}.")

@@ -222,18 +222,18 @@ def _calibrate_poses(draft: SceneMap, views: Sequence[View], stamps_ns: Sequence
     for view, stamp in zip(views, stamps_ns, strict=True):
         estimate = localizer.process(Frame(view.image, view.camera, stamp, view.index))
         if estimate.coarse is not None and estimate.coarse.success:
-            coarse.append(_mahalanobis(view.T_map_camera, estimate.coarse.T_map_camera, estimate.coarse.covariance))
+            coarse.append(mahalanobis(view.T_map_camera, estimate.coarse.T_map_camera, estimate.coarse.covariance))
             if _is_good(view.T_map_camera, estimate.coarse.T_map_camera):
                 ratios.append(estimate.coarse.inlier_ratio)
         alignment = estimate.alignment
         if alignment is not None and alignment.success and _is_good(view.T_map_camera, alignment.T_map_camera):
-            refined.append(_mahalanobis(view.T_map_camera, alignment.T_map_camera, alignment.covariance))
+            refined.append(mahalanobis(view.T_map_camera, alignment.T_map_camera, alignment.covariance))
             costs.append(alignment.final_cost)
     draft.head.to("cpu")
     return replace(
         draft.calibration,
-        coarse_covariance_scale=_median_scale(coarse),
-        refined_covariance_scale=_median_scale(refined),
+        coarse_covariance_scale=median_scale(coarse),
+        refined_covariance_scale=median_scale(refined),
         max_alignment_cost=_threshold(costs, _wrong_costs(draft, views, device)),
         min_inlier_ratio=_ratio_threshold(ratios, _mirrored_ratios(draft, views, stamps_ns, device)),
     )
@@ -287,7 +287,7 @@ def _is_good(T_true: Matrix, T: Matrix | None) -> bool:
     return bool(np.linalg.norm(error[:3]) < GOOD_M and np.degrees(np.linalg.norm(error[3:])) < GOOD_DEG)
 
 
-def _mahalanobis(T_true: Matrix, T: Matrix | None, covariance: NDArray[np.float64] | None) -> float:
+def mahalanobis(T_true: Matrix, T: Matrix | None, covariance: NDArray[np.float64] | None) -> float:
     """Squared Mahalanobis length of a pose error (the NEES)."""
     if T is None or covariance is None:
         return float("nan")
@@ -295,7 +295,7 @@ def _mahalanobis(T_true: Matrix, T: Matrix | None, covariance: NDArray[np.float6
     return float(error @ np.linalg.solve(covariance, error))
 
 
-def _median_scale(squared: Sequence[float]) -> float:
+def median_scale(squared: Sequence[float]) -> float:
     finite = np.asarray(squared)[np.isfinite(squared)] if len(squared) else np.zeros(0)
     if len(finite) < 5:
         return 1.0

@@ -25,6 +25,7 @@ def in_frame(scene_map: SceneMap, T: Matrix, frame_id: str) -> SceneMap:
         scene_map,
         frame_id=frame_id,
         head=together([moved(head, T) for head in heads_of(scene_map.head)]).eval(),
+        kfnet=None if scene_map.kfnet is None else scene_map.kfnet.moved(T),
         references=transformed(scene_map.references, T),
         bounds_m=_box(scene_map.bounds_m, T),
     )

@@ -42,6 +42,7 @@ def merge_maps(
         MapError: cameras or heads do not fit, or there are too many heads.
     """
     _check_cameras(older, newer)
+    check_families(older, newer)
     heads = [*_own_heads(older), *(moved(head, T_older_newer) for head in _own_heads(newer))]
     if len({(head.width, head.blocks) for head in heads}) > 1:
         raise MapError("The maps' heads differ in size (`kfloc map info` shows it); build one of them again.")
@@ -117,6 +118,20 @@ def _session(older: SceneMap, newer: SceneMap) -> dict[str, Any]:
     p = newer.provenance
     views = p.get("views", len(newer.references.ids))
     return {f"session_{number}": f"{p.get('source', newer.name)}, {views} views, built {p.get('built', 'earlier')}"}
+
+
+def check_families(*maps: SceneMap) -> None:
+    """Refuse maps that hold KFNet's own networks.
+
+    Raises:
+        MapError: one does.
+    """
+    for scene_map in maps:
+        if scene_map.kfnet is not None:
+            raise MapError(
+                f"'{scene_map.name}' holds KFNet's own networks, and those know one session only. Join the maps that "
+                "they were put into, train the networks on both sessions, and put them in with `kfloc map kfnet`."
+            )
 
 
 def _check_cameras(older: SceneMap, newer: SceneMap) -> None:

@@ -21,9 +21,11 @@ from kfloc_ros.mapping.map_format import (
     FORMAT,
     HEAD_FILE,
     INDEX_FILE,
+    KFNET_FILE,
     MAX_DESCRIPTION_BYTES,
     PLACE_FORMAT,
     PLACE_VERSION,
+    REFERENCE,
     REFERENCES_FILE,
     SUBMAPS,
     read_description,
@@ -188,9 +190,10 @@ def _check_names(names: Sequence[str]) -> None:
 
 def _copy(folder: Path, to: Path) -> None:
     """The files of a map and nothing else; they are checked when the copy is read."""
-    read_description(folder, FORMAT)
+    description = read_description(folder, FORMAT)
+    more = [KFNET_FILE] if description.get("family") == REFERENCE else []
     to.mkdir(parents=True)
-    for name in (DESCRIPTION, HEAD_FILE, REFERENCES_FILE):
+    for name in (DESCRIPTION, HEAD_FILE, REFERENCES_FILE, *more):
         if (folder / name).is_symlink() or not (folder / name).is_file():
             raise MapError(f"The map '{folder}' is incomplete: {name} is missing, or a link. Build it again.")
         shutil.copyfile(folder / name, to / name)

@@ -12,16 +12,20 @@ from typing import Any
 import numpy as np
 from safetensors.torch import save_file
 
-from kfloc_ros.errors import FrameError, MapError
+from kfloc_ros.errors import FrameError, MapError, WeightsError
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.kfnet.experts import Head, heads_of
+from kfloc_ros.kfnet.reference.networks import ReferenceNetworks, describe_networks, pack_networks, unpack_networks
 from kfloc_ros.mapping.map_files import appearing, file_checksum, read_file, read_tensors
 from kfloc_ros.mapping.map_format import (
     DAMAGE,
     DESCRIPTION,
+    FAST,
     FORMAT,
     FORMAT_VERSION,
     HEAD_FILE,
+    KFNET_FILE,
+    REFERENCE,
     REFERENCES_FILE,
     read_camera,
     read_description,
@@ -73,6 +77,13 @@ class SceneMap:
     provenance: Mapping[str, Any]
     """Where the map comes from: source, command, number of frames, versions, time."""
     path: Path | None = None
+    kfnet: ReferenceNetworks | None = None
+    """KFNet's own networks, which then find the coarse poses instead of the head; None in maps of the fast family."""
+
+    @property
+    def family(self) -> str:
+        """Whose networks find the coarse pose."""
+        return FAST if self.kfnet is None else REFERENCE
 
     def save(self, folder: Path, *, overwrite: bool = False) -> Path:
         """Write the map folder; it appears whole or not at all.
@@ -96,21 +107,26 @@ class SceneMap:
         heads = heads_of(self.head)
         save_file(pack_heads(heads), folder / HEAD_FILE)
         save_file(pack_references(self.references), folder / REFERENCES_FILE)
-        for name in (HEAD_FILE, REFERENCES_FILE):
+        names, kfnet = [HEAD_FILE, REFERENCES_FILE], {}
+        if self.kfnet is not None:
+            save_file(pack_networks(self.kfnet), folder / KFNET_FILE)
+            names, kfnet = [*names, KFNET_FILE], {"kfnet": describe_networks(self.kfnet)}
+        for name in names:
             (folder / name).chmod(0o644)  # safetensors makes them private
         description = {
             "format": FORMAT,
             "version": FORMAT_VERSION,
             "name": self.name,
             "frame_id": self.frame_id,
-            "family": "fast",
+            "family": self.family,
             "units": {"length": "metre", "angle": "radian"},
             "camera": {**asdict(self.camera), "distortion": list(self.camera.distortion)},
             "head": head_size(heads),
+            **kfnet,
             "bounds_m": [list(corner) for corner in self.bounds_m],
             "calibration": asdict(self.calibration),
             "provenance": dict(self.provenance),
-            "files": {name: file_checksum((folder / name).read_bytes()) for name in (HEAD_FILE, REFERENCES_FILE)},
+            "files": {name: file_checksum((folder / name).read_bytes()) for name in names},
         }
         write_description(folder, description)
 
@@ -127,6 +143,10 @@ class SceneMap:
             camera = read_camera(description["camera"])
             head = unpack_heads(read_tensors(read_file(folder, HEAD_FILE, description)), description["head"])
             references = unpack_references(read_tensors(read_file(folder, REFERENCES_FILE, description)))
+            kfnet = None
+            if description.get("family", FAST) == REFERENCE:
+                kfnet = unpack_networks(read_tensors(read_file(folder, KFNET_FILE, description)), description["kfnet"])
+                kfnet.camera(camera)
             low, high = (tuple(float(v) for v in corner) for corner in description["bounds_m"])
             if not np.isfinite([low, high]).all():
                 raise ValueError("its bounds are not finite")
@@ -140,8 +160,9 @@ class SceneMap:
                 bounds_m=(low, high),  # type: ignore[arg-type]
                 provenance=dict(description.get("provenance", {})),
                 path=folder,
+                kfnet=kfnet,
             )
-        except (*DAMAGE, FrameError) as error:
+        except (*DAMAGE, FrameError, WeightsError) as error:
             raise MapError(f"The map '{folder}' is damaged: {error}. Build it again.") from error
         except OSError as error:
             raise MapError(f"The map '{folder}' cannot be read: {error}.") from error

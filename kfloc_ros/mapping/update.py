@@ -16,7 +16,7 @@ from kfloc_ros.geometry.lie import Matrix, inverse_pose, rotation_angle_deg
 from kfloc_ros.localizer import Localizer
 from kfloc_ros.localizer_config import LocalizerConfig
 from kfloc_ros.mapping.build import BuildProgress, MapBuildConfig, Report, make_map
-from kfloc_ros.mapping.merge import merge_maps
+from kfloc_ros.mapping.merge import check_families, merge_maps
 from kfloc_ros.mapping.registration import average_pose
 from kfloc_ros.mapping.scene_map import SceneMap
 from kfloc_ros.mapping.views import View
@@ -79,6 +79,7 @@ def update_map(
         SourceError: too few views with depth and pose.
         MapError: the recording was not found in the map, or does not fit it.
     """
+    check_families(scene_map)  # before minutes of work
     config = config or MapBuildConfig()
     started = time.monotonic() if started is None else started
     made = make_map(source, config, camera=scene_map.camera, started=started, on_progress=on_progress)

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``kfloc map kfnet``: a map whose coarse poses come from KFNet's own networks."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from kfloc_ros.cli.arguments import add_source_arguments, open_source_from
+
+DESCRIPTION = """\
+Copy a map and put trained reference networks (`kfloc train`, `kfloc convert kfnet-checkpoint`) into the copy: it is
+then of the family `reference`, and whatever takes a map measures, carries and filters with them. The networks must have
+been trained in the map's frame; refinement stays as it was. From a SOURCE of frames that they have not seen, with depth
+and poses, it measures how far their sigmas and the covariance of coarse poses are to be trusted; without one they are
+taken as they are.
+"""
+
+EPILOG = """\
+example:
+  kfloc map build 7scenes:DIR@train --out maps/kitchen
+  kfloc map kfnet 7scenes:DIR@test --frames 0:100 --map maps/kitchen --scoordnet out/stage3/scoordnet.safetensors \\
+      --oflownet out/stage3/oflownet.safetensors --out maps/kitchen_kfnet
+  kfloc localize 7scenes:DIR@test --map maps/kitchen_kfnet --out out/kitchen_kfnet
+"""
+
+
+def add_kfnet(actions: Any) -> None:
+    """Register ``kfloc map kfnet``."""
+    parser = actions.add_parser(
+        "kfnet",
+        help="put trained reference networks into a copy of a map",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_source_arguments(parser, required=False)
+    parser.add_argument("--map", required=True, metavar="MAP", help="map folder, or name of an installed map")
+    parser.add_argument("--scoordnet", type=Path, required=True, metavar="FILE", help="weights")
+    parser.add_argument("--oflownet", type=Path, required=True, metavar="FILE", help="weights")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the map folder to write")
+    parser.add_argument("--force", action="store_true", help="replace an existing map")
+    parser.add_argument("--runs", type=int, default=8, metavar="N", help="runs of SOURCE's frames to measure on (8)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where networks run")
+    parser.set_defaults(run_action=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the map and say what it is."""
+    source = None if args.source is None else open_source_from(args)
+
+    from dataclasses import replace
+
+    from tqdm import tqdm
+
+    from kfloc_ros.cli.map import describe
+    from kfloc_ros.kfnet.reference.networks import ReferenceNetworks
+    from kfloc_ros.kfnet.reference.weights import load_oflownet, load_scoordnet
+    from kfloc_ros.mapping.build import check_free
+    from kfloc_ros.mapping.kfnet_family import calibrate_networks, with_networks
+    from kfloc_ros.mapping.map_folders import resolve_map
+    from kfloc_ros.mapping.scene_map import SceneMap
+
+    check_free(args.out, overwrite=args.force)
+    networks = ReferenceNetworks(load_scoordnet(args.scoordnet), load_oflownet(args.oflownet))
+    made = with_networks(SceneMap.load(resolve_map(args.map)), networks)
+    noted = {"kfnet": f"{args.scoordnet.name}, {args.oflownet.name}, not calibrated"}
+    if source is not None:
+        with tqdm(total=100, unit="%", disable=not sys.stderr.isatty()) as bar:
+
+            def show(share: float, text: str) -> None:
+                bar.set_postfix_str(text, refresh=False)
+                bar.update(round(100 * share) - bar.n)
+
+            made = calibrate_networks(made, source, args.runs, args.device, show)
+        noted = {"kfnet": f"{args.scoordnet.name}, {args.oflownet.name}, calibrated on {source.name}"}
+    made = replace(made, name=args.out.name, provenance={**made.provenance, **noted})
+    made.save(args.out, overwrite=args.force)
+    print(describe(SceneMap.load(args.out)))
+    return 0
