@@ -9,7 +9,10 @@ A frame is a failure if its coarse pose is missing or not within 10 cm and 10 de
 
 In the JSON, `degraded_failure_reduction` is the share of measurement-only failures on all degraded runs together that
 the default filter avoids; `cell_coverage_1sigma` is the share of measured cells' axis errors inside one sigma on the
-clean runs, and `cell_coverage_1sigma_posterior` the same after the default filter. `cases` has the same for each case.
+clean runs, and `cell_coverage_1sigma_posterior` the same after the default filter. `clean_runs_worse` counts the clean
+runs whose median coarse pose the default filter makes worse by more than noise: `change_m` of every row has the change
+of the median against the measurement alone, on the same frames, and its 95 % interval. `cases` has the same for each
+case.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ from kfloc_ros.device import choose_device
 from kfloc_ros.evaluation.cells import CellStatistics
 from kfloc_ros.evaluation.hardware import describe_hardware
 from kfloc_ros.evaluation.metrics import PoseError, accuracy, pose_error, recall
+from kfloc_ros.evaluation.paired import median_change
 from kfloc_ros.features.trunk import COARSE_STRIDE, Trunk
 from kfloc_ros.geometry.camera import ImageAdapter
 from kfloc_ros.kfnet.filter import FilterSettings, NisMode, SceneCoordinateFilter
@@ -102,7 +106,7 @@ class Bench:
         adapter = ImageAdapter(source.camera, self._map.camera)
         for frame in source:
             self._frame(frame, adapter, tracks)
-        return [row(name, track) for name, track in tracks.items()]
+        return [row(name, track, tracks[MEASUREMENT]) for name, track in tracks.items()]
 
     @torch.inference_mode()
     def _frame(self, frame: Frame, adapter: ImageAdapter, tracks: dict[str, Track]) -> None:
@@ -132,8 +136,9 @@ class Bench:
         return SceneCoordinates(mean, torch.zeros_like(mean[0]), valid, COARSE_STRIDE)
 
 
-def row(name: str, track: Track) -> dict[str, Any]:
+def row(name: str, track: Track, measured: Track) -> dict[str, Any]:
     poses = accuracy(track.errors)
+    change = median_change(*([error.translation_m for error in run.errors] for run in (measured, track)))
     good = recall(track.errors, FAILURE_M, FAILURE_DEG)
     return {
         "variant": name,
@@ -141,6 +146,7 @@ def row(name: str, track: Track) -> dict[str, Any]:
         "failures": round(poses.frames * (1 - good)) if poses.frames else 0,
         "median_translation_m": poses.median_translation_m,
         "median_rotation_deg": poses.median_rotation_deg,
+        "change_m": {**asdict(change), "is_worse": change.is_worse},
         "recall": {**poses.recall, "10cm_10deg": good},
         "cells": asdict(track.cells.result()),
     }
@@ -160,6 +166,7 @@ def summarize(runs: Sequence[dict[str, Any]]) -> dict[str, float]:
         values = [r["cells"]["coverage"][0] for r in rows]
         return float(np.average(values, weights=weights)) if sum(weights) else math.nan
 
+    clean = [r for run in runs if run["degradation"] == "clean" for r in run["rows"] if r["variant"] == DEFAULT]
     before, frames = total(MEASUREMENT, True)
     after, _ = total(DEFAULT, True)
     return {
@@ -169,6 +176,7 @@ def summarize(runs: Sequence[dict[str, Any]]) -> dict[str, float]:
         "degraded_frames": frames,
         "clean_failures_measurement": total(MEASUREMENT, False)[0],
         "clean_failures_filter": total(DEFAULT, False)[0],
+        "clean_runs_worse": sum(r["change_m"]["is_worse"] for r in clean),
         "cell_coverage_1sigma": coverage(MEASUREMENT),
         "cell_coverage_1sigma_posterior": coverage(DEFAULT),
     }
@@ -184,10 +192,13 @@ def by_case(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def table(run: dict[str, Any]) -> str:
-    header = ("", "failed", "5cm/5deg", "median", "cells: median/mean/std", "mean sq", "1/2/3 sigma")
+    header = ("", "failed", "5cm/5deg", "median", "change, 95 %", "cells: median/mean/std", "mean sq", "1/2/3 sigma")
     lines = []
     for r in run["rows"]:
         cells = r["cells"]
+        change = "{change:+.2f} ({low:+.2f} to {high:+.2f}) cm".format(
+            **{key: 100 * r["change_m"][key] for key in ("change", "low", "high")}
+        )
         errors = "/".join(f"{100 * cells[k]:.1f}" for k in ("median_error_m", "mean_error_m", "std_error_m"))
         lines.append(
             (
@@ -195,6 +206,7 @@ def table(run: dict[str, Any]) -> str:
                 f"{r['failures']} of {r['frames']}",
                 f"{100 * r['recall']['5cm_5deg']:.1f} %",
                 f"{100 * r['median_translation_m']:.2f} cm {r['median_rotation_deg']:.2f} deg",
+                change,
                 f"{errors} cm",
                 f"{cells['normalized_mean_square']:.1f}",
                 "/".join(f"{100 * share:.0f}" for share in cells["coverage"]) + " %",

@@ -12,6 +12,8 @@ import numpy as np
 BLOCK_FRAMES = 10
 """Frames that are drawn together: errors of neighbouring frames are alike, and frame by frame the interval would come
 out too narrow."""
+MIN_BLOCKS = 8
+"""Short runs are drawn in shorter blocks."""
 RESAMPLES = 2000
 LOW, HIGH = 0.025, 0.975
 
@@ -55,7 +57,7 @@ def median_change(before: Sequence[float], after: Sequence[float], *, seed: int 
         return MedianChange(math.nan, math.nan, math.nan)
     table = np.array([before, after], dtype=np.float64)
     count = len(before)
-    block = min(BLOCK_FRAMES, count)
+    block = max(min(BLOCK_FRAMES, count // MIN_BLOCKS), 1)
     starts = np.random.default_rng(seed).integers(0, count, (RESAMPLES, -(-count // block)))
     drawn = ((starts[..., None] + np.arange(block)) % count).reshape(RESAMPLES, -1)[:, :count]
     with np.errstate(invalid="ignore"):  # half of the frames failed both ways: no change that could be told
