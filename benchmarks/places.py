@@ -13,7 +13,12 @@ of --rooms, and a walk of --walk images after a start that is told where it is. 
 "in 4 s" is the share of starts of which one in the next four seconds of the walk is right: what looks alike is tried
 again with every image until something else comes into view.
 
-    python benchmarks/places.py --work out/building --json out/places.json
+With --doors, besides, walks through the doors of the first three rooms and back, in the place of these three, every
+second frame of 15 a second; the first is told where it is. An estimate is wrong as above, and in a wrong room if it is
+in another room than the camera and further than 0.3 m from the door between them. "at doors" are frames within 1 m of
+one.
+
+    python benchmarks/places.py --work out/building --doors --json out/places.json
 """
 
 from __future__ import annotations
@@ -27,6 +32,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -42,11 +48,13 @@ from kfloc_ros.mapping.build import MapBuildConfig, build_map
 from kfloc_ros.mapping.place import Place
 from kfloc_ros.mapping.place_making import make_place
 from kfloc_ros.place_localizer import PlaceLocalizer
-from kfloc_ros.simulation.building import ROOMS, BuildingSource
-from kfloc_ros.types import Frame, PoseEstimate
+from kfloc_ros.simulation.building import PITCH_X_M, ROOMS, BuildingSource, WalkSource, door_distance_m, room_at
+from kfloc_ros.types import Frame, Matrix, PoseEstimate
 
 OUTCOMES = ("right", "alike", "none", "wrong")
 NEAR_M, NEAR_DEG = 0.5, 20.0
+DOOR_ROOMS, DOOR_EVERY = 3, 2
+AT_DOOR_M, THRESHOLD_M = 1.0, 0.3
 
 
 @dataclass(frozen=True)
@@ -73,6 +81,31 @@ class Row:
     """On disk."""
 
 
+@dataclass(frozen=True)
+class DoorRow:
+    """A walk through doors, frame by frame."""
+
+    walk: str
+    frames: int
+    without_pose: int
+    wrong: int
+    wrong_room: int
+    median_cm: float
+    p95_cm: float
+    worst_cm: float
+    at_doors: int
+    at_doors_without_pose: int
+    at_doors_median_cm: float
+    at_doors_worst_cm: float
+    changes: list[str]
+    """Submap before and after, and how far behind the plane between the rooms the camera was, in its direction."""
+    frame_ms: float
+    """Median of a frame, time of the processor."""
+    slowest_ms: float
+    waits: int
+    """Frames that waited for a submap, the first among them."""
+
+
 def main() -> int:
     """Run the benchmark and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -83,6 +116,7 @@ def main() -> int:
     parser.add_argument("--walk", type=int, default=20, help="frames of the walk in the first room (default: 20)")
     parser.add_argument("--train-seconds", type=float, default=10.0, help="of each room's head (default: 10)")
     parser.add_argument("--loaded-submaps", type=int, default=4, help="submaps kept in memory (default: 4)")
+    parser.add_argument("--doors", action="store_true", help="walk through the doors between three rooms, too")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -91,14 +125,22 @@ def main() -> int:
         if args.one is not None:
             print(json.dumps(asdict(measure(args, args.one))))
             return 0
-        prepare(args.work, max(args.sizes), args.train_seconds)
+        prepare(args.work, max(*args.sizes, DOOR_ROOMS if args.doors else 1), args.train_seconds)
         rows = [in_own_process(size) for size in args.sizes]
+        walks = through_doors(args) if args.doors else []
     except KflocError as error:
         print(error, file=sys.stderr)
         return 2
     print(table(rows))
+    if walks:
+        print(f"\n{door_table(walks)}")
     if args.json is not None:
-        content = {"command": " ".join(sys.argv), "hardware": describe_hardware(), "rows": [asdict(r) for r in rows]}
+        content: dict[str, Any] = {
+            "command": " ".join(sys.argv),
+            "hardware": describe_hardware(),
+            "rows": [asdict(r) for r in rows],
+        }
+        content["doors"] = [asdict(row) for row in walks]
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(content, indent=1) + "\n")
     return 0
@@ -166,6 +208,84 @@ def measure(args: argparse.Namespace, size: int) -> Row:
         memory_mb=resident_mb() - before_mb,
         place_mb=place.size_bytes() / 1e6,
     )
+
+
+def through_doors(args: argparse.Namespace) -> list[DoorRow]:
+    """The walks there and back."""
+    folder = args.work / f"place_{DOOR_ROOMS}"
+    if not folder.is_dir():
+        make_place([args.work / f"room_{room}" for room in range(1, DOOR_ROOMS + 1)], folder)
+    place = Place.load(folder)
+    return [walked(place, WalkSource(*ends), args.loaded_submaps) for ends in ((1, DOOR_ROOMS), (DOOR_ROOMS, 1))]
+
+
+def walked(place: Place, walk: WalkSource, loaded_submaps: int) -> DoorRow:
+    """One walk, as a node would see it: no truth but the first pose."""
+    localizer = PlaceLocalizer(place, LocalizerConfig(loaded_submaps=loaded_submaps))
+    adapter = ImageAdapter(walk.camera, localizer.camera)
+    localizer.refine.suggest([walk.pose(0)])
+    frames: list[tuple[float, bool, bool, bool]] = []  # error, whether at a door, wrong, in a wrong room
+    changes, spent_ms, submap = [], [], ""
+    for position in range(0, len(walk), DOOR_EVERY):
+        frame = replace(walk[position], depth_m=None)
+        estimate, ms = timed(localizer, frame, adapter)
+        spent_ms.append(ms)
+        outcome, error_m = judged(estimate, frame)
+        truth = walk.pose(position)[:3, 3]
+        frames.append((error_m, door_distance_m(truth[0]) < AT_DOOR_M, outcome == "wrong", strayed(estimate, truth)))
+        if localizer.submap != submap:
+            if submap:
+                ahead = 1.0 if walk.end > walk.start else -1.0
+                behind_m = (truth[0] / PITCH_X_M - 0.5 - round(truth[0] / PITCH_X_M - 0.5)) * PITCH_X_M * ahead
+                changes.append(f"{submap} -> {localizer.submap or 'none'} at {behind_m:+.2f} m")
+            submap = localizer.submap
+        print(f"{frame.name}: {outcome} {100 * error_m:.1f} cm {submap} {estimate.reason}", file=sys.stderr)
+    errors = np.array([item[0] for item in frames])
+    near = np.array([item[1] for item in frames])
+    posed = np.isfinite(errors)
+    cache = localizer.guide.cache
+    cache.close()
+    return DoorRow(
+        walk=walk.name,
+        frames=len(frames),
+        without_pose=int((~posed).sum()),
+        wrong=sum(item[2] for item in frames),
+        wrong_room=sum(item[3] for item in frames),
+        median_cm=float(100 * np.median(errors[posed])),
+        p95_cm=float(100 * np.quantile(errors[posed], 0.95)),
+        worst_cm=float(100 * errors[posed].max()),
+        at_doors=int(near.sum()),
+        at_doors_without_pose=int((near & ~posed).sum()),
+        at_doors_median_cm=float(100 * np.median(errors[near & posed])),
+        at_doors_worst_cm=float(100 * errors[near & posed].max()),
+        changes=changes,
+        frame_ms=float(np.median(spent_ms[1:])),
+        slowest_ms=float(np.max(spent_ms[1:])),
+        waits=cache.counts.waits,
+    )
+
+
+def strayed(estimate: PoseEstimate, truth: Matrix) -> bool:
+    """Whether a pose is in another room than the camera, and not near the door between them."""
+    if estimate.T_map_camera is None:
+        return False
+    place = estimate.T_map_camera[:3, 3]
+    return room_at(place[0], place[1]) != room_at(truth[0], truth[1]) and door_distance_m(place[0]) > THRESHOLD_M
+
+
+def door_table(rows: Sequence[DoorRow]) -> str:
+    """The figures for a terminal, and where submaps changed."""
+    header = ["walk", "frames", "no pose", "wrong", "wrong room", "median", "95 %", "worst"]
+    header += ["at doors", "no pose", "median", "worst", "frame", "slowest", "waits"]
+    lines = []
+    for row in rows:
+        cells = [row.walk, *(str(v) for v in (row.frames, row.without_pose, row.wrong, row.wrong_room))]
+        cells += [f"{v:.1f} cm" for v in (row.median_cm, row.p95_cm, row.worst_cm)]
+        cells += [str(row.at_doors), str(row.at_doors_without_pose)]
+        cells += [f"{v:.1f} cm" for v in (row.at_doors_median_cm, row.at_doors_worst_cm)]
+        lines.append([*cells, f"{row.frame_ms:.0f} ms", f"{row.slowest_ms:.0f} ms", str(row.waits)])
+    changes = [f"{row.walk}: {'; '.join(row.changes) or 'no change of submap'}" for row in rows]
+    return "\n".join([format_table(lines, header=header), *changes])
 
 
 def started(room: int, count: int) -> Iterator[Frame]:

@@ -179,13 +179,15 @@ def _check_names(names: Sequence[str]) -> None:
         raise MapError("A place needs at least one map.")
     if len(names) > MAX_SUBMAPS:
         raise MapError(f"A place has at most {MAX_SUBMAPS} submaps, got {len(names)}.")
+    seen: set[str] = set()
     for name in names:
         if not is_submap_name(name):
             raise MapError(
                 f"'{name}' cannot be a submap's name: up to 64 letters, digits, '_' and '-'. Rename the map's folder."
             )
-        if [other.lower() for other in names].count(name.lower()) > 1:
+        if name.lower() in seen:
             raise MapError(f"Two of the maps are called '{name}', as their folders are. Rename one of them.")
+        seen.add(name.lower())
 
 
 def _copy(folder: Path, to: Path) -> None:

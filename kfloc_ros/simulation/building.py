@@ -63,7 +63,7 @@ def build_building(texels_per_m: float = TEXELS_PER_M) -> Scene:
 
 
 class BuildingSource(RecordedSource):
-    """One recording in one of the rooms: some 90 views to map it, or a walk in another light; poses in the building.
+    """One recording in one of the rooms: some 100 views to map it, or a walk in another light; poses in the building.
 
     Args:
         room: 1 to :data:`ROOMS`.
@@ -149,19 +149,20 @@ def door_distance_m(x_m: float) -> float:
 
 
 def _map_route(seed: int) -> Route:
-    """In through the west doorway, around the room, and to the east doorway, for a look through it and one back."""
+    """To the west doorway, for a look through it and one back, around the room, and the same at the east doorway."""
     around = map_route(seed)
-    way_in = [((-_IN_THE_DOOR_M, MIDDLE_Y_M), (-0.3, -1.1)), ((-1.8, -1.55), (0.6, -0.7)), ((-1.3, -1.05), (1.6, 0.0))]
-    way_out = [
+    out = [
         ((1.0, -1.0), (2.6, -1.5)), ((1.7, -1.45), (3.9, -1.6)), ((_IN_THE_DOOR_M, MIDDLE_Y_M), (4.4, -1.5)),
         ((_IN_THE_DOOR_M, MIDDLE_Y_M), (3.2, -0.4)), ((_IN_THE_DOOR_M, MIDDLE_Y_M + 0.02), (1.9, 0.6)),
         ((_IN_THE_DOOR_M, MIDDLE_Y_M), (0.6, -0.6)), ((1.8, -1.55), (-0.8, -1.1)), ((1.2, -1.1), (-1.6, -1.5)),
     ]  # fmt: skip
-    positions = [(*at, _HEIGHT_M) for at, _ in way_in], [(*at, _HEIGHT_M) for at, _ in way_out]
-    targets = [(*to, _AIM_M) for _, to in way_in], [(*to, _AIM_M) for _, to in way_out]
+    flat = np.array(out)  # (n, 2, 2): where, and what is looked at
+    level = np.broadcast_to([[_HEIGHT_M], [_AIM_M]], (len(flat), 2, 1))
+    east = np.concatenate([flat, level], axis=2)
+    west = east * np.array([-1.0, 1.0, 1.0])
     return Route(
-        np.concatenate([positions[0], around.positions, positions[1]]),
-        np.concatenate([targets[0], around.targets, targets[1]]),
+        np.concatenate([west[:, 0], around.positions, east[:, 0]]),
+        np.concatenate([west[:, 1], around.targets, east[:, 1]]),
     )
 
 
@@ -191,7 +192,7 @@ def walk_route(start: int, end: int) -> Route:
 
 
 _RECORDINGS = {
-    "map": Recording(_map_route, Pace(), 1.2, 3_000_000_000_000, lambda time_s, duration_s: DAY, 3),
+    "map": Recording(_map_route, Pace(0.55, 50.0), 1.3, 3_000_000_000_000, lambda time_s, duration_s: DAY, 3),
     "localize": Recording(
         localize_route, Pace(0.4, 32.0), 15.0, 4_000_000_000_000, lambda time_s, duration_s: _EVENING, 8
     ),

@@ -13,6 +13,7 @@ from kfloc_ros.bags.messages import MessageCodec
 from kfloc_ros.bags.topics import CAMERA_INFO_TOPIC, IMAGE_TOPIC, TOPIC_TYPES
 from kfloc_ros.datasets import open_source
 from kfloc_ros.datasets.bag import BagSource
+from kfloc_ros.datasets.ros_bag import RosBag
 from kfloc_ros.errors import SourceError
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.types import Frame
@@ -48,6 +49,15 @@ def test_both_storages_are_read(tmp_path: Path, plugin: StoragePlugin) -> None:
     source = BagSource(write(tmp_path / "bag", plugin=plugin))
     assert len(source) == 3 and source.camera == CAMERA
     assert [int(frame.image.mean().round()) for frame in source] == [0, 60, 120]
+
+
+def test_a_bag_of_ones_own_read_as_any_bag_has_the_same_images_and_their_bytes(tmp_path: Path) -> None:
+    path = write(tmp_path / "bag")
+    own, general = BagSource(path), RosBag(path, {})
+    assert list(own.indices()) == list(general.indices()) and own.camera == general.camera
+    for position in range(3):
+        assert own.encoded_image(position) == (general.encoded_image(position) or b"")
+        assert np.array_equal(own[position].image, general[position].image)
 
 
 def test_frames_can_be_selected(tmp_path: Path) -> None:
