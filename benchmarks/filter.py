@@ -43,10 +43,11 @@ from kfloc_ros.features.trunk import COARSE_STRIDE, Trunk
 from kfloc_ros.geometry.camera import ImageAdapter
 from kfloc_ros.kfnet.filter import FilterSettings, NisMode, SceneCoordinateFilter
 from kfloc_ros.kfnet.flow_choice import FlowKind, choose_flow
+from kfloc_ros.kfnet.roughness import measure
 from kfloc_ros.localizer_config import LocalizerConfig
 from kfloc_ros.mapping.map_folders import resolve_map
 from kfloc_ros.mapping.scene_map import SceneMap
-from kfloc_ros.mapping.views import View, cell_coordinates
+from kfloc_ros.mapping.views import View, true_coordinates
 from kfloc_ros.solvers.pnp import PnpSettings, solve_pnp
 from kfloc_ros.types import Frame, SceneCoordinates
 
@@ -111,7 +112,7 @@ class Bench:
     @torch.inference_mode()
     def _frame(self, frame: Frame, adapter: ImageAdapter, tracks: dict[str, Track]) -> None:
         features = self._trunk.extract(adapter(frame.image))
-        measured = self._head.measure(features, self._map.calibration.measurement_variance_scale)
+        measured = measure(self._head, features, self._map.calibration)
         truth = self._truth(frame, adapter)
         for track in tracks.values():
             posterior = measured
@@ -129,11 +130,8 @@ class Bench:
         if frame.depth_m is None or frame.T_map_camera is None:
             return None
         view = View(frame.image, adapter.nearest(frame.depth_m), self._map.camera, frame.T_map_camera, frame.index)
-        h, w = self._map.camera.height // COARSE_STRIDE, self._map.camera.width // COARSE_STRIDE
-        points, known = cell_coordinates(view, (h, w))
-        mean = torch.from_numpy(points.T.reshape(3, h, w).astype(np.float32)).to(self._device)
-        valid = torch.from_numpy(known.reshape(h, w)).to(self._device)
-        return SceneCoordinates(mean, torch.zeros_like(mean[0]), valid, COARSE_STRIDE)
+        truth = true_coordinates(view, (view.camera.height // COARSE_STRIDE, view.camera.width // COARSE_STRIDE))
+        return replace(truth, mean=truth.mean.to(self._device), valid=truth.valid.to(self._device))
 
 
 def row(name: str, track: Track, measured: Track) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from kfloc_ros.geometry.camera import ImageAdapter
 from kfloc_ros.kfnet.filter import FlowFunction
 from kfloc_ros.kfnet.flow_choice import FlowKind, choose_flow
 from kfloc_ros.kfnet.reference.networks import ReferenceNetworks
+from kfloc_ros.kfnet.roughness import measure
 from kfloc_ros.mapping.scene_map import SceneMap
 from kfloc_ros.stages import Observation
 from kfloc_ros.types import SceneCoordinates
@@ -59,13 +60,13 @@ class FastNetworks:
 
     def __init__(self, scene_map: SceneMap, kind: FlowKind, device: torch.device) -> None:
         self._head = scene_map.head.to(device)
-        self._variance_scale = scene_map.calibration.measurement_variance_scale
+        self._calibration = scene_map.calibration
         chosen = choose_flow(kind, scene_map.calibration, device)
         self.flow, self.note = chosen.flow, chosen.note
         self.process_scale, self.process_floor_m2 = chosen.process_scale, chosen.process_floor_m2
 
     def measure(self, observation: Observation) -> SceneCoordinates:
-        return self._head.measure(observation.features, self._variance_scale)
+        return measure(self._head, observation.features, self._calibration)
 
     def flow_features(self, observation: Observation) -> torch.Tensor:
         return observation.features.coarse[0]

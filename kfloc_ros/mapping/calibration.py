@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from kfloc_ros.coarse_stage import CoarseStage
 from kfloc_ros.device import choose_device
-from kfloc_ros.features.trunk import COARSE_STRIDE, Trunk
+from kfloc_ros.features.trunk import Trunk
 from kfloc_ros.geometry.lie import Matrix, make_pose, so3_exp
 from kfloc_ros.kfnet.filter import FlowFunction, warp
 from kfloc_ros.kfnet.flow_choice import LEARNED_FLOOR_M2
@@ -27,18 +27,22 @@ from kfloc_ros.kfnet.flow_network import shipped_flow_network
 from kfloc_ros.kfnet.oflownet import backward_flow
 from kfloc_ros.localizer import Localizer
 from kfloc_ros.localizer_config import LocalizerConfig
-from kfloc_ros.mapping.hold_out import HeldOut, inner_half
+from kfloc_ros.mapping.hold_out import HeldOut
+from kfloc_ros.mapping.measurement_calibration import (
+    MIN_ERRORS,
+    ONE_SIGMA,
+    calibrate_measurement,
+    squared_quantile,
+)
 from kfloc_ros.mapping.scene_map import Calibration, SceneMap
-from kfloc_ros.mapping.views import View, cell_coordinates
+from kfloc_ros.mapping.views import View, true_coordinates
 from kfloc_ros.pixloc.cost import RobustLoss
 from kfloc_ros.pixloc.refiner import Refiner, RefinerSettings
 from kfloc_ros.solvers.covariance import pose_error
 from kfloc_ros.types import Frame, SceneCoordinates
 
-ONE_SIGMA = 0.6827
 CHI2_6_MEDIAN = 5.348
 TEMPERATURES = (0.005, 0.01, 0.02, 0.04, 0.08)
-MIN_ERRORS = 100
 LEAST_SCALE = 1e-3
 """Of process noise, and the inverse of the largest."""
 USUAL_LEARNED_SCALE = 0.15
@@ -67,11 +71,12 @@ def calibrate(
         return draft
     views, stamps_ns = [held.view for held in held_out], [held.stamp_ns for held in held_out]
     features = _coarse_features(views, device, on_progress)
-    truth = [_true_coordinates(view, tuple(f.shape[1:])) for view, f in zip(views, features, strict=True)]
-    inner = [k for k, is_inner in enumerate(inner_half(held_out)) if is_inner]
-    runs = [held_out[k].run for k in inner]
-    scale = _measurement_scale(draft, [views[k] for k in inner], [truth[k] for k in inner], runs, device)
-    calibration = replace(draft.calibration, measurement_variance_scale=scale)
+    truth = [true_coordinates(view, (f.shape[1], f.shape[2])) for view, f in zip(views, features, strict=True)]
+    on_progress(0.3, "measurement")
+    target = choose_device(device)
+    found = calibrate_measurement(draft.head.to(target), Trunk(device=target), held_out)
+    draft.head.to("cpu")
+    calibration = replace(draft.calibration, measurement_variance_scale=found.variance_scale, roughness=found.roughness)
     pairs = [i for i in range(1, len(views)) if views[i].index - views[i - 1].index <= 2]
     if pairs:
         on_progress(0.5, "flow")
@@ -90,42 +95,6 @@ def _coarse_features(
         on_progress(0.3 * i / len(views), "features")
         features.append(trunk.extract(view.image).coarse[0].cpu())
     return features
-
-
-def _true_coordinates(view: View, grid: tuple[int, ...]) -> SceneCoordinates:
-    h, w = grid
-    coordinates, valid = cell_coordinates(view, (h, w))
-    mean = torch.from_numpy(coordinates.astype(np.float32)).t().reshape(3, h, w).contiguous()
-    return SceneCoordinates(mean, torch.zeros(h, w), torch.from_numpy(valid).reshape(h, w), COARSE_STRIDE)
-
-
-def _measurement_scale(
-    draft: SceneMap, views: Sequence[View], truth: Sequence[SceneCoordinates], runs: Sequence[int], device: str
-) -> float:
-    """Factor on the head's variance, see :func:`scale_of_worse_runs`."""
-    target = choose_device(device)
-    trunk, head = Trunk(device=target), draft.head.to(target)
-    ratios: dict[int, list[torch.Tensor]] = {}
-    for view, true, run in zip(views, truth, runs, strict=True):
-        measured = head.measure(trunk.extract(view.image))
-        error = (measured.mean.cpu() - true.mean).abs() / measured.variance.cpu().sqrt()
-        ratios.setdefault(run, []).append(error[:, true.valid].reshape(-1))
-    draft.head.to("cpu")
-    return scale_of_worse_runs([torch.cat(run) for run in ratios.values()])
-
-
-def scale_of_worse_runs(ratios: Sequence[torch.Tensor]) -> float:
-    """Factor on variances that puts 68 % of the errors, per axis, inside one sigma in the worse half of the runs.
-
-    How sure a head may be differs more from place to place than within one, and whoever asks may be farther from what
-    it was trained on than any view that was held out: all runs together would promise too much.
-
-    Args:
-        ratios: (n,) |error| / sigma for each run of views held out.
-    """
-    enough = [run for run in ratios if len(run) >= MIN_ERRORS]
-    ordered = sorted(enough, key=lambda run: _squared_quantile(run, default=1.0))
-    return _squared_quantile(torch.cat(ordered[len(ordered) // 2 :]), default=1.0) if ordered else 1.0
 
 
 def calibrate_flow(
@@ -185,7 +154,7 @@ class _Carried:
 
         That is more than 68 % ask for, and right for a noise that does not know where flow is wrong.
         """
-        return _squared_quantile((self.squared_m2 / (self.process_m2 + floor_m2)).sqrt(), default=1.0)
+        return squared_quantile((self.squared_m2 / (self.process_m2 + floor_m2)).sqrt(), default=1.0)
 
 
 def _carried(
@@ -201,14 +170,6 @@ def _carried(
         lengths.append(error.norm(dim=0))
     length = torch.cat(lengths)
     return _Carried(torch.cat(squared), torch.cat(process), float(length.median()) if len(length) else math.inf)
-
-
-def _squared_quantile(ratios: torch.Tensor, default: float) -> float:
-    """Square of the 68 % quantile of |error| / sigma: the factor by which the variance is too small."""
-    if len(ratios) < MIN_ERRORS:
-        return default
-    step = max(1, len(ratios) // 1_000_000)  # torch.quantile takes at most 16 million values
-    return float(np.clip(float(torch.quantile(ratios[::step], ONE_SIGMA)) ** 2, 1e-3, 1e3))
 
 
 def _calibrate_poses(draft: SceneMap, views: Sequence[View], stamps_ns: Sequence[int], device: str) -> Calibration:

@@ -20,7 +20,8 @@ from kfloc_ros.evaluation.reference_networks import HeldOutFrames
 from kfloc_ros.geometry.camera import ImageAdapter
 from kfloc_ros.kfnet.reference.networks import ReferenceNetworks
 from kfloc_ros.localizer_config import LocalizerConfig
-from kfloc_ros.mapping.calibration import mahalanobis, median_scale, scale_of_worse_runs
+from kfloc_ros.mapping.calibration import mahalanobis, median_scale
+from kfloc_ros.mapping.measurement_calibration import scale_of_worse_runs
 from kfloc_ros.mapping.scene_map import Calibration, SceneMap
 from kfloc_ros.training.flow_pairs import true_flow
 from kfloc_ros.types import Frame
@@ -46,6 +47,7 @@ def with_networks(scene_map: SceneMap, networks: ReferenceNetworks) -> SceneMap:
         process_scale=1.0,
         process_floor_m2=NO_FLOOR_M2,
         coarse_covariance_scale=1.0,
+        roughness=None,
         min_inlier_ratio=Calibration().min_inlier_ratio,
     )
     return replace(scene_map, kfnet=networks, calibration=calibration, path=None)

@@ -12,6 +12,7 @@ import numpy as np
 from kfloc_ros.errors import MapError
 from kfloc_ros.geometry.lie import Matrix
 from kfloc_ros.kfnet.experts import MAX_HEADS, heads_of, moved, together, with_variance_scale
+from kfloc_ros.kfnet.roughness import RoughnessScale
 from kfloc_ros.kfnet.scoordnet import SCoordNet
 from kfloc_ros.mapping.scene_map import Calibration, SceneMap
 from kfloc_ros.mapping.views import ReferenceCollector
@@ -103,7 +104,15 @@ def _calibration(a: Calibration, b: Calibration) -> Calibration:
         max_alignment_cost=max(a.max_alignment_cost, b.max_alignment_cost),
         min_inlier_ratio=max(a.min_inlier_ratio, b.min_inlier_ratio),
         learned_process_scale=None if None in learned else max(scale for scale in learned if scale is not None),
+        roughness=_roughness(a.roughness, b.roughness),
     )
+
+
+def _roughness(a: RoughnessScale | None, b: RoughnessScale | None) -> RoughnessScale | None:
+    """What is usual in either part is usual; beyond that the larger doubt."""
+    if a is None or b is None:
+        return None
+    return RoughnessScale(max(a.usual_m, b.usual_m), max(a.power, b.power))
 
 
 def _bounds(a: tuple[Corner, Corner], b: tuple[Corner, Corner], T: Matrix) -> tuple[Corner, Corner]:

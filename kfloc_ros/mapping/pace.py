@@ -11,7 +11,7 @@ from kfloc_ros.errors import SourceError
 READ_SHARE = 0.45
 """Most of the time that reading views may take."""
 CALIBRATION_SHARE = 0.2
-CALIBRATION_PER_PASS = 7.0
+CALIBRATION_PER_PASS = 8.0
 """Time that a held-out view takes to calibrate with, in passes through the trunk."""
 CALIBRATION_MARGIN = 1.3
 WRITE_S = 2.0

@@ -16,6 +16,7 @@ from kfloc_ros.errors import FrameError, MapError, WeightsError
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.kfnet.experts import Head, heads_of
 from kfloc_ros.kfnet.reference.networks import ReferenceNetworks, describe_networks, pack_networks, unpack_networks
+from kfloc_ros.kfnet.roughness import RoughnessScale
 from kfloc_ros.mapping.map_files import appearing, file_checksum, read_file, read_tensors
 from kfloc_ros.mapping.map_format import (
     DAMAGE,
@@ -35,6 +36,8 @@ from kfloc_ros.mapping.map_format import (
 from kfloc_ros.mapping.map_tensors import head_size, pack_heads, pack_references, unpack_heads, unpack_references
 from kfloc_ros.pixloc.references import ReferenceViews
 
+ROUGHNESS = "roughness"
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -51,11 +54,14 @@ class Calibration:
     """Of a coarse pose that stands on its own. Where measured, right ones had 0.30 or more, wrong ones up to 0.16."""
     learned_process_scale: float | None = None
     """As ``process_scale``, for the flow of the network; None: the map was calibrated without it."""
+    roughness: RoughnessScale | None = None
+    """How the head's variance grows away from the mapped views; None: it does not. Kept beside the other numbers in
+    the file, so that installations from before it was there still read the map."""
 
     def __post_init__(self) -> None:
         for item in fields(self):
             value = getattr(self, item.name)
-            if value is None and item.name == "learned_process_scale":
+            if item.name == ROUGHNESS or (value is None and item.name == "learned_process_scale"):
                 continue
             if not isinstance(value, float) or not math.isfinite(value) or value <= 0:
                 raise MapError(f"The map's calibration '{item.name}' must be a positive number, got {value!r}.")
@@ -124,7 +130,7 @@ class SceneMap:
             "head": head_size(heads),
             **kfnet,
             "bounds_m": [list(corner) for corner in self.bounds_m],
-            "calibration": asdict(self.calibration),
+            **_described(self.calibration),
             "provenance": dict(self.provenance),
             "files": {name: file_checksum((folder / name).read_bytes()) for name in names},
         }
@@ -156,7 +162,7 @@ class SceneMap:
                 camera=camera,
                 head=head.eval(),
                 references=references,
-                calibration=Calibration(**description["calibration"]),
+                calibration=_calibration(description),
                 bounds_m=(low, high),  # type: ignore[arg-type]
                 provenance=dict(description.get("provenance", {})),
                 path=folder,
@@ -170,6 +176,18 @@ class SceneMap:
     def size_bytes(self) -> int:
         """Size of the map folder on disk; 0 for a map that was never saved."""
         return sum(p.stat().st_size for p in self.path.iterdir() if p.is_file()) if self.path else 0
+
+
+def _described(calibration: Calibration) -> dict[str, Any]:
+    """The entries of ``map.yaml`` that hold a calibration."""
+    numbers = asdict(calibration)
+    roughness = numbers.pop(ROUGHNESS)
+    return {"calibration": numbers, **({ROUGHNESS: roughness} if roughness is not None else {})}
+
+
+def _calibration(description: Mapping[str, Any]) -> Calibration:
+    roughness = RoughnessScale(**description[ROUGHNESS]) if ROUGHNESS in description else None
+    return Calibration(**description["calibration"], roughness=roughness)
 
 
 def verify_map(folder: Path) -> list[str]:

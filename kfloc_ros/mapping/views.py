@@ -15,6 +15,7 @@ from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import Matrix
 from kfloc_ros.kfnet.scoordnet import head_input
 from kfloc_ros.pixloc.references import ReferencePoints, ReferenceViews, smooth_depth_mask, view_distances
+from kfloc_ros.types import SceneCoordinates
 
 MAX_SIDE_PX = 640
 CELL_CENTRE = (COARSE_STRIDE - 1) / 2
@@ -55,10 +56,16 @@ class Cells:
 def random_similarity(camera: Camera, rng: np.random.Generator) -> NDArray[np.float64]:
     """(2, 3) map from pixels of an augmented image to pixels of the original: rotation, zoom, shift."""
     angle, zoom = np.radians(rng.uniform(-20, 20)), np.exp(rng.uniform(np.log(0.75), np.log(1.3)))
+    placed = similarity(camera, angle, zoom)
+    placed[:, 2] += rng.uniform(-0.08, 0.08, 2) * camera.width
+    return placed
+
+
+def similarity(camera: Camera, angle_rad: float, zoom: float) -> NDArray[np.float64]:
+    """(2, 3) map from pixels of an image that is rolled and zoomed about its centre to pixels of the original."""
     centre = np.array([camera.width, camera.height]) / 2
-    A = zoom * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-    shift = centre - A @ centre + rng.uniform(-0.08, 0.08, 2) * camera.width
-    return np.concatenate([A, shift[:, None]], axis=1)
+    A = zoom * np.array([[np.cos(angle_rad), -np.sin(angle_rad)], [np.sin(angle_rad), np.cos(angle_rad)]])
+    return np.concatenate([A, (centre - A @ centre)[:, None]], axis=1)
 
 
 IDENTITY = np.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
@@ -120,6 +127,14 @@ def cell_coordinates(
         [(pixels[:, 0] - camera.cx) / camera.fx * z, (pixels[:, 1] - camera.cy) / camera.fy * z, z], axis=1
     )
     return points @ T[:3, :3].T + T[:3, 3], inside & smooth[v, u]
+
+
+def true_coordinates(view: View, grid: tuple[int, int], similarity: NDArray[np.float64] = IDENTITY) -> SceneCoordinates:
+    """What :func:`cell_coordinates` gives, as scene coordinates without variance."""
+    h, w = grid
+    points, known = cell_coordinates(view, grid, similarity)
+    mean = torch.from_numpy(points.astype(np.float32)).t().reshape(3, h, w).contiguous()
+    return SceneCoordinates(mean, torch.zeros(h, w), torch.from_numpy(known).reshape(h, w), COARSE_STRIDE)
 
 
 MIN_REFERENCE_POINTS = 50

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Variances are scaled until they hold as many errors as they say: the head's, and the process noise of both flows."""
+"""The process noise of both flows is scaled until it holds as many errors as it says."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ import torch.nn.functional as F
 
 from kfloc_ros.kfnet.flow_choice import LEARNED_FLOOR_M2
 from kfloc_ros.mapping.calibration import (
-    ONE_SIGMA,
     TEMPERATURES,
     USUAL_LEARNED_SCALE,
     _Carried,
     calibrate_flow,
-    scale_of_worse_runs,
 )
+from kfloc_ros.mapping.measurement_calibration import ONE_SIGMA
 from kfloc_ros.mapping.scene_map import Calibration
 from kfloc_ros.types import SceneCoordinates
 
@@ -51,16 +50,3 @@ def test_both_flows_are_calibrated_on_the_same_pairs() -> None:
     assert found.flow_temperature in TEMPERATURES and found.process_scale != before.process_scale
     assert found.learned_process_scale is not None and 1e-3 <= found.learned_process_scale <= 10.0
     assert found.process_floor_m2 == before.process_floor_m2
-
-
-def test_the_worse_half_of_the_runs_decides() -> None:
-    generator = torch.Generator().manual_seed(0)
-
-    def run(scale: float, count: int = 20_000) -> torch.Tensor:
-        return (scale**0.5 * torch.randn(count, generator=generator)).abs()
-
-    assert scale_of_worse_runs([run(1.5)]) == pytest.approx(1.5, rel=0.05)
-    assert scale_of_worse_runs([run(0.5), run(1.2)]) == pytest.approx(1.2, rel=0.05)
-    assert scale_of_worse_runs([run(3.0), run(0.5), run(3.0), run(0.6)]) == pytest.approx(3.0, rel=0.05)
-    assert scale_of_worse_runs([run(9.0, 20), run(1.0)]) == pytest.approx(1.0, rel=0.05)  # too little to tell
-    assert scale_of_worse_runs([]) == 1.0

@@ -98,7 +98,7 @@ PLACES = st.sampled_from([
     ("camera", "distortion"), ("camera", "distortion_model"), ("camera", "more"), ("head",), ("head", "width"),
     ("head", "blocks"), ("head", "count"), ("bounds_m",), ("calibration",), ("calibration", "process_scale"),
     ("calibration", "max_alignment_cost"), ("calibration", "refined_covariance_scale"), ("provenance",), ("files",),
-    ("files", HEAD_FILE), ("files", HEAD_FILE, "bytes"), ("files", "../x"),
+    ("roughness",), ("files", HEAD_FILE), ("files", HEAD_FILE, "bytes"), ("files", "../x"),
 ])  # fmt: skip
 
 

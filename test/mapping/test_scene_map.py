@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from kfloc_ros.cli.main import main
 from kfloc_ros.errors import MapError
 from kfloc_ros.geometry.camera import Camera
+from kfloc_ros.kfnet.roughness import RoughnessScale
 from kfloc_ros.kfnet.scoordnet import SCoordNet
 from kfloc_ros.mapping.map_folders import resolve_map
 from kfloc_ros.mapping.map_format import REFERENCES_FILE, read_description
@@ -127,6 +129,9 @@ def test_missing_things_are_named(folder: Path, tmp_path: Path) -> None:
         ({"head": None}, "damaged"),
         ({"calibration": {"process_scale": float("nan")}}, "positive number"),
         ({"calibration": {"surprise": 1.0}}, "damaged"),
+        ({"roughness": {"usual_m": 0.02}}, "damaged"),
+        ({"roughness": {"usual_m": 0.02, "power": -1.0}}, "'power' must be a positive number"),
+        ({"roughness": [0.02, 1.0]}, "damaged"),
         ({"files": []}, "does not list"),
     ],
 )
@@ -135,6 +140,19 @@ def test_a_bad_description_is_refused(folder: Path, change: dict[str, object], m
     path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **change}))
     with pytest.raises(MapError, match=message):
         SceneMap.load(folder)
+
+
+def test_what_roughness_means_lies_beside_the_calibration_so_that_older_installations_read_the_map(
+    folder: Path, tmp_path: Path
+) -> None:
+    assert SceneMap.load(folder).calibration.roughness is None
+    assert "roughness" not in read_description(folder)
+    original = small_map()
+    rough = replace(original, calibration=replace(original.calibration, roughness=RoughnessScale(0.02, 1.5)))
+    description = read_description(rough.save(tmp_path / "rough"))
+    assert description["roughness"] == {"usual_m": 0.02, "power": 1.5}
+    assert description["calibration"] == read_description(folder)["calibration"]
+    assert SceneMap.load(tmp_path / "rough").calibration == rough.calibration
 
 
 def test_yaml_cannot_run_anything(folder: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from kfloc_ros.datasets.derived import InFrame
 from kfloc_ros.errors import MapError
 from kfloc_ros.geometry.lie import Matrix, inverse_pose, make_pose, rotation_angle_deg, so3_exp
 from kfloc_ros.kfnet.experts import SCoordNets, heads_of, moved
+from kfloc_ros.kfnet.roughness import RoughnessScale
 from kfloc_ros.localizer import Localizer
 from kfloc_ros.localizer_config import LocalizerConfig
 from kfloc_ros.mapping import build
@@ -130,3 +131,15 @@ def test_cameras_and_heads_must_fit(scene_map) -> None:
     (head,) = heads_of(scene_map.head)
     with pytest.raises(MapError, match="more than the 8"):
         join(newer=replace(scene_map, head=SCoordNets([head] * 8)))
+
+
+def test_what_is_rough_in_both_parts_is_rough_in_the_whole(scene_map: SceneMap) -> None:
+    def told(roughness: RoughnessScale | None) -> SceneMap:
+        return replace(scene_map, calibration=replace(scene_map.calibration, roughness=roughness))
+
+    def merged(a: RoughnessScale | None, b: RoughnessScale | None) -> RoughnessScale | None:
+        whole = merge_maps(told(a), told(b), np.eye(4), spacing_m=0.1, max_points=10_000)
+        return whole.calibration.roughness
+
+    assert merged(RoughnessScale(0.02, 1.5), RoughnessScale(0.03, 1.0)) == RoughnessScale(0.03, 1.5)
+    assert merged(None, RoughnessScale(0.03, 1.0)) is None

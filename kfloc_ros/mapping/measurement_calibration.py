@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a head's variances are worth: a factor for views among the mapped ones, and how it grows away from them.
+
+Views far from the mapped ones are not at hand when a map is built, but a head is as lost in views that are turned and
+zoomed beyond what training showed it, and of these the truth is known: they tell what roughness means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from kfloc_ros.features.trunk import Trunk
+from kfloc_ros.kfnet.experts import Head
+from kfloc_ros.kfnet.roughness import RoughnessScale, roughness_m
+from kfloc_ros.mapping.hold_out import HeldOut, inner_half
+from kfloc_ros.mapping.views import IDENTITY, View, similarity, true_coordinates, warp_image
+from kfloc_ros.types import Matrix
+
+ONE_SIGMA = 0.6827
+MIN_ERRORS = 100
+TURNS = ((30.0, 1.0), (60.0, 1.0), (-45.0, 0.7), (0.0, 0.6))
+"""Roll in degrees, and pixels of the view per pixel of the turned one: training shows 20 degrees, and 0.75 to 1.3."""
+MAX_TURNED = 12
+"""Views that are turned, each in all these ways; a quarter of those held out at most."""
+MAX_POWER = 6.0
+LEAST_POWER = 0.01
+BISECTIONS = 20
+MAX_RATIOS = 3000
+"""Of one view: enough, and quick to sort."""
+
+
+@dataclass(frozen=True, eq=False)
+class MeasuredView:
+    """What a head said of one view, beside the truth."""
+
+    roughness_m: float
+    ratios: torch.Tensor
+    """(n,) |error| / sigma of cells, per axis, sigma as the head states it."""
+    run: int
+    """Of views held out together."""
+
+
+@dataclass(frozen=True)
+class MeasurementScale:
+    """Under which 68 % of the axis errors lie inside one sigma."""
+
+    variance_scale: float
+    roughness: RoughnessScale | None
+    """None where turned views do not need it, or could not be measured."""
+
+
+def calibrate_measurement(head: Head, trunk: Trunk, held_out: Sequence[HeldOut]) -> MeasurementScale:
+    """Look at views held out as they are, and at some of them turned.
+
+    Of each run its inner half counts, where trained views are far.
+
+    Args:
+        head: of the map, on the trunk's device.
+        trunk: for the features.
+        held_out: views that the head was not trained on.
+    """
+    chosen = [held for held, inner in zip(held_out, inner_half(held_out), strict=True) if inner]
+    usual = [_measured(head, trunk, held, IDENTITY) for held in chosen]
+    count = min(MAX_TURNED, -(-len(chosen) // len(TURNS)))
+    to_turn = [chosen[k] for k in np.linspace(0, len(chosen) - 1, count).round().astype(int)]
+    turned = [
+        _measured(head, trunk, held, similarity(held.view.camera, np.radians(angle_deg), zoom))
+        for held in to_turn
+        for angle_deg, zoom in TURNS
+    ]
+    return scale_of(usual, turned)
+
+
+def _measured(head: Head, trunk: Trunk, held: HeldOut, turn: Matrix) -> MeasuredView:
+    view: View = held.view
+    measured = head.measure(trunk.extract(view.image if turn is IDENTITY else warp_image(view.image, turn)))
+    h, w = measured.variance.shape
+    truth = true_coordinates(view, (h, w), turn)
+    error = (measured.mean.cpu() - truth.mean).abs() / measured.variance.cpu().sqrt()
+    ratios = error[:, truth.valid & measured.valid.cpu()].reshape(-1)
+    return MeasuredView(float(roughness_m(measured)), ratios[:: max(1, len(ratios) // MAX_RATIOS)], held.run)
+
+
+def scale_of(usual: Sequence[MeasuredView], turned: Sequence[MeasuredView]) -> MeasurementScale:
+    """The factor on variances that holds for views as they are, and the power of roughness that makes it hold turned.
+
+    Args:
+        usual: views as they are.
+        turned: views that the head cannot know, of any roughness.
+    """
+    plain = scale_of_worse_runs(_by_run(usual, None))
+    known = [view.roughness_m for view in usual if np.isfinite(view.roughness_m)]
+    far = sum(len(view.ratios) for view in turned if np.isfinite(view.roughness_m))
+    if not known or far < MIN_ERRORS:
+        return MeasurementScale(plain, None)
+    usual_m = max(float(np.median(known)), 1e-6)
+
+    def tried(power: float) -> tuple[float, float]:
+        """The factor for views as they are, and the share of the turned ones' errors inside one sigma."""
+        roughness = RoughnessScale(usual_m, power)
+        scale = scale_of_worse_runs(_by_run(usual, roughness))
+        return scale, float((torch.cat(_whitened(turned, roughness)).square() < scale).float().mean())
+
+    if tried(LEAST_POWER)[1] >= ONE_SIGMA:
+        return MeasurementScale(plain, None)
+    low, high = LEAST_POWER, MAX_POWER
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if tried(middle)[1] < ONE_SIGMA else (low, middle)
+    return MeasurementScale(tried(high)[0], RoughnessScale(usual_m, high))
+
+
+def _whitened(views: Sequence[MeasuredView], roughness: RoughnessScale | None) -> list[torch.Tensor]:
+    if roughness is None:
+        return [view.ratios for view in views]
+    return [view.ratios / roughness.factor(torch.tensor(view.roughness_m)).sqrt() for view in views]
+
+
+def _by_run(views: Sequence[MeasuredView], roughness: RoughnessScale | None) -> list[torch.Tensor]:
+    runs: dict[int, list[torch.Tensor]] = {}
+    for view, ratios in zip(views, _whitened(views, roughness), strict=True):
+        runs.setdefault(view.run, []).append(ratios)
+    return [torch.cat(run) for run in runs.values()]
+
+
+def scale_of_worse_runs(ratios: Sequence[torch.Tensor]) -> float:
+    """Factor on variances that puts 68 % of the errors, per axis, inside one sigma in the worse half of the runs.
+
+    How sure a head may be differs more from place to place than within one, and whoever asks may be farther from what
+    it was trained on than any view that was held out: all runs together would promise too much.
+
+    Args:
+        ratios: (n,) |error| / sigma for each run of views held out.
+    """
+    enough = [run for run in ratios if len(run) >= MIN_ERRORS]
+    ordered = sorted(enough, key=lambda run: squared_quantile(run, default=1.0))
+    return squared_quantile(torch.cat(ordered[len(ordered) // 2 :]), default=1.0) if ordered else 1.0
+
+
+def squared_quantile(ratios: torch.Tensor, default: float) -> float:
+    """Square of the 68 % quantile of |error| / sigma: the factor by which the variance is too small."""
+    if len(ratios) < MIN_ERRORS:
+        return default
+    step = max(1, len(ratios) // 1_000_000)  # torch.quantile takes at most 16 million values
+    return float(np.clip(float(torch.quantile(ratios[::step], ONE_SIGMA)) ** 2, 1e-3, 1e3))
