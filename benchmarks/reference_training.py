@@ -4,7 +4,8 @@
 One stage (`--stage scoordnet`, `oflownet` or `kfnet`) or all three in order, each in its folder below OUT; the joint
 stage starts from what the two others left there, and is also looked at before its first step. Options as key=value are
 those of `kfloc train`; one that is meant for a single stage has its name in front (`kfnet.learning_rate=3e-4`). Every
-piece continues the training exactly, as that command does, so this measures what it makes.
+piece continues the training exactly, as that command does, so this measures what it makes. The first line of OFlowNet
+is no network at all: nothing moves.
 
     python benchmarks/reference_training.py --train "7scenes:DIR --split blocks50:train" \
         --test "7scenes:DIR --split blocks50:test" --out out/reference --minutes 25 15 20 --piece 5 \
@@ -37,6 +38,7 @@ from kfloc_ros.evaluation.reference_networks import (
     look_at_kfnet,
     look_at_oflownet,
     look_at_scoordnet,
+    look_at_standing_still,
 )
 from kfloc_ros.kfnet.filter import FilterSettings
 from kfloc_ros.kfnet.reference.weights import OFLOWNET, SCOORDNET, load_oflownet, load_scoordnet
@@ -55,6 +57,7 @@ class Schedule:
     minutes: float
     piece: float
     every: int
+    spacing: int
     run_length: int
     runs: int
 
@@ -78,10 +81,12 @@ def look(stage: str, weights: Mapping[str, Path], frames: HeldOutFrames, schedul
     oflownet = load_oflownet(weights[OFLOWNET]).to(frames.device) if stage != SCOORDNET else None
     if scoordnet is None:
         assert oflownet is not None
-        return asdict(look_at_oflownet(oflownet, frames, schedule.every))
+        pairs = max(1, len(frames) // schedule.every)
+        apart, next_to = (look_at_oflownet(oflownet, frames, pairs, spacing) for spacing in (schedule.spacing, 1))
+        return {**asdict(apart), "neighbours": asdict(next_to)}
     if oflownet is None:
         return asdict(look_at_scoordnet(scoordnet, frames, schedule.every))
-    runs = frames.runs(schedule.run_length, schedule.runs)
+    runs = frames.runs(schedule.run_length, schedule.runs, schedule.spacing)
     published, own = (look_at_kfnet(scoordnet, oflownet, frames, runs, s) for s in (AS_PUBLISHED, OWN_FILTER))
     return {**asdict(published), "own_filter": {"posterior": asdict(own.posterior), "poses": asdict(own.poses)}}
 
@@ -108,6 +113,9 @@ def run_stage(
         (out / "curve.json").write_text(json.dumps(finite(curve), indent=1) + "\n")
         print(stage, json.dumps(finite(curve[-1])), flush=True)
 
+    if stage == OFLOWNET:
+        still = look_at_standing_still(frames, max(1, len(frames) // schedule.every), schedule.spacing)
+        note(0.0, 0, asdict(still))
     if start.scoordnet is not None and start.oflownet is not None:
         before = {SCOORDNET: start.scoordnet, OFLOWNET: start.oflownet}
         note(0.0, first_step(training, config), look(stage, before, frames, schedule))
@@ -201,14 +209,15 @@ def main() -> int:
         parser.error(f"--minutes takes one number, or one for each of {', '.join(stages)}")
     device = choose_device(args.device)
     sources = source_of(args.train), source_of(args.test)
-    schedule = Schedule(0.0, args.piece, args.every, args.run_length, args.runs)
+    schedule = Schedule(0.0, args.piece, args.every, 1, args.run_length, args.runs)
     tables = []
     for stage, minutes in zip(stages, args.minutes * (len(stages) // len(args.minutes)), strict=True):
         config = build_config(TrainConfig, parse_overrides(TrainConfig, options_of(stage, args.overrides)))
         start = StartWeights()
         if stage == JOINT:
             start = StartWeights(*(args.out / name / f"{name}.safetensors" for name in (SCOORDNET, OFLOWNET)))
-        curve = run_stage(stage, sources, config, start, args.out / stage, replace(schedule, minutes=minutes), device)
+        timed = replace(schedule, minutes=minutes, spacing=config.spacing)
+        curve = run_stage(stage, sources, config, start, args.out / stage, timed, device)
         tables.append(f"{stage}\n{table_of(stage, curve)}")
     print("\n" + "\n\n".join(tables))
     print(describe_hardware(device.type))

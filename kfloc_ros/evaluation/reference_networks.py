@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,12 +16,13 @@ from kfloc_ros.evaluation.flow import FlowAccuracy, FlowStatistics
 from kfloc_ros.evaluation.metrics import Accuracy, PoseError, accuracy, pose_error
 from kfloc_ros.geometry.camera import Camera, ImageAdapter
 from kfloc_ros.kfnet.filter import FilterSettings, NisMode, SceneCoordinateFilter
+from kfloc_ros.kfnet.oflownet import Flow
 from kfloc_ros.kfnet.reference.oflownet import ReferenceOFlowNet
 from kfloc_ros.kfnet.reference.scoordnet import CELL_PIXEL_OFFSET, STRIDE, ReferenceSCoordNet
 from kfloc_ros.mapping.views import View
 from kfloc_ros.solvers.pnp import PnpSettings, solve_pnp
 from kfloc_ros.training.flow_pairs import true_flow
-from kfloc_ros.training.kfnet_samples import cell_points, identity
+from kfloc_ros.training.kfnet_samples import cell_points, consecutive, identity
 from kfloc_ros.types import SceneCoordinates
 
 AS_PUBLISHED = FilterSettings(
@@ -34,6 +34,9 @@ AS_PUBLISHED = FilterSettings(
     blend_sigma=True,
 )
 """The recursion that the joint stage trains, but for the mask of invalid priors."""
+
+
+STILL_SIGMA_M = 0.01
 
 
 @dataclass(frozen=True)
@@ -101,22 +104,16 @@ class HeldOutFrames:
         """The image as the networks take it, (1, 3, H, W)."""
         return torch.from_numpy(view.image).to(self.device).permute(2, 0, 1)[None].float()
 
-    def runs(self, length: int, count: int) -> list[range]:
-        """Positions of at most ``count`` runs of ``length`` consecutive frames, spread over the source.
+    def runs(self, length: int, count: int, spacing: int = 1) -> list[range]:
+        """Positions of at most ``count`` runs of ``length`` frames, ``spacing`` apart, spread over the source.
 
         Raises:
             SourceError: there is none.
         """
-        indices = self.source.indices()
-        follows = [b - a == 1 for a, b in itertools.pairwise(indices)]
         found: list[range] = []
-        start = 0
-        while start + length <= len(indices):
-            if all(follows[start : start + length - 1]):
-                found.append(range(start, start + length))
-                start += length
-            else:
-                start += 1
+        for run in consecutive(self.source.indices(), length, spacing=spacing):
+            if not found or run[0] > found[-1][-1]:
+                found.append(run)
         if not found:
             raise SourceError(f"'{self.source.name}' has no {length} consecutive frames; check --frames and --split.")
         chosen = np.unique(np.linspace(0, len(found) - 1, min(count, len(found))).round().astype(int))
@@ -140,18 +137,47 @@ def look_at_scoordnet(network: ReferenceSCoordNet, frames: HeldOutFrames, every:
 
 
 @torch.inference_mode()
-def look_at_oflownet(network: ReferenceOFlowNet, frames: HeldOutFrames, every: int) -> FlowAccuracy:
-    """Errors of the flow from every ``every``-th frame to the one before, and of true coordinates carried along it.
+def look_at_oflownet(network: ReferenceOFlowNet, frames: HeldOutFrames, count: int, spacing: int = 1) -> FlowAccuracy:
+    """Errors of the flow from a frame to one before, and of true coordinates carried along it.
+
+    Args:
+        network: carries.
+        frames: never trained on.
+        count: of pairs, at most.
+        spacing: frames from one of a pair to the other.
 
     Raises:
         SourceError: no two frames follow each other, or one has no depth or pose.
     """
     network.eval()
+
+    def flow_of(now: View, before: View) -> Flow:
+        features = [network.features(frames.pixels(view))[0] for view in (now, before)]
+        return network.flow(features[0], features[1])
+
+    return _look_at_flow(flow_of, frames, count, spacing)
+
+
+def look_at_standing_still(frames: HeldOutFrames, count: int, spacing: int = 1) -> FlowAccuracy:
+    """The same of no flow at all, with a centimetre of process noise: what a network has to be better than."""
+
+    def flow_of(now: View, before: View) -> Flow:
+        h, w = frames.truth(now).valid.shape
+        cells = torch.ones(h, w, device=frames.device)
+        return Flow(
+            torch.zeros(2, h, w, device=frames.device), cells, cells > 0, process_variance_m2=cells * STILL_SIGMA_M**2
+        )
+
+    return _look_at_flow(flow_of, frames, count, spacing)
+
+
+def _look_at_flow(
+    flow_of: Callable[[View, View], Flow], frames: HeldOutFrames, count: int, spacing: int
+) -> FlowAccuracy:
     statistics = FlowStatistics()
-    for pair in frames.runs(2, len(frames))[:: max(1, every // 2)]:
+    for pair in frames.runs(2, count, spacing):
         before, now = (frames.view(position) for position in pair)
-        features = [network.features(frames.pixels(view))[0] for view in (before, now)]
-        flow = network.flow(features[1], features[0])
+        flow = flow_of(now, before)
         offset, _, visible = (
             torch.from_numpy(part).to(frames.device) for part in true_flow(now, before, first_pixel=CELL_PIXEL_OFFSET)
         )

@@ -112,6 +112,20 @@ def network_camera(camera: Camera, image_width: int = 0, image_height: int = 0) 
     return camera.pinhole().scaled_to(width, image_height or (shaped if image_width else camera.height))
 
 
+def consecutive(indices: Sequence[int], length: int, max_step: int = 1, spacing: int = 1) -> list[range]:
+    """Positions of all groups of ``length`` frames, ``spacing`` apart, that no gap of the frame index parts.
+
+    Args:
+        indices: ``Frame.index`` of a source's frames.
+        length: of a group.
+        max_step: largest step of the index from one frame to the next.
+        spacing: frames from one of a group to the next.
+    """
+    follows = [0 < b - a <= max_step for a, b in itertools.pairwise(indices)]
+    span = (length - 1) * spacing
+    return [range(i, i + span + 1, spacing) for i in range(len(indices) - span) if all(follows[i : i + span])]
+
+
 class Samples:
     """Groups of a source's frames.
 
@@ -124,7 +138,9 @@ class Samples:
         augment: ``none``, ``rotate`` (brightness, contrast, rotation) or ``full`` (also zoom and shift); all frames of
             a group alike.
         seed: of order and augmentation.
-        max_step: largest step of the frame index inside a group.
+        max_step: largest step of the frame index from one of the source's frames to the next.
+        spacing: a group takes every so many of the source's frames: where images are small, neighbouring frames hardly
+            move by a cell, and there is no flow to learn.
         remembered_bytes: of frames at the networks' size that stay in memory, so that each is read once: reading one
             takes longer than a step of small networks. The first that fit stay; the others are read every time.
 
@@ -143,15 +159,13 @@ class Samples:
         augment: str = "none",
         seed: int = 0,
         max_step: int = 1,
+        spacing: int = 1,
         remembered_bytes: int = 0,
     ) -> None:
         self._source, self._augment, self._seed = source, augment, seed
-        indices = source.indices()
-        steps = [0 < b - a <= max_step for a, b in itertools.pairwise(indices)]
-        starts = [i for i in range(len(indices) - length + 1) if all(steps[i : i + length - 1])]
-        self._groups: list[Sequence[int]] = [range(i, i + length) for i in starts]
+        self._groups: list[Sequence[int]] = list(consecutive(source.indices(), length, max_step, spacing))
         if both_directions:
-            self._groups += [range(i + length - 1, i - 1, -1) for i in starts]
+            self._groups += [group[::-1] for group in self._groups]
         if not self._groups:
             raise SourceError(f"'{source.name}' has no {length} consecutive frames; check --frames and --split.")
         self._adapter = ImageAdapter(source.camera, network_camera(source.camera, image_width, image_height))

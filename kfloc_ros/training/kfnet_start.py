@@ -58,6 +58,7 @@ def samples_of(name: str, source: FrameSource, config: TrainConfig) -> Samples:
         augment=kind.augment if config.augment == "stage" else config.augment,
         seed=config.seed,
         max_step=config.max_step,
+        spacing=config.spacing,
         remembered_bytes=config.remember_mb * 1_000_000,
     )
 

@@ -45,6 +45,7 @@ def test_runs_do_not_cross_jumps(frames: HeldOutFrames) -> None:
     assert frames.runs(2, 100) == [range(0, 2), range(2, 4), range(4, 6), range(6, 8)]
     assert frames.runs(3, 100) == [range(0, 3), range(4, 7)]
     assert frames.runs(2, 2) == [range(0, 2), range(6, 8)]
+    assert frames.runs(2, 100, spacing=3) == [range(0, 4, 3), range(4, 8, 3)]
     with pytest.raises(SourceError, match="5 consecutive"):
         frames.runs(5, 1)
 
@@ -88,6 +89,6 @@ def test_filtering_the_same_again_only_makes_it_surer(frames: HeldOutFrames) -> 
 
 def test_an_untrained_flow_knows_little(frames: HeldOutFrames) -> None:
     torch.manual_seed(0)
-    found = look_at_oflownet(ReferenceOFlowNet(), frames, every=2)
+    found = look_at_oflownet(ReferenceOFlowNet(), frames, count=4)
     assert found.pairs == 4
     assert found.median_cells > 0.2 and 0.0 < found.known < 1.0

@@ -21,7 +21,7 @@ from kfloc_ros.geometry.lie import inverse_pose
 from kfloc_ros.kfnet.reference.oflownet import ReferenceOFlowNet
 from kfloc_ros.kfnet.reference.scoordnet import ReferenceSCoordNet
 from kfloc_ros.kfnet.reference.weights import load_oflownet, load_scoordnet
-from kfloc_ros.training.kfnet_samples import Samples
+from kfloc_ros.training.kfnet_samples import Samples, consecutive
 from kfloc_ros.training.kfnet_stages import FlowStage, JointStage, MeasurementStage, Stage
 from kfloc_ros.training.kfnet_trainer import (
     TrainConfig,
@@ -64,6 +64,15 @@ def test_order_covers_every_group_and_depends_on_the_number_alone() -> None:
     assert not torch.equal(samples[17].images, samples[18].images)
     with pytest.raises(SourceError, match="5 consecutive"):
         Samples(Poster(), 5)
+
+
+def test_groups_take_every_so_many_frames_and_cross_no_gap() -> None:
+    indices = Poster().indices()  # 0 to 3 and 50 to 53
+    assert consecutive(indices, 2, spacing=2) == [range(0, 3, 2), range(1, 4, 2), range(4, 7, 2), range(5, 8, 2)]
+    assert consecutive(indices, 2, spacing=3) == [range(0, 4, 3), range(4, 8, 3)]
+    assert consecutive(indices, 3, spacing=2) == []
+    assert len(consecutive(indices, 2, max_step=47)) == 7
+    assert len(Samples(Poster(), 2, both_directions=True, spacing=3)) == 4
 
 
 class Counted(Poster):
