@@ -201,6 +201,18 @@ def test_after_a_sudden_turn_the_present_submap_alone_is_searched(three_alike: P
     assert estimate.state is TrackingState.TRACKING and away_m(estimate, turned.T_map_camera) < 0.05
 
 
+def test_between_places_alike_it_decides_where_the_camera_can_have_come(three_alike: Place, room) -> None:
+    """The twin is 30 m away: out of reach after half a second, within reach after twenty."""
+    localizer = localizer_of(three_alike, max_gap_s=0.25)
+    localizer.refine.suggest([room[9].T_map_camera])
+    for k in (9, 10):
+        assert away_m(localizer.process(at(room[k], k)), room[k].T_map_camera) < 0.03
+    assert away_m(localizer.process(at(room[14], 15)), room[14].T_map_camera) < 0.03
+    assert localizer.submap == "own"
+    late = localizer.process(at(room[14], 215))
+    assert late.T_map_camera is None and "look alike" in late.reason
+
+
 def test_carried_elsewhere_a_pose_is_claimed_only_after_a_search(two_rooms: Place, room, other_room) -> None:
     localizer = localizer_of(two_rooms, max_gap_s=0.25)
     for k in range(3):

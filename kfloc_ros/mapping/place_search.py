@@ -6,6 +6,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+from numpy.typing import NDArray
+
 from kfloc_ros.coarse_stage import CoarseStage
 from kfloc_ros.features.trunk import Trunk, TrunkFeatures
 from kfloc_ros.geometry.lie import Matrix
@@ -19,6 +22,9 @@ from kfloc_ros.pixloc.refiner import failed_alignment
 from kfloc_ros.refine_stage import RefineStage
 from kfloc_ros.types import Alignment
 
+VIEW_REACH_M = 1.5
+"""How far from a view an image may be that shows what it shows."""
+
 
 @dataclass(frozen=True)
 class PlaceSearchSettings:
@@ -29,6 +35,20 @@ class PlaceSearchSettings:
     clear_vote: float = 1.5
     """Where there are more submaps, the one found must have more votes than any that was not tried, by this factor."""
     fix: FirstFixSettings = field(default_factory=FirstFixSettings)
+
+
+@dataclass(frozen=True, eq=False)
+class Reach:
+    """Where a camera can be, given where it was."""
+
+    centre: NDArray[np.float64]
+    """(3,) place frame."""
+    limit_m: float
+
+    def holds(self, alignment: Alignment) -> bool:
+        """Whether the camera can be where an image was aligned."""
+        T = alignment.T_map_camera
+        return T is not None and float(np.linalg.norm(T[:3, 3] - self.centre)) <= self.limit_m
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,24 +94,36 @@ class PlaceSearch:
     ) -> None:
         self._place, self._cache, self._settings = place, cache, settings or PlaceSearchSettings()
 
-    def find(self, features: TrunkFeatures) -> Found:
+    def find(self, features: TrunkFeatures, reach: Reach | None = None) -> Found:
         """Search the whole place; its cost depends on ``submaps``, and not on how many there are.
+
+        Args:
+            features: of the image.
+            reach: where the camera can have come since it had a pose. Between places that look alike it decides; a
+                place that looks like no other is found anywhere.
 
         Raises:
             MapError: a submap cannot be loaded.
         """
         s = self._settings
         ranked = self._place.index.search(features, s.submaps, s.fix.retrieved)
+        near = set(range(len(self._place.submaps))) if reach is None else self._near(reach)
+        ranked.sort(key=lambda item: item.submap not in near)  # stable
         tried = ranked[: s.submaps]
         results = [(item, alignment) for item in tried for alignment in self._try(features, item)]
-        chosen = self._choose(results, tried)
+        chosen, rest = self._choose(results, tried), ranked[s.submaps :]
+        within = [] if reach is None else [(item, alignment) for item, alignment in results if reach.holds(alignment)]
+        if not chosen.success and within:
+            nearer = self._choose(within, tried)
+            if nearer.success:
+                chosen, rest = nearer, [item for item in rest if item.submap in near]
         numbers = tuple(item.submap for item in tried)
         if not chosen.success:
             return Found(chosen, tried=numbers)
         winner = next(item for item, alignment in results if alignment is chosen)
-        rest = ranked[s.submaps :]
-        if rest and winner.votes <= s.clear_vote * rest[0].votes:
-            reason = f"more than {s.submaps} submaps look alike: {self._names([*tried, rest[0]])}"
+        rival = max(rest, key=lambda item: item.votes, default=None)
+        if rival is not None and winner.votes <= s.clear_vote * rival.votes:
+            reason = f"more than {s.submaps} submaps look alike: {self._names([*tried, rival])}"
             return Found(replace(chosen, success=False, reason=reason), tried=numbers)
         return Found(chosen, winner.submap, numbers)
 
@@ -109,6 +141,11 @@ class PlaceSearch:
         retrieved = self._place.index.views_of(submap, features, self._settings.fix.retrieved)
         starts = [start for start in loaded.first_fix.starts(features, retrieved) if allowed(start)]
         return choose([loaded.align(features, [start]) for start in starts], self._settings.fix)
+
+    def _near(self, reach: Reach) -> set[int]:
+        """Submaps with a view that the camera can have come near to."""
+        away_m = np.linalg.norm(self._place.index.T_place_camera[:, :3, 3] - reach.centre, axis=1)
+        return set(self._place.index.submap[away_m <= reach.limit_m + VIEW_REACH_M].tolist())
 
     def _try(self, features: TrunkFeatures, item: SubmapCandidate) -> list[Alignment]:
         submap = self._cache.get(item.submap)
