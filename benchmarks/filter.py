@@ -41,8 +41,9 @@ from kfloc_ros.evaluation.metrics import PoseError, accuracy, pose_error, recall
 from kfloc_ros.evaluation.paired import median_change
 from kfloc_ros.features.trunk import COARSE_STRIDE, Trunk
 from kfloc_ros.geometry.camera import ImageAdapter
-from kfloc_ros.kfnet.filter import FilterSettings, NisMode, SceneCoordinateFilter
+from kfloc_ros.kfnet.filter import FilterSettings, FlowFunction, NisMode, SceneCoordinateFilter
 from kfloc_ros.kfnet.flow_choice import FlowKind, choose_flow
+from kfloc_ros.kfnet.oflownet import Flow
 from kfloc_ros.kfnet.roughness import measure
 from kfloc_ros.localizer_config import LocalizerConfig
 from kfloc_ros.mapping.map_folders import resolve_map
@@ -83,6 +84,19 @@ class Track:
     errors: list[PoseError] = field(default_factory=list)
 
 
+class OnceAPair:
+    """A flow that all variants ask for, computed once for two frames."""
+
+    def __init__(self, flow: FlowFunction) -> None:
+        self._flow = flow
+        self._last: tuple[torch.Tensor, torch.Tensor, Flow] | None = None
+
+    def __call__(self, now: torch.Tensor, before: torch.Tensor) -> Flow:
+        if self._last is None or self._last[0] is not now or self._last[1] is not before:
+            self._last = (now, before, self._flow(now, before))
+        return self._last[2]
+
+
 class Bench:
     """All variants over the runs of one map."""
 
@@ -91,7 +105,8 @@ class Bench:
         self._trunk = Trunk(device=device)
         self._head = scene_map.head.to(device)
         c = scene_map.calibration
-        self._flows = {kind: choose_flow(kind, c, device) for kind in FlowKind}
+        chosen = {kind: choose_flow(kind, c, device) for kind in FlowKind}
+        self._flows = {kind: replace(flow, flow=OnceAPair(flow.flow)) for kind, flow in chosen.items()}
         self._settings = FilterSettings(c.flow_temperature, c.process_scale, c.process_floor_m2)
         self._pnp = PnpSettings(covariance_scale=c.coarse_covariance_scale)
 
@@ -113,11 +128,11 @@ class Bench:
     def _frame(self, frame: Frame, adapter: ImageAdapter, tracks: dict[str, Track]) -> None:
         features = self._trunk.extract(adapter(frame.image))
         measured = measure(self._head, features, self._map.calibration)
-        truth = self._truth(frame, adapter)
+        truth, coarse = self._truth(frame, adapter), features.coarse[0]
         for track in tracks.values():
             posterior = measured
             if track.filter is not None:
-                posterior = track.filter.step(frame.stamp_ns, features.coarse[0], measured).posterior
+                posterior = track.filter.step(frame.stamp_ns, coarse, measured).posterior
             pose = solve_pnp(posterior, self._map.camera, self._pnp)
             if track.filter is not None:
                 track.filter.judge(pose)
