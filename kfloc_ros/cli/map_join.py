@@ -93,6 +93,7 @@ def run_update(args: argparse.Namespace) -> int:
     known = load_map(resolve_map(args.map))
     if args.submap and not isinstance(known, Place):
         raise MapError(f"'{args.map}' is a single map, which has no submap '{args.submap}'; leave out --submap.")
+    number = known.number_of(args.submap) if args.submap and isinstance(known, Place) else None
     frames = open_source_from(args, depth=not args.no_depth)
     need_poses(frames)
     source = with_depth(frames, hide=args.no_depth, device=config.device)
@@ -104,11 +105,8 @@ def run_update(args: argparse.Namespace) -> int:
         "on_progress": BuildBars(),
     }
     if isinstance(known, Place):
-        number = (
-            known.number_of(args.submap)
-            if args.submap
-            else submap_of(known, frames, same_frame=args.same_frame, device=config.device)
-        )
+        if number is None:
+            number = submap_of(known, frames, same_frame=args.same_frame, device=config.device)
         before, out = known.load_submap(number), args.out / SUBMAPS / known.submaps[number].name
         _, updated = update_place(known, number, source, args.out, config, overwrite=args.force, **options)
     else:
