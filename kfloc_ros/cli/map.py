@@ -166,7 +166,15 @@ def describe(scene_map: Any) -> str:
             f"process x{c.process_scale:.2f}, alignment cost <= {c.max_alignment_cost:.3f}, "
             f"inlier ratio >= {c.min_inlier_ratio:.2f}"
         ),
+        **_rough_views(c.roughness),
         **{key.replace("_", " "): str(value) for key, value in scene_map.provenance.items()},
     }
     width = max(map(len, rows))
     return "\n".join(f"{key:<{width}}  {value}" for key, value in rows.items())
+
+
+def _rough_views(scale: Any) -> dict[str, str]:
+    """How variances grow away from the mapped views, if they do."""
+    if scale is None:
+        return {}
+    return {"rough views": f"variance x (roughness / {100 * scale.usual_m:.1f} cm) ^ {scale.power:.2f}"}
