@@ -16,7 +16,8 @@ again with every image until something else comes into view.
 With --doors, besides, walks through the doors of the first three rooms and back, in the place of these three, every
 second frame of 15 a second; the first is told where it is. An estimate is wrong as above, and in a wrong room if it is
 in another room than the camera and further than 0.3 m from the door between them. "at doors" are frames within 1 m of
-one.
+one. The same walks follow with the lens covered for 1.5 s around each door; "back" is how long after that the first
+pose came.
 
     python benchmarks/places.py --work out/building --doors --json out/places.json
 """
@@ -25,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import subprocess
 import sys
@@ -48,13 +50,22 @@ from kfloc_ros.mapping.build import MapBuildConfig, build_map
 from kfloc_ros.mapping.place import Place
 from kfloc_ros.mapping.place_making import make_place
 from kfloc_ros.place_localizer import PlaceLocalizer
-from kfloc_ros.simulation.building import PITCH_X_M, ROOMS, BuildingSource, WalkSource, door_distance_m, room_at
+from kfloc_ros.simulation.building import (
+    PITCH_X_M,
+    RATE_HZ,
+    ROOMS,
+    BuildingSource,
+    WalkSource,
+    door_distance_m,
+    room_at,
+)
 from kfloc_ros.types import Frame, Matrix, PoseEstimate
 
 OUTCOMES = ("right", "alike", "none", "wrong")
 NEAR_M, NEAR_DEG = 0.5, 20.0
 DOOR_ROOMS, DOOR_EVERY = 3, 2
 AT_DOOR_M, THRESHOLD_M = 1.0, 0.3
+COVERED_S = 1.5
 
 
 @dataclass(frozen=True)
@@ -86,6 +97,8 @@ class DoorRow:
     """A walk through doors, frame by frame."""
 
     walk: str
+    covered_s: float
+    """How long the lens was covered around each door."""
     frames: int
     without_pose: int
     wrong: int
@@ -97,6 +110,8 @@ class DoorRow:
     at_doors_without_pose: int
     at_doors_median_cm: float
     at_doors_worst_cm: float
+    back_s: list[float]
+    """From the end of each cover to the first pose; infinite if there was none."""
     changes: list[str]
     """Submap before and after, and how far behind the plane between the rooms the camera was, in its direction."""
     frame_ms: float
@@ -216,11 +231,14 @@ def through_doors(args: argparse.Namespace) -> list[DoorRow]:
     if not folder.is_dir():
         make_place([args.work / f"room_{room}" for room in range(1, DOOR_ROOMS + 1)], folder)
     place = Place.load(folder)
-    return [walked(place, WalkSource(*ends), args.loaded_submaps) for ends in ((1, DOOR_ROOMS), (DOOR_ROOMS, 1))]
+    walks = [WalkSource(1, DOOR_ROOMS), WalkSource(DOOR_ROOMS, 1)]
+    return [walked(place, walk, args.loaded_submaps, cover_s) for cover_s in (0.0, COVERED_S) for walk in walks]
 
 
-def walked(place: Place, walk: WalkSource, loaded_submaps: int) -> DoorRow:
-    """One walk, as a node would see it: no truth but the first pose."""
+def walked(place: Place, walk: WalkSource, loaded_submaps: int, covered_s: float = 0.0) -> DoorRow:
+    """One walk, as a node would see it: no truth but the first pose. With the lens covered no pose is expected."""
+    covers = around_doors(walk, covered_s)
+    back_s = [math.inf] * len(covers)
     localizer = PlaceLocalizer(place, LocalizerConfig(loaded_submaps=loaded_submaps))
     adapter = ImageAdapter(walk.camera, localizer.camera)
     localizer.refine.suggest([walk.pose(0)])
@@ -228,8 +246,16 @@ def walked(place: Place, walk: WalkSource, loaded_submaps: int) -> DoorRow:
     changes, spent_ms, submap = [], [], ""
     for position in range(0, len(walk), DOOR_EVERY):
         frame = replace(walk[position], depth_m=None)
+        covered = any(position in cover for cover in covers)
+        if covered:
+            frame = replace(frame, image=np.full_like(frame.image, 12))
         estimate, ms = timed(localizer, frame, adapter)
+        if covered and estimate.T_map_camera is None:
+            continue
         spent_ms.append(ms)
+        for number, cover in enumerate(covers):
+            if position >= cover.stop and estimate.T_map_camera is not None:
+                back_s[number] = min(back_s[number], (position - cover.stop) / RATE_HZ)
         outcome, error_m = judged(estimate, frame)
         truth = walk.pose(position)[:3, 3]
         frames.append((error_m, door_distance_m(truth[0]) < AT_DOOR_M, outcome == "wrong", strayed(estimate, truth)))
@@ -247,6 +273,7 @@ def walked(place: Place, walk: WalkSource, loaded_submaps: int) -> DoorRow:
     cache.close()
     return DoorRow(
         walk=walk.name,
+        covered_s=covered_s,
         frames=len(frames),
         without_pose=int((~posed).sum()),
         wrong=sum(item[2] for item in frames),
@@ -258,11 +285,19 @@ def walked(place: Place, walk: WalkSource, loaded_submaps: int) -> DoorRow:
         at_doors_without_pose=int((near & ~posed).sum()),
         at_doors_median_cm=float(100 * np.median(errors[near & posed])),
         at_doors_worst_cm=float(100 * errors[near & posed].max()),
+        back_s=back_s,
         changes=changes,
         frame_ms=float(np.median(spent_ms[1:])),
         slowest_ms=float(np.max(spent_ms[1:])),
         waits=cache.counts.waits,
     )
+
+
+def around_doors(walk: WalkSource, seconds: float) -> list[range]:
+    """Positions in so long a time around each crossing of a plane between two rooms."""
+    rooms = [room_at(*walk.pose(position)[:2, 3]) for position in range(len(walk))]
+    half = round(seconds * RATE_HZ / 2)
+    return [range(k - half, k + half) for k in range(1, len(rooms)) if half and rooms[k] != rooms[k - 1]]
 
 
 def strayed(estimate: PoseEstimate, truth: Matrix) -> bool:
@@ -275,11 +310,17 @@ def strayed(estimate: PoseEstimate, truth: Matrix) -> bool:
 
 def door_table(rows: Sequence[DoorRow]) -> str:
     """The figures for a terminal, and where submaps changed."""
-    header = ["walk", "frames", "no pose", "wrong", "wrong room", "median", "95 %", "worst"]
+    header = ["walk", "covered", "back", "frames", "no pose", "wrong", "wrong room", "median", "95 %", "worst"]
     header += ["at doors", "no pose", "median", "worst", "frame", "slowest", "waits"]
     lines = []
     for row in rows:
-        cells = [row.walk, *(str(v) for v in (row.frames, row.without_pose, row.wrong, row.wrong_room))]
+        back = ", ".join(f"{v:.1f} s" for v in row.back_s) or "-"
+        cells = [
+            row.walk,
+            f"{row.covered_s:.1f} s",
+            back,
+            *(str(v) for v in (row.frames, row.without_pose, row.wrong, row.wrong_room)),
+        ]
         cells += [f"{v:.1f} cm" for v in (row.median_cm, row.p95_cm, row.worst_cm)]
         cells += [str(row.at_doors), str(row.at_doors_without_pose)]
         cells += [f"{v:.1f} cm" for v in (row.at_doors_median_cm, row.at_doors_worst_cm)]

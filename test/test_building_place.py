@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Three rooms of the simulated building that are alike: mapped, joined, and never taken for one another."""
+"""Three rooms of the simulated building: mapped, joined, walked through, and never taken for one another."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kfloc_ros.mapping.build import MapBuildConfig, build_map
 from kfloc_ros.mapping.place import Place
 from kfloc_ros.mapping.place_making import make_place
 from kfloc_ros.place_localizer import PlaceLocalizer
-from kfloc_ros.simulation.building import BuildingSource
+from kfloc_ros.simulation.building import BuildingSource, WalkSource
 
 pytestmark = pytest.mark.slow
 
@@ -51,3 +51,21 @@ def test_a_cold_start_is_in_the_right_room_or_in_none(building: Place) -> None:
             assert localizer.submap == f"room_{room}"
             right += 1
     assert right >= 4 and alike >= 3
+
+
+def test_a_walk_through_the_doors_is_followed_from_submap_to_submap(building: Place) -> None:
+    localizer = PlaceLocalizer(building, LocalizerConfig(device="cpu", loaded_submaps=2))
+    walk = WalkSource(1, 3, camera=CAMERA, texels_per_m=160.0)
+    localizer.refine.suggest([walk.pose(0)])
+    submaps, lost, errors = [], 0, []
+    for position in range(0, len(walk), 3):
+        estimate = localizer.process(replace(walk[position], depth_m=None))
+        if estimate.T_map_camera is None:
+            lost += 1
+            continue
+        truth = walk.pose(position)[:3, 3]
+        errors.append(np.linalg.norm(estimate.T_map_camera[:3, 3] - truth))
+        submaps.append(localizer.submap)
+        assert errors[-1] < 0.5, f"{localizer.submap} at {truth}"
+    assert list(dict.fromkeys(submaps)) == ["room_1", "room_2", "room_3"]
+    assert lost < 0.1 * len(walk) / 3 and np.median(errors) < 0.03

@@ -25,6 +25,8 @@ ROOMS = 10
 ROOMS_IN_A_ROW = 5
 PITCH_X_M, PITCH_Y_M = 2 * HALF_X_M + WALL_M, 4.3
 """From the middle of a room to that of the next, over a wall."""
+RATE_HZ = 15.0
+"""Of walks; mapping takes a view now and then."""
 _WALKS_PER_ROOM = 1000
 _HELP = (
     f"those of the building are sim:building-K to map room K (1 to {ROOMS}), sim:building-K-localize, and "
@@ -111,7 +113,12 @@ class WalkSource(RecordedSource):
             raise SourceError(f"No doors lead from room {start} to room {end} of the simulated building; {_HELP}.")
         self.start, self.end = start, end
         recording = Recording(
-            lambda seed: walk_route(start, end), Pace(0.5, 40.0), 15.0, 5_000_000_000_000, lambda t, whole: _EVENING, 11
+            lambda seed: walk_route(start, end),
+            Pace(0.5, 40.0),
+            RATE_HZ,
+            5_000_000_000_000,
+            lambda t, whole: _EVENING,
+            11,
         )
         super().__init__(
             f"building-walk-{start}-{end}",
@@ -194,6 +201,6 @@ def walk_route(start: int, end: int) -> Route:
 _RECORDINGS = {
     "map": Recording(_map_route, Pace(0.55, 50.0), 1.3, 3_000_000_000_000, lambda time_s, duration_s: DAY, 3),
     "localize": Recording(
-        localize_route, Pace(0.4, 32.0), 15.0, 4_000_000_000_000, lambda time_s, duration_s: _EVENING, 8
+        localize_route, Pace(0.4, 32.0), RATE_HZ, 4_000_000_000_000, lambda time_s, duration_s: _EVENING, 8
     ),
 }
