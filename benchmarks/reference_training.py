@@ -4,8 +4,8 @@
 One stage (`--stage scoordnet`, `oflownet` or `kfnet`) or all three in order, each in its folder below OUT; the joint
 stage starts from what the two others left there, and is also looked at before its first step. Options as key=value are
 those of `kfloc train`; one that is meant for a single stage has its name in front (`kfnet.learning_rate=3e-4`). Every
-piece continues the training exactly, as that command does, so this measures what it makes. The first line of OFlowNet
-is no network at all: nothing moves.
+piece continues the training exactly, as that command does, so this measures what it makes; the same command again with
+more minutes continues the curve. The first line of OFlowNet is no network at all: nothing moves.
 
     python benchmarks/reference_training.py --train "7scenes:DIR --split blocks50:train" \
         --test "7scenes:DIR --split blocks50:test" --out out/reference --minutes 25 15 20 --piece 5 \
@@ -43,9 +43,11 @@ from kfloc_ros.evaluation.reference_networks import (
 from kfloc_ros.kfnet.filter import FilterSettings
 from kfloc_ros.kfnet.reference.weights import OFLOWNET, SCOORDNET, load_oflownet, load_scoordnet
 from kfloc_ros.training.kfnet_start import JOINT, KINDS, StartWeights, samples_of, stage_of
+from kfloc_ros.training.kfnet_state import STATE_FILE
 from kfloc_ros.training.kfnet_trainer import TrainConfig, first_step, train
 
 Look = dict[str, Any]
+CURVE_FILE = "curve.json"
 OWN_FILTER = FilterSettings(flow_temperature=1.0, process_scale=1.0, process_floor_m2=0.0)
 """This project's recursion instead of the published one."""
 
@@ -100,26 +102,28 @@ def run_stage(
     schedule: Schedule,
     device: torch.device,
 ) -> list[Look]:
-    """Train and look in turn; the curve is written after every piece."""
+    """Train and look in turn; the curve is written after every piece, and continued where a folder holds one."""
     samples = samples_of(stage, sources[0], config)
     frames = HeldOutFrames(sources[1], samples.camera, device)
     training = stage_of(stage, samples, config, start)
     weights = {name: out / f"{name}.safetensors" for name in (SCOORDNET, OFLOWNET)}
     curve: list[Look] = []
+    if (out / CURVE_FILE).is_file() and (out / STATE_FILE).is_file():
+        curve = read_back(json.loads((out / CURVE_FILE).read_text()))
 
     def note(minutes: float, step: int, found: Look) -> None:
         curve.append({"minutes": minutes, "step": step, **found})
         out.mkdir(parents=True, exist_ok=True)
-        (out / "curve.json").write_text(json.dumps(finite(curve), indent=1) + "\n")
+        (out / CURVE_FILE).write_text(json.dumps(finite(curve), indent=1) + "\n")
         print(stage, json.dumps(finite(curve[-1])), flush=True)
 
-    if stage == OFLOWNET:
+    if stage == OFLOWNET and not curve:
         still = look_at_standing_still(frames, max(1, len(frames) // schedule.every), schedule.spacing)
         note(0.0, 0, asdict(still))
-    if start.scoordnet is not None and start.oflownet is not None:
+    if start.scoordnet is not None and start.oflownet is not None and not curve:
         before = {SCOORDNET: start.scoordnet, OFLOWNET: start.oflownet}
         note(0.0, first_step(training, config), look(stage, before, frames, schedule))
-    spent = 0.0
+    spent = float(curve[-1]["minutes"]) if curve else 0.0
     while spent < schedule.minutes:
         piece = min(schedule.piece, schedule.minutes - spent)
         result = train(training, samples, config, out, device, time_budget_s=60 * piece)
@@ -130,6 +134,15 @@ def run_stage(
         if result.stopped_by == "finished":
             break
     return curve
+
+
+def read_back(value: Any) -> Any:
+    """What :func:`finite` made, with infinity for None."""
+    if isinstance(value, dict):
+        return {key: read_back(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [read_back(item) for item in value]
+    return math.inf if value is None else value
 
 
 def finite(value: Any) -> Any:
