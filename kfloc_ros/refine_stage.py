@@ -10,13 +10,13 @@ from kfloc_ros.device import choose_device
 from kfloc_ros.features.trunk import TrunkFeatures
 from kfloc_ros.judgement import JudgementSettings, judge
 from kfloc_ros.localizer_config import LocalizerConfig
-from kfloc_ros.mapping.first_fix import UNRELATED_COST, FirstFix
+from kfloc_ros.mapping.first_fix import UNRELATED_COST, FirstFix, FirstFixSettings, settled
 from kfloc_ros.mapping.scene_map import SceneMap
 from kfloc_ros.pixloc.heads import choose_heads
 from kfloc_ros.pixloc.references import ReferenceViews
 from kfloc_ros.pixloc.refiner import Refiner, RefinerSettings
 from kfloc_ros.stages import CoarseResult, Observation, check_frame, timed
-from kfloc_ros.tracking import ConstantVelocity, Track, TrackSettings
+from kfloc_ros.tracking import ConstantVelocity, Track, TrackSettings, agrees
 from kfloc_ros.types import Alignment, CoarsePose, Frame, Matrix, PoseEstimate, TrackingState
 
 
@@ -45,6 +45,8 @@ class RefineStage:
         self._track = Track(TrackSettings(check_period=config.tracking_check_period))
         self._tracks = config.tracking and config.refine
         self._had_pose = False
+        self._follows_pose = False
+        """Whether the frame before had a pose, so that this one is expected near the predicted one."""
         self._judgement = JudgementSettings(min_inlier_ratio=calibration.min_inlier_ratio)
         self._suggested: tuple[Matrix, ...] = ()
 
@@ -94,6 +96,7 @@ class RefineStage:
         check_frame(frame, self._camera)
         timings = dict(coarse.timings_ms)
         predicted = self._motion.predict(frame.stamp_ns)
+        expected = predicted if self._follows_pose else None
         alignment: Alignment | None = None
         if self._config.refine:
             features = coarse.features.to(self._device)
@@ -103,9 +106,11 @@ class RefineStage:
                 alignment = self._refiner.align(features, starts)
                 if self._tracks:
                     alignment = self._checked(alignment, coarse.pose, features)
+                if alignment.success and not agrees(alignment, coarse.pose):
+                    alignment = self._examined(alignment, features, expected)
             if not alignment.success and self._first_fix is not None:
                 with timed(timings, "first_fix"):
-                    alignment = self._search(features, alignment)
+                    alignment = self._search(features, alignment, expected)
         return self._finish(self._judge(coarse, alignment), timings)
 
     def _checked(self, alignment: Alignment, coarse: CoarsePose, features: TrunkFeatures) -> Alignment:
@@ -118,18 +123,28 @@ class RefineStage:
         self._track.check(other, coarse)
         return other
 
+    def _examined(self, alignment: Alignment, features: TrunkFeatures, expected: Matrix | None) -> Alignment:
+        """An alignment that no coarse pose speaks for, failed if the image's matches or the motion contradict it."""
+        if len(alignment.reference_ids) > self._config.num_references:  # little in view: other views may see more
+            alignment = settled(lambda starts: self._refiner.align(features, starts), alignment)
+        doubt = "" if self._first_fix is None else self._first_fix.doubt(features, alignment, expected)
+        return replace(alignment, success=not doubt, reason=doubt)
+
     def _finish(self, estimate: PoseEstimate, timings: dict[str, float]) -> PoseEstimate:
         timings["total"] = sum(timings.values())
+        self._follows_pose = estimate.T_map_camera is not None
         if estimate.T_map_camera is not None:
             self._motion.observe(estimate.stamp_ns, estimate.T_map_camera)
             self._had_pose = True
         return replace(estimate, timings_ms=timings)
 
-    def _search(self, features: TrunkFeatures, failed: Alignment) -> Alignment:
-        """The alignment found without any prior, or the failed one with what the search says about it."""
+    def _search(self, features: TrunkFeatures, failed: Alignment, expected: Matrix | None) -> Alignment:
+        """The alignment found in the whole map, or the failed one with what the search says about it."""
         assert self._first_fix is not None
         found = self._first_fix.find(
-            features, lambda starts: self._refiner.align(features, starts, max_cost=UNRELATED_COST)
+            features,
+            lambda starts: self._refiner.align(features, starts, max_cost=FirstFixSettings().near_max_cost),
+            expected,
         )
         return found if found.success else replace(failed, reason=f"{failed.reason}; searched the map: {found.reason}")
 
@@ -141,4 +156,5 @@ class RefineStage:
         """Forget the motion; the next frame stands on its coarse pose alone."""
         del reason
         self._motion.forget()
+        self._follows_pose = False
         self._track.end()

@@ -14,6 +14,10 @@ from kfloc_ros.types import Alignment, CoarsePose
 CHI2_6_999 = 22.458
 """99.9 % quantile of the chi-square distribution with 6 degrees of freedom."""
 
+JUMP_M = 0.5
+JUMP_DEG = 30.0
+"""Two poses that follow each other and are further apart than either are not of one motion."""
+
 
 class ConstantVelocity:
     """Predicts a pose from the last two."""
@@ -26,6 +30,8 @@ class ConstantVelocity:
         """Remember a pose."""
         if self._last and not 0 < stamp_ns - self._last[-1][0] <= self._max_gap_ns:
             self.forget()
+        if self._last and _jumped(self._last[-1][1], T_map_camera):
+            self.forget()  # found elsewhere: what lies between is not a motion that goes on
         self._last = [*self._last[-1:], (stamp_ns, T_map_camera)]
 
     def predict(self, stamp_ns: int) -> Matrix | None:
@@ -42,6 +48,11 @@ class ConstantVelocity:
 
     def forget(self) -> None:
         self._last = []
+
+
+def _jumped(before: Matrix, after: Matrix) -> bool:
+    moved = inverse_pose(before) @ after
+    return float(np.linalg.norm(moved[:3, 3])) > JUMP_M or rotation_angle_deg(moved[:3, :3]) > JUMP_DEG
 
 
 @dataclass(frozen=True)

@@ -152,3 +152,14 @@ def test_a_wrong_place_is_left_at_the_next_check(scene_map: SceneMap, room) -> N
     tracking.refine._motion.observe(room[0].stamp_ns + 1, wrong)  # as if it had been aligned there
     estimates = [tracking.process(room[i]) for i in (1, 2, 3)]
     assert error_m(estimates[-1], room[3]) < 0.02
+
+
+def test_a_jump_is_no_motion_that_goes_on() -> None:
+    motion = ConstantVelocity(1.0)
+    motion.observe(0, POSE)
+    motion.observe(100_000_000, moved(0.1))
+    predicted = motion.predict(200_000_000)
+    assert predicted is not None and np.allclose(predicted, moved(0.2))
+    motion.observe(200_000_000, moved(5.0))
+    predicted = motion.predict(300_000_000)
+    assert predicted is not None and np.allclose(predicted, moved(5.0))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A pose with no prior: retrieve reference views, match their points, solve, and let the alignment be the judge."""
+"""A pose with no prior: retrieve reference views, match their points, solve, align, and ask the matches again."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 import poselib
 import torch
-from numpy.typing import NDArray
 
-from kfloc_ros.features.lighterglue import LighterGlue, PointSet
-from kfloc_ros.features.trunk import COARSE_STRIDE, TrunkFeatures
+from kfloc_ros.features.lighterglue import LighterGlue
+from kfloc_ros.features.trunk import TrunkFeatures
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import Matrix, inverse_pose, make_pose, rotation_angle_deg
-from kfloc_ros.mapping.retrieval import ReferenceIndex, Retrieved
-from kfloc_ros.pixloc.cost import project
-from kfloc_ros.pixloc.references import ReferenceViews, query_points
+from kfloc_ros.mapping.retrieval import ReferenceIndex
+from kfloc_ros.mapping.view_matching import ImageMatches, Matches
+from kfloc_ros.pixloc.references import ReferenceViews
 from kfloc_ros.pixloc.refiner import failed_alignment
 from kfloc_ros.types import Alignment
 
@@ -31,16 +30,23 @@ away cost more; and matched points have said independently of the cost where to 
 """
 
 
+JUDGING_VIEWS = 3
+"""Reference views whose matches a found pose is judged by."""
+
+SURE_M = 0.05
+"""Standard deviation in the worst direction below which an alignment is fixed well."""
+
+
 @dataclass(frozen=True)
 class FirstFixSettings:
     """How far the search goes and when a place counts as found."""
 
     retrieved: int = 20
-    """Reference views whose points may be matched."""
-    matched: int = 0
-    """Of these, views whose points are matched in context (LighterGlue) before all are matched one by one: 6 find more
-    of the places in an office, and claim more wrong ones, which is the worse fault; so none unless asked for."""
-    query_points: int = 800
+    """Reference views whose points are matched one by one."""
+    matched: int = 6
+    """Of these, views whose points are matched in context where matches one by one do not settle it."""
+    near: int = 3
+    """Views at the last known pose that are looked at besides."""
     min_matched_inliers: int = 10
     """Of matches in context, which are few and mostly right."""
     groups: int = 10
@@ -57,21 +63,25 @@ class FirstFixSettings:
     max_error_px: float = 8.0
     min_inliers: int = 20
     max_cost: float = UNRELATED_COST
+    sure_agreement: float = 0.4
+    """Share of matches one by one that agree with a pose from which it is right without being matched in context."""
+    min_agreement: float = 0.31
+    """Mean of the shares of matches one by one and in context that have to agree with a pose."""
+    near_m: float = 0.3
+    near_deg: float = 15.0
+    """A pose no further than both from where the camera was expected has the frames before to speak for it."""
+    plausible_m: float = 0.15
+    plausible_deg: float = 6.0
+    """A step from the predicted pose further than either is checked."""
+    near_agreement: float = 0.2
+    near_max_cost: float = 0.28
+    far_agreement: float = 0.35
+    """Where the camera was expected elsewhere."""
     distinct_m: float = 0.5
     distinct_deg: float = 20.0
     """Two poses further apart than either of these are different places."""
     clear_margin: float = 1.15
     """The second place's alignment must cost more than the best one's by this factor, or nothing is claimed."""
-
-
-@dataclass(frozen=True, eq=False)
-class Matches:
-    """Pixels of an image with the map points they show."""
-
-    pixels: NDArray[np.float64]
-    """(N, 2)"""
-    points: NDArray[np.float64]
-    """(N, 3) metres, map frame."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,32 +100,157 @@ class FirstFix:
         self._index: ReferenceIndex | None = None
         self._matcher: LighterGlue | None = None
 
-    @torch.inference_mode()
-    def starts(self, features: TrunkFeatures, retrieved: Sequence[Retrieved] | None = None) -> list[Matrix]:
-        """Poses ``T_map_camera`` that the image may have, the best supported first; possibly none.
+    def find(
+        self, features: TrunkFeatures, align: Callable[[Sequence[Matrix]], Alignment], expected: Matrix | None = None
+    ) -> Alignment:
+        """The alignment at the one place that the image shows; failed, with the reason, if there is none or several.
 
         Args:
             features: of the image.
+            align: refines starting poses and judges the result.
+            expected: where the camera should be, if anything is known; the whole map is searched all the same, but a
+                place elsewhere has to be beyond doubt.
+        """
+        found = self.alignments(features, align, self._retrieve(features, expected), expected)
+        return choose(found, self._settings, expected=expected)
+
+    @torch.inference_mode()
+    def doubt(self, features: TrunkFeatures, alignment: Alignment, expected: Matrix | None = None) -> str:
+        """What speaks against an alignment that nothing but its cost speaks for, or nothing."""
+        s = self._settings
+        agreement = self._agreement(self.matches(features), alignment)
+        if agreement < s.near_agreement:
+            return f"only {100 * agreement:.0f} % of the image's matches agree with the alignment"
+        assert alignment.T_map_camera is not None
+        if expected is not None and apart(alignment.T_map_camera, expected, s.plausible_m, s.plausible_deg):
+            return "the alignment is not where the camera was going"
+        return ""
+
+    @torch.inference_mode()
+    def alignments(
+        self,
+        features: TrunkFeatures,
+        align: Callable[[Sequence[Matrix]], Alignment],
+        retrieved: Sequence[int] | None = None,
+        expected: Matrix | None = None,
+    ) -> list[Alignment]:
+        """Alignments at all places that the image may show; those that its matches contradict have failed.
+
+        First the matches are made one by one, which is fast. Only if that finds no place beyond doubt, the likeliest
+        views are matched in context, too.
+
+        Args:
+            features: of the image.
+            align: refines starting poses and judges the result.
             retrieved: the views that it may show, the likeliest first, if somebody else has looked for them; else they
                 are looked for in all of the map's.
+            expected: where the camera should be, if anything is known.
         """
-        if retrieved is None:
-            if self._index is None:
-                self._index = ReferenceIndex(self._references)
-            retrieved = self._index.search(features, self._settings.retrieved)
-        in_context = [item.position for item in retrieved[: self._settings.matched]]
-        matches = self._match_in_context(features, in_context) if in_context else {}
-        found = list(self._supported(matches, self._settings.min_matched_inliers))
-        if not found:
-            matches = {item.position: self._match(features, item.position) for item in retrieved}
-            found = list(self._supported(matches, self._settings.min_inliers))
-        found.sort(key=lambda place: -place.support)
+        s = self._settings
+        positions = self._retrieve(features) if retrieved is None else list(retrieved)
+        matches = self.matches(features)
+        starts = self._starts({k: matches.one_by_one(k).alike(s.min_similarity) for k in positions}, s.min_inliers)
+        found = [settled(align, align([start])) for start in starts]
+        possible = [self._verified(matches, r, s.sure_agreement / 2, in_context=False) for r in found]
+        if self._is_sure(matches, possible):
+            return possible
+        in_context = {k: matches.in_context(k) for k in positions[: s.matched + s.near]}
+        # right more often than one by one: views from all around, if they show one place, fix a pose best
+        together = self._solve(list(in_context.values()), s.min_matched_inliers)
+        further = [] if together is None else [together.T_map_camera]
+        further += self._starts(in_context, s.min_matched_inliers)
+        for start in further:
+            if all(apart(start, T, s.same_start_m, s.same_start_deg) for T in starts):
+                starts.append(start)
+                found.append(settled(align, align([start])))
+        verified = [self._verified(matches, r, self._needed(r, expected), in_context=True) for r in found]
+        return self._best_supported(matches, verified, expected)
+
+    def _is_sure(self, matches: ImageMatches, alignments: Sequence[Alignment]) -> bool:
+        """Whether the likeliest place is beyond doubt: many matches agree, and they fix it in every direction."""
+        best = min((r for r in alignments if r.success), key=_cost, default=None)
+        if best is None or best.final_cost > self._settings.max_cost or best.covariance is None:
+            return False
+        largest_m2 = float(np.linalg.eigvalsh(best.covariance[:3, :3])[-1])
+        return largest_m2 < SURE_M**2 and self._agreement(matches, best) >= self._settings.sure_agreement
+
+    def _best_supported(
+        self, matches: ImageMatches, alignments: Sequence[Alignment], expected: Matrix | None
+    ) -> list[Alignment]:
+        """Without those that clearly fewer of the matches in context speak for than for another.
+
+        Where the camera was expected, the frames before speak, too.
+        """
+        support = [0 if r.T_map_camera is None else matches.support(r.T_map_camera) for r in alignments]
+        most = max((n for n, r in zip(support, alignments, strict=True) if r.success), default=0)
+        return [
+            replace(r, success=False, reason="more of the matches speak for another place")
+            if r.success and self._settings.clear_margin * n < most and not self._is_expected(r, expected)
+            else r
+            for n, r in zip(support, alignments, strict=True)
+        ]
+
+    def _is_expected(self, alignment: Alignment, expected: Matrix | None) -> bool:
+        return expected is not None and is_near(alignment, expected, self._settings)
+
+    def _needed(self, alignment: Alignment, expected: Matrix | None) -> float:
+        """Share of matches that have to agree with a pose."""
+        s = self._settings
+        if expected is None:
+            return s.min_agreement
+        return s.near_agreement if self._is_expected(alignment, expected) else s.far_agreement
+
+    def matches(self, features: TrunkFeatures) -> ImageMatches:
+        """Of an image with the map's views."""
+        return ImageMatches(self._references, self._camera, features, self._context_matcher)
+
+    def _retrieve(self, features: TrunkFeatures, expected: Matrix | None = None) -> list[int]:
+        """Positions of the views that an image may show, the likeliest first."""
+        if self._index is None:
+            self._index = ReferenceIndex(self._references)
+        retrieved = [item.position for item in self._index.search(features, self._settings.retrieved)]
+        if expected is None:
+            return retrieved
+        near = self._references.overlapping(expected, self._camera, self._settings.near)[: self._settings.near]
+        return near + [k for k in retrieved if k not in near]
+
+    def _context_matcher(self) -> LighterGlue:
+        if self._matcher is None:
+            self._matcher = LighterGlue(device=self._references.views[0].points.device)
+        return self._matcher
+
+    def _starts(self, matches: Mapping[int, Matches], min_inliers: int) -> list[Matrix]:
+        """Poses that the matches of views, the likeliest first, speak for, the best supported first."""
         chosen: list[Matrix] = []
-        for place in found:
+        for place in sorted(self._supported(matches, min_inliers), key=lambda place: -place.support):
             near = (self._settings.same_start_m, self._settings.same_start_deg)
             if all(apart(place.T_map_camera, T, *near) for T in chosen):
                 chosen.append(place.T_map_camera)
         return chosen[: self._settings.places]
+
+    def _agreement(self, matches: ImageMatches, alignment: Alignment) -> float:
+        """Of matches one by one with a pose."""
+        assert alignment.T_map_camera is not None
+        return matches.agreement(alignment.T_map_camera, self._compared(alignment))
+
+    def _verified(
+        self, matches: ImageMatches, alignment: Alignment, min_agreement: float, *, in_context: bool
+    ) -> Alignment:
+        """The alignment, failed if the matches contradict it."""
+        if not alignment.success or alignment.T_map_camera is None:
+            return alignment
+        agreement = self._agreement(matches, alignment)
+        if in_context:
+            other = matches.agreement_in_context(alignment.T_map_camera, self._compared(alignment))
+            agreement = (agreement + other) / 2
+        if agreement >= min_agreement:
+            return alignment
+        return replace(alignment, success=False, reason=f"only {100 * agreement:.0f} % of the matches agree with it")
+
+    def _compared(self, alignment: Alignment) -> list[int]:
+        """Views that a pose is judged by: the best of those that it was aligned with."""
+        assert alignment.T_map_camera is not None
+        return self._references.overlapping(alignment.T_map_camera, self._camera, JUDGING_VIEWS)[:JUDGING_VIEWS]
 
     def _supported(self, matches: Mapping[int, Matches], min_inliers: int) -> Iterator[_Supported]:
         """Poses from the views, in order: each view that is in no earlier group by its group, and by itself.
@@ -135,49 +270,6 @@ class FirstFix:
                 if place is not None:
                     yield place
             left = [k for k in left if k not in group]
-
-    def find(self, features: TrunkFeatures, align: Callable[[Sequence[Matrix]], Alignment]) -> Alignment:
-        """The alignment at the one place that the image shows; failed, with the reason, if there is none or several.
-
-        Args:
-            features: of the image.
-            align: refines starting poses and judges the result.
-        """
-        return choose([align([start]) for start in self.starts(features)], self._settings)
-
-    def _match_in_context(self, features: TrunkFeatures, positions: Sequence[int]) -> dict[int, Matches]:
-        """Matches that were judged with their surroundings."""
-        if self._matcher is None:
-            self._matcher = LighterGlue(device=features.coarse.device)
-        width, height = self._camera.width, self._camera.height
-        query = PointSet(*query_points(features, self._settings.query_points), width, height)
-        pixels = query.pixels.cpu().double().numpy()
-        found = {}
-        for position in positions:
-            view = self._references.views[position]
-            uv, _, _ = project(
-                view.points.double(),
-                torch.from_numpy(inverse_pose(self._references.T_map_camera[position])).to(view.points.device),
-                self._camera,
-                1.0,
-            )
-            seen = PointSet(uv.to(query.pixels), view.coarse.to(query.features), width, height)
-            pairs = self._matcher.match(seen, query).cpu()
-            points = view.points.cpu().double().numpy()[pairs[:, 0].numpy()]
-            found[position] = Matches(pixels[pairs[:, 1].numpy()], points)
-        return found
-
-    def _match(self, features: TrunkFeatures, position: int) -> Matches:
-        """Mutual nearest neighbours between a view's points and the image's cells."""
-        view, grid = self._references.views[position], features.coarse[0].float()
-        w = grid.shape[2]
-        similarity = view.coarse.to(grid) @ grid.reshape(len(grid), -1)
-        value, cell = similarity.max(dim=1)
-        best_point = similarity[:, cell].argmax(dim=0)
-        kept = (best_point == torch.arange(len(cell), device=cell.device)) & (value > self._settings.min_similarity)
-        chosen = cell[kept].cpu().numpy()
-        pixels = np.stack([chosen % w, chosen // w], axis=1) * COARSE_STRIDE + (COARSE_STRIDE - 1) / 2
-        return Matches(pixels.astype(np.float64), view.points[kept.to(view.points.device)].cpu().double().numpy())
 
     def _solve(self, parts: Sequence[Matches], min_inliers: int) -> _Supported | None:
         pixels = np.concatenate([m.pixels for m in parts])
@@ -202,6 +294,7 @@ def choose(
     results: Sequence[Alignment],
     settings: FirstFixSettings,
     place: Callable[[Alignment], str] | None = None,
+    expected: Matrix | None = None,
 ) -> Alignment:
     """The one of several alignments that is where the image was taken; failed, with the reason, if that is not clear.
 
@@ -209,11 +302,16 @@ def choose(
         results: of alignments from different starts.
         settings: when a place counts as found.
         place: says in words where an alignment is.
+        expected: where the camera should be, if anything is known.
     """
     place = place or _place
     if not results:
         return failed_alignment("no reference view shows what the image shows")
+    near = [r for r in results if expected is not None and is_near(r, expected, settings)]
     good = sorted((r for r in results if r.success and r.final_cost <= settings.max_cost), key=_cost)
+    good_near = sorted((r for r in near if r.success and r.final_cost <= settings.near_max_cost), key=_cost)
+    if good_near and (not good or settings.clear_margin * good[0].final_cost > good_near[0].final_cost):
+        return good_near[0]
     if not good:
         best = min(results, key=_cost)
         reason = best.reason or f"the image hardly looks like the map at {place(best)} (cost {best.final_cost:.2f})"
@@ -222,6 +320,20 @@ def choose(
     if rival is None or rival.final_cost > settings.clear_margin * good[0].final_cost:
         return good[0]
     return replace(good[0], success=False, reason=f"two places look alike: {place(good[0])} and {place(rival)}")
+
+
+def settled(align: Callable[[Sequence[Matrix]], Alignment], first: Alignment) -> Alignment:
+    """The alignment repeated from where it ended, where other views may see more; the better of the two."""
+    if not first.success or first.T_map_camera is None:
+        return first
+    second = align([first.T_map_camera])
+    return second if second.success and second.final_cost < first.final_cost else first
+
+
+def is_near(alignment: Alignment, expected: Matrix, settings: FirstFixSettings) -> bool:
+    """Whether an alignment is where the camera was expected."""
+    T = alignment.T_map_camera
+    return T is not None and not apart(T, expected, settings.near_m, settings.near_deg)
 
 
 def distinct(a: Alignment, b: Alignment, settings: FirstFixSettings) -> bool:

@@ -69,6 +69,10 @@ class LoadedSubmap:
         """Refine the most promising of several poses; see :meth:`Refiner.align`."""
         return self.refine.refiner.align(features, starts)
 
+    def aligning(self, features: TrunkFeatures) -> Callable[[Sequence[Matrix]], Alignment]:
+        """Aligns one image."""
+        return lambda starts: self.align(features, starts)
+
     def begin_anew(self) -> None:
         """Forget what is known of a camera that was here before."""
         self.coarse.reset("the camera came from elsewhere")
@@ -139,8 +143,9 @@ class PlaceSearch:
             allowed: says whether the camera can be at a pose.
         """
         retrieved = self._place.index.views_of(submap, features, self._settings.fix.retrieved)
-        starts = [start for start in loaded.first_fix.starts(features, retrieved) if allowed(start)]
-        return choose([loaded.align(features, [start]) for start in starts], self._settings.fix)
+        found = loaded.first_fix.alignments(features, loaded.aligning(features), [view.position for view in retrieved])
+        here = [r for r in found if r.T_map_camera is not None and allowed(r.T_map_camera)]
+        return choose(here, self._settings.fix)
 
     def _near(self, reach: Reach) -> set[int]:
         """Submaps with a view that the camera can have come near to."""
@@ -149,8 +154,8 @@ class PlaceSearch:
 
     def _try(self, features: TrunkFeatures, item: SubmapCandidate) -> list[Alignment]:
         submap = self._cache.get(item.submap)
-        starts = submap.first_fix.starts(features, item.retrieved)
-        return [submap.align(features, [start]) for start in starts]
+        positions = [view.position for view in item.retrieved]
+        return submap.first_fix.alignments(features, submap.aligning(features), positions)
 
     def _choose(
         self, results: Sequence[tuple[SubmapCandidate, Alignment]], tried: Sequence[SubmapCandidate]

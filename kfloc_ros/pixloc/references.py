@@ -27,6 +27,10 @@ MIN_IN_VIEW = 0.3
 """Share of a reference view's points that a camera must have in view for the view to be its first choice."""
 LOOKED_AT = 16
 """Nearest views among which those with enough in view are sought."""
+WANTED_IN_VIEW = 450
+"""Points in view from which a pose is fixed well in every direction; below, further views lend theirs."""
+MAX_LENDING = 10
+"""Views at most, where further ones lend points."""
 
 CANDIDATE_STEP_PX = 4
 BORDER_PX = 12
@@ -87,19 +91,26 @@ class ReferenceViews:
     def overlapping(self, T_map_camera: Matrix, camera: Camera, count: int) -> list[int]:
         """Positions of the views that a camera should be compared with: the nearest that hold enough of what it sees.
 
-        Far from the mapped path the nearest views may look past what the camera sees, and others further away see it.
-        Where all of the nearest have enough in view, they are what :meth:`nearest` gives.
+        Far from the mapped path the nearest views may look past what the camera sees, and others further away see it;
+        and where it sees little of all of them, views beyond ``count`` follow, until there are enough points. Where
+        the nearest have enough in view, they are what :meth:`nearest` gives.
         """
         near = self.nearest(T_map_camera, max(count, LOOKED_AT))
-        shares = self._in_view(T_map_camera, camera, near[:count])
-        if all(share >= MIN_IN_VIEW for share in shares):
+        seen = self._in_view(T_map_camera, camera, near[:count])
+        if all(s >= MIN_IN_VIEW for s in self._shares(near, seen)) and sum(seen) >= WANTED_IN_VIEW:
             return near[:count]
-        shares += self._in_view(T_map_camera, camera, near[count:])
+        seen += self._in_view(T_map_camera, camera, near[count:])
+        shares = self._shares(near, seen)
         order = sorted(range(len(near)), key=lambda k: (-min(shares[k], MIN_IN_VIEW), k))
-        return [near[k] for k in order[:count]]
+        chosen = order[:count]
+        for k in order[count:MAX_LENDING]:
+            if not seen[k] or sum(seen[j] for j in chosen) >= WANTED_IN_VIEW:
+                break
+            chosen.append(k)
+        return [near[k] for k in chosen]
 
-    def _in_view(self, T_map_camera: Matrix, camera: Camera, positions: Sequence[int]) -> list[float]:
-        """Share of each view's points that lie in the camera's image."""
+    def _in_view(self, T_map_camera: Matrix, camera: Camera, positions: Sequence[int]) -> list[int]:
+        """How many of each view's points lie in the camera's image."""
         if not positions:
             return []
         counts = [len(self.views[k]) for k in positions]
@@ -109,8 +120,11 @@ class ReferenceViews:
         x, y, z = (local @ torch.from_numpy(T_map_camera[:3, :3]).to(points)).unbind(dim=1)
         u, v = camera.fx * x / z + camera.cx, camera.fy * y / z + camera.cy
         inside = (z > NEAR_M) & (u > 0) & (v > 0) & (u < camera.width - 1) & (v < camera.height - 1)
-        parts = torch.split(inside.float(), counts)
-        return [float(part.mean()) if len(part) else 0.0 for part in parts]
+        parts = torch.split(inside, counts)
+        return [int(part.sum()) for part in parts]
+
+    def _shares(self, positions: Sequence[int], seen: Sequence[int]) -> list[float]:
+        return [n / max(len(self.views[k]), 1) for k, n in zip(positions, seen, strict=False)]
 
     def nearness(self, T_map_camera: Matrix, positions: Sequence[int]) -> list[float]:
         """Weight of each view in an alignment that starts at a pose: 1 for the nearest of them, less for others.

@@ -31,8 +31,10 @@ class RefinerSettings:
     """Per level."""
     min_points: int = 60
     """Fewer reference points in view: no alignment."""
-    min_valid_ratio: float = 0.1
-    """Share of the references' points that must be in view at the end."""
+    min_kept: float = 0.3
+    """Share, of as many reference points as were in view at the start, that must be in view at the end."""
+    max_tries: int = 2
+    """Starting poses refined at most, where the more promising ones come to nothing."""
     max_cost: float = 1.0
     """Mean robust cost at the finest level above which a result is rejected; calibrated when a map is built."""
     max_correction_m: float = 0.5
@@ -77,24 +79,28 @@ class Refiner:
 
     @torch.inference_mode()
     def align(self, features: TrunkFeatures, starts: Sequence[Matrix], *, max_cost: float | None = None) -> Alignment:
-        """Refine the most promising of several starting poses.
+        """Refine the most promising of several starting poses, and the next if that fails.
 
         Args:
             features: of the query image.
             starts: candidate T_map_camera, such as the coarse pose and the predicted one; the one whose cost
-                at the coarse level is smallest is refined.
+                at the coarse level is smallest is refined first.
             max_cost: instead of that of the settings.
         """
         if not starts:
             return failed_alignment("there is no pose to start from")
         images = query_levels(features, self.heads)
         candidates = [self._prepare(images, start) for start in starts]
-        chosen = min(candidates, key=lambda c: c.cost)
-        if chosen.valid_count < self.settings.min_points:
+        fullest = max(candidates, key=lambda c: c.valid_count)
+        if fullest.valid_count < self.settings.min_points:
             return failed_alignment(
-                f"only {chosen.valid_count} reference points are in view", reference_ids=chosen.reference_ids
+                f"only {fullest.valid_count} reference points are in view", reference_ids=fullest.reference_ids
             )
-        return self._descend(chosen, self.settings.max_cost if max_cost is None else max_cost)
+        promising = sorted((c for c in candidates if c.valid_count >= self.settings.min_points), key=lambda c: c.cost)
+        limit = self.settings.max_cost if max_cost is None else max_cost
+        first = self._descend(promising[0], limit)
+        others = (self._descend(c, limit) for c in promising[1 : self.settings.max_tries] if not first.success)
+        return next((other for other in others if other.success), first)
 
     def _prepare(self, images: tuple[FeatureImage, FeatureImage], T_map_camera: Matrix) -> _Candidate:
         chosen = self.references.overlapping(T_map_camera, self.camera, self.settings.num_references)
@@ -154,8 +160,8 @@ class Refiner:
         covariance = map_frame_covariance(information_of(end.end), end.T_camera_map)
         cost = end.end.cost * self._cost_scale
         reason = ""
-        if end.end.valid_count < s.min_points or valid_ratio < s.min_valid_ratio:
-            reason = f"only {end.end.valid_count} of {len(candidate.points)} reference points stayed in view"
+        if end.end.valid_count < max(s.min_points, s.min_kept * candidate.valid_count):
+            reason = f"only {end.end.valid_count} of {candidate.valid_count} reference points stayed in view"
         elif cost > max_cost:
             reason = f"the image does not look like the map there (cost {cost:.3f} > {max_cost:.3f})"
         elif correction_m > s.max_correction_m or correction_deg > s.max_correction_deg:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -11,15 +11,16 @@ import pytest
 import torch
 
 from kfloc_ros.features.trunk import Trunk, TrunkFeatures
-from kfloc_ros.geometry.lie import Matrix
+from kfloc_ros.geometry.lie import Matrix, make_pose, so3_exp
 from kfloc_ros.localizer_config import LocalizerConfig
-from kfloc_ros.mapping.first_fix import FirstFix
+from kfloc_ros.mapping.first_fix import FirstFix, FirstFixSettings, choose, settled
 from kfloc_ros.mapping.retrieval import ReferenceIndex
 from kfloc_ros.mapping.scene_map import SceneMap
 from kfloc_ros.pixloc.references import ReferenceViews
+from kfloc_ros.pixloc.refiner import Refiner, RefinerSettings
 from kfloc_ros.refine_stage import RefineStage
 from kfloc_ros.stages import CoarseResult
-from kfloc_ros.types import CoarsePose, FilterReport, TrackingState
+from kfloc_ros.types import Alignment, CoarsePose, FilterReport, TrackingState
 
 NO_COARSE_POSE = CoarsePose(False, "too few inliers", None, None, 0, 0.0)
 FILTER_OFF = FilterReport("off", 0.0, 0.0, 0.0)
@@ -37,6 +38,11 @@ def features(scene_map: SceneMap, room) -> TrunkFeatures:
 
 def away(T: Matrix, frame) -> float:
     return float(np.linalg.norm(T[:3, 3] - frame.T_map_camera[:3, 3]))
+
+
+def aligning(scene_map: SceneMap, features: TrunkFeatures) -> Callable[[Sequence[Matrix]], Alignment]:
+    refiner = Refiner(scene_map.references, scene_map.camera, RefinerSettings())
+    return lambda starts: refiner.align(features, starts, max_cost=0.28)
 
 
 def twice(references: ReferenceViews, shift_m: float) -> ReferenceViews:
@@ -66,14 +72,15 @@ def test_no_more_views_are_returned_than_there_are(scene_map: SceneMap, features
 
 
 def test_a_pose_is_found_from_the_image_alone(scene_map: SceneMap, features: TrunkFeatures, room) -> None:
-    starts = FirstFix(scene_map.references, scene_map.camera).starts(features)
-    assert starts and away(starts[0], room[9]) < 0.1
+    found = FirstFix(scene_map.references, scene_map.camera).find(features, aligning(scene_map, features))
+    assert found.success and away(found.T_map_camera, room[9]) < 0.03
 
 
 def test_an_image_of_elsewhere_has_no_start(scene_map: SceneMap) -> None:
     noise = np.random.default_rng(0).integers(0, 255, (scene_map.camera.height, scene_map.camera.width, 3))
     features = Trunk(device="cpu").extract(noise.astype(np.uint8))
-    assert FirstFix(scene_map.references, scene_map.camera).starts(features) == []
+    found = FirstFix(scene_map.references, scene_map.camera).find(features, aligning(scene_map, features))
+    assert not found.success and found.reason
 
 
 def stage_result(scene_map: SceneMap, room, features: TrunkFeatures, coarse: CoarsePose = NO_COARSE_POSE, **options):
@@ -113,10 +120,74 @@ def test_two_places_that_look_alike_are_not_guessed(scene_map: SceneMap, feature
 def test_nothing_is_searched_while_tracking(
     scene_map: SceneMap, features: TrunkFeatures, room, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def searched(self: FirstFix, features: TrunkFeatures) -> Sequence[Matrix]:
+    def searched(self: FirstFix, *args: object) -> Alignment:
         raise AssertionError("the map was searched")
 
-    monkeypatch.setattr(FirstFix, "starts", searched)
+    monkeypatch.setattr(FirstFix, "find", searched)
     coarse = CoarsePose(True, "", room[9].T_map_camera, np.eye(6), 100, 0.5)
     estimate = stage_result(scene_map, room, features, coarse)
     assert estimate.state is TrackingState.TRACKING and "first_fix" not in estimate.timings_ms
+
+
+def shifted(T: Matrix, x_m: float, turn_deg: float = 0.0) -> Matrix:
+    return T @ make_pose(so3_exp([0.0, np.radians(turn_deg), 0.0]), [x_m, 0.0, 0.0])
+
+
+def test_matches_agree_with_the_right_pose_and_contradict_others(
+    scene_map: SceneMap, features: TrunkFeatures, room
+) -> None:
+    matches = FirstFix(scene_map.references, scene_map.camera).matches(features)
+    truth = room[9].T_map_camera
+    views = scene_map.references.overlapping(truth, scene_map.camera, 3)[:3]
+    assert matches.agreement(truth, views) > 0.5 and matches.agreement_in_context(truth, views) > 0.5
+    assert matches.support(truth) > 30
+    for wrong in (shifted(truth, 0.5), shifted(truth, 0.0, 20.0)):
+        assert matches.agreement(wrong, views) < 0.2 and matches.agreement_in_context(wrong, views) < 0.2
+        assert matches.support(wrong) < 0.3 * matches.support(truth)
+    assert matches.agreement(truth @ np.diag([-1.0, 1.0, -1.0, 1.0]), views) == 0.0  # nothing is in view there
+
+
+def alignment_at(T: Matrix, cost: float = 0.1, reason: str = "") -> Alignment:
+    return Alignment(not reason, reason, T, np.eye(6) * 1e-6, 0.3, cost, 0.9, 8, (0,))
+
+
+def test_an_alignment_that_only_looks_right_is_doubted(scene_map: SceneMap, features: TrunkFeatures, room) -> None:
+    first_fix, truth = FirstFix(scene_map.references, scene_map.camera), room[9].T_map_camera
+    assert first_fix.doubt(features, alignment_at(truth)) == ""
+    assert first_fix.doubt(features, alignment_at(truth), shifted(truth, 0.05)) == ""
+    assert "matches agree" in first_fix.doubt(features, alignment_at(shifted(truth, 0.6)))
+    assert "going" in first_fix.doubt(features, alignment_at(truth), shifted(truth, 0.4))
+
+
+def test_the_refiner_finds_the_way_back_from_a_wrong_local_minimum(
+    scene_map: SceneMap, features: TrunkFeatures, room, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = shifted(room[9].T_map_camera, 0.6)
+    align, calls = Refiner.align, []
+
+    def misled(self: Refiner, features: TrunkFeatures, starts: Sequence[Matrix], **options: float) -> Alignment:
+        calls.append(starts)
+        return alignment_at(wrong) if len(calls) == 1 else align(self, features, starts, **options)
+
+    monkeypatch.setattr(Refiner, "align", misled)
+    found = stage_result(scene_map, room, features)
+    assert len(calls) > 1 and found.state is TrackingState.TRACKING and away(found.T_map_camera, room[9]) < 0.03
+
+
+def test_where_the_camera_was_expected_less_is_asked_for() -> None:
+    settings, here = FirstFixSettings(), np.eye(4)
+    dear, far = alignment_at(shifted(here, 0.1), cost=0.27), alignment_at(shifted(here, 3.0), cost=0.25)
+    assert not choose([dear], settings).success
+    assert choose([dear], settings, expected=here) is dear
+    assert choose([dear, far], settings) is far
+    assert choose([dear, far], settings, expected=here) is dear
+    clearly = alignment_at(shifted(here, 3.0), cost=0.1)
+    assert choose([dear, clearly], settings, expected=here) is clearly
+
+
+def test_an_alignment_is_repeated_and_the_better_kept() -> None:
+    first, better = alignment_at(np.eye(4), 0.2), alignment_at(shifted(np.eye(4), 0.1), 0.15)
+    assert settled(lambda starts: better, first) is better
+    assert settled(lambda starts: first, better) is better
+    failed = alignment_at(np.eye(4), reason="failed")
+    assert settled(lambda starts: better, failed) is failed and settled(lambda starts: failed, first) is first

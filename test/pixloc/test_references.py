@@ -87,3 +87,22 @@ def test_views_that_look_past_what_the_camera_sees_come_last() -> None:
     assert references.nearest(np.eye(4), 2) == [0, 1]
     assert references.overlapping(np.eye(4), camera, 2) == [1, 2]
     assert references.overlapping(np.eye(4), camera, 3) == [1, 2, 0]  # still there if there is nothing better
+
+
+def test_further_views_lend_points_where_little_is_in_view() -> None:
+    poses = np.tile(np.eye(4), (4, 1, 1))
+    poses[:, 0, 3] = [0.1, 0.2, 0.3, 0.4]
+    ahead, beside = torch.tensor([[0.0, 0.0, 3.0]]), torch.tensor([[9.0, 0.0, 0.5]])
+
+    def view(seen: int, unseen: int) -> ReferencePoints:
+        points = torch.cat([ahead.repeat(seen, 1), beside.repeat(unseen, 1)])
+        n = len(points)
+        return ReferencePoints(points, torch.zeros(n, 64), torch.zeros(n, 24), torch.ones(n))
+
+    camera = Camera(640, 480, 500.0, 500.0, 319.5, 239.5)
+    full = ReferenceViews((0, 1, 2, 3), poses, tuple(view(300, 0) for _ in range(4)))
+    assert full.overlapping(np.eye(4), camera, 2) == [0, 1]
+    little = ReferenceViews((0, 1, 2, 3), poses, (view(200, 100), view(200, 100), view(200, 100), view(200, 100)))
+    assert little.overlapping(np.eye(4), camera, 2) == [0, 1, 2]
+    past = ReferenceViews((0, 1, 2, 3), poses, (view(50, 250), view(40, 260), view(60, 240), view(0, 300)))
+    assert past.overlapping(np.eye(4), camera, 2) == [2, 0, 1]
