@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from kfloc_ros.cli.arguments import add_source_arguments, open_source_from
+from kfloc_ros.cli.arguments import OverridesParser, add_source_arguments, open_source_from
 from kfloc_ros.cli.tables import format_table
 from kfloc_ros.config import build_config, parse_overrides
 from kfloc_ros.datasets.base import FrameSource
@@ -197,7 +197,7 @@ def table_of(stage: str, curve: Sequence[Look]) -> str:
 
 def main() -> int:
     """Train and look in turn."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OverridesParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=("all", *KINDS), default="all", help="which to train (default: all)")
     parser.add_argument("--train", required=True, metavar="SOURCE", help="with its options, in quotes")
     parser.add_argument("--test", required=True, metavar="SOURCE", help="with its options, in quotes")
@@ -215,7 +215,6 @@ def main() -> int:
     parser.add_argument("--run-length", type=int, default=10, help="stage 3: consecutive test frames in a run")
     parser.add_argument("--runs", type=int, default=8, help="stage 3: runs of test frames to look at")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("overrides", nargs="*", metavar="[STAGE.]key=value")
     args = parser.parse_args()
     stages = list(KINDS) if args.stage == "all" else [args.stage]
     if len(args.minutes) not in (1, len(stages)):
