@@ -60,8 +60,8 @@ class FilterSettings:
     """Contradicting frames in a row that are taken for bad pictures (with ``NisMode.SURER``, the belief is kept);
     with the next one, the belief is taken to be wrong and dropped. Never with ``NisMode.OFF``."""
     nis_mode: NisMode = NisMode.SURER
-    error_correlation: float = 0.5
-    """Of the errors of prior and measurement; 0 is the independence that the original assumes."""
+    error_correlation: float = 0.7
+    """Of the errors of prior and measurement, as measured; 0 is the independence that the original assumes."""
     max_edge_ratio: float = 0.6
     """If the flow of more cells than this ends at the border of its search window, the recursion starts anew."""
     min_inlier_ratio: float = 0.0
