@@ -154,7 +154,8 @@ class FirstFix:
         possible = [self._verified(matches, r, s.sure_agreement / 2, in_context=False) for r in found]
         if self._is_sure(matches, possible):
             return possible
-        in_context = {k: matches.in_context(k) for k in positions[: s.matched + s.near]}
+        likeliest = positions[: s.matched + (s.near if expected is not None else 0)]
+        in_context = {k: matches.in_context(k) for k in likeliest}
         # right more often than one by one: views from all around, if they show one place, fix a pose best
         together = self._solve(list(in_context.values()), s.min_matched_inliers)
         further = [] if together is None else [together.T_map_camera]
