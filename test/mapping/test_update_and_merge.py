@@ -141,5 +141,6 @@ def test_what_is_rough_in_both_parts_is_rough_in_the_whole(scene_map: SceneMap) 
         whole = merge_maps(told(a), told(b), np.eye(4), spacing_m=0.1, max_points=10_000)
         return whole.calibration.roughness
 
+    assert scene_map.calibration.roughness is not None  # a map that is built has it
     assert merged(RoughnessScale(0.02, 1.5), RoughnessScale(0.03, 1.0)) == RoughnessScale(0.03, 1.5)
     assert merged(None, RoughnessScale(0.03, 1.0)) is None
