@@ -10,6 +10,10 @@ of --rooms, and a walk of --walk images after a start that is told where it is. 
     none       no pose for another reason
     wrong      another pose
 
+With --begun, besides, walks are begun from nothing in every room, at its start and in its middle, an image every 0.67 s
+until the first pose: "begun" says how many of them came to a right pose and how many to a wrong one, and the median
+time it took. What looks alike is then also decided by two images from different views that lean to one place.
+
 "in 4 s" is the share of starts of which one in the next four seconds of the walk is right: what looks alike is tried
 again with every image until something else comes into view.
 
@@ -66,6 +70,7 @@ NEAR_M, NEAR_DEG = 0.5, 20.0
 DOOR_ROOMS, DOOR_EVERY = 3, 2
 AT_DOOR_M, THRESHOLD_M = 1.0, 0.3
 COVERED_S = 1.5
+BEGUN_AT, BEGUN_EVERY = (0.0, 0.5), 10
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,12 @@ class Row:
     """Resident at the end, less what is resident before the place is loaded."""
     place_mb: float
     """On disk."""
+    begun: int = 0
+    """Walks begun from nothing."""
+    begun_right: int = 0
+    begun_wrong: int = 0
+    begun_s: float = math.nan
+    """Median time to the first pose, if right."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +142,7 @@ def main() -> int:
     parser.add_argument("--walk", type=int, default=20, help="frames of the walk in the first room (default: 20)")
     parser.add_argument("--train-seconds", type=float, default=10.0, help="of each room's head (default: 10)")
     parser.add_argument("--loaded-submaps", type=int, default=4, help="submaps kept in memory (default: 4)")
+    parser.add_argument("--begun", action="store_true", help="begin walks from nothing, too")
     parser.add_argument("--doors", action="store_true", help="walk through the doors between three rooms, too")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
@@ -205,6 +217,9 @@ def measure(args: argparse.Namespace, size: int) -> Row:
         if outcome == "right":
             errors.append(error_m)
         print(f"{frame.name}: {outcome} {localizer.submap} {estimate.reason}", file=sys.stderr)
+    rooms = [room for room in args.rooms if room <= size] if args.begun else []
+    walks = [begun(localizer, room, share, adapter) for room in rooms for share in BEGUN_AT]
+    right_s = [time_s for outcome, time_s in walks if outcome == "right"]
     localizer.reset("a walk")
     assert walk[0].T_map_camera is not None
     localizer.refine.suggest([walk[0].T_map_camera])
@@ -222,6 +237,10 @@ def measure(args: argparse.Namespace, size: int) -> Row:
         waited_ms=cache.waited_ms / max(cache.waits, 1),
         memory_mb=resident_mb() - before_mb,
         place_mb=place.size_bytes() / 1e6,
+        begun=len(walks),
+        begun_right=len(right_s),
+        begun_wrong=sum(outcome == "wrong" for outcome, _ in walks),
+        begun_s=float(np.median(right_s)) if right_s else math.nan,
     )
 
 
@@ -329,6 +348,21 @@ def door_table(rows: Sequence[DoorRow]) -> str:
     return "\n".join([format_table(lines, header=header), *changes])
 
 
+def begun(localizer: PlaceLocalizer, room: int, share: float, adapter: ImageAdapter) -> tuple[str, float]:
+    """What the first pose of a walk is that begins at a share of a recording, and when it came."""
+    source = BuildingSource(room, "localize")
+    first = int(share * len(source))
+    localizer.reset("a walk begins")
+    for position in range(first, len(source), BEGUN_EVERY):
+        frame = replace(source[position], depth_m=None)
+        outcome, _ = judged(timed(localizer, frame, adapter)[0], frame)
+        if outcome in ("right", "wrong"):
+            print(f"{frame.name}: begun {(position - first) / RATE_HZ:.1f} s before, {outcome}", file=sys.stderr)
+            return outcome, (position - first) / RATE_HZ
+    print(f"{source.name}: begun at {share:.1f}, nothing", file=sys.stderr)
+    return "none", math.inf
+
+
 def started(room: int, count: int) -> Iterator[Frame]:
     """Frames equally spaced through the walk in a room."""
     source: FrameSource = BuildingSource(room, "localize")
@@ -386,6 +420,7 @@ def table(rows: Sequence[Row]) -> str:
         "wait",
         "memory",
         "on disk",
+        "begun",
     ]
     lines = [
         [str(row.submaps), str(row.starts)]
@@ -398,6 +433,11 @@ def table(rows: Sequence[Row]) -> str:
             str(row.loads),
         ]
         + [f"{row.waited_ms:.0f} ms", f"{row.memory_mb:.0f} MB", f"{row.place_mb:.0f} MB"]
+        + [
+            f"{row.begun_right} right, {row.begun_wrong} wrong of {row.begun}, {row.begun_s:.1f} s"
+            if row.begun
+            else "-"
+        ]
         for row in rows
     ]
     return format_table(lines, header=header)

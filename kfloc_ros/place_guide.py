@@ -14,8 +14,9 @@ from kfloc_ros.features.trunk import Trunk, TrunkFeatures
 from kfloc_ros.geometry.lie import Matrix, inverse_pose, rotation_angle_deg
 from kfloc_ros.localizer_config import LocalizerConfig
 from kfloc_ros.mapping.place import Place
-from kfloc_ros.mapping.place_search import LoadedSubmap, PlaceSearch, PlaceSearchSettings, Reach
+from kfloc_ros.mapping.place_search import LoadedSubmap, PlaceSearch, PlaceSearchSettings
 from kfloc_ros.mapping.submap_cache import SubmapCache
+from kfloc_ros.place_memory import PlaceMemory
 from kfloc_ros.refine_stage import RefineStage
 from kfloc_ros.stages import timed
 from kfloc_ros.tracking import ConstantVelocity
@@ -36,11 +37,6 @@ class GuideSettings:
     """A neighbour takes over where its nearest view is nearer by this factor and the own submap's is this far."""
     pause_frames: int = 8
     """Between two looks at a neighbour, each of which costs an alignment."""
-    max_speed_m_s: float = 2.0
-    max_speed_ratio: float = 2.0
-    """No camera moves faster than the one, or than the other times its last speed: after a gap, what it cannot have
-    reached is no rival of what it can."""
-    reach_margin_m: float = 0.5
     hinted_submaps: int = 2
     """Submaps in which somebody's guess of a pose is tried."""
 
@@ -95,7 +91,7 @@ class PlaceGuide:
         self._start_from_motion = False
         self._pause = 0
         self._had_pose = False
-        self._poses: list[tuple[int, Matrix]] = []  # the last two, however long ago
+        self._memory = PlaceMemory()
 
     def suggest(self, starts: Sequence[Matrix]) -> None:
         """Have the next frame try poses in the place's frame before anything else; any thread."""
@@ -128,10 +124,11 @@ class PlaceGuide:
             return ""
         if self._search is None:
             return "which submap this is was not searched for, since the search (first_fix) is off"
-        found = self._search.find(features, self._reach(stamp_ns))
-        if not found.alignment.success or found.alignment.T_map_camera is None:
-            return found.alignment.reason
-        self._enter(found.submap, found.alignment.T_map_camera)
+        found = self._search.find(features, self._memory.reach(stamp_ns))
+        alignment = self._memory.confirm(stamp_ns, found)
+        if not alignment.success or alignment.T_map_camera is None:
+            return alignment.reason
+        self._enter(found.submap, alignment.T_map_camera)
         return ""
 
     def follow(
@@ -156,7 +153,8 @@ class PlaceGuide:
         if estimate.T_map_camera is not None:
             self._motion.observe(stamp_ns, estimate.T_map_camera)
             self._had_pose = True
-            self._poses = [*self._poses[-1:], (stamp_ns, estimate.T_map_camera)]
+            if self.active is not None:
+                self._memory.observe(stamp_ns, estimate.T_map_camera, self.active.number)
         elif self._had_pose:  # a submap's stage does not know of poses in others
             estimate = replace(estimate, state=TrackingState.LOST)
         return estimate
@@ -165,24 +163,13 @@ class PlaceGuide:
         """Have the next frame search the whole place."""
         self.active = None
         self._motion.forget()
-        self._poses = []
+        self._memory.forget()
         self._pause = 0
 
     @property
     def had_pose(self) -> bool:
         """Whether some frame before had a pose."""
         return self._had_pose
-
-    def _reach(self, stamp_ns: int) -> Reach | None:
-        """Where the camera can have come since its last pose; None if there was none."""
-        if not self._poses or stamp_ns <= self._poses[-1][0]:
-            return None
-        s, (last_ns, T) = self._settings, self._poses[-1]
-        speed_m_s = s.max_speed_m_s
-        if len(self._poses) == 2 and last_ns > self._poses[0][0]:
-            step_m = float(np.linalg.norm(T[:3, 3] - self._poses[0][1][:3, 3]))
-            speed_m_s = max(speed_m_s, s.max_speed_ratio * 1e9 * step_m / (last_ns - self._poses[0][0]))
-        return Reach(T[:3, 3], s.reach_margin_m + speed_m_s * 1e-9 * (stamp_ns - last_ns))
 
     def _enter(self, number: int, T_place_camera: Matrix) -> None:
         """Make a submap the active one, whose first frame starts from a pose."""
@@ -205,7 +192,7 @@ class PlaceGuide:
         number, alignment = min(fitting, key=lambda item: item[1].final_cost)
         assert alignment.T_map_camera is not None
         self._motion.forget()  # where the camera was said to be before is no reason against it
-        self._poses = []
+        self._memory.forget()
         self._enter(number, alignment.T_map_camera)
         return True
 

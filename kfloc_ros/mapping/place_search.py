@@ -13,7 +13,8 @@ from kfloc_ros.coarse_stage import CoarseStage
 from kfloc_ros.features.trunk import Trunk, TrunkFeatures
 from kfloc_ros.geometry.lie import Matrix
 from kfloc_ros.localizer_config import LocalizerConfig
-from kfloc_ros.mapping.first_fix import FirstFix, FirstFixSettings, choose
+from kfloc_ros.mapping.first_fix import FirstFix
+from kfloc_ros.mapping.fix_choice import FirstFixSettings, choose
 from kfloc_ros.mapping.place import Place
 from kfloc_ros.mapping.place_index import SubmapCandidate
 from kfloc_ros.mapping.scene_map import SceneMap
@@ -34,6 +35,11 @@ class PlaceSearchSettings:
     """Tried at most, whatever the size of the place."""
     clear_vote: float = 1.5
     """Where there are more submaps, the one found must have more votes than any that was not tried, by this factor."""
+    clear_margin: float = 1.25
+    """In a place, another one's alignment must cost more than the best one's by this factor. In rooms alike one costs
+    up to 1.2 times as much as another at the same pose by chance, as one of them has a view nearer by."""
+    lean_margin: float = 1.15
+    """From here on the image leans to a place, and two images from different views that do so will do."""
     fix: FirstFixSettings = field(default_factory=FirstFixSettings)
 
 
@@ -88,6 +94,8 @@ class Found:
     submap: int = -1
     tried: tuple[int, ...] = ()
     """Submaps that the image was compared with."""
+    leaning: Alignment | None = None
+    """Where the image leans to, in ``submap``, if it was not found."""
 
 
 class PlaceSearch:
@@ -115,21 +123,17 @@ class PlaceSearch:
         ranked.sort(key=lambda item: item.submap not in near)  # stable
         tried = ranked[: s.submaps]
         results = [(item, alignment) for item in tried for alignment in self._try(features, item)]
-        chosen, rest = self._choose(results, tried), ranked[s.submaps :]
-        within = [] if reach is None else [(item, alignment) for item, alignment in results if reach.holds(alignment)]
-        if not chosen.success and within:
-            nearer = self._choose(within, tried)
-            if nearer.success:
-                chosen, rest = nearer, [item for item in rest if item.submap in near]
-        numbers = tuple(item.submap for item in tried)
-        if not chosen.success:
+        numbers, rest = tuple(item.submap for item in tried), ranked[s.submaps :]
+        chosen = self._clear(results, tried, rest, s.clear_margin)
+        if not chosen.success and reach is not None:
+            within = [(item, alignment) for item, alignment in results if reach.holds(alignment)]
+            nearer = self._clear(within, tried, [item for item in rest if item.submap in near], s.clear_margin)
+            chosen = nearer if nearer.success else chosen
+        leaning = chosen if chosen.success else self._clear(results, tried, rest, s.lean_margin)
+        if not leaning.success:
             return Found(chosen, tried=numbers)
-        winner = next(item for item, alignment in results if alignment is chosen)
-        rival = max(rest, key=lambda item: item.votes, default=None)
-        if rival is not None and winner.votes <= s.clear_vote * rival.votes:
-            reason = f"more than {s.submaps} submaps look alike: {self._names([*tried, rival])}"
-            return Found(replace(chosen, success=False, reason=reason), tried=numbers)
-        return Found(chosen, winner.submap, numbers)
+        submap = next(item.submap for item, alignment in results if alignment is leaning)
+        return Found(chosen, submap, numbers, None if chosen.success else leaning)
 
     def find_again(
         self, features: TrunkFeatures, submap: int, loaded: LoadedSubmap, allowed: Callable[[Matrix], bool]
@@ -147,6 +151,24 @@ class PlaceSearch:
         here = [r for r in found if r.T_map_camera is not None and allowed(r.T_map_camera)]
         return choose(here, self._settings.fix)
 
+    def _clear(
+        self,
+        results: Sequence[tuple[SubmapCandidate, Alignment]],
+        tried: Sequence[SubmapCandidate],
+        rest: Sequence[SubmapCandidate],
+        margin: float,
+    ) -> Alignment:
+        """The one alignment that is better than all elsewhere by a margin, and its submap voted for before the rest."""
+        chosen = self._choose(results, tried, margin)
+        rival = max(rest, key=lambda item: item.votes, default=None)
+        if not chosen.success or rival is None:
+            return chosen
+        winner = next(item for item, alignment in results if alignment is chosen)
+        if winner.votes > self._settings.clear_vote * rival.votes:
+            return chosen
+        reason = f"more than {self._settings.submaps} submaps look alike: {self._names([*tried, rival])}"
+        return replace(chosen, success=False, reason=reason)
+
     def _near(self, reach: Reach) -> set[int]:
         """Submaps with a view that the camera can have come near to."""
         away_m = np.linalg.norm(self._place.index.T_place_camera[:, :3, 3] - reach.centre, axis=1)
@@ -158,7 +180,7 @@ class PlaceSearch:
         return submap.first_fix.alignments(features, submap.aligning(features), positions)
 
     def _choose(
-        self, results: Sequence[tuple[SubmapCandidate, Alignment]], tried: Sequence[SubmapCandidate]
+        self, results: Sequence[tuple[SubmapCandidate, Alignment]], tried: Sequence[SubmapCandidate], margin: float
     ) -> Alignment:
         if not results:
             return failed_alignment(f"no view of the place shows what the image shows; tried {self._names(tried)}")
@@ -168,7 +190,7 @@ class PlaceSearch:
             x, y, z = alignment.T_map_camera[:3, 3] if alignment.T_map_camera is not None else (0.0, 0.0, 0.0)
             return f"({x:.1f}, {y:.1f}, {z:.1f}) m in '{self._place.submaps[owner[id(alignment)]].name}'"
 
-        return choose([alignment for _, alignment in results], self._settings.fix, place)
+        return choose([alignment for _, alignment in results], replace(self._settings.fix, clear_margin=margin), place)
 
     def _names(self, items: Sequence[SubmapCandidate]) -> str:
         return ", ".join(f"'{self._place.submaps[item.submap].name}'" for item in items)
