@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,6 +23,7 @@ from kfloc_ros.errors import MapError, WeightsError
 from kfloc_ros.evaluation.reference_networks import HeldOutFrames
 from kfloc_ros.geometry.camera import ImageAdapter
 from kfloc_ros.geometry.lie import inverse_pose, make_pose, so3_exp
+from kfloc_ros.kfnet.export import export_coordinates
 from kfloc_ros.kfnet.filter import FilterSettings, SceneCoordinateFilter
 from kfloc_ros.kfnet.reference.frame import NetworkFrame
 from kfloc_ros.kfnet.reference.networks import ReferenceNetworks
@@ -107,6 +109,27 @@ def test_the_stage_measures_and_filters_with_the_networks(
 
 
 @pytest.mark.usefixtures("undeterred")
+def test_coordinates_and_flow_are_written_as_the_networks_tell_them(
+    kfnet_map: SceneMap, networks: ReferenceNetworks, room: FrameSource, tmp_path: Path
+) -> None:
+    source = Selection(room, range(3))
+    assert list(export_coordinates(source, kfnet_map, CPU, tmp_path, flow=True)) == [0, 1, 2]
+    description = json.loads((tmp_path / "coordinates.json").read_text())
+    assert (description["stride"], description["pixel_offset"]) == (16, 0.5)
+    assert np.load(tmp_path / "coord_2.npy").shape == (16, 20, 4)
+    images = [torch.from_numpy(room[k].image) for k in (1, 2)]
+    small = ImageAdapter(kfnet_map.camera, networks.camera(kfnet_map.camera))
+    with torch.inference_mode():
+        before, now = (
+            networks.oflownet.features(torch.from_numpy(small(image.numpy())).permute(2, 0, 1)[None].float())[0]
+            for image in images
+        )
+        flow = networks.oflownet.flow(now, before).offset
+    assert np.allclose(np.load(tmp_path / "2_1_flow.npy")[..., :2], flow.permute(1, 2, 0).numpy(), atol=1e-5)
+    assert not (tmp_path / "0_-1_flow.npy").exists()
+
+
+@pytest.mark.usefixtures("undeterred")
 def test_a_passed_by_frame_is_filtered_by_the_networks_too(kfnet_map: SceneMap, room: FrameSource) -> None:
     stage, plain = CoarseStage(kfnet_map, CPU), CoarseStage(kfnet_map, CPU)
     for one in (stage, plain):
@@ -185,6 +208,7 @@ def test_what_cannot_be_is_refused(
         lambda said: said["kfnet"].update(width=1e9),
         lambda said: said["kfnet"].update(image_size=[0, 8]),
         lambda said: said["kfnet"].update(image_size=[100, 80]),
+        lambda said: said["kfnet"].update(image_size=[10, 8]),
         lambda said: said["kfnet"].update(padding="centred"),
         lambda said: said.pop("kfnet"),
         lambda said: said["files"].pop(KFNET_FILE),

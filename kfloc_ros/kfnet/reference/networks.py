@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 
 from kfloc_ros.errors import SourceError, WeightsError
@@ -20,6 +19,8 @@ from kfloc_ros.kfnet.reference.oflownet import ReferenceOFlowNet
 from kfloc_ros.kfnet.reference.scoordnet import STRIDE, ReferenceSCoordNet
 from kfloc_ros.kfnet.reference.weights import MAX_WIDTH, OFLOWNET, SCOORDNET
 
+MIN_IMAGE_SIDE_PX = 64
+"""Eight cells, as many as OFlowNet's window has."""
 EXACT = ("T_network_map", "scale")
 """Kept in double precision."""
 
@@ -97,7 +98,7 @@ def unpack_networks(tensors: Mapping[str, torch.Tensor], described: Mapping[str,
         raise ValueError(f"no SCoordNet has {width} times the published channels")
     if size is not None:
         size = int(size[0]), int(size[1])
-        if min(size) <= 0:
+        if min(size) < MIN_IMAGE_SIDE_PX:
             raise ValueError(f"no network takes images of {size[0]}x{size[1]} pixels")
     paddings = {name: Padding(described["padding"][name]) for name in (SCOORDNET, OFLOWNET)}
     with torch.device("meta"):  # shapes without memory: the description is not to be believed
@@ -111,7 +112,7 @@ def unpack_networks(tensors: Mapping[str, torch.Tensor], described: Mapping[str,
         )
         network.eval().requires_grad_(False)
     try:
-        assert np.isfinite(scoordnet.frame.T_network_map).all()
+        _ = scoordnet.frame  # checked when it is made
     except SourceError as error:
         raise ValueError(str(error)) from error
     return ReferenceNetworks(scoordnet, oflownet)
