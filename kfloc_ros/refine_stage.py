@@ -10,7 +10,8 @@ from kfloc_ros.device import choose_device
 from kfloc_ros.features.trunk import TrunkFeatures
 from kfloc_ros.judgement import JudgementSettings, judge
 from kfloc_ros.localizer_config import LocalizerConfig
-from kfloc_ros.mapping.first_fix import UNRELATED_COST, FirstFix, FirstFixSettings, settled
+from kfloc_ros.mapping.first_fix import FirstFix
+from kfloc_ros.mapping.fix_choice import UNRELATED_COST, FirstFixSettings, settled
 from kfloc_ros.mapping.scene_map import SceneMap
 from kfloc_ros.pixloc.heads import choose_heads
 from kfloc_ros.pixloc.references import ReferenceViews

@@ -13,7 +13,8 @@ from kfloc_ros.coarse_stage import CoarseStage
 from kfloc_ros.features.trunk import Trunk, TrunkFeatures
 from kfloc_ros.geometry.lie import Matrix
 from kfloc_ros.localizer_config import LocalizerConfig
-from kfloc_ros.mapping.first_fix import FirstFix, FirstFixSettings, choose
+from kfloc_ros.mapping.first_fix import FirstFix
+from kfloc_ros.mapping.fix_choice import FirstFixSettings, choose
 from kfloc_ros.mapping.place import Place
 from kfloc_ros.mapping.place_index import SubmapCandidate
 from kfloc_ros.mapping.scene_map import SceneMap

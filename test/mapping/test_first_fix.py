@@ -13,7 +13,8 @@ import torch
 from kfloc_ros.features.trunk import Trunk, TrunkFeatures
 from kfloc_ros.geometry.lie import Matrix, make_pose, so3_exp
 from kfloc_ros.localizer_config import LocalizerConfig
-from kfloc_ros.mapping.first_fix import FirstFix, FirstFixSettings, choose, settled
+from kfloc_ros.mapping.first_fix import FirstFix
+from kfloc_ros.mapping.fix_choice import FirstFixSettings, choose, settled
 from kfloc_ros.mapping.retrieval import ReferenceIndex
 from kfloc_ros.mapping.scene_map import SceneMap
 from kfloc_ros.pixloc.references import ReferenceViews
