@@ -181,6 +181,10 @@ def test_another_configuration_or_damage_is_refused(tmp_path: Path) -> None:
     train(stage_of("scoordnet"), samples, config, tmp_path, CPU)
     with pytest.raises(WeightsError, match="seed=0"):
         train(stage_of("scoordnet"), samples, TrainConfig(steps=2, batch=1, seed=1), tmp_path, CPU)
+    state = json.loads((tmp_path / "state.json").read_text())
+    del state["config"]["spacing"]  # as an installation from before there was that option left it
+    (tmp_path / "state.json").write_text(json.dumps(state))
+    assert train(stage_of("scoordnet"), samples, TrainConfig(steps=2, batch=1), tmp_path, CPU).step == 2
     checkpoint = next(tmp_path.glob("checkpoint-*"))
     checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
     with pytest.raises(WeightsError, match="damaged"):
@@ -201,6 +205,13 @@ def test_published_schedule() -> None:
     assert learning_rate(0, config) == pytest.approx(1e-4)
     assert learning_rate(400_000, config) == pytest.approx(6.25e-6)
     assert learning_rate(500_000, config) == pytest.approx(3.125e-6)
+    assert (config.spacing, config.max_step, config.truncation, config.augment) == (1, 1, True, "stage")
+    assert (config.weight_decay, config.width, config.image_width, config.image_height) == (1e-4, 1.0, 0, 0)
+    assert [(s.batch, s.group_length, s.augment) for s in (MeasurementStage, FlowStage, JointStage)] == [
+        (4, 1, "full"),
+        (1, 2, "rotate"),
+        (1, 4, "rotate"),
+    ]
     rates = [learning_rate(step, config) for step in range(0, 500_001, 1000)]
     assert all(b < a for a, b in itertools.pairwise(rates))
 
