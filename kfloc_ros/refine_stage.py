@@ -11,7 +11,7 @@ from kfloc_ros.features.trunk import TrunkFeatures
 from kfloc_ros.judgement import JudgementSettings, judge
 from kfloc_ros.localizer_config import LocalizerConfig
 from kfloc_ros.mapping.first_fix import FirstFix
-from kfloc_ros.mapping.fix_choice import UNRELATED_COST, FirstFixSettings, settled
+from kfloc_ros.mapping.fix_choice import UNRELATED_COST, settled
 from kfloc_ros.mapping.scene_map import SceneMap
 from kfloc_ros.pixloc.heads import choose_heads
 from kfloc_ros.pixloc.references import ReferenceViews
@@ -142,10 +142,9 @@ class RefineStage:
     def _search(self, features: TrunkFeatures, failed: Alignment, expected: Matrix | None) -> Alignment:
         """The alignment found in the whole map, or the failed one with what the search says about it."""
         assert self._first_fix is not None
+        limit = self._first_fix.settings.near_max_cost
         found = self._first_fix.find(
-            features,
-            lambda starts: self._refiner.align(features, starts, max_cost=FirstFixSettings().near_max_cost),
-            expected,
+            features, lambda starts: self._refiner.align(features, starts, max_cost=limit), expected
         )
         return found if found.success else replace(failed, reason=f"{failed.reason}; searched the map: {found.reason}")
 

@@ -83,7 +83,7 @@ def unpack_map(archive: Path, folder: Path, *, max_bytes: int = MAX_UNPACKED_BYT
         raise MapError(
             f"'{archive}' does not hold a whole map: {error}".replace(str(temporary), str(folder))
         ) from error
-    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError, NotImplementedError) as error:
+    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError) as error:
         raise MapError(f"'{archive}' cannot be unpacked: {error}.") from error
     return load_map(folder)
 

@@ -39,9 +39,11 @@ class FirstFix:
     """Finds where an image was taken from nothing but the image; the index is made when it is first asked."""
 
     def __init__(self, references: ReferenceViews, camera: Camera, settings: FirstFixSettings | None = None) -> None:
-        self._references, self._camera, self._settings = references, camera, settings or FirstFixSettings()
+        self._references, self._camera, self.settings = references, camera, settings or FirstFixSettings()
         self._index: ReferenceIndex | None = None
         self._matcher: LighterGlue | None = None
+        self._matches: ImageMatches | None = None
+        """Of the last image: a doubted pose's are used again by the search that follows."""
 
     def find(
         self, features: TrunkFeatures, align: Callable[[Sequence[Matrix]], Alignment], expected: Matrix | None = None
@@ -55,12 +57,12 @@ class FirstFix:
                 place elsewhere has to be beyond doubt.
         """
         found = self.alignments(features, align, self._retrieve(features, expected), expected)
-        return choose(found, self._settings, expected=expected)
+        return choose(found, self.settings, expected=expected)
 
     @torch.inference_mode()
     def doubt(self, features: TrunkFeatures, alignment: Alignment, expected: Matrix | None = None) -> str:
         """What speaks against an alignment that nothing but its cost speaks for, or nothing."""
-        s = self._settings
+        s = self.settings
         agreement = self._agreement(self.matches(features), alignment)
         if agreement < s.near_agreement:
             return f"only {100 * agreement:.0f} % of the image's matches agree with the alignment"
@@ -89,7 +91,7 @@ class FirstFix:
                 are looked for in all of the map's.
             expected: where the camera should be, if anything is known.
         """
-        s = self._settings
+        s = self.settings
         positions = self._retrieve(features) if retrieved is None else list(retrieved)
         matches = self.matches(features)
         starts = self._starts({k: matches.one_by_one(k).alike(s.min_similarity) for k in positions}, s.min_inliers)
@@ -113,10 +115,10 @@ class FirstFix:
     def _is_sure(self, matches: ImageMatches, alignments: Sequence[Alignment]) -> bool:
         """Whether the likeliest place is beyond doubt: many matches agree, and they fix it in every direction."""
         best = min((r for r in alignments if r.success), key=cost_of, default=None)
-        if best is None or best.final_cost > self._settings.max_cost or best.covariance is None:
+        if best is None or best.final_cost > self.settings.max_cost or best.covariance is None:
             return False
         largest_m2 = float(np.linalg.eigvalsh(best.covariance[:3, :3])[-1])
-        return largest_m2 < SURE_M**2 and self._agreement(matches, best) >= self._settings.sure_agreement
+        return largest_m2 < SURE_M**2 and self._agreement(matches, best) >= self.settings.sure_agreement
 
     def _best_supported(
         self, matches: ImageMatches, alignments: Sequence[Alignment], expected: Matrix | None
@@ -129,33 +131,35 @@ class FirstFix:
         most = max((n for n, r in zip(support, alignments, strict=True) if r.success), default=0)
         return [
             replace(r, success=False, reason="more of the matches speak for another place")
-            if r.success and self._settings.clear_margin * n < most and not self._is_expected(r, expected)
+            if r.success and self.settings.clear_margin * n < most and not self._is_expected(r, expected)
             else r
             for n, r in zip(support, alignments, strict=True)
         ]
 
     def _is_expected(self, alignment: Alignment, expected: Matrix | None) -> bool:
-        return expected is not None and is_near(alignment, expected, self._settings)
+        return expected is not None and is_near(alignment, expected, self.settings)
 
     def _needed(self, alignment: Alignment, expected: Matrix | None) -> float:
         """Share of matches that have to agree with a pose."""
-        s = self._settings
+        s = self.settings
         if expected is None:
             return s.min_agreement
         return s.near_agreement if self._is_expected(alignment, expected) else s.far_agreement
 
     def matches(self, features: TrunkFeatures) -> ImageMatches:
         """Of an image with the map's views."""
-        return ImageMatches(self._references, self._camera, features, self._context_matcher)
+        if self._matches is None or self._matches.features is not features:
+            self._matches = ImageMatches(self._references, self._camera, features, self._context_matcher)
+        return self._matches
 
     def _retrieve(self, features: TrunkFeatures, expected: Matrix | None = None) -> list[int]:
         """Positions of the views that an image may show, the likeliest first."""
         if self._index is None:
             self._index = ReferenceIndex(self._references)
-        retrieved = [item.position for item in self._index.search(features, self._settings.retrieved)]
+        retrieved = [item.position for item in self._index.search(features, self.settings.retrieved)]
         if expected is None:
             return retrieved
-        near = self._references.overlapping(expected, self._camera, self._settings.near)[: self._settings.near]
+        near = self._references.overlapping(expected, self._camera, self.settings.near)[: self.settings.near]
         return near + [k for k in retrieved if k not in near]
 
     def _context_matcher(self) -> LighterGlue:
@@ -167,10 +171,10 @@ class FirstFix:
         """Poses that the matches of views, the likeliest first, speak for, the best supported first."""
         chosen: list[Matrix] = []
         for place in sorted(self._supported(matches, min_inliers), key=lambda place: -place.support):
-            near = (self._settings.same_start_m, self._settings.same_start_deg)
+            near = (self.settings.same_start_m, self.settings.same_start_deg)
             if all(apart(place.T_map_camera, T, *near) for T in chosen):
                 chosen.append(place.T_map_camera)
-        return chosen[: self._settings.places]
+        return chosen[: self.settings.places]
 
     def _agreement(self, matches: ImageMatches, alignment: Alignment) -> float:
         """Of matches one by one with a pose."""
@@ -204,11 +208,11 @@ class FirstFix:
         """
         centres = self._references.T_map_camera[:, :3, 3]
         left = list(matches)
-        for _ in range(self._settings.groups):
+        for _ in range(self.settings.groups):
             if not left:
                 return
             away_m = np.linalg.norm(centres - centres[left[0]], axis=1)
-            group = [k for k in matches if away_m[k] <= self._settings.group_radius_m]
+            group = [k for k in matches if away_m[k] <= self.settings.group_radius_m]
             for views in (group, left[:1])[: 1 if len(group) == 1 else 2]:
                 place = self._solve([matches[k] for k in views], min_inliers)
                 if place is not None:
@@ -222,7 +226,7 @@ class FirstFix:
             return None
         camera = {"model": "PINHOLE", "width": self._camera.width, "height": self._camera.height}
         camera["params"] = [self._camera.fx, self._camera.fy, self._camera.cx, self._camera.cy]
-        ransac = {"max_reproj_error": self._settings.max_error_px, "max_iterations": 3000, "seed": 0}
+        ransac = {"max_reproj_error": self.settings.max_error_px, "max_iterations": 3000, "seed": 0}
         # RANSAC near the group: a map may lie kilometres from its own origin
         origin = points.mean(axis=0)
         pose, info = poselib.estimate_absolute_pose(pixels, points - origin, camera, ransac, {})

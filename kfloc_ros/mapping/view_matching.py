@@ -59,7 +59,7 @@ class ImageMatches:
         features: TrunkFeatures,
         matcher: Callable[[], LighterGlue],
     ) -> None:
-        self._references, self._camera, self._features, self._matcher = references, camera, features, matcher
+        self._references, self._camera, self.features, self._matcher = references, camera, features, matcher
         self._one_by_one: dict[int, Matches] = {}
         self._in_context: dict[int, Matches] = {}
         self._query: PointSet | None = None
@@ -68,7 +68,7 @@ class ImageMatches:
     def one_by_one(self, position: int) -> Matches:
         """Mutual nearest neighbours between a view's points and the image's cells."""
         if position not in self._one_by_one:
-            view, grid = self._references.views[position], self._features.coarse[0].float()
+            view, grid = self._references.views[position], self.features.coarse[0].float()
             w = grid.shape[2]
             similarity = view.coarse.to(grid) @ grid.reshape(len(grid), -1)
             value, cell = similarity.max(dim=1)
@@ -86,7 +86,7 @@ class ImageMatches:
         if position not in self._in_context:
             width, height = self._camera.width, self._camera.height
             if self._query is None:
-                self._query = PointSet(*query_points(self._features, QUERY_POINTS), width, height)
+                self._query = PointSet(*query_points(self.features, QUERY_POINTS), width, height)
             view = self._references.views[position]
             seen_from = inverse_pose(self._references.T_map_camera[position])
             points = view.points.cpu().double().numpy()
