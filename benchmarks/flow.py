@@ -31,7 +31,7 @@ from kfloc_ros.datasets.base import FrameSource
 from kfloc_ros.datasets.degraded import motion_blur
 from kfloc_ros.evaluation.flow import FlowStatistics
 from kfloc_ros.evaluation.hardware import describe_hardware
-from kfloc_ros.features.trunk import COARSE_STRIDE, Trunk
+from kfloc_ros.features.trunk import Trunk
 from kfloc_ros.geometry.camera import ImageAdapter
 from kfloc_ros.kfnet.filter import FlowFunction
 from kfloc_ros.kfnet.flow_choice import LEARNED_FLOOR_M2
@@ -39,9 +39,8 @@ from kfloc_ros.kfnet.flow_network import load_flow_network
 from kfloc_ros.kfnet.oflownet import backward_flow
 from kfloc_ros.mapping.calibration import TEMPERATURES
 from kfloc_ros.mapping.scene_map import Calibration
-from kfloc_ros.mapping.views import View, cell_coordinates, map_camera
+from kfloc_ros.mapping.views import View, map_camera, true_coordinates
 from kfloc_ros.training.flow_pairs import true_flow
-from kfloc_ros.types import SceneCoordinates
 
 BLUR_PX = 20.0
 
@@ -59,20 +58,12 @@ class Tally:
             flow = flow_of(features[0], features[1])
         self.milliseconds.append(1e3 * (time.perf_counter() - start))
         offset, _, visible = (torch.from_numpy(part) for part in true_flow(views[0], views[1]))
-        now, before = (scene_coordinates(view) for view in views)
+        now, before = (true_coordinates(view, features[0].shape[-2:]) for view in views)
         self.statistics.add(flow, offset, visible, now, before)
 
     def row(self, floor_m2: float) -> dict[str, float]:
         """The figures."""
         return {**asdict(self.statistics.result(floor_m2)), "milliseconds": float(np.median(self.milliseconds))}
-
-
-def scene_coordinates(view: View) -> SceneCoordinates:
-    """True coordinates of a view's cells."""
-    h, w = view.camera.height // COARSE_STRIDE, view.camera.width // COARSE_STRIDE
-    points, known = cell_coordinates(view, (h, w))
-    mean = torch.from_numpy(points.T.reshape(3, h, w).astype(np.float32))
-    return SceneCoordinates(mean, torch.zeros(h, w), torch.from_numpy(known.reshape(h, w)), COARSE_STRIDE)
 
 
 def run(source: FrameSource, step: int, blurred: bool, every: int, weights: Path | None) -> dict[str, dict[str, float]]:
