@@ -31,7 +31,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import re
 import subprocess
 import sys
 import time
@@ -41,6 +40,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from building_walks import DOOR_ROOMS, door_table, judged, through_doors, timed
 
 from kfloc_ros.cli.tables import format_table
 from kfloc_ros.datasets.base import FrameSource
@@ -48,28 +48,19 @@ from kfloc_ros.device import limit_threads
 from kfloc_ros.errors import KflocError
 from kfloc_ros.evaluation.hardware import describe_hardware
 from kfloc_ros.geometry.camera import ImageAdapter
-from kfloc_ros.geometry.lie import rotation_angle_deg
 from kfloc_ros.localizer_config import LocalizerConfig
 from kfloc_ros.mapping.build import MapBuildConfig, build_map
 from kfloc_ros.mapping.place import Place
 from kfloc_ros.mapping.place_making import make_place
 from kfloc_ros.place_localizer import PlaceLocalizer
 from kfloc_ros.simulation.building import (
-    PITCH_X_M,
     RATE_HZ,
     ROOMS,
     BuildingSource,
-    WalkSource,
-    door_distance_m,
-    room_at,
 )
-from kfloc_ros.types import Frame, Matrix, PoseEstimate
+from kfloc_ros.types import Frame
 
 OUTCOMES = ("right", "alike", "none", "wrong")
-NEAR_M, NEAR_DEG = 0.5, 20.0
-DOOR_ROOMS, DOOR_EVERY = 3, 2
-AT_DOOR_M, THRESHOLD_M = 1.0, 0.3
-COVERED_S = 1.5
 BEGUN_AT, BEGUN_EVERY = (0.0, 0.5), 10
 
 
@@ -103,35 +94,6 @@ class Row:
     """Median time to the first pose, if right."""
 
 
-@dataclass(frozen=True)
-class DoorRow:
-    """A walk through doors, frame by frame."""
-
-    walk: str
-    covered_s: float
-    """How long the lens was covered around each door."""
-    frames: int
-    without_pose: int
-    wrong: int
-    wrong_room: int
-    median_cm: float
-    p95_cm: float
-    worst_cm: float
-    at_doors: int
-    at_doors_without_pose: int
-    at_doors_median_cm: float
-    at_doors_worst_cm: float
-    back_s: list[float]
-    """From the end of each cover to the first pose; infinite if there was none."""
-    changes: list[str]
-    """Submap before and after, and how far behind the plane between the rooms the camera was, in its direction."""
-    frame_ms: float
-    """Median of a frame, time of the processor."""
-    slowest_ms: float
-    waits: int
-    """Frames that waited for a submap, the first among them."""
-
-
 def main() -> int:
     """Run the benchmark and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -154,7 +116,7 @@ def main() -> int:
             return 0
         prepare(args.work, max(*args.sizes, DOOR_ROOMS if args.doors else 1), args.train_seconds)
         rows = [in_own_process(size) for size in args.sizes]
-        walks = through_doors(args) if args.doors else []
+        walks = through_doors(place_of(args.work, DOOR_ROOMS), args.loaded_submaps) if args.doors else []
     except KflocError as error:
         print(error, file=sys.stderr)
         return 2
@@ -185,6 +147,14 @@ def prepare(work: Path, rooms: int, train_seconds: float) -> None:
         print(f"room {room} mapped in {time.perf_counter() - start:.0f} s", file=sys.stderr)
 
 
+def place_of(work: Path, size: int) -> Path:
+    """The place of so many rooms, made if it is not there yet."""
+    folder = work / f"place_{size}"
+    if not folder.is_dir():
+        make_place([work / f"room_{room}" for room in range(1, size + 1)], folder)
+    return folder
+
+
 def in_own_process(size: int) -> Row:
     """Measure a place in a process that has loaded nothing else."""
     done = subprocess.run(
@@ -195,9 +165,7 @@ def in_own_process(size: int) -> Row:
 
 def measure(args: argparse.Namespace, size: int) -> Row:
     """One row; rooms that the place does not have are left out."""
-    folder = args.work / f"place_{size}"
-    if not folder.is_dir():
-        make_place([args.work / f"room_{room}" for room in range(1, size + 1)], folder)
+    folder = place_of(args.work, size)
     starts = [frame for room in args.rooms if room <= size for frame in started(room, args.starts)]
     walk = [BuildingSource(1, "localize")[k] for k in range(30, 30 + args.walk)]
     before_mb = resident_mb()
@@ -244,110 +212,6 @@ def measure(args: argparse.Namespace, size: int) -> Row:
     )
 
 
-def through_doors(args: argparse.Namespace) -> list[DoorRow]:
-    """The walks there and back."""
-    folder = args.work / f"place_{DOOR_ROOMS}"
-    if not folder.is_dir():
-        make_place([args.work / f"room_{room}" for room in range(1, DOOR_ROOMS + 1)], folder)
-    place = Place.load(folder)
-    walks = [WalkSource(1, DOOR_ROOMS), WalkSource(DOOR_ROOMS, 1)]
-    return [walked(place, walk, args.loaded_submaps, cover_s) for cover_s in (0.0, COVERED_S) for walk in walks]
-
-
-def walked(place: Place, walk: WalkSource, loaded_submaps: int, covered_s: float = 0.0) -> DoorRow:
-    """One walk, as a node would see it: no truth but the first pose. With the lens covered no pose is expected."""
-    covers = around_doors(walk, covered_s)
-    back_s = [math.inf] * len(covers)
-    localizer = PlaceLocalizer(place, LocalizerConfig(loaded_submaps=loaded_submaps))
-    adapter = ImageAdapter(walk.camera, localizer.camera)
-    localizer.refine.suggest([walk.pose(0)])
-    frames: list[tuple[float, bool, bool, bool]] = []  # error, whether at a door, wrong, in a wrong room
-    changes, spent_ms, submap = [], [], ""
-    for position in range(0, len(walk), DOOR_EVERY):
-        frame = replace(walk[position], depth_m=None)
-        covered = any(position in cover for cover in covers)
-        if covered:
-            frame = replace(frame, image=np.full_like(frame.image, 12))
-        estimate, ms = timed(localizer, frame, adapter)
-        if covered and estimate.T_map_camera is None:
-            continue
-        spent_ms.append(ms)
-        for number, cover in enumerate(covers):
-            if position >= cover.stop and estimate.T_map_camera is not None:
-                back_s[number] = min(back_s[number], (position - cover.stop) / RATE_HZ)
-        outcome, error_m = judged(estimate, frame)
-        truth = walk.pose(position)[:3, 3]
-        frames.append((error_m, door_distance_m(truth[0]) < AT_DOOR_M, outcome == "wrong", strayed(estimate, truth)))
-        if localizer.submap != submap:
-            if submap:
-                ahead = 1.0 if walk.end > walk.start else -1.0
-                behind_m = (truth[0] / PITCH_X_M - 0.5 - round(truth[0] / PITCH_X_M - 0.5)) * PITCH_X_M * ahead
-                changes.append(f"{submap} -> {localizer.submap or 'none'} at {behind_m:+.2f} m")
-            submap = localizer.submap
-        print(f"{frame.name}: {outcome} {100 * error_m:.1f} cm {submap} {estimate.reason}", file=sys.stderr)
-    errors = np.array([item[0] for item in frames])
-    near = np.array([item[1] for item in frames])
-    posed = np.isfinite(errors)
-    cache = localizer.guide.cache
-    cache.close()
-    return DoorRow(
-        walk=walk.name,
-        covered_s=covered_s,
-        frames=len(frames),
-        without_pose=int((~posed).sum()),
-        wrong=sum(item[2] for item in frames),
-        wrong_room=sum(item[3] for item in frames),
-        median_cm=float(100 * np.median(errors[posed])),
-        p95_cm=float(100 * np.quantile(errors[posed], 0.95)),
-        worst_cm=float(100 * errors[posed].max()),
-        at_doors=int(near.sum()),
-        at_doors_without_pose=int((near & ~posed).sum()),
-        at_doors_median_cm=float(100 * np.median(errors[near & posed])),
-        at_doors_worst_cm=float(100 * errors[near & posed].max()),
-        back_s=back_s,
-        changes=changes,
-        frame_ms=float(np.median(spent_ms[1:])),
-        slowest_ms=float(np.max(spent_ms[1:])),
-        waits=cache.counts.waits,
-    )
-
-
-def around_doors(walk: WalkSource, seconds: float) -> list[range]:
-    """Positions in so long a time around each crossing of a plane between two rooms."""
-    rooms = [room_at(*walk.pose(position)[:2, 3]) for position in range(len(walk))]
-    half = round(seconds * RATE_HZ / 2)
-    return [range(k - half, k + half) for k in range(1, len(rooms)) if half and rooms[k] != rooms[k - 1]]
-
-
-def strayed(estimate: PoseEstimate, truth: Matrix) -> bool:
-    """Whether a pose is in another room than the camera, and not near the door between them."""
-    if estimate.T_map_camera is None:
-        return False
-    place = estimate.T_map_camera[:3, 3]
-    return room_at(place[0], place[1]) != room_at(truth[0], truth[1]) and door_distance_m(place[0]) > THRESHOLD_M
-
-
-def door_table(rows: Sequence[DoorRow]) -> str:
-    """The figures for a terminal, and where submaps changed."""
-    header = ["walk", "covered", "back", "frames", "no pose", "wrong", "wrong room", "median", "95 %", "worst"]
-    header += ["at doors", "no pose", "median", "worst", "frame", "slowest", "waits"]
-    lines = []
-    for row in rows:
-        back = ", ".join(f"{v:.1f} s" for v in row.back_s) or "-"
-        cells = [
-            row.walk,
-            f"{row.covered_s:.1f} s",
-            back,
-            *(str(v) for v in (row.frames, row.without_pose, row.wrong, row.wrong_room)),
-        ]
-        cells += [f"{v:.1f} cm" for v in (row.median_cm, row.p95_cm, row.worst_cm)]
-        cells += [str(row.at_doors), str(row.at_doors_without_pose)]
-        cells += [f"{v:.1f} cm" for v in (row.at_doors_median_cm, row.at_doors_worst_cm)]
-        lines.append([*cells, f"{row.frame_ms:.0f} ms", f"{row.slowest_ms:.0f} ms", str(row.waits)])
-    changes = [f"{row.walk}: {'; '.join(row.changes) or 'no change of submap'}" for row in rows]
-    return "\n".join([format_table(lines, header=header), *changes])
-
-
 def begun(localizer: PlaceLocalizer, room: int, share: float, adapter: ImageAdapter) -> tuple[str, float]:
     """What the first pose of a walk is that begins at a share of a recording, and when it came."""
     source = BuildingSource(room, "localize")
@@ -368,24 +232,6 @@ def started(room: int, count: int) -> Iterator[Frame]:
     source: FrameSource = BuildingSource(room, "localize")
     for position in np.linspace(0, len(source) - 1, count + 2)[1:-1].astype(int).tolist():
         yield replace(source[position], depth_m=None)
-
-
-def timed(localizer: PlaceLocalizer, frame: Frame, adapter: ImageAdapter) -> tuple[PoseEstimate, float]:
-    """The estimate of a frame, and the processor's time for it, which other processes hardly change."""
-    adapted = replace(frame, image=adapter(frame.image), camera=adapter.target)
-    start = time.process_time()
-    estimate = localizer.process(adapted)
-    return estimate, 1e3 * (time.process_time() - start)
-
-
-def judged(estimate: PoseEstimate, frame: Frame) -> tuple[str, float]:
-    """What became of a cold start, and how far off its pose is."""
-    T, truth = estimate.T_map_camera, frame.T_map_camera
-    if T is None or truth is None:
-        return ("alike" if re.search("look alike", estimate.reason) else "none"), float("nan")
-    away_m = float(np.linalg.norm(T[:3, 3] - truth[:3, 3]))
-    near = away_m < NEAR_M and rotation_angle_deg(T[:3, :3].T @ truth[:3, :3]) < NEAR_DEG
-    return ("right" if near else "wrong"), away_m
 
 
 def found_within(starts: Sequence[tuple[str, float, bool]], seconds: float) -> float:
