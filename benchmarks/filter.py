@@ -2,7 +2,8 @@
 """What the Kalman filter is worth: measurement alone against its variants, on a source as it is and made worse.
 
 Every case is a map and a SOURCE with its options. Each frame is measured once; all variants see the same measurement.
-A frame is a failure if its coarse pose is missing or not within 10 cm and 10 degrees.
+A frame is a failure if its coarse pose is missing or not within 10 cm and 10 degrees. The default is what the localizer
+does: refined poses correct the belief, so that its frames go through the refiner, too; in none of the other variants.
 
     python benchmarks/filter.py --json out/filter.json \
         --case maps/kitchen "7scenes:DIR --poses sfm --split blocks50:test"
@@ -41,7 +42,7 @@ from kfloc_ros.evaluation.metrics import PoseError, accuracy, pose_error, recall
 from kfloc_ros.evaluation.paired import median_change
 from kfloc_ros.features.trunk import COARSE_STRIDE, Trunk
 from kfloc_ros.geometry.camera import ImageAdapter
-from kfloc_ros.kfnet.filter import FilterSettings, FlowFunction, NisMode, SceneCoordinateFilter
+from kfloc_ros.kfnet.filter import NO_PRIOR, Filtered, FilterSettings, FlowFunction, NisMode, SceneCoordinateFilter
 from kfloc_ros.kfnet.flow_choice import FlowKind, choose_flow
 from kfloc_ros.kfnet.oflownet import Flow
 from kfloc_ros.kfnet.roughness import measure
@@ -49,15 +50,18 @@ from kfloc_ros.localizer_config import LocalizerConfig
 from kfloc_ros.mapping.map_folders import resolve_map
 from kfloc_ros.mapping.scene_map import SceneMap
 from kfloc_ros.mapping.views import View, true_coordinates
+from kfloc_ros.refine_stage import RefineStage
 from kfloc_ros.solvers.pnp import PnpSettings, solve_pnp
-from kfloc_ros.types import Frame, SceneCoordinates
+from kfloc_ros.stages import CoarseResult
+from kfloc_ros.types import FilterReport, Frame, SceneCoordinates
 
 FLOOR_M2 = 0.02**2
 FAILURE_M, FAILURE_DEG = 0.10, 10.0
 MEASUREMENT, DEFAULT = "measurement", "default"
 DEFAULT_FLOW = FlowKind(LocalizerConfig().oflownet)
 OTHER_FLOW = next(kind for kind in FlowKind if kind is not DEFAULT_FLOW)
-OTHER = f"default, {OTHER_FLOW.value} flow"
+ALONE = "no feedback"
+OTHER = f"no feedback, {OTHER_FLOW.value} flow"
 PUBLISHED: dict[str, Any] = {"error_correlation": 0.0, "blend_sigma": True}
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -67,12 +71,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "output_only, floor": {**PUBLISHED, "nis_mode": NisMode.OUTPUT_ONLY, "posterior_floor_m2": FLOOR_M2},
     "state": {**PUBLISHED, "nis_mode": NisMode.STATE},
     "state, floor": {**PUBLISHED, "nis_mode": NisMode.STATE, "posterior_floor_m2": FLOOR_M2},
-    DEFAULT: {},
+    ALONE: {},
     OTHER: {},
+    DEFAULT: {},
 }
-"""Changes to the default settings; the default itself fuses correlated errors and keeps the surer of two. The last has
-the fast family's other flow: see ``kfnet/flow_choice.py``. A map that was not calibrated for the learned one has only
-one, and the two agree."""
+"""Changes to the default settings, which fuse correlated errors and keep the surer of two. All but the default are
+the filter by itself. ``OTHER`` has the fast family's other flow: see ``kfnet/flow_choice.py``. A map not calibrated
+for the learned one has only one, and the two agree."""
 
 
 @dataclass
@@ -80,6 +85,8 @@ class Track:
     """One variant on its way through a run."""
 
     filter: SceneCoordinateFilter | None
+    refine: RefineStage | None = None
+    """What makes of coarse poses the poses that the filter learns from; None for a filter by itself."""
     cells: CellStatistics = field(default_factory=CellStatistics)
     errors: list[PoseError] = field(default_factory=list)
 
@@ -118,7 +125,8 @@ class Bench:
             chosen = self._flows[OTHER_FLOW if name == OTHER else DEFAULT_FLOW]
             noise = {"process_scale": chosen.process_scale, "process_floor_m2": chosen.process_floor_m2}
             settings = replace(self._settings, **{**noise, **change})
-            tracks[name] = Track(SceneCoordinateFilter(settings, chosen.flow))
+            refine = RefineStage(self._map, LocalizerConfig(device=self._device.type)) if name == DEFAULT else None
+            tracks[name] = Track(SceneCoordinateFilter(settings, chosen.flow), refine)
         adapter = ImageAdapter(source.camera, self._map.camera)
         for frame in source:
             self._frame(frame, adapter, tracks)
@@ -126,16 +134,23 @@ class Bench:
 
     @torch.inference_mode()
     def _frame(self, frame: Frame, adapter: ImageAdapter, tracks: dict[str, Track]) -> None:
-        features = self._trunk.extract(adapter(frame.image))
+        seen = replace(frame, image=adapter(frame.image), camera=self._map.camera)
+        features = self._trunk.extract(seen.image)
         measured = measure(self._head, features, self._map.calibration)
         truth, coarse = self._truth(frame, adapter), features.coarse[0]
         for track in tracks.values():
-            posterior = measured
+            filtered = Filtered(measured, FilterReport("no filter", 0.0, NO_PRIOR, 0.0))
             if track.filter is not None:
-                posterior = track.filter.step(frame.stamp_ns, coarse, measured).posterior
+                filtered = track.filter.step(frame.stamp_ns, coarse, measured)
+            posterior = filtered.posterior
             pose = solve_pnp(posterior, self._map.camera, self._pnp)
             if track.filter is not None:
                 track.filter.judge(pose)
+                if track.refine is not None:
+                    result = CoarseResult(frame.stamp_ns, pose, filtered.report, {}, features, posterior, measured)
+                    refined = track.refine.process(seen, result).refined_pose
+                    if refined is not None:
+                        track.filter.learn(frame.stamp_ns, self._map.camera, refined)
             if frame.T_map_camera is not None:
                 track.errors.append(pose_error(pose.T_map_camera, frame.T_map_camera))
             if truth is not None:

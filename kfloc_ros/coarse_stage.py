@@ -7,14 +7,14 @@ import torch
 
 from kfloc_ros.coarse_networks import networks_of
 from kfloc_ros.device import choose_device
-from kfloc_ros.features.trunk import COARSE_STRIDE, Trunk
+from kfloc_ros.features.trunk import Trunk
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.kfnet.filter import NO_PRIOR, Filtered, FilterSettings, NisMode, SceneCoordinateFilter
 from kfloc_ros.localizer_config import LocalizerConfig
 from kfloc_ros.mapping.scene_map import SceneMap
-from kfloc_ros.solvers.pnp import PnpSettings, solve_pnp
-from kfloc_ros.stages import CoarseResult, Observation, observe, timed
-from kfloc_ros.types import FilterReport, Frame, SceneCoordinates
+from kfloc_ros.solvers.pnp import solve_pnp
+from kfloc_ros.stages import CoarseResult, Observation, observe, pnp_settings, timed
+from kfloc_ros.types import FilterReport, Frame, Matrix, SceneCoordinates
 
 
 class CoarseStage:
@@ -33,6 +33,7 @@ class CoarseStage:
         self._networks = networks_of(scene_map, config.oflownet, device)
         self._camera = scene_map.camera
         self._use_filter = config.filter
+        self._learns = config.filter and config.pose_feedback
         self._passed_by: tuple[int, Observation] | None = None
         self.note = self._networks.note if config.filter else ""
         """What of the configuration could not be had, in a sentence; empty if all could."""
@@ -47,15 +48,7 @@ class CoarseStage:
             ),
             self._networks.flow,
         )
-        larger = (
-            self._networks.stride / COARSE_STRIDE
-        )  # of cells; what can be told of a place in the image goes with it
-        self._pnp = PnpSettings(
-            max_error_px=larger * config.pnp_max_error_px,
-            pixel_sigma_px=larger * PnpSettings().pixel_sigma_px,
-            min_inliers=config.pnp_min_inliers,
-            covariance_scale=calibration.coarse_covariance_scale,
-        )
+        self._pnp = pnp_settings(config, self._networks.stride, calibration.coarse_covariance_scale)
 
     @property
     def camera(self) -> Camera:
@@ -102,8 +95,17 @@ class CoarseStage:
         )
 
     def pass_by(self, stamp_ns: int, observation: Observation) -> None:
-        """Take note of a frame that needs no coarse pose."""
+        """Take note of a frame that needs no coarse pose.
+
+        The belief ends: the coarse pose that checks a track must know nothing of the poses before.
+        """
         self._passed_by = (stamp_ns, observation)
+        self._filter.reset("frames before were only tracked")
+
+    def learn(self, stamp_ns: int, T_map_camera: Matrix) -> None:
+        """Take the refined pose of one of the last frames into account; it must be beyond doubt."""
+        if self._learns:
+            self._filter.learn(stamp_ns, self._camera, T_map_camera)
 
     def _filtered(self, stamp_ns: int, observation: Observation, measurement: SceneCoordinates) -> Filtered:
         if not self._use_filter:

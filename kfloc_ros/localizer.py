@@ -4,7 +4,8 @@
 The coarse stage measures a scene coordinate for every cell of the image (SCoordNet), fuses the measurements with what
 earlier frames said about the same surfaces (OFlowNet, Kalman filter), and solves for the camera's pose (RANSAC-PnP).
 The refine stage aligns that pose with the map's reference views (PixLoc), searches the map where that fails, and says
-what the result is worth. While a track holds, it starts from the predicted pose, and the coarse stage rests.
+what the result is worth; the filter learns from it what its cells cannot tell each other. While a track holds, the
+refine stage starts from the predicted pose, and the coarse stage rests.
 """
 
 from __future__ import annotations
@@ -40,7 +41,10 @@ class Pipeline:
         if tracked is not None:
             self.coarse.pass_by(frame.stamp_ns, observation)
             return tracked
-        return self.refine.process(frame, self.coarse.process(frame, observation))
+        estimate = self.refine.process(frame, self.coarse.process(frame, observation))
+        if estimate.refined_pose is not None:
+            self.coarse.learn(frame.stamp_ns, estimate.refined_pose)
+        return estimate
 
     def reset(self, reason: str) -> None:
         """Forget all earlier frames."""

@@ -19,6 +19,7 @@ class LocalizerConfig:
         "auto", "Where networks run: auto takes a GPU if there is one.", choices=("auto", "cpu", "cuda")
     )
     filter: bool = option(True, "Carry the belief over scene coordinates from frame to frame.")
+    pose_feedback: bool = option(True, "Correct the belief over scene coordinates by the refined poses.")
     refine: bool = option(True, "Align the coarse pose with the map's reference views.")
     tracking: bool = option(
         False, "While alignments from the predicted pose succeed, find a coarse pose only now and then, as a check."

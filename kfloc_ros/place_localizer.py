@@ -74,6 +74,11 @@ class PlaceCoarseStage:
         if self._guide.active is not None:
             self._guide.active.coarse.pass_by(stamp_ns, observation)
 
+    def learn(self, stamp_ns: int, T_map_camera: Matrix) -> None:
+        """Take the refined pose of one of the last frames into account; it must be beyond doubt."""
+        if self._guide.active is not None:
+            self._guide.active.coarse.learn(stamp_ns, T_map_camera)
+
     def reset(self, reason: str) -> None:
         """Forget what was carried over from earlier frames, and which submap it was."""
         del reason

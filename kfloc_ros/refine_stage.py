@@ -16,7 +16,8 @@ from kfloc_ros.mapping.scene_map import SceneMap
 from kfloc_ros.pixloc.heads import choose_heads
 from kfloc_ros.pixloc.references import ReferenceViews
 from kfloc_ros.pixloc.refiner import Refiner, RefinerSettings
-from kfloc_ros.stages import CoarseResult, Observation, check_frame, timed
+from kfloc_ros.solvers.pnp import agreeing_share
+from kfloc_ros.stages import CoarseResult, Observation, check_frame, pnp_settings, timed
 from kfloc_ros.tracking import ConstantVelocity, Track, TrackSettings, agrees
 from kfloc_ros.types import Alignment, CoarsePose, Frame, Matrix, PoseEstimate, TrackingState
 
@@ -107,7 +108,7 @@ class RefineStage:
                 alignment = self._refiner.align(features, starts)
                 if self._tracks:
                     alignment = self._checked(alignment, coarse.pose, features)
-                if alignment.success and not agrees(alignment, coarse.pose):
+                if alignment.success and not self._is_spoken_for(alignment, coarse):
                     alignment = self._examined(alignment, features, expected)
             if not alignment.success and self._first_fix is not None:
                 with timed(timings, "first_fix"):
@@ -123,6 +124,21 @@ class RefineStage:
             return alignment
         self._track.check(other, coarse)
         return other
+
+    def _is_spoken_for(self, alignment: Alignment, coarse: CoarseResult) -> bool:
+        """Whether the coarse stage knows, without the poses before, that the camera is where an alignment ended.
+
+        A coarse pose from a belief that those poses corrected does not; then this frame's own measurement must.
+        """
+        if not agrees(alignment, coarse.pose):
+            return False
+        if not coarse.filter.confirmed:
+            return True
+        if coarse.measurement is None or alignment.T_map_camera is None:
+            return False
+        settings = pnp_settings(self._config, coarse.measurement.stride)
+        share = agreeing_share(coarse.measurement, self._camera, alignment.T_map_camera, settings)
+        return share >= self._judgement.min_inlier_ratio
 
     def _examined(self, alignment: Alignment, features: TrunkFeatures, expected: Matrix | None) -> Alignment:
         """An alignment that no coarse pose speaks for, failed if the image's matches or the motion contradict it."""

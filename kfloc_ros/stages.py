@@ -13,10 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kfloc_ros.errors import FrameError
-from kfloc_ros.features.trunk import Trunk, TrunkFeatures
+from kfloc_ros.features.trunk import COARSE_STRIDE, Trunk, TrunkFeatures
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.kfnet.filter import Filtered
+from kfloc_ros.localizer_config import LocalizerConfig
 from kfloc_ros.pixloc.references import ReferenceViews
+from kfloc_ros.solvers.pnp import PnpSettings
 from kfloc_ros.types import CoarsePose, FilterReport, Frame, Matrix, PoseEstimate, SceneCoordinates
 
 
@@ -72,6 +74,10 @@ class CoarseSteps(Protocol):
         """Take note of a frame that needs no coarse pose."""
         ...
 
+    def learn(self, stamp_ns: int, T_map_camera: Matrix) -> None:
+        """Take the refined pose of one of the last frames into account; it must be beyond doubt."""
+        ...
+
     def reset(self, reason: str) -> None:
         """Forget what was carried over from earlier frames."""
         ...
@@ -100,6 +106,17 @@ class RefineSteps(Protocol):
     def reset(self, reason: str) -> None:
         """Forget what was carried over from earlier frames."""
         ...
+
+
+def pnp_settings(config: LocalizerConfig, stride: int, covariance_scale: float = 1.0) -> PnpSettings:
+    """How the coarse pose is found from cells of so many pixels: what a cell tells of a place goes with its size."""
+    larger = stride / COARSE_STRIDE
+    return PnpSettings(
+        max_error_px=larger * config.pnp_max_error_px,
+        pixel_sigma_px=larger * PnpSettings().pixel_sigma_px,
+        min_inliers=config.pnp_min_inliers,
+        covariance_scale=covariance_scale,
+    )
 
 
 def observe(frame: Frame, camera: Camera, trunk: Trunk) -> Observation:

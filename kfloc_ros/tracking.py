@@ -30,7 +30,7 @@ class ConstantVelocity:
         """Remember a pose."""
         if self._last and not 0 < stamp_ns - self._last[-1][0] <= self._max_gap_ns:
             self.forget()
-        if self._last and _jumped(self._last[-1][1], T_map_camera):
+        if self._last and jumped(self._last[-1][1], T_map_camera):
             self.forget()  # found elsewhere: what lies between is not a motion that goes on
         self._last = [*self._last[-1:], (stamp_ns, T_map_camera)]
 
@@ -50,7 +50,8 @@ class ConstantVelocity:
         self._last = []
 
 
-def _jumped(before: Matrix, after: Matrix) -> bool:
+def jumped(before: Matrix, after: Matrix) -> bool:
+    """Whether two poses that should be close are not."""
     moved = inverse_pose(before) @ after
     return float(np.linalg.norm(moved[:3, 3])) > JUMP_M or rotation_angle_deg(moved[:3, :3]) > JUMP_DEG
 

@@ -94,6 +94,8 @@ class FilterReport:
     """Mean normalised innovation squared over cells with a prior (3 degrees of freedom); NaN without prior."""
     rejected_ratio: float
     """Share of cells with a prior whose prior failed the NIS test."""
+    confirmed: bool = False
+    """Whether a refined pose corrected the belief that the prior came from; see ``kfnet/pose_correction.py``."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,3 +144,8 @@ class PoseEstimate:
     """Whether it was aligned from the predicted pose alone; there is no coarse pose then."""
     timings_ms: Mapping[str, float] = field(default_factory=dict)
     """Milliseconds per stage, in the order run: trunk, measure, filter, pnp, refine, and their sum, total."""
+
+    @property
+    def refined_pose(self) -> Matrix | None:
+        """The pose, if it was refined and is beyond doubt."""
+        return self.T_map_camera if self.state is TrackingState.TRACKING and self.alignment is not None else None

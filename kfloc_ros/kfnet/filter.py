@@ -15,11 +15,17 @@ from enum import Enum
 import torch
 import torch.nn.functional as F
 
+from kfloc_ros.geometry.camera import Camera
+from kfloc_ros.geometry.lie import inverse_pose
 from kfloc_ros.kfnet import kalman
 from kfloc_ros.kfnet.oflownet import Flow, backward_flow
-from kfloc_ros.types import CoarsePose, FilterReport, SceneCoordinates
+from kfloc_ros.kfnet.pose_correction import onto_rays
+from kfloc_ros.tracking import jumped
+from kfloc_ros.types import CoarsePose, FilterReport, Matrix, SceneCoordinates
 
 NO_PRIOR = float("nan")
+REMEMBERED_POSES = 8
+"""Frames for which a refined pose may come late."""
 
 FlowFunction = Callable[[torch.Tensor, torch.Tensor], Flow]
 """Backward flow from the features (C, h, w) of the current and of the previous frame."""
@@ -53,7 +59,7 @@ class FilterSettings:
     """Process variance that is always added."""
     nis_threshold: float = kalman.NIS_THRESHOLD_95
     max_gap_s: float = 0.5
-    """A longer gap between frames resets the recursion."""
+    """A longer gap between frames, or between refined poses that confirm the belief, resets the recursion."""
     max_rejected_ratio: float = 0.7
     """If more of the prior's cells than this fail the NIS test, prior and measurement contradict each other."""
     patience: int = 1
@@ -156,7 +162,8 @@ class SceneCoordinateFilter:
 
     The recursion starts anew, with the measurement as posterior: at the first frame, after a gap in time, when time
     goes backwards, when the flow ends at the border of its window, when most of the prior contradicts the
-    measurement, and after a frame without a (good enough) pose.
+    measurement, after a frame without a (good enough) pose, and when a belief that refined poses have confirmed has
+    not been for a while: such a belief agrees with itself, however far it has drifted.
 
     Args:
         settings: of the recursion.
@@ -169,20 +176,54 @@ class SceneCoordinateFilter:
         self._belief: SceneCoordinates | None = None
         self._features: torch.Tensor | None = None
         self._stamp_ns = 0
+        self._poses: dict[int, Matrix] = {}
+        """Coarse poses of the last frames since the recursion began, by stamp, as corrected since."""
+        self._confirmed_ns: int | None = None
         self._reset_reason = "first frame"
         self._contradictions = 0
 
     def reset(self, reason: str) -> None:
         """Forget the belief; the next frame starts from its measurement alone."""
         self._belief, self._features, self._reset_reason = None, None, reason
+        self._confirmed_ns, self._poses = None, {}
         self._contradictions = 0
 
     def judge(self, pose: CoarsePose) -> None:
-        """Say what pose came of the last posterior: a belief that gives none, or hardly one, is not carried on."""
+        """Say what pose came of the last posterior: a belief that gives none, or hardly one, is not carried on.
+
+        Only what was told here can be learned from later.
+        """
         if not pose.success:
             self.reset(f"no coarse pose: {pose.reason}")
         elif pose.inlier_ratio < self.settings.min_inlier_ratio:
             self.reset(f"only {pose.inlier_ratio:.0%} of the cells agree with the pose")
+        elif pose.T_map_camera is not None:
+            self._poses[self._stamp_ns] = pose.T_map_camera
+            while len(self._poses) > REMEMBERED_POSES:
+                del self._poses[next(iter(self._poses))]
+
+    def learn(self, stamp_ns: int, camera: Camera, T_map_camera: Matrix) -> None:
+        """Correct the belief by the pose that refinement found for a frame, and stands by.
+
+        The frame need not be the last one, since a refiner in a process of its own answers later: how the camera moved
+        from it to the last one is known from their coarse poses, whose errors are alike. A pose found far from the
+        frame's coarse one shows that the belief was of another place; then it is dropped.
+
+        Args:
+            stamp_ns: of the frame; one that is no longer known, or that had no coarse pose, teaches nothing.
+            camera: of the frames.
+            T_map_camera: refined pose of the frame.
+        """
+        coarse = self._poses.get(stamp_ns)
+        if self._belief is None or coarse is None:
+            return
+        if jumped(coarse, T_map_camera):
+            self.reset("the pose was found elsewhere")
+            return
+        correction = T_map_camera @ inverse_pose(coarse)
+        self._poses = {stamp: correction @ T for stamp, T in self._poses.items() if stamp >= stamp_ns}
+        self._belief = onto_rays(self._belief, camera, self._poses[self._stamp_ns])
+        self._confirmed_ns = stamp_ns
 
     def step(self, stamp_ns: int, features: torch.Tensor, measurement: SceneCoordinates) -> Filtered:
         """Fuse the measurement of a frame with the belief carried from the frame before.
@@ -197,6 +238,10 @@ class SceneCoordinateFilter:
             filtered = _started_anew(measurement, self._reset_reason)
         else:
             filtered = self._carried(self._belief, self._flow(features, self._features), measurement)
+            if filtered.report.reset_reason:
+                self._confirmed_ns, self._poses = None, {}
+            confirmed = self._confirmed_ns is not None
+            filtered = replace(filtered, report=replace(filtered.report, confirmed=confirmed))
         self._belief = filtered.belief or filtered.posterior
         self._features, self._stamp_ns, self._reset_reason = features, stamp_ns, ""
         return filtered
@@ -209,6 +254,10 @@ class SceneCoordinateFilter:
             self.reset("time went backwards")
         elif gap_s > self.settings.max_gap_s:
             self.reset(f"no frame for {gap_s:.2f} s")
+        elif self._confirmed_ns is not None:
+            unconfirmed_s = (stamp_ns - self._confirmed_ns) * 1e-9
+            if unconfirmed_s > self.settings.max_gap_s:
+                self.reset(f"no refined pose for {unconfirmed_s:.2f} s")
 
     def _carried(self, belief: SceneCoordinates, flow: Flow, measurement: SceneCoordinates) -> Filtered:
         s = self.settings

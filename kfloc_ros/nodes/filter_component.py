@@ -18,6 +18,7 @@ from kfloc_ros.nodes.health import Health
 from kfloc_ros.nodes.intake import Intake
 from kfloc_ros.nodes.packets import CameraFrame, CoarseFrame
 from kfloc_ros.nodes.parameter_server import ParameterServer
+from kfloc_ros.nodes.pose_feedback import FeedbackQueue
 from kfloc_ros.nodes.time_watch import TimeWatch
 from kfloc_ros.nodes.topics import (
     FRAME_TOPICS,
@@ -30,11 +31,13 @@ from kfloc_ros.nodes.topics import (
 )
 from kfloc_ros.nodes.warm_up import warm_up
 from kfloc_ros.stages import CoarseSteps, Observation
+from kfloc_ros.types import PoseEstimate
 
 
 class FilterComponent:
     """Takes frames, publishes ``coarse_pose`` and gives coarse frames to ``output``, in the caller's thread.
 
+    The stage learns from what ``output`` makes of a coarse pose, if it says so.
     Where ``track`` answers a frame after the trunk alone, it has no coarse pose.
     """
 
@@ -43,7 +46,7 @@ class FilterComponent:
         node: Node,
         stage: CoarseSteps,
         publish: Callable[[CoarseFrame], None],
-        output: Callable[[CoarseFrame], None] = lambda packet: None,
+        output: Callable[[CoarseFrame], PoseEstimate | None] = lambda packet: None,
         track: Callable[[CameraFrame, Observation], bool] = lambda packet, observation: False,
     ) -> None:
         self._stage, self._publish, self._output, self._track = stage, publish, output, track
@@ -60,7 +63,9 @@ class FilterComponent:
             return
         coarse = CoarseFrame(packet, self._stage.process(packet.frame, observation))
         self._publish(coarse)
-        self._output(coarse)
+        estimate = self._output(coarse)
+        if estimate is not None and estimate.refined_pose is not None:
+            self._stage.learn(estimate.stamp_ns, estimate.refined_pose)
 
     def start_anew(self, reason: str) -> None:
         """Have the next frame stand on its own; for any thread."""
@@ -81,13 +86,14 @@ class FilterApplication:
         stage = CoarseStage(scene_map, parameters.localizer)
         if stage.note:
             self._health.warn(stage.note)
-        self._camera = stage.camera
+        self._stage, self._camera = stage, stage.camera
         map_frame = parameters.node.map_frame or scene_map.frame_id
         publish = CoarsePublisher(node, map_frame, lambda: self._health.counters, for_refiner=True)
         self._cells = cell_publisher(node, map_frame, self._health.warn)
         self._component = FilterComponent(node, stage, publish, self._cells.offer)
         self._intake = Intake("filter", self._health, gate, parameters, self._process, self._component.reset)
         self._diagnostics = DiagnosticsPublisher(node, self._health, gate, scene_map.name, Report)
+        self._feedback = FeedbackQueue(node, self._health.warn)
         subscribe(node, FRAME_TOPICS, StampJoiner(frame_is_complete, self._intake.offer))
 
     def pause(self) -> None:
@@ -104,6 +110,8 @@ class FilterApplication:
     def _process(self, messages: Messages) -> None:
         packet = read_frame(messages)
         check_camera(packet, self._camera)
+        for refined in self._feedback.take():
+            self._stage.learn(refined.stamp_ns, refined.T_map_camera)
         self._component.accept(packet)
         self._health.answered(packet.latency_ms())
 

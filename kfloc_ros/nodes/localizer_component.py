@@ -17,6 +17,7 @@ from kfloc_ros.nodes.refiner_component import RefinerComponent
 from kfloc_ros.nodes.topics import CoarsePublisher
 from kfloc_ros.nodes.warm_up import warm_up
 from kfloc_ros.place_localizer import localizer_for
+from kfloc_ros.types import PoseEstimate
 
 
 class LocalizerApplication:
@@ -55,6 +56,7 @@ class LocalizerApplication:
         self._filter.start_anew(reason)
         self._refiner.start_anew(reason)
 
-    def _refine_and_show(self, packet: CoarseFrame) -> None:
-        self._refiner.accept(packet)
+    def _refine_and_show(self, packet: CoarseFrame) -> PoseEstimate:
+        estimate = self._refiner.accept(packet)
         self._cells.offer(packet)  # the pose first
+        return estimate

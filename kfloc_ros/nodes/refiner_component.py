@@ -22,6 +22,7 @@ from kfloc_ros.nodes.map_publisher import MapPublisher
 from kfloc_ros.nodes.overlay_publisher import Localized, overlay_publisher
 from kfloc_ros.nodes.packets import CameraFrame, CoarseFrame
 from kfloc_ros.nodes.parameter_server import ParameterServer
+from kfloc_ros.nodes.pose_feedback import FeedbackPublisher
 from kfloc_ros.nodes.pose_keeper import PoseKeeper
 from kfloc_ros.nodes.pose_publisher import PosePublisher
 from kfloc_ros.nodes.services import RESET
@@ -87,12 +88,12 @@ class RefinerComponent:
         self._answer(packet, estimate, observation.features)
         return True
 
-    def accept(self, packet: CoarseFrame) -> None:
+    def accept(self, packet: CoarseFrame) -> PoseEstimate:
         """Work on one frame, in the caller's thread. Raises FrameError for one that cannot be used."""
         if packet.camera is not self._begun:
             self._begin(packet.camera)
         estimate = self._stage.process(packet.camera.frame, packet.result)
-        self._answer(packet.camera, estimate, packet.result.features)
+        return self._answer(packet.camera, estimate, packet.result.features)
 
     def _begin(self, packet: CameraFrame) -> None:
         """What is due once a frame, before anything is made of it."""
@@ -106,7 +107,8 @@ class RefinerComponent:
         if starts:
             self._stage.suggest(starts)
 
-    def _answer(self, packet: CameraFrame, estimate: PoseEstimate, features: TrunkFeatures) -> None:
+    def _answer(self, packet: CameraFrame, estimate: PoseEstimate, features: TrunkFeatures) -> PoseEstimate:
+        """Publish what became of a frame, and say it."""
         self._begun = None
         self._initial.judge(estimate.T_map_camera is not None)
         start = time.perf_counter()
@@ -119,6 +121,7 @@ class RefinerComponent:
         self._health.answered(latency_ms)
         self._status.publish(packet, estimate, outcome, publish_ms, latency_ms)
         self._overlay.offer(Localized(packet, estimate, features))
+        return estimate
 
     def start_anew(self, reason: str) -> None:
         """Have the next frame stand on its own; for any thread."""
@@ -153,6 +156,7 @@ class RefinerApplication:
         warm_up(scene_map, parameters.localizer)
         stage = RefineStage(scene_map, parameters.localizer)
         self._component = RefinerComponent(node, parameters, scene_map, stage, self._health, gate)
+        self._send_back = FeedbackPublisher(node, parameters.node.map_frame or scene_map.frame_id)
         self._intake = Intake("refiner", self._health, gate, parameters, self._process, self._component.reset)
         subscribe(node, {**FRAME_TOPICS, **COARSE_TOPICS}, StampJoiner(coarse_is_complete, self._intake.offer))
 
@@ -170,4 +174,4 @@ class RefinerApplication:
     def _process(self, messages: Messages) -> None:
         packet = read_coarse(messages)
         check_camera(packet.camera, self._camera)
-        self._component.accept(packet)
+        self._send_back(self._component.accept(packet))

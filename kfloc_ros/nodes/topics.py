@@ -175,6 +175,7 @@ class CoarsePublisher:
             "success": success, "reason": pose.reason, "inliers": pose.inlier_count, "inlier_ratio": pose.inlier_ratio,
             "filter_reset": result.filter.reset_reason, "prior_ratio": result.filter.prior_ratio,
             "nis": result.filter.nis_mean, "rejected_ratio": result.filter.rejected_ratio,
+            "confirmed": result.filter.confirmed,
         }  # fmt: skip
         values |= counter_values(packet.camera.counters(self._own())) | timing_values(result.timings_ms)
         self._statuses.publish(make_status(result.stamp_ns, "coarse", values))
@@ -217,6 +218,7 @@ def read_coarse(messages: Messages) -> CoarseFrame:
             prior_ratio=number(values, "prior_ratio"),
             nis_mean=number(values, "nis"),
             rejected_ratio=number(values, "rejected_ratio"),
+            confirmed=values.get("confirmed") == "true",
         ),
         timings_ms=read_timings(values),
         features=read_features(messages["frame/features_coarse"], messages["frame/features_fine"], camera.frame.camera),

@@ -64,6 +64,20 @@ def choose_cells(coordinates: SceneCoordinates, settings: PnpSettings) -> Corres
     return Correspondences(pixels, points, sigma[index])
 
 
+def agreeing_share(coordinates: SceneCoordinates, camera: Camera, T_map_camera: Matrix, settings: PnpSettings) -> float:
+    """Share of the surest cells of a scene-coordinate map whose points a pose shows where the cells are."""
+    cells = choose_cells(coordinates, settings)
+    if len(cells.pixels) < settings.min_inliers:
+        return 0.0
+    back = inverse_pose(T_map_camera)
+    x, y, z = (cells.points @ back[:3, :3].T + back[:3, 3]).T
+    in_front = z > 0
+    z = np.where(in_front, z, 1.0)
+    shown = np.stack([camera.fx * x / z + camera.cx, camera.fy * y / z + camera.cy], axis=1)
+    near = np.linalg.norm(shown - cells.pixels, axis=1) <= settings.max_error_px
+    return float(np.mean(near & in_front))
+
+
 def solve_pnp(coordinates: SceneCoordinates, camera: Camera, settings: PnpSettings) -> CoarsePose:
     """Coarse pose of a scene-coordinate map; ``success`` and ``reason`` say whether it can be used."""
     cells = choose_cells(coordinates, settings)

@@ -207,17 +207,28 @@ def test_pose_of_a_base_frame_through_static_transforms(new_world: NewWorld, roo
 def test_three_processes_answer_as_one_does(new_world: NewWorld, room_map: Path, room: Any) -> None:
     world = new_world()
     for module in ("filter_node", "refiner_node", "camera_node"):
-        world.start(module, f"map:={room_map}")
+        world.start(module, f"map:={room_map}", "max_gap_s:=60.0")  # frames may take long here
     world.wait_ready()
     harness = world.harness
     harness.wait(lambda: {name for name, _ in harness.node.get_node_names_and_namespaces()} >= {
         "filter_node", "refiner_node", "camera_node"})  # fmt: skip
     harness.wait(lambda: harness.node.count_subscribers("coarse_status") > 0, 60.0)
     harness.wait(lambda: harness.node.count_subscribers("frame/image") > 1, 60.0)
+    harness.wait(lambda: harness.node.count_subscribers("refined_pose") > 0, 60.0)
+    from diagnostic_msgs.msg import DiagnosticArray
+
+    confirmed: dict[int, str] = {}
+
+    def read(message: Any) -> None:
+        values = {pair.key: pair.value for pair in message.status[0].values}
+        confirmed[message.header.stamp.sec * 10**9 + message.header.stamp.nanosec] = values["confirmed"]
+
+    harness.node.create_subscription(DiagnosticArray, "coarse_status", read, 10)
     harness.spin(1.0)
-    for position in (4, 5):
+    for position in (4, 4, 5, 5):
         message = harness.localize(room[position])
         assert_near(pose_from_message(message.pose.pose), room[position].T_map_camera)
+    assert next(iter(confirmed.values())) == "false" and "true" in confirmed.values(), "refined poses go back"
     stamp_ns = message.header.stamp.sec * 10**9 + message.header.stamp.nanosec
     values = harness.statuses[stamp_ns]
     assert values["state"] == "TRACKING"

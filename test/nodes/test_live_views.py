@@ -129,7 +129,7 @@ def test_three_nodes_publish_what_the_table_says_of_each(
         world.start(name, f"map:={room_map}")
     world.wait_ready()
     node = world.harness.node
-    hand_over = ("/frame/", "/coarse_status", "/parameter_events", "/rosout")
+    hand_over = ("/frame/", "/coarse_status", "/refined_pose", "/parameter_events", "/rosout")
 
     def missing() -> list[str]:
         if not set(nodes) <= set(node.get_node_names()):
