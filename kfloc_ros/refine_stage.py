@@ -112,7 +112,7 @@ class RefineStage:
                     alignment = self._examined(alignment, features, expected)
             if not alignment.success and self._first_fix is not None:
                 with timed(timings, "first_fix"):
-                    alignment = self._search(features, alignment, expected)
+                    alignment = self._search(features, alignment, predicted)
         return self._finish(self._judge(coarse, alignment), timings)
 
     def _checked(self, alignment: Alignment, coarse: CoarsePose, features: TrunkFeatures) -> Alignment:
@@ -142,10 +142,13 @@ class RefineStage:
 
     def _examined(self, alignment: Alignment, features: TrunkFeatures, expected: Matrix | None) -> Alignment:
         """An alignment that no coarse pose speaks for, failed if the image's matches or the motion contradict it."""
+
+        def align(starts: Sequence[Matrix]) -> Alignment:
+            return self._refiner.align(features, starts)
+
         if len(alignment.reference_ids) > self._config.num_references:  # little in view: other views may see more
-            alignment = settled(lambda starts: self._refiner.align(features, starts), alignment)
-        doubt = "" if self._first_fix is None else self._first_fix.doubt(features, alignment, expected)
-        return replace(alignment, success=not doubt, reason=doubt)
+            alignment = settled(align, alignment)
+        return alignment if self._first_fix is None else self._first_fix.examine(features, align, alignment, expected)
 
     def _finish(self, estimate: PoseEstimate, timings: dict[str, float]) -> PoseEstimate:
         timings["total"] = sum(timings.values())
@@ -155,12 +158,14 @@ class RefineStage:
             self._had_pose = True
         return replace(estimate, timings_ms=timings)
 
-    def _search(self, features: TrunkFeatures, failed: Alignment, expected: Matrix | None) -> Alignment:
+    def _search(self, features: TrunkFeatures, failed: Alignment, predicted: Matrix | None) -> Alignment:
         """The alignment found in the whole map, or the failed one with what the search says about it."""
         assert self._first_fix is not None
+        expected = predicted if self._follows_pose else None
         limit = self._first_fix.settings.near_max_cost
+        likely = [T for T in (failed.T_map_camera, predicted) if T is not None]
         found = self._first_fix.find(
-            features, lambda starts: self._refiner.align(features, starts, max_cost=limit), expected
+            features, lambda starts: self._refiner.align(features, starts, max_cost=limit), expected, likely
         )
         return found if found.success else replace(failed, reason=f"{failed.reason}; searched the map: {found.reason}")
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,6 +40,14 @@ class Matches:
         """Those that look alike."""
         kept = self.similarity > min_similarity
         return Matches(self.pixels[kept], self.points[kept], self.similarity[kept])
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Matches]) -> Matches:
+        return cls(
+            np.concatenate([m.pixels for m in parts]),
+            np.concatenate([m.points for m in parts]),
+            np.concatenate([m.similarity for m in parts]),
+        )
 
 
 class ImageMatches:
@@ -101,6 +109,11 @@ class ImageMatches:
                 similarity.cpu().double().numpy(),
             )
         return self._in_context[position]
+
+    def with_views(self, positions: Sequence[int], min_similarity: float) -> Matches:
+        """Those one by one with some views that look alike, and all in context that were made so far."""
+        one_by_one = [self.one_by_one(k).alike(min_similarity) for k in positions]
+        return Matches.concatenate([*one_by_one, *self._in_context.values()])
 
     def agreement(self, T_map_camera: Matrix, positions: Iterable[int]) -> float:
         """Share of the matches, one by one, of points in view that agree with a pose; 0 if there are none.

@@ -89,25 +89,36 @@ class ReferenceViews:
         return [int(k) for k in np.argsort(view_distances(self.T_map_camera, T_map_camera), kind="stable")[:count]]
 
     def overlapping(self, T_map_camera: Matrix, camera: Camera, count: int) -> list[int]:
-        """Positions of the views that a camera should be compared with: the nearest that hold enough of what it sees.
+        """Positions of the views that a camera should be aligned with: :meth:`best_overlapping`, and more if need be.
 
-        Far from the mapped path the nearest views may look past what the camera sees, and others further away see it;
-        and where it sees little of all of them, views beyond ``count`` follow, until there are enough points. Where
-        the nearest have enough in view, they are what :meth:`nearest` gives.
+        Where it sees little of all of them, views beyond ``count`` follow, until there are enough points.
         """
+        chosen, further = self._overlapping(T_map_camera, camera, count)
+        return chosen + further
+
+    def best_overlapping(self, T_map_camera: Matrix, camera: Camera, count: int) -> list[int]:
+        """Positions of the views, at most ``count``, nearest to a camera that hold enough of what it sees.
+
+        Far from the mapped path the nearest views may look past what the camera sees, and others further away see it.
+        Where the nearest have enough in view, they are what :meth:`nearest` gives.
+        """
+        return self._overlapping(T_map_camera, camera, count)[0]
+
+    def _overlapping(self, T_map_camera: Matrix, camera: Camera, count: int) -> tuple[list[int], list[int]]:
+        """The best views, and those that lend them points."""
         near = self.nearest(T_map_camera, max(count, LOOKED_AT))
         seen = self._in_view(T_map_camera, camera, near[:count])
         if all(s >= MIN_IN_VIEW for s in self._shares(near, seen)) and sum(seen) >= WANTED_IN_VIEW:
-            return near[:count]
+            return near[:count], []
         seen += self._in_view(T_map_camera, camera, near[count:])
         shares = self._shares(near, seen)
         order = sorted(range(len(near)), key=lambda k: (-min(shares[k], MIN_IN_VIEW), k))
-        chosen = order[:count]
+        lending: list[int] = []
         for k in order[count:MAX_LENDING]:
-            if not seen[k] or sum(seen[j] for j in chosen) >= WANTED_IN_VIEW:
+            if not seen[k] or sum(seen[j] for j in order[:count] + lending) >= WANTED_IN_VIEW:
                 break
-            chosen.append(k)
-        return [near[k] for k in chosen]
+            lending.append(k)
+        return [near[k] for k in order[:count]], [near[k] for k in lending]
 
     def _in_view(self, T_map_camera: Matrix, camera: Camera, positions: Sequence[int]) -> list[int]:
         """How many of each view's points lie in the camera's image."""

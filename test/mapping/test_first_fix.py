@@ -18,7 +18,7 @@ from kfloc_ros.mapping.fix_choice import FirstFixSettings, choose, settled
 from kfloc_ros.mapping.retrieval import ReferenceIndex
 from kfloc_ros.mapping.scene_map import SceneMap
 from kfloc_ros.pixloc.references import ReferenceViews
-from kfloc_ros.pixloc.refiner import Refiner, RefinerSettings
+from kfloc_ros.pixloc.refiner import Refiner, RefinerSettings, failed_alignment
 from kfloc_ros.refine_stage import RefineStage
 from kfloc_ros.stages import CoarseResult
 from kfloc_ros.types import Alignment, CoarsePose, FilterReport, TrackingState
@@ -139,7 +139,7 @@ def test_matches_agree_with_the_right_pose_and_contradict_others(
 ) -> None:
     matches = FirstFix(scene_map.references, scene_map.camera).matches(features)
     truth = room[9].T_map_camera
-    views = scene_map.references.overlapping(truth, scene_map.camera, 3)[:3]
+    views = scene_map.references.best_overlapping(truth, scene_map.camera, 3)
     assert matches.agreement(truth, views) > 0.5 and matches.agreement_in_context(truth, views) > 0.5
     assert matches.support(truth) > 30
     for wrong in (shifted(truth, 0.5), shifted(truth, 0.0, 20.0)):
@@ -152,12 +152,70 @@ def alignment_at(T: Matrix, cost: float = 0.1, reason: str = "") -> Alignment:
     return Alignment(not reason, reason, T, np.eye(6) * 1e-6, 0.3, cost, 0.9, 8, (0,))
 
 
+def nowhere(starts: Sequence[Matrix]) -> Alignment:
+    return failed_alignment("no")
+
+
 def test_an_alignment_that_only_looks_right_is_doubted(scene_map: SceneMap, features: TrunkFeatures, room) -> None:
     first_fix, truth = FirstFix(scene_map.references, scene_map.camera), room[9].T_map_camera
-    assert first_fix.doubt(features, alignment_at(truth)) == ""
-    assert first_fix.doubt(features, alignment_at(truth), shifted(truth, 0.05)) == ""
-    assert "matches agree" in first_fix.doubt(features, alignment_at(shifted(truth, 0.6)))
-    assert "going" in first_fix.doubt(features, alignment_at(truth), shifted(truth, 0.4))
+
+    def doubt(T: Matrix, expected: Matrix | None = None) -> str:
+        return first_fix.examine(features, nowhere, alignment_at(T), expected).reason
+
+    assert doubt(truth) == ""
+    assert doubt(truth, shifted(truth, 0.05)) == ""
+    assert "matches agree" in doubt(shifted(truth, 0.6))
+    assert "going" in doubt(truth, shifted(truth, 0.4))
+
+
+def test_more_is_asked_where_no_frame_before_speaks_for_an_alignment(
+    scene_map: SceneMap, features: TrunkFeatures, room
+) -> None:
+    truth = room[9].T_map_camera
+    settings = FirstFixSettings(sure_agreement=1.01)
+    first_fix = FirstFix(scene_map.references, scene_map.camera, settings)
+    assert first_fix.examine(features, nowhere, alignment_at(truth), truth).success
+    assert not first_fix.examine(features, nowhere, alignment_at(truth)).success
+
+
+def test_the_matches_lead_an_alignment_out_of_the_wrong_valley(
+    scene_map: SceneMap, features: TrunkFeatures, room
+) -> None:
+    truth = room[9].T_map_camera
+    first_fix, align = FirstFix(scene_map.references, scene_map.camera), aligning(scene_map, features)
+    beside = alignment_at(shifted(truth, 0.2, 2.0), cost=0.25)
+    found = first_fix.examine(features, align, beside, truth)
+    assert found.success and found.final_cost < 0.25 and away(found.T_map_camera, room[9]) < 0.03
+    cheaper = alignment_at(shifted(truth, 0.02), cost=1e-4)  # what costs less stays, if the matches agree
+    assert first_fix.examine(features, align, cheaper, truth).final_cost == 1e-4
+
+
+def test_a_doubted_alignment_is_asked_again_by_the_search(scene_map: SceneMap, features: TrunkFeatures, room) -> None:
+    truth = room[9].T_map_camera
+    blind = FirstFixSettings(min_inliers=10**6, min_matched_inliers=10**6)  # the matches give no pose to start from
+    first_fix, align = FirstFix(scene_map.references, scene_map.camera, blind), aligning(scene_map, features)
+    assert not first_fix.find(features, align).success
+    found = first_fix.find(features, align, likely=[shifted(truth, 0.05)])
+    assert found.success and away(found.T_map_camera, room[9]) < 0.03
+
+
+def test_where_the_camera_was_expected_the_matches_say_which_alignment_slid(
+    scene_map: SceneMap, features: TrunkFeatures, room
+) -> None:
+    truth = room[9].T_map_camera
+    slid = shifted(truth, 0.3)
+    first_fix = FirstFix(
+        scene_map.references, scene_map.camera, FirstFixSettings(sure_agreement=2.0, near_agreement=0.0)
+    )
+    made = {0: alignment_at(slid, cost=0.1), 1: alignment_at(truth, cost=0.2)}
+    calls: list[int] = []
+
+    def align(starts: Sequence[Matrix]) -> Alignment:
+        calls.append(1)
+        return made.get(len(calls) - 1, failed_alignment("no"))
+
+    found = first_fix.find(features, align, slid, [slid, truth])
+    assert found.success and found.final_cost == 0.2 and away(found.T_map_camera, room[9]) < 0.03
 
 
 def test_the_refiner_finds_the_way_back_from_a_wrong_local_minimum(

@@ -106,3 +106,5 @@ def test_further_views_lend_points_where_little_is_in_view() -> None:
     assert little.overlapping(np.eye(4), camera, 2) == [0, 1, 2]
     past = ReferenceViews((0, 1, 2, 3), poses, (view(50, 250), view(40, 260), view(60, 240), view(0, 300)))
     assert past.overlapping(np.eye(4), camera, 2) == [2, 0, 1]
+    assert little.best_overlapping(np.eye(4), camera, 2) == [0, 1]
+    assert past.best_overlapping(np.eye(4), camera, 2) == [2, 0]
