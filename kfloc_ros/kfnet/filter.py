@@ -224,6 +224,7 @@ class SceneCoordinateFilter:
         self._poses = {stamp: correction @ T for stamp, T in self._poses.items() if stamp >= stamp_ns}
         self._belief = onto_rays(self._belief, camera, self._poses[self._stamp_ns])
         self._confirmed_ns = stamp_ns
+        self._contradictions = 0  # if the measurement contradicted it, the picture was to blame
 
     def step(self, stamp_ns: int, features: torch.Tensor, measurement: SceneCoordinates) -> Filtered:
         """Fuse the measurement of a frame with the belief carried from the frame before.

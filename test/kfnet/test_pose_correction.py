@@ -130,6 +130,22 @@ def test_a_refined_pose_may_come_two_frames_late_and_counts_once() -> None:
     assert np.ptp(errors[2][6:]) < 0.05  # and it does not swing
 
 
+@pytest.mark.parametrize("learns", [True, False])
+def test_what_refined_poses_confirm_outlives_bad_pictures(learns: bool) -> None:
+    """A lens covered for five frames, whose cells are sure of nonsense."""
+    recursion = begun()
+    elsewhere = POSE.copy()
+    elsewhere[0, 3] += 5.0
+    nonsense = replace(seen_from(elsewhere, depth()), variance=torch.full((H, W), 0.01**2))
+    for k in range(1, 6):
+        step = recursion.step(k * FRAME_NS, features(), nonsense)
+        recursion.judge(solve_pnp(step.posterior, CAMERA, PnpSettings()))
+        if learns:
+            recursion.learn(k * FRAME_NS, CAMERA, POSE)
+    off_m = (step.posterior.mean - seen_from(POSE, depth()).mean).norm(dim=0).median()
+    assert off_m < 0.05 if learns else off_m > 1.0
+
+
 @pytest.mark.parametrize("stamp_ns", [1, FRAME_NS, -FRAME_NS])
 def test_a_pose_of_an_unknown_frame_teaches_nothing(stamp_ns: int) -> None:
     recursion = begun()
