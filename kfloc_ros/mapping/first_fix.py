@@ -6,13 +6,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from kfloc_ros.features.lighterglue import LighterGlue
 from kfloc_ros.features.trunk import TrunkFeatures
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import Matrix
-from kfloc_ros.mapping.fix_choice import FirstFixSettings, apart, choose, distinct, is_near
+from kfloc_ros.mapping.fix_choice import FirstFixSettings, apart, choose, distinct, is_near, more_speak_for
 from kfloc_ros.mapping.fix_evidence import Align, Evidence
 from kfloc_ros.mapping.fix_starts import StartingPoses
 from kfloc_ros.mapping.retrieval import ReferenceIndex
@@ -136,20 +138,20 @@ class FirstFix:
         Where the camera was expected, the frames before speak, too, but only for the place: which of the alignments
         there is right, when they slid along a direction that few points fix, is for the matches to say.
         """
-        support = [0 if r.T_map_camera is None else matches.support(r.T_map_camera) for r in alignments]
-        possible = [(n, r) for n, r in zip(support, alignments, strict=True) if r.success]
+        support = [matches.supporting(r.T_map_camera) for r in alignments if r.T_map_camera is not None and r.success]
+        possible = [r for r in alignments if r.T_map_camera is not None and r.success]
 
-        def outdone(own: int, alignment: Alignment) -> bool:
+        def outdone(own: NDArray[np.bool_], alignment: Alignment) -> bool:
             everywhere = not self._is_expected(alignment, expected)
-            rivals = (n for n, r in possible if everywhere or not distinct(r, alignment, self.settings))
-            return self.settings.clear_margin * own < max(rivals)
+            return any(
+                more_speak_for(other, own, self.settings)
+                for other, r in zip(support, possible, strict=True)
+                if everywhere or not distinct(r, alignment, self.settings)
+            )
 
-        return [
-            replace(r, success=False, reason="more of the matches speak for another place")
-            if r.success and outdone(n, r)
-            else r
-            for n, r in zip(support, alignments, strict=True)
-        ]
+        reason = "more of the matches speak for another place"
+        worse = {id(r) for own, r in zip(support, possible, strict=True) if outdone(own, r)}
+        return [replace(r, success=False, reason=reason) if id(r) in worse else r for r in alignments]
 
     def _is_expected(self, alignment: Alignment, expected: Matrix | None) -> bool:
         return expected is not None and is_near(alignment, expected, self.settings)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kfloc_ros.geometry.lie import Matrix, rotation_angle_deg
 from kfloc_ros.pixloc.refiner import failed_alignment
@@ -67,6 +68,8 @@ class FirstFixSettings:
     """Two poses further apart than either of these are different places."""
     clear_margin: float = 1.15
     """The second place's alignment must cost more than the best one's by this factor, or nothing is claimed."""
+    clear_sigmas: float = 2.0
+    """Standard deviations of chance by which more matches have to speak for one place for another to be dropped."""
 
 
 def choose(
@@ -119,6 +122,22 @@ def distinct(a: Alignment, b: Alignment, settings: FirstFixSettings) -> bool:
     """Whether two alignments, which have poses, are of different places."""
     assert a.T_map_camera is not None and b.T_map_camera is not None
     return apart(a.T_map_camera, b.T_map_camera, settings.distinct_m, settings.distinct_deg)
+
+
+def more_speak_for(other: NDArray[np.bool_], own: NDArray[np.bool_], settings: FirstFixSettings) -> bool:
+    """Whether clearly more of an image's matches speak for another pose than for one's own.
+
+    More by the margin, and by more than chance: of the matches that speak for one of the two alone, either could have
+    had each (McNemar's test).
+
+    Args:
+        other: (N,) which matches speak for the other pose.
+        own: (N,) the same for one's own.
+        settings: the margins.
+    """
+    for_other, for_own = int((other & ~own).sum()), int((own & ~other).sum())
+    by_chance = settings.clear_sigmas * (for_other + for_own) ** 0.5
+    return bool(settings.clear_margin * own.sum() < other.sum() and for_other - for_own > by_chance)
 
 
 def apart(a: Matrix, b: Matrix, limit_m: float, limit_deg: float) -> bool:

@@ -121,25 +121,29 @@ class ImageMatches:
         Chance hardly ever agrees: one of thousands of cells was chosen, and lies within a cell and a half of where the
         pose shows the point. A pose found by alignment has not seen the other cells.
         """
-        agreeing, seen, _ = self._count((self.one_by_one(k) for k in positions), T_map_camera, AGREEING_PX)
+        agreeing, seen, _ = self._count((self.one_by_one(k) for k in positions), T_map_camera)
         return agreeing / max(seen, 1)
 
     def agreement_in_context(self, T_map_camera: Matrix, positions: Iterable[int]) -> float:
         """The same of the matches in context, of which those out of view speak against the pose."""
-        agreeing, _, made = self._count((self.in_context(k) for k in positions), T_map_camera, AGREEING_PX)
+        agreeing, _, made = self._count((self.in_context(k) for k in positions), T_map_camera)
         return agreeing / max(made, 1)
 
-    def support(self, T_map_camera: Matrix) -> int:
-        """How many of all matches in context that were made so far speak for a pose; compares poses of one image."""
-        return self._count(self._in_context.values(), T_map_camera, SUPPORTING_PX)[0]
+    def supporting(self, T_map_camera: Matrix) -> NDArray[np.bool_]:
+        """Which of all matches in context that were made so far speak for a pose; compares poses of one image."""
+        if not self._in_context:
+            return np.zeros(0, dtype=bool)
+        matches = Matches.concatenate(list(self._in_context.values()))
+        pixels, inside = _project(matches.points, inverse_pose(T_map_camera), self._camera)
+        return np.asarray(inside & (np.linalg.norm(pixels - matches.pixels, axis=1) < SUPPORTING_PX))
 
-    def _count(self, parts: Iterable[Matches], T_map_camera: Matrix, limit_px: float) -> tuple[int, int, int]:
+    def _count(self, parts: Iterable[Matches], T_map_camera: Matrix) -> tuple[int, int, int]:
         """Matches that agree with a pose, those in view, and all."""
         agreeing = in_view = made = 0
         T_camera_map = inverse_pose(T_map_camera)
         for matches in parts:
             pixels, inside = _project(matches.points, T_camera_map, self._camera)
-            agreeing += int((inside & (np.linalg.norm(pixels - matches.pixels, axis=1) < limit_px)).sum())
+            agreeing += int((inside & (np.linalg.norm(pixels - matches.pixels, axis=1) < AGREEING_PX)).sum())
             in_view += int(inside.sum())
             made += len(inside)
         return agreeing, in_view, made

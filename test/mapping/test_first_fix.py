@@ -9,12 +9,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from kfloc_ros.features.trunk import Trunk, TrunkFeatures
 from kfloc_ros.geometry.lie import Matrix, make_pose, so3_exp
 from kfloc_ros.localizer_config import LocalizerConfig
 from kfloc_ros.mapping.first_fix import FirstFix
-from kfloc_ros.mapping.fix_choice import FirstFixSettings, choose, settled
+from kfloc_ros.mapping.fix_choice import FirstFixSettings, choose, more_speak_for, settled
 from kfloc_ros.mapping.retrieval import ReferenceIndex
 from kfloc_ros.mapping.scene_map import SceneMap
 from kfloc_ros.pixloc.references import ReferenceViews
@@ -141,10 +142,11 @@ def test_matches_agree_with_the_right_pose_and_contradict_others(
     truth = room[9].T_map_camera
     views = scene_map.references.best_overlapping(truth, scene_map.camera, 3)
     assert matches.agreement(truth, views) > 0.5 and matches.agreement_in_context(truth, views) > 0.5
-    assert matches.support(truth) > 30
+    right = matches.supporting(truth)
+    assert right.sum() > 30
     for wrong in (shifted(truth, 0.5), shifted(truth, 0.0, 20.0)):
         assert matches.agreement(wrong, views) < 0.2 and matches.agreement_in_context(wrong, views) < 0.2
-        assert matches.support(wrong) < 0.3 * matches.support(truth)
+        assert matches.supporting(wrong).sum() < 0.3 * right.sum() and len(matches.supporting(wrong)) == len(right)
     assert matches.agreement(truth @ np.diag([-1.0, 1.0, -1.0, 1.0]), views) == 0.0  # nothing is in view there
 
 
@@ -242,6 +244,19 @@ def test_where_the_camera_was_expected_less_is_asked_for() -> None:
     assert choose([dear, far], settings, expected=here) is dear
     clearly = alignment_at(shifted(here, 3.0), cost=0.1)
     assert choose([dear, clearly], settings, expected=here) is clearly
+
+
+def speaking(count: int, first: int = 0) -> NDArray[np.bool_]:
+    return np.isin(np.arange(300), np.arange(first, first + count))
+
+
+def test_more_matches_count_only_beyond_chance() -> None:
+    settings = FirstFixSettings()
+    assert more_speak_for(speaking(120), speaking(60), settings)
+    assert not more_speak_for(speaking(110), speaking(100), settings)  # not by the margin
+    assert more_speak_for(speaking(24), speaking(15), settings)  # the same ones, and others
+    assert not more_speak_for(speaking(24), speaking(15, 100), settings)  # of 39 with one place each, 24
+    assert not more_speak_for(speaking(0), speaking(0), settings)
 
 
 def test_an_alignment_is_repeated_and_the_better_kept() -> None:
