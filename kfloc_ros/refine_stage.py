@@ -126,19 +126,21 @@ class RefineStage:
         return other
 
     def _is_spoken_for(self, alignment: Alignment, coarse: CoarseResult) -> bool:
-        """Whether the coarse stage knows, without the poses before, that the camera is where an alignment ended.
+        """Whether something that knows nothing of the poses before says that the camera is where an alignment ended.
 
-        A coarse pose from a belief that those poses corrected does not; then this frame's own measurement must.
+        The coarse pose; but from a belief that those poses corrected, this frame's own measurement or its matches.
         """
         if not agrees(alignment, coarse.pose):
             return False
         if not coarse.filter.confirmed:
             return True
-        if coarse.measurement is None or alignment.T_map_camera is None:
-            return False
-        settings = pnp_settings(self._config, coarse.measurement.stride)
-        share = agreeing_share(coarse.measurement, self._camera, alignment.T_map_camera, settings)
-        return share >= self._judgement.min_inlier_ratio
+        pose, measurement = alignment.T_map_camera, coarse.measurement
+        assert pose is not None
+        if measurement is not None:
+            share = agreeing_share(measurement, self._camera, pose, pnp_settings(self._config, measurement.stride))
+            if share >= self._judgement.min_inlier_ratio:
+                return True
+        return self._first_fix is not None and self._first_fix.agrees(coarse.features.to(self._device), pose)
 
     def _examined(self, alignment: Alignment, features: TrunkFeatures, expected: Matrix | None) -> Alignment:
         """An alignment that no coarse pose speaks for, failed if the image's matches or the motion contradict it."""

@@ -15,7 +15,7 @@ from kfloc_ros.features.trunk import TrunkFeatures
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import Matrix
 from kfloc_ros.mapping.fix_choice import FirstFixSettings, apart, choose, distinct, is_near, more_speak_for
-from kfloc_ros.mapping.fix_evidence import Align, Evidence
+from kfloc_ros.mapping.fix_evidence import JUDGING_VIEWS, Align, Evidence
 from kfloc_ros.mapping.fix_starts import StartingPoses
 from kfloc_ros.mapping.retrieval import ReferenceIndex
 from kfloc_ros.mapping.view_matching import ImageMatches
@@ -52,6 +52,12 @@ class FirstFix:
         """
         found = self.alignments(features, align, self._retrieve(features, expected), expected, likely)
         return self._evidence(features, align).fixed(choose(found, self.settings, expected=expected))
+
+    @torch.inference_mode()
+    def agrees(self, features: TrunkFeatures, T_map_camera: Matrix) -> bool:
+        """Whether as many of the image's matches agree with a pose as where the camera was expected."""
+        views = self._references.best_overlapping(T_map_camera, self._camera, JUDGING_VIEWS)
+        return self.matches(features).agreement(T_map_camera, views) >= self.settings.near_agreement
 
     @torch.inference_mode()
     def examine(
