@@ -50,6 +50,12 @@ def test_states(coarse: CoarsePose, alignment: Alignment | None, state: Tracking
     assert estimate.stamp_ns == 7 and estimate.coarse is coarse and estimate.alignment is alignment
 
 
+def test_a_pose_that_could_not_be_refined_claims_less_than_one_that_need_not_be() -> None:
+    assert COARSE.covariance is not None
+    assert np.allclose(judged(COARSE, None).covariance, COARSE.covariance)
+    assert np.allclose(judged(COARSE, FAILED).covariance, 4.0 * COARSE.covariance)
+
+
 def test_before_the_first_pose_nothing_is_lost() -> None:
     assert judged(NO_COARSE, FAILED, had_pose=False).state is TrackingState.INITIALIZING
 
