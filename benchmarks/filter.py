@@ -42,8 +42,9 @@ from kfloc_ros.evaluation.metrics import PoseError, accuracy, pose_error, recall
 from kfloc_ros.evaluation.paired import median_change
 from kfloc_ros.features.trunk import COARSE_STRIDE, Trunk
 from kfloc_ros.geometry.camera import ImageAdapter
-from kfloc_ros.kfnet.filter import NO_PRIOR, Filtered, FilterSettings, FlowFunction, NisMode, SceneCoordinateFilter
+from kfloc_ros.kfnet.filter import FlowFunction, SceneCoordinateFilter
 from kfloc_ros.kfnet.flow_choice import FlowKind, choose_flow
+from kfloc_ros.kfnet.fusion import NO_PRIOR, Filtered, FilterSettings, NisMode
 from kfloc_ros.kfnet.oflownet import Flow
 from kfloc_ros.kfnet.roughness import measure
 from kfloc_ros.localizer_config import LocalizerConfig

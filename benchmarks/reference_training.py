@@ -40,7 +40,7 @@ from kfloc_ros.evaluation.reference_networks import (
     look_at_scoordnet,
     look_at_standing_still,
 )
-from kfloc_ros.kfnet.filter import FilterSettings
+from kfloc_ros.kfnet.fusion import FilterSettings
 from kfloc_ros.kfnet.reference.weights import OFLOWNET, SCOORDNET, load_oflownet, load_scoordnet
 from kfloc_ros.training.kfnet_start import JOINT, KINDS, StartWeights, samples_of, stage_of
 from kfloc_ros.training.kfnet_state import STATE_FILE

@@ -9,7 +9,8 @@ from kfloc_ros.coarse_networks import networks_of
 from kfloc_ros.device import choose_device
 from kfloc_ros.features.trunk import Trunk
 from kfloc_ros.geometry.camera import Camera
-from kfloc_ros.kfnet.filter import NO_PRIOR, Filtered, FilterSettings, NisMode, SceneCoordinateFilter
+from kfloc_ros.kfnet.filter import SceneCoordinateFilter
+from kfloc_ros.kfnet.fusion import NO_PRIOR, Filtered, FilterSettings, NisMode
 from kfloc_ros.localizer_config import LocalizerConfig
 from kfloc_ros.mapping.scene_map import SceneMap
 from kfloc_ros.solvers.pnp import solve_pnp

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from kfloc_ros.config import option
 from kfloc_ros.kfnet import kalman
-from kfloc_ros.kfnet.filter import NisMode
 from kfloc_ros.kfnet.flow_choice import FlowKind
+from kfloc_ros.kfnet.fusion import NisMode
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.judgement import JudgementSettings, judge
-from kfloc_ros.kfnet.filter import NO_PRIOR
+from kfloc_ros.kfnet.fusion import NO_PRIOR
 from kfloc_ros.localizer import Localizer, Pipeline
 from kfloc_ros.localizer_config import LocalizerConfig
 from kfloc_ros.mapping.place import Place

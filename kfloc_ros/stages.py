@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from kfloc_ros.errors import FrameError
 from kfloc_ros.features.trunk import COARSE_STRIDE, Trunk, TrunkFeatures
 from kfloc_ros.geometry.camera import Camera
-from kfloc_ros.kfnet.filter import Filtered
+from kfloc_ros.kfnet.fusion import Filtered
 from kfloc_ros.localizer_config import LocalizerConfig
 from kfloc_ros.pixloc.references import ReferenceViews
 from kfloc_ros.solvers.pnp import PnpSettings

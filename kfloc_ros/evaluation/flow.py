@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kfloc_ros.kfnet.filter import warp
+from kfloc_ros.kfnet.fusion import warp
 from kfloc_ros.kfnet.oflownet import Flow
 from kfloc_ros.types import SceneCoordinates
 

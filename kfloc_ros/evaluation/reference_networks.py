@@ -15,7 +15,8 @@ from kfloc_ros.evaluation.cells import CellAccuracy, CellStatistics
 from kfloc_ros.evaluation.flow import FlowAccuracy, FlowStatistics
 from kfloc_ros.evaluation.metrics import Accuracy, PoseError, accuracy, pose_error
 from kfloc_ros.geometry.camera import Camera, ImageAdapter
-from kfloc_ros.kfnet.filter import FilterSettings, NisMode, SceneCoordinateFilter
+from kfloc_ros.kfnet.filter import SceneCoordinateFilter
+from kfloc_ros.kfnet.fusion import FilterSettings, NisMode
 from kfloc_ros.kfnet.oflownet import Flow
 from kfloc_ros.kfnet.reference.oflownet import ReferenceOFlowNet
 from kfloc_ros.kfnet.reference.scoordnet import CELL_PIXEL_OFFSET, STRIDE, ReferenceSCoordNet

@@ -13,8 +13,8 @@ from kfloc_ros.coarse_stage import CoarseStage
 from kfloc_ros.datasets.base import FrameSource
 from kfloc_ros.geometry.camera import ImageAdapter
 from kfloc_ros.kfnet.files import MapDescription, write_coordinates, write_description, write_flow, write_pose
-from kfloc_ros.kfnet.filter import warp
 from kfloc_ros.kfnet.flow_choice import FlowKind, choose_flow
+from kfloc_ros.kfnet.fusion import warp
 from kfloc_ros.localizer_config import LocalizerConfig
 from kfloc_ros.mapping.scene_map import SceneMap
 from kfloc_ros.stages import CoarseResult

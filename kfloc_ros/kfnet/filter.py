@@ -9,152 +9,23 @@ frame in which a reference SCoordNet regresses is an isometry of it, up to a sca
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from enum import Enum
+from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import inverse_pose
-from kfloc_ros.kfnet import kalman
+from kfloc_ros.kfnet.fusion import Filtered, FilterSettings, NisMode, fuse, started_anew, warp
 from kfloc_ros.kfnet.oflownet import Flow, backward_flow
 from kfloc_ros.kfnet.pose_correction import onto_rays
 from kfloc_ros.tracking import jumped
-from kfloc_ros.types import CoarsePose, FilterReport, Matrix, SceneCoordinates
+from kfloc_ros.types import CoarsePose, Matrix, SceneCoordinates
 
-NO_PRIOR = float("nan")
 REMEMBERED_POSES = 8
 """Frames for which a refined pose may come late."""
 
 FlowFunction = Callable[[torch.Tensor, torch.Tensor], Flow]
 """Backward flow from the features (C, h, w) of the current and of the previous frame."""
-
-
-class NisMode(Enum):
-    """What happens to a cell whose measurement contradicts its prior."""
-
-    OFF = "off"
-    """Nothing: prior and measurement are fused all the same."""
-    OUTPUT_ONLY = "output_only"
-    """The emitted coordinates are the measurement's; the recursion keeps what was fused (as published)."""
-    STATE = "state"
-    """The recursion starts anew from the measurement in this cell, too."""
-    SURER = "surer"
-    """The cell keeps whichever of prior and measurement claims the smaller variance. A blurred or covered picture
-    gives measurements that are worse than the belief and say so; the other modes always side with them."""
-
-
-@dataclass(frozen=True)
-class FilterSettings:
-    """What the recursion needs to know; the first three are calibrated when a map is built.
-
-    The defaults are this project's; the original has no NIS test by default, no resets and no floors.
-    """
-
-    flow_temperature: float
-    process_scale: float
-    """Multiplies the modelled process variance."""
-    process_floor_m2: float
-    """Process variance that is always added."""
-    nis_threshold: float = kalman.NIS_THRESHOLD_95
-    max_gap_s: float = 0.5
-    """A longer gap between frames, or between refined poses that confirm the belief, resets the recursion."""
-    max_rejected_ratio: float = 0.7
-    """If more of the prior's cells than this fail the NIS test, prior and measurement contradict each other."""
-    patience: int = 1
-    """Contradicting frames in a row that are taken for bad pictures (with ``NisMode.SURER``, the belief is kept);
-    with the next one, the belief is taken to be wrong and dropped. Never with ``NisMode.OFF``."""
-    nis_mode: NisMode = NisMode.SURER
-    error_correlation: float = 0.7
-    """Of the errors of prior and measurement, as measured; 0 is the independence that the original assumes."""
-    max_edge_ratio: float = 0.6
-    """If the flow of more cells than this ends at the border of its search window, the recursion starts anew."""
-    min_inlier_ratio: float = 0.0
-    """A pose with a smaller share of inliers than this drops the belief that it came from."""
-    posterior_floor_m2: float = 0.0
-    """Smallest posterior variance of fused cells."""
-    blend_sigma: bool = False
-    """Carry standard deviations instead of variances along the flow, as published."""
-
-
-@dataclass(frozen=True, eq=False)
-class Prior:
-    """The belief carried into this frame."""
-
-    mean: torch.Tensor
-    variance: torch.Tensor
-    valid: torch.Tensor
-    process_variance: torch.Tensor | None = None
-    """(h, w) square metres of noise that carrying added; part of ``variance``."""
-
-
-@dataclass(frozen=True, eq=False)
-class Filtered:
-    """Posterior and report of one frame, and what they were made of."""
-
-    posterior: SceneCoordinates
-    """What this frame gives out."""
-    report: FilterReport
-    belief: SceneCoordinates | None = None
-    """What the recursion carries on, where that is not the posterior (``NisMode.OUTPUT_ONLY``)."""
-    flow: Flow | None = None
-    """From the frame before; None at a fresh start."""
-    prior: Prior | None = None
-    nis: torch.Tensor | None = None
-    """(h, w) normalised innovation squared; it means something where prior and measurement are valid."""
-
-
-def warp(
-    belief: SceneCoordinates,
-    flow: Flow,
-    process_scale: float,
-    process_floor_m2: float,
-    *,
-    blend_sigma: bool = False,
-) -> Prior:
-    """Carry a belief along a backward flow and add process noise.
-
-    The process variance is what the flow itself says, if it does; else what the flow's uncertainty means in metres,
-    through the local gradient of the scene coordinates, plus how much the four cells that are blended disagree (a
-    depth edge). It is scaled, and a floor added. A cell is valid only if the flow is and all the cells it blends are.
-    """
-    _, h, w = belief.mean.shape
-    device = belief.mean.device
-    u = torch.arange(w, device=device) + flow.offset[0]
-    v = torch.arange(h, device=device)[:, None] + flow.offset[1]
-    u, v = u.clamp(0, w - 1).reshape(-1), v.clamp(0, h - 1).reshape(-1)
-    u0, v0 = u.floor().clamp(max=w - 2), v.floor().clamp(max=h - 2)
-    a, b = u - u0, v - v0
-    base = (v0 * w + u0).long()
-    corners = torch.stack([base, base + 1, base + w, base + w + 1], dim=1)
-    weights = torch.stack([(1 - a) * (1 - b), a * (1 - b), (1 - a) * b, a * b], dim=1)
-    centre = belief.mean.mean(dim=(1, 2), keepdim=True)  # keeps the squares below small in float32
-    uncertainty = belief.variance.sqrt() if blend_sigma else belief.variance
-    table = torch.cat([belief.mean - centre, uncertainty[None], belief.valid[None].to(belief.mean.dtype)])
-    cells = table.reshape(5, -1).t()[corners]  # (h w, 4, 5)
-    blended = (weights[..., None] * cells).sum(1)
-    spread = (weights[..., None] * (cells[..., :3] - blended[:, None, :3]) ** 2).sum(dim=(1, 2)) / 3
-    mean = blended[:, :3].t().reshape(3, h, w)
-    process = flow.process_variance_m2
-    if process is None:
-        process = flow.variance * _metres_per_cell_squared(mean) + spread.reshape(h, w)
-    carried = blended[:, 3].square() if blend_sigma else blended[:, 3]
-    process = process_scale * process + process_floor_m2
-    return Prior(
-        mean=mean + centre,
-        variance=kalman.predict(carried.reshape(h, w), process),
-        valid=flow.valid & (blended[:, 4].reshape(h, w) > 0.999),
-        process_variance=process,
-    )
-
-
-def _metres_per_cell_squared(mean: torch.Tensor) -> torch.Tensor:
-    """Mean over axes of the squared change of the coordinates (3, h, w) across one cell, (h, w)."""
-    padded = F.pad(mean[None], (1, 1, 1, 1), mode="replicate")[0]
-    dx = (padded[:, 1:-1, 2:] - padded[:, 1:-1, :-2]) / 2
-    dy = (padded[:, 2:, 1:-1] - padded[:, :-2, 1:-1]) / 2
-    return (dx * dx + dy * dy).sum(0) / 3
 
 
 class SceneCoordinateFilter:
@@ -215,7 +86,7 @@ class SceneCoordinateFilter:
             T_map_camera: refined pose of the frame.
         """
         coarse = self._poses.get(stamp_ns)
-        if self._belief is None or coarse is None:
+        if self._belief is None or coarse is None or self._stamp_ns not in self._poses:
             return
         if jumped(coarse, T_map_camera):
             self.reset("the pose was found elsewhere")
@@ -236,7 +107,7 @@ class SceneCoordinateFilter:
         """
         self._check_time(stamp_ns)
         if self._belief is None or self._features is None:
-            filtered = _started_anew(measurement, self._reset_reason)
+            filtered = started_anew(measurement, self._reset_reason)
         else:
             filtered = self._carried(self._belief, self._flow(features, self._features), measurement)
             if filtered.report.reset_reason:
@@ -264,7 +135,7 @@ class SceneCoordinateFilter:
         s = self.settings
         if flow.at_edge is not None and (ratio := float(flow.at_edge.float().mean())) > s.max_edge_ratio:
             reason = f"the flow of {ratio:.0%} of the cells leaves its search window"
-            return replace(_started_anew(measurement, reason), flow=flow)
+            return replace(started_anew(measurement, reason), flow=flow)
         prior = warp(belief, flow, s.process_scale, s.process_floor_m2, blend_sigma=s.blend_sigma)
         filtered = replace(fuse(prior, measurement, s), flow=flow)
         rejected = filtered.report.rejected_ratio
@@ -276,37 +147,3 @@ class SceneCoordinateFilter:
         reason = f"{rejected:.0%} of the prior contradicts the measurement"
         report = replace(filtered.report, reset_reason=reason)
         return replace(filtered, posterior=measurement, belief=None, report=report)
-
-
-def fuse(prior: Prior, measurement: SceneCoordinates, settings: FilterSettings) -> Filtered:
-    """Kalman update where the prior is valid, and the NIS test; the measurement elsewhere."""
-    update = kalman.update(
-        prior.mean, prior.variance, measurement.mean, measurement.variance, settings.error_correlation
-    )
-    both = prior.valid & measurement.valid
-    agree = both & (update.nis <= settings.nis_threshold)
-    n_both = int(both.sum())
-    report = FilterReport(
-        reset_reason="",
-        prior_ratio=float(prior.valid.float().mean()),
-        nis_mean=float(update.nis[both].mean()) if n_both else NO_PRIOR,
-        rejected_ratio=1.0 - int(agree.sum()) / n_both if n_both else 0.0,
-    )
-    mode = settings.nis_mode
-    fused = both if mode in (NisMode.OFF, NisMode.OUTPUT_ONLY) else agree
-    mean = torch.where(fused, update.mean, measurement.mean)
-    variance = torch.where(fused, update.variance.clamp(min=settings.posterior_floor_m2), measurement.variance)
-    if mode is NisMode.SURER:
-        kept = both & ~agree
-        if report.rejected_ratio <= settings.max_rejected_ratio:  # else the picture is bad, whatever its cells claim
-            kept &= prior.variance < measurement.variance
-        mean, variance = torch.where(kept, prior.mean, mean), torch.where(kept, prior.variance, variance)
-    belief = replace(measurement, mean=mean, variance=variance)
-    if mode is not NisMode.OUTPUT_ONLY:
-        return Filtered(belief, report, prior=prior, nis=update.nis)
-    emitted = torch.where(agree, update.mean, measurement.mean)
-    return Filtered(replace(belief, mean=emitted), report, belief, prior=prior, nis=update.nis)
-
-
-def _started_anew(measurement: SceneCoordinates, reason: str) -> Filtered:
-    return Filtered(measurement, FilterReport(reason, 0.0, NO_PRIOR, 0.0))

@@ -21,9 +21,10 @@ from kfloc_ros.coarse_stage import CoarseStage
 from kfloc_ros.device import choose_device
 from kfloc_ros.features.trunk import Trunk
 from kfloc_ros.geometry.lie import Matrix, make_pose, so3_exp
-from kfloc_ros.kfnet.filter import FlowFunction, warp
+from kfloc_ros.kfnet.filter import FlowFunction
 from kfloc_ros.kfnet.flow_choice import LEARNED_FLOOR_M2
 from kfloc_ros.kfnet.flow_network import shipped_flow_network
+from kfloc_ros.kfnet.fusion import warp
 from kfloc_ros.kfnet.oflownet import backward_flow
 from kfloc_ros.localizer import Localizer
 from kfloc_ros.localizer_config import LocalizerConfig

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from kfloc_ros.kfnet import kalman
-from kfloc_ros.kfnet.filter import warp
+from kfloc_ros.kfnet.fusion import warp
 from kfloc_ros.kfnet.oflownet import Flow
 from kfloc_ros.kfnet.reference.oflownet import ReferenceOFlowNet
 from kfloc_ros.kfnet.reference.scoordnet import MIN_SIGMA, ReferenceSCoordNet

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from kfloc_ros.kfnet.filter import Filtered
+from kfloc_ros.kfnet.fusion import Filtered
 from kfloc_ros.kfnet.oflownet import Flow
 from kfloc_ros.stages import CoarseResult
 from kfloc_ros.types import Frame, SceneCoordinates

@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kfloc_ros.kfnet.filter import FilterSettings, NisMode, Prior, SceneCoordinateFilter, fuse, warp
+from kfloc_ros.kfnet.filter import SceneCoordinateFilter
+from kfloc_ros.kfnet.fusion import FilterSettings, NisMode, Prior, fuse, warp
 from kfloc_ros.kfnet.oflownet import Flow
 from kfloc_ros.kfnet.reference.oflownet import ReferenceOFlowNet
 from kfloc_ros.types import CoarsePose, SceneCoordinates

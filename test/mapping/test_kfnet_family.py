@@ -24,7 +24,8 @@ from kfloc_ros.evaluation.reference_networks import HeldOutFrames
 from kfloc_ros.geometry.camera import ImageAdapter
 from kfloc_ros.geometry.lie import inverse_pose, make_pose, so3_exp
 from kfloc_ros.kfnet.export import export_coordinates
-from kfloc_ros.kfnet.filter import FilterSettings, SceneCoordinateFilter
+from kfloc_ros.kfnet.filter import SceneCoordinateFilter
+from kfloc_ros.kfnet.fusion import FilterSettings
 from kfloc_ros.kfnet.reference.frame import NetworkFrame
 from kfloc_ros.kfnet.reference.networks import ReferenceNetworks
 from kfloc_ros.kfnet.reference.oflownet import ReferenceOFlowNet
