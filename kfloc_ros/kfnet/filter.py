@@ -15,7 +15,7 @@ import torch
 
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import inverse_pose
-from kfloc_ros.kfnet.fusion import Filtered, FilterSettings, NisMode, fuse, started_anew, warp
+from kfloc_ros.kfnet.fusion import Filtered, FilterSettings, NisMode, confirmed, fuse, started_anew, warp
 from kfloc_ros.kfnet.oflownet import Flow, backward_flow
 from kfloc_ros.kfnet.pose_correction import onto_rays
 from kfloc_ros.tracking import jumped
@@ -112,8 +112,8 @@ class SceneCoordinateFilter:
             filtered = self._carried(self._belief, self._flow(features, self._features), measurement)
             if filtered.report.reset_reason:
                 self._confirmed_ns, self._poses = None, {}
-            confirmed = self._confirmed_ns is not None
-            filtered = replace(filtered, report=replace(filtered.report, confirmed=confirmed))
+            if self._confirmed_ns is not None:
+                filtered = confirmed(filtered, self.settings.confirmed_variance_scale)
         self._belief = filtered.belief or filtered.posterior
         self._features, self._stamp_ns, self._reset_reason = features, stamp_ns, ""
         return filtered

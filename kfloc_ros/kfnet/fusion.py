@@ -59,6 +59,9 @@ class FilterSettings:
     """A pose with a smaller share of inliers than this drops the belief that it came from."""
     posterior_floor_m2: float = 0.0
     """Smallest posterior variance of fused cells."""
+    confirmed_variance_scale: float = 0.75
+    """Of what is emitted from a belief that refined poses correct: what is left of the cells' variance without the
+    error that they share, as measured. What is carried on keeps its variance, or it would shrink with every frame."""
     blend_sigma: bool = False
     """Carry standard deviations instead of variances along the flow, as published."""
 
@@ -82,7 +85,7 @@ class Filtered:
     """What this frame gives out."""
     report: FilterReport
     belief: SceneCoordinates | None = None
-    """What the recursion carries on, where that is not the posterior (``NisMode.OUTPUT_ONLY``)."""
+    """What the recursion carries on, where that is not the posterior: see ``NisMode.OUTPUT_ONLY``, ``confirmed``."""
     flow: Flow | None = None
     """From the frame before; None at a fresh start."""
     prior: Prior | None = None
@@ -175,3 +178,14 @@ def fuse(prior: Prior, measurement: SceneCoordinates, settings: FilterSettings) 
 def started_anew(measurement: SceneCoordinates, reason: str) -> Filtered:
     """The measurement alone, where there is no belief to fuse it with."""
     return Filtered(measurement, FilterReport(reason, 0.0, NO_PRIOR, 0.0))
+
+
+def confirmed(filtered: Filtered, variance_scale: float) -> Filtered:
+    """What a step gave out, if refined poses corrected the belief that it came from; see ``FilterSettings``."""
+    posterior = filtered.posterior
+    return replace(
+        filtered,
+        posterior=replace(posterior, variance=variance_scale * posterior.variance),
+        belief=filtered.belief or posterior,
+        report=replace(filtered.report, confirmed=True),
+    )

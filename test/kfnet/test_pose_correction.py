@@ -131,6 +131,19 @@ def test_a_refined_pose_may_come_two_frames_late_and_counts_once() -> None:
     assert np.ptp(errors[2][6:]) < 0.05  # and it does not swing
 
 
+def test_a_confirmed_belief_claims_less_variance_once_and_not_ever_less() -> None:
+    variances: dict[bool, torch.Tensor] = {}
+    for learns in (False, True):
+        recursion = begun()
+        for k in range(1, 8):
+            if learns:
+                recursion.learn((k - 1) * FRAME_NS, CAMERA, POSE)
+            step = recursion.step(k * FRAME_NS, features(), seen_from(POSE, depth()))
+            recursion.judge(solve_pnp(step.posterior, CAMERA, PnpSettings()))
+        variances[learns] = step.posterior.variance
+    assert torch.allclose(variances[True], SETTINGS.confirmed_variance_scale * variances[False], rtol=1e-3)
+
+
 @pytest.mark.parametrize("learns", [True, False])
 def test_what_refined_poses_confirm_outlives_bad_pictures(learns: bool) -> None:
     """A lens covered for five frames, whose cells are sure of nonsense."""
