@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -29,6 +30,8 @@ EXHAUSTIVE_IMAGES = 120
 OVERLAP = 10
 SIMILAR_IMAGES = 10
 """Of a longer sequence each image is matched, too, with so many that look like it and lie further away."""
+KEY_IMAGES = 240
+"""Of more images than this, only so many, evenly spaced, are adjusted together; the others are placed among them."""
 MIN_REGISTERED = 8
 MIN_SHARE = 0.5
 """Share of the images that must have found their place: less is a part of the recording only."""
@@ -125,7 +128,7 @@ def _solve(
     pycolmap.extract_features(database, images, camera_mode=pycolmap.CameraMode.SINGLE, reader_options=reader)
     on_progress("matching", 0.0)
     _match(database, images, names, source.camera.pinhole(), on_progress)
-    model = _largest_model(database, images, models, source, on_progress)
+    model = _largest_model(database, images, models, names, source, on_progress)
     shutil.rmtree(models, ignore_errors=True)
     database.unlink()
     return model
@@ -180,29 +183,66 @@ def _read_image(path: Path) -> NDArray[np.uint8]:
 
 
 def _largest_model(
-    database: Path, images: Path, out: Path, source: FrameSource, on_progress: Callable[[str, float], None]
+    database: Path,
+    images: Path,
+    out: Path,
+    names: Sequence[str],
+    source: FrameSource,
+    on_progress: Callable[[str, float], None],
 ) -> Any:
-    import pycolmap
+    """The model that most images found their place in.
 
-    out.mkdir()
-    options = pycolmap.IncrementalPipelineOptions()
-    options.ba_refine_focal_length = options.ba_refine_extra_params = source.camera_is_guess
-    options.ba_refine_principal_point = False
-    options.min_model_size = MIN_REGISTERED
+    Of a long recording every n-th image is placed and adjusted with the others first; those between then find their
+    place in what stands. Adjusting all of them with each other again and again takes hours and, since neighbours of a
+    video see the same, hardly moves anything.
+    """
     placed = 2
 
     def next_image() -> None:
         nonlocal placed
         placed += 1
-        on_progress("placing images", min(1.0, placed / len(source)))
+        on_progress("placing images", min(1.0, placed / len(names)))
 
-    models = pycolmap.incremental_mapping(database, images, out, options, next_image_callback=next_image)
-    if not models:
+    key_names = list(names[:: math.ceil(len(names) / KEY_IMAGES)])
+    model = _incremental(database, images, out / "key", key_names, source.camera_is_guess, None, next_image)
+    if len(key_names) < len(names) and model is not None:
+        standing = out / "standing"
+        standing.mkdir()
+        model.write(standing)
+        placed = int(model.num_reg_images())
+        model = _incremental(database, images, out / "all", list(names), False, standing, next_image) or model
+    if model is None:
         raise SourceError(
             "No two of the images could be put together: they show too little in common, or the camera only turned "
             "on the spot. Record while moving sideways."
         )
-    return max(models.values(), key=lambda model: int(model.num_reg_images()))
+    return model
+
+
+def _incremental(
+    database: Path,
+    images: Path,
+    out: Path,
+    names: list[str],
+    refine_camera: bool,
+    standing: Path | None,
+    next_image: Callable[[], None],
+) -> Any:
+    """COLMAP's largest model of some of the images, or None; a ``standing`` model is added to and stays as it is."""
+    import pycolmap
+
+    out.mkdir(parents=True)
+    options = pycolmap.IncrementalPipelineOptions()
+    options.ba_refine_focal_length = options.ba_refine_extra_params = refine_camera
+    options.mapper.abs_pose_refine_focal_length = options.mapper.abs_pose_refine_extra_params = refine_camera
+    options.ba_refine_principal_point = False
+    options.min_model_size = MIN_REGISTERED
+    options.image_names = names
+    options.fix_existing_frames = standing is not None
+    models = pycolmap.incremental_mapping(
+        database, images, out, options, input_path=standing or "", next_image_callback=next_image
+    )
+    return max(models.values(), key=lambda model: int(model.num_reg_images()), default=None)
 
 
 def _read(model: Any, names: Sequence[str]) -> tuple[dict[int, Matrix], dict[int, Array]]:

@@ -17,6 +17,7 @@ from kfloc_ros.datasets.base import FrameSource, Selection
 from kfloc_ros.datasets.tum import write_calibration
 from kfloc_ros.errors import SourceError
 from kfloc_ros.geometry.lie import make_pose, so3_exp
+from kfloc_ros.mapping import structure
 from kfloc_ros.mapping.model_scale import KnownLength, known_length, scale_from_poses
 from kfloc_ros.mapping.sfm_source import ReconstructedSource
 from kfloc_ros.mapping.structure import reconstruct
@@ -84,6 +85,17 @@ def test_poses_are_found_and_the_depth_makes_them_metric(walk, found) -> None:
     assert len(centres(found)) == len(walk)
     assert np.abs(distances(found) - distances(walk)).max() < 0.03
     assert found[4].depth_m is not None and found.visible_points(4).shape[0] > 50
+
+
+def test_of_many_images_those_between_find_their_place_among_the_others(
+    walk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(structure, "KEY_IMAGES", 5)
+    shares: list[float] = []
+    source = reconstruct(walk, tmp_path / "walk", on_progress=lambda stage, share: shares.append(share))
+    assert [k for k in range(len(source)) if source.pose(k) is not None] == list(range(10))
+    np.testing.assert_allclose(distances(source), distances(walk), atol=0.03)
+    assert shares[-1] == 1.0
 
 
 def test_the_map_frame_has_its_z_axis_upwards(found) -> None:
