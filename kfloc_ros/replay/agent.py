@@ -234,6 +234,7 @@ def _run(args: argparse.Namespace, stream: BagStream) -> int:
         node.destroy_node()
         rclpy.try_shutdown()
     agent.recording.save(args.recording)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # we end anyway; while Python ends, it would kill us instead
     say("done", played=len(agent.recording.played), answered=len(agent.recording.status))
     return 0
 
