@@ -32,6 +32,8 @@ SIMILAR_IMAGES = 10
 """Of a longer sequence each image is matched, too, with so many that look like it and lie further away."""
 KEY_IMAGES = 240
 """Of more images than this, only so many, evenly spaced, are adjusted together; the others are placed among them."""
+LAST_ITERATIONS = 30
+"""Of the adjustment of all images: two to three seconds each for 650 images."""
 MIN_REGISTERED = 8
 MIN_SHARE = 0.5
 """Share of the images that must have found their place: less is a part of the recording only."""
@@ -193,8 +195,7 @@ def _largest_model(
     """The model that most images found their place in.
 
     Of a long recording every n-th image is placed and adjusted with the others first; those between then find their
-    place in what stands. Adjusting all of them with each other again and again takes hours and, since neighbours of a
-    video see the same, hardly moves anything.
+    place in what stands, and all are adjusted once. Adjusting all of them with each other again and again takes hours.
     """
     placed = 2
 
@@ -211,6 +212,9 @@ def _largest_model(
         model.write(standing)
         placed = int(model.num_reg_images())
         model = _incremental(database, images, out / "all", list(names), False, standing, next_image) or model
+        on_progress("adjusting all", 0.0)
+        _adjust(model, refine_camera=source.camera_is_guess)
+        on_progress("adjusting all", 1.0)
     if model is None:
         raise SourceError(
             "No two of the images could be put together: they show too little in common, or the camera only turned "
@@ -243,6 +247,18 @@ def _incremental(
         database, images, out, options, input_path=standing or "", next_image_callback=next_image
     )
     return max(models.values(), key=lambda model: int(model.num_reg_images()), default=None)
+
+
+def _adjust(model: Any, *, refine_camera: bool) -> None:
+    """Adjust all poses, points and, if it was found, the camera of a model together."""
+    import pycolmap
+
+    options = pycolmap.BundleAdjustmentOptions()
+    options.refine_focal_length = options.refine_extra_params = refine_camera
+    options.refine_principal_point = False
+    options.print_summary = False
+    options.ceres.solver_options.max_num_iterations = LAST_ITERATIONS
+    pycolmap.bundle_adjustment(model, options)
 
 
 def _read(model: Any, names: Sequence[str]) -> tuple[dict[int, Matrix], dict[int, Array]]:
