@@ -108,7 +108,7 @@ class RefineStage:
                 alignment = self._refiner.align(features, starts)
                 if self._tracks:
                     alignment = self._checked(alignment, coarse.pose, features)
-                if alignment.success and not self._is_spoken_for(alignment, coarse):
+                if alignment.success and not self._is_spoken_for(alignment, coarse, features):
                     alignment = self._examined(alignment, features, expected)
             if not alignment.success and self._first_fix is not None:
                 with timed(timings, "first_fix"):
@@ -125,7 +125,7 @@ class RefineStage:
         self._track.check(other, coarse)
         return other
 
-    def _is_spoken_for(self, alignment: Alignment, coarse: CoarseResult) -> bool:
+    def _is_spoken_for(self, alignment: Alignment, coarse: CoarseResult, features: TrunkFeatures) -> bool:
         """Whether something that knows nothing of the poses before says that the camera is where an alignment ended.
 
         The coarse pose; but from a belief that those poses corrected, this frame's own measurement or its matches.
@@ -140,7 +140,7 @@ class RefineStage:
             share = agreeing_share(measurement, self._camera, pose, pnp_settings(self._config, measurement.stride))
             if share >= self._judgement.min_inlier_ratio:
                 return True
-        return self._first_fix is not None and self._first_fix.agrees(coarse.features.to(self._device), pose)
+        return self._first_fix is not None and self._first_fix.agrees(features, pose)
 
     def _examined(self, alignment: Alignment, features: TrunkFeatures, expected: Matrix | None) -> Alignment:
         """An alignment that no coarse pose speaks for, failed if the image's matches or the motion contradict it."""
