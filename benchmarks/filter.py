@@ -33,28 +33,28 @@ import torch
 
 from kfloc_ros.cli.arguments import add_source_arguments, open_source_from
 from kfloc_ros.cli.tables import format_table
-from kfloc_ros.datasets.base import FrameSource
-from kfloc_ros.datasets.degraded import DEGRADATIONS, Degraded
+from kfloc_ros.datasets.derived import DEGRADATIONS, Degraded
 from kfloc_ros.device import choose_device
 from kfloc_ros.evaluation.cells import CellStatistics
 from kfloc_ros.evaluation.hardware import describe_hardware
 from kfloc_ros.evaluation.metrics import PoseError, accuracy, pose_error, recall
-from kfloc_ros.evaluation.paired import median_change
 from kfloc_ros.features.trunk import COARSE_STRIDE, Trunk
+from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import ImageAdapter
 from kfloc_ros.kfnet.filter import FlowFunction, SceneCoordinateFilter
-from kfloc_ros.kfnet.flow_choice import FlowKind, choose_flow
+from kfloc_ros.kfnet.flow import Flow
+from kfloc_ros.kfnet.flow_network import FlowKind, choose_flow
 from kfloc_ros.kfnet.fusion import NO_PRIOR, Filtered, FilterSettings, NisMode
-from kfloc_ros.kfnet.oflownet import Flow
-from kfloc_ros.kfnet.roughness import measure
-from kfloc_ros.localizer_config import LocalizerConfig
-from kfloc_ros.mapping.map_folders import resolve_map
-from kfloc_ros.mapping.scene_map import SceneMap
+from kfloc_ros.kfnet.pnp import PnpSettings, solve_pnp
+from kfloc_ros.kfnet.scoordnet import measure
+from kfloc_ros.localization.config import LocalizerConfig
+from kfloc_ros.localization.refine import RefineStage
+from kfloc_ros.localization.stages import CoarseResult
 from kfloc_ros.mapping.views import View, true_coordinates
-from kfloc_ros.refine_stage import RefineStage
-from kfloc_ros.solvers.pnp import PnpSettings, solve_pnp
-from kfloc_ros.stages import CoarseResult
+from kfloc_ros.maps.format import resolve_map
+from kfloc_ros.maps.scene_map import SceneMap
 from kfloc_ros.types import FilterReport, Frame, SceneCoordinates
+from studies.paired import median_change
 
 FLOOR_M2 = 0.02**2
 FAILURE_M, FAILURE_DEG = 0.10, 10.0
@@ -77,7 +77,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     DEFAULT: {},
 }
 """Changes to the default settings, which fuse correlated errors and keep the surer of two. All but the default are
-the filter by itself. ``OTHER`` has the fast family's other flow: see ``kfnet/flow_choice.py``. A map not calibrated
+the filter by itself. ``OTHER`` has the fast family's other flow: see ``kfnet/flow_network.py``. A map not calibrated
 for the learned one has only one, and the two agree."""
 
 

@@ -25,15 +25,15 @@ import numpy as np
 from kfloc_ros.cli.arguments import add_source_arguments, open_source_from
 from kfloc_ros.cli.tables import format_table
 from kfloc_ros.datasets import open_source
-from kfloc_ros.datasets.base import FrameSource
 from kfloc_ros.errors import KflocError, SourceError
 from kfloc_ros.features.trunk import Trunk
+from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import ImageAdapter
 from kfloc_ros.geometry.lie import Matrix, rotation_angle_deg
-from kfloc_ros.localizer import Localizer
-from kfloc_ros.localizer_config import LocalizerConfig
-from kfloc_ros.mapping.map_folders import resolve_map
-from kfloc_ros.mapping.scene_map import SceneMap
+from kfloc_ros.localization.config import LocalizerConfig
+from kfloc_ros.localization.localizer import Localizer
+from kfloc_ros.maps.format import resolve_map
+from kfloc_ros.maps.scene_map import SceneMap
 
 AFTER = (0, 1, 5, 10)
 """Frames seen before the one that is judged."""

@@ -27,20 +27,18 @@ import torch
 
 from kfloc_ros.cli.arguments import add_source_arguments, open_source_from
 from kfloc_ros.cli.tables import format_table
-from kfloc_ros.datasets.base import FrameSource
-from kfloc_ros.datasets.degraded import motion_blur
+from kfloc_ros.datasets.derived import motion_blur
 from kfloc_ros.evaluation.flow import FlowStatistics
 from kfloc_ros.evaluation.hardware import describe_hardware
 from kfloc_ros.features.trunk import Trunk
+from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import ImageAdapter
 from kfloc_ros.kfnet.filter import FlowFunction
-from kfloc_ros.kfnet.flow_choice import LEARNED_FLOOR_M2
-from kfloc_ros.kfnet.flow_network import load_flow_network
-from kfloc_ros.kfnet.oflownet import backward_flow
+from kfloc_ros.kfnet.flow import backward_flow
+from kfloc_ros.kfnet.flow_network import LEARNED_FLOOR_M2, load_flow_network
 from kfloc_ros.mapping.calibration import TEMPERATURES
-from kfloc_ros.mapping.scene_map import Calibration
-from kfloc_ros.mapping.views import View, map_camera, true_coordinates
-from kfloc_ros.training.flow_pairs import true_flow
+from kfloc_ros.mapping.views import View, map_camera, true_coordinates, true_flow
+from kfloc_ros.maps.scene_map import Calibration
 
 BLUR_PX = 20.0
 

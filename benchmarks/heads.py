@@ -25,14 +25,14 @@ import numpy as np
 import torch
 
 from kfloc_ros.cli.arguments import add_source_arguments, open_source_from
-from kfloc_ros.coarse_stage import CoarseStage
 from kfloc_ros.evaluation.hardware import describe_hardware
 from kfloc_ros.evaluation.metrics import PoseError, pose_error, recall
 from kfloc_ros.geometry.camera import ImageAdapter
 from kfloc_ros.geometry.lie import Matrix, make_pose, so3_exp
-from kfloc_ros.localizer_config import LocalizerConfig
-from kfloc_ros.mapping.map_folders import resolve_map
-from kfloc_ros.mapping.scene_map import SceneMap
+from kfloc_ros.localization.coarse import CoarseStage
+from kfloc_ros.localization.config import LocalizerConfig
+from kfloc_ros.maps.format import resolve_map
+from kfloc_ros.maps.scene_map import SceneMap
 from kfloc_ros.pixloc.heads import load_heads
 from kfloc_ros.pixloc.refiner import Refiner, RefinerSettings
 from kfloc_ros.types import Alignment, Frame

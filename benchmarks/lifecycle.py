@@ -22,9 +22,9 @@ from pathlib import Path
 
 import numpy as np
 
-from kfloc_ros.mapping.map_folders import resolve_map
-from kfloc_ros.mapping.scene_map import SceneMap
-from kfloc_ros.replay.environment import ros_environment
+from kfloc_ros.maps.format import resolve_map
+from kfloc_ros.maps.scene_map import SceneMap
+from kfloc_ros.replay.processes import ros_environment
 
 _CHILD = "KFLOC_BENCHMARK_CHILD"
 TRANSITIONS = {"configure": 1, "activate": 3, "deactivate": 4, "cleanup": 2}
@@ -96,9 +96,9 @@ class Client:
         """Publish images."""
         from sensor_msgs.msg import CameraInfo, Image
 
-        from kfloc_ros.nodes.camera_messages import fill_info
-        from kfloc_ros.nodes.image_messages import fill_image
-        from kfloc_ros.nodes.pose_messages import fill_stamp
+        from kfloc_ros.messages.camera_info import fill_info
+        from kfloc_ros.messages.images import fill_image
+        from kfloc_ros.messages.poses import fill_stamp
 
         until_s = time.monotonic() + seconds
         while time.monotonic() < until_s:
@@ -124,7 +124,7 @@ def main() -> int:
         return subprocess.call([sys.executable, *sys.argv], env={**environment, _CHILD: "1"})
     environment = dict(os.environ)
     path = resolve_map(args.map)
-    command = [sys.executable, "-m", "kfloc_ros.nodes.localizer", "--ros-args", "-p", f"map:={path}"]
+    command = [sys.executable, "-m", "kfloc_ros.nodes.executables", "--ros-args", "-p", f"map:={path}"]
     process = subprocess.Popen([*command, "-p", "autostart:=false", "--log-level", "warn"], env=environment)
     seconds: dict[str, list[float]] = {name: [] for name in TRANSITIONS}
     prints: list[Footprint] = []

@@ -18,7 +18,7 @@ import torch
 
 from kfloc_ros.cli.tables import format_table
 from kfloc_ros.errors import KflocError
-from kfloc_ros.evaluation.parity import compare
+from studies.parity import compare
 
 
 def main() -> int:

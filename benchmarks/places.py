@@ -43,21 +43,17 @@ import numpy as np
 from building_walks import DOOR_ROOMS, door_table, judged, through_doors, timed
 
 from kfloc_ros.cli.tables import format_table
-from kfloc_ros.datasets.base import FrameSource
 from kfloc_ros.device import limit_threads
 from kfloc_ros.errors import KflocError
 from kfloc_ros.evaluation.hardware import describe_hardware
+from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import ImageAdapter
-from kfloc_ros.localizer_config import LocalizerConfig
+from kfloc_ros.localization.config import LocalizerConfig
+from kfloc_ros.localization.place_localizer import PlaceLocalizer
 from kfloc_ros.mapping.build import MapBuildConfig, build_map
-from kfloc_ros.mapping.place import Place
 from kfloc_ros.mapping.place_making import make_place
-from kfloc_ros.place_localizer import PlaceLocalizer
-from kfloc_ros.simulation.building import (
-    RATE_HZ,
-    ROOMS,
-    BuildingSource,
-)
+from kfloc_ros.maps.place import Place
+from kfloc_ros.simulation.building import RATE_HZ, ROOMS, BuildingSource
 from kfloc_ros.types import Frame
 
 OUTCOMES = ("right", "alike", "none", "wrong")

@@ -23,11 +23,11 @@ from kfloc_ros.bags.writer import write_bag
 from kfloc_ros.cli.arguments import add_source_arguments, open_source_from
 from kfloc_ros.cli.tables import format_table
 from kfloc_ros.errors import KflocError
-from kfloc_ros.evaluation.disturbed import DisturbancePlan, DisturbedSource
 from kfloc_ros.evaluation.hardware import describe_hardware
-from kfloc_ros.evaluation.recovery import OUTCOMES, DisturbedRun, evaluate_disturbed, read_answers
 from kfloc_ros.evaluation.summary import finite
 from kfloc_ros.replay import ReplayConfig, run_offline, run_replay
+from studies.disturbed import DisturbancePlan, DisturbedSource
+from studies.recovery import OUTCOMES, DisturbedRun, evaluate_disturbed, read_answers
 
 
 def main() -> int:

@@ -29,22 +29,22 @@ import torch
 from kfloc_ros.cli.arguments import OverridesParser, add_source_arguments, open_source_from
 from kfloc_ros.cli.tables import format_table
 from kfloc_ros.config import build_config, parse_overrides
-from kfloc_ros.datasets.base import FrameSource
 from kfloc_ros.device import choose_device
 from kfloc_ros.evaluation.hardware import describe_hardware
-from kfloc_ros.evaluation.reference_networks import (
+from kfloc_ros.frames import FrameSource
+from kfloc_ros.kfnet.fusion import FilterSettings
+from kfloc_ros.kfnet.reference.weights import OFLOWNET, SCOORDNET, load_oflownet, load_scoordnet
+from kfloc_ros.training.kfnet_family import HeldOutFrames
+from kfloc_ros.training.kfnet_start import JOINT, KINDS, StartWeights, samples_of, stage_of
+from kfloc_ros.training.kfnet_trainer import TrainConfig, first_step, train
+from kfloc_ros.training.state import STATE_FILE
+from studies.reference_networks import (
     AS_PUBLISHED,
-    HeldOutFrames,
     look_at_kfnet,
     look_at_oflownet,
     look_at_scoordnet,
     look_at_standing_still,
 )
-from kfloc_ros.kfnet.fusion import FilterSettings
-from kfloc_ros.kfnet.reference.weights import OFLOWNET, SCOORDNET, load_oflownet, load_scoordnet
-from kfloc_ros.training.kfnet_start import JOINT, KINDS, StartWeights, samples_of, stage_of
-from kfloc_ros.training.kfnet_state import STATE_FILE
-from kfloc_ros.training.kfnet_trainer import TrainConfig, first_step, train
 
 Look = dict[str, Any]
 CURVE_FILE = "curve.json"

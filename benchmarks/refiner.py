@@ -120,10 +120,10 @@ def work(args: argparse.Namespace) -> int:
     import kfloc_ros
     from kfloc_ros.datasets import open_source
     from kfloc_ros.geometry.camera import ImageAdapter
-    from kfloc_ros.localizer import Localizer
-    from kfloc_ros.localizer_config import LocalizerConfig
-    from kfloc_ros.mapping.map_folders import resolve_map
-    from kfloc_ros.mapping.scene_map import SceneMap
+    from kfloc_ros.localization.config import LocalizerConfig
+    from kfloc_ros.localization.localizer import Localizer
+    from kfloc_ros.maps.format import resolve_map
+    from kfloc_ros.maps.scene_map import SceneMap
     from kfloc_ros.types import Frame
 
     found, wanted = Path(kfloc_ros.__file__).resolve().parents[1], Path(os.environ["PYTHONPATH"]).resolve()

@@ -32,12 +32,11 @@ from typing import Any
 
 import numpy as np
 
+from kfloc_ros.bags.stream import BagEvent, BagStream, ReplayRange
 from kfloc_ros.evaluation.hardware import describe_hardware
-from kfloc_ros.mapping.map_folders import resolve_map
-from kfloc_ros.mapping.map_format import read_description
-from kfloc_ros.replay.bag_stream import BagEvent, BagStream, ReplayRange
-from kfloc_ros.replay.environment import ros_environment
+from kfloc_ros.maps.format import read_description, resolve_map
 from kfloc_ros.replay.player import play
+from kfloc_ros.replay.processes import ros_environment
 
 _CHILD = "KFLOC_BENCHMARK_CHILD"
 SAMPLE_S = 5.0
@@ -282,7 +281,7 @@ def main() -> int:
     with BagStream(args.bag) as stream, tempfile.TemporaryDirectory(prefix="kfloc_soak_") as folder:
         settings = {"map": map_path, "use_sim_time": "true", "image_transport": stream.transport}
         settings["pose_file"] = Path(folder) / "last_pose.json"  # written all the time, as on a robot
-        command = [sys.executable, "-m", f"kfloc_ros.nodes.{NODE}", "--ros-args", "--log-level", "error"]
+        command = [sys.executable, "-m", "kfloc_ros.nodes.executables", NODE, "--ros-args", "--log-level", "error"]
         for name, value in settings.items():
             command += ["-p", f"{name}:={value}"]
         process = subprocess.Popen(command)

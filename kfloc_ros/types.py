@@ -95,7 +95,7 @@ class FilterReport:
     rejected_ratio: float
     """Share of cells with a prior whose prior failed the NIS test."""
     confirmed: bool = False
-    """Whether a refined pose corrected the belief that the prior came from; see ``kfnet/pose_correction.py``."""
+    """Whether a refined pose corrected the belief that the prior came from; see ``kfnet/filter.py``."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -122,15 +122,72 @@ def test_algorithm_names_no_ros_module() -> None:
     assert {relative(path): names for path in algorithm if (names := ros_imports(path))} == {}
 
 
-def test_algorithm_takes_from_the_nodes_only_what_is_free_of_ros() -> None:
-    """Message conversions work on anything with a message's fields, and the bag reader shares them."""
-    offenders = []
-    for path in (path for path in sources() if not is_ros_side(path)):
-        for name in imported(ast.parse(path.read_text(encoding="utf-8"))):
-            module = ROOT / (name.replace(".", "/") + ".py")
-            if name.startswith("kfloc_ros.nodes.") and (not module.is_file() or ros_imports(module)):
-                offenders.append(f"{relative(path)}: {name}")
-    assert offenders == []
+LAYERS = (
+    "errors config device", "geometry", "types frames", "features", "messages", "bags", "pixloc", "pixloc/reference",
+    "kfnet", "kfnet/reference", "relocalization", "maps", "localization", "simulation", "datasets", "evaluation",
+    "mapping", "pixloc/hloc", "training", "visualization", "nodes", "replay", "cli",
+)  # fmt: skip
+"""Folders and root modules of the package; each imports only from its own layer and from the layers before it."""
+
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names.split()}
+
+
+def layer_of(module: str) -> str:
+    """The most specific entry of ``LAYERS`` that holds a module, such as ``pixloc/reference``; empty for the root."""
+    parts = module.removeprefix("kfloc_ros").strip(".").split(".")
+    return next((name for n in (2, 1) if (name := "/".join(parts[:n])) in RANK), "/".join(parts[:1]))
+
+
+def package_imports(path: Path) -> Iterator[tuple[str, str]]:
+    """The (module, imported module) pairs of a file within the package, imports inside functions included."""
+    own = "kfloc_ros." + relative(path).removesuffix(".py").replace("/", ".").removesuffix(".__init__")
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("kfloc_ros."):
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                is_module = (ROOT / (inner.replace(".", "/") + ".py")).is_file()
+                yield own, inner if is_module else node.module
+
+
+def test_imports_run_from_later_layers_to_earlier_ones() -> None:
+    assert {layer_of("kfloc_ros." + relative(path).removesuffix(".py").replace("/", ".")) for path in sources()} <= {
+        *RANK,
+        "__init__",
+    }
+    upward = [
+        f"{own} imports {other}"
+        for path in sources()
+        for own, other in package_imports(path)
+        if RANK[layer_of(other)] > RANK[layer_of(own)]
+    ]
+    assert upward == []
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    edges: dict[str, set[str]] = {}
+    for path in sources():
+        for own, other in package_imports(path):
+            edges.setdefault(own, set()).add(other)
+    circles: list[str] = []
+    done: set[str] = set()
+
+    def visit(module: str, trail: tuple[str, ...]) -> None:
+        if module in trail:
+            circles.append(" -> ".join((*trail[trail.index(module) :], module)))
+        elif module not in done:
+            for other in sorted(edges.get(module, ())):
+                visit(other, (*trail, module))
+            done.add(module)
+
+    for module in sorted(edges):
+        visit(module, ())
+    assert circles == []
+
+
+def test_no_module_is_long() -> None:
+    lengths = {relative(path): len(path.read_text(encoding="utf-8").splitlines()) for path in sources()}
+    assert {name: length for name, length in lengths.items() if length > 350} == {}
+    assert len(lengths) <= 260
 
 
 def test_algorithm_imports_where_there_is_no_ros() -> None:

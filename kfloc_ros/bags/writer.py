@@ -1,21 +1,187 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes a source of frames as a rosbag2 (mcap) folder, whole or not at all."""
+"""ROS 2 messages of a frame, serialized without ROS.
+
+Poses are those of the camera's optical frame in the map frame.
+"""
 
 from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import cv2
+import numpy as np
+from numpy.typing import NDArray
 from rosbags.interfaces import Connection
 from rosbags.rosbag2 import StoragePlugin, Writer
+from rosbags.typesys import Stores, get_typestore
 
-from kfloc_ros.bags.messages import MessageCodec
-from kfloc_ros.bags.topics import TOPIC_TYPES
-from kfloc_ros.datasets.base import FrameSource
-from kfloc_ros.errors import SourceError
+from kfloc_ros.bags.topics import (
+    CAMERA_FRAME,
+    CAMERA_INFO_TOPIC,
+    DEPTH_TOPIC,
+    DEPTH_UNIT_M,
+    IMAGE_TOPIC,
+    MAP_FRAME,
+    TF_TOPIC,
+    TOPIC_TYPES,
+    TRUTH_FRAME,
+    TRUTH_TOPIC,
+)
+from kfloc_ros.errors import FrameError, SourceError
+from kfloc_ros.frames import FrameSource
+from kfloc_ros.geometry.camera import Camera
+from kfloc_ros.geometry.lie import make_pose, matrix_to_quaternion, quaternion_to_matrix
+from kfloc_ros.types import Frame, Matrix
+
+JPEG_QUALITY = 95
+
+
+class MessageCodec:
+    """Frames to serialized messages, and poses and stamps of messages back.
+
+    The message definitions are those of ROS 2 Jazzy; the ones used here are the same in every later ROS 2.
+    """
+
+    def __init__(self) -> None:
+        self.typestore = get_typestore(Stores.ROS2_JAZZY)
+
+    def decode(self, data: bytes, message_type: str) -> Any:
+        """The message object of serialized data."""
+        return self.typestore.deserialize_cdr(data, message_type)
+
+    def encode_frame(
+        self, frame: Frame, *, jpeg: bytes | None = None, depth: bool = True
+    ) -> Iterator[tuple[str, bytes | memoryview]]:
+        """Topic and serialized message of everything a frame carries; the image comes last.
+
+        ``jpeg``: the image as it was recorded, if it is at hand, instead of compressing ``frame.image`` again.
+        """
+        header = self._header(frame.stamp_ns, CAMERA_FRAME)
+        yield self._encode(CAMERA_INFO_TOPIC, **self._camera_info(frame.camera, header))
+        if frame.T_map_camera is not None:
+            yield from self._truth(frame.stamp_ns, frame.T_map_camera)
+        if depth and frame.depth_m is not None:
+            yield self._encode(
+                DEPTH_TOPIC, header=header, format="16UC1; png compressed", data=encode_depth(frame.depth_m)
+            )
+        data = np.frombuffer(jpeg, np.uint8) if jpeg is not None else encode_jpeg(frame.image)
+        yield self._encode(IMAGE_TOPIC, header=header, format="jpeg", data=data)
+
+    def _truth(self, stamp_ns: int, T_map_camera: Matrix) -> Iterator[tuple[str, bytes | memoryview]]:
+        header = self._header(stamp_ns, MAP_FRAME)
+        x, y, z = (float(value) for value in T_map_camera[:3, 3])
+        qx, qy, qz, qw = (float(value) for value in matrix_to_quaternion(T_map_camera[:3, :3]))
+        rotation = self._make("geometry_msgs/msg/Quaternion", x=qx, y=qy, z=qz, w=qw)
+        point = self._make("geometry_msgs/msg/Point", x=x, y=y, z=z)
+        pose = self._make("geometry_msgs/msg/Pose", position=point, orientation=rotation)
+        yield self._encode(TRUTH_TOPIC, header=header, pose=pose)
+        translation = self._make("geometry_msgs/msg/Vector3", x=x, y=y, z=z)
+        transform = self._make("geometry_msgs/msg/Transform", translation=translation, rotation=rotation)
+        stamped = self._make(
+            "geometry_msgs/msg/TransformStamped", header=header, child_frame_id=TRUTH_FRAME, transform=transform
+        )
+        yield self._encode(TF_TOPIC, transforms=[stamped])
+
+    def _camera_info(self, camera: Camera, header: Any) -> dict[str, Any]:
+        projection = np.zeros((3, 4))
+        projection[:, :3] = camera.K
+        whole = self._make(
+            "sensor_msgs/msg/RegionOfInterest", x_offset=0, y_offset=0, height=0, width=0, do_rectify=False
+        )
+        return {
+            "header": header,
+            "height": camera.height,
+            "width": camera.width,
+            "distortion_model": "plumb_bob" if camera.distortion_model == "none" else camera.distortion_model,
+            "d": np.array(camera.distortion or (0.0,) * 5),
+            "k": camera.K.reshape(9),
+            "r": np.eye(3).reshape(9),
+            "p": projection.reshape(12),
+            "binning_x": 0,
+            "binning_y": 0,
+            "roi": whole,
+        }
+
+    def _header(self, stamp_ns: int, frame_id: str) -> Any:
+        seconds, nanoseconds = divmod(stamp_ns, 1_000_000_000)
+        stamp = self._make("builtin_interfaces/msg/Time", sec=seconds, nanosec=nanoseconds)
+        return self._make("std_msgs/msg/Header", stamp=stamp, frame_id=frame_id)
+
+    def _make(self, message_type: str, **fields: Any) -> Any:
+        return self.typestore.types[message_type](**fields)
+
+    def _encode(self, topic: str, **fields: Any) -> tuple[str, bytes | memoryview]:
+        message_type = TOPIC_TYPES[topic]
+        return topic, self.typestore.serialize_cdr(self._make(message_type, **fields), message_type)
+
+
+def stamp_ns_of(message: Any) -> int:
+    """Time of a message's header in nanoseconds."""
+    return int(message.header.stamp.sec) * 1_000_000_000 + int(message.header.stamp.nanosec)
+
+
+def pose_of(position: Any, orientation: Any) -> Matrix:
+    """(4, 4) transform of the position (or translation) and the quaternion of a message.
+
+    Raises:
+        SourceError: they are not finite, or the quaternion has no length.
+    """
+    p, q = position, orientation
+    try:
+        T = make_pose(quaternion_to_matrix((q.x, q.y, q.z, q.w)), (p.x, p.y, p.z))
+    except ValueError as error:
+        raise SourceError(f"A pose of the bag cannot be used: {error}") from error
+    if not np.isfinite(T).all():
+        raise SourceError("A pose of the bag is not finite.")
+    return T
+
+
+def encode_jpeg(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """JPEG bytes of an RGB image, without chroma subsampling: colour edges stay where they are.
+
+    Raises:
+        FrameError: OpenCV cannot compress the image.
+    """
+    flags = [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY]
+    flags += [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
+    done, data = cv2.imencode(".jpg", np.ascontiguousarray(image[..., ::-1]), flags)
+    if not done:
+        raise FrameError(f"An image of shape {image.shape} cannot be compressed as JPEG.")
+    return np.asarray(data, dtype=np.uint8).reshape(-1)
+
+
+def encode_depth(depth_m: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """16-bit PNG bytes of a depth image in metres, in millimetres; what does not fit becomes 0 (unknown).
+
+    Raises:
+        FrameError: OpenCV cannot compress the image.
+    """
+    units = np.rint(np.nan_to_num(depth_m, nan=0.0, posinf=0.0, neginf=0.0) / DEPTH_UNIT_M)
+    units[(units < 0) | (units > 65535)] = 0
+    done, data = cv2.imencode(".png", units.astype(np.uint16), [cv2.IMWRITE_PNG_COMPRESSION, 1])
+    if not done:
+        raise FrameError(f"A depth image of shape {depth_m.shape} cannot be compressed as PNG.")
+    return np.asarray(data, dtype=np.uint8).reshape(-1)
+
+
+def decode_depth(data: NDArray[np.uint8]) -> NDArray[np.float32] | None:
+    """Depth in metres of 16-bit PNG bytes, or None if they are no such image."""
+    units = cv2.imdecode(np.asarray(data, dtype=np.uint8), cv2.IMREAD_UNCHANGED) if len(data) else None
+    if units is None or units.dtype != np.uint16 or units.ndim != 2:
+        return None
+    return np.asarray(units, dtype=np.float32) * np.float32(DEPTH_UNIT_M)
+
+
+def decode_jpeg(data: NDArray[np.uint8]) -> NDArray[np.uint8] | None:
+    """RGB image of compressed bytes, or None if they are no image."""
+    bgr = cv2.imdecode(np.asarray(data, dtype=np.uint8), cv2.IMREAD_COLOR) if len(data) else None
+    return None if bgr is None else np.ascontiguousarray(bgr[..., ::-1])
+
 
 BAG_VERSION = 9
 

@@ -9,8 +9,8 @@ import sys
 from typing import Any
 
 from kfloc_ros.datasets import SOURCE_KINDS, FrameSource, open_source
-from kfloc_ros.datasets.base import SPLITS
 from kfloc_ros.errors import SourceError
+from kfloc_ros.frames import SPLITS
 
 
 class OverridesParser(argparse.ArgumentParser):

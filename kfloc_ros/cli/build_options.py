@@ -13,7 +13,7 @@ from kfloc_ros.errors import SourceError
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-    from kfloc_ros.datasets.base import FrameSource
+    from kfloc_ros.frames import FrameSource
     from kfloc_ros.mapping.build import BuildProgress, MapBuildConfig
 
 BUDGET = "budget_s"

@@ -44,8 +44,7 @@ def run(args: argparse.Namespace) -> int:
     """Convert and say what was written."""
     from kfloc_ros.errors import WeightsError
     from kfloc_ros.kfnet.reference.frame import read_transform
-    from kfloc_ros.kfnet.reference.tensorflow import import_networks, read_archive
-    from kfloc_ros.kfnet.reference.weights import save_network
+    from kfloc_ros.kfnet.reference.weights import import_networks, read_archive, save_network
 
     frame = read_transform(args.transform, args.scale) if args.transform else None
     imported = import_networks(read_archive(args.archive), frame)

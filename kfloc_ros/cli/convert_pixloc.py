@@ -37,8 +37,8 @@ def add_parser(actions: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert and say what was written."""
-    from kfloc_ros.pixloc.checkpoint import read_checkpoint
-    from kfloc_ros.pixloc.model import save_model
+    from kfloc_ros.pixloc.reference.checkpoint import read_checkpoint
+    from kfloc_ros.pixloc.reference.model import save_model
 
     read = read_checkpoint(args.checkpoint)
     model, config = read.model, read.model.config

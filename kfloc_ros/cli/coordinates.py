@@ -5,10 +5,23 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from kfloc_ros.cli.arguments import add_source_arguments, open_source_from
+from kfloc_ros.frames import FrameSource
+from kfloc_ros.geometry.camera import ImageAdapter
+from kfloc_ros.kfnet.flow_network import FlowKind, choose_flow
+from kfloc_ros.kfnet.fusion import warp
+from kfloc_ros.kfnet.reference.files import MapDescription, write_coordinates, write_description, write_flow, write_pose
+from kfloc_ros.localization.coarse import CoarseStage
+from kfloc_ros.localization.config import LocalizerConfig
+from kfloc_ros.localization.stages import CoarseResult
+from kfloc_ros.maps.scene_map import SceneMap
+from kfloc_ros.types import Frame
 
 DESCRIPTION = """\
 Write the scene coordinates of every frame of SOURCE as KFNet does: OUT/coord_<i>.npy, h x w x 4 float32 with map
@@ -47,10 +60,9 @@ def run(args: argparse.Namespace) -> int:
 
     from tqdm import tqdm
 
-    from kfloc_ros.kfnet.export import export_coordinates
-    from kfloc_ros.localizer_config import LocalizerConfig
-    from kfloc_ros.mapping.map_folders import resolve_map
-    from kfloc_ros.mapping.scene_map import SceneMap
+    from kfloc_ros.localization.config import LocalizerConfig
+    from kfloc_ros.maps.format import resolve_map
+    from kfloc_ros.maps.scene_map import SceneMap
 
     scene_map = SceneMap.load(resolve_map(args.map))
     config = LocalizerConfig(device=args.device, filter=not args.no_filter)
@@ -58,3 +70,65 @@ def run(args: argparse.Namespace) -> int:
     count = sum(1 for _ in tqdm(written, total=len(source), unit="frame", disable=not sys.stderr.isatty()))
     print(f"{args.out}: {count} coordinate maps")
     return 0
+
+
+def export_coordinates(
+    source: FrameSource,
+    scene_map: SceneMap,
+    config: LocalizerConfig,
+    out: Path,
+    *,
+    flow: bool = False,
+    truth: Path | None = None,
+) -> Iterator[int]:
+    """Write ``coord_<i>.npy`` of every frame, i counting from 0; yields each i.
+
+    Args:
+        source: of frames.
+        scene_map: to localize in.
+        config: of the localizer.
+        out: folder for the maps and ``coordinates.json``.
+        flow: also write the flow from each frame to the one before.
+        truth: folder for the true poses, one file a frame, and ``gt_list.txt``.
+    """
+    stage = CoarseStage(scene_map, config)
+    adapter = ImageAdapter(source.camera, stage.camera)
+    for folder in filter(None, (out, truth)):
+        folder.mkdir(parents=True, exist_ok=True)
+    entries: list[dict[str, Any]] = []
+    previous: CoarseResult | None = None
+    description = MapDescription(stage.camera)
+    for i, frame in enumerate(source):
+        result = stage.process(Frame(adapter(frame.image), stage.camera, frame.stamp_ns, frame.index, frame.name))
+        coordinates = result.scene_coordinates
+        assert coordinates is not None  # the stage runs in this process
+        write_coordinates(out, i, coordinates)
+        if flow and previous is not None:
+            _write_flow(out, i, previous, result, scene_map, FlowKind(config.oflownet))
+        if truth is not None:
+            write_pose(truth / f"gt_{i}.txt", frame.T_map_camera)
+        description = MapDescription(stage.camera, coordinates.stride, coordinates.pixel_offset)
+        entries.append({"map": f"coord_{i}.npy", "index": frame.index, "name": frame.name, "stamp_ns": frame.stamp_ns})
+        previous = result
+        yield i
+    write_description(out, description, entries)
+    if truth is not None:
+        (truth / "gt_list.txt").write_text("".join(f"gt_{i}.txt\n" for i in range(len(entries))))
+
+
+@torch.inference_mode()
+def _write_flow(
+    out: Path, i: int, previous: CoarseResult, result: CoarseResult, scene_map: SceneMap, kind: FlowKind
+) -> None:
+    if scene_map.kfnet is not None:  # the filter has just had them; anew, there is nothing that was carried
+        filtered = result.filtered
+        if filtered is not None and filtered.flow is not None and filtered.prior is not None:
+            write_flow(out, i, i - 1, filtered.flow.offset, filtered.prior.variance)
+        return
+    if result.features is None or previous.features is None or previous.scene_coordinates is None:
+        return
+    features = result.features.coarse[0]
+    chosen = choose_flow(kind, scene_map.calibration, features.device)
+    flow = chosen.flow(features, previous.features.coarse[0])
+    prior = warp(previous.scene_coordinates, flow, chosen.process_scale, chosen.process_floor_m2)
+    write_flow(out, i, i - 1, flow.offset, prior.variance)

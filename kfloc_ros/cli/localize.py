@@ -79,10 +79,10 @@ def run(args: argparse.Namespace) -> int:
     from kfloc_ros.evaluation.report import command_line
     from kfloc_ros.evaluation.results import write_results
     from kfloc_ros.evaluation.summary import RunInfo
-    from kfloc_ros.localizer_config import LocalizerConfig
-    from kfloc_ros.mapping.map_folders import resolve_map
-    from kfloc_ros.mapping.place import load_map
-    from kfloc_ros.place_localizer import localizer_for
+    from kfloc_ros.localization.config import LocalizerConfig
+    from kfloc_ros.localization.place_localizer import localizer_for
+    from kfloc_ros.maps.format import resolve_map
+    from kfloc_ros.maps.place import load_map
 
     limit_threads()
     device = str(choose_device(args.device))

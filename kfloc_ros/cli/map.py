@@ -23,6 +23,7 @@ from kfloc_ros.cli.map_join import add_join
 from kfloc_ros.cli.map_kfnet import add_kfnet
 from kfloc_ros.cli.map_place import add_place, describe_place
 from kfloc_ros.cli.map_tools import add_tools
+from kfloc_ros.cli.tables import describe
 
 BUILD_EXAMPLE = """\
 examples:
@@ -90,9 +91,9 @@ def run_build(args: argparse.Namespace) -> int:
     started = time.monotonic()
 
     from kfloc_ros.mapping.build import build_map, check_free
-    from kfloc_ros.mapping.model_scale import known_length
     from kfloc_ros.mapping.motion_depth import with_depth
     from kfloc_ros.mapping.structure import reconstruct
+    from kfloc_ros.mapping.structure_scale import known_length
 
     config = build_config_from(args)
     frames = open_source_from(args, depth=not args.no_depth)
@@ -119,8 +120,8 @@ def run_build(args: argparse.Namespace) -> int:
 
 def run_info(args: argparse.Namespace) -> int:
     """``kfloc map info``."""
-    from kfloc_ros.mapping.map_folders import resolve_map
-    from kfloc_ros.mapping.place import Place, load_map
+    from kfloc_ros.maps.format import resolve_map
+    from kfloc_ros.maps.place import Place, load_map
 
     loaded = load_map(resolve_map(args.map))
     print(describe_place(loaded) if isinstance(loaded, Place) else describe(loaded))
@@ -129,9 +130,9 @@ def run_info(args: argparse.Namespace) -> int:
 
 def run_verify(args: argparse.Namespace) -> int:
     """``kfloc map verify``: exit code 1 if something is wrong."""
-    from kfloc_ros.mapping.map_folders import resolve_map
-    from kfloc_ros.mapping.place import is_place, verify_place
-    from kfloc_ros.mapping.scene_map import verify_map
+    from kfloc_ros.maps.format import resolve_map
+    from kfloc_ros.maps.place import is_place, verify_place
+    from kfloc_ros.maps.scene_map import verify_map
 
     folder = resolve_map(args.map)
     problems = verify_place(folder) if is_place(folder) else verify_map(folder)
@@ -141,40 +142,3 @@ def run_verify(args: argparse.Namespace) -> int:
         what = "the index and all submaps agree, " if is_place(folder) else ""
         print(f"'{folder}' is whole: {what}checksums match and all values are finite.")
     return 1 if problems else 0
-
-
-def describe(scene_map: Any) -> str:
-    """A map in a few aligned lines."""
-    from kfloc_ros.kfnet.experts import heads_of
-
-    camera, c = scene_map.camera, scene_map.calibration
-    low, high = scene_map.bounds_m
-    points = sum(len(view) for view in scene_map.references.views)
-    size = " x ".join(f"{b - a:.1f}" for a, b in zip(low, high, strict=True))
-    rows = {
-        "map": f"{scene_map.name} ({scene_map.path}, {scene_map.size_bytes() / 1e6:.1f} MB)",
-        "frame": scene_map.frame_id,
-        "family": scene_map.family,
-        "camera": (
-            f"{camera.width}x{camera.height}, f {camera.fx:.1f} {camera.fy:.1f}, c {camera.cx:.1f} {camera.cy:.1f} px"
-        ),
-        "extent": f"{size} m",
-        "references": f"{len(scene_map.references.ids)} views, {points} points",
-        "heads": f"{len(heads_of(scene_map.head))}, of {scene_map.head.blocks} blocks of {scene_map.head.width}",
-        "calibration": (
-            f"variance x{c.measurement_variance_scale:.2f}, flow temperature {c.flow_temperature:g}, "
-            f"process x{c.process_scale:.2f}, alignment cost <= {c.max_alignment_cost:.3f}, "
-            f"inlier ratio >= {c.min_inlier_ratio:.2f}"
-        ),
-        **_rough_views(c.roughness),
-        **{key.replace("_", " "): str(value) for key, value in scene_map.provenance.items()},
-    }
-    width = max(map(len, rows))
-    return "\n".join(f"{key:<{width}}  {value}" for key, value in rows.items())
-
-
-def _rough_views(scale: Any) -> dict[str, str]:
-    """How variances grow away from the mapped views, if they do."""
-    if scale is None:
-        return {}
-    return {"rough views": f"variance x (roughness / {100 * scale.usual_m:.1f} cm) ^ {scale.power:.2f}"}

@@ -81,12 +81,11 @@ def run_update(args: argparse.Namespace) -> int:
     started = time.monotonic()
 
     from kfloc_ros.mapping.build import check_free
-    from kfloc_ros.mapping.map_folders import resolve_map
-    from kfloc_ros.mapping.map_format import SUBMAPS
     from kfloc_ros.mapping.motion_depth import with_depth
-    from kfloc_ros.mapping.place import Place, load_map
     from kfloc_ros.mapping.place_editing import submap_of, update_place
     from kfloc_ros.mapping.update import update_map
+    from kfloc_ros.maps.format import SUBMAPS, resolve_map
+    from kfloc_ros.maps.place import Place, load_map
 
     check_free(args.out, overwrite=args.force)
     config = build_config_from(args)
@@ -126,12 +125,11 @@ def run_merge(args: argparse.Namespace) -> int:
     import numpy as np
 
     from kfloc_ros.mapping.build import MapBuildConfig, check_free
-    from kfloc_ros.mapping.map_folders import resolve_map
-    from kfloc_ros.mapping.map_format import SUBMAPS
     from kfloc_ros.mapping.merge import merge_maps
-    from kfloc_ros.mapping.place import is_place
     from kfloc_ros.mapping.registration import register
-    from kfloc_ros.mapping.scene_map import SceneMap
+    from kfloc_ros.maps.format import SUBMAPS, resolve_map
+    from kfloc_ros.maps.place import is_place
+    from kfloc_ros.maps.scene_map import SceneMap
 
     check_free(args.out, overwrite=args.force)
     for folder in (resolve_map(args.map), resolve_map(args.other)):
@@ -161,10 +159,9 @@ def run_merge(args: argparse.Namespace) -> int:
 
 def run_migrate(args: argparse.Namespace) -> int:
     """``kfloc map migrate``."""
-    from kfloc_ros.mapping.map_folders import resolve_map
-    from kfloc_ros.mapping.map_format import NEWEST, read_description
-    from kfloc_ros.mapping.place import Place, load_map
     from kfloc_ros.mapping.place_editing import migrate_place
+    from kfloc_ros.maps.format import NEWEST, read_description, resolve_map
+    from kfloc_ros.maps.place import Place, load_map
 
     folder = resolve_map(args.map)
     old, known = read_description(folder), load_map(folder)
@@ -178,7 +175,7 @@ def run_migrate(args: argparse.Namespace) -> int:
 
 
 def _counts(before: Any, after: Any, out: Path) -> str:
-    from kfloc_ros.kfnet.experts import heads_of
+    from kfloc_ros.kfnet.scoordnet import heads_of
 
     views = len(before.references.ids), len(after.references.ids)
     heads = len(heads_of(before.head)), len(heads_of(after.head))

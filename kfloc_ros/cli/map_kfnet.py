@@ -55,13 +55,13 @@ def run(args: argparse.Namespace) -> int:
 
     from tqdm import tqdm
 
-    from kfloc_ros.cli.map import describe
+    from kfloc_ros.cli.tables import describe
     from kfloc_ros.kfnet.reference.networks import ReferenceNetworks
     from kfloc_ros.kfnet.reference.weights import load_oflownet, load_scoordnet
     from kfloc_ros.mapping.build import check_free
-    from kfloc_ros.mapping.kfnet_family import calibrate_networks, with_networks
-    from kfloc_ros.mapping.map_folders import resolve_map
-    from kfloc_ros.mapping.scene_map import SceneMap
+    from kfloc_ros.maps.format import resolve_map
+    from kfloc_ros.maps.scene_map import SceneMap
+    from kfloc_ros.training.kfnet_family import calibrate_networks, with_networks
 
     check_free(args.out, overwrite=args.force)
     networks = ReferenceNetworks(load_scoordnet(args.scoordnet), load_oflownet(args.oflownet))

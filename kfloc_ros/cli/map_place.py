@@ -11,7 +11,7 @@ from kfloc_ros.errors import MapError
 
 if TYPE_CHECKING:
     from kfloc_ros.geometry.lie import Matrix
-    from kfloc_ros.mapping.place import Place
+    from kfloc_ros.maps.place import Place
 
 TEXT = """\
 Makes a place of several maps, its submaps, each called as its folder. They are copied; the result is used like a map
@@ -52,8 +52,8 @@ def add_place(actions: Any) -> None:
 
 def run_place(args: argparse.Namespace) -> int:
     """``kfloc map place``."""
-    from kfloc_ros.mapping.map_folders import resolve_map
     from kfloc_ros.mapping.place_making import make_place
+    from kfloc_ros.maps.format import resolve_map
 
     motions: dict[str, Matrix] = {}
     for name, *numbers in args.at:

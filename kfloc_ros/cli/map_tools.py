@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kfloc_ros.mapping.coverage import Coverage
+    from kfloc_ros.mapping.picture import Coverage
 
 MAP_HELP = "folder of a map or of a place of several, or name of an installed one"
 
@@ -66,8 +66,8 @@ def add_tools(actions: Any) -> None:
 def run_export(args: argparse.Namespace) -> int:
     """``kfloc map export``."""
     from kfloc_ros.mapping.export import export_colmap, export_ply
-    from kfloc_ros.mapping.map_folders import resolve_map
-    from kfloc_ros.mapping.place import load_map
+    from kfloc_ros.maps.format import resolve_map
+    from kfloc_ros.maps.place import load_map
 
     known = load_map(resolve_map(args.map))
     write = export_colmap if args.to == "colmap" else export_ply
@@ -77,11 +77,10 @@ def run_export(args: argparse.Namespace) -> int:
 
 def run_view(args: argparse.Namespace) -> int:
     """``kfloc map view``."""
-    from kfloc_ros.mapping.coverage import floor_coverage
     from kfloc_ros.mapping.export import write_new_file
-    from kfloc_ros.mapping.map_folders import resolve_map
-    from kfloc_ros.mapping.picture import picture_from_above, picture_of_coverage, up_axis
-    from kfloc_ros.mapping.place import each_map, load_map
+    from kfloc_ros.mapping.picture import floor_coverage, picture_from_above, picture_of_coverage, up_axis
+    from kfloc_ros.maps.format import resolve_map
+    from kfloc_ros.maps.place import each_map, load_map
 
     known = load_map(resolve_map(args.map))
     if args.accuracy:
@@ -111,8 +110,8 @@ def _describe_coverage(coverage: Coverage) -> str:
 
 def run_pack(args: argparse.Namespace) -> int:
     """``kfloc map pack``."""
-    from kfloc_ros.mapping.archive import pack_map
-    from kfloc_ros.mapping.map_folders import resolve_map
+    from kfloc_ros.maps.archive import pack_map
+    from kfloc_ros.maps.format import resolve_map
 
     archive = pack_map(resolve_map(args.map), args.out, overwrite=args.force)
     print(f"Packed into '{archive}' ({archive.stat().st_size / 1e6:.1f} MB).")
@@ -121,7 +120,7 @@ def run_pack(args: argparse.Namespace) -> int:
 
 def run_unpack(args: argparse.Namespace) -> int:
     """``kfloc map unpack``."""
-    from kfloc_ros.mapping.archive import unpack_map
+    from kfloc_ros.maps.archive import unpack_map
 
     known = unpack_map(args.file, args.out)
     print(f"'{known.name}' is whole, and now in '{args.out}'.")
@@ -130,10 +129,10 @@ def run_unpack(args: argparse.Namespace) -> int:
 
 def run_crop(args: argparse.Namespace) -> int:
     """``kfloc map crop``."""
-    from kfloc_ros.mapping.crop import crop_map
-    from kfloc_ros.mapping.map_folders import resolve_map
-    from kfloc_ros.mapping.place import Place, load_map
+    from kfloc_ros.mapping.merge import crop_map
     from kfloc_ros.mapping.place_editing import crop_place
+    from kfloc_ros.maps.format import resolve_map
+    from kfloc_ros.maps.place import Place, load_map
 
     whole = load_map(resolve_map(args.map))
     low, high = args.box[:3], args.box[3:]

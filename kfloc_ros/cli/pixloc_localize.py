@@ -60,7 +60,7 @@ def add_parser(actions: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Localize; 1 if no pose was found."""
     from kfloc_ros.errors import ConfigError
-    from kfloc_ros.pixloc.run import read_image
+    from kfloc_ros.pixloc.hloc.run import read_image
 
     image = read_image(args.image)
     if args.weights is None:
@@ -88,7 +88,7 @@ class _Answer:
     def __init__(
         self, name: str, T: Matrix | None, words: str, picture: NDArray[np.uint8] | None, **values: Any
     ) -> None:
-        from kfloc_ros.pixloc.pose_file import pose_line
+        from kfloc_ros.pixloc.hloc.files import pose_line
 
         self.text = words if T is None else f"{pose_line(name, T)}\n{words}"
         self.picture = picture
@@ -125,10 +125,10 @@ def _in_map(args: argparse.Namespace, image: NDArray[np.uint8]) -> _Answer:
 
     from kfloc_ros.device import choose_device
     from kfloc_ros.geometry.camera import ImageAdapter
-    from kfloc_ros.localizer import Localizer
-    from kfloc_ros.localizer_config import LocalizerConfig
-    from kfloc_ros.mapping.map_folders import resolve_map
-    from kfloc_ros.mapping.scene_map import SceneMap
+    from kfloc_ros.localization.config import LocalizerConfig
+    from kfloc_ros.localization.localizer import Localizer
+    from kfloc_ros.maps.format import resolve_map
+    from kfloc_ros.maps.scene_map import SceneMap
     from kfloc_ros.types import Frame, PoseEstimate, TrackingState
     from kfloc_ros.visualization.overlay import OverlayPainter
 
@@ -160,13 +160,12 @@ def _in_model(args: argparse.Namespace, image: NDArray[np.uint8]) -> _Answer:
 
     from kfloc_ros.device import choose_device
     from kfloc_ros.errors import ConfigError
-    from kfloc_ros.pixloc.model import load_model
-    from kfloc_ros.pixloc.own_picture import localize_picture
-    from kfloc_ros.pixloc.reference_refiner import ReferenceRefiner
-    from kfloc_ros.pixloc.run import gather_views, view_settings
-    from kfloc_ros.pixloc.run_options import run_options
-    from kfloc_ros.pixloc.scene import read_scene
-    from kfloc_ros.visualization.moved_points import draw_moved_points
+    from kfloc_ros.pixloc.hloc.options import run_options
+    from kfloc_ros.pixloc.hloc.run import gather_views, localize_picture, view_settings
+    from kfloc_ros.pixloc.reference.model import load_model
+    from kfloc_ros.pixloc.reference.refiner import ReferenceRefiner
+    from kfloc_ros.pixloc.reference.views import read_scene
+    from kfloc_ros.visualization.alignment import draw_moved_points
 
     if args.images is None:
         raise ConfigError("With --weights, --images names the folder of the COLMAP model's images.")

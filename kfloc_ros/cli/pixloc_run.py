@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from kfloc_ros.pixloc.model import PixLocModel
-    from kfloc_ros.pixloc.official import DataSet, Paths
-    from kfloc_ros.pixloc.run_options import RunOptions
+    from kfloc_ros.pixloc.hloc.layouts import DataSet, Paths
+    from kfloc_ros.pixloc.hloc.options import RunOptions
+    from kfloc_ros.pixloc.reference.model import PixLocModel
     from kfloc_ros.types import Matrix
 
 NAMES = ("7scenes", "cambridge", "aachen", "cmu", "robotcar")
@@ -48,7 +48,7 @@ Layouts of the data sets: docs/pixloc.md.
 def add_parser(actions: Any) -> None:
     """Register ``kfloc pixloc run``."""
     from kfloc_ros.config import options_of
-    from kfloc_ros.pixloc.run_options import RunOptions
+    from kfloc_ros.pixloc.hloc.options import RunOptions
 
     options = "\n".join(f"  {o.name}={o.default}  {o.text}" for o in options_of(RunOptions))
     parser = actions.add_parser(
@@ -83,8 +83,8 @@ def add_parser(actions: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run all parts asked for; 1 if no query at all was localized."""
     from kfloc_ros.errors import ConfigError
-    from kfloc_ros.pixloc.official import DATA_SETS, choose_parts, paths_of
-    from kfloc_ros.pixloc.run_options import run_options
+    from kfloc_ros.pixloc.hloc.layouts import DATA_SETS, choose_parts, paths_of
+    from kfloc_ros.pixloc.hloc.options import run_options
 
     if args.skip < 1:
         raise ConfigError(f"--skip takes 1 or more, got {args.skip}.")
@@ -118,14 +118,12 @@ def _run_part(
     """Localize one part's queries and write its results; returns the poses by the names in the results."""
     from tqdm import tqdm
 
-    from kfloc_ros.pixloc.descriptor_file import read_descriptors
-    from kfloc_ros.pixloc.hloc_log import read_hloc_log
-    from kfloc_ros.pixloc.official import queries_of
-    from kfloc_ros.pixloc.plan import Planner
-    from kfloc_ros.pixloc.pose_file import read_pairs, result_name, write_poses
-    from kfloc_ros.pixloc.reference_refiner import ReferenceRefiner
-    from kfloc_ros.pixloc.run import gather_views, log_entry, run_queries, view_settings
-    from kfloc_ros.pixloc.scene import read_scene
+    from kfloc_ros.pixloc.hloc.files import read_descriptors, read_hloc_log, read_pairs, result_name, write_poses
+    from kfloc_ros.pixloc.hloc.layouts import queries_of
+    from kfloc_ros.pixloc.hloc.plan import Planner
+    from kfloc_ros.pixloc.hloc.run import gather_views, log_entry, run_queries, view_settings
+    from kfloc_ros.pixloc.reference.refiner import ReferenceRefiner
+    from kfloc_ros.pixloc.reference.views import read_scene
 
     model, device = _model(args)
     queries = queries_of(args.data_set, part, paths)
@@ -194,13 +192,13 @@ def _common_reasons(entries: Mapping[str, Any]) -> list[tuple[str, int]]:
 
 def _model(args: argparse.Namespace) -> tuple[PixLocModel, torch.device]:
     from kfloc_ros.device import choose_device
-    from kfloc_ros.pixloc.model import load_model
+    from kfloc_ros.pixloc.reference.model import load_model
 
     return load_model(args.weights), choose_device(args.device)
 
 
 def _existing(paths: Paths) -> dict[str, Matrix]:
-    from kfloc_ros.pixloc.pose_file import read_poses
+    from kfloc_ros.pixloc.hloc.files import read_poses
 
     return read_poses(paths.results)
 
@@ -209,9 +207,9 @@ def _figures(paths: Paths, poses: Mapping[str, Matrix], skip: int) -> str:
     """Medians and recall against the ground truth."""
     from kfloc_ros.errors import SourceError
     from kfloc_ros.geometry.lie import inverse_pose
-    from kfloc_ros.pixloc.official import read_names
-    from kfloc_ros.pixloc.pose_file import accuracy_text
-    from kfloc_ros.pixloc.scene import read_scene
+    from kfloc_ros.pixloc.hloc.files import accuracy_text
+    from kfloc_ros.pixloc.hloc.layouts import read_names
+    from kfloc_ros.pixloc.reference.views import read_scene
 
     if paths.ground_truth is None or not paths.ground_truth.is_dir():
         return f"not evaluated, there is no ground truth in '{paths.ground_truth}'"
@@ -226,7 +224,7 @@ def _figures(paths: Paths, poses: Mapping[str, Matrix], skip: int) -> str:
 
 def _together(data_set: DataSet, every: Mapping[str, Paths], args: argparse.Namespace) -> Path:
     """One file of all parts' results."""
-    from kfloc_ros.pixloc.official import paths_of
+    from kfloc_ros.pixloc.hloc.layouts import paths_of
 
     label = "-".join(part[:3] for part in every)
     given = {"results": args.results}

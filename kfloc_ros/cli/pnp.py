@@ -28,7 +28,7 @@ examples:
 
 def add_parser(subparsers: Any) -> None:
     """Register ``kfloc pnp``."""
-    from kfloc_ros.solvers.pnp_files import MIN_CONFIDENCE_PER_M
+    from kfloc_ros.kfnet.reference.files import MIN_CONFIDENCE_PER_M
 
     parser = subparsers.add_parser(
         "pnp",
@@ -64,9 +64,17 @@ def run(args: argparse.Namespace) -> int:
 
     from kfloc_ros.errors import SourceError
     from kfloc_ros.evaluation.metrics import accuracy, pose_error
-    from kfloc_ros.kfnet.files import read_description, read_list, read_pose, write_pose
-    from kfloc_ros.solvers.pnp import PnpSettings
-    from kfloc_ros.solvers.pnp_files import PnpJob, find_maps, parse_camera, solve_files
+    from kfloc_ros.kfnet.pnp import PnpSettings
+    from kfloc_ros.kfnet.reference.files import (
+        PnpJob,
+        find_maps,
+        parse_camera,
+        read_description,
+        read_list,
+        read_pose,
+        solve_files,
+        write_pose,
+    )
 
     maps = find_maps(args.maps)
     truths = [read_pose(path) for path in read_list(args.gt)] if args.gt else None

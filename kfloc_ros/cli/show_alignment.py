@@ -12,13 +12,13 @@ from kfloc_ros.cli.arguments import open_source_from
 from kfloc_ros.cli.show_stream import closed, open_recording, progress
 from kfloc_ros.errors import DrawingError, SourceError
 from kfloc_ros.geometry.lie import Matrix
-from kfloc_ros.localizer import Localizer
-from kfloc_ros.localizer_config import LocalizerConfig
-from kfloc_ros.mapping.map_folders import resolve_map
+from kfloc_ros.localization.config import LocalizerConfig
+from kfloc_ros.localization.localizer import Localizer
 from kfloc_ros.mapping.picture import up_axis
-from kfloc_ros.mapping.scene_map import SceneMap
+from kfloc_ros.maps.format import resolve_map
+from kfloc_ros.maps.scene_map import SceneMap
 from kfloc_ros.types import Alignment
-from kfloc_ros.visualization.alignment_views import alignment_panels, moved, steps_picture, summary
+from kfloc_ros.visualization.alignment import alignment_panels, moved, steps_picture, summary
 from kfloc_ros.visualization.basin import (
     NEAR_DEG,
     NEAR_M,
@@ -31,9 +31,9 @@ from kfloc_ros.visualization.basin import (
 )
 from kfloc_ros.visualization.page import LocalizationPage
 from kfloc_ros.visualization.rerun_views import log_alignment
-from kfloc_ros.visualization.series import write_picture
 from kfloc_ros.visualization.sheet import Sheet
 from kfloc_ros.visualization.stream import Seen, watch
+from kfloc_ros.visualization.video import write_picture
 
 
 def alignment(args: argparse.Namespace) -> list[str]:

@@ -14,19 +14,18 @@ from tqdm import tqdm
 
 from kfloc_ros.cli.arguments import open_source_from
 from kfloc_ros.errors import DrawingError
-from kfloc_ros.localizer import Localizer
-from kfloc_ros.localizer_config import LocalizerConfig
-from kfloc_ros.mapping.map_folders import resolve_map
+from kfloc_ros.localization.config import LocalizerConfig
+from kfloc_ros.localization.localizer import Localizer
 from kfloc_ros.mapping.picture import up_axis
-from kfloc_ros.mapping.scene_map import SceneMap
-from kfloc_ros.visualization.filter_views import caption, confidence_panels, filter_panels, flow_panels
+from kfloc_ros.maps.format import resolve_map
+from kfloc_ros.maps.scene_map import SceneMap
+from kfloc_ros.visualization.filter import caption, confidence_panels, filter_panels, flow_panels
 from kfloc_ros.visualization.rerun import Recording
 from kfloc_ros.visualization.rerun_views import log_filter
-from kfloc_ros.visualization.series import PictureSeries
 from kfloc_ros.visualization.sheet import Panel, Sheet
-from kfloc_ros.visualization.stored_cells import show_stored
 from kfloc_ros.visualization.stream import Seen, is_coordinate_folder, watch
-from kfloc_ros.visualization.stream_cells import CellStream
+from kfloc_ros.visualization.stream_cells import CellStream, show_stored
+from kfloc_ros.visualization.video import PictureSeries
 
 Item = TypeVar("Item")
 

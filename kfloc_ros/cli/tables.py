@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from kfloc_ros.evaluation.report import accuracy_rows, timing_rows, transform_text
 from kfloc_ros.evaluation.summary import Summary
@@ -30,3 +31,40 @@ def summary_table(summary: Summary) -> str:
     if summary.run.transform is not None:
         lines.append(f"map -> camera on TF at the images' times: median {transform_text(summary.run.transform)}.")
     return "\n".join(lines)
+
+
+def describe(scene_map: Any) -> str:
+    """A map in a few aligned lines."""
+    from kfloc_ros.kfnet.scoordnet import heads_of
+
+    camera, c = scene_map.camera, scene_map.calibration
+    low, high = scene_map.bounds_m
+    points = sum(len(view) for view in scene_map.references.views)
+    size = " x ".join(f"{b - a:.1f}" for a, b in zip(low, high, strict=True))
+    rows = {
+        "map": f"{scene_map.name} ({scene_map.path}, {scene_map.size_bytes() / 1e6:.1f} MB)",
+        "frame": scene_map.frame_id,
+        "family": scene_map.family,
+        "camera": (
+            f"{camera.width}x{camera.height}, f {camera.fx:.1f} {camera.fy:.1f}, c {camera.cx:.1f} {camera.cy:.1f} px"
+        ),
+        "extent": f"{size} m",
+        "references": f"{len(scene_map.references.ids)} views, {points} points",
+        "heads": f"{len(heads_of(scene_map.head))}, of {scene_map.head.blocks} blocks of {scene_map.head.width}",
+        "calibration": (
+            f"variance x{c.measurement_variance_scale:.2f}, flow temperature {c.flow_temperature:g}, "
+            f"process x{c.process_scale:.2f}, alignment cost <= {c.max_alignment_cost:.3f}, "
+            f"inlier ratio >= {c.min_inlier_ratio:.2f}"
+        ),
+        **_rough_views(c.roughness),
+        **{key.replace("_", " "): str(value) for key, value in scene_map.provenance.items()},
+    }
+    width = max(map(len, rows))
+    return "\n".join(f"{key:<{width}}  {value}" for key, value in rows.items())
+
+
+def _rough_views(scale: Any) -> dict[str, str]:
+    """How variances grow away from the mapped views, if they do."""
+    if scale is None:
+        return {}
+    return {"rough views": f"variance x (roughness / {100 * scale.usual_m:.1f} cm) ^ {scale.power:.2f}"}

@@ -12,7 +12,7 @@ from kfloc_ros.cli.arguments import open_source_from
 from kfloc_ros.errors import ConfigError
 
 if TYPE_CHECKING:
-    from kfloc_ros.datasets.base import FrameSource
+    from kfloc_ros.frames import FrameSource
     from kfloc_ros.training.kfnet_trainer import TrainProgress
 
 RUN_LENGTH, RUN_EVERY = 15, 4
@@ -38,8 +38,7 @@ def run(args: argparse.Namespace) -> int:
     from kfloc_ros.config import build_config, parse_overrides
     from kfloc_ros.device import choose_device
     from kfloc_ros.kfnet.flow_network import FlowNetwork, load_flow_network
-    from kfloc_ros.training.flow_pairs import FlowPairs
-    from kfloc_ros.training.flow_stage import FLOW_DEFAULTS, FLOW_OPTIONS, FastFlowStage
+    from kfloc_ros.training.flow import FLOW_DEFAULTS, FLOW_OPTIONS, FastFlowStage, FlowPairs
     from kfloc_ros.training.kfnet_trainer import TrainConfig, train
 
     overrides = parse_overrides(TrainConfig, args.overrides)
@@ -68,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
 
 def simulated_sources() -> Sequence[FrameSource]:
     """What the shipped weights are trained on: rooms with other pictures than the demo's, which is left for tests."""
-    from kfloc_ros.datasets.base import Selection
+    from kfloc_ros.frames import Selection
     from kfloc_ros.simulation.source import SimulatedSource
 
     sources = []

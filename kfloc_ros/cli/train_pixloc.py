@@ -81,8 +81,8 @@ def run(args: argparse.Namespace) -> int:
 
     from kfloc_ros.config import build_config, parse_overrides
     from kfloc_ros.device import choose_device
-    from kfloc_ros.features.unet import UNetConfig
-    from kfloc_ros.pixloc.model import PixLocConfig, PixLocModel, load_model
+    from kfloc_ros.pixloc.reference.model import PixLocConfig, PixLocModel, load_model
+    from kfloc_ros.pixloc.reference.unet import UNetConfig
     from kfloc_ros.training.pixloc_stages import GnNetStage, PairStage, TwoViewStage
     from kfloc_ros.training.pixloc_trainer import PixLocTrainConfig, train_stage
 

@@ -73,9 +73,9 @@ def _check(args: argparse.Namespace) -> None:
 def _run_results(args: argparse.Namespace, folder: Path) -> int:
     import json
 
-    from kfloc_ros.mapping.map_folders import resolve_map
-    from kfloc_ros.mapping.scene_map import SceneMap
-    from kfloc_ros.visualization.run_view import begin, view_results
+    from kfloc_ros.maps.format import resolve_map
+    from kfloc_ros.maps.scene_map import SceneMap
+    from kfloc_ros.visualization.rerun_views import begin, view_results
 
     try:
         made_with = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["map"]
@@ -98,11 +98,11 @@ def _run_source(args: argparse.Namespace) -> int:
     kind = args.what.partition(":")[0]
     source = open_source(args.what if kind in SOURCE_KINDS else f"bag:{args.what}", frames=args.frames, depth=False)
 
-    from kfloc_ros.localizer import Localizer
-    from kfloc_ros.localizer_config import LocalizerConfig
-    from kfloc_ros.mapping.map_folders import resolve_map
-    from kfloc_ros.mapping.scene_map import SceneMap
-    from kfloc_ros.visualization.run_view import begin, view_source
+    from kfloc_ros.localization.config import LocalizerConfig
+    from kfloc_ros.localization.localizer import Localizer
+    from kfloc_ros.maps.format import resolve_map
+    from kfloc_ros.maps.scene_map import SceneMap
+    from kfloc_ros.visualization.rerun_views import begin, view_source
 
     scene_map = SceneMap.load(resolve_map(args.map))
     localizer = Localizer(scene_map, LocalizerConfig(device=args.device))
@@ -120,7 +120,7 @@ def _run_source(args: argparse.Namespace) -> int:
 
 
 def _run_live(args: argparse.Namespace) -> int:
-    from kfloc_ros.replay.environment import check_ros, ros_environment
+    from kfloc_ros.replay.processes import check_ros, ros_environment
 
     check_ros()
     # In a process of its own: where ROS comes from wheels, its libraries must be known before Python starts.

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from kfloc_ros.datasets.base import FrameSource, Selection, select
 from kfloc_ros.datasets.kinds import KINDS, detect_kind
+from kfloc_ros.frames import FrameSource, Selection, select
 
 __all__ = ["SOURCE_KINDS", "FrameSource", "Selection", "open_source", "select"]
 

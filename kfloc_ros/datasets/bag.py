@@ -6,13 +6,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from kfloc_ros.bags.messages import decode_depth, decode_jpeg, pose_of, stamp_ns_of
+from kfloc_ros.bags.reader import BagReader, reading, recorded_jpeg
 from kfloc_ros.bags.topics import CAMERA_INFO_TOPIC, DEPTH_TOPIC, IMAGE_TOPIC, TOPIC_TYPES, TRUTH_TOPIC
-from kfloc_ros.datasets.bag_reader import BagReader, reading, recorded_jpeg
-from kfloc_ros.datasets.base import FrameSource
+from kfloc_ros.bags.writer import decode_depth, decode_jpeg, pose_of, stamp_ns_of
 from kfloc_ros.errors import FrameError, SourceError
+from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import Camera
-from kfloc_ros.nodes.camera_messages import camera_from_info  # imports nothing of ROS
+from kfloc_ros.messages.camera_info import camera_from_info
 from kfloc_ros.types import Frame, Matrix
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from kfloc_ros.datasets.base import FrameSource
-from kfloc_ros.datasets.official import PARTS
-from kfloc_ros.datasets.sequences import stamps_with_gaps
+from kfloc_ros.datasets.derived import stamps_with_gaps
+from kfloc_ros.datasets.seven_scenes import PARTS
 from kfloc_ros.errors import SourceError
+from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import inverse_pose, make_pose, quaternion_to_matrix
 from kfloc_ros.types import Frame, Matrix

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kfloc_ros.datasets.derived import stamps_with_gaps
 from kfloc_ros.datasets.posed_images import PosedImage, PosedImages, inside, natural_key
-from kfloc_ros.datasets.sequences import stamps_with_gaps
 from kfloc_ros.errors import SourceError
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import inverse_pose, make_pose

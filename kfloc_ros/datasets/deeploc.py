@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from kfloc_ros.datasets.official import PARTS
+from kfloc_ros.datasets.derived import stamps_with_gaps
 from kfloc_ros.datasets.posed_images import PosedImage, PosedImages, image_size, inside, natural_key
-from kfloc_ros.datasets.sequences import stamps_with_gaps
+from kfloc_ros.datasets.seven_scenes import PARTS
 from kfloc_ros.errors import FrameError, SourceError
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import make_pose, quaternion_to_matrix

@@ -17,12 +17,12 @@ import numpy as np
 import poselib
 from numpy.typing import NDArray
 
-from kfloc_ros.datasets.base import FrameSource
-from kfloc_ros.datasets.sequences import stamps_with_gaps
+from kfloc_ros.datasets.derived import stamps_with_gaps
 from kfloc_ros.errors import SourceError
+from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import inverse_pose, make_pose
-from kfloc_ros.kfnet.files import DEFAULT_CAMERA, STRIDE, LabelMap, read_label, read_list, read_pose
+from kfloc_ros.kfnet.reference.files import DEFAULT_CAMERA, STRIDE, LabelMap, read_label, read_list, read_pose
 from kfloc_ros.kfnet.reference.frame import NetworkFrame, read_transform
 from kfloc_ros.types import Frame, Matrix
 

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from kfloc_ros.datasets.base import FrameSource
-from kfloc_ros.datasets.official import split_part
+from kfloc_ros.datasets.seven_scenes import split_part
 from kfloc_ros.errors import SourceError
+from kfloc_ros.frames import FrameSource
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,7 @@ class SourceKind:
 
 
 def _seven_scenes(path: str, poses: str, depth: bool) -> FrameSource:
-    from kfloc_ros.datasets.official import seven_scenes
-    from kfloc_ros.datasets.seven_scenes import SevenScenes
+    from kfloc_ros.datasets.seven_scenes import SevenScenes, seven_scenes
 
     root, part = split_part(path)
     if part:

@@ -10,10 +10,10 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from kfloc_ros.datasets.base import FrameSource
 from kfloc_ros.errors import SourceError
+from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import Camera
-from kfloc_ros.kfnet.files import STRIDE, write_label
+from kfloc_ros.kfnet.reference.files import STRIDE, write_label
 from kfloc_ros.kfnet.reference.frame import NetworkFrame, write_transform
 from kfloc_ros.types import Frame, Matrix
 

@@ -10,11 +10,11 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from kfloc_ros.datasets.base import FrameSource
+from kfloc_ros.datasets.derived import FRAME_PERIOD_NS
 from kfloc_ros.datasets.posed_images import PosedImage, PosedImages, natural_key
-from kfloc_ros.datasets.sequences import FRAME_PERIOD_NS
 from kfloc_ros.datasets.tum import CALIBRATION_FILE, read_calibration
 from kfloc_ros.errors import SourceError
+from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.types import Frame
 

@@ -14,9 +14,9 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from kfloc_ros.datasets.base import FrameSource
 from kfloc_ros.datasets.depth import register_depth
 from kfloc_ros.errors import SourceError
+from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import Camera, ImageAdapter
 from kfloc_ros.types import Frame, Matrix
 

@@ -15,17 +15,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kfloc_ros.bags.messages import pose_of, stamp_ns_of
-from kfloc_ros.datasets.bag_reader import BagReader, reading, recorded_jpeg
-from kfloc_ros.datasets.base import FrameSource
+from kfloc_ros.bags.reader import BagReader, reading, recorded_jpeg
+from kfloc_ros.bags.writer import pose_of, stamp_ns_of
 from kfloc_ros.datasets.depth import register_depth
-from kfloc_ros.datasets.depth_messages import decode_depth_message, is_depth
-from kfloc_ros.datasets.pose_track import PoseTrack, nearest_stamp
-from kfloc_ros.datasets.transform_tree import TransformTree
 from kfloc_ros.errors import FrameError, SourceError
+from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import Camera
-from kfloc_ros.nodes.camera_messages import camera_from_info  # imports nothing of ROS
-from kfloc_ros.nodes.image_messages import decode_compressed, decode_image  # imports nothing of ROS
+from kfloc_ros.messages.camera_info import camera_from_info
+from kfloc_ros.messages.images import decode_compressed, decode_depth_message, decode_image, is_depth
+from kfloc_ros.messages.transforms import PoseTrack, TransformTree, nearest_stamp
 from kfloc_ros.types import Frame, Matrix
 
 IMAGE, COMPRESSED = "sensor_msgs/msg/Image", "sensor_msgs/msg/CompressedImage"

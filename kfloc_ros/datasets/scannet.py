@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from kfloc_ros.datasets.derived import FRAME_PERIOD_NS
 from kfloc_ros.datasets.posed_images import DepthFiles, PosedImage, PosedImages, image_size, natural_key
-from kfloc_ros.datasets.sequences import FRAME_PERIOD_NS
 from kfloc_ros.errors import SourceError
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.types import Matrix

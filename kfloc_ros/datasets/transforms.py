@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from kfloc_ros.datasets.derived import stamps_with_gaps
 from kfloc_ros.datasets.posed_images import DepthFiles, PosedImage, PosedImages, image_size, inside, natural_key
-from kfloc_ros.datasets.sequences import stamps_with_gaps
 from kfloc_ros.errors import SourceError
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import make_pose

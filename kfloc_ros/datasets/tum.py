@@ -7,11 +7,11 @@ import re
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
-from kfloc_ros.datasets.pose_track import PoseTrack, nearest_stamp
 from kfloc_ros.datasets.posed_images import DepthFiles, PosedImage, PosedImages, inside
 from kfloc_ros.errors import SourceError
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import make_pose, quaternion_to_matrix
+from kfloc_ros.messages.transforms import PoseTrack, nearest_stamp
 
 DEPTH_UNIT_M = 1 / 5000
 DEPTH_TOLERANCE_NS = 20_000_000

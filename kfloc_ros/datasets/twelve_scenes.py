@@ -11,12 +11,12 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from kfloc_ros.datasets.base import FrameSource
 from kfloc_ros.datasets.depth import register_depth
-from kfloc_ros.datasets.sequences import stamps_with_gaps
+from kfloc_ros.datasets.derived import stamps_with_gaps
 from kfloc_ros.errors import SourceError
+from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import Camera
-from kfloc_ros.kfnet.files import read_pose
+from kfloc_ros.kfnet.reference.files import read_pose
 from kfloc_ros.types import Frame
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from kfloc_ros.kfnet.flow import Flow
 from kfloc_ros.kfnet.fusion import warp
-from kfloc_ros.kfnet.oflownet import Flow
 from kfloc_ros.types import SceneCoordinates
 
 ONE_SIGMA = 0.6827

@@ -6,11 +6,11 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
-from kfloc_ros.datasets.base import FrameSource
 from kfloc_ros.errors import FrameError
 from kfloc_ros.evaluation.records import FrameRecord, record_of
+from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import ImageAdapter
-from kfloc_ros.localizer import Pipeline
+from kfloc_ros.localization.localizer import Pipeline
 from kfloc_ros.types import Frame, PoseEstimate, TrackingState
 
 

@@ -17,14 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from kfloc_ros.errors import SourceError
 from kfloc_ros.evaluation.metrics import pose_error
 from kfloc_ros.evaluation.page import ImagesOf, page_text
 from kfloc_ros.evaluation.plots import write_plots
 from kfloc_ros.evaluation.records import FrameRecord
 from kfloc_ros.evaluation.report import report_text
 from kfloc_ros.evaluation.summary import RunInfo, Summary, finite, summarize
-from kfloc_ros.geometry.lie import make_pose, matrix_to_quaternion, quaternion_to_matrix
+from kfloc_ros.geometry.lie import matrix_to_quaternion
 from kfloc_ros.types import Matrix
 
 
@@ -76,27 +75,6 @@ def tum_text(poses: Iterable[tuple[int, Matrix | None]]) -> str:
         numbers = [*T_map_camera[:3, 3], *matrix_to_quaternion(T_map_camera[:3, :3])]
         lines.append(f"{stamp_ns // 10**9}.{stamp_ns % 10**9:09d} " + " ".join(f"{n:.9f}" for n in numbers) + "\n")
     return "".join(lines)
-
-
-def read_tum(path: Path) -> dict[int, Matrix]:
-    """Poses by stamp in nanoseconds, as :func:`tum_text` writes them.
-
-    Raises:
-        SourceError: a line is not eight numbers.
-    """
-    poses: dict[int, Matrix] = {}
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
-        words = line.split()
-        if not words or words[0].startswith("#"):
-            continue
-        try:
-            seconds, _, fraction = words[0].partition(".")
-            x, y, z, *xyzw = (float(word) for word in words[1:])
-            stamp_ns = int(seconds) * 10**9 + int(f"{fraction:0<9}"[:9])
-            poses[stamp_ns] = make_pose(quaternion_to_matrix(xyzw), [x, y, z])
-        except ValueError:
-            raise SourceError(f"Line {number} of '{path}' is not 't tx ty tz qx qy qz qw': {line!r}.") from None
-    return poses
 
 
 def _row(record: FrameRecord) -> dict[str, Any]:

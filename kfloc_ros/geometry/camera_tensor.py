@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from kfloc_ros.errors import FrameError
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.distortion import Distorted, Distortion, distort, distort_jacobian, validity_limit
-from kfloc_ros.geometry.tensor_object import TensorObject
+from kfloc_ros.geometry.tensors import TensorObject
 
 NEAR = 1e-3
 """Points must be farther than this from the camera's plane; depths are not divided by less."""

@@ -108,3 +108,23 @@ def so3_exp_torch(v: torch.Tensor) -> torch.Tensor:
     K = torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], -1).reshape(*v.shape[:-1], 3, 3)
     eye = torch.eye(3, dtype=v.dtype, device=v.device)
     return eye + a * K + b * (K @ K)
+
+
+JUMP_M = 0.5
+
+
+JUMP_DEG = 30.0
+"""Two poses that follow each other and are further apart than either are not of one motion."""
+
+
+def jumped(before: Matrix, after: Matrix) -> bool:
+    """Whether two poses that should be close are not."""
+    moved = inverse_pose(before) @ after
+    return float(np.linalg.norm(moved[:3, 3])) > JUMP_M or rotation_angle_deg(moved[:3, :3]) > JUMP_DEG
+
+
+def apart(a: Matrix, b: Matrix, limit_m: float, limit_deg: float) -> bool:
+    """Whether two poses are further apart than either limit."""
+    return (
+        float(np.linalg.norm(a[:3, 3] - b[:3, 3])) > limit_m or rotation_angle_deg(a[:3, :3].T @ b[:3, :3]) > limit_deg
+    )

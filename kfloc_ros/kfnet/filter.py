@@ -14,11 +14,9 @@ from dataclasses import replace
 import torch
 
 from kfloc_ros.geometry.camera import Camera
-from kfloc_ros.geometry.lie import inverse_pose
+from kfloc_ros.geometry.lie import inverse_pose, jumped
+from kfloc_ros.kfnet.flow import Flow, backward_flow
 from kfloc_ros.kfnet.fusion import Filtered, FilterSettings, NisMode, confirmed, fuse, started_anew, warp
-from kfloc_ros.kfnet.oflownet import Flow, backward_flow
-from kfloc_ros.kfnet.pose_correction import onto_rays
-from kfloc_ros.tracking import jumped
 from kfloc_ros.types import CoarsePose, Matrix, SceneCoordinates
 
 REMEMBERED_POSES = 8
@@ -147,3 +145,32 @@ class SceneCoordinateFilter:
         reason = f"{rejected:.0%} of the prior contradicts the measurement"
         report = replace(filtered.report, reset_reason=reason)
         return replace(filtered, posterior=measurement, belief=None, report=report)
+
+
+MIN_DEPTH_M = 0.1
+"""A point nearer than this, or behind the camera, was not what the cell showed."""
+
+
+def onto_rays(belief: SceneCoordinates, camera: Camera, T_map_camera: Matrix) -> SceneCoordinates:
+    """Every point of a belief at its depth, but where the image shows it from a pose.
+
+    Points that are not in front of the camera become invalid. Variances stay: a cell's depth, which makes up most of
+    what is left, is no better known than before.
+
+    Args:
+        belief: over the scene coordinates of an image, map frame.
+        camera: pinhole, of the image.
+        T_map_camera: where the image was taken from.
+    """
+    _, h, w = belief.mean.shape
+    device = belief.mean.device
+    pose = torch.from_numpy(T_map_camera).to(device)
+    back = torch.from_numpy(inverse_pose(T_map_camera)).to(device)
+    depth_m = torch.einsum("k,khw->hw", back[2, :3], belief.mean.double()) + back[2, 3]
+    u = torch.arange(w, device=device, dtype=torch.float64) * belief.stride + belief.pixel_offset
+    v = torch.arange(h, device=device, dtype=torch.float64) * belief.stride + belief.pixel_offset
+    x = ((u - camera.cx) / camera.fx).expand(h, w)
+    y = ((v - camera.cy) / camera.fy)[:, None].expand(h, w)
+    points = torch.stack([x * depth_m, y * depth_m, depth_m])
+    mean = torch.einsum("ik,khw->ihw", pose[:3, :3], points) + pose[:3, 3, None, None]
+    return replace(belief, mean=mean.to(belief.mean.dtype), valid=belief.valid & (depth_m > MIN_DEPTH_M))

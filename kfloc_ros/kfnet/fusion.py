@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from kfloc_ros.kfnet import kalman
-from kfloc_ros.kfnet.oflownet import Flow
+from kfloc_ros.kfnet.flow import Flow
 from kfloc_ros.types import FilterReport, SceneCoordinates
 
 NO_PRIOR = float("nan")

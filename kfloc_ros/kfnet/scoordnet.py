@@ -7,7 +7,11 @@ cells that cannot be told apart; its variance per axis is 4 b^2.
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +19,7 @@ from torch import nn
 
 from kfloc_ros.device import quick_matmul
 from kfloc_ros.features.trunk import COARSE_CHANNELS, COARSE_STRIDE, CONTEXT_CHANNELS, TrunkFeatures
+from kfloc_ros.geometry.lie import Matrix
 from kfloc_ros.types import SceneCoordinates
 
 INPUT_CHANNELS = COARSE_CHANNELS + CONTEXT_CHANNELS
@@ -91,3 +96,142 @@ def laplace_variance(log_scale: torch.Tensor) -> torch.Tensor:
 def laplace_nll(error_m: torch.Tensor, log_scale: torch.Tensor) -> torch.Tensor:
     """Negative log-likelihood, up to a constant, of error lengths |e| (N,) at log b (N,)."""
     return 3.0 * log_scale + error_m * (-log_scale).exp()
+
+
+MAX_HEADS = 8
+"""Each costs its own pass over the cells of every frame."""
+
+
+class SCoordNets(nn.Module):
+    """Heads of the same size that speak for one map together.
+
+    Args:
+        heads: two or more, of the same width and number of blocks.
+    """
+
+    def __init__(self, heads: Sequence[SCoordNet]) -> None:
+        super().__init__()
+        self.width, self.blocks = heads[0].width, heads[0].blocks
+        if any((head.width, head.blocks) != (self.width, self.blocks) for head in heads):
+            raise ValueError("the heads of one map must have the same size")
+        self.heads = nn.ModuleList(heads)
+
+    @torch.inference_mode()
+    def measure(self, features: TrunkFeatures, variance_scale: float = 1.0) -> SceneCoordinates:
+        """Scene coordinates of the first image of a batch, of each cell's surest head."""
+        inputs = head_input(features)[0]
+        with quick_matmul(inputs.device):
+            told = [head(inputs) for head in self.heads]
+        mean = torch.stack([m for m, _ in told])
+        variance = variance_scale * laplace_variance(torch.stack([log_scale for _, log_scale in told]))
+        usable = torch.isfinite(mean).all(-1) & torch.isfinite(variance)
+        surest = torch.where(usable, variance, torch.inf).argmin(dim=0, keepdim=True)
+        best = mean.gather(0, surest[..., None].expand(1, *mean.shape[1:]))[0]
+        return SceneCoordinates(
+            best.permute(2, 0, 1).contiguous(),
+            variance.gather(0, surest)[0],
+            usable.gather(0, surest)[0],
+            COARSE_STRIDE,
+        )
+
+
+Head = SCoordNet | SCoordNets
+"""What a map holds: one head, or several."""
+
+
+def heads_of(head: Head) -> tuple[SCoordNet, ...]:
+    """The heads one by one."""
+    if isinstance(head, SCoordNet):
+        return (head,)
+    return tuple(item for item in head.heads if isinstance(item, SCoordNet))
+
+
+def together(heads: Sequence[SCoordNet]) -> Head:
+    """Heads as one: a single one stays what it is."""
+    return heads[0] if len(heads) == 1 else SCoordNets(heads)
+
+
+def with_variance_scale(head: SCoordNet, scale: float) -> SCoordNet:
+    """A copy whose variance is larger by a factor: heads of different calibration become comparable."""
+    scaled = copy.deepcopy(head)
+    with torch.no_grad():
+        scaled.output.bias[3] += 0.5 * math.log(scale)
+    return scaled
+
+
+def moved(head: SCoordNet, T: Matrix) -> SCoordNet:
+    """A copy that tells its coordinates in another frame: each point p becomes T p."""
+    R, t = (torch.from_numpy(part.copy()) for part in (T[:3, :3], T[:3, 3]))
+    result = copy.deepcopy(head)
+    with torch.no_grad():
+        result.output.weight[:3] = (R @ head.output.weight[:3].double()).float()
+        result.output.bias[:3] = (R @ head.output.bias[:3].double()).float()
+        result.centre.copy_((R @ head.centre.double() + t).float())
+    return result
+
+
+REACH_CELLS = 2
+"""From a cell to the two that it is compared with. Neighbours share most of the image that they are told from, and err
+alike."""
+STEPS = ((0, REACH_CELLS), (REACH_CELLS, 0), (REACH_CELLS, REACH_CELLS), (REACH_CELLS, -REACH_CELLS))
+
+
+@dataclass(frozen=True)
+class RoughnessScale:
+    """What roughness means in one map: calibrated on views that its head was not trained on, as they are and turned."""
+
+    usual_m: float
+    """Of views among the mapped ones; smoother ones are not taken to be better."""
+    power: float
+    """With which the variance of a rougher view's cells grows."""
+
+    def __post_init__(self) -> None:
+        for name in ("usual_m", "power"):
+            value = getattr(self, name)
+            if not isinstance(value, float) or not math.isfinite(value) or value <= 0:
+                raise ValueError(f"the roughness's '{name}' must be a positive number, not {value!r}")
+
+    def factor(self, roughness_m: torch.Tensor) -> torch.Tensor:
+        """By how much variances are larger in views of this roughness; 1 where it is not known."""
+        return torch.nan_to_num((roughness_m / self.usual_m).clamp(min=1.0) ** self.power, nan=1.0)
+
+    def applied(self, measured: SceneCoordinates) -> SceneCoordinates:
+        """The same coordinates with the variances of all cells made larger, by one factor."""
+        return replace(measured, variance=measured.variance * self.factor(roughness_m(measured)))
+
+
+class MeasurementCalibration(Protocol):
+    """What a map says of its head's variances."""
+
+    @property
+    def measurement_variance_scale(self) -> float: ...
+
+    @property
+    def roughness(self) -> RoughnessScale | None: ...
+
+
+def measure(head: Head, features: TrunkFeatures, calibration: MeasurementCalibration) -> SceneCoordinates:
+    """Scene coordinates of the first image of a batch, their variances as calibrated."""
+    measured = head.measure(features, calibration.measurement_variance_scale)
+    return measured if calibration.roughness is None else calibration.roughness.applied(measured)
+
+
+def roughness_m(measured: SceneCoordinates) -> torch.Tensor:
+    """Median over cells of how far they are from the middle between two others, in four directions; a scalar, metres.
+
+    It is given as the standard deviation, per axis, of errors of cells that would make a flat surface about so rough
+    if they were independent (a second difference has six times their variance). NaN where no cell can be told.
+    """
+    r = REACH_CELLS
+    _, h, w = measured.mean.shape
+    if min(h, w) <= 2 * r:
+        return measured.mean.new_tensor(math.nan)
+    centre = 2.0 * measured.mean[:, r : h - r, r : w - r]
+    squared = torch.zeros_like(centre)
+    for dy, dx in STEPS:
+        after = measured.mean[:, r + dy : h - r + dy, r + dx : w - r + dx]
+        before = measured.mean[:, r - dy : h - r - dy, r - dx : w - r - dx]
+        squared += (after + before - centre).square()
+    rough = squared.sum(0) / (3 * len(STEPS) * 6)
+    usable = measured.valid[r : h - r, r : w - r] & rough.isfinite()
+    return rough[usable].sqrt().median() if bool(usable.any()) else rough.new_tensor(math.nan)

@@ -15,20 +15,19 @@ import torch
 
 from kfloc_ros import __version__
 from kfloc_ros.config import option
-from kfloc_ros.datasets.base import FrameSource
 from kfloc_ros.device import choose_device
 from kfloc_ros.errors import MapError
 from kfloc_ros.features.trunk import Trunk, find_weights
+from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.kfnet.scoordnet import SCoordNet
 from kfloc_ros.mapping.calibration import calibrate
-from kfloc_ros.mapping.hold_out import HeldOut
-from kfloc_ros.mapping.map_format import DESCRIPTION
-from kfloc_ros.mapping.pace import Pace
-from kfloc_ros.mapping.scene_map import Calibration, SceneMap
+from kfloc_ros.mapping.scene_head import MIN_STEPS_PER_SECOND, HeadProgress, HeadTraining, train_head
+from kfloc_ros.mapping.schedule import HeldOut, Pace
 from kfloc_ros.mapping.survey import Survey, SurveySettings, describe_left_out, survey_source
 from kfloc_ros.mapping.views import View, map_camera
-from kfloc_ros.training.scene_head import MIN_STEPS_PER_SECOND, HeadProgress, HeadTraining, train_head
+from kfloc_ros.maps.format import DESCRIPTION
+from kfloc_ros.maps.scene_map import Calibration, SceneMap
 
 MIN_CALIBRATION_VIEWS = 3
 

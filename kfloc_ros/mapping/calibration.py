@@ -17,29 +17,23 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kfloc_ros.coarse_stage import CoarseStage
 from kfloc_ros.device import choose_device
 from kfloc_ros.features.trunk import Trunk
+from kfloc_ros.geometry.covariance import pose_error
 from kfloc_ros.geometry.lie import Matrix, make_pose, so3_exp
 from kfloc_ros.kfnet.filter import FlowFunction
-from kfloc_ros.kfnet.flow_choice import LEARNED_FLOOR_M2
-from kfloc_ros.kfnet.flow_network import shipped_flow_network
+from kfloc_ros.kfnet.flow import backward_flow
+from kfloc_ros.kfnet.flow_network import LEARNED_FLOOR_M2, shipped_flow_network
 from kfloc_ros.kfnet.fusion import warp
-from kfloc_ros.kfnet.oflownet import backward_flow
-from kfloc_ros.localizer import Localizer
-from kfloc_ros.localizer_config import LocalizerConfig
-from kfloc_ros.mapping.hold_out import HeldOut
-from kfloc_ros.mapping.measurement_calibration import (
-    MIN_ERRORS,
-    ONE_SIGMA,
-    calibrate_measurement,
-    squared_quantile,
-)
-from kfloc_ros.mapping.scene_map import Calibration, SceneMap
+from kfloc_ros.localization.coarse import CoarseStage
+from kfloc_ros.localization.config import LocalizerConfig
+from kfloc_ros.localization.localizer import Localizer
+from kfloc_ros.mapping.measurement_calibration import MIN_ERRORS, ONE_SIGMA, calibrate_measurement, squared_quantile
+from kfloc_ros.mapping.schedule import HeldOut
 from kfloc_ros.mapping.views import View, true_coordinates
+from kfloc_ros.maps.scene_map import Calibration, SceneMap
 from kfloc_ros.pixloc.cost import RobustLoss
 from kfloc_ros.pixloc.refiner import Refiner, RefinerSettings
-from kfloc_ros.solvers.covariance import pose_error
 from kfloc_ros.types import Frame, SceneCoordinates
 
 CHI2_6_MEDIAN = 5.348

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from kfloc_ros.errors import MapError
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import Matrix, inverse_pose
-from kfloc_ros.mapping.map_files import appearing, appearing_file
-from kfloc_ros.mapping.place import AnyMap, each_map
+from kfloc_ros.maps.files import appearing, appearing_file
+from kfloc_ros.maps.place import AnyMap, each_map
 
 COLMAP_PIXEL_SHIFT = 0.5
 """COLMAP's pixel (0, 0) is the corner of the top-left pixel, here it is its centre."""

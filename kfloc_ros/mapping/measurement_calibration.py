@@ -14,9 +14,8 @@ import numpy as np
 import torch
 
 from kfloc_ros.features.trunk import Trunk
-from kfloc_ros.kfnet.experts import Head
-from kfloc_ros.kfnet.roughness import RoughnessScale, roughness_m
-from kfloc_ros.mapping.hold_out import HeldOut, inner_half
+from kfloc_ros.kfnet.scoordnet import Head, RoughnessScale, roughness_m
+from kfloc_ros.mapping.schedule import HeldOut, inner_half
 from kfloc_ros.mapping.views import IDENTITY, View, similarity, true_coordinates, warp_image
 from kfloc_ros.types import Matrix
 

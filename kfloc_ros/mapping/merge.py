@@ -4,19 +4,27 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from kfloc_ros.errors import MapError
 from kfloc_ros.geometry.lie import Matrix
-from kfloc_ros.kfnet.experts import MAX_HEADS, heads_of, moved, together, with_variance_scale
-from kfloc_ros.kfnet.roughness import RoughnessScale
-from kfloc_ros.kfnet.scoordnet import SCoordNet
-from kfloc_ros.mapping.scene_map import Calibration, SceneMap
+from kfloc_ros.kfnet.scoordnet import (
+    MAX_HEADS,
+    RoughnessScale,
+    SCoordNet,
+    heads_of,
+    moved,
+    together,
+    with_variance_scale,
+)
 from kfloc_ros.mapping.views import ReferenceCollector
-from kfloc_ros.pixloc.references import ReferenceViews
+from kfloc_ros.maps.scene_map import Calibration, SceneMap, transformed
+from kfloc_ros.pixloc.references import ReferencePoints, ReferenceViews
 
 MAX_FOCAL_RATIO = 1.25
 """Heads and features stand as much zoom as they are trained with, and no more."""
@@ -63,15 +71,6 @@ def merge_maps(
         bounds_m=_bounds(older.bounds_m, newer.bounds_m, T_older_newer),
         provenance={**older.provenance, "references": len(references.ids), **_session(older, newer)},
     )
-
-
-def transformed(references: ReferenceViews, T: Matrix) -> ReferenceViews:
-    """The same views in another frame."""
-    views = []
-    for view in references.views:
-        points = view.points.double().numpy() @ T[:3, :3].T + T[:3, 3]
-        views.append(replace(view, points=view.points.new_tensor(points)))
-    return ReferenceViews(references.ids, T @ references.T_map_camera, tuple(views))
 
 
 def _own_heads(scene_map: SceneMap) -> list[SCoordNet]:
@@ -151,3 +150,53 @@ def _check_cameras(older: SceneMap, newer: SceneMap) -> None:
                 f"The maps were made for cameras of different focal length ({which} {older.camera.fx:.0f} and "
                 f"{newer.camera.fx:.0f} pixels). Build the second with `kfloc map update`, which uses the first's."
             )
+
+
+MIN_POINTS = 60
+"""A view with fewer points inside says too little about a pose: an alignment needs as many."""
+
+
+class NothingInside(MapError):
+    """Nothing of a map lies in the box that it is to be cropped to."""
+
+
+def crop_map(scene_map: SceneMap, low_m: Sequence[float], high_m: Sequence[float]) -> SceneMap:
+    """The map within a box; the head and the calibration stay as they are.
+
+    Args:
+        scene_map: the whole.
+        low_m: smallest corner (3,), map frame.
+        high_m: largest corner (3,).
+
+    Raises:
+        MapError: the box is inside out.
+        NothingInside: no view has enough points in it.
+    """
+    if any(not a < b for a, b in zip(low_m, high_m, strict=True)):
+        raise MapError(f"The box must have its smallest corner first, got {tuple(low_m)} and {tuple(high_m)}.")
+    low, high = torch.tensor(low_m), torch.tensor(high_m)
+    kept: list[int] = []
+    views: list[ReferencePoints] = []
+    for position, view in enumerate(scene_map.references.views):
+        inside = ((view.points >= low) & (view.points <= high)).all(dim=1)
+        if int(inside.sum()) >= MIN_POINTS:
+            kept.append(position)
+            views.append(
+                ReferencePoints(view.points[inside], view.coarse[inside], view.fine[inside], view.confidence[inside])
+            )
+    if not kept:
+        extent = " to ".join(str(tuple(round(v, 2) for v in corner)) for corner in scene_map.bounds_m)
+        raise NothingInside(f"No reference view has {MIN_POINTS} points in the box; the map reaches from {extent} m.")
+    a, b = scene_map.bounds_m
+    ids = tuple(scene_map.references.ids[k] for k in kept)
+    box = " ".join(f"{v:g}" for v in (*low_m, *high_m))
+    return replace(
+        scene_map,
+        references=ReferenceViews(ids, scene_map.references.T_map_camera[kept], tuple(views)),
+        bounds_m=(
+            (max(a[0], low_m[0]), max(a[1], low_m[1]), max(a[2], low_m[2])),
+            (min(b[0], high_m[0]), min(b[1], high_m[1]), min(b[2], high_m[2])),
+        ),
+        provenance={**scene_map.provenance, "cropped_to_m": box, "references": len(ids)},
+        path=None,
+    )

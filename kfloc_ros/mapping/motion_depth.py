@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kfloc_ros.datasets.base import DerivedSource, FrameSource, Selection
 from kfloc_ros.device import choose_device
 from kfloc_ros.errors import SourceError
 from kfloc_ros.features.trunk import COARSE_STRIDE, Trunk
+from kfloc_ros.frames import DerivedSource, FrameSource, Selection
 from kfloc_ros.geometry.camera import Camera, ImageAdapter
 from kfloc_ros.mapping.sweep import AGREE_RATIO, SweepSettings, SweepView, sweep_depth
 from kfloc_ros.mapping.views import map_camera

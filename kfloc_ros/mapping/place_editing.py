@@ -12,17 +12,17 @@ from typing import Any
 
 import numpy as np
 
-from kfloc_ros.datasets.base import FrameSource
 from kfloc_ros.errors import MapError
+from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import ImageAdapter
-from kfloc_ros.localizer_config import LocalizerConfig
+from kfloc_ros.localization.config import LocalizerConfig
+from kfloc_ros.localization.place_localizer import PlaceLocalizer
 from kfloc_ros.mapping.build import MapBuildConfig, Report
-from kfloc_ros.mapping.crop import NothingInside, crop_map
-from kfloc_ros.mapping.place import Place, listed
+from kfloc_ros.mapping.merge import NothingInside, crop_map
 from kfloc_ros.mapping.place_making import Part, kept, write_place
-from kfloc_ros.mapping.scene_map import SceneMap
 from kfloc_ros.mapping.update import Updated, update_map
-from kfloc_ros.place_localizer import PlaceLocalizer
+from kfloc_ros.maps.place import Place, listed
+from kfloc_ros.maps.scene_map import SceneMap
 
 PROBES = 24
 """Frames of a recording that are looked at to learn which submap it is of."""

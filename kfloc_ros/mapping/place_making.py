@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from kfloc_ros import __version__
 from kfloc_ros.errors import MapError
 from kfloc_ros.geometry.lie import Matrix
-from kfloc_ros.mapping.map_files import appearing, file_checksum
-from kfloc_ros.mapping.map_format import (
+from kfloc_ros.maps.files import appearing, file_checksum
+from kfloc_ros.maps.format import (
     DESCRIPTION,
     FORMAT,
     HEAD_FILE,
@@ -31,16 +31,9 @@ from kfloc_ros.mapping.map_format import (
     read_description,
     write_description,
 )
-from kfloc_ros.mapping.map_frames import in_frame
-from kfloc_ros.mapping.place import (
-    MAX_SUBMAPS,
-    Place,
-    description_bytes,
-    is_place,
-    is_submap_name,
-)
-from kfloc_ros.mapping.place_index import are_rigid, make_index
-from kfloc_ros.mapping.scene_map import SceneMap
+from kfloc_ros.maps.place import MAX_SUBMAPS, Place, description_bytes, is_place, is_submap_name
+from kfloc_ros.maps.place_index import are_rigid, make_index
+from kfloc_ros.maps.scene_map import SceneMap, in_frame
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from kfloc_ros.errors import MapError
 from kfloc_ros.geometry.lie import Matrix, make_pose
-from kfloc_ros.mapping.retrieval import ReferenceIndex
 from kfloc_ros.pixloc.references import ReferencePoints, ReferenceViews
+from kfloc_ros.relocalization.retrieval import ReferenceIndex
 
 VIEWS_TRIED = 60
 RETRIEVED = 5

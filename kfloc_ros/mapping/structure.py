@@ -14,16 +14,14 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from kfloc_ros.datasets.base import FrameSource
 from kfloc_ros.datasets.colmap import MIN_TRACK_LENGTH, camera_of
 from kfloc_ros.datasets.tum import CALIBRATION_FILE, write_calibration
 from kfloc_ros.errors import SourceError
 from kfloc_ros.features.trunk import Trunk
+from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import Camera, ImageAdapter
 from kfloc_ros.geometry.lie import Matrix, inverse_pose, make_pose
-from kfloc_ros.mapping.model_scale import KnownLength, metres_per_unit
-from kfloc_ros.mapping.pairs import similar_pairs
-from kfloc_ros.mapping.sfm_source import ReconstructedSource
+from kfloc_ros.mapping.structure_scale import KnownLength, ReconstructedSource, metres_per_unit, similar_pairs
 
 EXHAUSTIVE_IMAGES = 120
 """Up to so many images every pair is matched; longer sequences match neighbours, near and in doubling steps."""

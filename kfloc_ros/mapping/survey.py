@@ -10,13 +10,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kfloc_ros.datasets.base import FrameSource
 from kfloc_ros.errors import SourceError
 from kfloc_ros.features.trunk import COARSE_STRIDE, Trunk, TrunkFeatures
+from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import Camera, ImageAdapter
 from kfloc_ros.kfnet.scoordnet import INPUT_CHANNELS
-from kfloc_ros.mapping.hold_out import HeldOut, HoldOut
-from kfloc_ros.mapping.pace import Pace
+from kfloc_ros.mapping.schedule import HeldOut, HoldOut, Pace
 from kfloc_ros.mapping.screening import DEPTH, Screening
 from kfloc_ros.mapping.views import (
     IDENTITY,

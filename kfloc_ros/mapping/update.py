@@ -10,16 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from kfloc_ros.datasets.base import FrameSource
 from kfloc_ros.errors import MapError
+from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.lie import Matrix, inverse_pose, rotation_angle_deg
-from kfloc_ros.localizer import Localizer
-from kfloc_ros.localizer_config import LocalizerConfig
+from kfloc_ros.localization.config import LocalizerConfig
+from kfloc_ros.localization.localizer import Localizer
 from kfloc_ros.mapping.build import BuildProgress, MapBuildConfig, Report, make_map
 from kfloc_ros.mapping.merge import check_families, merge_maps
 from kfloc_ros.mapping.registration import average_pose
-from kfloc_ros.mapping.scene_map import SceneMap
 from kfloc_ros.mapping.views import View
+from kfloc_ros.maps.scene_map import SceneMap
 from kfloc_ros.types import Frame, TrackingState
 
 MAX_LOCALIZED = 40

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from kfloc_ros.features.trunk import COARSE_STRIDE, SIZE_MULTIPLE, TrunkFeatures
 from kfloc_ros.geometry.camera import Camera
-from kfloc_ros.geometry.lie import Matrix
+from kfloc_ros.geometry.lie import Matrix, inverse_pose
 from kfloc_ros.kfnet.scoordnet import head_input
 from kfloc_ros.pixloc.references import ReferencePoints, ReferenceViews, smooth_depth_mask, view_distances
 from kfloc_ros.types import SceneCoordinates
@@ -20,6 +20,10 @@ from kfloc_ros.types import SceneCoordinates
 MAX_SIDE_PX = 640
 CELL_CENTRE = (COARSE_STRIDE - 1) / 2
 """Pixel of cell 0, in x and in y."""
+DEPTH_AGREES, DEPTH_AGREES_M = 0.03, 0.02
+"""A point is seen again if the other frame's depth there is its own but for this share and length."""
+
+Mask = NDArray[np.bool_]
 
 
 def map_camera(camera: Camera) -> Camera:
@@ -186,3 +190,33 @@ class ReferenceCollector:
         """What was kept."""
         ids = tuple(index for index, _, _ in self._kept)
         return ReferenceViews(ids, self._poses(), tuple(points for _, _, points in self._kept))
+
+
+def true_flow(
+    now: View, before: View, placement: NDArray[np.float64] = IDENTITY, first_pixel: float = CELL_CENTRE
+) -> tuple[NDArray[np.float32], Mask, Mask]:
+    """Backward flow (2, h, w) in cells, where it is known, and where the point is seen again, both (h, w).
+
+    Args:
+        now, before: two views of one camera.
+        placement: (2, 3) from pixels of both augmented images to pixels of the originals.
+        first_pixel: pixel of cell 0, in x and in y; by default the cell's centre.
+    """
+    camera = now.camera
+    h, w = camera.height // COARSE_STRIDE, camera.width // COARSE_STRIDE
+    points, known = cell_coordinates(now, (h, w), placement, first_pixel)
+    T = inverse_pose(before.T_map_camera)
+    x, y, z = T[:3, :3] @ points.T + T[:3, 3:]
+    known &= z > 0.05
+    z = np.where(known, z, 1.0)
+    pixel = np.stack([camera.fx * x / z + camera.cx, camera.fy * y / z + camera.cy])
+    u, v = np.round(np.clip(pixel, -1e6, 1e6)).astype(np.int64)
+    seen = known & (u >= 0) & (u < camera.width) & (v >= 0) & (v < camera.height)
+    depth = before.depth_m[np.clip(v, 0, camera.height - 1), np.clip(u, 0, camera.width - 1)]
+    seen &= (depth > 0) & (np.abs(depth - z) < DEPTH_AGREES * z + DEPTH_AGREES_M)
+    placed = np.linalg.solve(placement[:, :2], pixel - placement[:, 2:])
+    cell = (placed - first_pixel) / COARSE_STRIDE
+    seen &= ((cell >= 0) & (cell <= np.array([[w - 1], [h - 1]]))).all(0)
+    rows, cols = np.mgrid[:h, :w]
+    flow = np.where(known, cell - np.stack([cols.ravel(), rows.ravel()]), 0.0)
+    return flow.reshape(2, h, w).astype(np.float32), known.reshape(h, w), seen.reshape(h, w)

@@ -8,20 +8,22 @@ import traceback
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from rclpy.node import Node
+from std_srvs.srv import SetBool, Trigger
 
 from kfloc_ros.device import choose_device
 from kfloc_ros.errors import KflocError
-from kfloc_ros.localizer_config import LocalizerConfig
-from kfloc_ros.mapping.map_folders import resolve_map
-from kfloc_ros.mapping.place import AnyMap, load_map
-from kfloc_ros.nodes.gate import Gate
-from kfloc_ros.nodes.gpu_memory import explained
+from kfloc_ros.localization.config import LocalizerConfig
+from kfloc_ros.localization.place_localizer import localizer_for
+from kfloc_ros.maps.format import resolve_map
+from kfloc_ros.maps.place import AnyMap, load_map
 from kfloc_ros.nodes.parameter_server import ParameterServer
 from kfloc_ros.nodes.parameters import NodeConfig
-from kfloc_ros.nodes.services import Services
+from kfloc_ros.nodes.worker import Gate, explained
+from kfloc_ros.types import Frame
 
 SUCCESS, FAILURE = TransitionCallbackReturn.SUCCESS, TransitionCallbackReturn.FAILURE
 
@@ -186,3 +188,60 @@ class ManagedNode(LifecycleNode):  # type: ignore[misc]
             self.fault = f"The node cannot be set up: {type(error).__name__}: {error}"
             self.get_logger().error("".join(traceback.format_exception(error)))
         self.get_logger().error(self.fault)
+
+
+RELOCALIZE = "asked to relocalize"
+RESET = "asked to reset"
+
+
+class _CanStartAnew(Protocol):
+    def start_anew(self, reason: str) -> None: ...
+
+
+class Services:
+    """The services of one node; they are there in every lifecycle state and say when they can do nothing."""
+
+    def __init__(self, node: Node, gate: Gate, application: Callable[[], _CanStartAnew | None]) -> None:
+        self._gate, self._application = gate, application
+        self._logger = node.get_logger()
+        node.create_service(Trigger, "~/relocalize", lambda _, response: self._start_anew(RELOCALIZE, response))
+        node.create_service(Trigger, "~/reset", lambda _, response: self._start_anew(RESET, response))
+        node.create_service(SetBool, "~/enable", self._enable)
+
+    def _start_anew(self, reason: str, response: Any) -> Any:
+        application = self._application()
+        if application is None:
+            return _answer(response, False, "The node is not configured, so there is nothing to start anew.")
+        application.start_anew(reason)
+        self._logger.info(f"Starting anew: {reason}.")
+        closed = self._gate.closed_reason
+        waits = f" once frames are worked on again; now {closed}" if closed else " with the next image"
+        return _answer(response, True, f"Starting anew{waits}.")
+
+    def _enable(self, request: Any, response: Any) -> Any:
+        application = self._application()
+        if request.data and not self._gate.enabled and application is not None:
+            application.start_anew("switched on again")
+        self._gate.enabled = bool(request.data)
+        if not request.data:
+            return _answer(response, True, "Images are ignored until ~/enable is called with true.")
+        closed = self._gate.closed_reason
+        return _answer(response, True, f"Switched on, but {closed}." if closed else "Images are worked on.")
+
+
+def _answer(response: Any, success: bool, message: str) -> Any:
+    response.success, response.message = success, message
+    return response
+
+
+def warm_up(scene_map: AnyMap, config: LocalizerConfig) -> None:
+    """Run a frame of noise through a localizer that is then thrown away.
+
+    The first pass of a network chooses and compiles its kernels, which takes several times as long as a
+    frame and is remembered by the process. A localizer of its own, so that nothing is carried over.
+    """
+    camera = scene_map.camera
+    image = np.random.default_rng(0).integers(0, 256, (camera.height, camera.width, 3), dtype=np.uint8)
+    localizer = localizer_for(scene_map, config)
+    for stamp_ns in (1, 2):  # the second frame has a prior, if the first one found anything
+        localizer.process(Frame(image=image, camera=camera, stamp_ns=stamp_ns))

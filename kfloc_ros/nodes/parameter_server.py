@@ -13,7 +13,7 @@ from rclpy.node import Node
 from rclpy.parameter import Parameter as RosParameter
 
 from kfloc_ros.errors import KflocError
-from kfloc_ros.localizer_config import LocalizerConfig
+from kfloc_ros.localization.config import LocalizerConfig
 from kfloc_ros.nodes.parameters import Change, NodeConfig, Parameter, build_configs, parameter_table
 
 _OF_RCLPY = ("use_sim_time", "start_type_description_service")

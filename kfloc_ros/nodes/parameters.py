@@ -16,7 +16,7 @@ from typing import Any
 
 from kfloc_ros.config import Option, build_config, option, options_of
 from kfloc_ros.errors import ConfigError
-from kfloc_ros.localizer_config import LocalizerConfig
+from kfloc_ros.localization.config import LocalizerConfig
 
 
 @dataclass(frozen=True)

@@ -14,15 +14,10 @@ from rclpy.node import Node
 from rclpy.time import Time
 from tf2_msgs.msg import TFMessage
 
+from kfloc_ros.messages.poses import fill_stamp, fill_transform, stamp_to_ns, transform_from_message
+from kfloc_ros.messages.transforms import TransformBuffer, TransformStore, TransformTimeError, unconnected
 from kfloc_ros.nodes import qos
-from kfloc_ros.nodes.pose_messages import fill_stamp, fill_transform, stamp_to_ns, transform_from_message
 from kfloc_ros.nodes.time_watch import TimeWatch
-from kfloc_ros.nodes.transform_buffer import (
-    TransformBuffer,
-    TransformStore,
-    TransformTimeError,
-    unconnected,
-)
 from kfloc_ros.types import Matrix
 
 try:

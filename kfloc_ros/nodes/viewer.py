@@ -27,14 +27,21 @@ from sensor_msgs.msg import Image, PointCloud2
 from visualization_msgs.msg import MarkerArray
 
 from kfloc_ros.errors import KflocError
+from kfloc_ros.messages.clouds import read_cloud
+from kfloc_ros.messages.images import decode_image
+from kfloc_ros.messages.poses import pose_from_message, stamp_to_ns
 from kfloc_ros.nodes import qos
-from kfloc_ros.nodes.cloud_messages import read_cloud
-from kfloc_ros.nodes.image_messages import decode_image
-from kfloc_ros.nodes.pose_messages import pose_from_message, stamp_to_ns
 from kfloc_ros.nodes.runtime import signals_set
-from kfloc_ros.nodes.status_messages import read_values
+from kfloc_ros.nodes.status import read_values
 from kfloc_ros.visualization.rerun import Recording
-from kfloc_ros.visualization.run_view import PATH_COLOUR, TRUTH_COLOUR, VIEWS_COLOUR, StateLog, begin, show_covariance
+from kfloc_ros.visualization.rerun_views import (
+    PATH_COLOUR,
+    TRUTH_COLOUR,
+    VIEWS_COLOUR,
+    StateLog,
+    begin,
+    show_covariance,
+)
 
 _AXES = 0.15 * np.eye(3)
 _NUMBERS = {"latency_ms": "latency_ms", "inliers": "inliers"}

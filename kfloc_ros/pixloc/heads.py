@@ -22,7 +22,7 @@ from torch import nn
 
 from kfloc_ros.errors import ConfigError, WeightsError
 from kfloc_ros.features.trunk import COARSE_CHANNELS, FINE_CHANNELS
-from kfloc_ros.pixloc.model import ConstantDamping
+from kfloc_ros.pixloc.optimizer import ConstantDamping
 
 FORMAT = "kfloc_heads"
 FORMAT_VERSION = "1"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import nn
 
 from kfloc_ros.geometry.lie import Matrix, make_pose, so3_exp
 from kfloc_ros.pixloc.cost import Linearization
@@ -98,3 +99,17 @@ def _step(at: Linearization, damping: np.ndarray) -> np.ndarray | None:
         return None
     delta = -torch.cholesky_solve(at.g[:, None], factor)[:, 0].numpy()
     return delta if np.isfinite(delta).all() else None
+
+
+class ConstantDamping(nn.Module):
+    """One learned damping factor per degree of freedom: 10^(low + sigmoid(const) (high - low))."""
+
+    def __init__(self, log10_range: tuple[float, float]) -> None:
+        super().__init__()
+        self.log10_range = log10_range
+        self.const = nn.Parameter(torch.zeros(6))
+
+    def forward(self) -> torch.Tensor:
+        """(6,) positive factors of the diagonal of H, in the order tx, ty, tz, rx, ry, rz of the query camera."""
+        low, high = self.log10_range
+        return torch.pow(10.0, low + self.const.sigmoid() * (high - low))

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 
 from kfloc_ros.features.trunk import COARSE_STRIDE, FINE_STRIDE, TrunkFeatures
 from kfloc_ros.geometry.camera import Camera
+from kfloc_ros.geometry.covariance import map_frame_covariance
 from kfloc_ros.geometry.lie import Matrix, inverse_pose, make_pose, rotation_angle_deg
 from kfloc_ros.pixloc.cost import FeatureImage, Linearization, RobustLoss, linearize
 from kfloc_ros.pixloc.heads import LEVELS, AlignmentHeads
 from kfloc_ros.pixloc.optimizer import LAMBDA_START, LevelResult, StopRule, minimize
 from kfloc_ros.pixloc.references import ReferencePoints, ReferenceViews
-from kfloc_ros.solvers.covariance import map_frame_covariance
 from kfloc_ros.types import Alignment, AlignmentStep
 
 

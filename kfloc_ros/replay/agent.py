@@ -26,15 +26,13 @@ from rclpy.signals import SignalHandlerOptions
 from rosgraph_msgs.msg import Clock
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 
+from kfloc_ros.bags.stream import BagEvent, BagStream, ReplayRange
+from kfloc_ros.bags.truth import BagTransforms, TransformEvent
 from kfloc_ros.errors import KflocError
-from kfloc_ros.evaluation.results import read_tum
-from kfloc_ros.replay.bag_stream import BagEvent, BagStream, ReplayRange
-from kfloc_ros.replay.bag_transforms import BagTransforms, TransformEvent
-from kfloc_ros.replay.player import play
-from kfloc_ros.replay.recorder import Recorder
+from kfloc_ros.messages.tum import read_tum
+from kfloc_ros.replay.player import TransformPlayer, play
+from kfloc_ros.replay.recorder import Recorder, TruthPath
 from kfloc_ros.replay.recording import Played, Recording
-from kfloc_ros.replay.transform_player import TransformPlayer
-from kfloc_ros.replay.truth_path import TruthPath
 
 SENSOR_OUT = QoSProfile(history=HistoryPolicy.KEEP_LAST, depth=5, reliability=ReliabilityPolicy.RELIABLE)
 SETTLE_S = 0.5

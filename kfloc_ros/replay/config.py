@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kfloc_ros.bags.stream import BagStream, ReplayRange
 from kfloc_ros.device import choose_device
-from kfloc_ros.replay.bag_stream import BagStream, ReplayRange
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,13 @@ class ReplayConfig:
     """The frame whose pose the nodes publish; the bag's TF is played and leads from it to the camera.
     Empty: the camera's own, and no TF."""
     truth: str | None = None
-    """See :func:`kfloc_ros.replay.truth.read_truth`."""
+    """See :func:`kfloc_ros.bags.truth.read_truth`."""
     truth_of: str | None = None
     """The frame that the truth is of, where it is not the camera's."""
 
     @property
     def nodes(self) -> tuple[str, ...]:
-        """The nodes to start; each is ``kfloc_ros.nodes.<name>``."""
+        """Names of the nodes to start; see ``kfloc_ros.nodes.executables``."""
         return ("camera_node", "filter_node", "refiner_node") if self.separate else ("localizer",)
 
     @property

@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from kfloc_ros.bags.truth import BagTransforms
 from kfloc_ros.evaluation.metrics import Accuracy, accuracy, pose_errors
 from kfloc_ros.evaluation.records import FrameRecord
-from kfloc_ros.nodes.pose_messages import BodyPose
-from kfloc_ros.nodes.transform_buffer import TransformBuffer, TransformUnknownError
-from kfloc_ros.replay.bag_transforms import BagTransforms
+from kfloc_ros.messages.poses import BodyPose
+from kfloc_ros.messages.transforms import TransformBuffer, TransformUnknownError
 from kfloc_ros.replay.recording import Played, PoseSeen, Recording, StatusSeen
 from kfloc_ros.types import Matrix, TrackingState
 

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from kfloc_ros.bags.stream import BagEvent, BagStream, ReplayRange
+from kfloc_ros.bags.truth import read_truth
 from kfloc_ros.device import choose_device
 from kfloc_ros.errors import FrameError
 from kfloc_ros.evaluation.hardware import describe_hardware
@@ -20,16 +22,14 @@ from kfloc_ros.evaluation.records import FrameRecord, record_of
 from kfloc_ros.evaluation.results import write_results
 from kfloc_ros.evaluation.summary import RunInfo, Summary
 from kfloc_ros.geometry.camera import Camera, ImageAdapter
-from kfloc_ros.localizer import Pipeline
-from kfloc_ros.localizer_config import LocalizerConfig
-from kfloc_ros.mapping.map_folders import resolve_map
-from kfloc_ros.mapping.place import load_map
-from kfloc_ros.nodes.camera_messages import camera_from_info, check_view
-from kfloc_ros.nodes.stamp_guard import StampGuard
-from kfloc_ros.place_localizer import localizer_for
-from kfloc_ros.replay.bag_stream import BagEvent, BagStream, ReplayRange
+from kfloc_ros.localization.config import LocalizerConfig
+from kfloc_ros.localization.localizer import Pipeline
+from kfloc_ros.localization.place_localizer import localizer_for
+from kfloc_ros.maps.format import resolve_map
+from kfloc_ros.maps.place import load_map
+from kfloc_ros.messages.camera_info import camera_from_info, check_view
+from kfloc_ros.messages.poses import StampGuard
 from kfloc_ros.replay.config import ReplayConfig
-from kfloc_ros.replay.truth import read_truth
 from kfloc_ros.types import Frame, Matrix, PoseEstimate, TrackingState
 
 WENT_BACKWARDS = "time went backwards"
@@ -41,8 +41,8 @@ class BagLocalizer:
     Args:
         stream: the open bag.
         localizer: is reset where time goes backwards.
-        max_gap_s: see :class:`kfloc_ros.localizer_config.LocalizerConfig`.
-        rectified: see :func:`kfloc_ros.nodes.camera_messages.camera_from_info`.
+        max_gap_s: see :class:`kfloc_ros.localization.config.LocalizerConfig`.
+        rectified: see :func:`kfloc_ros.messages.camera_info.camera_from_info`.
         truth: ``T_map_camera`` by stamp.
         positions: number of the image in its bag by stamp.
     """

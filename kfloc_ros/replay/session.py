@@ -17,21 +17,18 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from kfloc_ros.bags.truth import BagTransforms, read_truth
 from kfloc_ros.device import choose_device
 from kfloc_ros.errors import ReplayError
 from kfloc_ros.evaluation.hardware import describe_hardware
 from kfloc_ros.evaluation.records import FrameRecord
 from kfloc_ros.evaluation.results import tum_text, write_results
 from kfloc_ros.evaluation.summary import RunInfo, Summary
-from kfloc_ros.mapping.map_folders import resolve_map
-from kfloc_ros.mapping.map_format import read_description
-from kfloc_ros.replay.bag_transforms import BagTransforms
+from kfloc_ros.maps.format import read_description, resolve_map
 from kfloc_ros.replay.config import ReplayConfig
-from kfloc_ros.replay.environment import check_ros, ros_environment
 from kfloc_ros.replay.evaluate import active_seconds, replay_counts, replay_records, transform_accuracy, wall_seconds
-from kfloc_ros.replay.processes import ProcessSet
+from kfloc_ros.replay.processes import ProcessSet, check_ros, ros_environment
 from kfloc_ros.replay.recording import Recording
-from kfloc_ros.replay.truth import read_truth
 
 Progress = Callable[[str, int, int], None]
 """Called with what is going on, images played so far, and images in all."""
@@ -80,7 +77,7 @@ def run_replay(config: ReplayConfig, *, command: str = "", progress: Progress | 
             report("starting the nodes", 0, total)
             options = ["--ros-args", "--params-file", str(_write_parameters(Path(folder), parameters))]
             for name in config.nodes:
-                processes.start(name, f"kfloc_ros.nodes.{name}", options, log=logs / f"{name}.log")
+                processes.start(name, "kfloc_ros.nodes.executables", [name, *options], log=logs / f"{name}.log")
             arguments = [*_agent_arguments(config, recording_path), f"--map-frame={map_frame}"]
             if truth.poses:
                 truth_path = Path(folder) / "truth.tum"

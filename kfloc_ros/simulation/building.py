@@ -14,8 +14,7 @@ import numpy as np
 from kfloc_ros.errors import SourceError
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import make_pose
-from kfloc_ros.simulation.doorways import MIDDLE_Y_M, WALL_M
-from kfloc_ros.simulation.room import HALF_X_M
+from kfloc_ros.simulation.room import HALF_X_M, MIDDLE_Y_M, WALL_M
 from kfloc_ros.simulation.scene import TEXELS_PER_M, RoomInBuilding, Scene, build_rooms
 from kfloc_ros.simulation.source import CAMERA, DAY, DUSK, RecordedSource, Recording, blend, localize_route, map_route
 from kfloc_ros.simulation.trajectory import Pace, Route

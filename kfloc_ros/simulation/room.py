@@ -13,7 +13,6 @@ from dataclasses import replace
 import numpy as np
 
 from kfloc_ros.simulation import prints
-from kfloc_ros.simulation.doorways import HIGH_Y_M, passages, wall_with_doorway
 from kfloc_ros.simulation.faces import Face, box, face, prism
 from kfloc_ros.simulation.textures import Painter, cardboard, cloth, glow, plain, plaster, rug, tiles, wood
 
@@ -297,3 +296,37 @@ def _table() -> list[Face]:
         made += box((x, y, 0.75 + size[2] / 2), size, prints.package(name), yaw_deg=yaw, skip=("bottom",), detail=1.4)
     made += prism((0.2, -0.2, 0.75), 0.042, 0.095, tiles((196, 200, 204), (60, 90, 150), 0.03), plain((52, 36, 26)))
     return made
+
+
+LOW_Y_M, HIGH_Y_M, DOOR_HEIGHT_M = -1.96, -1.28, 2.0
+WALL_M = 0.3
+"""Thickness of the wall between two rooms; a room's doorways reach to its middle."""
+MIDDLE_Y_M = (LOW_Y_M + HIGH_Y_M) / 2
+
+
+def wall_with_doorway(x_m: float, half_y_m: float, height_m: float, painter: Painter) -> list[Face]:
+    """A wall at ``x_m``, looked at from x = 0, around its doorway."""
+    parts = [
+        (HIGH_Y_M, half_y_m, height_m),
+        (LOW_Y_M, HIGH_Y_M, height_m - DOOR_HEIGHT_M),
+        (-half_y_m, LOW_Y_M, height_m),
+    ]
+    if x_m > 0:  # seen from the room, its left is the north
+        return [face((x_m, b, height_m), (0, a - b, 0), (0, 0, -down), painter) for a, b, down in parts]
+    return [face((x_m, a, height_m), (0, b - a, 0), (0, 0, -down), painter) for a, b, down in parts]
+
+
+def passages(half_x_m: float, frame: Painter, step: Painter, door: Painter) -> list[Face]:
+    """Both doorways as far as the middle of the wall, and last the two doors that close them there, east and west."""
+    deep, wide, z, end = WALL_M / 2, HIGH_Y_M - LOW_Y_M, DOOR_HEIGHT_M, half_x_m + WALL_M / 2
+    made = []
+    for x in (half_x_m, -end):
+        made += [
+            face((x, HIGH_Y_M, z), (deep, 0, 0), (0, 0, -z), frame),
+            face((x + deep, LOW_Y_M, z), (-deep, 0, 0), (0, 0, -z), frame),
+            face((x, LOW_Y_M, z), (deep, 0, 0), (0, wide, 0), frame),
+            face((x, HIGH_Y_M, 0), (deep, 0, 0), (0, -wide, 0), step),
+        ]
+    east = face((end, HIGH_Y_M, z), (0, -wide, 0), (0, 0, -z), door)
+    west = face((-end, LOW_Y_M, z), (0, wide, 0), (0, 0, -z), door)
+    return [*made, east, west]

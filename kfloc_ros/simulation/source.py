@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from kfloc_ros.datasets.base import FrameSource
 from kfloc_ros.errors import SourceError
+from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.simulation.render import Illumination, Renderer
 from kfloc_ros.simulation.scene import TEXELS_PER_M, Scene, build_room

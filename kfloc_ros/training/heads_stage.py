@@ -12,13 +12,12 @@ import torch.nn.functional as F
 
 from kfloc_ros.config import option
 from kfloc_ros.features.trunk import COARSE_STRIDE, FINE_STRIDE
-from kfloc_ros.geometry.pose import Pose
-from kfloc_ros.pixloc.feature_cost import FeatureCost
-from kfloc_ros.pixloc.feature_map import FeatureMap
+from kfloc_ros.geometry.tensors import Pose
 from kfloc_ros.pixloc.heads import LEVELS, AlignmentHeads, save_heads
-from kfloc_ros.pixloc.losses import RobustLoss
+from kfloc_ros.pixloc.reference.cost import FeatureCost, FeatureMap
+from kfloc_ros.pixloc.reference.losses import RobustLoss
+from kfloc_ros.pixloc.reference.solver import SolverSettings, from_recentred, minimize, recentre
 from kfloc_ros.pixloc.refiner import RefinerSettings
-from kfloc_ros.pixloc.solver import SolverSettings, from_recentred, minimize, recentre
 from kfloc_ros.training.heads_views import HeadPairs
 from kfloc_ros.training.kfnet_stages import StepLoss
 from kfloc_ros.training.pixloc_losses import MIN_COMMON_POINTS

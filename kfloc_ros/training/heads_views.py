@@ -20,7 +20,7 @@ from kfloc_ros.features.trunk import Trunk, TrunkFeatures
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.camera_tensor import CameraTensor
 from kfloc_ros.geometry.lie import Matrix, inverse_pose, make_pose, so3_exp
-from kfloc_ros.geometry.pose import Pose
+from kfloc_ros.geometry.tensors import Pose
 from kfloc_ros.pixloc.references import ReferencePoints, extract_reference_points
 from kfloc_ros.simulation.render import Illumination, Renderer
 from kfloc_ros.simulation.scene import TEXELS_PER_M, build_room

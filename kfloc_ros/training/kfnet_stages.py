@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from kfloc_ros.kfnet import kalman
+from kfloc_ros.kfnet.flow import Flow
 from kfloc_ros.kfnet.fusion import warp
-from kfloc_ros.kfnet.oflownet import Flow
 from kfloc_ros.kfnet.reference.oflownet import ReferenceOFlowNet
 from kfloc_ros.kfnet.reference.scoordnet import MIN_SIGMA, ReferenceSCoordNet
 from kfloc_ros.kfnet.reference.weights import save_network

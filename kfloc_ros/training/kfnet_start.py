@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from kfloc_ros.datasets.base import FrameSource
 from kfloc_ros.errors import ConfigError
+from kfloc_ros.frames import FrameSource
 from kfloc_ros.kfnet.reference.frame import NetworkFrame
 from kfloc_ros.kfnet.reference.layers import Padding
 from kfloc_ros.kfnet.reference.oflownet import ReferenceOFlowNet

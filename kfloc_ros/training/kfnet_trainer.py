@@ -22,7 +22,7 @@ from kfloc_ros.kfnet.reference.oflownet import ReferenceOFlowNet
 from kfloc_ros.training.event_log import EventLog
 from kfloc_ros.training.kfnet_samples import Numbered, prefetched
 from kfloc_ros.training.kfnet_stages import JointStage, SampleT, Stage
-from kfloc_ros.training.kfnet_state import Progress, load_state, save_state
+from kfloc_ros.training.state import Progress, load_state, save_state
 
 LOG_FILE = "log.jsonl"
 FREE_KEYS = frozenset({"steps", "snapshot_every", "log_every", "workers", "remember_mb", "precision", "compile"})

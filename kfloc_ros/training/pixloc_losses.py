@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 
 from kfloc_ros.geometry.camera_tensor import CameraTensor
-from kfloc_ros.geometry.pose import Pose
-from kfloc_ros.pixloc.feature_map import FeatureMap
-from kfloc_ros.pixloc.losses import RobustLoss
-from kfloc_ros.pixloc.two_view import TwoViewResult
+from kfloc_ros.geometry.tensors import Pose
+from kfloc_ros.pixloc.reference.cost import FeatureMap
+from kfloc_ros.pixloc.reference.losses import RobustLoss
+from kfloc_ros.pixloc.reference.two_view import TwoViewResult
 
 MIN_COMMON_POINTS = 10
 """An element with fewer points that are seen from both its true and its initial pose says nothing."""

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kfloc_ros.datasets.base import FrameSource
 from kfloc_ros.errors import SourceError
-from kfloc_ros.features.preparation import ImageSize
+from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera_tensor import CameraTensor
 from kfloc_ros.geometry.lie import Matrix, inverse_pose, make_pose, so3_exp, so3_log
-from kfloc_ros.geometry.pose import Pose
+from kfloc_ros.geometry.tensors import Pose
+from kfloc_ros.pixloc.reference.unet import ImageSize
 from kfloc_ros.pixloc.references import smooth_depth_mask, view_distances
 from kfloc_ros.types import Frame
 

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kfloc_ros.pixloc.feature_map import FeatureMap
-from kfloc_ros.pixloc.model import PixLocModel, save_model
-from kfloc_ros.pixloc.two_view import align_two_views, training_settings
+from kfloc_ros.pixloc.reference.cost import FeatureMap
+from kfloc_ros.pixloc.reference.model import PixLocModel, save_model
+from kfloc_ros.pixloc.reference.two_view import align_two_views, training_settings
 from kfloc_ros.training.kfnet_stages import StepLoss
 from kfloc_ros.training.pixloc_losses import GnNetLoss, gnnet_loss, two_view_loss
 from kfloc_ros.training.pixloc_samples import Pairs

@@ -16,7 +16,6 @@ import torch
 
 from kfloc_ros.config import option
 from kfloc_ros.training.event_log import EventLog
-from kfloc_ros.training.kfnet_state import Progress, load_state, save_state
 from kfloc_ros.training.kfnet_trainer import (
     LOG_FILE,
     TrainingError,
@@ -27,6 +26,7 @@ from kfloc_ros.training.kfnet_trainer import (
 )
 from kfloc_ros.training.pixloc_samples import PairRule
 from kfloc_ros.training.pixloc_stages import Samples, TrainingStage
+from kfloc_ros.training.state import Progress, load_state, save_state
 from kfloc_ros.training.validation import Best, mean_figures
 
 BatchT = TypeVar("BatchT")

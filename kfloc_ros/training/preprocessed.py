@@ -30,7 +30,7 @@ from kfloc_ros.errors import SourceError
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.camera_tensor import CameraTensor
 from kfloc_ros.geometry.lie import Matrix, inverse_pose, make_pose
-from kfloc_ros.pixloc.inert_pickle import read_inert
+from kfloc_ros.pixloc.hloc.inert_pickle import read_inert
 from kfloc_ros.training.pixloc_samples import PairRule, Pairs, make_pair, show, together
 
 KINDS = {"megadepth": "megadepth_pixloc_training", "cmu": "cmu_pixloc_training"}

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kfloc_ros.datasets.base import FrameSource, Selection
 from kfloc_ros.errors import WeightsError
+from kfloc_ros.frames import FrameSource, Selection
 
 BEST_FILE = "best.json"
 

@@ -15,7 +15,7 @@ from kfloc_ros.errors import DrawingError
 from kfloc_ros.features.trunk import TrunkFeatures
 from kfloc_ros.geometry.lie import Matrix
 from kfloc_ros.pixloc.refiner import Refiner
-from kfloc_ros.visualization.alignment_views import moved, offset_between
+from kfloc_ros.visualization.alignment import moved, offset_between
 
 NEAR_M, NEAR_DEG = 0.02, 1.0
 """An alignment has found back if it ends this near to the right pose."""

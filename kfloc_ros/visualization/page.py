@@ -23,12 +23,12 @@ from kfloc_ros.errors import DrawingError
 from kfloc_ros.features.trunk import TrunkFeatures
 from kfloc_ros.geometry.lie import Matrix
 from kfloc_ros.mapping.picture import up_axis
-from kfloc_ros.mapping.scene_map import SceneMap
+from kfloc_ros.maps.scene_map import SceneMap
+from kfloc_ros.messages.clouds import Cloud
 from kfloc_ros.pixloc.residuals import reproject_all
 from kfloc_ros.types import AlignmentStep
-from kfloc_ros.visualization.alignment_views import offset_between, reference_points
-from kfloc_ros.visualization.clouds import Cloud, cell_cloud, map_cloud
-from kfloc_ros.visualization.ply import merged, surest
+from kfloc_ros.visualization.alignment import offset_between, reference_points
+from kfloc_ros.visualization.clouds import cell_cloud, map_cloud, merged, surest
 from kfloc_ros.visualization.stream import Seen
 
 MAX_MAP_POINTS, MAX_SEEN_POINTS = 60_000, 60_000

@@ -3,14 +3,31 @@
 
 from __future__ import annotations
 
+import csv
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kfloc_ros.errors import FrameError, SourceError
+from kfloc_ros.evaluation.metrics import pose_error
 from kfloc_ros.features.trunk import TrunkFeatures
-from kfloc_ros.geometry.camera import Camera
-from kfloc_ros.mapping.scene_map import SceneMap
+from kfloc_ros.frames import FrameSource
+from kfloc_ros.geometry.camera import Camera, ImageAdapter
+from kfloc_ros.localization.localizer import Localizer
+from kfloc_ros.localization.stages import CoarseResult
+from kfloc_ros.mapping.picture import up_axis
+from kfloc_ros.maps.scene_map import SceneMap
+from kfloc_ros.messages.tum import read_tum
 from kfloc_ros.pixloc.residuals import reproject
-from kfloc_ros.types import Alignment, Frame
-from kfloc_ros.visualization.alignment_views import by_residual, reference_points
-from kfloc_ros.visualization.cells import flow_picture, nis_picture, sigma_picture
+from kfloc_ros.types import Alignment, Frame, Matrix, PoseEstimate, TrackingState
+from kfloc_ros.visualization.alignment import by_residual, reference_points
+from kfloc_ros.visualization.cells import flow_picture, flow_view, nis_picture, noise_view, sigma_picture
 from kfloc_ros.visualization.clouds import FRUSTUM_DEPTH_M, camera_symbols, cell_cloud, map_cloud
+from kfloc_ros.visualization.overlay import OverlayPainter
 from kfloc_ros.visualization.rerun import Recording
 from kfloc_ros.visualization.stream import Seen
 
@@ -83,3 +100,171 @@ def log_alignment(
         recording.number(f"cost/stride_{step.stride}", step.cost)
         seen = reproject(features, points, step.T_map_camera, camera)
         recording.picture("overlay", by_residual(frame.image, seen), jpeg=True)
+
+
+PICTURES = ("overlay", "noise", "flow")
+CURVES = ("error_cm", "latency_ms", "sigma_cm", "inliers")
+VIEWS_COLOUR = (216, 90, 38)
+PATH_COLOUR = (80, 200, 255)
+TRUTH_COLOUR = (90, 220, 90)
+SPREAD_COLOUR = (255, 200, 60)
+_PATH_PERIOD = 5
+"""Frames between two pictures of the path so far; each holds all of it."""
+
+
+def begin(title: str, scene_map: SceneMap | None, path: Path | None) -> Recording:
+    """A recording with a map in it, into a file or, without one, into a live viewer. Raises DrawingError."""
+    up = None if scene_map is None else up_axis(scene_map)
+    recording = Recording(title, path=path, live=path is None, up=up, pictures=PICTURES, curves=CURVES)
+    if scene_map is not None:
+        cloud = map_cloud(scene_map)
+        recording.cloud("map/points", cloud.points, cloud.colours, radius_m=0.004, static=True)
+        symbols = camera_symbols(scene_map.references.T_map_camera, scene_map.camera, FRUSTUM_DEPTH_M)
+        recording.lines("map/reference_views", symbols.reshape(-1, 2, 3), VIEWS_COLOUR, radius_m=0.001, static=True)
+    return recording
+
+
+class Trail:
+    """The path so far, drawn anew every few poses."""
+
+    def __init__(self, recording: Recording, entity: str, colour: tuple[int, int, int]) -> None:
+        self._recording, self._entity, self._colour = recording, entity, colour
+        self._positions: list[NDArray[np.float64]] = []
+
+    def add(self, T_map_camera: Matrix | None) -> None:
+        """Add a pose, if there is one."""
+        if T_map_camera is None:
+            return
+        self._positions.append(T_map_camera[:3, 3])
+        if len(self._positions) % _PATH_PERIOD == 2 % _PATH_PERIOD:
+            self.draw()
+
+    def draw(self) -> None:
+        """Draw it as it is now."""
+        if len(self._positions) > 1:
+            self._recording.lines(self._entity, np.stack(self._positions)[None], self._colour)
+
+
+def view_source(
+    recording: Recording, scene_map: SceneMap, localizer: Localizer, source: FrameSource
+) -> Iterator[PoseEstimate]:
+    """Localize every frame of a source and log everything that is known of it; yields as it goes.
+
+    Raises:
+        SourceError: an image cannot be read.
+    """
+    adapter = ImageAdapter(source.camera, localizer.camera)
+    painter = OverlayPainter(scene_map.references, scene_map.camera)
+    path, truth = Trail(recording, "map/path", PATH_COLOUR), Trail(recording, "map/true_path", TRUTH_COLOUR)
+    states = StateLog(recording)
+    for number, raw in enumerate(source):
+        recording.at(number, raw.stamp_ns)
+        coarse: CoarseResult | None = None
+        frame = raw
+        try:
+            frame = replace(raw, image=adapter(raw.image), camera=adapter.target)
+            coarse = localizer.coarse.process(frame)
+            estimate = localizer.refine.process(frame, coarse)
+        except FrameError as error:
+            estimate = PoseEstimate(raw.stamp_ns, TrackingState.LOST, str(error))
+        if coarse is not None:
+            _show_frame(recording, frame, coarse, estimate)
+            recording.picture("overlay", painter.paint(frame.image, estimate, coarse.features), jpeg=True)
+        show_covariance(recording, estimate.T_map_camera, estimate.covariance)
+        path.add(estimate.T_map_camera)
+        truth.add(raw.T_map_camera)
+        states.add(estimate.state.value, estimate.reason)
+        yield estimate
+    path.draw()
+    truth.draw()
+
+
+def view_results(recording: Recording, folder: Path) -> int:
+    """Log a result folder of `kfloc localize` or `kfloc replay`: both paths, states, errors and latencies.
+
+    Returns the number of frames.
+
+    Raises:
+        SourceError: it is no such folder, or damaged.
+    """
+    for name, entity, colour in (
+        ("groundtruth.tum", "map/true_path", TRUTH_COLOUR), ("trajectory.tum", "map/path", PATH_COLOUR)
+    ):  # fmt: skip
+        poses = read_tum(_part(folder, name))
+        if len(poses) > 1:
+            strip = np.stack([poses[stamp_ns][:3, 3] for stamp_ns in sorted(poses)])
+            recording.lines(entity, strip[None], colour, static=True)
+    trajectory = read_tum(folder / "trajectory.tum")
+    states = StateLog(recording)
+    count = 0
+    try:
+        with _part(folder, "frames.csv").open(newline="", encoding="utf-8") as stream:
+            for count, row in enumerate(csv.DictReader(stream), start=1):
+                stamp_ns = int(row["stamp_ns"])
+                recording.at(count - 1, stamp_ns)
+                _show_row(recording, row)
+                if stamp_ns in trajectory:
+                    recording.cloud("map/camera", trajectory[stamp_ns][:3, 3], PATH_COLOUR, radius_m=0.03)
+                states.add(row["state"], row["reason"])
+    except (KeyError, ValueError, TypeError, csv.Error) as error:
+        raise SourceError(f"'{folder / 'frames.csv'}' is damaged: {error}") from error
+    return count
+
+
+class StateLog:
+    """Says when the state changes."""
+
+    def __init__(self, recording: Recording) -> None:
+        self._recording, self._last = recording, ""
+
+    def add(self, state: str, reason: str) -> None:
+        """The state of one frame."""
+        if state != self._last:
+            self._last = state
+            self._recording.text("state", f"{state}: {reason}" if reason else state)
+
+
+def show_covariance(recording: Recording, T_map_camera: Matrix | None, covariance: Matrix | None) -> None:
+    """Two standard deviations to either side along the principal axes of the position's covariance."""
+    if T_map_camera is None or covariance is None:
+        recording.clear("map/covariance")
+        return
+    spreads, axes = np.linalg.eigh(covariance[:3, :3])
+    arms = (2 * np.sqrt(np.clip(spreads, 0, None)) * axes).T
+    centre = T_map_camera[:3, 3]
+    recording.lines("map/covariance", np.stack([centre - arms, centre + arms], axis=1), SPREAD_COLOUR, radius_m=0.002)
+
+
+def _show_frame(recording: Recording, frame: Frame, coarse: CoarseResult, estimate: PoseEstimate) -> None:
+    T = estimate.T_map_camera
+    if T is not None:
+        recording.camera("map/camera", T, frame.camera, frame.image)
+        if frame.T_map_camera is not None:
+            recording.number("error_cm", 100 * pose_error(T, frame.T_map_camera).translation_m)
+    if coarse.scene_coordinates is not None:
+        cloud = cell_cloud(coarse.scene_coordinates, frame.image)
+        recording.cloud("map/scene_coordinates", cloud.points, cloud.colours)
+    for entity, picture in (("flow", flow_view(coarse)), ("noise", noise_view(coarse))):
+        if picture is not None:
+            recording.picture(entity, picture, jpeg=True)
+    recording.number("latency_ms", sum(value for name, value in estimate.timings_ms.items() if name != "total"))
+    recording.number("inliers", coarse.pose.inlier_count)
+    if estimate.covariance is not None:
+        recording.number("sigma_cm", 100 * math.sqrt(max(float(estimate.covariance[:3, :3].trace()), 0.0)))
+
+
+def _show_row(recording: Recording, row: dict[str, str]) -> None:
+    columns = {"error_cm": ("translation_error_m", 100.0), "latency_ms": ("latency_ms", 1.0)}
+    columns["inliers"] = ("inlier_count" if "inlier_count" in row else "inliers", 1.0)
+    for entity, (column, factor) in columns.items():
+        if row.get(column):
+            recording.number(entity, factor * float(row[column]))
+    sigmas = [row.get(f"sigma_t{axis}_m") for axis in "xyz"]
+    if all(sigmas):
+        recording.number("sigma_cm", 100 * math.hypot(*(float(sigma or "nan") for sigma in sigmas)))
+
+
+def _part(folder: Path, name: str) -> Path:
+    if not (folder / name).is_file():
+        raise SourceError(f"'{folder}' is not a whole result folder: it has no {name}.")
+    return folder / name

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from kfloc_ros.datasets.base import FrameSource
 from kfloc_ros.errors import SourceError
+from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import Camera, ImageAdapter
-from kfloc_ros.kfnet.files import read_coordinates, read_description
-from kfloc_ros.localizer import Localizer
-from kfloc_ros.stages import CoarseResult
+from kfloc_ros.kfnet.reference.files import read_coordinates, read_description
+from kfloc_ros.localization.localizer import Localizer
+from kfloc_ros.localization.stages import CoarseResult
 from kfloc_ros.types import Frame, PoseEstimate, SceneCoordinates
 
 

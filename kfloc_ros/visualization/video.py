@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Videos through OpenCV's writer."""
+"""Pictures of successive frames, as files and as a video."""
 
 from __future__ import annotations
 
@@ -10,6 +10,79 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kfloc_ros.errors import DrawingError
+
+
+def write_picture(path: Path, picture: NDArray[np.uint8]) -> Path:
+    """Write an RGB picture (H, W, 3) as PNG, or as the kind that the name's ending says.
+
+    Raises:
+        DrawingError: it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    done, data = cv2.imencode(path.suffix, np.ascontiguousarray(picture[..., ::-1]))
+    if not done:
+        raise DrawingError(f"The picture '{path}' cannot be encoded.")
+    path.write_bytes(data.tobytes())
+    return path
+
+
+class PictureSeries:
+    """``OUT/NAME/000123.png`` for every frame, and ``OUT/NAME.mp4`` if there are several.
+
+    Args:
+        out: folder.
+        name: of the series.
+        pictures: write the single pictures, too; one that stays alone is always written.
+        video: write the video.
+        fps: pictures per second.
+        codec: of the video, see :data:`kfloc_ros.visualization.video.CODECS`.
+    """
+
+    def __init__(
+        self, out: Path, name: str, *, pictures: bool = True, video: bool = True, fps: float = 10.0, codec: str = "vp9"
+    ) -> None:
+        self.out, self.name = out, name
+        self.written: list[str] = []
+        """What there is, in words."""
+        self._pictures, self._with_video = pictures, video
+        self._video = Video(out / f"{name}.mp4", fps, codec)
+        self._first: tuple[Path, NDArray[np.uint8]] | None = None
+        self._count = 0
+
+    def add(self, index: int, picture: NDArray[np.uint8]) -> None:
+        """Add the picture (H, W, 3) of a frame."""
+        path = self.out / self.name / f"{index:06d}.png"
+        self._count += 1
+        if self._pictures:
+            write_picture(path, picture)
+        if self._count == 1:
+            self._first = (path, picture)
+            return
+        if self._with_video:
+            if self._first is not None:
+                self._video.add(self._first[1])
+            self._video.add(picture)
+        self._first = None
+
+    def close(self) -> None:
+        """Finish the video."""
+        self._video.close()
+        alone = self._first
+        if alone is not None and not self._pictures:
+            write_picture(*alone)
+        if alone is not None:
+            self.written.append(f"{alone[0]}")
+        elif self._pictures and self._count:
+            self.written.append(f"{self.out / self.name}: {self._count} pictures")
+        if self._video.count:
+            self.written.append(f"{self._video.path}: {self._video.count} frames ({self._video.codec})")
+
+    def __enter__(self) -> PictureSeries:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
 
 CODECS = {"vp9": "vp09", "mpeg4": "mp4v"}
 """Names and FourCCs. VP9 plays in browsers, too, but takes half a second a sheet to write; MPEG-4 part 2 takes a

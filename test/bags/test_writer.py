@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 from rosbags.rosbag2 import Reader
 
-from kfloc_ros.bags.messages import MessageCodec, encode_jpeg, stamp_ns_of
 from kfloc_ros.bags.topics import CAMERA_INFO_TOPIC, DEPTH_TOPIC, IMAGE_TOPIC, TF_TOPIC, TOPIC_TYPES, TRUTH_TOPIC
-from kfloc_ros.bags.writer import write_bag
+from kfloc_ros.bags.writer import MessageCodec, encode_jpeg, stamp_ns_of, write_bag
 from kfloc_ros.datasets import FrameSource, select
 from kfloc_ros.datasets.bag import BagSource
 from kfloc_ros.errors import SourceError

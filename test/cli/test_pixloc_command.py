@@ -18,14 +18,14 @@ import pytest
 import torch
 
 from kfloc_ros.cli.main import main
-from kfloc_ros.evaluation.parity import formula_model
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.camera_tensor import CameraTensor
 from kfloc_ros.geometry.lie import inverse_pose, make_pose, matrix_to_quaternion, rotation_angle_deg, so3_exp
-from kfloc_ros.pixloc.model import save_model
-from kfloc_ros.pixloc.official import DATA_SETS
-from kfloc_ros.pixloc.pose_file import read_poses
+from kfloc_ros.pixloc.hloc.files import read_poses
+from kfloc_ros.pixloc.hloc.layouts import DATA_SETS
+from kfloc_ros.pixloc.reference.model import save_model
 from kfloc_ros.types import Matrix
+from studies.parity import formula_model
 
 CAMERA = Camera(160, 128, 113.0, 113.0, 79.5, 63.5)
 INTRINSICS = "PINHOLE 160 128 113 113 80 64"

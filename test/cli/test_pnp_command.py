@@ -13,7 +13,7 @@ import torch
 from kfloc_ros.cli import main as cli
 from kfloc_ros.errors import SourceError
 from kfloc_ros.geometry.lie import Matrix, make_pose, so3_exp
-from kfloc_ros.kfnet.files import (
+from kfloc_ros.kfnet.reference.files import (
     DEFAULT_CAMERA,
     MapDescription,
     coordinate_map,

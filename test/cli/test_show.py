@@ -18,7 +18,7 @@ import pytest
 
 from kfloc_ros.bags.writer import write_bag
 from kfloc_ros.cli.main import main
-from kfloc_ros.datasets.base import Selection
+from kfloc_ros.frames import Selection
 
 
 @pytest.fixture(scope="module")

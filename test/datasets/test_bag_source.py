@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from rosbags.rosbag2 import StoragePlugin, Writer
 
-from kfloc_ros.bags.messages import MessageCodec
 from kfloc_ros.bags.topics import CAMERA_INFO_TOPIC, IMAGE_TOPIC, TOPIC_TYPES
+from kfloc_ros.bags.writer import MessageCodec
 from kfloc_ros.datasets import open_source
 from kfloc_ros.datasets.bag import BagSource
 from kfloc_ros.datasets.ros_bag import RosBag

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from kfloc_ros.datasets.base import FrameSource
-from kfloc_ros.datasets.degraded import Degradation, Degraded, motion_blur
+from kfloc_ros.datasets.derived import Degradation, Degraded, motion_blur
 from kfloc_ros.errors import SourceError
+from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.types import Frame
 

@@ -9,9 +9,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from kfloc_ros.datasets.base import DerivedSource, FrameSource, Selection
-from kfloc_ros.datasets.degraded import Degradation, Degraded
-from kfloc_ros.datasets.derived import InFrame, Remembered
+from kfloc_ros.datasets.derived import Degradation, Degraded, InFrame, Remembered
+from kfloc_ros.frames import DerivedSource, FrameSource, Selection
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import make_pose, so3_exp
 from kfloc_ros.types import Frame, Matrix

@@ -13,13 +13,13 @@ import pytest
 
 from kfloc_ros.cli import main as cli
 from kfloc_ros.datasets import open_source
-from kfloc_ros.datasets.base import FrameSource
 from kfloc_ros.datasets.kfnet import KfnetFolder
 from kfloc_ros.datasets.labels import scene_points, write_kfnet_folder
 from kfloc_ros.errors import SourceError
+from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import inverse_pose, make_pose, matrix_to_quaternion, so3_exp
-from kfloc_ros.kfnet.files import read_label, write_label
+from kfloc_ros.kfnet.reference.files import read_label, write_label
 from kfloc_ros.types import Frame, Matrix
 
 CAMERA = Camera(160, 96, 130.0, 131.0, 79.0, 48.5)

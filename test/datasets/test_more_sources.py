@@ -12,9 +12,9 @@ import pycolmap
 import pytest
 
 from kfloc_ros.datasets import open_source
-from kfloc_ros.datasets.pose_track import PoseTrack
 from kfloc_ros.errors import SourceError
 from kfloc_ros.geometry.lie import inverse_pose, make_pose, matrix_to_quaternion, so3_exp
+from kfloc_ros.messages.transforms import PoseTrack
 from kfloc_ros.types import Matrix
 
 POINTS = np.random.default_rng(0).uniform([-1, -1, 3], [1, 1, 4], (40, 3))

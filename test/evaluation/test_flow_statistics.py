@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kfloc_ros.evaluation.flow import FlowStatistics
-from kfloc_ros.kfnet.oflownet import Flow
+from kfloc_ros.kfnet.flow import Flow
 from kfloc_ros.types import SceneCoordinates
 
 H, W = 30, 40

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kfloc_ros.geometry.lie import make_pose, matrix_to_quaternion, rotation_angle_deg, so3_exp
-from kfloc_ros.geometry.pose import Pose
+from kfloc_ros.geometry.tensors import Pose
 
 
 def poses(*batch: int, dtype: torch.dtype = torch.float64) -> Pose:

@@ -15,8 +15,8 @@ import yaml
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import make_pose, so3_exp
 from kfloc_ros.kfnet.scoordnet import SCoordNet
-from kfloc_ros.mapping.map_format import DESCRIPTION, INDEX_FILE
-from kfloc_ros.mapping.scene_map import Calibration, SceneMap
+from kfloc_ros.maps.format import DESCRIPTION, INDEX_FILE
+from kfloc_ros.maps.scene_map import Calibration, SceneMap
 from kfloc_ros.pixloc.references import ReferencePoints, ReferenceViews
 
 CAMERA = Camera(96, 64, 70.0, 70.0, 47.5, 31.5)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kfloc_ros.datasets.base import FrameSource
+from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import make_pose, so3_exp
 from kfloc_ros.types import Frame, Matrix

@@ -11,10 +11,10 @@ import numpy as np
 from rosbags.highlevel import AnyReader
 from rosbags.rosbag2 import StoragePlugin, Writer
 
-from kfloc_ros.bags.messages import MessageCodec
+from kfloc_ros.bags.stream import BagStream
+from kfloc_ros.bags.topics import TF_TYPE
+from kfloc_ros.bags.writer import MessageCodec
 from kfloc_ros.geometry.lie import inverse_pose, make_pose, matrix_to_quaternion, so3_exp
-from kfloc_ros.replay.bag_stream import BagStream
-from kfloc_ros.replay.bag_topics import TF_TYPE
 from kfloc_ros.types import Matrix
 
 Transform = tuple[str, str, int, Matrix]

@@ -9,8 +9,7 @@ import torch
 
 from kfloc_ros.features.trunk import TrunkFeatures
 from kfloc_ros.geometry.lie import make_pose, so3_exp
-from kfloc_ros.kfnet.experts import SCoordNets, heads_of, moved, together, with_variance_scale
-from kfloc_ros.kfnet.scoordnet import SCoordNet, head_input
+from kfloc_ros.kfnet.scoordnet import SCoordNet, SCoordNets, head_input, heads_of, moved, together, with_variance_scale
 
 
 def head(seed: int, log_scale: float = -2.0) -> SCoordNet:

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from kfloc_ros.cli import main as cli
-from kfloc_ros.datasets.base import select
-from kfloc_ros.kfnet.export import export_coordinates
-from kfloc_ros.localizer_config import LocalizerConfig
-from kfloc_ros.mapping.scene_map import SceneMap
+from kfloc_ros.cli.coordinates import export_coordinates
+from kfloc_ros.frames import select
+from kfloc_ros.localization.config import LocalizerConfig
+from kfloc_ros.maps.scene_map import SceneMap
 
 
 def test_exported_coordinates_give_the_true_poses(room_map, room, tmp_path: Path) -> None:

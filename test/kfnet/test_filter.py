@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from kfloc_ros.kfnet.filter import SceneCoordinateFilter
+from kfloc_ros.kfnet.flow import Flow
 from kfloc_ros.kfnet.fusion import FilterSettings, NisMode, Prior, fuse, warp
-from kfloc_ros.kfnet.oflownet import Flow
 from kfloc_ros.kfnet.reference.oflownet import ReferenceOFlowNet
 from kfloc_ros.types import CoarsePose, SceneCoordinates
 

@@ -12,16 +12,18 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from kfloc_ros.errors import WeightsError
-from kfloc_ros.kfnet.flow_choice import STEPS_ALIKE, FlowKind, choose_flow
+from kfloc_ros.kfnet.flow import WINDOW_CELLS, cost_window, ends_inside, window_offsets
 from kfloc_ros.kfnet.flow_network import (
+    STEPS_ALIKE,
     WEIGHTS_FILE,
+    FlowKind,
     FlowNetwork,
+    choose_flow,
     laplace_variance,
     load_flow_network,
     save_flow_network,
     shipped_flow_network,
 )
-from kfloc_ros.kfnet.oflownet import WINDOW_CELLS, cost_window, ends_inside, window_offsets
 
 CPU = torch.device("cpu")
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kfloc_ros.kfnet.oflownet import PIXEL_LOCKING_VARIANCE, backward_flow
+from kfloc_ros.kfnet.flow import PIXEL_LOCKING_VARIANCE, backward_flow
 
 
 def smooth_features(h: int, w: int) -> torch.Tensor:

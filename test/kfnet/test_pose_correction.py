@@ -12,10 +12,9 @@ import torch.nn.functional as F
 
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import make_pose, so3_exp
-from kfloc_ros.kfnet.filter import SceneCoordinateFilter
+from kfloc_ros.kfnet.filter import SceneCoordinateFilter, onto_rays
 from kfloc_ros.kfnet.fusion import FilterSettings
-from kfloc_ros.kfnet.pose_correction import onto_rays
-from kfloc_ros.solvers.pnp import PnpSettings, solve_pnp
+from kfloc_ros.kfnet.pnp import PnpSettings, solve_pnp
 from kfloc_ros.types import SceneCoordinates
 
 H, W, STRIDE = 18, 24, 8

@@ -11,9 +11,8 @@ import pytest
 import torch
 
 from kfloc_ros.features.trunk import TrunkFeatures
-from kfloc_ros.kfnet.roughness import RoughnessScale, measure, roughness_m
-from kfloc_ros.kfnet.scoordnet import SCoordNet
-from kfloc_ros.mapping.scene_map import Calibration
+from kfloc_ros.kfnet.scoordnet import RoughnessScale, SCoordNet, measure, roughness_m
+from kfloc_ros.maps.scene_map import Calibration
 from kfloc_ros.types import SceneCoordinates
 
 H, W = 60, 80

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kfloc_ros.localizer import Localizer
-from kfloc_ros.localizer_config import LocalizerConfig
+from kfloc_ros.localization.config import LocalizerConfig
+from kfloc_ros.localization.localizer import Localizer
 from kfloc_ros.mapping import build
 from kfloc_ros.mapping.motion_depth import MotionDepth, with_depth
-from kfloc_ros.training.scene_head import HeadTraining
+from kfloc_ros.mapping.scene_head import HeadTraining
 
 pytestmark = pytest.mark.slow
 

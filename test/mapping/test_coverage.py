@@ -12,9 +12,8 @@ import pytest
 
 from kfloc_ros.cli.main import main
 from kfloc_ros.geometry.lie import make_pose, so3_exp
-from kfloc_ros.mapping.coverage import expected_error_m, floor_coverage, level_pose
-from kfloc_ros.mapping.picture import floor_axes, up_axis
-from kfloc_ros.mapping.scene_map import SceneMap
+from kfloc_ros.mapping.picture import expected_error_m, floor_axes, floor_coverage, level_pose, up_axis
+from kfloc_ros.maps.scene_map import SceneMap
 
 
 @pytest.fixture(scope="module")

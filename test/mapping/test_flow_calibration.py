@@ -7,15 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kfloc_ros.kfnet.flow_choice import LEARNED_FLOOR_M2
-from kfloc_ros.mapping.calibration import (
-    TEMPERATURES,
-    USUAL_LEARNED_SCALE,
-    _Carried,
-    calibrate_flow,
-)
+from kfloc_ros.kfnet.flow_network import LEARNED_FLOOR_M2
+from kfloc_ros.mapping.calibration import TEMPERATURES, USUAL_LEARNED_SCALE, _Carried, calibrate_flow
 from kfloc_ros.mapping.measurement_calibration import ONE_SIGMA
-from kfloc_ros.mapping.scene_map import Calibration
+from kfloc_ros.maps.scene_map import Calibration
 from kfloc_ros.types import SceneCoordinates
 
 METRES_PER_CELL = 0.03

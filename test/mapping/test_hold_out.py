@@ -10,7 +10,7 @@ import pytest
 
 from kfloc_ros.geometry.lie import make_pose, so3_exp
 from kfloc_ros.mapping.build import affordable
-from kfloc_ros.mapping.hold_out import MAX_HELD_OUT, MAX_RUN, REACH_M, SHARE, HeldOut, HoldOut, inner_half
+from kfloc_ros.mapping.schedule import MAX_HELD_OUT, MAX_RUN, REACH_M, SHARE, HeldOut, HoldOut, inner_half
 from kfloc_ros.mapping.views import View
 from kfloc_ros.types import Matrix
 

@@ -13,9 +13,9 @@ import pytest
 from kfloc_ros.cli.main import main
 from kfloc_ros.errors import MapError
 from kfloc_ros.geometry.lie import so3_exp
-from kfloc_ros.mapping.crop import crop_map
 from kfloc_ros.mapping.export import quaternion_wxyz
-from kfloc_ros.mapping.scene_map import SceneMap
+from kfloc_ros.mapping.merge import crop_map
+from kfloc_ros.maps.scene_map import SceneMap
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from kfloc_ros.features.trunk import TrunkFeatures
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.kfnet.scoordnet import SCoordNet
-from kfloc_ros.mapping.hold_out import HeldOut
 from kfloc_ros.mapping.measurement_calibration import (
     MAX_TURNED,
     ONE_SIGMA,
@@ -21,6 +20,7 @@ from kfloc_ros.mapping.measurement_calibration import (
     scale_of,
     scale_of_worse_runs,
 )
+from kfloc_ros.mapping.schedule import HeldOut
 from kfloc_ros.mapping.views import View, similarity
 
 

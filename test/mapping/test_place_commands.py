@@ -15,13 +15,13 @@ import yaml
 from closets import CAMERA, MOTION, closet, files_below
 
 from kfloc_ros.cli.main import main
-from kfloc_ros.datasets.base import FrameSource
 from kfloc_ros.errors import MapError
-from kfloc_ros.mapping.map_format import DESCRIPTION, SUBMAPS
-from kfloc_ros.mapping.place import Place, verify_place
+from kfloc_ros.frames import FrameSource
 from kfloc_ros.mapping.place_editing import migrate_place, submap_of
 from kfloc_ros.mapping.place_making import make_place
-from kfloc_ros.mapping.scene_map import SceneMap
+from kfloc_ros.maps.format import DESCRIPTION, SUBMAPS
+from kfloc_ros.maps.place import Place, verify_place
+from kfloc_ros.maps.scene_map import SceneMap
 from kfloc_ros.types import Frame
 
 Out = pytest.CaptureFixture[str]

@@ -13,14 +13,13 @@ import pytest
 
 from kfloc_ros.cli.main import main
 from kfloc_ros.datasets import open_source
-from kfloc_ros.datasets.base import FrameSource, Selection
 from kfloc_ros.datasets.tum import write_calibration
 from kfloc_ros.errors import SourceError
+from kfloc_ros.frames import FrameSource, Selection
 from kfloc_ros.geometry.lie import make_pose, so3_exp
 from kfloc_ros.mapping import structure
-from kfloc_ros.mapping.model_scale import KnownLength, known_length, scale_from_poses
-from kfloc_ros.mapping.sfm_source import ReconstructedSource
 from kfloc_ros.mapping.structure import reconstruct
+from kfloc_ros.mapping.structure_scale import KnownLength, ReconstructedSource, known_length, scale_from_poses
 from kfloc_ros.types import Frame
 
 

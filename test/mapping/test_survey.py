@@ -11,8 +11,7 @@ import torch
 
 from kfloc_ros.cli.build_options import duration_s
 from kfloc_ros.errors import SourceError
-from kfloc_ros.mapping.hold_out import MAX_HELD_OUT
-from kfloc_ros.mapping.pace import READ_SHARE, Pace
+from kfloc_ros.mapping.schedule import MAX_HELD_OUT, READ_SHARE, Pace
 from kfloc_ros.mapping.survey import MAX_CELLS, CellBuffer
 from kfloc_ros.mapping.views import Cells, ReferenceCollector
 from kfloc_ros.pixloc.references import ReferencePoints

@@ -16,16 +16,15 @@ from kfloc_ros.cli.main import main
 from kfloc_ros.datasets.derived import InFrame
 from kfloc_ros.errors import MapError
 from kfloc_ros.geometry.lie import Matrix, inverse_pose, make_pose, rotation_angle_deg, so3_exp
-from kfloc_ros.kfnet.experts import SCoordNets, heads_of, moved
-from kfloc_ros.kfnet.roughness import RoughnessScale
-from kfloc_ros.localizer import Localizer
-from kfloc_ros.localizer_config import LocalizerConfig
+from kfloc_ros.kfnet.scoordnet import RoughnessScale, SCoordNets, heads_of, moved
+from kfloc_ros.localization.config import LocalizerConfig
+from kfloc_ros.localization.localizer import Localizer
 from kfloc_ros.mapping import build
-from kfloc_ros.mapping.map_format import read_description
-from kfloc_ros.mapping.merge import merge_maps, transformed
+from kfloc_ros.mapping.merge import merge_maps
 from kfloc_ros.mapping.registration import register
-from kfloc_ros.mapping.scene_map import SceneMap
 from kfloc_ros.mapping.update import Updated, update_map
+from kfloc_ros.maps.format import read_description
+from kfloc_ros.maps.scene_map import SceneMap, transformed
 from kfloc_ros.pixloc.references import ReferencePoints, ReferenceViews
 
 T_MAP_SESSION = make_pose(so3_exp(np.array([0.1, 0.8, -0.05])), np.array([2.0, -0.5, 1.0]))

@@ -20,9 +20,9 @@ import pytest
 from numpy.typing import NDArray
 
 from kfloc_ros.geometry.camera import Camera
-from kfloc_ros.nodes.camera_messages import fill_info
-from kfloc_ros.nodes.image_messages import fill_image
-from kfloc_ros.nodes.pose_messages import fill_stamp
+from kfloc_ros.messages.camera_info import fill_info
+from kfloc_ros.messages.images import fill_image
+from kfloc_ros.messages.poses import fill_stamp
 from kfloc_ros.types import Frame
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -191,7 +191,7 @@ class NodeProcess:
 
     def __init__(self, module: str, environment: dict[str, str], log: Path, *arguments: str) -> None:
         self.log_path = log
-        command = [sys.executable, "-m", f"kfloc_ros.nodes.{module}", "--ros-args"]
+        command = [sys.executable, "-m", "kfloc_ros.nodes.executables", module, "--ros-args"]
         for argument in arguments:
             command += ["-p", argument]
         with log.open("w") as sink:

@@ -18,13 +18,13 @@ import rclpy
 from rclpy.node import Node
 from sensor_msgs.msg import CameraInfo, Image
 
-from kfloc_ros.nodes.camera_component import CameraComponent
-from kfloc_ros.nodes.camera_messages import fill_info
-from kfloc_ros.nodes.gate import Gate
+from kfloc_ros.messages.camera_info import fill_info
+from kfloc_ros.messages.images import fill_image
+from kfloc_ros.messages.poses import fill_stamp
+from kfloc_ros.nodes.camera import CameraComponent
 from kfloc_ros.nodes.health import Health
-from kfloc_ros.nodes.image_messages import fill_image
 from kfloc_ros.nodes.parameter_server import ParameterServer
-from kfloc_ros.nodes.pose_messages import fill_stamp
+from kfloc_ros.nodes.worker import Gate
 
 pytestmark = pytest.mark.ros
 

@@ -38,17 +38,17 @@ from std_msgs.msg import Header
 from tf2_msgs.msg import TFMessage
 
 from kfloc_ros.errors import KflocError
-from kfloc_ros.mapping.scene_map import SceneMap
-from kfloc_ros.nodes import intake
-from kfloc_ros.nodes.camera_messages import fill_info
-from kfloc_ros.nodes.gate import Gate
+from kfloc_ros.maps.scene_map import SceneMap
+from kfloc_ros.messages.camera_info import fill_info
+from kfloc_ros.messages.images import fill_image
+from kfloc_ros.messages.poses import fill_stamp, pose_from_message
+from kfloc_ros.nodes import worker as intake
 from kfloc_ros.nodes.health import Health
-from kfloc_ros.nodes.image_messages import fill_image
-from kfloc_ros.nodes.localizer_component import LocalizerApplication
+from kfloc_ros.nodes.localizer_app import LocalizerApplication
+from kfloc_ros.nodes.managed_node import RELOCALIZE, RESET
 from kfloc_ros.nodes.parameter_server import ParameterServer
 from kfloc_ros.nodes.parameters import parameter_table
-from kfloc_ros.nodes.pose_messages import fill_stamp, pose_from_message
-from kfloc_ros.nodes.services import RELOCALIZE, RESET
+from kfloc_ros.nodes.worker import Gate
 
 pytestmark = pytest.mark.ros
 

@@ -29,23 +29,15 @@ from kfloc_ros.errors import FrameError
 from kfloc_ros.features.trunk import COARSE_CHANNELS, FINE_CHANNELS, TrunkFeatures
 from kfloc_ros.geometry.camera import Camera, ImageAdapter
 from kfloc_ros.geometry.lie import make_pose, so3_exp
-from kfloc_ros.nodes.camera_messages import camera_from_info, fill_info, in_words, shared_view
-from kfloc_ros.nodes.feature_messages import fill_coarse, fill_fine
-from kfloc_ros.nodes.image_messages import (
-    _LAYOUTS,
-    ENCODINGS,
-    MAX_SIDE_PX,
-    decode_compressed,
-    decode_image,
-    fill_image,
-)
+from kfloc_ros.messages.camera_info import camera_from_info, fill_info, in_words, shared_view
+from kfloc_ros.messages.features import fill_coarse, fill_fine
+from kfloc_ros.messages.images import _LAYOUTS, ENCODINGS, MAX_SIDE_PX, decode_compressed, decode_image, fill_image
+from kfloc_ros.messages.poses import StampGuard, fill_stamp, pose_from_message, stamp_to_ns
+from kfloc_ros.messages.transforms import TransformBuffer, TransformUnknownError
+from kfloc_ros.nodes.handover import COARSE_TOPICS, FRAME_TOPICS, StampJoiner, coarse_is_complete, read_coarse
 from kfloc_ros.nodes.initial_pose import InitialPoseError, completed, nearest, read_initial_pose, spread
 from kfloc_ros.nodes.pose_file import FORMAT, PoseFileError, load_pose
-from kfloc_ros.nodes.pose_messages import fill_stamp, pose_from_message, stamp_to_ns
-from kfloc_ros.nodes.stamp_guard import StampGuard
-from kfloc_ros.nodes.status_messages import make_status
-from kfloc_ros.nodes.topics import COARSE_TOPICS, FRAME_TOPICS, StampJoiner, coarse_is_complete, read_coarse
-from kfloc_ros.nodes.transform_buffer import TransformBuffer, TransformUnknownError
+from kfloc_ros.nodes.status import make_status
 
 pytestmark = pytest.mark.ros
 

@@ -17,8 +17,8 @@ pytest.importorskip("rclpy", reason="rclpy is not installed: `make setup` brings
 import rclpy
 
 from kfloc_ros.nodes import managed_node
-from kfloc_ros.nodes.gpu_memory import GpuMemoryError, explained
 from kfloc_ros.nodes.managed_node import SUCCESS, ManagedNode
+from kfloc_ros.nodes.worker import GpuMemoryError, explained
 
 pytestmark = pytest.mark.ros
 
@@ -101,7 +101,7 @@ def runs_out_once(trunk, image):
     return extract(trunk, image)
 
 Trunk.extract = runs_out_once
-from kfloc_ros.nodes.localizer import main
+from kfloc_ros.nodes.executables import main
 sys.exit(main())
 """
 

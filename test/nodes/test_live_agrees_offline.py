@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from kfloc_ros.bags.writer import write_bag
-from kfloc_ros.datasets.base import FrameSource, Selection
+from kfloc_ros.frames import FrameSource, Selection
 from kfloc_ros.replay import ReplayConfig, run_offline, run_replay
 
 pytestmark = [

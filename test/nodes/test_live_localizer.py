@@ -15,7 +15,7 @@ import pytest
 
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import make_pose, rotation_angle_deg, so3_exp
-from kfloc_ros.nodes.pose_messages import pose_from_message, transform_from_message
+from kfloc_ros.messages.poses import pose_from_message, transform_from_message
 
 pytestmark = pytest.mark.ros
 
@@ -173,7 +173,7 @@ def test_pose_of_a_base_frame_through_static_transforms(new_world: NewWorld, roo
     from geometry_msgs.msg import TransformStamped
     from tf2_msgs.msg import TFMessage
 
-    from kfloc_ros.nodes.pose_messages import fill_transform
+    from kfloc_ros.messages.poses import fill_transform
     from kfloc_ros.nodes.qos import static_transforms
 
     world = new_world()

@@ -12,7 +12,7 @@ import pytest
 
 from kfloc_ros.geometry.lie import make_pose, rotation_angle_deg, so3_exp
 from kfloc_ros.mapping.place_making import make_place
-from kfloc_ros.nodes.pose_messages import pose_from_message
+from kfloc_ros.messages.poses import pose_from_message
 
 pytestmark = pytest.mark.ros
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from kfloc_ros.geometry.lie import make_pose
-from kfloc_ros.nodes.pose_messages import BodyPose, fill_pose_with_covariance, pose_from_message
+from kfloc_ros.messages.poses import BodyPose, fill_pose_with_covariance, pose_from_message
 
 pytestmark = pytest.mark.ros
 

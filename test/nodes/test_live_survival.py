@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kfloc_ros.messages.poses import pose_from_message
 from kfloc_ros.nodes.pose_file import load_pose, map_id
-from kfloc_ros.nodes.pose_messages import pose_from_message
 from kfloc_ros.types import Frame
 
 pytestmark = pytest.mark.ros
@@ -196,7 +196,7 @@ def test_a_map_that_is_damaged_on_disk_while_it_is_in_use(
 
 
 def test_a_disk_that_is_full_while_the_pose_is_saved(world: Any, room: Any, pose_file: Path, room_map: Path) -> None:
-    from kfloc_ros.mapping.scene_map import SceneMap
+    from kfloc_ros.maps.scene_map import SceneMap
 
     harness, pid = world.harness, world.nodes[0].process.pid
     localize(harness, room[4])

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kfloc_ros.nodes.pose_messages import pose_from_message
+from kfloc_ros.messages.poses import pose_from_message
 
 pytestmark = pytest.mark.ros
 

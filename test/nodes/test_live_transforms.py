@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from kfloc_ros.geometry.lie import inverse_pose, make_pose, rotation_angle_deg, so3_exp
-from kfloc_ros.nodes.pose_messages import pose_from_message, transform_from_message
+from kfloc_ros.messages.poses import pose_from_message, transform_from_message
 
 pytestmark = pytest.mark.ros
 

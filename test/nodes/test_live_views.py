@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kfloc_ros.mapping.scene_map import SceneMap
-from kfloc_ros.nodes.cloud_messages import read_cloud
-from kfloc_ros.nodes.image_messages import decode_image
+from kfloc_ros.maps.scene_map import SceneMap
+from kfloc_ros.messages.clouds import read_cloud
+from kfloc_ros.messages.images import decode_image
 from kfloc_ros.nodes.topic_table import REPLAY, TOPICS, published_by
 
 pytestmark = pytest.mark.ros

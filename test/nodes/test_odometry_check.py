@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from kfloc_ros.geometry.lie import make_pose, so3_exp
-from kfloc_ros.nodes.odometry_check import OdometryCheck
+from kfloc_ros.nodes.tf_publisher import OdometryCheck
 from kfloc_ros.types import Matrix
 
 T_MAP_ODOM = make_pose(so3_exp([0.0, 0.0, 1.0]), [40.0, -7.0, 0.0])

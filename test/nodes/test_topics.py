@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("rclpy", reason="rclpy is not installed: `make setup` brings it, or source a ROS 2 installation")
 
-from kfloc_ros.nodes.topics import StampJoiner
+from kfloc_ros.nodes.handover import StampJoiner
 
 pytestmark = pytest.mark.ros
 

@@ -14,13 +14,13 @@ from safetensors.torch import save_file
 from kfloc_ros.errors import ConfigError, WeightsError
 from kfloc_ros.features.trunk import Trunk
 from kfloc_ros.geometry.lie import inverse_pose, make_pose, so3_exp
-from kfloc_ros.localizer_config import LocalizerConfig
-from kfloc_ros.mapping.scene_map import SceneMap
+from kfloc_ros.localization.config import LocalizerConfig
+from kfloc_ros.localization.refine import RefineStage
+from kfloc_ros.maps.scene_map import SceneMap
 from kfloc_ros.pixloc.heads import LEVELS, PLAIN_DAMPING, AlignmentHeads, HeadsConfig, load_heads, save_heads
 from kfloc_ros.pixloc.optimizer import LAMBDA_START
 from kfloc_ros.pixloc.references import ReferenceViews, extract_reference_points
 from kfloc_ros.pixloc.refiner import Refiner, RefinerSettings
-from kfloc_ros.refine_stage import RefineStage
 
 
 def shaken(seed: int = 0) -> AlignmentHeads:

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from kfloc_ros.errors import RosUnavailableError
-from kfloc_ros.replay import environment as env
+from kfloc_ros.replay import processes as env
 
 
 def test_a_domain_of_its_own_and_local_discovery(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from kfloc_ros.replay.bag_stream import BagEvent
+from kfloc_ros.bags.stream import BagEvent
 from kfloc_ros.replay.player import CLOCK_PERIOD_S, play
 
 

@@ -23,8 +23,7 @@ from kfloc_ros.simulation.building import (
     door_distance_m,
     room_at,
 )
-from kfloc_ros.simulation.doorways import DOOR_HEIGHT_M, HIGH_Y_M, LOW_Y_M
-from kfloc_ros.simulation.room import HALF_X_M, HALF_Y_M, HEIGHT_M, own_faces, room
+from kfloc_ros.simulation.room import DOOR_HEIGHT_M, HALF_X_M, HALF_Y_M, HEIGHT_M, HIGH_Y_M, LOW_Y_M, own_faces, room
 from kfloc_ros.types import Frame
 
 CAMERA = Camera(96, 64, 70.0, 70.0, 47.5, 31.5)

@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from kfloc_ros.datasets.base import FrameSource
-from kfloc_ros.evaluation.reference_networks import HeldOutFrames, look_at_oflownet, look_at_standing_still
+from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import make_pose
+from kfloc_ros.training.kfnet_family import HeldOutFrames
 from kfloc_ros.training.kfnet_stages import FlowStage
 from kfloc_ros.training.kfnet_start import StartWeights, samples_of, stage_of
 from kfloc_ros.training.kfnet_trainer import TrainConfig, train
 from kfloc_ros.types import Frame
+from studies.reference_networks import look_at_oflownet, look_at_standing_still
 
 CAMERA = Camera(128, 96, 110.0, 110.0, 64.0, 48.0)
 

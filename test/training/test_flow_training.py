@@ -14,17 +14,17 @@ import torch
 
 from kfloc_ros.cli import main as cli
 from kfloc_ros.cli.train_flow import simulated_sources
-from kfloc_ros.datasets.base import FrameSource
 from kfloc_ros.datasets.derived import Remembered
 from kfloc_ros.datasets.labels import write_kfnet_folder
 from kfloc_ros.errors import SourceError
+from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import make_pose, so3_exp
 from kfloc_ros.kfnet.flow_network import load_flow_network
-from kfloc_ros.mapping.views import View
+from kfloc_ros.mapping.views import View, true_flow
 from kfloc_ros.simulation.source import SimulatedSource
-from kfloc_ros.training import flow_pairs
-from kfloc_ros.training.flow_pairs import FlowPairs, disturbed, true_flow
+from kfloc_ros.training import flow as flow_pairs
+from kfloc_ros.training.flow import FlowPairs, disturbed
 from kfloc_ros.types import Frame
 
 CAMERA = Camera(160, 96, 120.0, 120.0, 79.5, 47.5)

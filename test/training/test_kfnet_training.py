@@ -23,14 +23,7 @@ from kfloc_ros.kfnet.reference.scoordnet import ReferenceSCoordNet
 from kfloc_ros.kfnet.reference.weights import load_oflownet, load_scoordnet
 from kfloc_ros.training.kfnet_samples import Samples, consecutive
 from kfloc_ros.training.kfnet_stages import FlowStage, JointStage, MeasurementStage, Stage
-from kfloc_ros.training.kfnet_trainer import (
-    TrainConfig,
-    TrainProgress,
-    first_step,
-    learning_rate,
-    total_steps,
-    train,
-)
+from kfloc_ros.training.kfnet_trainer import TrainConfig, TrainProgress, first_step, learning_rate, total_steps, train
 from kfloc_ros.types import Frame
 
 CPU = torch.device("cpu")

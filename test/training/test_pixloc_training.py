@@ -13,14 +13,14 @@ import torch
 
 from kfloc_ros.cli.main import main
 from kfloc_ros.errors import SourceError, WeightsError
-from kfloc_ros.features import unet
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.camera_tensor import CameraTensor
 from kfloc_ros.geometry.lie import make_pose, rotation_angle_deg, so3_exp
-from kfloc_ros.geometry.pose import Pose
-from kfloc_ros.pixloc.feature_map import FeatureMap
-from kfloc_ros.pixloc.model import PixLocConfig, PixLocModel, load_model
-from kfloc_ros.pixloc.two_view import TwoViewLevel, TwoViewResult
+from kfloc_ros.geometry.tensors import Pose
+from kfloc_ros.pixloc.reference import unet
+from kfloc_ros.pixloc.reference.cost import FeatureMap
+from kfloc_ros.pixloc.reference.model import PixLocConfig, PixLocModel, load_model
+from kfloc_ros.pixloc.reference.two_view import TwoViewLevel, TwoViewResult
 from kfloc_ros.training.pixloc_losses import gnnet_loss, two_view_loss
 from kfloc_ros.training.pixloc_samples import PairRule, PairSamples, initial_pose
 from kfloc_ros.training.pixloc_stages import GnNetStage, TwoViewStage

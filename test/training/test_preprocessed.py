@@ -16,10 +16,10 @@ import torch
 
 from kfloc_ros.cli.main import main
 from kfloc_ros.errors import SourceError
-from kfloc_ros.features import unet
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import inverse_pose, make_pose, so3_exp
-from kfloc_ros.pixloc.feature_map import FeatureMap
+from kfloc_ros.pixloc.reference import unet
+from kfloc_ros.pixloc.reference.cost import FeatureMap
 from kfloc_ros.training.pixloc_samples import PairRule, Pairs
 from kfloc_ros.training.preprocessed import CMU_CAMERAS, open_preprocessed
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from kfloc_ros.kfnet.oflownet import Flow
+from kfloc_ros.kfnet.flow import Flow
 from kfloc_ros.types import SceneCoordinates
 from kfloc_ros.visualization.cells import (
     NO_VALUE,

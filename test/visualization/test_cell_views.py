@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 
-from kfloc_ros.coarse_stage import CoarseStage
-from kfloc_ros.localizer_config import LocalizerConfig
-from kfloc_ros.mapping.scene_map import SceneMap
-from kfloc_ros.stages import CoarseResult
-from kfloc_ros.visualization.cell_views import FLOW_CELL_PX, NOISE_CELL_PX, flow_view, noise_view
-from kfloc_ros.visualization.cells import NO_VALUE
+from kfloc_ros.localization.coarse import CoarseStage
+from kfloc_ros.localization.config import LocalizerConfig
+from kfloc_ros.localization.stages import CoarseResult
+from kfloc_ros.maps.scene_map import SceneMap
+from kfloc_ros.visualization.cells import FLOW_CELL_PX, NO_VALUE, NOISE_CELL_PX, flow_view, noise_view
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,10 @@ import torch
 from kfloc_ros.errors import FrameError
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import inverse_pose, make_pose, so3_exp
-from kfloc_ros.mapping.scene_map import SceneMap
-from kfloc_ros.nodes.cloud_messages import fill_cloud, read_cloud
+from kfloc_ros.maps.scene_map import SceneMap
+from kfloc_ros.messages.clouds import Cloud, fill_cloud, read_cloud
 from kfloc_ros.types import SceneCoordinates
-from kfloc_ros.visualization.clouds import Cloud, camera_symbols, cell_cloud, map_cloud
+from kfloc_ros.visualization.clouds import camera_symbols, cell_cloud, map_cloud
 
 
 def coordinates(rows: int = 4, columns: int = 6) -> SceneCoordinates:

@@ -12,12 +12,10 @@ import pytest
 
 from kfloc_ros.errors import DrawingError
 from kfloc_ros.geometry.lie import make_pose
-from kfloc_ros.visualization.clouds import Cloud
-from kfloc_ros.visualization.from_above import Ortho, below
-from kfloc_ros.visualization.ply import merged, surest, write_ply
+from kfloc_ros.messages.clouds import Cloud
+from kfloc_ros.visualization.clouds import Ortho, below, merged, surest, write_ply
 from kfloc_ros.visualization.rerun import Recording
-from kfloc_ros.visualization.series import PictureSeries
-from kfloc_ros.visualization.video import Video
+from kfloc_ros.visualization.video import PictureSeries, Video
 
 
 def plain(value: int, width: int = 64, height: int = 48) -> np.ndarray:

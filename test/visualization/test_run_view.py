@@ -16,10 +16,10 @@ from kfloc_ros.evaluation.records import FrameRecord
 from kfloc_ros.evaluation.results import write_results
 from kfloc_ros.evaluation.summary import RunInfo
 from kfloc_ros.geometry.lie import make_pose
-from kfloc_ros.localizer import Localizer
-from kfloc_ros.localizer_config import LocalizerConfig
-from kfloc_ros.mapping.scene_map import SceneMap
-from kfloc_ros.visualization.run_view import Trail, show_covariance, view_results, view_source
+from kfloc_ros.localization.config import LocalizerConfig
+from kfloc_ros.localization.localizer import Localizer
+from kfloc_ros.maps.scene_map import SceneMap
+from kfloc_ros.visualization.rerun_views import Trail, show_covariance, view_results, view_source
 
 needs_rerun = pytest.mark.skipif(
     importlib.util.find_spec("rerun") is None, reason="rerun-sdk is not installed: pip install rerun-sdk"

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kfloc_ros.datasets.base import Selection
 from kfloc_ros.errors import DrawingError
-from kfloc_ros.localizer import Localizer
-from kfloc_ros.localizer_config import LocalizerConfig
-from kfloc_ros.mapping.scene_map import SceneMap
-from kfloc_ros.visualization.alignment_views import moved, offset_between
+from kfloc_ros.frames import Selection
+from kfloc_ros.localization.config import LocalizerConfig
+from kfloc_ros.localization.localizer import Localizer
+from kfloc_ros.maps.scene_map import SceneMap
+from kfloc_ros.visualization.alignment import moved, offset_between
 from kfloc_ros.visualization.rerun import Recording
 from kfloc_ros.visualization.rerun_views import log_alignment, log_filter
 from kfloc_ros.visualization.stream import Seen, watch

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kfloc_ros.kfnet.oflownet import Flow
+from kfloc_ros.kfnet.flow import Flow
 from kfloc_ros.kfnet.reference.layers import Conv, Padding, UpConv, image_to_input
 
 WINDOW = 8

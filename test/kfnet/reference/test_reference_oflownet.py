@@ -8,13 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from kfloc_ros.kfnet.reference.layers import Padding
-from kfloc_ros.kfnet.reference.oflownet import (
-    FeatureNet,
-    ReferenceOFlowNet,
-    WindowUNet,
-    cost_windows,
-    displacements,
-)
+from kfloc_ros.kfnet.reference.oflownet import FeatureNet, ReferenceOFlowNet, WindowUNet, cost_windows, displacements
 
 
 def unit_features(h: int, w: int, seed: int) -> torch.Tensor:

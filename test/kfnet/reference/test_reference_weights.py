@@ -17,7 +17,7 @@ from kfloc_ros.kfnet.reference import weights
 from kfloc_ros.kfnet.reference.layers import Conv, Padding, UpConv
 from kfloc_ros.kfnet.reference.oflownet import ReferenceOFlowNet
 from kfloc_ros.kfnet.reference.scoordnet import ReferenceSCoordNet
-from kfloc_ros.kfnet.reference.tensorflow import import_networks, read_archive
+from kfloc_ros.kfnet.reference.weights import import_networks, read_archive
 
 
 def oflownet_variables(seed: int = 0) -> dict[str, NDArray[np.float32]]:

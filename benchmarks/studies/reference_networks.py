@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What KFNet's reference networks are worth after each of their three training stages, on frames they never saw."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from kfloc_ros.evaluation.cells import CellAccuracy, CellStatistics
+from kfloc_ros.evaluation.flow import FlowAccuracy, FlowStatistics
+from kfloc_ros.evaluation.metrics import Accuracy, PoseError, accuracy, pose_error
+from kfloc_ros.kfnet.filter import SceneCoordinateFilter
+from kfloc_ros.kfnet.flow import Flow
+from kfloc_ros.kfnet.fusion import FilterSettings, NisMode
+from kfloc_ros.kfnet.pnp import PnpSettings, solve_pnp
+from kfloc_ros.kfnet.reference.oflownet import ReferenceOFlowNet
+from kfloc_ros.kfnet.reference.scoordnet import CELL_PIXEL_OFFSET, STRIDE, ReferenceSCoordNet
+from kfloc_ros.mapping.views import View, true_flow
+from kfloc_ros.training.kfnet_family import HeldOutFrames
+from kfloc_ros.types import SceneCoordinates
+
+AS_PUBLISHED = FilterSettings(
+    flow_temperature=1.0,  # of the fast family alone
+    process_scale=1.0,
+    process_floor_m2=0.0,
+    nis_mode=NisMode.OFF,
+    error_correlation=0.0,
+    blend_sigma=True,
+)
+"""The recursion that the joint stage trains, but for the mask of invalid priors."""
+
+
+STILL_SIGMA_M = 0.01
+
+
+@dataclass(frozen=True)
+class MeasurementLook:
+    """SCoordNet alone, image by image."""
+
+    cells: CellAccuracy
+    poses: Accuracy
+
+
+@dataclass(frozen=True)
+class FilterLook:
+    """Both networks and the filter between them, over runs of consecutive frames, the first of each left out."""
+
+    measurement: CellAccuracy
+    """Of all cells, before the filter."""
+    prior: CellAccuracy
+    """Of the cells that have one."""
+    measurement_there: CellAccuracy
+    """Of the same cells, to compare the prior with."""
+    posterior: CellAccuracy
+    """Of all cells, after the filter."""
+    prior_share: float
+    """Of cells with a valid prior."""
+    measurement_poses: Accuracy
+    poses: Accuracy
+    """After the filter."""
+
+
+def look_at_scoordnet(network: ReferenceSCoordNet, frames: HeldOutFrames, every: int) -> MeasurementLook:
+    """Errors of cells and of poses on every ``every``-th frame.
+
+    Raises:
+        SourceError: a frame has no depth or pose.
+    """
+    network.eval()
+    cells, errors = CellStatistics(), list[PoseError]()
+    for position in range(0, len(frames), every):
+        view = frames.view(position)
+        measured, truth = network.measure(view.image), frames.truth(view)
+        cells.add(measured, truth.mean, truth.valid)
+        errors.append(_pose_error(measured, view))
+    return MeasurementLook(cells.result(), accuracy(errors))
+
+
+@torch.inference_mode()
+def look_at_oflownet(network: ReferenceOFlowNet, frames: HeldOutFrames, count: int, spacing: int = 1) -> FlowAccuracy:
+    """Errors of the flow from a frame to one before, and of true coordinates carried along it.
+
+    Args:
+        network: carries.
+        frames: never trained on.
+        count: of pairs, at most.
+        spacing: frames from one of a pair to the other.
+
+    Raises:
+        SourceError: no two frames follow each other, or one has no depth or pose.
+    """
+    network.eval()
+
+    def flow_of(now: View, before: View) -> Flow:
+        features = [network.features(frames.pixels(view))[0] for view in (now, before)]
+        return network.flow(features[0], features[1])
+
+    return _look_at_flow(flow_of, frames, count, spacing)
+
+
+def look_at_standing_still(frames: HeldOutFrames, count: int, spacing: int = 1) -> FlowAccuracy:
+    """The same of no flow at all, with a centimetre of process noise: what a network has to be better than."""
+
+    def flow_of(now: View, before: View) -> Flow:
+        h, w = frames.truth(now).valid.shape
+        cells = torch.ones(h, w, device=frames.device)
+        return Flow(
+            torch.zeros(2, h, w, device=frames.device), cells, cells > 0, process_variance_m2=cells * STILL_SIGMA_M**2
+        )
+
+    return _look_at_flow(flow_of, frames, count, spacing)
+
+
+def _look_at_flow(
+    flow_of: Callable[[View, View], Flow], frames: HeldOutFrames, count: int, spacing: int
+) -> FlowAccuracy:
+    statistics = FlowStatistics()
+    for pair in frames.runs(2, count, spacing):
+        before, now = (frames.view(position) for position in pair)
+        flow = flow_of(now, before)
+        offset, _, visible = (
+            torch.from_numpy(part).to(frames.device) for part in true_flow(now, before, first_pixel=CELL_PIXEL_OFFSET)
+        )
+        statistics.add(flow, offset, visible, frames.truth(now), frames.truth(before))
+    return statistics.result()
+
+
+@torch.inference_mode()
+def look_at_kfnet(
+    scoordnet: ReferenceSCoordNet,
+    oflownet: ReferenceOFlowNet,
+    frames: HeldOutFrames,
+    runs: Sequence[range],
+    settings: FilterSettings = AS_PUBLISHED,
+) -> FilterLook:
+    """Errors of cells before the filter, of the prior, and after the filter, and of the poses before and after.
+
+    Args:
+        scoordnet: measures.
+        oflownet: carries.
+        frames: never trained on.
+        runs: positions of consecutive frames; the filter starts anew with each.
+        settings: of the filter.
+
+    Raises:
+        SourceError: a frame has no depth or pose.
+    """
+    scoordnet.eval()
+    oflownet.eval()
+    cells = {name: CellStatistics() for name in ("measurement", "prior", "measurement_there", "posterior")}
+    errors: dict[str, list[PoseError]] = {"measurement": [], "posterior": []}
+    shares: list[float] = []
+    for run in runs:
+        recursion = SceneCoordinateFilter(settings, oflownet.flow)
+        for number, position in enumerate(run):
+            view = frames.view(position)
+            measured, truth = scoordnet.measure(view.image), frames.truth(view)
+            features = oflownet.features(frames.pixels(view))[0]
+            filtered = recursion.step(33_000_000 * number, features, measured)
+            if number == 0:
+                continue
+            cells["measurement"].add(measured, truth.mean, truth.valid)
+            cells["posterior"].add(filtered.posterior, truth.mean, truth.valid)
+            if (prior := filtered.prior) is not None:
+                carried = SceneCoordinates(prior.mean, prior.variance, prior.valid, STRIDE, CELL_PIXEL_OFFSET)
+                cells["prior"].add(carried, truth.mean, truth.valid)
+                cells["measurement_there"].add(measured, truth.mean, truth.valid & prior.valid)
+            shares.append(filtered.report.prior_ratio)
+            errors["measurement"].append(_pose_error(measured, view))
+            errors["posterior"].append(_pose_error(filtered.posterior, view))
+    return FilterLook(
+        **{name: statistics.result() for name, statistics in cells.items()},
+        prior_share=float(np.mean(shares)),
+        measurement_poses=accuracy(errors["measurement"]),
+        poses=accuracy(errors["posterior"]),
+    )
+
+
+def _pose_error(coordinates: SceneCoordinates, view: View) -> PoseError:
+    return pose_error(solve_pnp(coordinates, view.camera, PnpSettings()).T_map_camera, view.T_map_camera)

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options of the whole pipeline; the nodes offer each as a ROS parameter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kfloc_ros.config import option
+from kfloc_ros.kfnet import kalman
+from kfloc_ros.kfnet.flow_network import FlowKind
+from kfloc_ros.kfnet.fusion import NisMode
+
+
+@dataclass(frozen=True)
+class LocalizerConfig:
+    """Options of the whole pipeline."""
+
+    device: str = option(
+        "auto", "Where networks run: auto takes a GPU if there is one.", choices=("auto", "cpu", "cuda")
+    )
+    filter: bool = option(True, "Carry the belief over scene coordinates from frame to frame.")
+    pose_feedback: bool = option(True, "Correct the belief over scene coordinates by the refined poses.")
+    refine: bool = option(True, "Align the coarse pose with the map's reference views.")
+    tracking: bool = option(
+        False, "While alignments from the predicted pose succeed, find a coarse pose only now and then, as a check."
+    )
+    tracking_check_period: int = option(
+        10, "With tracking: every so many frames a coarse pose is found all the same.", low=2, high=1000
+    )
+    first_fix: bool = option(True, "Search the map's reference views when there is no pose to align from.")
+    loaded_submaps: int = option(4, "Submaps of a place kept in memory (a place is several maps).", low=2, high=1000)
+    num_references: int = option(3, "Reference views that a pose is aligned with.", low=1, high=20)
+    alignment_heads: str = option(
+        "",
+        "What features pass through before they are aligned: shipped, a file that `kfloc train heads` made, or empty "
+        "for nothing.",
+    )
+    max_gap_s: float = option(
+        0.5, "A longer gap between frames resets the filter and the motion model.", low=0.01, high=60.0
+    )
+    nis_mode: str = option(
+        NisMode.SURER.value,
+        "Where prior and measurement of a cell contradict each other: off fuses them all the same, output_only emits "
+        "the measurement, state also goes on from it, surer keeps the one with the smaller variance.",
+        choices=tuple(mode.value for mode in NisMode),
+    )
+    nis_threshold: float = option(
+        kalman.NIS_THRESHOLD_95,
+        "Cells whose normalised innovation squared exceeds this contradict their prior.",
+        low=0.1,
+        high=1000.0,
+    )
+    oflownet: str = option(
+        FlowKind.LEARNED.value,
+        "What reads the flow that carries the belief from the cost volume: learned is the network of this package, "
+        "cost_volume a soft-argmax without training, which is what maps calibrated before there was a network take.",
+        choices=tuple(kind.value for kind in FlowKind),
+    )
+    pnp_max_error_px: float = option(10.0, "Inlier threshold of the reprojection error in PnP.", low=0.5, high=100.0)
+    pnp_min_inliers: int = option(40, "Fewer PnP inliers than this: no coarse pose.", low=6, high=100_000)

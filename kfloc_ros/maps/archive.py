@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A map, or a place of several, as one file: a ZIP archive that holds the files of its folder and nothing else.
+
+Reading trusts nothing that the archive says: only the names of a map's files are accepted, or of those submaps that a
+place's description lists; sizes are counted while reading, and the result is checked before it appears.
+"""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from kfloc_ros.errors import MapError
+from kfloc_ros.maps.files import MAX_FILE_BYTES, appearing, appearing_file
+from kfloc_ros.maps.format import (
+    DESCRIPTION,
+    HEAD_FILE,
+    INDEX_FILE,
+    KFNET_FILE,
+    MAX_DESCRIPTION_BYTES,
+    PLACE_FORMAT,
+    REFERENCES_FILE,
+    SUBMAPS,
+    read_description,
+)
+from kfloc_ros.maps.place import AnyMap, load_map, submaps_of, verify_place
+from kfloc_ros.maps.scene_map import SceneMap
+
+ENDING = ".kfmap"
+LIMITS = {DESCRIPTION: MAX_DESCRIPTION_BYTES, HEAD_FILE: MAX_FILE_BYTES, REFERENCES_FILE: MAX_FILE_BYTES}
+"""The files of a map."""
+MAX_UNPACKED_BYTES = 2 * MAX_FILE_BYTES
+CHUNK_BYTES = 1 << 20
+
+
+def pack_map(folder: Path, archive: Path, *, overwrite: bool = False) -> Path:
+    """Write the folder of a map or of a place into one file; it appears whole or not at all.
+
+    Raises:
+        MapError: the folder is no whole map or place, it is too large, or the file exists or cannot be written.
+    """
+    limits = _check(folder)
+    size = sum((folder / item).stat().st_size for item in limits)
+    if size > MAX_UNPACKED_BYTES:
+        raise MapError(
+            f"'{folder}' has {size / 1e9:.1f} GB, more than the {MAX_UNPACKED_BYTES / 1e9:.0f} GB that a packed file "
+            "may hold; copy the folder instead."
+        )
+    if archive.exists() and not overwrite:
+        raise MapError(f"'{archive}' exists; pass --force to replace it or name another file.")
+    try:
+        with appearing_file(archive) as stream, zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as packed:
+            for item in limits:
+                packed.write(folder / item, item)
+    except OSError as error:
+        raise MapError(f"'{archive}' cannot be written: {error}.") from error
+    return archive
+
+
+def unpack_map(archive: Path, folder: Path, *, max_bytes: int = MAX_UNPACKED_BYTES) -> AnyMap:
+    """Read a packed map or place into a new folder; it appears whole or not at all.
+
+    Args:
+        archive: the packed map.
+        folder: to create.
+        max_bytes: the most that the unpacked files may take together.
+
+    Raises:
+        MapError: the folder exists, or the file is missing, damaged, too large, or holds anything but a map.
+    """
+    if folder.exists() or folder.is_symlink():
+        raise MapError(f"'{folder}' exists; name another folder.")
+    temporary: Path | None = None
+    try:
+        with appearing(folder.absolute()) as temporary, zipfile.ZipFile(archive) as packed:
+            for item, limit in _listed(packed, temporary).items():
+                (temporary / item).parent.mkdir(parents=True, exist_ok=True)
+                max_bytes -= _extract(packed, item, temporary / item, min(limit, max_bytes))
+            _check(temporary)
+    except MapError as error:
+        raise MapError(
+            f"'{archive}' does not hold a whole map: {error}".replace(str(temporary), str(folder))
+        ) from error
+    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError) as error:
+        raise MapError(f"'{archive}' cannot be unpacked: {error}.") from error
+    return load_map(folder)
+
+
+def _check(folder: Path) -> dict[str, int]:
+    """Have a folder be a whole map or place; its files, by their names in it, and the most bytes of each.
+
+    Raises:
+        MapError: it is not.
+    """
+    limits = _limits(folder)
+    if limits == LIMITS:
+        SceneMap.load(folder)
+    elif problems := verify_place(folder):
+        raise MapError(problems[0])
+    return _with_networks(limits, lambda item: (folder / item).is_file())
+
+
+def _limits(folder: Path) -> dict[str, int]:
+    """What belongs to the map or place that a folder's description describes, the description first."""
+    description = read_description(folder)
+    if description["format"] != PLACE_FORMAT:
+        return LIMITS
+    limits = {DESCRIPTION: MAX_DESCRIPTION_BYTES, INDEX_FILE: MAX_FILE_BYTES}
+    for submap in submaps_of(folder, description):
+        limits |= {f"{SUBMAPS}/{submap.name}/{item}": limit for item, limit in LIMITS.items()}
+    return limits
+
+
+def _with_networks(limits: Mapping[str, int], is_there: Callable[[str], bool]) -> dict[str, int]:
+    """The same with the networks that a map may hold besides its head, where they are there."""
+    possible = [item.removesuffix(HEAD_FILE) + KFNET_FILE for item in limits if item.endswith(HEAD_FILE)]
+    return {**limits, **{item: MAX_FILE_BYTES for item in possible if is_there(item)}}
+
+
+def _listed(packed: zipfile.ZipFile, folder: Path) -> dict[str, int]:
+    """What is to be unpacked, and the most bytes of each; leaves nothing in the folder.
+
+    Raises:
+        MapError: the archive holds anything but a map or a place, or the files of either in another way.
+    """
+    names = sorted(item.filename for item in packed.infolist())
+    if any(item.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for item in packed.infolist()):
+        raise MapError("its files are compressed in a way that packed maps are not.")
+    limits = LIMITS
+    if INDEX_FILE in names and names.count(DESCRIPTION) == 1:
+        _extract(packed, DESCRIPTION, folder / DESCRIPTION, MAX_DESCRIPTION_BYTES)
+        limits = _limits(folder)
+        (folder / DESCRIPTION).unlink()
+    limits = _with_networks(limits, lambda item: item in names)
+    if names != sorted(limits):
+        shown = ", ".join(repr(name[:60]) for name in names if name not in limits)[:400] or f"{len(names)} files"
+        raise MapError(f"it must hold {', '.join(sorted(limits)[:5])} and nothing else, but holds {shown}.")
+    return limits
+
+
+def _extract(packed: zipfile.ZipFile, name: str, path: Path, limit: int) -> int:
+    """Write one member as a plain file and return its size, counted and not believed."""
+    written = 0
+    with packed.open(name) as source, path.open("xb") as target:
+        while chunk := source.read(CHUNK_BYTES):
+            written += len(chunk)
+            if written > limit:
+                raise MapError(f"{name} is larger than the {limit} bytes allowed.")
+            target.write(chunk)
+    return written

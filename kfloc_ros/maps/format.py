@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ``map.yaml`` may say, of a map or of a place of several, and how it is read and written. Nothing is executed.
+
+``docs/map-format.md`` and ``docs/places.md`` are the specification.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors import SafetensorError
+
+from kfloc_ros.errors import MapError
+from kfloc_ros.features.trunk import SIZE_MULTIPLE
+from kfloc_ros.geometry.camera import Camera
+
+FORMAT = "kfloc_map"
+FORMAT_VERSION = 4
+"""Version 1 kept reference features in half precision; versions 1 and 2 hold one head, no ``min_inlier_ratio``; version
+3 was calibrated without the flow network. All are read."""
+PLACE_FORMAT = "kfloc_place"
+PLACE_VERSION = 1
+NEWEST = {FORMAT: FORMAT_VERSION, PLACE_FORMAT: PLACE_VERSION}
+"""What a ``map.yaml`` may describe, a map or a place of several (``place.py``), and the newest version that is read."""
+DESCRIPTION = "map.yaml"
+HEAD_FILE = "scoordnet.safetensors"
+REFERENCES_FILE = "references.safetensors"
+KFNET_FILE = "kfnet.safetensors"
+"""Only in maps of the reference family."""
+FAST, REFERENCE = "fast", "reference"
+"""The families: whose networks find the coarse pose."""
+INDEX_FILE = "index.safetensors"
+SUBMAPS = "submaps"
+"""The folder in a place that holds its submaps, each under its name."""
+MAX_DESCRIPTION_BYTES = 1_000_000
+MAX_DESCRIPTION_DEPTH = 16
+MAX_CAMERA_SIDE_PX = 4096
+
+DAMAGE = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    TypeError,
+    ValueError,
+    RuntimeError,
+    SafetensorError,
+)
+"""What reading a damaged map raises, file contents being whatever they are."""
+
+
+def write_description(folder: Path, description: Mapping[str, Any]) -> None:
+    """Write ``map.yaml`` and have it on the disk.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with (folder / DESCRIPTION).open("w") as stream:
+        yaml.safe_dump(dict(description), stream, sort_keys=False)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def read_description(folder: Path, *formats: str) -> dict[str, Any]:
+    """The checked content of ``map.yaml``.
+
+    Args:
+        folder: of the map.
+        formats: those of :data:`NEWEST` that will do; by default all.
+
+    Raises:
+        MapError: no such folder, not a map, unreadable, or of a newer format version.
+    """
+    path = folder / DESCRIPTION
+    try:
+        if not folder.is_dir():
+            way_out = f"Build one with `kfloc map build SOURCE --out {folder}`."
+            raise MapError(f"There is no map folder '{folder}'. {way_out}")
+        if not path.is_file():
+            raise MapError(f"'{folder}' is not a map: it has no {DESCRIPTION}.")
+        if path.is_symlink():
+            raise MapError(f"'{path}' is a link to another file; a map holds its files itself. Copy it there.")
+        if path.stat().st_size > MAX_DESCRIPTION_BYTES:
+            raise MapError(f"'{path}' is larger than any map description; it is damaged.")
+        text = path.read_text()
+        _check_structure(path, text)
+        description = yaml.safe_load(text)
+    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
+        raise MapError(f"'{path}' cannot be read: {error}") from error
+    if not isinstance(description, dict):
+        raise MapError(f"'{path}' does not describe a map of this package.")
+    known = description.get("format")
+    if not isinstance(known, str) or known not in NEWEST:
+        raise MapError(f"'{path}' does not describe a map of this package.")
+    if formats and known not in formats:
+        if known == PLACE_FORMAT:
+            raise MapError(
+                f"'{folder}' is a place of several maps, and one map is needed: name one of its submaps, the "
+                f"folders in '{folder / SUBMAPS}'. `kfloc map info {folder}` lists them."
+            )
+        raise MapError(f"'{folder}' is a single map, and a place of several is needed: see `kfloc map place --help`.")
+    version = description.get("version")
+    if not isinstance(version, int) or version < 1:
+        raise MapError(f"'{path}' has no valid format version.")
+    if version > NEWEST[known]:
+        raise MapError(
+            f"The map '{folder}' has format version {version}, newer than the {NEWEST[known]} that this installation "
+            "reads. Update kfloc_ros, or build the map again."
+        )
+    return description
+
+
+def _check_structure(path: Path, text: str) -> None:
+    """Refuse what makes a YAML reader take for ever: aliases, which multiply, and nesting without end."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            raise MapError(f"'{path}' refers to itself with YAML aliases, which no map description does.")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DESCRIPTION_DEPTH:
+            raise MapError(f"'{path}' is nested deeper than any map description.")
+
+
+def read_name(name: object) -> str:
+    """A name in a description, or ValueError."""
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"{name!r} is no name")
+    return name
+
+
+def read_camera(values: Mapping[str, Any]) -> Camera:
+    """The camera in a description, refused before memory is taken for its images.
+
+    Raises:
+        ValueError: it is not one that a map can have.
+        FrameError: its numbers are no camera's.
+    """
+    camera = Camera(**{**values, "distortion": tuple(values.get("distortion", ()))})
+    for side in (camera.width, camera.height):
+        if type(side) is not int or side > MAX_CAMERA_SIDE_PX or side % SIZE_MULTIPLE:
+            raise ValueError(f"its camera has {camera.width}x{camera.height} pixels")
+    if not camera.is_pinhole:
+        raise ValueError("its camera has a distortion")
+    return camera
+
+
+def maps_search_path() -> list[Path]:
+    """Folders in which a map is looked up by name."""
+    folders = [Path(p) for p in os.environ.get("KFLOC_MAPS", "").split(os.pathsep) if p]
+    folders.append(Path.home() / ".ros" / "kfloc_maps")
+    for prefix in os.environ.get("AMENT_PREFIX_PATH", "").split(os.pathsep):
+        if prefix:
+            folders.append(Path(prefix) / "share" / "kfloc_ros" / "maps")
+    folders.append(Path(__file__).resolve().parents[2] / "maps")
+    return folders
+
+
+def resolve_map(name_or_path: str) -> Path:
+    """Folder of a map given by path or by name.
+
+    Raises:
+        MapError: nothing found; the message lists where it was looked for.
+    """
+    if not name_or_path:
+        raise MapError("No map was named; give a map folder or the name of one, such as map:=kitchen.")
+    try:
+        path = Path(name_or_path).expanduser()
+        if path.is_dir() or path.is_absolute() or len(path.parts) > 1:
+            return path
+    except (OSError, RuntimeError, ValueError) as error:  # too long, no such user, a zero byte
+        raise MapError(f"There is no map '{name_or_path[:200]}': {error}.") from error
+    searched = maps_search_path()
+    for folder in searched:
+        if (folder / name_or_path / DESCRIPTION).is_file():
+            return folder / name_or_path
+    places = ", ".join(f"'{folder}'" for folder in [Path.cwd(), *searched])
+    raise MapError(f"There is no map '{name_or_path}' in {places}. Name a folder, or set KFLOC_MAPS.")

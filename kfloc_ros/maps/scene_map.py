@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A map: what localization knows of one place. ``map_format.py`` and ``map_tensors.py`` say how it is stored."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.torch import save_file
+
+from kfloc_ros.errors import FrameError, MapError, WeightsError
+from kfloc_ros.geometry.camera import Camera
+from kfloc_ros.geometry.lie import Matrix
+from kfloc_ros.kfnet.reference.networks import ReferenceNetworks, describe_networks, pack_networks, unpack_networks
+from kfloc_ros.kfnet.scoordnet import Head, RoughnessScale, heads_of, moved, together
+from kfloc_ros.maps.files import (
+    appearing,
+    file_checksum,
+    head_size,
+    pack_heads,
+    pack_references,
+    read_file,
+    read_tensors,
+    unpack_heads,
+    unpack_references,
+)
+from kfloc_ros.maps.format import (
+    DAMAGE,
+    DESCRIPTION,
+    FAST,
+    FORMAT,
+    FORMAT_VERSION,
+    HEAD_FILE,
+    KFNET_FILE,
+    REFERENCE,
+    REFERENCES_FILE,
+    read_camera,
+    read_description,
+    read_name,
+    write_description,
+)
+from kfloc_ros.pixloc.references import ReferenceViews
+
+ROUGHNESS = "roughness"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was measured on mapping views that neither the head nor the references have seen."""
+
+    measurement_variance_scale: float = 1.0
+    flow_temperature: float = 0.02
+    process_scale: float = 1.0
+    process_floor_m2: float = 1e-4
+    coarse_covariance_scale: float = 1.0
+    refined_covariance_scale: float = 1.0
+    max_alignment_cost: float = 1.0
+    min_inlier_ratio: float = 0.2
+    """Of a coarse pose that stands on its own. Where measured, right ones had 0.30 or more, wrong ones up to 0.16."""
+    learned_process_scale: float | None = None
+    """As ``process_scale``, for the flow of the network; None: the map was calibrated without it."""
+    roughness: RoughnessScale | None = None
+    """How the head's variance grows away from the mapped views; None: it does not. Kept beside the other numbers in
+    the file, so that installations from before it was there still read the map."""
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if item.name == ROUGHNESS or (value is None and item.name == "learned_process_scale"):
+                continue
+            if not isinstance(value, float) or not math.isfinite(value) or value <= 0:
+                raise MapError(f"The map's calibration '{item.name}' must be a positive number, got {value!r}.")
+
+
+@dataclass(frozen=True, eq=False)
+class SceneMap:
+    """Everything that localization needs to know about one place."""
+
+    name: str
+    frame_id: str
+    camera: Camera
+    """The pinhole camera that query images are brought to."""
+    head: Head
+    references: ReferenceViews
+    calibration: Calibration
+    bounds_m: tuple[tuple[float, float, float], tuple[float, float, float]]
+    """Smallest and largest corner of the box around the mapped points."""
+    provenance: Mapping[str, Any]
+    """Where the map comes from: source, command, number of frames, versions, time."""
+    path: Path | None = None
+    kfnet: ReferenceNetworks | None = None
+    """KFNet's own networks, which then find the coarse poses instead of the head; None in maps of the fast family."""
+
+    @property
+    def family(self) -> str:
+        """Whose networks find the coarse pose."""
+        return FAST if self.kfnet is None else REFERENCE
+
+    def save(self, folder: Path, *, overwrite: bool = False) -> Path:
+        """Write the map folder; it appears whole or not at all.
+
+        Raises:
+            MapError: the folder exists and ``overwrite`` is false, or cannot be written.
+        """
+        folder = folder.absolute()
+        if folder.exists() and not overwrite:
+            raise MapError(f"'{folder}' exists; pass --force to replace it or name another folder.")
+        if folder.exists() and not (folder / DESCRIPTION).is_file():
+            raise MapError(f"'{folder}' exists and is not a map; it is not replaced.")
+        try:
+            with appearing(folder, overwrite=overwrite) as temporary:
+                self._write(temporary)
+        except OSError as error:
+            raise MapError(f"The map cannot be written to '{folder}': {error}.") from error
+        return folder
+
+    def _write(self, folder: Path) -> None:
+        heads = heads_of(self.head)
+        save_file(pack_heads(heads), folder / HEAD_FILE)
+        save_file(pack_references(self.references), folder / REFERENCES_FILE)
+        names, kfnet = [HEAD_FILE, REFERENCES_FILE], {}
+        if self.kfnet is not None:
+            save_file(pack_networks(self.kfnet), folder / KFNET_FILE)
+            names, kfnet = [*names, KFNET_FILE], {"kfnet": describe_networks(self.kfnet)}
+        for name in names:
+            (folder / name).chmod(0o644)  # safetensors makes them private
+        description = {
+            "format": FORMAT,
+            "version": FORMAT_VERSION,
+            "name": self.name,
+            "frame_id": self.frame_id,
+            "family": self.family,
+            "units": {"length": "metre", "angle": "radian"},
+            "camera": {**asdict(self.camera), "distortion": list(self.camera.distortion)},
+            "head": head_size(heads),
+            **kfnet,
+            "bounds_m": [list(corner) for corner in self.bounds_m],
+            **_described(self.calibration),
+            "provenance": dict(self.provenance),
+            "files": {name: file_checksum((folder / name).read_bytes()) for name in names},
+        }
+        write_description(folder, description)
+
+    @classmethod
+    def load(cls, folder: Path | str) -> SceneMap:
+        """Read a map folder and check it.
+
+        Raises:
+            MapError: missing, damaged, or of a newer format version; the message says which and what to do.
+        """
+        folder = Path(folder)
+        description = read_description(folder, FORMAT)
+        try:
+            camera = read_camera(description["camera"])
+            head = unpack_heads(read_tensors(read_file(folder, HEAD_FILE, description)), description["head"])
+            references = unpack_references(read_tensors(read_file(folder, REFERENCES_FILE, description)))
+            kfnet = None
+            if description.get("family", FAST) == REFERENCE:
+                kfnet = unpack_networks(read_tensors(read_file(folder, KFNET_FILE, description)), description["kfnet"])
+                kfnet.camera(camera)
+            low, high = (tuple(float(v) for v in corner) for corner in description["bounds_m"])
+            if not np.isfinite([low, high]).all():
+                raise ValueError("its bounds are not finite")
+            return cls(
+                name=read_name(description["name"]),
+                frame_id=read_name(description["frame_id"]),
+                camera=camera,
+                head=head.eval(),
+                references=references,
+                calibration=_calibration(description),
+                bounds_m=(low, high),  # type: ignore[arg-type]
+                provenance=dict(description.get("provenance", {})),
+                path=folder,
+                kfnet=kfnet,
+            )
+        except (*DAMAGE, FrameError, WeightsError) as error:
+            raise MapError(f"The map '{folder}' is damaged: {error}. Build it again.") from error
+        except OSError as error:
+            raise MapError(f"The map '{folder}' cannot be read: {error}.") from error
+
+    def size_bytes(self) -> int:
+        """Size of the map folder on disk; 0 for a map that was never saved."""
+        return sum(p.stat().st_size for p in self.path.iterdir() if p.is_file()) if self.path else 0
+
+
+def _described(calibration: Calibration) -> dict[str, Any]:
+    """The entries of ``map.yaml`` that hold a calibration."""
+    numbers = asdict(calibration)
+    roughness = numbers.pop(ROUGHNESS)
+    return {"calibration": numbers, **({ROUGHNESS: roughness} if roughness is not None else {})}
+
+
+def _calibration(description: Mapping[str, Any]) -> Calibration:
+    roughness = RoughnessScale(**description[ROUGHNESS]) if ROUGHNESS in description else None
+    return Calibration(**description["calibration"], roughness=roughness)
+
+
+def verify_map(folder: Path) -> list[str]:
+    """Everything wrong with a map folder, one sentence each; empty if it is whole."""
+    try:
+        loaded = SceneMap.load(folder)
+    except MapError as error:
+        return [str(error)]
+    tensors = {f"head.{k}": v for k, v in loaded.head.state_dict().items()}
+    for ident, view in zip(loaded.references.ids, loaded.references.views, strict=True):
+        tensors |= {f"reference {ident} {name}": getattr(view, name) for name in ("points", "coarse", "fine")}
+    problems = [f"{name} holds values that are not finite." for name, t in tensors.items() if not t.isfinite().all()]
+    if not np.isfinite(loaded.references.T_map_camera).all():
+        problems.append("Reference poses hold values that are not finite.")
+    return problems
+
+
+Box = tuple[tuple[float, float, float], tuple[float, float, float]]
+"""Smallest and largest corner."""
+
+
+def in_frame(scene_map: SceneMap, T: Matrix, frame_id: str) -> SceneMap:
+    """A map in another frame: each point p becomes T p, for its head, too."""
+    if np.array_equal(T, np.eye(4)):
+        return replace(scene_map, frame_id=frame_id)
+    return replace(
+        scene_map,
+        frame_id=frame_id,
+        head=together([moved(head, T) for head in heads_of(scene_map.head)]).eval(),
+        kfnet=None if scene_map.kfnet is None else scene_map.kfnet.moved(T),
+        references=transformed(scene_map.references, T),
+        bounds_m=_box(scene_map.bounds_m, T),
+    )
+
+
+def _box(bounds_m: Box, T: Matrix) -> Box:
+    corners = np.array(list(itertools.product(*zip(*bounds_m, strict=True)))) @ T[:3, :3].T + T[:3, 3]
+    low, high = corners.min(axis=0).tolist(), corners.max(axis=0).tolist()
+    return (low[0], low[1], low[2]), (high[0], high[1], high[2])
+
+
+def transformed(references: ReferenceViews, T: Matrix) -> ReferenceViews:
+    """The same views in another frame."""
+    views = []
+    for view in references.views:
+        points = view.points.double().numpy() @ T[:3, :3].T + T[:3, 3]
+        views.append(replace(view, points=view.points.new_tensor(points)))
+    return ReferenceViews(references.ids, T @ references.T_map_camera, tuple(views))

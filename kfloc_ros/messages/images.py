@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``sensor_msgs/Image`` and ``CompressedImage`` to RGB arrays and back, with NumPy and OpenCV alone.
+
+Nothing here imports ROS: a message is whatever has the fields of the ROS message, so that the
+conversions are tested without it and do not depend on a working ``cv_bridge``.
+"""
+
+from __future__ import annotations
+
+import array
+import struct
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from kfloc_ros.errors import FrameError, SourceError
+
+Rgb = NDArray[np.uint8]
+
+MAX_SIDE_PX = 32_766
+"""OpenCV undistorts no larger images."""
+_JPEG_START, _JPEG_SCAN, _JPEG_END = b"\xff\xd8", b"\xff\xda", b"\xff\xd9"
+_PNG_START = b"\x89PNG\r\n\x1a\n"
+
+
+class _Layout(NamedTuple):
+    """How a pixel lies in memory and which OpenCV conversion makes it RGB (None: it is RGB already)."""
+
+    channels: int
+    bits: int
+    to_rgb: int | None
+
+
+_LAYOUTS: dict[str, _Layout] = {
+    "rgb8": _Layout(3, 8, None),
+    "bgr8": _Layout(3, 8, cv2.COLOR_BGR2RGB),
+    "rgba8": _Layout(4, 8, cv2.COLOR_RGBA2RGB),
+    "bgra8": _Layout(4, 8, cv2.COLOR_BGRA2RGB),
+    "mono8": _Layout(1, 8, cv2.COLOR_GRAY2RGB),
+    "8UC1": _Layout(1, 8, cv2.COLOR_GRAY2RGB),
+    "8UC3": _Layout(3, 8, cv2.COLOR_BGR2RGB),
+    "8UC4": _Layout(4, 8, cv2.COLOR_BGRA2RGB),
+    "rgb16": _Layout(3, 16, None),
+    "bgr16": _Layout(3, 16, cv2.COLOR_BGR2RGB),
+    "mono16": _Layout(1, 16, cv2.COLOR_GRAY2RGB),
+    "yuv422": _Layout(2, 8, cv2.COLOR_YUV2RGB_UYVY),
+    "uyvy": _Layout(2, 8, cv2.COLOR_YUV2RGB_UYVY),
+    "yuv422_yuy2": _Layout(2, 8, cv2.COLOR_YUV2RGB_YUY2),
+    "yuyv": _Layout(2, 8, cv2.COLOR_YUV2RGB_YUY2),
+    # OpenCV names a Bayer pattern by its second row, ROS by its first: rggb is OpenCV's "BG".
+    "bayer_rggb8": _Layout(1, 8, cv2.COLOR_BayerBG2RGB),
+    "bayer_bggr8": _Layout(1, 8, cv2.COLOR_BayerRG2RGB),
+    "bayer_gbrg8": _Layout(1, 8, cv2.COLOR_BayerGR2RGB),
+    "bayer_grbg8": _Layout(1, 8, cv2.COLOR_BayerGB2RGB),
+    "bayer_rggb16": _Layout(1, 16, cv2.COLOR_BayerBG2RGB),
+    "bayer_bggr16": _Layout(1, 16, cv2.COLOR_BayerRG2RGB),
+    "bayer_gbrg16": _Layout(1, 16, cv2.COLOR_BayerGR2RGB),
+    "bayer_grbg16": _Layout(1, 16, cv2.COLOR_BayerGB2RGB),
+}
+
+ENCODINGS = tuple(_LAYOUTS)
+"""Every encoding that :func:`decode_image` takes. 16-bit values keep their upper eight bits."""
+
+
+def decode_image(message: Any) -> Rgb:
+    """RGB array (H, W, 3) of a ``sensor_msgs/Image``; rows may be padded, 16-bit data of either endianness.
+
+    Raises:
+        FrameError: the encoding is not an image's, a size is zero, or there are too few bytes.
+    """
+    layout = _LAYOUTS.get(message.encoding)
+    if layout is None:
+        raise FrameError(
+            f"An image has the encoding '{message.encoding}', which is not a colour or grey image known here; "
+            f"known: {', '.join(ENCODINGS)}."
+        )
+    height, width, step = int(message.height), int(message.width), int(message.step)
+    if height <= 0 or width <= 0:
+        raise FrameError(f"An image has no pixels: its size is {width}x{height}.")
+    _check_size(width, height)
+    row_bytes = width * layout.channels * layout.bits // 8
+    step = step or row_bytes
+    if step < row_bytes:
+        raise FrameError(
+            f"An image of {width} pixels in '{message.encoding}' needs {row_bytes} bytes a row, but its step is {step}."
+        )
+    data = np.frombuffer(message.data, dtype=np.uint8)
+    # The padding of the last row may be missing.
+    needed = step * (height - 1) + row_bytes
+    if data.size < needed:
+        raise FrameError(
+            f"An image of {width}x{height} in '{message.encoding}' needs {needed} bytes, but has {data.size}."
+        )
+    rows = np.lib.stride_tricks.as_strided(data, (height, row_bytes), (step, 1))
+    return _to_rgb(rows, width, layout, bool(message.is_bigendian))
+
+
+def _to_rgb(rows: NDArray[np.uint8], width: int, layout: _Layout, big_endian: bool) -> Rgb:
+    """RGB of packed rows (H, bytes)."""
+    pixels = np.ascontiguousarray(rows)
+    if layout.bits == 16:
+        # The upper byte is at an even place in big-endian data and at an odd one in little-endian data.
+        pixels = np.ascontiguousarray(pixels[:, (0 if big_endian else 1) :: 2])
+    pixels = pixels.reshape(len(rows), width, layout.channels)
+    if layout.to_rgb is None:
+        return pixels
+    try:
+        return np.asarray(cv2.cvtColor(pixels, layout.to_rgb), dtype=np.uint8)
+    except cv2.error as error:
+        size = f"{width}x{len(rows)}"
+        raise FrameError(f"An image of {size} pixels is too small or odd for its encoding: {error.err}.") from error
+
+
+def decode_compressed(message: Any) -> Rgb:
+    """RGB array (H, W, 3) of a ``sensor_msgs/CompressedImage`` (JPEG, PNG and what else OpenCV reads).
+
+    Raises:
+        FrameError: the data is empty, cut off, or no image.
+    """
+    data = bytes(message.data)
+    if not data:
+        raise FrameError(f"A compressed image ('{message.format}') has no data.")
+    if _is_cut_off(data):
+        # OpenCV would fill the missing part with grey and say nothing.
+        raise FrameError(f"A compressed image ('{message.format}', {len(data)} bytes) is cut off: its end is missing.")
+    try:
+        flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+        bgr = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), flags)
+    except cv2.error:
+        bgr = None
+    if bgr is None:
+        raise FrameError(f"A compressed image ('{message.format}', {len(data)} bytes) cannot be decoded.")
+    _check_size(bgr.shape[1], bgr.shape[0])
+    return np.asarray(cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB), dtype=np.uint8)
+
+
+def _check_size(width: int, height: int) -> None:
+    if max(width, height) > MAX_SIDE_PX:
+        raise FrameError(f"An image of {width}x{height} is too large: no side may have more than {MAX_SIDE_PX} pixels.")
+
+
+def _is_cut_off(data: bytes) -> bool:
+    """Whether a JPEG or PNG lacks its end marker."""
+    if data.startswith(_JPEG_START):
+        # Neither marker can occur inside the coded pixels, but both do in an embedded thumbnail, which comes first.
+        scan = data.rfind(_JPEG_SCAN)
+        return scan < 0 or data.find(_JPEG_END, scan) < 0
+    return data.startswith(_PNG_START) and b"IEND" not in data[-64:]
+
+
+def fill_image(message: Any, image: Rgb) -> Any:
+    """Put an RGB array (H, W, 3) into a ``sensor_msgs/Image`` as ``rgb8`` and return the message."""
+    message.height, message.width = int(image.shape[0]), int(image.shape[1])
+    message.encoding = "rgb8"
+    message.is_bigendian = 0
+    message.step = message.width * 3
+    # An array.array is taken over as it is; any other sequence is checked byte by byte in Python.
+    data = array.array("B")
+    data.frombytes(np.ascontiguousarray(image).tobytes())
+    message.data = data
+    return message
+
+
+DEPTH_ENCODINGS = ("16UC1", "mono16", "32FC1")
+COMPRESSED_DEPTH_HEADER = 12
+
+
+def decode_depth_message(message: Any, compressed: bool) -> NDArray[np.float32]:
+    """Depth (H, W) in metres, 0 where unknown: 16-bit counts are millimetres, floats are metres (REP-118).
+
+    Raises:
+        SourceError: the message holds no depth image.
+    """
+    if compressed:
+        data = np.frombuffer(bytes(message.data), np.uint8)
+        packed = "compressedDepth" in message.format
+        raw = cv2.imdecode(data[COMPRESSED_DEPTH_HEADER:] if packed else data, cv2.IMREAD_UNCHANGED)
+        if raw is None or raw.dtype != np.uint16 or raw.ndim != 2:
+            raise SourceError(f"A depth image with the format '{message.format}' is not a 16-bit PNG.")
+        if packed and message.format.startswith("32FC1"):
+            a, b = struct.unpack("<2f", bytes(message.data[4:12]))  # as compressed_depth_image_transport quantizes
+            depth = np.where(raw > 0, a / np.maximum(raw.astype(np.float32) - b, 1e-6), 0)
+            return np.asarray(depth, dtype=np.float32)
+        return np.asarray(raw.astype(np.float32) * np.float32(1e-3))
+    if message.encoding not in DEPTH_ENCODINGS:
+        raise SourceError(f"The encoding '{message.encoding}' is not one of depth: {', '.join(DEPTH_ENCODINGS)}.")
+    single = message.encoding == "32FC1"
+    kind = np.dtype(np.float32 if single else np.uint16).newbyteorder(">" if message.is_bigendian else "<")
+    rows = np.frombuffer(bytes(message.data), np.uint8).reshape(message.height, message.step)
+    values = np.ascontiguousarray(rows[:, : message.width * kind.itemsize]).view(kind).astype(np.float32)
+    if not single:
+        return np.where(values == 65535, 0, values * np.float32(1e-3)).astype(np.float32)
+    return np.asarray(np.where(np.isfinite(values) & (values > 0), values, 0), dtype=np.float32)
+
+
+def is_depth(message: Any) -> bool:
+    """Whether an ``Image`` or ``CompressedImage`` holds depth, by its encoding."""
+    if hasattr(message, "encoding"):
+        return str(message.encoding) in DEPTH_ENCODINGS
+    return any(word in message.format for word in ("compressedDepth", *DEPTH_ENCODINGS))

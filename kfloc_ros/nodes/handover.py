@@ -1,0 +1,310 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the three components hand on, in memory or over topics."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from diagnostic_msgs.msg import DiagnosticArray
+from geometry_msgs.msg import PoseStamped, PoseWithCovarianceStamped
+from rclpy.node import Node
+from sensor_msgs.msg import CameraInfo, Image
+
+from kfloc_ros.errors import FrameError
+from kfloc_ros.features.trunk import TrunkFeatures
+from kfloc_ros.localization.stages import CoarseResult
+from kfloc_ros.messages.camera_info import camera_from_info, fill_info
+from kfloc_ros.messages.features import fill_coarse, fill_fine, read_features
+from kfloc_ros.messages.images import decode_image, fill_image
+from kfloc_ros.messages.poses import (
+    BodyPose,
+    check_stamp,
+    fill_pose,
+    fill_pose_with_covariance,
+    fill_stamp,
+    pose_from_message,
+    stamp_to_ns,
+)
+from kfloc_ros.nodes import qos
+from kfloc_ros.nodes.health import Counters
+from kfloc_ros.nodes.status import (
+    Value,
+    counter_values,
+    make_status,
+    number,
+    read_counters,
+    read_timings,
+    read_values,
+    timing_values,
+    whole,
+)
+from kfloc_ros.types import CoarsePose, FilterReport, Frame, Matrix, PoseEstimate
+
+
+@dataclass(frozen=True, eq=False)
+class CameraFrame:
+    """A frame of the map's camera, with where and when it came from."""
+
+    frame: Frame
+    frame_id: str
+    """TF frame of the camera."""
+    receipt_unix_ns: int
+    """When the image message came in, by the system's clock, whatever the ROS time is."""
+    timings_ms: Mapping[str, float] = field(default_factory=dict)
+    upstream: Counters | None = None
+    """Counters of the processes that the frame came through; None if it never left this one."""
+
+    def latency_ms(self) -> float:
+        """Time since the image came in."""
+        return 1e-6 * (time.time_ns() - self.receipt_unix_ns)
+
+    def counters(self, own: Counters) -> Counters:
+        """Counters of the whole path, given those of this process."""
+        return own if self.upstream is None else own.after(self.upstream)
+
+
+@dataclass(frozen=True, eq=False)
+class CoarseFrame:
+    """A frame with its coarse pose."""
+
+    camera: CameraFrame
+    result: CoarseResult
+
+
+Messages = Mapping[str, Any]
+"""The messages of one stamp by topic."""
+
+FRAME_TOPICS = {"frame/image": Image, "frame/camera_info": CameraInfo, "frame/status": DiagnosticArray}
+FEATURE_TOPICS = {"frame/features_coarse": Image, "frame/features_fine": Image}
+COARSE_TOPICS = {"coarse_pose": PoseWithCovarianceStamped, "coarse_status": DiagnosticArray, **FEATURE_TOPICS}
+
+_KEPT = 8
+"""Stamps that may be incomplete at a time; the oldest is given up for a new one."""
+
+
+class StampJoiner:
+    """Collects the messages of one stamp from several topics, and hands them on when they are complete.
+
+    A stamp that is complete makes all older ones void.
+    """
+
+    def __init__(self, is_complete: Callable[[Messages], bool], hand_on: Callable[[Messages], None]) -> None:
+        self._is_complete, self._hand_on = is_complete, hand_on
+        self._parts: dict[int, dict[str, Any]] = {}
+
+    def add(self, topic: str, message: Any) -> None:
+        stamp_ns = stamp_to_ns(message.header.stamp)
+        parts = self._parts.setdefault(stamp_ns, {})
+        parts[topic] = message
+        if self._is_complete(parts):
+            # In order of arrival and not of stamps: after a jump back in time the later ones are the smaller ones.
+            for key in list(self._parts):
+                del self._parts[key]
+                if key == stamp_ns:
+                    break
+            self._hand_on(parts)
+        while len(self._parts) > _KEPT:
+            del self._parts[next(iter(self._parts))]
+
+
+def subscribe(node: Node, topics: Mapping[str, type], joiner: StampJoiner) -> None:
+    """Feed a joiner from topics."""
+    for topic, kind in topics.items():
+        node.create_subscription(kind, topic, lambda message, topic=topic: joiner.add(topic, message), qos.results())
+
+
+def frame_is_complete(messages: Messages) -> bool:
+    """Whether a :class:`CameraFrame` can be read."""
+    return all(topic in messages for topic in FRAME_TOPICS)
+
+
+def coarse_is_complete(messages: Messages) -> bool:
+    """Whether a :class:`CoarseFrame` can be read; a frame without a coarse pose has no ``coarse_pose``."""
+    always = {*FRAME_TOPICS, *COARSE_TOPICS} - {"coarse_pose"}
+    if not always.issubset(messages):
+        return False
+    return "coarse_pose" in messages or read_values(messages["coarse_status"]).get("success") != "true"
+
+
+class FramePublisher:
+    """Publishes camera frames."""
+
+    def __init__(self, node: Node, own: Callable[[], Counters]) -> None:
+        self._publishers = {
+            topic: node.create_publisher(kind, topic, qos.results(2)) for topic, kind in FRAME_TOPICS.items()
+        }
+        self._own = own
+
+    def __call__(self, packet: CameraFrame) -> None:
+        frame = packet.frame
+        info, image = fill_info(CameraInfo(), frame.camera), fill_image(Image(), frame.image)
+        for message in (info, image):
+            fill_stamp(message.header.stamp, frame.stamp_ns)
+            message.header.frame_id = packet.frame_id
+        values: dict[str, Value] = {"receipt_unix_ns": str(packet.receipt_unix_ns), "index": frame.index}
+        values |= counter_values(packet.counters(self._own())) | timing_values(packet.timings_ms)
+        self._publishers["frame/status"].publish(make_status(frame.stamp_ns, "frame", values))
+        self._publishers["frame/camera_info"].publish(info)
+        self._publishers["frame/image"].publish(image)
+
+
+def read_frame(messages: Messages) -> CameraFrame:
+    """The camera frame in messages of one stamp. Raises FrameError if one of them is damaged."""
+    image, info = messages["frame/image"], messages["frame/camera_info"]
+    values, stamp_ns = read_values(messages["frame/status"]), stamp_to_ns(image.header.stamp)
+    check_stamp(stamp_ns)
+    frame = Frame(
+        image=decode_image(image),
+        camera=camera_from_info(info),
+        stamp_ns=stamp_ns,
+        index=whole(values, "index"),
+    )
+    receipt_unix_ns = whole(values, "receipt_unix_ns")
+    return CameraFrame(frame, image.header.frame_id, receipt_unix_ns, read_timings(values), read_counters(values))
+
+
+class CoarsePublisher:
+    """Publishes coarse poses; ``for_refiner`` what a refiner in another process needs besides.
+
+    ``coarse_pose`` is the pose of the camera, whatever the base frame is.
+    """
+
+    def __init__(self, node: Node, map_frame: str, own: Callable[[], Counters], *, for_refiner: bool) -> None:
+        self._map_frame, self._own = map_frame, own
+        self._poses = node.create_publisher(PoseWithCovarianceStamped, "coarse_pose", qos.results())
+        self._for_refiner = for_refiner
+        if for_refiner:
+            self._statuses = node.create_publisher(DiagnosticArray, "coarse_status", qos.results())
+            self._coarse, self._fine = (
+                node.create_publisher(kind, topic, qos.results(2)) for topic, kind in FEATURE_TOPICS.items()
+            )
+
+    def __call__(self, packet: CoarseFrame) -> None:
+        result, pose = packet.result, packet.result.pose
+        success = False
+        if pose.success and pose.T_map_camera is not None and pose.covariance is not None:
+            body = BodyPose(pose.T_map_camera, pose.covariance)
+            success = not body.fault()
+            if success:
+                message = PoseWithCovarianceStamped()
+                fill_stamp(message.header.stamp, result.stamp_ns)
+                message.header.frame_id = self._map_frame
+                fill_pose_with_covariance(message.pose, body)
+                self._poses.publish(message)
+        if not self._for_refiner:
+            return
+        if result.features is not None:
+            self._publish_features(packet.camera, result.features)
+        values: dict[str, Value] = {
+            "success": success, "reason": pose.reason, "inliers": pose.inlier_count, "inlier_ratio": pose.inlier_ratio,
+            "filter_reset": result.filter.reset_reason, "prior_ratio": result.filter.prior_ratio,
+            "nis": result.filter.nis_mean, "rejected_ratio": result.filter.rejected_ratio,
+            "confirmed": result.filter.confirmed,
+        }  # fmt: skip
+        values |= counter_values(packet.camera.counters(self._own())) | timing_values(result.timings_ms)
+        self._statuses.publish(make_status(result.stamp_ns, "coarse", values))
+
+    def _publish_features(self, camera: CameraFrame, features: TrunkFeatures) -> None:
+        for publisher, fill in ((self._coarse, fill_coarse), (self._fine, fill_fine)):
+            message = fill(Image(), features)
+            fill_stamp(message.header.stamp, camera.frame.stamp_ns)
+            message.header.frame_id = camera.frame_id
+            publisher.publish(message)
+
+
+def read_coarse(messages: Messages) -> CoarseFrame:
+    """The coarse frame in messages of one stamp. Raises FrameError if one of them is damaged."""
+    camera = read_frame(messages)
+    values = read_values(messages["coarse_status"])
+    pose_message = messages.get("coarse_pose")
+    T = covariance = None
+    if pose_message is not None:
+        try:
+            T = pose_from_message(pose_message.pose.pose)
+        except ValueError as error:
+            raise FrameError(f"A coarse_pose cannot be used: {error}") from error
+        covariance = np.asarray(pose_message.pose.covariance, dtype=np.float64).reshape(6, 6)
+        fault = BodyPose(T, covariance).fault()
+        if fault:
+            raise FrameError(f"A coarse_pose cannot be used: {fault}.")
+    result = CoarseResult(
+        stamp_ns=camera.frame.stamp_ns,
+        pose=CoarsePose(
+            success=T is not None,
+            reason=values.get("reason", ""),
+            T_map_camera=T,
+            covariance=covariance,
+            inlier_count=whole(values, "inliers"),
+            inlier_ratio=number(values, "inlier_ratio"),
+        ),
+        filter=FilterReport(
+            reset_reason=values.get("filter_reset", ""),
+            prior_ratio=number(values, "prior_ratio"),
+            nis_mean=number(values, "nis"),
+            rejected_ratio=number(values, "rejected_ratio"),
+            confirmed=values.get("confirmed") == "true",
+        ),
+        timings_ms=read_timings(values),
+        features=read_features(messages["frame/features_coarse"], messages["frame/features_fine"], camera.frame.camera),
+    )
+    whole_path = CameraFrame(
+        camera.frame, camera.frame_id, camera.receipt_unix_ns, camera.timings_ms, read_counters(values)
+    )
+    return CoarseFrame(whole_path, result)
+
+
+TOPIC = "refined_pose"
+
+
+@dataclass(frozen=True, eq=False)
+class RefinedPose:
+    """What the refiner found and stands by."""
+
+    stamp_ns: int
+    T_map_camera: Matrix
+
+
+class FeedbackPublisher:
+    """The refiner's end."""
+
+    def __init__(self, node: Node, map_frame: str) -> None:
+        self._publisher = node.create_publisher(PoseStamped, TOPIC, qos.results())
+        self._map_frame = map_frame
+
+    def __call__(self, estimate: PoseEstimate) -> None:
+        """Send the pose back, if it is one to learn from."""
+        refined = estimate.refined_pose
+        if refined is None:
+            return
+        message = PoseStamped()
+        fill_stamp(message.header.stamp, estimate.stamp_ns)
+        message.header.frame_id = self._map_frame
+        fill_pose(message.pose, refined)
+        self._publisher.publish(message)
+
+
+class FeedbackQueue:
+    """The filter's end: poses wait here for the thread that filters."""
+
+    def __init__(self, node: Node, warn: Callable[[str], None]) -> None:
+        self._waiting: deque[RefinedPose] = deque(maxlen=8)
+        self._warn = warn
+        node.create_subscription(PoseStamped, TOPIC, self._receive, qos.results())
+
+    def take(self) -> Iterator[RefinedPose]:
+        """What came since the last call, in order."""
+        while self._waiting:
+            yield self._waiting.popleft()
+
+    def _receive(self, message: PoseStamped) -> None:
+        try:
+            pose = pose_from_message(message.pose)
+        except ValueError as error:
+            self._warn(f"A refined_pose cannot be used: {error}")
+            return
+        self._waiting.append(RefinedPose(stamp_to_ns(message.header.stamp), pose))

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files exchanged with hloc, and the published runs over the benchmarks."""

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batched bilinear sampling of feature maps at points, with PixLoc's image gradient."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from kfloc_ros.geometry.camera_tensor import CameraTensor
+from kfloc_ros.geometry.tensors import Pose
+from kfloc_ros.pixloc.reference.losses import RobustLoss
+
+
+class Samples(NamedTuple):
+    """A map's values at points."""
+
+    values: torch.Tensor
+    """(B, N, C)"""
+    inside: torch.Tensor
+    """(B, N) bool: at least ``pad`` cells from the border."""
+
+
+class GradientSamples(NamedTuple):
+    """Values and image gradients at points."""
+
+    values: torch.Tensor
+    """(B, N, C)"""
+    du: torch.Tensor
+    """(B, N, C) per cell"""
+    dv: torch.Tensor
+    """(B, N, C) per cell"""
+    inside: torch.Tensor
+    """(B, N) bool"""
+
+
+_OFFSETS = ((0.0, 0.0), (1.0, 0.0), (-1.0, 0.0), (0.0, 1.0), (0.0, -1.0))
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureMap:
+    """Maps of a batch, with the channels of a cell side by side so that a sample reads whole rows."""
+
+    table: torch.Tensor
+    """(B * H * W, C)"""
+    batch: int
+    height: int
+    width: int
+
+    @classmethod
+    def from_maps(cls, maps: torch.Tensor) -> FeatureMap:
+        """Of maps (B, C, H, W)."""
+        B, C, H, W = maps.shape
+        return cls(maps.permute(0, 2, 3, 1).reshape(B * H * W, C), B, H, W)
+
+    @classmethod
+    def with_confidence(cls, features: torch.Tensor, confidence: torch.Tensor) -> FeatureMap:
+        """Of features (B, C, H, W) with a confidence (B, 1, H, W) as the last channel."""
+        return cls.from_maps(torch.cat([features, confidence], dim=1))
+
+    def inside(self, uv: torch.Tensor, pad: int) -> torch.Tensor:
+        """(B, N) bool: which cells uv (B, N, 2) lie ``pad`` cells or more from the border; NaN does not."""
+        last = uv.new_tensor([self.width - 1 - pad, self.height - 1 - pad])
+        return ((uv >= pad) & (uv <= last)).all(-1)
+
+    def sample(self, uv: torch.Tensor, pad: int = 0) -> Samples:
+        """Values at cell positions (B, N, 2); outside, those of the border."""
+        return Samples(self._bilinear(uv), self.inside(uv, pad))
+
+    def sample_with_gradient(self, uv: torch.Tensor, pad: int = 1) -> GradientSamples:
+        """Values and central differences at one cell to either side.
+
+        This is the gradient that PixLoc descends: smoother than the interpolant's own derivative, hence with a wider
+        basin.
+        """
+        offsets = uv.new_tensor(_OFFSETS)
+        B, N = uv.shape[:2]
+        around = self._bilinear((uv[:, :, None] + offsets).reshape(B, N * len(offsets), 2)).reshape(B, N, 5, -1)
+        here, right, left, below, above = around.unbind(2)
+        return GradientSamples(here, (right - left) / 2, (below - above) / 2, self.inside(uv, pad))
+
+    def _bilinear(self, uv: torch.Tensor) -> torch.Tensor:
+        B, N = uv.shape[:2]
+        u, v = torch.nan_to_num(uv).unbind(-1)
+        u, v = u.clamp(0, self.width - 1), v.clamp(0, self.height - 1)
+        u0 = u.detach().floor().clamp(max=max(self.width - 2, 0))
+        v0 = v.detach().floor().clamp(max=max(self.height - 2, 0))
+        a, b = u - u0, v - v0
+        first = torch.arange(B, device=uv.device)[:, None] * (self.height * self.width)
+        corner = first + (v0 * self.width + u0).long()
+        right, down = min(self.width - 1, 1), self.width if self.height > 1 else 0
+        corners = torch.stack([corner, corner + right, corner + down, corner + down + right], dim=-1)
+        weights = torch.stack([(1 - a) * (1 - b), a * (1 - b), (1 - a) * b, a * b], dim=-1)
+        rows = F.embedding_bag(
+            corners.reshape(-1, 4), self.table, per_sample_weights=weights.reshape(-1, 4).to(self.table), mode="sum"
+        )
+        return rows.reshape(B, N, -1)
+
+
+@dataclass(frozen=True, eq=False)
+class NormalEquations:
+    """The cost and its linearisation at one pose per batch element."""
+
+    H: torch.Tensor
+    """(B, 6, 6) float64: sum w rho' J^T J; not divided by the number of points."""
+    g: torch.Tensor
+    """(B, 6) float64: sum w rho' J^T r."""
+    scatter: torch.Tensor
+    """(B, 6, 6) float64: sum of the outer products of each point's part of g, for the covariance."""
+    cost: torch.Tensor
+    """(B, N) rho(|r|^2), without confidence."""
+    confidence: torch.Tensor
+    """(B, N) w, zero where not valid."""
+    valid: torch.Tensor
+    """(B, N) bool"""
+    column_norms: torch.Tensor | None = None
+    """(B, N, 6) of J's columns, where asked for."""
+
+    @property
+    def valid_count(self) -> torch.Tensor:
+        """(B,)"""
+        return self.valid.sum(-1)
+
+    @property
+    def mean_cost(self) -> torch.Tensor:
+        """(B,) confidence-weighted mean cost; infinite where no point is valid."""
+        total = self.confidence.sum(-1)
+        mean = (self.cost * self.confidence).sum(-1) / total.clamp(min=torch.finfo(total.dtype).tiny)
+        return torch.where(total > 0, mean, torch.full_like(mean, torch.inf))
+
+    @property
+    def plain_mean_cost(self) -> torch.Tensor:
+        """(B,) mean cost over valid points, without confidences, as the original reports it."""
+        return (self.cost * self.valid).sum(-1) / self.valid_count.clamp(min=1)
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureCost:
+    """One level of an alignment problem."""
+
+    query: FeatureMap
+    """Features, and confidence as the last channel."""
+    camera: CameraTensor
+    """(B,) of the query at this level."""
+    points: torch.Tensor
+    """(B, N, 3), near the origin; see :func:`kfloc_ros.pixloc.reference.solver.recentre`."""
+    features: torch.Tensor
+    """(B, N, C) of the reference."""
+    confidence: torch.Tensor
+    """(B, N) of the reference."""
+    mask: torch.Tensor | None = None
+    """(B, N) bool: points to use at all."""
+    pad: int = 2
+    legacy: bool = False
+    """See :func:`kfloc_ros.geometry.distortion.distort`."""
+
+    def linearize(self, T: Pose, loss: RobustLoss, *, column_norms: bool = False) -> NormalEquations:
+        """Cost and normal equations at poses T (B,) from the points' frame to the camera."""
+        # A few numbers a point: double precision costs nothing here. Only features, many numbers, are in their own.
+        p = T.transform(self.points.double())
+        uv, visible = self.camera.world2image(p, legacy=self.legacy)
+        samples = self.query.sample_with_gradient(uv.to(self.features.dtype), self.pad)
+        valid = visible & samples.inside
+        if self.mask is not None:
+            valid = valid & self.mask
+        C = self.features.shape[-1]
+        residual = samples.values[..., :C] - self.features
+        du, dv = samples.du[..., :C], samples.dv[..., :C]
+        squared = (residual * residual).sum(-1)
+        confidence = self.confidence * samples.values[..., C] * valid
+        weight = loss.weight(squared) * confidence
+        uu, uvw, vv = (du * du).sum(-1), (du * dv).sum(-1), (dv * dv).sum(-1)
+        tensor = torch.stack([uu, uvw, uvw, vv], dim=-1).reshape(*uu.shape, 2, 2).double()
+        slope = torch.stack([(du * residual).sum(-1), (dv * residual).sum(-1)], dim=-1).double()
+        J = self.camera.J_world2image(p) @ T.J_transform(p)
+        J = torch.where(valid[..., None, None], J, torch.zeros_like(J))  # a point that is not finite counts for nothing
+        SJ = tensor @ J
+        B = len(J)
+        H = J.reshape(B, -1, 6).mT @ (weight[..., None, None] * SJ).reshape(B, -1, 6)
+        parts = (J.mT @ (weight[..., None] * slope)[..., None])[..., 0]
+        norms = (J * SJ).sum(-2).clamp(min=0).sqrt() if column_norms else None
+        return NormalEquations(H, parts.sum(-2), parts.mT @ parts, loss.value(squared), confidence, valid, norms)

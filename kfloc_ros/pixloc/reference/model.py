@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PixLoc as it is trained and stored: the feature extractor, a damping vector per level, and how they are used."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from kfloc_ros.errors import ConfigError, WeightsError
+from kfloc_ros.pixloc.optimizer import ConstantDamping
+from kfloc_ros.pixloc.reference.losses import RobustLoss
+from kfloc_ros.pixloc.reference.unet import UNet, UNetConfig
+
+FORMAT = "kfloc_pixloc"
+FORMAT_VERSION = "1"
+
+
+@dataclass(frozen=True)
+class PixLocConfig:
+    """What a checkpoint says about itself.
+
+    Raises:
+        ConfigError: a number is out of its range, or an unknown loss.
+    """
+
+    extractor: UNetConfig = field(default_factory=UNetConfig)
+    normalize_features: bool = True
+    loss: str = "scaled_barron(0, 0.1)"
+    num_iters: int = 100
+    """LM iterations a level at most."""
+    pad: int = 2
+    """Cells at the border of a feature map that are not used."""
+    jacobi_scaling: bool = False
+    learned_damping: bool = True
+    lambda_: float = 0.0
+    """Constant damping of a model without learned damping; 0 is Gauss-Newton."""
+    damping_log10_range: tuple[float, float] = (-6.0, 5.0)
+
+    def __post_init__(self) -> None:
+        RobustLoss.parse(self.loss)
+        low, high = self.damping_log10_range
+        if not (math.isfinite(low) and math.isfinite(high) and low < high):
+            raise ConfigError(f"The damping's range must be two rising numbers, got {self.damping_log10_range}.")
+        if self.num_iters < 1 or self.pad < 0 or not (math.isfinite(self.lambda_) and self.lambda_ >= 0):
+            raise ConfigError(
+                "num_iters must be positive and pad and lambda_ not negative, got "
+                f"{self.num_iters}, {self.pad}, {self.lambda_}."
+            )
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> PixLocConfig:
+        """Read what :meth:`to_json` wrote.
+
+        Raises:
+            ValueError: not such a text.
+        """
+        values: dict[str, Any] = json.loads(text)
+        try:
+            return cls(extractor=UNetConfig(**_tuples(values.pop("extractor"))), **_tuples(values))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"the configuration is incomplete or has unknown entries: {error}") from error
+
+
+def _tuples(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+
+
+class _LevelOptimizer(nn.Module):
+    """Gives the damping the name it has in the published checkpoints."""
+
+    def __init__(self, log10_range: tuple[float, float]) -> None:
+        super().__init__()
+        self.dampingnet = ConstantDamping(log10_range)
+
+
+class PixLocModel(nn.Module):
+    """Everything that is learned. The entries of its state dict are those of a published checkpoint's ``model``."""
+
+    def __init__(self, config: PixLocConfig | None = None) -> None:
+        super().__init__()
+        self.config = config or PixLocConfig()
+        self.extractor = UNet(self.config.extractor)
+        levels = len(self.config.extractor.output_scales) if self.config.learned_damping else 0
+        self.optimizer = nn.ModuleList(_LevelOptimizer(self.config.damping_log10_range) for _ in range(levels))
+
+    def damping(self, level: int) -> torch.Tensor:
+        """(6,) damping factors of a level, 0 being the finest."""
+        if not self.config.learned_damping:
+            return torch.full((6,), self.config.lambda_, device=next(self.extractor.parameters()).device)
+        return torch.as_tensor(self.optimizer[level].dampingnet())  # type: ignore[operator]
+
+
+def save_model(path: Path, model: PixLocModel, origin: str = "") -> None:
+    """Write a model as safetensors; its configuration and where it comes from are in the file's metadata."""
+    metadata = {
+        "format": FORMAT,
+        "version": FORMAT_VERSION,
+        "config": model.config.to_json(),
+        "origin": origin,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, path, metadata)
+    path.chmod(0o644)  # safetensors makes it private
+
+
+def load_model(path: Path) -> PixLocModel:
+    """Read a converted model, in evaluation mode.
+
+    Raises:
+        WeightsError: missing, damaged, of a newer version, or not a PixLoc model.
+    """
+    if not path.is_file():
+        raise WeightsError(f"There is no PixLoc model '{path}'.")
+    try:
+        with safe_open(path, "pt") as stream:
+            metadata: dict[str, str] = stream.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(
+            f"'{path}' is not a safetensors file ({error}); an original checkpoint is converted by "
+            "`kfloc convert pixloc-checkpoint`."
+        ) from error
+    if metadata.get("format") != FORMAT:
+        raise WeightsError(f"'{path}' is not a PixLoc model that this package wrote.")
+    if metadata.get("version") != FORMAT_VERSION:
+        raise WeightsError(
+            f"'{path}' has format version {metadata.get('version')}; this installation reads {FORMAT_VERSION}."
+        )
+    try:
+        model = PixLocModel(PixLocConfig.from_json(metadata.get("config", "")))
+        model.load_state_dict(load_file(path))
+    except (ValueError, ConfigError, RuntimeError, SafetensorError) as error:
+        raise WeightsError(f"'{path}' is damaged: {error}") from error
+    return model.eval()

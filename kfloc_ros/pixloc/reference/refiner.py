@@ -1,0 +1,332 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PixLoc's refinement in the reference family: an image is aligned with cached features of several reference images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+
+from kfloc_ros.errors import ConfigError, MapError
+from kfloc_ros.geometry.camera import Camera
+from kfloc_ros.geometry.camera_tensor import CameraTensor
+from kfloc_ros.geometry.covariance import map_frame_covariance
+from kfloc_ros.geometry.lie import Matrix, inverse_pose
+from kfloc_ros.geometry.tensors import Pose
+from kfloc_ros.pixloc.reference.cost import FeatureCost, FeatureMap, NormalEquations
+from kfloc_ros.pixloc.reference.losses import RobustLoss
+from kfloc_ros.pixloc.reference.model import PixLocModel
+from kfloc_ros.pixloc.reference.solver import Method, SolverSettings, from_recentred, minimize, recentre
+from kfloc_ros.pixloc.reference.two_view import LevelObserver, in_world
+from kfloc_ros.pixloc.reference.unet import FeaturePyramid
+from kfloc_ros.pixloc.reference.views import ReferenceScene, ViewFeatures, ViewStore, fingerprint_of
+
+
+@dataclass(frozen=True)
+class ReferenceRefinerSettings:
+    """How the reference family refines; the names are the original's.
+
+    Raises:
+        ConfigError: a number is out of its range.
+    """
+
+    num_dbs: int = 5
+    """Reference images used at most."""
+    num_iters: int = 100
+    """LM iterations a level."""
+    pad: int = 2
+    multiscale: tuple[int, ...] = (1,)
+    """Image scales in turn: (4, 1) first aligns images a quarter as large."""
+    layer_indices: tuple[int, ...] = ()
+    """Levels to use, 0 being the finest; empty: all."""
+    average_observations: bool = False
+    """One residual per point with the mean of its reference features, instead of one per point and image."""
+    min_track_length: int = 3
+    min_points_opt: int = 10
+    method: Method = Method.FIXED
+    stop_period: int = 10
+    legacy: bool = False
+    """Agree with the original's numbers where it does something that is better done otherwise."""
+    min_score: float = 0.0
+    """Success score below which a result does not count."""
+
+    def __post_init__(self) -> None:
+        if min(self.num_dbs, self.num_iters, self.min_track_length, self.min_points_opt) < 1 or self.pad < 1:
+            raise ConfigError("num_dbs, num_iters, pad, min_track_length and min_points_opt must be 1 or more.")
+        if not self.multiscale or min(self.multiscale) < 1 or (self.layer_indices and min(self.layer_indices) < 0):
+            raise ConfigError("multiscale takes factors of 1 or more, and layer_indices levels from 0 on.")
+
+
+@dataclass(frozen=True, eq=False)
+class Refinement:
+    """What came out for one image."""
+
+    success: bool
+    reason: str
+    """Why not, or empty."""
+    T_map_camera: Matrix | None
+    """The refined pose; None where nothing could be aligned."""
+    T_map_camera_init: Matrix
+    covariance: Matrix | None
+    """(6, 6) in the order of ``PoseWithCovariance``."""
+    score: Score
+    iterations: tuple[int, ...]
+    """Of every image scale and level, in the order run."""
+    point_count: int
+    views: tuple[int, ...]
+    """Positions of the reference images used."""
+
+
+@dataclass(frozen=True, eq=False)
+class _References:
+    """Points with their features at every level, of all chosen images together."""
+
+    points: torch.Tensor
+    features: tuple[torch.Tensor, ...]
+    confidences: tuple[torch.Tensor, ...]
+
+
+class ReferenceRefiner:
+    """Aligns images with a map's reference images.
+
+    Args:
+        model: in evaluation mode; its device is where everything runs.
+        scene: points and images.
+        store: cached features of the scene's images, by the same model.
+        settings: of the refinement.
+
+    Raises:
+        MapError: the cached features are of another model, or of none of the image scales asked for.
+        ConfigError: a level that the model does not have.
+    """
+
+    def __init__(
+        self,
+        model: PixLocModel,
+        scene: ReferenceScene,
+        store: ViewStore,
+        settings: ReferenceRefinerSettings | None = None,
+    ) -> None:
+        self.model, self.scene = model, scene
+        self.settings = settings = settings or ReferenceRefinerSettings()
+        self.device = next(model.parameters()).device
+        self.store = store.to(self.device)
+        if store.fingerprint != fingerprint_of(model):
+            raise MapError("The cached reference features were extracted by another model; extract them again.")
+        if missing := set(settings.multiscale) - set(store.settings.image_scales):
+            raise MapError(f"There are no cached reference features for the image scales {sorted(missing)}.")
+        levels = len(model.config.extractor.strides)
+        self.levels = settings.layer_indices or tuple(range(levels))
+        if max(self.levels) >= levels:
+            raise ConfigError(f"The model has levels 0 to {levels - 1}, got layer_indices {settings.layer_indices}.")
+        self.solver = SolverSettings(
+            method=settings.method,
+            num_iters=settings.num_iters,
+            loss=RobustLoss.parse(model.config.loss),
+            jacobi_scaling=model.config.jacobi_scaling,
+            stop_period=settings.stop_period,
+            legacy=settings.legacy,
+        )
+        self._points = torch.from_numpy(scene.points).to(self.device)
+        self._long_tracks = torch.from_numpy(scene.track_lengths >= settings.min_track_length).to(self.device)
+
+    @torch.inference_mode()
+    def refine(
+        self,
+        image: NDArray[np.uint8],
+        camera: Camera,
+        T_map_camera: Matrix,
+        views: Sequence[int],
+        *,
+        only_rows: NDArray[np.int64] | Mapping[int, NDArray[np.int64]] | None = None,
+        observer: LevelObserver | None = None,
+    ) -> Refinement:
+        """Refine the pose of one image. A query that cannot be aligned is a result with a reason, never an error.
+
+        Args:
+            image: (H, W, 3) RGB.
+            camera: of the image, any model.
+            T_map_camera: where to start.
+            views: positions of reference images, best first; the first ``num_dbs`` of them are used.
+            only_rows: rows of the scene's points to use, such as those that were matched, for all images or for
+                each by its position (default: all).
+            observer: told of every iteration; its poses are T_camera_map.
+        """
+        chosen = tuple(dict.fromkeys(views))[: self.settings.num_dbs]
+        run = _Query(self, chosen, T_map_camera, observer)
+        for scale in self.settings.multiscale:
+            views_at = {v: self.store.views[v, scale] for v in chosen if (v, scale) in self.store.views}
+            references = self._assemble(views_at, only_rows)
+            count = len(references.points)
+            if count < self.settings.min_points_opt:
+                return run.failed(f"only {count} points of the {len(chosen)} reference images can be used", count)
+            prepared = self.store.settings.size.prepare(image, scale)
+            pyramid: FeaturePyramid = self.model.extractor(prepared.pixels.to(self.device))
+            scaled = CameraTensor.from_camera(camera).scale(prepared.scale).to(self.device)[None]
+            if reason := run.align(pyramid, scaled, references):
+                return run.failed(reason, count)
+        return run.finished()
+
+    def _assemble(
+        self,
+        views: Mapping[int, ViewFeatures],
+        only_rows: NDArray[np.int64] | Mapping[int, NDArray[np.int64]] | None,
+    ) -> _References:
+        """Features of the usable points of several images, one after another or averaged."""
+        kept = []
+        for position, view in views.items():
+            wanted = only_rows.get(position, _NO_ROWS) if isinstance(only_rows, Mapping) else only_rows
+            usable = self._long_tracks if wanted is None else self._long_tracks & self._listed(wanted)
+            kept.append((view, usable[view.rows]))
+        empty = torch.zeros(0, dtype=torch.int64, device=self.device)
+        rows = torch.cat([empty, *(view.rows[keep] for view, keep in kept)])
+        features, confidences = [], []
+        for level in range(len(self.model.config.extractor.strides)):
+            dim = self.model.config.extractor.output_dim[level]
+            none = torch.zeros(0, dim, device=self.device)
+            features.append(torch.cat([none, *(view.features[level][keep].float() for view, keep in kept)]))
+            confidences.append(torch.cat([none[:, 0], *(view.confidences[level][keep].float() for view, keep in kept)]))
+        if not self.settings.average_observations:
+            return _References(self._points[rows], tuple(features), tuple(confidences))
+        unique, group = torch.unique(rows, return_inverse=True)
+        pairs = [_averaged(f, c, group, len(unique)) for f, c in zip(features, confidences, strict=True)]
+        return _References(self._points[unique], tuple(f for f, _ in pairs), tuple(c for _, c in pairs))
+
+    def _listed(self, rows: NDArray[np.int64]) -> torch.Tensor:
+        """(P,) bool: the points of some rows."""
+        listed = torch.zeros_like(self._long_tracks)
+        listed[torch.from_numpy(rows).to(self.device)] = True
+        return listed
+
+
+_NO_ROWS: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
+
+
+def _averaged(
+    features: torch.Tensor, confidence: torch.Tensor, group: torch.Tensor, count: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Per group the mean feature, weighted by confidence, and the mean confidence."""
+    weight = features.new_zeros(count).index_add(0, group, confidence)
+    total = features.new_zeros(count, features.shape[1]).index_add(0, group, features * confidence[:, None])
+    number = features.new_zeros(count).index_add(0, group, torch.ones_like(confidence))
+    return total / weight.clamp(min=1e-12)[:, None], weight / number.clamp(min=1)
+
+
+class _Query:
+    """One image on its way through image scales and levels."""
+
+    def __init__(
+        self, refiner: ReferenceRefiner, views: tuple[int, ...], T_map_camera: Matrix, observer: LevelObserver | None
+    ) -> None:
+        self.refiner, self.views, self.start, self.observer = refiner, views, T_map_camera, observer
+        self.T = Pose.from_4x4mat(inverse_pose(T_map_camera)).to(refiner.device)[None]
+        self.iterations: list[int] = []
+        self.end: NormalEquations | None = None
+        self.point_count = 0
+
+    def align(self, pyramid: FeaturePyramid, camera: CameraTensor, references: _References) -> str:
+        """Go through the levels, coarse to fine; returns why that failed, or nothing."""
+        model, solver = self.refiner.model, self.refiner.solver
+        local = recentre(references.points[None], self.T)
+        T = local.T
+        self.point_count = len(references.points)
+        for level in sorted(self.refiner.levels, reverse=True):
+            query, features = pyramid.features[level], references.features[level]
+            if model.config.normalize_features:
+                query, features = F.normalize(query, dim=1), F.normalize(features, dim=-1)
+            cost = FeatureCost(
+                query=FeatureMap.with_confidence(query, pyramid.confidences[level]),
+                camera=camera.scale(1.0 / pyramid.strides[level]),
+                points=local.points,
+                features=features[None],
+                confidence=references.confidences[level][None],
+                pad=self.refiner.settings.pad,
+                legacy=solver.legacy,
+            )
+            tell = None if self.observer is None else in_world(self.observer, level, local.origin)
+            result = minimize(cost, T, solver, model.damping(level).double(), tell)
+            self.iterations.append(result.iterations)
+            if bool(result.failed[0]):
+                return f"too few reference points stayed in view at stride {pyramid.strides[level]}"
+            T = result.T
+            self.end = cost.linearize(T, solver.loss)
+        self.T = from_recentred(T, local.origin)
+        return ""
+
+    def failed(self, reason: str, count: int) -> Refinement:
+        return Refinement(
+            False, reason, None, self.start, None, Score(0.0, 0.0, 0.0), tuple(self.iterations), count, self.views
+        )
+
+    def finished(self) -> Refinement:
+        settings = self.refiner.settings
+        assert self.end is not None
+        score = score_of(self.end, self.refiner.solver.loss, self.point_count)
+        covariance = pose_covariance(self.end, self.T)
+        T_map_camera = self.T.inv().matrix_numpy()[0]
+        reason = ""
+        if score.value < settings.min_score:
+            reason = f"the alignment scores {score.value:.2f}, less than {settings.min_score:.2f}"
+        return Refinement(
+            not reason, reason, T_map_camera, self.start, covariance, score, tuple(self.iterations),
+            self.point_count, self.views,
+        )  # fmt: skip
+
+
+UNRELATED = 2.0
+"""Squared distance of two unit features that have nothing to do with each other."""
+WELL_CONDITIONED = 1e-3
+"""Smallest eigenvalue of the scaled system from which on every direction counts as fixed."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """Three figures in [0, 1], and their product."""
+
+    valid_ratio: float
+    """Share of the reference points that are in view."""
+    likeness: float
+    """1 where features are equal, 0 where they are as different as unrelated ones."""
+    conditioning: float
+    """1 where every direction is fixed by the image, 0 where one is free."""
+
+    @property
+    def value(self) -> float:
+        return self.valid_ratio * self.likeness * self.conditioning
+
+
+def score_of(at: NormalEquations, loss: RobustLoss, point_count: int) -> Score:
+    """Score of the first element at its final pose; likeness supposes unit features."""
+    cost = float(at.mean_cost[0])
+    worst = float(loss.value(torch.tensor(UNRELATED, dtype=torch.float64)))
+    likeness = 1 - cost / worst if np.isfinite(cost) else 0.0
+    H = at.H[0].cpu().numpy()
+    diagonal = np.sqrt(np.maximum(np.diag(H), 0))
+    conditioning = 0.0
+    if np.isfinite(H).all() and (diagonal > 0).all():
+        smallest = float(np.linalg.eigvalsh(H / np.outer(diagonal, diagonal))[0])
+        conditioning = min(max(smallest / WELL_CONDITIONED, 0.0), 1.0)
+    return Score(int(at.valid_count[0]) / max(point_count, 1), min(max(likeness, 0.0), 1.0), conditioning)
+
+
+def pose_covariance(at: NormalEquations, T_camera_map: Pose) -> Matrix | None:
+    """(6, 6) covariance of T_map_camera, in the order of ``PoseWithCovariance``, of the first element.
+
+    The sandwich of an M-estimator, H^-1 (sum g_n g_n^T) H^-1, with each point's own part g_n of the gradient: it
+    needs no residual variance, and the channels of one point may err together. Points are taken as independent.
+
+    Returns:
+        None where the image does not fix the pose in every direction.
+    """
+    H, scatter = at.H[0].cpu().numpy(), at.scatter[0].cpu().numpy()
+    if not (np.isfinite(H).all() and np.isfinite(scatter).all()):
+        return None
+    try:
+        information = H @ np.linalg.solve(scatter, H)
+    except np.linalg.LinAlgError:
+        return None
+    return map_frame_covariance(np.asarray(information), T_camera_map.matrix_numpy()[0])

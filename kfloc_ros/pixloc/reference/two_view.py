@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PixLoc on two views: points of the reference camera are aligned to the query, coarse to fine, as it is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+
+from kfloc_ros.geometry.camera_tensor import CameraTensor
+from kfloc_ros.geometry.tensors import Pose
+from kfloc_ros.pixloc.reference.cost import FeatureCost, FeatureMap
+from kfloc_ros.pixloc.reference.losses import RobustLoss
+from kfloc_ros.pixloc.reference.model import PixLocConfig, PixLocModel
+from kfloc_ros.pixloc.reference.solver import Iteration, SolverSettings, from_recentred, minimize, recentre
+from kfloc_ros.pixloc.reference.unet import FeaturePyramid
+
+LevelObserver = Callable[[int, Iteration], None]
+"""Told the level (0 is the finest) and the iteration."""
+
+
+@dataclass(frozen=True, eq=False)
+class TwoViewLevel:
+    """What one level did."""
+
+    level: int
+    """0 is the finest."""
+    T_init: Pose
+    T_opt: Pose
+    failed: torch.Tensor
+    """(B,) bool"""
+    iterations: int
+
+
+@dataclass(frozen=True, eq=False)
+class TwoViewResult:
+    """All levels, in the order run: coarse to fine."""
+
+    levels: tuple[TwoViewLevel, ...]
+
+    @property
+    def T_query_reference(self) -> Pose:
+        """(B,) float64: where the finest level ended."""
+        return self.levels[-1].T_opt
+
+    @property
+    def failed(self) -> torch.Tensor:
+        """(B,) bool: at any level."""
+        return torch.stack([level.failed for level in self.levels]).any(0)
+
+
+def solver_settings(config: PixLocConfig, *, num_iters: int | None = None, legacy: bool = False) -> SolverSettings:
+    """The solver that a model was trained with, with as many iterations as asked for."""
+    return SolverSettings(
+        num_iters=config.num_iters if num_iters is None else num_iters,
+        loss=RobustLoss.parse(config.loss),
+        jacobi_scaling=config.jacobi_scaling,
+        legacy=legacy,
+    )
+
+
+def align_two_views(
+    model: PixLocModel,
+    reference: FeaturePyramid,
+    query: FeaturePyramid,
+    camera_reference: CameraTensor,
+    camera_query: CameraTensor,
+    points_reference: torch.Tensor,
+    T_init: Pose,
+    *,
+    settings: SolverSettings | None = None,
+    pad: int | None = None,
+    visible: torch.Tensor | None = None,
+    observer: LevelObserver | None = None,
+) -> TwoViewResult:
+    """Align a batch of pairs.
+
+    Args:
+        model: gives the damping and the configuration; features are passed in.
+        reference, query: features of the two images.
+        camera_reference, camera_query: (B,) of the images as given to the extractor.
+        points_reference: (B, N, 3) in the reference camera's frame.
+        T_init: (B,) T_query_reference to start from.
+        settings: of the solver (default: the model's).
+        pad: cells at the maps' border that are not used (default: the model's).
+        visible: (B, N) bool, points to use (default: all).
+        observer: told of every iteration; its poses are T_query_reference.
+    """
+    settings = settings or solver_settings(model.config)
+    pad = model.config.pad if pad is None else pad
+    dtype = query.features[0].dtype
+    local = recentre(points_reference, T_init, dtype)
+    T = local.T
+    levels: list[TwoViewLevel] = []
+    for level in reversed(range(len(query))):
+        scale = 1.0 / query.strides[level]
+        uv, seen = camera_reference.scale(scale).world2image(points_reference, legacy=settings.legacy)
+        maps = FeatureMap.with_confidence(reference.features[level], reference.confidences[level])
+        values, inside = maps.sample(uv.to(dtype), pad)
+        mask = seen & inside if visible is None else seen & inside & visible
+        features, query_features = values[..., :-1], query.features[level]
+        if model.config.normalize_features:
+            features, query_features = F.normalize(features, dim=-1), F.normalize(query_features, dim=1)
+        cost = FeatureCost(
+            query=FeatureMap.with_confidence(query_features, query.confidences[level]),
+            camera=camera_query.double().scale(scale),
+            points=local.points,
+            features=features,
+            confidence=values[..., -1],
+            mask=mask,
+            pad=pad,
+            legacy=settings.legacy,
+        )
+        tell = None if observer is None else in_world(observer, level, local.origin)
+        start = T.detach()
+        result = minimize(cost, start, settings, model.damping(level).double(), tell)
+        T = result.T
+        levels.append(
+            TwoViewLevel(
+                level,
+                from_recentred(start, local.origin),
+                from_recentred(T, local.origin),
+                result.failed,
+                result.iterations,
+            )
+        )
+    return TwoViewResult(tuple(levels))
+
+
+def in_world(observer: LevelObserver, level: int, origin: torch.Tensor) -> Callable[[Iteration], None]:
+    """An observer of one level of a recentred problem, for one that wants poses from the world frame."""
+
+    def tell(iteration: Iteration) -> None:
+        observer(level, replace(iteration, T=from_recentred(iteration.T, origin)))
+
+    return tell
+
+
+def training_settings(config: PixLocConfig) -> SolverSettings:
+    """The model's solver with all its iterations, so that every element of a batch is treated alike."""
+    return replace(solver_settings(config), stop_period=0)

@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Features of the map's points in its images, extracted once and kept in half precision: nothing is done per query."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from kfloc_ros.errors import MapError
+from kfloc_ros.geometry.camera import Camera
+from kfloc_ros.geometry.camera_tensor import CameraTensor
+from kfloc_ros.geometry.colmap import camera_from_colmap
+from kfloc_ros.geometry.lie import Matrix, make_pose
+from kfloc_ros.geometry.tensors import Pose
+from kfloc_ros.pixloc.reference.cost import FeatureMap
+from kfloc_ros.pixloc.reference.model import PixLocModel
+from kfloc_ros.pixloc.reference.unet import ImageSize
+
+FORMAT, FORMAT_VERSION = "kfloc_pixloc_views", 1
+_HALF_MAX = torch.finfo(torch.float16).max
+
+
+@dataclass(frozen=True, eq=False)
+class ViewFeatures:
+    """One reference image at one image scale: the points that it shows at every level."""
+
+    rows: torch.Tensor
+    """(N,) int64 rows of the scene's points."""
+    features: tuple[torch.Tensor, ...]
+    """(N, C) half per level, fine to coarse, not normalised."""
+    confidences: tuple[torch.Tensor, ...]
+    """(N,) half per level."""
+
+    def to(self, device: torch.device | str) -> ViewFeatures:
+        """The same on another device."""
+        return ViewFeatures(
+            self.rows.to(device),
+            tuple(f.to(device) for f in self.features),
+            tuple(c.to(device) for c in self.confidences),
+        )
+
+
+@dataclass(frozen=True)
+class ViewSettings:
+    """What cached features depend on, besides the model and the scene."""
+
+    size: ImageSize
+    image_scales: tuple[int, ...] = (1,)
+    pad: int = 2
+    legacy: bool = False
+    """See :func:`kfloc_ros.geometry.distortion.distort`."""
+
+
+@dataclass(frozen=True, eq=False)
+class ViewStore:
+    """Features of all reference images at all image scales."""
+
+    views: Mapping[tuple[int, int], ViewFeatures]
+    """By position in the scene and image scale."""
+    settings: ViewSettings
+    fingerprint: str
+    """Of the model that extracted them."""
+
+    def to(self, device: torch.device | str) -> ViewStore:
+        """The same on another device."""
+        return ViewStore({k: v.to(device) for k, v in self.views.items()}, self.settings, self.fingerprint)
+
+    def save(self, path: Path) -> None:
+        """Write one safetensors file."""
+        tensors: dict[str, torch.Tensor] = {}
+        for (position, scale), view in self.views.items():
+            prefix = f"{position}.{scale}."
+            tensors[f"{prefix}rows"] = view.rows.cpu()
+            for level, (f, c) in enumerate(zip(view.features, view.confidences, strict=True)):
+                tensors[f"{prefix}features.{level}"] = f.cpu().contiguous()
+                tensors[f"{prefix}confidence.{level}"] = c.cpu().contiguous()
+        metadata = {
+            "format": FORMAT,
+            "version": str(FORMAT_VERSION),
+            "settings": json.dumps(asdict(self.settings)),
+            "fingerprint": self.fingerprint,
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, path, metadata)
+        path.chmod(0o644)  # safetensors makes it private
+
+    @classmethod
+    def load(cls, path: Path) -> ViewStore:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            MapError: missing, damaged, or something else.
+        """
+        try:
+            with safe_open(path, "pt") as stream:
+                metadata: dict[str, str] = stream.metadata() or {}
+            if metadata.get("format") != FORMAT or metadata.get("version") != str(FORMAT_VERSION):
+                raise MapError(f"'{path}' does not hold reference features of version {FORMAT_VERSION}.")
+            values = json.loads(metadata["settings"])
+            settings = ViewSettings(
+                ImageSize(**values["size"]), tuple(values["image_scales"]), values["pad"], values["legacy"]
+            )
+            tensors = load_file(path)
+            views = {}
+            for key in [name.removesuffix(".rows") for name in tensors if name.endswith(".rows")]:
+                position, scale = (int(word) for word in key.split("."))
+                count = sum(name.startswith(f"{key}.features.") for name in tensors)
+                views[position, scale] = ViewFeatures(
+                    tensors[f"{key}.rows"],
+                    tuple(tensors[f"{key}.features.{level}"] for level in range(count)),
+                    tuple(tensors[f"{key}.confidence.{level}"] for level in range(count)),
+                )
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise MapError(f"The reference features '{path}' cannot be read: {error}") from error
+        return cls(views, settings, metadata.get("fingerprint", ""))
+
+
+def fingerprint_of(model: PixLocModel) -> str:
+    """Tells models apart whose features must not be mixed."""
+    total = sum((p.double().sum() * (k + 1) for k, p in enumerate(model.extractor.state_dict().values())), 0.0)
+    return f"{model.config.extractor.encoder}:{float(total):.9e}"
+
+
+def build_views(
+    model: PixLocModel,
+    scene: ReferenceScene,
+    read_image: Callable[[ReferenceImage], NDArray[np.uint8]],
+    settings: ViewSettings,
+    positions: Sequence[int] | None = None,
+) -> ViewStore:
+    """Extract the features of reference images, one image in memory at a time.
+
+    Args:
+        model: in evaluation mode, on the device to use.
+        scene: whose points are looked at.
+        read_image: gives the RGB image (H, W, 3) of a reference image, of its camera's size.
+        settings: kept with the features.
+        positions: images to extract (default: all).
+    """
+    views = {}
+    for position in range(len(scene.images)) if positions is None else positions:
+        pixels = read_image(scene.images[position])
+        for scale in settings.image_scales:
+            views[position, scale] = extract_view(model, scene, position, pixels, settings, scale).to("cpu")
+    return ViewStore(views, settings, fingerprint_of(model))
+
+
+@torch.inference_mode()
+def extract_view(
+    model: PixLocModel,
+    scene: ReferenceScene,
+    position: int,
+    image: NDArray[np.uint8],
+    settings: ViewSettings,
+    image_scale: int = 1,
+) -> ViewFeatures:
+    """Sample an image's features at the points it observes; those stay that are inside at every level."""
+    view = scene.images[position]
+    device = next(model.parameters()).device
+    prepared = settings.size.prepare(image, image_scale)
+    pyramid = model.extractor(prepared.pixels.to(device))
+    rows = torch.from_numpy(view.point_rows)
+    camera = CameraTensor.from_camera(view.camera).scale(prepared.scale)
+    points = Pose.from_4x4mat(view.T_camera_map).transform(scene.points[view.point_rows])
+    valid = torch.ones(1, len(rows), dtype=torch.bool, device=device)
+    sampled = []
+    for features, confidence, stride in zip(pyramid.features, pyramid.confidences, pyramid.strides, strict=True):
+        uv, seen = camera.scale(1 / stride).world2image(points, legacy=settings.legacy)
+        values, inside = FeatureMap.with_confidence(features, confidence).sample(
+            uv[None].to(device, features.dtype), settings.pad
+        )
+        valid = valid & inside & seen.to(device)
+        sampled.append(values[0])
+    keep = valid[0]
+    half = [values[keep].clamp(-_HALF_MAX, _HALF_MAX).half() for values in sampled]
+    return ViewFeatures(rows.to(device)[keep], tuple(v[:, :-1] for v in half), tuple(v[:, -1] for v in half))
+
+
+@dataclass(frozen=True, eq=False)
+class ReferenceImage:
+    """One image of the map."""
+
+    name: str
+    camera: Camera
+    T_camera_map: Matrix
+    point_rows: NDArray[np.int64]
+    """(N,) rows of the scene's points that this image observes."""
+    ident: int = -1
+    """Number of the image in the COLMAP model that it comes from."""
+
+
+@dataclass(frozen=True, eq=False)
+class ReferenceScene:
+    """Points and images; an image is referred to by its position in ``images``."""
+
+    points: NDArray[np.float64]
+    """(P, 3) metres, map frame."""
+    point_ids: NDArray[np.int64]
+    """(P,) as in the model that they come from."""
+    track_lengths: NDArray[np.int64]
+    """(P,) how many images observe each point."""
+    images: tuple[ReferenceImage, ...]
+
+    def position_of(self, name: str) -> int:
+        """Position of an image by its name.
+
+        Raises:
+            MapError: there is none.
+        """
+        for position, image in enumerate(self.images):
+            if image.name == name:
+                return position
+        raise MapError(f"The map has no image '{name}'.")
+
+    def covisibility(self, positions: Sequence[int]) -> NDArray[np.int64]:
+        """(K, K) number of points that images observe in common."""
+        seen = np.zeros((len(positions), len(self.points)), dtype=np.float32)
+        for row, position in enumerate(positions):
+            seen[row, self.images[position].point_rows] = 1
+        return np.asarray(np.rint(seen @ seen.T), dtype=np.int64)
+
+
+def read_scene(folder: Path) -> ReferenceScene:
+    """Read a COLMAP model (.bin or .txt).
+
+    Raises:
+        MapError: there is none, it is damaged, or it has no registered image.
+        FrameError: a camera model is not supported.
+    """
+    import pycolmap
+
+    try:
+        model = pycolmap.Reconstruction(str(folder))
+    except (RuntimeError, ValueError, IndexError, MemoryError) as error:
+        raise MapError(f"'{folder}' does not hold a COLMAP model that can be read: {error}") from error
+    ids = np.array(sorted(model.points3D), dtype=np.int64)
+    row_of = {int(ident): row for row, ident in enumerate(ids)}
+    images = []
+    for image in sorted((i for i in model.images.values() if i.has_pose), key=lambda i: str(i.name)):
+        rows = sorted({row_of[p.point3D_id] for p in image.points2D if p.has_point3D()})
+        matrix = np.asarray(image.cam_from_world().matrix(), dtype=np.float64)
+        images.append(
+            ReferenceImage(
+                str(image.name),
+                camera_from_colmap(model.cameras[image.camera_id]),
+                make_pose(matrix[:3, :3], matrix[:3, 3]),
+                np.array(rows, dtype=np.int64),
+                int(image.image_id),
+            )
+        )
+    if not images:
+        raise MapError(f"The COLMAP model '{folder}' has no image with a pose.")
+    points = [model.points3D[int(ident)] for ident in ids]
+    return ReferenceScene(
+        points=np.array([p.xyz for p in points], dtype=np.float64).reshape(-1, 3),
+        point_ids=ids,
+        track_lengths=np.array([p.track.length() for p in points], dtype=np.int64),
+        images=tuple(images),
+    )

@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An alignment from start to end: the map's points over the image, and cost and distance by step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kfloc_ros.errors import DrawingError
+from kfloc_ros.features.trunk import TrunkFeatures
+from kfloc_ros.geometry.camera import Camera
+from kfloc_ros.geometry.camera_tensor import CameraTensor
+from kfloc_ros.geometry.lie import Matrix, make_pose, rotation_angle_deg, so3_exp
+from kfloc_ros.maps.scene_map import SceneMap
+from kfloc_ros.pixloc.references import ReferencePoints
+from kfloc_ros.pixloc.residuals import Reprojection, reproject
+from kfloc_ros.types import Alignment, Frame
+from kfloc_ros.visualization.cells import Scale
+from kfloc_ros.visualization.filter import faded
+from kfloc_ros.visualization.overlay import REFERENCE_WIDTH_PX, RESIDUAL, draw_points
+from kfloc_ros.visualization.sheet import Panel
+
+CONFIDENCE = Scale("weight of the point", 0.01, 1.0, "viridis", logarithmic=True, ticks=(0.01, 0.03, 0.1, 0.3, 1))
+LEVEL_COLOURS = {8: "#1565c0", 4: "#ef6c00"}
+RADIUS_PX = 3
+
+
+@dataclass(frozen=True)
+class Offset:
+    """How far two poses are apart."""
+
+    metres: float
+    degrees: float
+
+
+def offset_between(a: Matrix, b: Matrix) -> Offset:
+    """Distance of the camera centres, and angle between the orientations, of two ``T_map_camera``."""
+    return Offset(float(np.linalg.norm(a[:3, 3] - b[:3, 3])), rotation_angle_deg(a[:3, :3].T @ b[:3, :3]))
+
+
+def moved(
+    T_map_camera: Matrix,
+    metres: float,
+    degrees: float,
+    direction: Sequence[float] = (1.0, 0.0, 0.0),
+    axis: Sequence[float] = (0.0, 1.0, 0.0),
+) -> Matrix:
+    """A pose moved along a direction and turned about an axis, both unit vectors in the camera's frame."""
+    turn = so3_exp(np.radians(degrees) * np.asarray(axis, dtype=np.float64))
+    return np.asarray(T_map_camera @ make_pose(turn, metres * np.asarray(direction, dtype=np.float64)))
+
+
+def reference_points(scene_map: SceneMap, ids: Sequence[int]) -> ReferencePoints:
+    """The points of some reference views."""
+    positions = {ident: k for k, ident in enumerate(scene_map.references.ids)}
+    return ReferencePoints.concatenate([scene_map.references.views[positions[ident]] for ident in ids])
+
+
+def alignment_panels(frame: Frame, features: TrunkFeatures, alignment: Alignment, scene_map: SceneMap) -> list[Panel]:
+    """Four panels: points over the image at the start and at the end, by residual; the same by weight.
+
+    Raises:
+        DrawingError: the alignment never began.
+    """
+    if not alignment.steps:
+        raise DrawingError(f"Frame {frame.index} was not aligned: {alignment.reason}.")
+    points = reference_points(scene_map, alignment.reference_ids).to(features.fine.device)
+    ends = [alignment.steps[0], alignment.steps[-1]]
+    seen = [reproject(features, points, step.T_map_camera, frame.camera) for step in ends]
+    panels = []
+    for name, at in zip(("start", "end"), seen, strict=True):
+        median = f"median residual {np.median(at.residuals):.2f}" if len(at.residuals) else "nothing in view"
+        title = f"{name}: {median} of {len(at.pixels)} points in view"
+        panels.append(Panel(title, by_residual(frame.image, at), RESIDUAL))
+    panels += [
+        Panel(f"{name}: weight in the alignment", by_confidence(frame.image, at), CONFIDENCE)
+        for name, at in zip(("start", "end"), seen, strict=True)
+    ]
+    return panels
+
+
+def by_residual(image: NDArray[np.uint8], points: Reprojection) -> NDArray[np.uint8]:
+    """The image (H, W, 3) with points in the colours of their residuals, the worst on top."""
+    return _drawn(image, points, RESIDUAL.rgb(points.residuals), np.argsort(points.residuals))
+
+
+def by_confidence(image: NDArray[np.uint8], points: Reprojection) -> NDArray[np.uint8]:
+    """The image (H, W, 3) with points in the colours of their weights, the largest on top."""
+    return _drawn(image, points, CONFIDENCE.rgb(points.confidences), np.argsort(points.confidences))
+
+
+def _drawn(
+    image: NDArray[np.uint8], points: Reprojection, colours: NDArray[np.uint8], order: NDArray[np.intp]
+) -> NDArray[np.uint8]:
+    picture = np.ascontiguousarray(faded(image))
+    radius = max(round(RADIUS_PX * image.shape[1] / REFERENCE_WIDTH_PX), 1)
+    draw_points(picture, points.pixels[order], colours[order], radius)
+    return picture
+
+
+def steps_picture(title: str, alignment: Alignment, truth: Matrix | None = None) -> NDArray[np.uint8]:
+    """Curves over the steps, (H, W, 3): the cost at each level, and how far the pose is from the end and the truth."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.2, 3.4), dpi=100, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=11, x=0.01, ha="left")
+    left, middle, right = figure.subplots(1, 3)
+    steps = alignment.steps
+    for stride in dict.fromkeys(step.stride for step in steps):
+        at = [(k, step.cost) for k, step in enumerate(steps) if step.stride == stride]
+        left.plot(*zip(*at, strict=True), "o-", color=LEVEL_COLOURS.get(stride), markersize=4, label=f"stride {stride}")
+    left.set_ylim(bottom=0)
+    left.set_title("cost at the pose", fontsize=10)
+    goals = {"the end": (steps[-1].T_map_camera, "#1565c0")}
+    if truth is not None:
+        goals["the source's pose"] = (truth, "#444444")
+    for name, (goal, colour) in goals.items():
+        away = [offset_between(step.T_map_camera, goal) for step in steps]
+        for axes, values in ((middle, [100 * o.metres for o in away]), (right, [o.degrees for o in away])):
+            shown = np.where(np.array(values) > 1e-6, values, np.nan)  # the end itself has no place on the scale
+            axes.plot(range(len(steps)), shown, "o-", color=colour, markersize=4, label=f"from {name}")
+    middle.set_title("distance [cm]", fontsize=10)
+    right.set_title("angle [deg]", fontsize=10)
+    for axes in (middle, right):
+        axes.set_yscale("log")
+    for axes in (left, middle, right):
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.25)
+        axes.legend(fontsize="small", framealpha=0.7)
+    canvas.draw()
+    return np.array(canvas.buffer_rgba(), dtype=np.uint8)[..., :3]
+
+
+def summary(frame: Frame, alignment: Alignment, source: str) -> str:
+    """One line about an alignment."""
+    start, end = alignment.steps[0], alignment.steps[-1]
+    way = offset_between(start.T_map_camera, end.T_map_camera)
+    verdict = "accepted" if alignment.success else f"refused: {alignment.reason}"
+    text = (
+        f"{source}, frame {frame.index}: {alignment.iterations} iterations moved it by {100 * way.metres:.1f} cm and "
+        f"{way.degrees:.2f} deg; {verdict}"
+    )
+    if frame.T_map_camera is None:
+        return text
+    error = offset_between(end.T_map_camera, frame.T_map_camera)
+    return f"{text}; {100 * error.metres:.1f} cm, {error.degrees:.2f} deg from the source's pose"
+
+
+START_COLOUR, END_COLOUR = (230, 60, 50), (70, 220, 80)
+
+
+def draw_moved_points(
+    image: NDArray[np.uint8], camera: Camera, points: NDArray[np.float64], T_start: Matrix, T_end: Matrix | None
+) -> NDArray[np.uint8]:
+    """The image (H, W, 3) with points (N, 3) of the map where they are seen from the start (red) and the end (green).
+
+    Args:
+        image: of the camera, any lens.
+        camera: of the image.
+        points: to draw.
+        T_start: T_map_camera before the alignment.
+        T_end: after it, or None where it failed.
+    """
+    picture = np.ascontiguousarray((0.65 * image + 0.35 * 128).astype(np.uint8))
+    radius = max(round(2 * image.shape[1] / REFERENCE_WIDTH_PX), 1)
+    for T, colour in ((T_start, START_COLOUR), (T_end, END_COLOUR)):
+        if T is None:
+            continue
+        for x, y in np.rint(_seen(camera, points, T)).astype(int).tolist():
+            cv2.circle(picture, (x, y), radius, colour, cv2.FILLED, cv2.LINE_AA)
+    return picture
+
+
+def _seen(camera: Camera, points: NDArray[np.float64], T_map_camera: Matrix) -> NDArray[np.float64]:
+    """Pixels (M, 2) of the points that are in view."""
+    local = torch.from_numpy((points - T_map_camera[:3, 3]) @ T_map_camera[:3, :3])
+    found = CameraTensor.from_camera(camera).world2image(local)
+    return np.asarray(found.points[found.valid].numpy(), dtype=np.float64)

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PnP on scene-coordinate maps: right on noisy ones, honest about hopeless ones, covariance against Monte Carlo."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from kfloc_ros.geometry.camera import Camera
+from kfloc_ros.geometry.covariance import map_frame_covariance, move_covariance, pose_error
+from kfloc_ros.geometry.lie import inverse_pose, make_pose, so3_exp
+from kfloc_ros.kfnet.pnp import PnpSettings, solve_pnp
+from kfloc_ros.types import SceneCoordinates
+
+CAMERA = Camera(640, 480, 525.0, 525.0, 320.0, 240.0)
+TRUTH = make_pose(so3_exp([0.4, -0.3, 0.2]), [1.0, -2.0, 0.5])
+
+
+def room(sigma_m: float, seed: int, outliers: float = 0.0) -> SceneCoordinates:
+    """A curved wall, 2 to 4 m away, as seen from TRUTH, with noise and gross outliers."""
+    rng = np.random.default_rng(seed)
+    rows, cols = np.mgrid[0:60, 0:80]
+    z = 3.0 + np.sin(cols / 9.0) * 0.7 + np.cos(rows / 7.0) * 0.3
+    u, v = cols * 8 + 3.5, rows * 8 + 3.5
+    P = np.stack([(u - CAMERA.cx) / CAMERA.fx * z, (v - CAMERA.cy) / CAMERA.fy * z, z], axis=-1).reshape(-1, 3)
+    X = P @ TRUTH[:3, :3].T + TRUTH[:3, 3] + rng.normal(size=P.shape) * sigma_m
+    bad = rng.random(len(X)) < outliers
+    X[bad] += rng.normal(size=(int(bad.sum()), 3)) * 2.0
+    mean = torch.from_numpy(X.T.reshape(3, 60, 80).astype(np.float32))
+    variance = torch.full((60, 80), max(sigma_m, 1e-3) ** 2)
+    return SceneCoordinates(mean, variance, torch.ones(60, 80, dtype=torch.bool), 8)
+
+
+def test_noisy_map_with_outliers() -> None:
+    result = solve_pnp(room(0.03, 0, outliers=0.4), CAMERA, PnpSettings())
+    assert result.success
+    error = pose_error(TRUTH, result.T_map_camera)
+    assert np.linalg.norm(error[:3]) < 0.01
+    assert np.degrees(np.linalg.norm(error[3:])) < 0.2
+    assert 0.4 < result.inlier_ratio < 0.8
+
+
+def test_hopeless_maps_are_refused_with_a_reason() -> None:
+    noise = solve_pnp(room(1.5, 0), CAMERA, PnpSettings(max_sigma_m=10.0))
+    assert not noise.success
+    assert "inliers" in noise.reason
+    assert noise.T_map_camera is None
+    unsure = solve_pnp(room(1.0, 0), CAMERA, PnpSettings(max_sigma_m=0.5))
+    assert not unsure.success
+    assert "certain" in unsure.reason
+
+
+def test_sure_cells_outweigh_unsure_ones() -> None:
+    """A third of the cells is biased by 6 cm and says so: weighting keeps the bias out of the pose."""
+    cells = room(0.003, 0)
+    cells.mean[:, 40:] += 0.06
+    honest = cells.variance.clone()
+    honest[40:] = 0.06**2
+    weighted = solve_pnp(SceneCoordinates(cells.mean, honest, cells.valid, 8), CAMERA, PnpSettings(max_cells=4800))
+    naive = solve_pnp(cells, CAMERA, PnpSettings(max_cells=4800))
+    error = [np.linalg.norm(pose_error(TRUTH, r.T_map_camera)[:3]) for r in (weighted, naive)]
+    assert error[0] < 0.7 * error[1]
+
+
+def test_covariance_agrees_with_monte_carlo() -> None:
+    settings = PnpSettings(pixel_sigma_px=0.1, max_cells=4800, max_error_px=40.0)  # far above the noise of 9 px
+    errors, covariances = [], []
+    for seed in range(60):
+        result = solve_pnp(room(0.05, seed), CAMERA, settings)
+        errors.append(pose_error(TRUTH, result.T_map_camera))
+        covariances.append(result.covariance)
+    nees = [e @ np.linalg.solve(C, e) for e, C in zip(errors, covariances, strict=True)]
+    assert np.mean(nees) == pytest.approx(6.0, rel=0.6)  # the Cauchy weights make it somewhat cautious
+    spread = np.std(np.stack(errors), axis=0)
+    claimed = np.sqrt(np.mean([np.diag(C) for C in covariances], axis=0))
+    assert claimed == pytest.approx(spread, rel=0.6)
+
+
+def test_map_frame_covariance_agrees_with_sampling() -> None:
+    rng = np.random.default_rng(0)
+    A = rng.normal(size=(6, 6))
+    camera = (A @ A.T + np.eye(6)) * 1e-6
+    T_camera_map = inverse_pose(TRUTH)
+    covariance = map_frame_covariance(np.linalg.inv(camera), T_camera_map)
+    assert covariance is not None
+    samples = []
+    for delta in rng.multivariate_normal(np.zeros(6), camera, size=4000):
+        moved = make_pose(so3_exp(delta[3:]), delta[:3]) @ T_camera_map
+        samples.append(pose_error(inverse_pose(moved), TRUTH))
+    assert np.cov(np.array(samples).T) == pytest.approx(covariance, abs=0.1 * np.abs(covariance).max())
+
+
+def test_a_lever_arm_turns_rotation_into_translation() -> None:
+    covariance = np.diag([0, 0, 0, 0.01**2, 0.01**2, 0.01**2]).astype(float)
+    T_camera_body = make_pose(np.eye(3), [0, 0, -2.0])
+    moved = move_covariance(covariance, np.eye(4), T_camera_body)
+    assert np.sqrt(np.diag(moved)) == pytest.approx([0.02, 0.02, 0, 0.01, 0.01, 0.01])
+
+
+def test_singular_information_gives_no_covariance() -> None:
+    assert map_frame_covariance(np.diag([1.0, 1, 1, 1, 1, 0]), np.eye(4)) is None
+    assert map_frame_covariance(np.full((6, 6), np.nan), np.eye(4)) is None

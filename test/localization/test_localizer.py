@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pipeline on a real map of a small room: right poses, honest covariance, no silent nonsense."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from kfloc_ros.config import build_config
+from kfloc_ros.errors import ConfigError, FrameError
+from kfloc_ros.geometry.lie import rotation_angle_deg
+from kfloc_ros.localization.coarse import CoarseStage
+from kfloc_ros.localization.config import LocalizerConfig
+from kfloc_ros.localization.localizer import Localizer
+from kfloc_ros.maps.scene_map import SceneMap
+from kfloc_ros.types import Frame, PoseEstimate, TrackingState
+
+
+@pytest.fixture(scope="module")
+def scene_map(room_map) -> SceneMap:
+    return SceneMap.load(room_map)
+
+
+def localize(scene_map: SceneMap, frames: list[Frame], **options) -> list[PoseEstimate]:
+    localizer = Localizer(scene_map, LocalizerConfig(device="cpu", **options))
+    return [localizer.process(frame) for frame in frames]
+
+
+def errors_m(estimates: list[PoseEstimate], frames: list[Frame]) -> np.ndarray:
+    pairs = zip(estimates, frames, strict=True)
+    return np.array([np.linalg.norm(e.T_map_camera[:3, 3] - f.T_map_camera[:3, 3]) for e, f in pairs])
+
+
+def errors_deg(estimates: list[PoseEstimate], frames: list[Frame]) -> np.ndarray:
+    pairs = zip(estimates, frames, strict=True)
+    return np.array([rotation_angle_deg(e.T_map_camera[:3, :3].T @ f.T_map_camera[:3, :3]) for e, f in pairs])
+
+
+def test_a_sequence_is_localized_to_the_centimetre(scene_map: SceneMap, room) -> None:
+    frames = [room[i] for i in range(0, 24, 2)]
+    estimates = localize(scene_map, frames)
+    assert [e.stamp_ns for e in estimates] == [f.stamp_ns for f in frames]
+    assert {e.state for e in estimates} == {TrackingState.TRACKING}
+    assert np.median(errors_m(estimates, frames)) < 0.01
+    assert np.median(errors_deg(estimates, frames)) < 0.3
+
+
+def test_refinement_is_better_than_the_coarse_pose(scene_map: SceneMap, room) -> None:
+    frames = [room[i] for i in range(0, 16, 2)]
+    coarse = localize(scene_map, frames, refine=False)
+    refined = localize(scene_map, frames)
+    assert all(e.alignment is None for e in coarse)
+    assert np.median(errors_m(refined, frames)) < 0.7 * np.median(errors_m(coarse, frames))
+
+
+def test_the_covariance_is_symmetric_positive_and_of_the_errors_size(scene_map: SceneMap, room) -> None:
+    frames = [room[i] for i in range(0, 24, 2)]
+    estimates = localize(scene_map, frames)
+    for estimate, error in zip(estimates, errors_m(estimates, frames), strict=True):
+        covariance = estimate.covariance
+        assert np.allclose(covariance, covariance.T) and np.linalg.eigvalsh(covariance)[0] > 0
+        sigma_m = float(np.sqrt(np.trace(covariance[:3, :3])))
+        assert error < 6 * sigma_m
+        assert sigma_m < 0.2
+
+
+def test_the_filter_is_used_from_the_second_frame_and_not_after_a_gap(scene_map: SceneMap, room) -> None:
+    frames = [room[0], room[1], room[2], replace(room[3], stamp_ns=room[3].stamp_ns + 10_000_000_000)]
+    shares = [e.filter.prior_ratio for e in localize(scene_map, frames)]
+    assert shares[0] == 0.0 and shares[3] == 0.0
+    assert shares[1] > 0.3 and shares[2] > 0.3
+
+
+def test_every_treatment_of_contradictions_can_be_chosen(scene_map: SceneMap, room) -> None:
+    """The lower half of the second image is another place's; what comes out of it depends on the mode."""
+    image = room[1].image.copy()
+    image[240:] = room[20].image[240:, ::-1]
+    frames = [room[0], replace(room[1], image=image)]
+    beliefs = {}
+    for mode in ("off", "output_only", "state"):
+        stage = CoarseStage(scene_map, LocalizerConfig(device="cpu", nis_mode=mode))
+        beliefs[mode] = [stage.process(frame).scene_coordinates for frame in frames][-1]
+    assert not np.allclose(beliefs["off"].mean, beliefs["output_only"].mean)
+    assert np.allclose(beliefs["output_only"].mean, beliefs["state"].mean)  # both emit the measurement,
+    assert not np.allclose(beliefs["off"].variance, beliefs["state"].variance)  # but only one believes it
+    with pytest.raises(ConfigError, match="output_only"):
+        build_config(LocalizerConfig, {"nis_mode": "on"})
+
+
+def test_the_same_frames_give_the_same_poses(scene_map: SceneMap, room) -> None:
+    frames = [room[0], room[1]]
+    first, second = localize(scene_map, frames), localize(scene_map, frames)
+    assert all(np.array_equal(a.T_map_camera, b.T_map_camera) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("value", [0, 255])
+def test_a_blank_image_gives_no_pose_and_a_reason(scene_map: SceneMap, room, value: int) -> None:
+    good, blank = room[0], replace(room[1], image=np.full_like(room[1].image, value))
+    estimates = localize(scene_map, [blank, good, blank, room[2]])
+    assert [e.state for e in estimates] == [
+        TrackingState.INITIALIZING,
+        TrackingState.TRACKING,
+        TrackingState.LOST,
+        TrackingState.TRACKING,
+    ]
+    for estimate in (estimates[0], estimates[2]):
+        assert estimate.T_map_camera is None and estimate.covariance is None and estimate.reason
+
+
+def test_a_frame_of_another_size_is_refused(scene_map: SceneMap, room) -> None:
+    frame = room[0]
+    with pytest.raises(FrameError, match=str(frame.image.shape[1] // 2)):
+        localize(scene_map, [replace(frame, image=np.ascontiguousarray(frame.image[:, ::2]))])

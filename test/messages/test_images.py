@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every image encoding, padded rows, endianness, and what must be refused."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import cv2
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from kfloc_ros.errors import FrameError
+from kfloc_ros.messages.images import ENCODINGS, decode_compressed, decode_image, fill_image
+
+RGB = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+GREY = RGB[..., 0]
+RGB16 = RGB.astype(np.uint16) * 256 + 17
+FLAT = np.array([200, 90, 40], np.uint8)
+
+
+def message(
+    encoding: str, data: NDArray[np.generic], width: int = 8, padding: int = 0, big_endian: bool = False
+) -> SimpleNamespace:
+    rows = np.ascontiguousarray(data).reshape(len(data), -1)
+    if rows.dtype == np.uint16:
+        rows = rows.astype(">u2" if big_endian else "<u2")
+    packed = rows.view(np.uint8).reshape(len(rows), -1)
+    step = packed.shape[1] + padding
+    padded = np.pad(packed, ((0, 0), (0, padding)), constant_values=77)
+    return SimpleNamespace(
+        encoding=encoding, height=len(rows), width=width, step=step, is_bigendian=int(big_endian), data=padded.tobytes()
+    )
+
+
+def bayer(pattern: str) -> NDArray[np.uint8]:
+    """A mosaic of one colour: interpolation must give that colour back whatever the method."""
+    channel = {"r": 0, "g": 1, "b": 2}
+    tile = np.array([FLAT[channel[letter]] for letter in pattern], np.uint8).reshape(2, 2)
+    return np.tile(tile, (3, 4))
+
+
+GREY_RGB = np.repeat(GREY[..., None], 3, axis=2)
+ALPHA = np.full((6, 8, 1), 9, np.uint8)
+CASES = {
+    "rgb8": (RGB, RGB),
+    "bgr8": (RGB[..., ::-1], RGB),
+    "8UC3": (RGB[..., ::-1], RGB),
+    "rgba8": (np.concatenate([RGB, ALPHA], 2), RGB),
+    "bgra8": (np.concatenate([RGB[..., ::-1], ALPHA], 2), RGB),
+    "8UC4": (np.concatenate([RGB[..., ::-1], ALPHA], 2), RGB),
+    "mono8": (GREY, GREY_RGB),
+    "8UC1": (GREY, GREY_RGB),
+    "mono16": (RGB16[..., 0], GREY_RGB),
+    "rgb16": (RGB16, RGB),
+    "bgr16": (RGB16[..., ::-1], RGB),
+}
+
+
+@pytest.mark.parametrize("padding", [0, 6])
+@pytest.mark.parametrize("encoding", CASES)
+def test_encodings_with_and_without_padded_rows(encoding: str, padding: int) -> None:
+    data, expected = CASES[encoding]
+    assert np.array_equal(decode_image(message(encoding, data, padding=padding)), expected)
+
+
+@pytest.mark.parametrize("encoding", ["mono16", "rgb16", "bgr16"])
+def test_big_endian(encoding: str) -> None:
+    data, expected = CASES[encoding]
+    assert np.array_equal(decode_image(message(encoding, data, big_endian=True, padding=2)), expected)
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("pattern", ["rggb", "bggr", "gbrg", "grbg"])
+def test_bayer_patterns_give_the_colour_back(pattern: str, bits: int) -> None:
+    mosaic: NDArray[np.generic] = bayer(pattern)
+    if bits == 16:
+        mosaic = mosaic.astype(np.uint16) * 256
+    decoded = decode_image(message(f"bayer_{pattern}{bits}", mosaic, padding=4))
+    assert np.array_equal(decoded[1:-1, 1:-1], np.broadcast_to(FLAT, (4, 6, 3)))
+
+
+@pytest.mark.parametrize(
+    ("encoding", "order"), [("yuv422", "uyvy"), ("uyvy", "uyvy"), ("yuv422_yuy2", "yuyv"), ("yuyv", "yuyv")]
+)
+def test_yuv422(encoding: str, order: str) -> None:
+    y, u, v = 120, 90, 170
+    data = np.tile(np.array([{"y": y, "u": u, "v": v}[letter] for letter in order], np.uint8), (6, 4))
+    expected = [
+        np.clip(value, 0, 255)
+        for value in (
+            1.164 * (y - 16) + 1.596 * (v - 128),
+            1.164 * (y - 16) - 0.813 * (v - 128) - 0.391 * (u - 128),
+            1.164 * (y - 16) + 2.018 * (u - 128),
+        )
+    ]
+    decoded = decode_image(message(encoding, data, padding=8))
+    assert decoded.shape == (6, 8, 3)
+    assert np.abs(decoded.astype(float) - expected).max() <= 2
+
+
+def test_every_encoding_is_tested() -> None:
+    others = {f"bayer_{p}{b}" for p in ("rggb", "bggr", "gbrg", "grbg") for b in (8, 16)}
+    assert set(ENCODINGS) == CASES.keys() | others | {"yuv422", "uyvy", "yuv422_yuy2", "yuyv"}
+
+
+def test_the_last_row_needs_no_padding() -> None:
+    padded = message("rgb8", RGB, padding=5)
+    padded.data = padded.data[:-5]
+    assert np.array_equal(decode_image(padded), RGB)
+
+
+def test_there_and_back() -> None:
+    sent = fill_image(SimpleNamespace(), RGB)
+    assert sent.encoding == "rgb8" and np.array_equal(decode_image(sent), RGB)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"encoding": "32FC1"}, "32FC1"),
+        ({"encoding": ""}, "encoding ''"),
+        ({"width": 0}, "no pixels"),
+        ({"height": 0}, "no pixels"),
+        ({"step": 5}, "step is 5"),
+        ({"data": b"abc"}, "has 3"),
+        ({"height": 30_000}, "needs"),
+        ({"height": 4_000_000_000}, "too large"),
+    ],
+)
+def test_unusable_images_are_refused_in_words(changes: dict[str, object], said: str) -> None:
+    bad = message("rgb8", RGB)
+    for name, value in changes.items():
+        setattr(bad, name, value)
+    with pytest.raises(FrameError, match=said):
+        decode_image(bad)
+
+
+def compressed(kind: str, image: NDArray[np.uint8] = RGB) -> bytes:
+    flags = [cv2.IMWRITE_JPEG_QUALITY, 100] if kind == ".jpg" else []
+    return cv2.imencode(kind, image[..., ::-1], flags)[1].tobytes()
+
+
+def test_png_is_exact_and_jpeg_is_near() -> None:
+    assert np.array_equal(decode_compressed(SimpleNamespace(format="png", data=compressed(".png"))), RGB)
+    smooth = cv2.resize(RGB, (64, 48), interpolation=cv2.INTER_CUBIC)
+    decoded = decode_compressed(SimpleNamespace(format="jpeg", data=compressed(".jpg", smooth)))
+    assert np.abs(decoded.astype(int) - smooth).mean() < 6
+
+
+@pytest.mark.parametrize("kind", [".jpg", ".png"])
+@pytest.mark.parametrize("kept", [0.0, 0.01, 0.3, 0.6, 0.9, 0.99])
+def test_cut_off_images_are_refused_and_not_filled_with_grey(kind: str, kept: float) -> None:
+    data = compressed(kind, cv2.resize(RGB, (64, 48)))
+    with pytest.raises(FrameError):
+        decode_compressed(SimpleNamespace(format=kind, data=data[: int(kept * len(data))]))
+
+
+def test_a_jpeg_may_be_followed_by_padding() -> None:
+    data = compressed(".jpg") + b"\0" * 100
+    assert decode_compressed(SimpleNamespace(format="jpeg", data=data)).shape == RGB.shape
