@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from kfloc_ros.errors import WeightsError
-from kfloc_ros.features.trunk import TrunkFeatures
+from kfloc_ros.features.backbone import BackboneFeatures
 from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import Camera, ImageAdapter
 from kfloc_ros.geometry.lie import Matrix, inverse_pose, make_pose
@@ -75,7 +75,7 @@ class DiskLightGlue:
         self._seen: dict[int, MappedView] = {}
 
     @torch.inference_mode()
-    def locate(self, image: NDArray[np.uint8], features: TrunkFeatures) -> Matrix | None:
+    def locate(self, image: NDArray[np.uint8], features: BackboneFeatures) -> Matrix | None:
         """``T_map_camera`` of an image (H, W, 3) of the map's camera, or None."""
         query = self._extract(image)
         pixels, points = [np.zeros((0, 2))], [np.zeros((0, 3))]

@@ -38,7 +38,7 @@ from kfloc_ros.device import choose_device
 from kfloc_ros.evaluation.cells import CellStatistics
 from kfloc_ros.evaluation.hardware import describe_hardware
 from kfloc_ros.evaluation.metrics import PoseError, accuracy, pose_error, recall
-from kfloc_ros.features.trunk import COARSE_STRIDE, Trunk
+from kfloc_ros.features.backbone import COARSE_STRIDE, Backbone
 from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import ImageAdapter
 from kfloc_ros.kfnet.filter import FlowFunction, SceneCoordinateFilter
@@ -110,7 +110,7 @@ class Bench:
 
     def __init__(self, scene_map: SceneMap, device: torch.device, variants: Sequence[str] = tuple(VARIANTS)) -> None:
         self._map, self._device, self._variants = scene_map, device, variants
-        self._trunk = Trunk(device=device)
+        self._backbone = Backbone(device=device)
         self._head = scene_map.head.to(device)
         c = scene_map.calibration
         chosen = {kind: choose_flow(kind, c, device) for kind in FlowKind}
@@ -136,7 +136,7 @@ class Bench:
     @torch.inference_mode()
     def _frame(self, frame: Frame, adapter: ImageAdapter, tracks: dict[str, Track]) -> None:
         seen = replace(frame, image=adapter(frame.image), camera=self._map.camera)
-        features = self._trunk.extract(seen.image)
+        features = self._backbone.extract(seen.image)
         measured = measure(self._head, features, self._map.calibration)
         truth, coarse = self._truth(frame, adapter), features.coarse[0]
         for track in tracks.values():

@@ -7,8 +7,8 @@ the frame n is not counted there. Then the whole sequence is run once, and every
 without the search of the map's reference views; with --matcher also those of DISK + LightGlue and PnP on the frames
 that starts are taken at, with the same retrieved reference views (see disk_lightglue.py for what that needs).
 
-    python benchmarks/first_fix.py 7scenes:DATA/7scenes/redkitchen --split extrapolate:test --map MAP --starts 30
-    python benchmarks/first_fix.py transforms:TEST --map MAP --matcher disk_lightglue --mapped transforms:TRAIN
+    python benchmarks/relocalize.py 7scenes:DATA/7scenes/redkitchen --split extrapolate:test --map MAP --starts 30
+    python benchmarks/relocalize.py transforms:TEST --map MAP --matcher disk_lightglue --mapped transforms:TRAIN
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from kfloc_ros.cli.arguments import add_source_arguments, open_source_from
 from kfloc_ros.cli.tables import format_table
 from kfloc_ros.datasets import open_source
 from kfloc_ros.errors import KflocError, SourceError
-from kfloc_ros.features.trunk import Trunk
+from kfloc_ros.features.backbone import Backbone
 from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import ImageAdapter
 from kfloc_ros.geometry.lie import Matrix, rotation_angle_deg
@@ -97,7 +97,7 @@ def measure(source: FrameSource, scene_map: SceneMap, starts: int, after: Sequen
     """One row for each number of frames before the judged one."""
     indices = list(source.indices())
     errors: dict[int, list[Error]] = {n: [] for n in after}
-    localizer = Localizer(scene_map, LocalizerConfig(first_fix=search))
+    localizer = Localizer(scene_map, LocalizerConfig(relocalize=search))
     adapter = ImageAdapter(source.camera, localizer.camera)
     for start in _starts(source, starts):
         localizer.reset("a cold start")
@@ -114,7 +114,7 @@ def measure(source: FrameSource, scene_map: SceneMap, starts: int, after: Sequen
 
 def measure_sequence(source: FrameSource, scene_map: SceneMap, *, search: bool) -> Row:
     """All frames in order, from one cold start; that a block of a split ends is not told."""
-    localizer = Localizer(scene_map, LocalizerConfig(first_fix=search))
+    localizer = Localizer(scene_map, LocalizerConfig(relocalize=search))
     adapter = ImageAdapter(source.camera, localizer.camera)
     errors = []
     for frame in source:
@@ -136,13 +136,13 @@ def measure_matcher(source: FrameSource, scene_map: SceneMap, args: argparse.Nam
     if args.mapped is None:
         raise SourceError("--matcher needs --mapped SOURCE, since a map holds no images.")
     matcher = DiskLightGlue(scene_map, open_source(args.mapped), views=args.views, keypoints=args.keypoints)
-    trunk, adapter = Trunk(), ImageAdapter(source.camera, scene_map.camera)
+    backbone, adapter = Backbone(), ImageAdapter(source.camera, scene_map.camera)
     errors = []
     for start in _starts(source, args.starts):
         frame = source[start]
         if frame.T_map_camera is not None:
             image = adapter(frame.image)
-            errors.append(_error(matcher.locate(image, trunk.extract(image)), frame.T_map_camera, True))
+            errors.append(_error(matcher.locate(image, backbone.extract(image)), frame.T_map_camera, True))
     return _row(f"DISK + LightGlue, {args.views} views", 0, errors)
 
 

@@ -30,7 +30,7 @@ from kfloc_ros.cli.tables import format_table
 from kfloc_ros.datasets.derived import motion_blur
 from kfloc_ros.evaluation.flow import FlowStatistics
 from kfloc_ros.evaluation.hardware import describe_hardware
-from kfloc_ros.features.trunk import Trunk
+from kfloc_ros.features.backbone import Backbone
 from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import ImageAdapter
 from kfloc_ros.kfnet.filter import FlowFunction
@@ -66,7 +66,7 @@ class Tally:
 
 def run(source: FrameSource, step: int, blurred: bool, every: int, weights: Path | None) -> dict[str, dict[str, float]]:
     """A row for each flow over pairs that are ``step`` apart in the source."""
-    trunk, adapter = Trunk(), ImageAdapter(source.camera, map_camera(source.camera))
+    backbone, adapter = Backbone(), ImageAdapter(source.camera, map_camera(source.camera))
     network = load_flow_network() if weights is None else load_flow_network(weights)
     flows: dict[str, FlowFunction] = {"learned": network.flow}
     flows |= {f"soft-argmax, {t:g}": partial(backward_flow, temperature=t) for t in TEMPERATURES}
@@ -83,7 +83,7 @@ def run(source: FrameSource, step: int, blurred: bool, every: int, weights: Path
             if blurred and position == now:
                 image = motion_blur(image, BLUR_PX, float(now))
             views.append(View(image, depth, adapter.target, frame.T_map_camera, frame.index))
-            features.append(trunk.extract(image).coarse[0])
+            features.append(backbone.extract(image).coarse[0])
         for name, flow in flows.items():
             tallies[name].add(flow, features, views)
     floors = {"learned": LEARNED_FLOOR_M2}

@@ -143,7 +143,7 @@ class PoseEstimate:
     tracked: bool = False
     """Whether it was aligned from the predicted pose alone; there is no coarse pose then."""
     timings_ms: Mapping[str, float] = field(default_factory=dict)
-    """Milliseconds per stage, in the order run: trunk, measure, filter, pnp, refine, and their sum, total."""
+    """Milliseconds per stage, in the order run: backbone, measure, filter, pnp, refine, and their sum, total."""
 
     @property
     def refined_pose(self) -> Matrix | None:

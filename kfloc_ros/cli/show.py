@@ -60,7 +60,7 @@ VERBS = {
     ),
     "confidence": (
         "how reliable the features are",
-        "Two pictures a frame: the image, and over it the trunk's reliability, which weighs the points of alignments.",
+        "Two pictures a frame: the image, and over it the backbone's reliability, which weighs an alignment's points.",
         "example:\n  kfloc show confidence 7scenes:DIR --frames 150:200 --map maps/kitchen --out out/confidence\n",
     ),
     "alignment": (

@@ -25,7 +25,7 @@ def add_family(stage: argparse.ArgumentParser) -> None:
         "--family",
         choices=("reference", "fast"),
         default="reference",
-        help="reference: as published (default); fast: the small network on the trunk's cost volume, trained on the "
+        help="reference: as published (default); fast: the small network on the backbone's cost volume, trained on the "
         "project's simulated recordings if no SOURCE is named",
     )
 

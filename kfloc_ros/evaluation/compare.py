@@ -24,7 +24,7 @@ FIGURES: tuple[tuple[str, str, float, str, int], ...] = (
     ("recall.5cm_5deg", "within 5 cm, 5 deg", 100, "%", 1),
     ("recall.25cm_2deg", "within 25 cm, 2 deg", 100, "%", 1),
     ("streaming.availability", "availability", 100, "%", 1),
-    ("streaming.time_to_first_fix_s", "time to first fix", 1, "s", -1),
+    ("streaming.time_to_first_pose_s", "time to first fix", 1, "s", -1),
     ("streaming.false_ok", "false OK", 100, "%", -1),
     ("streaming.recovery_s.p50", "recovery p50", 1, "s", -1),
     ("streaming.recovery_s.p95", "recovery p95", 1, "s", -1),

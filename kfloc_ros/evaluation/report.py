@@ -60,7 +60,7 @@ def streaming_rows(summary: Summary) -> list[tuple[str, str]]:
     tf = summary.run.transform
     return [
         ("availability (TRACKING, of all frames)", _percent(result.availability)),
-        ("time to first fix", _number(result.time_to_first_fix_s, "{:.2f} s")),
+        ("time to first fix", _number(result.time_to_first_pose_s, "{:.2f} s")),
         ("false OK (TRACKING but > 10 cm off)", _percent(result.false_ok)),
         ("confidently wrong frames", str(result.confidently_wrong)),
         ("outages; recovery p50 / p95", f"{result.outages}; {recovery}{ended}"),

@@ -23,7 +23,7 @@ class Streaming:
 
     availability: float
     """Share of all frames, dropped ones included, that are TRACKING with a pose."""
-    time_to_first_fix_s: float
+    time_to_first_pose_s: float
     """From the first frame to the first TRACKING one; NaN without one."""
     false_ok: float
     """Share of the processed frames with truth that are TRACKING and more than 10 cm off; NaN without such frames."""
@@ -57,7 +57,7 @@ def streaming(records: Sequence[FrameRecord]) -> Streaming:
             began_s = time_s
     return Streaming(
         availability=sum(ok) / len(ok) if ok else math.nan,
-        time_to_first_fix_s=first_s,
+        time_to_first_pose_s=first_s,
         false_ok=sum(is_ok(r) and _error_m(r) > FALSE_OK_M for r in known) / len(known) if known else math.nan,
         confidently_wrong=sum(is_ok(r) and _two_sigma_m(r) < 0.05 and _error_m(r) > 0.15 for r in known),
         outages=len(recoveries) + (began_s is not None),

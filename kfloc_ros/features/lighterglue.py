@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LighterGlue: which points of two images are the same, told by the trunk's features and where the points lie.
+"""LighterGlue: which points of two images are the same, told by the backbone's features and where the points lie.
 
 The matcher that was trained with XFeat (Potje et al., CVPR 2024): LightGlue (Lindenberger et al., ICCV 2023) in six
 layers of one head. Points attend to those of their own image by relative place, then to the other image's, so that a
-match is judged with its surroundings and not by one feature alone. The weights come in the same package as the trunk's.
+match is judged with its surroundings and not by one feature alone. The weights come in the package of the
+backbone's.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from kfloc_ros.errors import WeightsError
-from kfloc_ros.features.trunk import find_weights
+from kfloc_ros.features.backbone import find_weights
 
 WEIGHTS_FILE = "xfeat-lighterglue.pt"
 PREFIX = "matcher."
@@ -30,7 +31,7 @@ class PointSet:
     pixels: torch.Tensor
     """(N, 2)"""
     features: torch.Tensor
-    """(N, 64) unit vectors: the trunk's coarse features there."""
+    """(N, 64) unit vectors: the backbone's coarse features there."""
     width: int
     height: int
 

@@ -94,7 +94,7 @@ def backward_flow(current: torch.Tensor, previous: torch.Tensor, temperature: fl
     """Flow by soft-argmax, from L2-normalised features (C, h, w) of two frames.
 
     Args:
-        current, previous: trunk features at stride 8.
+        current, previous: backbone features at stride 8.
         temperature: of the softmax over correlations; calibrated when the map is built.
     """
     window = cost_window(current, previous)

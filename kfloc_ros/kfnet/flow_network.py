@@ -118,7 +118,7 @@ class FlowNetwork(nn.Module):
 
     @torch.inference_mode()
     def flow(self, current: torch.Tensor, previous: torch.Tensor) -> Flow:
-        """Flow from L2-normalised trunk features (C, h, w) of two frames."""
+        """Flow from L2-normalised backbone features (C, h, w) of two frames."""
         window = cost_window(current, previous)
         read = self([window])
         offset = read.offset[0]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SCoordNet of the fast family: a residual per-cell head on the trunk, one per map.
+"""SCoordNet of the fast family: a residual per-cell head on the backbone, one per map.
 
 Its likelihood is an isotropic Laplace density in space, p(e) ~ exp(-|e| / b) / b^3, which forgives the
 cells that cannot be told apart; its variance per axis is 4 b^2.
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from kfloc_ros.device import quick_matmul
-from kfloc_ros.features.trunk import COARSE_CHANNELS, COARSE_STRIDE, CONTEXT_CHANNELS, TrunkFeatures
+from kfloc_ros.features.backbone import COARSE_CHANNELS, COARSE_STRIDE, CONTEXT_CHANNELS, BackboneFeatures
 from kfloc_ros.geometry.lie import Matrix
 from kfloc_ros.types import SceneCoordinates
 
@@ -28,7 +28,7 @@ MIN_SCALE_M = 2e-3
 MAX_SCALE_M = 20.0
 
 
-def head_input(features: TrunkFeatures) -> torch.Tensor:
+def head_input(features: BackboneFeatures) -> torch.Tensor:
     """(B, h, w, 192) what the head sees of each cell: its own features and its surroundings."""
     return torch.cat([features.coarse, features.context], dim=1).permute(0, 2, 3, 1)
 
@@ -73,7 +73,7 @@ class SCoordNet(nn.Module):
         return out[..., :3] + self.centre, out[..., 3].clamp(math.log(MIN_SCALE_M), math.log(MAX_SCALE_M))
 
     @torch.inference_mode()
-    def measure(self, features: TrunkFeatures, variance_scale: float = 1.0) -> SceneCoordinates:
+    def measure(self, features: BackboneFeatures, variance_scale: float = 1.0) -> SceneCoordinates:
         """Scene coordinates of the first image of a batch.
 
         Args:
@@ -117,7 +117,7 @@ class SCoordNets(nn.Module):
         self.heads = nn.ModuleList(heads)
 
     @torch.inference_mode()
-    def measure(self, features: TrunkFeatures, variance_scale: float = 1.0) -> SceneCoordinates:
+    def measure(self, features: BackboneFeatures, variance_scale: float = 1.0) -> SceneCoordinates:
         """Scene coordinates of the first image of a batch, of each cell's surest head."""
         inputs = head_input(features)[0]
         with quick_matmul(inputs.device):
@@ -210,7 +210,7 @@ class MeasurementCalibration(Protocol):
     def roughness(self) -> RoughnessScale | None: ...
 
 
-def measure(head: Head, features: TrunkFeatures, calibration: MeasurementCalibration) -> SceneCoordinates:
+def measure(head: Head, features: BackboneFeatures, calibration: MeasurementCalibration) -> SceneCoordinates:
     """Scene coordinates of the first image of a batch, their variances as calibrated."""
     measured = head.measure(features, calibration.measurement_variance_scale)
     return measured if calibration.roughness is None else calibration.roughness.applied(measured)

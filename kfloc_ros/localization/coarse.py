@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 from kfloc_ros.device import choose_device
-from kfloc_ros.features.trunk import COARSE_STRIDE, Trunk
+from kfloc_ros.features.backbone import COARSE_STRIDE, Backbone
 from kfloc_ros.geometry.camera import Camera, ImageAdapter
 from kfloc_ros.kfnet.filter import FlowFunction, SceneCoordinateFilter
 from kfloc_ros.kfnet.flow_network import FlowKind, choose_flow
@@ -24,18 +24,18 @@ from kfloc_ros.types import FilterReport, Frame, Matrix, SceneCoordinates
 
 
 class CoarseStage:
-    """Trunk, the networks of the map's family, Kalman filter, RANSAC-PnP.
+    """Backbone, the networks of the map's family, Kalman filter, RANSAC-PnP.
 
     Args:
         scene_map: of the place.
         config: options.
-        trunk: to share with other stages; made here by default.
+        backbone: to share with other stages; made here by default.
     """
 
-    def __init__(self, scene_map: SceneMap, config: LocalizerConfig, trunk: Trunk | None = None) -> None:
+    def __init__(self, scene_map: SceneMap, config: LocalizerConfig, backbone: Backbone | None = None) -> None:
         device = choose_device(config.device)
         calibration = scene_map.calibration
-        self._trunk = trunk or Trunk(device=device)
+        self._backbone = backbone or Backbone(device=device)
         self._networks = networks_of(scene_map, config.oflownet, device)
         self._camera = scene_map.camera
         self._use_filter = config.filter
@@ -62,12 +62,12 @@ class CoarseStage:
         return self._camera
 
     def observe(self, frame: Frame) -> Observation:
-        """Run the trunk.
+        """Run the backbone.
 
         Raises:
             FrameError: the image does not have the size of the map's camera.
         """
-        return observe(frame, self._camera, self._trunk)
+        return observe(frame, self._camera, self._backbone)
 
     def process(self, frame: Frame, observation: Observation | None = None) -> CoarseResult:
         """Measure, filter, and solve for the coarse pose.
@@ -77,7 +77,7 @@ class CoarseStage:
 
         Args:
             frame: to localize.
-            observation: of the frame, if the trunk has run.
+            observation: of the frame, if the backbone has run.
 
         Raises:
             FrameError: the image does not have the size of the map's camera.
@@ -159,7 +159,7 @@ def networks_of(scene_map: SceneMap, oflownet: str, device: torch.device) -> Coa
 
 
 class FastNetworks:
-    """The map's head, and the flow on the trunk's features."""
+    """The map's head, and the flow on the backbone's features."""
 
     stride = COARSE_STRIDE
 

@@ -27,7 +27,7 @@ class LocalizerConfig:
     tracking_check_period: int = option(
         10, "With tracking: every so many frames a coarse pose is found all the same.", low=2, high=1000
     )
-    first_fix: bool = option(True, "Search the map's reference views when there is no pose to align from.")
+    relocalize: bool = option(True, "Search the map's reference views when there is no pose to align from.")
     loaded_submaps: int = option(4, "Submaps of a place kept in memory (a place is several maps).", low=2, high=1000)
     num_references: int = option(3, "Reference views that a pose is aligned with.", low=1, high=20)
     alignment_heads: str = option(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The method: a frame goes through the trunk once, and two stages make a pose of it.
+"""The method: a frame goes through the backbone once, and two stages make a pose of it.
 
 The coarse stage measures a scene coordinate for every cell of the image (SCoordNet), fuses the measurements with what
 earlier frames said about the same surfaces (OFlowNet, Kalman filter), and solves for the camera's pose (RANSAC-PnP).

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from kfloc_ros.device import choose_device
-from kfloc_ros.features.trunk import Trunk, TrunkFeatures
+from kfloc_ros.features.backbone import Backbone, BackboneFeatures
 from kfloc_ros.geometry.lie import Matrix, inverse_pose, rotation_angle_deg
 from kfloc_ros.localization.coarse import CoarseStage
 from kfloc_ros.localization.config import LocalizerConfig
@@ -78,13 +78,13 @@ class PlaceGuide:
         search: PlaceSearchSettings | None = None,
         settings: GuideSettings | None = None,
     ) -> None:
-        own = replace(config, first_fix=False)  # in a submap alone; the whole place is searched here
-        self.place, self.trunk = place, Trunk(device=choose_device(config.device))
+        own = replace(config, relocalize=False)  # in a submap alone; the whole place is searched here
+        self.place, self.backbone = place, Backbone(device=choose_device(config.device))
         self.active: ActiveSubmap | None = None
         self.cache = SubmapCache(
-            lambda number: LoadedSubmap.of(place.load_submap(number), own, self.trunk), config.loaded_submaps
+            lambda number: LoadedSubmap.of(place.load_submap(number), own, self.backbone), config.loaded_submaps
         )
-        self._search = PlaceSearch(place, self.cache, search) if config.first_fix else None
+        self._search = PlaceSearch(place, self.cache, search) if config.relocalize else None
         self._settings = settings or GuideSettings()
         self._motion = ConstantVelocity(config.max_gap_s)
         self._suggested: tuple[Matrix, ...] = ()
@@ -105,7 +105,7 @@ class PlaceGuide:
         """The pose at a time as the motion goes on, or None without a recent one."""
         return self._motion.predict(stamp_ns)
 
-    def begin(self, stamp_ns: int, features: TrunkFeatures) -> str:
+    def begin(self, stamp_ns: int, features: BackboneFeatures) -> str:
         """Have a submap for a frame; says why there is none, or nothing.
 
         Raises:
@@ -123,7 +123,7 @@ class PlaceGuide:
             self._start_from_motion = False
             return ""
         if self._search is None:
-            return "which submap this is was not searched for, since the search (first_fix) is off"
+            return "which submap this is was not searched for, since the search (relocalize) is off"
         found = self._search.find(features, self._memory.reach(stamp_ns))
         alignment = self._memory.confirm(stamp_ns, found)
         if not alignment.success or alignment.T_map_camera is None:
@@ -132,7 +132,7 @@ class PlaceGuide:
         return ""
 
     def follow(
-        self, stamp_ns: int, features: TrunkFeatures, estimate: PoseEstimate, predicted: Matrix | None
+        self, stamp_ns: int, features: BackboneFeatures, estimate: PoseEstimate, predicted: Matrix | None
     ) -> PoseEstimate:
         """What a frame's estimate is worth in the place; another submap may take over.
 
@@ -179,7 +179,7 @@ class PlaceGuide:
         loaded.refine.suggest([T_place_camera])
         self._pause = self._settings.pause_frames
 
-    def _try_suggested(self, starts: Sequence[Matrix], features: TrunkFeatures) -> bool:
+    def _try_suggested(self, starts: Sequence[Matrix], features: BackboneFeatures) -> bool:
         """Go where somebody says that the camera is, if the image fits there; a guess decides between rooms alike."""
         by_submap: dict[int, list[Matrix]] = {}
         for start in starts:
@@ -196,13 +196,13 @@ class PlaceGuide:
         self._enter(number, alignment.T_map_camera)
         return True
 
-    def _find_again(self, features: TrunkFeatures, estimate: PoseEstimate, predicted: Matrix | None) -> PoseEstimate:
+    def _find_again(self, features: BackboneFeatures, estimate: PoseEstimate, predicted: Matrix | None) -> PoseEstimate:
         """The estimate, or, where it has no pose, that of a search around where the camera must be."""
         if self.active is None or self._search is None or predicted is None or estimate.T_map_camera is not None:
             return estimate
         spent: dict[str, float] = {}
         number, loaded = self.active.number, self.active.loaded
-        with timed(spent, "first_fix"):
+        with timed(spent, "relocalize"):
             found = self._search.find_again(features, number, loaded, lambda T: not self._jump(predicted, T))
         estimate = _with_time(estimate, spent)
         if not found.success or found.T_map_camera is None or self._jump(predicted, found.T_map_camera):
@@ -210,7 +210,9 @@ class PlaceGuide:
         self._start_from_motion = True
         return _found_at(estimate, found)
 
-    def _look_around(self, features: TrunkFeatures, estimate: PoseEstimate, predicted: Matrix | None) -> PoseEstimate:
+    def _look_around(
+        self, features: BackboneFeatures, estimate: PoseEstimate, predicted: Matrix | None
+    ) -> PoseEstimate:
         """The estimate, or a better one from a neighbour, which then takes over."""
         assert self.active is not None
         at = estimate.T_map_camera if estimate.T_map_camera is not None else predicted

@@ -37,12 +37,12 @@ class PlaceCoarseStage:
         return "" if self._guide.active is None else self._guide.active.coarse.note
 
     def observe(self, frame: Frame) -> Observation:
-        """Run the trunk; once a frame, whatever it is compared with.
+        """Run the backbone; once a frame, whatever it is compared with.
 
         Raises:
             FrameError: the image does not have the size of the place's camera.
         """
-        return observe(frame, self.camera, self._guide.trunk)
+        return observe(frame, self.camera, self._guide.backbone)
 
     def process(self, frame: Frame, observation: Observation | None = None) -> CoarseResult:
         """The coarse pose in the submap that the camera is in; failed, with the reason, if that is not known.
@@ -54,7 +54,7 @@ class PlaceCoarseStage:
         observation = observation or self.observe(frame)
         spent: dict[str, float] = {}
         before = self._guide.active
-        with timed(spent, "first_fix"):
+        with timed(spent, "relocalize"):
             reason = self._guide.begin(frame.stamp_ns, observation.features)
         active = self._guide.active
         if active is None or active is not before:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from kfloc_ros.features.trunk import Trunk, TrunkFeatures
+from kfloc_ros.features.backbone import Backbone, BackboneFeatures
 from kfloc_ros.geometry.lie import Matrix
 from kfloc_ros.localization.coarse import CoarseStage
 from kfloc_ros.localization.config import LocalizerConfig
@@ -19,8 +19,8 @@ from kfloc_ros.maps.place import Place
 from kfloc_ros.maps.place_index import SubmapCandidate
 from kfloc_ros.maps.scene_map import SceneMap
 from kfloc_ros.pixloc.refiner import failed_alignment
-from kfloc_ros.relocalization.decision import FirstFixSettings, choose
-from kfloc_ros.relocalization.search import FirstFix
+from kfloc_ros.relocalization.decision import RelocalizationSettings, choose
+from kfloc_ros.relocalization.search import Relocalizer
 from kfloc_ros.types import Alignment
 
 VIEW_REACH_M = 1.5
@@ -43,7 +43,7 @@ class PlaceSearchSettings:
     up to 1.2 times as much as another at the same pose by chance, as one of them has a view nearer by."""
     lean_margin: float = 1.15
     """From here on the image leans to a place, and two images from different views that do so will do."""
-    fix: FirstFixSettings = field(default_factory=FirstFixSettings)
+    fix: RelocalizationSettings = field(default_factory=RelocalizationSettings)
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,19 +66,19 @@ class LoadedSubmap:
 
     coarse: CoarseStage
     refine: RefineStage
-    first_fix: FirstFix
+    relocalize: Relocalizer
 
     @classmethod
-    def of(cls, scene_map: SceneMap, config: LocalizerConfig, trunk: Trunk) -> LoadedSubmap:
-        """Of a submap in the place's frame; the trunk is shared by all."""
+    def of(cls, scene_map: SceneMap, config: LocalizerConfig, backbone: Backbone) -> LoadedSubmap:
+        """Of a submap in the place's frame; the backbone is shared by all."""
         refine = RefineStage(scene_map, config)
-        return cls(CoarseStage(scene_map, config, trunk), refine, FirstFix(refine.references, scene_map.camera))
+        return cls(CoarseStage(scene_map, config, backbone), refine, Relocalizer(refine.references, scene_map.camera))
 
-    def align(self, features: TrunkFeatures, starts: Sequence[Matrix]) -> Alignment:
+    def align(self, features: BackboneFeatures, starts: Sequence[Matrix]) -> Alignment:
         """Refine the most promising of several poses; see :meth:`Refiner.align`."""
         return self.refine.refiner.align(features, starts)
 
-    def aligning(self, features: TrunkFeatures) -> Callable[[Sequence[Matrix]], Alignment]:
+    def aligning(self, features: BackboneFeatures) -> Callable[[Sequence[Matrix]], Alignment]:
         """Aligns one image."""
         return lambda starts: self.align(features, starts)
 
@@ -109,7 +109,7 @@ class PlaceSearch:
     ) -> None:
         self._place, self._cache, self._settings = place, cache, settings or PlaceSearchSettings()
 
-    def find(self, features: TrunkFeatures, reach: Reach | None = None) -> Found:
+    def find(self, features: BackboneFeatures, reach: Reach | None = None) -> Found:
         """Search the whole place; its cost depends on ``submaps``, and not on how many there are.
 
         Args:
@@ -139,7 +139,7 @@ class PlaceSearch:
         return Found(chosen, submap, numbers, None if chosen.success else leaning)
 
     def find_again(
-        self, features: TrunkFeatures, submap: int, loaded: LoadedSubmap, allowed: Callable[[Matrix], bool]
+        self, features: BackboneFeatures, submap: int, loaded: LoadedSubmap, allowed: Callable[[Matrix], bool]
     ) -> Alignment:
         """The alignment in a submap that the camera is known to be in; failed, with the reason, if there is none.
 
@@ -150,7 +150,7 @@ class PlaceSearch:
             allowed: says whether the camera can be at a pose.
         """
         retrieved = self._place.index.views_of(submap, features, self._settings.fix.retrieved)
-        found = loaded.first_fix.alignments(features, loaded.aligning(features), [view.position for view in retrieved])
+        found = loaded.relocalize.alignments(features, loaded.aligning(features), [view.position for view in retrieved])
         here = [r for r in found if r.T_map_camera is not None and allowed(r.T_map_camera)]
         return choose(here, self._settings.fix)
 
@@ -177,10 +177,10 @@ class PlaceSearch:
         away_m = np.linalg.norm(self._place.index.T_place_camera[:, :3, 3] - reach.centre, axis=1)
         return set(self._place.index.submap[away_m <= reach.limit_m + VIEW_REACH_M].tolist())
 
-    def _try(self, features: TrunkFeatures, item: SubmapCandidate) -> list[Alignment]:
+    def _try(self, features: BackboneFeatures, item: SubmapCandidate) -> list[Alignment]:
         submap = self._cache.get(item.submap)
         positions = [view.position for view in item.retrieved]
-        return submap.first_fix.alignments(features, submap.aligning(features), positions)
+        return submap.relocalize.alignments(features, submap.aligning(features), positions)
 
     def _choose(
         self, results: Sequence[tuple[SubmapCandidate, Alignment]], tried: Sequence[SubmapCandidate], margin: float

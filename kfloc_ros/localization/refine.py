@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from kfloc_ros.device import choose_device
-from kfloc_ros.features.trunk import TrunkFeatures
+from kfloc_ros.features.backbone import BackboneFeatures
 from kfloc_ros.kfnet.pnp import agreeing_share
 from kfloc_ros.localization.config import LocalizerConfig
 from kfloc_ros.localization.judgement import JudgementSettings, judge
@@ -18,7 +18,7 @@ from kfloc_ros.pixloc.heads import choose_heads
 from kfloc_ros.pixloc.references import ReferenceViews
 from kfloc_ros.pixloc.refiner import Refiner, RefinerSettings
 from kfloc_ros.relocalization.decision import UNRELATED_COST, settled
-from kfloc_ros.relocalization.search import FirstFix
+from kfloc_ros.relocalization.search import Relocalizer
 from kfloc_ros.types import Alignment, CoarsePose, Frame, Matrix, PoseEstimate, TrackingState
 
 
@@ -29,7 +29,7 @@ class RefineStage:
         calibration = scene_map.calibration
         self._device = choose_device(config.device)
         references = scene_map.references.to(self._device)
-        self._first_fix = FirstFix(references, scene_map.camera) if config.first_fix else None
+        self._relocalizer = Relocalizer(references, scene_map.camera) if config.relocalize else None
         heads = choose_heads(config.alignment_heads)
         self._refiner = Refiner(
             references,
@@ -110,12 +110,12 @@ class RefineStage:
                     alignment = self._checked(alignment, coarse.pose, features)
                 if alignment.success and not self._is_spoken_for(alignment, coarse, features):
                     alignment = self._examined(alignment, features, expected)
-            if not alignment.success and self._first_fix is not None:
-                with timed(timings, "first_fix"):
+            if not alignment.success and self._relocalizer is not None:
+                with timed(timings, "relocalize"):
                     alignment = self._search(features, alignment, predicted)
         return self._finish(self._judge(coarse, alignment), timings)
 
-    def _checked(self, alignment: Alignment, coarse: CoarsePose, features: TrunkFeatures) -> Alignment:
+    def _checked(self, alignment: Alignment, coarse: CoarsePose, features: BackboneFeatures) -> Alignment:
         """The alignment if it agrees with the coarse pose, else the better of it and one from the coarse pose."""
         if self._track.check(alignment, coarse) or coarse.T_map_camera is None:
             return alignment
@@ -125,7 +125,7 @@ class RefineStage:
         self._track.check(other, coarse)
         return other
 
-    def _is_spoken_for(self, alignment: Alignment, coarse: CoarseResult, features: TrunkFeatures) -> bool:
+    def _is_spoken_for(self, alignment: Alignment, coarse: CoarseResult, features: BackboneFeatures) -> bool:
         """Whether something that knows nothing of the poses before says that the camera is where an alignment ended.
 
         The coarse pose; but from a belief that those poses corrected, this frame's own measurement or its matches.
@@ -140,9 +140,9 @@ class RefineStage:
             share = agreeing_share(measurement, self._camera, pose, pnp_settings(self._config, measurement.stride))
             if share >= self._judgement.min_inlier_ratio:
                 return True
-        return self._first_fix is not None and self._first_fix.agrees(features, pose)
+        return self._relocalizer is not None and self._relocalizer.agrees(features, pose)
 
-    def _examined(self, alignment: Alignment, features: TrunkFeatures, expected: Matrix | None) -> Alignment:
+    def _examined(self, alignment: Alignment, features: BackboneFeatures, expected: Matrix | None) -> Alignment:
         """An alignment that no coarse pose speaks for, failed if the image's matches or the motion contradict it."""
 
         def align(starts: Sequence[Matrix]) -> Alignment:
@@ -150,7 +150,9 @@ class RefineStage:
 
         if len(alignment.reference_ids) > self._config.num_references:  # little in view: other views may see more
             alignment = settled(align, alignment)
-        return alignment if self._first_fix is None else self._first_fix.examine(features, align, alignment, expected)
+        return (
+            alignment if self._relocalizer is None else self._relocalizer.examine(features, align, alignment, expected)
+        )
 
     def _finish(self, estimate: PoseEstimate, timings: dict[str, float]) -> PoseEstimate:
         timings["total"] = sum(timings.values())
@@ -160,13 +162,13 @@ class RefineStage:
             self._had_pose = True
         return replace(estimate, timings_ms=timings)
 
-    def _search(self, features: TrunkFeatures, failed: Alignment, predicted: Matrix | None) -> Alignment:
+    def _search(self, features: BackboneFeatures, failed: Alignment, predicted: Matrix | None) -> Alignment:
         """The alignment found in the whole map, or the failed one with what the search says about it."""
-        assert self._first_fix is not None
+        assert self._relocalizer is not None
         expected = predicted if self._follows_pose else None
-        limit = self._first_fix.settings.near_max_cost
+        limit = self._relocalizer.settings.near_max_cost
         likely = [T for T in (failed.T_map_camera, predicted) if T is not None]
-        found = self._first_fix.find(
+        found = self._relocalizer.find(
             features, lambda starts: self._refiner.align(features, starts, max_cost=limit), expected, likely
         )
         return found if found.success else replace(failed, reason=f"{failed.reason}; searched the map: {found.reason}")

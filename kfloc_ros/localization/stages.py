@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kfloc_ros.errors import FrameError
-from kfloc_ros.features.trunk import COARSE_STRIDE, Trunk, TrunkFeatures
+from kfloc_ros.features.backbone import COARSE_STRIDE, Backbone, BackboneFeatures
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.kfnet.fusion import Filtered
 from kfloc_ros.kfnet.pnp import PnpSettings
@@ -24,11 +24,11 @@ from kfloc_ros.types import CoarsePose, FilterReport, Frame, Matrix, PoseEstimat
 
 @dataclass(frozen=True, eq=False)
 class Observation:
-    """A frame after its one pass through the trunk: what all stages look at."""
+    """A frame after its one pass through the backbone: what all stages look at."""
 
-    features: TrunkFeatures
+    features: BackboneFeatures
     image: NDArray[np.uint8]
-    """(H, W, 3) RGB, for networks that do not take the trunk's features."""
+    """(H, W, 3) RGB, for networks that do not take the backbone's features."""
     timings_ms: dict[str, float] = field(default_factory=dict)
     """Spent on the frame so far, by stage."""
 
@@ -41,7 +41,7 @@ class CoarseResult:
     pose: CoarsePose
     filter: FilterReport
     timings_ms: Mapping[str, float]
-    features: TrunkFeatures
+    features: BackboneFeatures
     scene_coordinates: SceneCoordinates | None = None
     measurement: SceneCoordinates | None = None
     """What this frame alone says, before the filter."""
@@ -63,7 +63,7 @@ class CoarseSteps(Protocol):
         ...
 
     def observe(self, frame: Frame) -> Observation:
-        """Run the trunk. Raises FrameError."""
+        """Run the backbone. Raises FrameError."""
         ...
 
     def process(self, frame: Frame, observation: Observation | None = None) -> CoarseResult:
@@ -119,16 +119,16 @@ def pnp_settings(config: LocalizerConfig, stride: int, covariance_scale: float =
     )
 
 
-def observe(frame: Frame, camera: Camera, trunk: Trunk) -> Observation:
-    """Run the trunk on a frame.
+def observe(frame: Frame, camera: Camera, backbone: Backbone) -> Observation:
+    """Run the backbone on a frame.
 
     Raises:
         FrameError: the image does not have the size of the map's camera.
     """
     check_frame(frame, camera)
     timings: dict[str, float] = {}
-    with timed(timings, "trunk"):
-        features = trunk.extract(frame.image)
+    with timed(timings, "backbone"):
+        features = backbone.extract(frame.image)
     return Observation(features, frame.image, timings)
 
 

@@ -17,14 +17,14 @@ from kfloc_ros import __version__
 from kfloc_ros.config import option
 from kfloc_ros.device import choose_device
 from kfloc_ros.errors import MapError
-from kfloc_ros.features.trunk import Trunk, find_weights
+from kfloc_ros.features.backbone import Backbone, find_weights
 from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.kfnet.scoordnet import SCoordNet
 from kfloc_ros.mapping.calibration import calibrate
+from kfloc_ros.mapping.mapping_pass import MappingPass, MappingPassSettings, describe_left_out, mapping_pass_over
 from kfloc_ros.mapping.scene_head import MIN_STEPS_PER_SECOND, HeadProgress, HeadTraining, train_head
-from kfloc_ros.mapping.schedule import HeldOut, Pace
-from kfloc_ros.mapping.survey import Survey, SurveySettings, describe_left_out, survey_source
+from kfloc_ros.mapping.schedule import HeldOut, TimeBudget
 from kfloc_ros.mapping.views import View, map_camera
 from kfloc_ros.maps.format import DESCRIPTION
 from kfloc_ros.maps.scene_map import Calibration, SceneMap
@@ -157,34 +157,36 @@ def make_map(
     """
     config = config or MapBuildConfig()
     start = time.monotonic()
-    pace = Pace(config.budget_s, start if started is None else started)
+    time_budget = TimeBudget(config.budget_s, start if started is None else started)
     device = choose_device(config.device)
     camera = camera or map_camera(source.camera)
-    settings = SurveySettings(
+    settings = MappingPassSettings(
         config.augmentations, config.points_per_view, config.reference_spacing_m, config.max_points, config.seed
     )
 
     def reading(position: int) -> None:
         on_progress(BuildProgress("read", position / len(source), f"view {position + 1} of {len(source)}"))
 
-    survey = survey_source(source, camera, Trunk(device=device), settings, pace, reading)
-    held_out = affordable(survey.held_out, pace.calibration_views(len(survey.held_out), survey.trunk_pass_s))
+    mapping_pass = mapping_pass_over(source, camera, Backbone(device=device), settings, time_budget, reading)
+    held_out = affordable(
+        mapping_pass.held_out, time_budget.calibration_views(len(mapping_pass.held_out), mapping_pass.backbone_pass_s)
+    )
     draft = SceneMap(
         name=name or source.name,
         frame_id="map",
         camera=camera,
-        head=_train(survey, config, pace, len(held_out), device, on_progress),
-        references=survey.references,
+        head=_train(mapping_pass, config, time_budget, len(held_out), device, on_progress),
+        references=mapping_pass.references,
         calibration=Calibration(),
-        bounds_m=_bounds(survey.cells.coordinates),
+        bounds_m=_bounds(mapping_pass.cells.coordinates),
         provenance={
             "source": source.name,
-            "views": survey.used,
-            **_left_out(survey),
-            "references": len(survey.all_references.ids),
+            "views": mapping_pass.used,
+            **_left_out(mapping_pass),
+            "references": len(mapping_pass.all_references.ids),
             "built": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "kfloc_ros": __version__,
-            "trunk": find_weights().name,
+            "backbone": find_weights().name,
             **(provenance or {}),
             "build_seconds": round(time.monotonic() - start, 1),
         },
@@ -194,22 +196,27 @@ def make_map(
         on_progress(BuildProgress("calibrate", share, text))
 
     finished = calibrate(draft, held_out, config.device, calibrating)
-    finished = dataclasses.replace(finished, references=survey.all_references)
-    return MadeMap(finished, [held.view for held in survey.held_out])
+    finished = dataclasses.replace(finished, references=mapping_pass.all_references)
+    return MadeMap(finished, [held.view for held in mapping_pass.held_out])
 
 
 def _train(
-    survey: Survey, config: MapBuildConfig, pace: Pace, calibration_views: int, device: torch.device, report: Report
+    mapping_pass: MappingPass,
+    config: MapBuildConfig,
+    time_budget: TimeBudget,
+    calibration_views: int,
+    device: torch.device,
+    report: Report,
 ) -> SCoordNet:
     def training(progress: HeadProgress) -> None:
         text = f"loss {progress.loss:.2f}, error {progress.median_error_m * 100:.1f} cm, step {progress.step}"
         report(BuildProgress("train", progress.share_done, text))
 
     seconds, floor = config.train_seconds, MIN_STEPS_PER_SECOND
-    if pace.limited:
-        seconds, floor = pace.training_s(calibration_views, survey.trunk_pass_s), 0.0
+    if time_budget.limited:
+        seconds, floor = time_budget.training_s(calibration_views, mapping_pass.backbone_pass_s), 0.0
     settings = HeadTraining(seconds=seconds, steps=config.train_steps, seed=config.seed, min_steps_per_second=floor)
-    return train_head(survey.cells.inputs, survey.cells.coordinates, settings, device, training)
+    return train_head(mapping_pass.cells.inputs, mapping_pass.cells.coordinates, settings, device, training)
 
 
 def affordable(held_out: Sequence[HeldOut], count: int) -> Sequence[HeldOut]:
@@ -222,12 +229,12 @@ def affordable(held_out: Sequence[HeldOut], count: int) -> Sequence[HeldOut]:
     return chosen[: max(count, MIN_CALIBRATION_VIEWS)]
 
 
-def _left_out(survey: Survey) -> dict[str, Any]:
-    noted: dict[str, Any] = {"views_left_out": sum(survey.left_out.values())}
-    if survey.left_out:
-        noted["left_out"] = describe_left_out(survey.left_out)
-    if survey.unread:
-        noted["unread_for_want_of_time"] = survey.unread
+def _left_out(mapping_pass: MappingPass) -> dict[str, Any]:
+    noted: dict[str, Any] = {"views_left_out": sum(mapping_pass.left_out.values())}
+    if mapping_pass.left_out:
+        noted["left_out"] = describe_left_out(mapping_pass.left_out)
+    if mapping_pass.unread:
+        noted["unread_for_want_of_time"] = mapping_pass.unread
     return noted
 
 

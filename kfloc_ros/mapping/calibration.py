@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from kfloc_ros.device import choose_device
-from kfloc_ros.features.trunk import Trunk
+from kfloc_ros.features.backbone import Backbone
 from kfloc_ros.geometry.covariance import pose_error
 from kfloc_ros.geometry.lie import Matrix, make_pose, so3_exp
 from kfloc_ros.kfnet.filter import FlowFunction
@@ -69,7 +69,7 @@ def calibrate(
     truth = [true_coordinates(view, (f.shape[1], f.shape[2])) for view, f in zip(views, features, strict=True)]
     on_progress(0.3, "measurement")
     target = choose_device(device)
-    found = calibrate_measurement(draft.head.to(target), Trunk(device=target), held_out)
+    found = calibrate_measurement(draft.head.to(target), Backbone(device=target), held_out)
     draft.head.to("cpu")
     calibration = replace(draft.calibration, measurement_variance_scale=found.variance_scale, roughness=found.roughness)
     pairs = [i for i in range(1, len(views)) if views[i].index - views[i - 1].index <= 2]
@@ -84,11 +84,11 @@ def calibrate(
 def _coarse_features(
     views: Sequence[View], device: str, on_progress: Callable[[float, str], None]
 ) -> list[torch.Tensor]:
-    trunk = Trunk(device=choose_device(device))
+    backbone = Backbone(device=choose_device(device))
     features = []
     for i, view in enumerate(views):
         on_progress(0.3 * i / len(views), "features")
-        features.append(trunk.extract(view.image).coarse[0].cpu())
+        features.append(backbone.extract(view.image).coarse[0].cpu())
     return features
 
 
@@ -198,12 +198,12 @@ def _calibrate_poses(draft: SceneMap, views: Sequence[View], stamps_ns: Sequence
 def _wrong_costs(draft: SceneMap, views: Sequence[View], device: str) -> list[float]:
     """Costs of alignments that ended in a wrong place."""
     target = choose_device(device)
-    trunk = Trunk(device=target)
+    backbone = Backbone(device=target)
     settings = RefinerSettings(max_cost=math.inf)
     refiner = Refiner(draft.references.to(target), draft.camera, settings)
     wrong = []
     for view in views:
-        alignment = refiner.align(trunk.extract(view.image), [view.T_map_camera @ WRONG_START])
+        alignment = refiner.align(backbone.extract(view.image), [view.T_map_camera @ WRONG_START])
         if alignment.success and not _is_good(view.T_map_camera, alignment.T_map_camera):
             wrong.append(alignment.final_cost)
     return wrong

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kfloc_ros.features.trunk import Trunk
+from kfloc_ros.features.backbone import Backbone
 from kfloc_ros.kfnet.scoordnet import Head, RoughnessScale, roughness_m
 from kfloc_ros.mapping.schedule import HeldOut, inner_half
 from kfloc_ros.mapping.views import IDENTITY, View, similarity, true_coordinates, warp_image
@@ -52,31 +52,31 @@ class MeasurementScale:
     """None where turned views do not need it, or could not be measured."""
 
 
-def calibrate_measurement(head: Head, trunk: Trunk, held_out: Sequence[HeldOut]) -> MeasurementScale:
+def calibrate_measurement(head: Head, backbone: Backbone, held_out: Sequence[HeldOut]) -> MeasurementScale:
     """Look at views held out as they are, and at some of them turned.
 
     Of each run its inner half counts, where trained views are far.
 
     Args:
-        head: of the map, on the trunk's device.
-        trunk: for the features.
+        head: of the map, on the backbone's device.
+        backbone: for the features.
         held_out: views that the head was not trained on.
     """
     chosen = [held for held, inner in zip(held_out, inner_half(held_out), strict=True) if inner]
-    usual = [_measured(head, trunk, held, IDENTITY) for held in chosen]
+    usual = [_measured(head, backbone, held, IDENTITY) for held in chosen]
     count = min(MAX_TURNED, -(-len(chosen) // len(TURNS)))
     to_turn = [chosen[k] for k in np.linspace(0, len(chosen) - 1, count).round().astype(int)]
     turned = [
-        _measured(head, trunk, held, similarity(held.view.camera, np.radians(angle_deg), zoom))
+        _measured(head, backbone, held, similarity(held.view.camera, np.radians(angle_deg), zoom))
         for held in to_turn
         for angle_deg, zoom in TURNS
     ]
     return scale_of(usual, turned)
 
 
-def _measured(head: Head, trunk: Trunk, held: HeldOut, turn: Matrix) -> MeasuredView:
+def _measured(head: Head, backbone: Backbone, held: HeldOut, turn: Matrix) -> MeasuredView:
     view: View = held.view
-    measured = head.measure(trunk.extract(view.image if turn is IDENTITY else warp_image(view.image, turn)))
+    measured = head.measure(backbone.extract(view.image if turn is IDENTITY else warp_image(view.image, turn)))
     h, w = measured.variance.shape
     truth = true_coordinates(view, (h, w), turn)
     error = (measured.mean.cpu() - truth.mean).abs() / measured.variance.cpu().sqrt()

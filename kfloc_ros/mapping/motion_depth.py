@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Views with poses but without depth, given depth from their motion, so that a map is built from them as from RGB-D.
 
-Depth comes from :mod:`kfloc_ros.mapping.sweep`; where the source has points of a reconstruction (see
+Depth comes from :mod:`kfloc_ros.mapping.plane_sweep`; where the source has points of a reconstruction (see
 ``FrameSource.visible_points``) these set the range that is searched and overrule the sweep at their own pixels.
 """
 
@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 
 from kfloc_ros.device import choose_device
 from kfloc_ros.errors import SourceError
-from kfloc_ros.features.trunk import COARSE_STRIDE, Trunk
+from kfloc_ros.features.backbone import COARSE_STRIDE, Backbone
 from kfloc_ros.frames import DerivedSource, FrameSource, Selection
 from kfloc_ros.geometry.camera import Camera, ImageAdapter
-from kfloc_ros.mapping.sweep import AGREE_RATIO, SweepSettings, SweepView, sweep_depth
+from kfloc_ros.mapping.plane_sweep import AGREE_RATIO, PlaneSweepSettings, PlaneSweepView, plane_sweep_depth
 from kfloc_ros.mapping.views import map_camera
 from kfloc_ros.types import Frame, Matrix
 
@@ -55,7 +55,7 @@ class MotionDepth(DerivedSource):
     Args:
         source: views with poses; depth, if they have any, is not looked at.
         settings: range of depth and what is believed.
-        device: where the trunk runs.
+        device: where the backbone runs.
         on_progress: share of the first pass (over the poses) that is done.
 
     Raises:
@@ -75,8 +75,8 @@ class MotionDepth(DerivedSource):
         super().__init__(source if step == 1 else Selection(source, range(0, len(source), step)))
         self._camera = map_camera(source.camera)
         self._adapter = ImageAdapter(source.camera, self._camera)
-        self._trunk = Trunk(device=device or torch.device("cpu"))
-        self._cache: OrderedDict[int, SweepView] = OrderedDict()
+        self._backbone = Backbone(device=device or torch.device("cpu"))
+        self._cache: OrderedDict[int, PlaneSweepView] = OrderedDict()
         self._poses: dict[int, Matrix] = {}
         for position in range(len(self._source)):
             pose = self._source.pose(position)
@@ -103,11 +103,11 @@ class MotionDepth(DerivedSource):
         ids = choose_neighbours(position, self._poses, settings.usual_m)
         depth_m = np.zeros((self._camera.height, self._camera.width), dtype=np.float32)
         if len(ids) >= 2:
-            sweep = SweepSettings(
+            sweep = PlaneSweepSettings(
                 settings.near_m, settings.far_m, min_score=settings.min_score, min_margin=settings.min_margin
             )
             neighbours = [self._view(i) for i in ids]
-            swept = sweep_depth(self._view(position, frame), neighbours, self._camera, sweep)
+            swept = plane_sweep_depth(self._view(position, frame), neighbours, self._camera, sweep)
             depth_m = spread_cells(swept.numpy(), (self._camera.height, self._camera.width))
         elif points is None:
             return frame
@@ -115,14 +115,14 @@ class MotionDepth(DerivedSource):
             draw_points(depth_m, points, self._camera)
         return replace(frame, depth_m=depth_m)
 
-    def _view(self, position: int, frame: Frame | None = None) -> SweepView:
+    def _view(self, position: int, frame: Frame | None = None) -> PlaneSweepView:
         """Features of a view, from the cache or computed; ``frame`` is already in the map's camera."""
         if position in self._cache:
             self._cache.move_to_end(position)
             return self._cache[position]
         image = frame.image if frame is not None else self._adapter(self._source[position].image)
-        features = self._trunk.extract(image)
-        view = SweepView(features.coarse[0].cpu().half(), torch.from_numpy(self._poses[position]))
+        features = self._backbone.extract(image)
+        view = PlaneSweepView(features.coarse[0].cpu().half(), torch.from_numpy(self._poses[position]))
         self._cache[position] = view
         while len(self._cache) > CACHED_VIEWS:
             self._cache.popitem(last=False)
@@ -151,7 +151,7 @@ def with_depth(
     Args:
         source: views with poses.
         hide: take depth from motion in any case.
-        device: where the trunk runs, see :func:`kfloc_ros.device.choose_device`.
+        device: where the backbone runs, see :func:`kfloc_ros.device.choose_device`.
         settings: of depth from motion.
 
     Raises:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kfloc_ros.maps.place import AnyMap, MapOutline, each_map
+from kfloc_ros.maps.place import AnyMap, MapInfo, each_map
 from kfloc_ros.maps.scene_map import SceneMap
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ WIDTH_IN, MIN_HEIGHT_IN, MAX_HEIGHT_IN = 9.0, 4.0, 14.0
 Points = NDArray[np.float64]
 
 
-def up_axis(scene_map: MapOutline) -> tuple[int, float]:
+def up_axis(scene_map: MapInfo) -> tuple[int, float]:
     """Axis of the map frame (0 to 2) that points up or down, and its sign: where the views' images have their top."""
     upwards = -scene_map.references.T_map_camera[:, :3, 1].mean(axis=0)
     axis = int(np.abs(upwards).argmax())

@@ -100,7 +100,7 @@ READ_SHARE = 0.45
 """Most of the time that reading views may take."""
 CALIBRATION_SHARE = 0.2
 CALIBRATION_PER_PASS = 8.0
-"""Time that a held-out view takes to calibrate with, in passes through the trunk."""
+"""Time that a held-out view takes to calibrate with, in passes through the backbone."""
 CALIBRATION_MARGIN = 1.3
 WRITE_S = 2.0
 LEAST_TRAINING_S = 3.0
@@ -108,7 +108,7 @@ FIRST_VIEWS = 5
 """Read in any case, to learn how long a view takes."""
 
 
-class Pace:
+class TimeBudget:
     """Divides the time for a whole build among its stages; without a limit nothing is left out.
 
     Args:
@@ -148,20 +148,20 @@ class Pace:
         self._read += 1
         return True
 
-    def calibration_views(self, held_out: int, trunk_pass_s: float) -> int:
+    def calibration_views(self, held_out: int, backbone_pass_s: float) -> int:
         """How many of the held-out views there is time to calibrate with."""
         if not self.limited:
             return held_out
-        affordable = CALIBRATION_SHARE * self.budget_s / (CALIBRATION_PER_PASS * max(trunk_pass_s, 1e-6))
+        affordable = CALIBRATION_SHARE * self.budget_s / (CALIBRATION_PER_PASS * max(backbone_pass_s, 1e-6))
         return min(held_out, int(affordable))
 
-    def training_s(self, calibration_views: int, trunk_pass_s: float) -> float:
+    def training_s(self, calibration_views: int, backbone_pass_s: float) -> float:
         """Time left for training when calibration and writing have theirs.
 
         Raises:
             SourceError: hardly any is left.
         """
-        reserve_s = CALIBRATION_MARGIN * CALIBRATION_PER_PASS * trunk_pass_s * calibration_views + WRITE_S
+        reserve_s = CALIBRATION_MARGIN * CALIBRATION_PER_PASS * backbone_pass_s * calibration_views + WRITE_S
         left_s = self._end - self._clock() - reserve_s
         if left_s < LEAST_TRAINING_S:
             raise SourceError(

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from kfloc_ros.datasets.colmap import MIN_TRACK_LENGTH, camera_of
 from kfloc_ros.datasets.tum import CALIBRATION_FILE, write_calibration
 from kfloc_ros.errors import SourceError
-from kfloc_ros.features.trunk import Trunk
+from kfloc_ros.features.backbone import Backbone
 from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import Camera, ImageAdapter
 from kfloc_ros.geometry.lie import Matrix, inverse_pose, make_pose
@@ -166,7 +166,7 @@ def _match_similar(database: Path, images: Path, names: Sequence[str], camera: C
     import pycolmap
 
     read = (_read_image(images / name) for name in names)
-    pairs = similar_pairs(read, camera, Trunk(), partners=SIMILAR_IMAGES, min_apart=OVERLAP + 1)
+    pairs = similar_pairs(read, camera, Backbone(), partners=SIMILAR_IMAGES, min_apart=OVERLAP + 1)
     listed = database.with_name("pairs.txt")
     listed.write_text("".join(f"{names[i]} {names[j]}\n" for i, j in pairs))
     pairing = pycolmap.ImportedPairingOptions()

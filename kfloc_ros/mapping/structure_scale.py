@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from kfloc_ros.errors import SourceError
-from kfloc_ros.features.trunk import Trunk
+from kfloc_ros.features.backbone import Backbone
 from kfloc_ros.frames import DerivedSource, FrameSource
 from kfloc_ros.geometry.camera import Camera, ImageAdapter
 from kfloc_ros.geometry.lie import Matrix, inverse_pose
@@ -171,14 +171,14 @@ BLOCK_ROWS = 512
 
 
 def similar_pairs(
-    images: Iterable[NDArray[np.uint8]], camera: Camera, trunk: Trunk, *, partners: int, min_apart: int
+    images: Iterable[NDArray[np.uint8]], camera: Camera, backbone: Backbone, *, partners: int, min_apart: int
 ) -> list[tuple[int, int]]:
     """Pairs of images that look most alike among those at least ``min_apart`` from each other in the sequence.
 
     Args:
         images: RGB (H, W, 3), in order, of a pinhole camera; read once.
         camera: of the images.
-        trunk: whose features describe them.
+        backbone: whose features describe them.
         partners: of each image, at most.
         min_apart: nearer images are somebody else's task.
 
@@ -186,7 +186,7 @@ def similar_pairs(
         Sorted pairs (i, j), i < j, each once.
     """
     adapter = ImageAdapter(camera, map_camera(camera))
-    cells = [_described(reliable_cells(trunk.extract(adapter(image)))) for image in images]
+    cells = [_described(reliable_cells(backbone.extract(adapter(image)))) for image in images]
     if len(cells) <= min_apart:
         return []
     vocabulary = Vocabulary.learn(torch.cat([c.features for c in cells]).float())

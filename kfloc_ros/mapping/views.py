@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kfloc_ros.features.trunk import COARSE_STRIDE, SIZE_MULTIPLE, TrunkFeatures
+from kfloc_ros.features.backbone import COARSE_STRIDE, SIZE_MULTIPLE, BackboneFeatures
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import Matrix, inverse_pose
 from kfloc_ros.kfnet.scoordnet import head_input
@@ -83,7 +83,7 @@ def warp_image(image: NDArray[np.uint8], similarity: NDArray[np.float64]) -> NDA
 
 
 def sample_cells(
-    view: View, features: TrunkFeatures, similarity: NDArray[np.float64], limit: int, rng: np.random.Generator
+    view: View, features: BackboneFeatures, similarity: NDArray[np.float64], limit: int, rng: np.random.Generator
 ) -> Cells:
     """Cells of an (augmented) view whose depth is known and smooth, at most ``limit`` of them.
 

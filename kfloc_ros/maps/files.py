@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from safetensors.torch import load
 
 from kfloc_ros.errors import MapError
-from kfloc_ros.features.trunk import COARSE_CHANNELS, FINE_CHANNELS
+from kfloc_ros.features.backbone import COARSE_CHANNELS, FINE_CHANNELS
 from kfloc_ros.kfnet.scoordnet import MAX_HEADS, Head, SCoordNet, together
 from kfloc_ros.pixloc.references import ReferencePoints, ReferenceViews
 

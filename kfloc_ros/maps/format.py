@@ -15,7 +15,7 @@ import yaml
 from safetensors import SafetensorError
 
 from kfloc_ros.errors import MapError
-from kfloc_ros.features.trunk import SIZE_MULTIPLE
+from kfloc_ros.features.backbone import SIZE_MULTIPLE
 from kfloc_ros.geometry.camera import Camera
 
 FORMAT = "kfloc_map"

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from kfloc_ros.errors import FrameError, MapError
-from kfloc_ros.features.trunk import COARSE_CHANNELS, FINE_CHANNELS
+from kfloc_ros.features.backbone import COARSE_CHANNELS, FINE_CHANNELS
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import Matrix
 from kfloc_ros.maps.files import file_checksum, read_file, read_tensors
@@ -276,7 +276,7 @@ def is_submap_name(name: str) -> bool:
     return _NAME.fullmatch(name) is not None
 
 
-class MapOutline(Protocol):
+class MapInfo(Protocol):
     """Where something is and what it looks like from afar."""
 
     @property

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from kfloc_ros.features.trunk import COARSE_CHANNELS, TrunkFeatures
+from kfloc_ros.features.backbone import COARSE_CHANNELS, BackboneFeatures
 from kfloc_ros.geometry.lie import Matrix
 from kfloc_ros.pixloc.references import ReferenceViews, view_distances
 from kfloc_ros.relocalization.retrieval import (
@@ -86,7 +86,7 @@ class PlaceIndex:
         return int((self.submap == submap).sum())
 
     @torch.inference_mode()
-    def search(self, features: TrunkFeatures, submaps: int, views: int) -> list[SubmapCandidate]:
+    def search(self, features: BackboneFeatures, submaps: int, views: int) -> list[SubmapCandidate]:
         """The submaps that an image looks most like, best first, at most :data:`SHORTLIST`.
 
         Args:
@@ -111,7 +111,7 @@ class PlaceIndex:
         return found
 
     @torch.inference_mode()
-    def views_of(self, submap: int, features: TrunkFeatures, views: int) -> tuple[Retrieved, ...]:
+    def views_of(self, submap: int, features: BackboneFeatures, views: int) -> tuple[Retrieved, ...]:
         """The views of one submap that an image looks most like, best first."""
         own = np.flatnonzero(self.submap == submap)
         similarity = self._similarity(reliable_cells(features))[own]

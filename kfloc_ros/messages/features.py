@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trunk features over topics, so that only one process runs the trunk: two ``sensor_msgs/Image`` of signed bytes.
+"""Backbone features over topics, so that only one process runs the backbone: two ``sensor_msgs/Image`` of signed bytes.
 
 ``frame/features_coarse`` has one channel more than the features, the reliability; one byte a channel is also how maps
 store features. Nothing here imports ROS: a message is whatever has the fields of the ROS message.
@@ -15,23 +15,23 @@ import torch
 import torch.nn.functional as F
 
 from kfloc_ros.errors import FrameError
-from kfloc_ros.features.trunk import COARSE_CHANNELS, COARSE_STRIDE, FINE_CHANNELS, FINE_STRIDE, TrunkFeatures
+from kfloc_ros.features.backbone import COARSE_CHANNELS, COARSE_STRIDE, FINE_CHANNELS, FINE_STRIDE, BackboneFeatures
 from kfloc_ros.geometry.camera import Camera
 
 _STEPS = 127
 
 
-def fill_coarse(message: Any, features: TrunkFeatures) -> Any:
+def fill_coarse(message: Any, features: BackboneFeatures) -> Any:
     """Put the coarse features and the reliability into an ``Image`` and return it."""
     return _fill(message, torch.cat([features.coarse[0], features.reliability[:1].to(features.coarse)]))
 
 
-def fill_fine(message: Any, features: TrunkFeatures) -> Any:
+def fill_fine(message: Any, features: BackboneFeatures) -> Any:
     """Put the fine features into an ``Image`` and return it."""
     return _fill(message, features.fine[0])
 
 
-def read_features(coarse: Any, fine: Any, camera: Camera) -> TrunkFeatures:
+def read_features(coarse: Any, fine: Any, camera: Camera) -> BackboneFeatures:
     """What the refiner needs of a frame's features, on the CPU; the context is empty.
 
     Raises:
@@ -39,7 +39,7 @@ def read_features(coarse: Any, fine: Any, camera: Camera) -> TrunkFeatures:
     """
     coarse_grid = _read(coarse, camera, COARSE_STRIDE, COARSE_CHANNELS + 1)
     fine_grid = _read(fine, camera, FINE_STRIDE, FINE_CHANNELS)
-    return TrunkFeatures(
+    return BackboneFeatures(
         coarse=F.normalize(coarse_grid[None, :COARSE_CHANNELS], dim=1),
         fine=F.normalize(fine_grid[None], dim=1),
         context=torch.empty(1, 0, *coarse_grid.shape[1:]),

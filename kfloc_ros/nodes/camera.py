@@ -14,7 +14,7 @@ from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 
 from kfloc_ros.errors import FrameError
 from kfloc_ros.geometry.camera import Camera, ImageAdapter
-from kfloc_ros.maps.place import MapOutline
+from kfloc_ros.maps.place import MapInfo
 from kfloc_ros.messages.camera_info import camera_from_info, check_view
 from kfloc_ros.messages.images import decode_compressed, decode_image
 from kfloc_ros.messages.poses import StampGuard, stamp_to_ns
@@ -174,7 +174,7 @@ class CameraComponent:
 class CameraApplication:
     """The camera component as a node of its own: frames go out over topics."""
 
-    def __init__(self, node: Node, parameters: ParameterServer, scene_map: MapOutline, gate: Gate) -> None:
+    def __init__(self, node: Node, parameters: ParameterServer, scene_map: MapInfo, gate: Gate) -> None:
         self._health = Health(node.get_logger())
         self._publish = FramePublisher(node, lambda: self._health.counters)
         self._diagnostics = DiagnosticsPublisher(node, self._health, gate, scene_map.name, Report)

@@ -38,7 +38,7 @@ class FilterComponent:
     """Takes frames, publishes ``coarse_pose`` and gives coarse frames to ``output``, in the caller's thread.
 
     The stage learns from what ``output`` makes of a coarse pose, if it says so.
-    Where ``track`` answers a frame after the trunk alone, it has no coarse pose.
+    Where ``track`` answers a frame after the backbone alone, it has no coarse pose.
     """
 
     def __init__(

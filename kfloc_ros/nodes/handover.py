@@ -16,7 +16,7 @@ from rclpy.node import Node
 from sensor_msgs.msg import CameraInfo, Image
 
 from kfloc_ros.errors import FrameError
-from kfloc_ros.features.trunk import TrunkFeatures
+from kfloc_ros.features.backbone import BackboneFeatures
 from kfloc_ros.localization.stages import CoarseResult
 from kfloc_ros.messages.camera_info import camera_from_info, fill_info
 from kfloc_ros.messages.features import fill_coarse, fill_fine, read_features
@@ -209,7 +209,7 @@ class CoarsePublisher:
         values |= counter_values(packet.camera.counters(self._own())) | timing_values(result.timings_ms)
         self._statuses.publish(make_status(result.stamp_ns, "coarse", values))
 
-    def _publish_features(self, camera: CameraFrame, features: TrunkFeatures) -> None:
+    def _publish_features(self, camera: CameraFrame, features: BackboneFeatures) -> None:
         for publisher, fill in ((self._coarse, fill_coarse), (self._fine, fill_fine)):
             message = fill(Image(), features)
             fill_stamp(message.header.stamp, camera.frame.stamp_ns)

@@ -16,7 +16,7 @@ from rclpy.node import Node
 
 from kfloc_ros.errors import KflocError
 from kfloc_ros.maps.format import DESCRIPTION
-from kfloc_ros.maps.place import MapOutline
+from kfloc_ros.maps.place import MapInfo
 from kfloc_ros.nodes.health import Health
 from kfloc_ros.nodes.initial_pose import spread
 from kfloc_ros.nodes.parameter_server import ParameterServer
@@ -30,7 +30,7 @@ _MAX_TRIES = 10
 class PoseKeeper:
     """Does nothing where ``pose_file`` is empty; what goes wrong with the file is said and never ends anything."""
 
-    def __init__(self, node: Node, parameters: ParameterServer, scene_map: MapOutline, health: Health) -> None:
+    def __init__(self, node: Node, parameters: ParameterServer, scene_map: MapInfo, health: Health) -> None:
         self._parameters, self._health = parameters, health
         self._saved_s = 0.0
         self._last: SavedPose | None = None
@@ -121,7 +121,7 @@ class SavedPose:
     covariance: Matrix
 
 
-def map_id(scene_map: MapOutline) -> str:
+def map_id(scene_map: MapInfo) -> str:
     """Name and checksum of a map: a pose means nothing in another one, or in one that was built again."""
     description = scene_map.path / DESCRIPTION if scene_map.path is not None else None
     content = description.read_bytes() if description is not None and description.is_file() else b""

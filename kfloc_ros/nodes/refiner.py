@@ -9,10 +9,10 @@ from dataclasses import replace
 from rclpy.node import Node
 
 from kfloc_ros.device import choose_device
-from kfloc_ros.features.trunk import TrunkFeatures
+from kfloc_ros.features.backbone import BackboneFeatures
 from kfloc_ros.localization.refine import RefineStage
 from kfloc_ros.localization.stages import Observation, RefineSteps
-from kfloc_ros.maps.place import AnyMap, MapOutline, single_map
+from kfloc_ros.maps.place import AnyMap, MapInfo, single_map
 from kfloc_ros.nodes.diagnostics import DiagnosticsPublisher, StatusPublisher
 from kfloc_ros.nodes.filter import check_camera
 from kfloc_ros.nodes.handover import (
@@ -48,7 +48,7 @@ class RefinerComponent:
         self,
         node: Node,
         parameters: ParameterServer,
-        scene_map: MapOutline,
+        scene_map: MapInfo,
         stage: RefineSteps,
         health: Health,
         gate: Gate,
@@ -103,7 +103,7 @@ class RefinerComponent:
         if starts:
             self._stage.suggest(starts)
 
-    def _answer(self, packet: CameraFrame, estimate: PoseEstimate, features: TrunkFeatures) -> PoseEstimate:
+    def _answer(self, packet: CameraFrame, estimate: PoseEstimate, features: BackboneFeatures) -> PoseEstimate:
         """Publish what became of a frame, and say it."""
         self._begun = None
         self._initial.judge(estimate.T_map_camera is not None)

@@ -15,9 +15,9 @@ from rclpy.node import Node
 from sensor_msgs.msg import Image, PointCloud2, PointField
 from visualization_msgs.msg import Marker, MarkerArray
 
-from kfloc_ros.features.trunk import TrunkFeatures
+from kfloc_ros.features.backbone import BackboneFeatures
 from kfloc_ros.localization.stages import CoarseResult
-from kfloc_ros.maps.place import MapOutline
+from kfloc_ros.maps.place import MapInfo
 from kfloc_ros.messages.clouds import fill_cloud
 from kfloc_ros.messages.images import fill_image
 from kfloc_ros.messages.poses import fill_stamp
@@ -122,7 +122,7 @@ class Localized:
 
     camera: CameraFrame
     estimate: PoseEstimate
-    features: TrunkFeatures
+    features: BackboneFeatures
 
 
 def overlay_publisher(node: Node, painter: OverlayPainter, warn: Callable[[str], None]) -> Spectators[Localized]:
@@ -146,7 +146,7 @@ _COLOUR = {"r": 0.85, "g": 0.35, "b": 0.15, "a": 0.8}
 class MapPublisher:
     """Publishes what a map holds, once each."""
 
-    def __init__(self, node: Node, scene_map: MapOutline, map_frame: str, gate: Gate) -> None:
+    def __init__(self, node: Node, scene_map: MapInfo, map_frame: str, gate: Gate) -> None:
         self._node, self._map, self._frame, self._gate = node, scene_map, map_frame, gate
         views: tuple[tuple[str, type, Callable[[], Any]], ...] = (
             ("map_points", PointCloud2, self._points),

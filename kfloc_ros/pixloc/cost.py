@@ -39,7 +39,7 @@ class FeatureImage:
         hence a wider basin, than the interpolant's own derivative).
         """
         C, H, W = features.shape
-        cells = features.permute(1, 2, 0)  # channels lie side by side already where the trunk's layout is kept
+        cells = features.permute(1, 2, 0)  # channels lie side by side already where the backbone's layout is kept
         table = torch.empty(H, W, 3 * C + 1, dtype=torch.float32, device=features.device)
         table[..., :C] = cells
         du, dv = table[..., C : 2 * C], table[..., 2 * C : 3 * C]

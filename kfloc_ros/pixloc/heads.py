@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Alignment heads: what turns XFeat's features into ones that are better to align by, and says how far to trust them.
 
-A head works on single cells and single points alike. So a map keeps the trunk's own features of its references, the
+A head works on single cells and single points alike. So a map keeps the backbone's own features of its references, the
 heads are applied to them when they are used, and any map works with any heads or none. New heads change nothing: their
 features, confidences and damping are those of the plain refiner.
 """
@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from kfloc_ros.errors import ConfigError, WeightsError
-from kfloc_ros.features.trunk import COARSE_CHANNELS, FINE_CHANNELS
+from kfloc_ros.features.backbone import COARSE_CHANNELS, FINE_CHANNELS
 from kfloc_ros.pixloc.optimizer import ConstantDamping
 
 FORMAT = "kfloc_heads"
@@ -64,7 +64,7 @@ class Aligned(NamedTuple):
     features: torch.Tensor
     """(..., C) of unit length."""
     trust: torch.Tensor
-    """(...) in (0, 2): factor of the trunk's reliability; 1 for new heads."""
+    """(...) in (0, 2): factor of the backbone's reliability; 1 for new heads."""
 
 
 class LevelHead(nn.Module):
@@ -106,7 +106,7 @@ class AlignmentHeads(nn.Module):
     """How the mean cost at the fine level compares with that of plain features: about, and at true poses."""
 
     def of_points(self, coarse: torch.Tensor, fine: torch.Tensor) -> tuple[Aligned, Aligned]:
-        """Coarse and fine level of points with the trunk's unit features (..., 64) and (..., 24)."""
+        """Coarse and fine level of points with the backbone's unit features (..., 64) and (..., 24)."""
         if self.fine is None or self.context is None:
             return self.coarse(coarse), _unchanged(fine)
         return self.coarse(coarse), self.fine(fine, self.context(coarse))

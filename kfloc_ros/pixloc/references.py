@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from kfloc_ros.features.trunk import COARSE_STRIDE, FINE_STRIDE, TrunkFeatures
+from kfloc_ros.features.backbone import COARSE_STRIDE, FINE_STRIDE, BackboneFeatures
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import Matrix
 from kfloc_ros.pixloc.cost import NEAR_M, FeatureImage
@@ -154,7 +154,7 @@ def view_distances(T_map_cameras: NDArray[np.float64], T_map_camera: Matrix) -> 
 
 
 def extract_reference_points(
-    features: TrunkFeatures, depth_m: NDArray[np.float32], camera: Camera, T_map_camera: Matrix, max_points: int
+    features: BackboneFeatures, depth_m: NDArray[np.float32], camera: Camera, T_map_camera: Matrix, max_points: int
 ) -> ReferencePoints:
     """Choose points of a mapping view and sample their features.
 
@@ -191,7 +191,7 @@ def extract_reference_points(
     )
 
 
-def query_points(features: TrunkFeatures, max_points: int) -> tuple[torch.Tensor, torch.Tensor]:
+def query_points(features: BackboneFeatures, max_points: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Pixels (N, 2) and coarse unit features (N, 64) of an image's points, chosen as those of reference views are."""
     device = features.coarse.device
     h, w = (side * COARSE_STRIDE for side in features.coarse.shape[-2:])

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from kfloc_ros.features.trunk import COARSE_STRIDE, FINE_STRIDE, TrunkFeatures
+from kfloc_ros.features.backbone import COARSE_STRIDE, FINE_STRIDE, BackboneFeatures
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.covariance import map_frame_covariance
 from kfloc_ros.geometry.lie import Matrix, inverse_pose, make_pose, rotation_angle_deg
@@ -78,7 +78,9 @@ class Refiner:
             self._damping = tuple(heads.damping_of(level).detach().double().cpu().numpy() for level in LEVELS)
 
     @torch.inference_mode()
-    def align(self, features: TrunkFeatures, starts: Sequence[Matrix], *, max_cost: float | None = None) -> Alignment:
+    def align(
+        self, features: BackboneFeatures, starts: Sequence[Matrix], *, max_cost: float | None = None
+    ) -> Alignment:
         """Refine the most promising of several starting poses, and the next if that fails.
 
         Args:
@@ -205,7 +207,7 @@ class _Candidate:
         return T_map_camera
 
 
-def query_levels(features: TrunkFeatures, heads: AlignmentHeads | None = None) -> tuple[FeatureImage, FeatureImage]:
+def query_levels(features: BackboneFeatures, heads: AlignmentHeads | None = None) -> tuple[FeatureImage, FeatureImage]:
     """The two levels of one image, coarse then fine, laid out for sampling."""
     reliability = features.reliability[:1]
     fine_reliability = F.interpolate(reliability[None], features.fine.shape[-2:], mode="bilinear")[0, 0]

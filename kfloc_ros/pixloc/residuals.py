@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from kfloc_ros.features.trunk import FINE_STRIDE, TrunkFeatures
+from kfloc_ros.features.backbone import FINE_STRIDE, BackboneFeatures
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import Matrix, make_pose
 from kfloc_ros.pixloc.cost import FeatureImage, project
@@ -29,7 +29,9 @@ class Reprojection:
     """(N,) weight of the points in the alignment: the reference's reliability times the image's."""
 
 
-def reproject(features: TrunkFeatures, points: ReferencePoints, T_map_camera: Matrix, camera: Camera) -> Reprojection:
+def reproject(
+    features: BackboneFeatures, points: ReferencePoints, T_map_camera: Matrix, camera: Camera
+) -> Reprojection:
     """Project reference points into an image and compare features at the fine level, the last one of the alignment.
 
     Args:
@@ -45,7 +47,7 @@ def reproject(features: TrunkFeatures, points: ReferencePoints, T_map_camera: Ma
 
 
 def reproject_all(
-    features: TrunkFeatures, points: ReferencePoints, T_map_camera: Matrix, camera: Camera
+    features: BackboneFeatures, points: ReferencePoints, T_map_camera: Matrix, camera: Camera
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As :func:`reproject`, but in the points' order: residuals (N,), and which of them are in view, (N,) bool."""
     everything = _compare(features, points, T_map_camera, camera)
@@ -60,7 +62,7 @@ class _Comparison:
     in_view: torch.Tensor
 
 
-def _compare(features: TrunkFeatures, points: ReferencePoints, T_map_camera: Matrix, camera: Camera) -> _Comparison:
+def _compare(features: BackboneFeatures, points: ReferencePoints, T_map_camera: Matrix, camera: Camera) -> _Comparison:
     confidence = F.interpolate(features.reliability[:1][None].float(), features.fine.shape[-2:], mode="bilinear")[0, 0]
     image = FeatureImage.from_maps(features.fine[0].float(), confidence, FINE_STRIDE)
     # float32 is exact enough only near the origin, and a map may be far from its own

@@ -24,7 +24,7 @@ away cost more; and matched points have said independently of the cost where to 
 
 
 @dataclass(frozen=True)
-class FirstFixSettings:
+class RelocalizationSettings:
     """How far the search goes and when a place counts as found."""
 
     retrieved: int = 20
@@ -74,7 +74,7 @@ class FirstFixSettings:
 
 def choose(
     results: Sequence[Alignment],
-    settings: FirstFixSettings,
+    settings: RelocalizationSettings,
     place: Callable[[Alignment], str] | None = None,
     expected: Matrix | None = None,
 ) -> Alignment:
@@ -112,19 +112,19 @@ def settled(align: Callable[[Sequence[Matrix]], Alignment], first: Alignment) ->
     return second if second.success and second.final_cost < first.final_cost else first
 
 
-def is_near(alignment: Alignment, expected: Matrix, settings: FirstFixSettings) -> bool:
+def is_near(alignment: Alignment, expected: Matrix, settings: RelocalizationSettings) -> bool:
     """Whether an alignment is where the camera was expected."""
     T = alignment.T_map_camera
     return T is not None and not apart(T, expected, settings.near_m, settings.near_deg)
 
 
-def distinct(a: Alignment, b: Alignment, settings: FirstFixSettings) -> bool:
+def distinct(a: Alignment, b: Alignment, settings: RelocalizationSettings) -> bool:
     """Whether two alignments, which have poses, are of different places."""
     assert a.T_map_camera is not None and b.T_map_camera is not None
     return apart(a.T_map_camera, b.T_map_camera, settings.distinct_m, settings.distinct_deg)
 
 
-def more_speak_for(other: NDArray[np.bool_], own: NDArray[np.bool_], settings: FirstFixSettings) -> bool:
+def more_speak_for(other: NDArray[np.bool_], own: NDArray[np.bool_], settings: RelocalizationSettings) -> bool:
     """Whether clearly more of an image's matches speak for another pose than for one's own.
 
     More by the margin, and by more than chance: of the matches that speak for one of the two alone, either could have

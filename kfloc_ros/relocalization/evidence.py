@@ -16,7 +16,7 @@ from kfloc_ros.geometry.lie import Matrix, inverse_pose, so3_log
 from kfloc_ros.pixloc.cost import project, projection_jacobian
 from kfloc_ros.pixloc.optimizer import left_update
 from kfloc_ros.pixloc.references import ReferenceViews
-from kfloc_ros.relocalization.decision import FirstFixSettings, cost_of, settled
+from kfloc_ros.relocalization.decision import RelocalizationSettings, cost_of, settled
 from kfloc_ros.relocalization.matching import ImageMatches, Matches
 from kfloc_ros.types import Alignment
 
@@ -47,7 +47,7 @@ class Evidence:
         self,
         references: ReferenceViews,
         camera: Camera,
-        settings: FirstFixSettings,
+        settings: RelocalizationSettings,
         matches: ImageMatches,
         align: Align,
     ) -> None:

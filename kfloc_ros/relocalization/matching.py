@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kfloc_ros.features.backbone import COARSE_STRIDE, BackboneFeatures
 from kfloc_ros.features.lighterglue import LighterGlue, PointSet
-from kfloc_ros.features.trunk import COARSE_STRIDE, TrunkFeatures
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import Matrix, inverse_pose
 from kfloc_ros.pixloc.cost import project
@@ -64,7 +64,7 @@ class ImageMatches:
         self,
         references: ReferenceViews,
         camera: Camera,
-        features: TrunkFeatures,
+        features: BackboneFeatures,
         matcher: Callable[[], LighterGlue],
     ) -> None:
         self._references, self._camera, self.features, self._matcher = references, camera, features, matcher

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which reference views does an image show? One compact descriptor a view, from the features the map already holds.
 
-The descriptor is a VLAD (Jegou et al., CVPR 2010) of the trunk's coarse features, normalised cluster by cluster
+The descriptor is a VLAD (Jegou et al., CVPR 2010) of the backbone's coarse features, normalised cluster by cluster
 (Arandjelovic and Zisserman, CVPR 2013), each feature weighted by its reliability. The vocabulary is learned from the
 map itself. Of the views that are most like an image by it, the image's own features then choose: each votes for the
 views that hold the points it resembles most, so that what is everywhere decides nothing. Everything follows from the
@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
-from kfloc_ros.features.trunk import TrunkFeatures
+from kfloc_ros.features.backbone import BackboneFeatures
 from kfloc_ros.pixloc.references import ReferencePoints, ReferenceViews
 
 SHORTLIST = 60
@@ -90,7 +90,7 @@ class ReferenceIndex:
         self._mean = torch.stack(rows).mean(dim=0)
         self._descriptors = F.normalize(torch.stack(rows) - self._mean, dim=1)
 
-    def search(self, features: TrunkFeatures, count: int) -> list[Retrieved]:
+    def search(self, features: BackboneFeatures, count: int) -> list[Retrieved]:
         """The reference views that show most of what an image shows, best first, at most ``count``."""
         cells = reliable_cells(features)
         listed = self._nearest(self._vocabulary.describe(cells.features, cells.weight), max(count, SHORTLIST))
@@ -117,7 +117,7 @@ class ReferenceIndex:
         return [Retrieved(int(k), float(v)) for k, v in zip(positions.tolist(), values.tolist(), strict=True)]
 
 
-def reliable_cells(features: TrunkFeatures) -> QueryCells:
+def reliable_cells(features: BackboneFeatures) -> QueryCells:
     """The most reliable cells of the (first) image, spread over it."""
     reliability, coarse = features.reliability[0].float(), features.coarse[0].float()
     h, w = (side // BLOCK_CELLS * BLOCK_CELLS for side in reliability.shape)

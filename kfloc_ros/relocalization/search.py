@@ -11,23 +11,25 @@ import poselib
 import torch
 from numpy.typing import NDArray
 
+from kfloc_ros.features.backbone import BackboneFeatures
 from kfloc_ros.features.lighterglue import LighterGlue
-from kfloc_ros.features.trunk import TrunkFeatures
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import Matrix, apart, inverse_pose, make_pose
 from kfloc_ros.pixloc.references import ReferenceViews
-from kfloc_ros.relocalization.decision import FirstFixSettings, choose, distinct, is_near, more_speak_for
+from kfloc_ros.relocalization.decision import RelocalizationSettings, choose, distinct, is_near, more_speak_for
 from kfloc_ros.relocalization.evidence import JUDGING_VIEWS, Align, Evidence
 from kfloc_ros.relocalization.matching import ImageMatches, Matches
 from kfloc_ros.relocalization.retrieval import ReferenceIndex
 from kfloc_ros.types import Alignment
 
 
-class FirstFix:
+class Relocalizer:
     """Finds where an image was taken from nothing but the image; the index is made when it is first asked."""
 
-    def __init__(self, references: ReferenceViews, camera: Camera, settings: FirstFixSettings | None = None) -> None:
-        self._references, self._camera, self.settings = references, camera, settings or FirstFixSettings()
+    def __init__(
+        self, references: ReferenceViews, camera: Camera, settings: RelocalizationSettings | None = None
+    ) -> None:
+        self._references, self._camera, self.settings = references, camera, settings or RelocalizationSettings()
         self._starts = StartingPoses(references, camera, self.settings)
         self._index: ReferenceIndex | None = None
         self._matcher: LighterGlue | None = None
@@ -36,7 +38,7 @@ class FirstFix:
 
     def find(
         self,
-        features: TrunkFeatures,
+        features: BackboneFeatures,
         align: Align,
         expected: Matrix | None = None,
         likely: Sequence[Matrix] = (),
@@ -54,7 +56,7 @@ class FirstFix:
         return self._evidence(features, align).fixed(choose(found, self.settings, expected=expected))
 
     @torch.inference_mode()
-    def agrees(self, features: TrunkFeatures, T_map_camera: Matrix) -> bool:
+    def agrees(self, features: BackboneFeatures, T_map_camera: Matrix) -> bool:
         """Whether as many of the image's matches agree with a pose as where the camera was expected."""
         views = self._references.best_overlapping(T_map_camera, self._camera, JUDGING_VIEWS)
         return self.matches(features).agreement(T_map_camera, views) >= self.settings.near_agreement
@@ -62,7 +64,7 @@ class FirstFix:
     @torch.inference_mode()
     def examine(
         self,
-        features: TrunkFeatures,
+        features: BackboneFeatures,
         align: Align,
         alignment: Alignment,
         expected: Matrix | None = None,
@@ -94,7 +96,7 @@ class FirstFix:
     @torch.inference_mode()
     def alignments(
         self,
-        features: TrunkFeatures,
+        features: BackboneFeatures,
         align: Align,
         retrieved: Sequence[int] | None = None,
         expected: Matrix | None = None,
@@ -169,16 +171,16 @@ class FirstFix:
             return s.min_agreement
         return s.near_agreement if self._is_expected(alignment, expected) else s.far_agreement
 
-    def matches(self, features: TrunkFeatures) -> ImageMatches:
+    def matches(self, features: BackboneFeatures) -> ImageMatches:
         """Of an image with the map's views."""
         if self._matches is None or self._matches.features is not features:
             self._matches = ImageMatches(self._references, self._camera, features, self._context_matcher)
         return self._matches
 
-    def _evidence(self, features: TrunkFeatures, align: Align) -> Evidence:
+    def _evidence(self, features: BackboneFeatures, align: Align) -> Evidence:
         return Evidence(self._references, self._camera, self.settings, self.matches(features), align)
 
-    def _retrieve(self, features: TrunkFeatures, expected: Matrix | None = None) -> list[int]:
+    def _retrieve(self, features: BackboneFeatures, expected: Matrix | None = None) -> list[int]:
         """Positions of the views that an image may show, the likeliest first."""
         if self._index is None:
             self._index = ReferenceIndex(self._references)
@@ -205,7 +207,7 @@ class _Supported:
 class StartingPoses:
     """Solves matches with the reference views of a map for poses of a camera."""
 
-    def __init__(self, references: ReferenceViews, camera: Camera, settings: FirstFixSettings) -> None:
+    def __init__(self, references: ReferenceViews, camera: Camera, settings: RelocalizationSettings) -> None:
         self._references, self._camera, self._settings = references, camera, settings
 
     def of(self, matches: Mapping[int, Matches], min_inliers: int) -> list[Matrix]:

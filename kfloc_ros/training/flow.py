@@ -21,7 +21,7 @@ from torch import nn
 
 from kfloc_ros.datasets.derived import Remembered, motion_blur
 from kfloc_ros.errors import SourceError
-from kfloc_ros.features.trunk import COARSE_STRIDE, Trunk
+from kfloc_ros.features.backbone import COARSE_STRIDE, Backbone
 from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import ImageAdapter
 from kfloc_ros.kfnet.flow import cost_window
@@ -43,7 +43,7 @@ class FlowPair:
     images: torch.Tensor
     """(2, 1, H, W) grey, 0..1: this frame, and the one before."""
     flow: torch.Tensor
-    """(2, h, w) cells of the trunk's coarse level, x then y; 0 where unknown."""
+    """(2, h, w) cells of the backbone's coarse level, x then y; 0 where unknown."""
     known: torch.Tensor
     """(h, w) bool: where the depth, and so the flow, is known."""
     seen: torch.Tensor
@@ -174,18 +174,18 @@ MAX_NLL = 12.0
 
 
 class FastFlowStage(Stage[FlowPair]):
-    """The network learns; the trunk, whose features it compares, stays as it is.
+    """The network learns; the backbone, whose features it compares, stays as it is.
 
     Args:
         network: to train.
-        device: where the trunk runs.
+        device: where the backbone runs.
     """
 
     name, group_length, batch, augment = "oflownet", 2, 4, "full"
 
     def __init__(self, network: FlowNetwork, device: torch.device | str = "cpu") -> None:
         self.network = network
-        self._trunk = Trunk(device=device)
+        self._backbone = Backbone(device=device)
 
     def modules(self) -> dict[str, nn.Module]:
         return {"oflownet": self.network}
@@ -194,7 +194,7 @@ class FastFlowStage(Stage[FlowPair]):
         save_flow_network(folder / "oflownet.safetensors", self.network)
 
     def loss(self, groups: Sequence[FlowPair]) -> StepLoss:
-        coarse = self._trunk(torch.cat([pair.images for pair in groups])).coarse
+        coarse = self._backbone(torch.cat([pair.images for pair in groups])).coarse
         with torch.no_grad():
             windows = [cost_window(coarse[2 * k], coarse[2 * k + 1]) for k in range(len(groups))]
         read = self.network(windows)

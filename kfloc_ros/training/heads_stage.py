@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from kfloc_ros.config import option
-from kfloc_ros.features.trunk import COARSE_STRIDE, FINE_STRIDE
+from kfloc_ros.features.backbone import COARSE_STRIDE, FINE_STRIDE
 from kfloc_ros.geometry.tensors import Pose
 from kfloc_ros.pixloc.heads import LEVELS, AlignmentHeads, save_heads
 from kfloc_ros.pixloc.reference.cost import FeatureCost, FeatureMap

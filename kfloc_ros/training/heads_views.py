@@ -2,7 +2,7 @@
 """Pairs of simulated views to train alignment heads on: other light, other places, pictures made worse.
 
 The room's furniture is that of the demo; its pictures, prints and textures are those of other seeds than the demo's.
-The trunk's features are extracted once, when the views are made: training sees nothing else.
+The backbone's features are extracted once, when the views are made: training sees nothing else.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kfloc_ros.features.trunk import Trunk, TrunkFeatures
+from kfloc_ros.features.backbone import Backbone, BackboneFeatures
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.camera_tensor import CameraTensor
 from kfloc_ros.geometry.lie import Matrix, inverse_pose, make_pose, so3_exp
@@ -99,7 +99,7 @@ class SimulatedPairs:
 
     Raises:
         SourceError: the ray caster is not installed.
-        WeightsError: the trunk's weights are missing.
+        WeightsError: the backbone's weights are missing.
     """
 
     def __init__(
@@ -112,14 +112,14 @@ class SimulatedPairs:
         self._rule, self._seed = rule, seed
         self._starts = StartErrors(seed)
         self._camera = CameraTensor.from_camera(rule.camera)
-        trunk = Trunk()
+        backbone = Backbone()
         self._places: list[list[_View]] = []
         for room in range(first_room, first_room + rule.rooms):
             renderer = Renderer(build_room(room, rule.texels_per_m), rule.camera)
             for place in range(rule.places):
                 rng = np.random.default_rng((room, place))
                 poses = _poses_around(rng, rule)
-                self._places.append([_view(renderer, trunk, T, rule, rng) for T in poses])
+                self._places.append([_view(renderer, backbone, T, rule, rng) for T in poses])
                 on_progress(len(self._places) / (rule.rooms * rule.places))
 
     def batch(
@@ -213,12 +213,12 @@ def _poses_around(rng: np.random.Generator, rule: ViewRule) -> list[Matrix]:
     return poses
 
 
-def _view(renderer: Renderer, trunk: Trunk, T: Matrix, rule: ViewRule, rng: np.random.Generator) -> _View:
+def _view(renderer: Renderer, backbone: Backbone, T: Matrix, rule: ViewRule, rng: np.random.Generator) -> _View:
     rendering = renderer.render(T, random_light(rng))
     sensor = Sensor(rule.camera)
     half = make_pose(so3_exp(rng.normal(0, np.radians(0.08), 3)), rng.normal(0, 8e-4, 3))
     image = weathered(sensor.expose(rendering, T @ inverse_pose(half), T, T @ half, rng), rng)
-    features: TrunkFeatures = trunk.extract(image)
+    features: BackboneFeatures = backbone.extract(image)
     found = extract_reference_points(features, rendering.depth_m, rule.camera, np.eye(4), rule.points)
     # where a view has fewer points than asked for, some count twice
     index = torch.arange(rule.points) % len(found)

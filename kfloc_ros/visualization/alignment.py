@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from kfloc_ros.errors import DrawingError
-from kfloc_ros.features.trunk import TrunkFeatures
+from kfloc_ros.features.backbone import BackboneFeatures
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.camera_tensor import CameraTensor
 from kfloc_ros.geometry.lie import Matrix, make_pose, rotation_angle_deg, so3_exp
@@ -61,7 +61,9 @@ def reference_points(scene_map: SceneMap, ids: Sequence[int]) -> ReferencePoints
     return ReferencePoints.concatenate([scene_map.references.views[positions[ident]] for ident in ids])
 
 
-def alignment_panels(frame: Frame, features: TrunkFeatures, alignment: Alignment, scene_map: SceneMap) -> list[Panel]:
+def alignment_panels(
+    frame: Frame, features: BackboneFeatures, alignment: Alignment, scene_map: SceneMap
+) -> list[Panel]:
     """Four panels: points over the image at the start and at the end, by residual; the same by weight.
 
     Raises:

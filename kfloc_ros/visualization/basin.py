@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kfloc_ros.errors import DrawingError
-from kfloc_ros.features.trunk import TrunkFeatures
+from kfloc_ros.features.backbone import BackboneFeatures
 from kfloc_ros.geometry.lie import Matrix
 from kfloc_ros.pixloc.refiner import Refiner
 from kfloc_ros.visualization.alignment import moved, offset_between
@@ -53,7 +53,7 @@ class Basin:
     """Alignments that ended elsewhere and were taken for good."""
 
 
-def right_pose(refiner: Refiner, features: TrunkFeatures, start: Matrix) -> Matrix | None:
+def right_pose(refiner: Refiner, features: BackboneFeatures, start: Matrix) -> Matrix | None:
     """Where the alignment ends from a good pose, or None if it is refused."""
     alignment = refiner.align(features, [start])
     return alignment.T_map_camera if alignment.success else None
@@ -61,7 +61,7 @@ def right_pose(refiner: Refiner, features: TrunkFeatures, start: Matrix) -> Matr
 
 def trials(
     refiner: Refiner,
-    features: TrunkFeatures,
+    features: BackboneFeatures,
     frame: int,
     goal: Matrix,
     offsets_m: Sequence[float],

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import Matrix
 from kfloc_ros.mapping.picture import up_axis
-from kfloc_ros.maps.place import MapOutline
+from kfloc_ros.maps.place import MapInfo
 from kfloc_ros.messages.clouds import Cloud
 from kfloc_ros.types import SceneCoordinates
 from kfloc_ros.visualization.cells import Scale
@@ -23,7 +23,7 @@ CORNERS_OF_LINES = ((0, 1), (0, 2), (0, 3), (0, 4), (1, 2), (2, 3), (3, 4), (4, 
 """The lines of a camera symbol: from its centre (0) to the image's corners (1 to 4), and around these."""
 
 
-def map_cloud(scene_map: MapOutline, limit: int = MAX_MAP_POINTS) -> Cloud:
+def map_cloud(scene_map: MapInfo, limit: int = MAX_MAP_POINTS) -> Cloud:
     """All reference points, evenly thinned to ``limit``, coloured by height: maps keep no colours."""
     points = np.concatenate([view.points.cpu().numpy() for view in scene_map.references.views]).astype(np.float32)
     points = points[:: -(-len(points) // limit)]

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kfloc_ros.features.trunk import Trunk, TrunkFeatures
+from kfloc_ros.features.backbone import Backbone, BackboneFeatures
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.pixloc.references import ReferencePoints, ReferenceViews
 from kfloc_ros.pixloc.residuals import Reprojection, reproject
@@ -82,7 +82,7 @@ class OverlayPainter:
             there was none.
         camera: of the map.
         count: how many reference views are drawn where there was no alignment.
-        device: where the trunk runs for images that come without features.
+        device: where the backbone runs for images that come without features.
     """
 
     def __init__(
@@ -95,10 +95,10 @@ class OverlayPainter:
     ) -> None:
         self._references: Callable[[], ReferenceViews] = references if callable(references) else lambda: references
         self._camera, self._count, self._device = camera, count, device
-        self._trunk: Trunk | None = None
+        self._backbone: Backbone | None = None
 
     def paint(
-        self, image: NDArray[np.uint8], estimate: PoseEstimate, features: TrunkFeatures | None = None
+        self, image: NDArray[np.uint8], estimate: PoseEstimate, features: BackboneFeatures | None = None
     ) -> NDArray[np.uint8]:
         """The overlay (H, W, 3) of an image (H, W, 3); its features are made anew where they are not given."""
         T = estimate.T_map_camera
@@ -113,7 +113,7 @@ class OverlayPainter:
         features = features or self._extract(image)
         return draw_overlay(image, estimate, reproject(features, points.to(features.fine.device), T, self._camera))
 
-    def _extract(self, image: NDArray[np.uint8]) -> TrunkFeatures:
-        if self._trunk is None:
-            self._trunk = Trunk(device=self._device)
-        return self._trunk.extract(image)
+    def _extract(self, image: NDArray[np.uint8]) -> BackboneFeatures:
+        if self._backbone is None:
+            self._backbone = Backbone(device=self._device)
+        return self._backbone.extract(image)

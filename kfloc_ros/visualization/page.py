@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from kfloc_ros.errors import DrawingError
-from kfloc_ros.features.trunk import TrunkFeatures
+from kfloc_ros.features.backbone import BackboneFeatures
 from kfloc_ros.geometry.lie import Matrix
 from kfloc_ros.mapping.picture import up_axis
 from kfloc_ros.maps.scene_map import SceneMap
@@ -115,7 +115,7 @@ class LocalizationPage:
             raise DrawingError(f"The page '{path}' cannot be written: {error.strerror}.") from error
         return path
 
-    def _residuals(self, features: TrunkFeatures, steps: Sequence[AlignmentStep], ids: Sequence[int]) -> list[str]:
+    def _residuals(self, features: BackboneFeatures, steps: Sequence[AlignmentStep], ids: Sequence[int]) -> list[str]:
         """One byte for every point of the references at every step; 255 where it is out of view."""
         if not steps:
             return []

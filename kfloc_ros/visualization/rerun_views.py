@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from kfloc_ros.errors import FrameError, SourceError
 from kfloc_ros.evaluation.metrics import pose_error
-from kfloc_ros.features.trunk import TrunkFeatures
+from kfloc_ros.features.backbone import BackboneFeatures
 from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import Camera, ImageAdapter
 from kfloc_ros.localization.localizer import Localizer
@@ -78,7 +78,7 @@ def log_filter(recording: Recording, seen: Seen, nis_threshold: float) -> None:
 
 
 def log_alignment(
-    recording: Recording, frame: Frame, features: TrunkFeatures, alignment: Alignment, scene_map: SceneMap
+    recording: Recording, frame: Frame, features: BackboneFeatures, alignment: Alignment, scene_map: SceneMap
 ) -> None:
     """The map, the reference views used, and camera and overlay at every step; the viewer's timeline is ``step``."""
     log_map(recording, scene_map)

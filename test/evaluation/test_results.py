@@ -39,7 +39,7 @@ def make_records(count: int = 8) -> list[FrameRecord]:
                 reason="too few inliers, 3 | 12" if failed else "",
                 covariance=None if failed else np.diag([1e-5] * 3 + [1e-6] * 3),
                 stats={"inlier_count": 100.0 + i, "nis_mean": float("nan")},
-                timings_ms={"trunk": 30.0 + i, "total": 90.0} | ({} if failed else {"refine": 50.0}),
+                timings_ms={"backbone": 30.0 + i, "total": 90.0} | ({} if failed else {"refine": 50.0}),
                 latency_ms=100.0 + i,
             )
         )

@@ -33,21 +33,21 @@ def records(pattern: str, error_m: float = 0.0, sigma_m: float = 0.1) -> list[Fr
 
 def test_a_good_run() -> None:
     result = streaming(records("TTTTT"))
-    assert (result.availability, result.time_to_first_fix_s, result.false_ok, result.outages) == (1, 0, 0, 0)
+    assert (result.availability, result.time_to_first_pose_s, result.false_ok, result.outages) == (1, 0, 0, 0)
     assert math.isnan(result.recovery_s["p50"]) and not result.lost_at_end
 
 
-def test_first_fix_and_recovery_in_recorded_time() -> None:
+def test_first_pose_and_recovery_in_recorded_time() -> None:
     result = streaming(records("IIT.TLLDTTLT"))
     assert result.availability == pytest.approx(5 / 12)
-    assert result.time_to_first_fix_s == pytest.approx(0.2)
+    assert result.time_to_first_pose_s == pytest.approx(0.2)
     assert result.outages == 2 and result.recovery_s["p50"] == pytest.approx(0.2)
 
 
 def test_an_outage_that_does_not_end_is_told_and_a_dropped_frame_is_none() -> None:
     assert streaming(records("TTLL")).lost_at_end and streaming(records("TTLL")).outages == 1
     assert streaming(records("TT..T")).outages == 0
-    assert math.isnan(streaming(records("LLL")).time_to_first_fix_s) and streaming(records("LLL")).outages == 0
+    assert math.isnan(streaming(records("LLL")).time_to_first_pose_s) and streaming(records("LLL")).outages == 0
 
 
 def test_false_ok_counts_only_what_is_called_tracking() -> None:
@@ -66,5 +66,5 @@ def test_nothing_is_no_number() -> None:
 def test_a_bag_that_loops_does_not_take_time_back() -> None:
     looped = records("ITTT") + records("LLTT")
     result = streaming(looped)
-    assert result.time_to_first_fix_s == pytest.approx(0.1)
+    assert result.time_to_first_pose_s == pytest.approx(0.1)
     assert result.outages == 1 and result.recovery_s["p50"] == pytest.approx(0.2)

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from kfloc_ros.errors import WeightsError
+from kfloc_ros.features.backbone import Backbone, find_weights
 from kfloc_ros.features.lighterglue import LighterGlue, PointSet
-from kfloc_ros.features.trunk import Trunk, find_weights
 from kfloc_ros.pixloc.references import query_points
 
 
@@ -20,7 +20,7 @@ def matcher() -> LighterGlue:
 
 
 def points(image) -> PointSet:
-    return PointSet(*query_points(Trunk(device="cpu").extract(image), 300), image.shape[1], image.shape[0])
+    return PointSet(*query_points(Backbone(device="cpu").extract(image), 300), image.shape[1], image.shape[0])
 
 
 def test_points_of_a_moved_view_are_found_where_they_went(matcher: LighterGlue, room) -> None:

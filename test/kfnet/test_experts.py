@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from kfloc_ros.features.trunk import TrunkFeatures
+from kfloc_ros.features.backbone import BackboneFeatures
 from kfloc_ros.geometry.lie import make_pose, so3_exp
 from kfloc_ros.kfnet.scoordnet import SCoordNet, SCoordNets, head_input, heads_of, moved, together, with_variance_scale
 
@@ -21,9 +21,9 @@ def head(seed: int, log_scale: float = -2.0) -> SCoordNet:
     return net.eval()
 
 
-def features() -> TrunkFeatures:
+def features() -> BackboneFeatures:
     torch.manual_seed(5)
-    return TrunkFeatures(
+    return BackboneFeatures(
         torch.randn(1, 64, 4, 6), torch.zeros(1, 24, 8, 12), torch.randn(1, 128, 4, 6), torch.ones(1, 4, 6)
     )
 

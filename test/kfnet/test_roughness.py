@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kfloc_ros.features.trunk import TrunkFeatures
+from kfloc_ros.features.backbone import BackboneFeatures
 from kfloc_ros.kfnet.scoordnet import RoughnessScale, SCoordNet, measure, roughness_m
 from kfloc_ros.maps.scene_map import Calibration
 from kfloc_ros.types import SceneCoordinates
@@ -68,7 +68,7 @@ def test_a_scale_without_sense_is_refused(values: tuple[float, float]) -> None:
 def test_a_measurement_has_the_calibrated_variance() -> None:
     torch.manual_seed(0)
     head = SCoordNet(width=16, blocks=1).eval()
-    features = TrunkFeatures(
+    features = BackboneFeatures(
         torch.randn(1, 64, 12, 16), torch.randn(1, 24, 24, 32), torch.randn(1, 128, 12, 16), torch.rand(1, 12, 16)
     )
     stated = head.measure(features)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from kfloc_ros.evaluation.offline import localize_source
-from kfloc_ros.features.trunk import Trunk
+from kfloc_ros.features.backbone import Backbone
 from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.lie import make_pose, so3_exp
 from kfloc_ros.kfnet.scoordnet import SCoordNet
@@ -37,8 +37,8 @@ Make = Callable[..., Place]
 
 
 @pytest.fixture(scope="module")
-def trunk() -> Trunk:
-    return Trunk(device="cpu")
+def backbone() -> Backbone:
+    return Backbone(device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -50,13 +50,13 @@ def other_room(room):
 
 
 @pytest.fixture(scope="module")
-def map_of(trunk: Trunk) -> Callable[..., SceneMap]:
+def map_of(backbone: Backbone) -> Callable[..., SceneMap]:
     """Maps whose head knows nothing, so that all depends on the search and the alignment."""
 
     def make(frames: Sequence[Frame]) -> SceneMap:
         views = []
         for frame in frames:
-            features = trunk.extract(frame.image)
+            features = backbone.extract(frame.image)
             views.append(extract_reference_points(features, frame.depth_m, frame.camera, frame.T_map_camera, 300))
         torch.manual_seed(0)
         head = SCoordNet(width=8, blocks=0)
@@ -123,12 +123,12 @@ def test_the_submap_that_an_image_shows_is_found_and_its_poses_are_the_places(
         and localizer.submap == "own"
         and away_m(first, room[9].T_map_camera) < 0.03
     )
-    assert "first_fix" in first.timings_ms
+    assert "relocalize" in first.timings_ms
     localizer.reset("a test")
     second = localizer.process(at(other_room[18], 1))
     assert localizer.submap == "other" and away_m(second, FAR @ other_room[18].T_map_camera) < 0.03
     following = localizer.process(at(other_room[19], 2))
-    assert following.state is TrackingState.TRACKING and "first_fix" not in following.timings_ms
+    assert following.state is TrackingState.TRACKING and "relocalize" not in following.timings_ms
     assert away_m(following, FAR @ other_room[19].T_map_camera) < 0.03
 
 
@@ -197,7 +197,7 @@ def test_after_a_sudden_turn_the_present_submap_alone_is_searched(three_alike: P
     localizer.process(at(room[9], 0))
     turned = room.view(room[9].T_map_camera @ make_pose(so3_exp([0.0, 0.33, 0.0]), np.zeros(3)))
     estimate = localizer.process(at(turned, 1))
-    assert "first_fix" in estimate.timings_ms and localizer.submap == "own"
+    assert "relocalize" in estimate.timings_ms and localizer.submap == "own"
     assert estimate.state is TrackingState.TRACKING and away_m(estimate, turned.T_map_camera) < 0.05
 
 
@@ -236,8 +236,8 @@ def test_no_more_submaps_are_in_memory_than_allowed(three_alike: Place, room, ot
 
 
 def test_without_the_search_a_hint_is_needed(two_rooms: Place, room) -> None:
-    localizer = localizer_of(two_rooms, first_fix=False)
-    assert "first_fix" in localizer.process(at(room[9], 0)).reason
+    localizer = localizer_of(two_rooms, relocalize=False)
+    assert "relocalize" in localizer.process(at(room[9], 0)).reason
     localizer.refine.suggest([room[9].T_map_camera])
     assert away_m(localizer.process(at(room[9], 1)), room[9].T_map_camera) < 0.03
 

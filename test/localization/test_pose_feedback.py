@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from kfloc_ros.features.trunk import Trunk, TrunkFeatures
+from kfloc_ros.features.backbone import Backbone, BackboneFeatures
 from kfloc_ros.geometry.lie import Matrix, make_pose
 from kfloc_ros.kfnet.scoordnet import measure
 from kfloc_ros.localization.config import LocalizerConfig
@@ -72,10 +72,10 @@ def test_a_confirmed_belief_does_not_speak_for_a_wrong_pose(
     """Belief and alignment agree on a wrong place; the image's matches are asked, for its cells do not agree."""
     frame = room[9]
     wrong = make_pose(frame.T_map_camera[:3, :3], frame.T_map_camera[:3, 3] + [0.6, 0.0, 0.0])
-    features = Trunk(device="cpu").extract(frame.image)
+    features = Backbone(device="cpu").extract(frame.image)
     align, calls = Refiner.align, []
 
-    def misled(self: Refiner, features: TrunkFeatures, starts: Sequence[Matrix], **options: float) -> Alignment:
+    def misled(self: Refiner, features: BackboneFeatures, starts: Sequence[Matrix], **options: float) -> Alignment:
         calls.append(starts)
         if len(calls) == 1:
             return Alignment(True, "", wrong, np.eye(6) * 1e-6, 0.3, 0.1, 0.9, 8, (0,))

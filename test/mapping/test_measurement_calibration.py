@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kfloc_ros.features.trunk import TrunkFeatures
+from kfloc_ros.features.backbone import BackboneFeatures
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.kfnet.scoordnet import SCoordNet
 from kfloc_ros.mapping.measurement_calibration import (
@@ -73,16 +73,16 @@ def test_the_worse_half_of_the_runs_decides() -> None:
 
 
 class Shades:
-    """Instead of the trunk: what a cell shows is where it lies on the wall, if the picture is upright."""
+    """Instead of the backbone: what a cell shows is where it lies on the wall, if the picture is upright."""
 
     def __init__(self) -> None:
         self.seen = 0
 
-    def extract(self, image: np.ndarray) -> TrunkFeatures:
+    def extract(self, image: np.ndarray) -> BackboneFeatures:
         self.seen += 1
         cells = torch.from_numpy(image).float().permute(2, 0, 1)[None] / 255.0
         coarse = F.pad(F.avg_pool2d(cells, 8), (0, 0, 0, 0, 0, 61))
-        return TrunkFeatures(coarse, coarse[:, :24], torch.zeros(1, 128, 12, 16), coarse[:, 0])
+        return BackboneFeatures(coarse, coarse[:, :24], torch.zeros(1, 128, 12, 16), coarse[:, 0])
 
 
 def test_held_out_views_are_looked_at_as_they_are_and_turned() -> None:
@@ -90,9 +90,9 @@ def test_held_out_views_are_looked_at_as_they_are_and_turned() -> None:
     image = np.random.default_rng(0).integers(0, 255, (96, 128, 3), dtype=np.uint8)
     held = [HeldOut(View(image, np.full((96, 128), 2.0, np.float32), camera, np.eye(4), k), k, 1) for k in range(6)]
     torch.manual_seed(0)
-    trunk = Shades()
-    found = calibrate_measurement(SCoordNet(width=16, blocks=1).eval(), trunk, held)  # type: ignore[arg-type]
-    inner = trunk.seen - len(TURNS) * min(MAX_TURNED, -(-4 // len(TURNS)))
+    backbone = Shades()
+    found = calibrate_measurement(SCoordNet(width=16, blocks=1).eval(), backbone, held)  # type: ignore[arg-type]
+    inner = backbone.seen - len(TURNS) * min(MAX_TURNED, -(-4 // len(TURNS)))
     assert inner == 4  # of six in one run
     assert found.variance_scale > 0
 

@@ -22,7 +22,7 @@ from kfloc_ros.mapping.motion_depth import (
     draw_points,
     spread_cells,
 )
-from kfloc_ros.mapping.sweep import SweepSettings, SweepView, cell_rays, sweep_depth
+from kfloc_ros.mapping.plane_sweep import PlaneSweepSettings, PlaneSweepView, cell_rays, plane_sweep_depth
 from kfloc_ros.types import Frame, Matrix
 
 CAMERA = Camera(256, 192, 220.0, 220.0, 127.5, 95.5)
@@ -115,9 +115,9 @@ def test_views_without_pose_or_without_neighbours_have_no_depth() -> None:
 
 def test_nothing_is_believed_without_texture() -> None:
     blank = F.normalize(torch.ones(64, 12, 16), dim=0)
-    views = [SweepView(blank, torch.from_numpy(T)) for T in walk(3) if T is not None]
-    assert not sweep_depth(
-        views[1], [views[0], views[2]], Camera(128, 96, 110, 110, 63.5, 47.5), SweepSettings(0.5, 8)
+    views = [PlaneSweepView(blank, torch.from_numpy(T)) for T in walk(3) if T is not None]
+    assert not plane_sweep_depth(
+        views[1], [views[0], views[2]], Camera(128, 96, 110, 110, 63.5, 47.5), PlaneSweepSettings(0.5, 8)
     ).any()
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from kfloc_ros.cli.main import main
 from kfloc_ros.errors import MapError
-from kfloc_ros.features.trunk import TrunkFeatures
+from kfloc_ros.features.backbone import BackboneFeatures
 from kfloc_ros.geometry.lie import make_pose
 from kfloc_ros.mapping.place_making import make_place
 from kfloc_ros.maps.format import DESCRIPTION, INDEX_FILE, SUBMAPS, read_description
@@ -226,6 +226,6 @@ def test_what_a_few_points_show_decides_between_submaps_alike(tmp_path: Path) ->
         grid[0, :, ::4, ::4] = unit(features[number] + 0.04 * torch.randn(80, 64)).t().reshape(64, 8, 10)
         reliability = torch.zeros(1, 32, 40)
         reliability[0, ::4, ::4] = 1.0
-        found = index.search(TrunkFeatures(grid, torch.zeros(0), torch.zeros(0), reliability), submaps=4, views=3)
+        found = index.search(BackboneFeatures(grid, torch.zeros(0), torch.zeros(0), reliability), submaps=4, views=3)
         assert found[0].submap == number and found[0].votes > 3 * found[1].votes
         assert len(found) <= SHORTLIST

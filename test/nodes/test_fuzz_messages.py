@@ -26,7 +26,7 @@ from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 from std_msgs.msg import Header
 
 from kfloc_ros.errors import FrameError
-from kfloc_ros.features.trunk import COARSE_CHANNELS, FINE_CHANNELS, TrunkFeatures
+from kfloc_ros.features.backbone import COARSE_CHANNELS, FINE_CHANNELS, BackboneFeatures
 from kfloc_ros.geometry.camera import Camera, ImageAdapter
 from kfloc_ros.geometry.lie import make_pose, so3_exp
 from kfloc_ros.messages.camera_info import camera_from_info, fill_info, in_words, shared_view
@@ -228,7 +228,7 @@ GOOD_FRAME = {
 GOOD_COARSE = {
     **{key: GOOD_FRAME[key] for key in ("received", "processed", "dropped", "refused", "failed")}, "success": True,
     "reason": "", "inliers": 50, "inlier_ratio": 0.5, "prior_ratio": 0.5, "nis": 3.0, "rejected_ratio": 0.1,
-    "filter_reset": "", "trunk_ms": 3.0,
+    "filter_reset": "", "backbone_ms": 3.0,
 }  # fmt: skip
 
 
@@ -239,7 +239,7 @@ def statuses(good: dict[str, Any]) -> st.SearchStrategy[DiagnosticArray]:
     return st.builds(lambda change: make_status(5, "frame", {**good, **change}), changes)
 
 
-FEATURES = TrunkFeatures(
+FEATURES = BackboneFeatures(
     coarse=torch.nn.functional.normalize(torch.rand(1, COARSE_CHANNELS, 3, 4)),
     fine=torch.nn.functional.normalize(torch.rand(1, FINE_CHANNELS, 6, 8)),
     context=torch.empty(1, 0, 3, 4),

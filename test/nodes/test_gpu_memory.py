@@ -90,17 +90,17 @@ def test_other_errors_are_left_as_they_are() -> None:
 RUNS_OUT_ONCE = """
 import sys
 import torch
-from kfloc_ros.features.trunk import Trunk
+from kfloc_ros.features.backbone import Backbone
 
-extract, calls = Trunk.extract, []
+extract, calls = Backbone.extract, []
 
-def runs_out_once(trunk, image):
+def runs_out_once(backbone, image):
     calls.append(image)
     if len(calls) == {call}:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
-    return extract(trunk, image)
+    return extract(backbone, image)
 
-Trunk.extract = runs_out_once
+Backbone.extract = runs_out_once
 from kfloc_ros.nodes.executables import main
 sys.exit(main())
 """

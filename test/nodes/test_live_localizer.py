@@ -52,7 +52,7 @@ def test_an_image_becomes_pose_transform_path_and_status(world: Any, room: Any) 
 
     values = harness.statuses[stamp_ns]
     assert values["state"] == "TRACKING" and values["published"] == "true"
-    for stage in ("decode", "rectify", "trunk", "measure", "filter", "pnp", "refine", "total", "publish"):
+    for stage in ("decode", "rectify", "backbone", "measure", "filter", "pnp", "refine", "total", "publish"):
         assert float(values[f"{stage}_ms"]) >= 0
     assert float(values["latency_ms"]) >= float(values["total_ms"])
     assert int(values["processed"]) >= 1 and int(values["inliers"]) > 0
@@ -234,7 +234,7 @@ def test_three_processes_answer_as_one_does(new_world: NewWorld, room_map: Path,
     assert values["state"] == "TRACKING"
     assert {
         "decode_ms",
-        "trunk_ms",
+        "backbone_ms",
         "pnp_ms",
         "refine_ms",
         "latency_ms",

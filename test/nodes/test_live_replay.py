@@ -41,7 +41,7 @@ def test_a_bag_is_localized_by_live_nodes(separate: bool, room_bag: Path, room_m
     assert summary["median_translation_m"] < 0.05
     assert sum(summary["options"]["transforms"].values()) == summary["localized"]
     assert summary["latency_ms"]["p50"] > 0
-    assert {"trunk", "refine"} <= summary["stage_ms"].keys()
+    assert {"backbone", "refine"} <= summary["stage_ms"].keys()
     assert summary["options"]["processes_left"] == 0
     assert all(ending == {"code": 0, "forced": ""} for ending in summary["options"]["node_exits"].values())
     assert len((tmp_path / "frames.csv").read_text().splitlines()) == 41

@@ -50,7 +50,7 @@ def test_an_initial_pose_is_tried_a_bad_one_refused_and_the_last_one_found_again
     new_world: NewWorld, room_map: Path, room: Any, tmp_path: Path
 ) -> None:
     world, file = new_world(), tmp_path / "last_pose.json"
-    arguments = (f"map:={room_map}", BLIND, "first_fix:=false", f"pose_file:={file}", "max_gap_s:=60.0")
+    arguments = (f"map:={room_map}", BLIND, "relocalize:=false", f"pose_file:={file}", "max_gap_s:=60.0")
     node = world.start_localizer(*arguments)
     harness, frame = world.harness, room[4]
     assert answer(harness, frame)[1] == "INITIALIZING"

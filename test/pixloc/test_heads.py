@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from kfloc_ros.errors import ConfigError, WeightsError
-from kfloc_ros.features.trunk import Trunk
+from kfloc_ros.features.backbone import Backbone
 from kfloc_ros.geometry.lie import inverse_pose, make_pose, so3_exp
 from kfloc_ros.localization.config import LocalizerConfig
 from kfloc_ros.localization.refine import RefineStage
@@ -34,10 +34,10 @@ def shaken(seed: int = 0) -> AlignmentHeads:
 
 
 def refiner_of(room, heads: AlignmentHeads | None, **settings: float) -> Refiner:
-    trunk, views = Trunk(), []
+    backbone, views = Backbone(), []
     for k in (0, 4, 8):
         frame = room[k]
-        features = trunk.extract(frame.image)
+        features = backbone.extract(frame.image)
         views.append(extract_reference_points(features, frame.depth_m, frame.camera, frame.T_map_camera, 200))
     poses = np.stack([room[k].T_map_camera for k in (0, 4, 8)])
     return Refiner(ReferenceViews((0, 4, 8), poses, tuple(views)), room.camera, RefinerSettings(**settings), heads)
@@ -46,7 +46,7 @@ def refiner_of(room, heads: AlignmentHeads | None, **settings: float) -> Refiner
 def test_new_heads_align_as_the_plain_refiner_does(room) -> None:
     assert PLAIN_DAMPING == LAMBDA_START
     frame = room[2]
-    features = Trunk().extract(frame.image)
+    features = Backbone().extract(frame.image)
     start = frame.T_map_camera @ make_pose(so3_exp([0.02, -0.02, 0.01]), [0.03, 0.02, -0.02])
     plain, same, other = (
         refiner_of(room, heads).align(features, [start]) for heads in (None, AlignmentHeads().eval(), shaken())
@@ -59,7 +59,7 @@ def test_new_heads_align_as_the_plain_refiner_does(room) -> None:
 
 
 def test_the_limit_of_the_cost_follows_the_heads(room) -> None:
-    heads, features = AlignmentHeads().eval(), Trunk().extract(room[2].image)
+    heads, features = AlignmentHeads().eval(), Backbone().extract(room[2].image)
     cost = refiner_of(room, heads).align(features, [room[2].T_map_camera]).final_cost
     assert refiner_of(room, heads, max_cost=1.1 * cost).align(features, [room[2].T_map_camera]).success
     heads.cost_ratio.fill_(0.5)

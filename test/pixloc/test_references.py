@@ -7,7 +7,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from kfloc_ros.features.trunk import TrunkFeatures
+from kfloc_ros.features.backbone import BackboneFeatures
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import make_pose, so3_exp
 from kfloc_ros.pixloc.references import ReferencePoints, ReferenceViews, extract_reference_points, smooth_depth_mask
@@ -15,13 +15,13 @@ from kfloc_ros.pixloc.references import ReferencePoints, ReferenceViews, extract
 CAMERA = Camera(320, 256, 260.0, 260.0, 159.5, 127.5)
 
 
-def random_features() -> TrunkFeatures:
+def random_features() -> BackboneFeatures:
     generator = torch.Generator().manual_seed(0)
 
     def maps(channels: int, stride: int) -> torch.Tensor:
         return F.normalize(torch.randn(1, channels, 256 // stride, 320 // stride, generator=generator), dim=1)
 
-    return TrunkFeatures(maps(64, 8), maps(24, 4), maps(128, 8), torch.rand(1, 32, 40, generator=generator))
+    return BackboneFeatures(maps(64, 8), maps(24, 4), maps(128, 8), torch.rand(1, 32, 40, generator=generator))
 
 
 def test_points_lie_on_the_depth_they_came_from_and_cover_the_image() -> None:

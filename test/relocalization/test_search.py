@@ -11,7 +11,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from kfloc_ros.features.trunk import Trunk, TrunkFeatures
+from kfloc_ros.features.backbone import Backbone, BackboneFeatures
 from kfloc_ros.geometry.lie import Matrix, make_pose, so3_exp
 from kfloc_ros.localization.config import LocalizerConfig
 from kfloc_ros.localization.refine import RefineStage
@@ -19,9 +19,9 @@ from kfloc_ros.localization.stages import CoarseResult
 from kfloc_ros.maps.scene_map import SceneMap
 from kfloc_ros.pixloc.references import ReferenceViews
 from kfloc_ros.pixloc.refiner import Refiner, RefinerSettings, failed_alignment
-from kfloc_ros.relocalization.decision import FirstFixSettings, choose, more_speak_for, settled
+from kfloc_ros.relocalization.decision import RelocalizationSettings, choose, more_speak_for, settled
 from kfloc_ros.relocalization.retrieval import ReferenceIndex
-from kfloc_ros.relocalization.search import FirstFix
+from kfloc_ros.relocalization.search import Relocalizer
 from kfloc_ros.types import Alignment, CoarsePose, FilterReport, TrackingState
 
 NO_COARSE_POSE = CoarsePose(False, "too few inliers", None, None, 0, 0.0)
@@ -34,15 +34,15 @@ def scene_map(room_map) -> SceneMap:
 
 
 @pytest.fixture(scope="module")
-def features(scene_map: SceneMap, room) -> TrunkFeatures:
-    return Trunk(device="cpu").extract(room[9].image)
+def features(scene_map: SceneMap, room) -> BackboneFeatures:
+    return Backbone(device="cpu").extract(room[9].image)
 
 
 def away(T: Matrix, frame) -> float:
     return float(np.linalg.norm(T[:3, 3] - frame.T_map_camera[:3, 3]))
 
 
-def aligning(scene_map: SceneMap, features: TrunkFeatures) -> Callable[[Sequence[Matrix]], Alignment]:
+def aligning(scene_map: SceneMap, features: BackboneFeatures) -> Callable[[Sequence[Matrix]], Alignment]:
     refiner = Refiner(scene_map.references, scene_map.camera, RefinerSettings())
     return lambda starts: refiner.align(features, starts, max_cost=0.28)
 
@@ -59,7 +59,7 @@ def twice(references: ReferenceViews, shift_m: float) -> ReferenceViews:
     )
 
 
-def test_the_view_most_alike_is_near(scene_map: SceneMap, features: TrunkFeatures, room) -> None:
+def test_the_view_most_alike_is_near(scene_map: SceneMap, features: BackboneFeatures, room) -> None:
     best, *others = ReferenceIndex(scene_map.references).search(features, 3)
     centres = scene_map.references.T_map_camera[:, :3, 3]
     distance = np.linalg.norm(centres - room[9].T_map_camera[:3, 3], axis=1)
@@ -67,37 +67,39 @@ def test_the_view_most_alike_is_near(scene_map: SceneMap, features: TrunkFeature
     assert best.votes > 0 and all(best.votes >= other.votes for other in others)
 
 
-def test_no_more_views_are_returned_than_there_are(scene_map: SceneMap, features: TrunkFeatures) -> None:
+def test_no_more_views_are_returned_than_there_are(scene_map: SceneMap, features: BackboneFeatures) -> None:
     count = len(scene_map.references.ids)
     found = ReferenceIndex(scene_map.references).search(features, 10 * count)
     assert sorted(item.position for item in found) == list(range(count))
 
 
-def test_a_pose_is_found_from_the_image_alone(scene_map: SceneMap, features: TrunkFeatures, room) -> None:
-    found = FirstFix(scene_map.references, scene_map.camera).find(features, aligning(scene_map, features))
+def test_a_pose_is_found_from_the_image_alone(scene_map: SceneMap, features: BackboneFeatures, room) -> None:
+    found = Relocalizer(scene_map.references, scene_map.camera).find(features, aligning(scene_map, features))
     assert found.success and away(found.T_map_camera, room[9]) < 0.03
 
 
 def test_an_image_of_elsewhere_has_no_start(scene_map: SceneMap) -> None:
     noise = np.random.default_rng(0).integers(0, 255, (scene_map.camera.height, scene_map.camera.width, 3))
-    features = Trunk(device="cpu").extract(noise.astype(np.uint8))
-    found = FirstFix(scene_map.references, scene_map.camera).find(features, aligning(scene_map, features))
+    features = Backbone(device="cpu").extract(noise.astype(np.uint8))
+    found = Relocalizer(scene_map.references, scene_map.camera).find(features, aligning(scene_map, features))
     assert not found.success and found.reason
 
 
-def stage_result(scene_map: SceneMap, room, features: TrunkFeatures, coarse: CoarsePose = NO_COARSE_POSE, **options):
+def stage_result(scene_map: SceneMap, room, features: BackboneFeatures, coarse: CoarsePose = NO_COARSE_POSE, **options):
     stage = RefineStage(scene_map, LocalizerConfig(device="cpu", **options))
     return stage.process(room[9], CoarseResult(room[9].stamp_ns, coarse, FILTER_OFF, {}, features))
 
 
-def test_the_refiner_searches_when_there_is_no_coarse_pose(scene_map: SceneMap, features: TrunkFeatures, room) -> None:
+def test_the_refiner_searches_when_there_is_no_coarse_pose(
+    scene_map: SceneMap, features: BackboneFeatures, room
+) -> None:
     found = stage_result(scene_map, room, features)
     assert found.state is TrackingState.TRACKING and away(found.T_map_camera, room[9]) < 0.03
-    assert stage_result(scene_map, room, features, first_fix=False).T_map_camera is None
+    assert stage_result(scene_map, room, features, relocalize=False).T_map_camera is None
 
 
 def test_the_search_does_not_ask_for_what_views_near_the_mapped_ones_cost(
-    scene_map: SceneMap, features: TrunkFeatures, room
+    scene_map: SceneMap, features: BackboneFeatures, room
 ) -> None:
     strict = replace(scene_map, calibration=replace(scene_map.calibration, max_alignment_cost=1e-4))
     found = stage_result(strict, room, features)
@@ -105,7 +107,7 @@ def test_the_search_does_not_ask_for_what_views_near_the_mapped_ones_cost(
 
 
 def test_the_refiner_searches_when_the_coarse_pose_is_refused(
-    scene_map: SceneMap, features: TrunkFeatures, room
+    scene_map: SceneMap, features: BackboneFeatures, room
 ) -> None:
     wrong = room[9].T_map_camera @ np.diag([-1.0, 1.0, -1.0, 1.0])  # looks the other way
     coarse = CoarsePose(True, "", wrong, np.eye(6), 100, 0.5)
@@ -113,22 +115,22 @@ def test_the_refiner_searches_when_the_coarse_pose_is_refused(
     assert found.state is TrackingState.TRACKING and away(found.T_map_camera, room[9]) < 0.03
 
 
-def test_two_places_that_look_alike_are_not_guessed(scene_map: SceneMap, features: TrunkFeatures, room) -> None:
+def test_two_places_that_look_alike_are_not_guessed(scene_map: SceneMap, features: BackboneFeatures, room) -> None:
     doubled = replace(scene_map, references=twice(scene_map.references, 30.0))
     found = stage_result(doubled, room, features)
     assert found.T_map_camera is None and "two places look alike" in found.reason
 
 
 def test_nothing_is_searched_while_tracking(
-    scene_map: SceneMap, features: TrunkFeatures, room, monkeypatch: pytest.MonkeyPatch
+    scene_map: SceneMap, features: BackboneFeatures, room, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def searched(self: FirstFix, *args: object) -> Alignment:
+    def searched(self: Relocalizer, *args: object) -> Alignment:
         raise AssertionError("the map was searched")
 
-    monkeypatch.setattr(FirstFix, "find", searched)
+    monkeypatch.setattr(Relocalizer, "find", searched)
     coarse = CoarsePose(True, "", room[9].T_map_camera, np.eye(6), 100, 0.5)
     estimate = stage_result(scene_map, room, features, coarse)
-    assert estimate.state is TrackingState.TRACKING and "first_fix" not in estimate.timings_ms
+    assert estimate.state is TrackingState.TRACKING and "relocalize" not in estimate.timings_ms
 
 
 def shifted(T: Matrix, x_m: float, turn_deg: float = 0.0) -> Matrix:
@@ -136,9 +138,9 @@ def shifted(T: Matrix, x_m: float, turn_deg: float = 0.0) -> Matrix:
 
 
 def test_matches_agree_with_the_right_pose_and_contradict_others(
-    scene_map: SceneMap, features: TrunkFeatures, room
+    scene_map: SceneMap, features: BackboneFeatures, room
 ) -> None:
-    matches = FirstFix(scene_map.references, scene_map.camera).matches(features)
+    matches = Relocalizer(scene_map.references, scene_map.camera).matches(features)
     truth = room[9].T_map_camera
     views = scene_map.references.best_overlapping(truth, scene_map.camera, 3)
     assert matches.agreement(truth, views) > 0.5 and matches.agreement_in_context(truth, views) > 0.5
@@ -158,11 +160,11 @@ def nowhere(starts: Sequence[Matrix]) -> Alignment:
     return failed_alignment("no")
 
 
-def test_an_alignment_that_only_looks_right_is_doubted(scene_map: SceneMap, features: TrunkFeatures, room) -> None:
-    first_fix, truth = FirstFix(scene_map.references, scene_map.camera), room[9].T_map_camera
+def test_an_alignment_that_only_looks_right_is_doubted(scene_map: SceneMap, features: BackboneFeatures, room) -> None:
+    relocalize, truth = Relocalizer(scene_map.references, scene_map.camera), room[9].T_map_camera
 
     def doubt(T: Matrix, expected: Matrix | None = None) -> str:
-        return first_fix.examine(features, nowhere, alignment_at(T), expected).reason
+        return relocalize.examine(features, nowhere, alignment_at(T), expected).reason
 
     assert doubt(truth) == ""
     assert doubt(truth, shifted(truth, 0.05)) == ""
@@ -171,43 +173,47 @@ def test_an_alignment_that_only_looks_right_is_doubted(scene_map: SceneMap, feat
 
 
 def test_more_is_asked_where_no_frame_before_speaks_for_an_alignment(
-    scene_map: SceneMap, features: TrunkFeatures, room
+    scene_map: SceneMap, features: BackboneFeatures, room
 ) -> None:
     truth = room[9].T_map_camera
-    settings = FirstFixSettings(sure_agreement=1.01)
-    first_fix = FirstFix(scene_map.references, scene_map.camera, settings)
-    assert first_fix.examine(features, nowhere, alignment_at(truth), truth).success
-    assert not first_fix.examine(features, nowhere, alignment_at(truth)).success
+    settings = RelocalizationSettings(sure_agreement=1.01)
+    relocalize = Relocalizer(scene_map.references, scene_map.camera, settings)
+    assert relocalize.examine(features, nowhere, alignment_at(truth), truth).success
+    assert not relocalize.examine(features, nowhere, alignment_at(truth)).success
 
 
 def test_the_matches_lead_an_alignment_out_of_the_wrong_valley(
-    scene_map: SceneMap, features: TrunkFeatures, room
+    scene_map: SceneMap, features: BackboneFeatures, room
 ) -> None:
     truth = room[9].T_map_camera
-    first_fix, align = FirstFix(scene_map.references, scene_map.camera), aligning(scene_map, features)
+    relocalize, align = Relocalizer(scene_map.references, scene_map.camera), aligning(scene_map, features)
     beside = alignment_at(shifted(truth, 0.2, 2.0), cost=0.25)
-    found = first_fix.examine(features, align, beside, truth)
+    found = relocalize.examine(features, align, beside, truth)
     assert found.success and found.final_cost < 0.25 and away(found.T_map_camera, room[9]) < 0.03
     cheaper = alignment_at(shifted(truth, 0.02), cost=1e-4)  # what costs less stays, if the matches agree
-    assert first_fix.examine(features, align, cheaper, truth).final_cost == 1e-4
+    assert relocalize.examine(features, align, cheaper, truth).final_cost == 1e-4
 
 
-def test_a_doubted_alignment_is_asked_again_by_the_search(scene_map: SceneMap, features: TrunkFeatures, room) -> None:
+def test_a_doubted_alignment_is_asked_again_by_the_search(
+    scene_map: SceneMap, features: BackboneFeatures, room
+) -> None:
     truth = room[9].T_map_camera
-    blind = FirstFixSettings(min_inliers=10**6, min_matched_inliers=10**6)  # the matches give no pose to start from
-    first_fix, align = FirstFix(scene_map.references, scene_map.camera, blind), aligning(scene_map, features)
-    assert not first_fix.find(features, align).success
-    found = first_fix.find(features, align, likely=[shifted(truth, 0.05)])
+    blind = RelocalizationSettings(
+        min_inliers=10**6, min_matched_inliers=10**6
+    )  # the matches give no pose to start from
+    relocalize, align = Relocalizer(scene_map.references, scene_map.camera, blind), aligning(scene_map, features)
+    assert not relocalize.find(features, align).success
+    found = relocalize.find(features, align, likely=[shifted(truth, 0.05)])
     assert found.success and away(found.T_map_camera, room[9]) < 0.03
 
 
 def test_where_the_camera_was_expected_the_matches_say_which_alignment_slid(
-    scene_map: SceneMap, features: TrunkFeatures, room
+    scene_map: SceneMap, features: BackboneFeatures, room
 ) -> None:
     truth = room[9].T_map_camera
     slid = shifted(truth, 0.3)
-    first_fix = FirstFix(
-        scene_map.references, scene_map.camera, FirstFixSettings(sure_agreement=2.0, near_agreement=0.0)
+    relocalize = Relocalizer(
+        scene_map.references, scene_map.camera, RelocalizationSettings(sure_agreement=2.0, near_agreement=0.0)
     )
     made = {0: alignment_at(slid, cost=0.1), 1: alignment_at(truth, cost=0.2)}
     calls: list[int] = []
@@ -216,17 +222,17 @@ def test_where_the_camera_was_expected_the_matches_say_which_alignment_slid(
         calls.append(1)
         return made.get(len(calls) - 1, failed_alignment("no"))
 
-    found = first_fix.find(features, align, slid, [slid, truth])
+    found = relocalize.find(features, align, slid, [slid, truth])
     assert found.success and found.final_cost == 0.2 and away(found.T_map_camera, room[9]) < 0.03
 
 
 def test_the_refiner_finds_the_way_back_from_a_wrong_local_minimum(
-    scene_map: SceneMap, features: TrunkFeatures, room, monkeypatch: pytest.MonkeyPatch
+    scene_map: SceneMap, features: BackboneFeatures, room, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wrong = shifted(room[9].T_map_camera, 0.6)
     align, calls = Refiner.align, []
 
-    def misled(self: Refiner, features: TrunkFeatures, starts: Sequence[Matrix], **options: float) -> Alignment:
+    def misled(self: Refiner, features: BackboneFeatures, starts: Sequence[Matrix], **options: float) -> Alignment:
         calls.append(starts)
         return alignment_at(wrong) if len(calls) == 1 else align(self, features, starts, **options)
 
@@ -236,7 +242,7 @@ def test_the_refiner_finds_the_way_back_from_a_wrong_local_minimum(
 
 
 def test_where_the_camera_was_expected_less_is_asked_for() -> None:
-    settings, here = FirstFixSettings(), np.eye(4)
+    settings, here = RelocalizationSettings(), np.eye(4)
     dear, far = alignment_at(shifted(here, 0.1), cost=0.27), alignment_at(shifted(here, 3.0), cost=0.25)
     assert not choose([dear], settings).success
     assert choose([dear], settings, expected=here) is dear
@@ -251,7 +257,7 @@ def speaking(count: int, first: int = 0) -> NDArray[np.bool_]:
 
 
 def test_more_matches_count_only_beyond_chance() -> None:
-    settings = FirstFixSettings()
+    settings = RelocalizationSettings()
     assert more_speak_for(speaking(120), speaking(60), settings)
     assert not more_speak_for(speaking(110), speaking(100), settings)  # not by the margin
     assert more_speak_for(speaking(24), speaking(15), settings)  # the same ones, and others

@@ -34,7 +34,7 @@ def recording() -> Recording:
             StatusSeen(
                 0,
                 second + 151 * MS,
-                {"state": "TRACKING", "reason": "", "trunk_ms": "31.5", "received": "1", "tracked": "true"},
+                {"state": "TRACKING", "reason": "", "backbone_ms": "31.5", "received": "1", "tracked": "true"},
             ),
             StatusSeen(
                 300 * MS,
@@ -54,7 +54,7 @@ def test_every_image_played_has_a_record() -> None:
     first, overtaken, _, dark = records
     np.testing.assert_allclose(first.estimate, POSE, atol=1e-12)
     assert first.covariance is not None and first.covariance[0, 5] == 5.0 and first.covariance[5, 0] == 30.0
-    assert first.timings_ms == {"trunk": 31.5}
+    assert first.timings_ms == {"backbone": 31.5}
     assert first.truth is POSE and dark.truth is None
     assert dark.estimate is None and dark.state == "LOST" and dark.reason == "too dark"
     assert dark.stats == {"inliers": 12.0}

@@ -14,9 +14,10 @@ from kfloc_ros.cli.main import main
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import rotation_angle_deg
 from kfloc_ros.pixloc.heads import LEVELS, AlignmentHeads, load_heads
-from kfloc_ros.training.heads_stage import HeadsStage, HeadsTrainConfig, StartErrors
+from kfloc_ros.training.heads_stage import HeadsStage, HeadsTrainConfig
 from kfloc_ros.training.heads_views import SimulatedPairs, ViewRule, random_light, weathered
 from kfloc_ros.training.pixloc_trainer import train_stage
+from kfloc_ros.training.start_errors import StartErrors
 
 pytest.importorskip("embreex", reason="the simulator's ray caster is not installed")
 

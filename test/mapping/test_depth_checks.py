@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 
-from kfloc_ros.mapping.screening import BLUR, JUMP, NO_POSE, NO_RIGID_POSE, STAMP, Screening
+from kfloc_ros.mapping.depth_checks import BLUR, JUMP, NO_POSE, NO_RIGID_POSE, STAMP, DepthChecks
 from kfloc_ros.types import Frame
 
 
@@ -19,7 +19,7 @@ def frames(room) -> list[Frame]:
 
 
 def screened(frames: list[Frame]) -> tuple[list[int], dict[str, int]]:
-    screening = Screening()
+    screening = DepthChecks()
     kept = [item.position for item in screening.good(iter(enumerate(frames)))]
     return kept, dict(screening.left_out)
 

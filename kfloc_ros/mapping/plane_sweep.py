@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Depth of a view's cells from other views with known poses: a sweep over depth, scored by the trunk's features.
+"""Depth of a view's cells from other views with known poses: a sweep over depth, scored by the backbone's features.
 
 A cell of a view is tried at many depths; at each, its features are compared with those of the neighbours where
 the cell would appear. Because the poses are known this is a search along a line, in all neighbours at once, which
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from kfloc_ros.features.trunk import COARSE_STRIDE
+from kfloc_ros.features.backbone import COARSE_STRIDE
 from kfloc_ros.geometry.camera import Camera
 
 FINE_HALF_STEPS = 6
@@ -32,7 +32,7 @@ AGREE_RATIO = 1.06
 
 
 @dataclass(frozen=True, eq=False)
-class SweepView:
+class PlaneSweepView:
     """What the sweep needs of a view."""
 
     coarse: torch.Tensor
@@ -42,7 +42,7 @@ class SweepView:
 
 
 @dataclass(frozen=True)
-class SweepSettings:
+class PlaneSweepSettings:
     """How depths are searched and which are believed."""
 
     near_m: float
@@ -70,8 +70,8 @@ class _Match:
 
 
 @torch.inference_mode()
-def sweep_depth(
-    view: SweepView, neighbours: Sequence[SweepView], camera: Camera, settings: SweepSettings
+def plane_sweep_depth(
+    view: PlaneSweepView, neighbours: Sequence[PlaneSweepView], camera: Camera, settings: PlaneSweepSettings
 ) -> torch.Tensor:
     """Depth (h, w) along the optical axis of the cells of a view, 0 where it is not believed.
 
@@ -119,7 +119,7 @@ def cell_rays(h: int, w: int, camera: Camera) -> torch.Tensor:
     return rays.reshape(-1, 3)
 
 
-def _match(own: torch.Tensor, rays: torch.Tensor, view: SweepView, other: SweepView) -> _Match:
+def _match(own: torch.Tensor, rays: torch.Tensor, view: PlaneSweepView, other: PlaneSweepView) -> _Match:
     features = other.coarse.float()
     c, h, w = features.shape
     likeness = (own @ features.reshape(c, -1)).reshape(-1, 1, h, w)
