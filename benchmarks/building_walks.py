@@ -56,11 +56,13 @@ class DoorRow:
     """Frames that waited for a submap, the first among them."""
 
 
-def timed(localizer: PlaceLocalizer, frame: Frame, adapter: ImageAdapter) -> tuple[PoseEstimate, float]:
+def timed(
+    localizer: PlaceLocalizer, frame: Frame, adapter: ImageAdapter, hints: Sequence[Matrix] = ()
+) -> tuple[PoseEstimate, float]:
     """The estimate of a frame, and the processor's time for it, which other processes hardly change."""
     adapted = replace(frame, image=adapter(frame.image), camera=adapter.target)
     start = time.process_time()
-    estimate = localizer.process(adapted)
+    estimate = localizer.process(adapted, hints).estimate
     return estimate, 1e3 * (time.process_time() - start)
 
 
@@ -87,7 +89,7 @@ def walked(place: Place, walk: WalkSource, loaded_submaps: int, covered_s: float
     back_s = [math.inf] * len(covers)
     localizer = PlaceLocalizer(place, LocalizerConfig(loaded_submaps=loaded_submaps))
     adapter = ImageAdapter(walk.camera, localizer.camera)
-    localizer.refine.suggest([walk.pose(0)])
+    hints = [walk.pose(0)]
     frames: list[tuple[float, bool, bool, bool]] = []  # error, whether at a door, wrong, in a wrong room
     changes, spent_ms, submap = [], [], ""
     for position in range(0, len(walk), DOOR_EVERY):
@@ -95,7 +97,8 @@ def walked(place: Place, walk: WalkSource, loaded_submaps: int, covered_s: float
         covered = any(position in cover for cover in covers)
         if covered:
             frame = replace(frame, image=np.full_like(frame.image, 12))
-        estimate, ms = timed(localizer, frame, adapter)
+        estimate, ms = timed(localizer, frame, adapter, hints)
+        hints = []
         if covered and estimate.T_map_camera is None:
             continue
         spent_ms.append(ms)

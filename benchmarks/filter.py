@@ -43,13 +43,13 @@ from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import ImageAdapter
 from kfloc_ros.kfnet.filter import FlowFunction, SceneCoordinateFilter
 from kfloc_ros.kfnet.flow import Flow
-from kfloc_ros.kfnet.flow_network import FlowKind, choose_flow
+from kfloc_ros.kfnet.flow_network import cost_volume_flow, flow_of
 from kfloc_ros.kfnet.fusion import NO_PRIOR, Filtered, FilterSettings, NisMode
 from kfloc_ros.kfnet.pnp import PnpSettings, solve_pnp
 from kfloc_ros.kfnet.scoordnet import measure
 from kfloc_ros.localization.config import LocalizerConfig
-from kfloc_ros.localization.refine import RefineStage
-from kfloc_ros.localization.stages import CoarseResult
+from kfloc_ros.localization.localizer import Localizer
+from kfloc_ros.localization.results import CoarseResult
 from kfloc_ros.mapping.views import View, true_coordinates
 from kfloc_ros.maps.format import resolve_map
 from kfloc_ros.maps.scene_map import SceneMap
@@ -59,8 +59,7 @@ from studies.paired import median_change
 FLOOR_M2 = 0.02**2
 FAILURE_M, FAILURE_DEG = 0.10, 10.0
 MEASUREMENT, DEFAULT = "measurement", "default"
-DEFAULT_FLOW = FlowKind(LocalizerConfig().oflownet)
-OTHER_FLOW = next(kind for kind in FlowKind if kind is not DEFAULT_FLOW)
+DEFAULT_FLOW, OTHER_FLOW = "network", "cost volume"
 ALONE = "no feedback"
 OTHER = f"no feedback, {OTHER_FLOW.value} flow"
 PUBLISHED: dict[str, Any] = {"error_correlation": 0.0, "blend_sigma": True}
@@ -70,8 +69,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "off, floor": {**PUBLISHED, "nis_mode": NisMode.OFF, "posterior_floor_m2": FLOOR_M2},
     "output_only": {**PUBLISHED, "nis_mode": NisMode.OUTPUT_ONLY},
     "output_only, floor": {**PUBLISHED, "nis_mode": NisMode.OUTPUT_ONLY, "posterior_floor_m2": FLOOR_M2},
-    "state": {**PUBLISHED, "nis_mode": NisMode.STATE},
-    "state, floor": {**PUBLISHED, "nis_mode": NisMode.STATE, "posterior_floor_m2": FLOOR_M2},
     ALONE: {},
     OTHER: {},
     DEFAULT: {},
@@ -86,8 +83,8 @@ class Track:
     """One variant on its way through a run."""
 
     filter: SceneCoordinateFilter | None
-    refine: RefineStage | None = None
-    """What makes of coarse poses the poses that the filter learns from; None for a filter by itself."""
+    refine: Localizer | None = None
+    """Refines coarse poses, which then correct the filter; None for a filter by itself."""
     cells: CellStatistics = field(default_factory=CellStatistics)
     errors: list[PoseError] = field(default_factory=list)
 
@@ -113,7 +110,7 @@ class Bench:
         self._backbone = Backbone(device=device)
         self._head = scene_map.head.to(device)
         c = scene_map.calibration
-        chosen = {kind: choose_flow(kind, c, device) for kind in FlowKind}
+        chosen = {DEFAULT_FLOW: flow_of(c, device), OTHER_FLOW: cost_volume_flow(c)}
         self._flows = {kind: replace(flow, flow=OnceAPair(flow.flow)) for kind, flow in chosen.items()}
         self._settings = FilterSettings(c.flow_temperature, c.process_scale, c.process_floor_m2)
         self._pnp = PnpSettings(covariance_scale=c.coarse_covariance_scale)
@@ -126,7 +123,7 @@ class Bench:
             chosen = self._flows[OTHER_FLOW if name == OTHER else DEFAULT_FLOW]
             noise = {"process_scale": chosen.process_scale, "process_floor_m2": chosen.process_floor_m2}
             settings = replace(self._settings, **{**noise, **change})
-            refine = RefineStage(self._map, LocalizerConfig(device=self._device.type)) if name == DEFAULT else None
+            refine = Localizer(self._map, LocalizerConfig(device=self._device.type)) if name == DEFAULT else None
             tracks[name] = Track(SceneCoordinateFilter(settings, chosen.flow), refine)
         adapter = ImageAdapter(source.camera, self._map.camera)
         for frame in source:
@@ -146,12 +143,12 @@ class Bench:
             posterior = filtered.posterior
             pose = solve_pnp(posterior, self._map.camera, self._pnp)
             if track.filter is not None:
-                track.filter.judge(pose)
+                track.filter.accept_pose(pose)
                 if track.refine is not None:
                     result = CoarseResult(frame.stamp_ns, pose, filtered.report, {}, features, posterior, measured)
-                    refined = track.refine.process(seen, result).refined_pose
+                    refined = track.refine.refine_half(seen, result).estimate.refined_pose
                     if refined is not None:
-                        track.filter.learn(frame.stamp_ns, self._map.camera, refined)
+                        track.filter.correct_belief(frame.stamp_ns, self._map.camera, refined)
             if frame.T_map_camera is not None:
                 track.errors.append(pose_error(pose.T_map_camera, frame.T_map_camera))
             if truth is not None:

@@ -106,7 +106,7 @@ def measure(source: FrameSource, scene_map: SceneMap, starts: int, after: Sequen
             if position >= len(source) or indices[position] - indices[start] > 3 * (n + 1):
                 break  # the next block of a split is another sequence
             frame = source[position]
-            estimate = localizer.process(replace(frame, image=adapter(frame.image), camera=adapter.target))
+            estimate = localizer.process(replace(frame, image=adapter(frame.image), camera=adapter.target)).estimate
             if n in errors and frame.T_map_camera is not None:
                 errors[n].append(_error(estimate.T_map_camera, frame.T_map_camera, estimate.state.value == "TRACKING"))
     return [_row(_method(search), n, errors[n]) for n in after]
@@ -118,7 +118,7 @@ def measure_sequence(source: FrameSource, scene_map: SceneMap, *, search: bool) 
     adapter = ImageAdapter(source.camera, localizer.camera)
     errors = []
     for frame in source:
-        estimate = localizer.process(replace(frame, image=adapter(frame.image), camera=adapter.target))
+        estimate = localizer.process(replace(frame, image=adapter(frame.image), camera=adapter.target)).estimate
         if frame.T_map_camera is not None:
             errors.append(_error(estimate.T_map_camera, frame.T_map_camera, estimate.state.value == "TRACKING"))
     return _row(_method(search), None, errors)

@@ -186,8 +186,8 @@ def measure(args: argparse.Namespace, size: int) -> Row:
     right_s = [time_s for outcome, time_s in walks if outcome == "right"]
     localizer.reset("a walk")
     assert walk[0].T_map_camera is not None
-    localizer.refine.suggest([walk[0].T_map_camera])
-    frame_ms = [timed(localizer, frame, adapter)[1] for frame in walk]
+    hints = {0: [walk[0].T_map_camera]}
+    frame_ms = [timed(localizer, frame, adapter, hints.get(k, ()))[1] for k, frame in enumerate(walk)]
     cache = localizer.guide.cache.counts
     return Row(
         submaps=size,

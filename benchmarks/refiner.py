@@ -135,7 +135,7 @@ def work(args: argparse.Namespace) -> int:
     options = {"tracking": True} if args.worker == "tracking" else {}
     localizer = Localizer(scene_map, LocalizerConfig(device="cpu", **options))
     adapter = ImageAdapter(source.camera, localizer.camera)
-    refiner = localizer.refine._refiner
+    refiner = localizer.refiner
     plain_align = refiner.align
     spent: list[float] = []
 
@@ -156,7 +156,7 @@ def work(args: argparse.Namespace) -> int:
             begin, begin_cpu = time.perf_counter(), time.process_time()
             estimate = localizer.process(
                 Frame(adapter(frame.image), adapter.target, frame.stamp_ns, frame.index, frame.name)
-            )
+            ).estimate
             latency_ms = 1e3 * (time.perf_counter() - begin)
             row = {
                 "latency_ms": latency_ms,

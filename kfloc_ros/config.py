@@ -91,6 +91,8 @@ def build_config(config_type: type[ConfigT], values: Mapping[str, Any]) -> Confi
     options = {item.name: item for item in options_of(config_type)}
     for key in values:
         if key not in options:
+            if key in (former := getattr(config_type, "FORMER", {})):
+                raise ConfigError(f"There is no option '{key}' any more. {former[key]}")
             import difflib
 
             near = difflib.get_close_matches(key, options, n=1)

@@ -14,12 +14,12 @@ import torch
 from kfloc_ros.cli.arguments import add_source_arguments, open_source_from
 from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import ImageAdapter
-from kfloc_ros.kfnet.flow_network import FlowKind, choose_flow
+from kfloc_ros.kfnet.flow_network import flow_of
 from kfloc_ros.kfnet.fusion import warp
 from kfloc_ros.kfnet.reference.files import MapDescription, write_coordinates, write_description, write_flow, write_pose
-from kfloc_ros.localization.coarse import CoarseStage
 from kfloc_ros.localization.config import LocalizerConfig
-from kfloc_ros.localization.stages import CoarseResult
+from kfloc_ros.localization.localizer import Localizer
+from kfloc_ros.localization.results import CoarseResult
 from kfloc_ros.maps.scene_map import SceneMap
 from kfloc_ros.types import Frame
 
@@ -91,23 +91,25 @@ def export_coordinates(
         flow: also write the flow from each frame to the one before.
         truth: folder for the true poses, one file a frame, and ``gt_list.txt``.
     """
-    stage = CoarseStage(scene_map, config)
-    adapter = ImageAdapter(source.camera, stage.camera)
+    localizer = Localizer(scene_map, config)
+    adapter = ImageAdapter(source.camera, localizer.camera)
     for folder in filter(None, (out, truth)):
         folder.mkdir(parents=True, exist_ok=True)
     entries: list[dict[str, Any]] = []
     previous: CoarseResult | None = None
-    description = MapDescription(stage.camera)
+    description = MapDescription(localizer.camera)
     for i, frame in enumerate(source):
-        result = stage.process(Frame(adapter(frame.image), stage.camera, frame.stamp_ns, frame.index, frame.name))
+        result = localizer.coarse_half(
+            Frame(adapter(frame.image), localizer.camera, frame.stamp_ns, frame.index, frame.name)
+        )
         coordinates = result.scene_coordinates
-        assert coordinates is not None  # the stage runs in this process
+        assert coordinates is not None  # the localizer runs in this process
         write_coordinates(out, i, coordinates)
         if flow and previous is not None:
-            _write_flow(out, i, previous, result, scene_map, FlowKind(config.oflownet))
+            _write_flow(out, i, previous, result, scene_map)
         if truth is not None:
             write_pose(truth / f"gt_{i}.txt", frame.T_map_camera)
-        description = MapDescription(stage.camera, coordinates.stride, coordinates.pixel_offset)
+        description = MapDescription(localizer.camera, coordinates.stride, coordinates.pixel_offset)
         entries.append({"map": f"coord_{i}.npy", "index": frame.index, "name": frame.name, "stamp_ns": frame.stamp_ns})
         previous = result
         yield i
@@ -117,9 +119,7 @@ def export_coordinates(
 
 
 @torch.inference_mode()
-def _write_flow(
-    out: Path, i: int, previous: CoarseResult, result: CoarseResult, scene_map: SceneMap, kind: FlowKind
-) -> None:
+def _write_flow(out: Path, i: int, previous: CoarseResult, result: CoarseResult, scene_map: SceneMap) -> None:
     if scene_map.kfnet is not None:  # the filter has just had them; anew, there is nothing that was carried
         filtered = result.filtered
         if filtered is not None and filtered.flow is not None and filtered.prior is not None:
@@ -128,7 +128,7 @@ def _write_flow(
     if result.features is None or previous.features is None or previous.scene_coordinates is None:
         return
     features = result.features.coarse[0]
-    chosen = choose_flow(kind, scene_map.calibration, features.device)
+    chosen = flow_of(scene_map.calibration, features.device)
     flow = chosen.flow(features, previous.features.coarse[0])
     prior = warp(previous.scene_coordinates, flow, chosen.process_scale, chosen.process_floor_m2)
     write_flow(out, i, i - 1, flow.offset, prior.variance)

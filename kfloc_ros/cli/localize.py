@@ -96,8 +96,8 @@ def run(args: argparse.Namespace) -> int:
     )
     map_path = resolve_map(args.map)
     localizer = localizer_for(load_map(map_path), config)
-    if localizer.coarse.note:
-        print(localizer.coarse.note, file=sys.stderr)
+    if localizer.note:
+        print(localizer.note, file=sys.stderr)
 
     records: list[FrameRecord] = []
     interrupted = False

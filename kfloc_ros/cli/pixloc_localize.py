@@ -137,7 +137,7 @@ def _in_map(args: argparse.Namespace, image: NDArray[np.uint8]) -> _Answer:
     adapter = ImageAdapter(_camera(args, image, scene_map.camera), scene_map.camera)
     adapted = adapter(image)
     localizer = Localizer(scene_map, LocalizerConfig(device=str(device)))
-    estimate = localizer.process(Frame(adapted, scene_map.camera, stamp_ns=1, name=args.image.name))
+    estimate = localizer.process(Frame(adapted, scene_map.camera, stamp_ns=1, name=args.image.name)).estimate
     painter = OverlayPainter(scene_map.references, scene_map.camera)
     pictures = [painter.paint(adapted, estimate)]
     coarse = estimate.coarse

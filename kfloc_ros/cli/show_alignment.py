@@ -32,7 +32,7 @@ from kfloc_ros.visualization.basin import (
 from kfloc_ros.visualization.page import LocalizationPage
 from kfloc_ros.visualization.rerun_views import log_alignment
 from kfloc_ros.visualization.sheet import Sheet
-from kfloc_ros.visualization.stream import Seen, watch
+from kfloc_ros.visualization.stream import View, watch
 from kfloc_ros.visualization.video import write_picture
 
 
@@ -56,7 +56,7 @@ def alignment(args: argparse.Namespace) -> list[str]:
         curves=("cost",),
     )
     args.frames, args.split = str(args.frame), None
-    (seen,) = watch(localizer, open_source_from(args, depth=False), refine=True)
+    (seen,) = watch(localizer, open_source_from(args, depth=False))
     found = _aligned(localizer, seen, args)
     panels = alignment_panels(seen.frame, seen.coarse.features, found, scene_map)
     sheet = Sheet(2, scene_map.camera.width, scene_map.camera.height)
@@ -72,20 +72,20 @@ def alignment(args: argparse.Namespace) -> list[str]:
     return [title, *written, *closed(recording, args)]
 
 
-def _aligned(localizer: Localizer, seen: Seen, args: argparse.Namespace) -> Alignment:
+def _aligned(localizer: Localizer, seen: View, args: argparse.Namespace) -> Alignment:
     """The alignment of a frame as it is, or from its end moved away.
 
     Raises:
         DrawingError: the frame was not aligned.
     """
-    found = seen.estimate.alignment if seen.estimate is not None else None
+    found = seen.estimate.alignment
     if found is None or not found.steps:
         reason = found.reason if found is not None else "no refinement"
         raise DrawingError(f"Frame {seen.frame.index} was not aligned, so there is nothing to show: {reason}.")
     if not args.offset_m and not args.offset_deg:
         return found
     start = moved(found.steps[-1].T_map_camera, args.offset_m, args.offset_deg)
-    return localizer.refine.refiner.align(seen.coarse.features, [start])
+    return localizer.refiner.align(seen.coarse.features, [start])
 
 
 def basin(args: argparse.Namespace) -> list[str]:
@@ -93,13 +93,13 @@ def basin(args: argparse.Namespace) -> list[str]:
     source = open_source_from(args, depth=False)
     scene_map = SceneMap.load(resolve_map(args.map))
     localizer = Localizer(scene_map, LocalizerConfig(device=args.device))
-    refiner, rng = localizer.refine.refiner, np.random.default_rng(args.seed)
+    refiner, rng = localizer.refiner, np.random.default_rng(args.seed)
     results: list[Trial] = []
     skipped: list[int] = []
     per_frame = len(args.offsets_m) * len(args.offsets_deg) * args.starts
 
     def run() -> Iterator[Trial]:
-        for seen in watch(localizer, source, refine=False):
+        for seen in watch(localizer, source):
             features, index = seen.coarse.features, seen.frame.index
             start = seen.frame.T_map_camera if seen.frame.T_map_camera is not None else seen.coarse.pose.T_map_camera
             goal: Matrix | None = None if start is None else right_pose(refiner, features, start)
@@ -136,7 +136,7 @@ def page(args: argparse.Namespace) -> list[str]:
     scene_map = SceneMap.load(resolve_map(args.map))
     localizer = Localizer(scene_map, LocalizerConfig(device=args.device))
     made = LocalizationPage(scene_map, source.name, args.width)
-    for seen in progress(watch(localizer, source, refine=True), len(source)):
+    for seen in progress(watch(localizer, source), len(source)):
         made.add(seen)
     path = made.write(args.out / "localization.html")
     return [f"{path}: {made.count} frames, {path.stat().st_size / 1e6:.1f} MB; open it in any browser"]

@@ -23,7 +23,7 @@ from kfloc_ros.visualization.filter import caption, confidence_panels, filter_pa
 from kfloc_ros.visualization.rerun import Recording
 from kfloc_ros.visualization.rerun_views import log_filter
 from kfloc_ros.visualization.sheet import Panel, Sheet
-from kfloc_ros.visualization.stream import Seen, is_coordinate_folder, watch
+from kfloc_ros.visualization.stream import View, is_coordinate_folder, watch
 from kfloc_ros.visualization.stream_cells import CellStream, show_stored
 from kfloc_ros.visualization.video import PictureSeries
 
@@ -53,7 +53,7 @@ def filter_sheets(args: argparse.Namespace) -> list[str]:
     config = LocalizerConfig(device=args.device)
     pictures = ("map/camera/image", *(f"filter/{name}" for name in ("measurement", "nis", "flow", "posterior")))
 
-    def log(recording: Recording, seen: Seen) -> None:
+    def log(recording: Recording, seen: View) -> None:
         log_filter(recording, seen, config.nis_threshold)
 
     return _sheets(
@@ -74,8 +74,8 @@ def confidence(args: argparse.Namespace) -> list[str]:
 def _sheets(
     args: argparse.Namespace,
     columns: int,
-    panels_of: Callable[[Seen], list[Panel]],
-    log: Callable[[Recording, Seen], None] | None = None,
+    panels_of: Callable[[View], list[Panel]],
+    log: Callable[[Recording, View], None] | None = None,
     views: dict[str, Sequence[str]] | None = None,
 ) -> list[str]:
     source = open_source_from(args, depth=False)
@@ -86,7 +86,7 @@ def _sheets(
         recording = open_recording(args, f"{scene_map.name}: {args.verb}", up_axis(scene_map), **(views or {}))
     sheet = Sheet(columns, scene_map.camera.width, scene_map.camera.height)
     with series_of(args) as series:
-        for seen in progress(watch(localizer, source, refine=False), len(source)):
+        for seen in progress(watch(localizer, source), len(source)):
             series.add(seen.frame.index, sheet.draw(caption(source.name, seen.frame, seen.coarse), panels_of(seen)))
             if recording is not None and log is not None:
                 log(recording, seen)
@@ -115,7 +115,7 @@ def cells(args: argparse.Namespace) -> list[str]:
     camera = scene_map.camera
     sheet = Sheet(2, camera.width, camera.height)
     with series_of(args) as series:
-        for seen in progress(watch(localizer, source, refine=False), len(source)):
+        for seen in progress(watch(localizer, source), len(source)):
             panels = stream.add(seen, args.out / "cells")
             series.add(seen.frame.index, sheet.draw(caption(source.name, seen.frame, seen.coarse), panels))
             if recording is not None:

@@ -5,21 +5,45 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from kfloc_ros.errors import FrameError
 from kfloc_ros.evaluation.records import FrameRecord, record_of
 from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import ImageAdapter
-from kfloc_ros.localization.localizer import Pipeline
+from kfloc_ros.localization.place_localizer import AnyLocalizer
+from kfloc_ros.localization.results import Localization
 from kfloc_ros.types import Frame, PoseEstimate, TrackingState
 
 
-def localize_source(localizer: Pipeline, source: FrameSource) -> Iterator[FrameRecord]:
-    """Yield one record a frame, in order.
+@dataclass(frozen=True, eq=False)
+class LocalizedFrame:
+    """One frame of a source and its result."""
 
-    The latency runs from the decoded image to the pose: adapting the image to the map's camera and
-    localizing, but not reading the file. A frame that the localizer refuses becomes a ``LOST`` record
-    with the reason; the localizer itself resets where stamps jump.
+    frame: Frame
+    """As the source gave it."""
+    estimate: PoseEstimate
+    localization: Localization | None
+    """None if the localizer refused the frame; the estimate then says why."""
+    latency_ms: float
+    """From the decoded image to the pose: adapting the image to the map's camera and localizing, without reading."""
+    adapt_ms: float
+
+
+def localize_source(localizer: AnyLocalizer, source: FrameSource) -> Iterator[FrameRecord]:
+    """Yield one record a frame, in order; see :func:`localize_frames`.
+
+    Raises:
+        SourceError: an image cannot be read.
+    """
+    for item in localize_frames(localizer, source):
+        yield record_of(item.frame, item.estimate, latency_ms=item.latency_ms, adapt_ms=item.adapt_ms)
+
+
+def localize_frames(localizer: AnyLocalizer, source: FrameSource) -> Iterator[LocalizedFrame]:
+    """Localize frame after frame: the run that ``localize`` writes and that ``show`` and ``view`` draw.
+
+    A frame that the localizer refuses is ``LOST`` with the reason; the localizer itself resets where stamps jump.
 
     Raises:
         SourceError: an image cannot be read.
@@ -37,9 +61,9 @@ def localize_source(localizer: Pipeline, source: FrameSource) -> Iterator[FrameR
                 T_map_camera=frame.T_map_camera,
             )
             adapt_ms = 1e3 * (time.perf_counter() - start)
-            estimate = localizer.process(adapted)
+            localization = localizer.process(adapted)
+            estimate = localization.estimate
         except FrameError as error:
-            adapt_ms = 0.0
+            localization, adapt_ms = None, 0.0
             estimate = PoseEstimate(frame.stamp_ns, TrackingState.LOST, str(error))
-        latency_ms = 1e3 * (time.perf_counter() - start)
-        yield record_of(frame, estimate, latency_ms=latency_ms, adapt_ms=adapt_ms)
+        yield LocalizedFrame(frame, estimate, localization, 1e3 * (time.perf_counter() - start), adapt_ms)

@@ -57,10 +57,10 @@ class SceneCoordinateFilter:
         self._confirmed_ns, self._poses = None, {}
         self._contradictions = 0
 
-    def judge(self, pose: CoarsePose) -> None:
+    def accept_pose(self, pose: CoarsePose) -> None:
         """Say what pose came of the last posterior: a belief that gives none, or hardly one, is not carried on.
 
-        Only what was told here can be learned from later.
+        Only frames that were told here can be corrected later.
         """
         if not pose.success:
             self.reset(f"no coarse pose: {pose.reason}")
@@ -71,7 +71,7 @@ class SceneCoordinateFilter:
             while len(self._poses) > REMEMBERED_POSES:
                 del self._poses[next(iter(self._poses))]
 
-    def learn(self, stamp_ns: int, camera: Camera, T_map_camera: Matrix) -> None:
+    def correct_belief(self, stamp_ns: int, camera: Camera, T_map_camera: Matrix) -> None:
         """Correct the belief by the pose that refinement found for a frame, and stands by.
 
         The frame need not be the last one, since a refiner in a process of its own answers later: how the camera moved
@@ -79,7 +79,7 @@ class SceneCoordinateFilter:
         frame's coarse one shows that the belief was of another place; then it is dropped.
 
         Args:
-            stamp_ns: of the frame; one that is no longer known, or that had no coarse pose, teaches nothing.
+            stamp_ns: of the frame; one that is no longer known, or that had no coarse pose, changes nothing.
             camera: of the frames.
             T_map_camera: refined pose of the frame.
         """
@@ -138,7 +138,7 @@ class SceneCoordinateFilter:
         filtered = replace(fuse(prior, measurement, s), flow=flow)
         rejected = filtered.report.rejected_ratio
         self._contradictions = self._contradictions + 1 if rejected > s.max_rejected_ratio else 0
-        patience = s.patience if s.nis_mode is NisMode.SURER else 0
+        patience = s.patience if s.nis_mode is NisMode.LOWER_VARIANCE else 0
         if self._contradictions <= patience or s.nis_mode is NisMode.OFF:
             return filtered
         self._contradictions = 0

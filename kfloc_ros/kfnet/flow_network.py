@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from enum import Enum
 from functools import cache, partial
 from pathlib import Path
 from typing import Protocol
@@ -190,15 +189,6 @@ the same texture), so they add up faster than independent ones would: a correlat
 variance of a long sum (1 + r) / (1 - r) times as large, and r is about a half."""
 
 
-class FlowKind(Enum):
-    """How flow is read from the cost volume."""
-
-    LEARNED = "learned"
-    """By the network that this package ships."""
-    COST_VOLUME = "cost_volume"
-    """By soft-argmax; nothing is trained."""
-
-
 class FlowCalibration(Protocol):
     """What a map says of both."""
 
@@ -216,29 +206,31 @@ class FlowCalibration(Protocol):
 
 
 @dataclass(frozen=True)
-class ChosenFlow:
-    """A flow, and the scale of its process noise in one map."""
+class MapFlow:
+    """Flow for one map, and its process noise there."""
 
-    kind: FlowKind
     flow: FlowFunction
     process_scale: float
     process_floor_m2: float
     """Process noise that is always added."""
-    note: str
-    """Why it is not what was asked for; empty if it is."""
+    note: str = ""
+    """Sentence on why the network does not give the flow; empty if it does."""
 
 
-def choose_flow(asked: FlowKind, calibration: FlowCalibration, device: torch.device) -> ChosenFlow:
-    """The flow that was asked for, or the cost volume's where the map knows no process noise for the network's."""
+def flow_of(calibration: FlowCalibration, device: torch.device) -> MapFlow:
+    """Return the network's flow, or the cost volume's where the map knows no process noise for the network's."""
     scale = calibration.learned_process_scale
-    if asked is FlowKind.LEARNED and scale is not None:
+    if scale is not None:
         flow = shipped_flow_network(device).flow
-        return ChosenFlow(FlowKind.LEARNED, flow, STEPS_ALIKE * scale, STEPS_ALIKE * LEARNED_FLOOR_M2, "")
-    soft = partial(backward_flow, temperature=calibration.flow_temperature)
-    note = ""
-    if asked is FlowKind.LEARNED:
-        note = (
-            "The map's process noise was calibrated for the cost volume alone, so that gives the flow. "
-            "Build the map again to use the network (oflownet: learned)."
-        )
-    return ChosenFlow(FlowKind.COST_VOLUME, soft, calibration.process_scale, calibration.process_floor_m2, note)
+        return MapFlow(flow, STEPS_ALIKE * scale, STEPS_ALIKE * LEARNED_FLOOR_M2)
+    note = (
+        "The map's process noise was calibrated for the cost volume alone, which therefore gives the flow. "
+        "Build the map again to use the network."
+    )
+    return cost_volume_flow(calibration, note)
+
+
+def cost_volume_flow(calibration: FlowCalibration, note: str = "") -> MapFlow:
+    """Return the flow that a soft-argmax reads from the cost volume; nothing in it is trained."""
+    flow = partial(backward_flow, temperature=calibration.flow_temperature)
+    return MapFlow(flow, calibration.process_scale, calibration.process_floor_m2, note)

@@ -23,9 +23,7 @@ class NisMode(Enum):
     """Nothing: prior and measurement are fused all the same."""
     OUTPUT_ONLY = "output_only"
     """The emitted coordinates are the measurement's; the recursion keeps what was fused (as published)."""
-    STATE = "state"
-    """The recursion starts anew from the measurement in this cell, too."""
-    SURER = "surer"
+    LOWER_VARIANCE = "lower_variance"
     """The cell keeps whichever of prior and measurement claims the smaller variance. A blurred or covered picture
     gives measurements that are worse than the belief and say so; the other modes always side with them."""
 
@@ -48,9 +46,9 @@ class FilterSettings:
     max_rejected_ratio: float = 0.7
     """If more of the prior's cells than this fail the NIS test, prior and measurement contradict each other."""
     patience: int = 1
-    """Contradicting frames in a row that are taken for bad pictures (with ``NisMode.SURER``, the belief is kept);
-    with the next one, the belief is taken to be wrong and dropped. Never with ``NisMode.OFF``."""
-    nis_mode: NisMode = NisMode.SURER
+    """Contradicting frames in a row that are taken for bad images (with ``NisMode.LOWER_VARIANCE``, the belief is
+    kept); with the next one, the belief is taken to be wrong and dropped. Never with ``NisMode.OFF``."""
+    nis_mode: NisMode = NisMode.LOWER_VARIANCE
     error_correlation: float = 0.7
     """Of the errors of prior and measurement, as measured; 0 is the independence that the original assumes."""
     max_edge_ratio: float = 0.6
@@ -163,7 +161,7 @@ def fuse(prior: Prior, measurement: SceneCoordinates, settings: FilterSettings) 
     fused = both if mode in (NisMode.OFF, NisMode.OUTPUT_ONLY) else agree
     mean = torch.where(fused, update.mean, measurement.mean)
     variance = torch.where(fused, update.variance.clamp(min=settings.posterior_floor_m2), measurement.variance)
-    if mode is NisMode.SURER:
+    if mode is NisMode.LOWER_VARIANCE:
         kept = both & ~agree
         if report.rejected_ratio <= settings.max_rejected_ratio:  # else the picture is bad, whatever its cells claim
             kept &= prior.variance < measurement.variance

@@ -1,30 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The first stage, image to coarse pose: what KFNet does."""
+"""Coarse half of the localizer, image to coarse pose: what KFNet does, one step a method."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from kfloc_ros.device import choose_device
-from kfloc_ros.features.backbone import COARSE_STRIDE, Backbone
+from kfloc_ros.errors import FrameError
+from kfloc_ros.features.backbone import COARSE_STRIDE, Backbone, BackboneFeatures
 from kfloc_ros.geometry.camera import Camera, ImageAdapter
 from kfloc_ros.kfnet.filter import FlowFunction, SceneCoordinateFilter
-from kfloc_ros.kfnet.flow_network import FlowKind, choose_flow
-from kfloc_ros.kfnet.fusion import NO_PRIOR, Filtered, FilterSettings, NisMode
-from kfloc_ros.kfnet.pnp import solve_pnp
+from kfloc_ros.kfnet.flow_network import flow_of
+from kfloc_ros.kfnet.fusion import NO_PRIOR, Filtered, FilterSettings
+from kfloc_ros.kfnet.pnp import PnpSettings, solve_pnp
 from kfloc_ros.kfnet.reference.networks import ReferenceNetworks
 from kfloc_ros.kfnet.scoordnet import measure
 from kfloc_ros.localization.config import LocalizerConfig
-from kfloc_ros.localization.stages import CoarseResult, Observation, observe, pnp_settings, timed
+from kfloc_ros.localization.results import StageTimes
 from kfloc_ros.maps.scene_map import SceneMap
-from kfloc_ros.types import FilterReport, Frame, Matrix, SceneCoordinates
+from kfloc_ros.types import CoarsePose, FilterReport, Frame, Matrix, SceneCoordinates
 
 
 class CoarseStage:
     """Backbone, the networks of the map's family, Kalman filter, RANSAC-PnP.
+
+    :class:`~kfloc_ros.localization.localizer.Localizer` calls the steps in order.
 
     Args:
         scene_map: of the place.
@@ -35,93 +39,123 @@ class CoarseStage:
     def __init__(self, scene_map: SceneMap, config: LocalizerConfig, backbone: Backbone | None = None) -> None:
         device = choose_device(config.device)
         calibration = scene_map.calibration
+        self.camera = scene_map.camera
+        """The pinhole camera that every frame must have."""
         self._backbone = backbone or Backbone(device=device)
-        self._networks = networks_of(scene_map, config.oflownet, device)
-        self._camera = scene_map.camera
-        self._use_filter = config.filter
-        self._learns = config.filter and config.pose_feedback
-        self._passed_by: tuple[int, Observation] | None = None
+        self._networks = networks_of(scene_map, device)
         self.note = self._networks.note if config.filter else ""
-        """What of the configuration could not be had, in a sentence; empty if all could."""
+        """Sentence on what of the configuration this map cannot give; empty if nothing."""
+        self._use_filter = config.filter
+        self._corrects = config.filter and config.pose_feedback
+        self._skipped: tuple[Frame, BackboneFeatures] | None = None
         self._filter = SceneCoordinateFilter(
             FilterSettings(
                 flow_temperature=calibration.flow_temperature,
                 process_scale=self._networks.process_scale,
                 process_floor_m2=self._networks.process_floor_m2,
                 nis_threshold=config.nis_threshold,
-                nis_mode=NisMode(config.nis_mode),
                 max_gap_s=config.max_gap_s,
             ),
             self._networks.flow,
         )
         self._pnp = pnp_settings(config, self._networks.stride, calibration.coarse_covariance_scale)
 
-    @property
-    def camera(self) -> Camera:
-        """The pinhole camera that every frame must have (``ImageAdapter`` brings images to it)."""
-        return self._camera
-
-    def observe(self, frame: Frame) -> Observation:
-        """Run the backbone.
+    def extract(self, frame: Frame, times: StageTimes) -> BackboneFeatures:
+        """Run the backbone on a frame.
 
         Raises:
             FrameError: the image does not have the size of the map's camera.
         """
-        return observe(frame, self._camera, self._backbone)
+        return extract_features(frame, self.camera, self._backbone, times)
 
-    def process(self, frame: Frame, observation: Observation | None = None) -> CoarseResult:
-        """Measure, filter, and solve for the coarse pose.
+    def measure(self, frame: Frame, features: BackboneFeatures, times: StageTimes) -> SceneCoordinates:
+        """Regress a scene coordinate and its variance for every cell (KFNet's measurement system)."""
+        with times.stage("measure"):
+            return self._networks.measure(frame, features)
 
-        A frame that was passed by just before is filtered first, so that the belief is one frame old and a bad picture,
-        for which alone a track mostly ends, does not meet an older one or none.
+    def fuse(
+        self, frame: Frame, features: BackboneFeatures, measurement: SceneCoordinates, times: StageTimes
+    ) -> Filtered:
+        """Carry the belief over from the frame before and fuse it with the measurement (KFNet's process system).
 
-        Args:
-            frame: to localize.
-            observation: of the frame, if the backbone has run.
-
-        Raises:
-            FrameError: the image does not have the size of the map's camera.
+        A frame that was skipped just before is filtered first, so that the belief is one frame old. Tracking mostly
+        ends at a bad image, which must not meet an older belief or none.
         """
-        observation = observation or self.observe(frame)
-        features, timings = observation.features, observation.timings_ms
-        if self._passed_by is not None and self._use_filter:
-            with timed(timings, "filter"), torch.inference_mode():
-                stamp_ns, before = self._passed_by
-                self._filtered(stamp_ns, before, self._networks.measure(before))
-        self._passed_by = None
-        with timed(timings, "measure"):
-            measurement = self._networks.measure(observation)
-        with timed(timings, "filter"), torch.inference_mode():
-            filtered = self._filtered(frame.stamp_ns, observation, measurement)
-        with timed(timings, "pnp"):
-            pose = solve_pnp(filtered.posterior, self._camera, self._pnp)
-        self._filter.judge(pose)
-        return CoarseResult(
-            frame.stamp_ns, pose, filtered.report, timings, features, filtered.posterior, measurement, filtered
-        )
+        if not self._use_filter:
+            self._skipped = None
+            return Filtered(measurement, FilterReport("the filter is off", 0.0, NO_PRIOR, 0.0))
+        with times.stage("filter"), torch.inference_mode():
+            if self._skipped is not None:
+                before, its_features = self._skipped
+                self._step(before, its_features, self._networks.measure(before, its_features))
+                self._skipped = None
+            return self._step(frame, features, measurement)
 
-    def pass_by(self, stamp_ns: int, observation: Observation) -> None:
-        """Take note of a frame that needs no coarse pose.
+    def solve(self, filtered: Filtered, times: StageTimes) -> CoarsePose:
+        """Find the camera's pose by RANSAC-PnP on the filtered scene coordinates, and tell the filter."""
+        with times.stage("pnp"):
+            pose = solve_pnp(filtered.posterior, self.camera, self._pnp)
+        self._filter.accept_pose(pose)
+        return pose
+
+    def skip(self, frame: Frame, features: BackboneFeatures) -> None:
+        """Remember a frame that needs no coarse pose.
 
         The belief ends: the coarse pose that checks a track must know nothing of the poses before.
         """
-        self._passed_by = (stamp_ns, observation)
+        self._skipped = frame, features
         self._filter.reset("frames before were only tracked")
 
-    def learn(self, stamp_ns: int, T_map_camera: Matrix) -> None:
-        """Take the refined pose of one of the last frames into account; it must be beyond doubt."""
-        if self._learns:
-            self._filter.learn(stamp_ns, self._camera, T_map_camera)
-
-    def _filtered(self, stamp_ns: int, observation: Observation, measurement: SceneCoordinates) -> Filtered:
-        if not self._use_filter:
-            return Filtered(measurement, FilterReport("the filter is off", 0.0, NO_PRIOR, 0.0))
-        return self._filter.step(stamp_ns, self._networks.flow_features(observation), measurement)
+    def correct_belief(self, stamp_ns: int, T_map_camera: Matrix) -> None:
+        """Correct the belief by the refined pose of one of the last frames; the pose must stand."""
+        if self._corrects:
+            self._filter.correct_belief(stamp_ns, self.camera, T_map_camera)
 
     def reset(self, reason: str) -> None:
         """Forget what was carried over from earlier frames."""
         self._filter.reset(reason)
-        self._passed_by = None
+        self._skipped = None
+
+    def _step(self, frame: Frame, features: BackboneFeatures, measurement: SceneCoordinates) -> Filtered:
+        return self._filter.step(frame.stamp_ns, self._networks.flow_features(frame, features), measurement)
+
+
+def extract_features(frame: Frame, camera: Camera, backbone: Backbone, times: StageTimes) -> BackboneFeatures:
+    """Run the backbone on a frame of the map's camera.
+
+    Raises:
+        FrameError: the image does not have the size of the map's camera.
+    """
+    check_frame(frame, camera)
+    with times.stage("backbone"):
+        return backbone.extract(frame.image)
+
+
+def check_frame(frame: Frame, camera: Camera) -> None:
+    """Refuse an image that does not belong to the map's camera.
+
+    Raises:
+        FrameError: wrong size, type or channels.
+    """
+    image = frame.image
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise FrameError(f"A frame's image must be (H, W, 3) uint8 RGB, got {image.shape} {image.dtype}.")
+    if image.shape[:2] != (camera.height, camera.width):
+        raise FrameError(
+            f"The image is {image.shape[1]}x{image.shape[0]}, but the map's camera is {camera.width}x{camera.height}; "
+            "bring it there with an ImageAdapter."
+        )
+
+
+def pnp_settings(config: LocalizerConfig, stride: int, covariance_scale: float = 1.0) -> PnpSettings:
+    """Return the settings of PnP for cells of ``stride`` pixels; thresholds in pixels grow with the cells."""
+    larger = stride / COARSE_STRIDE
+    return PnpSettings(
+        max_error_px=larger * config.pnp_max_error_px,
+        pixel_sigma_px=larger * PnpSettings().pixel_sigma_px,
+        min_inliers=config.pnp_min_inliers,
+        covariance_scale=covariance_scale,
+    )
 
 
 class CoarseNetworks(Protocol):
@@ -136,25 +170,24 @@ class CoarseNetworks(Protocol):
     note: str
     """What of the configuration could not be had, in a sentence; empty if all could."""
 
-    def measure(self, observation: Observation) -> SceneCoordinates:
+    def measure(self, frame: Frame, features: BackboneFeatures) -> SceneCoordinates:
         """Scene coordinates of a frame; cells in pixels of the map's camera."""
         ...
 
-    def flow_features(self, observation: Observation) -> torch.Tensor:
+    def flow_features(self, frame: Frame, features: BackboneFeatures) -> torch.Tensor:
         """(C, h, w) by which the cells of two frames are matched."""
         ...
 
 
-def networks_of(scene_map: SceneMap, oflownet: str, device: torch.device) -> CoarseNetworks:
-    """The networks that a map was made with.
+def networks_of(scene_map: SceneMap, device: torch.device) -> CoarseNetworks:
+    """Return the networks that a map was made with.
 
     Args:
         scene_map: of the place.
-        oflownet: of :class:`FlowKind`, for the fast family.
         device: where they run.
     """
     if scene_map.kfnet is None:
-        return FastNetworks(scene_map, FlowKind(oflownet), device)
+        return FastNetworks(scene_map, device)
     return ReferencePair(scene_map, scene_map.kfnet, device)
 
 
@@ -163,18 +196,18 @@ class FastNetworks:
 
     stride = COARSE_STRIDE
 
-    def __init__(self, scene_map: SceneMap, kind: FlowKind, device: torch.device) -> None:
+    def __init__(self, scene_map: SceneMap, device: torch.device) -> None:
         self._head = scene_map.head.to(device)
         self._calibration = scene_map.calibration
-        chosen = choose_flow(kind, scene_map.calibration, device)
+        chosen = flow_of(scene_map.calibration, device)
         self.flow, self.note = chosen.flow, chosen.note
         self.process_scale, self.process_floor_m2 = chosen.process_scale, chosen.process_floor_m2
 
-    def measure(self, observation: Observation) -> SceneCoordinates:
-        return measure(self._head, observation.features, self._calibration)
+    def measure(self, frame: Frame, features: BackboneFeatures) -> SceneCoordinates:
+        return measure(self._head, features, self._calibration)
 
-    def flow_features(self, observation: Observation) -> torch.Tensor:
-        return observation.features.coarse[0]
+    def flow_features(self, frame: Frame, features: BackboneFeatures) -> torch.Tensor:
+        return features.coarse[0]
 
 
 class ReferencePair:
@@ -193,12 +226,12 @@ class ReferencePair:
         self.flow: FlowFunction = networks.oflownet.flow
         self.process_scale, self.process_floor_m2 = calibration.process_scale, calibration.process_floor_m2
 
-    def measure(self, observation: Observation) -> SceneCoordinates:
-        measured = self._networks.scoordnet.measure(self._adapter(observation.image), self._variance_scale)
+    def measure(self, frame: Frame, features: BackboneFeatures) -> SceneCoordinates:
+        measured = self._networks.scoordnet.measure(self._adapter(frame.image), self._variance_scale)
         first = (measured.pixel_offset + 0.5) * self._times - 0.5  # pixel (0, 0) is the centre of a pixel
         return replace(measured, stride=self.stride, first_pixel=first)
 
-    def flow_features(self, observation: Observation) -> torch.Tensor:
-        image = torch.from_numpy(self._adapter(observation.image)).to(self._device)
-        features: torch.Tensor = self._networks.oflownet.features(image.permute(2, 0, 1)[None].float())
-        return features[0]
+    def flow_features(self, frame: Frame, features: BackboneFeatures) -> torch.Tensor:
+        image = torch.from_numpy(self._adapter(frame.image)).to(self._device)
+        own: torch.Tensor = self._networks.oflownet.features(image.permute(2, 0, 1)[None].float())
+        return own[0]

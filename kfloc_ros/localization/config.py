@@ -3,17 +3,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from kfloc_ros.config import option
 from kfloc_ros.kfnet import kalman
-from kfloc_ros.kfnet.flow_network import FlowKind
-from kfloc_ros.kfnet.fusion import NisMode
 
 
 @dataclass(frozen=True)
 class LocalizerConfig:
     """Options of the whole pipeline."""
+
+    FORMER: ClassVar[Mapping[str, str]] = {
+        "first_fix": "It is called 'relocalize' now.",
+        "nis_mode": "The robust treatment of contradicting cells is the only one left; remove it.",
+        "oflownet": "The flow network is used wherever the map was calibrated for it; remove it.",
+    }
+    """Former options, each with what to do."""
 
     device: str = option(
         "auto", "Where networks run: auto takes a GPU if there is one.", choices=("auto", "cpu", "cuda")
@@ -38,23 +45,11 @@ class LocalizerConfig:
     max_gap_s: float = option(
         0.5, "A longer gap between frames resets the filter and the motion model.", low=0.01, high=60.0
     )
-    nis_mode: str = option(
-        NisMode.SURER.value,
-        "Where prior and measurement of a cell contradict each other: off fuses them all the same, output_only emits "
-        "the measurement, state also goes on from it, surer keeps the one with the smaller variance.",
-        choices=tuple(mode.value for mode in NisMode),
-    )
     nis_threshold: float = option(
         kalman.NIS_THRESHOLD_95,
         "Cells whose normalised innovation squared exceeds this contradict their prior.",
         low=0.1,
         high=1000.0,
-    )
-    oflownet: str = option(
-        FlowKind.LEARNED.value,
-        "What reads the flow that carries the belief from the cost volume: learned is the network of this package, "
-        "cost_volume a soft-argmax without training, which is what maps calibrated before there was a network take.",
-        choices=tuple(kind.value for kind in FlowKind),
     )
     pnp_max_error_px: float = option(10.0, "Inlier threshold of the reprojection error in PnP.", low=0.5, high=100.0)
     pnp_min_inliers: int = option(40, "Fewer PnP inliers than this: no coarse pose.", low=6, high=100_000)

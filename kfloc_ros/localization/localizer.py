@@ -1,69 +1,170 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The method: a frame goes through the backbone once, and two stages make a pose of it.
-
-The coarse stage measures a scene coordinate for every cell of the image (SCoordNet), fuses the measurements with what
-earlier frames said about the same surfaces (OFlowNet, Kalman filter), and solves for the camera's pose (RANSAC-PnP).
-The refine stage aligns that pose with the map's reference views (PixLoc), searches the map where that fails, and says
-what the result is worth; the filter learns from it what its cells cannot tell each other. While a track holds, the
-refine stage starts from the predicted pose, and the coarse stage rests.
-"""
+"""The method, and the one place that sequences it: KFNet's filtered scene coordinates, then PixLoc's alignment."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from kfloc_ros.features.backbone import Backbone, BackboneFeatures
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.localization.coarse import CoarseStage
 from kfloc_ros.localization.config import LocalizerConfig
 from kfloc_ros.localization.refine import RefineStage
-from kfloc_ros.localization.stages import CoarseSteps, RefineSteps
+from kfloc_ros.localization.results import CoarseResult, Localization, StageTimes
 from kfloc_ros.maps.scene_map import SceneMap
-from kfloc_ros.types import Frame, PoseEstimate
+from kfloc_ros.pixloc.references import ReferenceViews
+from kfloc_ros.pixloc.refiner import Refiner
+from kfloc_ros.types import Frame, Matrix
 
 
-class Pipeline:
-    """Both stages, one after the other: frames to poses."""
+class Localizer:
+    """Poses of a camera in one map. One sequence, used by all that localize, show, replay or calibrate.
 
-    coarse: CoarseSteps
-    refine: RefineSteps
-
-    @property
-    def camera(self) -> Camera:
-        """The pinhole camera that every frame must have."""
-        return self.coarse.camera
-
-    def process(self, frame: Frame) -> PoseEstimate:
-        """Localize one frame.
-
-        Raises:
-            FrameError: the image does not have the size of the map's camera.
-        """
-        observation = self.coarse.observe(frame)
-        tracked = self.refine.track(frame, observation)
-        if tracked is not None:
-            self.coarse.pass_by(frame.stamp_ns, observation)
-            return tracked
-        estimate = self.refine.process(frame, self.coarse.process(frame, observation))
-        if estimate.refined_pose is not None:
-            self.coarse.learn(frame.stamp_ns, estimate.refined_pose)
-        return estimate
-
-    def reset(self, reason: str) -> None:
-        """Forget all earlier frames."""
-        self.coarse.reset(reason)
-        self.refine.reset(reason)
-
-
-class Localizer(Pipeline):
-    """Both stages for one map.
+    The sequence has two halves for nodes in processes of their own: ``filter_node`` runs :meth:`coarse_half`,
+    ``refiner_node`` runs :meth:`refine_half`. :meth:`process` joins them.
 
     Args:
         scene_map: of the place.
         config: options; the defaults are meant to be right.
+        backbone: to share with other localizers; made here by default.
     """
 
-    coarse: CoarseStage
-    refine: RefineStage
-
-    def __init__(self, scene_map: SceneMap, config: LocalizerConfig | None = None) -> None:
+    def __init__(
+        self, scene_map: SceneMap, config: LocalizerConfig | None = None, backbone: Backbone | None = None
+    ) -> None:
         config = config or LocalizerConfig()
-        self.coarse = CoarseStage(scene_map, config)
-        self.refine = RefineStage(scene_map, config)
+        self._coarse = CoarseStage(scene_map, config, backbone)
+        self._refine = RefineStage(scene_map, config)
+
+    @property
+    def camera(self) -> Camera:
+        """The pinhole camera that every frame must have; an ``ImageAdapter`` brings images to it."""
+        return self._coarse.camera
+
+    @property
+    def references(self) -> ReferenceViews:
+        """The reference views that poses are aligned with."""
+        return self._refine.references
+
+    @property
+    def refiner(self) -> Refiner:
+        """The aligner of poses; it keeps nothing from one call to the next."""
+        return self._refine.refiner
+
+    @property
+    def note(self) -> str:
+        """Sentence on what of the configuration this map cannot give; empty if nothing."""
+        return self._coarse.note
+
+    def process(
+        self,
+        frame: Frame,
+        hints: Sequence[Matrix] = (),
+        *,
+        features: BackboneFeatures | None = None,
+        times: StageTimes | None = None,
+        correct: bool = True,
+    ) -> Localization:
+        """Localize one frame.
+
+        Args:
+            frame: of the map's camera.
+            hints: further poses ``T_map_camera`` (4, 4) to start from, such as an operator's guess. The start at which
+                the image looks most like the map is the one that is refined.
+            features: of the frame, if the backbone has run on it.
+            times: spent on the frame so far.
+            correct: whether a pose that stands corrects the belief now. A place and a node first ask whether the motion
+                and the odometry allow the pose, then call :meth:`correct_belief`.
+
+        Raises:
+            FrameError: the image does not have the size of the map's camera.
+        """
+        times = times or StageTimes()
+        # 1. Features, once a frame
+        if features is None:
+            features = self._coarse.extract(frame, times)
+
+        # 2. Track: align from the predicted pose alone, while that holds
+        tracked = None if hints else self._refine.track(frame.stamp_ns, features, times)
+        if tracked is not None:
+            self._coarse.skip(frame, features)
+            return Localization(frame, features, tracked)
+
+        coarse = self.coarse_half(frame, features=features, times=times)  # steps 3 to 5
+        localization = self.refine_half(frame, coarse, hints)  # steps 6 to 8
+        if correct:
+            self.correct_belief(frame.stamp_ns, localization.estimate.refined_pose)
+        return localization
+
+    def coarse_half(
+        self, frame: Frame, *, features: BackboneFeatures | None = None, times: StageTimes | None = None
+    ) -> CoarseResult:
+        """Find the coarse pose of a frame: steps 1 and 3 to 5.
+
+        Raises:
+            FrameError: the image does not have the size of the map's camera.
+        """
+        times = times or StageTimes()
+        if features is None:
+            features = self._coarse.extract(frame, times)
+
+        # 3. Measure scene coordinates and their variance (SCoordNet)
+        measurement = self._coarse.measure(frame, features, times)
+
+        # 4. Carry the belief over by optical flow and fuse (KFNet)
+        filtered = self._coarse.fuse(frame, features, measurement, times)
+
+        # 5. Coarse pose by RANSAC-PnP
+        pose = self._coarse.solve(filtered, times)
+        return CoarseResult(
+            frame.stamp_ns,
+            pose,
+            filtered.report,
+            times.so_far(),
+            features,
+            filtered.posterior,
+            measurement,
+            filtered,
+        )
+
+    def refine_half(self, frame: Frame, coarse: CoarseResult, hints: Sequence[Matrix] = ()) -> Localization:
+        """Refine a coarse pose and judge the result: steps 6 to 8.
+
+        Args:
+            frame: of the map's camera.
+            coarse: result of the coarse half for the frame.
+            hints: further poses ``T_map_camera`` (4, 4) to start from.
+
+        Raises:
+            FrameError: the image does not have the size of the map's camera.
+        """
+        times = StageTimes(coarse.timings_ms)
+        # 6. Align features with the map's reference views (PixLoc)
+        alignment = self._refine.align(frame, coarse, hints, times)
+
+        # 7. Relocalize in the whole map if that failed
+        alignment = self._refine.relocalize(coarse, alignment, times)
+
+        # 8. Judge; a pose that stands then corrects the belief (correct_belief)
+        estimate = self._refine.judge(coarse, alignment, times)
+        return Localization(frame, coarse.features, estimate, coarse)
+
+    def correct_belief(self, stamp_ns: int, T_map_camera: Matrix | None) -> None:
+        """Correct the belief over scene coordinates by the refined pose of one of the last frames.
+
+        Args:
+            stamp_ns: of the frame.
+            T_map_camera: ``PoseEstimate.refined_pose`` of the frame; None, for a pose that does not stand, changes
+                nothing.
+        """
+        if T_map_camera is not None:
+            self._coarse.correct_belief(stamp_ns, T_map_camera)
+
+    def reset(self, reason: str) -> None:
+        """Forget all earlier frames.
+
+        Args:
+            reason: shown as the filter's reset reason of the next frame.
+        """
+        self._coarse.reset(reason)
+        self._refine.reset()

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,12 +11,10 @@ import numpy as np
 from kfloc_ros.device import choose_device
 from kfloc_ros.features.backbone import Backbone, BackboneFeatures
 from kfloc_ros.geometry.lie import Matrix, inverse_pose, rotation_angle_deg
-from kfloc_ros.localization.coarse import CoarseStage
 from kfloc_ros.localization.config import LocalizerConfig
 from kfloc_ros.localization.place_memory import PlaceMemory
 from kfloc_ros.localization.place_search import LoadedSubmap, PlaceSearch, PlaceSearchSettings
-from kfloc_ros.localization.refine import RefineStage
-from kfloc_ros.localization.stages import timed
+from kfloc_ros.localization.results import StageTimes
 from kfloc_ros.localization.submap_cache import SubmapCache
 from kfloc_ros.localization.tracking import ConstantVelocity
 from kfloc_ros.maps.place import Place
@@ -42,25 +40,19 @@ class GuideSettings:
 
 
 @dataclass(frozen=True, eq=False)
-class ActiveSubmap:
-    """The submap that the camera is in."""
+class Choice:
+    """Submap chosen for a frame."""
 
-    number: int
-    loaded: LoadedSubmap
-
-    @property
-    def coarse(self) -> CoarseStage:
-        """What finds coarse poses in it."""
-        return self.loaded.coarse
-
-    @property
-    def refine(self) -> RefineStage:
-        """What refines them."""
-        return self.loaded.refine
+    submap: LoadedSubmap | None
+    """None if it is not known which."""
+    hints: tuple[Matrix, ...] = ()
+    """Poses that the frame may start from besides, in the place's frame."""
+    reason: str = ""
+    """Why there is none."""
 
 
 class PlaceGuide:
-    """Has a submap ready for every frame, and follows the poses from one to the next; what both stages share.
+    """Chooses a submap for every frame, and follows the poses from one submap to the next.
 
     All poses are in the place's frame, so that the motion goes on from one submap into another.
 
@@ -78,35 +70,35 @@ class PlaceGuide:
         search: PlaceSearchSettings | None = None,
         settings: GuideSettings | None = None,
     ) -> None:
-        own = replace(config, relocalize=False)  # in a submap alone; the whole place is searched here
         self.place, self.backbone = place, Backbone(device=choose_device(config.device))
-        self.active: ActiveSubmap | None = None
+        self.active: LoadedSubmap | None = None
+        """The submap that the camera is in."""
         self.cache = SubmapCache(
-            lambda number: LoadedSubmap.of(place.load_submap(number), own, self.backbone), config.loaded_submaps
+            lambda number: LoadedSubmap.of(number, place.load_submap(number), config, self.backbone),
+            config.loaded_submaps,
         )
         self._search = PlaceSearch(place, self.cache, search) if config.relocalize else None
         self._settings = settings or GuideSettings()
         self._motion = ConstantVelocity(config.max_gap_s)
-        self._suggested: tuple[Matrix, ...] = ()
         self._start_from_motion = False
         self._pause = 0
-        self._had_pose = False
+        self.had_pose = False
+        """Whether some frame before had a pose."""
         self._memory = PlaceMemory()
 
-    def suggest(self, starts: Sequence[Matrix]) -> None:
-        """Have the next frame try poses in the place's frame before anything else; any thread."""
-        self._suggested = tuple(starts)
-
-    @property
-    def has_suggestions(self) -> bool:
-        return bool(self._suggested)
-
     def predict(self, stamp_ns: int) -> Matrix | None:
-        """The pose at a time as the motion goes on, or None without a recent one."""
+        """Return the pose at a time as the motion goes on, or None without a recent one."""
         return self._motion.predict(stamp_ns)
 
-    def begin(self, stamp_ns: int, features: BackboneFeatures) -> str:
-        """Have a submap for a frame; says why there is none, or nothing.
+    def choose(self, stamp_ns: int, features: BackboneFeatures, hints: Sequence[Matrix], times: StageTimes) -> Choice:
+        """Choose a submap for a frame.
+
+        Args:
+            stamp_ns: of the frame.
+            features: of the frame.
+            hints: poses at which the camera may be. A hint that the image fits is taken, also where other submaps look
+                the same.
+            times: spent on the frame so far.
 
         Raises:
             MapError: a submap cannot be loaded.
@@ -114,27 +106,27 @@ class PlaceGuide:
         predicted = self.predict(stamp_ns)
         if predicted is None:
             self.active = None
-        suggested, self._suggested = self._suggested, ()
-        if suggested and self._try_suggested(suggested, features):
-            return ""
+        if hints:
+            with times.stage("relocalize"):
+                choice = self._try_hints(hints, features)
+            if choice is not None:
+                return choice
         if self.active is not None:
-            if self._start_from_motion and predicted is not None:
-                self.active.refine.suggest([predicted])
-            self._start_from_motion = False
-            return ""
+            from_motion, self._start_from_motion = self._start_from_motion, False
+            return Choice(self.active, (predicted,) if from_motion and predicted is not None else ())
         if self._search is None:
-            return "which submap this is was not searched for, since the search (relocalize) is off"
-        found = self._search.find(features, self._memory.reach(stamp_ns))
-        alignment = self._memory.confirm(stamp_ns, found)
+            return Choice(None, reason="the submap was not searched for, since the search (relocalize) is off")
+        with times.stage("relocalize"):
+            found = self._search.find(features, self._memory.reach(stamp_ns))
+            alignment = self._memory.confirm(stamp_ns, found)
         if not alignment.success or alignment.T_map_camera is None:
-            return alignment.reason
-        self._enter(found.submap, alignment.T_map_camera)
-        return ""
+            return Choice(None, reason=alignment.reason)
+        return Choice(self._enter(found.submap), (alignment.T_map_camera,))
 
     def follow(
         self, stamp_ns: int, features: BackboneFeatures, estimate: PoseEstimate, predicted: Matrix | None
     ) -> PoseEstimate:
-        """What a frame's estimate is worth in the place; another submap may take over.
+        """Judge a frame's estimate by the motion in the place; another submap may take over.
 
         Args:
             stamp_ns: of the frame.
@@ -152,10 +144,10 @@ class PlaceGuide:
             estimate = self._look_around(features, estimate, predicted)
         if estimate.T_map_camera is not None:
             self._motion.observe(stamp_ns, estimate.T_map_camera)
-            self._had_pose = True
+            self.had_pose = True
             if self.active is not None:
                 self._memory.observe(stamp_ns, estimate.T_map_camera, self.active.number)
-        elif self._had_pose:  # a submap's stage does not know of poses in others
+        elif self.had_pose:  # a submap's stage does not know of poses in others
             estimate = replace(estimate, state=TrackingState.LOST)
         return estimate
 
@@ -166,45 +158,38 @@ class PlaceGuide:
         self._memory.forget()
         self._pause = 0
 
-    @property
-    def had_pose(self) -> bool:
-        """Whether some frame before had a pose."""
-        return self._had_pose
-
-    def _enter(self, number: int, T_place_camera: Matrix) -> None:
-        """Make a submap the active one, whose first frame starts from a pose."""
-        loaded = self.cache.get(number)
-        loaded.begin_anew()
-        self.active = ActiveSubmap(number, loaded)
-        loaded.refine.suggest([T_place_camera])
+    def _enter(self, number: int) -> LoadedSubmap:
+        """Make a submap the active one."""
+        submap = self.cache.get(number)
+        submap.enter()
+        self.active = submap
         self._pause = self._settings.pause_frames
+        return submap
 
-    def _try_suggested(self, starts: Sequence[Matrix], features: BackboneFeatures) -> bool:
-        """Go where somebody says that the camera is, if the image fits there; a guess decides between rooms alike."""
+    def _try_hints(self, hints: Sequence[Matrix], features: BackboneFeatures) -> Choice | None:
+        """Enter the submap of the hint that the image fits best; None if it fits none."""
         by_submap: dict[int, list[Matrix]] = {}
-        for start in starts:
-            by_submap.setdefault(int(np.argmin(self.place.index.distances(start))), []).append(start)
+        for hint in hints:
+            by_submap.setdefault(int(np.argmin(self.place.index.distances(hint))), []).append(hint)
         ranked = sorted(by_submap, key=lambda number: -len(by_submap[number]))[: self._settings.hinted_submaps]
         tried = [(n, self.cache.get(n).align(features, by_submap[n])) for n in ranked]
         fitting = [item for item in tried if item[1].success]
         if not fitting:
-            return False
+            return None
         number, alignment = min(fitting, key=lambda item: item[1].final_cost)
         assert alignment.T_map_camera is not None
         self._motion.forget()  # where the camera was said to be before is no reason against it
         self._memory.forget()
-        self._enter(number, alignment.T_map_camera)
-        return True
+        return Choice(self._enter(number), (alignment.T_map_camera,))
 
     def _find_again(self, features: BackboneFeatures, estimate: PoseEstimate, predicted: Matrix | None) -> PoseEstimate:
         """The estimate, or, where it has no pose, that of a search around where the camera must be."""
         if self.active is None or self._search is None or predicted is None or estimate.T_map_camera is not None:
             return estimate
-        spent: dict[str, float] = {}
-        number, loaded = self.active.number, self.active.loaded
-        with timed(spent, "relocalize"):
-            found = self._search.find_again(features, number, loaded, lambda T: not self._jump(predicted, T))
-        estimate = _with_time(estimate, spent)
+        times = StageTimes(estimate.timings_ms)
+        with times.stage("relocalize"):
+            found = self._search.find_again(features, self.active, lambda T: not self._jump(predicted, T))
+        estimate = replace(estimate, timings_ms=times.with_total())
         if not found.success or found.T_map_camera is None or self._jump(predicted, found.T_map_camera):
             return estimate
         self._start_from_motion = True
@@ -231,16 +216,17 @@ class PlaceGuide:
         nearer = own > s.own_reach_m and away[number] < s.nearer_ratio * own
         if submap is None or self._pause > 0 or not (weak or nearer):
             return estimate
-        spent: dict[str, float] = {}
+        times = StageTimes(estimate.timings_ms)
         self._pause = s.pause_frames
-        with timed(spent, "change_over"):
+        with times.stage("change_over"):
             alignment = submap.align(features, [at])
+        estimate = replace(estimate, timings_ms=times.with_total())
         if self._is_better(alignment, estimate, weak=weak) and alignment.T_map_camera is not None:
-            self._enter(number, alignment.T_map_camera)
+            self._enter(number)
             self._start_from_motion = True
             if weak:
                 estimate = _found_at(estimate, alignment)
-        return _with_time(estimate, spent)
+        return estimate
 
     def _is_better(self, alignment: Alignment, estimate: PoseEstimate, *, weak: bool) -> bool:
         if not alignment.success or alignment.covariance is None:
@@ -268,10 +254,3 @@ def _found_at(estimate: PoseEstimate, alignment: Alignment) -> PoseEstimate:
         covariance=alignment.covariance,
         alignment=alignment,
     )
-
-
-def _with_time(estimate: PoseEstimate, spent_ms: Mapping[str, float]) -> PoseEstimate:
-    """An estimate that took longer, by stage."""
-    timings = {**estimate.timings_ms, **spent_ms}
-    timings["total"] = timings.pop("total", 0.0) + sum(spent_ms.values())
-    return replace(estimate, timings_ms=timings)

@@ -11,14 +11,13 @@ from numpy.typing import NDArray
 
 from kfloc_ros.features.backbone import Backbone, BackboneFeatures
 from kfloc_ros.geometry.lie import Matrix
-from kfloc_ros.localization.coarse import CoarseStage
 from kfloc_ros.localization.config import LocalizerConfig
-from kfloc_ros.localization.refine import RefineStage
+from kfloc_ros.localization.localizer import Localizer
 from kfloc_ros.localization.submap_cache import SubmapCache
 from kfloc_ros.maps.place import Place
 from kfloc_ros.maps.place_index import SubmapCandidate
 from kfloc_ros.maps.scene_map import SceneMap
-from kfloc_ros.pixloc.refiner import failed_alignment
+from kfloc_ros.pixloc.refiner import Refiner, failed_alignment
 from kfloc_ros.relocalization.decision import RelocalizationSettings, choose
 from kfloc_ros.relocalization.search import Relocalizer
 from kfloc_ros.types import Alignment
@@ -62,30 +61,30 @@ class Reach:
 
 @dataclass(frozen=True, eq=False)
 class LoadedSubmap:
-    """A submap in memory, with the stages that localize in it."""
+    """Submap in memory, with what localizes in it."""
 
-    coarse: CoarseStage
-    refine: RefineStage
-    relocalize: Relocalizer
+    number: int
+    localizer: Localizer
+    refiner: Refiner
+    relocalizer: Relocalizer
 
     @classmethod
-    def of(cls, scene_map: SceneMap, config: LocalizerConfig, backbone: Backbone) -> LoadedSubmap:
-        """Of a submap in the place's frame; the backbone is shared by all."""
-        refine = RefineStage(scene_map, config)
-        return cls(CoarseStage(scene_map, config, backbone), refine, Relocalizer(refine.references, scene_map.camera))
+    def of(cls, number: int, scene_map: SceneMap, config: LocalizerConfig, backbone: Backbone) -> LoadedSubmap:
+        """Return a submap in the place's frame; all share one backbone, and the place alone is searched as a whole."""
+        localizer = Localizer(scene_map, replace(config, relocalize=False), backbone)
+        return cls(number, localizer, localizer.refiner, Relocalizer(localizer.references, scene_map.camera))
 
     def align(self, features: BackboneFeatures, starts: Sequence[Matrix]) -> Alignment:
         """Refine the most promising of several poses; see :meth:`Refiner.align`."""
-        return self.refine.refiner.align(features, starts)
+        return self.refiner.align(features, starts)
 
     def aligning(self, features: BackboneFeatures) -> Callable[[Sequence[Matrix]], Alignment]:
-        """Aligns one image."""
+        """Return a function that aligns one image."""
         return lambda starts: self.align(features, starts)
 
-    def begin_anew(self) -> None:
+    def enter(self) -> None:
         """Forget what is known of a camera that was here before."""
-        self.coarse.reset("the camera came from elsewhere")
-        self.refine.reset("the camera came from elsewhere")
+        self.localizer.reset("the camera came from elsewhere")
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,18 +138,19 @@ class PlaceSearch:
         return Found(chosen, submap, numbers, None if chosen.success else leaning)
 
     def find_again(
-        self, features: BackboneFeatures, submap: int, loaded: LoadedSubmap, allowed: Callable[[Matrix], bool]
+        self, features: BackboneFeatures, submap: LoadedSubmap, allowed: Callable[[Matrix], bool]
     ) -> Alignment:
         """The alignment in a submap that the camera is known to be in; failed, with the reason, if there is none.
 
         Args:
             features: of the image.
-            submap: its number.
-            loaded: the submap.
+            submap: the submap.
             allowed: says whether the camera can be at a pose.
         """
-        retrieved = self._place.index.views_of(submap, features, self._settings.fix.retrieved)
-        found = loaded.relocalize.alignments(features, loaded.aligning(features), [view.position for view in retrieved])
+        retrieved = self._place.index.views_of(submap.number, features, self._settings.fix.retrieved)
+        found = submap.relocalizer.alignments(
+            features, submap.aligning(features), [view.position for view in retrieved]
+        )
         here = [r for r in found if r.T_map_camera is not None and allowed(r.T_map_camera)]
         return choose(here, self._settings.fix)
 
@@ -180,7 +180,7 @@ class PlaceSearch:
     def _try(self, features: BackboneFeatures, item: SubmapCandidate) -> list[Alignment]:
         submap = self._cache.get(item.submap)
         positions = [view.position for view in item.retrieved]
-        return submap.relocalize.alignments(features, submap.aligning(features), positions)
+        return submap.relocalizer.alignments(features, submap.aligning(features), positions)
 
     def _choose(
         self, results: Sequence[tuple[SubmapCandidate, Alignment]], tried: Sequence[SubmapCandidate], margin: float

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The second stage, coarse pose to pose: what PixLoc does, and what the result is worth."""
+"""Refine half of the localizer, coarse pose to judged pose: what PixLoc does, one step a method."""
 
 from __future__ import annotations
 
@@ -9,21 +9,29 @@ from dataclasses import replace
 from kfloc_ros.device import choose_device
 from kfloc_ros.features.backbone import BackboneFeatures
 from kfloc_ros.kfnet.pnp import agreeing_share
+from kfloc_ros.localization.coarse import check_frame, pnp_settings
 from kfloc_ros.localization.config import LocalizerConfig
 from kfloc_ros.localization.judgement import JudgementSettings, judge
-from kfloc_ros.localization.stages import CoarseResult, Observation, check_frame, pnp_settings, timed
+from kfloc_ros.localization.results import CoarseResult, StageTimes
 from kfloc_ros.localization.tracking import ConstantVelocity, Track, TrackSettings, agrees
 from kfloc_ros.maps.scene_map import SceneMap
 from kfloc_ros.pixloc.heads import choose_heads
 from kfloc_ros.pixloc.references import ReferenceViews
 from kfloc_ros.pixloc.refiner import Refiner, RefinerSettings
-from kfloc_ros.relocalization.decision import UNRELATED_COST, settled
+from kfloc_ros.relocalization.decision import UNRELATED_COST, repeated
 from kfloc_ros.relocalization.search import Relocalizer
 from kfloc_ros.types import Alignment, CoarsePose, Frame, Matrix, PoseEstimate, TrackingState
 
 
 class RefineStage:
-    """Reference selection, feature-metric alignment, motion model, state and covariance."""
+    """Motion model, feature-metric alignment, relocalization, judgement.
+
+    :class:`~kfloc_ros.localization.localizer.Localizer` calls the steps in order.
+
+    Args:
+        scene_map: of the place.
+        config: options.
+    """
 
     def __init__(self, scene_map: SceneMap, config: LocalizerConfig) -> None:
         calibration = scene_map.calibration
@@ -31,7 +39,7 @@ class RefineStage:
         references = scene_map.references.to(self._device)
         self._relocalizer = Relocalizer(references, scene_map.camera) if config.relocalize else None
         heads = choose_heads(config.alignment_heads)
-        self._refiner = Refiner(
+        self.refiner = Refiner(
             references,
             scene_map.camera,
             RefinerSettings(
@@ -41,6 +49,7 @@ class RefineStage:
             ),
             None if heads is None else heads.to(self._device),
         )
+        """Aligns poses; it keeps nothing from one call to the next."""
         self._config = config
         self._camera = scene_map.camera
         self._motion = ConstantVelocity(config.max_gap_s)
@@ -50,36 +59,27 @@ class RefineStage:
         self._follows_pose = False
         """Whether the frame before had a pose, so that this one is expected near the predicted one."""
         self._judgement = JudgementSettings(min_inlier_ratio=calibration.min_inlier_ratio)
-        self._suggested: tuple[Matrix, ...] = ()
 
     @property
     def references(self) -> ReferenceViews:
-        """What poses are aligned with."""
-        return self._refiner.references
+        """The reference views that poses are aligned with."""
+        return self.refiner.references
 
-    @property
-    def refiner(self) -> Refiner:
-        """What aligns poses; it keeps nothing from one call to the next."""
-        return self._refiner
+    def track(self, stamp_ns: int, features: BackboneFeatures, times: StageTimes) -> PoseEstimate | None:
+        """Align from the predicted pose alone, while a track holds.
 
-    def suggest(self, starts: Sequence[Matrix]) -> None:
-        """Have the next frame try further poses ``T_map_camera`` to start from, such as a user's guess; any thread.
-
-        A hint and no order: the start at which the image looks most like the map is the one that is refined.
+        Returns:
+            None if the frame needs a coarse pose.
         """
-        self._suggested = tuple(starts)
-
-    def track(self, frame: Frame, observation: Observation) -> PoseEstimate | None:
-        """Align from the predicted pose alone, while a track holds; None if the frame needs a coarse pose."""
-        predicted = self._motion.predict(frame.stamp_ns)
-        if not self._tracks or predicted is None or self._suggested or not self._track.holds:
+        predicted = self._motion.predict(stamp_ns)
+        if not self._tracks or predicted is None or not self._track.holds:
             return None
-        with timed(observation.timings_ms, "refine"):
-            alignment = self._refiner.align(observation.features, [predicted])
+        with times.stage("refine"):
+            alignment = self.refiner.align(features, [predicted])
         if self._track.doubt(alignment, predicted):
             return None
         estimate = PoseEstimate(
-            frame.stamp_ns,
+            stamp_ns,
             TrackingState.TRACKING,
             "",
             T_map_camera=alignment.T_map_camera,
@@ -87,48 +87,93 @@ class RefineStage:
             alignment=alignment,
             tracked=True,
         )
-        return self._finish(estimate, observation.timings_ms)
+        return self._remember(estimate, times)
 
-    def process(self, frame: Frame, coarse: CoarseResult) -> PoseEstimate:
-        """Refine a coarse pose; says in ``state`` and ``reason`` what the result is worth.
+    def align(self, frame: Frame, coarse: CoarseResult, hints: Sequence[Matrix], times: StageTimes) -> Alignment | None:
+        """Align from the coarse pose, the predicted pose or a hint, whichever the image fits best.
+
+        An alignment that nothing independent of the poses before supports is checked by the image's matches.
+
+        Returns:
+            None if refinement is off.
 
         Raises:
             FrameError: the image does not have the size of the map's camera.
         """
         check_frame(frame, self._camera)
-        timings = dict(coarse.timings_ms)
-        predicted = self._motion.predict(frame.stamp_ns)
-        expected = predicted if self._follows_pose else None
-        alignment: Alignment | None = None
-        if self._config.refine:
-            features = coarse.features.to(self._device)
-            suggested, self._suggested = self._suggested, ()
-            starts = [T for T in (coarse.pose.T_map_camera, predicted, *suggested) if T is not None]
-            with timed(timings, "refine"):
-                alignment = self._refiner.align(features, starts)
-                if self._tracks:
-                    alignment = self._checked(alignment, coarse.pose, features)
-                if alignment.success and not self._is_spoken_for(alignment, coarse, features):
-                    alignment = self._examined(alignment, features, expected)
-            if not alignment.success and self._relocalizer is not None:
-                with timed(timings, "relocalize"):
-                    alignment = self._search(features, alignment, predicted)
-        return self._finish(self._judge(coarse, alignment), timings)
+        if not self._config.refine:
+            return None
+        features = coarse.features.to(self._device)
+        predicted = self._motion.predict(coarse.stamp_ns)
+        starts = [T for T in (coarse.pose.T_map_camera, predicted, *hints) if T is not None]
+        with times.stage("refine"):
+            alignment = self.refiner.align(features, starts)
+            if self._tracks:
+                alignment = self._checked(alignment, coarse.pose, features)
+            if alignment.success and not self._is_supported(alignment, coarse, features):
+                alignment = self._examined(alignment, features, self._expected(predicted))
+        return alignment
+
+    def relocalize(self, coarse: CoarseResult, alignment: Alignment | None, times: StageTimes) -> Alignment | None:
+        """Search the whole map if the alignment failed.
+
+        Returns:
+            The alignment that was found, or the failed one with what the search says about it.
+        """
+        if alignment is None or alignment.success or self._relocalizer is None:
+            return alignment
+        features = coarse.features.to(self._device)
+        predicted = self._motion.predict(coarse.stamp_ns)
+        limit = self._relocalizer.settings.near_max_cost
+        likely = [T for T in (alignment.T_map_camera, predicted) if T is not None]
+        with times.stage("relocalize"):
+            found = self._relocalizer.find(
+                features,
+                lambda starts: self.refiner.align(features, starts, max_cost=limit),
+                self._expected(predicted),
+                likely,
+            )
+        if found.success:
+            return found
+        return replace(alignment, reason=f"{alignment.reason}; searched the map: {found.reason}")
+
+    def judge(self, coarse: CoarseResult, alignment: Alignment | None, times: StageTimes) -> PoseEstimate:
+        """State, reason, pose and covariance of the frame; the pose becomes part of the motion."""
+        estimate = judge(
+            coarse.stamp_ns,
+            coarse.pose,
+            coarse.filter,
+            alignment,
+            had_pose=self._had_pose,
+            settings=self._judgement,
+        )
+        return self._remember(estimate, times)
+
+    def reset(self) -> None:
+        """Forget the motion; the next frame stands on its coarse pose alone."""
+        self._motion.forget()
+        self._follows_pose = False
+        self._track.end()
+
+    def _expected(self, predicted: Matrix | None) -> Matrix | None:
+        """Pose at which the camera should be, if the frame before had a pose."""
+        return predicted if self._follows_pose else None
 
     def _checked(self, alignment: Alignment, coarse: CoarsePose, features: BackboneFeatures) -> Alignment:
         """The alignment if it agrees with the coarse pose, else the better of it and one from the coarse pose."""
         if self._track.check(alignment, coarse) or coarse.T_map_camera is None:
             return alignment
-        other = self._refiner.align(features, [coarse.T_map_camera])
+        other = self.refiner.align(features, [coarse.T_map_camera])
         if not other.success or (alignment.success and alignment.final_cost <= other.final_cost):
             return alignment
         self._track.check(other, coarse)
         return other
 
-    def _is_spoken_for(self, alignment: Alignment, coarse: CoarseResult, features: BackboneFeatures) -> bool:
-        """Whether something that knows nothing of the poses before says that the camera is where an alignment ended.
+    def _is_supported(self, alignment: Alignment, coarse: CoarseResult, features: BackboneFeatures) -> bool:
+        """Whether something that knows nothing of the poses before supports an alignment.
 
-        The coarse pose; but from a belief that those poses corrected, this frame's own measurement or its matches.
+        The coarse pose does; but if refined poses corrected its belief, only this frame's own measurement or its
+        matches do.
         """
         if not agrees(alignment, coarse.pose):
             return False
@@ -143,43 +188,20 @@ class RefineStage:
         return self._relocalizer is not None and self._relocalizer.agrees(features, pose)
 
     def _examined(self, alignment: Alignment, features: BackboneFeatures, expected: Matrix | None) -> Alignment:
-        """An alignment that no coarse pose speaks for, failed if the image's matches or the motion contradict it."""
+        """An alignment without support by the coarse pose; failed if the image's matches or the motion contradict."""
 
         def align(starts: Sequence[Matrix]) -> Alignment:
-            return self._refiner.align(features, starts)
+            return self.refiner.align(features, starts)
 
-        if len(alignment.reference_ids) > self._config.num_references:  # little in view: other views may see more
-            alignment = settled(align, alignment)
-        return (
-            alignment if self._relocalizer is None else self._relocalizer.examine(features, align, alignment, expected)
-        )
+        if len(alignment.reference_ids) > self._config.num_references:  # few points in view: other views may see more
+            alignment = repeated(align, alignment)
+        if self._relocalizer is None:
+            return alignment
+        return self._relocalizer.examine(features, align, alignment, expected)
 
-    def _finish(self, estimate: PoseEstimate, timings: dict[str, float]) -> PoseEstimate:
-        timings["total"] = sum(timings.values())
+    def _remember(self, estimate: PoseEstimate, times: StageTimes) -> PoseEstimate:
         self._follows_pose = estimate.T_map_camera is not None
         if estimate.T_map_camera is not None:
             self._motion.observe(estimate.stamp_ns, estimate.T_map_camera)
             self._had_pose = True
-        return replace(estimate, timings_ms=timings)
-
-    def _search(self, features: BackboneFeatures, failed: Alignment, predicted: Matrix | None) -> Alignment:
-        """The alignment found in the whole map, or the failed one with what the search says about it."""
-        assert self._relocalizer is not None
-        expected = predicted if self._follows_pose else None
-        limit = self._relocalizer.settings.near_max_cost
-        likely = [T for T in (failed.T_map_camera, predicted) if T is not None]
-        found = self._relocalizer.find(
-            features, lambda starts: self._refiner.align(features, starts, max_cost=limit), expected, likely
-        )
-        return found if found.success else replace(failed, reason=f"{failed.reason}; searched the map: {found.reason}")
-
-    def _judge(self, coarse: CoarseResult, alignment: Alignment | None) -> PoseEstimate:
-        stamp_ns, had_pose = coarse.stamp_ns, self._had_pose
-        return judge(stamp_ns, coarse.pose, coarse.filter, alignment, had_pose=had_pose, settings=self._judgement)
-
-    def reset(self, reason: str) -> None:
-        """Forget the motion; the next frame stands on its coarse pose alone."""
-        del reason
-        self._motion.forget()
-        self._follows_pose = False
-        self._track.end()
+        return replace(estimate, timings_ms=times.with_total())

@@ -25,7 +25,6 @@ from kfloc_ros.kfnet.filter import FlowFunction
 from kfloc_ros.kfnet.flow import backward_flow
 from kfloc_ros.kfnet.flow_network import LEARNED_FLOOR_M2, shipped_flow_network
 from kfloc_ros.kfnet.fusion import warp
-from kfloc_ros.localization.coarse import CoarseStage
 from kfloc_ros.localization.config import LocalizerConfig
 from kfloc_ros.localization.localizer import Localizer
 from kfloc_ros.mapping.measurement_calibration import MIN_ERRORS, ONE_SIGMA, calibrate_measurement, squared_quantile
@@ -176,7 +175,7 @@ def _calibrate_poses(draft: SceneMap, views: Sequence[View], stamps_ns: Sequence
     localizer = Localizer(draft, LocalizerConfig(device=device))
     coarse, refined, costs, ratios = [], [], [], []
     for view, stamp in zip(views, stamps_ns, strict=True):
-        estimate = localizer.process(Frame(view.image, view.camera, stamp, view.index))
+        estimate = localizer.process(Frame(view.image, view.camera, stamp, view.index)).estimate
         if estimate.coarse is not None and estimate.coarse.success:
             coarse.append(mahalanobis(view.T_map_camera, estimate.coarse.T_map_camera, estimate.coarse.covariance))
             if _is_good(view.T_map_camera, estimate.coarse.T_map_camera):
@@ -211,11 +210,11 @@ def _wrong_costs(draft: SceneMap, views: Sequence[View], device: str) -> list[fl
 
 def _mirrored_ratios(draft: SceneMap, views: Sequence[View], stamps_ns: Sequence[int], device: str) -> list[float]:
     """Inlier ratios of coarse poses of mirrored views: of a room that is not the map's, but looks like it."""
-    stage = CoarseStage(draft, LocalizerConfig(device=device, filter=False))
+    localizer = Localizer(draft, LocalizerConfig(device=device, filter=False))
     ratios = []
     for i in range(0, len(views), max(len(views) // MAX_MIRRORED, 1)):
         image = np.ascontiguousarray(views[i].image[:, ::-1])
-        ratios.append(stage.process(Frame(image, views[i].camera, stamps_ns[i])).pose.inlier_ratio)
+        ratios.append(localizer.coarse_half(Frame(image, views[i].camera, stamps_ns[i])).pose.inlier_ratio)
     draft.head.to("cpu")
     return ratios
 

@@ -160,7 +160,7 @@ def _found_in(place: Place, source: FrameSource, positions: Sequence[int], devic
         localizer.reset("frames are judged one by one")
         frame = source[position]
         adapted = replace(frame, image=adapter(frame.image), camera=adapter.target, depth_m=None)
-        if localizer.process(adapted).T_map_camera is not None and localizer.guide.active is not None:
+        if localizer.process(adapted).estimate.T_map_camera is not None and localizer.guide.active is not None:
             found.append(localizer.guide.active.number)
     localizer.guide.cache.close()
     return found

@@ -107,7 +107,7 @@ def place_views(scene_map: SceneMap, views: Sequence[View], device: str) -> Plac
     for k in chosen:
         localizer.reset("the views are judged one by one")
         view = views[k]
-        estimate = localizer.process(Frame(view.image, view.camera, 0, view.index))
+        estimate = localizer.process(Frame(view.image, view.camera, 0, view.index)).estimate
         if estimate.state is TrackingState.TRACKING and estimate.T_map_camera is not None:
             told.append(estimate.T_map_camera @ inverse_pose(view.T_map_camera))
     scene_map.head.to("cpu")

@@ -17,7 +17,7 @@ from sensor_msgs.msg import CameraInfo, Image
 
 from kfloc_ros.errors import FrameError
 from kfloc_ros.features.backbone import BackboneFeatures
-from kfloc_ros.localization.stages import CoarseResult
+from kfloc_ros.localization.results import CoarseResult
 from kfloc_ros.messages.camera_info import camera_from_info, fill_info
 from kfloc_ros.messages.features import fill_coarse, fill_fine, read_features
 from kfloc_ros.messages.images import decode_image, fill_image
@@ -263,21 +263,21 @@ TOPIC = "refined_pose"
 
 @dataclass(frozen=True, eq=False)
 class RefinedPose:
-    """What the refiner found and stands by."""
+    """Refined pose of a frame that corrects the filter's belief."""
 
     stamp_ns: int
     T_map_camera: Matrix
 
 
 class FeedbackPublisher:
-    """The refiner's end."""
+    """Refiner's end of ``refined_pose``."""
 
     def __init__(self, node: Node, map_frame: str) -> None:
         self._publisher = node.create_publisher(PoseStamped, TOPIC, qos.results())
         self._map_frame = map_frame
 
     def __call__(self, estimate: PoseEstimate) -> None:
-        """Send the pose back, if it is one to learn from."""
+        """Send the pose back, if it stands."""
         refined = estimate.refined_pose
         if refined is None:
             return
@@ -289,7 +289,7 @@ class FeedbackPublisher:
 
 
 class FeedbackQueue:
-    """The filter's end: poses wait here for the thread that filters."""
+    """Filter's end of ``refined_pose``: poses wait here for the thread that filters."""
 
     def __init__(self, node: Node, warn: Callable[[str], None]) -> None:
         self._waiting: deque[RefinedPose] = deque(maxlen=8)

@@ -153,6 +153,8 @@ def build_configs(values: Mapping[str, Any]) -> tuple[NodeConfig, LocalizerConfi
     table = parameter_table()
     unknown = [name for name in values if name not in table]
     if unknown:
+        if unknown[0] in LocalizerConfig.FORMER:
+            raise ConfigError(f"There is no parameter '{unknown[0]}' any more. {LocalizerConfig.FORMER[unknown[0]]}")
         near = difflib.get_close_matches(unknown[0], table, n=1)
         hint = f"Did you mean '{near[0]}'?" if near else f"Known: {', '.join(table)}."
         raise ConfigError(f"There is no parameter '{unknown[0]}'. {hint}")

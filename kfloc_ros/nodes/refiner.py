@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The refiner component, coarse poses to the poses that are published, and the node of its own around it."""
+"""``refiner_node``, and the output of poses that it shares with the composed node."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from dataclasses import replace
 from rclpy.node import Node
 
 from kfloc_ros.device import choose_device
-from kfloc_ros.features.backbone import BackboneFeatures
-from kfloc_ros.localization.refine import RefineStage
-from kfloc_ros.localization.stages import Observation, RefineSteps
+from kfloc_ros.localization.localizer import Localizer
+from kfloc_ros.localization.place_localizer import AnyLocalizer
+from kfloc_ros.localization.results import Localization
 from kfloc_ros.maps.place import AnyMap, MapInfo, single_map
 from kfloc_ros.nodes.diagnostics import DiagnosticsPublisher, StatusPublisher
 from kfloc_ros.nodes.filter import check_camera
@@ -19,7 +19,6 @@ from kfloc_ros.nodes.handover import (
     COARSE_TOPICS,
     FRAME_TOPICS,
     CameraFrame,
-    CoarseFrame,
     FeedbackPublisher,
     Messages,
     StampJoiner,
@@ -37,23 +36,26 @@ from kfloc_ros.nodes.time_watch import WENT_BACKWARDS, TimeWatch
 from kfloc_ros.nodes.transforms import TransformListener
 from kfloc_ros.nodes.views import Localized, MapPublisher, overlay_publisher
 from kfloc_ros.nodes.worker import Gate, Intake
-from kfloc_ros.types import PoseEstimate, TrackingState
+from kfloc_ros.types import Matrix, PoseEstimate, TrackingState
 from kfloc_ros.visualization.overlay import OverlayPainter
 
 
-class RefinerComponent:
-    """Takes coarse frames and ``initialpose``; publishes ``pose``, ``/tf``, ``path``, ``status``, ``/diagnostics``."""
+class PoseOutput:
+    """Localizations in; ``pose``, ``/tf``, ``path``, ``status``, ``overlay`` and ``/diagnostics`` out.
+
+    It also keeps what poses may start from: ``initialpose`` and the saved pose.
+    """
 
     def __init__(
         self,
         node: Node,
         parameters: ParameterServer,
         scene_map: MapInfo,
-        stage: RefineSteps,
+        localizer: AnyLocalizer,
         health: Health,
         gate: Gate,
     ) -> None:
-        self._stage, self._health = stage, health
+        self._localizer, self._health = localizer, health
         map_frame = parameters.node.map_frame or scene_map.frame_id
         listener = TransformListener(node, health.warn, reliability=parameters.node.tf_reliability)
         self._publisher = PosePublisher(node, parameters, map_frame, listener, health, gate)
@@ -63,11 +65,10 @@ class RefinerComponent:
         )
         self._status = StatusPublisher(node, scene_map.name, health)
         self._watch = TimeWatch(node)
-        self._begun: CameraFrame | None = None
         self._map = MapPublisher(node, scene_map, map_frame, gate)
         options = parameters.localizer
         painter = OverlayPainter(
-            lambda: stage.references,
+            lambda: localizer.references,
             scene_map.camera,
             count=options.num_references,
             device=choose_device(options.device),
@@ -75,37 +76,21 @@ class RefinerComponent:
         self._overlay = overlay_publisher(node, painter, health.warn)
         self._diagnostics = DiagnosticsPublisher(node, health, gate, scene_map.name, lambda: self._status.report)
 
-    def track(self, packet: CameraFrame, observation: Observation) -> bool:
-        """Answer a frame without a coarse pose where the stage can; False if it needs one. In the caller's thread."""
-        self._begin(packet)
-        estimate = self._stage.track(packet.frame, observation)
-        if estimate is None:
-            return False
-        self._answer(packet, estimate, observation.features)
-        return True
-
-    def accept(self, packet: CoarseFrame) -> PoseEstimate:
-        """Work on one frame, in the caller's thread. Raises FrameError for one that cannot be used."""
-        if packet.camera is not self._begun:
-            self._begin(packet.camera)
-        estimate = self._stage.process(packet.camera.frame, packet.result)
-        return self._answer(packet.camera, estimate, packet.result.features)
-
-    def _begin(self, packet: CameraFrame) -> None:
-        """What is due once a frame, before anything is made of it."""
-        self._begun = packet
+    def begin(self, packet: CameraFrame) -> list[Matrix]:
+        """Reset what time demands, once a frame, and return the poses that the frame may start from."""
         stamp_ns = packet.frame.stamp_ns
         reason = self._watch.reset_reason(stamp_ns)
         if reason:
             self.reset(reason)
-        starts = self._initial.take(packet.frame_id, stamp_ns, self._publisher.last)
-        starts = starts or self._keeper.take()
-        if starts:
-            self._stage.suggest(starts)
+        return self._initial.take(packet.frame_id, stamp_ns, self._publisher.last) or self._keeper.take()
 
-    def _answer(self, packet: CameraFrame, estimate: PoseEstimate, features: BackboneFeatures) -> PoseEstimate:
-        """Publish what became of a frame, and say it."""
-        self._begun = None
+    def publish(self, packet: CameraFrame, localization: Localization) -> PoseEstimate:
+        """Publish the result of a frame; in the thread that calls :meth:`begin`.
+
+        Returns:
+            The estimate as it was published; the odometry may have cast doubt on it.
+        """
+        estimate = localization.estimate
         self._initial.judge(estimate.T_map_camera is not None)
         start = time.perf_counter()
         outcome = self._publisher.publish(estimate, packet.frame_id)
@@ -116,7 +101,7 @@ class RefinerComponent:
         latency_ms = packet.latency_ms()
         self._health.answered(latency_ms)
         self._status.publish(packet, estimate, outcome, publish_ms, latency_ms)
-        self._overlay.offer(Localized(packet, estimate, features))
+        self._overlay.offer(Localized(packet, estimate, localization.features))
         return estimate
 
     def start_anew(self, reason: str) -> None:
@@ -127,8 +112,8 @@ class RefinerComponent:
             self._keeper.forget()
 
     def reset(self, reason: str) -> None:
-        """Forget what was carried over from earlier frames; in the thread that calls ``accept``."""
-        self._stage.reset(reason)
+        """Forget what was carried over from earlier frames; in the thread that calls :meth:`begin`."""
+        self._localizer.reset(reason)
         if reason in (RESET, WENT_BACKWARDS):
             self._publisher.clear()
 
@@ -143,31 +128,32 @@ class RefinerComponent:
 
 
 class RefinerApplication:
-    """The refiner component as a node of its own: frames and coarse poses come in over topics."""
+    """The refine half of the localizer as a node of its own: frames and coarse poses come in over topics."""
 
     def __init__(self, node: Node, parameters: ParameterServer, scene_map: AnyMap, gate: Gate) -> None:
         scene_map = single_map(scene_map)
-        self._health = Health(node.get_logger())
-        self._camera = scene_map.camera
+        health = Health(node.get_logger())
         warm_up(scene_map, parameters.localizer)
-        stage = RefineStage(scene_map, parameters.localizer)
-        self._component = RefinerComponent(node, parameters, scene_map, stage, self._health, gate)
+        self._localizer = Localizer(scene_map, parameters.localizer)
+        self._output = PoseOutput(node, parameters, scene_map, self._localizer, health, gate)
         self._send_back = FeedbackPublisher(node, parameters.node.map_frame or scene_map.frame_id)
-        self._intake = Intake("refiner", self._health, gate, parameters, self._process, self._component.reset)
+        self._intake = Intake("refiner", health, gate, parameters, self._process, self._output.reset)
         subscribe(node, {**FRAME_TOPICS, **COARSE_TOPICS}, StampJoiner(coarse_is_complete, self._intake.offer))
 
     def pause(self) -> None:
         self._intake.pause()
-        self._component.pause()
+        self._output.pause()
 
     def stop(self) -> None:
         self._intake.stop()
-        self._component.stop()
+        self._output.stop()
 
     def start_anew(self, reason: str) -> None:
-        self._component.start_anew(reason)
+        self._output.start_anew(reason)
 
     def _process(self, messages: Messages) -> None:
         packet = read_coarse(messages)
-        check_camera(packet.camera, self._camera)
-        self._send_back(self._component.accept(packet))
+        check_camera(packet.camera, self._localizer.camera)
+        hints = self._output.begin(packet.camera)
+        localization = self._localizer.refine_half(packet.camera.frame, packet.result, hints)
+        self._send_back(self._output.publish(packet.camera, localization))

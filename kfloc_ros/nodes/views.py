@@ -16,7 +16,7 @@ from sensor_msgs.msg import Image, PointCloud2, PointField
 from visualization_msgs.msg import Marker, MarkerArray
 
 from kfloc_ros.features.backbone import BackboneFeatures
-from kfloc_ros.localization.stages import CoarseResult
+from kfloc_ros.localization.results import CoarseResult
 from kfloc_ros.maps.place import MapInfo
 from kfloc_ros.messages.clouds import fill_cloud
 from kfloc_ros.messages.images import fill_image

@@ -104,7 +104,7 @@ def choose(
     return replace(good[0], success=False, reason=f"two places look alike: {place(good[0])} and {place(rival)}")
 
 
-def settled(align: Callable[[Sequence[Matrix]], Alignment], first: Alignment) -> Alignment:
+def repeated(align: Callable[[Sequence[Matrix]], Alignment], first: Alignment) -> Alignment:
     """The alignment repeated from where it ended, where other views may see more; the better of the two."""
     if not first.success or first.T_map_camera is None:
         return first

@@ -16,7 +16,7 @@ from kfloc_ros.geometry.lie import Matrix, inverse_pose, so3_log
 from kfloc_ros.pixloc.cost import project, projection_jacobian
 from kfloc_ros.pixloc.optimizer import left_update
 from kfloc_ros.pixloc.references import ReferenceViews
-from kfloc_ros.relocalization.decision import RelocalizationSettings, cost_of, settled
+from kfloc_ros.relocalization.decision import RelocalizationSettings, cost_of, repeated
 from kfloc_ros.relocalization.matching import ImageMatches, Matches
 from kfloc_ros.types import Alignment
 
@@ -56,7 +56,7 @@ class Evidence:
 
     def aligned(self, start: Matrix) -> Alignment:
         """From a pose that the matches gave, repeated from where it ends and from where they then say."""
-        first = settled(self._align, self._align([start]))
+        first = repeated(self._align, self._align([start]))
         return self.improved(first) if first.success else first
 
     def improved(self, alignment: Alignment) -> Alignment:

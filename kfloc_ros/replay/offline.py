@@ -23,8 +23,7 @@ from kfloc_ros.evaluation.results import write_results
 from kfloc_ros.evaluation.summary import RunInfo, Summary
 from kfloc_ros.geometry.camera import Camera, ImageAdapter
 from kfloc_ros.localization.config import LocalizerConfig
-from kfloc_ros.localization.localizer import Pipeline
-from kfloc_ros.localization.place_localizer import localizer_for
+from kfloc_ros.localization.place_localizer import AnyLocalizer, localizer_for
 from kfloc_ros.maps.format import resolve_map
 from kfloc_ros.maps.place import load_map
 from kfloc_ros.messages.camera_info import camera_from_info, check_view
@@ -50,7 +49,7 @@ class BagLocalizer:
     def __init__(
         self,
         stream: BagStream,
-        localizer: Pipeline,
+        localizer: AnyLocalizer,
         *,
         max_gap_s: float,
         rectified: bool,
@@ -97,7 +96,7 @@ class BagLocalizer:
             self._localizer.reset(WENT_BACKWARDS)
         self._last_ns = event.stamp_ns
         try:
-            estimate = self._localizer.process(frame)
+            estimate = self._localizer.process(frame).estimate
         except FrameError as error:
             estimate = PoseEstimate(event.stamp_ns, TrackingState.LOST, str(error))
         latency_ms = 1e3 * (time.perf_counter() - start)

@@ -19,8 +19,8 @@ from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import Camera, ImageAdapter
 from kfloc_ros.kfnet.reference.networks import ReferenceNetworks
 from kfloc_ros.kfnet.reference.scoordnet import CELL_PIXEL_OFFSET, STRIDE
-from kfloc_ros.localization.coarse import CoarseStage
 from kfloc_ros.localization.config import LocalizerConfig
+from kfloc_ros.localization.localizer import Localizer
 from kfloc_ros.mapping.calibration import mahalanobis, median_scale
 from kfloc_ros.mapping.measurement_calibration import scale_of_worse_runs
 from kfloc_ros.mapping.views import View, true_flow
@@ -119,16 +119,16 @@ def _look_at(networks: ReferenceNetworks, frames: HeldOutFrames, run: range, flo
 
 def _pose_errors(draft: SceneMap, source: FrameSource, runs: Sequence[range], device: str) -> list[float]:
     """Squared Mahalanobis lengths of the coarse poses' errors, where there is a pose."""
-    stage = CoarseStage(draft, LocalizerConfig(device=device))
+    localizer = Localizer(draft, LocalizerConfig(device=device))
     adapter = ImageAdapter(source.camera, draft.camera)
     squared = []
     for run in runs:
-        stage.reset("another run")
+        localizer.reset("another run")
         for k, position in enumerate(run):
             frame = source[position]
             if frame.T_map_camera is None:
                 raise SourceError(f"Frame {frame.index} of '{source.name}' has no pose.")
-            pose = stage.process(Frame(adapter(frame.image), draft.camera, PERIOD_NS * k, frame.index)).pose
+            pose = localizer.coarse_half(Frame(adapter(frame.image), draft.camera, PERIOD_NS * k, frame.index)).pose
             squared.append(mahalanobis(frame.T_map_camera, pose.T_map_camera, pose.covariance))
     return squared
 

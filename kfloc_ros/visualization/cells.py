@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from kfloc_ros.kfnet import kalman
 from kfloc_ros.kfnet.flow import Flow
-from kfloc_ros.localization.stages import CoarseResult
+from kfloc_ros.localization.results import CoarseResult
 from kfloc_ros.types import SceneCoordinates
 
 FLOW_CELL_PX = 8

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from kfloc_ros.kfnet.flow import Flow
 from kfloc_ros.kfnet.fusion import Filtered
-from kfloc_ros.localization.stages import CoarseResult
+from kfloc_ros.localization.results import CoarseResult
 from kfloc_ros.types import Frame, SceneCoordinates
 from kfloc_ros.visualization.cells import (
     RELIABILITY,

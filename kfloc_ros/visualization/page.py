@@ -29,7 +29,7 @@ from kfloc_ros.pixloc.residuals import reproject_all
 from kfloc_ros.types import AlignmentStep
 from kfloc_ros.visualization.alignment import offset_between, reference_points
 from kfloc_ros.visualization.clouds import cell_cloud, map_cloud, merged, surest
-from kfloc_ros.visualization.stream import Seen
+from kfloc_ros.visualization.stream import View
 
 MAX_MAP_POINTS, MAX_SEEN_POINTS = 60_000, 60_000
 MAX_SIGMA_M, VOXEL_M = 0.08, 0.02
@@ -58,10 +58,9 @@ class LocalizationPage:
     def count(self) -> int:
         return len(self._frames)
 
-    def add(self, seen: Seen) -> None:
+    def add(self, seen: View) -> None:
         """Add a frame with its coarse pose, the steps of its alignment, and its image."""
         frame, estimate = seen.frame, seen.estimate
-        assert estimate is not None  # `watch` was asked to refine
         if seen.coarse.scene_coordinates is not None:
             cells = surest(cell_cloud(seen.coarse.scene_coordinates, frame.image), MAX_SIGMA_M)
             self._cloud = merged([self._cloud, cells], VOXEL_M)

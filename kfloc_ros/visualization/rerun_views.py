@@ -6,30 +6,30 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kfloc_ros.errors import FrameError, SourceError
+from kfloc_ros.errors import SourceError
 from kfloc_ros.evaluation.metrics import pose_error
+from kfloc_ros.evaluation.offline import localize_frames
 from kfloc_ros.features.backbone import BackboneFeatures
 from kfloc_ros.frames import FrameSource
-from kfloc_ros.geometry.camera import Camera, ImageAdapter
+from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.localization.localizer import Localizer
-from kfloc_ros.localization.stages import CoarseResult
+from kfloc_ros.localization.results import Localization
 from kfloc_ros.mapping.picture import up_axis
 from kfloc_ros.maps.scene_map import SceneMap
 from kfloc_ros.messages.tum import read_tum
 from kfloc_ros.pixloc.residuals import reproject
-from kfloc_ros.types import Alignment, Frame, Matrix, PoseEstimate, TrackingState
+from kfloc_ros.types import Alignment, Frame, Matrix, PoseEstimate
 from kfloc_ros.visualization.alignment import by_residual, reference_points
 from kfloc_ros.visualization.cells import flow_picture, flow_view, nis_picture, noise_view, sigma_picture
 from kfloc_ros.visualization.clouds import FRUSTUM_DEPTH_M, camera_symbols, cell_cloud, map_cloud
 from kfloc_ros.visualization.overlay import OverlayPainter
 from kfloc_ros.visualization.rerun import Recording
-from kfloc_ros.visualization.stream import Seen
+from kfloc_ros.visualization.stream import View
 
 REFERENCE_COLOUR, USED_COLOUR = (150, 150, 150), (255, 170, 0)
 STEP_COLOUR = (80, 200, 255)
@@ -44,7 +44,7 @@ def log_map(recording: Recording, scene_map: SceneMap) -> None:
     recording.lines("map/references", symbols.reshape(-1, 2, 3), REFERENCE_COLOUR, radius_m=0.001, static=True)
 
 
-def log_frame(recording: Recording, seen: Seen) -> None:
+def log_frame(recording: Recording, seen: View) -> None:
     """The image, where its coarse pose puts it."""
     frame, pose = seen.frame, seen.coarse.pose
     recording.at(frame.index, frame.stamp_ns)
@@ -54,7 +54,7 @@ def log_frame(recording: Recording, seen: Seen) -> None:
         recording.text("log", f"frame {frame.index}: no pose: {pose.reason}")
 
 
-def log_filter(recording: Recording, seen: Seen, nis_threshold: float) -> None:
+def log_filter(recording: Recording, seen: View, nis_threshold: float) -> None:
     """A frame with the points that its cells see, and its noise, NIS and flow pictures."""
     log_frame(recording, seen)
     if seen.coarse.scene_coordinates is not None:
@@ -153,26 +153,19 @@ def view_source(
     Raises:
         SourceError: an image cannot be read.
     """
-    adapter = ImageAdapter(source.camera, localizer.camera)
     painter = OverlayPainter(scene_map.references, scene_map.camera)
     path, truth = Trail(recording, "map/path", PATH_COLOUR), Trail(recording, "map/true_path", TRUTH_COLOUR)
     states = StateLog(recording)
-    for number, raw in enumerate(source):
-        recording.at(number, raw.stamp_ns)
-        coarse: CoarseResult | None = None
-        frame = raw
-        try:
-            frame = replace(raw, image=adapter(raw.image), camera=adapter.target)
-            coarse = localizer.coarse.process(frame)
-            estimate = localizer.refine.process(frame, coarse)
-        except FrameError as error:
-            estimate = PoseEstimate(raw.stamp_ns, TrackingState.LOST, str(error))
-        if coarse is not None:
-            _show_frame(recording, frame, coarse, estimate)
-            recording.picture("overlay", painter.paint(frame.image, estimate, coarse.features), jpeg=True)
+    for number, item in enumerate(localize_frames(localizer, source)):
+        recording.at(number, item.frame.stamp_ns)
+        localization, estimate = item.localization, item.estimate
+        if localization is not None:
+            _show_frame(recording, localization)
+            overlay = painter.paint(localization.frame.image, estimate, localization.features)
+            recording.picture("overlay", overlay, jpeg=True)
         show_covariance(recording, estimate.T_map_camera, estimate.covariance)
         path.add(estimate.T_map_camera)
-        truth.add(raw.T_map_camera)
+        truth.add(item.frame.T_map_camera)
         states.add(estimate.state.value, estimate.reason)
         yield estimate
     path.draw()
@@ -235,20 +228,22 @@ def show_covariance(recording: Recording, T_map_camera: Matrix | None, covarianc
     recording.lines("map/covariance", np.stack([centre - arms, centre + arms], axis=1), SPREAD_COLOUR, radius_m=0.002)
 
 
-def _show_frame(recording: Recording, frame: Frame, coarse: CoarseResult, estimate: PoseEstimate) -> None:
+def _show_frame(recording: Recording, localization: Localization) -> None:
+    frame, coarse, estimate = localization.frame, localization.coarse, localization.estimate
     T = estimate.T_map_camera
     if T is not None:
         recording.camera("map/camera", T, frame.camera, frame.image)
         if frame.T_map_camera is not None:
             recording.number("error_cm", 100 * pose_error(T, frame.T_map_camera).translation_m)
-    if coarse.scene_coordinates is not None:
-        cloud = cell_cloud(coarse.scene_coordinates, frame.image)
+    if localization.belief is not None:
+        cloud = cell_cloud(localization.belief, frame.image)
         recording.cloud("map/scene_coordinates", cloud.points, cloud.colours)
-    for entity, picture in (("flow", flow_view(coarse)), ("noise", noise_view(coarse))):
-        if picture is not None:
-            recording.picture(entity, picture, jpeg=True)
+    if coarse is not None:
+        for entity, picture in (("flow", flow_view(coarse)), ("noise", noise_view(coarse))):
+            if picture is not None:
+                recording.picture(entity, picture, jpeg=True)
+        recording.number("inliers", coarse.pose.inlier_count)
     recording.number("latency_ms", sum(value for name, value in estimate.timings_ms.items() if name != "total"))
-    recording.number("inliers", coarse.pose.inlier_count)
     if estimate.covariance is not None:
         recording.number("sigma_cm", 100 * math.sqrt(max(float(estimate.covariance[:3, :3].trace()), 0.0)))
 

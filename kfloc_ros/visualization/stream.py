@@ -1,45 +1,46 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the localizer over a source for onlookers: every stage's result of every frame."""
+"""Frames with everything that the localizer, or a folder of coordinate maps, says of them: what viewers draw."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from kfloc_ros.errors import SourceError
+from kfloc_ros.errors import FrameError, SourceError
+from kfloc_ros.evaluation.offline import localize_frames
 from kfloc_ros.frames import FrameSource
-from kfloc_ros.geometry.camera import Camera, ImageAdapter
+from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.kfnet.reference.files import read_coordinates, read_description
 from kfloc_ros.localization.localizer import Localizer
-from kfloc_ros.localization.stages import CoarseResult
+from kfloc_ros.localization.results import CoarseResult
 from kfloc_ros.types import Frame, PoseEstimate, SceneCoordinates
 
 
 @dataclass(frozen=True, eq=False)
-class Seen:
-    """One frame and what became of it."""
+class View:
+    """Frame of a source with everything that the localizer found for it: what viewers draw."""
 
     frame: Frame
     """Brought to the map's camera."""
     coarse: CoarseResult
-    estimate: PoseEstimate | None
-    """None where the refiner did not run."""
+    estimate: PoseEstimate
 
 
-def watch(localizer: Localizer, source: FrameSource, *, refine: bool) -> Iterator[Seen]:
-    """Localize frame after frame; without ``refine`` up to the coarse pose.
+def watch(localizer: Localizer, source: FrameSource) -> Iterator[View]:
+    """Localize frame after frame as ``kfloc localize`` does.
 
     Raises:
         SourceError: an image cannot be read.
+        FrameError: the localizer refuses an image.
     """
-    adapter = ImageAdapter(source.camera, localizer.camera)
-    for frame in source:
-        adapted = replace(frame, image=adapter(frame.image), camera=adapter.target, depth_m=None)
-        coarse = localizer.coarse.process(adapted)
-        yield Seen(adapted, coarse, localizer.refine.process(adapted, coarse) if refine else None)
+    for item in localize_frames(localizer, source):
+        if item.localization is None:
+            raise FrameError(f"Frame {item.frame.index} cannot be localized: {item.estimate.reason}")
+        if item.localization.coarse is not None:
+            yield View(item.localization.frame, item.localization.coarse, item.estimate)
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,7 +18,7 @@ from kfloc_ros.visualization.filter import cell_panels
 from kfloc_ros.visualization.rerun import Recording
 from kfloc_ros.visualization.rerun_views import log_frame
 from kfloc_ros.visualization.sheet import SEPARATOR, Panel, Sheet, panel_of
-from kfloc_ros.visualization.stream import Seen, read_coordinate_folder, read_flow, read_stored
+from kfloc_ros.visualization.stream import View, read_coordinate_folder, read_flow, read_stored
 from kfloc_ros.visualization.video import PictureSeries, write_picture
 
 HEADROOM_M = 0.6
@@ -48,7 +48,7 @@ class CellStream:
         side = next(k for k in range(3) if k != up[0])
         self._side = Ortho(low, high, side, 1.0, upward=up)
 
-    def add(self, seen: Seen, folder: Path) -> list[Panel]:
+    def add(self, seen: View, folder: Path) -> list[Panel]:
         """Write the frame's PLY into a folder, add its points to the cloud, and return the panels of its sheet."""
         coordinates, pose = seen.coarse.scene_coordinates, seen.coarse.pose
         assert coordinates is not None  # the stages run in this process
@@ -62,7 +62,7 @@ class CellStream:
         from_above = self._above.draw(self._low_enough(), way=self._line(), camera=pose.T_map_camera)
         return cell_panels(seen.frame, seen.coarse, self._bounds, from_above)
 
-    def log(self, recording: Recording, seen: Seen) -> None:
+    def log(self, recording: Recording, seen: View) -> None:
         """The frame, and its points, which stay."""
         log_frame(recording, seen)
         recording.cloud(f"map/cloud/{seen.frame.index}", self._latest.points, self._latest.colours, radius_m=0.006)

@@ -16,9 +16,9 @@ from kfloc_ros.kfnet.flow import WINDOW_CELLS, cost_window, ends_inside, window_
 from kfloc_ros.kfnet.flow_network import (
     STEPS_ALIKE,
     WEIGHTS_FILE,
-    FlowKind,
     FlowNetwork,
-    choose_flow,
+    cost_volume_flow,
+    flow_of,
     laplace_variance,
     load_flow_network,
     save_flow_network,
@@ -93,12 +93,10 @@ class Calibrated:
 
 
 def test_a_map_decides_which_flow_can_be_had() -> None:
-    learned = choose_flow(FlowKind.LEARNED, Calibrated(), CPU)
-    assert (learned.kind, learned.process_scale, learned.note) == (FlowKind.LEARNED, 0.25 * STEPS_ALIKE, "")
-    asked = choose_flow(FlowKind.COST_VOLUME, Calibrated(), CPU)
-    assert (asked.kind, asked.process_scale, asked.note) == (FlowKind.COST_VOLUME, 0.5, "")
-    older = choose_flow(FlowKind.LEARNED, Calibrated(learned_process_scale=None), CPU)
-    assert (older.kind, older.process_scale) == (FlowKind.COST_VOLUME, 0.5)
+    learned = flow_of(Calibrated(), CPU)
+    assert (learned.process_scale, learned.note) == (0.25 * STEPS_ALIKE, "")
+    older = flow_of(Calibrated(learned_process_scale=None), CPU)
+    assert older.process_scale == cost_volume_flow(Calibrated()).process_scale == 0.5
     assert "cost volume" in older.note and "Build the map again" in older.note
 
 

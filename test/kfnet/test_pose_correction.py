@@ -77,10 +77,10 @@ def test_an_error_that_all_cells_share_is_not_averaged_away_but_corrected() -> N
             coarse = solve_pnp(
                 recursion.step(k * FRAME_NS, features(), seen_from(wrong, depth())).posterior, CAMERA, PnpSettings()
             )
-            recursion.judge(coarse)
+            recursion.accept_pose(coarse)
             assert coarse.T_map_camera is not None
             if learns:
-                recursion.learn(k * FRAME_NS, CAMERA, POSE)
+                recursion.correct_belief(k * FRAME_NS, CAMERA, POSE)
         errors[learns] = float(np.linalg.norm(coarse.T_map_camera[:3, 3] - POSE[:3, 3]))
     assert errors[False] == pytest.approx(0.3, abs=0.02)
     assert errors[True] < 0.15
@@ -89,13 +89,14 @@ def test_an_error_that_all_cells_share_is_not_averaged_away_but_corrected() -> N
 def begun() -> SceneCoordinateFilter:
     """After one frame with a coarse pose."""
     recursion = SceneCoordinateFilter(SETTINGS)
-    recursion.judge(solve_pnp(recursion.step(0, features(), seen_from(POSE, depth())).posterior, CAMERA, PnpSettings()))
+    posterior = recursion.step(0, features(), seen_from(POSE, depth())).posterior
+    recursion.accept_pose(solve_pnp(posterior, CAMERA, PnpSettings()))
     return recursion
 
 
 def test_a_confirmed_belief_ends_if_no_refined_pose_follows() -> None:
     recursion = begun()
-    recursion.learn(0, CAMERA, POSE)
+    recursion.correct_belief(0, CAMERA, POSE)
     last_ns = int(SETTINGS.max_gap_s * 1e9 // FRAME_NS) * FRAME_NS
     for stamp_ns in range(FRAME_NS, last_ns + 1, FRAME_NS):
         step = recursion.step(stamp_ns, features(), seen_from(POSE, depth()))
@@ -120,11 +121,11 @@ def test_a_refined_pose_may_come_two_frames_late_and_counts_once() -> None:
             coarse = solve_pnp(
                 recursion.step(k * FRAME_NS, features(), seen_from(wrong, depth())).posterior, CAMERA, PnpSettings()
             )
-            recursion.judge(coarse)
+            recursion.accept_pose(coarse)
             assert coarse.T_map_camera is not None
             seen.append(float(coarse.T_map_camera[0, 3] - here[0, 3]))
             if k >= late:
-                recursion.learn((k - late) * FRAME_NS, CAMERA, poses[k - late])
+                recursion.correct_belief((k - late) * FRAME_NS, CAMERA, poses[k - late])
     assert max(np.abs(errors[0][6:])) < 0.15
     assert max(np.abs(errors[2][6:])) < 0.2
     assert np.ptp(errors[2][6:]) < 0.05  # and it does not swing
@@ -136,9 +137,9 @@ def test_a_confirmed_belief_claims_less_variance_once_and_not_ever_less() -> Non
         recursion = begun()
         for k in range(1, 8):
             if learns:
-                recursion.learn((k - 1) * FRAME_NS, CAMERA, POSE)
+                recursion.correct_belief((k - 1) * FRAME_NS, CAMERA, POSE)
             step = recursion.step(k * FRAME_NS, features(), seen_from(POSE, depth()))
-            recursion.judge(solve_pnp(step.posterior, CAMERA, PnpSettings()))
+            recursion.accept_pose(solve_pnp(step.posterior, CAMERA, PnpSettings()))
         variances[learns] = step.posterior.variance
     assert torch.allclose(variances[True], SETTINGS.confirmed_variance_scale * variances[False], rtol=1e-3)
 
@@ -152,9 +153,9 @@ def test_what_refined_poses_confirm_outlives_bad_pictures(learns: bool) -> None:
     nonsense = replace(seen_from(elsewhere, depth()), variance=torch.full((H, W), 0.01**2))
     for k in range(1, 6):
         step = recursion.step(k * FRAME_NS, features(), nonsense)
-        recursion.judge(solve_pnp(step.posterior, CAMERA, PnpSettings()))
+        recursion.accept_pose(solve_pnp(step.posterior, CAMERA, PnpSettings()))
         if learns:
-            recursion.learn(k * FRAME_NS, CAMERA, POSE)
+            recursion.correct_belief(k * FRAME_NS, CAMERA, POSE)
     off_m = (step.posterior.mean - seen_from(POSE, depth()).mean).norm(dim=0).median()
     assert off_m < 0.05 if learns else off_m > 1.0
 
@@ -162,16 +163,16 @@ def test_what_refined_poses_confirm_outlives_bad_pictures(learns: bool) -> None:
 @pytest.mark.parametrize("stamp_ns", [1, FRAME_NS, -FRAME_NS])
 def test_a_pose_of_an_unknown_frame_teaches_nothing(stamp_ns: int) -> None:
     recursion = begun()
-    recursion.learn(stamp_ns, CAMERA, POSE)
+    recursion.correct_belief(stamp_ns, CAMERA, POSE)
     assert not recursion.step(FRAME_NS, features(), seen_from(POSE, depth())).report.confirmed
 
 
 def test_what_was_found_before_a_reset_teaches_nothing() -> None:
     recursion = begun()
     recursion.reset("asked for")
-    recursion.learn(0, CAMERA, POSE)
+    recursion.correct_belief(0, CAMERA, POSE)
     assert recursion.step(FRAME_NS, features(), seen_from(POSE, depth())).report.reset_reason == "asked for"
-    recursion.learn(0, CAMERA, POSE)
+    recursion.correct_belief(0, CAMERA, POSE)
     assert not recursion.step(2 * FRAME_NS, features(), seen_from(POSE, depth())).report.confirmed
 
 
@@ -179,7 +180,7 @@ def test_a_pose_found_elsewhere_drops_the_belief() -> None:
     recursion = begun()
     elsewhere = POSE.copy()
     elsewhere[0, 3] += 2.0
-    recursion.learn(0, CAMERA, elsewhere)
+    recursion.correct_belief(0, CAMERA, elsewhere)
     step = recursion.step(FRAME_NS, features(), seen_from(elsewhere, depth()))
     assert "found elsewhere" in step.report.reset_reason
     assert torch.equal(step.posterior.mean, seen_from(elsewhere, depth()).mean)

@@ -42,7 +42,7 @@ def test_a_cold_start_is_in_the_right_room_or_in_none(building: Place) -> None:
             frame = replace(source[position], depth_m=None)
             assert frame.T_map_camera is not None
             localizer.reset("a cold start")
-            estimate = localizer.process(frame)
+            estimate = localizer.process(frame).estimate
             assert len(localizer.guide.cache.kept) <= 2
             if estimate.T_map_camera is None:
                 alike += "look alike" in estimate.reason
@@ -56,10 +56,11 @@ def test_a_cold_start_is_in_the_right_room_or_in_none(building: Place) -> None:
 def test_a_walk_through_the_doors_is_followed_from_submap_to_submap(building: Place) -> None:
     localizer = PlaceLocalizer(building, LocalizerConfig(device="cpu", loaded_submaps=2))
     walk = WalkSource(1, 3, camera=CAMERA, texels_per_m=160.0)
-    localizer.refine.suggest([walk.pose(0)])
+    hints = [walk.pose(0)]
     submaps, lost, errors = [], 0, []
     for position in range(0, len(walk), 3):
-        estimate = localizer.process(replace(walk[position], depth_m=None))
+        estimate = localizer.process(replace(walk[position], depth_m=None), hints).estimate
+        hints = []
         if estimate.T_map_camera is None:
             lost += 1
             continue

@@ -7,15 +7,18 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from kfloc_ros.config import build_config
 from kfloc_ros.errors import ConfigError, FrameError
+from kfloc_ros.evaluation.offline import localize_source
+from kfloc_ros.frames import Selection
 from kfloc_ros.geometry.lie import rotation_angle_deg
-from kfloc_ros.localization.coarse import CoarseStage
 from kfloc_ros.localization.config import LocalizerConfig
 from kfloc_ros.localization.localizer import Localizer
 from kfloc_ros.maps.scene_map import SceneMap
 from kfloc_ros.types import Frame, PoseEstimate, TrackingState
+from kfloc_ros.visualization.stream import watch
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +28,7 @@ def scene_map(room_map) -> SceneMap:
 
 def localize(scene_map: SceneMap, frames: list[Frame], **options) -> list[PoseEstimate]:
     localizer = Localizer(scene_map, LocalizerConfig(device="cpu", **options))
-    return [localizer.process(frame) for frame in frames]
+    return [localizer.process(frame).estimate for frame in frames]
 
 
 def errors_m(estimates: list[PoseEstimate], frames: list[Frame]) -> np.ndarray:
@@ -73,20 +76,40 @@ def test_the_filter_is_used_from_the_second_frame_and_not_after_a_gap(scene_map:
     assert shares[1] > 0.3 and shares[2] > 0.3
 
 
-def test_every_treatment_of_contradictions_can_be_chosen(scene_map: SceneMap, room) -> None:
-    """The lower half of the second image is another place's; what comes out of it depends on the mode."""
-    image = room[1].image.copy()
-    image[240:] = room[20].image[240:, ::-1]
-    frames = [room[0], replace(room[1], image=image)]
-    beliefs = {}
-    for mode in ("off", "output_only", "state"):
-        stage = CoarseStage(scene_map, LocalizerConfig(device="cpu", nis_mode=mode))
-        beliefs[mode] = [stage.process(frame).scene_coordinates for frame in frames][-1]
-    assert not np.allclose(beliefs["off"].mean, beliefs["output_only"].mean)
-    assert np.allclose(beliefs["output_only"].mean, beliefs["state"].mean)  # both emit the measurement,
-    assert not np.allclose(beliefs["off"].variance, beliefs["state"].variance)  # but only one believes it
-    with pytest.raises(ConfigError, match="output_only"):
-        build_config(LocalizerConfig, {"nis_mode": "on"})
+def test_the_halves_joined_by_hand_give_what_process_gives(scene_map: SceneMap, room) -> None:
+    """As ``filter_node`` and ``refiner_node`` join them."""
+    whole, first, second = (Localizer(scene_map, LocalizerConfig(device="cpu")) for _ in range(3))
+    for k in range(6):
+        hints = [room[k].T_map_camera] if k == 3 else []
+        one = whole.process(room[k], hints)
+        coarse = first.coarse_half(room[k])
+        other = second.refine_half(room[k], coarse, hints)
+        first.correct_belief(room[k].stamp_ns, other.estimate.refined_pose)
+        assert one.coarse is not None
+        assert torch.equal(one.coarse.scene_coordinates.mean, coarse.scene_coordinates.mean)
+        assert np.array_equal(one.estimate.T_map_camera, other.estimate.T_map_camera)
+        assert np.array_equal(one.estimate.covariance, other.estimate.covariance)
+
+
+def test_what_viewers_draw_is_what_localize_writes(scene_map: SceneMap, room) -> None:
+    """``show``, ``view`` and ``localize`` go through one loop; the belief they draw was corrected by refined poses."""
+    source = Selection(room, range(0, 12, 2))
+    config = LocalizerConfig(device="cpu")
+    records = list(localize_source(Localizer(scene_map, config), source))
+    drawn = list(watch(Localizer(scene_map, config), source))
+    assert len(records) == len(drawn) == 6
+    for record, view in zip(records, drawn, strict=True):
+        assert np.array_equal(record.estimate, view.estimate.T_map_camera)
+        assert np.array_equal(record.coarse, view.coarse.pose.T_map_camera)
+        assert np.array_equal(record.covariance, view.estimate.covariance)
+    assert drawn[-1].coarse.filter.confirmed
+
+
+def test_former_options_are_refused_with_what_to_do() -> None:
+    with pytest.raises(ConfigError, match="'relocalize'"):
+        build_config(LocalizerConfig, {"first_fix": True})
+    with pytest.raises(ConfigError, match="remove it"):
+        build_config(LocalizerConfig, {"nis_mode": "surer"})
 
 
 def test_the_same_frames_give_the_same_poses(scene_map: SceneMap, room) -> None:

@@ -117,7 +117,7 @@ def test_the_submap_that_an_image_shows_is_found_and_its_poses_are_the_places(
     two_rooms: Place, room, other_room
 ) -> None:
     localizer = localizer_of(two_rooms)
-    first = localizer.process(at(room[9], 0))
+    first = localizer.process(at(room[9], 0)).estimate
     assert (
         first.state is TrackingState.TRACKING
         and localizer.submap == "own"
@@ -125,42 +125,42 @@ def test_the_submap_that_an_image_shows_is_found_and_its_poses_are_the_places(
     )
     assert "relocalize" in first.timings_ms
     localizer.reset("a test")
-    second = localizer.process(at(other_room[18], 1))
+    second = localizer.process(at(other_room[18], 1)).estimate
     assert localizer.submap == "other" and away_m(second, FAR @ other_room[18].T_map_camera) < 0.03
-    following = localizer.process(at(other_room[19], 2))
+    following = localizer.process(at(other_room[19], 2)).estimate
     assert following.state is TrackingState.TRACKING and "relocalize" not in following.timings_ms
     assert away_m(following, FAR @ other_room[19].T_map_camera) < 0.03
 
 
 def test_rooms_that_are_alike_are_not_guessed_but_a_hint_decides(three_alike: Place, room) -> None:
     localizer = localizer_of(three_alike)
-    lost = localizer.process(at(room[9], 0))
+    lost = localizer.process(at(room[9], 0)).estimate
     assert lost.state is TrackingState.INITIALIZING and lost.T_map_camera is None
     assert "two places look alike" in lost.reason and "'own'" in lost.reason and "'twin'" in lost.reason
     truth = FAR @ room[10].T_map_camera
-    localizer.refine.suggest([truth @ make_pose(so3_exp([0.02, 0.0, 0.03]), [0.1, 0.0, -0.05])])
-    told = localizer.process(at(room[10], 1))
+    hints = [truth @ make_pose(so3_exp([0.02, 0.0, 0.03]), [0.1, 0.0, -0.05])]
+    told = localizer.process(at(room[10], 1), hints).estimate
     assert localizer.submap == "twin" and away_m(told, truth) < 0.03
-    following = localizer.process(at(room[11], 2))
+    following = localizer.process(at(room[11], 2)).estimate
     assert following.state is TrackingState.TRACKING and away_m(following, FAR @ room[11].T_map_camera) < 0.03
 
 
 def test_a_hint_that_the_image_contradicts_is_not_followed(two_rooms: Place, room) -> None:
     localizer = localizer_of(two_rooms)
-    localizer.refine.suggest([FAR @ room[9].T_map_camera])
-    found = localizer.process(at(room[9], 0))
+    hints = [FAR @ room[9].T_map_camera]
+    found = localizer.process(at(room[9], 0), hints).estimate
     assert localizer.submap == "own" and away_m(found, room[9].T_map_camera) < 0.03
 
 
 def test_submaps_alike_beyond_those_tried_are_doubt_too(three_alike: Place, room) -> None:
     config, search = LocalizerConfig(device="cpu"), PlaceSearchSettings(submaps=1)
-    lost = PlaceLocalizer(three_alike, config, search).process(at(room[9], 0))
+    lost = PlaceLocalizer(three_alike, config, search).process(at(room[9], 0)).estimate
     assert lost.T_map_camera is None and "more than 1 submaps look alike" in lost.reason
 
 
 def test_an_image_of_elsewhere_is_in_no_submap(two_rooms: Place, room) -> None:
     noise = np.random.default_rng(0).integers(0, 255, room[0].image.shape).astype(np.uint8)
-    estimate = localizer_of(two_rooms).process(replace(room[0], image=noise))
+    estimate = localizer_of(two_rooms).process(replace(room[0], image=noise)).estimate
     assert estimate.state is TrackingState.INITIALIZING and "no view of the place" in estimate.reason
 
 
@@ -171,7 +171,7 @@ def test_the_pose_goes_on_into_the_next_submap(make: Make, room, tracking: bool)
     localizer = localizer_of(place, settings, tracking=tracking)
     visited = []
     for number, k in enumerate(range(6, 22)):
-        estimate = localizer.process(at(room[k], number))
+        estimate = localizer.process(at(room[k], number)).estimate
         assert estimate.state is TrackingState.TRACKING and away_m(estimate, room[k].T_map_camera) < 0.03
         visited.append(localizer.submap)
     assert visited[0] == "first" and visited[-1] == "second"
@@ -185,7 +185,7 @@ def test_where_the_present_submap_gives_no_pose_a_neighbour_takes_over(make: Mak
     localizer = localizer_of(place, GuideSettings(pause_frames=1))
     for k in range(5, 11):
         frame = room[k] if k < 8 else other_room[k]
-        estimate = localizer.process(at(frame, k))
+        estimate = localizer.process(at(frame, k)).estimate
         assert estimate.state is TrackingState.TRACKING and away_m(estimate, frame.T_map_camera) < 0.03
         assert localizer.submap == ("before" if k < 8 else "after")
 
@@ -193,10 +193,10 @@ def test_where_the_present_submap_gives_no_pose_a_neighbour_takes_over(make: Mak
 def test_after_a_sudden_turn_the_present_submap_alone_is_searched(three_alike: Place, room) -> None:
     """Its twin looks the same, but the camera cannot be there."""
     localizer = localizer_of(three_alike)
-    localizer.refine.suggest([room[9].T_map_camera])
-    localizer.process(at(room[9], 0))
+    hints = [room[9].T_map_camera]
+    localizer.process(at(room[9], 0), hints)
     turned = room.view(room[9].T_map_camera @ make_pose(so3_exp([0.0, 0.33, 0.0]), np.zeros(3)))
-    estimate = localizer.process(at(turned, 1))
+    estimate = localizer.process(at(turned, 1)).estimate
     assert "relocalize" in estimate.timings_ms and localizer.submap == "own"
     assert estimate.state is TrackingState.TRACKING and away_m(estimate, turned.T_map_camera) < 0.05
 
@@ -204,12 +204,13 @@ def test_after_a_sudden_turn_the_present_submap_alone_is_searched(three_alike: P
 def test_between_places_alike_it_decides_where_the_camera_can_have_come(three_alike: Place, room) -> None:
     """The twin is 30 m away: out of reach after half a second, within reach after twenty."""
     localizer = localizer_of(three_alike, max_gap_s=0.25)
-    localizer.refine.suggest([room[9].T_map_camera])
+    hints = [room[9].T_map_camera]
     for k in (9, 10):
-        assert away_m(localizer.process(at(room[k], k)), room[k].T_map_camera) < 0.03
-    assert away_m(localizer.process(at(room[14], 15)), room[14].T_map_camera) < 0.03
+        assert away_m(localizer.process(at(room[k], k), hints).estimate, room[k].T_map_camera) < 0.03
+        hints = []
+    assert away_m(localizer.process(at(room[14], 15)).estimate, room[14].T_map_camera) < 0.03
     assert localizer.submap == "own"
-    late = localizer.process(at(room[14], 215))
+    late = localizer.process(at(room[14], 215)).estimate
     assert late.T_map_camera is None and "look alike" in late.reason
 
 
@@ -219,7 +220,7 @@ def test_carried_elsewhere_a_pose_is_claimed_only_after_a_search(two_rooms: Plac
         localizer.process(at(room[k], k))
     states = []
     for k in range(3, 9):
-        estimate = localizer.process(at(other_room[k], k))
+        estimate = localizer.process(at(other_room[k], k)).estimate
         states.append(estimate.state)
         if estimate.T_map_camera is not None:
             assert away_m(estimate, FAR @ other_room[k].T_map_camera) < 0.03
@@ -237,9 +238,9 @@ def test_no_more_submaps_are_in_memory_than_allowed(three_alike: Place, room, ot
 
 def test_without_the_search_a_hint_is_needed(two_rooms: Place, room) -> None:
     localizer = localizer_of(two_rooms, relocalize=False)
-    assert "relocalize" in localizer.process(at(room[9], 0)).reason
-    localizer.refine.suggest([room[9].T_map_camera])
-    assert away_m(localizer.process(at(room[9], 1)), room[9].T_map_camera) < 0.03
+    assert "relocalize" in localizer.process(at(room[9], 0)).estimate.reason
+    hints = [room[9].T_map_camera]
+    assert away_m(localizer.process(at(room[9], 1), hints).estimate, room[9].T_map_camera) < 0.03
 
 
 class Listed(FrameSource):
@@ -276,4 +277,4 @@ def test_a_place_moves_with_its_folder(two_rooms: Place, tmp_path: Path, room) -
     import shutil
 
     moved = Place.load(shutil.copytree(two_rooms.path, tmp_path / "elsewhere"))
-    assert localizer_of(moved).process(at(room[9], 0)).state is TrackingState.TRACKING
+    assert localizer_of(moved).process(at(room[9], 0)).estimate.state is TrackingState.TRACKING

@@ -16,8 +16,7 @@ from kfloc_ros.geometry.lie import Matrix, make_pose
 from kfloc_ros.kfnet.scoordnet import measure
 from kfloc_ros.localization.config import LocalizerConfig
 from kfloc_ros.localization.localizer import Localizer
-from kfloc_ros.localization.refine import RefineStage
-from kfloc_ros.localization.stages import CoarseResult
+from kfloc_ros.localization.results import CoarseResult
 from kfloc_ros.maps.scene_map import SceneMap
 from kfloc_ros.pixloc.refiner import Refiner
 from kfloc_ros.types import Alignment, CoarsePose, FilterReport, PoseEstimate, SceneCoordinates, TrackingState
@@ -39,7 +38,7 @@ def misplaced(scene_map: SceneMap) -> SceneMap:
 
 def localize(scene_map: SceneMap, room, **options) -> list[PoseEstimate]:
     localizer = Localizer(scene_map, LocalizerConfig(device="cpu", **options))
-    return [localizer.process(room[k]) for k in range(10)]
+    return [localizer.process(room[k]).estimate for k in range(10)]
 
 
 def off_m(T_map_camera: Matrix | None, frame) -> float:
@@ -66,7 +65,7 @@ def test_the_report_says_whether_a_refined_pose_stands_behind_the_belief(scene_m
 
 
 @pytest.mark.parametrize("believes_the_measurement", [False, True])
-def test_a_confirmed_belief_does_not_speak_for_a_wrong_pose(
+def test_a_confirmed_belief_does_not_support_a_wrong_pose(
     scene_map: SceneMap, room, believes_the_measurement: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Belief and alignment agree on a wrong place; the image's matches are asked, for its cells do not agree."""
@@ -90,7 +89,7 @@ def test_a_confirmed_belief_does_not_speak_for_a_wrong_pose(
     result = CoarseResult(
         frame.stamp_ns, coarse, FilterReport("", 1.0, 3.0, 0.1, confirmed=True), {}, features, None, measurement
     )
-    found = RefineStage(scene_map, LocalizerConfig(device="cpu")).process(frame, result)
+    found = Localizer(scene_map, LocalizerConfig(device="cpu")).refine_half(frame, result).estimate
     if believes_the_measurement:
         assert len(calls) == 1 and off_m(found.T_map_camera, frame) > 0.5
     else:

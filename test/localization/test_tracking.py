@@ -92,7 +92,7 @@ def error_m(estimate: PoseEstimate, frame) -> float:
 def test_most_frames_do_without_a_coarse_pose(scene_map: SceneMap, room) -> None:
     frames = [room[i] for i in range(12)]
     tracking = localizer(scene_map, tracking_check_period=5)
-    estimates = [tracking.process(frame) for frame in frames]
+    estimates = [tracking.process(frame).estimate for frame in frames]
     assert {e.state for e in estimates} == {TrackingState.TRACKING}
     assert [e.tracked for e in estimates] == [i % 5 != 0 for i in range(12)]
     for estimate in estimates:
@@ -105,7 +105,7 @@ def test_most_frames_do_without_a_coarse_pose(scene_map: SceneMap, room) -> None
 def test_the_filter_is_brought_up_to_date_before_a_coarse_pose(scene_map: SceneMap, room) -> None:
     """Eight frames at 10 Hz are longer than its greatest gap: without the frame just before it would start anew."""
     tracking = localizer(scene_map, tracking_check_period=8)
-    last = [tracking.process(room[i]) for i in range(9)][-1]
+    last = [tracking.process(room[i]).estimate for i in range(9)][-1]
     assert last.filter is not None and not last.tracked
     assert last.filter.reset_reason == ""
     assert last.filter.prior_ratio > 0.3
@@ -116,7 +116,7 @@ def test_a_covered_lens_and_another_place_end_the_track(scene_map: SceneMap, roo
     elsewhere = replace(room[22], stamp_ns=room[5].stamp_ns)  # carried there between two frames
     frames = [room[0], room[1], replace(room[2], image=blank), room[3], room[4], elsewhere]
     tracking = localizer(scene_map)
-    estimates = [tracking.process(frame) for frame in frames]
+    estimates = [tracking.process(frame).estimate for frame in frames]
     assert [e.tracked for e in estimates] == [False, True, False, False, True, False]
     assert estimates[2].state is TrackingState.LOST
     assert estimates[2].timings_ms["total"] == pytest.approx(
@@ -127,12 +127,11 @@ def test_a_covered_lens_and_another_place_end_the_track(scene_map: SceneMap, roo
 
 def test_a_suggested_pose_and_a_reset_are_answered_with_a_coarse_pose(scene_map: SceneMap, room) -> None:
     tracking = localizer(scene_map)
-    assert [tracking.process(room[i]).tracked for i in range(2)] == [False, True]
-    tracking.refine.suggest([room[2].T_map_camera])
-    assert not tracking.process(room[2]).tracked
-    assert tracking.process(room[3]).tracked
+    assert [tracking.process(room[i]).estimate.tracked for i in range(2)] == [False, True]
+    assert not tracking.process(room[2], [room[2].T_map_camera]).estimate.tracked
+    assert tracking.process(room[3]).estimate.tracked
     tracking.reset("asked")
-    assert not tracking.process(room[4]).tracked
+    assert not tracking.process(room[4]).estimate.tracked
 
 
 def test_frames_without_a_coarse_pose_are_not_coarse_failures() -> None:
@@ -149,8 +148,8 @@ def test_a_wrong_place_is_left_at_the_next_check(scene_map: SceneMap, room) -> N
     tracking = localizer(scene_map, tracking_check_period=2)
     tracking.process(room[0])
     wrong = room[0].T_map_camera @ make_pose(so3_exp([0.0, 0.3, 0.0]), [0.4, 0.0, 0.0])
-    tracking.refine._motion.observe(room[0].stamp_ns + 1, wrong)  # as if it had been aligned there
-    estimates = [tracking.process(room[i]) for i in (1, 2, 3)]
+    tracking._refine._motion.observe(room[0].stamp_ns + 1, wrong)  # as if it had been aligned there
+    estimates = [tracking.process(room[i]).estimate for i in (1, 2, 3)]
     assert error_m(estimates[-1], room[3]) < 0.02
 
 

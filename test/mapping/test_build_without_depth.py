@@ -33,7 +33,7 @@ def test_a_map_without_depth_localizes(room: Any, tmp_path: Path, monkeypatch: p
     errors: list[float] = []
     for time_steps in np.arange(5.5, 35.0, 3.0):
         frame = replace(room.at(float(time_steps), int(time_steps)), depth_m=None)
-        estimate = localizer.process(replace(frame, T_map_camera=None))
+        estimate = localizer.process(replace(frame, T_map_camera=None)).estimate
         T, true = estimate.T_map_camera, frame.T_map_camera
         assert true is not None
         errors.append(np.inf if T is None else float(np.linalg.norm(T[:3, 3] - true[:3, 3])))

@@ -26,8 +26,8 @@ def test_another_room_is_lost_and_not_merely_degraded(room: object, room_map: Pa
     assert RATIO_LIMITS[0] <= scene_map.calibration.min_inlier_ratio <= RATIO_LIMITS[1]
     localizer = Localizer(scene_map, LocalizerConfig(device="cpu"))
     frames = [room[i] for i in (4, 5, 6)]  # type: ignore[index]
-    assert localizer.process(frames[0]).state is TrackingState.TRACKING
+    assert localizer.process(frames[0]).estimate.state is TrackingState.TRACKING
     for frame in frames[1:]:
         mirrored = Frame(frame.image[:, ::-1].copy(), frame.camera, frame.stamp_ns)
-        estimate = localizer.process(mirrored)
+        estimate = localizer.process(mirrored).estimate
         assert estimate.state is TrackingState.LOST and estimate.T_map_camera is None, estimate.reason

@@ -52,7 +52,7 @@ def errors_m(scene_map: SceneMap, room, times: list[float]) -> list[float]:
     for time in times:
         localizer.reset("one by one")
         frame = room.at(time)
-        T = localizer.process(frame).T_map_camera
+        T = localizer.process(frame).estimate.T_map_camera
         errors.append(np.inf if T is None else float(np.linalg.norm(T[:3, 3] - frame.T_map_camera[:3, 3])))
     return errors
 

@@ -80,7 +80,7 @@ def assert_sound(loaded: SceneMap) -> None:
     localizer = Localizer(loaded, LocalizerConfig(device="cpu"))
     for stamp_ns in (10**9, 2 * 10**9):
         with np.errstate(all="ignore"):
-            estimate = localizer.process(Frame(image, camera, stamp_ns))
+            estimate = localizer.process(Frame(image, camera, stamp_ns)).estimate
         if estimate.T_map_camera is not None and estimate.covariance is not None:
             assert np.isfinite(estimate.T_map_camera).all() and np.isfinite(estimate.covariance).all()
 

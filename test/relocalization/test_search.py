@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from kfloc_ros.features.backbone import Backbone, BackboneFeatures
 from kfloc_ros.geometry.lie import Matrix, make_pose, so3_exp
 from kfloc_ros.localization.config import LocalizerConfig
-from kfloc_ros.localization.refine import RefineStage
-from kfloc_ros.localization.stages import CoarseResult
+from kfloc_ros.localization.localizer import Localizer
+from kfloc_ros.localization.results import CoarseResult
 from kfloc_ros.maps.scene_map import SceneMap
 from kfloc_ros.pixloc.references import ReferenceViews
 from kfloc_ros.pixloc.refiner import Refiner, RefinerSettings, failed_alignment
-from kfloc_ros.relocalization.decision import RelocalizationSettings, choose, more_speak_for, settled
+from kfloc_ros.relocalization.decision import RelocalizationSettings, choose, more_speak_for, repeated
 from kfloc_ros.relocalization.retrieval import ReferenceIndex
 from kfloc_ros.relocalization.search import Relocalizer
 from kfloc_ros.types import Alignment, CoarsePose, FilterReport, TrackingState
@@ -86,8 +86,8 @@ def test_an_image_of_elsewhere_has_no_start(scene_map: SceneMap) -> None:
 
 
 def stage_result(scene_map: SceneMap, room, features: BackboneFeatures, coarse: CoarsePose = NO_COARSE_POSE, **options):
-    stage = RefineStage(scene_map, LocalizerConfig(device="cpu", **options))
-    return stage.process(room[9], CoarseResult(room[9].stamp_ns, coarse, FILTER_OFF, {}, features))
+    localizer = Localizer(scene_map, LocalizerConfig(device="cpu", **options))
+    return localizer.refine_half(room[9], CoarseResult(room[9].stamp_ns, coarse, FILTER_OFF, {}, features)).estimate
 
 
 def test_the_refiner_searches_when_there_is_no_coarse_pose(
@@ -267,7 +267,7 @@ def test_more_matches_count_only_beyond_chance() -> None:
 
 def test_an_alignment_is_repeated_and_the_better_kept() -> None:
     first, better = alignment_at(np.eye(4), 0.2), alignment_at(shifted(np.eye(4), 0.1), 0.15)
-    assert settled(lambda starts: better, first) is better
-    assert settled(lambda starts: first, better) is better
+    assert repeated(lambda starts: better, first) is better
+    assert repeated(lambda starts: first, better) is better
     failed = alignment_at(np.eye(4), reason="failed")
-    assert settled(lambda starts: better, failed) is failed and settled(lambda starts: failed, first) is first
+    assert repeated(lambda starts: better, failed) is failed and repeated(lambda starts: failed, first) is first

@@ -29,8 +29,9 @@ from kfloc_ros.kfnet.reference.networks import ReferenceNetworks
 from kfloc_ros.kfnet.reference.oflownet import ReferenceOFlowNet
 from kfloc_ros.kfnet.reference.scoordnet import ReferenceSCoordNet
 from kfloc_ros.kfnet.reference.weights import save_network
-from kfloc_ros.localization.coarse import CoarseStage
 from kfloc_ros.localization.config import LocalizerConfig
+from kfloc_ros.localization.localizer import Localizer
+from kfloc_ros.localization.results import StageTimes
 from kfloc_ros.mapping.merge import merge_maps
 from kfloc_ros.mapping.place_making import make_place
 from kfloc_ros.mapping.update import update_map
@@ -75,7 +76,7 @@ def test_what_is_written_is_read(kfnet_map: SceneMap, tmp_path: Path) -> None:
 @pytest.fixture
 def undeterred(monkeypatch: pytest.MonkeyPatch) -> None:
     """Untrained networks give no pose, after which the filter would start anew with every frame."""
-    monkeypatch.setattr(SceneCoordinateFilter, "judge", lambda self, pose: None)
+    monkeypatch.setattr(SceneCoordinateFilter, "accept_pose", lambda self, pose: None)
 
 
 @pytest.mark.usefixtures("undeterred")
@@ -83,13 +84,13 @@ def test_the_stage_measures_and_filters_with_the_networks(
     kfnet_map: SceneMap, networks: ReferenceNetworks, room: FrameSource
 ) -> None:
     """As done by hand with the networks alone; a cell of 8 pixels of theirs is one of 16 in the map's camera."""
-    stage = CoarseStage(kfnet_map, CPU)
+    localizer = Localizer(kfnet_map, CPU)
     small = networks.camera(kfnet_map.camera)
     adapter = ImageAdapter(kfnet_map.camera, small)
     recursion = SceneCoordinateFilter(FilterSettings(1.0, 1.0, 1e-10), networks.oflownet.flow)
     for k in range(3):
         frame = room[k]
-        result = stage.process(frame)
+        result = localizer.coarse_half(frame)
         image = adapter(frame.image)
         pixels = torch.from_numpy(image).permute(2, 0, 1)[None].float()
         with torch.inference_mode():
@@ -129,15 +130,14 @@ def test_coordinates_and_flow_are_written_as_the_networks_tell_them(
 
 
 @pytest.mark.usefixtures("undeterred")
-def test_a_passed_by_frame_is_filtered_by_the_networks_too(kfnet_map: SceneMap, room: FrameSource) -> None:
-    stage, plain = CoarseStage(kfnet_map, CPU), CoarseStage(kfnet_map, CPU)
+def test_a_skipped_frame_is_filtered_by_the_networks_too(kfnet_map: SceneMap, room: FrameSource) -> None:
+    stage, plain = Localizer(kfnet_map, CPU), Localizer(kfnet_map, CPU)
     for one in (stage, plain):
-        one.process(room[0])
-    stage.pass_by(room[1].stamp_ns, stage.observe(room[1]))
-    plain.reset("what was believed before ends with the track that needs no belief")
-    plain.process(room[1])
-    results = [one.process(room[2]) for one in (stage, plain)]
-    means = [result.scene_coordinates.mean for result in results if result.scene_coordinates is not None]
+        one.coarse_half(room[0])
+    stage._coarse.skip(room[1], stage._coarse.extract(room[1], StageTimes()))
+    plain.reset("the belief before ends with the track that needs none")
+    plain.coarse_half(room[1])
+    means = [one.coarse_half(room[2]).scene_coordinates.mean for one in (stage, plain)]
     assert torch.allclose(means[0], means[1])
 
 

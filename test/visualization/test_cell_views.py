@@ -9,17 +9,17 @@ from typing import Any
 
 import pytest
 
-from kfloc_ros.localization.coarse import CoarseStage
 from kfloc_ros.localization.config import LocalizerConfig
-from kfloc_ros.localization.stages import CoarseResult
+from kfloc_ros.localization.localizer import Localizer
+from kfloc_ros.localization.results import CoarseResult
 from kfloc_ros.maps.scene_map import SceneMap
 from kfloc_ros.visualization.cells import FLOW_CELL_PX, NO_VALUE, NOISE_CELL_PX, flow_view, noise_view
 
 
 @pytest.fixture(scope="module")
 def results(room: Any, room_map: Path) -> list[CoarseResult]:
-    stage = CoarseStage(SceneMap.load(room_map), LocalizerConfig(device="cpu"))
-    return [stage.process(room[k]) for k in (4, 5)]
+    localizer = Localizer(SceneMap.load(room_map), LocalizerConfig(device="cpu"))
+    return [localizer.coarse_half(room[k]) for k in (4, 5)]
 
 
 def test_the_first_frame_has_no_flow_and_no_process_noise(results: list[CoarseResult]) -> None:

@@ -18,7 +18,7 @@ from kfloc_ros.maps.scene_map import SceneMap
 from kfloc_ros.visualization.alignment import moved, offset_between
 from kfloc_ros.visualization.rerun import Recording
 from kfloc_ros.visualization.rerun_views import log_alignment, log_filter
-from kfloc_ros.visualization.stream import Seen, watch
+from kfloc_ros.visualization.stream import View, watch
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +32,11 @@ def localizer(scene_map: SceneMap) -> Localizer:
 
 
 @pytest.fixture(scope="module")
-def seen(room: Any, localizer: Localizer) -> list[Seen]:
-    return list(watch(localizer, Selection(room, [4, 5]), refine=True))
+def seen(room: Any, localizer: Localizer) -> list[View]:
+    return list(watch(localizer, Selection(room, [4, 5])))
 
 
-def test_the_filters_cells_agree_with_its_report(seen: list[Seen]) -> None:
+def test_the_filters_cells_agree_with_its_report(seen: list[View]) -> None:
     first, second = (s.coarse for s in seen)
     assert first.filtered is not None and first.filtered.prior is None and first.filtered.nis is None
     assert second.filtered is not None and second.measurement is not None
@@ -49,12 +49,12 @@ def test_the_filters_cells_agree_with_its_report(seen: list[Seen]) -> None:
 
 
 def test_steps_lead_from_the_start_to_the_result_and_each_lowers_the_cost(
-    seen: list[Seen], localizer: Localizer
+    seen: list[View], localizer: Localizer
 ) -> None:
     goal = seen[1].estimate.T_map_camera  # type: ignore[union-attr]
     assert goal is not None
     start = moved(goal, 0.03, 1.0)
-    alignment = localizer.refine.refiner.align(seen[1].coarse.features, [start])
+    alignment = localizer.refiner.align(seen[1].coarse.features, [start])
     assert alignment.T_map_camera is not None
     np.testing.assert_allclose(alignment.steps[0].T_map_camera, start, atol=1e-9)
     np.testing.assert_allclose(alignment.steps[-1].T_map_camera, alignment.T_map_camera, atol=1e-12)
@@ -67,7 +67,7 @@ def test_steps_lead_from_the_start_to_the_result_and_each_lowers_the_cost(
 
 
 def test_frames_and_alignments_are_recorded(
-    seen: list[Seen], scene_map: SceneMap, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    seen: list[View], scene_map: SceneMap, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("rerun", reason="rerun-sdk is not installed: pip install rerun-sdk")
     path = tmp_path / "sub" / "a.rrd"

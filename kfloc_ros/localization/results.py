@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Results of localizing one frame, and the time spent on it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from kfloc_ros.features.backbone import BackboneFeatures
+from kfloc_ros.kfnet.fusion import Filtered
+from kfloc_ros.types import CoarsePose, FilterReport, Frame, PoseEstimate, SceneCoordinates
+
+
+class StageTimes:
+    """Milliseconds spent on a frame so far, by stage, in the order in which stages first ran.
+
+    Args:
+        earlier: spent on the same frame before, such as in another process.
+    """
+
+    def __init__(self, earlier: Mapping[str, float] | None = None) -> None:
+        self._ms = {stage: ms for stage, ms in (earlier or {}).items() if stage != "total"}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the time spent inside to a stage."""
+        start = time.perf_counter()
+        yield
+        self._ms[name] = self._ms.get(name, 0.0) + (time.perf_counter() - start) * 1e3
+
+    def so_far(self) -> dict[str, float]:
+        """Return the times of all stages."""
+        return dict(self._ms)
+
+    def with_total(self) -> dict[str, float]:
+        """Return the times of all stages and their sum, ``total``."""
+        return {**self._ms, "total": sum(self._ms.values())}
+
+
+@dataclass(frozen=True, eq=False)
+class CoarseResult:
+    """Result of the coarse half, which goes from ``filter_node`` to ``refiner_node``."""
+
+    stamp_ns: int
+    pose: CoarsePose
+    filter: FilterReport
+    timings_ms: Mapping[str, float]
+    features: BackboneFeatures
+    scene_coordinates: SceneCoordinates | None = None
+    """The belief over scene coordinates that PnP used; None where it stayed in another process."""
+    measurement: SceneCoordinates | None = None
+    """Scene coordinates regressed from this frame alone."""
+    filtered: Filtered | None = None
+    """The step of the filter, cell by cell; ``scene_coordinates`` is its posterior."""
+
+
+@dataclass(frozen=True, eq=False)
+class Localization:
+    """Everything known of one frame: what viewers draw, pages show and nodes publish."""
+
+    frame: Frame
+    features: BackboneFeatures
+    estimate: PoseEstimate
+    coarse: CoarseResult | None = None
+    """None for a frame that was aligned from the predicted pose alone."""
+
+    @property
+    def belief(self) -> SceneCoordinates | None:
+        """Filtered scene coordinates of the frame, where there are any."""
+        return None if self.coarse is None else self.coarse.scene_coordinates
