@@ -41,7 +41,7 @@ examples:
   kfloc pixloc run aachen --weights W.safetensors --dataset Aachen --from-poses --hloc-logs aachen_logs.pkl --skip 10
   kfloc pixloc run cmu --weights W.safetensors --dataset CMU --scenes 2-6 refinement.num_dbs=3
 
-Layouts of the data sets: docs/pixloc.md.
+Layouts of the data sets: docs/reference/pixloc.md.
 """
 
 

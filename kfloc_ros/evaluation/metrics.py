@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pose errors, recall, medians and the consistency of covariances. Definitions: ``docs/evaluation.md``.
+"""Pose errors, recall, medians and the consistency of covariances. Definitions: ``docs/reference/evaluation.md``.
 
 A frame without an estimate is a failure: its error is (infinite metres, 180 degrees). A frame without
 truth takes no part. Recall counts errors strictly below both thresholds.

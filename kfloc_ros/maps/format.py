@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What ``map.yaml`` may say, of a map or of a place of several, and how it is read and written. Nothing is executed.
 
-``docs/map-format.md`` and ``docs/places.md`` are the specification.
+``docs/reference/map-format.md`` and ``docs/places.md`` are the specification.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""docs/robustness.md names a test for every fault: each of them is there."""
+"""docs/reference/robustness.md names a test for every fault: each of them is there."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-DOCUMENT = HERE.parents[1] / "docs" / "robustness.md"
+DOCUMENT = HERE.parents[1] / "docs" / "reference" / "robustness.md"
 
 
 def test_every_test_that_is_named_is_there() -> None:
