@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a stream of poses is worth to a robot: when there is one, when it can be relied on, how soon it is back.
 
-Definitions: ``docs/reference/evaluation.md``. Times are of the recording (image stamps), whatever the speed of the machine.
+Definitions: ``docs/reference/evaluation.md``. Times are of the recording (image stamps), whatever the machine does.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -17,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kfloc_ros.device import quick_matmul
 from kfloc_ros.features.backbone import COARSE_CHANNELS, COARSE_STRIDE, CONTEXT_CHANNELS, BackboneFeatures
 from kfloc_ros.geometry.lie import Matrix
 from kfloc_ros.types import SceneCoordinates
@@ -235,3 +235,16 @@ def roughness_m(measured: SceneCoordinates) -> torch.Tensor:
     rough = squared.sum(0) / (3 * len(STEPS) * 6)
     usable = measured.valid[r : h - r, r : w - r] & rough.isfinite()
     return rough[usable].sqrt().median() if bool(usable.any()) else rough.new_tensor(math.nan)
+
+
+def quick_matmul(device: torch.device) -> AbstractContextManager[object]:
+    """A context in which layers compute in bfloat16 where the processor does that natively, else as always.
+
+    Three times as fast on a CPU that has it; about 4 mm of error in a scene coordinate, whose own is 2 cm or more.
+    """
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported()
+    else:
+        capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        native = bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return torch.autocast(device.type, dtype=torch.bfloat16) if native else nullcontext()

@@ -23,8 +23,7 @@ from kfloc_ros.nodes.diagnostics import DiagnosticsPublisher, Report
 from kfloc_ros.nodes.handover import CameraFrame, FramePublisher
 from kfloc_ros.nodes.health import Health
 from kfloc_ros.nodes.parameter_server import ParameterServer
-from kfloc_ros.nodes.time_watch import TimeWatch
-from kfloc_ros.nodes.worker import Gate, Intake
+from kfloc_ros.nodes.worker import Gate, Intake, TimeWatch
 from kfloc_ros.types import Frame
 
 _FIRST_INFO_WAIT_S = 0.5

@@ -12,9 +12,18 @@ from rclpy.node import Node
 
 from kfloc_ros.nodes import qos
 from kfloc_ros.nodes.handover import CameraFrame
-from kfloc_ros.nodes.health import Health
+from kfloc_ros.nodes.health import (
+    LEVELS,
+    OK,
+    WARN,
+    Health,
+    Value,
+    counter_values,
+    estimate_values,
+    make_status,
+    timing_values,
+)
 from kfloc_ros.nodes.pose_publisher import Outcome
-from kfloc_ros.nodes.status import LEVELS, OK, WARN, Value, counter_values, estimate_values, make_status, timing_values
 from kfloc_ros.nodes.worker import Gate
 from kfloc_ros.types import PoseEstimate
 

@@ -25,9 +25,8 @@ from kfloc_ros.nodes.handover import (
 from kfloc_ros.nodes.health import Health
 from kfloc_ros.nodes.managed_node import warm_up
 from kfloc_ros.nodes.parameter_server import ParameterServer
-from kfloc_ros.nodes.time_watch import TimeWatch
 from kfloc_ros.nodes.views import cell_publisher
-from kfloc_ros.nodes.worker import Gate, Intake
+from kfloc_ros.nodes.worker import Gate, Intake, TimeWatch
 
 
 class FilterApplication:

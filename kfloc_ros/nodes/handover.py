@@ -31,8 +31,8 @@ from kfloc_ros.messages.poses import (
     stamp_to_ns,
 )
 from kfloc_ros.nodes import qos
-from kfloc_ros.nodes.health import Counters
-from kfloc_ros.nodes.status import (
+from kfloc_ros.nodes.health import (
+    Counters,
     Value,
     counter_values,
     make_status,

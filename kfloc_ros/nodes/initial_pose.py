@@ -140,8 +140,8 @@ class InitialPoseInput:
     ) -> None:
         self._parameters, self._map_frame, self._references = parameters, map_frame.lstrip("/"), reference_poses
         self._listener, self._health, self._logger = listener, health, node.get_logger()
-        self._waiting: InitialPose | None = None
-        self._tried: InitialPose | None = None
+        self.waiting: InitialPose | None = None
+        self.tried: InitialPose | None = None
         self._tries = 0
         profile = qos.results(1, parameters.node.initialpose_reliability)
         events = qos.on_mismatch(node.resolve_topic_name("initialpose"), "initialpose_reliability", health.warn)
@@ -157,16 +157,16 @@ class InitialPoseInput:
             stamp_ns: of the frame; the base is moved there from the time of the pose where odometry knows how.
             last: the last known pose, which completes one that was drawn flat.
         """
-        given, self._waiting = self._waiting, None
+        given, self.waiting = self.waiting, None
         if given is None:
             return []
-        self._tries = self._tries + 1 if given is self._tried else 1
-        self._tried = given
+        self._tries = self._tries + 1 if given is self.tried else 1
+        self.tried = given
         base_frame = self._parameters.node.base_frame
         try:
             body = self._body(given, camera_frame, base_frame)
         except TransformUnknownError as error:
-            self._waiting = given  # for the next frame
+            self.waiting = given  # for the next frame
             self._health.warn(f"The initial pose has to wait. {error}")
             return []
         T_map_body = given.T_frame_base
@@ -181,24 +181,24 @@ class InitialPoseInput:
 
     def judge(self, found: bool) -> None:
         """Say whether the frame that the last pose was taken for found a pose; if not, the next one tries it again."""
-        if self._tried is None:
+        if self.tried is None:
             return
         if found or self._tries >= _MAX_TRIES:
             if not found:
                 self._health.warn(
                     f"The initial pose did not help: {self._tries} images do not look like the map there."
                 )
-            self._tried = None
-        elif self._waiting is None:
-            self._waiting = self._tried
+            self.tried = None
+        elif self.waiting is None:
+            self.waiting = self.tried
 
     def _on_pose(self, message: Any) -> None:
         try:
-            self._waiting = self._in_map(read_initial_pose(message))
+            self.waiting = self._in_map(read_initial_pose(message))
         except (InitialPoseError, TransformUnknownError) as error:
             self._health.warn(str(error))
             return
-        x, y, z = self._waiting.T_frame_base[:3, 3]
+        x, y, z = self.waiting.T_frame_base[:3, 3]
         self._logger.info(
             f"Initial pose at ({x:.2f}, {y:.2f}, {z:.2f}) in '{self._map_frame}': the next image tries it."
         )

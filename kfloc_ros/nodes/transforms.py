@@ -17,7 +17,7 @@ from tf2_msgs.msg import TFMessage
 from kfloc_ros.messages.poses import fill_stamp, fill_transform, stamp_to_ns, transform_from_message
 from kfloc_ros.messages.transforms import TransformBuffer, TransformStore, TransformTimeError, unconnected
 from kfloc_ros.nodes import qos
-from kfloc_ros.nodes.time_watch import TimeWatch
+from kfloc_ros.nodes.worker import TimeWatch
 from kfloc_ros.types import Matrix
 
 try:

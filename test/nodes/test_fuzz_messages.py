@@ -35,9 +35,9 @@ from kfloc_ros.messages.images import _LAYOUTS, ENCODINGS, MAX_SIDE_PX, decode_c
 from kfloc_ros.messages.poses import StampGuard, fill_stamp, pose_from_message, stamp_to_ns
 from kfloc_ros.messages.transforms import TransformBuffer, TransformUnknownError
 from kfloc_ros.nodes.handover import COARSE_TOPICS, FRAME_TOPICS, StampJoiner, coarse_is_complete, read_coarse
+from kfloc_ros.nodes.health import make_status
 from kfloc_ros.nodes.initial_pose import InitialPoseError, completed, nearest, read_initial_pose, spread
 from kfloc_ros.nodes.pose_file import FORMAT, PoseFileError, load_pose
-from kfloc_ros.nodes.status import make_status
 
 pytestmark = pytest.mark.ros
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Faults of every kind against the live localizer over DDS: it says what is wrong, and localizes the next good image.
 
-`docs/reference/robustness.md` lists the faults with what happens and the test that shows it, those of the other live tests, too.
+`docs/reference/robustness.md` lists the faults, what happens, and the test that shows it, those of other tests too.
 """
 
 from __future__ import annotations
