@@ -24,7 +24,7 @@ def folder(source: str, *patterns: str) -> list[tuple[str, list[str]]]:
 
 setup(
     name=PACKAGE,
-    version="0.1.0",
+    version="0.2.0",
     description="Real-time sequential camera relocalization for ROS 2: KFNet's filter, PixLoc's refinement.",
     license="Apache-2.0",
     maintainer="kfloc_ros developers",
