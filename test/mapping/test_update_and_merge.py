@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from textured_room import small_head
 
 from kfloc_ros.cli.main import main
 from kfloc_ros.datasets.derived import InFrame
@@ -41,8 +42,7 @@ def updated(scene_map: SceneMap, room) -> Updated:
         train_seconds=120.0, train_steps=200, augmentations=0, reference_spacing_m=0.03, device="cpu"
     )
     session = InFrame(type(room)(26, phase=30.0), inverse_pose(T_MAP_SESSION))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "HeadTraining", functools.partial(build.HeadTraining, width=128, blocks=1, batch=1024))
+    with small_head():
         return update_map(scene_map, session, config)
 
 
