@@ -56,7 +56,7 @@ setup(
     ],
     extras_require={
         "simulation": ["embreex>=4.4"],
-        "test": ["hypothesis>=6.100", "pytest>=7,<9"],
+        "test": ["hypothesis>=6.100", "pytest>=7,<9", "pytest-xdist>=3.5,<4"],
         "view": ["rerun-sdk>=0.41,<1"],
     },
     zip_safe=False,

@@ -57,6 +57,7 @@ def errors_m(scene_map: SceneMap, room, times: list[float]) -> list[float]:
     return errors
 
 
+@pytest.mark.thorough
 def test_a_recording_is_found_in_the_map_and_both_are_localized_in_what_results(updated, room, tmp_path) -> None:
     assert updated.placement is not None and updated.placement.moved and updated.placement.agreeing >= 3
     T = updated.placement.T_map_session
@@ -73,6 +74,7 @@ def test_a_recording_is_found_in_the_map_and_both_are_localized_in_what_results(
     assert main(["map", "info", str(out)]) == 0
 
 
+@pytest.mark.thorough
 def test_views_of_both_are_there_where_they_add_coverage(scene_map, updated) -> None:
     views = updated.scene_map.references
     old = len(scene_map.references.ids)
