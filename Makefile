@@ -36,14 +36,16 @@ test-quick:  ## the tests that need neither ROS nor a second each, in a minute; 
 test-all: lint types  ## the slow tests, too
 	$(BIN)/python -m pytest $(TESTS)
 
-lint: setup-dev  ## ruff
+lint: setup-dev  ## ruff, format and spelling
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/codespell
 
 types: setup-dev
 	$(BIN)/mypy
 
-clean:  ## remove caches and results
-	rm -rf build install log out demo_out .pytest_cache .mypy_cache .ruff_cache
+clean:  ## remove caches and what colcon built; results stay
+	rm -rf build install log .pytest_cache .mypy_cache .ruff_cache
 
 distclean: clean  ## remove the environment, too
 	rm -rf .venv kfloc_ros.egg-info
