@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The room and its map, which all tests that localize share, and generated inputs."""
+"""What tests share: the room and its map, live nodes, generated inputs."""
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from textured_room import ROOM_MAP, Room
+
+REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(params=[pytest.param(40, id="few"), pytest.param(3000, id="thousands", marks=pytest.mark.slow)])
@@ -45,3 +48,24 @@ def room_map() -> Iterator[Path]:
 
 def _contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def new_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], Any]]:
+    """Makes ROS domains that nobody else is in."""
+    if importlib.util.find_spec("rclpy") is None:
+        pytest.skip("rclpy is not installed: `make setup` brings it, or source a ROS 2 installation")
+    from live_nodes import RosWorld
+
+    worlds: list[RosWorld] = []
+
+    def make() -> RosWorld:
+        worlds.append(RosWorld(tmp_path_factory.mktemp("ros")))
+        return worlds[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
+        patch.setenv("FASTDDS_DEFAULT_PROFILES_FILE", str(REPOSITORY / "config" / "fastdds.xml"))
+        yield make
+        for world in worlds:
+            world.close()
