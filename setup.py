@@ -24,7 +24,7 @@ def folder(source: str, *patterns: str) -> list[tuple[str, list[str]]]:
 
 setup(
     name=PACKAGE,
-    version="0.1.0",
+    version="0.2.0",
     description="Real-time sequential camera relocalization for ROS 2: KFNet's filter, PixLoc's refinement.",
     license="Apache-2.0",
     maintainer="kfloc_ros developers",
@@ -56,7 +56,7 @@ setup(
     ],
     extras_require={
         "simulation": ["embreex>=4.4"],
-        "test": ["hypothesis>=6.100", "pytest>=7,<9"],
+        "test": ["hypothesis>=6.100", "pytest>=7,<9", "pytest-xdist>=3.5,<4"],
         "view": ["rerun-sdk>=0.41,<1"],
     },
     zip_safe=False,

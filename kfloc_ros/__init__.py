@@ -3,7 +3,7 @@
 
 import os as _os
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # OpenMP's threads wait for each other at every layer, by default in a loop that keeps a core busy. On a robot, whose
 # cores have other work, the thread waited for may not be running, and a frame then takes up to fifty times as long.

@@ -1,108 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small textured room and a map of it, made once for all tests that localize."""
+"""What tests share: the room and its map, live nodes, generated inputs."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+import importlib.util
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import cv2
-import numpy as np
 import pytest
-from numpy.typing import NDArray
+from textured_room import ROOM_MAP, Room
 
-from kfloc_ros.frames import FrameSource
-from kfloc_ros.geometry.camera import Camera
-from kfloc_ros.geometry.lie import make_pose, so3_exp
-from kfloc_ros.types import Frame, Matrix
-
-ROOM_CAMERA = Camera(320, 256, 260.0, 260.0, 159.5, 127.5)
-HALF_SIZE_M = np.array([2.2, 1.4, 1.8])
-"""Half the room, whose centre is the origin."""
-TEXTURE_PX_PER_M = 180.0
-
-
-class Room(FrameSource):
-    """The inside of a box with textured walls, seen from a camera that sways; exact depth and poses."""
-
-    name = "room"
-
-    def __init__(self, length: int, phase: float = 0.0) -> None:
-        self._length, self._phase = length, phase
-        self._textures = [_texture(seed) for seed in range(6)]
-
-    @property
-    def camera(self) -> Camera:
-        return ROOM_CAMERA
-
-    def __len__(self) -> int:
-        return self._length
-
-    def indices(self) -> Sequence[int]:
-        return range(self._length)
-
-    def __getitem__(self, position: int) -> Frame:
-        if not 0 <= position < self._length:
-            raise IndexError(position)
-        return self.at(position + self._phase, position)
-
-    def at(self, time_steps: float, index: int = 0, camera: Camera = ROOM_CAMERA) -> Frame:
-        """The frame at a point of the trajectory."""
-        a = 0.12 * time_steps
-        R = so3_exp([0.05 * np.sin(1.3 * a), 0.5 + 0.12 * np.sin(a), 0.03 * np.cos(a)])
-        t = np.array([0.12 * np.cos(a), 0.06 * np.sin(0.7 * a), -0.6 + 0.1 * np.sin(1.1 * a)])
-        return self.view(make_pose(R, t), index, camera)
-
-    def view(self, T_map_camera: Matrix, index: int = 0, camera: Camera = ROOM_CAMERA) -> Frame:
-        """What a camera sees; a distorted one sees through its lens."""
-        image, depth = self._render(T_map_camera, camera)
-        return Frame(image, camera, index * 100_000_000, index, f"room-{index}", depth, T_map_camera)
-
-    def _render(self, T: Matrix, camera: Camera) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-        u, v = np.meshgrid(np.arange(camera.width), np.arange(camera.height))
-        pixels = np.stack([u, v], -1).reshape(-1, 1, 2).astype(np.float64)
-        xy = cv2.undistortPoints(pixels, camera.K, np.array(camera.distortion or (0.0,) * 4)).reshape(-1, 2)
-        rays = np.concatenate([xy, np.ones((len(xy), 1))], 1)
-        directions = rays @ T[:3, :3].T
-        with np.errstate(divide="ignore"):
-            distances = (np.sign(directions) * HALF_SIZE_M - T[:3, 3]) / directions
-        wall_axis = np.argmin(distances, axis=1)
-        depth = distances[np.arange(len(rays)), wall_axis]
-        points = T[:3, 3] + depth[:, None] * directions
-        image = np.zeros((len(rays), 3), np.uint8)
-        for axis in range(3):
-            for side in (0, 1):
-                at = (wall_axis == axis) & ((directions[:, axis] > 0) == bool(side))
-                if at.any():
-                    across, up = (i for i in range(3) if i != axis)
-                    places = (points[at][:, [across, up]] + HALF_SIZE_M[[across, up]]) * TEXTURE_PX_PER_M
-                    texture = self._textures[2 * axis + side]
-                    x, y = places.T.astype(np.float32)
-                    # remap takes at most 32767 rows, so the points of a wall are cut into columns.
-                    width = 256
-                    filled = -len(x) % width
-                    x, y = (np.pad(c, (0, filled)).reshape(-1, width) for c in (x, y))
-                    image[at] = cv2.remap(texture, x, y, cv2.INTER_LINEAR).reshape(-1, 3)[: at.sum()]
-        shape = camera.height, camera.width
-        return image.reshape(*shape, 3), depth.reshape(shape).astype(np.float32)
-
-
-def _texture(seed: int) -> NDArray[np.uint8]:
-    rng = np.random.default_rng(seed)
-    size = 900
-    canvas = np.full((size, size, 3), rng.integers(90, 170, 3), np.float32)
-    for _ in range(450):
-        x, y = rng.integers(0, size, 2)
-        extent = rng.integers(8, 70, 2)
-        colour = tuple(float(c) for c in rng.integers(0, 255, 3))
-        if rng.random() < 0.5:
-            cv2.rectangle(canvas, (int(x), int(y)), (int(x + extent[0]), int(y + extent[1])), colour, -1)
-        else:
-            cv2.circle(canvas, (int(x), int(y)), int(extent[0] // 2), colour, -1, cv2.LINE_AA)
-    noise = cv2.resize(rng.normal(0, 8, (size // 4, size // 4, 3)).astype(np.float32), (size, size))
-    return np.clip(canvas + noise, 0, 255).astype(np.uint8)
+REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(params=[pytest.param(40, id="few"), pytest.param(3000, id="thousands", marks=pytest.mark.slow)])
@@ -130,15 +39,33 @@ def room() -> Room:
 
 
 @pytest.fixture(scope="session")
-def room_map(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A map of the room, built by the real builder with a head small enough for seconds of training."""
-    from kfloc_ros.mapping import build
+def room_map() -> Iterator[Path]:
+    """The committed map of the room. Tests that change a map copy it first."""
+    before = _contents(ROOM_MAP)
+    yield ROOM_MAP
+    assert _contents(ROOM_MAP) == before, f"a test has written to {ROOM_MAP}"
 
-    out = tmp_path_factory.mktemp("maps") / "room"
-    config = build.MapBuildConfig(
-        train_seconds=120.0, train_steps=500, augmentations=0, points_per_view=300, device="cpu"
-    )
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def new_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], Any]]:
+    """Makes ROS domains that nobody else is in."""
+    if importlib.util.find_spec("rclpy") is None:
+        pytest.skip("rclpy is not installed: `make setup` brings it, or source a ROS 2 installation")
+    from live_nodes import RosWorld
+
+    worlds: list[RosWorld] = []
+
+    def make() -> RosWorld:
+        worlds.append(RosWorld(tmp_path_factory.mktemp("ros")))
+        return worlds[-1]
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "HeadTraining", functools.partial(build.HeadTraining, width=128, blocks=1, batch=1024))
-        build.build_map(Room(24), out, config)
-    return out
+        patch.setenv("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
+        patch.setenv("FASTDDS_DEFAULT_PROFILES_FILE", str(REPOSITORY / "config" / "fastdds.xml"))
+        yield make
+        for world in worlds:
+            world.close()

@@ -68,6 +68,7 @@ def test_poses_of_the_base_are_judged_as_the_cameras(bag: Path, room) -> None:
     assert np.trace(records[0].covariance[:3, :3]) == pytest.approx(3e-4 + 2 * 4e-4 * lever_m**2)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("error_m", [0.0, 0.03])
 def test_tf_is_judged_at_the_times_of_the_images(bag: Path, room, error_m: float) -> None:
     T = T_MAP_ODOM @ make_pose(so3_exp([0.0, 0.0, 0.0]), [error_m, 0.0, 0.0])

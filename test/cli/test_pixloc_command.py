@@ -27,6 +27,8 @@ from kfloc_ros.pixloc.reference.model import save_model
 from kfloc_ros.types import Matrix
 from studies.parity import formula_model
 
+pytestmark = pytest.mark.thorough
+
 CAMERA = Camera(160, 128, 113.0, 113.0, 79.5, 63.5)
 INTRINSICS = "PINHOLE 160 128 113 113 80 64"
 POINTS = np.c_[np.random.default_rng(1).uniform([-1.5, -1.1], [1.5, 1.1], (260, 2)), np.full(260, 2.5)]

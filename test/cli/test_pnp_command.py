@@ -78,6 +78,7 @@ def test_poses_of_a_folder_against_the_truth(folder: Path, tmp_path: Path, capsy
         assert np.allclose(np.loadtxt(out / f"pose_{i}.txt"), pose(i), atol=5e-3)
 
 
+@pytest.mark.thorough
 def test_processes_give_the_same_poses(folder: Path, tmp_path: Path) -> None:
     for jobs in (1, 2):
         assert cli.main(["pnp", str(folder), "--out", str(tmp_path / f"out{jobs}"), "--jobs", str(jobs)]) == 0

@@ -37,6 +37,7 @@ def size(path: Path) -> tuple[int, int]:
     return width, height
 
 
+@pytest.mark.thorough
 def test_cells_of_a_stream_and_the_same_from_files(bag: str, room_map: Path, tmp_path: Path, capsys: Any) -> None:
     out = tmp_path / "cells"
     assert show("cells", bag, "--map", room_map, "--out", out, "--max-sigma", 1) == 0

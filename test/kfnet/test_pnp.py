@@ -63,6 +63,7 @@ def test_sure_cells_outweigh_unsure_ones() -> None:
     assert error[0] < 0.7 * error[1]
 
 
+@pytest.mark.thorough
 def test_covariance_agrees_with_monte_carlo() -> None:
     settings = PnpSettings(pixel_sigma_px=0.1, max_cells=4800, max_error_px=40.0)  # far above the noise of 9 px
     errors, covariances = [], []

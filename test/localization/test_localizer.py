@@ -118,6 +118,7 @@ def test_the_same_frames_give_the_same_poses(scene_map: SceneMap, room) -> None:
     assert all(np.array_equal(a.T_map_camera, b.T_map_camera) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("value", [0, 255])
 def test_a_blank_image_gives_no_pose_and_a_reason(scene_map: SceneMap, room, value: int) -> None:
     good, blank = room[0], replace(room[1], image=np.full_like(room[1].image, value))

@@ -29,6 +29,8 @@ from kfloc_ros.maps.scene_map import Calibration, SceneMap
 from kfloc_ros.pixloc.references import ReferenceViews, extract_reference_points
 from kfloc_ros.types import Frame, Matrix, PoseEstimate, TrackingState
 
+pytestmark = pytest.mark.thorough
+
 STEP_NS = 100_000_000
 FAR = make_pose(so3_exp([0.0, 0.0, 1.2]), [30.0, 5.0, 0.0])
 FARTHER = make_pose(np.eye(3), [-40.0, 0.0, 0.0])

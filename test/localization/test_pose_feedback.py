@@ -46,6 +46,7 @@ def off_m(T_map_camera: Matrix | None, frame) -> float:
     return float(np.linalg.norm(T_map_camera[:3, 3] - frame.T_map_camera[:3, 3]))
 
 
+@pytest.mark.thorough
 def test_a_head_that_errs_alike_everywhere_is_corrected(misplaced: SceneMap, room) -> None:
     learning, other = localize(misplaced, room), localize(misplaced, room, pose_feedback=False)
     for run in (learning, other):

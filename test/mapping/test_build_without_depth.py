@@ -3,32 +3,25 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from textured_room import build_room_map
 
 from kfloc_ros.localization.config import LocalizerConfig
 from kfloc_ros.localization.localizer import Localizer
-from kfloc_ros.mapping import build
 from kfloc_ros.mapping.motion_depth import MotionDepth, with_depth
-from kfloc_ros.mapping.scene_head import HeadTraining
 
 pytestmark = pytest.mark.slow
 
 
-def test_a_map_without_depth_localizes(room: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = functools.partial(HeadTraining, width=128, blocks=1, batch=1024)
-    monkeypatch.setattr("kfloc_ros.mapping.build.HeadTraining", small)
-    config = build.MapBuildConfig(
-        train_seconds=120.0, train_steps=500, augmentations=0, points_per_view=300, device="cpu"
-    )
+def test_a_map_without_depth_localizes(room: Any, tmp_path: Path) -> None:
     source = with_depth(room, hide=True, device="cpu")
     assert isinstance(source, MotionDepth)
-    scene_map = build.build_map(source, tmp_path / "room", config)
+    scene_map = build_room_map(tmp_path / "room", source)
     localizer = Localizer(scene_map, LocalizerConfig(device="cpu"))
     errors: list[float] = []
     for time_steps in np.arange(5.5, 35.0, 3.0):

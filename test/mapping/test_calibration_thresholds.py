@@ -21,6 +21,7 @@ def test_the_inlier_ratio_lies_between_good_and_wrong() -> None:
     assert _ratio_threshold([0.5] * 3, [0.1] * 20) == Calibration().min_inlier_ratio
 
 
+@pytest.mark.thorough
 def test_another_room_is_lost_and_not_merely_degraded(room: object, room_map: Path) -> None:
     scene_map = SceneMap.load(room_map)
     assert RATIO_LIMITS[0] <= scene_map.calibration.min_inlier_ratio <= RATIO_LIMITS[1]

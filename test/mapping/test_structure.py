@@ -22,6 +22,8 @@ from kfloc_ros.mapping.structure import reconstruct
 from kfloc_ros.mapping.structure_scale import KnownLength, ReconstructedSource, known_length, scale_from_poses
 from kfloc_ros.types import Frame
 
+pytestmark = pytest.mark.thorough
+
 
 class Walk(FrameSource):
     """Ten views of the room from a camera that moves sideways, as its images, depth and rough poses."""

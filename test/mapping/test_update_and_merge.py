@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from textured_room import small_head
 
 from kfloc_ros.cli.main import main
 from kfloc_ros.datasets.derived import InFrame
@@ -41,8 +42,7 @@ def updated(scene_map: SceneMap, room) -> Updated:
         train_seconds=120.0, train_steps=200, augmentations=0, reference_spacing_m=0.03, device="cpu"
     )
     session = InFrame(type(room)(26, phase=30.0), inverse_pose(T_MAP_SESSION))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "HeadTraining", functools.partial(build.HeadTraining, width=128, blocks=1, batch=1024))
+    with small_head():
         return update_map(scene_map, session, config)
 
 
@@ -57,6 +57,7 @@ def errors_m(scene_map: SceneMap, room, times: list[float]) -> list[float]:
     return errors
 
 
+@pytest.mark.thorough
 def test_a_recording_is_found_in_the_map_and_both_are_localized_in_what_results(updated, room, tmp_path) -> None:
     assert updated.placement is not None and updated.placement.moved and updated.placement.agreeing >= 3
     T = updated.placement.T_map_session
@@ -73,6 +74,7 @@ def test_a_recording_is_found_in_the_map_and_both_are_localized_in_what_results(
     assert main(["map", "info", str(out)]) == 0
 
 
+@pytest.mark.thorough
 def test_views_of_both_are_there_where_they_add_coverage(scene_map, updated) -> None:
     views = updated.scene_map.references
     old = len(scene_map.references.ids)

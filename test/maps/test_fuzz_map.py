@@ -102,6 +102,7 @@ PLACES = st.sampled_from([
 ])  # fmt: skip
 
 
+@pytest.mark.thorough
 def test_any_value_in_the_description_is_sound_or_refused(fuzz: Fuzz, folder: Path, tmp_path: Path) -> None:
     good = (folder / DESCRIPTION).read_text()
 

@@ -18,7 +18,7 @@ from kfloc_ros.nodes.topic_table import REPLAY, TOPICS, published_by
 pytestmark = pytest.mark.ros
 
 HALF_ROOM_M = np.array([2.2, 1.4, 1.8])
-"""As in the room of conftest.py."""
+"""As in the room of helpers/textured_room.py."""
 PICTURES = ("flow_image", "noise_image", "overlay")
 
 

@@ -226,6 +226,7 @@ def test_a_damaged_description_is_refused(
         SceneMap.load(tmp_path / "map")
 
 
+@pytest.mark.thorough
 def test_the_command_and_then_localize(
     room_map: Path, networks: ReferenceNetworks, room: FrameSource, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -100,6 +100,7 @@ def stage_of(name: str) -> Stage:
     return FlowStage(oflownet) if name == "oflownet" else JointStage(scoordnet, oflownet)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("name", "steps", "rate"), [("scoordnet", 25, 1e-3), ("oflownet", 12, 1e-3), ("kfnet", 6, 1e-3)]
 )
@@ -116,6 +117,7 @@ def test_every_stage_learns(name: str, steps: int, rate: float, tmp_path: Path) 
     assert all(p.grad is not None for m in stage.modules().values() for p in m.parameters())
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["scoordnet", "oflownet", "kfnet"])
 def test_resuming_is_exact(name: str, tmp_path: Path) -> None:
     """Four steps at once, and two with a stop in between and fresh networks, give the same weights to the bit."""

@@ -141,6 +141,7 @@ def run(kind: type, room: object, out: Path, **changes: object) -> PixLocModel:
     return stage.model
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", [TwoViewStage, GnNetStage])
 def test_a_training_that_was_stopped_arrives_at_the_same_weights(room, tmp_path: Path, kind: type) -> None:
     whole = run(kind, room, tmp_path / "whole", steps=3)
@@ -166,6 +167,7 @@ def test_a_training_that_was_stopped_arrives_at_the_same_weights(room, tmp_path:
             run(kind, room, tmp_path / "parts", batch=2)
 
 
+@pytest.mark.thorough
 def test_the_held_out_part_is_looked_at_and_the_best_is_kept(room, tmp_path: Path) -> None:
     room = type(room)(12)  # frames are rendered when asked for their pose
     split = hold_out(room, 0.34)
@@ -233,6 +235,7 @@ def test_gn_net_prefers_features_that_tell_places_apart() -> None:
     assert float(loss(telling).contrastive) < float(loss(blurred).contrastive)
 
 
+@pytest.mark.thorough
 def test_from_the_command_line(tmp_path: Path, room, capsys: pytest.CaptureFixture[str]) -> None:
     import cv2
 

@@ -144,6 +144,7 @@ def test_pairs_of_megadepth_show_the_same_points(tmp_path: Path, room: Any) -> N
     assert not torch.equal(again.sample(6).points, pairs.points)
 
 
+@pytest.mark.thorough
 def test_pairs_of_cmu_show_the_same_points(tmp_path: Path, room: Any) -> None:
     write_cmu(tmp_path, room, "slice8")
     write_cmu(tmp_path, room, "slice6")

@@ -29,6 +29,8 @@ from kfloc_ros.pixloc.reference.views import ReferenceImage, ReferenceScene, Vie
 from kfloc_ros.types import Matrix
 from studies.parity import formula_model
 
+pytestmark = pytest.mark.thorough
+
 CAMERA = Camera(240, 192, 170.0, 170.0, 119.5, 95.5, "plumb_bob", (-0.05, 0.01, 0.0, 0.0))
 FAR_M = np.array([4.5e5, 5.1e6, 300.0])
 """The map's origin is as far away as that of a UTM zone."""

@@ -4,19 +4,17 @@
 from __future__ import annotations
 
 import array
-import importlib.util
 import itertools
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 from numpy.typing import NDArray
 
 from kfloc_ros.geometry.camera import Camera
@@ -213,11 +211,14 @@ class NodeProcess:
             raise AssertionError(f"The node did not end within {patience_s} s:\n{self.log}") from None
 
 
+_world_numbers = itertools.count()
+
+
 class RosWorld:
     """A ROS domain with a harness and nodes."""
 
-    def __init__(self, folder: Path, number: int) -> None:
-        self.domain_id = 1 + (os.getpid() + 17 * number) % 101
+    def __init__(self, folder: Path) -> None:
+        self.domain_id = 1 + (os.getpid() + 17 * next(_world_numbers)) % 101
         self._folder = folder
         self.environment = {
             **os.environ,
@@ -255,28 +256,6 @@ class RosWorld:
         for node in self.nodes:
             if node.process.poll() is None:
                 node.end(patience_s=30.0)
-
-
-@pytest.fixture(scope="module")
-def new_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], RosWorld]]:
-    """Makes ROS domains that nobody else is in."""
-    if importlib.util.find_spec("rclpy") is None:
-        pytest.skip("rclpy is not installed: `make setup` brings it, or source a ROS 2 installation")
-    worlds: list[RosWorld] = []
-
-    def make() -> RosWorld:
-        worlds.append(RosWorld(tmp_path_factory.mktemp("ros"), next(_world_numbers)))
-        return worlds[-1]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
-        patch.setenv("FASTDDS_DEFAULT_PROFILES_FILE", str(REPOSITORY / "config" / "fastdds.xml"))
-        yield make
-        for world in worlds:
-            world.close()
-
-
-_world_numbers = itertools.count()
 
 
 def _ns(stamp: Any) -> int:
