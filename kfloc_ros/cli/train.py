@@ -4,19 +4,17 @@
 from __future__ import annotations
 
 import argparse
-import math
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kfloc_ros.cli import train_flow, train_pixloc
 from kfloc_ros.cli.arguments import OverridesParser, add_source_arguments, open_source_from
 from kfloc_ros.cli.build_options import need_poses
+from kfloc_ros.cli.train_run import add_run_arguments, describe_options, run_training
 from kfloc_ros.errors import ConfigError
 
 if TYPE_CHECKING:
     from kfloc_ros.kfnet.reference.frame import NetworkFrame
-    from kfloc_ros.training.kfnet_trainer import TrainProgress
 
 STAGES = {
     "scoordnet": "stage 1: scene coordinates and their sigma from single images",
@@ -25,11 +23,11 @@ STAGES = {
 }
 
 DESCRIPTION = """\
-Train on a SOURCE with depth and poses. OUT receives the network's weights (.safetensors), a checkpoint, and a log
-(log.jsonl, and event files: `tensorboard --logdir OUT`); the same command again continues from the checkpoint. Options
-are given as key=value; the defaults are the published schedule (500,000 steps, days on one GPU). `--family fast` trains
-the small OFlowNet that this package ships, in a quarter of an hour without a GPU. PixLoc's network has options of its
-own: `kfloc train pixloc --help`.
+Train on a SOURCE with depth and poses. OUT receives the network's weights (.safetensors), a checkpoint, and a log,
+log.jsonl; the same command again continues from the checkpoint. Where TensorBoard is installed (pip install
+"kfloc_ros[tensorboard]"), `tensorboard --logdir OUT` shows the log. Options are given as key=value; the defaults are
+the published schedule (500,000 steps, days on one GPU). `--family fast` trains the small OFlowNet that this package
+ships, in a quarter of an hour without a GPU. PixLoc's network has options of its own: `kfloc train pixloc --help`.
 """
 
 EPILOG = """\
@@ -44,17 +42,14 @@ examples:
 
 def add_parser(subparsers: Any) -> None:
     """Register ``kfloc train``."""
-    from kfloc_ros.config import options_of
-    from kfloc_ros.training.kfnet_trainer import TrainConfig
+    from kfloc_ros.training.kfnet_config import TrainConfig
 
     parser = subparsers.add_parser(
         "train",
         help="train KFNet's networks and PixLoc's",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=EPILOG
-        + "\noptions as key=value:\n"
-        + "\n".join(f"  {o.name}={o.default}  {o.text}" for o in options_of(TrainConfig)),
+        epilog=f"{EPILOG}\n{describe_options(TrainConfig)}",
     )
     stages = parser.add_subparsers(dest="stage", required=True, metavar="STAGE", parser_class=OverridesParser)
     for name, text in STAGES.items():
@@ -63,11 +58,7 @@ def add_parser(subparsers: Any) -> None:
         add_source_arguments(stage, required=name != "oflownet")
         if name == "oflownet":
             train_flow.add_family(stage)
-        stage.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of this training")
-        stage.add_argument(
-            "--time-budget", type=float, default=math.inf, metavar="S", help="stop after so many seconds"
-        )
-        stage.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where networks run")
+        add_run_arguments(stage)
         if name == "scoordnet":
             stage.add_argument(
                 "--transform", type=Path, metavar="FILE", help="transform.txt (default: made from SOURCE)"
@@ -91,29 +82,16 @@ def run(args: argparse.Namespace) -> int:
     source = open_source_from(args)
     need_poses(source)
 
-    from tqdm import tqdm
-
     from kfloc_ros.config import build_config, parse_overrides
-    from kfloc_ros.device import choose_device
-    from kfloc_ros.training.kfnet_start import StartWeights, samples_of, stage_of
-    from kfloc_ros.training.kfnet_trainer import TrainConfig, train
+    from kfloc_ros.training.kfnet_config import TrainConfig
+    from kfloc_ros.training.kfnet_stages import StartWeights, samples_of, stage_of
 
     config = build_config(TrainConfig, parse_overrides(TrainConfig, args.overrides))
     samples = samples_of(args.stage, source, config)
     files = {name: getattr(args, name, None) for name in ("scoordnet", "oflownet")}
     frame = _given_frame(args, config.scale) if args.stage == "scoordnet" else None
     stage = stage_of(args.stage, samples, config, StartWeights(**files, frame=frame))
-    device = choose_device(args.device)
-    with tqdm(unit="step", disable=not sys.stderr.isatty()) as bar:
-
-        def show(progress: TrainProgress) -> None:
-            bar.total = progress.steps
-            bar.set_postfix({k: f"{v:.3g}" for k, v in list(progress.figures.items())[:4]}, refresh=False)
-            bar.update(progress.step - bar.n)
-
-        result = train(stage, samples, config, args.out, device, time_budget_s=args.time_budget, on_progress=show)
-    print(f"{args.out}: step {result.step:,} of {result.steps:,} ({result.stopped_by})")
-    return 130 if result.stopped_by == "interrupted" else 0
+    return run_training(args, stage, samples, config)
 
 
 def _given_frame(args: argparse.Namespace, scale: float) -> NetworkFrame | None:

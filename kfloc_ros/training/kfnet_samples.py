@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Generator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
 
 import cv2
 import numpy as np
@@ -31,15 +29,6 @@ Affine = NDArray[np.float64]
 MAX_ROTATION_DEG = 30.0
 TRANSFORM_FRAMES = 60
 """Frames from which the network's frame is made."""
-
-
-ItemT = TypeVar("ItemT", covariant=True)
-
-
-class Numbered(Protocol[ItemT]):
-    """Samples by number, without end."""
-
-    def __getitem__(self, number: int) -> ItemT: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -260,16 +249,3 @@ def cell_points(
     local = np.concatenate([rays * z[..., None], z[..., None]], axis=-1)
     points = local @ T_map_camera[:3, :3].T + T_map_camera[:3, 3]
     return np.ascontiguousarray(points.transpose(2, 0, 1), dtype=np.float32), z > 0
-
-
-def prefetched(
-    samples: Numbered[ItemT], first: int, batch: int, workers: int = 4, ahead: int = 4
-) -> Generator[list[ItemT], None, None]:
-    """Batches from a sample number on, without end, read by threads a few batches ahead."""
-    with ThreadPoolExecutor(workers) as pool:
-        waiting: list[list[Future[ItemT]]] = []
-        for step in itertools.count():
-            while len(waiting) < ahead:
-                start = first + (step + len(waiting)) * batch
-                waiting.append([pool.submit(samples.__getitem__, start + k) for k in range(batch)])
-            yield [future.result() for future in waiting.pop(0)]
