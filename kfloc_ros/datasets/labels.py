@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from kfloc_ros.datasets.derived import recordings
 from kfloc_ros.errors import SourceError
 from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import Camera
@@ -50,15 +51,23 @@ def write_kfnet_folder(source: FrameSource, out: Path, *, full_resolution: bool 
     for name in ("images", "labels", "poses"):
         (out / name).mkdir(parents=True, exist_ok=True)
     step = 1 if full_resolution else STRIDE
+    borders = recordings(source.sequences(), source.indices())
     rng = np.random.default_rng(0)
     lists: dict[str, list[str]] = {"image": [], "label": [], "pose": []}
     sample: list[NDArray[np.float64]] = []
+    recording, last = 0, -1
     for position, frame in enumerate(source):
         if frame.depth_m is None or frame.T_map_camera is None:
             continue
+        if last >= 0 and borders[position] > borders[last]:
+            recording += 1
+        last = position
         points, mask = scene_points(frame.depth_m, camera, frame.T_map_camera), frame.depth_m > 0
         stem = f"{len(lists['image']):06d}"
-        image = _write_image(out / "images", stem, source.encoded_image(position), frame)
+        # a list tells recordings apart by the folders of their images
+        folder = f"images/{recording:03d}" if recording else "images"
+        (out / folder).mkdir(exist_ok=True)
+        image = _write_image(out, f"{folder}/{stem}", source.encoded_image(position), frame)
         write_label(out / "labels" / f"{stem}.bin", points[::step, ::step], mask[::step, ::step])
         np.savetxt(out / "poses" / f"{stem}.txt", frame.T_map_camera, fmt="%.12g")
         known = points[mask]
@@ -75,12 +84,12 @@ def write_kfnet_folder(source: FrameSource, out: Path, *, full_resolution: bool 
         (out / f"{kind}_list.txt").write_text("".join(f"{name}\n" for name in names))
 
 
-def _write_image(folder: Path, stem: str, encoded: bytes | None, frame: Frame) -> str:
-    """Write the image as it was recorded if that is a JPEG, else as PNG; returns the name for the list."""
+def _write_image(out: Path, name: str, encoded: bytes | None, frame: Frame) -> str:
+    """Write the image as it was recorded if that is a JPEG, else as PNG; return its name with the ending."""
     if encoded is not None:
-        (folder / f"{stem}.jpg").write_bytes(encoded)
-        return f"images/{stem}.jpg"
-    path = folder / f"{stem}.png"
+        (out / f"{name}.jpg").write_bytes(encoded)
+        return f"{name}.jpg"
+    path = out / f"{name}.png"
     if not cv2.imwrite(str(path), np.ascontiguousarray(frame.image[..., ::-1])):
         raise SourceError(f"The image '{path}' cannot be written.")
-    return f"images/{stem}.png"
+    return f"{name}.png"

@@ -75,12 +75,12 @@ class FlowPairs:
         self._augment, self._seed = augment, seed
         self._pairs: list[list[tuple[int, int]]] = []
         for source in sources:
-            indices = source.indices()
+            indices, sequences = source.indices(), source.sequences()
             pairs = [
                 (a, b)
                 for a in range(len(indices))
                 for b in range(max(0, a - max_step), min(len(indices), a + max_step + 1))
-                if 0 < abs(indices[b] - indices[a]) <= max_step
+                if 0 < abs(indices[b] - indices[a]) <= max_step and sequences[a] == sequences[b]
             ]
             if not pairs:
                 raise SourceError(f"'{source.name}' has no two frames within {max_step} of each other.")

@@ -101,16 +101,20 @@ def network_camera(camera: Camera, image_width: int = 0, image_height: int = 0) 
     return camera.pinhole().scaled_to(width, image_height or (shaped if image_width else camera.height))
 
 
-def consecutive(indices: Sequence[int], length: int, max_step: int = 1, spacing: int = 1) -> list[range]:
-    """Positions of all groups of ``length`` frames, ``spacing`` apart, that no gap of the frame index parts.
+def consecutive(source: FrameSource, length: int, max_step: int = 1, spacing: int = 1) -> list[range]:
+    """Positions of all groups of ``length`` frames, ``spacing`` apart, of one recording and without a gap.
 
     Args:
-        indices: ``Frame.index`` of a source's frames.
+        source: whose recordings and frame indices count.
         length: of a group.
         max_step: largest step of the index from one frame to the next.
         spacing: frames from one of a group to the next.
     """
-    follows = [0 < b - a <= max_step for a, b in itertools.pairwise(indices)]
+    indices, sequences = source.indices(), source.sequences()
+    follows = [
+        0 < j - i <= max_step and a == b
+        for (i, j), (a, b) in zip(itertools.pairwise(indices), itertools.pairwise(sequences), strict=True)
+    ]
     span = (length - 1) * spacing
     return [range(i, i + span + 1, spacing) for i in range(len(indices) - span) if all(follows[i : i + span])]
 
@@ -152,7 +156,7 @@ class Samples:
         remembered_bytes: int = 0,
     ) -> None:
         self._source, self._augment, self._seed = source, augment, seed
-        self._groups: list[Sequence[int]] = list(consecutive(source.indices(), length, max_step, spacing))
+        self._groups: list[Sequence[int]] = list(consecutive(source, length, max_step, spacing))
         if both_directions:
             self._groups += [group[::-1] for group in self._groups]
         if not self._groups:

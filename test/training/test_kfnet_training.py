@@ -61,11 +61,11 @@ def test_order_covers_every_group_and_depends_on_the_number_alone() -> None:
 
 
 def test_groups_take_every_so_many_frames_and_cross_no_gap() -> None:
-    indices = Poster().indices()  # 0 to 3 and 50 to 53
-    assert consecutive(indices, 2, spacing=2) == [range(0, 3, 2), range(1, 4, 2), range(4, 7, 2), range(5, 8, 2)]
-    assert consecutive(indices, 2, spacing=3) == [range(0, 4, 3), range(4, 8, 3)]
-    assert consecutive(indices, 3, spacing=2) == []
-    assert len(consecutive(indices, 2, max_step=47)) == 7
+    poster = Poster()  # indices 0 to 3 and 50 to 53
+    assert consecutive(poster, 2, spacing=2) == [range(0, 3, 2), range(1, 4, 2), range(4, 7, 2), range(5, 8, 2)]
+    assert consecutive(poster, 2, spacing=3) == [range(0, 4, 3), range(4, 8, 3)]
+    assert consecutive(poster, 3, spacing=2) == []
+    assert len(consecutive(poster, 2, max_step=47)) == 7
     assert len(Samples(Poster(), 2, both_directions=True, spacing=3)) == 4
 
 
