@@ -15,6 +15,7 @@ from kfloc_ros.errors import ConfigError
 
 if TYPE_CHECKING:
     from kfloc_ros.kfnet.reference.frame import NetworkFrame
+    from kfloc_ros.training.kfnet_config import TrainConfig
 
 STAGES = {
     "scoordnet": "stage 1: scene coordinates and their sigma from single images",
@@ -33,6 +34,7 @@ ships, in a quarter of an hour without a GPU. PixLoc's network has options of it
 EPILOG = """\
 examples:
   kfloc train scoordnet 7scenes:DIR@train --out out/stage1 halving_steps=100000
+  kfloc train scoordnet cambridge:DIR/ShopFacade@train --scene ShopFacade --out out/shop
   kfloc train oflownet 7scenes:DIR@train --out out/stage2 --time-budget 3600
   kfloc train oflownet --family fast --out out/flow --time-budget 1200
   kfloc train kfnet 7scenes:DIR@train --scoordnet out/stage1/scoordnet.safetensors \\
@@ -59,6 +61,19 @@ def add_parser(subparsers: Any) -> None:
         if name == "oflownet":
             train_flow.add_family(stage)
         add_run_arguments(stage)
+        stage.add_argument(
+            "--scene", metavar="NAME", help="schedule, scale and image size of a benchmark's scene, such as fire"
+        )
+        stage.add_argument(
+            "--reset-step", "--reset_step", action="store_true", help="the schedule from its start: reset_step=true"
+        )
+        if name != "kfnet":
+            stage.add_argument(
+                "--finetune", "--finetune_folder", type=Path, metavar="DIR",
+                help="folder of a training to start from; its steps count on, unless --reset-step",
+            )  # fmt: skip
+        if name == "oflownet":
+            stage.add_argument("--noise", action="store_true", help="noise on the coordinates warped: noise=true")
         if name == "scoordnet":
             stage.add_argument(
                 "--transform", type=Path, metavar="FILE", help="transform.txt (default: made from SOURCE)"
@@ -82,16 +97,41 @@ def run(args: argparse.Namespace) -> int:
     source = open_source_from(args)
     need_poses(source)
 
-    from kfloc_ros.config import build_config, parse_overrides
-    from kfloc_ros.training.kfnet_config import TrainConfig
     from kfloc_ros.training.kfnet_stages import StartWeights, samples_of, stage_of
 
-    config = build_config(TrainConfig, parse_overrides(TrainConfig, args.overrides))
+    config = _config(args)
     samples = samples_of(args.stage, source, config)
     files = {name: getattr(args, name, None) for name in ("scoordnet", "oflownet")}
+    finetuned: Path | None = getattr(args, "finetune", None)
+    if finetuned is not None:
+        if files[args.stage] is not None:
+            raise ConfigError(f"--finetune and --{args.stage} are two sets of weights to start from; name one.")
+        files[args.stage] = finetuned / f"{args.stage}.safetensors"
+    continued = None if config.reset_step else finetuned
     frame = _given_frame(args, config.scale) if args.stage == "scoordnet" else None
     stage = stage_of(args.stage, samples, config, StartWeights(**files, frame=frame))
-    return run_training(args, stage, samples, config)
+    return run_training(args, stage, samples, config, continued=continued)
+
+
+def _config(args: argparse.Namespace) -> TrainConfig:
+    """The published schedule, or the scene's, with what the command changes.
+
+    Raises:
+        ConfigError: an option or the scene is unknown, or the step is to be reset where none is counted on.
+    """
+    from kfloc_ros.config import build_config, parse_overrides
+    from kfloc_ros.datasets.scenes import find_scene
+    from kfloc_ros.training.kfnet_config import TrainConfig, scene_options
+
+    values = {} if args.scene is None else scene_options(find_scene(args.scene), args.stage)
+    values |= {key: True for key in ("noise", "reset_step") if getattr(args, key, False)}
+    values |= parse_overrides(TrainConfig, args.overrides)
+    config = build_config(TrainConfig, values)
+    if config.reset_step and args.stage != "kfnet" and args.finetune is None:
+        raise ConfigError("--reset-step says nothing without --finetune: a training that is new starts at step 0.")
+    if config.noise and args.stage != "oflownet":
+        raise ConfigError("noise=true is of stage 2, `kfloc train oflownet`, alone.")
+    return config
 
 
 def _given_frame(args: argparse.Namespace, scale: float) -> NetworkFrame | None:

@@ -36,6 +36,7 @@ def run_training(
     samples: Samples[ItemT],
     config: LoopConfig,
     validation: Samples[ItemT] | None = None,
+    continued: Path | None = None,
 ) -> int:
     """Train with a progress bar and print how it ended; 130 when interrupted."""
     from tqdm import tqdm
@@ -53,7 +54,7 @@ def run_training(
 
         result = train(
             stage, samples, config, args.out, choose_device(args.device), validation=validation,
-            time_budget_s=args.time_budget, on_progress=show,
+            continued=continued, time_budget_s=args.time_budget, on_progress=show,
         )  # fmt: skip
     print(f"{args.out}: step {result.step:,} of {result.steps:,} ({result.stopped_by})")
     return 130 if result.stopped_by == "interrupted" else 0

@@ -30,7 +30,9 @@ def scene_points(depth_m: NDArray[np.float32], camera: Camera, T_map_camera: Mat
     return np.asarray(rays @ T_map_camera[:3, :3].T + T_map_camera[:3, 3])
 
 
-def write_kfnet_folder(source: FrameSource, out: Path, *, full_resolution: bool = True) -> Iterator[Frame]:
+def write_kfnet_folder(
+    source: FrameSource, out: Path, *, full_resolution: bool = True, absolute: bool = False
+) -> Iterator[Frame]:
     """Write images, labels, poses, camera and transform of a source; yields every frame that was written.
 
     Frames without depth or pose are left out. The lists are written last: a folder that has them is complete.
@@ -39,6 +41,7 @@ def write_kfnet_folder(source: FrameSource, out: Path, *, full_resolution: bool 
         source: with depth and poses.
         out: a new or empty folder.
         full_resolution: as the original reads them (5 MB an image); else every eighth pixel only.
+        absolute: full paths in the lists, as the original wants them; else the folder can be moved.
 
     Raises:
         SourceError: the folder is not empty, the camera is distorted, or no frame has depth and pose.
@@ -81,7 +84,8 @@ def write_kfnet_folder(source: FrameSource, out: Path, *, full_resolution: bool 
     numbers = (camera.width, camera.height, camera.fx, camera.fy, camera.cx, camera.cy)
     (out / "camera.txt").write_text(" ".join(f"{number:.10g}" for number in numbers) + "\n")
     for kind, names in lists.items():
-        (out / f"{kind}_list.txt").write_text("".join(f"{name}\n" for name in names))
+        listed = [str((out / name).resolve()) for name in names] if absolute else names
+        (out / f"{kind}_list.txt").write_text("".join(f"{name}\n" for name in listed))
 
 
 def _write_image(out: Path, name: str, encoded: bytes | None, frame: Frame) -> str:

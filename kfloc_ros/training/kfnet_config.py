@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from kfloc_ros.config import option
+from kfloc_ros.datasets.scenes import Scene
+from kfloc_ros.kfnet.reference.weights import OFLOWNET
 from kfloc_ros.training.loop import LoopConfig, Schedule
 from kfloc_ros.training.stage import Stage
-
-HALVINGS = 5
-"""Of the learning rate, in a published training."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +19,8 @@ class TrainConfig(LoopConfig):
 
     FREE_KEYS: ClassVar[frozenset[str]] = LoopConfig.FREE_KEYS | {"remember_mb", "precision", "compile"}
 
-    steps: int = option(0, "Steps in all; 0: five halvings of the learning rate.", low=0)
+    steps: int = option(0, "Steps in all; 0: all halvings of the learning rate.", low=0)
+    halvings: int = option(5, "Of the learning rate, in all; published: 3 for outdoor scenes.", low=1, high=100)
     halving_steps: int = option(100_000, "Steps in which the learning rate halves, continuously.", low=1)
     learning_rate: float = option(1e-4, "At step 0.", low=0.0, high=1.0)
     weight_decay: float = option(1e-4, "L2 on all variables, added to the gradient.", low=0.0)
@@ -34,6 +34,10 @@ class TrainConfig(LoopConfig):
     max_step: int = option(1, "Largest step of the frame index between neighbouring frames.", low=1)
     spacing: int = option(1, "Frames from one of a group to the next; more where images are small.", low=1, high=1000)
     truncation: bool = option(True, "Truncate the likelihood in stages 2 and 3.")
+    noise: bool = option(False, "Stage 2: noise of 5 to 10 mm on the coordinates that are warped.")
+    reset_step: bool = option(
+        False, "Stage 3: the whole schedule, not its last halving; stages 1 and 2: from step 0 after --finetune."
+    )
     fix_flow: bool = option(False, "Stage 3: train SCoordNet only.")
     precision: str = option("float32", "Of the forward pass.", choices=("float32", "bfloat16"))
     compile: bool = option(False, "Compile the networks; pays on a GPU after some minutes.")
@@ -49,8 +53,8 @@ class TrainConfig(LoopConfig):
     )
 
     def schedule(self, stage: Stage[Any]) -> Schedule:
-        published = HALVINGS * self.halving_steps
-        starts_late = stage.last_halving_only and not self.steps
+        published = self.halvings * self.halving_steps
+        starts_late = stage.last_halving_only and not self.steps and not self.reset_step
         return Schedule(
             first=published - self.halving_steps if starts_late else 0,
             last=self.steps or published,
@@ -64,3 +68,15 @@ class TrainConfig(LoopConfig):
     def rates(self, step: int) -> tuple[float]:
         """Return the learning rate at a step: it halves continuously."""
         return (float(self.learning_rate * 0.5 ** (step / self.halving_steps)),)
+
+
+def scene_options(scene: Scene, stage: str) -> dict[str, Any]:
+    """Return the options that a benchmark's scene was published with.
+
+    OFlowNet is one network for all scenes: only the size of the images and the scale are the scene's.
+    """
+    width, height = scene.image_size
+    options: dict[str, Any] = {"image_width": width, "image_height": height, "scale": scene.scale}
+    if stage != OFLOWNET:
+        options |= {"halving_steps": scene.halving_steps, "halvings": scene.halvings}
+    return options

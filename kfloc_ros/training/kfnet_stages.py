@@ -8,6 +8,7 @@ prior; here such cells take no part.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,9 @@ from kfloc_ros.training.kfnet_config import TrainConfig
 from kfloc_ros.training.kfnet_samples import Group, Samples
 from kfloc_ros.training.stage import Stage, StepLoss
 from kfloc_ros.types import SceneCoordinates
+
+NOISE_SIGMA = (0.005, 0.01)
+"""Of the coordinates that stage 2 warps, least and largest, network units, as published."""
 
 
 class KfnetStage(Stage[Group]):
@@ -76,22 +80,35 @@ class MeasurementStage(KfnetStage):
 
 
 class FlowStage(KfnetStage):
-    """Stage 2: a pair in both directions; true coordinates of one frame, warped, explain those of the other."""
+    """Stage 2: a pair in both directions; true coordinates of one frame, warped, explain those of the other.
+
+    Args:
+        oflownet: to train; its sigma is in metres.
+        truncation: of the likelihood, in network units; None: not truncated.
+        scale: network units per metre, below 1 for large outdoor scenes.
+        noise: disturb the coordinates that are warped, and tell the filter by how much.
+    """
 
     name, group_length, batch, augment = "oflownet", 2, 1, "rotate"
 
-    def __init__(self, oflownet: ReferenceOFlowNet, truncation: float | None = -1.0) -> None:
-        self.oflownet, self._truncation = oflownet, truncation
+    def __init__(
+        self,
+        oflownet: ReferenceOFlowNet,
+        truncation: float | None = -1.0,
+        *,
+        scale: float = 1.0,
+        noise: bool = False,
+    ) -> None:
+        self.oflownet, self._truncation, self._scale, self._noise = oflownet, truncation, scale, noise
 
     def modules(self) -> dict[str, nn.Module]:
         return {"oflownet": self.oflownet}
 
     def loss(self, items: Sequence[Group], generator: torch.Generator) -> StepLoss:
-        del generator
         parts = []
         for group in items:
             features = self.oflownet.features(group.images)
-            parts += [self._direction(group, features, now, 1 - now) for now in (0, 1)]
+            parts += [self._direction(group, features, now, 1 - now, generator) for now in (0, 1)]
         nll, smooth, photo, error_m = (list(column) for column in zip(*parts, strict=True))
         n = len(parts)
         terms = {"nll": sum(nll) / n, "smoothness": sum(smooth) / n, "photometric": sum(photo) / n}
@@ -104,20 +121,26 @@ class FlowStage(KfnetStage):
         return StepLoss(total, {**figures, **error_figures(torch.cat(error_m))})
 
     def _direction(
-        self, group: Group, features: torch.Tensor, now: int, before: int
+        self, group: Group, features: torch.Tensor, now: int, before: int, generator: torch.Generator
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         flow = self.oflownet.flow(features[now], features[before])
-        known = torch.full_like(group.points[before, 0], MIN_SIGMA**2)
-        prior = warp(SceneCoordinates(group.points[before], known, group.mask[before], 8), flow, 1.0, 0.0)
+        truth, known = group.points[now] * self._scale, group.points[before] * self._scale
+        sigma = MIN_SIGMA
+        if self._noise:
+            low, high = NOISE_SIGMA
+            sigma = low + (high - low) * float(torch.rand((), generator=generator))
+            known = known + sigma * torch.randn(known.shape, generator=generator).to(known)
+        last = SceneCoordinates(known, torch.full_like(known[0], sigma**2), group.mask[before], 8)
+        prior = warp(last, flow, self._scale**2, 0.0)
         mask = losses.window_mask(group.mask[now], group.mask[before])
-        truth, image = group.points[now], group.small_images[now]
+        image = group.small_images[now]
         nll = losses.likelihood(
             prior.mean[None], prior.variance.sqrt()[None], truth[None], mask[None], self._truncation
         )
         smooth = losses.smoothness(prior.mean[None], image[None], mask[None])
         seen = sample(group.small_images[before], flow)
         photo = losses.photometric(seen[None], image[None], group.mask[now][None])
-        return nll, smooth, photo, (prior.mean - truth).detach().norm(dim=0)[mask]
+        return nll, smooth, photo, (prior.mean - truth).detach().norm(dim=0)[mask] / self._scale
 
 
 class JointStage(KfnetStage):
@@ -262,12 +285,21 @@ def stage_of(name: str, samples: Samples, config: TrainConfig, start: StartWeigh
     padding = Padding(config.padding)
     truncation = TRUNCATION.get(name) if config.truncation else None
     if name == OFLOWNET:
-        return FlowStage(load_oflownet(start.oflownet) if start.oflownet else ReferenceOFlowNet(padding), truncation)
+        oflownet = load_oflownet(start.oflownet) if start.oflownet else fresh_oflownet(padding, config.scale)
+        return FlowStage(oflownet, truncation, scale=config.scale, noise=config.noise)
     if name == SCOORDNET:
         return MeasurementStage(_scoordnet(samples, config, start))
     if start.scoordnet is None or start.oflownet is None:
         raise ConfigError("Stage 3 starts from the weights of stages 1 and 2; name both.")
     return JointStage(_scoordnet(samples, config, start), load_oflownet(start.oflownet), truncation, config.fix_flow)
+
+
+def fresh_oflownet(padding: Padding, scale: float) -> ReferenceOFlowNet:
+    """Return an OFlowNet whose sigma starts at 1 cm in network units, as published, and so at 1 cm / scale."""
+    network = ReferenceOFlowNet(padding)
+    with torch.no_grad():
+        network.unet.uncertainty.bias.sub_(math.log(scale))
+    return network
 
 
 def _scoordnet(samples: Samples, config: TrainConfig, start: StartWeights) -> ReferenceSCoordNet:

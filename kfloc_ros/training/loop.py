@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Generic
 import torch
 
 from kfloc_ros.config import option
-from kfloc_ros.errors import KflocError
+from kfloc_ros.errors import KflocError, WeightsError
 from kfloc_ros.training.stage import ItemT, Samples, Stage, prefetched
 from kfloc_ros.training.state import Progress, TrainingLog, load_state, save_state
 from kfloc_ros.training.validation import Best, mean_figures
@@ -102,6 +102,7 @@ def train(
     device: torch.device,
     *,
     validation: Samples[ItemT] | None = None,
+    continued: Path | None = None,
     time_budget_s: float = math.inf,
     on_progress: Callable[[TrainProgress], None] = lambda progress: None,
 ) -> TrainResult:
@@ -109,13 +110,14 @@ def train(
 
     Ctrl-C writes a checkpoint and returns. A training that was killed continues from its last checkpoint and arrives
     at the same weights as one that was not, on the same machine and number of threads. With validation, the weights
-    with the lowest loss on it are kept as well, with ``_best`` in their names.
+    with the lowest loss on it are kept as well, with ``_best`` in their names. Where ``out`` holds no training yet,
+    that of the folder ``continued`` goes on there: with its weights, its optimizer's state and its step.
 
     Raises:
         TrainingError: too many steps in a row had no finite gradient.
         WeightsError: ``out`` holds a training of another stage or configuration.
     """
-    return _Run(stage, config, out, device, on_progress).make(samples, validation, time_budget_s)
+    return _Run(stage, config, out, device, continued, on_progress).make(samples, validation, time_budget_s)
 
 
 class _Run(Generic[ItemT]):
@@ -127,6 +129,7 @@ class _Run(Generic[ItemT]):
         config: LoopConfig,
         out: Path,
         device: torch.device,
+        continued: Path | None,
         on_progress: Callable[[TrainProgress], None],
     ) -> None:
         self.stage, self.config, self.out, self.device, self.on_progress = stage, config, out, device, on_progress
@@ -140,6 +143,10 @@ class _Run(Generic[ItemT]):
         self.described = {"stage": stage.name, **dataclasses.asdict(config)}
         found = load_state(out, self.modules, self.optimizer, self.described, config.FREE_KEYS)
         self.is_new = found is None
+        if found is None and continued is not None:
+            found = load_state(continued, self.modules, self.optimizer, {})
+            if found is None:
+                raise WeightsError(f"'{continued}' holds no training to continue; name the --out of one.")
         self.progress = found or Progress(self.schedule.first, 0.0)
         self.step = self.progress.step
         self.saved_step = -1 if self.is_new else self.step

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -16,14 +17,24 @@ from poster import Poster
 from kfloc_ros.cli import main as cli
 from kfloc_ros.config import build_config, parse_overrides
 from kfloc_ros.datasets.labels import write_kfnet_folder
+from kfloc_ros.datasets.scenes import find_scene
 from kfloc_ros.errors import ConfigError, SourceError, WeightsError
 from kfloc_ros.geometry.lie import inverse_pose
+from kfloc_ros.kfnet.flow import Flow
 from kfloc_ros.kfnet.reference.oflownet import ReferenceOFlowNet
 from kfloc_ros.kfnet.reference.scoordnet import ReferenceSCoordNet
 from kfloc_ros.kfnet.reference.weights import load_oflownet, load_scoordnet
-from kfloc_ros.training.kfnet_config import TrainConfig
-from kfloc_ros.training.kfnet_samples import Samples, consecutive
-from kfloc_ros.training.kfnet_stages import FlowStage, JointStage, KfnetStage, MeasurementStage
+from kfloc_ros.training.kfnet_config import TrainConfig, scene_options
+from kfloc_ros.training.kfnet_samples import Group, Samples, consecutive
+from kfloc_ros.training.kfnet_stages import (
+    FlowStage,
+    JointStage,
+    KfnetStage,
+    MeasurementStage,
+    StartWeights,
+    samples_of,
+)
+from kfloc_ros.training.kfnet_stages import stage_of as stage_of_start
 from kfloc_ros.training.loop import TrainProgress, train
 from kfloc_ros.types import Frame
 
@@ -235,3 +246,105 @@ def test_commands_of_all_three_stages(tmp_path: Path, capsys: pytest.CaptureFixt
     transform = np.loadtxt(tmp_path / "poster" / "transform.txt")
     assert np.allclose(trained.frame.T_network_map, transform)
     assert np.allclose(inverse_pose(transform)[:3, :3] @ transform[:3, :3], np.eye(3), atol=1e-6)
+
+
+def test_a_scene_brings_its_schedule_its_scale_and_its_size() -> None:
+    fire, shop = (TrainConfig(**scene_options(find_scene(name), "scoordnet")) for name in ("fire", "ShopFacade"))
+    joint = stage_of("kfnet")
+    assert [(s.first, s.last) for s in (fire.schedule(joint), shop.schedule(joint))] == [
+        (120_000, 150_000),
+        (400_000, 600_000),
+    ]
+    assert (shop.scale, shop.image_width, shop.image_height) == (0.1, 848, 480)
+    flow = TrainConfig(**scene_options(find_scene("DeepLoc"), "oflownet"))  # one network for all scenes
+    assert (flow.halving_steps, flow.halvings, flow.scale, flow.image_width) == (100_000, 5, 0.02, 864)
+    whole = replace(fire, reset_step=True).schedule(joint)
+    assert (whole.first, whole.last) == (0, 150_000)
+
+
+class FarPoster(Poster):
+    """The same pictures of a scene that is so many times as large."""
+
+    def __init__(self, times: float) -> None:
+        super().__init__()
+        self._times = times
+
+    def __getitem__(self, position: int) -> Frame:
+        frame = super().__getitem__(position)
+        assert frame.T_map_camera is not None and frame.depth_m is not None
+        T = frame.T_map_camera.copy()
+        T[:3, 3] *= self._times
+        return replace(frame, depth_m=frame.depth_m * np.float32(self._times), T_map_camera=T)
+
+
+@pytest.mark.parametrize("name", ["scoordnet", "oflownet", "kfnet"])
+def test_a_large_scene_is_learned_as_a_small_one_at_its_scale(name: str, tmp_path: Path) -> None:
+    """Fifty times the size at a scale of 1/50: the same losses, and errors fifty times as large, in metres."""
+    figures = []
+    for times in (1.0, 50.0):
+        config = TrainConfig(scale=1 / times, width=1 / 16, seed=2, image_width=128)
+        samples = samples_of(name, FarPoster(times), config)
+        start = StartWeights()
+        if name == "kfnet":
+            start = StartWeights(*(tmp_path / f"{times}-{n}.safetensors" for n in ("scoordnet", "oflownet")))
+            for n in ("scoordnet", "oflownet"):
+                stage = stage_of_start(n, samples_of(n, FarPoster(times), config), config, StartWeights())
+                stage.write(n, tmp_path / f"{times}-{n}.safetensors", "")
+        stage = stage_of_start(name, samples, config, start)
+        figures.append(stage.loss([samples[0]], torch.Generator().manual_seed(0)).figures)
+    for key, value in figures[0].items():
+        expected = value * (50 if key.endswith("error_m") else 1)
+        if not key.endswith("within_5cm"):
+            assert figures[1][key] == pytest.approx(expected, rel=2e-3, abs=1e-6), key
+
+
+class StandingStill(torch.nn.Module):
+    """Stands for an OFlowNet that says, and is sure, that nothing has moved."""
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        return images
+
+    def flow(self, now: torch.Tensor, before: torch.Tensor) -> Flow:
+        cells = torch.zeros(12, 16)
+        return Flow(torch.zeros(2, 12, 16), cells, torch.ones(12, 16, dtype=torch.bool), cells)
+
+
+def test_noise_on_what_is_warped_is_told_to_the_filter() -> None:
+    """Between two equal frames the error is the noise, 5 to 10 mm an axis, and the likelihood knows its size."""
+    still = replace_frames(Samples(Poster(), 2)[0])
+    stage = FlowStage(StandingStill(), None, noise=True)  # type: ignore[arg-type]
+    seen = [stage.loss([still], torch.Generator().manual_seed(k)).figures for k in (1, 1, 2, 3, 4)]
+    assert seen[0] == seen[1] != seen[2]
+    for figures in seen:
+        sigma = figures["median_error_m"] / 1.538  # the median length of a normal vector
+        assert 0.0045 < sigma < 0.0105
+        assert figures["nll"] == pytest.approx(3 * np.log(sigma) + 1.5, abs=0.5)
+    silent = FlowStage(StandingStill(), None)  # type: ignore[arg-type]
+    assert silent.loss([still], torch.Generator()).figures["median_error_m"] < 1e-6
+
+
+def replace_frames(group: Group) -> Group:
+    """The first of the frames twice."""
+    return Group(*(torch.stack([part[0], part[0]]) for part in (group.images, group.points, group.mask)))
+
+
+def test_a_training_is_finetuned_with_its_steps_or_without(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    list(write_kfnet_folder(Poster(), tmp_path / "poster"))
+    base = ["train", "oflownet", f"kfnet:{tmp_path / 'poster'}", "batch=1", "--device", "cpu", "--out"]
+    assert cli.main([*base, str(tmp_path / "first"), "steps=2"]) == 0
+    first = load_oflownet(tmp_path / "first" / "oflownet.safetensors")
+    finetune = ["--finetune", str(tmp_path / "first"), "--noise", "log_every=1"]
+    assert cli.main([*base, str(tmp_path / "on"), *finetune, "steps=3"]) == 0
+    assert cli.main([*base, str(tmp_path / "anew"), *finetune, "steps=1", "--reset-step"]) == 0
+    for name, steps in (("on", [3]), ("anew", [1])):
+        lines = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines] == steps
+        tuned = load_oflownet(tmp_path / name / "oflownet.safetensors")
+        change = max(
+            float((a - b).detach().abs().max()) for a, b in zip(first.parameters(), tuned.parameters(), strict=True)
+        )
+        assert 0 < change < 1e-3  # a step of 1e-4 from the first's weights
+    assert json.loads((tmp_path / "on" / "state.json").read_text())["config"]["noise"] is True
+    assert cli.main([*base, str(tmp_path / "other"), "--finetune", str(tmp_path / "none")]) == 2
+    assert cli.main([*base, str(tmp_path / "other"), "--reset-step"]) == 2
+    assert "--reset-step says nothing without --finetune" in capsys.readouterr().err
