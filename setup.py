@@ -56,6 +56,7 @@ setup(
     ],
     extras_require={
         "simulation": ["embreex>=4.4"],
+        "tensorboard": ["tensorboard>=2.15,<3"],
         "test": ["hypothesis>=6.100", "pytest>=7,<9", "pytest-xdist>=3.5,<4"],
         "view": ["rerun-sdk>=0.41,<1"],
     },

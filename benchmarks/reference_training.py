@@ -34,9 +34,10 @@ from kfloc_ros.evaluation.hardware import describe_hardware
 from kfloc_ros.frames import FrameSource
 from kfloc_ros.kfnet.fusion import FilterSettings
 from kfloc_ros.kfnet.reference.weights import OFLOWNET, SCOORDNET, load_oflownet, load_scoordnet
+from kfloc_ros.training.kfnet_config import TrainConfig
 from kfloc_ros.training.kfnet_family import HeldOutFrames
-from kfloc_ros.training.kfnet_start import JOINT, KINDS, StartWeights, samples_of, stage_of
-from kfloc_ros.training.kfnet_trainer import TrainConfig, first_step, train
+from kfloc_ros.training.kfnet_stages import JOINT, KINDS, StartWeights, samples_of, stage_of
+from kfloc_ros.training.loop import train
 from kfloc_ros.training.state import STATE_FILE
 from studies.reference_networks import (
     AS_PUBLISHED,
@@ -122,7 +123,7 @@ def run_stage(
         note(0.0, 0, asdict(still))
     if start.scoordnet is not None and start.oflownet is not None and not curve:
         before = {SCOORDNET: start.scoordnet, OFLOWNET: start.oflownet}
-        note(0.0, first_step(training, config), look(stage, before, frames, schedule))
+        note(0.0, config.schedule(training).first, look(stage, before, frames, schedule))
     spent = float(curve[-1]["minutes"]) if curve else 0.0
     while spent < schedule.minutes:
         piece = min(schedule.piece, schedule.minutes - spent)

@@ -41,6 +41,13 @@ class FrameSource(ABC):
     def indices(self) -> Sequence[int]:
         """``Frame.index`` of every frame, without reading any image."""
 
+    def sequences(self) -> Sequence[int]:
+        """The number of the recording that each frame belongs to, without reading any image.
+
+        Neighbouring frames of different recordings are no neighbours in time: nothing is paired across.
+        """
+        return [0] * len(self)
+
     def encoded_image(self, position: int) -> bytes | None:
         """The image as it was recorded, if that is a JPEG, so that a bag can hold it without loss; else None."""
         del position
@@ -100,6 +107,10 @@ class DerivedSource(FrameSource):
 
     def indices(self) -> Sequence[int]:
         whole = self._source.indices()
+        return [whole[self.origin(position)] for position in range(len(self))]
+
+    def sequences(self) -> Sequence[int]:
+        whole = self._source.sequences()
         return [whole[self.origin(position)] for position in range(len(self))]
 
     def encoded_image(self, position: int) -> bytes | None:

@@ -38,6 +38,7 @@ def add_parser(subparsers: Any) -> None:
     add_source_arguments(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
     parser.add_argument("--eighth", action="store_true", help="labels of every eighth pixel: 1/64 of the size")
+    parser.add_argument("--absolute", action="store_true", help="full paths in the lists, as the original wants them")
     parser.add_argument(
         "--no-depth", action="store_true", help="find depth from the views' motion, even if the source has depth"
     )
@@ -57,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
 
     every_view = MotionDepthSettings(max_views=len(source))
     source = with_depth(source, hide=args.no_depth, device=args.device, settings=every_view)
-    written = write_kfnet_folder(source, args.out, full_resolution=not args.eighth)
+    written = write_kfnet_folder(source, args.out, full_resolution=not args.eighth, absolute=args.absolute)
     bar = tqdm(written, total=len(source), unit="frame", disable=not sys.stderr.isatty())
     known = [float(np.mean(frame.depth_m > 0)) for frame in bar if frame.depth_m is not None]
     origin = "depth from motion" if isinstance(source, MotionDepth) else "measured depth"

@@ -4,19 +4,18 @@
 from __future__ import annotations
 
 import argparse
-import math
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kfloc_ros.cli import train_flow, train_pixloc
 from kfloc_ros.cli.arguments import OverridesParser, add_source_arguments, open_source_from
 from kfloc_ros.cli.build_options import need_poses
+from kfloc_ros.cli.train_run import add_run_arguments, describe_options, run_training
 from kfloc_ros.errors import ConfigError
 
 if TYPE_CHECKING:
     from kfloc_ros.kfnet.reference.frame import NetworkFrame
-    from kfloc_ros.training.kfnet_trainer import TrainProgress
+    from kfloc_ros.training.kfnet_config import TrainConfig
 
 STAGES = {
     "scoordnet": "stage 1: scene coordinates and their sigma from single images",
@@ -25,16 +24,17 @@ STAGES = {
 }
 
 DESCRIPTION = """\
-Train on a SOURCE with depth and poses. OUT receives the network's weights (.safetensors), a checkpoint, and a log
-(log.jsonl, and event files: `tensorboard --logdir OUT`); the same command again continues from the checkpoint. Options
-are given as key=value; the defaults are the published schedule (500,000 steps, days on one GPU). `--family fast` trains
-the small OFlowNet that this package ships, in a quarter of an hour without a GPU. PixLoc's network has options of its
-own: `kfloc train pixloc --help`.
+Train on a SOURCE with depth and poses. OUT receives the network's weights (.safetensors), a checkpoint, and a log,
+log.jsonl; the same command again continues from the checkpoint. Where TensorBoard is installed (pip install
+"kfloc_ros[tensorboard]"), `tensorboard --logdir OUT` shows the log. Options are given as key=value; the defaults are
+the published schedule (500,000 steps, days on one GPU). `--family fast` trains the small OFlowNet that this package
+ships, in a quarter of an hour without a GPU. PixLoc's network has options of its own: `kfloc train pixloc --help`.
 """
 
 EPILOG = """\
 examples:
   kfloc train scoordnet 7scenes:DIR@train --out out/stage1 halving_steps=100000
+  kfloc train scoordnet cambridge:DIR/ShopFacade@train --scene ShopFacade --out out/shop
   kfloc train oflownet 7scenes:DIR@train --out out/stage2 --time-budget 3600
   kfloc train oflownet --family fast --out out/flow --time-budget 1200
   kfloc train kfnet 7scenes:DIR@train --scoordnet out/stage1/scoordnet.safetensors \\
@@ -44,17 +44,14 @@ examples:
 
 def add_parser(subparsers: Any) -> None:
     """Register ``kfloc train``."""
-    from kfloc_ros.config import options_of
-    from kfloc_ros.training.kfnet_trainer import TrainConfig
+    from kfloc_ros.training.kfnet_config import TrainConfig
 
     parser = subparsers.add_parser(
         "train",
         help="train KFNet's networks and PixLoc's",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=EPILOG
-        + "\noptions as key=value:\n"
-        + "\n".join(f"  {o.name}={o.default}  {o.text}" for o in options_of(TrainConfig)),
+        epilog=f"{EPILOG}\n{describe_options(TrainConfig)}",
     )
     stages = parser.add_subparsers(dest="stage", required=True, metavar="STAGE", parser_class=OverridesParser)
     for name, text in STAGES.items():
@@ -63,11 +60,20 @@ def add_parser(subparsers: Any) -> None:
         add_source_arguments(stage, required=name != "oflownet")
         if name == "oflownet":
             train_flow.add_family(stage)
-        stage.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of this training")
+        add_run_arguments(stage)
         stage.add_argument(
-            "--time-budget", type=float, default=math.inf, metavar="S", help="stop after so many seconds"
+            "--scene", metavar="NAME", help="schedule, scale and image size of a benchmark's scene, such as fire"
         )
-        stage.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where networks run")
+        stage.add_argument(
+            "--reset-step", "--reset_step", action="store_true", help="the schedule from its start: reset_step=true"
+        )
+        if name != "kfnet":
+            stage.add_argument(
+                "--finetune", "--finetune_folder", type=Path, metavar="DIR",
+                help="folder of a training to start from; its steps count on, unless --reset-step",
+            )  # fmt: skip
+        if name == "oflownet":
+            stage.add_argument("--noise", action="store_true", help="noise on the coordinates warped: noise=true")
         if name == "scoordnet":
             stage.add_argument(
                 "--transform", type=Path, metavar="FILE", help="transform.txt (default: made from SOURCE)"
@@ -91,29 +97,41 @@ def run(args: argparse.Namespace) -> int:
     source = open_source_from(args)
     need_poses(source)
 
-    from tqdm import tqdm
+    from kfloc_ros.training.kfnet_stages import StartWeights, samples_of, stage_of
 
-    from kfloc_ros.config import build_config, parse_overrides
-    from kfloc_ros.device import choose_device
-    from kfloc_ros.training.kfnet_start import StartWeights, samples_of, stage_of
-    from kfloc_ros.training.kfnet_trainer import TrainConfig, train
-
-    config = build_config(TrainConfig, parse_overrides(TrainConfig, args.overrides))
+    config = _config(args)
     samples = samples_of(args.stage, source, config)
     files = {name: getattr(args, name, None) for name in ("scoordnet", "oflownet")}
+    finetuned: Path | None = getattr(args, "finetune", None)
+    if finetuned is not None:
+        if files[args.stage] is not None:
+            raise ConfigError(f"--finetune and --{args.stage} are two sets of weights to start from; name one.")
+        files[args.stage] = finetuned / f"{args.stage}.safetensors"
+    continued = None if config.reset_step else finetuned
     frame = _given_frame(args, config.scale) if args.stage == "scoordnet" else None
     stage = stage_of(args.stage, samples, config, StartWeights(**files, frame=frame))
-    device = choose_device(args.device)
-    with tqdm(unit="step", disable=not sys.stderr.isatty()) as bar:
+    return run_training(args, stage, samples, config, continued=continued)
 
-        def show(progress: TrainProgress) -> None:
-            bar.total = progress.steps
-            bar.set_postfix({k: f"{v:.3g}" for k, v in list(progress.figures.items())[:4]}, refresh=False)
-            bar.update(progress.step - bar.n)
 
-        result = train(stage, samples, config, args.out, device, time_budget_s=args.time_budget, on_progress=show)
-    print(f"{args.out}: step {result.step:,} of {result.steps:,} ({result.stopped_by})")
-    return 130 if result.stopped_by == "interrupted" else 0
+def _config(args: argparse.Namespace) -> TrainConfig:
+    """The published schedule, or the scene's, with what the command changes.
+
+    Raises:
+        ConfigError: an option or the scene is unknown, or the step is to be reset where none is counted on.
+    """
+    from kfloc_ros.config import build_config, parse_overrides
+    from kfloc_ros.datasets.scenes import find_scene
+    from kfloc_ros.training.kfnet_config import TrainConfig, scene_options
+
+    values = {} if args.scene is None else scene_options(find_scene(args.scene), args.stage)
+    values |= {key: True for key in ("noise", "reset_step") if getattr(args, key, False)}
+    values |= parse_overrides(TrainConfig, args.overrides)
+    config = build_config(TrainConfig, values)
+    if config.reset_step and args.stage != "kfnet" and args.finetune is None:
+        raise ConfigError("--reset-step says nothing without --finetune: a training that is new starts at step 0.")
+    if config.noise and args.stage != "oflownet":
+        raise ConfigError("noise=true is of stage 2, `kfloc train oflownet`, alone.")
+    return config
 
 
 def _given_frame(args: argparse.Namespace, scale: float) -> NetworkFrame | None:

@@ -4,16 +4,15 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from kfloc_ros.cli.arguments import open_source_from
+from kfloc_ros.cli.train_run import run_training
 from kfloc_ros.errors import ConfigError
 
 if TYPE_CHECKING:
     from kfloc_ros.frames import FrameSource
-    from kfloc_ros.training.kfnet_trainer import TrainProgress
 
 RUN_LENGTH, RUN_EVERY = 15, 4
 """Of the simulated recordings, one run of 15 frames in four is used: each frame takes time to render."""
@@ -33,13 +32,12 @@ def add_family(stage: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train; 130 when interrupted."""
     import torch
-    from tqdm import tqdm
 
     from kfloc_ros.config import build_config, parse_overrides
     from kfloc_ros.device import choose_device
     from kfloc_ros.kfnet.flow_network import FlowNetwork, load_flow_network
     from kfloc_ros.training.flow import FLOW_DEFAULTS, FLOW_OPTIONS, FastFlowStage, FlowPairs
-    from kfloc_ros.training.kfnet_trainer import TrainConfig, train
+    from kfloc_ros.training.kfnet_config import TrainConfig
 
     overrides = parse_overrides(TrainConfig, args.overrides)
     config = build_config(TrainConfig, {**FLOW_DEFAULTS, **overrides})
@@ -51,18 +49,7 @@ def run(args: argparse.Namespace) -> int:
     samples = FlowPairs(sources, max_step=config.max_step, augment=config.augment != "none", seed=config.seed)
     torch.manual_seed(config.seed)
     network = FlowNetwork() if args.oflownet is None else load_flow_network(args.oflownet)
-    device = choose_device(args.device)
-    stage = FastFlowStage(network, device)
-    with tqdm(unit="step", disable=not sys.stderr.isatty()) as bar:
-
-        def show(progress: TrainProgress) -> None:
-            bar.total = progress.steps
-            bar.set_postfix({k: f"{v:.3g}" for k, v in list(progress.figures.items())[1:5]}, refresh=False)
-            bar.update(progress.step - bar.n)
-
-        result = train(stage, samples, config, args.out, device, time_budget_s=args.time_budget, on_progress=show)
-    print(f"{args.out}: step {result.step:,} of {result.steps:,} ({result.stopped_by})")
-    return 130 if result.stopped_by == "interrupted" else 0
+    return run_training(args, FastFlowStage(network, choose_device(args.device)), samples, config)
 
 
 def simulated_sources() -> Sequence[FrameSource]:

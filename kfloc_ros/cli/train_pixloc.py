@@ -4,22 +4,20 @@
 from __future__ import annotations
 
 import argparse
-import math
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kfloc_ros.cli import train_heads
 from kfloc_ros.cli.arguments import add_source_arguments, open_source_from
+from kfloc_ros.cli.train_run import add_run_arguments, describe_options, run_training
 from kfloc_ros.datasets import open_source
 from kfloc_ros.errors import SourceError
 
 if TYPE_CHECKING:
-    from kfloc_ros.training.kfnet_trainer import TrainProgress
     from kfloc_ros.training.pixloc_samples import Pairs
-    from kfloc_ros.training.pixloc_stages import Samples
-    from kfloc_ros.training.pixloc_trainer import PixLocTrainConfig
+    from kfloc_ros.training.pixloc_stages import PixLocTrainConfig
+    from kfloc_ros.training.stage import Samples
 
 NETWORKS = {
     "pixloc": "PixLoc on pairs of views: pose errors through the alignment itself",
@@ -43,29 +41,23 @@ examples:
 
 def add_stages(stages: Any) -> None:
     """Register all three."""
-    from kfloc_ros.config import options_of
-    from kfloc_ros.training.pixloc_trainer import PixLocTrainConfig
+    from kfloc_ros.training.pixloc_stages import PixLocTrainConfig
 
-    options = "\n".join(f"  {o.name}={o.default}  {o.text}" for o in options_of(PixLocTrainConfig))
     for name, text in NETWORKS.items():
         stage = stages.add_parser(
             name,
             help=text,
             description=text,
-            epilog=f"{EPILOG}\noptions as key=value:\n{options}",
+            epilog=f"{EPILOG}\n{describe_options(PixLocTrainConfig)}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         stage.usage = f"kfloc train {name} SOURCE --out DIR [--weights FILE] [key=value ...] [options]"
         add_source_arguments(stage)
-        stage.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of this training")
+        add_run_arguments(stage)
         stage.add_argument("--weights", type=Path, metavar="FILE", help="model to start from (default: random)")
         stage.add_argument(
             "--validation", metavar="SOURCE", help="to look at in between (default: a part of SOURCE that is held out)"
         )
-        stage.add_argument(
-            "--time-budget", type=float, default=math.inf, metavar="S", help="stop after so many seconds"
-        )
-        stage.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the network runs")
     train_heads.add_stage(stages)
 
 
@@ -77,14 +69,11 @@ def run(args: argparse.Namespace) -> int:
     from dataclasses import replace
 
     import torch
-    from tqdm import tqdm
 
     from kfloc_ros.config import build_config, parse_overrides
-    from kfloc_ros.device import choose_device
     from kfloc_ros.pixloc.reference.model import PixLocConfig, PixLocModel, load_model
     from kfloc_ros.pixloc.reference.unet import UNetConfig
-    from kfloc_ros.training.pixloc_stages import GnNetStage, PairStage, TwoViewStage
-    from kfloc_ros.training.pixloc_trainer import PixLocTrainConfig, train_stage
+    from kfloc_ros.training.pixloc_stages import GnNetStage, PairStage, PixLocTrainConfig, TwoViewStage
 
     config = build_config(PixLocTrainConfig, parse_overrides(PixLocTrainConfig, args.overrides))
     data = open_data(args, config)
@@ -97,21 +86,9 @@ def run(args: argparse.Namespace) -> int:
     stage: PairStage = GnNetStage(model)
     if args.stage == "pixloc":
         stage = TwoViewStage(model, success_px=config.success_px, clamp_px=config.clamp_px)
-    with tqdm(unit="step", disable=not sys.stderr.isatty()) as bar:
-
-        def show(progress: TrainProgress) -> None:
-            bar.total = progress.steps
-            bar.set_postfix({k: f"{v:.3g}" for k, v in list(progress.figures.items())[:4]}, refresh=False)
-            bar.update(progress.step - bar.n)
-
-        result = train_stage(
-            stage, data.training, config, args.out, choose_device(args.device), validation=data.validation,
-            time_budget_s=args.time_budget, on_progress=show,
-        )  # fmt: skip
     if data.validation is None:
         print("nothing was held out: the source is too short, or validation_share=0; --validation names another one")
-    print(f"{args.out}: step {result.step:,} of {result.steps:,} ({result.stopped_by})")
-    return 130 if result.stopped_by == "interrupted" else 0
+    return run_training(args, stage, data.training, config, data.validation)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 from kfloc_ros.bags.reader import BagReader, reading, recorded_jpeg
 from kfloc_ros.bags.topics import CAMERA_INFO_TOPIC, DEPTH_TOPIC, IMAGE_TOPIC, TOPIC_TYPES, TRUTH_TOPIC
 from kfloc_ros.bags.writer import decode_depth, decode_jpeg, pose_of, stamp_ns_of
+from kfloc_ros.datasets.derived import recordings
 from kfloc_ros.errors import FrameError, SourceError
 from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import Camera
@@ -52,6 +53,9 @@ class BagSource(FrameSource):
 
     def indices(self) -> Sequence[int]:
         return range(len(self._slots))
+
+    def sequences(self) -> Sequence[int]:
+        return recordings([0] * len(self), [slot.stamp_ns for slot in self._slots])
 
     def __getitem__(self, position: int) -> Frame:
         slot = self._slots[position]

@@ -9,7 +9,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from kfloc_ros.datasets.derived import stamps_with_gaps
+from kfloc_ros.datasets.derived import recordings, stamps_with_gaps
 from kfloc_ros.datasets.seven_scenes import PARTS
 from kfloc_ros.errors import SourceError
 from kfloc_ros.frames import FrameSource
@@ -41,7 +41,8 @@ class Cambridge(FrameSource):
         self._root = root
         self._entries = [entry for p in PARTS if part in (None, p) for entry in _read_list(root / f"dataset_{p}.txt")]
         self._entries.sort(key=lambda entry: entry[0])
-        self._stamps_ns = stamps_with_gaps([Path(name).parent for name, _ in self._entries])
+        self._sequences = recordings([Path(name).parent for name, _ in self._entries])
+        self._stamps_ns = stamps_with_gaps(self._sequences)
         height, width = self._image(0).shape[:2]
         share = _median_focal_share(root / "reconstruction.nvm", width) or NOMINAL_FOCAL_PER_WIDTH
         self._camera = Camera(width, height, share * width, share * width, (width - 1) / 2, (height - 1) / 2)
@@ -55,6 +56,9 @@ class Cambridge(FrameSource):
 
     def indices(self) -> Sequence[int]:
         return range(len(self._entries))
+
+    def sequences(self) -> Sequence[int]:
+        return self._sequences
 
     def __getitem__(self, position: int) -> Frame:
         index = range(len(self))[position]

@@ -21,12 +21,31 @@ from kfloc_ros.types import Frame, Matrix
 FRAME_PERIOD_NS = 33_333_333
 """For datasets without time stamps: 30 Hz."""
 SEQUENCE_GAP_NS = 10_000_000_000
+PAUSE_STEPS = 10
+"""A step of numbers or stamps that is so many times the usual one begins another recording."""
 
 
 def stamps_with_gaps(sequence_of: Sequence[Hashable]) -> list[int]:
     """Time stamps at 30 Hz, with ten seconds between frames of different sequences."""
     borders = np.cumsum([0, *(a != b for a, b in itertools.pairwise(sequence_of))])
     return [(i + 1) * FRAME_PERIOD_NS + int(border) * SEQUENCE_GAP_NS for i, border in enumerate(borders)]
+
+
+def recordings(sequence_of: Sequence[Hashable], *steps_of: Sequence[int]) -> list[int]:
+    """The number of the recording of each frame: another one begins at a border, a step back or a pause.
+
+    Args:
+        sequence_of: what tells recordings apart, such as the folders of the images.
+        steps_of: numbers or stamps of the frames, which grow evenly within a recording.
+    """
+    borders = np.array([a != b for a, b in itertools.pairwise(sequence_of)], dtype=np.bool_)
+    for values in steps_of:
+        numbers = np.asarray(values, dtype=np.int64)
+        steps = numbers[1:] - numbers[:-1]
+        forward = steps[(steps > 0) & ~borders]
+        pause = PAUSE_STEPS * float(np.median(forward)) if len(forward) else np.inf
+        borders |= (steps <= 0) | (steps > pause)
+    return [0, *np.cumsum(borders).tolist()] if len(sequence_of) else []
 
 
 class Sequences(FrameSource):
@@ -60,6 +79,13 @@ class Sequences(FrameSource):
 
     def indices(self) -> Sequence[int]:
         return range(len(self._where))
+
+    def sequences(self) -> Sequence[int]:
+        own = [(k, number) for k, part in enumerate(self._parts) for number in part.sequences()]
+        indices = [part.indices() for part in self._parts]
+        # a gap in a part's own indices is none in these, which run on
+        jumps = [p and indices[k][p] - indices[k][p - 1] != 1 for k, p in self._where]
+        return recordings(list(zip(own, np.cumsum(jumps).tolist(), strict=True)))
 
     def __getitem__(self, position: int) -> Frame:
         index = range(len(self))[position]

@@ -9,6 +9,7 @@ its label, which fixes it to the label's own accuracy.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +18,8 @@ import numpy as np
 import poselib
 from numpy.typing import NDArray
 
-from kfloc_ros.datasets.derived import stamps_with_gaps
+from kfloc_ros.datasets.derived import recordings, stamps_with_gaps
+from kfloc_ros.datasets.twelve_scenes import read_sequences
 from kfloc_ros.errors import SourceError
 from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import Camera
@@ -29,6 +31,8 @@ from kfloc_ros.types import Frame, Matrix
 MIN_LABELS = 30
 """Fewer labelled pixels than this give no pose."""
 POSE_MAX_ERROR_PX = 4.0
+MAX_DIGITS = 18
+"""Of a number in a file's name; what is longer is no number of a frame."""
 
 
 class KfnetFolder(FrameSource):
@@ -52,7 +56,8 @@ class KfnetFolder(FrameSource):
         self._with_depth = depth
         self._camera = self._read_camera(root / "camera.txt")
         self.frame = read_transform(root / "transform.txt") if (root / "transform.txt").is_file() else NetworkFrame()
-        self._stamps_ns = stamps_with_gaps([path.parent for path in self._images])
+        self._sequences = _recordings_of(self._images)
+        self._stamps_ns = stamps_with_gaps(self._sequences)
 
     def _parallel(self, path: Path) -> list[Path] | None:
         if not path.is_file():
@@ -86,6 +91,9 @@ class KfnetFolder(FrameSource):
 
     def indices(self) -> Sequence[int]:
         return range(len(self._images))
+
+    def sequences(self) -> Sequence[int]:
+        return self._sequences
 
     def label(self, position: int) -> LabelMap | None:
         """The label of a frame, or None if the folder has no labels.
@@ -129,6 +137,26 @@ class KfnetFolder(FrameSource):
         if self._poses is None:
             return None if label is None else pose_of_label(label, self._camera)
         return read_pose(self._poses[position])
+
+
+def _recordings_of(images: Sequence[Path]) -> list[int]:
+    """The number of each image's recording: by folder, by the numbers in names, by 12-Scenes' ``split.txt``."""
+    splits = {folder: _split_beside(folder) for folder in {path.parent for path in images}}
+    named = [re.fullmatch(r"(\D*)(\d+)(\D*)", path.stem) for path in images]
+    numbers = [int(match[2]) for match in named if match is not None and len(match[2]) <= MAX_DIGITS]
+    if len(numbers) < len(images):
+        return recordings([path.parent for path in images])
+    owner = [
+        (path.parent, next((k for k, r in enumerate(splits[path.parent]) if number in r), -1))
+        for path, number in zip(images, numbers, strict=True)
+    ]
+    return recordings(owner, numbers)
+
+
+def _split_beside(folder: Path) -> list[range]:
+    """The sequences of a scene of 12-Scenes whose ``data`` folder this is; else none."""
+    path = folder.parent / "split.txt"
+    return read_sequences(path) if folder.name == "data" and path.is_file() else []
 
 
 def pose_of_label(label: LabelMap, camera: Camera) -> Matrix | None:

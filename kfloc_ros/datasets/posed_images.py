@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kfloc_ros.datasets.depth import register_depth
+from kfloc_ros.datasets.derived import recordings
 from kfloc_ros.errors import SourceError
 from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import Camera, ImageAdapter
@@ -74,6 +75,9 @@ class PosedImages(FrameSource):
 
     def indices(self) -> Sequence[int]:
         return range(len(self._images))
+
+    def sequences(self) -> Sequence[int]:
+        return recordings([0] * len(self), [image.stamp_ns for image in self._images])
 
     def __getitem__(self, position: int) -> Frame:
         index = range(len(self._images))[position]

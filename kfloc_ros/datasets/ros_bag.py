@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from kfloc_ros.bags.reader import BagReader, reading, recorded_jpeg
 from kfloc_ros.bags.writer import pose_of, stamp_ns_of
 from kfloc_ros.datasets.depth import register_depth
+from kfloc_ros.datasets.derived import recordings
 from kfloc_ros.errors import FrameError, SourceError
 from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import Camera
@@ -83,6 +84,9 @@ class RosBag(FrameSource):
 
     def indices(self) -> Sequence[int]:
         return range(len(self._slots))
+
+    def sequences(self) -> Sequence[int]:
+        return recordings([0] * len(self), [slot.stamp_ns for slot in self._slots])
 
     def pose(self, position: int) -> Matrix | None:
         return self._pose_at(self._slots[position].stamp_ns)

@@ -2,12 +2,16 @@
 """The benchmark scenes that KFNet was published with: sizes, scales, official splits and training schedules.
 
 One table for each dataset. Splits are those of the datasets' authors; scales and schedules are from KFNet's code,
-where outdoor scenes were shrunk by ``scale`` (their results cannot be had without).
+where outdoor scenes were shrunk by ``scale`` (their results cannot be had without). ``kfloc train ... --scene NAME``
+takes all of them but the splits.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+
+from kfloc_ros.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -74,3 +78,31 @@ CAMBRIDGE = {
 
 DEEPLOC = {"DeepLoc": Scene((864, 480), 200_000, 3, 0.02)}
 """Its folders ``train`` and ``test`` are its split."""
+
+DATASETS: Mapping[str, Mapping[str, Scene]] = {
+    "7-Scenes": SEVEN_SCENES,
+    "12-Scenes": TWELVE_SCENES,
+    "Cambridge Landmarks": CAMBRIDGE,
+    "DeepLoc": DEEPLOC,
+}
+
+
+def find_scene(name: str) -> Scene:
+    """Return the scene of a name: ``fire``, ``apt1/kitchen`` (also ``apt1-kitchen``), ``gates362``, ``ShopFacade``.
+
+    Raises:
+        ConfigError: no scene, or several, have that name.
+    """
+    known = {key.lower(): scene for scenes in DATASETS.values() for key, scene in scenes.items()}
+    wanted = name.lower()
+    if wanted in known:
+        return known[wanted]
+    if (parted := wanted.replace("-", "/", 1)) in known:
+        return known[parted]
+    found = [key for key in known if key.rpartition("/")[2] == wanted]
+    if len(found) == 1:
+        return known[found[0]]
+    if found:
+        raise ConfigError(f"There are several scenes '{name}': {', '.join(found)}; name one of them.")
+    tables = "; ".join(f"{dataset}: {', '.join(scenes)}" for dataset, scenes in DATASETS.items())
+    raise ConfigError(f"There is no scene '{name}' in the tables. {tables}.")

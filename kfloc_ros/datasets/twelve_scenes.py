@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kfloc_ros.datasets.depth import register_depth
-from kfloc_ros.datasets.derived import stamps_with_gaps
+from kfloc_ros.datasets.derived import recordings, stamps_with_gaps
 from kfloc_ros.errors import SourceError
 from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import Camera
@@ -50,7 +50,8 @@ class TwelveScenes(FrameSource):
             raise SourceError(f"'{root}' has no frame in its {part} split.")
         self._images = [images[i] for i in keep]
         self._indices = [numbers[i] for i in keep]
-        self._stamps_ns = stamps_with_gaps([owner[i] for i in keep])
+        self._sequences = recordings([owner[i] for i in keep])
+        self._stamps_ns = stamps_with_gaps(self._sequences)
 
     @property
     def camera(self) -> Camera:
@@ -61,6 +62,9 @@ class TwelveScenes(FrameSource):
 
     def indices(self) -> Sequence[int]:
         return self._indices
+
+    def sequences(self) -> Sequence[int]:
+        return self._sequences
 
     def __getitem__(self, position: int) -> Frame:
         path = self._images[position]

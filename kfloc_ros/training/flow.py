@@ -28,7 +28,7 @@ from kfloc_ros.kfnet.flow import cost_window
 from kfloc_ros.kfnet.flow_network import FlowNetwork, laplace_nll, laplace_variance, save_flow_network
 from kfloc_ros.mapping.views import IDENTITY, Mask, View, map_camera, true_flow, warp_image
 from kfloc_ros.training.kfnet_samples import random_placement
-from kfloc_ros.training.kfnet_stages import Stage, StepLoss
+from kfloc_ros.training.stage import Stage, StepLoss
 
 REMEMBERED_FRAMES = 400
 """Frames kept in memory, 2 MB each: a rendered one takes longer to make than to train on."""
@@ -75,12 +75,12 @@ class FlowPairs:
         self._augment, self._seed = augment, seed
         self._pairs: list[list[tuple[int, int]]] = []
         for source in sources:
-            indices = source.indices()
+            indices, sequences = source.indices(), source.sequences()
             pairs = [
                 (a, b)
                 for a in range(len(indices))
                 for b in range(max(0, a - max_step), min(len(indices), a + max_step + 1))
-                if 0 < abs(indices[b] - indices[a]) <= max_step
+                if 0 < abs(indices[b] - indices[a]) <= max_step and sequences[a] == sequences[b]
             ]
             if not pairs:
                 raise SourceError(f"'{source.name}' has no two frames within {max_step} of each other.")
@@ -181,7 +181,7 @@ class FastFlowStage(Stage[FlowPair]):
         device: where the backbone runs.
     """
 
-    name, group_length, batch, augment = "oflownet", 2, 4, "full"
+    name, batch = "oflownet", 4
 
     def __init__(self, network: FlowNetwork, device: torch.device | str = "cpu") -> None:
         self.network = network
@@ -190,17 +190,19 @@ class FastFlowStage(Stage[FlowPair]):
     def modules(self) -> dict[str, nn.Module]:
         return {"oflownet": self.network}
 
-    def save(self, folder: Path) -> None:
-        save_flow_network(folder / "oflownet.safetensors", self.network)
+    def write(self, name: str, path: Path, origin: str) -> None:
+        del name, origin
+        save_flow_network(path, self.network)
 
-    def loss(self, groups: Sequence[FlowPair]) -> StepLoss:
-        coarse = self._backbone(torch.cat([pair.images for pair in groups])).coarse
+    def loss(self, items: Sequence[FlowPair], generator: torch.Generator) -> StepLoss:
+        del generator
+        coarse = self._backbone(torch.cat([pair.images for pair in items])).coarse
         with torch.no_grad():
-            windows = [cost_window(coarse[2 * k], coarse[2 * k + 1]) for k in range(len(groups))]
+            windows = [cost_window(coarse[2 * k], coarse[2 * k + 1]) for k in range(len(items))]
         read = self.network(windows)
-        truth = torch.stack([pair.flow for pair in groups])
-        known = torch.stack([pair.known for pair in groups])
-        seen = torch.stack([pair.seen for pair in groups])
+        truth = torch.stack([pair.flow for pair in items])
+        known = torch.stack([pair.known for pair in items])
+        seen = torch.stack([pair.seen for pair in items])
         within = seen & ~torch.stack([window.at_edge for window in windows])
         difference = read.offset - truth
         error = (difference.square().sum(1) + 1e-8).sqrt()

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from kfloc_ros.config import option
 from kfloc_ros.features.backbone import COARSE_STRIDE, FINE_STRIDE
@@ -19,10 +20,9 @@ from kfloc_ros.pixloc.reference.losses import RobustLoss
 from kfloc_ros.pixloc.reference.solver import SolverSettings, from_recentred, minimize, recentre
 from kfloc_ros.pixloc.refiner import RefinerSettings
 from kfloc_ros.training.heads_views import HeadPairs
-from kfloc_ros.training.kfnet_stages import StepLoss
 from kfloc_ros.training.pixloc_losses import MIN_COMMON_POINTS
-from kfloc_ros.training.pixloc_stages import TrainingStage
-from kfloc_ros.training.pixloc_trainer import LoopConfig
+from kfloc_ros.training.pixloc_stages import AlignmentConfig
+from kfloc_ros.training.stage import Stage, StepLoss
 
 STRIDES = (COARSE_STRIDE, FINE_STRIDE)
 KNEE_PX = 0.5
@@ -32,7 +32,7 @@ RATIO_STEP = 0.02
 
 
 @dataclass(frozen=True)
-class HeadsTrainConfig(LoopConfig):
+class HeadsTrainConfig(AlignmentConfig):
     """Options of ``kfloc train heads``."""
 
     steps: int = option(1500, "Steps in all.", low=1)
@@ -51,7 +51,7 @@ class HeadsTrainConfig(LoopConfig):
     views: int = option(6, "Around each place, each in a light of its own.", low=2, high=100)
 
 
-class HeadsStage(TrainingStage[HeadPairs]):
+class HeadsStage(Stage[HeadPairs]):
     """Both heads and the damping of both levels.
 
     Args:
@@ -61,8 +61,7 @@ class HeadsStage(TrainingStage[HeadPairs]):
         clamp_px: see :class:`HeadsTrainConfig`.
     """
 
-    name, weights_name = "heads", "heads"
-    model: AlignmentHeads
+    name = "heads"
 
     def __init__(
         self, heads: AlignmentHeads, *, iterations: int = 8, success_px: float = 3.0, clamp_px: float = 50.0
@@ -76,20 +75,21 @@ class HeadsStage(TrainingStage[HeadPairs]):
             stop_period=0,
         )
 
-    def groups(self, learning_rate: float, damping_rate: float) -> list[dict[str, Any]]:
+    def modules(self) -> dict[str, nn.Module]:
+        return {"heads": self.model}
+
+    def groups(self) -> list[list[nn.Parameter]]:
         damping = list(self.model.damping.parameters())
         known = {id(parameter) for parameter in damping}
-        others = [parameter for parameter in self.model.parameters() if id(parameter) not in known]
-        return [
-            {"params": others, "lr": learning_rate},
-            {"params": damping, "lr": learning_rate * damping_rate},
-        ]
+        return [[parameter for parameter in self.model.parameters() if id(parameter) not in known], damping]
 
-    def save(self, path: Path, origin: str) -> None:
+    def write(self, name: str, path: Path, origin: str) -> None:
+        del name
         save_heads(path, self.model, origin=origin)
 
-    def loss(self, batch: HeadPairs, generator: torch.Generator) -> StepLoss:
+    def loss(self, items: Sequence[HeadPairs], generator: torch.Generator) -> StepLoss:
         del generator
+        batch = HeadPairs.together(items)
         if self.model.training:
             self._note_cost(batch)
         points, camera = batch.points, batch.camera

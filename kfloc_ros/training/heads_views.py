@@ -7,9 +7,9 @@ The backbone's features are extracted once, when the views are made: training se
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 import cv2
 import numpy as np
@@ -77,6 +77,20 @@ class HeadPairs:
     """(B,) T_query_reference"""
     T_init: Pose
 
+    def to(self, device: torch.device) -> HeadPairs:
+        """The same on another device."""
+        return HeadPairs(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+
+    @classmethod
+    def together(cls, parts: Sequence[HeadPairs]) -> HeadPairs:
+        """Batches of one as one."""
+        columns: dict[str, Any] = {}
+        for field in fields(cls):
+            column = [getattr(part, field.name) for part in parts]
+            stack = torch.stack if isinstance(column[0], torch.Tensor) else type(column[0]).stack
+            columns[field.name] = stack([value[0] for value in column])
+        return cls(**columns)
+
 
 @dataclass(frozen=True, eq=False)
 class _View:
@@ -122,29 +136,21 @@ class SimulatedPairs:
                 self._places.append([_view(renderer, backbone, T, rule, rng) for T in poses])
                 on_progress(len(self._places) / (rule.rooms * rule.places))
 
-    def batch(
-        self, first: int, count: int, workers: ThreadPoolExecutor | None = None, device: torch.device | None = None
-    ) -> HeadPairs:
-        """Samples ``first`` to ``first + count - 1``."""
-        del workers  # everything is in memory
-        pairs = [self._pair(number) for number in range(first, first + count)]
-        queries, references, T_true, T_init = zip(*pairs, strict=True)
-        points = [reference.points for reference in references]
-
-        def stacked(tensors: list[torch.Tensor]) -> torch.Tensor:
-            return torch.stack(tensors).to(device).float()
-
+    def __getitem__(self, number: int) -> HeadPairs:
+        """The pair of a number, as a batch of one."""
+        query, reference, T_true, T_init = self._pair(number)
+        points = reference.points
         return HeadPairs(
-            coarse=stacked([q.coarse for q in queries]),
-            fine=stacked([q.fine for q in queries]),
-            reliability=stacked([q.reliability for q in queries]),
-            camera=CameraTensor.stack([self._camera] * count).to(device or torch.device("cpu")),
-            points=stacked([p.points for p in points]).double(),
-            point_coarse=stacked([p.coarse for p in points]),
-            point_fine=stacked([p.fine for p in points]),
-            point_confidence=stacked([p.confidence for p in points]),
-            T_true=Pose.from_4x4mat(np.stack(T_true)).to(device or torch.device("cpu")),
-            T_init=Pose.from_4x4mat(np.stack(T_init)).to(device or torch.device("cpu")),
+            coarse=query.coarse[None].float(),
+            fine=query.fine[None].float(),
+            reliability=query.reliability[None].float(),
+            camera=self._camera[None],
+            points=points.points[None].float().double(),
+            point_coarse=points.coarse[None].float(),
+            point_fine=points.fine[None].float(),
+            point_confidence=points.confidence[None].float(),
+            T_true=Pose.from_4x4mat(T_true)[None],
+            T_init=Pose.from_4x4mat(T_init)[None],
         )
 
     def _pair(self, number: int) -> tuple[_View, _View, Matrix, Matrix]:

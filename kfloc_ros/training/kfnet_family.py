@@ -178,7 +178,7 @@ class HeldOutFrames:
             SourceError: there is none.
         """
         found: list[range] = []
-        for run in consecutive(self.source.indices(), length, spacing=spacing):
+        for run in consecutive(self.source, length, spacing=spacing):
             if not found or run[0] > found[-1][-1]:
                 found.append(run)
         if not found:

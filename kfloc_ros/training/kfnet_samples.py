@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Generator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
 
 import cv2
 import numpy as np
@@ -31,15 +29,6 @@ Affine = NDArray[np.float64]
 MAX_ROTATION_DEG = 30.0
 TRANSFORM_FRAMES = 60
 """Frames from which the network's frame is made."""
-
-
-ItemT = TypeVar("ItemT", covariant=True)
-
-
-class Numbered(Protocol[ItemT]):
-    """Samples by number, without end."""
-
-    def __getitem__(self, number: int) -> ItemT: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,16 +101,20 @@ def network_camera(camera: Camera, image_width: int = 0, image_height: int = 0) 
     return camera.pinhole().scaled_to(width, image_height or (shaped if image_width else camera.height))
 
 
-def consecutive(indices: Sequence[int], length: int, max_step: int = 1, spacing: int = 1) -> list[range]:
-    """Positions of all groups of ``length`` frames, ``spacing`` apart, that no gap of the frame index parts.
+def consecutive(source: FrameSource, length: int, max_step: int = 1, spacing: int = 1) -> list[range]:
+    """Positions of all groups of ``length`` frames, ``spacing`` apart, of one recording and without a gap.
 
     Args:
-        indices: ``Frame.index`` of a source's frames.
+        source: whose recordings and frame indices count.
         length: of a group.
         max_step: largest step of the index from one frame to the next.
         spacing: frames from one of a group to the next.
     """
-    follows = [0 < b - a <= max_step for a, b in itertools.pairwise(indices)]
+    indices, sequences = source.indices(), source.sequences()
+    follows = [
+        0 < j - i <= max_step and a == b
+        for (i, j), (a, b) in zip(itertools.pairwise(indices), itertools.pairwise(sequences), strict=True)
+    ]
     span = (length - 1) * spacing
     return [range(i, i + span + 1, spacing) for i in range(len(indices) - span) if all(follows[i : i + span])]
 
@@ -163,7 +156,7 @@ class Samples:
         remembered_bytes: int = 0,
     ) -> None:
         self._source, self._augment, self._seed = source, augment, seed
-        self._groups: list[Sequence[int]] = list(consecutive(source.indices(), length, max_step, spacing))
+        self._groups: list[Sequence[int]] = list(consecutive(source, length, max_step, spacing))
         if both_directions:
             self._groups += [group[::-1] for group in self._groups]
         if not self._groups:
@@ -260,16 +253,3 @@ def cell_points(
     local = np.concatenate([rays * z[..., None], z[..., None]], axis=-1)
     points = local @ T_map_camera[:3, :3].T + T_map_camera[:3, 3]
     return np.ascontiguousarray(points.transpose(2, 0, 1), dtype=np.float32), z > 0
-
-
-def prefetched(
-    samples: Numbered[ItemT], first: int, batch: int, workers: int = 4, ahead: int = 4
-) -> Generator[list[ItemT], None, None]:
-    """Batches from a sample number on, without end, read by threads a few batches ahead."""
-    with ThreadPoolExecutor(workers) as pool:
-        waiting: list[list[Future[ItemT]]] = []
-        for step in itertools.count():
-            while len(waiting) < ahead:
-                start = first + (step + len(waiting)) * batch
-                waiting.append([pool.submit(samples.__getitem__, start + k) for k in range(batch)])
-            yield [future.result() for future in waiting.pop(0)]

@@ -8,72 +8,56 @@ prior; here such cells take no part.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, Protocol, TypeVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from kfloc_ros.errors import ConfigError
+from kfloc_ros.frames import FrameSource
 from kfloc_ros.kfnet import kalman
 from kfloc_ros.kfnet.flow import Flow
 from kfloc_ros.kfnet.fusion import warp
+from kfloc_ros.kfnet.reference.frame import NetworkFrame
+from kfloc_ros.kfnet.reference.layers import Padding
 from kfloc_ros.kfnet.reference.oflownet import ReferenceOFlowNet
 from kfloc_ros.kfnet.reference.scoordnet import MIN_SIGMA, ReferenceSCoordNet
-from kfloc_ros.kfnet.reference.weights import save_network
+from kfloc_ros.kfnet.reference.weights import OFLOWNET, SCOORDNET, load_oflownet, load_scoordnet, save_network
 from kfloc_ros.training import kfnet_losses as losses
-from kfloc_ros.training.kfnet_samples import Group
+from kfloc_ros.training.kfnet_config import TrainConfig
+from kfloc_ros.training.kfnet_samples import Group, Samples
+from kfloc_ros.training.stage import Stage, StepLoss
 from kfloc_ros.types import SceneCoordinates
 
-
-@dataclass(frozen=True, eq=False)
-class StepLoss:
-    """Loss of a batch, and figures for the log."""
-
-    total: torch.Tensor
-    figures: dict[str, float]
+NOISE_SIGMA = (0.005, 0.01)
+"""Of the coordinates that stage 2 warps, least and largest, network units, as published."""
 
 
-class Sample(Protocol):
-    """What a stage learns from."""
-
-    def to(self: SampleT, device: torch.device) -> SampleT:
-        """The same on a device."""
-        ...
-
-
-SampleT = TypeVar("SampleT", bound=Sample)
-
-
-class Stage(ABC, Generic[SampleT]):
+class KfnetStage(Stage[Group]):
     """One of the three stages."""
 
-    name: str
-    group_length: int
+    group_length: ClassVar[int]
     """Frames in a sample."""
-    batch: int
-    """Samples in a step, as published."""
-    augment: str
-    both_directions = False
+    augment: ClassVar[str]
+    both_directions: ClassVar[bool] = False
 
-    @abstractmethod
-    def modules(self) -> dict[str, nn.Module]:
-        """What is trained, by name."""
+    def write(self, name: str, path: Path, origin: str) -> None:
+        del origin
+        save_network(path, self.modules()[name])  # type: ignore[arg-type]
 
-    def save(self, folder: Path) -> None:
-        """Write the weights of every module, as those who use them read them."""
-        for name, module in self.modules().items():
-            save_network(folder / f"{name}.safetensors", module)  # type: ignore[arg-type]
-
-    @abstractmethod
-    def loss(self, groups: Sequence[SampleT]) -> StepLoss:
-        """Of a batch whose tensors are on the device of the modules."""
+    def compiled_parts(self) -> list[nn.Module]:
+        parts: list[nn.Module] = []
+        for module in self.modules().values():
+            parts += [module.features, module.unet] if isinstance(module, ReferenceOFlowNet) else [module]
+        return parts
 
 
-class MeasurementStage(Stage[Group]):
+class MeasurementStage(KfnetStage):
     """Stage 1: the likelihood of single images, not truncated."""
 
     name, group_length, batch, augment = "scoordnet", 1, 4, "full"
@@ -84,32 +68,47 @@ class MeasurementStage(Stage[Group]):
     def modules(self) -> dict[str, nn.Module]:
         return {"scoordnet": self.scoordnet}
 
-    def loss(self, groups: Sequence[Group]) -> StepLoss:
-        images = torch.cat([group.images for group in groups])
-        mask = torch.cat([group.mask for group in groups])
-        truth = to_network(torch.cat([group.points for group in groups]), self.scoordnet)
+    def loss(self, items: Sequence[Group], generator: torch.Generator) -> StepLoss:
+        del generator
+        images = torch.cat([group.images for group in items])
+        mask = torch.cat([group.mask for group in items])
+        truth = to_network(torch.cat([group.points for group in items]), self.scoordnet)
         predicted = self.scoordnet(images)
         total = losses.likelihood(predicted.coordinates, predicted.log_sigma.exp(), truth, mask, self._truncation)
         error_m = (predicted.coordinates - truth).detach().norm(dim=1)[mask] / self.scoordnet.scale.float()
         return StepLoss(total, {"nll": float(total.detach()), **error_figures(error_m)})
 
 
-class FlowStage(Stage[Group]):
-    """Stage 2: a pair in both directions; true coordinates of one frame, warped, explain those of the other."""
+class FlowStage(KfnetStage):
+    """Stage 2: a pair in both directions; true coordinates of one frame, warped, explain those of the other.
+
+    Args:
+        oflownet: to train; its sigma is in metres.
+        truncation: of the likelihood, in network units; None: not truncated.
+        scale: network units per metre, below 1 for large outdoor scenes.
+        noise: disturb the coordinates that are warped, and tell the filter by how much.
+    """
 
     name, group_length, batch, augment = "oflownet", 2, 1, "rotate"
 
-    def __init__(self, oflownet: ReferenceOFlowNet, truncation: float | None = -1.0) -> None:
-        self.oflownet, self._truncation = oflownet, truncation
+    def __init__(
+        self,
+        oflownet: ReferenceOFlowNet,
+        truncation: float | None = -1.0,
+        *,
+        scale: float = 1.0,
+        noise: bool = False,
+    ) -> None:
+        self.oflownet, self._truncation, self._scale, self._noise = oflownet, truncation, scale, noise
 
     def modules(self) -> dict[str, nn.Module]:
         return {"oflownet": self.oflownet}
 
-    def loss(self, groups: Sequence[Group]) -> StepLoss:
+    def loss(self, items: Sequence[Group], generator: torch.Generator) -> StepLoss:
         parts = []
-        for group in groups:
+        for group in items:
             features = self.oflownet.features(group.images)
-            parts += [self._direction(group, features, now, 1 - now) for now in (0, 1)]
+            parts += [self._direction(group, features, now, 1 - now, generator) for now in (0, 1)]
         nll, smooth, photo, error_m = (list(column) for column in zip(*parts, strict=True))
         n = len(parts)
         terms = {"nll": sum(nll) / n, "smoothness": sum(smooth) / n, "photometric": sum(photo) / n}
@@ -122,27 +121,33 @@ class FlowStage(Stage[Group]):
         return StepLoss(total, {**figures, **error_figures(torch.cat(error_m))})
 
     def _direction(
-        self, group: Group, features: torch.Tensor, now: int, before: int
+        self, group: Group, features: torch.Tensor, now: int, before: int, generator: torch.Generator
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         flow = self.oflownet.flow(features[now], features[before])
-        known = torch.full_like(group.points[before, 0], MIN_SIGMA**2)
-        prior = warp(SceneCoordinates(group.points[before], known, group.mask[before], 8), flow, 1.0, 0.0)
+        truth, known = group.points[now] * self._scale, group.points[before] * self._scale
+        sigma = MIN_SIGMA
+        if self._noise:
+            low, high = NOISE_SIGMA
+            sigma = low + (high - low) * float(torch.rand((), generator=generator))
+            known = known + sigma * torch.randn(known.shape, generator=generator).to(known)
+        last = SceneCoordinates(known, torch.full_like(known[0], sigma**2), group.mask[before], 8)
+        prior = warp(last, flow, self._scale**2, 0.0)
         mask = losses.window_mask(group.mask[now], group.mask[before])
-        truth, image = group.points[now], group.small_images[now]
+        image = group.small_images[now]
         nll = losses.likelihood(
             prior.mean[None], prior.variance.sqrt()[None], truth[None], mask[None], self._truncation
         )
         smooth = losses.smoothness(prior.mean[None], image[None], mask[None])
         seen = sample(group.small_images[before], flow)
         photo = losses.photometric(seen[None], image[None], group.mask[now][None])
-        return nll, smooth, photo, (prior.mean - truth).detach().norm(dim=0)[mask]
+        return nll, smooth, photo, (prior.mean - truth).detach().norm(dim=0)[mask] / self._scale
 
 
-class JointStage(Stage[Group]):
+class JointStage(KfnetStage):
     """Stage 3: measurement, prior and posterior of four frames, with gradients through the recursion."""
 
     name, group_length, batch, augment = "kfnet", 4, 1, "rotate"
-    both_directions = True
+    both_directions, last_halving_only = True, True
     weights = (0.2, 0.2, 0.6)
     """Of measurement, prior and posterior."""
 
@@ -159,8 +164,9 @@ class JointStage(Stage[Group]):
     def modules(self) -> dict[str, nn.Module]:
         return {"scoordnet": self.scoordnet, "oflownet": self.oflownet}
 
-    def loss(self, groups: Sequence[Group]) -> StepLoss:
-        results = [self._group(group) for group in groups]
+    def loss(self, items: Sequence[Group], generator: torch.Generator) -> StepLoss:
+        del generator
+        results = [self._group(group) for group in items]
         total = torch.stack([result.total for result in results]).mean()
         figures = {key: sum(r.figures[key] for r in results) / len(results) for key in results[0].figures}
         return StepLoss(total, figures)
@@ -222,3 +228,91 @@ def error_figures(error_m: torch.Tensor) -> dict[str, float]:
     if not len(error_m):
         return {"median_error_m": float("nan"), "within_5cm": float("nan")}
     return {"median_error_m": float(error_m.median()), "within_5cm": float((error_m < 0.05).float().mean())}
+
+
+JOINT = "kfnet"
+KINDS: Mapping[str, type[KfnetStage]] = {SCOORDNET: MeasurementStage, OFLOWNET: FlowStage, JOINT: JointStage}
+"""The stages in their order."""
+TRUNCATION: Mapping[str, float] = {OFLOWNET: -1.0, JOINT: -2.0}
+"""Of the likelihood, as published; stage 1 has none."""
+
+
+@dataclass(frozen=True)
+class StartWeights:
+    """Files to start from, and where SCoordNet is to regress."""
+
+    scoordnet: Path | None = None
+    oflownet: Path | None = None
+    frame: NetworkFrame | None = None
+    """Of a fresh SCoordNet; by default made from the source's points."""
+
+
+def samples_of(name: str, source: FrameSource, config: TrainConfig) -> Samples:
+    """A stage's samples of a source.
+
+    Args:
+        name: of :data:`KINDS`.
+        source: with depth and poses.
+        config: of the training.
+
+    Raises:
+        SourceError: there are not as many consecutive frames as the stage takes.
+    """
+    kind = KINDS[name]
+    return Samples(
+        source,
+        kind.group_length,
+        both_directions=kind.both_directions,
+        image_width=config.image_width,
+        image_height=config.image_height,
+        augment=kind.augment if config.augment == "stage" else config.augment,
+        seed=config.seed,
+        max_step=config.max_step,
+        spacing=config.spacing,
+        remembered_bytes=config.remember_mb * 1_000_000,
+    )
+
+
+def stage_of(name: str, samples: Samples, config: TrainConfig, start: StartWeights) -> KfnetStage:
+    """A stage with its networks; fresh ones depend on the seed alone.
+
+    Raises:
+        ConfigError: stage 3 has nothing to start from, or a SCoordNet is of other images than the samples.
+        SourceError: no frame can be made, for want of depth.
+        WeightsError: a file cannot be read.
+    """
+    torch.manual_seed(config.seed)
+    padding = Padding(config.padding)
+    truncation = TRUNCATION.get(name) if config.truncation else None
+    if name == OFLOWNET:
+        oflownet = load_oflownet(start.oflownet) if start.oflownet else fresh_oflownet(padding, config.scale)
+        return FlowStage(oflownet, truncation, scale=config.scale, noise=config.noise)
+    if name == SCOORDNET:
+        return MeasurementStage(_scoordnet(samples, config, start))
+    if start.scoordnet is None or start.oflownet is None:
+        raise ConfigError("Stage 3 starts from the weights of stages 1 and 2; name both.")
+    return JointStage(_scoordnet(samples, config, start), load_oflownet(start.oflownet), truncation, config.fix_flow)
+
+
+def fresh_oflownet(padding: Padding, scale: float) -> ReferenceOFlowNet:
+    """Return an OFlowNet whose sigma starts at 1 cm in network units, as published, and so at 1 cm / scale."""
+    network = ReferenceOFlowNet(padding)
+    with torch.no_grad():
+        network.unet.uncertainty.bias.sub_(math.log(scale))
+    return network
+
+
+def _scoordnet(samples: Samples, config: TrainConfig, start: StartWeights) -> ReferenceSCoordNet:
+    size = samples.camera.width, samples.camera.height
+    if start.scoordnet is None:
+        frame = start.frame or samples.network_frame(config.scale)
+        return ReferenceSCoordNet(Padding(config.padding), config.width, frame, size)
+    network = load_scoordnet(start.scoordnet)
+    had = network.image_size
+    if had is not None and had != size:
+        raise ConfigError(
+            f"'{start.scoordnet}' was trained on images of {had[0]}x{had[1]} pixels, and these have "
+            f"{size[0]}x{size[1]}; pass image_width={had[0]} image_height={had[1]}."
+        )
+    network.image_size = size
+    return network

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,9 +79,9 @@ class Shown:
     camera: CameraTensor
 
 
-def together(parts: Sequence[Pairs], device: torch.device | None = None) -> Pairs:
-    """Batches as one, on a device; the images of all are of one size."""
-    pairs = Pairs(
+def together(parts: Sequence[Pairs]) -> Pairs:
+    """Return batches of one as one batch; the images of all are of one size."""
+    return Pairs(
         torch.cat([p.reference for p in parts]),
         torch.cat([p.query for p in parts]),
         CameraTensor.stack([p.camera_reference[0] for p in parts]),
@@ -91,7 +90,6 @@ def together(parts: Sequence[Pairs], device: torch.device | None = None) -> Pair
         Pose.stack([p.T_true[0] for p in parts]),
         Pose.stack([p.T_init[0] for p in parts]),
     )
-    return pairs if device is None else pairs.to(device)
 
 
 class PairSamples:
@@ -116,14 +114,7 @@ class PairSamples:
         self._positions = [k for k, _ in poses]
         self._T_map_camera = np.stack([T for _, T in poses])
 
-    def batch(
-        self, first: int, count: int, workers: ThreadPoolExecutor | None = None, device: torch.device | None = None
-    ) -> Pairs:
-        """Samples ``first`` to ``first + count - 1``."""
-        numbers = range(first, first + count)
-        return together(list(workers.map(self.sample, numbers) if workers else map(self.sample, numbers)), device)
-
-    def sample(self, number: int) -> Pairs:
+    def __getitem__(self, number: int) -> Pairs:
         """One pair, as a batch of one.
 
         Raises:

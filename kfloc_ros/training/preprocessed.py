@@ -16,14 +16,12 @@ The two lists lie beside the pickles: the names of scenes, one a line.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from kfloc_ros.errors import SourceError
@@ -31,7 +29,7 @@ from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.camera_tensor import CameraTensor
 from kfloc_ros.geometry.lie import Matrix, inverse_pose, make_pose
 from kfloc_ros.pixloc.hloc.inert_pickle import read_inert
-from kfloc_ros.training.pixloc_samples import PairRule, Pairs, make_pair, show, together
+from kfloc_ros.training.pixloc_samples import PairRule, Pairs, make_pair, show
 
 KINDS = {"megadepth": "megadepth_pixloc_training", "cmu": "cmu_pixloc_training"}
 """Names of the data sets, and the folder of each one's pickles."""
@@ -104,14 +102,7 @@ class PreprocessedSamples:
     def __len__(self) -> int:
         return sum(len(scene.pairs) for scene in self._scenes)
 
-    def batch(
-        self, first: int, count: int, workers: ThreadPoolExecutor | None = None, device: torch.device | None = None
-    ) -> Pairs:
-        """Samples ``first`` to ``first + count - 1``."""
-        numbers = range(first, first + count)
-        return together(list(workers.map(self.sample, numbers) if workers else map(self.sample, numbers)), device)
-
-    def sample(self, number: int) -> Pairs:
+    def __getitem__(self, number: int) -> Pairs:
         """One pair, as a batch of one; every scene is as likely as any other.
 
         Raises:

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training checkpoints: tensors in safetensors, the rest in JSON; written whole or not at all, never pickled."""
+"""What a training leaves behind: checkpoints, written whole or not at all and never pickled, and its log.
+
+A checkpoint's tensors are in safetensors, the rest in JSON. The log is ``log.jsonl``; where TensorBoard is installed,
+its event files are written as well.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -19,6 +24,7 @@ from torch import nn
 from kfloc_ros.errors import WeightsError
 
 STATE_FILE = "state.json"
+LOG_FILE = "log.jsonl"
 FORMAT_VERSION = 1
 
 
@@ -124,3 +130,63 @@ def load_state(
 
 def _below(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
     return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+
+class TrainingLog:
+    """Figures of a training by step, one JSON object a line; for TensorBoard, too, where it is installed.
+
+    Args:
+        folder: of the training.
+        step: after which this run goes on. What a run that was killed logged of later steps is cut off.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        _forget_after(folder / LOG_FILE, step)
+        self._stream = (folder / LOG_FILE).open("a", encoding="utf-8")
+        self._events = _summary_writer(folder, step)
+
+    def add(self, step: int, figures: Mapping[str, float]) -> None:
+        """Write the figures of a step; one that is not finite becomes null."""
+        clean = {key: value if math.isfinite(value) else None for key, value in figures.items()}
+        self._stream.write(json.dumps({"step": step, **clean}) + "\n")
+        self._stream.flush()
+        if self._events is not None:
+            for key, value in clean.items():
+                if value is not None:
+                    self._events.add_scalar(key, value, step)
+            self._events.flush()
+
+    def __enter__(self) -> TrainingLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stream.close()
+        if self._events is not None:
+            self._events.close()
+
+
+def _summary_writer(folder: Path, step: int) -> Any:
+    """TensorBoard's writer, or None where TensorBoard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+
+
+def _forget_after(log: Path, step: int) -> None:
+    """Cut off what a run that was killed logged after its last checkpoint: these steps are made again."""
+    if not log.is_file():
+        return
+    kept = []
+    for line in log.read_text(encoding="utf-8").splitlines():
+        try:
+            if int(json.loads(line)["step"]) <= step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue  # the line that the kill cut short
+    temporary = log.with_name(f".{log.name}.new")
+    temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    temporary.replace(log)

@@ -76,13 +76,21 @@ class Best:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise WeightsError(f"'{path}' is damaged ({error}); remove it, and the best is looked for anew.") from error
 
-    def offer(self, loss: float, step: int, weights: Path, save: Callable[[Path], None]) -> bool:
-        """Keep the weights that ``save`` writes if their loss is the lowest; says whether it is."""
+    def offer(self, loss: float, step: int, files: Mapping[Path, str], write: Callable[[Path, str], None]) -> bool:
+        """Keep the weights if their loss is the lowest; say if it is.
+
+        Args:
+            loss: of the weights as they are now.
+            step: of the training.
+            files: that receive the weights, and which module's each does.
+            write: writes a module's weights to a path.
+        """
         if not loss < self.loss:
             return False
-        temporary = weights.with_name(f".{weights.name}.new")
-        save(temporary)
-        os.replace(temporary, weights)
+        for path, name in files.items():
+            temporary = path.with_name(f".{path.name}.new")
+            write(temporary, name)
+            os.replace(temporary, path)
         self.loss, self.step = loss, step
         note = self.folder / f".{BEST_FILE}.new"
         note.write_text(json.dumps({"loss": loss, "step": step}) + "\n", encoding="utf-8")

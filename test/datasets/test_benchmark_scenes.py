@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from kfloc_ros.datasets import open_source
-from kfloc_ros.datasets.scenes import CAMBRIDGE, DEEPLOC, SEVEN_SCENES, TWELVE_SCENES
-from kfloc_ros.errors import SourceError
+from kfloc_ros.datasets.scenes import CAMBRIDGE, DEEPLOC, SEVEN_SCENES, TWELVE_SCENES, find_scene
+from kfloc_ros.errors import ConfigError, SourceError
 from kfloc_ros.geometry.lie import make_pose, matrix_to_quaternion, so3_exp
 
 
@@ -44,6 +44,18 @@ def test_tables_have_what_was_published() -> None:
     assert all(
         w % 8 == 0 and h % 8 == 0 for t in (SEVEN_SCENES, CAMBRIDGE) for w, h in (s.image_size for s in t.values())
     )
+
+
+def test_scenes_are_found_by_the_names_that_both_the_data_and_the_code_give_them() -> None:
+    assert find_scene("Fire") is SEVEN_SCENES["fire"]
+    for name in ("apt1/kitchen", "apt1-kitchen"):
+        assert find_scene(name) is TWELVE_SCENES["apt1/kitchen"]
+    assert find_scene("gates362") is TWELVE_SCENES["office1/gates362"]
+    assert find_scene("Street-east") is CAMBRIDGE["Street-east"] and find_scene("deeploc") is DEEPLOC["DeepLoc"]
+    with pytest.raises(ConfigError, match="several scenes 'kitchen': apt1/kitchen, apt2/kitchen"):
+        find_scene("kitchen")
+    with pytest.raises(ConfigError, match=r"no scene 'attic'.*7-Scenes: chess"):
+        find_scene("attic")
 
 
 @pytest.mark.parametrize("listed", [True, False])

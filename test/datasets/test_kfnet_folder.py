@@ -69,6 +69,15 @@ def test_what_is_written_is_read_back(tmp_path: Path, full: bool, poses: bool) -
         assert np.allclose(frame.depth_m[exact, exact], original.depth_m[exact, exact], atol=1e-3)
 
 
+def test_lists_name_full_paths_where_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    list(write_kfnet_folder(SlantedWall(), Path("wall"), absolute=True))
+    for kind in ("image", "label", "pose"):
+        listed = [Path(line) for line in Path("wall", f"{kind}_list.txt").read_text().splitlines()]
+        assert len(listed) == 3 and all(path.is_absolute() and path.is_file() for path in listed)
+    assert len(open_source("kfnet:wall")) == 3
+
+
 def test_transform_centres_the_scene(tmp_path: Path) -> None:
     list(write_kfnet_folder(SlantedWall(), tmp_path / "wall"))
     folder = KfnetFolder(tmp_path / "wall")

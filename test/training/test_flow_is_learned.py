@@ -13,10 +13,10 @@ import torch
 from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import make_pose
+from kfloc_ros.training.kfnet_config import TrainConfig
 from kfloc_ros.training.kfnet_family import HeldOutFrames
-from kfloc_ros.training.kfnet_stages import FlowStage
-from kfloc_ros.training.kfnet_start import StartWeights, samples_of, stage_of
-from kfloc_ros.training.kfnet_trainer import TrainConfig, train
+from kfloc_ros.training.kfnet_stages import FlowStage, StartWeights, samples_of, stage_of
+from kfloc_ros.training.loop import train
 from kfloc_ros.types import Frame
 from studies.reference_networks import look_at_oflownet, look_at_standing_still
 

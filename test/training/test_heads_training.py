@@ -15,8 +15,8 @@ from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import rotation_angle_deg
 from kfloc_ros.pixloc.heads import LEVELS, AlignmentHeads, load_heads
 from kfloc_ros.training.heads_stage import HeadsStage, HeadsTrainConfig
-from kfloc_ros.training.heads_views import SimulatedPairs, ViewRule, random_light, weathered
-from kfloc_ros.training.pixloc_trainer import train_stage
+from kfloc_ros.training.heads_views import HeadPairs, SimulatedPairs, ViewRule, random_light, weathered
+from kfloc_ros.training.loop import train as train_stage
 from kfloc_ros.training.start_errors import StartErrors
 
 pytest.importorskip("embreex", reason="the simulator's ray caster is not installed")
@@ -31,7 +31,7 @@ def pairs() -> SimulatedPairs:
 
 
 def test_pairs_are_right_and_repeatable(pairs: SimulatedPairs) -> None:
-    batch, again = pairs.batch(4, 3), pairs.batch(5, 1)
+    batch, again = HeadPairs.together([pairs[k] for k in (4, 5, 6)]), pairs[5]
     assert batch.coarse.shape == (3, 64, 20, 24) and batch.fine.shape == (3, 24, 40, 48)
     assert torch.equal(batch.points[1], again.points[0]) and torch.equal(batch.T_init.data[1], again.T_init.data[0])
     # features of the same point are more alike in the two views than those of different points
@@ -98,8 +98,9 @@ def test_a_training_that_was_stopped_arrives_at_the_same_heads(pairs: SimulatedP
 
 def test_steps_lower_the_loss_of_their_own_pairs(pairs: SimulatedPairs) -> None:
     torch.manual_seed(0)
-    stage, batch = HeadsStage(AlignmentHeads(), iterations=4), pairs.batch(0, 4)
-    optimizer = torch.optim.Adam(stage.groups(3e-3, 10.0))
+    stage, batch = HeadsStage(AlignmentHeads(), iterations=4), [pairs[k] for k in range(4)]
+    groups = zip(stage.groups(), (3e-3, 3e-2), strict=True)
+    optimizer = torch.optim.Adam([{"params": group, "lr": rate} for group, rate in groups])
     losses = []
     for _ in range(8):
         total = stage.loss(batch, torch.Generator()).total

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,10 +22,10 @@ from kfloc_ros.pixloc.reference import unet
 from kfloc_ros.pixloc.reference.cost import FeatureMap
 from kfloc_ros.pixloc.reference.model import PixLocConfig, PixLocModel, load_model
 from kfloc_ros.pixloc.reference.two_view import TwoViewLevel, TwoViewResult
+from kfloc_ros.training.loop import take_step, train, validate
 from kfloc_ros.training.pixloc_losses import gnnet_loss, two_view_loss
-from kfloc_ros.training.pixloc_samples import PairRule, PairSamples, initial_pose
-from kfloc_ros.training.pixloc_stages import GnNetStage, TwoViewStage
-from kfloc_ros.training.pixloc_trainer import PixLocTrainConfig, take_step, train_stage, validate
+from kfloc_ros.training.pixloc_samples import PairRule, PairSamples, initial_pose, together
+from kfloc_ros.training.pixloc_stages import GnNetStage, PixLocTrainConfig, TwoViewStage
 from kfloc_ros.training.validation import BEST_FILE, Best, hold_out, mean_figures
 
 WEIGHTS_FILE = "pixloc.safetensors"
@@ -95,10 +96,10 @@ RULE = PairRule(resize=160, crop=96, points=64, min_overlap=0.2)
 
 def test_pairs_are_right_and_repeatable(room) -> None:
     samples = PairSamples(room, RULE, seed=3)
-    one, again = samples.sample(5), samples.sample(5)
+    one, again = samples[5], samples[5]
     assert torch.equal(one.reference, again.reference) and torch.equal(one.points, again.points)
-    assert not torch.equal(one.points, samples.sample(6).points)
-    batch = samples.batch(5, 2)
+    assert not torch.equal(one.points, samples[6].points)
+    batch = together([samples[5], samples[6]])
     assert torch.equal(batch.query[:1], one.query) and batch.points.shape == (2, 64, 3)
     assert batch.reference.shape == (2, 3, 96, 96)
     # the same point has the same colour in both views
@@ -116,7 +117,7 @@ def test_pairs_are_right_and_repeatable(room) -> None:
 
 def test_a_source_without_overlap_is_named(room) -> None:
     with pytest.raises(SourceError, match="hardly a pair"):
-        PairSamples(room, replace(RULE, max_distance_m=1e-6)).sample(0)
+        PairSamples(room, replace(RULE, max_distance_m=1e-6))[0]
 
 
 def config(**changes: object) -> PixLocTrainConfig:
@@ -137,7 +138,7 @@ def run(kind: type, room: object, out: Path, **changes: object) -> PixLocModel:
     split = hold_out(room, c.validation_share)  # type: ignore[arg-type]
     held_out = None if split.held_out is None else PairSamples(split.held_out, c.rule(), c.seed)
     samples = PairSamples(split.training, c.rule(), c.seed)
-    train_stage(stage, samples, c, out, torch.device("cpu"), validation=held_out)
+    train(stage, samples, c, out, torch.device("cpu"), validation=held_out)
     return stage.model
 
 
@@ -189,7 +190,9 @@ def test_the_held_out_part_is_looked_at_and_the_best_is_kept(room, tmp_path: Pat
     kept = load_model(tmp_path / "parts" / "pixloc_best.safetensors")
     stage = TwoViewStage(kept)
     samples = PairSamples(split.held_out, config().rule(), 0)
-    again = validate(stage, samples, config(validation_pairs=2), torch.device("cpu"))
+    schedule = config(validation_pairs=2).schedule(stage)
+    with ThreadPoolExecutor(1) as workers:
+        again = validate(stage, samples, schedule, torch.device("cpu"), workers)
     assert again["validation/loss"] == pytest.approx(best["validation/loss"])
     assert model.training  # looking at the held-out part leaves the network as it was
 
@@ -197,7 +200,9 @@ def test_the_held_out_part_is_looked_at_and_the_best_is_kept(room, tmp_path: Pat
 def test_only_a_lower_loss_is_the_best(tmp_path: Path) -> None:
     best, weights = Best.of(tmp_path), tmp_path / "w.safetensors"
     for loss, kept in ((2.0, True), (2.0, False), (float("nan"), False), (1.0, True), (1.5, False)):
-        assert best.offer(loss, int(10 * loss) if loss == loss else 0, weights, lambda p: p.write_text("w")) is kept
+        step = int(10 * loss) if loss == loss else 0
+        assert best.offer(loss, step, {weights: "w"}, lambda path, name: path.write_text(name) and None) is kept
+    assert weights.read_text() == "w"
     assert (Best.of(tmp_path).loss, Best.of(tmp_path).step) == (1.0, 10)
     (tmp_path / BEST_FILE).write_text("no JSON")
     with pytest.raises(WeightsError, match="damaged"):

@@ -136,12 +136,12 @@ def test_pairs_of_megadepth_show_the_same_points(tmp_path: Path, room: Any) -> N
     parts = open_preprocessed("megadepth", tmp_path, RULE, 0, 0.1)
     assert parts.held_out is None
     for number in range(6):
-        pairs = parts.training.sample(number)
+        pairs = parts.training[number]
         assert pairs.reference.shape == (1, 3, 140, 140) and pairs.points.shape == (1, 64, 3)
         assert colour_difference(pairs) < 0.05 < 0.07 < colour_difference(pairs, roll=5)
     again = open_preprocessed("megadepth", tmp_path, RULE, 0, 0.1).training
-    assert torch.equal(again.sample(5).reference, pairs.reference)
-    assert not torch.equal(again.sample(6).points, pairs.points)
+    assert torch.equal(again[5].reference, pairs.reference)
+    assert not torch.equal(again[6].points, pairs.points)
 
 
 @pytest.mark.thorough
@@ -152,7 +152,7 @@ def test_pairs_of_cmu_show_the_same_points(tmp_path: Path, room: Any) -> None:
     assert parts.held_out is not None
     # of the overlaps, which are those of the nearest reference with the others, one pair is too far apart
     assert len(parts.training) == 1
-    pairs = parts.training.sample(0)
+    pairs = parts.training[0]
     assert torch.equal(pairs.T_init.matrix()[0], torch.eye(4).double())
     assert colour_difference(pairs) < 0.06 < colour_difference(pairs, roll=5)
 
@@ -227,9 +227,9 @@ def test_the_second_image_was_turned(tmp_path: Path, room: Any) -> None:
     overlap = np.full((4, 4), -1.0)
     overlap[0, 1] = 0.9
     path.write_bytes(pickle.dumps({**good, "overlap_matrix": overlap}))
-    assert colour_difference(open_preprocessed("megadepth", tmp_path, RULE, 0, 0.1).training.sample(0)) < 0.05
+    assert colour_difference(open_preprocessed("megadepth", tmp_path, RULE, 0, 0.1).training[0]) < 0.05
     shifted = [make_pose(so3_exp([0, 0.1, 0]), np.zeros(3)) @ np.vstack([np.c_[R, t], [0, 0, 0, 1]])
                for R, t in good["poses"]]  # fmt: skip
     poses = [good["poses"][0], *[(T[:3, :3], T[:3, 3]) for T in shifted[1:]]]
     path.write_bytes(pickle.dumps({**good, "overlap_matrix": overlap, "poses": poses}))
-    assert colour_difference(open_preprocessed("megadepth", tmp_path, RULE, 0, 0.1).training.sample(0)) > 0.05
+    assert colour_difference(open_preprocessed("megadepth", tmp_path, RULE, 0, 0.1).training[0]) > 0.05
