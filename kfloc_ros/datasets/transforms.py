@@ -18,6 +18,7 @@ from kfloc_ros.datasets.derived import stamps_with_gaps
 from kfloc_ros.datasets.posed_images import DepthFiles, PosedImage, PosedImages, image_size, inside, natural_key
 from kfloc_ros.errors import SourceError
 from kfloc_ros.geometry.camera import Camera
+from kfloc_ros.geometry.colmap import pixels_from_colmap
 from kfloc_ros.geometry.lie import make_pose
 from kfloc_ros.types import Matrix
 
@@ -91,7 +92,7 @@ def _camera(values: dict[str, Any], path: Path) -> Camera:
         fy = 0.5 * height / math.tan(0.5 * float(values["camera_angle_y"])) if "camera_angle_y" in values else fx
     else:
         raise SourceError("A transforms.json needs 'fl_x' or 'camera_angle_x'; without a focal length nothing fits.")
-    cx, cy = float(values.get("cx", width / 2)) - 0.5, float(values.get("cy", height / 2)) - 0.5
+    cx, cy = pixels_from_colmap((float(values.get("cx", width / 2)), float(values.get("cy", height / 2)))).tolist()
     fisheye = bool(values.get("is_fisheye")) or values.get("camera_model") == "OPENCV_FISHEYE"
     names = ("k1", "k2", "k3", "k4") if fisheye else ("k1", "k2", "p1", "p2", "k3")
     distortion = tuple(float(values.get(name, 0.0)) for name in names)
