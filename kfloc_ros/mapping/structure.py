@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kfloc_ros.datasets.colmap import MIN_TRACK_LENGTH, camera_of
-from kfloc_ros.datasets.tum import CALIBRATION_FILE, write_calibration
+from kfloc_ros.datasets.posed_images import CALIBRATION_FILE, write_calibration
 from kfloc_ros.errors import SourceError
 from kfloc_ros.features.backbone import Backbone
 from kfloc_ros.frames import FrameSource
