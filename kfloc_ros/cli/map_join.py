@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``kfloc map update|merge|migrate``: more of a place in one map, and an older map in the present format."""
+"""``kfloc map update|merge|migrate``: more of a place in one map, and the format version of a map."""
 
 from __future__ import annotations
 
@@ -59,10 +59,13 @@ def add_join(actions: Any) -> None:
     _add_common(merge, "OTHER's poses")
     merge.set_defaults(run_action=run_merge)
 
-    migrate = actions.add_parser("migrate", help="write a map or a place of an older format version in the present one")
+    migrate = actions.add_parser("migrate", help="bring a map or a place to the present format version")
     migrate.add_argument("map", metavar="MAP", help="map folder, or name of an installed map")
     migrate.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="map folder to write; MAP itself with --force"
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="map folder to write, if there is anything to migrate; MAP itself with --force",
     )
     migrate.add_argument("--force", action="store_true", help="replace an existing map")
     migrate.set_defaults(run_action=run_migrate)
@@ -158,19 +161,12 @@ def run_merge(args: argparse.Namespace) -> int:
 
 
 def run_migrate(args: argparse.Namespace) -> int:
-    """``kfloc map migrate``."""
-    from kfloc_ros.mapping.place_editing import migrate_place
-    from kfloc_ros.maps.format import NEWEST, read_description, resolve_map
-    from kfloc_ros.maps.place import Place, load_map
+    """``kfloc map migrate``: versions before the present one are refused when read, so that nothing is left to do."""
+    from kfloc_ros.maps.format import read_description, resolve_map
 
     folder = resolve_map(args.map)
-    old, known = read_description(folder), load_map(folder)
-    if isinstance(known, Place):
-        migrate_place(known, args.out, overwrite=args.force)
-        print(f"'{args.out}' and its {len(known.submaps)} submaps have the present format.")
-        return 0
-    known.save(args.out, overwrite=args.force)
-    print(f"'{args.out}' has format version {NEWEST[old['format']]} (before: {old['version']}).")
+    version = read_description(folder)["version"]
+    print(f"'{folder}' has format version {version}, the present one: there is nothing to migrate.")
     return 0
 
 

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from kfloc_ros.datasets.derived import stamps_with_gaps
 from kfloc_ros.datasets.posed_images import PosedImage, PosedImages, inside, natural_key
-from kfloc_ros.errors import SourceError
+from kfloc_ros.errors import FrameError, SourceError
 from kfloc_ros.geometry.camera import Camera
+from kfloc_ros.geometry.colmap import camera_from_colmap, pixels_from_colmap
 from kfloc_ros.geometry.lie import inverse_pose, make_pose
 
 MODEL_FOLDERS = ("", "sparse/0", "sparse", "colmap/sparse/0", "model")
@@ -97,34 +98,15 @@ def is_model(folder: Path) -> bool:
 
 
 def camera_of(camera: Any) -> Camera:
-    """A COLMAP camera, whose pixel centres are at .5, as one whose centres are whole numbers.
+    """The camera of a ``pycolmap.Camera``.
 
     Raises:
-        SourceError: its distortion has no equal in ``CameraInfo``.
+        SourceError: its lens model has no equal here, or its values are no camera's.
     """
-    values = [float(value) for value in camera.params]
-    layouts: dict[str, tuple[int, str, tuple[int, ...]]] = {
-        # focal lengths, distortion model, and where each of its coefficients is (-1: zero)
-        "SIMPLE_PINHOLE": (1, "none", ()),
-        "PINHOLE": (2, "none", ()),
-        "SIMPLE_RADIAL": (1, "plumb_bob", (3, -1, -1, -1, -1)),
-        "RADIAL": (1, "plumb_bob", (3, 4, -1, -1, -1)),
-        "OPENCV": (2, "plumb_bob", (4, 5, 6, 7, -1)),
-        "FULL_OPENCV": (2, "rational_polynomial", (4, 5, 6, 7, 8, 9, 10, 11)),
-        "OPENCV_FISHEYE": (2, "equidistant", (4, 5, 6, 7)),
-        "SIMPLE_RADIAL_FISHEYE": (1, "equidistant", (3, -1, -1, -1)),
-        "RADIAL_FISHEYE": (1, "equidistant", (3, 4, -1, -1)),
-    }
-    kind = camera.model.name
-    if kind not in layouts:
-        raise SourceError(f"The COLMAP camera model {kind} is not supported; known: {', '.join(layouts)}.")
-    focal, model, places = layouts[kind]
-    fx, fy = values[0], values[focal - 1]
-    cx, cy = values[focal : focal + 2]
-    distortion = tuple(values[place] if place >= 0 else 0.0 for place in places)
-    if not any(distortion):
-        model, distortion = "none", ()
-    return Camera(int(camera.width), int(camera.height), fx, fy, cx - 0.5, cy - 0.5, model, distortion)
+    try:
+        return camera_from_colmap(camera)
+    except FrameError as error:
+        raise SourceError(str(error)) from error
 
 
 def _pose(cam_from_world: Any) -> NDArray[np.float64]:
@@ -137,7 +119,7 @@ def _visible_points(image: Any, model: Any, camera: Camera) -> NDArray[np.float6
     seen = [p for p in image.points2D if p.has_point3D()]
     tracks = [model.points3D[p.point3D_id] for p in seen]
     keep = [i for i, point in enumerate(tracks) if point.track.length() >= MIN_TRACK_LENGTH]
-    pixels = np.array([seen[i].xy for i in keep], dtype=np.float64).reshape(-1, 2) - 0.5
+    pixels = pixels_from_colmap([seen[i].xy for i in keep]).reshape(-1, 2)
     points = np.array([tracks[i].xyz for i in keep], dtype=np.float64).reshape(-1, 3)
     matrix = np.asarray(image.cam_from_world().matrix(), dtype=np.float64)
     local = points @ matrix[:, :3].T + matrix[:, 3]

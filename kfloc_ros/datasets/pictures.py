@@ -11,8 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kfloc_ros.datasets.derived import FRAME_PERIOD_NS
-from kfloc_ros.datasets.posed_images import PosedImage, PosedImages, natural_key
-from kfloc_ros.datasets.tum import CALIBRATION_FILE, read_calibration
+from kfloc_ros.datasets.posed_images import CALIBRATION_FILE, PosedImage, PosedImages, natural_key, read_calibration
 from kfloc_ros.errors import SourceError
 from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import Camera
@@ -27,8 +26,8 @@ GUESSED_FOCAL = 1.2
 class ImageFolder(PosedImages):
     """The images of one folder, by name, taken with one camera.
 
-    The camera is that of ``camera.txt`` (``width height fx fy cx cy``, then no or 4 or 5 distortion coefficients);
-    without that file it is a guess, which structure from motion replaces.
+    The camera is that of ``camera.txt`` (see :func:`~kfloc_ros.datasets.posed_images.read_calibration`); without that
+    file it is a guess, which structure from motion replaces.
 
     Raises:
         SourceError: no image, or a damaged ``camera.txt``.

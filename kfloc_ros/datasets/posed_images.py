@@ -16,10 +16,12 @@ from numpy.typing import NDArray
 
 from kfloc_ros.datasets.depth import register_depth
 from kfloc_ros.datasets.derived import recordings
-from kfloc_ros.errors import SourceError
+from kfloc_ros.errors import FrameError, SourceError
 from kfloc_ros.frames import FrameSource
-from kfloc_ros.geometry.camera import Camera, ImageAdapter
+from kfloc_ros.geometry.camera import DISTORTION_LENGTHS, Camera, ImageAdapter, known_coefficients
 from kfloc_ros.types import Frame, Matrix
+
+CALIBRATION_FILE = "camera.txt"
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,6 +133,42 @@ class PosedImages(FrameSource):
         if depth_m.shape != size[::-1]:
             depth_m = np.asarray(cv2.resize(depth_m, size, interpolation=cv2.INTER_NEAREST), dtype=np.float32)
         return depth_m
+
+
+def read_calibration(path: Path) -> Camera:
+    """Return the camera of a ``camera.txt``: ``width height fx fy cx cy`` and the distortion, on one line.
+
+    The distortion is nothing, 4 or 5 coefficients of ``plumb_bob`` or 8 of ``rational_polynomial``, or one of these
+    names, or ``equidistant``, and its coefficients; zeros beyond them are left out.
+
+    Raises:
+        SourceError: the file is not such a line, or its numbers are no camera's.
+    """
+    try:
+        words = path.read_text(encoding="utf-8").split()
+        numbers = [float(word) for word in words[:6]]
+        named = words[6:7] if words[6:7] and words[6] in DISTORTION_LENGTHS else []
+        values = [float(word) for word in words[6 + len(named) :]]
+        if len(numbers) != 6 or not all(side.is_integer() for side in numbers[:2]):
+            raise ValueError("the size of the image and four intrinsics are needed")
+        model = named[0] if named else "plumb_bob" if not any(values[5:]) else "rational_polynomial"
+        if not values and model == "plumb_bob":
+            model = "none"
+        width, height, fx, fy, cx, cy = numbers
+        return Camera(int(width), int(height), fx, fy, cx, cy, model, known_coefficients(model, values))
+    except (OSError, ValueError, FrameError) as error:
+        raise SourceError(
+            f"'{path}' is not 'width height fx fy cx cy' and distortion (none, 4, 5 or 8 coefficients, or a model's "
+            f"name and its coefficients): {error}"
+        ) from error
+
+
+def write_calibration(path: Path, camera: Camera) -> None:
+    """Write a ``camera.txt`` that :func:`read_calibration` reads as the same camera."""
+    values = " ".join(map(repr, (camera.fx, camera.fy, camera.cx, camera.cy)))
+    name = "" if camera.distortion_model in ("none", "plumb_bob") else f" {camera.distortion_model}"
+    lens = "".join(f" {value!r}" for value in camera.distortion)
+    path.write_text(f"{camera.width} {camera.height} {values}{name}{lens}\n", encoding="utf-8")
 
 
 def natural_key(name: str) -> list[tuple[int, int, str]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ import numpy as np
 from kfloc_ros.datasets.derived import stamps_with_gaps
 from kfloc_ros.datasets.posed_images import DepthFiles, PosedImage, PosedImages, image_size, inside, natural_key
 from kfloc_ros.errors import SourceError
-from kfloc_ros.geometry.camera import Camera
+from kfloc_ros.geometry.camera import DISTORTION_LENGTHS, Camera
+from kfloc_ros.geometry.colmap import pixels_from_colmap
 from kfloc_ros.geometry.lie import make_pose
 from kfloc_ros.types import Matrix
 
@@ -25,6 +27,20 @@ FILE_NAME = "transforms.json"
 OPENCV_FROM_OPENGL = np.diag([1.0, -1.0, -1.0, 1.0])
 IMAGE_ENDINGS = ("", ".png", ".jpg", ".jpeg", ".JPG", ".PNG")
 DEFAULT_DEPTH_UNIT_M = 1e-3
+LENSES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "SIMPLE_PINHOLE": ("none", ()),
+    "PINHOLE": ("none", ()),
+    "SIMPLE_RADIAL": ("plumb_bob", ("k1",)),
+    "RADIAL": ("plumb_bob", ("k1", "k2")),
+    "OPENCV": ("plumb_bob", ("k1", "k2", "p1", "p2", "k3")),
+    "FULL_OPENCV": ("rational_polynomial", ("k1", "k2", "p1", "p2", "k3", "k4", "k5", "k6")),
+    "SIMPLE_RADIAL_FISHEYE": ("equidistant", ("k1",)),
+    "RADIAL_FISHEYE": ("equidistant", ("k1", "k2")),
+    "OPENCV_FISHEYE": ("equidistant", ("k1", "k2", "k3", "k4")),
+}
+"""Names of ``camera_model``, and the distortion model and the keys of its coefficients that each stands for."""
+LENS_KEY = re.compile(r"(k|p|s|b)\d|ftheta_\w+|latlong|ortho\w*|equirect\w*|skew")
+"""Keys that say something about a lens; those that a model does not have may only be zero or false."""
 
 
 class TransformsFile(PosedImages):
@@ -32,7 +48,8 @@ class TransformsFile(PosedImages):
 
     Args:
         path: the file, or the folder with it.
-        depth: read the depth images that frames name in ``depth_file_path``.
+        depth: read the depth images that frames name in ``depth_file_path`` (nerfstudio) or ``depth_path``
+            (instant-ngp).
 
     Raises:
         SourceError: the file is missing or damaged, or an image that it names is.
@@ -51,7 +68,7 @@ class TransformsFile(PosedImages):
         try:
             frames = sorted(content["frames"], key=lambda frame: natural_key(str(frame["file_path"])))
             stamps = stamps_with_gaps([Path(frame["file_path"]).parent for frame in frames])
-            unit_m = float(content.get("depth_unit_scale_factor", DEFAULT_DEPTH_UNIT_M))
+            unit_m = _depth_unit_m(content)
             images = [_image(path.parent, content, frame, stamp) for frame, stamp in zip(frames, stamps, strict=True)]
         except (KeyError, TypeError, ValueError) as error:
             raise SourceError(
@@ -61,12 +78,29 @@ class TransformsFile(PosedImages):
         super().__init__(path.resolve().parent.name, images, depth=DepthFiles(unit_m) if depth else None)
 
 
+def _depth_unit_m(content: dict[str, Any]) -> float:
+    """Lengths of the file's world per count: nerfstudio's ``depth_unit_scale_factor`` or instant-ngp's scale.
+
+    Raises:
+        SourceError: it is not given where instant-ngp's depth images need it, or is no positive number.
+    """
+    if "integer_depth_scale" in content:
+        unit_m = float(content["integer_depth_scale"])
+    elif any(isinstance(frame, dict) and frame.get("depth_path") for frame in content["frames"]):
+        raise SourceError("A transforms.json with 'depth_path' needs 'integer_depth_scale', the length of one count.")
+    else:
+        unit_m = float(content.get("depth_unit_scale_factor", DEFAULT_DEPTH_UNIT_M))
+    if not (math.isfinite(unit_m) and unit_m > 0):
+        raise SourceError(f"The length of one count of depth in a transforms.json must be positive, got {unit_m}.")
+    return unit_m
+
+
 def _image(folder: Path, content: dict[str, Any], frame: dict[str, Any], stamp_ns: int) -> PosedImage:
     name = str(frame["file_path"])
     found = [p for p in (inside(folder, name + ending) for ending in IMAGE_ENDINGS) if p.is_file()]
     if not found:
         raise SourceError(f"The image '{folder / name}' is missing.")
-    depth = frame.get("depth_file_path")
+    depth = frame.get("depth_file_path") or frame.get("depth_path")
     return PosedImage(
         path=found[0],
         name=Path(name).as_posix().removeprefix("./"),
@@ -91,13 +125,34 @@ def _camera(values: dict[str, Any], path: Path) -> Camera:
         fy = 0.5 * height / math.tan(0.5 * float(values["camera_angle_y"])) if "camera_angle_y" in values else fx
     else:
         raise SourceError("A transforms.json needs 'fl_x' or 'camera_angle_x'; without a focal length nothing fits.")
-    cx, cy = float(values.get("cx", width / 2)) - 0.5, float(values.get("cy", height / 2)) - 0.5
-    fisheye = bool(values.get("is_fisheye")) or values.get("camera_model") == "OPENCV_FISHEYE"
-    names = ("k1", "k2", "k3", "k4") if fisheye else ("k1", "k2", "p1", "p2", "k3")
-    distortion = tuple(float(values.get(name, 0.0)) for name in names)
-    if not any(distortion) and not fisheye:
-        return Camera(width, height, fx, fy, cx, cy)
-    return Camera(width, height, fx, fy, cx, cy, "equidistant" if fisheye else "plumb_bob", distortion)
+    cx, cy = pixels_from_colmap((float(values.get("cx", width / 2)), float(values.get("cy", height / 2)))).tolist()
+    return Camera(width, height, fx, fy, cx, cy, *_lens(values))
+
+
+def _lens(values: dict[str, Any]) -> tuple[str, tuple[float, ...]]:
+    """Distortion model and coefficients; without a model's name there is none but what the coefficients say."""
+    fisheye = bool(values.get("is_fisheye"))
+    name = str(values.get("camera_model") or ("OPENCV_FISHEYE" if fisheye else "OPENCV"))
+    if name not in LENSES:
+        raise SourceError(
+            f"The camera_model '{name}' of a transforms.json is not supported; known: {', '.join(LENSES)}. Undistort "
+            "the images to a pinhole camera first."
+        )
+    model, keys = LENSES[name]
+    if fisheye and model != "equidistant":
+        raise SourceError(f"A transforms.json says is_fisheye and the camera_model '{name}', which is no fisheye.")
+    if unknown := sorted(key for key in values if LENS_KEY.fullmatch(key) and key not in keys and values[key]):
+        raise SourceError(
+            f"A transforms.json has {', '.join(unknown)}, which the camera_model '{name}' does not have; such a lens "
+            "is not supported. Undistort the images to a pinhole camera first."
+        )
+    if fisheye and "fl_x" not in values:
+        raise SourceError("A transforms.json with is_fisheye needs 'fl_x': an angle of view does not tell it.")
+    distortion = [float(values.get(key, 0.0)) for key in keys]
+    if model != "equidistant" and not any(distortion):
+        return "none", ()
+    shortest = min(DISTORTION_LENGTHS[model])
+    return model, (*distortion, *[0.0] * (shortest - len(distortion)))
 
 
 def _pose(rows: Any, name: str) -> Matrix:

@@ -7,7 +7,14 @@ import re
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
-from kfloc_ros.datasets.posed_images import DepthFiles, PosedImage, PosedImages, inside
+from kfloc_ros.datasets.posed_images import (
+    CALIBRATION_FILE,
+    DepthFiles,
+    PosedImage,
+    PosedImages,
+    inside,
+    read_calibration,
+)
 from kfloc_ros.errors import SourceError
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import make_pose, quaternion_to_matrix
@@ -15,7 +22,6 @@ from kfloc_ros.messages.transforms import PoseTrack, nearest_stamp
 
 DEPTH_UNIT_M = 1 / 5000
 DEPTH_TOLERANCE_NS = 20_000_000
-CALIBRATION_FILE = "camera.txt"
 
 CAMERAS = {
     "1": Camera(640, 480, 517.3, 516.5, 318.6, 255.3, "plumb_bob", (0.2624, -0.9531, -0.0054, 0.0026, 1.1633)),
@@ -28,8 +34,8 @@ CAMERAS = {
 class TumSequence(PosedImages):
     """One sequence. The poses are the colour camera's; they are interpolated at the images' stamps.
 
-    The camera is that of ``camera.txt`` (``width height fx fy cx cy``, then no or 4 or 5 distortion coefficients)
-    or, without that file, the benchmark's own by ``freiburg1``, ``freiburg2`` or ``freiburg3`` in the folder's name.
+    The camera is that of ``camera.txt`` (:func:`~kfloc_ros.datasets.posed_images.read_calibration`) or, without that
+    file, the benchmark's own by ``freiburg1``, ``freiburg2`` or ``freiburg3`` in the folder's name.
 
     Raises:
         SourceError: a list is missing or damaged, or the camera is not known.
@@ -59,27 +65,6 @@ def _camera(root: Path) -> Camera:
             f"Put a file {CALIBRATION_FILE} with 'width height fx fy cx cy' and the distortion there."
         )
     return CAMERAS[match[1]]
-
-
-def read_calibration(path: Path) -> Camera:
-    """The camera of a ``camera.txt``.
-
-    Raises:
-        SourceError: it is not one line of ``width height fx fy cx cy`` and the distortion.
-    """
-    try:
-        width, height, *rest = (float(word) for word in path.read_text(encoding="utf-8").split())
-        fx, fy, cx, cy, *distortion = rest
-    except ValueError as error:
-        raise SourceError(f"'{path}' is not 'width height fx fy cx cy' and distortion: {error}") from error
-    model = "plumb_bob" if distortion else "none"
-    return Camera(int(width), int(height), fx, fy, cx, cy, model, tuple(distortion))
-
-
-def write_calibration(path: Path, camera: Camera) -> None:
-    """Write a ``camera.txt`` that :func:`read_calibration` reads as the same camera."""
-    values = (camera.fx, camera.fy, camera.cx, camera.cy, *camera.distortion)
-    path.write_text(f"{camera.width} {camera.height} {' '.join(map(repr, values))}\n", encoding="utf-8")
 
 
 def _rows(path: Path) -> list[list[str]]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import cv2
@@ -19,6 +20,16 @@ DISTORTION_LENGTHS: dict[str, tuple[int, ...]] = {
     "equidistant": (4,),
 }
 """Distortion models of ``sensor_msgs/CameraInfo`` and how many coefficients each takes."""
+
+
+def known_coefficients(model: str, coefficients: Sequence[float]) -> tuple[float, ...]:
+    """Return the coefficients that a distortion model has: zeros beyond them say nothing and are left out.
+
+    Drivers and tools pad with zeros, for example plumb_bob to 8 and rational_polynomial to 12 or 14. Of an unknown
+    model, or with another value than zero beyond its coefficients, all are returned, and :class:`Camera` refuses them.
+    """
+    most = max(DISTORTION_LENGTHS.get(model, (len(coefficients),)))
+    return tuple(coefficients if any(coefficients[most:]) else coefficients[:most])
 
 
 @dataclass(frozen=True)
@@ -66,7 +77,8 @@ class Camera:
 
     @property
     def is_pinhole(self) -> bool:
-        return not any(self.distortion)
+        """True if pixels are linear in (x/z, y/z); an equidistant lens is none, whatever its coefficients are."""
+        return self.distortion_model != "equidistant" and not any(self.distortion)
 
     def pinhole(self) -> Camera:
         """The same camera without distortion."""

@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""COLMAP cameras to :class:`Camera` and back. Here, and only here, are its pixel centres at .5 made whole numbers."""
+"""COLMAP cameras and pixels to :class:`Camera` and back: the one place that knows of its pixel centres at .5."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
 from kfloc_ros.errors import FrameError
 from kfloc_ros.geometry.camera import Camera
 
+PIXEL_SHIFT = 0.5
+"""COLMAP's pixel (0, 0) is the corner of the top-left pixel; here it is that pixel's centre."""
 _ZERO = -1
 
 _LAYOUTS: dict[str, tuple[int, str, tuple[int, ...]]] = {
@@ -24,6 +29,16 @@ _LAYOUTS: dict[str, tuple[int, str, tuple[int, ...]]] = {
     "RADIAL_FISHEYE": (1, "equidistant", (3, 4, _ZERO, _ZERO)),
 }
 COLMAP_MODELS = tuple(_LAYOUTS)
+
+
+def pixels_from_colmap(xy: ArrayLike) -> NDArray[np.float64]:
+    """Return pixels (..., 2) whose centres are whole numbers, given COLMAP's, whose centres are at .5."""
+    return np.asarray(xy, dtype=np.float64) - PIXEL_SHIFT
+
+
+def pixels_to_colmap(uv: ArrayLike) -> NDArray[np.float64]:
+    """Return COLMAP's pixels (..., 2), whose centres are at .5, given pixels whose centres are whole numbers."""
+    return np.asarray(uv, dtype=np.float64) + PIXEL_SHIFT
 
 
 def camera_from_parameters(model: str, width: int, height: int, parameters: Sequence[float]) -> Camera:
@@ -43,7 +58,9 @@ def camera_from_parameters(model: str, width: int, height: int, parameters: Sequ
     distortion = tuple(0.0 if place == _ZERO else values[place] for place in places)
     if kind != "equidistant" and not any(distortion):
         kind, distortion = "none", ()
-    return Camera(int(width), int(height), values[0], values[focal - 1], cx - 0.5, cy - 0.5, kind, distortion)
+    return Camera(
+        int(width), int(height), values[0], values[focal - 1], cx - PIXEL_SHIFT, cy - PIXEL_SHIFT, kind, distortion
+    )
 
 
 def camera_from_colmap(camera: Any) -> Camera:
@@ -61,7 +78,7 @@ def camera_from_colmap(camera: Any) -> Camera:
 
 def camera_to_colmap(camera: Camera) -> tuple[str, list[float]]:
     """Name and parameters of the COLMAP model that says the same as a camera."""
-    fx, fy, cx, cy = camera.fx, camera.fy, camera.cx + 0.5, camera.cy + 0.5
+    fx, fy, cx, cy = camera.fx, camera.fy, camera.cx + PIXEL_SHIFT, camera.cy + PIXEL_SHIFT
     d = camera.distortion
     if camera.distortion_model == "equidistant":
         return "OPENCV_FISHEYE", [fx, fy, cx, cy, *d]

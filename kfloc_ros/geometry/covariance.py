@@ -53,7 +53,11 @@ def move_covariance(covariance: Matrix, T_map_camera: Matrix, T_camera_body: Mat
     return np.asarray(A @ covariance @ A.T)
 
 
-def pose_error(T_true: Matrix, T_estimate: Matrix) -> Matrix:
-    """(6,) error in the tangent space of the covariance: t_true = t + dt, R_true = Exp(dr) R."""
-    dR = T_true[:3, :3] @ T_estimate[:3, :3].T
-    return np.concatenate([T_true[:3, 3] - T_estimate[:3, 3], so3_log(dR)])
+def pose_tangent_error(estimate: Matrix, truth: Matrix) -> Matrix:
+    """Return the error (dt, dr), (6,), of a pose in the tangent space of its covariance.
+
+    Both poses are ``T_map_camera`` (4, 4); dt in metres and dr in radians are what the estimate lacks:
+    t_truth = t_estimate + dt, R_truth = Exp(dr) R_estimate.
+    """
+    dR = truth[:3, :3] @ estimate[:3, :3].T
+    return np.concatenate([truth[:3, 3] - estimate[:3, 3], so3_log(dR)])

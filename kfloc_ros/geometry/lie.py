@@ -111,20 +111,18 @@ def so3_exp_torch(v: torch.Tensor) -> torch.Tensor:
 
 
 JUMP_M = 0.5
-
-
 JUMP_DEG = 30.0
-"""Two poses that follow each other and are further apart than either are not of one motion."""
+"""Limits between poses that follow each other; a pose beyond one of them is not of the same motion."""
 
 
 def jumped(before: Matrix, after: Matrix) -> bool:
-    """Whether two poses that should be close are not."""
+    """Return true if two poses (4, 4) that follow each other are too far apart to be of one motion."""
     moved = inverse_pose(before) @ after
     return float(np.linalg.norm(moved[:3, 3])) > JUMP_M or rotation_angle_deg(moved[:3, :3]) > JUMP_DEG
 
 
-def apart(a: Matrix, b: Matrix, limit_m: float, limit_deg: float) -> bool:
-    """Whether two poses are further apart than either limit."""
+def is_farther(a: Matrix, b: Matrix, limit_m: float, limit_deg: float) -> bool:
+    """Return true if two poses (4, 4) are farther apart than one of two limits: in position, or in orientation."""
     return (
         float(np.linalg.norm(a[:3, 3] - b[:3, 3])) > limit_m or rotation_angle_deg(a[:3, :3].T @ b[:3, :3]) > limit_deg
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from kfloc_ros.geometry.covariance import pose_error
+from kfloc_ros.geometry.covariance import pose_tangent_error
 from kfloc_ros.geometry.lie import inverse_pose, rotation_angle_deg
 from kfloc_ros.types import Alignment, CoarsePose, FilterReport, PoseEstimate, TrackingState
 
@@ -60,7 +60,7 @@ def judge(
         if not apart:
             return replace(common, T_map_camera=alignment.T_map_camera, covariance=alignment.covariance)
         assert alignment.T_map_camera is not None and coarse.T_map_camera is not None
-        error = pose_error(coarse.T_map_camera, alignment.T_map_camera)
+        error = pose_tangent_error(alignment.T_map_camera, coarse.T_map_camera)
         both = alignment.covariance + np.outer(error, error)
         return replace(
             common, state=TrackingState.DEGRADED, reason=apart, T_map_camera=alignment.T_map_camera, covariance=both
@@ -86,7 +86,7 @@ def disagreement(alignment: Alignment, coarse: CoarsePose, settings: JudgementSe
     apart_m, apart_deg = float(np.linalg.norm(between[:3, 3])), rotation_angle_deg(between[:3, :3])
     if apart_m <= settings.max_disagreement_m and apart_deg <= settings.max_disagreement_deg:
         return ""
-    error = pose_error(alignment.T_map_camera, coarse.T_map_camera)
+    error = pose_tangent_error(coarse.T_map_camera, alignment.T_map_camera)
     if error @ np.linalg.solve(alignment.covariance + coarse.covariance, error) <= CHI2_6_999:
         return ""
     return f"the coarse and the refined pose are {apart_m:.2f} m and {apart_deg:.1f} deg apart, and both look right"

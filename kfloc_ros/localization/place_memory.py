@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kfloc_ros.geometry.lie import Matrix, apart
+from kfloc_ros.geometry.lie import Matrix, is_farther
 from kfloc_ros.localization.place_search import Found, Reach
 from kfloc_ros.types import Alignment
 
@@ -84,7 +84,7 @@ class PlaceMemory:
         if _way_m(last.T_place_camera, now.T_place_camera) > limit_m:
             self._leaning = None  # they cannot both be right
             return found.alignment
-        if apart(last.T_place_camera, now.T_place_camera, s.lean_apart_m, s.lean_apart_deg):
+        if is_farther(last.T_place_camera, now.T_place_camera, s.lean_apart_m, s.lean_apart_deg):
             return leaning
         return found.alignment  # the older one stays: there is more way from it
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kfloc_ros.geometry.covariance import pose_error
+from kfloc_ros.geometry.covariance import pose_tangent_error
 from kfloc_ros.geometry.lie import Matrix, inverse_pose, jumped, make_pose, rotation_angle_deg, so3_exp, so3_log
 from kfloc_ros.types import Alignment, CoarsePose
 
@@ -112,6 +112,6 @@ def agrees(alignment: Alignment, coarse: CoarsePose) -> bool:
         return False
     if alignment.T_map_camera is None or coarse.T_map_camera is None or coarse.covariance is None:
         return False
-    error = pose_error(alignment.T_map_camera, coarse.T_map_camera)
+    error = pose_tangent_error(coarse.T_map_camera, alignment.T_map_camera)
     covariance = coarse.covariance if alignment.covariance is None else coarse.covariance + alignment.covariance
     return bool(error @ np.linalg.solve(covariance, error) <= CHI2_6_999)

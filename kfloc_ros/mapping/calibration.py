@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from kfloc_ros.device import choose_device
 from kfloc_ros.features.backbone import Backbone
-from kfloc_ros.geometry.covariance import pose_error
+from kfloc_ros.geometry.covariance import pose_tangent_error
 from kfloc_ros.geometry.lie import Matrix, make_pose, so3_exp
 from kfloc_ros.kfnet.filter import FlowFunction
 from kfloc_ros.kfnet.flow import backward_flow
@@ -238,7 +238,7 @@ def _threshold(good: Sequence[float], wrong: Sequence[float]) -> float:
 def _is_good(T_true: Matrix, T: Matrix | None) -> bool:
     if T is None:
         return False
-    error = pose_error(T_true, T)
+    error = pose_tangent_error(T, T_true)
     return bool(np.linalg.norm(error[:3]) < GOOD_M and np.degrees(np.linalg.norm(error[3:])) < GOOD_DEG)
 
 
@@ -246,7 +246,7 @@ def mahalanobis(T_true: Matrix, T: Matrix | None, covariance: NDArray[np.float64
     """Squared Mahalanobis length of a pose error (the NEES)."""
     if T is None or covariance is None:
         return float("nan")
-    error = pose_error(T_true, T)
+    error = pose_tangent_error(T, T_true)
     return float(error @ np.linalg.solve(covariance, error))
 
 

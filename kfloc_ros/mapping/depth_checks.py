@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from kfloc_ros.geometry.lie import rotation_angle_deg
+from kfloc_ros.geometry.lie import is_farther
 from kfloc_ros.types import Frame, Matrix
 
 NO_POSE, NO_RIGID_POSE = "without a pose", "with a pose that is no rotation and place"
@@ -130,6 +130,5 @@ def _pose_fault(T: Matrix | None) -> str:
 def _jump(a: Frame, b: Frame) -> bool:
     assert a.T_map_camera is not None and b.T_map_camera is not None
     seconds = max(b.stamp_ns - a.stamp_ns, 0) / 1e9
-    moved_m = float(np.linalg.norm(b.T_map_camera[:3, 3] - a.T_map_camera[:3, 3]))
-    turned_deg = rotation_angle_deg(a.T_map_camera[:3, :3].T @ b.T_map_camera[:3, :3])
-    return moved_m > JUMP_M + JUMP_M_PER_S * seconds or turned_deg > JUMP_DEG + JUMP_DEG_PER_S * seconds
+    limits = JUMP_M + JUMP_M_PER_S * seconds, JUMP_DEG + JUMP_DEG_PER_S * seconds
+    return is_farther(a.T_map_camera, b.T_map_camera, *limits)

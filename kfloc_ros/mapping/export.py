@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 
 from kfloc_ros.errors import MapError
 from kfloc_ros.geometry.camera import Camera
+from kfloc_ros.geometry.colmap import camera_to_colmap, pixels_to_colmap
 from kfloc_ros.geometry.lie import Matrix, inverse_pose
 from kfloc_ros.maps.files import appearing, appearing_file
 from kfloc_ros.maps.place import AnyMap, each_map
+from kfloc_ros.messages.clouds import ply_bytes
 
-COLMAP_PIXEL_SHIFT = 0.5
-"""COLMAP's pixel (0, 0) is the corner of the top-left pixel, here it is its centre."""
 GREY = 128
 ERROR_UNKNOWN = -1.0
 
@@ -37,8 +37,9 @@ def export_colmap(known: AnyMap, folder: Path) -> Path:
     try:
         with appearing(folder.absolute()) as temporary:
             c = known.camera
-            centre = f"{c.cx + COLMAP_PIXEL_SHIFT!r} {c.cy + COLMAP_PIXEL_SHIFT!r}"
-            (temporary / "cameras.txt").write_text(f"1 PINHOLE {c.width} {c.height} {c.fx!r} {c.fy!r} {centre}\n")
+            model, parameters = camera_to_colmap(c)
+            line = f"1 {model} {c.width} {c.height} {' '.join(map(repr, parameters))}\n"
+            (temporary / "cameras.txt").write_text(line)
             with (temporary / "images.txt").open("w") as images, (temporary / "points3D.txt").open("w") as points:
                 for image_line, observations, point_lines in _colmap_lines(known):
                     images.write(f"{image_line}\n{observations}\n")
@@ -56,13 +57,8 @@ def export_ply(known: AnyMap, path: Path) -> Path:
     """
     views = (view for _, part in each_map(known) for view in part.references.views)
     rows = [np.c_[view.points.cpu().numpy(), view.confidence.cpu().numpy()] for view in views]
-    table = np.concatenate(rows).astype("<f4")
-    properties = "".join(f"property float {name}\n" for name in ("x", "y", "z", "confidence"))
-    header = (
-        f"ply\nformat binary_little_endian 1.0\ncomment frame {_one_line(known.frame_id)}, metres\n"
-        f"element vertex {len(table)}\n{properties}end_header\n"
-    )
-    return write_new_file(path, header.encode("ascii", "replace") + table.tobytes())
+    table = np.concatenate(rows).astype("<f4").view([(name, "<f4") for name in ("x", "y", "z", "confidence")])[:, 0]
+    return write_new_file(path, ply_bytes(table, f"frame {known.frame_id}"))
 
 
 def write_new_file(path: Path, data: bytes) -> Path:
@@ -92,7 +88,7 @@ def _colmap_lines(known: AnyMap) -> Iterator[tuple[str, str, list[str]]]:
     for number, (name, T, view) in enumerate(views, start=1):
         T_camera_map = inverse_pose(T)
         points = view.points.cpu().double().numpy()
-        pixels = _project(points, T_camera_map, known.camera) + COLMAP_PIXEL_SHIFT
+        pixels = pixels_to_colmap(_project(points, T_camera_map, known.camera))
         pose = " ".join(repr(float(v)) for v in (*quaternion_wxyz(T_camera_map[:3, :3]), *T_camera_map[:3, 3]))
         numbers = range(first, first + len(points))
         observations = " ".join(f"{u:.3f} {v:.3f} {k}" for (u, v), k in zip(pixels, numbers, strict=True))
@@ -127,7 +123,3 @@ def quaternion_wxyz(R: NDArray[np.float64]) -> NDArray[np.float64]:
     )
     q = np.linalg.eigh(K)[1][:, -1]
     return np.asarray(q if q[0] >= 0 else -q)
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())

@@ -131,26 +131,6 @@ def crop_place(
     return write_place(parts, out, name=place.name, overwrite=overwrite)
 
 
-def migrate_place(place: Place, out: Path, *, overwrite: bool = False) -> Place:
-    """The place with every submap written in the present format.
-
-    Raises:
-        MapError: a submap is damaged, or the place cannot be written.
-    """
-
-    def anew(number: int) -> Part:
-        said = place.submaps[number]
-
-        def write(to: Path) -> None:
-            place.load_submap(number)  # refuses another map in its place
-            SceneMap.load(place.folder(number)).save(to)
-
-        return Part(said.name, said.T_place_submap, write)
-
-    parts = [anew(number) for number in range(len(place.submaps))]
-    return write_place(parts, out, name=place.name, overwrite=overwrite)
-
-
 def _found_in(place: Place, source: FrameSource, positions: Sequence[int], device: str) -> list[int]:
     """Submaps in which some frames are found, each frame for itself."""
     localizer = PlaceLocalizer(place, LocalizerConfig(device=device))

@@ -15,11 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kfloc_ros.datasets.colmap import MIN_TRACK_LENGTH, camera_of
-from kfloc_ros.datasets.tum import CALIBRATION_FILE, write_calibration
+from kfloc_ros.datasets.posed_images import CALIBRATION_FILE, write_calibration
 from kfloc_ros.errors import SourceError
 from kfloc_ros.features.backbone import Backbone
 from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import Camera, ImageAdapter
+from kfloc_ros.geometry.colmap import camera_to_colmap
 from kfloc_ros.geometry.lie import Matrix, inverse_pose, make_pose
 from kfloc_ros.mapping.structure_scale import KnownLength, ReconstructedSource, metres_per_unit, similar_pairs
 
@@ -120,10 +121,11 @@ def _solve(
     pycolmap.logging.minloglevel = max(pycolmap.logging.minloglevel, LOG_ERRORS)
     database, models = folder / "database.db", folder / "models"
     reader = pycolmap.ImageReaderOptions()
-    reader.camera_model = "SIMPLE_RADIAL" if source.camera_is_guess else "PINHOLE"
-    if not source.camera_is_guess:
-        camera = source.camera.pinhole()
-        reader.camera_params = f"{camera.fx},{camera.fy},{camera.cx + 0.5},{camera.cy + 0.5}"
+    if source.camera_is_guess:
+        reader.camera_model = "SIMPLE_RADIAL"
+    else:
+        reader.camera_model, parameters = camera_to_colmap(source.camera.pinhole())
+        reader.camera_params = ",".join(map(str, parameters))
     on_progress("finding features", 0.0)
     pycolmap.extract_features(database, images, camera_mode=pycolmap.CameraMode.SINGLE, reader_options=reader)
     on_progress("matching", 0.0)

@@ -131,6 +131,7 @@ def appearing_file(path: Path) -> Iterator[BinaryIO]:
 MAX_HEAD_WIDTH, MAX_HEAD_BLOCKS = 2048, 32
 FEATURE_STEPS = 127
 """Unit features are stored in one signed byte a channel; the rounding is far below the features' own noise."""
+STORED_TYPES = {"points": torch.float32, "coarse": torch.int8, "fine": torch.int8, "confidence": torch.float16}
 
 
 def head_size(heads: Sequence[SCoordNet]) -> dict[str, int]:
@@ -198,6 +199,8 @@ def unpack_references(tensors: Mapping[str, torch.Tensor]) -> ReferenceViews:
     for name, channels in shapes.items():
         if tuple(tensors[name].shape) != (total, *channels):
             raise ValueError(f"the references' {name} have the shape {tuple(tensors[name].shape)}")
+        if tensors[name].dtype != STORED_TYPES[name]:
+            raise ValueError(f"the references' {name} are stored as {tensors[name].dtype}, not {STORED_TYPES[name]}")
     counts = tensors["counts"].tolist()
     columns = {name: tensors[name].float() for name in ("points", "confidence")}
     columns |= {name: F.normalize(tensors[name].float(), dim=1) for name in ("coarse", "fine")}

@@ -20,12 +20,11 @@ from kfloc_ros.geometry.camera import Camera
 
 FORMAT = "kfloc_map"
 FORMAT_VERSION = 4
-"""Version 1 kept reference features in half precision; versions 1 and 2 hold one head, no ``min_inlier_ratio``; version
-3 was calibrated without the flow network. All are read."""
+"""Versions 1 to 3 were never released, and are refused."""
 PLACE_FORMAT = "kfloc_place"
 PLACE_VERSION = 1
-NEWEST = {FORMAT: FORMAT_VERSION, PLACE_FORMAT: PLACE_VERSION}
-"""What a ``map.yaml`` may describe, a map or a place of several (``place.py``), and the newest version that is read."""
+VERSIONS = {FORMAT: FORMAT_VERSION, PLACE_FORMAT: PLACE_VERSION}
+"""What a ``map.yaml`` may describe, a map or a place of several (``place.py``), and the version that is read."""
 DESCRIPTION = "map.yaml"
 HEAD_FILE = "scoordnet.safetensors"
 REFERENCES_FILE = "references.safetensors"
@@ -70,10 +69,10 @@ def read_description(folder: Path, *formats: str) -> dict[str, Any]:
 
     Args:
         folder: of the map.
-        formats: those of :data:`NEWEST` that will do; by default all.
+        formats: those of :data:`VERSIONS` that will do; by default all.
 
     Raises:
-        MapError: no such folder, not a map, unreadable, or of a newer format version.
+        MapError: no such folder, not a map, unreadable, or of another format version.
     """
     path = folder / DESCRIPTION
     try:
@@ -94,7 +93,7 @@ def read_description(folder: Path, *formats: str) -> dict[str, Any]:
     if not isinstance(description, dict):
         raise MapError(f"'{path}' does not describe a map of this package.")
     known = description.get("format")
-    if not isinstance(known, str) or known not in NEWEST:
+    if not isinstance(known, str) or known not in VERSIONS:
         raise MapError(f"'{path}' does not describe a map of this package.")
     if formats and known not in formats:
         if known == PLACE_FORMAT:
@@ -106,10 +105,13 @@ def read_description(folder: Path, *formats: str) -> dict[str, Any]:
     version = description.get("version")
     if not isinstance(version, int) or version < 1:
         raise MapError(f"'{path}' has no valid format version.")
-    if version > NEWEST[known]:
+    if version != VERSIONS[known]:
+        age, remedy = "newer", "Update kfloc_ros, or build the map again."
+        if version < VERSIONS[known]:
+            age, remedy = "older", f"Build the map again: `kfloc map build SOURCE --out {folder} --force`."
         raise MapError(
-            f"The map '{folder}' has format version {version}, newer than the {NEWEST[known]} that this installation "
-            "reads. Update kfloc_ros, or build the map again."
+            f"The map '{folder}' has format version {version}, {age} than the {VERSIONS[known]} that this installation "
+            f"reads. {remedy}"
         )
     return description
 

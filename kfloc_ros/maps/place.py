@@ -136,7 +136,7 @@ class Place:
         """Read a place's description and index, and none of its submaps.
 
         Raises:
-            MapError: missing, damaged, or of a newer format version; the message says which and what to do.
+            MapError: missing, damaged, or of another format version; the message says which and what to do.
         """
         folder = Path(folder)
         description = read_description(folder, PLACE_FORMAT)

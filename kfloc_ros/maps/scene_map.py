@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A map: what localization knows of one place. ``map_format.py`` and ``map_tensors.py`` say how it is stored."""
+"""A map: what localization knows of one place. ``format.py`` and ``files.py`` say how it is stored."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Calibration:
     """As ``process_scale``, for the flow of the network; None: the map was calibrated without it."""
     roughness: RoughnessScale | None = None
     """How the head's variance grows away from the mapped views; None: it does not. Kept beside the other numbers in
-    the file, so that installations from before it was there still read the map."""
+    the file."""
 
     def __post_init__(self) -> None:
         for item in fields(self):
@@ -151,7 +151,7 @@ class SceneMap:
         """Read a map folder and check it.
 
         Raises:
-            MapError: missing, damaged, or of a newer format version; the message says which and what to do.
+            MapError: missing, damaged, or of another format version; the message says which and what to do.
         """
         folder = Path(folder)
         description = read_description(folder, FORMAT)
@@ -197,6 +197,8 @@ def _described(calibration: Calibration) -> dict[str, Any]:
 
 def _calibration(description: Mapping[str, Any]) -> Calibration:
     roughness = RoughnessScale(**description[ROUGHNESS]) if ROUGHNESS in description else None
+    if missing := {item.name for item in fields(Calibration)} - {ROUGHNESS} - set(description["calibration"]):
+        raise ValueError(f"its calibration lacks {', '.join(sorted(missing))}")
     return Calibration(**description["calibration"], roughness=roughness)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Clouds to ``sensor_msgs/PointCloud2`` and back; imports nothing of ROS."""
+"""Clouds to ``sensor_msgs/PointCloud2`` and back, and tables of points as PLY; imports nothing of ROS."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from kfloc_ros.errors import FrameError
 FLOAT32 = 7
 """Number of the type in ``sensor_msgs/PointField``."""
 MAX_POINTS = 50_000_000
+PLY_TYPES = {"<f4": "float", "|u1": "uchar"}
+"""NumPy's names of the types of a table, and PLY's."""
 
 
 def fill_cloud(message: Any, cloud: Cloud, make_field: Callable[[], Any]) -> Any:
@@ -86,3 +88,16 @@ class Cloud:
     """(..., 3) RGB."""
     sigma_m: NDArray[np.float32] | None = None
     """(...) standard deviation per axis, where it is known."""
+
+
+def ply_bytes(table: NDArray[np.void], comment: str) -> bytes:
+    """Return a binary PLY file of a structured array (N,): one vertex a row, one property a field.
+
+    Args:
+        table: its fields are little-endian ``float32`` or ``uint8``, lengths in metres.
+        comment: one line for the header; line breaks become spaces, and what is not ASCII becomes ``?``.
+    """
+    properties = [f"property {PLY_TYPES[table.dtype[name].str]} {name}" for name in table.dtype.names or ()]
+    lines = ["ply", "format binary_little_endian 1.0", f"comment {' '.join(comment.split())}, metres"]
+    lines += [f"element vertex {len(table)}", *properties, "end_header", ""]
+    return "\n".join(lines).encode("ascii", "replace") + table.tobytes()

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from kfloc_ros.geometry.lie import Matrix, apart
+from kfloc_ros.geometry.lie import Matrix, is_farther
 from kfloc_ros.pixloc.refiner import failed_alignment
 from kfloc_ros.types import Alignment
 
@@ -115,13 +115,13 @@ def repeated(align: Callable[[Sequence[Matrix]], Alignment], first: Alignment) -
 def is_near(alignment: Alignment, expected: Matrix, settings: RelocalizationSettings) -> bool:
     """Whether an alignment is where the camera was expected."""
     T = alignment.T_map_camera
-    return T is not None and not apart(T, expected, settings.near_m, settings.near_deg)
+    return T is not None and not is_farther(T, expected, settings.near_m, settings.near_deg)
 
 
 def distinct(a: Alignment, b: Alignment, settings: RelocalizationSettings) -> bool:
     """Whether two alignments, which have poses, are of different places."""
     assert a.T_map_camera is not None and b.T_map_camera is not None
-    return apart(a.T_map_camera, b.T_map_camera, settings.distinct_m, settings.distinct_deg)
+    return is_farther(a.T_map_camera, b.T_map_camera, settings.distinct_m, settings.distinct_deg)
 
 
 def more_speak_for(other: NDArray[np.bool_], own: NDArray[np.bool_], settings: RelocalizationSettings) -> bool:

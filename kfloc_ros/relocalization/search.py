@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from kfloc_ros.features.backbone import BackboneFeatures
 from kfloc_ros.features.lighterglue import LighterGlue
 from kfloc_ros.geometry.camera import Camera
-from kfloc_ros.geometry.lie import Matrix, apart, inverse_pose, make_pose
+from kfloc_ros.geometry.lie import Matrix, inverse_pose, is_farther, make_pose
 from kfloc_ros.pixloc.references import ReferenceViews
 from kfloc_ros.relocalization.decision import RelocalizationSettings, choose, distinct, is_near, more_speak_for
 from kfloc_ros.relocalization.evidence import JUDGING_VIEWS, Align, Evidence
@@ -89,7 +89,7 @@ class Relocalizer:
         if agreement < (s.sure_agreement if expected is None else s.near_agreement):
             return f"only {100 * agreement:.0f} % of the image's matches agree with the alignment"
         assert alignment.T_map_camera is not None
-        if expected is not None and apart(alignment.T_map_camera, expected, s.plausible_m, s.plausible_deg):
+        if expected is not None and is_farther(alignment.T_map_camera, expected, s.plausible_m, s.plausible_deg):
             return "the alignment is not where the camera was going"
         return ""
 
@@ -131,7 +131,7 @@ class Relocalizer:
         # right more often than one by one: views from all around, if they show one place, fix a pose best
         further = self._starts.together(in_context, s.min_matched_inliers)
         for start in further + self._starts.of(in_context, s.min_matched_inliers):
-            if all(apart(start, T, s.same_start_m, s.same_start_deg) for T in starts):
+            if all(is_farther(start, T, s.same_start_m, s.same_start_deg) for T in starts):
                 starts.append(start)
                 found.append(evidence.aligned(start))
         near += evidence.improvements(near)  # now that there are more matches
@@ -215,7 +215,7 @@ class StartingPoses:
         chosen: list[Matrix] = []
         for place in sorted(self._supported(matches, min_inliers), key=lambda place: -place.support):
             near = (self._settings.same_start_m, self._settings.same_start_deg)
-            if all(apart(place.T_map_camera, T, *near) for T in chosen):
+            if all(is_farther(place.T_map_camera, T, *near) for T in chosen):
                 chosen.append(place.T_map_camera)
         return chosen[: self._settings.places]
 

@@ -13,7 +13,7 @@ from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import Matrix
 from kfloc_ros.mapping.picture import up_axis
 from kfloc_ros.maps.place import MapInfo
-from kfloc_ros.messages.clouds import Cloud
+from kfloc_ros.messages.clouds import Cloud, ply_bytes
 from kfloc_ros.types import SceneCoordinates
 from kfloc_ros.visualization.cells import Scale
 
@@ -184,12 +184,8 @@ def write_ply(path: Path, cloud: Cloud, comment: str = "") -> int:
         table[name] = cloud.colours.reshape(-1, 3)[finite, k]
     if cloud.sigma_m is not None:
         table["sigma"] = cloud.sigma_m.reshape(-1)[finite]
-    kinds = {"<f4": "float", "u1": "uchar"}
-    lines = ["ply", "format binary_little_endian 1.0", f"comment {' '.join(comment.split()) or 'kfloc'}, metres"]
-    lines += [f"element vertex {len(table)}", *(f"property {kinds[kind]} {name}" for name, kind in fields)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    header = "\n".join([*lines, "end_header", ""]).encode("ascii", "replace")
-    path.write_bytes(header + table.tobytes())
+    path.write_bytes(ply_bytes(table, comment.strip() or "kfloc"))
     return len(table)
 
 

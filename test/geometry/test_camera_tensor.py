@@ -13,7 +13,14 @@ import torch
 from kfloc_ros.errors import FrameError
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.camera_tensor import CameraTensor
-from kfloc_ros.geometry.colmap import COLMAP_MODELS, camera_from_colmap, camera_from_parameters, camera_to_colmap
+from kfloc_ros.geometry.colmap import (
+    COLMAP_MODELS,
+    camera_from_colmap,
+    camera_from_parameters,
+    camera_to_colmap,
+    pixels_from_colmap,
+    pixels_to_colmap,
+)
 from kfloc_ros.geometry.distortion import Distortion
 
 PARAMETERS = {
@@ -104,6 +111,8 @@ def test_cameras_of_other_programs() -> None:
     assert camera_from_colmap(row) == expected
     assert camera_from_colmap(row._asdict()) == expected
     assert (expected.cx, expected.cy) == (159.5, 119.5)
+    assert pixels_from_colmap([[160.0, 120.0]]).tolist() == [[159.5, 119.5]]
+    assert pixels_to_colmap([[159.5, 119.5]]).tolist() == [[160.0, 120.0]]
 
 
 @pytest.mark.parametrize(("model", "values"), [("THIN_PRISM", [1.0]), ("PINHOLE", [1.0, 2.0])])

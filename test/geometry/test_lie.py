@@ -9,6 +9,7 @@ import torch
 
 from kfloc_ros.geometry.lie import (
     inverse_pose,
+    is_farther,
     make_pose,
     matrix_to_quaternion,
     quaternion_to_matrix,
@@ -58,3 +59,15 @@ def test_impossible_quaternions_are_refused(bad: list[float]) -> None:
 def test_inverse_pose() -> None:
     T = make_pose(so3_exp([0.3, -0.2, 1.0]), [1.0, 2.0, 3.0])
     assert inverse_pose(T) @ T == pytest.approx(np.eye(4), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("moved_m", "turned_deg", "farther"), [(0.2, 4.0, False), (0.3, 0.0, True), (0.0, 6.0, True), (0.0, 0.0, False)]
+)
+def test_poses_are_farther_apart_if_position_or_orientation_is(
+    moved_m: float, turned_deg: float, farther: bool
+) -> None:
+    a = make_pose(so3_exp([0.3, -0.2, 1.0]), [1.0, 2.0, 3.0])
+    b = make_pose(a[:3, :3] @ so3_exp([0.0, np.radians(turned_deg), 0.0]), a[:3, 3] + [0.0, moved_m, 0.0])
+    assert is_farther(a, b, 0.25, 5.0) is farther
+    assert is_farther(b, a, 0.25, 5.0) is farther

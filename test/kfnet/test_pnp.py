@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kfloc_ros.geometry.camera import Camera
-from kfloc_ros.geometry.covariance import map_frame_covariance, move_covariance, pose_error
+from kfloc_ros.geometry.covariance import map_frame_covariance, move_covariance, pose_tangent_error
 from kfloc_ros.geometry.lie import inverse_pose, make_pose, so3_exp
 from kfloc_ros.kfnet.pnp import PnpSettings, solve_pnp
 from kfloc_ros.types import SceneCoordinates
@@ -35,7 +35,7 @@ def room(sigma_m: float, seed: int, outliers: float = 0.0) -> SceneCoordinates:
 def test_noisy_map_with_outliers() -> None:
     result = solve_pnp(room(0.03, 0, outliers=0.4), CAMERA, PnpSettings())
     assert result.success
-    error = pose_error(TRUTH, result.T_map_camera)
+    error = pose_tangent_error(result.T_map_camera, TRUTH)
     assert np.linalg.norm(error[:3]) < 0.01
     assert np.degrees(np.linalg.norm(error[3:])) < 0.2
     assert 0.4 < result.inlier_ratio < 0.8
@@ -59,7 +59,7 @@ def test_sure_cells_outweigh_unsure_ones() -> None:
     honest[40:] = 0.06**2
     weighted = solve_pnp(SceneCoordinates(cells.mean, honest, cells.valid, 8), CAMERA, PnpSettings(max_cells=4800))
     naive = solve_pnp(cells, CAMERA, PnpSettings(max_cells=4800))
-    error = [np.linalg.norm(pose_error(TRUTH, r.T_map_camera)[:3]) for r in (weighted, naive)]
+    error = [np.linalg.norm(pose_tangent_error(r.T_map_camera, TRUTH)[:3]) for r in (weighted, naive)]
     assert error[0] < 0.7 * error[1]
 
 
@@ -69,7 +69,7 @@ def test_covariance_agrees_with_monte_carlo() -> None:
     errors, covariances = [], []
     for seed in range(60):
         result = solve_pnp(room(0.05, seed), CAMERA, settings)
-        errors.append(pose_error(TRUTH, result.T_map_camera))
+        errors.append(pose_tangent_error(result.T_map_camera, TRUTH))
         covariances.append(result.covariance)
     nees = [e @ np.linalg.solve(C, e) for e, C in zip(errors, covariances, strict=True)]
     assert np.mean(nees) == pytest.approx(6.0, rel=0.6)  # the Cauchy weights make it somewhat cautious
@@ -88,7 +88,7 @@ def test_map_frame_covariance_agrees_with_sampling() -> None:
     samples = []
     for delta in rng.multivariate_normal(np.zeros(6), camera, size=4000):
         moved = make_pose(so3_exp(delta[3:]), delta[:3]) @ T_camera_map
-        samples.append(pose_error(inverse_pose(moved), TRUTH))
+        samples.append(pose_tangent_error(TRUTH, inverse_pose(moved)))
     assert np.cov(np.array(samples).T) == pytest.approx(covariance, abs=0.1 * np.abs(covariance).max())
 
 

@@ -17,7 +17,7 @@ from closets import CAMERA, MOTION, closet, files_below
 from kfloc_ros.cli.main import main
 from kfloc_ros.errors import MapError
 from kfloc_ros.frames import FrameSource
-from kfloc_ros.mapping.place_editing import migrate_place, submap_of
+from kfloc_ros.mapping.place_editing import submap_of
 from kfloc_ros.mapping.place_making import make_place
 from kfloc_ros.maps.format import DESCRIPTION, SUBMAPS
 from kfloc_ros.maps.place import Place, verify_place
@@ -103,19 +103,13 @@ def test_a_part_of_a_place_leaves_out_what_is_not_in_the_box(house: Path, tmp_pa
     assert "smallest corner first" in capsys.readouterr().err
 
 
-def test_submaps_of_an_older_version_are_written_in_the_present_one(maps: list[Path], tmp_path: Path) -> None:
+def test_a_place_with_a_submap_of_an_older_version_is_refused(maps: list[Path], tmp_path: Path) -> None:
     old = closet(0).save(tmp_path / "hall")
     description = yaml.safe_load((old / DESCRIPTION).read_text())
-    del description["calibration"]["learned_process_scale"]
     (old / DESCRIPTION).write_text(yaml.safe_dump(description | {"version": 3}))
-    place = make_place([old, maps[1]], tmp_path / "house", T_place_submaps={"attic": MOTION})
-    assert run("migrate", place.path, "--out", place.path, "--force") == 0
-    moved = Place.load(place.path)
-    assert yaml.safe_load((moved.folder(0) / DESCRIPTION).read_text())["version"] == 4
-    assert verify_place(moved.path) == [] and np.array_equal(moved.submaps[1].T_place_submap, MOTION)
-    (moved.folder(0) / DESCRIPTION).write_text("")
-    with pytest.raises(MapError):
-        migrate_place(moved, tmp_path / "other")
+    with pytest.raises(MapError, match="kfloc map build"):
+        make_place([old, maps[1]], tmp_path / "house", T_place_submaps={"attic": MOTION})
+    assert not (tmp_path / "house").exists()
 
 
 def test_what_takes_one_map_says_which_to_name(house: Path, maps: list[Path], tmp_path: Path, capsys: Out) -> None:

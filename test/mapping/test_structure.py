@@ -13,7 +13,7 @@ import pytest
 
 from kfloc_ros.cli.main import main
 from kfloc_ros.datasets import open_source
-from kfloc_ros.datasets.tum import write_calibration
+from kfloc_ros.datasets.posed_images import write_calibration
 from kfloc_ros.errors import SourceError
 from kfloc_ros.frames import FrameSource, Selection
 from kfloc_ros.geometry.lie import make_pose, so3_exp

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,8 @@ from kfloc_ros.kfnet.scoordnet import RoughnessScale, SCoordNet
 from kfloc_ros.maps.format import REFERENCES_FILE, read_description, resolve_map
 from kfloc_ros.maps.scene_map import Calibration, SceneMap, verify_map
 from kfloc_ros.pixloc.references import ReferencePoints, ReferenceViews
+
+NUMBERS = {name: value for name, value in asdict(Calibration()).items() if name != "roughness"}
 
 
 def small_map() -> SceneMap:
@@ -66,26 +68,36 @@ def test_what_is_written_is_read_back(folder: Path) -> None:
     assert verify_map(folder) == []
 
 
-def test_a_map_of_version_1_is_read(folder: Path) -> None:
+@pytest.mark.parametrize("version", [1, 2, 3])
+def test_a_map_of_an_older_version_is_refused_with_the_way_out(
+    folder: Path, version: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = folder / "map.yaml"
+    path.write_text(path.read_text().replace("version: 4", f"version: {version}"))
+    with pytest.raises(MapError, match=rf"format version {version}, older than .* `kfloc map build SOURCE --out"):
+        SceneMap.load(folder)
+    before = path.read_bytes()
+    assert main(["map", "migrate", str(folder), "--out", str(folder), "--force"]) == 2
+    assert "kfloc map build" in capsys.readouterr().err and path.read_bytes() == before
+
+
+def test_there_is_nothing_to_migrate_in_a_present_map(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["map", "migrate", str(folder), "--out", str(folder), "--force"]) == 0
+    assert "version 4, the present one" in capsys.readouterr().out and verify_map(folder) == []
+
+
+def test_reference_features_of_another_type_are_refused(folder: Path) -> None:
     path = folder / REFERENCES_FILE
-    tensors, views = load_file(path), small_map().references.views
-    for name in ("coarse", "fine"):
-        tensors[name] = torch.cat([getattr(view, name) for view in views]).half()
-    save_file(tensors, path)
+    tensors = load_file(path)
+    save_file({**tensors, "coarse": tensors["coarse"].half()}, path)
     description = yaml.safe_load((folder / "map.yaml").read_text())
-    description["version"] = 1
     description["files"][REFERENCES_FILE] = {
         "bytes": path.stat().st_size,
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
     }
     (folder / "map.yaml").write_text(yaml.safe_dump(description))
-    old = SceneMap.load(folder).references.views
-    assert all(torch.allclose(a.coarse, b.coarse, atol=1e-3) for a, b in zip(old, views, strict=True))
-    assert main(["map", "migrate", str(folder), "--out", str(folder)]) == 2  # exists
-    assert main(["map", "migrate", str(folder), "--out", str(folder), "--force"]) == 0
-    assert read_description(folder)["version"] == 4 and verify_map(folder) == []
-    new = SceneMap.load(folder).references.views
-    assert all(torch.allclose(a.coarse, b.coarse, atol=0.01) for a, b in zip(new, views, strict=True))
+    with pytest.raises(MapError, match=r"coarse are stored as torch\.float16"):
+        SceneMap.load(folder)
 
 
 def test_an_existing_folder_is_kept_unless_asked(folder: Path, tmp_path: Path) -> None:
@@ -125,7 +137,8 @@ def test_missing_things_are_named(folder: Path, tmp_path: Path) -> None:
         ({"format": "other"}, "does not describe a map"),
         ({"camera": {"width": 320}}, "damaged"),
         ({"head": None}, "damaged"),
-        ({"calibration": {"process_scale": float("nan")}}, "positive number"),
+        ({"calibration": {**NUMBERS, "process_scale": float("nan")}}, "positive number"),
+        ({"calibration": {"process_scale": 1.0}}, "its calibration lacks coarse_covariance_scale"),
         ({"calibration": {"surprise": 1.0}}, "damaged"),
         ({"roughness": {"usual_m": 0.02}}, "damaged"),
         ({"roughness": {"usual_m": 0.02, "power": -1.0}}, "'power' must be a positive number"),
@@ -140,9 +153,7 @@ def test_a_bad_description_is_refused(folder: Path, change: dict[str, object], m
         SceneMap.load(folder)
 
 
-def test_what_roughness_means_lies_beside_the_calibration_so_that_older_installations_read_the_map(
-    folder: Path, tmp_path: Path
-) -> None:
+def test_what_roughness_means_lies_beside_the_calibration(folder: Path, tmp_path: Path) -> None:
     assert SceneMap.load(folder).calibration.roughness is None
     assert "roughness" not in read_description(folder)
     original = small_map()

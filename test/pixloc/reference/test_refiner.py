@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from kfloc_ros.errors import ConfigError, MapError
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.camera_tensor import CameraTensor
-from kfloc_ros.geometry.covariance import map_frame_covariance, pose_error
+from kfloc_ros.geometry.covariance import map_frame_covariance, pose_tangent_error
 from kfloc_ros.geometry.lie import inverse_pose, make_pose, rotation_angle_deg, so3_exp
 from kfloc_ros.geometry.tensors import Pose
 from kfloc_ros.pixloc.reference.cost import FeatureCost, FeatureMap
@@ -208,7 +208,7 @@ def test_the_covariance_is_that_of_repeated_trials(loss: str) -> None:
     found = minimize(cost, start, settings).T
     T_true = truth.inv().matrix_numpy()
     T_found = found.inv().matrix_numpy()
-    samples = np.array([pose_error(T_true, T) for T in T_found])
+    samples = np.array([pose_tangent_error(T, T_true) for T in T_found])
     at = cost.linearize(found, settings.loss)
     predicted = np.mean(
         [pose_covariance(_element(at, k), found[k : k + 1]) for k in range(40)],  # type: ignore[misc]
@@ -234,7 +234,7 @@ def test_the_covariance_is_turned_to_the_map_frame_as_finite_differences_say() -
         return truth.retract(torch.from_numpy(delta)).inv().matrix_numpy()
 
     A = np.stack(
-        [pose_error(moved(step * e), moved(-step * e)) / (2 * step) for e in np.eye(6)],
+        [pose_tangent_error(moved(-step * e), moved(step * e)) / (2 * step) for e in np.eye(6)],
         axis=1,
     )
     found = map_frame_covariance(np.linalg.inv(root @ root.T), truth.matrix_numpy())
