@@ -136,6 +136,12 @@ def decode_compressed(message: Any) -> Rgb:
     return np.asarray(cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB), dtype=np.uint8)
 
 
+def recorded_jpeg(message: Any) -> bytes | None:
+    """The data of a ``CompressedImage`` if that is a JPEG."""
+    data = bytes(message.data)
+    return data if data.startswith(_JPEG_START) else None
+
+
 def _check_size(width: int, height: int) -> None:
     if max(width, height) > MAX_SIDE_PX:
         raise FrameError(f"An image of {width}x{height} is too large: no side may have more than {MAX_SIDE_PX} pixels.")

@@ -29,6 +29,7 @@ from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 from kfloc_ros.bags.stream import BagEvent, BagStream, ReplayRange
 from kfloc_ros.bags.truth import BagTransforms, TransformEvent
 from kfloc_ros.errors import KflocError
+from kfloc_ros.messages.poses import fill_stamp
 from kfloc_ros.messages.tum import read_tum
 from kfloc_ros.replay.player import TransformPlayer, play
 from kfloc_ros.replay.recorder import Recorder, TruthPath
@@ -108,7 +109,7 @@ class Agent:
     def tick(self, time_ns: int) -> None:
         """Publish the replay's time."""
         message = Clock()
-        message.clock.sec, message.clock.nanosec = divmod(time_ns, 10**9)
+        fill_stamp(message.clock, time_ns)
         self._clock.publish(message)
 
     def publish(self, event: BagEvent | TransformEvent) -> None:

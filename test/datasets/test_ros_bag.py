@@ -145,7 +145,7 @@ def test_between_two_sources_of_pose_the_user_chooses(tmp_path: Path) -> None:
 
 def test_between_two_images_the_user_chooses(tmp_path: Path) -> None:
     bag = write(tmp_path / "bag", ("odom",), extra="/cam2/image_raw")
-    with pytest.raises(SourceError, match="several images"):
+    with pytest.raises(SourceError, match="several image topics"):
         open_source(f"bag:{bag}")
     assert len(open_source(f"bag:{bag}?image=/cam/color/image_raw")) == 3
 
