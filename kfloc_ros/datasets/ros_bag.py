@@ -199,7 +199,7 @@ class RosBag(FrameSource):
             if aligned and depth_m.shape == shape:
                 return depth_m
             own = camera if depth_m.shape == (camera.height, camera.width) else camera.scaled_to(*depth_m.shape[::-1])
-            return register_depth(depth_m, own.pinhole(), self._camera.pinhole(), T_color_depth)
+            return register_depth(depth_m, own, self._camera, T_color_depth)
 
         return register
 
