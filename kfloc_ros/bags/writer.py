@@ -142,7 +142,7 @@ def encode_depth(depth_m: NDArray[np.float32]) -> NDArray[np.uint8]:
         FrameError: OpenCV cannot compress the image.
     """
     units = np.rint(np.nan_to_num(depth_m, nan=0.0, posinf=0.0, neginf=0.0) / DEPTH_UNIT_M)
-    units[(units < 0) | (units > 65535)] = 0
+    units[(units < 0) | (units >= 65535)] = 0  # the highest count is read as no measurement
     done, data = cv2.imencode(".png", units.astype(np.uint16), [cv2.IMWRITE_PNG_COMPRESSION, 1])
     if not done:
         raise FrameError(f"A depth image of shape {depth_m.shape} cannot be compressed as PNG.")
