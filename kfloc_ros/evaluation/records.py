@@ -21,7 +21,8 @@ STATISTICS = {
 }
 """Statistics of the stages by their names in records, and their keys in the nodes' ``status``."""
 STAGES = (
-    "decode", "rectify", "trunk", "measure", "filter", "pnp", "refine", "first_fix", "change_over", "publish", "total",
+    "decode", "rectify", "backbone", "measure", "filter", "pnp", "refine", "relocalize", "change_over", "publish",
+    "total",
 )  # fmt: skip
 """Stages in the order of their work, as ``timings_ms`` names them; no run has times of all."""
 
