@@ -56,6 +56,8 @@ class BagReader:
             raise SourceError(f"There is no bag '{path}'.")
         if path.is_dir() and not (path / "metadata.yaml").is_file():
             raise SourceError(f"'{path}' is not a rosbag2 folder: it has no metadata.yaml.")
+        for file in sorted(path.glob("*.db3")) if path.is_dir() else ():
+            _check_whole(file)
         self.path = path
         with reading(path):
             self._reader = AnyReader([path], default_typestore=get_typestore(Stores.ROS2_JAZZY))
@@ -133,9 +135,21 @@ class BagReader:
             yield message
 
     def slots(self, topic: Topic) -> list[Slot]:
-        """Where the messages of a topic are, in the order of their stamps."""
-        records = self.records((topic.name, topic.kind))
-        return sorted(Slot(self.header(record).stamp_ns, record.logged_ns) for record in records)
+        """Where the messages of a topic are, in the order of their stamps.
+
+        Raises:
+            SourceError: they are of several frames: two publishers share the topic.
+        """
+        found: list[Slot] = []
+        frames: set[str] = set()
+        for record in self.records((topic.name, topic.kind)):
+            header = self.header(record)
+            found.append(Slot(header.stamp_ns, record.logged_ns))
+            frames.add(header.frame_id)
+        if len(frames - {""}) > 1:
+            listed = ", ".join(sorted(frames))
+            raise SourceError(f"{topic.name} of '{self.path}' mixes messages of several frames: {listed}. Record one.")
+        return sorted(found)
 
     def message(self, topic: Topic, slot: Slot) -> Any:
         """The message of a topic that is there.
@@ -173,6 +187,21 @@ class BagReader:
             child_frame_id=str(getattr(first, "child_frame_id", "")).lstrip("/"),
             is_depth=kind in IMAGE_TYPES and is_depth(first),
         )
+
+
+def _check_whole(database: Path) -> None:
+    """Refuse an SQLite file whose last messages are still beside it: it is read as it is, without them.
+
+    Raises:
+        SourceError: there is a log that has not been worked in.
+    """
+    for ending in ("-wal", "-journal"):
+        log = database.with_name(database.name + ending)
+        if log.is_file() and log.stat().st_size:
+            raise SourceError(
+                f"'{database}' lacks messages that are still in '{log.name}' beside it: its recorder was killed, or it "
+                f"was copied while open. Put them in with `sqlite3 {database} 'PRAGMA wal_checkpoint(TRUNCATE)'`."
+            )
 
 
 @contextmanager

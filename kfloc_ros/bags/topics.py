@@ -130,10 +130,14 @@ def choose_depth(
 ) -> Topic | None:
     """The topic of depth images that is named, or the only one in the images' own frame, or the only one; or None.
 
+    Named ``none`` is no depth.
+
     Raises:
         SourceError: there are several.
     """
     pictures = [topic for topic in topics if topic.kind in IMAGE_TYPES]
+    if named == "none":
+        return None
     if named is not None:
         return _named(bag, pictures, named, "depth image")
     depths = [topic for topic in pictures if topic.is_depth]

@@ -10,7 +10,7 @@ from typing import Any
 
 from kfloc_ros.bags.reader import BagReader
 from kfloc_ros.bags.stream import BagStream, ReplayRange
-from kfloc_ros.bags.topics import POSE_TYPES, TF_TYPES, Option, Topic, choose_transforms, choose_truth
+from kfloc_ros.bags.topics import ODOMETRY, POSE_TYPES, TF_TYPES, Option, Topic, choose_transforms, choose_truth
 from kfloc_ros.errors import SourceError
 from kfloc_ros.messages.poses import pose_from_message, stamp_to_ns, transform_from_message
 from kfloc_ros.messages.transforms import NEWEST, PoseTrack, TransformTree, TransformUnknownError
@@ -196,17 +196,17 @@ def read_poses(reader: BagReader, topic: Topic) -> RecordedPoses:
     return RecordedPoses(poses, next((body for _, body in frames), ""), unusable)
 
 
-def other_times(what: str, stamps_ns: Iterable[int], than: str, others_ns: Iterable[int]) -> str:
-    """Sentence that says that two topics are stamped by different clocks, or empty if their times overlap."""
-    stamps, others = sorted(stamps_ns), sorted(others_ns)
-    if not stamps or not others or (stamps[0] <= others[-1] + _SLACK_NS and others[0] <= stamps[-1] + _SLACK_NS):
+def other_times(what: str, stamps_ns: Iterable[int], images_ns: Iterable[int]) -> str:
+    """Sentence that says that a topic and the images are stamped by different clocks, or empty if their times meet."""
+    stamps, images = sorted(stamps_ns), sorted(images_ns)
+    if not stamps or not images or (stamps[0] <= images[-1] + _SLACK_NS and images[0] <= stamps[-1] + _SLACK_NS):
         return ""
 
     def span(times: list[int]) -> str:
         return f"{1e-9 * times[0]:.3f} to {1e-9 * times[-1]:.3f} s"
 
     return (
-        f"{what} are of other times than {than}: {span(stamps)} against {span(others)}. Header stamps of both must "
+        f"{what} are of other times than the images: {span(stamps)} against {span(images)}. Header stamps of both must "
         "come from one clock: have the driver stamp its messages with the system's time, or correct the recording."
     )
 
@@ -246,7 +246,7 @@ def read_truth(stream: BagStream, choice: str | None, body: str | None = None) -
         if topic is None:
             return Truth("none", {})
         poses = read_poses(stream, topic).poses
-        if clocks := other_times(f"The poses on {topic.name}", poses, "the images", stamps_ns):
+        if clocks := other_times(f"The poses on {topic.name}", poses, stamps_ns):
             return Truth(f"none ({clocks})", {})
     elif choice.startswith("/") and not Path(choice).exists():
         poses, body = _of_topic(stream, choice, body)
@@ -255,7 +255,7 @@ def read_truth(stream: BagStream, choice: str | None, body: str | None = None) -
         if not path.is_file():
             raise SourceError(f"There is no truth '{choice}': it is no topic, no tf:MAP:CAMERA, and no file.")
         name, poses = path.name, read_tum(path)
-    if clocks := other_times(f"The poses of the truth '{name}'", poses, "the images", stamps_ns):
+    if clocks := other_times(f"The poses of the truth '{name}'", poses, stamps_ns):
         raise SourceError(clocks)
     return Truth(name, at_stamps(_of_camera(stream, poses, body), stamps_ns))
 
@@ -288,6 +288,11 @@ def _of_topic(stream: BagStream, name: str, body: str | None) -> tuple[Mapping[i
         known = ", ".join(f"{topic.name} ({topic.kind})" for topic in there) or "none"
         raise SourceError(f"'{stream.path}' has no topic '{name}' with poses; it has {known}.")
     recorded = read_poses(stream, topic)
+    if topic.kind == ODOMETRY and not (body or recorded.body):
+        raise SourceError(
+            f"The Odometry on {name} does not say whose poses it tells: its child_frame_id is empty. Name the frame, "
+            "such as base_link, with --truth-of."
+        )
     return recorded.poses, body or recorded.body
 
 

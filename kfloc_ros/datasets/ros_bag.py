@@ -7,7 +7,7 @@ words after the path: ``bag:PATH?image=/front/color/image_raw&pose=/odom``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,17 +28,20 @@ from kfloc_ros.bags.topics import (
     choose_pose,
     is_own,
 )
-from kfloc_ros.bags.truth import read_poses, read_transforms
+from kfloc_ros.bags.truth import other_times, read_poses, read_transforms
 from kfloc_ros.datasets.depth import register_depth
 from kfloc_ros.errors import FrameError, SourceError
 from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import Camera
-from kfloc_ros.messages.camera_info import camera_from_info
+from kfloc_ros.messages.camera_info import camera_from_info, in_words
 from kfloc_ros.messages.images import decode_compressed, decode_depth_message, decode_image, recorded_jpeg
 from kfloc_ros.messages.transforms import MAX_GAP_S, NEAR_S, PoseTrack, TransformTree, nearest_stamp
 from kfloc_ros.types import Frame, Matrix
 
 DEPTH_TOLERANCE_NS = 20_000_000
+_SAME_SHARE = 0.005
+"""Calibrations that differ by no more than this share of the image's width are of one camera, such as autofocus moves
+it; the first one counts."""
 WORDS = ("image", "info", "depth", "depth_info", "pose", "tf", "map", "body")
 """What may follow a path: topics, the namespace of the transforms, the map's frame, and the frame whose pose a pose
 topic tells."""
@@ -82,6 +85,8 @@ class RosBag(FrameSource):
             self._depths = self._reader.slots(self._depth) if self._depth else []
             self._depth_stamps = [slot.stamp_ns for slot in self._depths]
             self._register = self._registration()
+            if self._depth:
+                self._check_times(f"The depth images on {self._depth.name}", self._depth_stamps, "depth")
 
     @property
     def camera(self) -> Camera:
@@ -105,6 +110,11 @@ class RosBag(FrameSource):
                 image = decode_compressed(message) if self._image.kind == COMPRESSED else decode_image(message)
             except FrameError as error:
                 raise SourceError(f"Image {index} of the bag '{self._path}' cannot be decoded: {error}") from error
+            if image.shape[:2] != (self._camera.height, self._camera.width):
+                raise SourceError(
+                    f"Image {index} of the bag '{self._path}' is {image.shape[1]}x{image.shape[0]}, its camera_info "
+                    f"{self._camera.width}x{self._camera.height}. Name the images' own with ?info=."
+                )
             depth_m = self._depth_at(slot.stamp_ns)
         return Frame(
             image=image,
@@ -131,12 +141,34 @@ class RosBag(FrameSource):
 
     def _camera_of(self, images: Topic, word: str) -> Camera:
         chosen = choose_info(self._path, self._topics, images, self._words.get(word), _option(word))
-        try:
-            return camera_from_info(
-                _lower_case(next(self._reader.messages(chosen.name, chosen.kind))), rectified=images.is_rectified
-            )
-        except FrameError as error:
-            raise SourceError(f"The bag '{self._path}': {error}") from error
+        camera: Camera | None = None
+        fault: FrameError | None = None
+        seen: set[bytes] = set()
+        for record in self._reader.records((chosen.name, chosen.kind)):
+            said = record.data[self._reader.header(record).end :]
+            if said in seen:
+                continue
+            seen.add(said)
+            try:
+                found = camera_from_info(_lower_case(self._reader.decode(record)), rectified=images.is_rectified)
+            except FrameError as error:  # such as all zero, before the driver has loaded its calibration
+                fault = fault or error
+                continue
+            camera = camera or found
+            if camera.difference_px(found) > _SAME_SHARE * camera.width:
+                at_s = 1e-9 * (record.logged_ns - self._reader.start_ns)
+                raise SourceError(
+                    f"The camera of '{self._path}' changes: {chosen.name} says {in_words(camera)}, and {at_s:.1f} s "
+                    f"after the bag's start {in_words(found)}. Did its zoom change, or its driver load a calibration "
+                    "late? Cut the bag where it changes (`ros2 bag convert`), and use one part."
+                )
+        if camera is None:
+            raise SourceError(f"The bag '{self._path}': {fault or f'{chosen.name} has no message.'}") from fault
+        return camera
+
+    def _check_times(self, what: str, stamps_ns: Iterable[int], word: str) -> None:
+        if clocks := other_times(what, stamps_ns, (slot.stamp_ns for slot in self._slots)):
+            raise SourceError(f"In '{self._path}', {clocks[0].lower()}{clocks[1:]} Without them: ?{word}=none.")
 
     def _read_tree(self) -> TransformTree:
         transforms = read_transforms(self._reader, self._image, self._words.get("tf"), _option("tf"))
@@ -147,6 +179,7 @@ class RosBag(FrameSource):
                     f"In the bag's /tf the frame '{edge.child}' has two parents, '{parents[edge.child]}' and "
                     f"'{edge.parent}'."
                 )
+        self._tf_stamps = [edge.stamp_ns for event in transforms.moving for edge in event.edges]
         return transforms.tree(max_gap_s=MAX_GAP_S, near_s=NEAR_S)
 
     def _choose_poses(self) -> Callable[[int], Matrix | None]:
@@ -157,8 +190,10 @@ class RosBag(FrameSource):
         if chosen is None:
             return lambda stamp_ns: None
         if not isinstance(chosen, Topic):
+            self._check_times("The transforms", self._tf_stamps, "pose")
             return lambda stamp_ns: self._tree.find(top, camera, stamp_ns)
         recorded = read_poses(self._reader, chosen)
+        self._check_times(f"The poses on {chosen.name}", recorded.poses, "pose")
         body = self._words.get("body") or recorded.body
         if not body and chosen.kind == ODOMETRY:
             raise SourceError(

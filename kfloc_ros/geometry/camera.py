@@ -140,6 +140,15 @@ class Camera:
         good = np.linalg.norm(self.distort(rays) - found, axis=1) < _MISSED_PX
         return np.where(good[:, None], rays, np.nan)
 
+    def difference_px(self, other: Camera) -> float:
+        """How far apart a ray meets the two cameras' images, the most over the image; inf for another size."""
+        if (self.width, self.height) != (other.width, other.height):
+            return math.inf
+        u, v = np.meshgrid(np.linspace(0, self.width - 1, 9), np.linspace(0, self.height - 1, 9))
+        pixels = np.stack([u, v], axis=-1).reshape(-1, 2)
+        apart = np.linalg.norm(other.distort(self.undistort(pixels)) - pixels, axis=1)
+        return float(np.nanmax(apart, initial=0.0))
+
 
 class ImageAdapter:
     """Turns images of one camera into images of another pinhole camera: undistorts, scales and crops in one remap.

@@ -160,6 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("recording", type=Path)
     parser.add_argument("--image-topic")
     parser.add_argument("--camera-info-topic")
+    parser.add_argument("--tf")
     parser.add_argument("--rate", type=float, default=1.0)
     parser.add_argument("--start", type=float, default=0.0)
     parser.add_argument("--duration", type=float)
@@ -172,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--patience", type=float, default=60.0)
     args = parser.parse_args(argv)
     try:
-        with BagStream(args.bag, image_topic=args.image_topic, info_topic=args.camera_info_topic) as stream:
+        with BagStream(args.bag, image_topic=args.image_topic, info_topic=args.camera_info_topic, tf=args.tf) as stream:
             return _run(args, stream)
     except KflocError as error:
         say("error", message=str(error))

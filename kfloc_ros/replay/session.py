@@ -169,6 +169,8 @@ def _agent_arguments(config: ReplayConfig, recording: Path) -> list[str]:
         arguments.append(f"--image-topic={config.image_topic}")
     if config.info_topic is not None:
         arguments.append(f"--camera-info-topic={config.info_topic}")
+    if config.tf is not None:
+        arguments.append(f"--tf={config.tf}")
     if config.base_frame:
         arguments.append(f"--base-frame={config.base_frame}")
     return [*arguments, f"--patience={config.patience_s}", "--nodes", *config.nodes]
