@@ -1,45 +1,65 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An open rosbag2: its topics and frames, and its messages as they were recorded. Needs no ROS."""
+"""An open bag: its topics and frames, and its messages as they were recorded. Needs no ROS."""
 
 from __future__ import annotations
 
-import sqlite3
-import struct
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
-from rosbags.highlevel import AnyReader, AnyReaderError
-from rosbags.rosbag2 import ReaderError
-from rosbags.serde import SerdeError
+from rosbags.highlevel import AnyReader
 from rosbags.typesys import Stores, get_typestore
 
-from kfloc_ros.bags.topics import IMAGE_TYPES, TF_TYPE, Link, Topic
-from kfloc_ros.bags.writer import stamp_ns_of
-from kfloc_ros.errors import KflocError, SourceError
+from kfloc_ros.bags.topics import IMAGE_TYPES, TF_TYPES, Link, Topic
+from kfloc_ros.errors import FrameError, KflocError, SourceError
 from kfloc_ros.messages.images import is_depth
+from kfloc_ros.messages.poses import Header, serialized_header
+
+_DESCRIBED = ("sensor_msgs/", "geometry_msgs/", "nav_msgs/")
+"""Packages of messages that begin with a header."""
 
 
-class BagFile:
-    """An open bag; use it as a context.
+class Record(NamedTuple):
+    """One message as the bag holds it."""
+
+    topic: str
+    kind: str
+    """Message type."""
+    logged_ns: int
+    """When it was recorded, which is where the bag files it."""
+    data: bytes
+    """CDR, or ROS 1's serialization."""
+
+
+class Slot(NamedTuple):
+    """Where a message is: its own stamp and the time under which the bag files it."""
+
+    stamp_ns: int
+    logged_ns: int
+
+
+class BagReader:
+    """An open bag, usable as a context; messages are read from disk when asked for.
+
+    Args:
+        path: folder of a rosbag2, or a ``.bag`` file of ROS 1.
 
     Raises:
-        SourceError: no readable rosbag2 there.
+        SourceError: no readable bag there. What a damaged bag makes the library raise later becomes one, too.
     """
 
     def __init__(self, path: Path) -> None:
         if not path.exists():
             raise SourceError(f"There is no bag '{path}'.")
-        if path.suffix == ".bag" and path.is_file():
-            raise SourceError(
-                f"'{path}' is a rosbag1, which ROS 2 nodes cannot be played. `kfloc localize bag:{path}` reads it; "
-                f"`rosbags-convert --src {path} --dst {path.with_suffix('')}` makes a rosbag2 of it."
-            )
+        if path.is_dir() and not (path / "metadata.yaml").is_file():
+            raise SourceError(f"'{path}' is not a rosbag2 folder: it has no metadata.yaml.")
+        for file in sorted(path.glob("*.db3")) if path.is_dir() else ():
+            _check_whole(file)
         self.path = path
-        with self._reading():
+        with reading(path):
             self._reader = AnyReader([path], default_typestore=get_typestore(Stores.ROS2_JAZZY))
             self._reader.open()
 
@@ -49,7 +69,16 @@ class BagFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the bag's files."""
         self._reader.close()
+
+    @property
+    def is_ros1(self) -> bool:
+        """Whether it is a bag of ROS 1."""
+        return not self._reader.is2
 
     @property
     def start_ns(self) -> int:
@@ -64,158 +93,124 @@ class BagFile:
     @cached_property
     def topics(self) -> tuple[Topic, ...]:
         """Every topic, by name; what only a message tells is read from the first one."""
-        found = {c.topic: self._topic(c) for c in sorted(self._reader.connections, key=lambda c: c.topic)}
-        return tuple(found.values())
+        counts: dict[tuple[str, str], int] = {}
+        for c in self._reader.connections:
+            counts[c.topic, c.msgtype] = counts.get((c.topic, c.msgtype), 0) + int(c.msgcount)
+        return tuple(self._topic(name, kind, count) for (name, kind), count in sorted(counts.items()))
 
     def links(self) -> tuple[Link, ...]:
-        """Every pair of frames on ``/tf`` and ``/tf_static``, in the order in which they are first met."""
+        """Every pair of frames in the transforms, static ones first, in the order in which they are first met."""
         found: dict[Link, None] = {}
-        for topic in ("/tf_static", "/tf"):
-            for message in self.recorded(topic, (TF_TYPE,), must=False):
+        names = [topic.name for topic in self.topics if topic.kind in TF_TYPES]
+        for name in sorted(names, key=lambda name: not name.endswith("tf_static")):
+            for message in self.messages(name, *TF_TYPES):
                 for item in message.transforms:
                     parent, child = item.header.frame_id.lstrip("/"), item.child_frame_id.lstrip("/")
-                    found[Link(parent, child, static=topic == "/tf_static")] = None
+                    found[Link(parent, child, static=name.endswith("tf_static"))] = None
         return tuple(found)
 
-    def recorded(self, topic: str, kinds: Collection[str], *, must: bool = True) -> Iterator[Any]:
-        """The messages of a topic, in recorded order.
+    def records(
+        self, *topics: tuple[str, str], start_ns: int | None = None, stop_ns: int | None = None
+    ) -> Iterator[Record]:
+        """What the bag files under a time from ``start_ns`` to before ``stop_ns``, in recorded order.
 
-        Raises:
-            SourceError: there is no topic of that name and one of those types, unless ``must`` is False.
+        Args:
+            topics: name and message type of each.
         """
-        found = [c for c in self._reader.connections if c.topic == topic and c.msgtype in kinds]
-        if not found and must:
-            there = ", ".join(f"{t.name} ({t.kind})" for t in self.topics if t.kind in kinds) or "none of those types"
-            raise SourceError(f"'{self.path}' has no topic '{topic}' with poses; it has {there}.")
-        for connection, _, data in self._messages(*found) if found else ():
-            yield self._reader.deserialize(data, connection.msgtype)
+        connections = [c for c in self._reader.connections if (c.topic, c.msgtype) in topics]
+        if not connections:  # an empty list would mean all topics
+            return
+        with reading(self.path):
+            for connection, logged_ns, data in self._reader.messages(connections, start_ns, stop_ns):
+                yield Record(connection.topic, connection.msgtype, logged_ns, bytes(data))
 
-    def _topic(self, connection: Any) -> Topic:
-        topic = Topic(connection.topic, connection.msgtype, connection.msgcount)
-        if not connection.msgcount or not connection.msgtype.startswith(
-            ("sensor_msgs/", "geometry_msgs/", "nav_msgs/")
-        ):
-            return topic
-        with self._reading():
-            _, _, data = next(self._messages(connection))
-            message = self._reader.deserialize(data, connection.msgtype)
-        header = getattr(message, "header", None)
-        return Topic(
-            topic.name,
-            topic.kind,
-            topic.count,
-            frame_id="" if header is None else str(header.frame_id).lstrip("/"),
-            child_frame_id=str(getattr(message, "child_frame_id", "")).lstrip("/"),
-            is_depth=topic.kind in IMAGE_TYPES and is_depth(message),
-        )
+    def timed(self, topic: str, *kinds: str) -> Iterator[tuple[int, Any]]:
+        """When each message of a topic of one of these types was recorded, in nanoseconds, and the message."""
+        for record in self.records(*((topic, kind) for kind in kinds)):
+            yield record.logged_ns, self.decode(record)
 
-    def _connections(self, topic: Topic) -> list[Any]:
-        return [c for c in self._reader.connections if c.topic == topic.name and c.msgtype == topic.kind]
-
-    def _messages(self, *connections: Any) -> Iterator[tuple[Any, int, bytes]]:
-        with self._reading():
-            for connection, log_ns, data in self._reader.messages(list(connections)):
-                yield connection, log_ns, bytes(data)
-
-    @contextmanager
-    def _reading(self) -> Iterator[None]:
-        """Everything that a damaged bag can make the reader raise, as a sentence."""
-        try:
-            yield
-        except (AnyReaderError, ReaderError, SerdeError, OSError, EOFError, sqlite3.Error, struct.error) as error:
-            raise SourceError(f"'{self.path}' is not a rosbag2 or is damaged: {str(error).rstrip('.')}.") from error
-        except (AssertionError, KeyError, IndexError, TypeError, ValueError) as error:
-            kind = type(error).__name__
-            raise SourceError(f"'{self.path}' is damaged: {kind} while reading it ({error}).") from error
-
-
-_JPEG_START = b"\xff\xd8"
-
-
-class Slot(NamedTuple):
-    """Where a message is: its own stamp and the time under which the bag files it."""
-
-    stamp_ns: int
-    logged_ns: int
-
-
-class BagReader:
-    """An open bag; its messages are read from disk when asked for.
-
-    Everything that a damaged bag makes the reader raise becomes a SourceError inside ``with reading(path)``.
-
-    Args:
-        path: folder of a rosbag2 or a ``.bag`` file.
-    """
-
-    def __init__(self, path: Path) -> None:
-        # Imported here, so that `kfloc --help` and other sources do not wait for it.
-        from rosbags.highlevel import AnyReader
-        from rosbags.typesys import Stores, get_typestore
-
-        self._path = path
-        self._reader = AnyReader([path], default_typestore=get_typestore(Stores.ROS2_JAZZY))
-        self._reader.open()
-        self.topics: Mapping[str, str] = {c.topic: c.msgtype for c in self._reader.connections if c.msgcount}
-        """Type of the messages of each topic that has some."""
-
-    def messages(self, topic: str, start_ns: int | None = None, stop_ns: int | None = None) -> Iterator[Any]:
-        """Messages of a topic that the bag files under a time from ``start_ns`` to before ``stop_ns``.
-
-        Raises:
-            SourceError: the bag does not have the topic.
-        """
-        for message, _ in self._filed(topic, start_ns, stop_ns):
+    def messages(self, topic: str, *kinds: str) -> Iterator[Any]:
+        """The messages of a topic of one of these types, in recorded order."""
+        for _, message in self.timed(topic, *kinds):
             yield message
 
-    def slots(self, topic: str) -> list[Slot]:
-        """Where the messages of a topic are, in the order of their stamps."""
-        return sorted(Slot(stamp_ns_of(message), logged_ns) for message, logged_ns in self._filed(topic))
+    def slots(self, topic: Topic) -> list[Slot]:
+        """Where the messages of a topic are, in the order of their stamps.
 
-    def message(self, topic: str, slot: Slot) -> Any:
+        Raises:
+            SourceError: they are of several frames: two publishers share the topic.
+        """
+        found: list[Slot] = []
+        frames: set[str] = set()
+        for record in self.records((topic.name, topic.kind)):
+            header = self.header(record)
+            found.append(Slot(header.stamp_ns, record.logged_ns))
+            frames.add(header.frame_id)
+        if len(frames - {""}) > 1:
+            listed = ", ".join(sorted(frames))
+            raise SourceError(f"{topic.name} of '{self.path}' mixes messages of several frames: {listed}. Record one.")
+        return sorted(found)
+
+    def message(self, topic: Topic, slot: Slot) -> Any:
         """The message of a topic that is there.
 
         Raises:
             SourceError: it no longer is.
         """
-        for message in self.messages(topic, slot.logged_ns, slot.logged_ns + 1):
-            if stamp_ns_of(message) == slot.stamp_ns:
-                return message
-        raise SourceError(f"The bag '{self._path}' changed while it was read: a message on {topic} is gone.")
+        where = slot.logged_ns, slot.logged_ns + 1
+        for record in self.records((topic.name, topic.kind), start_ns=where[0], stop_ns=where[1]):
+            if self.header(record).stamp_ns == slot.stamp_ns:
+                return self.decode(record)
+        raise SourceError(f"The bag '{self.path}' changed while it was read: a message on {topic.name} is gone.")
 
-    def _filed(self, topic: str, start_ns: int | None = None, stop_ns: int | None = None) -> Iterator[tuple[Any, int]]:
-        connections = [c for c in self._reader.connections if c.topic == topic]
-        if not connections:  # an empty list would mean all topics
-            raise SourceError(f"The bag '{self._path}' has no topic {topic}.")
-        for connection, logged_ns, data in self._reader.messages(connections, start_ns, stop_ns):
-            yield self._reader.deserialize(data, connection.msgtype), logged_ns
+    def decode(self, record: Record) -> Any:
+        """The message object of a record."""
+        with reading(self.path):
+            return self._reader.deserialize(record.data, record.kind)
+
+    def header(self, record: Record) -> Header:
+        """The header of a record whose type has one, read without the rest of the message."""
+        try:
+            return serialized_header(record.data, ros1=self.is_ros1)
+        except FrameError as error:
+            raise SourceError(f"The bag '{self.path}' is damaged: on {record.topic}, {error}") from error
+
+    def _topic(self, name: str, kind: str, count: int) -> Topic:
+        first = next(self.messages(name, kind), None) if count and kind.startswith(_DESCRIBED) else None
+        if first is None:
+            return Topic(name, kind, count)
+        return Topic(
+            name,
+            kind,
+            count,
+            frame_id=str(first.header.frame_id).lstrip("/") if hasattr(first, "header") else "",
+            child_frame_id=str(getattr(first, "child_frame_id", "")).lstrip("/"),
+            is_depth=kind in IMAGE_TYPES and is_depth(first),
+        )
+
+
+def _check_whole(database: Path) -> None:
+    """Refuse an SQLite file whose last messages are still beside it: it is read as it is, without them.
+
+    Raises:
+        SourceError: there is a log that has not been worked in.
+    """
+    for ending in ("-wal", "-journal"):
+        log = database.with_name(database.name + ending)
+        if log.is_file() and log.stat().st_size:
+            raise SourceError(
+                f"'{database}' lacks messages that are still in '{log.name}' beside it: its recorder was killed, or it "
+                f"was copied while open. Put them in with `sqlite3 {database} 'PRAGMA wal_checkpoint(TRUNCATE)'`."
+            )
 
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """What reading a damaged bag raises, as a SourceError; other errors of this package pass."""
-    from rosbags.highlevel import AnyReaderError
-    from rosbags.rosbag1 import ReaderError as ReaderError1
-    from rosbags.rosbag2 import ReaderError as ReaderError2
-    from rosbags.serde import SerdeError
-    from rosbags.typesys import TypesysError
-
-    own = (AnyReaderError, ReaderError1, ReaderError2, SerdeError, TypesysError, sqlite3.Error, struct.error)
-    plain = (
-        ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, OSError, RuntimeError, StopIteration,
-        TypeError, ValueError,
-    )  # fmt: skip
+    """What reading a damaged bag raises, as a SourceError; errors of this package pass."""
     try:
         yield
     except KflocError:
         raise
-    except own as error:
-        raise SourceError(f"The bag '{path}' is damaged or of an unknown kind: {error}") from error
-    except plain as error:
-        raise SourceError(f"The bag '{path}' is damaged: {type(error).__name__} while reading it ({error}).") from error
-
-
-def recorded_jpeg(message: Any) -> bytes | None:
-    """The data of a ``CompressedImage`` if that is a JPEG."""
-    data = bytes(message.data)
-    return data if data.startswith(_JPEG_START) else None
+    except Exception as error:  # a library reads what may be any bytes: there is no end to the kinds
+        said = f"{type(error).__name__} while reading it: {str(error).rstrip('.')}"
+        raise SourceError(f"The bag '{path}' is damaged or of an unknown kind ({said}).") from error

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads what a replay plays from a rosbag2: images and camera_info as raw bytes, and the truth. Needs no ROS."""
+"""One camera of a bag, as a replay plays it: images and camera_info as raw bytes, in parts. Needs no ROS."""
 
 from __future__ import annotations
 
 import contextlib
-import struct
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kfloc_ros.bags.reader import BagFile
-from kfloc_ros.bags.topics import COMPRESSED, POSE, Topic, choose_image, choose_info, choose_truth, is_rectified
+from kfloc_ros.bags.reader import BagReader, Record
+from kfloc_ros.bags.topics import COMPRESSED, choose_image, choose_info
 from kfloc_ros.errors import FrameError, SourceError
-from kfloc_ros.geometry.lie import make_pose, quaternion_to_matrix
 from kfloc_ros.messages.images import decode_compressed, decode_image
-from kfloc_ros.types import Matrix
 
 
 @dataclass(frozen=True)
@@ -47,27 +44,37 @@ class ReplayRange:
         return after_start >= 0 and (self.duration_s is None or after_start < self.duration_s * 1e9)
 
 
-class BagStream(BagFile):
-    """An open bag of which one camera is played; use it as a context.
+class BagStream(BagReader):
+    """An open rosbag2 of which one camera is played; use it as a context.
 
     Args:
         path: folder of a rosbag2.
         image_topic: which images; needed where the bag has several cameras.
         info_topic: which camera_info; needed where it does not follow from the images.
+        tf: namespace of the transforms, such as ``/robot1``; needed where the bag has those of several robots.
 
     Raises:
-        SourceError: no readable bag there, or its image or camera_info topic is missing or ambiguous.
+        SourceError: no readable rosbag2 there, or its image or camera_info topic is missing or ambiguous.
     """
 
-    def __init__(self, path: Path, *, image_topic: str | None = None, info_topic: str | None = None) -> None:
+    def __init__(
+        self, path: Path, *, image_topic: str | None = None, info_topic: str | None = None, tf: str | None = None
+    ) -> None:
+        if path.suffix == ".bag" and path.is_file():
+            raise SourceError(
+                f"'{path}' is a rosbag1, which ROS 2 nodes cannot be played. `kfloc localize bag:{path}` reads it; "
+                f"`rosbags-convert --src {path} --dst {path.with_suffix('')}` makes a rosbag2 of it."
+            )
         super().__init__(path)
+        self.tf = tf
         try:
             self.image = choose_image(path, self.topics, image_topic)
             self.info = choose_info(path, self.topics, self.image, info_topic)
         except SourceError:
-            self._reader.close()
+            self.close()
             raise
-        self._image, self._info = self._connections(self.image)[0], self._connections(self.info)[0]
+        self._image = self.image.name, self.image.kind
+        self._info = self.info.name, self.info.kind
 
     @property
     def transport(self) -> str:
@@ -77,7 +84,7 @@ class BagStream(BagFile):
     @property
     def rectified(self) -> bool:
         """Whether the images are rectified already, by the name of their topic."""
-        return is_rectified(self.image)
+        return self.image.is_rectified
 
     def events(self, part: ReplayRange) -> Iterator[BagEvent]:
         """Images and camera_info of the part, in recorded order.
@@ -86,81 +93,45 @@ class BagStream(BagFile):
         entered in its middle.
         """
         skipped_info: BagEvent | None = None
-        first_ns = self._reader.start_time
-        for connection, log_ns, data in self._messages(self._image, self._info):
-            event = self._event(connection, log_ns, data)
-            if part.holds(log_ns - first_ns):
+        first_ns = self.start_ns
+        for record in self.records(self._image, self._info):
+            event = self._event(record)
+            if part.holds(event.log_ns - first_ns):
                 if skipped_info is not None:
-                    yield BagEvent(log_ns, skipped_info.stamp_ns, False, skipped_info.data)
+                    yield BagEvent(event.log_ns, skipped_info.stamp_ns, False, skipped_info.data)
                     skipped_info = None
                 yield event
-            elif log_ns - first_ns < part.start_s * 1e9 and not event.is_image:
+            elif event.log_ns - first_ns < part.start_s * 1e9 and not event.is_image:
                 skipped_info = event
-
-    def timed(self, topic: str, kinds: Collection[str]) -> Iterator[tuple[int, Any]]:
-        """How long after the bag's start each message of a topic was recorded, in nanoseconds, and the message."""
-        first_ns = self._reader.start_time
-        found = [c for c in self._reader.connections if c.topic == topic and c.msgtype in kinds]
-        for connection, log_ns, data in self._messages(*found) if found else ():
-            with self._reading():
-                message = self._reader.deserialize(data, connection.msgtype)
-            yield log_ns - first_ns, message
 
     def image_count(self, part: ReplayRange) -> int:
         """How many images the part has."""
-        first_ns = self._reader.start_time
-        return sum(part.holds(log_ns - first_ns) for _, log_ns, _ in self._messages(self._image))
+        first_ns = self.start_ns
+        return sum(part.holds(record.logged_ns - first_ns) for record in self.records(self._image))
 
     def positions(self) -> dict[int, int]:
         """Number in the bag of every image, by header stamp in nanoseconds."""
-        return {_header_stamp_ns(data): number for number, (_, _, data) in enumerate(self._messages(self._image))}
+        return {self.header(record).stamp_ns: number for number, record in enumerate(self.records(self._image))}
 
-    def message(self, event: BagEvent) -> Any:
+    def message_of(self, event: BagEvent) -> Any:
         """An event's message, deserialised."""
-        with self._reading():
-            return self._reader.deserialize(event.data, (self.image if event.is_image else self.info).kind)
+        topic, kind = self._image if event.is_image else self._info
+        return self.decode(Record(topic, kind, event.log_ns, event.data))
 
-    def decode(self, message: Any) -> NDArray[np.uint8]:
+    def rgb(self, message: Any) -> NDArray[np.uint8]:
         """RGB image (H, W, 3) of one of the played messages. Raises FrameError if it is none."""
         return decode_compressed(message) if self.transport == "compressed" else decode_image(message)
 
     def images(self, stamps_ns: Collection[int]) -> dict[int, NDArray[np.uint8]]:
         """RGB images (H, W, 3) by stamp; one that cannot be decoded is left out."""
         found: dict[int, NDArray[np.uint8]] = {}
-        for _, log_ns, data in self._messages(self._image):
-            stamp_ns = _header_stamp_ns(data)
+        for record in self.records(self._image):
+            stamp_ns = self.header(record).stamp_ns
             if stamp_ns in stamps_ns:
                 with contextlib.suppress(FrameError):
-                    found[stamp_ns] = self.decode(self.message(BagEvent(log_ns, stamp_ns, True, data)))
+                    found[stamp_ns] = self.rgb(self.decode(record))
         return found
 
-    def truth_topic(self) -> Topic | None:
-        """Where :meth:`truth` is from, or None. Raises SourceError if there are several candidates."""
-        return choose_truth(self.path, self.topics)
-
-    def truth(self) -> dict[int, Matrix]:
-        """``T_map_camera`` by stamp in nanoseconds, from the bag's PoseStamped topic; empty without one.
-
-        Raises:
-            SourceError: there are several such topics.
-        """
-        topic = self.truth_topic()
-        poses: dict[int, Matrix] = {}
-        for message in self.recorded(topic.name, (POSE,)) if topic is not None else ():
-            p, q = message.pose.position, message.pose.orientation
-            rotation = quaternion_to_matrix([q.x, q.y, q.z, q.w])
-            poses[_stamp_ns(message.header.stamp)] = make_pose(rotation, [p.x, p.y, p.z])
-        return poses
-
-    def _event(self, connection: Any, log_ns: int, data: bytes) -> BagEvent:
-        return BagEvent(log_ns, _header_stamp_ns(data), connection.id == self._image.id, data)
-
-
-def _stamp_ns(stamp: Any) -> int:
-    return int(stamp.sec) * 10**9 + int(stamp.nanosec)
-
-
-def _header_stamp_ns(cdr: bytes) -> int:
-    """Stamp of a serialised message that begins with a std_msgs/Header: two 32-bit numbers after the CDR header."""
-    seconds, nanoseconds = struct.unpack_from("<iI" if cdr[1] & 1 else ">iI", cdr, 4)
-    return int(seconds) * 10**9 + int(nanoseconds)
+    def _event(self, record: Record) -> BagEvent:
+        is_image = (record.topic, record.kind) == self._image
+        return BagEvent(record.logged_ns, self.header(record).stamp_ns, is_image, record.data)

@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the project's bags hold: topic names, message types and frame names, for writer, reader and replay."""
+"""Topics of bags: those of the project's own recordings, and which of a robot's are meant where nobody says so.
+
+Everything that reads a bag chooses here: the ``bag`` source, ``kfloc replay`` and ``kfloc bag info``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,25 +25,35 @@ CAMERA_FRAME = "camera"
 TRUTH_FRAME = "camera_ground_truth"
 """The true camera frame in /tf: a name of its own, so that it never gets two parents beside a localizer's output."""
 
-TOPIC_TYPES = {
-    IMAGE_TOPIC: "sensor_msgs/msg/CompressedImage",
-    CAMERA_INFO_TOPIC: "sensor_msgs/msg/CameraInfo",
-    DEPTH_TOPIC: "sensor_msgs/msg/CompressedImage",
-    TRUTH_TOPIC: "geometry_msgs/msg/PoseStamped",
-    TF_TOPIC: "tf2_msgs/msg/TFMessage",
-}
-
-DEPTH_UNIT_M = 1e-3
-"""Depth images are 16-bit PNG in millimetres, 0 where unknown (REP-118)."""
-
-
 COMPRESSED = "sensor_msgs/msg/CompressedImage"
 RAW = "sensor_msgs/msg/Image"
 IMAGE_TYPES = (RAW, COMPRESSED)
 CAMERA_INFO = "sensor_msgs/msg/CameraInfo"
 POSE = "geometry_msgs/msg/PoseStamped"
-POSE_TYPES = (POSE, "geometry_msgs/msg/PoseWithCovarianceStamped", "nav_msgs/msg/Odometry")
+ODOMETRY = "nav_msgs/msg/Odometry"
+POSE_TYPES = (POSE, "geometry_msgs/msg/PoseWithCovarianceStamped", ODOMETRY)
 TF_TYPE = "tf2_msgs/msg/TFMessage"
+TF_TYPES = (TF_TYPE, "tf/msg/tfMessage")
+
+TOPIC_TYPES = {
+    IMAGE_TOPIC: COMPRESSED,
+    CAMERA_INFO_TOPIC: CAMERA_INFO,
+    DEPTH_TOPIC: COMPRESSED,
+    TRUTH_TOPIC: POSE,
+    TF_TOPIC: TF_TYPE,
+}
+"""What ``kfloc bag make`` writes."""
+
+DEPTH_UNIT_M = 1e-3
+"""Depth images are 16-bit PNG in millimetres, 0 where unknown (REP-118)."""
+
+_TRANSPORTS = ("compressed", "compressedDepth", "zstd")
+"""What image_transport puts behind the name of a topic whose images it compresses."""
+_RECTIFIED = {"rect", "rectified"}
+_WORD = re.compile(r"[A-Z]?[a-z]+")
+
+Option = Callable[[str], str]
+"""Text with which a user chooses, such as ``--image-topic /a`` or ``?image=/a`` of ``/a``."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +69,17 @@ class Topic:
     child_frame_id: str = ""
     is_depth: bool = False
 
+    @property
+    def base(self) -> str:
+        """Name of the topic that this one is a compressed copy of, recorded or not; else its own."""
+        parent, _, last = self.name.rpartition("/")
+        return parent if self.kind == COMPRESSED and last in _TRANSPORTS else self.name
+
+    @property
+    def is_rectified(self) -> bool:
+        """Whether its images are rectified, as image_proc names them: ``image_rect``, ``image_rect_color``."""
+        return not _RECTIFIED.isdisjoint(word.lower() for word in _WORD.findall(self.base.rpartition("/")[2]))
+
 
 @dataclass(frozen=True)
 class Link:
@@ -65,10 +90,30 @@ class Link:
     static: bool
 
 
-def choose_image(bag: Path, topics: Iterable[Topic], named: str | None) -> Topic:
-    """The topic of colour images that is named, or the only one there is.
+def is_own(topics: Iterable[Topic]) -> bool:
+    """Whether a bag is one of ``kfloc bag make``: its topics with its frames, and no others."""
+    there = {topic.name: topic for topic in topics if topic.count}
+    frames = {IMAGE_TOPIC: CAMERA_FRAME, CAMERA_INFO_TOPIC: CAMERA_FRAME, DEPTH_TOPIC: CAMERA_FRAME}
+    frames[TRUTH_TOPIC] = MAP_FRAME
+    return (
+        {IMAGE_TOPIC, CAMERA_INFO_TOPIC} <= there.keys()
+        and (TRUTH_TOPIC in there) == (TF_TOPIC in there)
+        and all(TOPIC_TYPES.get(name) == topic.kind for name, topic in there.items())
+        and all(there[name].frame_id == frame for name, frame in frames.items() if name in there)
+    )
 
-    A topic with a compressed copy is played compressed. Depth images are not counted.
+
+def choose_image(
+    bag: Path,
+    topics: Iterable[Topic],
+    named: str | None,
+    option: Option = "--image-topic {}".format,
+    *,
+    compressed: bool = True,
+) -> Topic:
+    """The topic of colour images that is named, or the only one there is; depth images are not counted.
+
+    Of images that are there both raw and compressed, ``compressed`` says which are taken.
 
     Raises:
         SourceError: there is none, or several, and the choice is the user's.
@@ -76,14 +121,38 @@ def choose_image(bag: Path, topics: Iterable[Topic], named: str | None) -> Topic
     pictures = [topic for topic in topics if topic.kind in IMAGE_TYPES]
     if named is not None:
         return _named(bag, pictures, named, "image")
-    colours = [topic for topic in pictures if not topic.is_depth]
-    copied = {topic.name.removesuffix("/compressed") for topic in colours if topic.kind == COMPRESSED}
-    colours = [topic for topic in colours if topic.kind == COMPRESSED or topic.name not in copied]
-    own = [topic for topic in colours if topic.name == IMAGE_TOPIC]  # a bag of our own
-    return _only(bag, own or colours, "image", "--image-topic")
+    colours = _without_copies([topic for topic in pictures if not topic.is_depth], compressed)
+    return _only(bag, colours, "image", option)
 
 
-def choose_info(bag: Path, topics: Iterable[Topic], image: Topic, named: str | None) -> Topic:
+def choose_depth(
+    bag: Path, topics: Iterable[Topic], image: Topic, named: str | None, option: Option = "?depth={}".format
+) -> Topic | None:
+    """The topic of depth images that is named, or the only one in the images' own frame, or the only one; or None.
+
+    Named ``none`` is no depth.
+
+    Raises:
+        SourceError: there are several.
+    """
+    pictures = [topic for topic in topics if topic.kind in IMAGE_TYPES]
+    if named == "none":
+        return None
+    if named is not None:
+        return _named(bag, pictures, named, "depth image")
+    depths = [topic for topic in pictures if topic.is_depth]
+    aligned = [topic for topic in depths if topic.frame_id == image.frame_id]
+    choices = _without_copies(aligned or depths, compressed=False)
+    return _only(bag, choices, "depth image", option) if choices else None
+
+
+def choose_info(
+    bag: Path,
+    topics: Iterable[Topic],
+    image: Topic,
+    named: str | None,
+    option: Option = "--camera-info-topic {}".format,
+) -> Topic:
     """The camera_info that is named, or the one beside the images, or the only one of their frame.
 
     Raises:
@@ -92,31 +161,100 @@ def choose_info(bag: Path, topics: Iterable[Topic], image: Topic, named: str | N
     infos = [topic for topic in topics if topic.kind == CAMERA_INFO]
     if named is not None:
         return _named(bag, infos, named, "camera_info")
-    namespace = image.name.removesuffix("/compressed").rpartition("/")[0]
+    namespace = image.base.rpartition("/")[0]
     beside = [topic for topic in infos if topic.name.rpartition("/")[0] == namespace]
-    chosen = _only(bag, beside or infos, "camera_info", "--camera-info-topic")
+    of_frame = [topic for topic in infos if topic.frame_id == image.frame_id != ""]
+    chosen = _only(bag, beside or of_frame or infos, "camera_info", option)
     if not beside and "" not in (chosen.frame_id, image.frame_id) and chosen.frame_id != image.frame_id:
         raise SourceError(
             f"'{bag}' has one camera_info, {chosen.name}, but it is of the frame '{chosen.frame_id}' and {image.name} "
-            f"of '{image.frame_id}'. If it is theirs all the same, say so with --camera-info-topic {chosen.name}."
+            f"of '{image.frame_id}'. If it is theirs all the same, say so with {option(chosen.name)}."
         )
     return chosen
 
 
-def choose_truth(bag: Path, topics: Iterable[Topic]) -> Topic | None:
+def choose_truth(bag: Path, topics: Iterable[Topic], option: Option = "--truth {}".format) -> Topic | None:
     """The PoseStamped topic that is the truth where none is named: a bag of our own's, or the only one.
 
     Raises:
         SourceError: there are several.
     """
     poses = [topic for topic in topics if topic.kind == POSE and topic.count]
-    own = [topic for topic in poses if topic.name.rpartition("/")[0] == TRUTH_TOPIC.rpartition("/")[0]]
-    return _only(bag, own or poses, "PoseStamped", "--truth") if poses else None
+    own = [topic for topic in poses if topic.name == TRUTH_TOPIC]
+    return _only(bag, own or poses, "PoseStamped", option) if poses else None
 
 
-def is_rectified(image: Topic) -> bool:
-    """Whether images are rectified already, as image_proc names them: ``image_rect``, ``image_rect_color``."""
-    return "rect" in image.name.removesuffix("/compressed").rpartition("/")[2]
+def choose_pose(
+    bag: Path,
+    topics: Iterable[Topic],
+    named: str | None,
+    *,
+    with_tf: bool,
+    option: Option = "?pose={}".format,
+) -> Topic | str | None:
+    """The topic of poses that is named, or the only source of them; ``tf`` for the tree of transforms; or None.
+
+    Args:
+        with_tf: the tree moves the camera. Named ``tf`` is taken in any case, and ``none`` is no poses.
+
+    Raises:
+        SourceError: there are several.
+    """
+    poses = [topic for topic in topics if topic.kind in POSE_TYPES and topic.count]
+    if named == "none":
+        return None
+    if named == "tf":
+        return "tf"
+    if named is not None:
+        return _named(bag, poses, named, "pose")
+    if not poses:
+        return "tf" if with_tf else None
+    if len(poses) > 1 or with_tf:
+        choices = [topic.name for topic in poses] + ["tf"] * with_tf
+        raise _several(bag, choices, "sources of poses", option)
+    return poses[0]
+
+
+def choose_transforms(
+    bag: Path, children: dict[str, set[str]], image: Topic, named: str | None, option: Option = "?tf={}".format
+) -> list[str]:
+    """The topics whose transforms are of one tree: of several robots' that name their frames alike, one robot's.
+
+    Args:
+        children: child frames by topic with transforms, such as ``/robot1/tf``.
+        image: decides for the namespace that it is in.
+        named: a namespace, such as ``/robot1``.
+
+    Raises:
+        SourceError: the trees contradict each other, and the choice is the user's.
+    """
+    spaces: dict[str, list[str]] = {}
+    for topic in children:
+        spaces.setdefault(topic.rpartition("/")[0], []).append(topic)
+    frames = {space: set().union(*(children[topic] for topic in names)) for space, names in spaces.items()}
+    if named is not None:
+        first = named.rstrip("/").removesuffix("/tf_static").removesuffix("/tf")
+        if first not in spaces:
+            raise SourceError(f"'{bag}' has no transforms in '{named}'; it has {', '.join(children) or 'none'}.")
+    elif any(frames[a] & frames[b] for a in spaces for b in spaces if a < b):
+        around = [space for space in spaces if image.name.startswith(f"{space}/")]
+        first = max(around, key=len, default="")
+        if first not in spaces:
+            raise _several(bag, [space or "/" for space in spaces], "trees of transforms", option)
+    else:
+        return list(children)
+    # The others' frames count as far as they do not contradict: a global /tf_static beside a robot's own /robot1/tf.
+    chosen = [space for space in spaces if space == first or not frames[space] & frames[first]]
+    return [topic for space in chosen for topic in spaces[space]]
+
+
+def _without_copies(topics: Sequence[Topic], compressed: bool) -> list[Topic]:
+    """Topics without those that hold the images of another one, raw or (``compressed``) as image_transport has them."""
+    names = {topic.name for topic in topics}
+    copied = {topic.base for topic in topics if topic.base != topic.name}
+    if compressed:
+        return [topic for topic in topics if topic.name not in copied]
+    return [topic for topic in topics if topic.base == topic.name or topic.base not in names]
 
 
 def _named(bag: Path, topics: Sequence[Topic], name: str, what: str) -> Topic:
@@ -127,10 +265,14 @@ def _named(bag: Path, topics: Sequence[Topic], name: str, what: str) -> Topic:
     raise SourceError(f"'{bag}' has no {what} topic '{name}'; it has {there}.")
 
 
-def _only(bag: Path, topics: Sequence[Topic], what: str, option: str) -> Topic:
+def _only(bag: Path, topics: Sequence[Topic], what: str, option: Option) -> Topic:
     if len(topics) == 1:
         return topics[0]
     if topics:
-        there = ", ".join(topic.name for topic in topics)
-        raise SourceError(f"'{bag}' has several {what} topics: {there}. Choose one with {option}.")
+        raise _several(bag, [topic.name for topic in topics], f"{what} topics", option)
     raise SourceError(f"'{bag}' has no {what} topic; `kfloc bag info {bag}` lists what it has.")
+
+
+def _several(bag: Path, names: Sequence[str], what: str, option: Option) -> SourceError:
+    choices = ", ".join(map(option, names))
+    return SourceError(f"'{bag}' has several {what}: {', '.join(names)}. Choose one of them: {choices}.")

@@ -35,7 +35,8 @@ from kfloc_ros.bags.topics import (
 from kfloc_ros.errors import FrameError, SourceError
 from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import Camera
-from kfloc_ros.geometry.lie import make_pose, matrix_to_quaternion, quaternion_to_matrix
+from kfloc_ros.geometry.lie import matrix_to_quaternion
+from kfloc_ros.messages.poses import ns_to_stamp
 from kfloc_ros.types import Frame, Matrix
 
 JPEG_QUALITY = 95
@@ -108,7 +109,7 @@ class MessageCodec:
         }
 
     def _header(self, stamp_ns: int, frame_id: str) -> Any:
-        seconds, nanoseconds = divmod(stamp_ns, 1_000_000_000)
+        seconds, nanoseconds = ns_to_stamp(stamp_ns)
         stamp = self._make("builtin_interfaces/msg/Time", sec=seconds, nanosec=nanoseconds)
         return self._make("std_msgs/msg/Header", stamp=stamp, frame_id=frame_id)
 
@@ -118,27 +119,6 @@ class MessageCodec:
     def _encode(self, topic: str, **fields: Any) -> tuple[str, bytes | memoryview]:
         message_type = TOPIC_TYPES[topic]
         return topic, self.typestore.serialize_cdr(self._make(message_type, **fields), message_type)
-
-
-def stamp_ns_of(message: Any) -> int:
-    """Time of a message's header in nanoseconds."""
-    return int(message.header.stamp.sec) * 1_000_000_000 + int(message.header.stamp.nanosec)
-
-
-def pose_of(position: Any, orientation: Any) -> Matrix:
-    """(4, 4) transform of the position (or translation) and the quaternion of a message.
-
-    Raises:
-        SourceError: they are not finite, or the quaternion has no length.
-    """
-    p, q = position, orientation
-    try:
-        T = make_pose(quaternion_to_matrix((q.x, q.y, q.z, q.w)), (p.x, p.y, p.z))
-    except ValueError as error:
-        raise SourceError(f"A pose of the bag cannot be used: {error}") from error
-    if not np.isfinite(T).all():
-        raise SourceError("A pose of the bag is not finite.")
-    return T
 
 
 def encode_jpeg(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -162,25 +142,11 @@ def encode_depth(depth_m: NDArray[np.float32]) -> NDArray[np.uint8]:
         FrameError: OpenCV cannot compress the image.
     """
     units = np.rint(np.nan_to_num(depth_m, nan=0.0, posinf=0.0, neginf=0.0) / DEPTH_UNIT_M)
-    units[(units < 0) | (units > 65535)] = 0
+    units[(units < 0) | (units >= 65535)] = 0  # the highest count is read as no measurement
     done, data = cv2.imencode(".png", units.astype(np.uint16), [cv2.IMWRITE_PNG_COMPRESSION, 1])
     if not done:
         raise FrameError(f"A depth image of shape {depth_m.shape} cannot be compressed as PNG.")
     return np.asarray(data, dtype=np.uint8).reshape(-1)
-
-
-def decode_depth(data: NDArray[np.uint8]) -> NDArray[np.float32] | None:
-    """Depth in metres of 16-bit PNG bytes, or None if they are no such image."""
-    units = cv2.imdecode(np.asarray(data, dtype=np.uint8), cv2.IMREAD_UNCHANGED) if len(data) else None
-    if units is None or units.dtype != np.uint16 or units.ndim != 2:
-        return None
-    return np.asarray(units, dtype=np.float32) * np.float32(DEPTH_UNIT_M)
-
-
-def decode_jpeg(data: NDArray[np.uint8]) -> NDArray[np.uint8] | None:
-    """RGB image of compressed bytes, or None if they are no image."""
-    bgr = cv2.imdecode(np.asarray(data, dtype=np.uint8), cv2.IMREAD_COLOR) if len(data) else None
-    return None if bgr is None else np.ascontiguousarray(bgr[..., ::-1])
 
 
 BAG_VERSION = 9

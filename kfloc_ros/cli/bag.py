@@ -90,12 +90,12 @@ def run_make(args: argparse.Namespace) -> int:
 
 def run_info(args: argparse.Namespace) -> int:
     """Run ``kfloc bag info``; 0 if the topics to play follow from the bag, 1 if the user has to choose."""
-    from kfloc_ros.bags.reader import BagFile
+    from kfloc_ros.bags.reader import BagReader
     from kfloc_ros.bags.topics import choose_image, choose_info, choose_truth
     from kfloc_ros.cli.tables import format_table
     from kfloc_ros.errors import SourceError
 
-    with BagFile(args.bag) as bag:
+    with BagReader(args.bag) as bag:
         rows = [
             (
                 topic.name,

@@ -138,11 +138,11 @@ def _contact_sheet(bags: Sequence[Path], path: Path) -> None:
     import cv2
     import numpy as np
 
-    from kfloc_ros.datasets.bag import BagSource
+    from kfloc_ros.datasets.ros_bag import RosBag
 
     rows = []
     for bag in bags:
-        source = BagSource(bag, depth=False)
+        source = RosBag(bag, {}, depth=False)
         places = np.linspace(0, len(source) - 1, 5).astype(int)[:4]
         rows.append(np.concatenate([cv2.resize(source[int(i)].image, (480, 360)) for i in places], axis=1))
     done, data = cv2.imencode(".png", np.concatenate(rows)[..., ::-1])

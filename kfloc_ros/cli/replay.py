@@ -85,6 +85,11 @@ def _add_topics(group: argparse._ArgumentGroup) -> None:
         "what it says of the map; with odometry in it they broadcast map -> odom (default: the camera's frame, no TF)",
     )  # fmt: skip
     group.add_argument(
+        "--tf", metavar="NAMESPACE",
+        help="whose transforms count where several robots name their frames alike, such as /robot1 (default: those of "
+        "the images' namespace)",
+    )  # fmt: skip
+    group.add_argument(
         "--truth", metavar="WHERE",
         help="ground truth in the map: /TOPIC (PoseStamped, PoseWithCovarianceStamped, Odometry), "
         "tf:MAP:CAMERA, or a TUM file (default: the bag's one PoseStamped topic, if it has one)",
@@ -126,6 +131,7 @@ def run(args: argparse.Namespace) -> int:
         every_frame=args.every_frame,
         image_topic=args.image_topic,
         info_topic=args.camera_info_topic,
+        tf=args.tf,
         rectified=args.rectified,
         base_frame=args.base_frame,
         truth=args.truth,

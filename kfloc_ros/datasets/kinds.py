@@ -82,12 +82,9 @@ def _scannet(path: str, poses: str, depth: bool) -> FrameSource:
 
 
 def _bag(path: str, poses: str, depth: bool) -> FrameSource:
-    from kfloc_ros.datasets.bag import BagSource, is_own_bag
     from kfloc_ros.datasets.ros_bag import RosBag, split_words
 
     folder, words = split_words(path)
-    if not words and is_own_bag(folder):
-        return BagSource(folder, depth=depth)
     return RosBag(folder, words, depth=depth)
 
 

@@ -128,7 +128,7 @@ class PosedImages(FrameSource):
         if files.camera is not None:
             if depth_m.shape != (files.camera.height, files.camera.width):
                 raise SourceError(f"'{image.depth_path}' has not the size of its camera.")
-            return register_depth(depth_m, files.camera, image.camera.pinhole(), np.eye(4))
+            return register_depth(depth_m, files.camera, image.camera, np.eye(4))
         size = (image.camera.width, image.camera.height)
         if depth_m.shape != size[::-1]:
             depth_m = np.asarray(cv2.resize(depth_m, size, interpolation=cv2.INTER_NEAREST), dtype=np.float32)

@@ -7,7 +7,7 @@ words after the path: ``bag:PATH?image=/front/color/image_raw&pose=/odom``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,28 +15,37 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kfloc_ros.bags.reader import BagReader, reading, recorded_jpeg
-from kfloc_ros.bags.writer import pose_of, stamp_ns_of
+from kfloc_ros.bags.reader import BagReader, reading
+from kfloc_ros.bags.topics import (
+    COMPRESSED,
+    ODOMETRY,
+    TRUTH_TOPIC,
+    Option,
+    Topic,
+    choose_depth,
+    choose_image,
+    choose_info,
+    choose_pose,
+    is_own,
+)
+from kfloc_ros.bags.truth import other_times, read_poses, read_transforms
 from kfloc_ros.datasets.depth import register_depth
 from kfloc_ros.datasets.derived import recordings
 from kfloc_ros.errors import FrameError, SourceError
 from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import Camera
-from kfloc_ros.messages.camera_info import camera_from_info
-from kfloc_ros.messages.images import decode_compressed, decode_depth_message, decode_image, is_depth
-from kfloc_ros.messages.transforms import PoseTrack, TransformTree, nearest_stamp
+from kfloc_ros.messages.camera_info import camera_from_info, in_words
+from kfloc_ros.messages.images import decode_compressed, decode_depth_message, decode_image, recorded_jpeg
+from kfloc_ros.messages.transforms import MAX_GAP_S, NEAR_S, PoseTrack, TransformTree, nearest_stamp
 from kfloc_ros.types import Frame, Matrix
 
-IMAGE, COMPRESSED = "sensor_msgs/msg/Image", "sensor_msgs/msg/CompressedImage"
-CAMERA_INFO, TF = "sensor_msgs/msg/CameraInfo", "tf2_msgs/msg/TFMessage"
-POSE_TYPES = (
-    "geometry_msgs/msg/PoseStamped",
-    "geometry_msgs/msg/PoseWithCovarianceStamped",
-    "nav_msgs/msg/Odometry",
-)
 DEPTH_TOLERANCE_NS = 20_000_000
-WORDS = ("image", "info", "depth", "depth_info", "pose", "map", "body")
-"""What may follow a path: topics, the map's frame, and the frame whose pose a pose topic tells."""
+_SAME_SHARE = 0.005
+"""Calibrations that differ by no more than this share of the image's width are of one camera, such as autofocus moves
+it; the first one counts."""
+WORDS = ("image", "info", "depth", "depth_info", "pose", "tf", "map", "body")
+"""What may follow a path: topics, the namespace of the transforms, the map's frame, and the frame whose pose a pose
+topic tells."""
 
 
 class RosBag(FrameSource):
@@ -44,7 +53,8 @@ class RosBag(FrameSource):
 
     Poses come from one topic (``pose=``) or from the tree of transforms (``pose=tf``), interpolated at the images'
     stamps; extrinsics come from ``/tf_static``. A PoseStamped is taken to be of the image's own frame unless
-    ``body=`` names another; an Odometry is of its ``child_frame_id``.
+    ``body=`` names another; an Odometry is of its ``child_frame_id``. Of a recording of ``kfloc bag make`` the topics
+    are known, and depth and pose belong to the image with their stamp. ``Frame.index`` counts the bag's images.
 
     Args:
         path: folder of a rosbag2 or a ``.bag`` file.
@@ -56,24 +66,28 @@ class RosBag(FrameSource):
     """
 
     def __init__(self, path: Path, words: dict[str, str], *, depth: bool = True) -> None:
-        if not path.exists():
-            raise SourceError(f"There is no bag '{path}'.")
         if unknown := sorted(set(words) - set(WORDS)):
             raise SourceError(f"After a bag's path only {', '.join(WORDS)} can be given, not {', '.join(unknown)}.")
         self.name = path.resolve().stem
-        self._path, self._words = path, words
+        self._path = path
+        self._reader = BagReader(path)
         with reading(path):
-            self._reader = BagReader(path)
-            self._topics = self._reader.topics
-            self._image_topic, self._depth_topic = self._choose_images(depth)
-            self._slots = self._reader.slots(self._image_topic)
-            self._frame_id = self._frame_of(self._image_topic)
-            self._camera = self._camera_of(self._image_topic, "info")
+            topics = [topic for topic in self._reader.topics if topic.count]
+            self._exact = is_own(topics) and not words
+            if self._exact:
+                words = {"pose": TRUTH_TOPIC if any(topic.name == TRUTH_TOPIC for topic in topics) else "none"}
+            self._words, self._topics = words, topics
+            self._image = choose_image(path, topics, words.get("image"), _option("image"), compressed=False)
+            self._slots = self._reader.slots(self._image)
+            self._camera = self._camera_of(self._image, "info")
             self._tree = self._read_tree()
             self._pose_at = self._choose_poses()
-            self._depths = self._reader.slots(self._depth_topic) if self._depth_topic else []
+            self._depth = choose_depth(path, topics, self._image, words.get("depth")) if depth else None
+            self._depths = self._reader.slots(self._depth) if self._depth else []
             self._depth_stamps = [slot.stamp_ns for slot in self._depths]
             self._register = self._registration()
+            if self._depth:
+                self._check_times(f"The depth images on {self._depth.name}", self._depth_stamps, "depth")
 
     @property
     def camera(self) -> Camera:
@@ -95,11 +109,17 @@ class RosBag(FrameSource):
         index = range(len(self._slots))[position]
         slot = self._slots[index]
         with reading(self._path):
-            message = self._reader.message(self._image_topic, slot)
-            image = (
-                decode_compressed(message) if self._topics[self._image_topic] == COMPRESSED else decode_image(message)
-            )
-            depth_m = self._depth(slot.stamp_ns)
+            message = self._reader.message(self._image, slot)
+            try:
+                image = decode_compressed(message) if self._image.kind == COMPRESSED else decode_image(message)
+            except FrameError as error:
+                raise SourceError(f"Image {index} of the bag '{self._path}' cannot be decoded: {error}") from error
+            if image.shape[:2] != (self._camera.height, self._camera.width):
+                raise SourceError(
+                    f"Image {index} of the bag '{self._path}' is {image.shape[1]}x{image.shape[0]}, its camera_info "
+                    f"{self._camera.width}x{self._camera.height}. Name the images' own with ?info=."
+                )
+            depth_m = self._depth_at(slot.stamp_ns)
         return Frame(
             image=image,
             camera=self._camera,
@@ -111,88 +131,88 @@ class RosBag(FrameSource):
         )
 
     def encoded_image(self, position: int) -> bytes | None:
-        if self._topics[self._image_topic] != COMPRESSED:
+        if self._image.kind != COMPRESSED:
             return None
         with reading(self._path):
-            return recorded_jpeg(self._reader.message(self._image_topic, self._slots[position]))
+            return recorded_jpeg(self._reader.message(self._image, self._slots[position]))
 
-    def _depth(self, stamp_ns: int) -> NDArray[np.float32] | None:
-        nearest = nearest_stamp(self._depth_stamps, stamp_ns, DEPTH_TOLERANCE_NS)
-        if nearest is None or self._depth_topic is None:
+    def _depth_at(self, stamp_ns: int) -> NDArray[np.float32] | None:
+        nearest = nearest_stamp(self._depth_stamps, stamp_ns, 0 if self._exact else DEPTH_TOLERANCE_NS)
+        if nearest is None or self._depth is None:
             return None
-        message = self._reader.message(self._depth_topic, self._depths[nearest])
-        return self._register(decode_depth_message(message, self._topics[self._depth_topic] == COMPRESSED))
+        message = self._reader.message(self._depth, self._depths[nearest])
+        return self._register(decode_depth_message(message, self._depth.kind == COMPRESSED))
 
-    def _choose_images(self, depth: bool) -> tuple[str, str | None]:
-        """The topics of colour and of depth images."""
-        pictures = [topic for topic, kind in self._topics.items() if kind in (IMAGE, COMPRESSED)]
-        depths = [topic for topic in pictures if is_depth(next(self._reader.messages(topic)))]
-        colours = [topic for topic in pictures if topic not in depths]
-        image = self._choose("image", "image", _without_copies(colours))
-        if image is None:
-            raise SourceError(
-                f"The bag '{self._path}' has no images; it has {', '.join(sorted(self._topics)) or 'nothing'}."
-            )
-        if not depth:
-            return image, None
-        frame = self._frame_of(image)
-        aligned = [topic for topic in depths if self._frame_of(topic) == frame]
-        return image, self._choose("depth", "depth image", _without_copies(aligned or depths))
-
-    def _choose(self, word: str, what: str, choices: Sequence[str]) -> str | None:
-        """The one choice there is, or the one that the user named.
-
-        Raises:
-            SourceError: the bag does not have what is named, or several are left.
-        """
-        if word in self._words:
-            named = self._words[word]
-            if named != "tf" and named not in self._topics:
+    def _camera_of(self, images: Topic, word: str) -> Camera:
+        chosen = choose_info(self._path, self._topics, images, self._words.get(word), _option(word))
+        camera: Camera | None = None
+        fault: FrameError | None = None
+        seen: set[bytes] = set()
+        for record in self._reader.records((chosen.name, chosen.kind)):
+            said = record.data[self._reader.header(record).end :]
+            if said in seen:
+                continue
+            seen.add(said)
+            try:
+                found = camera_from_info(_lower_case(self._reader.decode(record)), rectified=images.is_rectified)
+            except FrameError as error:  # such as all zero, before the driver has loaded its calibration
+                fault = fault or error
+                continue
+            camera = camera or found
+            if camera.difference_px(found) > _SAME_SHARE * camera.width:
+                at_s = 1e-9 * (record.logged_ns - self._reader.start_ns)
                 raise SourceError(
-                    f"The bag '{self._path}' has no topic {named}; it has {', '.join(sorted(self._topics))}."
+                    f"The camera of '{self._path}' changes: {chosen.name} says {in_words(camera)}, and {at_s:.1f} s "
+                    f"after the bag's start {in_words(found)}. Did its zoom change, or its driver load a calibration "
+                    "late? Cut the bag where it changes (`ros2 bag convert`), and use one part."
                 )
-            return named
-        if len(choices) > 1:
-            listed = ", ".join(f"?{word}={choice}" for choice in choices)
-            raise SourceError(f"The bag '{self._path}' has several {what}s; add one of these to its path: {listed}.")
-        return choices[0] if choices else None
+        if camera is None:
+            raise SourceError(f"The bag '{self._path}': {fault or f'{chosen.name} has no message.'}") from fault
+        return camera
 
-    def _camera_of(self, topic: str, word: str) -> Camera:
-        infos = [name for name, kind in self._topics.items() if kind == CAMERA_INFO]
-        beside = [name for name in infos if name.rpartition("/")[0] in _namespaces(topic)]
-        chosen = self._choose(word, "camera_info", beside or infos)
-        if chosen is None:
-            raise SourceError(f"The bag '{self._path}' has no camera_info for {topic}.")
-        try:
-            return camera_from_info(
-                _lower_case(next(self._reader.messages(chosen))), rectified="rect" in _last_word(topic)
-            )
-        except FrameError as error:
-            raise SourceError(f"The bag '{self._path}': {error}") from error
+    def _check_times(self, what: str, stamps_ns: Iterable[int], word: str) -> None:
+        if clocks := other_times(what, stamps_ns, (slot.stamp_ns for slot in self._slots)):
+            raise SourceError(f"In '{self._path}', {clocks[0].lower()}{clocks[1:]} Without them: ?{word}=none.")
+
+    def _read_tree(self) -> TransformTree:
+        transforms = read_transforms(self._reader, self._image, self._words.get("tf"), _option("tf"))
+        parents: dict[str, str] = {}
+        for edge in (edge for event in transforms.moving for edge in event.edges):
+            if parents.setdefault(edge.child, edge.parent) != edge.parent:
+                raise SourceError(
+                    f"In the bag's /tf the frame '{edge.child}' has two parents, '{parents[edge.child]}' and "
+                    f"'{edge.parent}'."
+                )
+        self._tf_stamps = [edge.stamp_ns for event in transforms.moving for edge in event.edges]
+        return transforms.tree(max_gap_s=MAX_GAP_S, near_s=NEAR_S)
 
     def _choose_poses(self) -> Callable[[int], Matrix | None]:
-        choices = [topic for topic, kind in self._topics.items() if kind in POSE_TYPES]
-        top = self._words.get("map", "").lstrip("/") or self._tree.root(self._frame_id)
-        if self._tree.moves(self._frame_id, top):
-            choices.append("tf")
-        chosen = self._choose("pose", "source of pose", choices)
+        camera = self._image.frame_id
+        top = self._words.get("map", "").lstrip("/") or self._tree.root(camera)
+        with_tf = self._tree.moves(camera, top)
+        chosen = choose_pose(self._path, self._topics, self._words.get("pose"), with_tf=with_tf)
         if chosen is None:
             return lambda stamp_ns: None
-        if chosen == "tf":
-            return lambda stamp_ns: self._tree.at(top, self._frame_id, stamp_ns)
-        stamps, poses, body = [], [], self._words.get("body", "")
-        for message in self._reader.messages(chosen):
-            body = body or str(getattr(message, "child_frame_id", "")) or self._frame_id
-            pose = message.pose.pose if hasattr(message.pose, "pose") else message.pose
-            stamps.append(stamp_ns_of(message))
-            poses.append(pose_of(pose.position, pose.orientation))
-        T_body_camera = self._tree.fixed(body, self._frame_id)
+        if not isinstance(chosen, Topic):
+            self._check_times("The transforms", self._tf_stamps, "pose")
+            return lambda stamp_ns: self._tree.find(top, camera, stamp_ns)
+        recorded = read_poses(self._reader, chosen)
+        self._check_times(f"The poses on {chosen.name}", recorded.poses, "pose")
+        body = self._words.get("body") or recorded.body
+        if not body and chosen.kind == ODOMETRY:
+            raise SourceError(
+                f"The Odometry on {chosen.name} does not say whose poses it tells: its child_frame_id is empty. Name "
+                "the frame, such as base_link, with ?body=."
+            )
+        body = body or camera
+        T_body_camera = self._tree.fixed(body, camera)
         if T_body_camera is None:
             raise SourceError(
-                f"{chosen} tells poses of '{body}', but the bag's /tf_static does not say where '{self._frame_id}' "
+                f"{chosen.name} tells poses of '{body}', but the bag's /tf_static does not say where '{camera}' "
                 "sits on it. Name another frame with body=, or record /tf_static."
             )
-        track = PoseTrack(stamps, poses)
+        limits = {"max_gap_s": 0.0, "near_s": 0.0} if self._exact else {}
+        track = PoseTrack(list(recorded.poses), list(recorded.poses.values()), **limits)
 
         def at(stamp_ns: int) -> Matrix | None:
             T_map_body = track.at(stamp_ns)
@@ -202,42 +222,25 @@ class RosBag(FrameSource):
 
     def _registration(self) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
         """What brings a depth image to the colour camera."""
-        if self._depth_topic is None:
+        if self._depth is None:
             return lambda depth_m: depth_m
-        frame = self._frame_of(self._depth_topic)
+        aligned = self._depth.frame_id == self._image.frame_id
         shape = self._camera.height, self._camera.width
-        camera = self._camera if frame == self._frame_id else self._camera_of(self._depth_topic, "depth_info")
-        T_color_depth = self._tree.fixed(self._frame_id, frame)
+        camera = self._camera if aligned else self._camera_of(self._depth, "depth_info")
+        T_color_depth = self._tree.fixed(self._image.frame_id, self._depth.frame_id)
         if T_color_depth is None:
             raise SourceError(
-                f"The depth of the bag '{self._path}' is in the frame '{frame}', and /tf_static does not connect it "
-                f"with the images' frame '{self._frame_id}'."
+                f"The depth of the bag '{self._path}' is in the frame '{self._depth.frame_id}', and /tf_static does "
+                f"not connect it with the images' frame '{self._image.frame_id}'."
             )
 
         def register(depth_m: NDArray[np.float32]) -> NDArray[np.float32]:
-            if frame == self._frame_id and depth_m.shape == shape:
+            if aligned and depth_m.shape == shape:
                 return depth_m
             own = camera if depth_m.shape == (camera.height, camera.width) else camera.scaled_to(*depth_m.shape[::-1])
-            return register_depth(depth_m, own.pinhole(), self._camera.pinhole(), T_color_depth)
+            return register_depth(depth_m, own, self._camera, T_color_depth)
 
         return register
-
-    def _read_tree(self) -> TransformTree:
-        tree = TransformTree()
-        for topic, kind in self._topics.items():
-            if kind not in (TF, "tf/msg/tfMessage"):
-                continue
-            for message in self._reader.messages(topic):
-                for link in message.transforms:
-                    T = pose_of(link.transform.translation, link.transform.rotation)
-                    if topic.endswith("tf_static"):
-                        tree.add_static(link.header.frame_id, link.child_frame_id, T)
-                    else:
-                        tree.add(link.header.frame_id, link.child_frame_id, stamp_ns_of(link), T)
-        return tree
-
-    def _frame_of(self, topic: str) -> str:
-        return str(next(self._reader.messages(topic)).header.frame_id).lstrip("/")
 
 
 def split_words(path: str) -> tuple[Path, dict[str, str]]:
@@ -256,19 +259,9 @@ def split_words(path: str) -> tuple[Path, dict[str, str]]:
     return Path(folder), words
 
 
-def _without_copies(topics: Sequence[str]) -> list[str]:
-    """Topics without those that are a compressed copy of another."""
-    return [topic for topic in topics if topic.rpartition("/")[0] not in topics]
-
-
-def _namespaces(topic: str) -> tuple[str, str]:
-    """Where a camera_info may be: beside the topic or, of a compressed one, beside what it is a copy of."""
-    beside = topic.rpartition("/")[0]
-    return beside, beside.rpartition("/")[0] if _last_word(topic).startswith("compressed") else beside
-
-
-def _last_word(topic: str) -> str:
-    return topic.rpartition("/")[2]
+def _option(word: str) -> Option:
+    """Texts that choose a topic by a word after the path."""
+    return f"?{word}={{}}".format
 
 
 def _lower_case(info: Any) -> Any:

@@ -27,7 +27,7 @@ class LocalizedFrame:
     """None if the localizer refused the frame; the estimate then says why."""
     latency_ms: float
     """From the decoded image to the pose: adapting the image to the map's camera and localizing, without reading."""
-    adapt_ms: float
+    rectify_ms: float
 
 
 def localize_source(localizer: AnyLocalizer, source: FrameSource) -> Iterator[FrameRecord]:
@@ -37,7 +37,7 @@ def localize_source(localizer: AnyLocalizer, source: FrameSource) -> Iterator[Fr
         SourceError: an image cannot be read.
     """
     for item in localize_frames(localizer, source):
-        yield record_of(item.frame, item.estimate, latency_ms=item.latency_ms, adapt_ms=item.adapt_ms)
+        yield record_of(item.frame, item.estimate, latency_ms=item.latency_ms, rectify_ms=item.rectify_ms)
 
 
 def localize_frames(localizer: AnyLocalizer, source: FrameSource) -> Iterator[LocalizedFrame]:
@@ -60,10 +60,10 @@ def localize_frames(localizer: AnyLocalizer, source: FrameSource) -> Iterator[Lo
                 name=frame.name,
                 T_map_camera=frame.T_map_camera,
             )
-            adapt_ms = 1e3 * (time.perf_counter() - start)
+            rectify_ms = 1e3 * (time.perf_counter() - start)
             localization = localizer.process(adapted)
             estimate = localization.estimate
         except FrameError as error:
-            localization, adapt_ms = None, 0.0
+            localization, rectify_ms = None, 0.0
             estimate = PoseEstimate(frame.stamp_ns, TrackingState.LOST, str(error))
-        yield LocalizedFrame(frame, estimate, localization, 1e3 * (time.perf_counter() - start), adapt_ms)
+        yield LocalizedFrame(frame, estimate, localization, 1e3 * (time.perf_counter() - start), rectify_ms)

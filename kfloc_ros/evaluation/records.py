@@ -8,6 +8,24 @@ from dataclasses import dataclass, field
 
 from kfloc_ros.types import Frame, Matrix, PoseEstimate, TrackingState
 
+STATISTICS = {
+    "inlier_count": "inliers",
+    "inlier_ratio": "inlier_ratio",
+    "prior_ratio": "prior_ratio",
+    "nis_mean": "nis",
+    "rejected_ratio": "rejected_ratio",
+    "alignment_initial_cost": "alignment_initial_cost",
+    "alignment_final_cost": "alignment_final_cost",
+    "alignment_valid_ratio": "alignment_valid_ratio",
+    "alignment_iterations": "alignment_iterations",
+}
+"""Statistics of the stages by their names in records, and their keys in the nodes' ``status``."""
+STAGES = (
+    "decode", "rectify", "backbone", "measure", "filter", "pnp", "refine", "relocalize", "change_over", "publish",
+    "total",
+)  # fmt: skip
+"""Stages in the order of their work, as ``timings_ms`` names them; no run has times of all."""
+
 
 @dataclass(frozen=True, eq=False)
 class FrameRecord:
@@ -26,7 +44,7 @@ class FrameRecord:
     reason: str = ""
     covariance: Matrix | None = None
     stats: Mapping[str, float] = field(default_factory=dict)
-    """Numbers of the stages, such as ``inlier_count`` and ``nis_mean``."""
+    """Numbers of the stages, by the names of ``STATISTICS``."""
     timings_ms: Mapping[str, float] = field(default_factory=dict)
     latency_ms: float | None = None
     """Offline: time in the localizer. Replay: from the image's publication to the pose's arrival, wall clock."""
@@ -36,7 +54,7 @@ class FrameRecord:
     """False for a frame that was played but for which the nodes never answered (dropped or lost)."""
 
 
-def record_of(frame: Frame, estimate: PoseEstimate, *, latency_ms: float, adapt_ms: float) -> FrameRecord:
+def record_of(frame: Frame, estimate: PoseEstimate, *, latency_ms: float, rectify_ms: float) -> FrameRecord:
     """The record of one frame that went through the localizer in this process."""
     stats: dict[str, float] = {}
     if estimate.coarse is not None:
@@ -47,6 +65,8 @@ def record_of(frame: Frame, estimate: PoseEstimate, *, latency_ms: float, adapt_
         stats["nis_mean"] = estimate.filter.nis_mean
         stats["rejected_ratio"] = estimate.filter.rejected_ratio
     if estimate.alignment is not None:
+        stats["alignment_initial_cost"] = estimate.alignment.initial_cost
+        stats["alignment_final_cost"] = estimate.alignment.final_cost
         stats["alignment_valid_ratio"] = estimate.alignment.valid_ratio
         stats["alignment_iterations"] = estimate.alignment.iterations
     return FrameRecord(
@@ -59,7 +79,7 @@ def record_of(frame: Frame, estimate: PoseEstimate, *, latency_ms: float, adapt_
         reason=estimate.reason,
         covariance=estimate.covariance,
         stats=stats,
-        timings_ms={"adapt": adapt_ms, **estimate.timings_ms},
+        timings_ms={"rectify": rectify_ms, **estimate.timings_ms},
         latency_ms=latency_ms,
         tracked=estimate.tracked,
     )

@@ -11,7 +11,7 @@ import csv
 import io
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,11 @@ import numpy as np
 from kfloc_ros.evaluation.metrics import pose_error
 from kfloc_ros.evaluation.page import ImagesOf, page_text
 from kfloc_ros.evaluation.plots import write_plots
-from kfloc_ros.evaluation.records import FrameRecord
+from kfloc_ros.evaluation.records import STAGES, STATISTICS, FrameRecord
 from kfloc_ros.evaluation.report import report_text
 from kfloc_ros.evaluation.summary import RunInfo, Summary, finite, summarize
 from kfloc_ros.geometry.lie import matrix_to_quaternion
+from kfloc_ros.messages.tum import tum_text
 from kfloc_ros.types import Matrix
 
 
@@ -51,9 +52,9 @@ def write_results(
 
 
 def frames_csv(records: Sequence[FrameRecord]) -> str:
-    """One line a frame; a column of a stage or statistic is empty where the frame does not have it."""
-    stats = list(dict.fromkeys(key for record in records for key in record.stats))
-    stages = list(dict.fromkeys(key for record in records for key in record.timings_ms))
+    """One line a frame, in the same columns for every kind of run; empty where a frame does not have a value."""
+    stats = list(dict.fromkeys((*STATISTICS, *(key for record in records for key in record.stats))))
+    stages = list(dict.fromkeys((*STAGES, *(key for record in records for key in record.timings_ms))))
     rows = [_row(record) for record in records]
     buffer = io.StringIO()
     columns = [*_row(FrameRecord(0, 0, None)), *stats, *(f"{stage}_ms" for stage in stages)]
@@ -64,17 +65,6 @@ def frames_csv(records: Sequence[FrameRecord]) -> str:
         row.update({f"{stage}_ms": round(value, 3) for stage, value in record.timings_ms.items()})
         writer.writerow({key: "" if value is None else value for key, value in finite(row).items()})
     return buffer.getvalue()
-
-
-def tum_text(poses: Iterable[tuple[int, Matrix | None]]) -> str:
-    """``t tx ty tz qx qy qz qw`` a line, t in seconds with nanosecond digits; missing poses are left out."""
-    lines = []
-    for stamp_ns, T_map_camera in poses:
-        if T_map_camera is None or not np.isfinite(T_map_camera).all():
-            continue
-        numbers = [*T_map_camera[:3, 3], *matrix_to_quaternion(T_map_camera[:3, :3])]
-        lines.append(f"{stamp_ns // 10**9}.{stamp_ns % 10**9:09d} " + " ".join(f"{n:.9f}" for n in numbers) + "\n")
-    return "".join(lines)
 
 
 def _row(record: FrameRecord) -> dict[str, Any]:

@@ -90,6 +90,15 @@ def inverse_pose(T: Matrix) -> Matrix:
     return make_pose(T[:3, :3].T, -T[:3, :3].T @ T[:3, 3])
 
 
+def interpolate(T0: Matrix, T1: Matrix, share: float) -> Matrix:
+    """Return the rigid transform (4, 4) between two others, at ``share`` of the way (0: ``T0``, 1: ``T1``).
+
+    The rotation turns at a constant rate about one axis, the translation goes straight.
+    """
+    turn = so3_exp(share * so3_log(T0[:3, :3].T @ T1[:3, :3]))
+    return make_pose(T0[:3, :3] @ turn, (1 - share) * T0[:3, 3] + share * T1[:3, 3])
+
+
 def rotation_angle_deg(R: ArrayLike) -> float:
     """Angle of a rotation matrix in degrees."""
     return float(np.degrees(np.linalg.norm(so3_log(R))))

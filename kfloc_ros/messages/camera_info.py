@@ -3,26 +3,37 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
 
 from kfloc_ros.errors import FrameError
-from kfloc_ros.geometry.camera import Camera
+from kfloc_ros.geometry.camera import Camera, known_coefficients
 
 _MIN_VIEW, _FULL_VIEW = 0.3, 0.8
 """Shares of the map camera's view below which a camera is refused, or used with a warning."""
-_ALIASES = {"fisheye": "equidistant", "kannala_brandt": "equidistant"}
+_ALIASES = {
+    "fisheye": "equidistant",
+    "kannala_brandt": "equidistant",
+    "kannala_brandt4": "equidistant",
+    "opencv_fisheye": "equidistant",
+    "radtan": "plumb_bob",
+}
+_NO_PERSPECTIVE = re.compile(r"fish|equi|kannala|f_?theta|omni|mei|ucm|unified|sphere|spherical|ocam|cylind")
+"""In the names of models that are no pinhole's, even where their coefficients are zero."""
+_NEAR_CENTRE = 0.25
+"""A camera's principal point lies this share of its size or more from its edges."""
 
 
 def camera_from_info(message: Any, *, rectified: bool = False) -> Camera:
     """The camera that a ``CameraInfo`` describes, in pixels of the image that comes with it.
 
-    ``CameraInfo`` speaks of the full sensor; its region of interest and binning are applied here.
+    ``CameraInfo`` speaks of the full sensor; its region of interest and binning are applied here (REP 104).
     ``rectified``: the images were rectified before, so the projection matrix P counts, without distortion.
 
     Raises:
-        FrameError: the calibration is missing (all zero), not finite, or of an unknown model.
+        FrameError: the calibration is missing (all zero), not finite, of an unknown model, or not of the full sensor.
     """
     if rectified:
         fx, fy, cx, cy = (float(message.p[i]) for i in (0, 5, 2, 6))
@@ -32,18 +43,41 @@ def camera_from_info(message: Any, *, rectified: bool = False) -> Camera:
     which = "projection matrix P" if rectified else "matrix K"
     try:
         full = Camera(int(message.width), int(message.height), fx, fy, cx, cy, model, distortion)
+        _check_full(full, message)
         return _binned(_cropped(full, message.roi), int(message.binning_x) or 1, int(message.binning_y) or 1)
     except FrameError as error:
         raise FrameError(f"A camera_info cannot be used (its {which} was read): {error}") from error
 
 
 def _distortion(message: Any) -> tuple[str, tuple[float, ...]]:
-    """Model and coefficients; no coefficients, or all zero, is no distortion whatever the model is called."""
-    coefficients = tuple(float(value) for value in message.d)
-    if not any(coefficients):  # NaN counts as something, and Camera refuses it
+    """Model and coefficients of those that the model has; an equidistant lens without any bends straight lines, too."""
+    name = str(message.distortion_model).strip().lower()
+    model = _ALIASES.get(name, name)
+    coefficients = known_coefficients(model, tuple(float(value) for value in message.d))
+    if model == "equidistant" and not any(coefficients):
+        return model, (0.0, 0.0, 0.0, 0.0)
+    if not any(coefficients) and not _NO_PERSPECTIVE.search(model):  # NaN counts as something, and Camera refuses it
         return "none", ()
-    model = str(message.distortion_model)
-    return _ALIASES.get(model, model), coefficients
+    return model, coefficients
+
+
+def _check_full(full: Camera, message: Any) -> None:
+    """Refuse a calibration of binned or cropped images where the message bins or crops once more.
+
+    Raises:
+        FrameError: the principal point is far from the middle of the sensor that the message speaks of.
+    """
+    cropped = (int(message.roi.width), int(message.roi.height)) not in ((0, 0), (full.width, full.height))
+    if not cropped and int(message.binning_x) <= 1 and int(message.binning_y) <= 1:
+        return
+    shares = (full.cx + 0.5) / full.width, (full.cy + 0.5) / full.height
+    if not all(_NEAR_CENTRE <= share <= 1 - _NEAR_CENTRE for share in shares):
+        raise FrameError(
+            f"its principal point ({full.cx:.1f}, {full.cy:.1f}) is not near the middle of its {full.width}x"
+            f"{full.height} pixels. With binning or a region of interest, the matrix and the size must be those of the "
+            "whole sensor (REP 104). If the camera was calibrated as it is used, have its driver send the images' own "
+            "size, binning 0 and no region of interest."
+        )
 
 
 def _cropped(camera: Camera, roi: Any) -> Camera:

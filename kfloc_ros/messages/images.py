@@ -125,15 +125,41 @@ def decode_compressed(message: Any) -> Rgb:
     if _is_cut_off(data):
         # OpenCV would fill the missing part with grey and say nothing.
         raise FrameError(f"A compressed image ('{message.format}', {len(data)} bytes) is cut off: its end is missing.")
+    mosaic = _mosaic_of(message.format)
+    flags = cv2.IMREAD_COLOR if mosaic is None else cv2.IMREAD_UNCHANGED
     try:
-        flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
-        bgr = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), flags)
+        bgr = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), flags | cv2.IMREAD_IGNORE_ORIENTATION)
     except cv2.error:
         bgr = None
     if bgr is None:
         raise FrameError(f"A compressed image ('{message.format}', {len(data)} bytes) cannot be decoded.")
     _check_size(bgr.shape[1], bgr.shape[0])
+    if mosaic is not None:
+        if bgr.ndim == 2 and bgr.dtype in (np.uint8, np.uint16):
+            values = bgr if bgr.dtype == np.uint8 else (bgr >> 8).astype(np.uint8)
+            return _to_rgb(values, values.shape[1], mosaic, False)
+        bgr = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
     return np.asarray(cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB), dtype=np.uint8)
+
+
+def _mosaic_of(format_text: str) -> _Layout | None:
+    """Layout of the Bayer mosaic that image_transport compressed as it was, or None for any other image.
+
+    It writes ``bayer_rggb8; png compressed`` of the mosaic, and names a third word, such as ``bgr8``, where it made an
+    image of it first.
+    """
+    encoding, _, codec = format_text.partition(";")
+    _, _, made = codec.partition("compressed")
+    if not encoding.strip().startswith("bayer_") or made.strip() not in ("", encoding.strip()):
+        return None
+    layout = _LAYOUTS.get(encoding.strip())
+    return None if layout is None else layout._replace(bits=8)
+
+
+def recorded_jpeg(message: Any) -> bytes | None:
+    """The data of a ``CompressedImage`` if that is a JPEG."""
+    data = bytes(message.data)
+    return data if data.startswith(_JPEG_START) else None
 
 
 def _check_size(width: int, height: int) -> None:
@@ -165,6 +191,7 @@ def fill_image(message: Any, image: Rgb) -> Any:
 
 DEPTH_ENCODINGS = ("16UC1", "mono16", "32FC1")
 COMPRESSED_DEPTH_HEADER = 12
+_NO_DEPTH = 65535
 
 
 def decode_depth_message(message: Any, compressed: bool) -> NDArray[np.float32]:
@@ -183,7 +210,7 @@ def decode_depth_message(message: Any, compressed: bool) -> NDArray[np.float32]:
             a, b = struct.unpack("<2f", bytes(message.data[4:12]))  # as compressed_depth_image_transport quantizes
             depth = np.where(raw > 0, a / np.maximum(raw.astype(np.float32) - b, 1e-6), 0)
             return np.asarray(depth, dtype=np.float32)
-        return np.asarray(raw.astype(np.float32) * np.float32(1e-3))
+        return _metres(raw)
     if message.encoding not in DEPTH_ENCODINGS:
         raise SourceError(f"The encoding '{message.encoding}' is not one of depth: {', '.join(DEPTH_ENCODINGS)}.")
     single = message.encoding == "32FC1"
@@ -191,8 +218,13 @@ def decode_depth_message(message: Any, compressed: bool) -> NDArray[np.float32]:
     rows = np.frombuffer(bytes(message.data), np.uint8).reshape(message.height, message.step)
     values = np.ascontiguousarray(rows[:, : message.width * kind.itemsize]).view(kind).astype(np.float32)
     if not single:
-        return np.where(values == 65535, 0, values * np.float32(1e-3)).astype(np.float32)
+        return _metres(values)
     return np.asarray(np.where(np.isfinite(values) & (values > 0), values, 0), dtype=np.float32)
+
+
+def _metres(millimetres: NDArray[Any]) -> NDArray[np.float32]:
+    """Depth in metres of 16-bit counts; the highest count stands for no measurement, as zero does."""
+    return np.where(millimetres == _NO_DEPTH, 0, millimetres.astype(np.float32) * np.float32(1e-3)).astype(np.float32)
 
 
 def is_depth(message: Any) -> bool:

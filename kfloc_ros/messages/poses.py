@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -44,14 +45,50 @@ class BodyPose:
         return ""
 
 
+class Header(NamedTuple):
+    """The ``std_msgs/Header`` at the beginning of a serialized message."""
+
+    stamp_ns: int
+    frame_id: str
+    """Without the leading slash of ROS 1."""
+    end: int
+    """Where the next field begins, before its alignment."""
+
+
 def stamp_to_ns(stamp: Any) -> int:
     """Nanoseconds of a ``builtin_interfaces/Time``."""
     return int(stamp.sec) * _NS_PER_S + int(stamp.nanosec)
 
 
+def ns_to_stamp(stamp_ns: int) -> tuple[int, int]:
+    """Seconds and nanoseconds of a ``builtin_interfaces/Time``."""
+    return divmod(stamp_ns, _NS_PER_S)
+
+
 def fill_stamp(stamp: Any, stamp_ns: int) -> None:
     """Put nanoseconds into a ``builtin_interfaces/Time``."""
-    stamp.sec, stamp.nanosec = divmod(stamp_ns, _NS_PER_S)
+    stamp.sec, stamp.nanosec = ns_to_stamp(stamp_ns)
+
+
+def serialized_header(data: bytes, *, ros1: bool = False) -> Header:
+    """Return the header that a serialized message begins with, without reading the rest.
+
+    Args:
+        data: CDR with its four bytes of encapsulation or, with ``ros1``, ROS 1's serialization.
+
+    Raises:
+        FrameError: the data is too short.
+    """
+    kind = "<III" if ros1 else "<iII" if data[1:2] == b"\x01" else ">iII"
+    try:
+        seconds, nanoseconds, length = struct.unpack_from(kind, data, 4)
+    except struct.error as error:
+        raise FrameError(f"A serialized message of {len(data)} bytes is too short for a header.") from error
+    end = 16 + length
+    if end > len(data):
+        raise FrameError(f"A serialized message of {len(data)} bytes is cut off within its header.")
+    text = bytes(data[16:end]).rstrip(b"\0").decode("utf-8", "replace")
+    return Header(int(seconds) * _NS_PER_S + int(nanoseconds), text.lstrip("/"), end)
 
 
 def fill_pose(message: Any, T: Matrix) -> None:

@@ -1,21 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A buffer of transforms over time that answers as tf2's does, for machines without tf2_ros; imports nothing of ROS."""
+"""Transforms over time: one tree of frames, live and of recordings, that answers as tf2's buffer does; pose tracks."""
 
 from __future__ import annotations
 
-from bisect import bisect_right, insort
+import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
 from kfloc_ros.errors import KflocError, SourceError
-from kfloc_ros.geometry.lie import inverse_pose, make_pose, so3_exp, so3_log
+from kfloc_ros.geometry.lie import interpolate, inverse_pose
 from kfloc_ros.types import Matrix
 
 NEWEST = 0
 """As a time: the newest at which all transforms on the way are known."""
+MAX_GAP_S = 0.2
+"""In recorded trajectories, nothing is interpolated between poses farther apart than this."""
+NEAR_S = 0.02
+"""Outside of a recorded trajectory and in its gaps, a pose this near in time still counts."""
 
 
 class TransformUnknownError(KflocError):
@@ -34,10 +39,10 @@ class TransformTimeError(TransformUnknownError):
 
 
 class TransformStore(Protocol):
-    """What a buffer can do; stamps are nanoseconds."""
+    """Store of transforms by frame and time; stamps are nanoseconds."""
 
     def set(self, parent: str, child: str, stamp_ns: int, T_parent_child: Matrix, *, static: bool = False) -> None:
-        """Add a transform; one that is older than the buffer's length is ignored."""
+        """Add a transform; one that is older than the store's length is ignored."""
         ...
 
     def lookup(self, target: str, source: str, stamp_ns: int) -> Matrix:
@@ -66,35 +71,106 @@ def unconnected(target: str, source: str, frames: tuple[str, ...]) -> TransformU
     )
 
 
+class PoseTrack:
+    """Trajectory; between two poses it moves on a straight line and turns at a constant rate.
+
+    Args:
+        stamps_ns: any order; of equal stamps the last pose counts.
+        poses: (4, 4) each.
+        max_gap_s: between poses farther apart nothing is interpolated.
+        near_s: outside of the track and in its gaps, a pose this near in time still counts.
+
+    Raises:
+        SourceError: a pose is not finite.
+    """
+
+    def __init__(
+        self,
+        stamps_ns: Sequence[int] = (),
+        poses: Sequence[Matrix] = (),
+        *,
+        max_gap_s: float = MAX_GAP_S,
+        near_s: float = NEAR_S,
+    ) -> None:
+        self._max_gap_ns, self._near_ns = max_gap_s * 1e9, int(near_s * 1e9)
+        self._stamps: list[int] = []
+        self._poses: list[Matrix] = []
+        for stamp_ns, T in zip(stamps_ns, poses, strict=True):
+            self.add(stamp_ns, T)
+
+    def __len__(self) -> int:
+        return len(self._stamps)
+
+    @property
+    def span_ns(self) -> tuple[int, int]:
+        """The first and the last stamp of a track that has poses."""
+        return self._stamps[0], self._stamps[-1]
+
+    def add(self, stamp_ns: int, T: Matrix) -> None:
+        """Add a pose; adding the newest takes the same time however long the track is."""
+        if not np.isfinite(T).all():
+            raise SourceError("A trajectory has a pose that is not finite.")
+        if not self._stamps or stamp_ns > self._stamps[-1]:
+            self._stamps.append(stamp_ns)
+            self._poses.append(T)
+            return
+        at = bisect_left(self._stamps, stamp_ns)
+        if self._stamps[at] == stamp_ns:
+            self._poses[at] = T
+        else:
+            self._stamps.insert(at, stamp_ns)
+            self._poses.insert(at, T)
+
+    def forget(self, until_ns: int) -> None:
+        """Forget the poses up to a time, as soon as they are half of the track: so that adding stays cheap."""
+        count = bisect_right(self._stamps, until_ns)
+        if 2 * count >= len(self._stamps):
+            del self._stamps[:count], self._poses[:count]
+
+    def at(self, stamp_ns: int) -> Matrix | None:
+        """The pose (4, 4) at a time, or None where the track says nothing about it."""
+        stamps = self._stamps
+        after = bisect_left(stamps, stamp_ns)
+        if after < len(stamps) and stamps[after] == stamp_ns:
+            return self._poses[after]
+        if 0 < after < len(stamps) and (gap_ns := stamps[after] - stamps[after - 1]) <= self._max_gap_ns:
+            share = (stamp_ns - stamps[after - 1]) / gap_ns
+            return interpolate(self._poses[after - 1], self._poses[after], share)
+        nearest = nearest_stamp(stamps, stamp_ns, self._near_ns) if self._near_ns else None
+        return None if nearest is None else self._poses[nearest]
+
+
+def nearest_stamp(stamps_ns: Sequence[int], stamp_ns: int, tolerance_ns: int) -> int | None:
+    """Position in sorted stamps of the one nearest to a time, or None if it is farther than a tolerance."""
+    after = bisect_left(stamps_ns, stamp_ns)
+    choices = [k for k in (after - 1, after) if 0 <= k < len(stamps_ns)]
+    best = min(choices, key=lambda k: abs(stamps_ns[k] - stamp_ns), default=None)
+    return best if best is not None and abs(stamps_ns[best] - stamp_ns) <= tolerance_ns else None
+
+
 @dataclass(eq=False)
 class _Edge:
-    """The transforms from one frame to its parent, oldest first; a static one is valid at all times."""
+    """The transforms from one frame to its parent; a static one has one pose, which is valid at all times."""
 
     parent: str
     static: bool
-    samples: list[tuple[int, Matrix]] = field(default_factory=list)
+    track: PoseTrack
 
     def at(self, stamp_ns: int) -> Matrix | None:
-        """Interpolated; None outside of what is known."""
-        if self.static:
-            return self.samples[-1][1]
-        upper = bisect_right(self.samples, stamp_ns, key=lambda sample: sample[0])
-        if upper == 0:
-            return None
-        t0, T0 = self.samples[upper - 1]
-        if t0 == stamp_ns:
-            return T0
-        if upper == len(self.samples):
-            return None
-        t1, T1 = self.samples[upper]
-        return interpolate(T0, T1, (stamp_ns - t0) / (t1 - t0))
+        return self.track.at(self.track.span_ns[0] if self.static else stamp_ns)
 
 
-class TransformBuffer:
-    """Transforms of the last ``keep_s`` seconds. Not locked: its owner serialises the calls."""
+class TransformTree:
+    """Frames with one parent each, the last one told. Not locked: its owner serialises the calls.
 
-    def __init__(self, keep_s: float = 10.0) -> None:
-        self._keep_ns = int(keep_s * 1e9)
+    Args:
+        keep_s: how much of the past is kept; at most twice as much is.
+        max_gap_s, near_s: see :class:`PoseTrack`. The defaults are tf2's: any gap, and nothing beyond what is known.
+    """
+
+    def __init__(self, keep_s: float = math.inf, *, max_gap_s: float = math.inf, near_s: float = 0.0) -> None:
+        self._keep_ns = keep_s * 1e9
+        self._max_gap_s, self._near_s = max_gap_s, near_s
         self._edges: dict[str, _Edge] = {}
 
     def set(self, parent: str, child: str, stamp_ns: int, T_parent_child: Matrix, *, static: bool = False) -> None:
@@ -102,17 +178,14 @@ class TransformBuffer:
         if parent == child:
             return
         edge = self._edges.get(child)
-        if edge is None or edge.parent != parent or edge.static != static:
-            edge = self._edges[child] = _Edge(parent, static)
-        if static:
-            edge.samples = [(stamp_ns, T_parent_child)]
+        if edge is None or static or edge.static or edge.parent != parent:
+            track = PoseTrack(max_gap_s=self._max_gap_s, near_s=self._near_s)
+            edge = self._edges[child] = _Edge(parent, static, track)
+        elif stamp_ns < edge.track.span_ns[1] - self._keep_ns:
             return
-        if edge.samples and stamp_ns < edge.samples[-1][0] - self._keep_ns:
-            return
-        edge.samples = [sample for sample in edge.samples if sample[0] != stamp_ns]
-        insort(edge.samples, (stamp_ns, T_parent_child), key=lambda sample: sample[0])
-        too_old = bisect_right(edge.samples, edge.samples[-1][0] - self._keep_ns, key=lambda sample: sample[0])
-        del edge.samples[:too_old]
+        edge.track.add(stamp_ns, T_parent_child)
+        if self._keep_ns < math.inf:
+            edge.track.forget(edge.track.span_ns[1] - int(self._keep_ns))
 
     def lookup(self, target: str, source: str, stamp_ns: int) -> Matrix:
         target, source = target.lstrip("/"), source.lstrip("/")
@@ -123,25 +196,60 @@ class TransformBuffer:
         up_source = above_source[: above_source.index(common)]
         up_target = above_target[: above_target.index(common)]
         if stamp_ns == NEWEST:
-            moving = [self._edges[f].samples[-1][0] for f in (*up_source, *up_target) if not self._edges[f].static]
-            stamp_ns = min(moving, default=NEWEST)
+            edges = [self._edges[frame] for frame in (*up_source, *up_target)]
+            stamp_ns = min((edge.track.span_ns[1] for edge in edges if not edge.static), default=NEWEST)
         return inverse_pose(self._chain(up_target, stamp_ns)) @ self._chain(up_source, stamp_ns)
 
+    def find(self, target: str, source: str, stamp_ns: int) -> Matrix | None:
+        """``T_target_source`` (4, 4) at a time, or None where :meth:`lookup` raises."""
+        try:
+            return self.lookup(target, source, stamp_ns)
+        except TransformUnknownError:
+            return None
+
+    def fixed(self, target: str, source: str) -> Matrix | None:
+        """``T_target_source`` by static transforms alone, or None where they do not connect the two."""
+        return self._static().find(target, source, NEWEST)
+
+    def parent(self, frame: str) -> str | None:
+        """The parent of a frame, or None."""
+        edge = self._edges.get(frame.lstrip("/"))
+        return None if edge is None else edge.parent
+
+    def root(self, frame: str) -> str:
+        """The last frame reached by going up from a frame.
+
+        Raises:
+            SourceError: the way up goes round in a circle.
+        """
+        top = self._ancestors(frame.lstrip("/"))[-1]
+        if top in self._edges:
+            raise SourceError(f"The transforms go round in a circle at the frame '{self._edges[top].parent}'.")
+        return top
+
+    def moves(self, frame: str, ancestor: str) -> bool:
+        """Whether some transform between a frame and an ancestor changes with time."""
+        above = self._ancestors(frame.lstrip("/"))
+        return ancestor in above and not all(self._edges[child].static for child in above[: above.index(ancestor)])
+
     def clear(self) -> None:
-        self._edges = {child: edge for child, edge in self._edges.items() if edge.static}
+        self._edges = self._static()._edges
 
     def frames(self) -> tuple[str, ...]:
         return tuple(sorted({*self._edges, *(edge.parent for edge in self._edges.values())}))
 
+    def _static(self) -> TransformTree:
+        tree = TransformTree(max_gap_s=self._max_gap_s, near_s=self._near_s)
+        tree._edges = {child: edge for child, edge in self._edges.items() if edge.static}
+        return tree
+
     def _ancestors(self, frame: str) -> list[str]:
-        """A frame and all above it; a loop ends the walk."""
-        found = [frame]
-        while frame in self._edges:
-            frame = self._edges[frame].parent
-            if frame in found:
-                break
-            found.append(frame)
-        return found
+        """A frame and all above it; a circle ends the walk."""
+        found = {frame: None}
+        while (edge := self._edges.get(frame)) is not None and edge.parent not in found:
+            frame = edge.parent
+            found[frame] = None
+        return list(found)
 
     def _chain(self, frames: list[str], stamp_ns: int) -> Matrix:
         """``T_top_bottom`` over the edges of frames that follow each other upwards."""
@@ -155,160 +263,17 @@ class TransformBuffer:
         return T
 
 
-def interpolate(T0: Matrix, T1: Matrix, share: float) -> Matrix:
-    """Between two transforms: the rotation turns evenly, the translation goes straight."""
-    turn = so3_exp(share * so3_log(T0[:3, :3].T @ T1[:3, :3]))
-    return make_pose(T0[:3, :3] @ turn, (1 - share) * T0[:3, 3] + share * T1[:3, 3])
-
-
 def _out_of_time(frame: str, edge: _Edge, stamp_ns: int) -> TransformTimeError:
-    first_ns, last_ns = edge.samples[0][0], edge.samples[-1][0]
+    first_ns, last_ns = edge.track.span_ns
     ahead = stamp_ns > last_ns
-    where = (
-        f"{1e-9 * (stamp_ns - last_ns):.3f} s after the newest"
-        if ahead
-        else f"{1e-9 * (first_ns - stamp_ns):.3f} s before the oldest"
-    )
+    if ahead:
+        where = f"{1e-9 * (stamp_ns - last_ns):.3f} s after the newest one known"
+    elif stamp_ns < first_ns:
+        where = f"{1e-9 * (first_ns - stamp_ns):.3f} s before the oldest one known"
+    else:
+        where = "in a gap between two that are known"
     return TransformTimeError(
-        f"TF has no '{edge.parent}' -> '{frame}' at the time asked for: it lies {where} one known. "
+        f"TF has no '{edge.parent}' -> '{frame}' at the time asked for: it lies {where}. "
         "Is its publisher running, and do its clock and the camera's agree?",
         ahead=ahead,
     )
-
-
-MAX_DEPTH = 100
-
-
-class TransformTree:
-    """Frames with one parent each; a static transform counts at all times, a later one replaces an earlier."""
-
-    def __init__(self) -> None:
-        self._static: dict[str, tuple[str, Matrix]] = {}
-        self._moving: dict[str, tuple[str, list[int], list[Matrix]]] = {}
-        self._tracks: dict[str, PoseTrack] = {}
-
-    def add_static(self, parent: str, child: str, T_parent_child: Matrix) -> None:
-        """A transform of ``/tf_static``."""
-        self._static[child.lstrip("/")] = (parent.lstrip("/"), T_parent_child)
-
-    def add(self, parent: str, child: str, stamp_ns: int, T_parent_child: Matrix) -> None:
-        """A transform of ``/tf``.
-
-        Raises:
-            SourceError: the child had another parent before.
-        """
-        parent, child = parent.lstrip("/"), child.lstrip("/")
-        known, stamps, poses = self._moving.setdefault(child, (parent, [], []))
-        if known != parent:
-            raise SourceError(f"In the bag's /tf the frame '{child}' has two parents, '{known}' and '{parent}'.")
-        stamps.append(stamp_ns)
-        poses.append(T_parent_child)
-
-    def root(self, frame: str) -> str:
-        """The last frame reached by going up from a frame."""
-        return self._chain(frame)[-1]
-
-    def moves(self, frame: str, ancestor: str) -> bool:
-        """Whether some transform between a frame and an ancestor changes with time."""
-        chain = self._chain(frame)
-        return ancestor in chain and any(child in self._moving for child in chain[: chain.index(ancestor)])
-
-    def fixed(self, target: str, source: str) -> Matrix | None:
-        """``T_target_source`` by static transforms alone, or None where they do not connect the two."""
-        up_source, up_target = self._static_chain(source.lstrip("/")), self._static_chain(target.lstrip("/"))
-        common = next((frame for frame in up_source if frame in up_target), None)
-        return None if common is None else inverse_pose(up_target[common]) @ up_source[common]
-
-    def at(self, ancestor: str, frame: str, stamp_ns: int) -> Matrix | None:
-        """``T_ancestor_frame`` at a time, or None where a transform is missing then."""
-        chain = self._chain(frame)
-        if ancestor not in chain:
-            return None
-        T = np.eye(4)
-        for child in chain[: chain.index(ancestor)]:
-            step = self._step(child, stamp_ns)
-            if step is None:
-                return None
-            T = step @ T
-        return T
-
-    def _step(self, child: str, stamp_ns: int) -> Matrix | None:
-        if child in self._moving:
-            if child not in self._tracks:
-                _, stamps, poses = self._moving[child]
-                self._tracks[child] = PoseTrack(stamps, poses)
-            return self._tracks[child].at(stamp_ns)
-        return self._static[child][1]
-
-    def _chain(self, frame: str) -> list[str]:
-        chain = [frame.lstrip("/")]
-        while (link := self._moving.get(chain[-1]) or self._static.get(chain[-1])) is not None:
-            if link[0] in chain or len(chain) > MAX_DEPTH:
-                raise SourceError(f"The bag's transforms go round in a circle at the frame '{link[0]}'.")
-            chain.append(link[0])
-        return chain
-
-    def _static_chain(self, frame: str) -> dict[str, Matrix]:
-        """``T_ancestor_frame`` of the frame itself and all that static transforms lead up to."""
-        found, T, here = {frame: np.eye(4)}, np.eye(4), frame
-        while here in self._static:
-            here, step = self._static[here]
-            if here in found:
-                raise SourceError(f"The bag's /tf_static goes round in a circle at the frame '{here}'.")
-            T = step @ T
-            found[here] = T
-        return found
-
-
-MAX_GAP_NS = 200_000_000
-"""Between poses farther apart than this nothing is interpolated."""
-NEAR_NS = 20_000_000
-"""Outside of the track and in its gaps, a pose this near in time still counts."""
-
-
-class PoseTrack:
-    """A trajectory; between two poses it moves on a straight line and turns at a constant rate.
-
-    Args:
-        stamps_ns: any order; of equal stamps the last pose counts.
-        poses: (4, 4) each.
-
-    Raises:
-        SourceError: a pose is not finite.
-    """
-
-    def __init__(self, stamps_ns: Sequence[int], poses: Sequence[Matrix]) -> None:
-        by_stamp = dict(zip(stamps_ns, poses, strict=True))
-        self._stamps = np.array(sorted(by_stamp), dtype=np.int64)
-        self._poses = [by_stamp[int(stamp)] for stamp in self._stamps]
-        if not all(np.isfinite(T).all() for T in self._poses):
-            raise SourceError("A trajectory has a pose that is not finite.")
-
-    def __len__(self) -> int:
-        return len(self._poses)
-
-    def at(self, stamp_ns: int) -> Matrix | None:
-        """The pose at a time, or None where the track says nothing about it."""
-        if not len(self._poses):
-            return None
-        after = int(np.searchsorted(self._stamps, stamp_ns))
-        if after < len(self._stamps) and self._stamps[after] == stamp_ns:
-            return self._poses[after]
-        if 0 < after < len(self._stamps) and self._stamps[after] - self._stamps[after - 1] <= MAX_GAP_NS:
-            a, b = self._poses[after - 1], self._poses[after]
-            gap = int(self._stamps[after] - self._stamps[after - 1])
-            share = (stamp_ns - int(self._stamps[after - 1])) / gap
-            R = a[:3, :3] @ so3_exp(share * so3_log(a[:3, :3].T @ b[:3, :3]))
-            return make_pose(R, (1 - share) * a[:3, 3] + share * b[:3, 3])
-        nearest = nearest_stamp(self._stamps, stamp_ns, NEAR_NS)
-        return None if nearest is None else self._poses[nearest]
-
-
-def nearest_stamp(stamps_ns: Sequence[int] | np.ndarray, stamp_ns: int, tolerance_ns: int) -> int | None:
-    """Position in sorted stamps of the one nearest to a time, or None if it is farther than a tolerance."""
-    if not len(stamps_ns):
-        return None
-    after = int(np.searchsorted(stamps_ns, stamp_ns))
-    choices = [k for k in (after - 1, after) if 0 <= k < len(stamps_ns)]
-    best = min(choices, key=lambda k: abs(int(stamps_ns[k]) - stamp_ns))
-    return best if abs(int(stamps_ns[best]) - stamp_ns) <= tolerance_ns else None

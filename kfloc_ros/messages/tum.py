@@ -3,10 +3,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
+
 from kfloc_ros.errors import SourceError
-from kfloc_ros.geometry.lie import make_pose, quaternion_to_matrix
+from kfloc_ros.geometry.lie import make_pose, matrix_to_quaternion, quaternion_to_matrix
+from kfloc_ros.messages.poses import ns_to_stamp
 from kfloc_ros.types import Matrix
 
 
@@ -29,3 +33,15 @@ def read_tum(path: Path) -> dict[int, Matrix]:
         except ValueError:
             raise SourceError(f"Line {number} of '{path}' is not 't tx ty tz qx qy qz qw': {line!r}.") from None
     return poses
+
+
+def tum_text(poses: Iterable[tuple[int, Matrix | None]]) -> str:
+    """``t tx ty tz qx qy qz qw`` a line, t in seconds with nanosecond digits; missing poses are left out."""
+    lines = []
+    for stamp_ns, T_map_camera in poses:
+        if T_map_camera is None or not np.isfinite(T_map_camera).all():
+            continue
+        seconds, nanoseconds = ns_to_stamp(stamp_ns)
+        numbers = [*T_map_camera[:3, 3], *matrix_to_quaternion(T_map_camera[:3, :3])]
+        lines.append(f"{seconds}.{nanoseconds:09d} " + " ".join(f"{n:.9f}" for n in numbers) + "\n")
+    return "".join(lines)

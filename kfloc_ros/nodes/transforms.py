@@ -15,7 +15,7 @@ from rclpy.time import Time
 from tf2_msgs.msg import TFMessage
 
 from kfloc_ros.messages.poses import fill_stamp, fill_transform, stamp_to_ns, transform_from_message
-from kfloc_ros.messages.transforms import TransformBuffer, TransformStore, TransformTimeError, unconnected
+from kfloc_ros.messages.transforms import TransformStore, TransformTimeError, TransformTree, unconnected
 from kfloc_ros.nodes import qos
 from kfloc_ros.nodes.worker import TimeWatch
 from kfloc_ros.types import Matrix
@@ -60,7 +60,7 @@ class Tf2Buffer:
 
 def make_store() -> TransformStore:
     """tf2's buffer if there is one."""
-    return TransformBuffer(KEEP_S) if tf2_ros is None else Tf2Buffer(KEEP_S)
+    return TransformTree(KEEP_S) if tf2_ros is None else Tf2Buffer(KEEP_S)
 
 
 class TransformListener:

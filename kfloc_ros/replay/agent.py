@@ -29,6 +29,7 @@ from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 from kfloc_ros.bags.stream import BagEvent, BagStream, ReplayRange
 from kfloc_ros.bags.truth import BagTransforms, TransformEvent
 from kfloc_ros.errors import KflocError
+from kfloc_ros.messages.poses import fill_stamp
 from kfloc_ros.messages.tum import read_tum
 from kfloc_ros.replay.player import TransformPlayer, play
 from kfloc_ros.replay.recorder import Recorder, TruthPath
@@ -108,7 +109,7 @@ class Agent:
     def tick(self, time_ns: int) -> None:
         """Publish the replay's time."""
         message = Clock()
-        message.clock.sec, message.clock.nanosec = divmod(time_ns, 10**9)
+        fill_stamp(message.clock, time_ns)
         self._clock.publish(message)
 
     def publish(self, event: BagEvent | TransformEvent) -> None:
@@ -159,6 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("recording", type=Path)
     parser.add_argument("--image-topic")
     parser.add_argument("--camera-info-topic")
+    parser.add_argument("--tf")
     parser.add_argument("--rate", type=float, default=1.0)
     parser.add_argument("--start", type=float, default=0.0)
     parser.add_argument("--duration", type=float)
@@ -171,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--patience", type=float, default=60.0)
     args = parser.parse_args(argv)
     try:
-        with BagStream(args.bag, image_topic=args.image_topic, info_topic=args.camera_info_topic) as stream:
+        with BagStream(args.bag, image_topic=args.image_topic, info_topic=args.camera_info_topic, tf=args.tf) as stream:
             return _run(args, stream)
     except KflocError as error:
         say("error", message=str(error))

@@ -31,6 +31,8 @@ class ReplayConfig:
     """Which images to play where the bag has several."""
     info_topic: str | None = None
     """Which camera_info, where that does not follow from the images."""
+    tf: str | None = None
+    """Namespace of the transforms, such as ``/robot1``, where the bag has those of several robots."""
     rectified: bool | None = None
     """The images are rectified; None: as the name of their topic says."""
     device: str = "auto"
@@ -59,7 +61,7 @@ class ReplayConfig:
 
     def open(self) -> BagStream:
         """The bag, with the topics that are chosen. Raises SourceError."""
-        return BagStream(self.bag, image_topic=self.image_topic, info_topic=self.info_topic)
+        return BagStream(self.bag, image_topic=self.image_topic, info_topic=self.info_topic, tf=self.tf)
 
     def played(self, stream: BagStream) -> dict[str, Any]:
         """What of the bag is played and how it is worked on, for the summary's ``options``."""

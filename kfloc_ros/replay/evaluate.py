@@ -11,16 +11,14 @@ from typing import TypeVar
 
 from kfloc_ros.bags.truth import BagTransforms
 from kfloc_ros.evaluation.metrics import Accuracy, accuracy, pose_errors
-from kfloc_ros.evaluation.records import FrameRecord
+from kfloc_ros.evaluation.records import STATISTICS, FrameRecord
 from kfloc_ros.messages.poses import BodyPose
-from kfloc_ros.messages.transforms import TransformBuffer, TransformUnknownError
 from kfloc_ros.replay.recording import Played, PoseSeen, Recording, StatusSeen
 from kfloc_ros.types import Matrix, TrackingState
 
 PAUSE_S = 0.5
 """Longer pauses between images do not count as time that the nodes had work."""
 
-_COUNTERS = ("received", "processed", "dropped", "refused", "failed")
 SeenT = TypeVar("SeenT", PoseSeen, StatusSeen)
 
 
@@ -77,16 +75,12 @@ def transform_accuracy(recording: Recording, truth: Mapping[int, Matrix], transf
 
     With ``map_to_odom`` it is the correction of a moment ago, carried on by the odometry.
     """
-    store = TransformBuffer(keep_s=1e9)
-    transforms.add_to(store)
+    store = transforms.tree()
     for seen in recording.map_transforms:
         store.set(transforms.map_frame, seen.child, seen.stamp_ns, seen.T_map_child)
     records: list[FrameRecord] = []
     for played in recording.played:
-        try:
-            T = store.lookup(transforms.map_frame, transforms.camera_frame, played.stamp_ns)
-        except TransformUnknownError:
-            T = None
+        T = store.find(transforms.map_frame, transforms.camera_frame, played.stamp_ns)
         records.append(FrameRecord(len(records), played.stamp_ns, truth.get(played.stamp_ns), estimate=T))
     return accuracy(pose_errors(records))
 
@@ -177,7 +171,7 @@ def _record(
         state=values.get("state", TrackingState.LOST.value if pose is None else TrackingState.TRACKING.value),
         reason=values.get("reason", "") if status is not None or pose is not None else "no answer from the nodes",
         covariance=None if pose is None else pose.pose.covariance,
-        stats={key: value for key, value in numbers.items() if not key.endswith(("_ms", "_ns", *_COUNTERS))},
+        stats={name: numbers[key] for name, key in STATISTICS.items() if key in numbers},
         timings_ms={key.removesuffix("_ms"): value for key, value in stages.items()},
         latency_ms=None if arrival_ns is None else (arrival_ns - played.sent_ns) * 1e-6,
         tracked=values.get("tracked") == "true",

@@ -74,7 +74,7 @@ class BagLocalizer:
 
     def _set_camera(self, event: BagEvent) -> None:
         try:
-            self._camera = camera_from_info(self._stream.message(event), rectified=self._rectified)
+            self._camera = camera_from_info(self._stream.message_of(event), rectified=self._rectified)
         except FrameError:
             return  # as the nodes do: the last usable one counts
 
@@ -85,12 +85,12 @@ class BagLocalizer:
             fault = self._stamps.fault(event.stamp_ns)
             if fault:
                 raise FrameError(fault)
-            image = self._stream.decode(self._stream.message(event))
+            image = self._stream.rgb(self._stream.message_of(event))
             start = time.perf_counter()
             adapted = self._adapter_for(image)(image)
         except FrameError as error:
             return FrameRecord(index, event.stamp_ns, truth, reason=str(error), processed=False)
-        adapt_ms = 1e3 * (time.perf_counter() - start)
+        rectify_ms = 1e3 * (time.perf_counter() - start)
         frame = Frame(adapted, self._localizer.camera, event.stamp_ns, index, T_map_camera=truth)
         if self._last_ns is not None and event.stamp_ns < self._last_ns:
             self._localizer.reset(WENT_BACKWARDS)
@@ -100,7 +100,7 @@ class BagLocalizer:
         except FrameError as error:
             estimate = PoseEstimate(event.stamp_ns, TrackingState.LOST, str(error))
         latency_ms = 1e3 * (time.perf_counter() - start)
-        return record_of(frame, estimate, latency_ms=latency_ms, adapt_ms=adapt_ms)
+        return record_of(frame, estimate, latency_ms=latency_ms, rectify_ms=rectify_ms)
 
     def _adapter_for(self, image: NDArray[np.uint8]) -> ImageAdapter:
         camera = self._camera

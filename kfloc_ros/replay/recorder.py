@@ -15,7 +15,7 @@ from nav_msgs.msg import Path
 from rclpy.node import Node
 from rclpy.qos import HistoryPolicy, QoSProfile, ReliabilityPolicy
 
-from kfloc_ros.messages.poses import fill_pose, fill_stamp
+from kfloc_ros.messages.poses import fill_pose, fill_stamp, stamp_to_ns
 from kfloc_ros.nodes import qos
 from kfloc_ros.replay.recording import Played, PoseSeen, Recording, StatusSeen, TransformSeen
 from kfloc_ros.types import Matrix
@@ -71,7 +71,7 @@ class Recorder:
 
     def _on_status(self, message: Any) -> None:
         received_ns = time.monotonic_ns()
-        stamp_ns = _stamp_ns(message.header.stamp)
+        stamp_ns = stamp_to_ns(message.header.stamp)
         values = {pair.key: pair.value for status in message.status for pair in status.values}
         with self._lock:
             self._recording.status.append(StatusSeen(stamp_ns, received_ns, values))
@@ -90,19 +90,15 @@ class Recorder:
                 self._recording.transforms[edge] = self._recording.transforms.get(edge, 0) + 1
                 if transform.header.frame_id == self._map_frame:
                     t, q = transform.transform.translation, transform.transform.rotation
-                    stamp_ns = _stamp_ns(transform.header.stamp)
+                    stamp_ns = stamp_to_ns(transform.header.stamp)
                     seen = TransformSeen(transform.child_frame_id, stamp_ns, (t.x, t.y, t.z), (q.x, q.y, q.z, q.w))
                     self._recording.map_transforms.append(seen)
-
-
-def _stamp_ns(stamp: Any) -> int:
-    return int(stamp.sec) * 10**9 + int(stamp.nanosec)
 
 
 def _pose_seen(message: Any, received_ns: int) -> PoseSeen:
     p, q = message.pose.pose.position, message.pose.pose.orientation
     return PoseSeen(
-        stamp_ns=_stamp_ns(message.header.stamp),
+        stamp_ns=stamp_to_ns(message.header.stamp),
         received_ns=received_ns,
         frame_id=message.header.frame_id,
         xyz=(p.x, p.y, p.z),

@@ -22,9 +22,10 @@ from kfloc_ros.device import choose_device
 from kfloc_ros.errors import ReplayError
 from kfloc_ros.evaluation.hardware import describe_hardware
 from kfloc_ros.evaluation.records import FrameRecord
-from kfloc_ros.evaluation.results import tum_text, write_results
+from kfloc_ros.evaluation.results import write_results
 from kfloc_ros.evaluation.summary import RunInfo, Summary
 from kfloc_ros.maps.format import read_description, resolve_map
+from kfloc_ros.messages.tum import tum_text
 from kfloc_ros.replay.config import ReplayConfig
 from kfloc_ros.replay.evaluate import active_seconds, replay_counts, replay_records, transform_accuracy, wall_seconds
 from kfloc_ros.replay.processes import ProcessSet, check_ros, ros_environment
@@ -168,6 +169,8 @@ def _agent_arguments(config: ReplayConfig, recording: Path) -> list[str]:
         arguments.append(f"--image-topic={config.image_topic}")
     if config.info_topic is not None:
         arguments.append(f"--camera-info-topic={config.info_topic}")
+    if config.tf is not None:
+        arguments.append(f"--tf={config.tf}")
     if config.base_frame:
         arguments.append(f"--base-frame={config.base_frame}")
     return [*arguments, f"--patience={config.patience_s}", "--nodes", *config.nodes]

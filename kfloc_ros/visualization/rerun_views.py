@@ -249,8 +249,11 @@ def _show_frame(recording: Recording, localization: Localization) -> None:
 
 
 def _show_row(recording: Recording, row: dict[str, str]) -> None:
-    columns = {"error_cm": ("translation_error_m", 100.0), "latency_ms": ("latency_ms", 1.0)}
-    columns["inliers"] = ("inlier_count" if "inlier_count" in row else "inliers", 1.0)
+    columns = {
+        "error_cm": ("translation_error_m", 100.0),
+        "latency_ms": ("latency_ms", 1.0),
+        "inliers": ("inlier_count", 1.0),
+    }
     for entity, (column, factor) in columns.items():
         if row.get(column):
             recording.number(entity, factor * float(row[column]))

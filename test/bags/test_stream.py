@@ -16,6 +16,7 @@ from rosbags.typesys import Stores, get_typestore
 from kfloc_ros.bags.stream import BagStream, ReplayRange
 from kfloc_ros.bags.topics import CAMERA_INFO as INFO
 from kfloc_ros.bags.topics import COMPRESSED, RAW, TOPIC_TYPES, Topic, choose_image
+from kfloc_ros.bags.truth import read_truth
 from kfloc_ros.bags.writer import MessageCodec, write_bag
 from kfloc_ros.cli import main as cli
 from kfloc_ros.errors import SourceError
@@ -42,7 +43,7 @@ def test_images_and_calibration_come_in_order_with_their_stamps(bag: Path) -> No
 
 def test_truth_and_positions_go_by_stamp(bag: Path) -> None:
     with BagStream(bag) as stream:
-        truth, positions = stream.truth(), stream.positions()
+        truth, positions = read_truth(stream, None).poses, stream.positions()
     for i in range(10):
         stamp_ns = START_NS + i * PERIOD_NS
         np.testing.assert_allclose(truth[stamp_ns], Grey()[i].T_map_camera, atol=1e-12)

@@ -11,12 +11,13 @@ import pytest
 from rosbags.rosbag2 import Reader
 
 from kfloc_ros.bags.topics import CAMERA_INFO_TOPIC, DEPTH_TOPIC, IMAGE_TOPIC, TF_TOPIC, TOPIC_TYPES, TRUTH_TOPIC
-from kfloc_ros.bags.writer import MessageCodec, encode_jpeg, stamp_ns_of, write_bag
+from kfloc_ros.bags.writer import MessageCodec, encode_jpeg, write_bag
 from kfloc_ros.datasets import FrameSource, select
-from kfloc_ros.datasets.bag import BagSource
+from kfloc_ros.datasets.ros_bag import RosBag
 from kfloc_ros.errors import SourceError
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import make_pose, so3_exp
+from kfloc_ros.messages.poses import stamp_to_ns
 from kfloc_ros.types import Frame
 
 CAMERA = Camera(64, 48, 60.0, 61.0, 31.5, 23.5, "plumb_bob", (0.1, -0.05, 0.001, 0.002, 0.01))
@@ -65,7 +66,7 @@ def test_what_is_written_comes_back(tmp_path: Path) -> None:
     report = write_bag(source, tmp_path / "bag")
     assert (report.frames, report.with_depth, report.with_truth) == (5, 4, 4)
     assert report.duration_s == pytest.approx(4 * 0.040000001)
-    bag = BagSource(tmp_path / "bag")
+    bag = RosBag(tmp_path / "bag", {})
     assert bag.camera == CAMERA and len(bag) == 5 and list(bag.indices()) == [0, 1, 2, 3, 4]
     for position in (4, 0, 2, 1, 3):
         wrote, read = source[position], bag[position]
@@ -90,7 +91,7 @@ def test_message_types_frames_and_times_are_those_of_a_recording(tmp_path: Path)
         for connection, logged_ns, data in reader.messages():
             message = codec.decode(data, connection.msgtype)
             header = message.transforms[0] if connection.topic == TF_TOPIC else message
-            assert stamp_ns_of(header) == logged_ns
+            assert stamp_to_ns(header.header.stamp) == logged_ns
             expected = "map" if connection.topic in (TRUTH_TOPIC, TF_TOPIC) else "camera"
             assert header.header.frame_id == expected
             if connection.topic == TF_TOPIC:
@@ -100,12 +101,12 @@ def test_message_types_frames_and_times_are_those_of_a_recording(tmp_path: Path)
 def test_recorded_jpegs_are_stored_byte_for_byte(tmp_path: Path) -> None:
     source = Pictures(2, recorded=True)
     write_bag(source, tmp_path / "bag")
-    assert BagSource(tmp_path / "bag").encoded_image(1) == source.encoded_image(1)
+    assert RosBag(tmp_path / "bag", {}).encoded_image(1) == source.encoded_image(1)
 
 
 def test_a_selection_and_no_depth(tmp_path: Path) -> None:
     write_bag(select(Pictures(), frames="1,3:5"), tmp_path / "bag", depth=False)
-    bag = BagSource(tmp_path / "bag")
+    bag = RosBag(tmp_path / "bag", {})
     assert [frame.stamp_ns for frame in bag] == [START_NS + i * 40_000_001 for i in (1, 3, 4)]
     assert all(frame.depth_m is None for frame in bag)
 
@@ -115,7 +116,7 @@ def test_an_interruption_leaves_nothing_and_keeps_the_old_bag(tmp_path: Path) ->
     with pytest.raises(KeyboardInterrupt):
         write_bag(Pictures(5, fail_at=3), tmp_path / "bag", force=True)
     assert [path.name for path in tmp_path.iterdir()] == ["bag"]
-    assert len(BagSource(tmp_path / "bag")) == 3
+    assert len(RosBag(tmp_path / "bag", {})) == 3
     with pytest.raises(KeyboardInterrupt):
         write_bag(Pictures(5, fail_at=3), tmp_path / "other")
     assert [path.name for path in tmp_path.iterdir()] == ["bag"]
@@ -126,7 +127,7 @@ def test_overwriting_needs_force_and_a_bag(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="--force"):
         write_bag(Pictures(2), tmp_path / "bag")
     write_bag(Pictures(2), tmp_path / "bag", force=True)
-    assert len(BagSource(tmp_path / "bag")) == 2
+    assert len(RosBag(tmp_path / "bag", {})) == 2
     (tmp_path / "thesis").mkdir()
     with pytest.raises(SourceError, match="not a rosbag2 folder"):
         write_bag(Pictures(2), tmp_path / "thesis", force=True)

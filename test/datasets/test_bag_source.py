@@ -12,7 +12,6 @@ from rosbags.rosbag2 import StoragePlugin, Writer
 from kfloc_ros.bags.topics import CAMERA_INFO_TOPIC, IMAGE_TOPIC, TOPIC_TYPES
 from kfloc_ros.bags.writer import MessageCodec
 from kfloc_ros.datasets import open_source
-from kfloc_ros.datasets.bag import BagSource
 from kfloc_ros.datasets.ros_bag import RosBag
 from kfloc_ros.errors import SourceError
 from kfloc_ros.geometry.camera import Camera
@@ -46,14 +45,14 @@ def write(
 
 @pytest.mark.parametrize("plugin", list(StoragePlugin))
 def test_both_storages_are_read(tmp_path: Path, plugin: StoragePlugin) -> None:
-    source = BagSource(write(tmp_path / "bag", plugin=plugin))
+    source = RosBag(write(tmp_path / "bag", plugin=plugin), {})
     assert len(source) == 3 and source.camera == CAMERA
     assert [int(frame.image.mean().round()) for frame in source] == [0, 60, 120]
 
 
 def test_a_bag_of_ones_own_read_as_any_bag_has_the_same_images_and_their_bytes(tmp_path: Path) -> None:
     path = write(tmp_path / "bag")
-    own, general = BagSource(path), RosBag(path, {})
+    own, general = RosBag(path, {}), RosBag(path, {"image": IMAGE_TOPIC})
     assert list(own.indices()) == list(general.indices()) and own.camera == general.camera
     for position in range(3):
         assert own.encoded_image(position) == (general.encoded_image(position) or b"")
@@ -66,23 +65,23 @@ def test_frames_can_be_selected(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("topic", "words"), [(CAMERA_INFO_TOPIC, "no sensor_msgs/msg/CameraInfo"), (IMAGE_TOPIC, "no sensor_msgs/msg/Comp")]
+    ("topic", "words"), [(CAMERA_INFO_TOPIC, "no camera_info topic"), (IMAGE_TOPIC, "no image topic")]
 )
 def test_a_missing_topic_is_named(tmp_path: Path, topic: str, words: str) -> None:
     with pytest.raises(SourceError, match=words):
-        BagSource(write(tmp_path / "bag", leave_out=topic))
+        RosBag(write(tmp_path / "bag", leave_out=topic), {})
 
 
 def test_a_folder_that_is_no_bag(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"no metadata\.yaml"):
-        BagSource(tmp_path)
-    with pytest.raises(SourceError, match=r"no metadata\.yaml"):
-        BagSource(tmp_path / "nowhere")
+        RosBag(tmp_path, {})
+    with pytest.raises(SourceError, match="There is no bag"):
+        RosBag(tmp_path / "nowhere", {})
 
 
 @pytest.mark.parametrize("length", [0, 3, 4])
 def test_an_image_that_is_none(tmp_path: Path, length: int) -> None:
-    source = BagSource(write(tmp_path / "bag", cut_jpeg=length))
+    source = RosBag(write(tmp_path / "bag", cut_jpeg=length), {})
     with pytest.raises(SourceError, match=r"Image 1 of the bag .* cannot be decoded"):
         source[1]
 
@@ -93,7 +92,7 @@ def test_a_truncated_storage_file(tmp_path: Path, keep: float) -> None:
     data = storage.read_bytes()
     storage.write_bytes(data[: int(keep * len(data))])
     with pytest.raises(SourceError, match="damaged"):
-        BagSource(tmp_path / "bag")
+        RosBag(tmp_path / "bag", {})
 
 
 @pytest.mark.parametrize(
@@ -103,7 +102,7 @@ def test_broken_metadata(tmp_path: Path, text: str) -> None:
     write(tmp_path / "bag")
     (tmp_path / "bag" / "metadata.yaml").write_text(text)
     with pytest.raises(SourceError):
-        BagSource(tmp_path / "bag")
+        RosBag(tmp_path / "bag", {})
 
 
 def test_flipped_bytes_never_escape_as_anything_but_a_sentence(tmp_path: Path) -> None:
@@ -116,7 +115,7 @@ def test_flipped_bytes_never_escape_as_anything_but_a_sentence(tmp_path: Path) -
             broken[at] ^= int(rng.integers(1, 256))
         storage.write_bytes(bytes(broken))
         try:
-            source = BagSource(tmp_path / "bag")
+            source = RosBag(tmp_path / "bag", {})
             for position in range(len(source)):
                 source[position]
         except SourceError:

@@ -13,10 +13,10 @@ import pytest
 from kfloc_ros.errors import SourceError
 from kfloc_ros.evaluation.hardware import describe_hardware
 from kfloc_ros.evaluation.records import FrameRecord
-from kfloc_ros.evaluation.results import frames_csv, tum_text, write_results
+from kfloc_ros.evaluation.results import frames_csv, write_results
 from kfloc_ros.evaluation.summary import RunInfo, summarize
 from kfloc_ros.geometry.lie import make_pose, so3_exp
-from kfloc_ros.messages.tum import read_tum
+from kfloc_ros.messages.tum import read_tum, tum_text
 
 
 def pose(i: int, shift_m: float = 0.0) -> np.ndarray:

@@ -13,6 +13,7 @@ from rosbags.rosbag2 import StoragePlugin, Writer
 
 from kfloc_ros.bags.stream import BagStream
 from kfloc_ros.bags.topics import TF_TYPE
+from kfloc_ros.bags.truth import read_truth
 from kfloc_ros.bags.writer import MessageCodec
 from kfloc_ros.geometry.lie import inverse_pose, make_pose, matrix_to_quaternion, so3_exp
 from kfloc_ros.types import Matrix
@@ -28,7 +29,7 @@ _T_FOOTPRINT_BASE = make_pose(np.eye(3), [0.0, 0.0, 0.1])
 def add_robot(bag: Path, *, odometry: bool = True) -> Path:
     """Mount the camera of a bag with truth on a robot with perfect odometry; returns the bag."""
     with BagStream(bag) as stream:
-        truth = stream.truth()
+        truth = read_truth(stream, None).poses
     moving: list[Transform] = []
     for stamp_ns, T_map_camera in truth.items():
         T_odom_base = inverse_pose(T_MAP_ODOM) @ T_map_camera @ inverse_pose(T_BASE_CAMERA)

@@ -8,10 +8,11 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from kfloc_ros.errors import FrameError
-from kfloc_ros.geometry.camera import Camera
+from kfloc_ros.geometry.camera import Camera, ImageAdapter
 from kfloc_ros.messages.camera_info import camera_from_info, fill_info, in_words, shared_view
 
 PINHOLE = Camera(640, 480, 500.0, 510.0, 320.0, 241.0)
@@ -39,8 +40,56 @@ def test_there_and_back(camera: Camera) -> None:
     assert camera_from_info(info(camera)) == camera
 
 
-def test_no_coefficients_are_no_distortion_whatever_the_name() -> None:
-    assert camera_from_info(info(distortion_model="", d=[])) == PINHOLE
+@pytest.mark.parametrize("model", ["", "plumb_bob", "rational_polynomial", "inverse_brown_conrady", "none"])
+def test_no_coefficients_are_no_distortion(model: str) -> None:
+    assert camera_from_info(info(distortion_model=model, d=[])) == PINHOLE
+    assert camera_from_info(info(distortion_model=model, d=[0.0] * 5)) == PINHOLE
+
+
+@pytest.mark.parametrize("model", ["equidistant", "fisheye", "Kannala_Brandt4"])
+@pytest.mark.parametrize("count", [0, 4, 5])
+def test_a_fisheye_without_coefficients_is_no_pinhole(model: str, count: int) -> None:
+    camera = camera_from_info(info(distortion_model=model, d=[0.0] * count))
+    u = camera.distort(np.array([[1.0, 0.0]]))[0, 0]
+    assert u == pytest.approx(PINHOLE.cx + PINHOLE.fx * math.pi / 4)
+    assert not camera.is_pinhole and not ImageAdapter(camera, camera.pinhole()).is_identity
+
+
+@pytest.mark.parametrize("model", ["omni", "double_sphere", "ftheta", "EUCM"])
+def test_a_lens_model_that_is_no_pinholes_is_refused_even_with_coefficients_of_zero(model: str) -> None:
+    with pytest.raises(FrameError, match=f"(?i){model}"):
+        camera_from_info(info(distortion_model=model, d=[0.0] * 4))
+
+
+@pytest.mark.parametrize(
+    ("model", "d", "zeros"),
+    [
+        ("plumb_bob", (-0.03, 0.035, -1e-4, -1e-4, -0.012), 3),
+        ("rational_polynomial", (4.6, 1.3, 1e-4, -2e-4, -0.07, 4.9, 2.3, 0.02), 4),
+        ("rational_polynomial", (4.6, 1.3, 1e-4, -2e-4, -0.07, 4.9, 2.3, 0.02), 6),
+        ("equidistant", (0.1, 0.0, 0.0, 0.0), 1),
+    ],
+)
+def test_coefficients_that_the_model_does_not_have_may_be_zero_and_nothing_else(
+    model: str, d: tuple[float, ...], zeros: int
+) -> None:
+    assert camera_from_info(info(distortion_model=model, d=[*d, *[0.0] * zeros])).distortion == d
+    with pytest.raises(FrameError, match="coefficients"):
+        camera_from_info(info(distortion_model=model, d=[*d, *[0.0] * (zeros - 1), 0.01]))
+
+
+@pytest.mark.parametrize("rectified", [False, True])
+def test_a_matrix_of_binned_or_cropped_images_is_not_binned_or_cropped_again(rectified: bool) -> None:
+    sensor = {"width": 4 * PINHOLE.width, "height": 4 * PINHOLE.height}
+    with pytest.raises(FrameError, match=r"REP 104"):
+        camera_from_info(info(**sensor, binning_x=4, binning_y=4), rectified=rectified)
+    roi = SimpleNamespace(x_offset=960, y_offset=720, width=640, height=480)
+    with pytest.raises(FrameError, match=r"REP 104"):
+        camera_from_info(info(**sensor, roi=roi), rectified=rectified)
+    whole = SimpleNamespace(x_offset=0, y_offset=0, width=640, height=480)
+    assert camera_from_info(info(roi=whole), rectified=rectified) == PINHOLE
+    corner = SimpleNamespace(x_offset=400, y_offset=300, width=100, height=100)
+    assert camera_from_info(info(roi=corner), rectified=rectified).cx == PINHOLE.cx - 400
 
 
 def test_fisheye_is_equidistant() -> None:

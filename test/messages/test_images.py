@@ -11,7 +11,13 @@ import pytest
 from numpy.typing import NDArray
 
 from kfloc_ros.errors import FrameError
-from kfloc_ros.messages.images import ENCODINGS, decode_compressed, decode_image, fill_image
+from kfloc_ros.messages.images import (
+    ENCODINGS,
+    decode_compressed,
+    decode_depth_message,
+    decode_image,
+    fill_image,
+)
 
 RGB = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
 GREY = RGB[..., 0]
@@ -139,6 +145,57 @@ def test_unusable_images_are_refused_in_words(changes: dict[str, object], said: 
 def compressed(kind: str, image: NDArray[np.uint8] = RGB) -> bytes:
     flags = [cv2.IMWRITE_JPEG_QUALITY, 100] if kind == ".jpg" else []
     return cv2.imencode(kind, image[..., ::-1], flags)[1].tobytes()
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("pattern", ["rggb", "bggr", "gbrg", "grbg"])
+def test_a_mosaic_compressed_as_it_is_gives_the_colours_of_the_raw_image(pattern: str, bits: int) -> None:
+    mosaic = bayer(pattern) if bits == 8 else bayer(pattern).astype(np.uint16) * 256
+    encoding = f"bayer_{pattern}{bits}"
+    packed = SimpleNamespace(format=f"{encoding}; png compressed ", data=cv2.imencode(".png", mosaic)[1].tobytes())
+    assert np.array_equal(decode_compressed(packed), decode_image(message(encoding, mosaic)))
+    assert (decode_compressed(packed) == FLAT).all()
+
+
+def test_an_image_made_of_a_mosaic_before_it_was_compressed_is_that_image() -> None:
+    for made in ("bgr8", "mono8"):
+        image = RGB if made == "bgr8" else np.repeat(GREY[..., None], 3, axis=2)
+        data = compressed(".png", image) if made == "bgr8" else cv2.imencode(".png", GREY)[1].tobytes()
+        packed = SimpleNamespace(format=f"bayer_rggb8; png compressed {made}", data=data)
+        assert np.array_equal(decode_compressed(packed), image)
+    colour = SimpleNamespace(format="bayer_rggb8; png compressed ", data=compressed(".png"))
+    assert np.array_equal(decode_compressed(colour), RGB), "three channels are no mosaic, whatever the format says"
+
+
+def test_an_orientation_in_exif_is_not_followed() -> None:
+    """The poses and the calibration are of the sensor's picture; COLMAP and image_transport ignore the tag, too."""
+    jpeg = compressed(".jpg")
+    tag = b"MM\x00*\x00\x00\x00\x08\x00\x01\x01\x12\x00\x03\x00\x00\x00\x01\x00\x03\x00\x00\x00\x00\x00\x00"
+    exif = b"Exif\x00\x00" + tag
+    turned = jpeg[:2] + b"\xff\xe1" + (len(exif) + 2).to_bytes(2, "big") + exif + jpeg[2:]
+    plain = decode_compressed(SimpleNamespace(format="jpeg", data=jpeg))
+    follows = cv2.imdecode(np.frombuffer(turned, np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
+    assert np.array_equal(follows, plain[::-1, ::-1]), "the test's own tag must be one that OpenCV understands"
+    assert np.array_equal(decode_compressed(SimpleNamespace(format="jpeg", data=turned)), plain)
+
+
+def packed_depth(counts: NDArray[np.uint16]) -> list[SimpleNamespace]:
+    """A depth image as raw, as a plain PNG and as compressed_depth_image_transport packs it."""
+    png = cv2.imencode(".png", counts)[1].tobytes()
+    return [
+        message("16UC1", counts),
+        SimpleNamespace(format="16UC1; png compressed ", data=png),
+        SimpleNamespace(format="16UC1; compressedDepth", data=bytes(12) + png),
+    ]
+
+
+def test_the_highest_count_is_no_depth_however_it_is_packed() -> None:
+    counts = np.full((6, 8), 2000, np.uint16)
+    counts[:3] = 65535
+    counts[3, 0] = 0
+    for packed in packed_depth(counts):
+        depth_m = decode_depth_message(packed, not hasattr(packed, "encoding"))
+        assert (depth_m[:3] == 0).all() and depth_m[3, 0] == 0 and (depth_m[4:] == 2.0).all()
 
 
 def test_png_is_exact_and_jpeg_is_near() -> None:

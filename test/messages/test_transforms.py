@@ -14,9 +14,9 @@ from kfloc_ros.geometry.lie import make_pose, rotation_angle_deg, so3_exp
 from kfloc_ros.messages.poses import BodyPose
 from kfloc_ros.messages.transforms import (
     NEWEST,
-    TransformBuffer,
     TransformStore,
     TransformTimeError,
+    TransformTree,
     TransformUnknownError,
 )
 from kfloc_ros.nodes.pose_publisher import HeldPose
@@ -33,7 +33,7 @@ def tf2_buffer() -> TransformStore:
 @pytest.fixture(params=["own", "tf2"])
 def store(request: pytest.FixtureRequest) -> TransformStore:
     if request.param == "own":
-        return TransformBuffer(10.0)
+        return TransformTree(10.0)
     if importlib.util.find_spec("tf2_ros") is None:
         pytest.skip("tf2_ros comes only with a ROS 2 installation")
     return tf2_buffer()
@@ -73,7 +73,7 @@ def test_unconnected_frames_are_refused_and_the_known_ones_named(tree: Transform
 
 def test_an_empty_buffer_says_so() -> None:
     with pytest.raises(TransformUnknownError, match="Known frames: none"):
-        TransformBuffer().lookup("camera", "base", NEWEST)
+        TransformTree().lookup("camera", "base", NEWEST)
 
 
 def test_between_two_times_is_interpolated_through_static_mounts(tree: TransformStore) -> None:
@@ -123,7 +123,7 @@ def test_a_frame_has_one_parent_the_last(store: TransformStore) -> None:
 
 
 def test_a_loop_ends_in_words() -> None:
-    buffer = TransformBuffer()
+    buffer = TransformTree()
     buffer.set("a", "b", 0, pose(1), static=True)
     buffer.set("b", "a", 0, pose(2), static=True)
     with pytest.raises(TransformUnknownError):

@@ -33,7 +33,7 @@ from kfloc_ros.messages.camera_info import camera_from_info, fill_info, in_words
 from kfloc_ros.messages.features import fill_coarse, fill_fine
 from kfloc_ros.messages.images import _LAYOUTS, ENCODINGS, MAX_SIDE_PX, decode_compressed, decode_image, fill_image
 from kfloc_ros.messages.poses import StampGuard, fill_stamp, pose_from_message, stamp_to_ns
-from kfloc_ros.messages.transforms import TransformBuffer, TransformUnknownError
+from kfloc_ros.messages.transforms import TransformTree, TransformUnknownError
 from kfloc_ros.nodes.handover import COARSE_TOPICS, FRAME_TOPICS, StampJoiner, coarse_is_complete, read_coarse
 from kfloc_ros.nodes.health import make_status
 from kfloc_ros.nodes.initial_pose import InitialPoseError, completed, nearest, read_initial_pose, spread
@@ -181,7 +181,7 @@ EDGES = st.tuples(st.sampled_from("abcd"), st.sampled_from("abcd"), STAMPS, POSE
 
 def test_any_transforms_give_a_finite_answer_or_none(fuzz: Fuzz) -> None:
     def check(edges: list[Any], target: str, source: str, stamp: Time) -> None:
-        buffer = TransformBuffer()
+        buffer = TransformTree()
         for parent, child, at, pose, static in edges:
             try:
                 T = pose_from_message(pose)

@@ -3,14 +3,19 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from kfloc_ros.evaluation.records import record_of
+from kfloc_ros.evaluation.results import frames_csv
+from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import make_pose, matrix_to_quaternion, so3_exp
 from kfloc_ros.replay.evaluate import active_seconds, replay_counts, replay_records
 from kfloc_ros.replay.recording import Played, PoseSeen, Recording, StatusSeen
+from kfloc_ros.types import Frame, PoseEstimate, TrackingState
 
 MS = 1_000_000
 POSE = make_pose(so3_exp([0.1, 0.2, 0.3]), [1.0, 2.0, 3.0])
@@ -57,9 +62,19 @@ def test_every_image_played_has_a_record() -> None:
     assert first.timings_ms == {"backbone": 31.5}
     assert first.truth is POSE and dark.truth is None
     assert dark.estimate is None and dark.state == "LOST" and dark.reason == "too dark"
-    assert dark.stats == {"inliers": 12.0}
+    assert dark.stats == {"inlier_count": 12.0}
     assert overtaken.reason
     assert first.tracked and not dark.tracked and not overtaken.tracked
+
+
+def test_frames_csv_has_the_columns_of_an_offline_run() -> None:
+    frame = Frame(np.zeros((2, 2, 3), np.uint8), Camera(2, 2, 1.0, 1.0, 0.5, 0.5), 0, 0)
+    estimate = PoseEstimate(0, TrackingState.LOST, "too dark", timings_ms={"trunk": 31.5})
+    offline = frames_csv([record_of(frame, estimate, latency_ms=40.0, rectify_ms=1.0)]).splitlines()
+    replayed = frames_csv(replay_records(recording(), {}, {})).splitlines()
+    assert replayed[0] == offline[0]
+    rows = list(csv.DictReader(replayed))
+    assert rows[3]["inlier_count"] == "12.0" and rows[0]["trunk_ms"] == "31.5" and rows[0]["inlier_count"] == ""
 
 
 def test_latency_runs_from_publication_to_the_pose_or_else_the_status() -> None:
