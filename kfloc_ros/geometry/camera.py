@@ -36,16 +36,6 @@ def known_coefficients(model: str, coefficients: Sequence[float]) -> tuple[float
     return tuple(coefficients if any(coefficients[most:]) else coefficients[:most])
 
 
-def known_coefficients(model: str, coefficients: Sequence[float]) -> tuple[float, ...]:
-    """Return the coefficients that a distortion model has: zeros beyond them say nothing and are left out.
-
-    Drivers and tools pad with zeros, for example plumb_bob to 8 and rational_polynomial to 12 or 14. Of an unknown
-    model, or with another value than zero beyond its coefficients, all are returned, and :class:`Camera` refuses them.
-    """
-    most = max(DISTORTION_LENGTHS.get(model, (len(coefficients),)))
-    return tuple(coefficients if any(coefficients[most:]) else coefficients[:most])
-
-
 @dataclass(frozen=True)
 class Camera:
     """Pinhole intrinsics in pixels; pixel (0, 0) is the centre of the top-left pixel.
