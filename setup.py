@@ -31,7 +31,7 @@ setup(
     maintainer_email="maintainers@kfloc-ros.org",
     python_requires=">=3.10",
     packages=find_packages(include=[PACKAGE, f"{PACKAGE}.*"]),
-    package_data={PACKAGE: ["py.typed", "kfnet/weights/*", "pixloc/weights/*", "visualization/web/*"]},
+    package_data={PACKAGE: ["py.typed", "kfnet/weights/*", "visualization/web/*"]},
     data_files=[
         ("share/ament_index/resource_index/packages", [f"resource/{PACKAGE}"]),
         (f"share/{PACKAGE}", ["package.xml"]),

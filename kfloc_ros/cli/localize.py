@@ -51,12 +51,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--tracking", action="store_true", help="align from the predicted pose while that succeeds; faster"
     )
-    parser.add_argument(
-        "--heads",
-        default="",
-        metavar="FILE",
-        help="alignment heads: shipped, or a file of `kfloc train heads` (default: none)",
-    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where networks run")
     parser.add_argument(
         "--loaded-submaps", type=int, default=4, metavar="N", help="of a place, submaps kept in memory (default: 4)"
@@ -92,7 +86,6 @@ def run(args: argparse.Namespace) -> int:
         refine=not args.no_refine,
         tracking=args.tracking,
         loaded_submaps=args.loaded_submaps,
-        alignment_heads=args.heads,
     )
     map_path = resolve_map(args.map)
     localizer = localizer_for(load_map(map_path), config)

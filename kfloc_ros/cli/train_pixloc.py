@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``kfloc train pixloc`` and ``gnnet``: PixLoc's network on pairs of views; ``heads``: see ``train_heads``."""
+"""``kfloc train pixloc`` and ``gnnet``: PixLoc's network on pairs of views."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kfloc_ros.cli import train_heads
 from kfloc_ros.cli.arguments import add_source_arguments, open_source_from
 from kfloc_ros.cli.train_run import add_run_arguments, describe_options, run_training
 from kfloc_ros.datasets import open_source
@@ -23,7 +22,7 @@ NETWORKS = {
     "pixloc": "PixLoc on pairs of views: pose errors through the alignment itself",
     "gnnet": "PixLoc's network by GN-Net's losses at true correspondences",
 }
-STAGES = {**NETWORKS, train_heads.STAGE: train_heads.TEXT}
+STAGES = NETWORKS
 
 EPILOG = """\
 SOURCE needs poses, and depth or the points of a reconstruction; or it is PixLoc's own training data: megadepth:DIR and
@@ -58,13 +57,10 @@ def add_stages(stages: Any) -> None:
         stage.add_argument(
             "--validation", metavar="SOURCE", help="to look at in between (default: a part of SOURCE that is held out)"
         )
-    train_heads.add_stage(stages)
 
 
 def run(args: argparse.Namespace) -> int:
     """Train; 130 when interrupted."""
-    if args.stage == train_heads.STAGE:
-        return train_heads.run(args)
 
     from dataclasses import replace
 

@@ -55,6 +55,12 @@ class Camera:
     distortion: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        # Numbers of NumPy are written by no YAML or JSON writer, and a map is written after minutes of work.
+        for name in ("width", "height"):
+            object.__setattr__(self, name, int(getattr(self, name)))
+        for name in ("fx", "fy", "cx", "cy"):
+            object.__setattr__(self, name, float(getattr(self, name)))
+        object.__setattr__(self, "distortion", tuple(float(k) for k in self.distortion))
         values = (self.fx, self.fy, self.cx, self.cy, *self.distortion)
         if not all(math.isfinite(v) for v in values):
             raise FrameError(f"Camera intrinsics must be finite numbers, got {values}.")

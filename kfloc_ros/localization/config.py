@@ -17,6 +17,7 @@ class LocalizerConfig:
 
     FORMER: ClassVar[Mapping[str, str]] = {
         "first_fix": "It is called 'relocalize' now.",
+        "alignment_heads": "Alignment heads did not improve recall and were removed; remove it.",
         "nis_mode": "The robust treatment of contradicting cells is the only one left; remove it.",
         "oflownet": "The flow network is used wherever the map was calibrated for it; remove it.",
     }
@@ -37,11 +38,6 @@ class LocalizerConfig:
     relocalize: bool = option(True, "Search the map's reference views when there is no pose to align from.")
     loaded_submaps: int = option(4, "Submaps of a place kept in memory (a place is several maps).", low=2, high=1000)
     num_references: int = option(3, "Reference views that a pose is aligned with.", low=1, high=20)
-    alignment_heads: str = option(
-        "",
-        "What features pass through before they are aligned: shipped, a file that `kfloc train heads` made, or empty "
-        "for nothing.",
-    )
     max_gap_s: float = option(
         0.5, "A longer gap between frames resets the filter and the motion model.", low=0.01, high=60.0
     )

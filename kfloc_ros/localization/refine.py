@@ -15,7 +15,6 @@ from kfloc_ros.localization.judgement import JudgementSettings, judge
 from kfloc_ros.localization.results import CoarseResult, StageTimes
 from kfloc_ros.localization.tracking import ConstantVelocity, Track, TrackSettings, agrees
 from kfloc_ros.maps.scene_map import SceneMap
-from kfloc_ros.pixloc.heads import choose_heads
 from kfloc_ros.pixloc.references import ReferenceViews
 from kfloc_ros.pixloc.refiner import Refiner, RefinerSettings
 from kfloc_ros.relocalization.decision import UNRELATED_COST, repeated
@@ -38,7 +37,6 @@ class RefineStage:
         self._device = choose_device(config.device)
         references = scene_map.references.to(self._device)
         self._relocalizer = Relocalizer(references, scene_map.camera) if config.relocalize else None
-        heads = choose_heads(config.alignment_heads)
         self.refiner = Refiner(
             references,
             scene_map.camera,
@@ -47,7 +45,6 @@ class RefineStage:
                 max_cost=min(calibration.max_alignment_cost, UNRELATED_COST),
                 covariance_scale=calibration.refined_covariance_scale,
             ),
-            None if heads is None else heads.to(self._device),
         )
         """Aligns poses; it keeps nothing from one call to the next."""
         self._config = config

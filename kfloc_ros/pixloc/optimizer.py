@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
 
 from kfloc_ros.geometry.lie import Matrix, make_pose, so3_exp
 from kfloc_ros.pixloc.cost import Linearization
@@ -53,7 +52,6 @@ def minimize(
     linearize_at: Callable[[Matrix], Linearization],
     T_camera_map: Matrix,
     rule: StopRule,
-    start_damping: np.ndarray | float = LAMBDA_START,
 ) -> LevelResult:
     """Descend from ``T_camera_map``; a step is kept only if it lowers the cost and loses no more than a
     third of the valid points, so the result is never worse than the start.
@@ -62,10 +60,9 @@ def minimize(
         linearize_at: the cost and its normal equations at a pose.
         T_camera_map: to start from.
         rule: when it has converged.
-        start_damping: one factor of the diagonal of H for the first step, or (6,) of tx, ty, tz, rx, ry, rz.
     """
     current = linearize_at(T_camera_map)
-    start, poses, costs, damping, iterations = current, [T_camera_map], [current.cost], np.asarray(start_damping), 0
+    start, poses, costs, damping, iterations = current, [T_camera_map], [current.cost], LAMBDA_START, 0
     while iterations < rule.max_iterations and current.valid_count > 0:
         iterations += 1
         delta = _step(current, damping)
@@ -78,38 +75,24 @@ def minimize(
             T_camera_map, current = candidate_pose, candidate
             poses.append(T_camera_map)
             costs.append(current.cost)
-            damping = np.maximum(damping / 10, LAMBDA_MIN)
+            damping = max(damping / 10, LAMBDA_MIN)
             small = np.linalg.norm(delta[:3]) < rule.step_m and np.degrees(np.linalg.norm(delta[3:])) < rule.step_deg
             if small or gain < rule.cost_ratio:
                 break
         else:
             damping = damping * 10
             small = np.linalg.norm(delta[:3]) < rule.step_m and np.degrees(np.linalg.norm(delta[3:])) < rule.step_deg
-            if damping.min() > LAMBDA_MAX or small:
+            if damping > LAMBDA_MAX or small:
                 break
     return LevelResult(T_camera_map, start, current, iterations, tuple(poses), tuple(costs))
 
 
-def _step(at: Linearization, damping: np.ndarray) -> np.ndarray | None:
+def _step(at: Linearization, damping: float) -> np.ndarray | None:
     """Damped Gauss-Newton step, or None if the system cannot be solved."""
     diagonal = torch.diagonal(at.H)
-    damped = at.H + torch.diag(diagonal * torch.from_numpy(np.asarray(damping)) + DAMPING_FLOOR)
+    damped = at.H + torch.diag(diagonal * damping + DAMPING_FLOOR)
     factor, info = torch.linalg.cholesky_ex(damped)
     if int(info) != 0:
         return None
     delta = -torch.cholesky_solve(at.g[:, None], factor)[:, 0].numpy()
     return delta if np.isfinite(delta).all() else None
-
-
-class ConstantDamping(nn.Module):
-    """One learned damping factor per degree of freedom: 10^(low + sigmoid(const) (high - low))."""
-
-    def __init__(self, log10_range: tuple[float, float]) -> None:
-        super().__init__()
-        self.log10_range = log10_range
-        self.const = nn.Parameter(torch.zeros(6))
-
-    def forward(self) -> torch.Tensor:
-        """(6,) positive factors of the diagonal of H, in the order tx, ty, tz, rx, ry, rz of the query camera."""
-        low, high = self.log10_range
-        return torch.pow(10.0, low + self.const.sigmoid() * (high - low))

@@ -15,8 +15,7 @@ from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.covariance import map_frame_covariance
 from kfloc_ros.geometry.lie import Matrix, inverse_pose, make_pose, rotation_angle_deg
 from kfloc_ros.pixloc.cost import FeatureImage, Linearization, RobustLoss, linearize
-from kfloc_ros.pixloc.heads import LEVELS, AlignmentHeads
-from kfloc_ros.pixloc.optimizer import LAMBDA_START, LevelResult, StopRule, minimize
+from kfloc_ros.pixloc.optimizer import LevelResult, StopRule, minimize
 from kfloc_ros.pixloc.references import ReferencePoints, ReferenceViews
 from kfloc_ros.types import Alignment, AlignmentStep
 
@@ -59,23 +58,10 @@ class Refiner:
         references: of the map.
         camera: of the query.
         settings: how alignment runs and when its result counts.
-        heads: that features pass through before they are compared, on the references' device; None: as they are.
     """
 
-    def __init__(
-        self,
-        references: ReferenceViews,
-        camera: Camera,
-        settings: RefinerSettings,
-        heads: AlignmentHeads | None = None,
-    ) -> None:
-        self.references, self.camera, self.settings, self.heads = references, camera, settings, heads
-        self._cost_scale = 1.0
-        """Brings costs to those of plain features, which limits of costs are for."""
-        self._damping: tuple[np.ndarray | float, ...] = (LAMBDA_START, LAMBDA_START)
-        if heads is not None:
-            self._cost_scale = 1.0 / max(float(heads.cost_ratio), 1e-6)
-            self._damping = tuple(heads.damping_of(level).detach().double().cpu().numpy() for level in LEVELS)
+    def __init__(self, references: ReferenceViews, camera: Camera, settings: RefinerSettings) -> None:
+        self.references, self.camera, self.settings = references, camera, settings
 
     @torch.inference_mode()
     def align(
@@ -91,7 +77,7 @@ class Refiner:
         """
         if not starts:
             return failed_alignment("there is no pose to start from")
-        images = query_levels(features, self.heads)
+        images = query_levels(features)
         candidates = [self._prepare(images, start) for start in starts]
         fullest = max(candidates, key=lambda c: c.valid_count)
         if fullest.valid_count < self.settings.min_points:
@@ -126,13 +112,7 @@ class Refiner:
     def _levels(
         self, images: tuple[FeatureImage, FeatureImage], points: ReferencePoints, confidence: torch.Tensor
     ) -> tuple[Level, Level]:
-        if self.heads is None:
-            return Level(images[0], points.coarse, confidence), Level(images[1], points.fine, confidence)
-        coarse, fine = self.heads.of_points(points.coarse, points.fine)
-        return (
-            Level(images[0], coarse.features, confidence * coarse.trust),
-            Level(images[1], fine.features, confidence * fine.trust),
-        )
+        return Level(images[0], points.coarse, confidence), Level(images[1], points.fine, confidence)
 
     def _linearize(self, candidate: _Candidate, level: Level, T_camera_local: Matrix) -> Linearization:
         T = torch.from_numpy(T_camera_local).to(candidate.points)
@@ -142,12 +122,12 @@ class Refiner:
     def _descend(self, candidate: _Candidate, max_cost: float) -> Alignment:
         T, iterations = candidate.T_camera_local, 0
         results: list[LevelResult] = []
-        for level, damping in zip(candidate.levels, self._damping, strict=True):
+        for level in candidate.levels:
 
             def at(pose: Matrix, level: Level = level) -> Linearization:
                 return self._linearize(candidate, level, pose)
 
-            result = minimize(at, T, StopRule(self.settings.max_iterations), damping)
+            result = minimize(at, T, StopRule(self.settings.max_iterations))
             T, iterations = result.T_camera_map, iterations + result.iterations
             results.append(result)
         return self._judge(candidate, results, iterations, max_cost)
@@ -160,7 +140,7 @@ class Refiner:
         correction_m = float(np.linalg.norm(T_local_camera[:3, 3]))
         correction_deg = rotation_angle_deg(candidate.T_camera_local[:3, :3] @ T_local_camera[:3, :3])
         covariance = map_frame_covariance(information_of(end.end), end.T_camera_map)
-        cost = end.end.cost * self._cost_scale
+        cost = end.end.cost
         reason = ""
         if end.end.valid_count < max(s.min_points, s.min_kept * candidate.valid_count):
             reason = f"only {end.end.valid_count} of {candidate.valid_count} reference points stayed in view"
@@ -175,13 +155,13 @@ class Refiner:
             reason=reason,
             T_map_camera=T_map_camera,
             covariance=None if covariance is None else covariance * s.covariance_scale,
-            initial_cost=results[0].start.cost * self._cost_scale,
+            initial_cost=results[0].start.cost,
             final_cost=cost,
             valid_ratio=valid_ratio,
             iterations=iterations,
             reference_ids=candidate.reference_ids,
             steps=tuple(
-                AlignmentStep(candidate.in_map(pose), step_cost * self._cost_scale, round(level.image.stride))
+                AlignmentStep(candidate.in_map(pose), step_cost, round(level.image.stride))
                 for level, result in zip(candidate.levels, results, strict=True)
                 for pose, step_cost in zip(result.poses, result.costs, strict=True)
             ),
@@ -207,17 +187,12 @@ class _Candidate:
         return T_map_camera
 
 
-def query_levels(features: BackboneFeatures, heads: AlignmentHeads | None = None) -> tuple[FeatureImage, FeatureImage]:
+def query_levels(features: BackboneFeatures) -> tuple[FeatureImage, FeatureImage]:
     """The two levels of one image, coarse then fine, laid out for sampling."""
     reliability = features.reliability[:1]
     fine_reliability = F.interpolate(reliability[None], features.fine.shape[-2:], mode="bilinear")[0, 0]
     coarse, fine = features.coarse[0].float(), features.fine[0].float()
     coarse_reliability = reliability[0]
-    if heads is not None:
-        levels = heads.of_maps(coarse[None], fine[None])
-        coarse, fine = (level.features[0].permute(2, 0, 1) for level in levels)
-        coarse_reliability = coarse_reliability * levels[0].trust[0]
-        fine_reliability = fine_reliability * levels[1].trust[0]
     return (
         FeatureImage.from_maps(coarse, coarse_reliability, COARSE_STRIDE),
         FeatureImage.from_maps(fine, fine_reliability, FINE_STRIDE),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import yaml
 
 from kfloc_ros.errors import FrameError
 from kfloc_ros.geometry.camera import Camera, ImageAdapter
@@ -69,3 +70,10 @@ def test_adapter_refuses_an_image_of_another_size() -> None:
     camera = Camera(**VALID)  # type: ignore[arg-type]
     with pytest.raises(FrameError, match="32x24 but its camera_info says 64x48"):
         ImageAdapter(camera, camera)(np.zeros((24, 32, 3), dtype=np.uint8))
+
+
+def test_numbers_of_numpy_become_plain_ones() -> None:
+    """A map's description is written with ``yaml.safe_dump``, which takes none of NumPy's."""
+    camera = Camera(np.int64(640), np.int32(480), *np.array([500.0, 500.0, 320.0, 240.0]))
+    assert type(camera.width) is int and type(camera.fx) is float
+    assert yaml.safe_load(yaml.safe_dump(vars(camera)))["fx"] == 500.0

@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from kfloc_ros.errors import ConfigError, WeightsError
-from kfloc_ros.pixloc.optimizer import ConstantDamping
 from kfloc_ros.pixloc.reference.losses import RobustLoss
 from kfloc_ros.pixloc.reference.unet import UNet, UNetConfig
 
@@ -143,3 +142,17 @@ def load_model(path: Path) -> PixLocModel:
     except (ValueError, ConfigError, RuntimeError, SafetensorError) as error:
         raise WeightsError(f"'{path}' is damaged: {error}") from error
     return model.eval()
+
+
+class ConstantDamping(nn.Module):
+    """One learned damping factor per degree of freedom: 10^(low + sigmoid(const) (high - low))."""
+
+    def __init__(self, log10_range: tuple[float, float]) -> None:
+        super().__init__()
+        self.log10_range = log10_range
+        self.const = nn.Parameter(torch.zeros(6))
+
+    def forward(self) -> torch.Tensor:
+        """(6,) positive factors of the diagonal of H, in the order tx, ty, tz, rx, ry, rz of the query camera."""
+        low, high = self.log10_range
+        return torch.pow(10.0, low + self.const.sigmoid() * (high - low))
