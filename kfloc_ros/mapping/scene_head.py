@@ -13,12 +13,14 @@ from dataclasses import dataclass
 
 import torch
 
-from kfloc_ros.kfnet.scoordnet import SCoordNet, laplace_nll
+from kfloc_ros.kfnet.scoordnet import SCoordNet, laplace_nll, quick_matmul
 
 WARM_UP_STEPS = 50
 MIN_STEPS_PER_SECOND = 12.0
 """A busy or slower machine trains for longer than it was given, until it has made so many steps for every second
 given: two idle cores make about 20, and a map must not be bad because something else ran beside its making."""
+MAX_STRETCH = 2.0
+"""Training never takes more than this times the seconds given, however slow the machine is."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def train_head(
     while (share := _share_done(step, time.monotonic() - start, settings)) < 1.0:
         _set_learning_rate(optimizer, settings.learning_rate, step, share)
         index = torch.randint(len(inputs), (settings.batch,), generator=generator).to(device)
-        with torch.autocast(device.type, dtype=torch.bfloat16):
+        with quick_matmul(device):  # a processor without bfloat16 computes it at half the speed of float32
             predicted, log_scale = head(inputs[index].float())
         error = (predicted - coordinates[index]).norm(dim=1)
         loss = laplace_nll(error, log_scale).mean()
@@ -100,7 +102,8 @@ def train_head(
 def _share_done(step: int, elapsed_s: float, settings: HeadTraining) -> float:
     by_steps = step / settings.steps if settings.steps else 0.0
     if settings.min_steps_per_second:
-        elapsed_s = min(elapsed_s, step / settings.min_steps_per_second)
+        # A slow machine gets more time for the same steps, but never more than MAX_STRETCH times what was announced.
+        elapsed_s = max(min(elapsed_s, step / settings.min_steps_per_second), elapsed_s / MAX_STRETCH)
     return max(by_steps, elapsed_s / settings.seconds)
 
 
