@@ -47,5 +47,12 @@ class LocalizerConfig:
         low=0.1,
         high=1000.0,
     )
+    max_repeat_s: float = option(
+        1.0,
+        "If the camera repeats one image, byte for byte, for longer than this, in seconds, the pose is LOST; 0: never. "
+        "No sensor repeats its noise, but a simulated camera without noise does.",
+        low=0.0,
+        high=3600.0,
+    )
     pnp_max_error_px: float = option(10.0, "Inlier threshold of the reprojection error in PnP.", low=0.5, high=100.0)
     pnp_min_inliers: int = option(40, "Fewer PnP inliers than this: no coarse pose.", low=6, high=100_000)

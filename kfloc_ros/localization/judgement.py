@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kfloc_ros.geometry.covariance import pose_tangent_error
 from kfloc_ros.geometry.lie import inverse_pose, rotation_angle_deg
@@ -28,6 +29,32 @@ class JudgementSettings:
     """Of the covariance of a coarse pose that could not be refined. Covariances are calibrated on good pictures, and a
     picture that cannot be aligned is none: blurred and half covered, the normalised squared errors of such poses were
     2.7 times too large in the median on RedKitchen, and 7 times for the worst tenth."""
+
+
+class RepeatGuard:
+    """Detector of a camera that repeats its last image with new stamps.
+
+    Args:
+        limit_s: time after which a repeated image is no new image; 0: never.
+    """
+
+    def __init__(self, limit_s: float) -> None:
+        self._limit_s = limit_s
+        self._image: NDArray[np.uint8] | None = None
+        self._since_ns = self._stamp_ns = 0
+
+    def fault(self, image: NDArray[np.uint8], stamp_ns: int) -> str:
+        """Return why an image (H, W, 3) cannot be a new one, or empty; the same for every call with one stamp."""
+        if self._limit_s == 0.0:
+            return ""
+        repeated = self._image is not None and stamp_ns >= self._stamp_ns and np.array_equal(image, self._image)
+        if not repeated:
+            self._image, self._since_ns = image, stamp_ns
+        self._stamp_ns = stamp_ns
+        repeated_s = 1e-9 * (stamp_ns - self._since_ns)
+        if repeated_s <= self._limit_s:
+            return ""
+        return f"the camera repeats one image, byte for byte, for {repeated_s:.1f} s (max_repeat_s {self._limit_s:g})"
 
 
 def judge(

@@ -85,7 +85,7 @@ class Localizer:
             features = self._coarse.extract(frame, times)
 
         # 2. Track: align from the predicted pose alone, while that holds
-        tracked = None if hints else self._refine.track(frame.stamp_ns, features, times)
+        tracked = None if hints else self._refine.track(frame, features, times)
         if tracked is not None:
             self._coarse.skip(frame, features)
             return Localization(frame, features, tracked)
@@ -146,7 +146,7 @@ class Localizer:
         alignment = self._refine.relocalize(coarse, alignment, times)
 
         # 8. Judge; a pose that stands then corrects the belief (correct_belief)
-        estimate = self._refine.judge(coarse, alignment, times)
+        estimate = self._refine.judge(frame, coarse, alignment, times)
         return Localization(frame, coarse.features, estimate, coarse)
 
     def correct_belief(self, stamp_ns: int, T_map_camera: Matrix | None) -> None:

@@ -11,7 +11,7 @@ from kfloc_ros.features.backbone import BackboneFeatures
 from kfloc_ros.kfnet.pnp import agreeing_share
 from kfloc_ros.localization.coarse import check_frame, pnp_settings
 from kfloc_ros.localization.config import LocalizerConfig
-from kfloc_ros.localization.judgement import JudgementSettings, judge
+from kfloc_ros.localization.judgement import JudgementSettings, RepeatGuard, judge
 from kfloc_ros.localization.results import CoarseResult, StageTimes
 from kfloc_ros.localization.tracking import ConstantVelocity, Track, TrackSettings, agrees
 from kfloc_ros.maps.scene_map import SceneMap
@@ -56,20 +56,24 @@ class RefineStage:
         self._follows_pose = False
         """Whether the frame before had a pose, so that this one is expected near the predicted one."""
         self._judgement = JudgementSettings(min_inlier_ratio=calibration.min_inlier_ratio)
+        self._repeats = RepeatGuard(config.max_repeat_s)
 
     @property
     def references(self) -> ReferenceViews:
         """The reference views that poses are aligned with."""
         return self.refiner.references
 
-    def track(self, stamp_ns: int, features: BackboneFeatures, times: StageTimes) -> PoseEstimate | None:
+    def track(self, frame: Frame, features: BackboneFeatures, times: StageTimes) -> PoseEstimate | None:
         """Align from the predicted pose alone, while a track holds.
 
         Returns:
             None if the frame needs a coarse pose.
         """
+        stamp_ns = frame.stamp_ns
         predicted = self._motion.predict(stamp_ns)
         if not self._tracks or predicted is None or not self._track.holds:
+            return None
+        if self._repeats.fault(frame.image, stamp_ns):
             return None
         with times.stage("refine"):
             alignment = self.refiner.align(features, [predicted])
@@ -134,7 +138,7 @@ class RefineStage:
             return found
         return replace(alignment, reason=f"{alignment.reason}; searched the map: {found.reason}")
 
-    def judge(self, coarse: CoarseResult, alignment: Alignment | None, times: StageTimes) -> PoseEstimate:
+    def judge(self, frame: Frame, coarse: CoarseResult, alignment: Alignment | None, times: StageTimes) -> PoseEstimate:
         """State, reason, pose and covariance of the frame; the pose becomes part of the motion."""
         estimate = judge(
             coarse.stamp_ns,
@@ -144,6 +148,10 @@ class RefineStage:
             had_pose=self._had_pose,
             settings=self._judgement,
         )
+        repeated = self._repeats.fault(frame.image, frame.stamp_ns)
+        if repeated:
+            state = TrackingState.LOST if self._had_pose else TrackingState.INITIALIZING
+            estimate = replace(estimate, state=state, reason=repeated, T_map_camera=None, covariance=None)
         return self._remember(estimate, times)
 
     def reset(self) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from kfloc_ros.geometry.lie import make_pose, so3_exp
-from kfloc_ros.localization.judgement import JudgementSettings, judge
+from kfloc_ros.localization.judgement import JudgementSettings, RepeatGuard, judge
 from kfloc_ros.types import Alignment, CoarsePose, FilterReport, PoseEstimate, TrackingState
 
 HERE = make_pose(so3_exp([0.1, 0.2, 0.3]), [1.0, 2.0, 3.0])
@@ -84,3 +84,15 @@ def test_what_covariances_or_limits_allow_is_no_contradiction() -> None:
     assert judged(unsure, ALIGNED).state is TrackingState.TRACKING
     weak = replace(COARSE, T_map_camera=moved(3.0), inlier_ratio=0.15)
     assert judged(weak, ALIGNED).state is TrackingState.TRACKING
+
+
+def test_an_image_that_is_repeated_for_longer_than_the_limit_is_no_new_image() -> None:
+    guard, image = RepeatGuard(1.0), np.zeros((4, 4, 3), np.uint8)
+    other = image + 1
+    said = [guard.fault(image, round(0.5e9 * k)) for k in range(4)]
+    assert said[:3] == ["", "", ""] and "repeats one image" in said[3]
+    assert guard.fault(image, round(1.5e9)) == said[3]  # asked again for the same frame
+    assert guard.fault(other, round(2.0e9)) == "" and guard.fault(image, round(2.5e9)) == ""
+    assert guard.fault(image, 0) == ""  # a recording begins again
+    never = RepeatGuard(0.0)
+    assert not any(never.fault(image, round(1e9 * k)) for k in range(5))

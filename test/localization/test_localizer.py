@@ -105,6 +105,14 @@ def test_what_viewers_draw_is_what_localize_writes(scene_map: SceneMap, room) ->
     assert drawn[-1].coarse.filter.confirmed
 
 
+def test_a_frozen_camera_is_lost_after_a_second_whether_tracking_or_not(scene_map: SceneMap, room) -> None:
+    frames = [replace(room[0], stamp_ns=k * 300_000_000) for k in range(7)]
+    for tracking in (False, True):
+        estimates = localize(scene_map, frames, tracking=tracking)
+        assert [e.state is TrackingState.TRACKING for e in estimates] == [True] * 4 + [False] * 3
+        assert "repeats one image" in estimates[-1].reason and estimates[-1].T_map_camera is None
+
+
 def test_former_options_are_refused_with_what_to_do() -> None:
     with pytest.raises(ConfigError, match="'relocalize'"):
         build_config(LocalizerConfig, {"first_fix": True})
