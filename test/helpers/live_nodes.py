@@ -190,7 +190,8 @@ class NodeProcess:
     def __init__(self, module: str, environment: dict[str, str], log: Path, *arguments: str) -> None:
         self.log_path = log
         command = [sys.executable, "-m", "kfloc_ros.nodes.executables", module, "--ros-args"]
-        for argument in arguments:
+        # Tests send one image again and again; `test_live_survival` has a frozen camera of its own.
+        for argument in ("max_repeat_s:=0.0", *arguments):
             command += ["-p", argument]
         with log.open("w") as sink:
             self.process = subprocess.Popen(command, env=environment, stdout=sink, stderr=subprocess.STDOUT)

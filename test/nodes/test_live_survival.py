@@ -149,6 +149,21 @@ def test_the_same_images_give_the_same_poses(world: Any, room: Any) -> None:
     assert runs[0] == runs[1], "to the last bit"
 
 
+def test_a_frozen_camera_is_no_pose(world: Any, room: Any) -> None:
+    """A driver that repeats its last image with new stamps, while the robot drives on."""
+    harness = world.harness
+    assert harness.set_parameter("/localizer", "max_repeat_s", 1.0).successful
+    harness.localize(room[6])
+    start_ns = time.time_ns()
+    for k in range(1, 9):
+        stamp_ns = harness.send(room[7], start_ns + k * S // 4)
+        harness.wait(lambda stamp=stamp_ns: stamp in harness.statuses, 20.0)
+    status = harness.statuses[stamp_ns]
+    assert status["state"] == "LOST" and "repeats one image" in status["reason"] and stamp_ns not in harness.poses
+    assert harness.set_parameter("/localizer", "max_repeat_s", 0.0).successful
+    harness.localize(room[8])
+
+
 def test_a_flood_of_transforms_and_initial_poses_is_outlived(world: Any, room: Any) -> None:
     from geometry_msgs.msg import PoseWithCovarianceStamped, TransformStamped
     from tf2_msgs.msg import TFMessage
