@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.util
 import re
 import shutil
@@ -39,6 +40,11 @@ def relative(path: Path) -> str:
 
 def is_ros_side(path: Path) -> bool:
     return relative(path).startswith(ROS_SIDE)
+
+
+@functools.cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
 
 
 def imported(tree: ast.AST) -> Iterator[str]:
@@ -84,12 +90,7 @@ def test_manifest_says_what_colcon_and_rosdep_read(manifest: ElementTree.Element
 def test_every_ros_package_that_is_imported_is_in_the_manifest(manifest: ElementTree.Element) -> None:
     declared = {node.text for kind in ("depend", "exec_depend") for node in manifest.iter(kind)}
     files = [*sources(), *sorted((ROOT / "launch").glob("*.py"))]
-    wanted = {
-        name.split(".")[0]
-        for path in files
-        for name in imported(ast.parse(path.read_text(encoding="utf-8")))
-        if ROS_MODULES.match(name)
-    }
+    wanted = {name.split(".")[0] for path in files for name in imported(tree_of(path)) if ROS_MODULES.match(name)}
     # launch_ros and rclpy bring these two themselves.
     assert wanted - {"ament_index_python", "rcl_interfaces"} <= declared
 
@@ -99,7 +100,7 @@ def test_entry_points_exist_and_are_callable(setup_text: str) -> None:
     assert {name for name, _, _ in points} == {"kfloc", "camera_node", "filter_node", "refiner_node", "localizer"}
     for _, module, function in points:
         path = ROOT / (module.replace(".", "/") + ".py")
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+        tree = tree_of(path)
         assert any(isinstance(node, ast.FunctionDef) and node.name == function for node in tree.body), path
 
 
@@ -114,7 +115,7 @@ def test_what_the_package_needs_besides_its_modules_is_installed_with_it(setup_t
 
 
 def ros_imports(path: Path) -> list[str]:
-    return [name for name in imported(ast.parse(path.read_text(encoding="utf-8"))) if ROS_MODULES.match(name)]
+    return [name for name in imported(tree_of(path)) if ROS_MODULES.match(name)]
 
 
 def test_algorithm_names_no_ros_module() -> None:
@@ -141,7 +142,7 @@ def layer_of(module: str) -> str:
 def package_imports(path: Path) -> Iterator[tuple[str, str]]:
     """The (module, imported module) pairs of a file within the package, imports inside functions included."""
     own = "kfloc_ros." + relative(path).removesuffix(".py").replace("/", ".").removesuffix(".__init__")
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("kfloc_ros."):
             for alias in node.names:
                 inner = f"{node.module}.{alias.name}"
@@ -220,7 +221,7 @@ def called(node: ast.Call) -> str:
 def test_nothing_unsafe_is_called() -> None:
     offenders: list[str] = []
     for path in [*sources(), *sorted((ROOT / "scripts").glob("*.py")), *sorted((ROOT / "benchmarks").rglob("*.py"))]:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+        tree = tree_of(path)
         unsafe = {"pickle", "marshal", "dill", "shelve"}.intersection(imported(tree))
         if "pickle" in unsafe and all(names == ["UnpicklingError"] for names in names_from(tree, "pickle")):
             unsafe.remove("pickle")  # what torch.load raises

@@ -47,7 +47,7 @@ def test_a_turn_is_a_way_too() -> None:
 
 @pytest.mark.parametrize("count", [200, 350, 750, 1000, 5000, 50_000])
 @pytest.mark.parametrize("pace_m", [0.0, 0.01, 0.3])
-def test_share_and_memory_are_bounded(count: int, pace_m: float) -> None:
+def test_the_share_and_the_number_held_out_are_bounded(count: int, pace_m: float) -> None:
     runs = held_out(count, pace_m)
     kept = sum(run > 0 for run in runs)
     assert 4 <= kept <= min(MAX_HELD_OUT, 1.6 * SHARE * count)

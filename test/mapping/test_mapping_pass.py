@@ -4,15 +4,20 @@
 from __future__ import annotations
 
 import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
 
+import long_recording
 import numpy as np
 import pytest
 import torch
 
 from kfloc_ros.cli.build_options import duration_s
 from kfloc_ros.errors import SourceError
-from kfloc_ros.mapping.mapping_pass import MAX_CELLS, CellBuffer
-from kfloc_ros.mapping.schedule import MAX_HELD_OUT, READ_SHARE, TimeBudget
+from kfloc_ros.mapping.mapping_pass import CellBuffer
+from kfloc_ros.mapping.schedule import READ_SHARE, TimeBudget
 from kfloc_ros.mapping.views import Cells, ReferenceCollector
 from kfloc_ros.pixloc.references import ReferencePoints
 
@@ -42,11 +47,29 @@ def test_a_buffer_that_is_not_full_holds_everything() -> None:
     assert buffer.cells().coordinates[:, 0].tolist() == list(range(600))
 
 
-def test_memory_for_a_long_source_stays_below_4_gb() -> None:
-    cells = MAX_CELLS * (192 * 2 + 3 * 4)
-    views = MAX_HELD_OUT * 640 * 480 * (3 + 4)
-    features = MAX_HELD_OUT * 80 * 60 * (64 + 4 + 1) * 4  # what calibration keeps of each
-    assert cells + views + features + 1.2e9 < 4e9  # with torch, the backbone and training
+def peaks_bytes(*arguments: str) -> list[int]:
+    """The peaks of memory that ``helpers/long_recording.py`` measures, in a process of its own."""
+    script = Path(long_recording.__file__)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(script.parents[2]), *sys.path])}
+    done = subprocess.run(
+        [sys.executable, str(script), *arguments], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return [int(line) for line in done.stdout.split()]
+
+
+@pytest.mark.thorough
+def test_a_longer_recording_takes_no_more_memory() -> None:
+    """Of 600 more views, the images and depths alone would be 86 MB."""
+    first, longer = peaks_bytes("pass", "200", "800")
+    assert longer - first < 25e6
+
+
+@pytest.mark.slow
+def test_memory_for_a_long_recording_stays_below_4_gb() -> None:
+    """Of 1,200 views of 640x480 pixels: the training buffer and the views held out are full."""
+    (peak,) = peaks_bytes("build", "1200")
+    assert 2e9 < peak < 4e9
 
 
 def test_reference_points_stay_below_their_limit_and_cover_the_whole_way() -> None:

@@ -32,7 +32,7 @@ def position_errors_m(folder: Path, room: Any) -> list[float]:
     errors = []
     for position in range(2, MAPPED_VIEWS, 5):
         frame = room[position]
-        T = localizer.process(replace(frame, depth_m=None, T_map_camera=None)).T_map_camera
+        T = localizer.process(replace(frame, depth_m=None, T_map_camera=None)).estimate.T_map_camera
         errors.append(np.inf if T is None else float(np.linalg.norm(T[:3, 3] - frame.T_map_camera[:3, 3])))
     return errors
 
