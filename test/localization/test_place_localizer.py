@@ -234,7 +234,7 @@ def test_no_more_submaps_are_in_memory_than_allowed(three_alike: Place, room, ot
     for number, frame in enumerate((room[9], other_room[9], room[20])):
         localizer.reset("a test")
         localizer.process(at(frame, number))
-        assert len(localizer.guide.cache.kept) <= 2
+        assert len(localizer.guide.cache.loaded) <= 2
     assert localizer.guide.cache.counts.evictions > 0
 
 
