@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Coarse half of the localizer, image to coarse pose: what KFNet does, one step a method."""
+"""Coarse half of the localizer, from an image to a coarse pose: KFNet's steps, one method each."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ class CoarseStage:
     :class:`~kfloc_ros.localization.localizer.Localizer` calls the steps in order.
 
     Args:
-        scene_map: of the place.
-        config: options.
-        backbone: to share with other stages; made here by default.
+        scene_map: map of the scene.
+        config: options of the localizer.
+        backbone: shared with other stages; None: a new one.
     """
 
     def __init__(self, scene_map: SceneMap, config: LocalizerConfig, backbone: Backbone | None = None) -> None:
         device = choose_device(config.device)
         calibration = scene_map.calibration
         self.camera = scene_map.camera
-        """The pinhole camera that every frame must have."""
+        """Pinhole camera that every frame must have."""
         self._backbone = backbone or Backbone(device=device)
         self._networks = networks_of(scene_map, device)
         self.note = self._networks.note if config.filter else ""
-        """Sentence on what of the configuration this map cannot give; empty if nothing."""
+        """Sentence on options that this map cannot provide; empty if there are none."""
         self._use_filter = config.filter
         self._corrects = config.filter and config.pose_feedback
         self._skipped: tuple[Frame, BackboneFeatures] | None = None
@@ -76,10 +76,10 @@ class CoarseStage:
     def fuse(
         self, frame: Frame, features: BackboneFeatures, measurement: SceneCoordinates, times: StageTimes
     ) -> Filtered:
-        """Carry the belief over from the frame before and fuse it with the measurement (KFNet's process system).
+        """Propagate the belief from the previous frame and fuse it with the measurement (KFNet's process system).
 
-        A frame that was skipped just before is filtered first, so that the belief is one frame old. Tracking mostly
-        ends at a bad image, which must not meet an older belief or none.
+        A frame skipped just before is filtered first, so that the belief is one frame old. Tracking mostly ends at a
+        bad image, and that image must meet a recent belief.
         """
         if not self._use_filter:
             self._skipped = None
@@ -92,27 +92,32 @@ class CoarseStage:
             return self._step(frame, features, measurement)
 
     def solve(self, filtered: Filtered, times: StageTimes) -> CoarsePose:
-        """Find the camera's pose by RANSAC-PnP on the filtered scene coordinates, and tell the filter."""
+        """Solve RANSAC-PnP on the filtered scene coordinates; the filter takes note of the pose."""
         with times.stage("pnp"):
             pose = solve_pnp(filtered.posterior, self.camera, self._pnp)
         self._filter.accept_pose(pose)
         return pose
 
     def skip(self, frame: Frame, features: BackboneFeatures) -> None:
-        """Remember a frame that needs no coarse pose.
+        """Remember a frame that needs no coarse pose, and reset the belief.
 
-        The belief ends: the coarse pose that checks a track must know nothing of the poses before.
+        The coarse pose that later checks the track must be independent of the tracked poses.
         """
         self._skipped = frame, features
         self._filter.reset("frames before were only tracked")
 
     def correct_belief(self, stamp_ns: int, T_map_camera: Matrix) -> None:
-        """Correct the belief by the refined pose of one of the last frames; the pose must stand."""
+        """Correct the belief by an accepted refined pose of one of the last frames.
+
+        Args:
+            stamp_ns: stamp of the frame.
+            T_map_camera: refined pose of the frame, (4, 4).
+        """
         if self._corrects:
             self._filter.correct_belief(stamp_ns, self.camera, T_map_camera)
 
     def reset(self, reason: str) -> None:
-        """Forget what was carried over from earlier frames."""
+        """Reset the belief and all that was carried over from earlier frames."""
         self._filter.reset(reason)
         self._skipped = None
 
@@ -148,7 +153,7 @@ def check_frame(frame: Frame, camera: Camera) -> None:
 
 
 def pnp_settings(config: LocalizerConfig, stride: int, covariance_scale: float = 1.0) -> PnpSettings:
-    """Return the settings of PnP for cells of ``stride`` pixels; thresholds in pixels grow with the cells."""
+    """Return PnP settings for cells of ``stride`` pixels; thresholds in pixels scale with the stride."""
     larger = stride / COARSE_STRIDE
     return PnpSettings(
         max_error_px=larger * config.pnp_max_error_px,
@@ -159,32 +164,32 @@ def pnp_settings(config: LocalizerConfig, stride: int, covariance_scale: float =
 
 
 class CoarseNetworks(Protocol):
-    """What the coarse stage asks of a family."""
+    """Networks of a family, as the coarse stage uses them."""
 
     flow: FlowFunction
-    """Between what :meth:`flow_features` gives."""
+    """Backward flow between two results of :meth:`flow_features`."""
     process_scale: float
     process_floor_m2: float
     stride: int
     """Pixels of the map's camera per cell."""
     note: str
-    """What of the configuration could not be had, in a sentence; empty if all could."""
+    """Sentence on options that the networks cannot provide; empty if there are none."""
 
     def measure(self, frame: Frame, features: BackboneFeatures) -> SceneCoordinates:
-        """Scene coordinates of a frame; cells in pixels of the map's camera."""
+        """Return scene coordinates of a frame; cells are in pixels of the map's camera."""
         ...
 
     def flow_features(self, frame: Frame, features: BackboneFeatures) -> torch.Tensor:
-        """(C, h, w) by which the cells of two frames are matched."""
+        """Return features (C, h, w) for the flow between two frames."""
         ...
 
 
 def networks_of(scene_map: SceneMap, device: torch.device) -> CoarseNetworks:
-    """Return the networks that a map was made with.
+    """Return the networks that a map was trained with.
 
     Args:
-        scene_map: of the place.
-        device: where they run.
+        scene_map: map of the scene.
+        device: device of the networks.
     """
     if scene_map.kfnet is None:
         return FastNetworks(scene_map, device)
@@ -192,7 +197,7 @@ def networks_of(scene_map: SceneMap, device: torch.device) -> CoarseNetworks:
 
 
 class FastNetworks:
-    """The map's head, and the flow on the backbone's features."""
+    """Networks of the fast family: the map's head, and optical flow on the backbone's features."""
 
     stride = COARSE_STRIDE
 
@@ -211,7 +216,7 @@ class FastNetworks:
 
 
 class ReferencePair:
-    """KFNet's own networks, on the image itself."""
+    """Networks of the reference family: KFNet's own SCoordNet and OFlowNet, on the image itself."""
 
     note = ""
 
@@ -228,7 +233,7 @@ class ReferencePair:
 
     def measure(self, frame: Frame, features: BackboneFeatures) -> SceneCoordinates:
         measured = self._networks.scoordnet.measure(self._adapter(frame.image), self._variance_scale)
-        first = (measured.pixel_offset + 0.5) * self._times - 0.5  # pixel (0, 0) is the centre of a pixel
+        first = (measured.pixel_offset + 0.5) * self._times - 0.5  # pixel centres have whole numbers
         return replace(measured, stride=self.stride, first_pixel=first)
 
     def flow_features(self, frame: Frame, features: BackboneFeatures) -> torch.Tensor:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options of the whole pipeline; the nodes offer each as a ROS parameter."""
+"""Options of the localizer; the nodes offer each as a ROS parameter."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kfloc_ros.kfnet import kalman
 
 @dataclass(frozen=True)
 class LocalizerConfig:
-    """Options of the whole pipeline."""
+    """Options of the localizer."""
 
     FORMER: ClassVar[Mapping[str, str]] = {
         "first_fix": "It is called 'relocalize' now.",
@@ -21,38 +21,38 @@ class LocalizerConfig:
         "nis_mode": "The robust treatment of contradicting cells is the only one left; remove it.",
         "oflownet": "The flow network is used wherever the map was calibrated for it; remove it.",
     }
-    """Former options, each with what to do."""
+    """Former options, each with the action to take."""
 
     device: str = option(
-        "auto", "Where networks run: auto takes a GPU if there is one.", choices=("auto", "cpu", "cuda")
+        "auto", "Device of the networks; auto takes a GPU if there is one.", choices=("auto", "cpu", "cuda")
     )
-    filter: bool = option(True, "Carry the belief over scene coordinates from frame to frame.")
-    pose_feedback: bool = option(True, "Correct the belief over scene coordinates by the refined poses.")
-    refine: bool = option(True, "Align the coarse pose with the map's reference views.")
+    filter: bool = option(True, "Filter scene coordinates over time (Kalman filter along the optical flow).")
+    pose_feedback: bool = option(True, "Correct the filter's scene coordinates by accepted refined poses.")
+    refine: bool = option(True, "Refine the coarse pose by feature alignment with the map's reference views.")
     tracking: bool = option(
-        False, "While alignments from the predicted pose succeed, find a coarse pose only now and then, as a check."
+        False, "While alignments from the predicted pose succeed, compute a coarse pose only as a periodic check."
     )
     tracking_check_period: int = option(
-        10, "With tracking: every so many frames a coarse pose is found all the same.", low=2, high=1000
+        10, "With tracking: frames between two checks by a coarse pose.", low=2, high=1000
     )
-    relocalize: bool = option(True, "Search the map's reference views when there is no pose to align from.")
-    loaded_submaps: int = option(4, "Submaps of a place kept in memory (a place is several maps).", low=2, high=1000)
-    num_references: int = option(3, "Reference views that a pose is aligned with.", low=1, high=20)
+    relocalize: bool = option(True, "Search the whole map if the alignment fails or has no start.")
+    loaded_submaps: int = option(4, "Submaps of a place (several maps) kept in memory.", low=2, high=1000)
+    num_references: int = option(3, "Reference views used in each alignment.", low=1, high=20)
     max_gap_s: float = option(
-        0.5, "A longer gap between frames resets the filter and the motion model.", low=0.01, high=60.0
+        0.5, "Longest gap between frames; a longer one resets the filter and the motion model.", low=0.01, high=60.0
     )
     nis_threshold: float = option(
         kalman.NIS_THRESHOLD_95,
-        "Cells whose normalised innovation squared exceeds this contradict their prior.",
+        "Limit of the normalised innovation squared (NIS); a cell above it contradicts its prior.",
         low=0.1,
         high=1000.0,
     )
     max_repeat_s: float = option(
         1.0,
-        "If the camera repeats one image, byte for byte, for longer than this, in seconds, the pose is LOST; 0: never. "
-        "No sensor repeats its noise, but a simulated camera without noise does.",
+        "Longest time, in seconds, that the camera may repeat one image, byte for byte, before the state is LOST; "
+        "0: no limit. Set 0 for a simulated camera without noise.",
         low=0.0,
         high=3600.0,
     )
     pnp_max_error_px: float = option(10.0, "Inlier threshold of the reprojection error in PnP.", low=0.5, high=100.0)
-    pnp_min_inliers: int = option(40, "Fewer PnP inliers than this: no coarse pose.", low=6, high=100_000)
+    pnp_min_inliers: int = option(40, "Smallest number of PnP inliers of a coarse pose.", low=6, high=100_000)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From what was measured on a frame to its state and pose: what the localizer stands by, and what it does not."""
+"""Judgement of a frame: its tracking state and pose from the coarse pose and the alignment."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ CHI2_6_999 = 22.458
 
 @dataclass(frozen=True)
 class JudgementSettings:
-    """When a pose counts."""
+    """Conditions for accepting a pose."""
 
     min_inlier_ratio: float = 0.2
-    """Share of cells that must agree with a coarse pose for it to stand on its own; from the map's calibration."""
+    """Smallest share of agreeing cells of a coarse pose that is accepted on its own; from the map's calibration."""
     max_disagreement_m: float = 0.25
     max_disagreement_deg: float = 10.0
-    """A coarse and a refined pose that are further apart than either, and than their covariances allow, disagree."""
+    """A coarse and a refined pose disagree if they are further apart than either limit, and than their covariances
+    allow."""
     unrefined_scale: float = 4.0
-    """Of the covariance of a coarse pose that could not be refined. Covariances are calibrated on good pictures, and a
-    picture that cannot be aligned is none: blurred and half covered, the normalised squared errors of such poses were
-    2.7 times too large in the median on RedKitchen, and 7 times for the worst tenth."""
+    """Scale of the covariance of a coarse pose that could not be refined. Covariances are calibrated on good images,
+    and an image that cannot be aligned is a bad one: blurred and half covered, the normalised squared errors of such
+    poses were 2.7 times too large in the median on RedKitchen, and 7 times for the worst tenth."""
 
 
 class RepeatGuard:
@@ -44,7 +45,9 @@ class RepeatGuard:
         self._since_ns = self._stamp_ns = 0
 
     def fault(self, image: NDArray[np.uint8], stamp_ns: int) -> str:
-        """Return why an image (H, W, 3) cannot be a new one, or empty; the same for every call with one stamp."""
+        """Return the reason why an image (H, W, 3) is a repeated one, or an empty string; equal for all calls of one
+        stamp.
+        """
         if self._limit_s == 0.0:
             return ""
         repeated = self._image is not None and stamp_ns >= self._stamp_ns and np.array_equal(image, self._image)
@@ -66,18 +69,18 @@ def judge(
     had_pose: bool,
     settings: JudgementSettings,
 ) -> PoseEstimate:
-    """State, reason, pose and covariance of a frame.
+    """Return state, reason, pose and covariance of a frame.
 
-    An accepted alignment is TRACKING, unless a coarse pose that stands on its own says otherwise: then it is
-    DEGRADED, with a covariance that holds both. Without one, a coarse pose that stands on its own is DEGRADED, with a
-    larger covariance (TRACKING where no alignment was asked for). Otherwise there is no pose.
+    An accepted alignment is TRACKING. If an accepted coarse pose disagrees with it, the state is DEGRADED, and the
+    covariance covers both poses. If there is no accepted alignment, an accepted coarse pose is DEGRADED, with a larger
+    covariance (TRACKING if no alignment was requested). Otherwise there is no pose.
 
     Args:
-        stamp_ns: of the frame.
-        coarse: from PnP.
-        report: of the filter.
-        alignment: None where no refinement was asked for.
-        had_pose: some frame before had one, so that having none is LOST and no longer INITIALIZING.
+        stamp_ns: stamp of the frame.
+        coarse: result of PnP.
+        report: report of the filter.
+        alignment: result of the alignment; None if refinement is off.
+        had_pose: true if an earlier frame had a pose; a frame without one is then LOST instead of INITIALIZING.
         settings: thresholds.
     """
     common = PoseEstimate(stamp_ns, TrackingState.TRACKING, "", coarse=coarse, filter=report, alignment=alignment)
@@ -104,7 +107,7 @@ def judge(
 
 
 def disagreement(alignment: Alignment, coarse: CoarsePose, settings: JudgementSettings) -> str:
-    """How a refined pose contradicts a coarse one, or empty."""
+    """Return the contradiction between a refined and a coarse pose as a sentence, or an empty string."""
     if alignment.T_map_camera is None or coarse.T_map_camera is None:
         return ""
     if alignment.covariance is None or coarse.covariance is None:
@@ -120,7 +123,7 @@ def disagreement(alignment: Alignment, coarse: CoarsePose, settings: JudgementSe
 
 
 def _weakness(coarse: CoarsePose, settings: JudgementSettings) -> str:
-    """Why a coarse pose cannot stand on its own, or empty."""
+    """Return the reason why a coarse pose is not accepted on its own, or an empty string."""
     if not coarse.success:
         return coarse.reason
     if coarse.inlier_ratio >= settings.min_inlier_ratio:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The method, and the one place that sequences it: KFNet's filtered scene coordinates, then PixLoc's alignment."""
+"""Localizer: KFNet's filtered scene coordinates, then PixLoc's alignment, in the one place that sequences them."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from kfloc_ros.types import Frame, Matrix
 
 
 class Localizer:
-    """Poses of a camera in one map. One sequence, used by all that localize, show, replay or calibrate.
+    """Localizer of a camera in one map. One sequence, used by everything that localizes, shows, replays or calibrates.
 
-    The sequence has two halves for nodes in processes of their own: ``filter_node`` runs :meth:`coarse_half`,
+    The sequence has two halves for nodes in separate processes: ``filter_node`` runs :meth:`coarse_half`,
     ``refiner_node`` runs :meth:`refine_half`. :meth:`process` joins them.
 
     Args:
-        scene_map: of the place.
-        config: options; the defaults are meant to be right.
-        backbone: to share with other localizers; made here by default.
+        scene_map: map of the scene.
+        config: options; None: the defaults.
+        backbone: shared with other localizers; None: a new one.
     """
 
     def __init__(
@@ -38,22 +38,22 @@ class Localizer:
 
     @property
     def camera(self) -> Camera:
-        """The pinhole camera that every frame must have; an ``ImageAdapter`` brings images to it."""
+        """Pinhole camera that every frame must have; an ``ImageAdapter`` converts images to it."""
         return self._coarse.camera
 
     @property
     def references(self) -> ReferenceViews:
-        """The reference views that poses are aligned with."""
+        """Reference views that poses are aligned with."""
         return self._refine.references
 
     @property
     def refiner(self) -> Refiner:
-        """The aligner of poses; it keeps nothing from one call to the next."""
+        """Aligner of poses; it has no state."""
         return self._refine.refiner
 
     @property
     def note(self) -> str:
-        """Sentence on what of the configuration this map cannot give; empty if nothing."""
+        """Sentence on options that this map cannot provide; empty if there are none."""
         return self._coarse.note
 
     def process(
@@ -68,13 +68,13 @@ class Localizer:
         """Localize one frame.
 
         Args:
-            frame: of the map's camera.
-            hints: further poses ``T_map_camera`` (4, 4) to start from, such as an operator's guess. The start at which
-                the image looks most like the map is the one that is refined.
-            features: of the frame, if the backbone has run on it.
-            times: spent on the frame so far.
-            correct: whether a pose that stands corrects the belief now. A place and a node first ask whether the motion
-                and the odometry allow the pose, then call :meth:`correct_belief`.
+            frame: image of the map's camera.
+            hints: further starting poses ``T_map_camera`` (4, 4), such as an operator's guess. The start at which the
+                image looks most like the map is refined.
+            features: backbone features of the frame; None: compute them.
+            times: time spent on the frame so far.
+            correct: correct the belief by an accepted pose at once. A place and a node pass False: they first check the
+                pose against motion and odometry, then call :meth:`correct_belief`.
 
         Raises:
             FrameError: the image does not have the size of the map's camera.
@@ -99,7 +99,7 @@ class Localizer:
     def coarse_half(
         self, frame: Frame, *, features: BackboneFeatures | None = None, times: StageTimes | None = None
     ) -> CoarseResult:
-        """Find the coarse pose of a frame: steps 1 and 3 to 5.
+        """Compute the coarse pose of a frame: steps 1 and 3 to 5.
 
         Raises:
             FrameError: the image does not have the size of the map's camera.
@@ -131,9 +131,9 @@ class Localizer:
         """Refine a coarse pose and judge the result: steps 6 to 8.
 
         Args:
-            frame: of the map's camera.
+            frame: image of the map's camera.
             coarse: result of the coarse half for the frame.
-            hints: further poses ``T_map_camera`` (4, 4) to start from.
+            hints: further starting poses ``T_map_camera`` (4, 4).
 
         Raises:
             FrameError: the image does not have the size of the map's camera.
@@ -145,7 +145,7 @@ class Localizer:
         # 7. Relocalize in the whole map if that failed
         alignment = self._refine.relocalize(coarse, alignment, times)
 
-        # 8. Judge; a pose that stands then corrects the belief (correct_belief)
+        # 8. Judge; an accepted pose then corrects the belief (correct_belief)
         estimate = self._refine.judge(frame, coarse, alignment, times)
         return Localization(frame, coarse.features, estimate, coarse)
 
@@ -153,18 +153,17 @@ class Localizer:
         """Correct the belief over scene coordinates by the refined pose of one of the last frames.
 
         Args:
-            stamp_ns: of the frame.
-            T_map_camera: ``PoseEstimate.refined_pose`` of the frame; None, for a pose that does not stand, changes
-                nothing.
+            stamp_ns: stamp of the frame.
+            T_map_camera: ``PoseEstimate.refined_pose`` of the frame; None changes nothing.
         """
         if T_map_camera is not None:
             self._coarse.correct_belief(stamp_ns, T_map_camera)
 
     def reset(self, reason: str) -> None:
-        """Forget all earlier frames.
+        """Reset the filter, the motion model and the track.
 
         Args:
-            reason: shown as the filter's reset reason of the next frame.
+            reason: reset reason in the filter's report of the next frame.
         """
         self._coarse.reset(reason)
         self._refine.reset()

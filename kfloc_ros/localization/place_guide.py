@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which submap of a place the camera is in: found from an image, kept while it holds, left where another is nearer."""
+"""Choice of a place's submap for each frame: search by image, stay while poses succeed, hand over to a neighbour."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from kfloc_ros.types import Alignment, PoseEstimate, TrackingState
 
 @dataclass(frozen=True)
 class GuideSettings:
-    """When another submap takes over."""
+    """Conditions for changing the submap."""
 
     max_jump_m: float = 0.5
     max_jump_deg: float = 25.0
-    """A pose further from the predicted one than either is a new fix, and needs a search of the whole place."""
+    """A pose further than either limit from the predicted one is a jump, and needs a search of the whole place."""
     reach_m: float = 1.5
-    """Submaps with a view within this of a pose (a degree counts as 2 cm) are its neighbours."""
+    """Submaps with a view closer than this to a pose are its neighbours (a degree counts as 2 cm)."""
     nearer_ratio: float = 0.6
     own_reach_m: float = 0.3
-    """A neighbour takes over where its nearest view is nearer by this factor and the own submap's is this far."""
+    """A neighbour takes over if its nearest view is nearer by this ratio, and the own submap's is further than this."""
     pause_frames: int = 8
-    """Between two looks at a neighbour, each of which costs an alignment."""
+    """Frames between two checks of a neighbour; each check costs an alignment."""
     hinted_submaps: int = 2
-    """Submaps in which somebody's guess of a pose is tried."""
+    """Largest number of submaps in which hints are tried."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,23 +44,23 @@ class Choice:
     """Submap chosen for a frame."""
 
     submap: LoadedSubmap | None
-    """None if it is not known which."""
+    """None if the submap is not known."""
     hints: tuple[Matrix, ...] = ()
-    """Poses that the frame may start from besides, in the place's frame."""
+    """Further starting poses for the frame, in the place's frame."""
     reason: str = ""
-    """Why there is none."""
+    """Reason why there is no submap; empty if there is one."""
 
 
 class PlaceGuide:
-    """Chooses a submap for every frame, and follows the poses from one submap to the next.
+    """Guide that chooses a submap for every frame and follows the poses from one submap to the next.
 
-    All poses are in the place's frame, so that the motion goes on from one submap into another.
+    All poses are in the place's frame, so the motion model continues from one submap to another.
 
     Args:
-        place: where the camera is.
+        place: the place of the camera.
         config: options of the localizer.
-        search: how a submap is found.
-        settings: when another one takes over.
+        search: settings of the search for a submap.
+        settings: conditions for changing the submap.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class PlaceGuide:
     ) -> None:
         self.place, self.backbone = place, Backbone(device=choose_device(config.device))
         self.active: LoadedSubmap | None = None
-        """The submap that the camera is in."""
+        """Submap that the camera is in; None if it is not known."""
         self.cache = SubmapCache(
             lambda number: LoadedSubmap.of(number, place.load_submap(number), config, self.backbone),
             config.loaded_submaps,
@@ -83,22 +83,22 @@ class PlaceGuide:
         self._start_from_motion = False
         self._pause = 0
         self.had_pose = False
-        """Whether some frame before had a pose."""
+        """True if an earlier frame had a pose."""
         self._memory = PlaceMemory()
 
     def predict(self, stamp_ns: int) -> Matrix | None:
-        """Return the pose at a time as the motion goes on, or None without a recent one."""
+        """Return the pose that the motion model predicts, or None without a recent pose."""
         return self._motion.predict(stamp_ns)
 
     def choose(self, stamp_ns: int, features: BackboneFeatures, hints: Sequence[Matrix], times: StageTimes) -> Choice:
         """Choose a submap for a frame.
 
         Args:
-            stamp_ns: of the frame.
-            features: of the frame.
-            hints: poses at which the camera may be. A hint that the image fits is taken, also where other submaps look
-                the same.
-            times: spent on the frame so far.
+            stamp_ns: stamp of the frame.
+            features: backbone features of the frame.
+            hints: likely poses ``T_place_camera`` (4, 4). A hint that fits the image is taken, even if other submaps
+                look alike.
+            times: time spent on the frame so far.
 
         Raises:
             MapError: a submap cannot be loaded.
@@ -123,16 +123,19 @@ class PlaceGuide:
             return Choice(None, reason=alignment.reason)
         return Choice(self._enter(found.submap), (alignment.T_map_camera,))
 
-    def follow(
+    def update(
         self, stamp_ns: int, features: BackboneFeatures, estimate: PoseEstimate, predicted: Matrix | None
     ) -> PoseEstimate:
-        """Judge a frame's estimate by the motion in the place; another submap may take over.
+        """Check a frame's estimate against the motion in the place; hand over to another submap if one is better.
 
         Args:
-            stamp_ns: of the frame.
-            features: of the frame.
-            estimate: from the active submap, or without a pose.
-            predicted: the pose that was expected before the frame was worked on.
+            stamp_ns: stamp of the frame.
+            features: backbone features of the frame.
+            estimate: estimate of the active submap, with or without a pose.
+            predicted: pose predicted before the frame was processed.
+
+        Returns:
+            The estimate, LOST if its pose is a jump, or that of a search or of a neighbour.
         """
         if self.active is not None and estimate.T_map_camera is not None and predicted is not None:
             jump = self._jump(predicted, estimate.T_map_camera)
@@ -140,22 +143,22 @@ class PlaceGuide:
                 self._start_from_motion = True
                 estimate = replace(estimate, state=TrackingState.LOST, reason=jump, T_map_camera=None, covariance=None)
         if self.active is not None:
-            estimate = self._find_again(features, estimate, predicted)
-            estimate = self._look_around(features, estimate, predicted)
+            estimate = self._recover(features, estimate, predicted)
+            estimate = self._consider_neighbour(features, estimate, predicted)
         if estimate.T_map_camera is not None:
             self._motion.observe(stamp_ns, estimate.T_map_camera)
             self.had_pose = True
             if self.active is not None:
                 self._memory.observe(stamp_ns, estimate.T_map_camera, self.active.number)
-        elif self.had_pose:  # a submap's stage does not know of poses in others
+        elif self.had_pose:  # a submap's stage does not know of poses in other submaps
             estimate = replace(estimate, state=TrackingState.LOST)
         return estimate
 
-    def forget(self) -> None:
-        """Have the next frame search the whole place."""
+    def reset(self) -> None:
+        """Reset the motion and the memory; the next frame searches the whole place."""
         self.active = None
-        self._motion.forget()
-        self._memory.forget()
+        self._motion.reset()
+        self._memory.reset()
         self._pause = 0
 
     def _enter(self, number: int) -> LoadedSubmap:
@@ -167,7 +170,7 @@ class PlaceGuide:
         return submap
 
     def _try_hints(self, hints: Sequence[Matrix], features: BackboneFeatures) -> Choice | None:
-        """Enter the submap of the hint that the image fits best; None if it fits none."""
+        """Enter the submap of the hint that fits the image best; None if no hint fits."""
         by_submap: dict[int, list[Matrix]] = {}
         for hint in hints:
             by_submap.setdefault(int(np.argmin(self.place.index.distances(hint))), []).append(hint)
@@ -178,27 +181,27 @@ class PlaceGuide:
             return None
         number, alignment = min(fitting, key=lambda item: item[1].final_cost)
         assert alignment.T_map_camera is not None
-        self._motion.forget()  # where the camera was said to be before is no reason against it
-        self._memory.forget()
+        self._motion.reset()  # earlier poses are no evidence against a hint
+        self._memory.reset()
         return Choice(self._enter(number), (alignment.T_map_camera,))
 
-    def _find_again(self, features: BackboneFeatures, estimate: PoseEstimate, predicted: Matrix | None) -> PoseEstimate:
-        """The estimate, or, where it has no pose, that of a search around where the camera must be."""
+    def _recover(self, features: BackboneFeatures, estimate: PoseEstimate, predicted: Matrix | None) -> PoseEstimate:
+        """Return the estimate; without a pose, that of a search around the predicted pose."""
         if self.active is None or self._search is None or predicted is None or estimate.T_map_camera is not None:
             return estimate
         times = StageTimes(estimate.timings_ms)
         with times.stage("relocalize"):
-            found = self._search.find_again(features, self.active, lambda T: not self._jump(predicted, T))
+            found = self._search.search_submap(features, self.active, lambda T: not self._jump(predicted, T))
         estimate = replace(estimate, timings_ms=times.with_total())
         if not found.success or found.T_map_camera is None or self._jump(predicted, found.T_map_camera):
             return estimate
         self._start_from_motion = True
-        return _found_at(estimate, found)
+        return _with_alignment(estimate, found)
 
-    def _look_around(
+    def _consider_neighbour(
         self, features: BackboneFeatures, estimate: PoseEstimate, predicted: Matrix | None
     ) -> PoseEstimate:
-        """The estimate, or a better one from a neighbour, which then takes over."""
+        """Return the estimate, or a better one from a neighbour, which then takes over."""
         assert self.active is not None
         at = estimate.T_map_camera if estimate.T_map_camera is not None else predicted
         if at is None:
@@ -209,8 +212,8 @@ class PlaceGuide:
         number = int(np.argmin(away))
         if away[number] > s.reach_m:
             return estimate
-        self.cache.touch(self.active.number)  # in use: others make room for the neighbour
-        submap = self.cache.get_if_kept(number)  # loads it ahead
+        self.cache.touch(self.active.number)  # in use, so not the one to be evicted for the neighbour
+        submap = self.cache.get_or_prefetch(number)  # loads it ahead
         self._pause -= 1
         weak = estimate.T_map_camera is None or estimate.state is TrackingState.DEGRADED
         nearer = own > s.own_reach_m and away[number] < s.nearer_ratio * own
@@ -225,7 +228,7 @@ class PlaceGuide:
             self._enter(number)
             self._start_from_motion = True
             if weak:
-                estimate = _found_at(estimate, alignment)
+                estimate = _with_alignment(estimate, alignment)
         return estimate
 
     def _is_better(self, alignment: Alignment, estimate: PoseEstimate, *, weak: bool) -> bool:
@@ -235,7 +238,7 @@ class PlaceGuide:
         return weak or own is None or alignment.final_cost <= own.final_cost
 
     def _jump(self, predicted: Matrix, T_place_camera: Matrix) -> str:
-        """How a pose cannot be where the motion leads, or nothing."""
+        """Return the reason why a pose contradicts the motion, or an empty string."""
         s = self._settings
         moved = inverse_pose(predicted) @ T_place_camera
         moved_m, moved_deg = float(np.linalg.norm(moved[:3, 3])), rotation_angle_deg(moved[:3, :3])
@@ -244,8 +247,8 @@ class PlaceGuide:
         return f"the pose jumped by {moved_m:.2f} m and {moved_deg:.0f} deg; other submaps may look like this one"
 
 
-def _found_at(estimate: PoseEstimate, alignment: Alignment) -> PoseEstimate:
-    """An estimate that takes the pose of a successful alignment."""
+def _with_alignment(estimate: PoseEstimate, alignment: Alignment) -> PoseEstimate:
+    """Return an estimate with the pose of a successful alignment."""
     return replace(
         estimate,
         state=TrackingState.TRACKING,

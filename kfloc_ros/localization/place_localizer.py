@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Localizer of a place of several submaps: chooses the submap that the camera is in, and calls its localizer."""
+"""Localizer of a place of several submaps: chooses the submap that the camera is in and calls its localizer."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from kfloc_ros.types import CoarsePose, FilterReport, Frame, Matrix
 
 
 class PlaceLocalizer:
-    """Poses of a camera in a place; they are in its frame.
+    """Localizer of a camera in a place; poses are in the place's frame.
 
     Args:
-        place: where the camera is.
-        config: options; the defaults are meant to be right.
-        search: how a submap is found.
-        settings: when another one takes over.
+        place: the place of the camera.
+        config: options; None: the defaults.
+        search: settings of the search for a submap.
+        settings: conditions for changing the submap.
     """
 
     def __init__(
@@ -42,33 +42,36 @@ class PlaceLocalizer:
 
     @property
     def camera(self) -> Camera:
-        """The pinhole camera that every frame must have."""
+        """Pinhole camera that every frame must have."""
         return self.guide.place.camera
 
     @property
     def references(self) -> ReferenceViews:
-        """The reference views of the present submap or, without one, those of the whole place, from afar."""
+        """Reference views of the present submap; without one, a coarse set of the whole place."""
         active = self.guide.active
         return self.guide.place.references if active is None else active.localizer.references
 
     @property
     def note(self) -> str:
-        """Sentence on what of the configuration the present submap cannot give; empty if nothing."""
+        """Sentence on options that the present submap cannot provide; empty if there are none."""
         return "" if self.guide.active is None else self.guide.active.localizer.note
 
     @property
     def submap(self) -> str:
-        """Name of the submap that the camera is in, or nothing."""
+        """Name of the submap that the camera is in, or an empty string."""
         active = self.guide.active
         return "" if active is None else self.guide.place.submaps[active.number].name
 
     def process(self, frame: Frame, hints: Sequence[Matrix] = (), *, correct: bool = True) -> Localization:
-        """Localize one frame in the submap that the camera is in; without a pose, with the reason, if that is unknown.
+        """Localize one frame in the submap that the camera is in.
 
         Args:
-            frame: of the place's camera.
-            hints: poses ``T_place_camera`` (4, 4) at which the camera may be, such as an operator's guess.
-            correct: whether a pose that stands corrects the belief now; see :meth:`Localizer.process`.
+            frame: image of the place's camera.
+            hints: likely poses ``T_place_camera`` (4, 4), such as an operator's guess.
+            correct: correct the belief by an accepted pose at once; see :meth:`Localizer.process`.
+
+        Returns:
+            The localization; without a pose, with the reason, if the submap is not known.
 
         Raises:
             FrameError: the image does not have the size of the place's camera.
@@ -92,7 +95,7 @@ class PlaceLocalizer:
         localization = choice.submap.localizer.process(
             frame, choice.hints, features=features, times=times, correct=False
         )
-        estimate = guide.follow(frame.stamp_ns, features, localization.estimate, predicted)
+        estimate = guide.update(frame.stamp_ns, features, localization.estimate, predicted)
         if correct:
             self.correct_belief(frame.stamp_ns, estimate.refined_pose)
         return replace(localization, estimate=estimate)
@@ -103,12 +106,12 @@ class PlaceLocalizer:
             self.guide.active.localizer.correct_belief(stamp_ns, T_place_camera)
 
     def reset(self, reason: str) -> None:
-        """Forget what was carried over from earlier frames, and which submap it was."""
+        """Reset all that was carried over from earlier frames, and the choice of the submap."""
         del reason
-        self.guide.forget()
+        self.guide.reset()
 
     def _nowhere(self, frame: Frame, coarse: CoarseResult) -> Localization:
-        """Result for a frame whose submap is not known."""
+        """Return the result for a frame whose submap is not known."""
         estimate = judge(
             frame.stamp_ns,
             coarse.pose,
@@ -124,5 +127,5 @@ AnyLocalizer = Localizer | PlaceLocalizer
 
 
 def localizer_for(known: SceneMap | Place, config: LocalizerConfig | None = None) -> AnyLocalizer:
-    """Return what localizes in a map or in a place of several."""
+    """Return the localizer of a map or of a place."""
     return PlaceLocalizer(known, config) if isinstance(known, Place) else Localizer(known, config)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Refine half of the localizer, coarse pose to judged pose: what PixLoc does, one step a method."""
+"""Refine half of the localizer, from a coarse pose to a judged pose: PixLoc's steps, one method each."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kfloc_ros.localization.tracking import ConstantVelocity, Track, TrackSettin
 from kfloc_ros.maps.scene_map import SceneMap
 from kfloc_ros.pixloc.references import ReferenceViews
 from kfloc_ros.pixloc.refiner import Refiner, RefinerSettings
-from kfloc_ros.relocalization.decision import UNRELATED_COST, repeated
+from kfloc_ros.relocalization.decision import UNRELATED_COST, realigned
 from kfloc_ros.relocalization.search import Relocalizer
 from kfloc_ros.types import Alignment, CoarsePose, Frame, Matrix, PoseEstimate, TrackingState
 
@@ -28,8 +28,8 @@ class RefineStage:
     :class:`~kfloc_ros.localization.localizer.Localizer` calls the steps in order.
 
     Args:
-        scene_map: of the place.
-        config: options.
+        scene_map: map of the scene.
+        config: options of the localizer.
     """
 
     def __init__(self, scene_map: SceneMap, config: LocalizerConfig) -> None:
@@ -46,7 +46,7 @@ class RefineStage:
                 covariance_scale=calibration.refined_covariance_scale,
             ),
         )
-        """Aligns poses; it keeps nothing from one call to the next."""
+        """Aligner of poses; it has no state."""
         self._config = config
         self._camera = scene_map.camera
         self._motion = ConstantVelocity(config.max_gap_s)
@@ -54,20 +54,20 @@ class RefineStage:
         self._tracks = config.tracking and config.refine
         self._had_pose = False
         self._follows_pose = False
-        """Whether the frame before had a pose, so that this one is expected near the predicted one."""
+        """True if the previous frame had a pose, so that this one is expected near the predicted pose."""
         self._judgement = JudgementSettings(min_inlier_ratio=calibration.min_inlier_ratio)
         self._repeats = RepeatGuard(config.max_repeat_s)
 
     @property
     def references(self) -> ReferenceViews:
-        """The reference views that poses are aligned with."""
+        """Reference views that poses are aligned with."""
         return self.refiner.references
 
     def track(self, frame: Frame, features: BackboneFeatures, times: StageTimes) -> PoseEstimate | None:
-        """Align from the predicted pose alone, while a track holds.
+        """Align from the predicted pose alone, while a track lasts.
 
         Returns:
-            None if the frame needs a coarse pose.
+            The estimate; None if the frame needs a coarse pose.
         """
         stamp_ns = frame.stamp_ns
         predicted = self._motion.predict(stamp_ns)
@@ -77,7 +77,7 @@ class RefineStage:
             return None
         with times.stage("refine"):
             alignment = self.refiner.align(features, [predicted])
-        if self._track.doubt(alignment, predicted):
+        if self._track.contradiction(alignment, predicted):
             return None
         estimate = PoseEstimate(
             stamp_ns,
@@ -91,12 +91,12 @@ class RefineStage:
         return self._remember(estimate, times)
 
     def align(self, frame: Frame, coarse: CoarseResult, hints: Sequence[Matrix], times: StageTimes) -> Alignment | None:
-        """Align from the coarse pose, the predicted pose or a hint, whichever the image fits best.
+        """Align from the coarse pose, the predicted pose or a hint, whichever fits the image best.
 
-        An alignment that nothing independent of the poses before supports is checked by the image's matches.
+        An alignment without support that is independent of earlier poses is checked by the image's matches.
 
         Returns:
-            None if refinement is off.
+            The alignment; None if refinement is off.
 
         Raises:
             FrameError: the image does not have the size of the map's camera.
@@ -110,16 +110,16 @@ class RefineStage:
         with times.stage("refine"):
             alignment = self.refiner.align(features, starts)
             if self._tracks:
-                alignment = self._checked(alignment, coarse.pose, features)
+                alignment = self._check(alignment, coarse.pose, features)
             if alignment.success and not self._is_supported(alignment, coarse, features):
-                alignment = self._examined(alignment, features, self._expected(predicted))
+                alignment = self._examine(alignment, features, self._expected(predicted))
         return alignment
 
     def relocalize(self, coarse: CoarseResult, alignment: Alignment | None, times: StageTimes) -> Alignment | None:
         """Search the whole map if the alignment failed.
 
         Returns:
-            The alignment that was found, or the failed one with what the search says about it.
+            The accepted alignment, or the failed one with the search's reason added.
         """
         if alignment is None or alignment.success or self._relocalizer is None:
             return alignment
@@ -139,7 +139,7 @@ class RefineStage:
         return replace(alignment, reason=f"{alignment.reason}; searched the map: {found.reason}")
 
     def judge(self, frame: Frame, coarse: CoarseResult, alignment: Alignment | None, times: StageTimes) -> PoseEstimate:
-        """State, reason, pose and covariance of the frame; the pose becomes part of the motion."""
+        """Return state, reason, pose and covariance of the frame; the pose updates the motion model."""
         estimate = judge(
             coarse.stamp_ns,
             coarse.pose,
@@ -155,17 +155,17 @@ class RefineStage:
         return self._remember(estimate, times)
 
     def reset(self) -> None:
-        """Forget the motion; the next frame stands on its coarse pose alone."""
-        self._motion.forget()
+        """Reset the motion model and the track; the next frame starts from its coarse pose alone."""
+        self._motion.reset()
         self._follows_pose = False
         self._track.end()
 
     def _expected(self, predicted: Matrix | None) -> Matrix | None:
-        """Pose at which the camera should be, if the frame before had a pose."""
+        """Return the pose at which the camera is expected, if the previous frame had a pose."""
         return predicted if self._follows_pose else None
 
-    def _checked(self, alignment: Alignment, coarse: CoarsePose, features: BackboneFeatures) -> Alignment:
-        """The alignment if it agrees with the coarse pose, else the better of it and one from the coarse pose."""
+    def _check(self, alignment: Alignment, coarse: CoarsePose, features: BackboneFeatures) -> Alignment:
+        """Return the alignment if it agrees with the coarse pose, else the better of it and the coarse pose's."""
         if self._track.check(alignment, coarse) or coarse.T_map_camera is None:
             return alignment
         other = self.refiner.align(features, [coarse.T_map_camera])
@@ -175,10 +175,10 @@ class RefineStage:
         return other
 
     def _is_supported(self, alignment: Alignment, coarse: CoarseResult, features: BackboneFeatures) -> bool:
-        """Whether something that knows nothing of the poses before supports an alignment.
+        """Return true if evidence that is independent of earlier poses supports an alignment.
 
-        The coarse pose does; but if refined poses corrected its belief, only this frame's own measurement or its
-        matches do.
+        The coarse pose is such evidence. If refined poses have corrected its belief, it is not independent; then only
+        this frame's own measurement or its matches count.
         """
         if not agrees(alignment, coarse.pose):
             return False
@@ -192,14 +192,14 @@ class RefineStage:
                 return True
         return self._relocalizer is not None and self._relocalizer.agrees(features, pose)
 
-    def _examined(self, alignment: Alignment, features: BackboneFeatures, expected: Matrix | None) -> Alignment:
-        """An alignment without support by the coarse pose; failed if the image's matches or the motion contradict."""
+    def _examine(self, alignment: Alignment, features: BackboneFeatures, expected: Matrix | None) -> Alignment:
+        """Check an alignment that the coarse pose does not support, by the image's matches and the motion."""
 
         def align(starts: Sequence[Matrix]) -> Alignment:
             return self.refiner.align(features, starts)
 
-        if len(alignment.reference_ids) > self._config.num_references:  # few points in view: other views may see more
-            alignment = repeated(align, alignment)
+        if len(alignment.reference_ids) > self._config.num_references:  # few points in view; other views may show more
+            alignment = realigned(align, alignment)
         if self._relocalizer is None:
             return alignment
         return self._relocalizer.examine(features, align, alignment, expected)

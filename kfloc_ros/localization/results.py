@@ -17,7 +17,7 @@ class StageTimes:
     """Milliseconds spent on a frame so far, by stage, in the order in which stages first ran.
 
     Args:
-        earlier: spent on the same frame before, such as in another process.
+        earlier: time spent on the same frame before, such as in another process.
     """
 
     def __init__(self, earlier: Mapping[str, float] | None = None) -> None:
@@ -41,7 +41,7 @@ class StageTimes:
 
 @dataclass(frozen=True, eq=False)
 class CoarseResult:
-    """Result of the coarse half, which goes from ``filter_node`` to ``refiner_node``."""
+    """Result of the coarse half, sent from ``filter_node`` to ``refiner_node``."""
 
     stamp_ns: int
     pose: CoarsePose
@@ -49,16 +49,16 @@ class CoarseResult:
     timings_ms: Mapping[str, float]
     features: BackboneFeatures
     scene_coordinates: SceneCoordinates | None = None
-    """The belief over scene coordinates that PnP used; None where it stayed in another process."""
+    """Belief over scene coordinates that PnP used; None if it stayed in another process."""
     measurement: SceneCoordinates | None = None
     """Scene coordinates regressed from this frame alone."""
     filtered: Filtered | None = None
-    """The step of the filter, cell by cell; ``scene_coordinates`` is its posterior."""
+    """Filter step, cell by cell; ``scene_coordinates`` is its posterior."""
 
 
 @dataclass(frozen=True, eq=False)
 class Localization:
-    """Everything known of one frame: what viewers draw, pages show and nodes publish."""
+    """Complete result of one frame, for viewers, pages and publishers."""
 
     frame: Frame
     features: BackboneFeatures
@@ -68,5 +68,5 @@ class Localization:
 
     @property
     def belief(self) -> SceneCoordinates | None:
-        """Filtered scene coordinates of the frame, where there are any."""
+        """Filtered scene coordinates of the frame, or None."""
         return None if self.coarse is None else self.coarse.scene_coordinates

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From frame to frame without a coarse pose: the motion model, and how far it may be relied on."""
+"""Tracking from frame to frame without a coarse pose: the motion model, and the conditions for relying on it."""
 
 from __future__ import annotations
 
@@ -16,22 +16,26 @@ CHI2_6_999 = 22.458
 
 
 class ConstantVelocity:
-    """Predicts a pose from the last two."""
+    """Constant-velocity motion model from the last two poses.
+
+    Args:
+        max_gap_s: longest gap between two poses of one motion.
+    """
 
     def __init__(self, max_gap_s: float) -> None:
         self._max_gap_ns = int(max_gap_s * 1e9)
         self._last: list[tuple[int, Matrix]] = []
 
     def observe(self, stamp_ns: int, T_map_camera: Matrix) -> None:
-        """Remember a pose."""
+        """Add a pose; a gap or a jump starts a new motion."""
         if self._last and not 0 < stamp_ns - self._last[-1][0] <= self._max_gap_ns:
-            self.forget()
+            self.reset()
         if self._last and jumped(self._last[-1][1], T_map_camera):
-            self.forget()  # found elsewhere: what lies between is not a motion that goes on
+            self.reset()  # relocalized elsewhere: the difference is not a motion
         self._last = [*self._last[-1:], (stamp_ns, T_map_camera)]
 
     def predict(self, stamp_ns: int) -> Matrix | None:
-        """Pose at a later time, or None without a recent one."""
+        """Return the pose at a later time, or None without a recent pose."""
         if not self._last or not 0 < stamp_ns - self._last[-1][0] <= self._max_gap_ns:
             return None
         (t1, T1) = self._last[-1]
@@ -42,29 +46,30 @@ class ConstantVelocity:
         step = inverse_pose(T0) @ T1
         return T1 @ make_pose(so3_exp(share * so3_log(step[:3, :3])), share * step[:3, 3])
 
-    def forget(self) -> None:
+    def reset(self) -> None:
+        """Drop all poses."""
         self._last = []
 
 
 @dataclass(frozen=True)
 class TrackSettings:
-    """When a pose that was aligned from the predicted one alone is believed."""
+    """Conditions for accepting a pose that was aligned from the predicted one alone."""
 
     check_period: int = 10
-    """Every so many frames a coarse pose is found all the same, and has to agree."""
+    """Frames between two checks by a coarse pose."""
     max_correction_m: float = 0.15
     max_correction_deg: float = 6.0
-    """A prediction that was wrong by more than either is no motion of a camera, or not where it ended."""
+    """A correction of the prediction by more than either limit is not a camera motion, or the alignment is wrong."""
     max_cost_ratio: float = 1.5
-    """How much more than at the last check the alignment may cost."""
+    """Largest ratio of the alignment's cost to that at the last check."""
 
 
 class Track:
-    """Whether the next frame may be aligned from the predicted pose alone.
+    """Track: permission to align the next frame from the predicted pose alone.
 
-    A track begins with an alignment that agrees with its frame's coarse pose, ends with any doubt, and has to agree
-    with a coarse pose again every so many frames: the coarse pose knows nothing of the poses before, so that a wrong
-    place which looks right cannot be held for longer.
+    A track begins with an alignment that agrees with its frame's coarse pose. It ends with any contradiction. A coarse
+    pose, which is independent of earlier poses, must confirm it every few frames; so a wrong place that looks right
+    cannot persist.
     """
 
     def __init__(self, settings: TrackSettings | None = None) -> None:
@@ -74,17 +79,21 @@ class Track:
 
     @property
     def holds(self) -> bool:
-        """Whether there is a track whose next check is not due yet."""
+        """True if there is a track whose next check is not due yet."""
         return self._checked_cost is not None and self._unchecked + 1 < self._settings.check_period
 
     def check(self, alignment: Alignment, coarse: CoarsePose) -> bool:
-        """Begin or go on if an alignment agrees with the coarse pose of its frame, else end; says which."""
+        """Begin or continue the track if an alignment agrees with its frame's coarse pose, else end it.
+
+        Returns:
+            True if the two agree.
+        """
         agree = agrees(alignment, coarse)
         self._checked_cost, self._unchecked = (alignment.final_cost, 0) if agree else (None, 0)
         return agree
 
-    def doubt(self, alignment: Alignment, predicted: Matrix) -> str:
-        """What speaks against an alignment that started at the predicted pose, or nothing, which goes on."""
+    def contradiction(self, alignment: Alignment, predicted: Matrix) -> str:
+        """Return the reason against an alignment from the predicted pose, or an empty string; update the track."""
         s = self._settings
         limit = (self._checked_cost or 0.0) * s.max_cost_ratio
         reason = alignment.reason
@@ -102,12 +111,12 @@ class Track:
         return reason
 
     def end(self) -> None:
-        """Have the next frames begin anew with a coarse pose."""
+        """End the track; the next frame needs a coarse pose."""
         self._checked_cost, self._unchecked = None, 0
 
 
 def agrees(alignment: Alignment, coarse: CoarsePose) -> bool:
-    """Whether an alignment lies where a coarse pose, with its covariance, says that the camera is."""
+    """Return true if an alignment lies within the covariance of a coarse pose."""
     if not (alignment.success and coarse.success):
         return False
     if alignment.T_map_camera is None or coarse.T_map_camera is None or coarse.covariance is None:

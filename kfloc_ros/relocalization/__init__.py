@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A pose without a prior: retrieve views, match them, propose hypotheses, weigh their evidence, decide."""
+"""Relocalization, a pose without a prior: retrieve views, match, propose hypotheses, weigh the evidence, decide."""

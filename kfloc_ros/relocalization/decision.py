@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which of several alignments is where an image was taken, if any: when a place counts as found."""
+"""Decision between several alignments of one image: the pose of one of them, or a failure with its reason."""
 
 from __future__ import annotations
 
@@ -14,62 +14,66 @@ from kfloc_ros.pixloc.refiner import failed_alignment
 from kfloc_ros.types import Alignment
 
 UNRELATED_COST = 0.26
-"""Alignment cost above which no pose is believed, however lax the limit that a map was calibrated with.
+"""Alignment cost above which no pose is accepted, however lax the limit that a map was calibrated with.
 
 The features are the same in every map, and so is the cost of unrelated images: in an office (hololens_office) and in a
-mirrored kitchen (RedKitchen) wrong places cost 0.26 and more, right ones at most 0.25. The search believes up to here,
-however strict the map's own limit: it is calibrated on views from near the mapped ones, and right poses from further
-away cost more; and matched points have said independently of the cost where to align from.
-"""
+mirrored kitchen (RedKitchen) wrong places cost 0.26 and more, right ones at most 0.25. The search uses this limit even
+if the map's own is stricter. A map's limit is calibrated on views close to the mapped ones, and right poses further
+away cost more. The search also has evidence besides the cost: its starting poses come from matched points."""
 
 
 @dataclass(frozen=True)
 class RelocalizationSettings:
-    """How far the search goes and when a place counts as found."""
+    """Extent of the search, and the conditions under which a pose is accepted."""
 
     retrieved: int = 20
-    """Reference views whose points are matched one by one."""
+    """Reference views whose points are matched by mutual nearest neighbours."""
     matched: int = 6
-    """Of these, views whose points are matched in context where matches one by one do not settle it."""
+    """Views, of the retrieved ones, that LightGlue matches if mutual nearest neighbours do not settle the pose."""
     near: int = 3
-    """Views at the last known pose that are looked at besides."""
+    """Views near the expected pose that are searched in addition."""
     min_matched_inliers: int = 10
-    """Of matches in context, which are few and mostly right."""
+    """Inliers that a pose from LightGlue matches needs; these matches are few and mostly right."""
     groups: int = 10
-    """Groups of views that are solved for a pose at most."""
+    """Largest number of view groups for which PnP is solved."""
     group_radius_m: float = 1.0
-    """Views from nearer than this to the best of a group join it: they see one place."""
+    """Radius of a group: views closer than this to the best view of the group join it, since they see one place."""
     places: int = 3
-    """Starting poses aligned at most, those that most cells agree with."""
+    """Largest number of starting poses that are aligned; those with most supporting cells come first."""
     same_start_m: float = 0.3
     same_start_deg: float = 10.0
-    """Starts nearer to each other than both would be aligned to the same pose."""
+    """Starting poses that differ by less than both limits count as one: they lead to the same alignment."""
     min_similarity: float = 0.7
-    """Cosine of two features below which they do not match."""
+    """Smallest cosine of two features that match."""
     max_error_px: float = 8.0
+    """Inlier threshold of the reprojection error in PnP."""
     min_inliers: int = 20
+    """Inlier cells that a pose from mutual nearest neighbours needs."""
     max_cost: float = UNRELATED_COST
-    sure_agreement: float = 0.4
-    """Share of matches one by one that agree with a pose from which it is right without being matched in context."""
+    """Largest alignment cost of an accepted pose, if the camera was not expected there."""
+    certain_agreement: float = 0.4
+    """Share of agreeing mutual nearest neighbours from which a pose is accepted without LightGlue."""
     min_agreement: float = 0.31
-    """Mean of the shares of matches one by one and in context that have to agree with a pose."""
+    """Smallest accepted mean of two shares: agreeing mutual nearest neighbours, and agreeing LightGlue matches."""
     near_m: float = 0.3
     near_deg: float = 15.0
-    """A pose no further than both from where the camera was expected has the frames before to speak for it."""
+    """A pose within both limits of the expected one is also supported by the previous frames."""
     plausible_m: float = 0.15
     plausible_deg: float = 6.0
-    """A step from the predicted pose further than either is checked."""
+    """A pose further than either limit from the predicted one is checked."""
     near_agreement: float = 0.2
+    """Smallest accepted agreement of a pose near the expected one."""
     near_max_cost: float = 0.28
+    """Largest alignment cost of a pose near the expected one."""
     far_agreement: float = 0.35
-    """Where the camera was expected elsewhere."""
+    """Smallest accepted agreement of a pose elsewhere, if one was expected."""
     distinct_m: float = 0.5
     distinct_deg: float = 20.0
-    """Two poses further apart than either of these are different places."""
+    """Two poses further apart than either limit are different places."""
     clear_margin: float = 1.15
-    """The second place's alignment must cost more than the best one's by this factor, or nothing is claimed."""
+    """Factor by which the second-best place must cost more than the best one. Otherwise no pose is returned."""
     clear_sigmas: float = 2.0
-    """Standard deviations of chance by which more matches have to speak for one place for another to be dropped."""
+    """Significance, in standard deviations, of a difference in matches that rejects the pose with fewer."""
 
 
 def choose(
@@ -78,13 +82,16 @@ def choose(
     place: Callable[[Alignment], str] | None = None,
     expected: Matrix | None = None,
 ) -> Alignment:
-    """The one of several alignments that is where the image was taken; failed, with the reason, if that is not clear.
+    """Choose the alignment at the place where the image was taken.
 
     Args:
-        results: of alignments from different starts.
-        settings: when a place counts as found.
-        place: says in words where an alignment is.
-        expected: where the camera should be, if anything is known.
+        results: alignments from different starts.
+        settings: conditions for accepting a pose.
+        place: returns the place of an alignment in words.
+        expected: expected pose ``T_map_camera`` (4, 4), if any.
+
+    Returns:
+        The chosen alignment; a failed one, with the reason, if no place is clearly better than the others.
     """
     place = place or _place
     if not results:
@@ -104,8 +111,10 @@ def choose(
     return replace(good[0], success=False, reason=f"two places look alike: {place(good[0])} and {place(rival)}")
 
 
-def repeated(align: Callable[[Sequence[Matrix]], Alignment], first: Alignment) -> Alignment:
-    """The alignment repeated from where it ended, where other views may see more; the better of the two."""
+def realigned(align: Callable[[Sequence[Matrix]], Alignment], first: Alignment) -> Alignment:
+    """Return an alignment repeated from its end, where other views may see more, if that costs less; else the first
+    one.
+    """
     if not first.success or first.T_map_camera is None:
         return first
     second = align([first.T_map_camera])
@@ -113,34 +122,35 @@ def repeated(align: Callable[[Sequence[Matrix]], Alignment], first: Alignment) -
 
 
 def is_near(alignment: Alignment, expected: Matrix, settings: RelocalizationSettings) -> bool:
-    """Whether an alignment is where the camera was expected."""
+    """Return true if an alignment is near the expected pose."""
     T = alignment.T_map_camera
     return T is not None and not is_farther(T, expected, settings.near_m, settings.near_deg)
 
 
 def distinct(a: Alignment, b: Alignment, settings: RelocalizationSettings) -> bool:
-    """Whether two alignments, which have poses, are of different places."""
+    """Return true if two alignments, both with a pose, are of different places."""
     assert a.T_map_camera is not None and b.T_map_camera is not None
     return is_farther(a.T_map_camera, b.T_map_camera, settings.distinct_m, settings.distinct_deg)
 
 
-def more_speak_for(other: NDArray[np.bool_], own: NDArray[np.bool_], settings: RelocalizationSettings) -> bool:
-    """Whether clearly more of an image's matches speak for another pose than for one's own.
+def has_more_support(other: NDArray[np.bool_], own: NDArray[np.bool_], settings: RelocalizationSettings) -> bool:
+    """Return true if significantly more matches support another pose than one's own.
 
-    More by the margin, and by more than chance: of the matches that speak for one of the two alone, either could have
-    had each (McNemar's test).
+    The other pose must have more matches by ``clear_margin``, and the difference must be significant (McNemar's test on
+    the matches that support one pose alone).
 
     Args:
-        other: (N,) which matches speak for the other pose.
-        own: (N,) the same for one's own.
+        other: (N,) bool, true for matches that support the other pose.
+        own: (N,) bool, true for matches that support one's own pose.
         settings: the margins.
     """
-    for_other, for_own = int((other & ~own).sum()), int((own & ~other).sum())
-    by_chance = settings.clear_sigmas * (for_other + for_own) ** 0.5
-    return bool(settings.clear_margin * own.sum() < other.sum() and for_other - for_own > by_chance)
+    only_other, only_own = int((other & ~own).sum()), int((own & ~other).sum())
+    by_chance = settings.clear_sigmas * (only_other + only_own) ** 0.5
+    return bool(settings.clear_margin * own.sum() < other.sum() and only_other - only_own > by_chance)
 
 
 def cost_of(alignment: Alignment) -> float:
+    """Return the final cost, as a sort key."""
     return alignment.final_cost
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one image's matches say about alignments: whether they are right, and where exactly they should end."""
+"""Evidence of one image's matches about alignments: agreement with a pose, and better constrained poses."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from kfloc_ros.geometry.lie import Matrix, inverse_pose, so3_log
 from kfloc_ros.pixloc.cost import project, projection_jacobian
 from kfloc_ros.pixloc.optimizer import left_update
 from kfloc_ros.pixloc.references import ReferenceViews
-from kfloc_ros.relocalization.decision import RelocalizationSettings, cost_of, repeated
+from kfloc_ros.relocalization.decision import RelocalizationSettings, cost_of, realigned
 from kfloc_ros.relocalization.matching import ImageMatches, Matches
 from kfloc_ros.types import Alignment
 
 Align = Callable[[Sequence[Matrix]], Alignment]
-"""Refines starting poses of one image and judges the result."""
+"""Aligner of one image: refines the most promising of several starting poses and judges the result."""
 
-JUDGING_VIEWS = 3
-"""Reference views whose matches a found pose is judged by."""
-DRAWING_VIEWS = 6
-"""Reference views whose matches a pose is drawn by."""
+VERIFYING_VIEWS = 3
+"""Reference views whose matches verify a pose."""
+POLISHING_VIEWS = 6
+"""Reference views whose matches improve a pose."""
 
-SURE_M = 0.05
-"""Standard deviation in the worst direction below which an alignment is fixed well."""
+CERTAIN_M = 0.05
+"""Standard deviation in the worst direction below which an alignment is well constrained."""
 
 
 class Evidence:
-    """The matches of one image, asked about alignments of it.
+    """Matches of one image as evidence about alignments of it.
 
     Args:
-        references: of the map.
-        camera: of the image.
-        settings: when a place counts as found.
-        matches: of the image.
-        align: aligns the image.
+        references: reference views of the map.
+        camera: pinhole camera of the image.
+        settings: conditions for accepting a pose.
+        matches: matches of the image.
+        align: aligner of the image.
     """
 
     def __init__(
@@ -55,20 +55,20 @@ class Evidence:
         self._matches, self._align = matches, align
 
     def aligned(self, start: Matrix) -> Alignment:
-        """From a pose that the matches gave, repeated from where it ends and from where they then say."""
-        first = repeated(self._align, self._align([start]))
+        """Align from a pose, repeat from the result, then from the pose that the matches near the result give."""
+        first = realigned(self._align, self._align([start]))
         return self.improved(first) if first.success else first
 
     def improved(self, alignment: Alignment) -> Alignment:
-        """The alignment, or one from the pose near it that most matches agree with, if that costs less.
+        """Return the alignment from the pose that most matches nearby agree with, if that costs less; else itself.
 
-        An alignment sees a few pixels around each point and stops in the nearest valley; the matches see the whole
-        image.
+        An alignment sees a few pixels around each point and stops in the nearest local minimum. The matches see the
+        whole image.
         """
         if alignment.T_map_camera is None:
             return alignment
-        drawing = self._drawing(alignment.T_map_camera)
-        start = pose_by_matches(drawing.pixels, drawing.points, self._camera, alignment.T_map_camera)
+        near = self._matches_near(alignment.T_map_camera)
+        start = pose_by_matches(near.pixels, near.points, self._camera, alignment.T_map_camera)
         if start is None:
             return alignment
         other = self._align([start])
@@ -76,61 +76,66 @@ class Evidence:
         return other if better else alignment
 
     def improvements(self, alignments: Sequence[Alignment]) -> list[Alignment]:
-        """Those better than one of the alignments; they do not replace it, since they may be elsewhere."""
+        """Return the improved alignments. They do not replace the given ones, since they may be at another place."""
         better = ((r, self.improved(r)) for r in alignments)
         return [new for old, new in better if new is not old]
 
-    def fixed(self, alignment: Alignment) -> Alignment:
-        """The alignment with the matches' say in directions that it leaves open."""
+    def constrained(self, alignment: Alignment) -> Alignment:
+        """Return the alignment, with the matches added in directions that it leaves uncertain."""
         if not alignment.success or alignment.T_map_camera is None:
             return alignment
-        drawing = self._drawing(alignment.T_map_camera)
-        return with_matches(alignment, drawing.pixels, drawing.points, self._camera)
+        near = self._matches_near(alignment.T_map_camera)
+        return with_matches(alignment, near.pixels, near.points, self._camera)
 
     def agreement(self, alignment: Alignment) -> float:
-        """Share of the matches one by one that agree with it."""
+        """Return the share of mutual nearest neighbours that agree with an alignment."""
         assert alignment.T_map_camera is not None
-        return self._matches.agreement(alignment.T_map_camera, self._judging(alignment))
+        return self._matches.agreement(alignment.T_map_camera, self._verifying_views(alignment))
 
-    def verified(self, alignment: Alignment, min_agreement: float, *, in_context: bool) -> Alignment:
-        """The alignment, failed if the matches contradict it."""
+    def verified(self, alignment: Alignment, min_agreement: float, *, with_lightglue: bool) -> Alignment:
+        """Return the alignment, failed if too few matches agree with it.
+
+        Args:
+            alignment: to verify.
+            min_agreement: smallest accepted share of agreeing matches.
+            with_lightglue: average the share with that of LightGlue matches.
+        """
         if not alignment.success or alignment.T_map_camera is None:
             return alignment
         agreement = self.agreement(alignment)
-        if in_context:
-            other = self._matches.agreement_in_context(alignment.T_map_camera, self._judging(alignment))
+        if with_lightglue:
+            other = self._matches.lightglue_agreement(alignment.T_map_camera, self._verifying_views(alignment))
             agreement = (agreement + other) / 2
         if agreement >= min_agreement:
             return alignment
         return replace(alignment, success=False, reason=f"only {100 * agreement:.0f} % of the matches agree with it")
 
-    def is_sure(self, alignments: Sequence[Alignment]) -> bool:
-        """Whether the likeliest place is beyond doubt: many matches agree, and they fix it in every direction."""
+    def is_certain(self, alignments: Sequence[Alignment]) -> bool:
+        """Return true if the cheapest alignment is well constrained and enough matches agree with it."""
         best = min((r for r in alignments if r.success), key=cost_of, default=None)
         if best is None or best.final_cost > self._settings.max_cost or best.covariance is None:
             return False
         largest_m2 = float(np.linalg.eigvalsh(best.covariance[:3, :3])[-1])
-        return largest_m2 < SURE_M**2 and self.agreement(best) >= self._settings.sure_agreement
+        return largest_m2 < CERTAIN_M**2 and self.agreement(best) >= self._settings.certain_agreement
 
-    def _judging(self, alignment: Alignment) -> list[int]:
-        """Views that a pose is judged by: the best of those that it was aligned with."""
+    def _verifying_views(self, alignment: Alignment) -> list[int]:
+        """Return positions of the views that verify a pose: the best of those that it was aligned with."""
         assert alignment.T_map_camera is not None
-        return self._references.best_overlapping(alignment.T_map_camera, self._camera, JUDGING_VIEWS)
+        return self._references.best_overlapping(alignment.T_map_camera, self._camera, VERIFYING_VIEWS)
 
-    def _drawing(self, T_map_camera: Matrix) -> Matches:
-        views = self._references.best_overlapping(T_map_camera, self._camera, DRAWING_VIEWS)
+    def _matches_near(self, T_map_camera: Matrix) -> Matches:
+        views = self._references.best_overlapping(T_map_camera, self._camera, POLISHING_VIEWS)
         return self._matches.with_views(views, self._settings.min_similarity)
 
 
 MATCH_SIGMA_PX = 3.0
-"""Noise of a right match, on either axis: the image's features lie in cells of eight pixels."""
+"""Noise of a right match on either axis; the image's features lie in cells of eight pixels."""
 
-MATCHES_PER_WITNESS = 40.0
-"""Matches that say as much as one with noise of its own, since views overlap and their points err together.
+MATCHES_PER_INDEPENDENT_ONE = 40.0
+"""Number of matches with the information of one independent match, since views overlap and their points share errors.
 
-From the poses that matches alone fix: on hololens_office the square of their errors, by their covariance, has a median
-of 38 times what independent noise gives.
-"""
+Measured on the poses that matches alone give: on hololens_office the median of their squared errors, normalised by
+their covariance, is 38 times that of independent noise."""
 
 MIN_MATCHES = 8
 MAX_STEPS = 30
@@ -141,16 +146,16 @@ CONVERGED = 1e-5
 def pose_by_matches(
     pixels: NDArray[np.float64], points: NDArray[np.float64], camera: Camera, T_map_camera: Matrix
 ) -> Matrix | None:
-    """The pose nearest to another at which most matches agree, or None if they are too few.
+    """Return the pose nearest to a given one at which most matches agree, or None if there are too few.
 
-    A redescending loss (Geman and McClure's): matches off by much more than their noise have no say, and most of those
-    made one by one are wrong, so that the start decides which agree.
+    The loss is redescending (Geman and McClure): matches that are off by much more than their noise have no weight.
+    Most mutual nearest neighbours are wrong, so the start decides which matches count.
 
     Args:
-        pixels: (N, 2) of the image.
+        pixels: (N, 2) pixels in the image.
         points: (N, 3) metres, map frame.
-        camera: of the image.
-        T_map_camera: to start from.
+        camera: pinhole camera of the image.
+        T_map_camera: pose to start from, (4, 4).
     """
     T_camera_map = _descend(pixels, points, camera, inverse_pose(T_map_camera), None)
     return None if T_camera_map is None else inverse_pose(T_camera_map)
@@ -159,10 +164,10 @@ def pose_by_matches(
 def with_matches(
     alignment: Alignment, pixels: NDArray[np.float64], points: NDArray[np.float64], camera: Camera
 ) -> Alignment:
-    """An alignment with its pose and covariance as they are with matches besides; cost and steps are still its own.
+    """Return an alignment with the pose and covariance of the joint least squares with matches.
 
-    The pose of both least squares together, each with its information: where the alignment fixes the pose well, nothing
-    moves.
+    Both problems enter with their information: the pose does not move in directions that the alignment constrains well.
+    Cost and steps stay those of the alignment.
     """
     T, covariance = alignment.T_map_camera, alignment.covariance
     if T is None or covariance is None:
@@ -174,7 +179,7 @@ def with_matches(
     if moved is None:
         return alignment
     H, _ = _normal_equations(pixels, points, camera, moved)
-    both = map_frame_covariance(information + H / MATCHES_PER_WITNESS, moved)
+    both = map_frame_covariance(information + H / MATCHES_PER_INDEPENDENT_ONE, moved)
     return replace(alignment, T_map_camera=inverse_pose(moved), covariance=covariance if both is None else both)
 
 
@@ -185,15 +190,15 @@ def _descend(
     start: Matrix,
     information: Matrix | None,
 ) -> Matrix | None:
-    """``T_camera_map`` by Gauss-Newton, held at the start with an information of (dt, dw) if any."""
+    """Return ``T_camera_map`` by Gauss-Newton, with an information of (dt, dw) as a prior at the start, if given."""
     T = start
-    held = np.zeros((6, 6)) if information is None else information * MATCHES_PER_WITNESS
+    prior = np.zeros((6, 6)) if information is None else information * MATCHES_PER_INDEPENDENT_ONE
     if len(pixels) < MIN_MATCHES:
         return None
     for _ in range(MAX_STEPS):
         H, g = _normal_equations(pixels, points, camera, T)
         since_start = T @ inverse_pose(start)
-        H, g = H + held, g + held @ np.concatenate([since_start[:3, 3], so3_log(since_start[:3, :3])])
+        H, g = H + prior, g + prior @ np.concatenate([since_start[:3, 3], so3_log(since_start[:3, :3])])
         try:
             delta = -np.linalg.solve(H + 1e-6 * np.diag(np.diag(H)), g)
         except np.linalg.LinAlgError:
@@ -208,7 +213,7 @@ def _descend(
 def _normal_equations(
     pixels: NDArray[np.float64], points: NDArray[np.float64], camera: Camera, T_camera_map: Matrix
 ) -> tuple[Matrix, NDArray[np.float64]]:
-    """(6, 6) and (6,) of the left perturbation (dt, dw)."""
+    """Return H (6, 6) and g (6,) over the left perturbation (dt, dw)."""
     at, P, in_front = project(torch.from_numpy(points), torch.from_numpy(T_camera_map), camera, 1.0)
     J = projection_jacobian(P, camera, 1.0).numpy()
     error_px = at.numpy() - pixels

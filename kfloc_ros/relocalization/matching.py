@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which map points an image shows: its matches with reference views, and how many of them agree with a pose."""
+"""Matches of an image with reference views, and the share of them that agrees with a pose."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from kfloc_ros.pixloc.cost import project
 from kfloc_ros.pixloc.references import ReferenceViews, query_points
 
 QUERY_POINTS = 800
-"""Points of the image that are matched in context."""
+"""Points of the image that LightGlue matches."""
 AGREEING_PX = 12.0
-"""A match agrees with a pose that shows its point within this of its pixel; half as much again as a cell."""
+"""Largest reprojection error of a match that agrees with a pose; one and a half cells."""
 SUPPORTING_PX = 6.0
-"""The same where poses are compared with each other."""
+"""Largest reprojection error of a match that supports a pose, where poses are compared with each other."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,10 +34,10 @@ class Matches:
     points: NDArray[np.float64]
     """(N, 3) metres, map frame."""
     similarity: NDArray[np.float64]
-    """(N,) cosines of their features."""
+    """(N,) cosines of the features of point and pixel."""
 
-    def alike(self, min_similarity: float) -> Matches:
-        """Those that look alike."""
+    def similar(self, min_similarity: float) -> Matches:
+        """Return the matches above a similarity."""
         kept = self.similarity > min_similarity
         return Matches(self.pixels[kept], self.points[kept], self.similarity[kept])
 
@@ -51,13 +51,13 @@ class Matches:
 
 
 class ImageMatches:
-    """One image's matches with reference views, each made when it is first asked for.
+    """Matches of one image with reference views; each set is computed on first use and kept.
 
     Args:
         references: the views.
-        camera: of the image.
-        features: of the image.
-        matcher: gives the network that matches in context; asked only where that is wanted.
+        camera: pinhole camera of the image.
+        features: backbone features of the image.
+        matcher: returns the LightGlue network; called only if LightGlue matches are needed.
     """
 
     def __init__(
@@ -68,14 +68,14 @@ class ImageMatches:
         matcher: Callable[[], LighterGlue],
     ) -> None:
         self._references, self._camera, self.features, self._matcher = references, camera, features, matcher
-        self._one_by_one: dict[int, Matches] = {}
-        self._in_context: dict[int, Matches] = {}
+        self._mutual_nearest: dict[int, Matches] = {}
+        self._lightglue: dict[int, Matches] = {}
         self._query: PointSet | None = None
 
     @torch.inference_mode()
-    def one_by_one(self, position: int) -> Matches:
-        """Mutual nearest neighbours between a view's points and the image's cells."""
-        if position not in self._one_by_one:
+    def mutual_nearest(self, position: int) -> Matches:
+        """Return the mutual nearest neighbours between a view's points and the image's cells."""
+        if position not in self._mutual_nearest:
             view, grid = self._references.views[position], self.features.coarse[0].float()
             w = grid.shape[2]
             similarity = view.coarse.to(grid) @ grid.reshape(len(grid), -1)
@@ -85,13 +85,15 @@ class ImageMatches:
             chosen = cell[kept].cpu().numpy()
             pixels = np.stack([chosen % w, chosen // w], axis=1) * COARSE_STRIDE + (COARSE_STRIDE - 1) / 2
             points = view.points[kept.to(view.points.device)].cpu().double().numpy()
-            self._one_by_one[position] = Matches(pixels.astype(np.float64), points, value[kept].cpu().double().numpy())
-        return self._one_by_one[position]
+            self._mutual_nearest[position] = Matches(
+                pixels.astype(np.float64), points, value[kept].cpu().double().numpy()
+            )
+        return self._mutual_nearest[position]
 
     @torch.inference_mode()
-    def in_context(self, position: int) -> Matches:
-        """Matches with a view that were judged with their surroundings."""
-        if position not in self._in_context:
+    def lightglue(self, position: int) -> Matches:
+        """Return the LightGlue matches with a view."""
+        if position not in self._lightglue:
             width, height = self._camera.width, self._camera.height
             if self._query is None:
                 self._query = PointSet(*query_points(self.features, QUERY_POINTS), width, height)
@@ -103,42 +105,45 @@ class ImageMatches:
             seen = PointSet(torch.from_numpy(pixels).to(query.pixels), view.coarse.to(query.features), width, height)
             pairs = self._matcher().match(seen, query).cpu().numpy()
             similarity = (seen.features[pairs[:, 0]] * query.features[pairs[:, 1]]).sum(dim=1)
-            self._in_context[position] = Matches(
+            self._lightglue[position] = Matches(
                 query.pixels.cpu().double().numpy()[pairs[:, 1]],
                 points[pairs[:, 0]],
                 similarity.cpu().double().numpy(),
             )
-        return self._in_context[position]
+        return self._lightglue[position]
 
     def with_views(self, positions: Sequence[int], min_similarity: float) -> Matches:
-        """Those one by one with some views that look alike, and all in context that were made so far."""
-        one_by_one = [self.one_by_one(k).alike(min_similarity) for k in positions]
-        return Matches.concatenate([*one_by_one, *self._in_context.values()])
+        """Return similar mutual nearest neighbours with some views, and all LightGlue matches computed so far."""
+        mutual_nearest = [self.mutual_nearest(k).similar(min_similarity) for k in positions]
+        return Matches.concatenate([*mutual_nearest, *self._lightglue.values()])
 
     def agreement(self, T_map_camera: Matrix, positions: Iterable[int]) -> float:
-        """Share of the matches, one by one, of points in view that agree with a pose; 0 if there are none.
+        """Return the share of mutual nearest neighbours, among points in view, that agree with a pose; 0 if there are
+        none.
 
-        Chance hardly ever agrees: one of thousands of cells was chosen, and lies within a cell and a half of where the
-        pose shows the point. A pose found by alignment has not seen the other cells.
+        A chance agreement is rare: one of thousands of cells was chosen, and it must lie within a cell and a half of
+        the projected point. The evidence is independent: an alignment does not use the other cells.
         """
-        agreeing, seen, _ = self._count((self.one_by_one(k) for k in positions), T_map_camera)
+        agreeing, seen, _ = self._count((self.mutual_nearest(k) for k in positions), T_map_camera)
         return agreeing / max(seen, 1)
 
-    def agreement_in_context(self, T_map_camera: Matrix, positions: Iterable[int]) -> float:
-        """The same of the matches in context, of which those out of view speak against the pose."""
-        agreeing, _, made = self._count((self.in_context(k) for k in positions), T_map_camera)
+    def lightglue_agreement(self, T_map_camera: Matrix, positions: Iterable[int]) -> float:
+        """Return the share of LightGlue matches that agree with a pose; those out of view count against the pose."""
+        agreeing, _, made = self._count((self.lightglue(k) for k in positions), T_map_camera)
         return agreeing / max(made, 1)
 
     def supporting(self, T_map_camera: Matrix) -> NDArray[np.bool_]:
-        """Which of all matches in context that were made so far speak for a pose; compares poses of one image."""
-        if not self._in_context:
+        """Return (M,) bool, true for each LightGlue match so far that supports a pose; for comparing poses of one
+        image.
+        """
+        if not self._lightglue:
             return np.zeros(0, dtype=bool)
-        matches = Matches.concatenate(list(self._in_context.values()))
+        matches = Matches.concatenate(list(self._lightglue.values()))
         pixels, inside = _project(matches.points, inverse_pose(T_map_camera), self._camera)
         return np.asarray(inside & (np.linalg.norm(pixels - matches.pixels, axis=1) < SUPPORTING_PX))
 
     def _count(self, parts: Iterable[Matches], T_map_camera: Matrix) -> tuple[int, int, int]:
-        """Matches that agree with a pose, those in view, and all."""
+        """Return the numbers of matches that agree with a pose, that are in view, and of all."""
         agreeing = in_view = made = 0
         T_camera_map = inverse_pose(T_map_camera)
         for matches in parts:
@@ -152,7 +157,7 @@ class ImageMatches:
 def _project(
     points: NDArray[np.float64], T_camera_map: Matrix, camera: Camera
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Pixels (N, 2) of map points, and whether they are in view."""
+    """Return pixels (N, 2) of map points, and (N,) bool, true for points in view."""
     at, _, in_front = project(torch.from_numpy(points), torch.from_numpy(T_camera_map), camera, 1.0)
     pixels = at.numpy()
     inside = np.all((pixels > 0) & (pixels < [camera.width - 1, camera.height - 1]), axis=1)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which reference views does an image show? One compact descriptor a view, from the features the map already holds.
+"""Retrieval of reference views by one compact descriptor a view, from the features that the map already holds.
 
 The descriptor is a VLAD (Jegou et al., CVPR 2010) of the backbone's coarse features, normalised cluster by cluster
 (Arandjelovic and Zisserman, CVPR 2013), each feature weighted by its reliability. The vocabulary is learned from the
-map itself. Of the views that are most like an image by it, the image's own features then choose: each votes for the
-views that hold the points it resembles most, so that what is everywhere decides nothing. Everything follows from the
-reference points, so that a map stores nothing for it and maps of every format version have it.
+map itself. A second step ranks the views with the most similar descriptors: each feature of the image votes for the
+views that hold the points most similar to it, so features found everywhere do not decide. Everything is computed from
+the reference points, so a map stores no data for retrieval.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from kfloc_ros.features.backbone import BackboneFeatures
 from kfloc_ros.pixloc.references import ReferencePoints, ReferenceViews
 
 SHORTLIST = 60
-"""Views that an image's features vote among: what a search costs does not grow with the map."""
+"""Views that an image's features vote for; a limit, so that the cost of a search does not grow with the map."""
 VOTES = 3
 MIN_VOTE = 0.6
-"""Cosine of two features from which a vote counts; what is above it is the vote's weight."""
+"""Smallest cosine of two features that counts as a vote; the excess over it is the vote's weight."""
 CLUSTERS = 64
 CLUSTERING_STEPS = 12
 MAX_CLUSTERED = 20_000
 BLOCK_CELLS = 4
 CELLS_PER_BLOCK = 2
-"""Of every block of cells the most reliable ones speak for the image, spread over it as reference points are."""
+"""Most reliable cells taken from every block; blocks spread the cells over the image, like reference points."""
 
 
 @dataclass(frozen=True)
@@ -37,16 +37,16 @@ class Retrieved:
     """A reference view that an image resembles."""
 
     position: int
-    """In the map's list of views."""
+    """Position in the map's list of views."""
     similarity: float
     """Cosine of the two descriptors."""
     votes: float = 0.0
-    """Weight of the image's features that voted for the view, where they were asked."""
+    """Weight of the image's features that voted for the view; 0 without a vote."""
 
 
 @dataclass(frozen=True, eq=False)
 class QueryCells:
-    """Features that speak for an image."""
+    """Features that represent an image."""
 
     features: torch.Tensor
     """(N, 64) unit vectors."""
@@ -56,19 +56,19 @@ class QueryCells:
 
 @dataclass(frozen=True, eq=False)
 class Vocabulary:
-    """The words that images are described in."""
+    """Cluster centres of the VLAD descriptor."""
 
     centres: torch.Tensor
     """(K, C) unit vectors."""
 
     @classmethod
     def learn(cls, features: torch.Tensor) -> Vocabulary:
-        """From unit features (N, C) of many views, at most :data:`MAX_CLUSTERED` of which are looked at."""
+        """Learn from unit features (N, C) of many views; at most :data:`MAX_CLUSTERED` of them are used."""
         sample = features[:: max(1, -(-len(features) // MAX_CLUSTERED))]
         return cls(_cluster(sample, min(CLUSTERS, len(sample))))
 
     def describe(self, features: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """(K C,) unit descriptor of unit features (N, C), each of a weight (N,)."""
+        """Return the unit descriptor (K C,) of unit features (N, C) with weights (N,)."""
         features, weight = features.to(self.centres), weight.to(self.centres)
         nearest = (features @ self.centres.t()).argmax(dim=1)
         residual = (features - self.centres[nearest]) * weight[:, None]
@@ -76,7 +76,7 @@ class Vocabulary:
         return F.normalize(F.normalize(summed, dim=1).reshape(-1), dim=0)
 
     def describe_view(self, view: ReferencePoints) -> torch.Tensor:
-        """(K C,) of a reference view."""
+        """Return the unit descriptor (K C,) of a reference view."""
         return self.describe(view.coarse, view.confidence)
 
 
@@ -91,7 +91,7 @@ class ReferenceIndex:
         self._descriptors = F.normalize(torch.stack(rows) - self._mean, dim=1)
 
     def search(self, features: BackboneFeatures, count: int) -> list[Retrieved]:
-        """The reference views that show most of what an image shows, best first, at most ``count``."""
+        """Return the reference views that show most of an image, best first, at most ``count``."""
         cells = reliable_cells(features)
         listed = self._nearest(self._vocabulary.describe(cells.features, cells.weight), max(count, SHORTLIST))
         votes = self._votes(cells, [item.position for item in listed])
@@ -99,11 +99,11 @@ class ReferenceIndex:
         return sorted(voted, key=lambda item: -item.votes)[:count]
 
     def search_view(self, view: ReferencePoints, count: int) -> list[Retrieved]:
-        """The same for a reference view, such as one of another map."""
+        """Return the views most similar to a reference view, such as one of another map, by descriptor alone."""
         return self._nearest(self._vocabulary.describe_view(view), count)
 
     def _votes(self, cells: QueryCells, positions: Sequence[int]) -> list[float]:
-        """Weight of the cells that each view got: a cell votes for the views with the points most like it."""
+        """Return the weight of votes of each view; a cell votes for the views with the points most similar to it."""
         features = cells.features.float()
         alike = [(features @ self._views[k].coarse.to(features).t()).amax(dim=1) for k in positions]
         best = torch.stack(alike, dim=1).topk(min(VOTES, len(positions)), dim=1)
@@ -118,7 +118,7 @@ class ReferenceIndex:
 
 
 def reliable_cells(features: BackboneFeatures) -> QueryCells:
-    """The most reliable cells of the (first) image, spread over it."""
+    """Return the most reliable cells of the (first) image, spread over it."""
     reliability, coarse = features.reliability[0].float(), features.coarse[0].float()
     h, w = (side // BLOCK_CELLS * BLOCK_CELLS for side in reliability.shape)
     index = torch.arange(reliability.numel(), device=reliability.device).reshape(reliability.shape)
@@ -133,7 +133,9 @@ def reliable_cells(features: BackboneFeatures) -> QueryCells:
 
 
 def _cluster(rows: torch.Tensor, count: int) -> torch.Tensor:
-    """(K, C) unit centres of unit rows (N, C) by spherical k-means from a fixed start: the same map, the same index."""
+    """Return unit centres (K, C) of unit rows (N, C) by spherical k-means; the start is fixed, so the result is
+    repeatable.
+    """
     start = torch.linspace(0, len(rows) - 1, count).long().to(rows.device)
     centres = rows[start]
     for _ in range(CLUSTERING_STEPS):

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A pose with no prior: retrieve reference views, match their points, solve, align, and ask the matches again."""
+"""Relocalization of one image: retrieve reference views, match their points, solve PnP, align, verify by the
+matches.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +18,21 @@ from kfloc_ros.features.lighterglue import LighterGlue
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import Matrix, inverse_pose, is_farther, make_pose
 from kfloc_ros.pixloc.references import ReferenceViews
-from kfloc_ros.relocalization.decision import RelocalizationSettings, choose, distinct, is_near, more_speak_for
-from kfloc_ros.relocalization.evidence import JUDGING_VIEWS, Align, Evidence
+from kfloc_ros.relocalization.decision import RelocalizationSettings, choose, distinct, has_more_support, is_near
+from kfloc_ros.relocalization.evidence import VERIFYING_VIEWS, Align, Evidence
 from kfloc_ros.relocalization.matching import ImageMatches, Matches
 from kfloc_ros.relocalization.retrieval import ReferenceIndex
 from kfloc_ros.types import Alignment
 
 
 class Relocalizer:
-    """Finds where an image was taken from nothing but the image; the index is made when it is first asked."""
+    """Search for the pose of an image from the image alone; the retrieval index is built on first use.
+
+    Args:
+        references: reference views of the map.
+        camera: pinhole camera of the images.
+        settings: extent of the search, and conditions for accepting a pose.
+    """
 
     def __init__(
         self, references: ReferenceViews, camera: Camera, settings: RelocalizationSettings | None = None
@@ -34,7 +42,7 @@ class Relocalizer:
         self._index: ReferenceIndex | None = None
         self._matcher: LighterGlue | None = None
         self._matches: ImageMatches | None = None
-        """Of the last image: a doubted pose's are used again by the search that follows."""
+        """Matches of the last image, shared by :meth:`examine` and a search that follows."""
 
     def find(
         self,
@@ -43,22 +51,25 @@ class Relocalizer:
         expected: Matrix | None = None,
         likely: Sequence[Matrix] = (),
     ) -> Alignment:
-        """The alignment at the one place that the image shows; failed, with the reason, if there is none or several.
+        """Find the pose of an image in the whole map.
 
         Args:
-            features: of the image.
-            align: refines starting poses and judges the result.
-            expected: where the camera should be, if anything is known; the whole map is searched all the same, but a
-                place elsewhere has to be beyond doubt.
-            likely: poses to start from besides those that the matches give, such as where a doubted alignment ended.
+            features: backbone features of the image.
+            align: aligner of the image.
+            expected: expected pose ``T_map_camera`` (4, 4), if any. The whole map is searched all the same, but a pose
+                elsewhere must have more evidence.
+            likely: further starting poses, such as the end of a rejected alignment.
+
+        Returns:
+            The alignment; a failed one, with the reason, if the image fits no place or several.
         """
         found = self.alignments(features, align, self._retrieve(features, expected), expected, likely)
-        return self._evidence(features, align).fixed(choose(found, self.settings, expected=expected))
+        return self._evidence(features, align).constrained(choose(found, self.settings, expected=expected))
 
     @torch.inference_mode()
     def agrees(self, features: BackboneFeatures, T_map_camera: Matrix) -> bool:
-        """Whether as many of the image's matches agree with a pose as where the camera was expected."""
-        views = self._references.best_overlapping(T_map_camera, self._camera, JUDGING_VIEWS)
+        """Return true if as many matches agree with a pose as are needed near the expected pose."""
+        views = self._references.best_overlapping(T_map_camera, self._camera, VERIFYING_VIEWS)
         return self.matches(features).agreement(T_map_camera, views) >= self.settings.near_agreement
 
     @torch.inference_mode()
@@ -69,28 +80,28 @@ class Relocalizer:
         alignment: Alignment,
         expected: Matrix | None = None,
     ) -> Alignment:
-        """An alignment that nothing but its cost speaks for, failed if the image's matches or the motion contradict it.
+        """Check an alignment that only its cost supports; it fails if the image's matches or the motion contradict it.
 
         Args:
-            features: of the image.
-            align: refines starting poses and judges the result.
-            alignment: that succeeded.
-            expected: where the camera should be, if anything is known.
+            features: backbone features of the image.
+            align: aligner of the image.
+            alignment: a successful one.
+            expected: expected pose ``T_map_camera`` (4, 4), if any.
         """
         evidence = self._evidence(features, align)
         best = evidence.improved(alignment)
-        doubt = self._doubt(evidence, best, expected)
-        return replace(best, success=False, reason=doubt) if doubt else evidence.fixed(best)
+        reason = self._contradiction(evidence, best, expected)
+        return replace(best, success=False, reason=reason) if reason else evidence.constrained(best)
 
-    def _doubt(self, evidence: Evidence, alignment: Alignment, expected: Matrix | None) -> str:
-        """What speaks against an alignment, or nothing."""
+    def _contradiction(self, evidence: Evidence, alignment: Alignment, expected: Matrix | None) -> str:
+        """Return the reason against an alignment, or an empty string."""
         s = self.settings
         agreement = evidence.agreement(alignment)
-        if agreement < (s.sure_agreement if expected is None else s.near_agreement):
+        if agreement < (s.certain_agreement if expected is None else s.near_agreement):
             return f"only {100 * agreement:.0f} % of the image's matches agree with the alignment"
         assert alignment.T_map_camera is not None
         if expected is not None and is_farther(alignment.T_map_camera, expected, s.plausible_m, s.plausible_deg):
-            return "the alignment is not where the camera was going"
+            return "the alignment is too far from the predicted pose"
         return ""
 
     @torch.inference_mode()
@@ -102,86 +113,87 @@ class Relocalizer:
         expected: Matrix | None = None,
         likely: Sequence[Matrix] = (),
     ) -> list[Alignment]:
-        """Alignments at all places that the image may show; those that its matches contradict have failed.
+        """Return alignments at all places that the image may show; those that its matches contradict have failed.
 
-        First the matches are made one by one, which is fast. Only if that finds no place beyond doubt, the likeliest
-        views are matched in context, too.
+        Mutual nearest neighbours come first, since they are fast. Only if they give no certain pose, LightGlue matches
+        the best-ranked views.
 
         Args:
-            features: of the image.
-            align: refines starting poses and judges the result.
-            retrieved: the views that it may show, the likeliest first, if somebody else has looked for them; else they
-                are looked for in all of the map's.
-            expected: where the camera should be, if anything is known.
-            likely: poses to start from besides those that the matches give.
+            features: backbone features of the image.
+            align: aligner of the image.
+            retrieved: positions of views that the image may show, best first; None: retrieve them from the whole map.
+            expected: expected pose ``T_map_camera`` (4, 4), if any.
+            likely: further starting poses.
         """
         s = self.settings
         positions = self._retrieve(features) if retrieved is None else list(retrieved)
         matches = self.matches(features)
         evidence = self._evidence(features, align)
-        one_by_one = {k: matches.one_by_one(k).alike(s.min_similarity) for k in positions}
-        starts = self._starts.of(one_by_one, s.min_inliers)
+        mutual_nearest = {k: matches.mutual_nearest(k).similar(s.min_similarity) for k in positions}
+        starts = self._starts.from_views(mutual_nearest, s.min_inliers)
         near = [align([T]) for T in likely]
         found = evidence.improvements(near) + [evidence.aligned(start) for start in starts]
-        possible = [evidence.verified(r, s.sure_agreement / 2, in_context=False) for r in near + found]
-        if evidence.is_sure(possible):
+        possible = [evidence.verified(r, s.certain_agreement / 2, with_lightglue=False) for r in near + found]
+        if evidence.is_certain(possible):
             return possible
         likeliest = positions[: s.matched + (s.near if expected is not None else 0)]
-        in_context = {k: matches.in_context(k) for k in likeliest}
-        # right more often than one by one: views from all around, if they show one place, fix a pose best
-        further = self._starts.together(in_context, s.min_matched_inliers)
-        for start in further + self._starts.of(in_context, s.min_matched_inliers):
+        lightglue = {k: matches.lightglue(k) for k in likeliest}
+        # LightGlue matches are right more often: if views from all around show one place, a joint PnP is the best one
+        further = self._starts.from_all_views(lightglue, s.min_matched_inliers)
+        for start in further + self._starts.from_views(lightglue, s.min_matched_inliers):
             if all(is_farther(start, T, s.same_start_m, s.same_start_deg) for T in starts):
                 starts.append(start)
                 found.append(evidence.aligned(start))
-        near += evidence.improvements(near)  # now that there are more matches
-        verified = [evidence.verified(r, self._needed(r, expected), in_context=True) for r in near + found]
+        near += evidence.improvements(near)  # LightGlue has added matches
+        verified = [
+            evidence.verified(r, self._required_agreement(r, expected), with_lightglue=True) for r in near + found
+        ]
         return self._best_supported(matches, verified, expected)
 
     def _best_supported(
         self, matches: ImageMatches, alignments: Sequence[Alignment], expected: Matrix | None
     ) -> list[Alignment]:
-        """Without those that clearly fewer of the matches in context speak for than for another.
+        """Return the alignments; those fail that have significantly fewer LightGlue inliers than another.
 
-        Where the camera was expected, the frames before speak, too, but only for the place: which of the alignments
-        there is right, when they slid along a direction that few points fix, is for the matches to say.
+        Near the expected pose the previous frames decide the place, and the matches decide between alignments of that
+        place: an alignment can slide along a direction that few points constrain.
         """
         support = [matches.supporting(r.T_map_camera) for r in alignments if r.T_map_camera is not None and r.success]
         possible = [r for r in alignments if r.T_map_camera is not None and r.success]
 
-        def outdone(own: NDArray[np.bool_], alignment: Alignment) -> bool:
+        def is_outvoted(own: NDArray[np.bool_], alignment: Alignment) -> bool:
             everywhere = not self._is_expected(alignment, expected)
             return any(
-                more_speak_for(other, own, self.settings)
+                has_more_support(other, own, self.settings)
                 for other, r in zip(support, possible, strict=True)
                 if everywhere or not distinct(r, alignment, self.settings)
             )
 
-        reason = "more of the matches speak for another place"
-        worse = {id(r) for own, r in zip(support, possible, strict=True) if outdone(own, r)}
+        reason = "more matches support another place"
+        worse = {id(r) for own, r in zip(support, possible, strict=True) if is_outvoted(own, r)}
         return [replace(r, success=False, reason=reason) if id(r) in worse else r for r in alignments]
 
     def _is_expected(self, alignment: Alignment, expected: Matrix | None) -> bool:
         return expected is not None and is_near(alignment, expected, self.settings)
 
-    def _needed(self, alignment: Alignment, expected: Matrix | None) -> float:
-        """Share of matches that have to agree with a pose."""
+    def _required_agreement(self, alignment: Alignment, expected: Matrix | None) -> float:
+        """Return the share of matches that must agree with a pose."""
         s = self.settings
         if expected is None:
             return s.min_agreement
         return s.near_agreement if self._is_expected(alignment, expected) else s.far_agreement
 
     def matches(self, features: BackboneFeatures) -> ImageMatches:
-        """Of an image with the map's views."""
+        """Return the matches of an image with the map's views, shared by all calls for the same image."""
         if self._matches is None or self._matches.features is not features:
-            self._matches = ImageMatches(self._references, self._camera, features, self._context_matcher)
+            self._matches = ImageMatches(self._references, self._camera, features, self._lightglue_matcher)
         return self._matches
 
     def _evidence(self, features: BackboneFeatures, align: Align) -> Evidence:
         return Evidence(self._references, self._camera, self.settings, self.matches(features), align)
 
     def _retrieve(self, features: BackboneFeatures, expected: Matrix | None = None) -> list[int]:
-        """Positions of the views that an image may show, the likeliest first."""
+        """Return positions of the views that an image may show, best first."""
         if self._index is None:
             self._index = ReferenceIndex(self._references)
         retrieved = [item.position for item in self._index.search(features, self.settings.retrieved)]
@@ -190,45 +202,45 @@ class Relocalizer:
         near = self._references.best_overlapping(expected, self._camera, self.settings.near)
         return near + [k for k in retrieved if k not in near]
 
-    def _context_matcher(self) -> LighterGlue:
+    def _lightglue_matcher(self) -> LighterGlue:
         if self._matcher is None:
             self._matcher = LighterGlue(device=self._references.views[0].points.device)
         return self._matcher
 
 
 @dataclass(frozen=True, eq=False)
-class _Supported:
-    """A pose and how many cells of the image agree with it."""
+class _Hypothesis:
+    """Pose hypothesis with the number of image cells that support it."""
 
     T_map_camera: Matrix
     support: int
 
 
 class StartingPoses:
-    """Solves matches with the reference views of a map for poses of a camera."""
+    """Solver of PnP for matches with a map's reference views."""
 
     def __init__(self, references: ReferenceViews, camera: Camera, settings: RelocalizationSettings) -> None:
         self._references, self._camera, self._settings = references, camera, settings
 
-    def of(self, matches: Mapping[int, Matches], min_inliers: int) -> list[Matrix]:
-        """Poses that the matches of views, the likeliest first, speak for, the best supported first."""
+    def from_views(self, matches: Mapping[int, Matches], min_inliers: int) -> list[Matrix]:
+        """Return poses from the matches of views, given best first; the best supported pose comes first."""
         chosen: list[Matrix] = []
-        for place in sorted(self._supported(matches, min_inliers), key=lambda place: -place.support):
+        for place in sorted(self._hypotheses(matches, min_inliers), key=lambda place: -place.support):
             near = (self._settings.same_start_m, self._settings.same_start_deg)
             if all(is_farther(place.T_map_camera, T, *near) for T in chosen):
                 chosen.append(place.T_map_camera)
         return chosen[: self._settings.places]
 
-    def together(self, matches: Mapping[int, Matches], min_inliers: int) -> list[Matrix]:
-        """The one pose that the matches of all views together speak for, if any."""
+    def from_all_views(self, matches: Mapping[int, Matches], min_inliers: int) -> list[Matrix]:
+        """Return the one pose from the matches of all views together; empty if there is none."""
         place = self._solve(list(matches.values()), min_inliers)
         return [] if place is None else [place.T_map_camera]
 
-    def _supported(self, matches: Mapping[int, Matches], min_inliers: int) -> Iterator[_Supported]:
-        """Poses from the views, in order: each view that is in no earlier group by its group, and by itself.
+    def _hypotheses(self, matches: Mapping[int, Matches], min_inliers: int) -> Iterator[_Hypothesis]:
+        """Solve for each view that is in no earlier group: once with its group, once alone.
 
-        A group's views see one place and support each other; but where one view alone shows what the image shows, the
-        others' matches, all wrong, drown it.
+        The views of a group see one place and support each other. If one view alone shows what the image shows, the
+        wrong matches of the others would outnumber its matches.
         """
         centres = self._references.T_map_camera[:, :3, 3]
         left = list(matches)
@@ -243,7 +255,7 @@ class StartingPoses:
                     yield place
             left = [k for k in left if k not in group]
 
-    def _solve(self, parts: Sequence[Matches], min_inliers: int) -> _Supported | None:
+    def _solve(self, parts: Sequence[Matches], min_inliers: int) -> _Hypothesis | None:
         pixels = np.concatenate([m.pixels for m in parts])
         points = np.concatenate([m.points for m in parts])
         if len(pixels) < min_inliers:
@@ -251,7 +263,7 @@ class StartingPoses:
         camera = {"model": "PINHOLE", "width": self._camera.width, "height": self._camera.height}
         camera["params"] = [self._camera.fx, self._camera.fy, self._camera.cx, self._camera.cy]
         ransac = {"max_reproj_error": self._settings.max_error_px, "max_iterations": 3000, "seed": 0}
-        # RANSAC near the group: a map may lie kilometres from its own origin
+        # RANSAC near the group, for precision: a map may lie kilometres from its own origin
         origin = points.mean(axis=0)
         pose, info = poselib.estimate_absolute_pose(pixels, points - origin, camera, ransac, {})
         inlier_cells = {tuple(p) for p in pixels[np.asarray(info["inliers"], dtype=bool)]}
@@ -259,4 +271,4 @@ class StartingPoses:
             return None
         T_map_camera = inverse_pose(make_pose(pose.R, pose.t))
         T_map_camera[:3, 3] += origin
-        return _Supported(T_map_camera, len(inlier_cells))
+        return _Hypothesis(T_map_camera, len(inlier_cells))

@@ -43,7 +43,7 @@ def test_a_cold_start_is_in_the_right_room_or_in_none(building: Place) -> None:
             assert frame.T_map_camera is not None
             localizer.reset("a cold start")
             estimate = localizer.process(frame).estimate
-            assert len(localizer.guide.cache.kept) <= 2
+            assert len(localizer.guide.cache.loaded) <= 2
             if estimate.T_map_camera is None:
                 alike += "look alike" in estimate.reason
                 continue

@@ -10,7 +10,7 @@ import pytest
 
 from kfloc_ros.geometry.lie import make_pose, so3_exp
 from kfloc_ros.localization.place_memory import PlaceMemory
-from kfloc_ros.localization.place_search import Found
+from kfloc_ros.localization.place_search import SearchResult
 from kfloc_ros.pixloc.refiner import failed_alignment
 from kfloc_ros.types import Alignment, Matrix
 
@@ -26,8 +26,8 @@ def aligned(T: Matrix) -> Alignment:
     return replace(DOUBT, success=True, reason="", T_map_camera=T)
 
 
-def leans(T: Matrix, submap: int = 3) -> Found:
-    return Found(DOUBT, submap, (1, 2, 3), aligned(T))
+def leans(T: Matrix, submap: int = 3) -> SearchResult:
+    return SearchResult(DOUBT, submap, (1, 2, 3), aligned(T))
 
 
 @pytest.mark.parametrize("second", [at(2.0), at(0.0, 70.0)])
@@ -58,13 +58,13 @@ def test_the_older_view_is_kept_while_the_camera_hardly_moves_and_images_without
     memory = PlaceMemory()
     outcomes = []
     for k in range(12):
-        memory.confirm(k * SECOND_NS // 2 + 1, Found(DOUBT))
+        memory.confirm(k * SECOND_NS // 2 + 1, SearchResult(DOUBT))
         outcomes.append(memory.confirm(k * SECOND_NS // 2 + 2, leans(at(0.18 * k))).success)
     assert outcomes.index(True) == 9 and not any(outcomes[:9])
 
 
 def test_a_pose_or_a_reset_ends_what_was_leant_to() -> None:
-    for end in (lambda memory: memory.observe(1, at(0.0), 3), lambda memory: memory.forget()):
+    for end in (lambda memory: memory.observe(1, at(0.0), 3), lambda memory: memory.reset()):
         memory = PlaceMemory()
         memory.confirm(0, leans(at(0.0)))
         end(memory)
@@ -77,10 +77,10 @@ def test_the_reach_grows_with_time_and_with_the_last_speed() -> None:
     memory.observe(SECOND_NS, at(0.0), 3)
     slow = memory.reach(2 * SECOND_NS)
     assert slow is not None and slow.limit_m == pytest.approx(2.5) and memory.reach(SECOND_NS) is None
-    assert slow.holds(aligned(at(2.4))) and not slow.holds(aligned(at(2.6))) and not slow.holds(DOUBT)
+    assert slow.contains(aligned(at(2.4))) and not slow.contains(aligned(at(2.6))) and not slow.contains(DOUBT)
     memory.observe(2 * SECOND_NS, at(3.0), 3)  # on a scooter
     fast = memory.reach(3 * SECOND_NS)
     assert fast is not None and fast.limit_m == pytest.approx(6.5)
     assert np.allclose(fast.centre, [3.0, 0.0, 0.0])
-    memory.forget()
+    memory.reset()
     assert memory.reach(4 * SECOND_NS) is None

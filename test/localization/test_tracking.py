@@ -39,7 +39,7 @@ def test_a_track_begins_with_agreement_and_is_checked_in_time() -> None:
     assert track.check(aligned(), coarse())
     tracked = 0
     while track.holds:
-        assert track.doubt(aligned(), POSE) == ""
+        assert track.contradiction(aligned(), POSE) == ""
         tracked += 1
     assert tracked == 3
     assert track.check(aligned(), coarse()) and track.holds
@@ -61,7 +61,7 @@ def test_a_track_begins_with_agreement_and_is_checked_in_time() -> None:
 def test_any_doubt_ends_a_track(alignment: Alignment, predicted: np.ndarray, words: str) -> None:
     track = Track()
     track.check(aligned(), coarse())
-    assert words in track.doubt(alignment, predicted)
+    assert words in track.contradiction(alignment, predicted)
     assert not track.holds
 
 

@@ -19,7 +19,7 @@ from kfloc_ros.localization.results import CoarseResult
 from kfloc_ros.maps.scene_map import SceneMap
 from kfloc_ros.pixloc.references import ReferenceViews
 from kfloc_ros.pixloc.refiner import Refiner, RefinerSettings, failed_alignment
-from kfloc_ros.relocalization.decision import RelocalizationSettings, choose, more_speak_for, repeated
+from kfloc_ros.relocalization.decision import RelocalizationSettings, choose, has_more_support, realigned
 from kfloc_ros.relocalization.retrieval import ReferenceIndex
 from kfloc_ros.relocalization.search import Relocalizer
 from kfloc_ros.types import Alignment, CoarsePose, FilterReport, TrackingState
@@ -143,11 +143,11 @@ def test_matches_agree_with_the_right_pose_and_contradict_others(
     matches = Relocalizer(scene_map.references, scene_map.camera).matches(features)
     truth = room[9].T_map_camera
     views = scene_map.references.best_overlapping(truth, scene_map.camera, 3)
-    assert matches.agreement(truth, views) > 0.5 and matches.agreement_in_context(truth, views) > 0.5
+    assert matches.agreement(truth, views) > 0.5 and matches.lightglue_agreement(truth, views) > 0.5
     right = matches.supporting(truth)
     assert right.sum() > 30
     for wrong in (shifted(truth, 0.5), shifted(truth, 0.0, 20.0)):
-        assert matches.agreement(wrong, views) < 0.2 and matches.agreement_in_context(wrong, views) < 0.2
+        assert matches.agreement(wrong, views) < 0.2 and matches.lightglue_agreement(wrong, views) < 0.2
         assert matches.supporting(wrong).sum() < 0.3 * right.sum() and len(matches.supporting(wrong)) == len(right)
     assert matches.agreement(truth @ np.diag([-1.0, 1.0, -1.0, 1.0]), views) == 0.0  # nothing is in view there
 
@@ -169,14 +169,14 @@ def test_an_alignment_that_only_looks_right_is_doubted(scene_map: SceneMap, feat
     assert doubt(truth) == ""
     assert doubt(truth, shifted(truth, 0.05)) == ""
     assert "matches agree" in doubt(shifted(truth, 0.6))
-    assert "going" in doubt(truth, shifted(truth, 0.4))
+    assert "predicted" in doubt(truth, shifted(truth, 0.4))
 
 
 def test_more_is_asked_where_no_frame_before_speaks_for_an_alignment(
     scene_map: SceneMap, features: BackboneFeatures, room
 ) -> None:
     truth = room[9].T_map_camera
-    settings = RelocalizationSettings(sure_agreement=1.01)
+    settings = RelocalizationSettings(certain_agreement=1.01)
     relocalize = Relocalizer(scene_map.references, scene_map.camera, settings)
     assert relocalize.examine(features, nowhere, alignment_at(truth), truth).success
     assert not relocalize.examine(features, nowhere, alignment_at(truth)).success
@@ -213,7 +213,7 @@ def test_where_the_camera_was_expected_the_matches_say_which_alignment_slid(
     truth = room[9].T_map_camera
     slid = shifted(truth, 0.3)
     relocalize = Relocalizer(
-        scene_map.references, scene_map.camera, RelocalizationSettings(sure_agreement=2.0, near_agreement=0.0)
+        scene_map.references, scene_map.camera, RelocalizationSettings(certain_agreement=2.0, near_agreement=0.0)
     )
     made = {0: alignment_at(slid, cost=0.1), 1: alignment_at(truth, cost=0.2)}
     calls: list[int] = []
@@ -258,16 +258,16 @@ def speaking(count: int, first: int = 0) -> NDArray[np.bool_]:
 
 def test_more_matches_count_only_beyond_chance() -> None:
     settings = RelocalizationSettings()
-    assert more_speak_for(speaking(120), speaking(60), settings)
-    assert not more_speak_for(speaking(110), speaking(100), settings)  # not by the margin
-    assert more_speak_for(speaking(24), speaking(15), settings)  # the same ones, and others
-    assert not more_speak_for(speaking(24), speaking(15, 100), settings)  # of 39 with one place each, 24
-    assert not more_speak_for(speaking(0), speaking(0), settings)
+    assert has_more_support(speaking(120), speaking(60), settings)
+    assert not has_more_support(speaking(110), speaking(100), settings)  # not by the margin
+    assert has_more_support(speaking(24), speaking(15), settings)  # the same ones, and others
+    assert not has_more_support(speaking(24), speaking(15, 100), settings)  # of 39 with one place each, 24
+    assert not has_more_support(speaking(0), speaking(0), settings)
 
 
 def test_an_alignment_is_repeated_and_the_better_kept() -> None:
     first, better = alignment_at(np.eye(4), 0.2), alignment_at(shifted(np.eye(4), 0.1), 0.15)
-    assert repeated(lambda starts: better, first) is better
-    assert repeated(lambda starts: first, better) is better
+    assert realigned(lambda starts: better, first) is better
+    assert realigned(lambda starts: first, better) is better
     failed = alignment_at(np.eye(4), reason="failed")
-    assert repeated(lambda starts: better, failed) is failed and repeated(lambda starts: failed, first) is first
+    assert realigned(lambda starts: better, failed) is failed and realigned(lambda starts: failed, first) is first
