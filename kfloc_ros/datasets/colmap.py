@@ -14,8 +14,7 @@ from kfloc_ros.datasets.posed_images import PosedImage, PosedImages, natural_key
 from kfloc_ros.errors import FrameError, SourceError
 from kfloc_ros.files import inside
 from kfloc_ros.geometry.camera import Camera
-from kfloc_ros.geometry.colmap import camera_from_colmap, pixels_from_colmap
-from kfloc_ros.geometry.colmap_model import read_model
+from kfloc_ros.geometry.colmap import camera_from_colmap, pixels_from_colmap, read_model
 from kfloc_ros.geometry.lie import inverse_pose, make_pose
 
 MODEL_FOLDERS = ("", "sparse/0", "sparse", "colmap/sparse/0", "model")

@@ -17,8 +17,7 @@ from safetensors.torch import load_file, save_file
 from kfloc_ros.errors import MapError, SourceError
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.camera_tensor import CameraTensor
-from kfloc_ros.geometry.colmap import camera_from_colmap
-from kfloc_ros.geometry.colmap_model import read_model
+from kfloc_ros.geometry.colmap import camera_from_colmap, read_model
 from kfloc_ros.geometry.lie import Matrix, make_pose
 from kfloc_ros.geometry.tensors import Pose
 from kfloc_ros.pixloc.reference.cost import FeatureMap

@@ -15,7 +15,7 @@ import pycolmap
 import pytest
 
 from kfloc_ros.errors import KflocError, MapError, SourceError
-from kfloc_ros.geometry.colmap_model import read_model
+from kfloc_ros.geometry.colmap import read_model
 from kfloc_ros.pixloc.reference.views import read_scene
 
 
