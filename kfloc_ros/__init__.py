@@ -10,3 +10,7 @@ __version__ = "0.2.0"
 # Sleeping instead costs a tenth to a third more on an idle machine. Read once, when torch is loaded; a set variable
 # is respected.
 _os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+# An image file of a megabyte may announce a thousand times as many pixels. OpenCV refuses more than this before it
+# takes memory for them; read once, when OpenCV is loaded.
+_os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", "64000000")

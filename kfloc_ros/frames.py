@@ -3,16 +3,22 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kfloc_ros.errors import SourceError
+from kfloc_ros.errors import FrameError, SourceError
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.types import Frame, Matrix
+
+LOG = logging.getLogger(__name__)
+NAMED_FRAMES = 5
+"""Frames that a warning names, of those that are left out."""
 
 
 class FrameSource(ABC):
@@ -20,6 +26,13 @@ class FrameSource(ABC):
 
     name: str
     """Short name for reports, such as ``redkitchen``."""
+    strict: bool = False
+    """If true, a frame that cannot be used ends the run; else it is left out, counted and named."""
+
+    @cached_property
+    def left_out(self) -> MutableMapping[int, str]:
+        """For each frame that could not be used, by ``Frame.index``: a sentence that says why."""
+        return {}
 
     @property
     @abstractmethod
@@ -48,6 +61,28 @@ class FrameSource(ABC):
         """
         return [0] * len(self)
 
+    def fault(self, position: int) -> str:
+        """Return a sentence that says why a frame cannot be used, as far as is known without decoding its image."""
+        del position
+        return ""
+
+    def read(self, position: int) -> Frame | None:
+        """Return a frame, or None where it cannot be used; it is then in :attr:`left_out`, and a warning names it.
+
+        Raises:
+            FrameError: it cannot be used, and the source is strict.
+        """
+        try:
+            return self[position]
+        except FrameError as error:
+            if self.strict:
+                raise
+            index = self.indices()[position]
+            if index not in self.left_out:
+                LOG.warning("Frame %d of '%s' is left out: %s", index, self.name, error)
+            self.left_out[index] = str(error)
+            return None
+
     def encoded_image(self, position: int) -> bytes | None:
         """The image as it was recorded, if that is a JPEG, so that a bag can hold it without loss; else None."""
         del position
@@ -63,8 +98,11 @@ class FrameSource(ABC):
         return None
 
     def __iter__(self) -> Iterator[Frame]:
+        """Every frame that can be used; see :meth:`read`."""
         for position in range(len(self)):
-            yield self[position]
+            frame = self.read(position)
+            if frame is not None:
+                yield frame
 
 
 class DerivedSource(FrameSource):
@@ -79,6 +117,7 @@ class DerivedSource(FrameSource):
 
     def __init__(self, source: FrameSource) -> None:
         self.name = source.name
+        self.strict = source.strict
         self._source = source
 
     def origin(self, position: int) -> int:
@@ -90,6 +129,10 @@ class DerivedSource(FrameSource):
         del position
         return frame
 
+    @cached_property
+    def left_out(self) -> MutableMapping[int, str]:
+        return self._source.left_out
+
     @property
     def camera(self) -> Camera:
         return self._source.camera
@@ -100,6 +143,9 @@ class DerivedSource(FrameSource):
 
     def __len__(self) -> int:
         return len(self._source)
+
+    def fault(self, position: int) -> str:
+        return self._source.fault(self.origin(position))
 
     def __getitem__(self, position: int) -> Frame:
         position = range(len(self))[position]
@@ -137,6 +183,33 @@ class Selection(DerivedSource):
 
     def origin(self, position: int) -> int:
         return self._positions[position]
+
+
+def usable(source: FrameSource, *, strict: bool = False) -> FrameSource:
+    """Return the frames of a source but for those with a :meth:`~FrameSource.fault`, which a warning names.
+
+    Args:
+        source: to look through; no image is decoded for that.
+        strict: refuse the source for a frame with a fault, now or when it is read.
+
+    Raises:
+        SourceError: a frame has a fault and ``strict`` is true, or all have one.
+    """
+    source.strict = strict
+    faults = {position: fault for position in range(len(source)) if (fault := source.fault(position))}
+    if not faults:
+        return source
+    first = next(iter(faults.values()))
+    if strict:
+        raise SourceError(f"{first} Without --strict such frames are left out: {len(faults)} of {len(source)}.")
+    if len(faults) == len(source):
+        raise SourceError(f"No frame of '{source.name}' can be used. The first: {first}")
+    named = " ".join(list(faults.values())[:NAMED_FRAMES])
+    more = f" And {len(faults) - NAMED_FRAMES} more." if len(faults) > NAMED_FRAMES else ""
+    LOG.warning("%d of %d frames of '%s' are left out: %s%s", len(faults), len(source), source.name, named, more)
+    indices = source.indices()
+    source.left_out.update({indices[position]: fault for position, fault in faults.items()})
+    return Selection(source, [position for position in range(len(source)) if position not in faults])
 
 
 SPLITS = {

@@ -124,9 +124,9 @@ def test_algorithm_names_no_ros_module() -> None:
 
 
 LAYERS = (
-    "errors config device", "geometry", "types frames", "features", "messages", "bags", "pixloc", "pixloc/reference",
-    "kfnet", "kfnet/reference", "relocalization", "maps", "localization", "simulation", "datasets", "evaluation",
-    "mapping", "pixloc/hloc", "training", "visualization", "nodes", "replay", "cli",
+    "errors config device files", "geometry", "types frames", "features", "messages", "bags", "pixloc",
+    "pixloc/reference", "kfnet", "kfnet/reference", "relocalization", "maps", "localization", "simulation", "datasets",
+    "evaluation", "mapping", "pixloc/hloc", "training", "visualization", "nodes", "replay", "cli",
 )  # fmt: skip
 """Folders and root modules of the package; each imports only from its own layer and from the layers before it."""
 

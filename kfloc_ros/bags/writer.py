@@ -220,18 +220,21 @@ class _Counts:
 
 def _write(source: FrameSource, path: Path, depth: bool, progress: Callable[[int], None] | None) -> _Counts:
     codec = MessageCodec()
-    with_depth = with_truth = 0
+    written = with_depth = with_truth = 0
     first_ns = last_ns = -1
     with Writer(path, version=BAG_VERSION, storage_plugin=StoragePlugin.MCAP) as writer:
         connections: dict[str, Connection] = {}
         for position in range(len(source)):
-            frame = source[position]
+            frame = source.read(position)
+            if frame is None:
+                continue
             if frame.stamp_ns <= last_ns:
                 raise SourceError(
                     f"The stamps of '{source.name}' do not increase: frame {frame.index} is at {frame.stamp_ns} ns, "
                     f"the one before at {last_ns} ns."
                 )
-            first_ns = frame.stamp_ns if position == 0 else first_ns
+            first_ns = frame.stamp_ns if first_ns < 0 else first_ns
+            written += 1
             last_ns = frame.stamp_ns
             for topic, data in codec.encode_frame(frame, jpeg=source.encoded_image(position), depth=depth):
                 if topic not in connections:
@@ -241,7 +244,7 @@ def _write(source: FrameSource, path: Path, depth: bool, progress: Callable[[int
             with_truth += frame.T_map_camera is not None
             if progress is not None:
                 progress(position + 1)
-    return _Counts(len(source), with_depth, with_truth, (last_ns - first_ns) * 1e-9)
+    return _Counts(written, with_depth, with_truth, (last_ns - first_ns) * 1e-9)
 
 
 def _refuse_overwriting(out: Path, force: bool) -> None:

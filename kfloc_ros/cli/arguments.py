@@ -43,6 +43,9 @@ def add_source_arguments(parser: argparse.ArgumentParser, *, required: bool = Tr
     )
     group.add_argument("--frames", metavar="RANGES", help="keep frame indices such as 0:150,200:350 or 0:300:2")
     group.add_argument("--split", metavar="NAME", help=f"keep a named split: {', '.join(SPLITS)}")
+    group.add_argument(
+        "--strict", action="store_true", help="stop at a frame that cannot be used (default: leave it out and name it)"
+    )
 
 
 def open_source_from(args: argparse.Namespace, *, depth: bool = True) -> FrameSource:
@@ -51,7 +54,9 @@ def open_source_from(args: argparse.Namespace, *, depth: bool = True) -> FrameSo
     Raises:
         SourceError: see :func:`kfloc_ros.datasets.open_source`.
     """
-    return open_source(args.source, poses=args.poses, frames=args.frames, split=args.split, depth=depth)
+    return open_source(
+        args.source, poses=args.poses, frames=args.frames, split=args.split, depth=depth, strict=args.strict
+    )
 
 
 def need_camera(source: FrameSource) -> None:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from kfloc_ros.datasets.kinds import KINDS, detect_kind
-from kfloc_ros.frames import FrameSource, Selection, select
+from kfloc_ros.frames import FrameSource, Selection, select, usable
 
 __all__ = ["SOURCE_KINDS", "FrameSource", "Selection", "open_source", "select"]
 
@@ -13,7 +13,13 @@ SOURCE_KINDS = {name: kind.text for name, kind in KINDS.items()}
 
 
 def open_source(
-    spec: str, *, poses: str = "file", frames: str | None = None, split: str | None = None, depth: bool = True
+    spec: str,
+    *,
+    poses: str = "file",
+    frames: str | None = None,
+    split: str | None = None,
+    depth: bool = True,
+    strict: bool = False,
 ) -> FrameSource:
     """Open ``KIND:PATH``, or a path whose kind is then found out, and keep the frames asked for.
 
@@ -23,6 +29,7 @@ def open_source(
         frames: see :func:`select`.
         split: see :func:`select`.
         depth: read the depth images; without, a 7-Scenes frame loads a hundred times faster.
+        strict: refuse the source for a frame that cannot be used; else such frames are left out, counted and named.
 
     Raises:
         SourceError: unknown or ambiguous kind, missing or damaged data, or an empty selection.
@@ -30,4 +37,4 @@ def open_source(
     kind, separator, path = spec.partition(":")
     if not separator or kind not in KINDS:
         kind, path = detect_kind(spec), spec
-    return select(KINDS[kind].open(path, poses, depth), frames=frames, split=split)
+    return usable(select(KINDS[kind].open(path, poses, depth), frames=frames, split=split), strict=strict)

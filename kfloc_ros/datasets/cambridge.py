@@ -6,15 +6,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import cv2
 import numpy as np
 
 from kfloc_ros.datasets.derived import recordings, stamps_with_gaps
+from kfloc_ros.datasets.posed_images import pose_of_row, usable_pose
 from kfloc_ros.datasets.seven_scenes import PARTS
 from kfloc_ros.errors import SourceError
+from kfloc_ros.files import image_fault, inside, number, read_bytes, read_image, read_text, usual_size
 from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import Camera
-from kfloc_ros.geometry.lie import inverse_pose, make_pose, quaternion_to_matrix
+from kfloc_ros.geometry.lie import inverse_pose, make_pose
 from kfloc_ros.types import Frame, Matrix
 
 NOMINAL_FOCAL_PER_WIDTH = 744.0 / 852.0
@@ -33,7 +34,7 @@ class Cambridge(FrameSource):
         part: ``train``, ``test``, or None for both.
 
     Raises:
-        SourceError: a list is missing or damaged, or an image cannot be read.
+        SourceError: a list is missing or damaged, or names no image that can be read.
     """
 
     def __init__(self, root: Path, part: str | None = None) -> None:
@@ -43,7 +44,8 @@ class Cambridge(FrameSource):
         self._entries.sort(key=lambda entry: entry[0])
         self._sequences = recordings([Path(name).parent for name, _ in self._entries])
         self._stamps_ns = stamps_with_gaps(self._sequences)
-        height, width = self._image(0).shape[:2]
+        self._paths = [inside(root, name) for name, _ in self._entries]
+        width, height = usual_size(self._paths)
         share = _median_focal_share(root / "reconstruction.nvm", width) or NOMINAL_FOCAL_PER_WIDTH
         self._camera = Camera(width, height, share * width, share * width, (width - 1) / 2, (height - 1) / 2)
 
@@ -64,7 +66,7 @@ class Cambridge(FrameSource):
         index = range(len(self))[position]
         name, T_map_camera = self._entries[index]
         return Frame(
-            image=self._image(index),
+            image=read_image(self._paths[index], (self._camera.width, self._camera.height)),
             camera=self._camera,
             stamp_ns=self._stamps_ns[index],
             index=index,
@@ -72,29 +74,32 @@ class Cambridge(FrameSource):
             T_map_camera=T_map_camera,
         )
 
-    def _image(self, index: int) -> np.ndarray:
-        path = self._root / self._entries[index][0]
-        bgr = cv2.imread(str(path), cv2.IMREAD_COLOR)
-        if bgr is None:
-            raise SourceError(f"'{path}' is not a readable image.")
-        return np.ascontiguousarray(bgr[..., ::-1])
+    def fault(self, position: int) -> str:
+        return image_fault(self._paths[position], (self._camera.width, self._camera.height))
+
+    def pose(self, position: int) -> Matrix | None:
+        return self._entries[position][1]
 
 
-def _read_list(path: Path) -> list[tuple[str, Matrix]]:
-    """Names and T_map_camera: the list has camera centres and world-to-camera quaternions, w first."""
+def _read_list(path: Path) -> list[tuple[str, Matrix | None]]:
+    """Names and T_map_camera; the list has camera centres and world-to-camera quaternions, w first."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()[HEADER_LINES:]
-    except OSError as error:
-        raise SourceError(f"The list '{path}' cannot be read: {error.strerror}.") from error
-    entries = []
+        lines = read_text(path).splitlines()[HEADER_LINES:]
+    except (OSError, UnicodeDecodeError) as error:
+        raise SourceError(f"The list '{path}' cannot be read: {error}.") from error
+    entries: list[tuple[str, Matrix | None]] = []
     for line in filter(str.strip, lines):
         name, *numbers = line.split()
         try:
-            x, y, z, qw, qx, qy, qz = (float(n) for n in numbers)
-            R = quaternion_to_matrix([qx, qy, qz, qw])
+            x, y, z, qw, qx, qy, qz = (number(word) for word in numbers)
+            turned = pose_of_row((0.0, 0.0, 0.0), (qx, qy, qz, qw))
         except ValueError as error:
             raise SourceError(f"'{path}' has a line that is not 'name X Y Z W P Q R': {line!r}.") from error
-        entries.append((name, inverse_pose(make_pose(R, -R @ np.array([x, y, z])))))
+        if turned is None or not np.isfinite([x, y, z]).all():
+            entries.append((name, None))
+            continue
+        R = turned[:3, :3]
+        entries.append((name, usable_pose(inverse_pose(make_pose(R, -R @ np.array([x, y, z]))))))
     if not entries:
         raise SourceError(f"The list '{path}' is empty.")
     return entries
@@ -105,8 +110,8 @@ def _median_focal_share(path: Path, width: int) -> float | None:
     if not path.is_file():
         return None
     focal = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in read_bytes(path).decode("utf-8", errors="replace").splitlines():
         words = line.replace("\t", " ").split()
         if len(words) == 11 and words[-1] == "0" and words[0].lower().endswith((".jpg", ".png")):
-            focal.append(float(words[1]))
-    return float(np.median(focal)) / width if focal else None
+            focal.append(number(words[1]))
+    return float(np.nanmedian(focal)) / width if focal else None

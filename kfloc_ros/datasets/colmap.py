@@ -10,10 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kfloc_ros.datasets.derived import stamps_with_gaps
-from kfloc_ros.datasets.posed_images import PosedImage, PosedImages, inside, natural_key
+from kfloc_ros.datasets.posed_images import PosedImage, PosedImages, natural_key, usable_pose
 from kfloc_ros.errors import FrameError, SourceError
+from kfloc_ros.files import inside
 from kfloc_ros.geometry.camera import Camera
-from kfloc_ros.geometry.colmap import camera_from_colmap, pixels_from_colmap
+from kfloc_ros.geometry.colmap import camera_from_colmap, pixels_from_colmap, read_model
 from kfloc_ros.geometry.lie import inverse_pose, make_pose
 
 MODEL_FOLDERS = ("", "sparse/0", "sparse", "colmap/sparse/0", "model")
@@ -37,13 +38,8 @@ class ColmapModel(PosedImages):
     """
 
     def __init__(self, root: Path) -> None:
-        import pycolmap
-
         folder = find_model(root)
-        try:
-            model = pycolmap.Reconstruction(str(folder))
-        except (RuntimeError, ValueError, IndexError, MemoryError) as error:
-            raise SourceError(f"The COLMAP model '{folder}' cannot be read: {error}") from error
+        model = read_model(folder)
         images_folder = _images_folder(root, folder)
         images = sorted((i for i in model.images.values() if i.has_pose), key=lambda image: natural_key(image.name))
         cameras = {key: camera_of(camera) for key, camera in model.cameras.items()}
@@ -53,7 +49,7 @@ class ColmapModel(PosedImages):
             [
                 PosedImage(
                     inside(images_folder, image.name), image.name, stamp, cameras[image.camera_id],
-                    _pose(image.cam_from_world()),
+                    usable_pose(_pose(image.cam_from_world())),
                 )
                 for image, stamp in zip(images, stamps, strict=True)
             ],

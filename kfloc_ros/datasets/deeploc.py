@@ -5,19 +5,23 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-
 from kfloc_ros.datasets.derived import stamps_with_gaps
-from kfloc_ros.datasets.posed_images import PosedImage, PosedImages, image_size, inside, natural_key
+from kfloc_ros.datasets.posed_images import (
+    CALIBRATION_FILE,
+    PosedImage,
+    PosedImages,
+    natural_key,
+    pose_of_row,
+    read_calibration,
+)
 from kfloc_ros.datasets.seven_scenes import PARTS
-from kfloc_ros.errors import FrameError, SourceError
+from kfloc_ros.errors import SourceError
+from kfloc_ros.files import inside, number, read_text, usual_size
 from kfloc_ros.geometry.camera import Camera
-from kfloc_ros.geometry.lie import make_pose, quaternion_to_matrix
 from kfloc_ros.types import Matrix
 
 POSES = "poses.txt"
 IMAGES = "LeftImages"
-CALIBRATION_FILE = "camera.txt"
 
 
 class DeepLoc(PosedImages):
@@ -39,7 +43,7 @@ class DeepLoc(PosedImages):
         entries = [(p, name, T) for p in parts for name, T in _read_list(root / p / POSES)]
         stamps = stamps_with_gaps([Path(p) for p, _, _ in entries])
         paths = [inside(root / p / IMAGES, f"{name}.png") for p, name, _ in entries]
-        camera = _camera(root / CALIBRATION_FILE, *image_size(paths[0]))
+        camera = _camera(root / CALIBRATION_FILE, *usual_size(paths))
         super().__init__(
             root.resolve().name,
             [
@@ -49,18 +53,18 @@ class DeepLoc(PosedImages):
         )
 
 
-def _read_list(path: Path) -> list[tuple[str, Matrix]]:
-    """Names without ending and T_map_camera, in the order of the names."""
+def _read_list(path: Path) -> list[tuple[str, Matrix | None]]:
+    """Names without ending and T_map_camera, None where a number is not finite, in the order of the names."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_text(path).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise SourceError(f"The list '{path}' cannot be read: {error}.") from error
-    entries = []
+    entries: list[tuple[str, Matrix | None]] = []
     for line in filter(str.strip, lines):
         name, *numbers = line.split()
         try:
-            x, y, z, qw, qx, qy, qz = (float(number) for number in numbers)
-            T = make_pose(quaternion_to_matrix([qx, qy, qz, qw]), np.array([x, y, z]))
+            x, y, z, qw, qx, qy, qz = (number(word) for word in numbers)
+            T = pose_of_row((x, y, z), (qx, qy, qz, qw))
         except ValueError as error:
             raise SourceError(f"'{path}' has a line that is not 'name x y z qw qx qy qz': {line!r}.") from error
         entries.append((name, T))
@@ -70,14 +74,15 @@ def _read_list(path: Path) -> list[tuple[str, Matrix]]:
 
 
 def _camera(path: Path, width: int, height: int) -> Camera:
-    """Intrinsics of ``width height fx fy cx cy``, scaled to the images' size."""
-    try:
-        numbers = [float(word) for word in path.read_text(encoding="utf-8").split()]
-        w, h, fx, fy, cx, cy = numbers
-        return Camera(int(w), int(h), fx, fy, cx, cy).scaled_to(width, height)
-    except FileNotFoundError as error:
+    """Intrinsics of a ``camera.txt``, scaled to the images' size, which has the same shape."""
+    if not path.is_file():
         raise SourceError(
             f"The intrinsics of DeepLoc's camera are not known; write 'width height fx fy cx cy' into '{path}'."
-        ) from error
-    except (OSError, ValueError, FrameError) as error:
-        raise SourceError(f"'{path}' does not hold 'width height fx fy cx cy': {error}.") from error
+        )
+    camera = read_calibration(path)
+    if abs(camera.width * height - camera.height * width) > max(camera.width, camera.height):
+        raise SourceError(
+            f"'{path}' is of {camera.width}x{camera.height} pixels, and the images of {width}x{height} are no scaled "
+            "ones of these; write the intrinsics of these images there."
+        )
+    return camera.scaled_to(width, height)

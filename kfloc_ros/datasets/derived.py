@@ -94,6 +94,10 @@ class Sequences(FrameSource):
         name = f"{part}/{frame.name}"
         return replace(frame, index=index, stamp_ns=self._stamps_ns[index], name=name)
 
+    def fault(self, position: int) -> str:
+        part, inner = self._where[position]
+        return self._parts[part].fault(inner)
+
     def pose(self, position: int) -> Matrix | None:
         part, inner = self._where[position]
         return self._parts[part].pose(inner)

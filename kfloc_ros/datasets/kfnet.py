@@ -13,18 +13,27 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import cv2
 import numpy as np
 import poselib
 from numpy.typing import NDArray
 
 from kfloc_ros.datasets.derived import recordings, stamps_with_gaps
+from kfloc_ros.datasets.posed_images import encoded_jpeg, read_calibration
 from kfloc_ros.datasets.twelve_scenes import read_sequences
 from kfloc_ros.errors import SourceError
+from kfloc_ros.files import image_fault, read_image, usual_size
 from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import inverse_pose, make_pose
-from kfloc_ros.kfnet.reference.files import DEFAULT_CAMERA, STRIDE, LabelMap, read_label, read_list, read_pose
+from kfloc_ros.kfnet.reference.files import (
+    DEFAULT_CAMERA,
+    STRIDE,
+    LabelMap,
+    pose_fault,
+    read_label,
+    read_list,
+    read_pose,
+)
 from kfloc_ros.kfnet.reference.frame import NetworkFrame, read_transform
 from kfloc_ros.types import Frame, Matrix
 
@@ -69,12 +78,11 @@ class KfnetFolder(FrameSource):
 
     def _read_camera(self, path: Path) -> Camera:
         if path.is_file():
-            try:
-                width, height, fx, fy, cx, cy = (float(word) for word in path.read_text().split())
-            except ValueError as error:
-                raise SourceError(f"'{path}' must hold six numbers: width height fx fy cx cy.") from error
-            return Camera(int(width), int(height), fx, fy, cx, cy)
-        height, width = self._image(0).shape[:2]
+            camera = read_calibration(path)
+            if not camera.is_pinhole:
+                raise SourceError(f"'{path}' has a distortion; labels are of pinhole images.")
+            return camera
+        width, height = usual_size(self._images)
         if (width, height) != (DEFAULT_CAMERA.width, DEFAULT_CAMERA.height):
             raise SourceError(
                 f"The images are {width}x{height} and their intrinsics unknown; write '{path}' with one line: "
@@ -99,7 +107,7 @@ class KfnetFolder(FrameSource):
         """The label of a frame, or None if the folder has no labels.
 
         Raises:
-            SourceError: it cannot be read, or does not have the size of the image.
+            FrameError: it cannot be read, or does not have the size of the image.
         """
         if self._labels is None:
             return None
@@ -113,7 +121,7 @@ class KfnetFolder(FrameSource):
         if self._with_depth and label is not None and T_map_camera is not None:
             depth = depth_of_label(label, T_map_camera, self._camera)
         return Frame(
-            image=self._image(position),
+            image=read_image(self._images[position], (self._camera.width, self._camera.height)),
             camera=self._camera,
             stamp_ns=self._stamps_ns[position],
             index=position,
@@ -122,16 +130,12 @@ class KfnetFolder(FrameSource):
             T_map_camera=T_map_camera,
         )
 
-    def encoded_image(self, position: int) -> bytes | None:
-        path = self._images[position]
-        return path.read_bytes() if path.suffix.lower() in (".jpg", ".jpeg") else None
+    def fault(self, position: int) -> str:
+        found = image_fault(self._images[position], (self._camera.width, self._camera.height))
+        return found or (pose_fault(self._poses[position]) if self._poses is not None else "")
 
-    def _image(self, position: int) -> NDArray[np.uint8]:
-        path = self._images[position]
-        bgr = cv2.imread(str(path), cv2.IMREAD_COLOR)
-        if bgr is None:
-            raise SourceError(f"'{path}' is not a readable image.")
-        return np.ascontiguousarray(bgr[..., ::-1], dtype=np.uint8)
+    def encoded_image(self, position: int) -> bytes | None:
+        return encoded_jpeg(self._images[position], self._camera)
 
     def _pose(self, position: int, label: LabelMap | None) -> Matrix | None:
         if self._poses is None:

@@ -59,8 +59,9 @@ def write_kfnet_folder(
     lists: dict[str, list[str]] = {"image": [], "label": [], "pose": []}
     sample: list[NDArray[np.float64]] = []
     recording, last = 0, -1
-    for position, frame in enumerate(source):
-        if frame.depth_m is None or frame.T_map_camera is None:
+    for position in range(len(source)):
+        frame = source.read(position)
+        if frame is None or frame.depth_m is None or frame.T_map_camera is None:
             continue
         if last >= 0 and borders[position] > borders[last]:
             recording += 1

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,12 +13,15 @@ from numpy.typing import NDArray
 
 from kfloc_ros.datasets.derived import FRAME_PERIOD_NS
 from kfloc_ros.datasets.posed_images import CALIBRATION_FILE, PosedImage, PosedImages, natural_key, read_calibration
-from kfloc_ros.errors import SourceError
+from kfloc_ros.errors import FrameError, SourceError
+from kfloc_ros.files import MAX_IMAGE_PIXELS, usual_size
 from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.types import Frame
 
+LOG = logging.getLogger(__name__)
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg")
+MAX_VIDEO_FRAMES = 100_000_000
 VIDEO_ENDINGS = (".mp4", ".mov", ".avi", ".mkv", ".webm")
 GUESSED_FOCAL = 1.2
 """Focal length in longer sides, before it is known better; COLMAP's own first guess."""
@@ -37,11 +41,8 @@ class ImageFolder(PosedImages):
         files = sorted(image_files(root), key=lambda path: natural_key(path.name))
         if not files:
             raise SourceError(f"There is no image ({', '.join(IMAGE_ENDINGS)}) in '{root}'.")
-        first = cv2.imread(str(files[0]), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
-        if first is None:
-            raise SourceError(f"'{files[0]}' is not a readable image.")
         self._is_guess = not (root / CALIBRATION_FILE).is_file()
-        camera = guessed_camera(first) if self._is_guess else read_calibration(root / CALIBRATION_FILE)
+        camera = guessed_camera(*usual_size(files)) if self._is_guess else read_calibration(root / CALIBRATION_FILE)
         super().__init__(
             root.resolve().name,
             [PosedImage(path, path.stem, (k + 1) * FRAME_PERIOD_NS, camera, None) for k, path in enumerate(files)],
@@ -59,6 +60,8 @@ class VideoFile(FrameSource):
         path: anything that OpenCV reads.
         step: take every ``step``-th frame.
 
+    A video that ends before its header says so, as cut ones do, has the frames that can be read; a warning tells.
+
     Raises:
         SourceError: it cannot be read.
     """
@@ -67,19 +70,45 @@ class VideoFile(FrameSource):
         self.name = path.stem
         self._path, self._step = path, step
         self._video = cv2.VideoCapture(str(path))
-        count = int(self._video.get(cv2.CAP_PROP_FRAME_COUNT))
+        told = int(self._video.get(cv2.CAP_PROP_FRAME_COUNT))
         rate = float(self._video.get(cv2.CAP_PROP_FPS))
-        if not self._video.isOpened() or count < 1:
+        size = tuple(int(self._video.get(side)) for side in (cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT))
+        if not self._video.isOpened() or not 1 <= told <= MAX_VIDEO_FRAMES or not size[0] * size[1] > 0:
             raise SourceError(f"'{path}' is not a video that can be read here.")
-        self._period_ns = round(1e9 / rate) if 0 < rate < 1e5 else FRAME_PERIOD_NS
-        self._numbers = range(0, count, step)
+        if size[0] * size[1] > MAX_IMAGE_PIXELS:
+            raise SourceError(f"'{path}' has {size[0]}x{size[1]} pixels, more than the {MAX_IMAGE_PIXELS} allowed.")
         self._next = 0
+        self._period_ns = round(1e9 / rate) if 0 < rate < 1e5 else FRAME_PERIOD_NS
+        count = self._readable(told)
+        if count < 1:
+            raise SourceError(f"No frame of the video '{path}' can be read.")
+        self._numbers = range(0, count, step)
+        if count < told:
+            LOG.warning("'%s' says it has %d frames, and only %d can be read; these are used.", path, told, count)
         first = self._read(0)
         calibration = path.with_name(CALIBRATION_FILE)
         self._is_guess = not calibration.is_file()
-        self._camera = guessed_camera(first) if self._is_guess else read_calibration(calibration)
-        if first.shape[:2] != (self._camera.height, self._camera.width):
-            raise SourceError(f"'{calibration}' is of another camera: '{path}' is {first.shape[1]}x{first.shape[0]}.")
+        height, width = first.shape[:2]
+        self._camera = guessed_camera(width, height) if self._is_guess else read_calibration(calibration)
+        if (height, width) != (self._camera.height, self._camera.width):
+            raise SourceError(f"'{calibration}' is of another camera: '{path}' is {width}x{height}.")
+
+    def _readable(self, told: int) -> int:
+        """Number of frames up to the last one that can be read, found by bisection where that is not the last."""
+        if self._can_read(told - 1):
+            return told
+        low, high = 0, told - 1
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (middle + 1, high) if self._can_read(middle) else (low, middle)
+        return low
+
+    def _can_read(self, number: int) -> bool:
+        try:
+            self._read(number)
+        except FrameError:
+            return False
+        return True
 
     @property
     def camera(self) -> Camera:
@@ -105,9 +134,9 @@ class VideoFile(FrameSource):
         if number != self._next:
             self._video.set(cv2.CAP_PROP_POS_FRAMES, number)
         done, bgr = self._video.read()
-        self._next = number + 1
+        self._next = number + 1 if done else -1
         if not done:
-            raise SourceError(f"Frame {number} of '{self._path}' cannot be read.")
+            raise FrameError(f"Frame {number} of '{self._path}' cannot be read.")
         return np.ascontiguousarray(bgr[..., ::-1])
 
 
@@ -116,9 +145,8 @@ def image_files(root: Path) -> list[Path]:
     return [path for path in root.iterdir() if path.suffix.lower() in IMAGE_ENDINGS] if root.is_dir() else []
 
 
-def guessed_camera(image: NDArray[np.uint8]) -> Camera:
-    """A pinhole camera for an image (H, W, 3) of which nothing is known."""
-    height, width = image.shape[:2]
+def guessed_camera(width: int, height: int) -> Camera:
+    """Return a pinhole camera for images of a size of which nothing else is known."""
     focal = GUESSED_FOCAL * max(width, height)
     return Camera(width, height, focal, focal, (width - 1) / 2, (height - 1) / 2)
 

@@ -17,11 +17,16 @@ from numpy.typing import NDArray
 from kfloc_ros.datasets.depth import register_depth
 from kfloc_ros.datasets.derived import recordings
 from kfloc_ros.errors import FrameError, SourceError
+from kfloc_ros.files import image_fault, image_size, read_bytes, read_depth_m, read_image, read_text
 from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import DISTORTION_LENGTHS, Camera, ImageAdapter, known_coefficients
+from kfloc_ros.geometry.lie import make_pose, quaternion_to_matrix
 from kfloc_ros.types import Frame, Matrix
 
 CALIBRATION_FILE = "camera.txt"
+MAX_POSITION_M = 1e8
+RESIZED, RESIZED_AGREE = 1.2, 0.1
+"""From this factor on between principal point and middle, alike in both directions, images count as resized."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,21 +89,20 @@ class PosedImages(FrameSource):
     def __getitem__(self, position: int) -> Frame:
         index = range(len(self._images))[position]
         image = self._images[index]
-        bgr = cv2.imread(str(image.path), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
-        if bgr is None:
-            raise SourceError(f"'{image.path}' is not a readable image.")
-        rgb = np.ascontiguousarray(bgr[..., ::-1])
+        rgb = read_image(image.path, (image.camera.width, image.camera.height))
         depth_m = self._depth(image)
-        if rgb.shape[:2] != (image.camera.height, image.camera.width):
-            raise SourceError(
-                f"'{image.path}' is {rgb.shape[1]}x{rgb.shape[0]} but its camera is "
-                f"{image.camera.width}x{image.camera.height}."
-            )
         adapter = self.adapter(index)
         if adapter is not None:
             rgb = adapter(rgb)
             depth_m = None if depth_m is None else adapter.nearest(depth_m)
         return Frame(rgb, self._camera, image.stamp_ns, index, image.name, depth_m, image.T_map_camera)
+
+    def fault(self, position: int) -> str:
+        image = self._images[position]
+        found = image_fault(image.path, (image.camera.width, image.camera.height))
+        if not found and self._depth_files is not None and image.depth_path is not None:
+            found = image_fault(image.depth_path)
+        return found
 
     def pose(self, position: int) -> Matrix | None:
         return self._images[position].T_map_camera
@@ -110,8 +114,7 @@ class PosedImages(FrameSource):
 
     def encoded_image(self, position: int) -> bytes | None:
         image = self._images[position]
-        whole = image.path.suffix.lower() in (".jpg", ".jpeg") and image.camera == self._camera
-        return image.path.read_bytes() if whole else None
+        return encoded_jpeg(image.path, self._camera) if image.camera == self._camera else None
 
     @cached_property
     def _adapters(self) -> dict[Camera, ImageAdapter]:
@@ -121,18 +124,35 @@ class PosedImages(FrameSource):
         files = self._depth_files
         if files is None or image.depth_path is None:
             return None
-        raw = cv2.imread(str(image.depth_path), cv2.IMREAD_UNCHANGED)
-        if raw is None or raw.dtype != np.uint16 or raw.ndim != 2:
-            raise SourceError(f"'{image.depth_path}' is not a 16-bit depth image.")
-        depth_m = np.where(raw == 65535, 0, raw).astype(np.float32) * np.float32(files.unit_m)
+        depth_m = read_depth_m(image.depth_path, files.unit_m)
         if files.camera is not None:
             if depth_m.shape != (files.camera.height, files.camera.width):
-                raise SourceError(f"'{image.depth_path}' has not the size of its camera.")
+                raise FrameError(f"'{image.depth_path}' has not the size of its camera.")
             return register_depth(depth_m, files.camera, image.camera, np.eye(4))
         size = (image.camera.width, image.camera.height)
         if depth_m.shape != size[::-1]:
             depth_m = np.asarray(cv2.resize(depth_m, size, interpolation=cv2.INTER_NEAREST), dtype=np.float32)
         return depth_m
+
+
+def check_centre(camera: Camera, where: str) -> None:
+    """Refuse intrinsics whose principal point is that of an image of another size, such as one before it was resized.
+
+    Args:
+        camera: intrinsics from a file without a size, and the size of the images.
+        where: the file, for the error.
+
+    Raises:
+        SourceError: both coordinates of the principal point lie off the middle by nearly one factor.
+    """
+    across, down = (2 * camera.cx + 1) / camera.width, (2 * camera.cy + 1) / camera.height
+    scaled = max(across, down) < 1 / RESIZED or min(across, down) > RESIZED
+    if scaled and abs(across - down) < RESIZED_AGREE * max(across, down):
+        size = f"{round(camera.width * across)}x{round(camera.height * down)}"
+        raise SourceError(
+            f"The intrinsics in '{where}' (principal point {camera.cx:g}, {camera.cy:g}) fit images of about {size}, "
+            f"and the images are {camera.width}x{camera.height}. Write those of the resized images there."
+        )
 
 
 def read_calibration(path: Path) -> Camera:
@@ -145,7 +165,7 @@ def read_calibration(path: Path) -> Camera:
         SourceError: the file is not such a line, or its numbers are no camera's.
     """
     try:
-        words = path.read_text(encoding="utf-8").split()
+        words = read_text(path).split()
         numbers = [float(word) for word in words[:6]]
         named = words[6:7] if words[6:7] and words[6] in DISTORTION_LENGTHS else []
         values = [float(word) for word in words[6 + len(named) :]]
@@ -171,30 +191,31 @@ def write_calibration(path: Path, camera: Camera) -> None:
     path.write_text(f"{camera.width} {camera.height} {values}{name}{lens}\n", encoding="utf-8")
 
 
+def encoded_jpeg(path: Path, camera: Camera) -> bytes | None:
+    """Return a JPEG file as it is, if that is the image of a camera; None for other files, and turned images."""
+    if path.suffix.lower() not in (".jpg", ".jpeg") or image_size(path) != (camera.width, camera.height):
+        return None
+    return read_bytes(path)
+
+
+def usable_pose(T: Matrix) -> Matrix | None:
+    """Return a pose (4, 4), or None where it is none: not finite, or farther away than anything on Earth."""
+    return T if np.isfinite(T).all() and np.abs(T[:3, 3]).max() < MAX_POSITION_M else None
+
+
+def pose_of_row(translation: Sequence[float], quaternion_xyzw: Sequence[float]) -> Matrix | None:
+    """Return the pose (4, 4) of a translation and a quaternion in a list; None where a number is not finite.
+
+    Raises:
+        ValueError: the numbers are finite and the quaternion has no length, or numbers are missing.
+    """
+    if len(translation) != 3 or len(quaternion_xyzw) != 4:
+        raise ValueError("a pose has a translation of three numbers and a quaternion of four")
+    if not np.isfinite([*translation, *quaternion_xyzw]).all():
+        return None
+    return usable_pose(make_pose(quaternion_to_matrix(quaternion_xyzw), translation))
+
+
 def natural_key(name: str) -> list[tuple[int, int, str]]:
     """Sorting key that puts ``image_10`` after ``image_9``."""
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name) if part]
-
-
-def inside(folder: Path, name: str) -> Path:
-    """A file that a dataset names, which must lie in the dataset's own folder.
-
-    Raises:
-        SourceError: the name leads elsewhere.
-    """
-    path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise SourceError(f"The name '{name}' leads out of the folder '{folder}'.")
-    return path
-
-
-def image_size(path: Path) -> tuple[int, int]:
-    """Width and height of an image file.
-
-    Raises:
-        SourceError: it is none.
-    """
-    image = cv2.imread(str(path), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
-    if image is None:
-        raise SourceError(f"'{path}' is not a readable image.")
-    return image.shape[1], image.shape[0]

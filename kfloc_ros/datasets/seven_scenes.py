@@ -3,22 +3,28 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-import cv2
 import numpy as np
 
 from kfloc_ros.datasets.depth import register_depth
 from kfloc_ros.datasets.derived import Sequences
+from kfloc_ros.datasets.posed_images import CALIBRATION_FILE, encoded_jpeg, pose_of_row, read_calibration
 from kfloc_ros.datasets.scenes import SEVEN_SCENES
-from kfloc_ros.errors import SourceError
+from kfloc_ros.errors import FrameError, SourceError
+from kfloc_ros.files import image_fault, number, read_depth_m, read_image, read_text, usual_size
 from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import Camera
-from kfloc_ros.geometry.lie import inverse_pose, quaternion_to_matrix
+from kfloc_ros.geometry.lie import inverse_pose
+from kfloc_ros.kfnet.reference.files import pose_fault, read_pose
 from kfloc_ros.types import Frame, Matrix
 
+LOG = logging.getLogger(__name__)
 FRAME_PERIOD_NS = 33_333_333
 """The sequences have no time stamps; the Kinect recorded at 30 Hz."""
 
@@ -36,7 +42,11 @@ T_COLOR_DEPTH: Matrix = np.array(
 
 
 class SevenScenes(FrameSource):
-    """One 7-Scenes sequence, with depth moved into the colour camera.
+    """One 7-Scenes sequence, with depth moved into the colour camera; or a recording of another camera in its layout.
+
+    With a ``camera.txt`` (:func:`~kfloc_ros.datasets.posed_images.read_calibration`) in the folder or its parent, that
+    is the colour camera, the poses are its own, and depth is registered to it. Without, the files are the Kinect's of
+    the data set, whose poses are those of its depth camera.
 
     Args:
         root: folder with the frames, or one that holds ``seq-*`` folders of which exactly one exists.
@@ -44,7 +54,7 @@ class SevenScenes(FrameSource):
         depth: read the depth images.
 
     Raises:
-        SourceError: nothing there, several sequences, or poses missing.
+        SourceError: nothing there, several sequences, poses missing, or images of another camera without camera.txt.
     """
 
     def __init__(self, root: Path, *, poses: str = "file", depth: bool = True) -> None:
@@ -57,13 +67,27 @@ class SevenScenes(FrameSource):
             raise SourceError(f"'{folder}' has no frame-*.color.png or .jpg.")
         self._with_depth = depth
         self._indices = [int(path.name[6:12]) for path in self._color]
+        own = next((p for p in (folder / CALIBRATION_FILE, folder.parent / CALIBRATION_FILE) if p.is_file()), None)
+        self._is_kinect = own is None
         if poses == "file":
-            self._camera, self._sfm = COLOR_CAMERA, None
+            self._camera, self._sfm = COLOR_CAMERA if own is None else read_calibration(own), None
         elif poses == "sfm":
             self._sfm, focal_px = _read_sfm_poses(folder)
-            self._camera = Camera(640, 480, focal_px, focal_px, 320.0, 240.0)
+            self._camera = replace(COLOR_CAMERA, fx=focal_px, fy=focal_px) if own is None else read_calibration(own)
         else:
             raise SourceError(f"--poses must be 'file' or 'sfm' for 7-Scenes, got '{poses}'.")
+        if own is None and self.name.lower() not in SEVEN_SCENES:
+            LOG.warning(
+                "'%s' is read as 7-Scenes, recorded with its Kinect. If it is of another camera, put a %s there.",
+                folder, CALIBRATION_FILE,
+            )  # fmt: skip
+        size = usual_size(self._color)
+        if own is None and size != (COLOR_CAMERA.width, COLOR_CAMERA.height):
+            raise SourceError(
+                f"The images in '{folder}' are {size[0]}x{size[1]}, not 640x480 like those of 7-Scenes, so that their "
+                f"camera is not known. Put a {CALIBRATION_FILE} with 'width height fx fy cx cy' and the distortion "
+                "there; poses are then the colour camera's, and depth is registered to it."
+            )
 
     @property
     def camera(self) -> Camera:
@@ -77,12 +101,9 @@ class SevenScenes(FrameSource):
 
     def __getitem__(self, position: int) -> Frame:
         color_path, index = self._color[position], self._indices[position]
-        bgr = cv2.imread(str(color_path), cv2.IMREAD_COLOR)
-        if bgr is None:
-            raise SourceError(f"'{color_path}' is not a readable image.")
         stem = color_path.name.split(".")[0]
         return Frame(
-            image=np.ascontiguousarray(bgr[..., ::-1]),
+            image=read_image(color_path, (self._camera.width, self._camera.height)),
             camera=self._camera,
             stamp_ns=(index + 1) * FRAME_PERIOD_NS,
             index=index,
@@ -96,27 +117,39 @@ class SevenScenes(FrameSource):
         return self._pose(path.with_name(f"{path.name.split('.')[0]}.pose.txt"))
 
     def encoded_image(self, position: int) -> bytes | None:
+        return encoded_jpeg(self._color[position], self._camera)
+
+    def fault(self, position: int) -> str:
         path = self._color[position]
-        return path.read_bytes() if path.suffix == ".jpg" else None
+        stem = path.name.split(".")[0]
+        found = image_fault(path, (self._camera.width, self._camera.height))
+        depth = path.with_name(f"{stem}.depth.png")
+        if not found and self._with_depth and depth.exists():
+            found = image_fault(depth)
+        return found or (pose_fault(path.with_name(f"{stem}.pose.txt")) if self._sfm is None else "")
 
     def _depth(self, path: Path) -> np.ndarray | None:
         if not (self._with_depth and path.exists()):
             return None
-        raw = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
-        if raw is None or raw.dtype != np.uint16:
-            raise SourceError(f"'{path}' is not a 16-bit depth image.")
-        depth_m = np.where((raw == 0) | (raw == 65535), 0, raw).astype(np.float32) * 1e-3
-        return register_depth(depth_m, DEPTH_CAMERA, self._camera, T_COLOR_DEPTH)
+        depth_m = read_depth_m(path, 1e-3)
+        if self._is_kinect:
+            return register_depth(depth_m, DEPTH_CAMERA, self._camera, T_COLOR_DEPTH)
+        if depth_m.shape != (self._camera.height, self._camera.width):
+            raise FrameError(
+                f"'{path}' is {depth_m.shape[1]}x{depth_m.shape[0]} but the colour camera is {self._camera.width}x"
+                f"{self._camera.height}; depth must be registered to it."
+            )
+        return depth_m
 
     def _pose(self, path: Path) -> Matrix | None:
         if self._sfm is not None:
             return self._sfm.get(path.name.split(".")[0])
         if not path.exists():
             return None
-        T_map_depth = np.loadtxt(path)
-        if T_map_depth.shape != (4, 4) or not np.isfinite(T_map_depth).all():
-            raise SourceError(f"'{path}' does not hold a finite 4x4 pose.")
-        return np.asarray(T_map_depth @ np.linalg.inv(T_COLOR_DEPTH), dtype=np.float64)
+        T = read_pose(path)
+        if T is None or not self._is_kinect:
+            return T
+        return np.asarray(T @ np.linalg.inv(T_COLOR_DEPTH), dtype=np.float64)
 
 
 def _sequence_folder(root: Path) -> Path:
@@ -137,16 +170,18 @@ def _read_sfm_poses(folder: Path) -> tuple[dict[str, Matrix], float]:
         raise SourceError(f"--poses sfm needs 'poses_sfm.txt' in '{folder}' or its parent.")
     poses: dict[str, Matrix] = {}
     focal_px = 525.0
-    for line in path.read_text().splitlines():
-        name, *numbers = line.split()
-        values = np.array([float(n) for n in numbers])
-        if values.shape != (8,) or not np.isfinite(values).all():
+    for line in _lines(path):
+        name, *words = line.split()
+        try:
+            values = [number(word) for word in words]
+            T = None if len(values) != 8 else pose_of_row(values[4:7], [*values[1:4], values[0]])
+        except ValueError as error:
+            raise SourceError(f"'{path}' has a line that is not 'name qw qx qy qz tx ty tz f': {line!r}.") from error
+        if len(values) != 8:
             raise SourceError(f"'{path}' has a line that is not 'name qw qx qy qz tx ty tz f': {line!r}.")
-        T_camera_map = np.eye(4)
-        T_camera_map[:3, :3] = quaternion_to_matrix(values[[1, 2, 3, 0]])
-        T_camera_map[:3, 3] = values[4:7]
-        poses[name.split(".")[0]] = inverse_pose(T_camera_map)
-        focal_px = float(values[7])
+        if T is not None and math.isfinite(values[7]):
+            poses[name.split(".")[0]] = inverse_pose(T)
+            focal_px = values[7]
     return poses, focal_px
 
 
@@ -183,7 +218,14 @@ def seven_scenes(root: Path, part: str, *, poses: str, depth: bool) -> FrameSour
 def _listed(path: Path) -> list[int] | None:
     if not path.is_file():
         return None
-    numbers = [int(n) for n in re.findall(r"(?m)^\s*sequence(\d+)", path.read_text(encoding="utf-8"))]
+    numbers = [int(n) for n in re.findall(r"(?m)^\s*sequence(\d{1,9})", "\n".join(_lines(path)))]
     if not numbers:
         raise SourceError(f"'{path}' names no sequence; its lines are like 'sequence3'.")
     return numbers
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return [line for line in read_text(path).splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise SourceError(f"The list '{path}' cannot be read: {error}.") from error

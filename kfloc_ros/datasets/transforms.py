@@ -10,14 +10,16 @@ from __future__ import annotations
 import json
 import math
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from kfloc_ros.datasets.derived import stamps_with_gaps
-from kfloc_ros.datasets.posed_images import DepthFiles, PosedImage, PosedImages, image_size, inside, natural_key
-from kfloc_ros.errors import SourceError
+from kfloc_ros.datasets.posed_images import DepthFiles, PosedImage, PosedImages, check_centre, natural_key, usable_pose
+from kfloc_ros.errors import FrameError, SourceError
+from kfloc_ros.files import image_size, inside, read_text, usual_size
 from kfloc_ros.geometry.camera import DISTORTION_LENGTHS, Camera
 from kfloc_ros.geometry.colmap import pixels_from_colmap
 from kfloc_ros.geometry.lie import make_pose
@@ -39,6 +41,7 @@ LENSES: dict[str, tuple[str, tuple[str, ...]]] = {
     "OPENCV_FISHEYE": ("equidistant", ("k1", "k2", "k3", "k4")),
 }
 """Names of ``camera_model``, and the distortion model and the keys of its coefficients that each stands for."""
+FOCAL = frozenset({"fl_x", "camera_angle_x"})
 LENS_KEY = re.compile(r"(k|p|s|b)\d|ftheta_\w+|latlong|ortho\w*|equirect\w*|skew")
 """Keys that say something about a lens; those that a model does not have may only be zero or false."""
 
@@ -58,7 +61,7 @@ class TransformsFile(PosedImages):
     def __init__(self, path: Path, *, depth: bool = True) -> None:
         path = path / FILE_NAME if path.is_dir() else path
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(read_text(path))
         except OSError as error:
             raise SourceError(f"'{path}' cannot be read: {error.strerror}.") from error
         except ValueError as error:
@@ -69,8 +72,11 @@ class TransformsFile(PosedImages):
             frames = sorted(content["frames"], key=lambda frame: natural_key(str(frame["file_path"])))
             stamps = stamps_with_gaps([Path(frame["file_path"]).parent for frame in frames])
             unit_m = _depth_unit_m(content)
-            images = [_image(path.parent, content, frame, stamp) for frame, stamp in zip(frames, stamps, strict=True)]
-        except (KeyError, TypeError, ValueError) as error:
+            size = usual_size([_file(path.parent, frame) for frame in frames]) if "w" not in content else (0, 0)
+            images = [
+                _image(path.parent, content, frame, stamp, size) for frame, stamp in zip(frames, stamps, strict=True)
+            ]
+        except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError, FrameError) as error:
             raise SourceError(
                 f"'{path}' has a frame that cannot be used: {type(error).__name__} ({error}); every frame needs "
                 "'file_path' and a 4x4 'transform_matrix'."
@@ -95,28 +101,35 @@ def _depth_unit_m(content: dict[str, Any]) -> float:
     return unit_m
 
 
-def _image(folder: Path, content: dict[str, Any], frame: dict[str, Any], stamp_ns: int) -> PosedImage:
+def _file(folder: Path, frame: dict[str, Any]) -> Path:
+    """The image that a frame names, with or without its ending; it may be missing."""
     name = str(frame["file_path"])
-    found = [p for p in (inside(folder, name + ending) for ending in IMAGE_ENDINGS) if p.is_file()]
-    if not found:
-        raise SourceError(f"The image '{folder / name}' is missing.")
+    found = (p for p in (inside(folder, name + ending) for ending in IMAGE_ENDINGS) if p.is_file())
+    return next(found, inside(folder, name))
+
+
+def _image(
+    folder: Path, content: dict[str, Any], frame: dict[str, Any], stamp_ns: int, size: tuple[int, int]
+) -> PosedImage:
+    name, image = str(frame["file_path"]), _file(folder, frame)
+    if FOCAL.intersection(frame):  # a camera of its own
+        with suppress(FrameError):  # told by the source's fault()
+            size = image_size(image)
     depth = frame.get("depth_file_path") or frame.get("depth_path")
     return PosedImage(
-        path=found[0],
+        path=image,
         name=Path(name).as_posix().removeprefix("./"),
         stamp_ns=stamp_ns,
-        camera=_camera({**content, **frame}, found[0]),
+        camera=_camera({**content, **frame}, size),
         T_map_camera=_pose(frame["transform_matrix"], name),
         depth_path=inside(folder, str(depth)) if depth else None,
     )
 
 
-def _camera(values: dict[str, Any], path: Path) -> Camera:
+def _camera(values: dict[str, Any], size: tuple[int, int]) -> Camera:
     """Intrinsics of a frame; what the frame does not say itself is the file's."""
-    if "w" in values and "h" in values:
-        width, height = int(values["w"]), int(values["h"])
-    else:
-        width, height = image_size(path)
+    told = "w" in values and "h" in values
+    width, height = (int(values["w"]), int(values["h"])) if told else size
     if "fl_x" in values:
         fx = float(values["fl_x"])
         fy = float(values.get("fl_y", fx))
@@ -126,7 +139,10 @@ def _camera(values: dict[str, Any], path: Path) -> Camera:
     else:
         raise SourceError("A transforms.json needs 'fl_x' or 'camera_angle_x'; without a focal length nothing fits.")
     cx, cy = pixels_from_colmap((float(values.get("cx", width / 2)), float(values.get("cy", height / 2)))).tolist()
-    return Camera(width, height, fx, fy, cx, cy, *_lens(values))
+    camera = Camera(width, height, fx, fy, cx, cy, *_lens(values))
+    if not told:
+        check_centre(camera, FILE_NAME)
+    return camera
 
 
 def _lens(values: dict[str, Any]) -> tuple[str, tuple[float, ...]]:
@@ -155,11 +171,14 @@ def _lens(values: dict[str, Any]) -> tuple[str, tuple[float, ...]]:
     return model, (*distortion, *[0.0] * (shortest - len(distortion)))
 
 
-def _pose(rows: Any, name: str) -> Matrix:
+def _pose(rows: Any, name: str) -> Matrix | None:
+    """T_map_camera (4, 4); None where a number is not finite (also ``null``)."""
     T = np.asarray(rows, dtype=np.float64)
-    if T.shape not in ((4, 4), (3, 4)) or not np.isfinite(T).all():
-        raise SourceError(f"The transform_matrix of '{name}' is not a finite 4x4 matrix.")
+    if T.shape not in ((4, 4), (3, 4)):
+        raise SourceError(f"The transform_matrix of '{name}' is not a 4x4 matrix.")
+    if not np.isfinite(T).all():
+        return None
     U, singular, Vt = np.linalg.svd(T[:3, :3])
     if np.abs(singular - 1).max() > 0.02 or np.linalg.det(T[:3, :3]) < 0:
         raise SourceError(f"The transform_matrix of '{name}' holds no rotation.")
-    return np.asarray(make_pose(U @ Vt, T[:3, 3]) @ OPENCV_FROM_OPENGL, dtype=np.float64)
+    return usable_pose(np.asarray(make_pose(U @ Vt, T[:3, 3]) @ OPENCV_FROM_OPENGL, dtype=np.float64))

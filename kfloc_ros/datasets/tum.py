@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import re
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from pathlib import Path
 
 from kfloc_ros.datasets.posed_images import (
@@ -12,16 +12,18 @@ from kfloc_ros.datasets.posed_images import (
     DepthFiles,
     PosedImage,
     PosedImages,
-    inside,
+    pose_of_row,
     read_calibration,
 )
 from kfloc_ros.errors import SourceError
+from kfloc_ros.files import inside, number, read_text
 from kfloc_ros.geometry.camera import Camera
-from kfloc_ros.geometry.lie import make_pose, quaternion_to_matrix
 from kfloc_ros.messages.transforms import PoseTrack, nearest_stamp
 
 DEPTH_UNIT_M = 1 / 5000
 DEPTH_TOLERANCE_NS = 20_000_000
+MAX_STAMP_S = 9_000_000_000
+"""About what 64 bits of nanoseconds hold."""
 
 CAMERAS = {
     "1": Camera(640, 480, 517.3, 516.5, 318.6, 255.3, "plumb_bob", (0.2624, -0.9531, -0.0054, 0.0026, 1.1633)),
@@ -69,7 +71,7 @@ def _camera(root: Path) -> Camera:
 
 def _rows(path: Path) -> list[list[str]]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_text(path).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise SourceError(f"The list '{path}' cannot be read: {error}.") from error
     return [line.split() for line in lines if line.strip() and not line.startswith("#")]
@@ -77,9 +79,12 @@ def _rows(path: Path) -> list[list[str]]:
 
 def _stamp_ns(text: str, path: Path) -> int:
     try:
-        return int(Decimal(text) * 1_000_000_000)  # a double would round stamps of today to a quarter microsecond
-    except (InvalidOperation, ValueError, OverflowError) as error:
-        raise SourceError(f"'{path}' has a line that does not begin with a time: {text!r}.") from error
+        seconds = Decimal(text)
+        if not seconds.is_finite() or abs(seconds) > MAX_STAMP_S:
+            raise ValueError("no time")
+        return int(seconds * 1_000_000_000)  # a double would round stamps of today to a quarter microsecond
+    except (ArithmeticError, ValueError) as error:
+        raise SourceError(f"'{path}' has a line that does not begin with a time: {text[:60]!r}.") from error
 
 
 def _read_files(root: Path, name: str) -> list[tuple[int, Path]]:
@@ -94,9 +99,12 @@ def _read_track(path: Path) -> PoseTrack:
     stamps, poses = [], []
     for row in _rows(path):
         try:
-            x, y, z, *xyzw = (float(word) for word in row[1:8])
-            poses.append(make_pose(quaternion_to_matrix(xyzw), (x, y, z)))
+            x, y, z, *xyzw = (number(word) for word in row[1:8])
+            pose = pose_of_row((x, y, z), xyzw)
         except ValueError as error:
             raise SourceError(f"'{path}' has a line that is not 'timestamp tx ty tz qx qy qz qw': {row}.") from error
-        stamps.append(_stamp_ns(row[0], path))
+        stamp = _stamp_ns(row[0], path)
+        if pose is not None:  # between its neighbours the track says nothing if they are too far apart
+            stamps.append(stamp)
+            poses.append(pose)
     return PoseTrack(stamps, poses)

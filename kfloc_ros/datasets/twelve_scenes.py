@@ -13,11 +13,13 @@ from numpy.typing import NDArray
 
 from kfloc_ros.datasets.depth import register_depth
 from kfloc_ros.datasets.derived import recordings, stamps_with_gaps
-from kfloc_ros.errors import SourceError
+from kfloc_ros.datasets.posed_images import encoded_jpeg
+from kfloc_ros.errors import FrameError, SourceError
+from kfloc_ros.files import image_fault, read_depth_m, read_image, read_text
 from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import Camera
-from kfloc_ros.kfnet.reference.files import read_pose
-from kfloc_ros.types import Frame
+from kfloc_ros.kfnet.reference.files import pose_fault, read_pose
+from kfloc_ros.types import Frame, Matrix
 
 
 class TwelveScenes(FrameSource):
@@ -69,30 +71,39 @@ class TwelveScenes(FrameSource):
     def __getitem__(self, position: int) -> Frame:
         path = self._images[position]
         stem = path.name.split(".")[0]
-        bgr = cv2.imread(str(path), cv2.IMREAD_COLOR)
-        if bgr is None:
-            raise SourceError(f"'{path}' is not a readable image.")
         return Frame(
-            image=np.ascontiguousarray(bgr[..., ::-1], dtype=np.uint8),
+            image=read_image(path, (self._camera.width, self._camera.height)),
             camera=self._camera,
             stamp_ns=self._stamps_ns[position],
             index=self._indices[position],
             name=stem,
             depth_m=self._depth(path.with_name(f"{stem}.depth.png")),
-            T_map_camera=read_pose(path.with_name(f"{stem}.pose.txt")),
+            T_map_camera=self.pose(position),
         )
 
-    def encoded_image(self, position: int) -> bytes | None:
+    def pose(self, position: int) -> Matrix | None:
         path = self._images[position]
-        return path.read_bytes() if path.suffix == ".jpg" else None
+        path = path.with_name(f"{path.name.split('.')[0]}.pose.txt")
+        return read_pose(path) if path.exists() else None
+
+    def fault(self, position: int) -> str:
+        path = self._images[position]
+        stem = path.name.split(".")[0]
+        found = image_fault(path, (self._camera.width, self._camera.height))
+        depth = path.with_name(f"{stem}.depth.png")
+        if not found and self._with_depth and depth.exists():
+            found = image_fault(depth)
+        return found or pose_fault(path.with_name(f"{stem}.pose.txt"))
+
+    def encoded_image(self, position: int) -> bytes | None:
+        return encoded_jpeg(self._images[position], self._camera)
 
     def _depth(self, path: Path) -> NDArray[np.float32] | None:
         if not (self._with_depth and path.exists()):
             return None
-        raw = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
-        if raw is None or raw.dtype != np.uint16:
-            raise SourceError(f"'{path}' is not a 16-bit depth image.")
-        depth_m = np.where(raw == 65535, 0, raw).astype(np.float32) * 1e-3
+        depth_m = read_depth_m(path, 1e-3)
+        if depth_m.shape != (self._depth_camera.height, self._depth_camera.width):
+            raise FrameError(f"'{path}' has not the size of its camera.")
         # the colour camera has about twice the depth camera's pixels: register at the depth's size, then enlarge
         small = self._camera.scaled_to(self._depth_camera.width, self._depth_camera.height)
         registered = register_depth(depth_m, self._depth_camera, small, np.eye(4))
@@ -107,7 +118,7 @@ def read_cameras(path: Path) -> tuple[Camera, Camera]:
         SourceError: missing, or without their sizes and calibrations.
     """
     try:
-        entries = dict(re.findall(r"(?m)^\s*(\w+)\s*=\s*(.*?)\s*$", path.read_text(encoding="utf-8")))
+        entries = dict(re.findall(r"(?m)^\s*(\w+)\s*=\s*(.*?)\s*$", read_text(path)))
         cameras = []
         for kind in ("color", "depth"):
             K = [float(x) for x in entries[f"m_calibration{kind.capitalize()}Intrinsic"].split()]
@@ -115,7 +126,7 @@ def read_cameras(path: Path) -> tuple[Camera, Camera]:
             cameras.append(Camera(width, height, K[0], K[5], K[2], K[6]))
     except OSError as error:
         raise SourceError(f"The calibration '{path}' cannot be read: {error.strerror}.") from error
-    except (KeyError, ValueError, IndexError) as error:
+    except (KeyError, ValueError, IndexError, FrameError) as error:
         raise SourceError(f"'{path}' lacks the size or the calibration of a camera: {error}.") from error
     return cameras[0], cameras[1]
 
@@ -127,7 +138,7 @@ def read_sequences(path: Path) -> list[range]:
         SourceError: missing, or without such lines.
     """
     try:
-        found = re.findall(r"start\s*=\s*(\d+)\s*;\s*end\s*=\s*(\d+)", path.read_text(encoding="utf-8"))
+        found = re.findall(r"start\s*=\s*(\d+)\s*;\s*end\s*=\s*(\d+)", read_text(path))
     except OSError as error:
         raise SourceError(f"The split '{path}' cannot be read: {error.strerror}.") from error
     if not found:

@@ -1,16 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""COLMAP cameras and pixels to :class:`Camera` and back: the one place that knows of its pixel centres at .5."""
+"""COLMAP cameras and pixels to :class:`Camera` and back, and its models from disk.
+
+This is the one place that knows of COLMAP's pixel centres at .5. Of a model, counts are checked before memory is taken,
+and files that contradict each other are refused. A program that knows ``cameras``, ``images`` and ``points3D`` only and
+moves or scales a model, leaves ``frames`` and ``rigs`` (COLMAP 3.12 and later) as they were: COLMAP takes their poses.
+A program that writes text leaves the binary files beside it: COLMAP reads those first.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import struct
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from kfloc_ros.errors import FrameError
+from kfloc_ros.errors import FrameError, SourceError
+from kfloc_ros.files import number, open_plain, read_bytes
 from kfloc_ros.geometry.camera import Camera
+from kfloc_ros.geometry.lie import inverse_pose, is_farther, make_pose, quaternion_to_matrix
 
 PIXEL_SHIFT = 0.5
 """COLMAP's pixel (0, 0) is the corner of the top-left pixel; here it is that pixel's centre."""
@@ -87,3 +97,222 @@ def camera_to_colmap(camera: Camera) -> tuple[str, list[float]]:
     if any(d):
         return "OPENCV", [fx, fy, cx, cy, *d[:4]]
     return "PINHOLE", [fx, fy, cx, cy]
+
+
+NAMES = ("cameras", "images", "points3D")
+OPTIONAL = ("rigs", "frames")
+AGREE_DEG, AGREE_SHARE = 0.05, 1e-3
+"""Poses of one image in two files agree within an angle, and this share of the model's extent."""
+COMPARED_POINTS = 100
+
+
+class Stored(NamedTuple):
+    """What ``images`` says of one image."""
+
+    quaternion_wxyz: tuple[float, ...]
+    translation: tuple[float, ...]
+
+
+def read_model(folder: Path) -> Any:
+    """Return the ``pycolmap.Reconstruction`` of a folder with a model, binary or text.
+
+    Raises:
+        SourceError: a file is missing, damaged, no plain file, announces more than it holds, or contradicts another.
+    """
+    import pycolmap
+
+    end = ".bin" if all((folder / f"{name}.bin").is_file() for name in NAMES) else ".txt"
+    try:
+        for name in (*NAMES, *OPTIONAL):
+            path = folder / f"{name}{end}"
+            if name in NAMES or path.exists():
+                open_plain(path).close()
+                if end == ".bin":
+                    _COUNTED[name](read_bytes(path))
+        model = pycolmap.Reconstruction(str(folder))
+    except OSError as error:
+        raise SourceError(f"The COLMAP model '{folder}' cannot be read: {error}.") from error
+    except (RuntimeError, ValueError, IndexError, MemoryError, struct.error) as error:
+        raise SourceError(f"The COLMAP model '{folder}' is damaged: {error}") from error
+    _check_frames(folder, end, model)
+    if end == ".bin" and all((folder / f"{name}.txt").is_file() for name in NAMES):
+        _check_text(folder, model)
+    return model
+
+
+def _check_frames(folder: Path, end: str, model: Any) -> None:
+    """Refuse a model in which ``images`` and ``frames`` hold different poses."""
+    if not (folder / f"frames{end}").is_file():
+        return
+    stored = dict(_images_of_text(folder) if end == ".txt" else _images_of_bytes(read_bytes(folder / "images.bin")))
+    if name := _differing(model, stored):
+        raise SourceError(
+            f"In the COLMAP model '{folder}', images{end} and frames{end} hold different poses, for example of "
+            f"'{name}'. If another program changed the model, frames{end} and rigs{end} are the old ones: delete both."
+        )
+
+
+def _check_text(folder: Path, model: Any) -> None:
+    """Refuse a binary model beside a text model that says something else."""
+    try:
+        other = _differing(model, dict(_images_of_text(folder)))
+        if not other and (camera := _differing_camera(folder, model)):
+            other = f"camera {camera}"
+        if not other and (point := _differing_point(folder, model)):
+            other = f"point {point}"
+    except (OSError, ValueError, IndexError, OverflowError) as error:
+        raise SourceError(f"The text files of the COLMAP model '{folder}' are damaged: {error}") from error
+    if other:
+        raise SourceError(
+            f"The COLMAP model '{folder}' is there twice, as .bin and as .txt, and the two differ, for example in "
+            f"'{other}'. Delete the one that is out of date."
+        )
+
+
+def _differing(model: Any, stored: dict[str, Stored]) -> str:
+    """Name of an image whose pose differs from the model's, or that only one of the two has; empty if none does."""
+    posed = {str(image.name): image for image in model.images.values() if image.has_pose}
+    poses = {name: _matrix(image.cam_from_world().matrix()) for name, image in posed.items()}
+    centres = np.array([T[:3, 3] for T in poses.values() if np.isfinite(T).all()]).reshape(-1, 3)
+    extent = float(np.linalg.norm(np.ptp(centres, axis=0))) if len(centres) else 0.0
+    for name, T in poses.items():
+        if name not in stored:
+            return name
+        (w, x, y, z), t = stored[name]
+        if not (np.isfinite([w, x, y, z, *t]).all() and np.isfinite(T).all()):
+            continue
+        other = inverse_pose(make_pose(quaternion_to_matrix((x, y, z, w)), t))
+        if is_farther(T, other, AGREE_SHARE * max(extent, 1e-9), AGREE_DEG):
+            return name
+    registered = {str(image.name) for image in model.images.values()}
+    return next((name for name in stored if name not in registered), "")
+
+
+def _matrix(cam_from_world: Any) -> NDArray[np.float64]:
+    matrix = np.asarray(cam_from_world, dtype=np.float64)
+    return inverse_pose(make_pose(matrix[:3, :3], matrix[:3, 3]))
+
+
+def _differing_camera(folder: Path, model: Any) -> str:
+    for words in _text_rows(folder / "cameras.txt"):
+        if int(words[0]) not in model.cameras:
+            return words[0]
+        known = model.cameras[int(words[0])]
+        told = [float(value) for value in words[2:]]
+        if len(told) - 2 != len(known.params) or not np.allclose(
+            told, [known.width, known.height, *known.params], rtol=AGREE_SHARE, atol=1e-6
+        ):
+            return words[0]
+    return ""
+
+
+def _differing_point(folder: Path, model: Any) -> str:
+    for count, words in enumerate(_text_rows(folder / "points3D.txt")):
+        if count >= COMPARED_POINTS:
+            break
+        ident = int(words[0])
+        if ident not in model.points3D:
+            return words[0]
+        told, known = np.array([float(value) for value in words[1:4]]), np.asarray(model.points3D[ident].xyz)
+        if np.linalg.norm(told - known) > AGREE_SHARE * max(float(np.linalg.norm(known)), 1e-9):
+            return words[0]
+    return ""
+
+
+def _text_rows(path: Path) -> Iterator[list[str]]:
+    """Words of the lines of a text file of COLMAP that are neither empty nor comments."""
+    with open_plain(path) as stream:
+        for line in stream:
+            words = line.decode("utf-8", errors="replace").split()
+            if words and not words[0].startswith("#"):
+                yield words
+
+
+def _images_of_text(folder: Path) -> Iterator[tuple[str, Stored]]:
+    """Names and poses of ``images.txt``; of its two lines an image, the second holds observations and may be empty."""
+    path = folder / "images.txt"
+    with open_plain(path) as stream:
+        lines = (line for line in stream if not line.lstrip().startswith(b"#"))
+        for line in lines:
+            words = line.decode("utf-8", errors="replace").split(maxsplit=9)
+            if not words:
+                continue
+            try:
+                values = [number(word) for word in words[1:8]]
+                yield words[9].rstrip("\r\n"), Stored(tuple(values[:4]), tuple(values[4:]))
+            except (ValueError, IndexError) as error:
+                raise SourceError(f"'{path}' is damaged: {error}.") from error
+            next(lines, b"")
+
+
+def _images_of_bytes(data: bytes) -> Iterator[tuple[str, Stored]]:
+    """Names and poses of ``images.bin``."""
+    (count,), at = struct.unpack_from("<Q", data), 8
+    _fits(count, 73, data, at)
+    for _ in range(count):
+        values = struct.unpack_from("<7d", data, at + 4)
+        end = data.index(b"\0", at + 64)
+        yield data[at + 64 : end].decode("utf-8", errors="replace"), Stored(values[:4], values[4:])
+        (points,) = struct.unpack_from("<Q", data, end + 1)
+        at = end + 9
+        _fits(points, 24, data, at)
+        at += 24 * points
+
+
+def _fits(count: int, least_bytes: int, data: bytes, at: int) -> None:
+    """Have a number of entries fit the bytes that are left."""
+    if count * least_bytes > len(data) - at:
+        raise ValueError(f"a file announces {count} entries in {len(data) - at} bytes")
+
+
+def _count_cameras(data: bytes) -> None:
+    (count,), at = struct.unpack_from("<Q", data), 8
+    _fits(count, 48, data, at)
+
+
+def _count_images(data: bytes) -> None:
+    for _ in _images_of_bytes(data):
+        pass
+
+
+def _count_points(data: bytes) -> None:
+    (count,), at = struct.unpack_from("<Q", data), 8
+    _fits(count, 51, data, at)
+    length_at = struct.Struct("<Q").unpack_from
+    for _ in range(count):
+        (length,) = length_at(data, at + 43)
+        at += 51 + 8 * length
+        if at > len(data):
+            raise ValueError("a file ends in the middle of a point")
+
+
+def _count_rigs(data: bytes) -> None:
+    (count,), at = struct.unpack_from("<Q", data), 8
+    _fits(count, 8, data, at)
+    for _ in range(count):
+        _, sensors = struct.unpack_from("<II", data, at)
+        at += 8
+        _fits(sensors, 8, data, at)
+        for k in range(sensors):
+            at += 8
+            if k > 0:
+                at += 1 + 56 * struct.unpack_from("<B", data, at)[0]
+
+
+def _count_frames(data: bytes) -> None:
+    (count,), at = struct.unpack_from("<Q", data), 8
+    _fits(count, 68, data, at)
+    for _ in range(count):
+        (ids,) = struct.unpack_from("<I", data, at + 64)
+        at += 68
+        _fits(ids, 16, data, at)
+        at += 16 * ids
+
+
+_COUNTED = {
+    "cameras": _count_cameras,
+    "images": _count_images,
+    "points3D": _count_points,
+    "rigs": _count_rigs,
+    "frames": _count_frames,
+}

@@ -26,6 +26,7 @@ from kfloc_ros.mapping.mapping_pass import MappingPass, MappingPassSettings, des
 from kfloc_ros.mapping.scene_head import MIN_STEPS_PER_SECOND, HeadProgress, HeadTraining, train_head
 from kfloc_ros.mapping.schedule import HeldOut, TimeBudget
 from kfloc_ros.mapping.views import View, map_camera
+from kfloc_ros.maps.files import MAX_POINTS
 from kfloc_ros.maps.format import DESCRIPTION
 from kfloc_ros.maps.scene_map import Calibration, SceneMap
 
@@ -54,7 +55,7 @@ class MapBuildConfig:
         100_000,
         "Reference points kept at most, 102 bytes each; the spacing of the views grows as needed.",
         low=1_000,
-        high=10_000_000,
+        high=MAX_POINTS,
     )
     device: str = option(
         "auto", "Where networks run: auto takes a GPU if there is one.", choices=("auto", "cpu", "cuda")

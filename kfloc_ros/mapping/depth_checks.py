@@ -15,6 +15,7 @@ from kfloc_ros.geometry.lie import is_farther
 from kfloc_ros.types import Frame, Matrix
 
 NO_POSE, NO_RIGID_POSE = "without a pose", "with a pose that is no rotation and place"
+UNREADABLE = "that cannot be read"
 STAMP, JUMP, BLUR, DEPTH = "with a wrong stamp", "whose pose jumps", "blurred", "with hardly any depth"
 
 

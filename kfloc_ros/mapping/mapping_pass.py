@@ -15,7 +15,7 @@ from kfloc_ros.features.backbone import COARSE_STRIDE, Backbone, BackboneFeature
 from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import Camera, ImageAdapter
 from kfloc_ros.kfnet.scoordnet import INPUT_CHANNELS
-from kfloc_ros.mapping.depth_checks import DEPTH, DepthChecks
+from kfloc_ros.mapping.depth_checks import DEPTH, UNREADABLE, DepthChecks
 from kfloc_ros.mapping.schedule import HeldOut, HoldOut, TimeBudget
 from kfloc_ros.mapping.views import (
     IDENTITY,
@@ -162,6 +162,8 @@ def mapping_pass_over(
             passes += 1
         if collector.wants(view.T_map_camera):
             collector.add(view.index, view.T_map_camera, reference_points(view, features))
+    if source.left_out:
+        screening.left_out[UNREADABLE] += len(source.left_out)
     if used < MIN_VIEWS or not len(collector) or len(buffer) < MIN_CELLS:
         raise SourceError(
             f"'{source.name}' has {used} usable views with depth and pose out of {len(source)}"
@@ -200,7 +202,9 @@ class _Reading:
             if not self._time_budget.wants(count - position, needed=kept):
                 self.unread += 1
                 continue
-            frame = self._source[position]
+            frame = self._source.read(position)
+            if frame is None:
+                continue
             if kept:
                 self.held_out[position] = hold_out.runs
                 hold_out.saw(position, frame.T_map_camera)

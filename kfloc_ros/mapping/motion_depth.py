@@ -106,22 +106,31 @@ class MotionDepth(DerivedSource):
             sweep = PlaneSweepSettings(
                 settings.near_m, settings.far_m, min_score=settings.min_score, min_margin=settings.min_margin
             )
-            neighbours = [self._view(i) for i in ids]
-            swept = plane_sweep_depth(self._view(position, frame), neighbours, self._camera, sweep)
-            depth_m = spread_cells(swept.numpy(), (self._camera.height, self._camera.width))
+            neighbours = [view for i in ids if (view := self._view(i)) is not None]
+            own = self._view(position, frame)
+            if own is not None and len(neighbours) >= 2:
+                swept = plane_sweep_depth(own, neighbours, self._camera, sweep)
+                depth_m = spread_cells(swept.numpy(), (self._camera.height, self._camera.width))
         elif points is None:
             return frame
         if points is not None:
             draw_points(depth_m, points, self._camera)
         return replace(frame, depth_m=depth_m)
 
-    def _view(self, position: int, frame: Frame | None = None) -> PlaneSweepView:
-        """Features of a view, from the cache or computed; ``frame`` is already in the map's camera."""
+    def _view(self, position: int, frame: Frame | None = None) -> PlaneSweepView | None:
+        """Features of a view, from the cache or computed; ``frame`` is already in the map's camera.
+
+        None where ``frame`` is not given and cannot be read.
+        """
         if position in self._cache:
             self._cache.move_to_end(position)
             return self._cache[position]
-        image = frame.image if frame is not None else self._adapter(self._source[position].image)
-        features = self._backbone.extract(image)
+        if frame is None:
+            raw = self._source.read(position)
+            if raw is None:
+                return None
+            frame = replace(raw, image=self._adapter(raw.image))
+        features = self._backbone.extract(frame.image)
         view = PlaneSweepView(features.coarse[0].cpu().half(), torch.from_numpy(self._poses[position]))
         self._cache[position] = view
         while len(self._cache) > CACHED_VIEWS:
@@ -158,7 +167,9 @@ def with_depth(
         SourceError: see :class:`MotionDepth`.
     """
     looked_at = range(0, len(source), max(1, len(source) // PROBES))
-    if not hide and any(source[position].depth_m is not None for position in looked_at):
+    if not hide and any(
+        (frame := source.read(position)) is not None and frame.depth_m is not None for position in looked_at
+    ):
         return source
     return MotionDepth(source, settings, device=choose_device(device))
 

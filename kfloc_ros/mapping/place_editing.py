@@ -138,7 +138,9 @@ def _found_in(place: Place, source: FrameSource, positions: Sequence[int], devic
     found = []
     for position in positions:
         localizer.reset("frames are judged one by one")
-        frame = source[position]
+        frame = source.read(position)
+        if frame is None:
+            continue
         adapted = replace(frame, image=adapter(frame.image), camera=adapter.target, depth_m=None)
         if localizer.process(adapted).estimate.T_map_camera is not None and localizer.guide.active is not None:
             found.append(localizer.guide.active.number)

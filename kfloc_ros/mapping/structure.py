@@ -141,7 +141,10 @@ def _write_images(source: FrameSource, images: Path, on_progress: Callable[[str,
     names = []
     for position in range(len(source)):
         names.append(f"{position:06d}.png")
-        bgr = cv2.cvtColor(adapter(source[position].image), cv2.COLOR_RGB2BGR)
+        frame = source.read(position)
+        if frame is None:  # COLMAP works with the images that are there
+            continue
+        bgr = cv2.cvtColor(adapter(frame.image), cv2.COLOR_RGB2BGR)
         if not cv2.imwrite(str(images / names[-1]), bgr):
             raise SourceError(f"'{images / names[-1]}' cannot be written.")
         on_progress("writing images", (position + 1) / len(source))
@@ -167,6 +170,7 @@ def _match_similar(database: Path, images: Path, names: Sequence[str], camera: C
     """Match images that look alike though they lie far apart: where the recording comes back, it must close."""
     import pycolmap
 
+    names = [name for name in names if (images / name).is_file()]
     read = (_read_image(images / name) for name in names)
     pairs = similar_pairs(read, camera, Backbone(), partners=SIMILAR_IMAGES, min_apart=OVERLAP + 1)
     listed = database.with_name("pairs.txt")

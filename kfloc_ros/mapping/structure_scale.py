@@ -97,7 +97,8 @@ def _scale_from_depth(source: FrameSource, poses: Mapping[int, Matrix], points: 
     ratios: list[Array] = []
     known = list(poses)
     for position in known[:: max(1, len(known) // DEPTH_VIEWS)]:
-        depth_m = source[position].depth_m
+        frame = source.read(position)
+        depth_m = None if frame is None else frame.depth_m
         if depth_m is None:
             continue
         T = inverse_pose(poses[position])

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from kfloc_ros.errors import MapError
-from kfloc_ros.maps.files import MAX_FILE_BYTES, appearing, appearing_file
+from kfloc_ros.maps.files import MAX_FILE_BYTES, MAX_REFERENCES_BYTES, appearing, appearing_file
 from kfloc_ros.maps.format import (
     DESCRIPTION,
     HEAD_FILE,
@@ -29,9 +29,11 @@ from kfloc_ros.maps.place import AnyMap, load_map, submaps_of, verify_place
 from kfloc_ros.maps.scene_map import SceneMap
 
 ENDING = ".kfmap"
-LIMITS = {DESCRIPTION: MAX_DESCRIPTION_BYTES, HEAD_FILE: MAX_FILE_BYTES, REFERENCES_FILE: MAX_FILE_BYTES}
+LIMITS = {DESCRIPTION: MAX_DESCRIPTION_BYTES, HEAD_FILE: MAX_FILE_BYTES, REFERENCES_FILE: MAX_REFERENCES_BYTES}
 """The files of a map."""
-MAX_UNPACKED_BYTES = 2 * MAX_FILE_BYTES
+MAX_UNPACKED_BYTES = 8_000_000_000
+MAX_RATIO, FREE_BYTES = 50, 20_000_000
+"""A packed map may unpack to so many times its size, and so much besides; weights and features hardly shrink."""
 CHUNK_BYTES = 1 << 20
 
 
@@ -75,6 +77,7 @@ def unpack_map(archive: Path, folder: Path, *, max_bytes: int = MAX_UNPACKED_BYT
     temporary: Path | None = None
     try:
         with appearing(folder.absolute()) as temporary, zipfile.ZipFile(archive) as packed:
+            max_bytes = min(max_bytes, FREE_BYTES + MAX_RATIO * archive.stat().st_size)
             for item, limit in _listed(packed, temporary).items():
                 (temporary / item).parent.mkdir(parents=True, exist_ok=True)
                 max_bytes -= _extract(packed, item, temporary / item, min(limit, max_bytes))

@@ -8,14 +8,16 @@ change with it, and a process that reads behind the end of a file that was cut o
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import torch
@@ -24,10 +26,22 @@ from safetensors.torch import load
 
 from kfloc_ros.errors import MapError
 from kfloc_ros.features.backbone import COARSE_CHANNELS, FINE_CHANNELS
+from kfloc_ros.files import read_bytes
 from kfloc_ros.kfnet.scoordnet import MAX_HEADS, Head, SCoordNet, together
 from kfloc_ros.pixloc.references import ReferencePoints, ReferenceViews
 
-MAX_FILE_BYTES = 4_000_000_000
+T = TypeVar("T")
+
+MAX_FILE_BYTES = 1_000_000_000
+MAX_POINTS = 500_000
+"""Reference points of a map: 51 MB on disk, and about four times as much in memory."""
+MAX_REFERENCES_BYTES = 100_000_000
+MAX_HEADER_BYTES = 1_000_000
+"""Of the list of tensors at the beginning of a file; reading one takes a hundred times as much memory."""
+REPLACED_S, RETRY_S = 2.0, 0.02
+"""How long, and how often, a map that is replaced while it is read is read again."""
+_EXCHANGE = 2
+"""Linux: ``renameat2`` exchanges two folders at once."""
 
 
 def file_checksum(data: bytes) -> dict[str, Any]:
@@ -35,11 +49,11 @@ def file_checksum(data: bytes) -> dict[str, Any]:
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
-def read_file(folder: Path, name: str, description: Mapping[str, Any]) -> bytes:
+def read_file(folder: Path, name: str, description: Mapping[str, Any], max_bytes: int = MAX_FILE_BYTES) -> bytes:
     """One file of a map, as listed in its description.
 
     Raises:
-        MapError: it is not listed, missing, a link, or not what is listed.
+        MapError: it is not listed, missing, a link, too large, or not what is listed.
         OSError: it cannot be read.
     """
     path, listed = folder / name, description.get("files")
@@ -51,10 +65,11 @@ def read_file(folder: Path, name: str, description: Mapping[str, Any]) -> bytes:
     if path.is_symlink():
         raise MapError(f"'{path}' is a link to another file; a map holds its files itself. Copy it there.")
     size = path.stat().st_size
-    if size > MAX_FILE_BYTES or size != expected.get("bytes"):
+    if size > max_bytes:
+        raise MapError(f"The map '{folder}' is damaged: {name} has {size} bytes, more than the {max_bytes} allowed.")
+    if size != expected.get("bytes"):
         raise MapError(f"The map '{folder}' is damaged: {name} has {size} bytes, not those listed. Build it again.")
-    with path.open("rb") as stream:
-        data = stream.read(size + 1)
+    data = read_bytes(path, max_bytes)
     if file_checksum(data) != expected:
         raise MapError(f"The map '{folder}' is damaged: {name} does not match its checksum. Build it again.")
     return data
@@ -66,6 +81,8 @@ def read_tensors(data: bytes) -> dict[str, torch.Tensor]:
     Raises:
         ValueError: a value is not finite; and whatever a damaged file makes the reader raise.
     """
+    if len(data) < 8 or int.from_bytes(data[:8], "little") > MAX_HEADER_BYTES:
+        raise ValueError("the list of its tensors is longer than any map's")
     tensors: dict[str, torch.Tensor] = load(data)
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
@@ -98,6 +115,9 @@ def appearing(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 
 def _swap_in(temporary: Path, folder: Path) -> None:
+    """Put a folder in the place of another; at once where the file system can, else with a moment without either."""
+    if _exchanged(temporary, folder):
+        return
     old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
     os.rename(folder, old / folder.name)
     try:
@@ -107,6 +127,42 @@ def _swap_in(temporary: Path, folder: Path) -> None:
             os.rename(old / folder.name, folder)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchanged(a: Path, b: Path) -> bool:
+    """Whether two folders were exchanged at once; if not, both are as they were."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    if rename is None:
+        return False
+    here = -100  # paths are relative to the working directory
+    return bool(rename(here, os.fsencode(a), here, os.fsencode(b), _EXCHANGE) == 0)
+
+
+def read_whole(folder: Path, read: Callable[[Path], T]) -> T:
+    """Return what ``read`` makes of a map folder; if that was replaced meanwhile, it is read again.
+
+    Raises:
+        MapError: what ``read`` raises of a folder that stayed as it was.
+    """
+    until = time.monotonic() + REPLACED_S
+    while True:
+        before = _identity(folder)
+        try:
+            return read(folder)
+        except MapError:
+            missing = before is None and not any(folder.parent.glob(f".{folder.name}.old.*"))
+            if missing or (before is not None and before == _identity(folder)) or time.monotonic() > until:
+                raise
+            time.sleep(RETRY_S)
+
+
+def _identity(folder: Path) -> tuple[int, ...] | None:
+    """What tells a folder from another in its place; None if there is none."""
+    try:
+        found = folder.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns
 
 
 @contextmanager
@@ -160,9 +216,17 @@ def unpack_heads(tensors: Mapping[str, torch.Tensor], size: Mapping[str, Any]) -
     width, blocks, count = int(size["width"]), int(size["blocks"]), int(size.get("count", 1))
     if not (1 <= width <= MAX_HEAD_WIDTH and 0 <= blocks <= MAX_HEAD_BLOCKS and 1 <= count <= MAX_HEADS):
         raise ValueError(f"no map has {count} heads with {blocks} blocks of {width}")
-    head = together([SCoordNet(width, blocks) for _ in range(count)])
+    with torch.device("meta"):
+        shapes = {key: value.shape for key, value in _heads(width, blocks, count).state_dict().items()}
+    if shapes != {key: value.shape for key, value in tensors.items()}:
+        raise ValueError(f"its tensors are not those of {count} heads with {blocks} blocks of {width}")
+    head = _heads(width, blocks, count)
     head.load_state_dict({key: value.float() for key, value in tensors.items()})
     return head
+
+
+def _heads(width: int, blocks: int, count: int) -> Head:
+    return together([SCoordNet(width, blocks) for _ in range(count)])
 
 
 def pack_references(references: ReferenceViews) -> dict[str, torch.Tensor]:
@@ -194,7 +258,11 @@ def unpack_references(tensors: Mapping[str, torch.Tensor]) -> ReferenceViews:
     """
     if tensors["counts"].ndim != 1 or tensors["ids"].shape != tensors["counts"].shape or not len(tensors["counts"]):
         raise ValueError("the reference views are not listed")
+    if int(tensors["counts"].min()) < 0 or int(tensors["counts"].max()) > MAX_POINTS:
+        raise ValueError("a reference view has a number of points that none can have")
     total = int(tensors["counts"].sum())
+    if total > MAX_POINTS:
+        raise ValueError(f"it has {total} reference points, more than the {MAX_POINTS} allowed")
     shapes = {"points": (3,), "coarse": (COARSE_CHANNELS,), "fine": (FINE_CHANNELS,), "confidence": ()}
     for name, channels in shapes.items():
         if tuple(tensors[name].shape) != (total, *channels):

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 
 from kfloc_ros.errors import MapError
 from kfloc_ros.features.backbone import SIZE_MULTIPLE
+from kfloc_ros.files import read_text
 from kfloc_ros.geometry.camera import Camera
 
 FORMAT = "kfloc_map"
@@ -25,6 +26,7 @@ PLACE_FORMAT = "kfloc_place"
 PLACE_VERSION = 1
 VERSIONS = {FORMAT: FORMAT_VERSION, PLACE_FORMAT: PLACE_VERSION}
 """What a ``map.yaml`` may describe, a map or a place of several (``place.py``), and the version that is read."""
+MAX_VERSION = 1_000_000
 DESCRIPTION = "map.yaml"
 HEAD_FILE = "scoordnet.safetensors"
 REFERENCES_FILE = "references.safetensors"
@@ -37,7 +39,13 @@ SUBMAPS = "submaps"
 """The folder in a place that holds its submaps, each under its name."""
 MAX_DESCRIPTION_BYTES = 1_000_000
 MAX_DESCRIPTION_DEPTH = 16
+MAX_DESCRIPTION_EVENTS = 250_000
+MAX_SCALAR_CHARACTERS = 10_000
 MAX_CAMERA_SIDE_PX = 4096
+MAX_CAMERA_PIXELS = 2_100_000
+"""An image of more takes the networks more than a gigabyte; maps that are built have at most 640 pixels a side."""
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""The same as ``SafeLoader``, ten times as fast, where PyYAML was built with it."""
 
 DAMAGE = (
     ArithmeticError,
@@ -85,10 +93,10 @@ def read_description(folder: Path, *formats: str) -> dict[str, Any]:
             raise MapError(f"'{path}' is a link to another file; a map holds its files itself. Copy it there.")
         if path.stat().st_size > MAX_DESCRIPTION_BYTES:
             raise MapError(f"'{path}' is larger than any map description; it is damaged.")
-        text = path.read_text()
+        text = read_text(path, MAX_DESCRIPTION_BYTES)
         _check_structure(path, text)
-        description = yaml.safe_load(text)
-    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
+        description = yaml.load(text, Loader=_LOADER)
+    except (OSError, yaml.YAMLError, ValueError, ArithmeticError, RecursionError) as error:
         raise MapError(f"'{path}' cannot be read: {error}") from error
     if not isinstance(description, dict):
         raise MapError(f"'{path}' does not describe a map of this package.")
@@ -103,7 +111,7 @@ def read_description(folder: Path, *formats: str) -> dict[str, Any]:
             )
         raise MapError(f"'{folder}' is a single map, and a place of several is needed: see `kfloc map place --help`.")
     version = description.get("version")
-    if not isinstance(version, int) or version < 1:
+    if type(version) is not int or not 1 <= version < MAX_VERSION:
         raise MapError(f"'{path}' has no valid format version.")
     if version != VERSIONS[known]:
         age, remedy = "newer", "Update kfloc_ros, or build the map again."
@@ -117,9 +125,13 @@ def read_description(folder: Path, *formats: str) -> dict[str, Any]:
 
 
 def _check_structure(path: Path, text: str) -> None:
-    """Refuse what makes a YAML reader take for ever: aliases, which multiply, and nesting without end."""
+    """Refuse what makes a YAML reader take for ever: aliases, which multiply, nesting without end, and sheer number."""
     depth = 0
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+    for count, event in enumerate(yaml.parse(text, Loader=_LOADER)):
+        if count > MAX_DESCRIPTION_EVENTS or (
+            isinstance(event, yaml.ScalarEvent) and len(event.value) > MAX_SCALAR_CHARACTERS
+        ):
+            raise MapError(f"'{path}' holds more entries, or a longer one, than any map description.")
         if isinstance(event, yaml.AliasEvent):
             raise MapError(f"'{path}' refers to itself with YAML aliases, which no map description does.")
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
@@ -145,6 +157,8 @@ def read_camera(values: Mapping[str, Any]) -> Camera:
     for side in (camera.width, camera.height):
         if type(side) is not int or side > MAX_CAMERA_SIDE_PX or side % SIZE_MULTIPLE:
             raise ValueError(f"its camera has {camera.width}x{camera.height} pixels")
+    if camera.width * camera.height > MAX_CAMERA_PIXELS:
+        raise ValueError(f"its camera has {camera.width}x{camera.height} pixels, more than {MAX_CAMERA_PIXELS}")
     if not camera.is_pinhole:
         raise ValueError("its camera has a distortion")
     return camera

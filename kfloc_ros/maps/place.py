@@ -20,7 +20,7 @@ from kfloc_ros.errors import FrameError, MapError
 from kfloc_ros.features.backbone import COARSE_CHANNELS, FINE_CHANNELS
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import Matrix
-from kfloc_ros.maps.files import file_checksum, read_file, read_tensors
+from kfloc_ros.maps.files import file_checksum, read_file, read_tensors, read_whole
 from kfloc_ros.maps.format import (
     DAMAGE,
     DESCRIPTION,
@@ -133,12 +133,15 @@ class Place:
 
     @classmethod
     def load(cls, folder: Path | str) -> Place:
-        """Read a place's description and index, and none of its submaps.
+        """Read a place's description and index, and none of its submaps; of a place that is replaced, either.
 
         Raises:
             MapError: missing, damaged, or of another format version; the message says which and what to do.
         """
-        folder = Path(folder)
+        return read_whole(Path(folder), cls._read)
+
+    @classmethod
+    def _read(cls, folder: Path) -> Place:
         description = read_description(folder, PLACE_FORMAT)
         submaps = submaps_of(folder, description)
         try:

@@ -19,6 +19,7 @@ from kfloc_ros.geometry.lie import Matrix
 from kfloc_ros.kfnet.reference.networks import ReferenceNetworks, describe_networks, pack_networks, unpack_networks
 from kfloc_ros.kfnet.scoordnet import Head, RoughnessScale, heads_of, moved, together
 from kfloc_ros.maps.files import (
+    MAX_REFERENCES_BYTES,
     appearing,
     file_checksum,
     head_size,
@@ -26,6 +27,7 @@ from kfloc_ros.maps.files import (
     pack_references,
     read_file,
     read_tensors,
+    read_whole,
     unpack_heads,
     unpack_references,
 )
@@ -148,17 +150,21 @@ class SceneMap:
 
     @classmethod
     def load(cls, folder: Path | str) -> SceneMap:
-        """Read a map folder and check it.
+        """Read a map folder and check it; if it is replaced meanwhile, the old or the new map is read, whole.
 
         Raises:
             MapError: missing, damaged, or of another format version; the message says which and what to do.
         """
-        folder = Path(folder)
+        return read_whole(Path(folder), cls._read)
+
+    @classmethod
+    def _read(cls, folder: Path) -> SceneMap:
         description = read_description(folder, FORMAT)
         try:
             camera = read_camera(description["camera"])
             head = unpack_heads(read_tensors(read_file(folder, HEAD_FILE, description)), description["head"])
-            references = unpack_references(read_tensors(read_file(folder, REFERENCES_FILE, description)))
+            stored = read_file(folder, REFERENCES_FILE, description, MAX_REFERENCES_BYTES)
+            references = unpack_references(read_tensors(stored))
             kfnet = None
             if description.get("family", FAST) == REFERENCE:
                 kfnet = unpack_networks(read_tensors(read_file(folder, KFNET_FILE, description)), description["kfnet"])

@@ -15,7 +15,7 @@ from kfloc_ros.cli import main as cli
 from kfloc_ros.datasets import open_source
 from kfloc_ros.datasets.kfnet import KfnetFolder
 from kfloc_ros.datasets.labels import scene_points, write_kfnet_folder
-from kfloc_ros.errors import SourceError
+from kfloc_ros.errors import FrameError, SourceError
 from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import inverse_pose, make_pose, matrix_to_quaternion, so3_exp
@@ -90,8 +90,7 @@ def test_transform_centres_the_scene(tmp_path: Path) -> None:
 def test_sequences_in_one_list_are_told_apart_by_their_stamps(tmp_path: Path) -> None:
     list(write_kfnet_folder(SlantedWall(), tmp_path / "a"))
     list(write_kfnet_folder(SlantedWall(), tmp_path / "b"))
-    both = tmp_path / "both"
-    both.mkdir()
+    both = tmp_path
     lines = [str(tmp_path / name / "images" / f"{i:06d}.png") for name in "ab" for i in range(3)]
     (both / "image_list.txt").write_text("\n".join(lines))
     (both / "camera.txt").write_text((tmp_path / "a" / "camera.txt").read_text())
@@ -113,7 +112,7 @@ def test_labels_of_either_size_agree_and_the_wide_ones_are_cropped(tmp_path: Pat
     assert np.array_equal(full.points[::8, ::8][eighth.mask], eighth.points[eighth.mask])
     write_label(tmp_path / "wide.bin", points[:, :100], mask[:, :100])
     assert np.array_equal(read_label(tmp_path / "wide.bin", 96, 480).mask, mask[:, 2:98])
-    with pytest.raises(SourceError, match="4915200 bytes"):
+    with pytest.raises(FrameError, match="4915200 bytes"):
         read_label(tmp_path / "full.bin", 320, 240)
 
 

@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 
 from kfloc_ros.errors import FrameError, SourceError
+from kfloc_ros.files import MAX_IMAGE_PIXELS, inside, number_rows, read_array, read_bytes, read_text
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.kfnet.pnp import PnpSettings, solve_pnp
 from kfloc_ros.types import CoarsePose, Matrix, SceneCoordinates
@@ -32,6 +33,8 @@ DESCRIPTION = "coordinates.json"
 """Beside coordinate maps that this package writes: which pixel a cell stands for, and the camera."""
 DEFAULT_CAMERA = Camera(640, 480, 525.0, 525.0, 320.0, 240.0)
 """What the original assumes, since its folders hold no intrinsics."""
+MAX_LABEL_BYTES = 16 * MAX_IMAGE_PIXELS
+MAX_POSITION_M = 1e8
 CONFIDENCE_LIMIT = 1e6
 """1/m; keeps 1 / sigma finite in the files."""
 
@@ -64,12 +67,13 @@ def read_label(path: Path, width: int, height: int) -> LabelMap:
     Labels of the Cambridge scenes are 4 pixels wider than their images, which are cropped by 2 on each side.
 
     Raises:
-        SourceError: missing, or its size is not that of a label of such an image.
+        FrameError: missing, or its size is not that of a label of such an image.
     """
     try:
-        values = np.fromfile(path, dtype="<f4")
+        data = read_bytes(path, MAX_LABEL_BYTES)
     except OSError as error:
-        raise SourceError(f"The label '{path}' cannot be read: {error.strerror}.") from error
+        raise FrameError(f"The label '{path}' cannot be read: {error.strerror}.") from error
+    values = np.frombuffer(data[: len(data) // 4 * 4], dtype="<f4")
     small = (math.ceil(height / STRIDE), math.ceil(width / STRIDE))
     for shape, stride in (((height, width), 1), (small, STRIDE), ((height, width + 4), 1)):
         if values.size == shape[0] * shape[1] * 4:
@@ -78,8 +82,8 @@ def read_label(path: Path, width: int, height: int) -> LabelMap:
                 grid = grid[:, 2:-2]
             mask = (grid[..., 3] >= 0.5) & np.isfinite(grid).all(-1)
             return LabelMap(np.ascontiguousarray(grid[..., :3], dtype=np.float32), mask, stride)
-    raise SourceError(
-        f"The label '{path}' has {values.size * 4} bytes; an image of {width}x{height} has a label of "
+    raise FrameError(
+        f"The label '{path}' has {len(data)} bytes; an image of {width}x{height} has a label of "
         f"{width * height * 16} bytes, or of {small[0] * small[1] * 16} for every eighth pixel."
     )
 
@@ -121,7 +125,7 @@ def read_coordinates(path: Path, description: MapDescription) -> SceneCoordinate
         SourceError: missing, not an array of h x w x 4 numbers.
     """
     try:
-        grid = np.load(path, allow_pickle=False)
+        grid = read_array(path)
     except (OSError, ValueError, EOFError) as error:
         raise SourceError(f"'{path}' is not a readable array: {error}") from error
     if grid.ndim != 3 or grid.shape[2] != 4 or grid.dtype.kind != "f":
@@ -156,42 +160,63 @@ def read_description(folder: Path) -> MapDescription:
     if not path.is_file():
         return MapDescription()
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(read_text(path))
         camera = Camera(**{**content["camera"], "distortion": tuple(content["camera"]["distortion"])})
         return MapDescription(camera, int(content["stride"]), float(content["pixel_offset"]))
-    except (OSError, ValueError, KeyError, TypeError, FrameError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError, FrameError) as error:
         raise SourceError(f"'{path}' is damaged: {error}.") from error
 
 
-def read_list(path: Path) -> list[Path]:
-    """Paths of a list file, one a line; relative ones are relative to its folder.
+def read_list(path: Path, root: Path | None = None) -> list[Path]:
+    """Return the paths of a list file, one a line; relative ones are relative to its folder.
+
+    Args:
+        path: of the list.
+        root: the folder in which the files must lie; None: the list's own.
 
     Raises:
-        SourceError: missing or empty.
+        SourceError: missing, empty, or a path leads out of the folder.
     """
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in read_text(path).splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise SourceError(f"The list '{path}' cannot be read: {error}.") from error
-    paths = [path.parent / line for line in lines if line]
+    folder = (root or path.parent).absolute()
+    try:
+        paths = [inside(folder, str(path.parent.absolute() / line)) for line in lines if line]
+    except SourceError as error:
+        raise SourceError(
+            f"The list '{path}' names a file outside of its folder; put the list above the files that it names. {error}"
+        ) from error
     if not paths:
         raise SourceError(f"The list '{path}' is empty.")
     return paths
 
 
 def read_pose(path: Path) -> Matrix | None:
-    """A 4x4 camera-to-world matrix as 7-Scenes writes it, or None where it is not finite.
+    """Return a 4x4 camera-to-world matrix as 7-Scenes writes it; None where it is not finite.
 
     Raises:
-        SourceError: not readable as such.
+        FrameError: the file is missing, or does not hold four lines of four numbers.
     """
     try:
-        T = np.loadtxt(path, dtype=np.float64, ndmin=2)
+        rows = number_rows(path)
     except (OSError, ValueError) as error:
-        raise SourceError(f"'{path}' does not hold a 4x4 pose: {error}") from error
-    if T.shape != (4, 4):
-        raise SourceError(f"'{path}' does not hold a 4x4 pose but {T.shape[0]}x{T.shape[1]} numbers.")
-    return T if np.isfinite(T).all() else None
+        raise FrameError(f"'{path}' does not hold a 4x4 pose: {error}") from error
+    if [len(row) for row in rows] != [4, 4, 4, 4]:
+        raise FrameError(f"'{path}' does not hold a 4x4 pose but lines of {[len(row) for row in rows][:8]} numbers.")
+    T = np.array(rows, dtype=np.float64)
+    return T if np.isfinite(T).all() and np.abs(T[:3, 3]).max() < MAX_POSITION_M else None
+
+
+def pose_fault(path: Path) -> str:
+    """Return a sentence that says why :func:`read_pose` cannot read a file; empty where it can, or there is none."""
+    try:
+        if path.exists():
+            read_pose(path)
+    except FrameError as error:
+        return str(error)
+    return ""
 
 
 def write_pose(path: Path, T_map_camera: Matrix | None) -> None:

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from kfloc_ros.errors import MapError
+from kfloc_ros.errors import MapError, SourceError
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.camera_tensor import CameraTensor
-from kfloc_ros.geometry.colmap import camera_from_colmap
+from kfloc_ros.geometry.colmap import camera_from_colmap, read_model
 from kfloc_ros.geometry.lie import Matrix, make_pose
 from kfloc_ros.geometry.tensors import Pose
 from kfloc_ros.pixloc.reference.cost import FeatureMap
@@ -235,12 +235,10 @@ def read_scene(folder: Path) -> ReferenceScene:
         MapError: there is none, it is damaged, or it has no registered image.
         FrameError: a camera model is not supported.
     """
-    import pycolmap
-
     try:
-        model = pycolmap.Reconstruction(str(folder))
-    except (RuntimeError, ValueError, IndexError, MemoryError) as error:
-        raise MapError(f"'{folder}' does not hold a COLMAP model that can be read: {error}") from error
+        model = read_model(folder)
+    except SourceError as error:
+        raise MapError(f"'{folder}' does not hold a COLMAP model that can be read. {error}") from error
     ids = np.array(sorted(model.points3D), dtype=np.int64)
     row_of = {int(ident): row for row, ident in enumerate(ids)}
     images = []
