@@ -69,12 +69,12 @@ def test_every_image_played_has_a_record() -> None:
 
 def test_frames_csv_has_the_columns_of_an_offline_run() -> None:
     frame = Frame(np.zeros((2, 2, 3), np.uint8), Camera(2, 2, 1.0, 1.0, 0.5, 0.5), 0, 0)
-    estimate = PoseEstimate(0, TrackingState.LOST, "too dark", timings_ms={"trunk": 31.5})
+    estimate = PoseEstimate(0, TrackingState.LOST, "too dark", timings_ms={"backbone": 31.5})
     offline = frames_csv([record_of(frame, estimate, latency_ms=40.0, rectify_ms=1.0)]).splitlines()
     replayed = frames_csv(replay_records(recording(), {}, {})).splitlines()
     assert replayed[0] == offline[0]
     rows = list(csv.DictReader(replayed))
-    assert rows[3]["inlier_count"] == "12.0" and rows[0]["trunk_ms"] == "31.5" and rows[0]["inlier_count"] == ""
+    assert rows[3]["inlier_count"] == "12.0" and rows[0]["backbone_ms"] == "31.5" and rows[0]["inlier_count"] == ""
 
 
 def test_latency_runs_from_publication_to_the_pose_or_else_the_status() -> None:
