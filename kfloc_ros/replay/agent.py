@@ -8,6 +8,7 @@ Speaks with its parent through lines of JSON on standard output: ``waiting``, ``
 from __future__ import annotations
 
 import argparse
+import contextlib
 import heapq
 import json
 import signal
@@ -151,8 +152,9 @@ class Agent:
 
 
 def say(event: str, **values: Any) -> None:
-    """One line to the parent."""
-    print(json.dumps({"event": event, **values}), flush=True)
+    """One line to the parent, if it is still there."""
+    with contextlib.suppress(BrokenPipeError):
+        print(json.dumps({"event": event, **values}), flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
