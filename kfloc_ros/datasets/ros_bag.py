@@ -7,6 +7,8 @@ words after the path: ``bag:PATH?image=/front/color/image_raw&pose=/odom``.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,6 +41,7 @@ from kfloc_ros.messages.images import decode_compressed, decode_depth_message, d
 from kfloc_ros.messages.transforms import MAX_GAP_S, NEAR_S, PoseTrack, TransformTree, nearest_stamp
 from kfloc_ros.types import Frame, Matrix
 
+LOG = logging.getLogger(__name__)
 DEPTH_TOLERANCE_NS = 20_000_000
 _SAME_SHARE = 0.005
 """Calibrations that differ by no more than this share of the image's width are of one camera, such as autofocus moves
@@ -79,7 +82,13 @@ class RosBag(FrameSource):
             self._words, self._topics = words, topics
             self._image = choose_image(path, topics, words.get("image"), _option("image"), compressed=False)
             self._slots = self._reader.slots(self._image)
+            if len(self._slots) < self._image.count:
+                LOG.warning(
+                    "'%s' is not whole: its description says %d images on %s, and %d can be read.",
+                    path, self._image.count, self._image.name, len(self._slots),
+                )  # fmt: skip
             self._camera = self._camera_of(self._image, "info")
+            self._check_size()
             self._tree = self._read_tree()
             self._pose_at = self._choose_poses()
             self._depth = choose_depth(path, topics, self._image, words.get("depth")) if depth else None
@@ -111,15 +120,12 @@ class RosBag(FrameSource):
         with reading(self._path):
             message = self._reader.message(self._image, slot)
             try:
-                image = decode_compressed(message) if self._image.kind == COMPRESSED else decode_image(message)
+                image = self._rgb(message)
+                if fault := self._size_fault(image):
+                    raise FrameError(fault)
+                depth_m = self._depth_at(slot.stamp_ns)
             except FrameError as error:
-                raise SourceError(f"Image {index} of the bag '{self._path}' cannot be decoded: {error}") from error
-            if image.shape[:2] != (self._camera.height, self._camera.width):
-                raise SourceError(
-                    f"Image {index} of the bag '{self._path}' is {image.shape[1]}x{image.shape[0]}, its camera_info "
-                    f"{self._camera.width}x{self._camera.height}. Name the images' own with ?info=."
-                )
-            depth_m = self._depth_at(slot.stamp_ns)
+                raise FrameError(f"Image {index} of the bag '{self._path}' cannot be used: {error}") from error
         return Frame(
             image=image,
             camera=self._camera,
@@ -135,6 +141,16 @@ class RosBag(FrameSource):
             return None
         with reading(self._path):
             return recorded_jpeg(self._reader.message(self._image, self._slots[position]))
+
+    def _rgb(self, message: Any) -> NDArray[np.uint8]:
+        return decode_compressed(message) if self._image.kind == COMPRESSED else decode_image(message)
+
+    def _size_fault(self, image: NDArray[np.uint8]) -> str:
+        """Sentence that says that an image is not of the size that its calibration is for, or empty."""
+        camera, (height, width) = self._camera, image.shape[:2]
+        if (width, height) == (camera.width, camera.height):
+            return ""
+        return f"It is {width}x{height}, its camera_info {camera.width}x{camera.height}; name its own with ?info=."
 
     def _depth_at(self, stamp_ns: int) -> NDArray[np.float32] | None:
         nearest = nearest_stamp(self._depth_stamps, stamp_ns, 0 if self._exact else DEPTH_TOLERANCE_NS)
@@ -170,6 +186,12 @@ class RosBag(FrameSource):
             raise SourceError(f"The bag '{self._path}': {fault or f'{chosen.name} has no message.'}") from fault
         return camera
 
+    def _check_size(self) -> None:
+        with contextlib.suppress(FrameError):
+            fault = self._size_fault(self._rgb(self._reader.message(self._image, self._slots[0])))
+            if fault:
+                raise SourceError(f"The first image of '{self._path}' does not fit its calibration. {fault}")
+
     def _check_times(self, what: str, stamps_ns: Iterable[int], word: str) -> None:
         if clocks := other_times(what, stamps_ns, (slot.stamp_ns for slot in self._slots)):
             raise SourceError(f"In '{self._path}', {clocks[0].lower()}{clocks[1:]} Without them: ?{word}=none.")
@@ -198,6 +220,11 @@ class RosBag(FrameSource):
             return lambda stamp_ns: self._tree.find(top, camera, stamp_ns)
         recorded = read_poses(self._reader, chosen)
         self._check_times(f"The poses on {chosen.name}", recorded.poses, "pose")
+        if recorded.unusable:
+            LOG.warning(
+                "%d of %d poses on %s of '%s' are left out: they are not finite or no rotation.",
+                recorded.unusable, chosen.count, chosen.name, self._path,
+            )  # fmt: skip
         body = self._words.get("body") or recorded.body
         if not body and chosen.kind == ODOMETRY:
             raise SourceError(

@@ -21,10 +21,6 @@ DISTORTION_LENGTHS: dict[str, tuple[int, ...]] = {
 }
 """Distortion models of ``sensor_msgs/CameraInfo`` and how many coefficients each takes."""
 
-_NEWTON_STEPS, _STEP, _CLOSE_PX = 5, 1e-6, 1e-4
-_MISSED_PX = 0.1
-"""A ray that projects farther from its pixel than this was not found."""
-
 
 def known_coefficients(model: str, coefficients: Sequence[float]) -> tuple[float, ...]:
     """Return the coefficients that a distortion model has: zeros beyond them say nothing and are left out.
@@ -114,46 +110,19 @@ class Camera:
         rays = np.concatenate([normalized_xy, np.ones((len(normalized_xy), 1))], axis=1)
         if self.distortion_model == "equidistant":
             pixels, _ = cv2.fisheye.projectPoints(
-                rays[:, None], np.zeros(3), np.zeros(3), self.K, np.array(self.distortion, dtype=np.float64)
+                rays[:, None], np.zeros(3), np.zeros(3), self.K, np.array(self.distortion)
             )
         else:
-            pixels, _ = cv2.projectPoints(
-                rays[:, None], np.zeros(3), np.zeros(3), self.K, np.array(self.distortion, dtype=np.float64)
-            )
+            pixels, _ = cv2.projectPoints(rays[:, None], np.zeros(3), np.zeros(3), self.K, np.array(self.distortion))
         return np.asarray(pixels, dtype=np.float64).reshape(-1, 2)
-
-    def undistort(self, pixels: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Rays (x/z, y/z), (N, 2), of pixel positions (N, 2); NaN where no ray leads to a pixel."""
-        if self.is_pinhole:
-            return (np.asarray(pixels, dtype=np.float64) - [self.cx, self.cy]) / [self.fx, self.fy]
-        if not len(pixels):
-            return np.empty((0, 2))
-        found = np.asarray(pixels, dtype=np.float64)
-        undistort = cv2.fisheye.undistortPoints if self.distortion_model == "equidistant" else cv2.undistortPoints
-        rays = np.asarray(
-            undistort(found[:, None], self.K, np.array(self.distortion, dtype=np.float64)), dtype=np.float64
-        ).reshape(-1, 2)
-        for _ in range(_NEWTON_STEPS):  # OpenCV stops early, and how early differs between its versions
-            missed = self.distort(rays) - found
-            if float(np.abs(missed).max()) < _CLOSE_PX:
-                break
-            J = np.stack([(self.distort(rays + step) - found - missed) / _STEP for step in _STEP * np.eye(2)], axis=-1)
-            determinant = J[:, 0, 0] * J[:, 1, 1] - J[:, 0, 1] * J[:, 1, 0]
-            with np.errstate(all="ignore"):
-                moved_x = (J[:, 1, 1] * missed[:, 0] - J[:, 0, 1] * missed[:, 1]) / determinant
-                moved_y = (J[:, 0, 0] * missed[:, 1] - J[:, 1, 0] * missed[:, 0]) / determinant
-            rays = rays - np.clip(np.nan_to_num(np.stack([moved_x, moved_y], axis=1)), -1.0, 1.0)
-        good = np.linalg.norm(self.distort(rays) - found, axis=1) < _MISSED_PX
-        return np.where(good[:, None], rays, np.nan)
 
     def difference_px(self, other: Camera) -> float:
         """How far apart a ray meets the two cameras' images, the most over the image; inf for another size."""
         if (self.width, self.height) != (other.width, other.height):
             return math.inf
         u, v = np.meshgrid(np.linspace(0, self.width - 1, 9), np.linspace(0, self.height - 1, 9))
-        pixels = np.stack([u, v], axis=-1).reshape(-1, 2)
-        apart = np.linalg.norm(other.distort(self.undistort(pixels)) - pixels, axis=1)
-        return float(np.nanmax(apart, initial=0.0))
+        rays = np.stack([(u - self.cx) / self.fx, (v - self.cy) / self.fy], axis=-1).reshape(-1, 2)
+        return float(np.linalg.norm(self.distort(rays) - other.distort(rays), axis=1).max())
 
 
 class ImageAdapter:

@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from kfloc_ros.errors import FrameError, SourceError
+from kfloc_ros.errors import FrameError
 
 Rgb = NDArray[np.uint8]
 
@@ -198,24 +198,30 @@ def decode_depth_message(message: Any, compressed: bool) -> NDArray[np.float32]:
     """Depth (H, W) in metres, 0 where unknown: 16-bit counts are millimetres, floats are metres (REP-118).
 
     Raises:
-        SourceError: the message holds no depth image.
+        FrameError: the message holds no depth image.
     """
     if compressed:
         data = np.frombuffer(bytes(message.data), np.uint8)
         packed = "compressedDepth" in message.format
         raw = cv2.imdecode(data[COMPRESSED_DEPTH_HEADER:] if packed else data, cv2.IMREAD_UNCHANGED)
         if raw is None or raw.dtype != np.uint16 or raw.ndim != 2:
-            raise SourceError(f"A depth image with the format '{message.format}' is not a 16-bit PNG.")
+            raise FrameError(f"A depth image with the format '{message.format}' is not a 16-bit PNG.")
         if packed and message.format.startswith("32FC1"):
             a, b = struct.unpack("<2f", bytes(message.data[4:12]))  # as compressed_depth_image_transport quantizes
             depth = np.where(raw > 0, a / np.maximum(raw.astype(np.float32) - b, 1e-6), 0)
             return np.asarray(depth, dtype=np.float32)
         return _metres(raw)
     if message.encoding not in DEPTH_ENCODINGS:
-        raise SourceError(f"The encoding '{message.encoding}' is not one of depth: {', '.join(DEPTH_ENCODINGS)}.")
+        raise FrameError(f"The encoding '{message.encoding}' is not one of depth: {', '.join(DEPTH_ENCODINGS)}.")
     single = message.encoding == "32FC1"
     kind = np.dtype(np.float32 if single else np.uint16).newbyteorder(">" if message.is_bigendian else "<")
-    rows = np.frombuffer(bytes(message.data), np.uint8).reshape(message.height, message.step)
+    data = np.frombuffer(bytes(message.data), np.uint8)
+    if data.size != message.height * message.step or message.step < message.width * kind.itemsize:
+        raise FrameError(
+            f"A depth image of {message.width}x{message.height} in '{message.encoding}' with rows of {message.step} "
+            f"bytes has {data.size} bytes."
+        )
+    rows = data.reshape(message.height, message.step)
     values = np.ascontiguousarray(rows[:, : message.width * kind.itemsize]).view(kind).astype(np.float32)
     if not single:
         return _metres(values)

@@ -12,6 +12,7 @@ from typing import Any
 from rclpy.node import Node
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 
+from kfloc_ros.bags.topics import COMPRESSED, RAW, Topic
 from kfloc_ros.errors import FrameError
 from kfloc_ros.geometry.camera import Camera, ImageAdapter
 from kfloc_ros.maps.place import MapInfo
@@ -62,6 +63,7 @@ class CameraComponent:
         self._clock, self._parameters, self._health = node.get_clock(), parameters, health
         self._target, self._output = camera, output
         self._camera: Camera | None = None
+        self._info_frame = ""
         self._info_came = threading.Event()
         self._adapter = ImageAdapter(camera, camera)
         self._index = 0
@@ -82,6 +84,11 @@ class CameraComponent:
             self._decode, topic, kind = decode_compressed, f"{topic}/compressed", CompressedImage
         else:
             self._decode = decode_image
+        if Topic(topic, COMPRESSED if kind is CompressedImage else RAW, 0).is_rectified and not config.rectified:
+            health.warn(
+                f"'{topic}' is called rectified, and the parameter `rectified` is false: if its images are rectified, "
+                "camera_info's K and distortion are not theirs, and poses will be wrong. Set `rectified` to true."
+            )
         events = qos.on_mismatch(topic, "image_reliability", health.warn)
         node.create_subscription(kind, topic, self._on_image, profile, event_callbacks=events)
 
@@ -102,6 +109,7 @@ class CameraComponent:
         except FrameError as error:
             self._health.warn(str(error))
             return
+        self._info_frame = message.header.frame_id.lstrip("/")
         self._info_came.set()
 
     def _on_image(self, message: Any) -> None:
@@ -122,6 +130,7 @@ class CameraComponent:
         image = self._decode(message)
         decoded = time.perf_counter()
         adapter = self._adapter_for(image.shape[1], image.shape[0])
+        self._check_frame(message.header.frame_id.lstrip("/"))
         frame = Frame(image=adapter(image), camera=self._target, stamp_ns=stamp_ns, index=self._index)
         timings = {"decode": 1e3 * (decoded - start), "rectify": 1e3 * (time.perf_counter() - decoded)}
         self._index += 1
@@ -146,6 +155,14 @@ class CameraComponent:
                 self._health.warn(doubt)
             self._adapter = ImageAdapter(camera, self._target)
         return self._adapter
+
+    def _check_frame(self, frame_id: str) -> None:
+        if "" not in (frame_id, self._info_frame) and frame_id != self._info_frame:
+            self._health.warn(
+                f"Images are of the frame '{frame_id}', camera_info on '{self._info_topic}' is of "
+                f"'{self._info_frame}': is it the calibration of another camera? Remap camera_info to the images' own, "
+                "or correct its frame_id."
+            )
 
     def _is_out_of_order(self, stamp_ns: int) -> bool:
         fault = self._stamps.fault(stamp_ns)

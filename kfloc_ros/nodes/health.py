@@ -26,6 +26,8 @@ _RATE_S = 5.0
 """The span that rates are taken over, in seconds."""
 _REPEAT_S = 5.0
 """How often the same warning may come, in seconds."""
+_MAX_SENTENCE = 1000
+"""Letters of a warning that are logged."""
 _MAX_KINDS = 256
 """How many kinds of warnings are told apart."""
 
@@ -124,10 +126,11 @@ class Health:
                     f"A frame was lost to an internal error; the node goes on. Please report it:\n{trace}"
                 )
         with self._lock:
-            self._last_fault = message
+            self._last_fault = one_line(message)
 
     def warn(self, sentence: str) -> None:
         """Log a warning; sentences that differ only in numbers count as one kind and come every few seconds."""
+        sentence = one_line(sentence)
         if self._may_say(re.sub(r"\d+", "#", sentence)):
             self._logger.warning(sentence)
 
@@ -141,6 +144,16 @@ class Health:
                 del self._said[next(iter(self._said))]
             self._said[kind] = now
         return True
+
+
+def one_line(sentence: str) -> str:
+    """Return a sentence that is logged as one line whatever text of a message is quoted in it.
+
+    An encoding or a frame id may hold line ends and terminal codes, with which whoever sends it would write log lines
+    of his own.
+    """
+    shown = sentence if len(sentence) <= _MAX_SENTENCE else f"{sentence[:_MAX_SENTENCE]} ..."
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in shown)
 
 
 def _rate_hz(times_s: list[float]) -> float:

@@ -8,6 +8,7 @@ Speaks with its parent through lines of JSON on standard output: ``waiting``, ``
 from __future__ import annotations
 
 import argparse
+import contextlib
 import heapq
 import json
 import signal
@@ -56,6 +57,8 @@ class Agent:
     ) -> None:
         self.recording = Recording()
         self.stopped = threading.Event()
+        self.abandoned = False
+        """Nobody waits for what is recorded any more: by SIGTERM, which also comes when the parent was killed."""
         self._node, self._stream, self._truth = node, stream, truth
         self._transforms = None if transforms is None else TransformPlayer(node, transforms)
         self._compressed = stream.transport == "compressed"
@@ -145,12 +148,13 @@ class Agent:
                 break
             self.tick(clock_ns)
             self.stopped.wait(0.05)
-        time.sleep(TAIL_S if played else 0.0)
+        time.sleep(TAIL_S if played and not self.abandoned else 0.0)
 
 
 def say(event: str, **values: Any) -> None:
-    """One line to the parent."""
-    print(json.dumps({"event": event, **values}), flush=True)
+    """One line to the parent, if it is still there."""
+    with contextlib.suppress(BrokenPipeError):
+        print(json.dumps({"event": event, **values}), flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -187,8 +191,13 @@ def _run(args: argparse.Namespace, stream: BagStream) -> int:
     node = rclpy.create_node("kfloc_replay")
     truth = TruthPath(node, args.map_frame, read_tum(args.truth) if args.truth else {})
     agent = Agent(node, stream, truth, transforms, args.map_frame)
+
+    def stop(number: int, frame: object) -> None:
+        agent.abandoned = number == signal.SIGTERM
+        agent.stopped.set()
+
     for which in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(which, lambda number, frame: agent.stopped.set())
+        signal.signal(which, stop)
     executor = SingleThreadedExecutor()
     executor.add_node(node)
     spinning = threading.Event()

@@ -18,7 +18,7 @@ from kfloc_ros.bags.truth import BagTransforms, read_truth
 from kfloc_ros.bags.writer import write_bag
 from kfloc_ros.datasets import open_source
 from kfloc_ros.datasets.ros_bag import RosBag
-from kfloc_ros.errors import SourceError
+from kfloc_ros.errors import FrameError, SourceError
 from kfloc_ros.geometry.lie import make_pose
 
 Message = tuple[str, float, Any]
@@ -172,7 +172,7 @@ def test_two_cameras_on_one_topic_are_not_mixed(tmp_path: Path) -> None:
         open_source(f"bag:{write_messages(tmp_path / 'bag', messages())}")
 
 
-def test_poses_that_are_none_are_left_out(tmp_path: Path) -> None:
+def test_poses_that_are_none_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     def spoil(k: int, said: Any) -> None:
         if k == 1:
             said.pose.pose.position.x = float("nan")
@@ -180,6 +180,7 @@ def test_poses_that_are_none_are_left_out(tmp_path: Path) -> None:
     found = positions(open_source(f"bag:{write_messages(tmp_path / 'bag', with_odometry(camera(), spoil))}"))
     assert (found[0], found[2]) == (ROBOTS[0], ROBOTS[2])
     assert found[1] == pytest.approx(ROBOTS[1], abs=2e-3), "interpolated between its neighbours"
+    assert "1 of 3 poses on /odom" in caplog.text
 
 
 # Calibrations.
@@ -207,9 +208,24 @@ def test_a_calibration_of_another_size_is_refused(tmp_path: Path) -> None:
     def halve(k: int, said: Any) -> None:
         said.width, said.height = 20, 15
 
-    source = open_source(f"bag:{write_messages(tmp_path / 'bag', camera(change=halve))}")
-    with pytest.raises(SourceError, match=r"Image 0 of the bag .* is 40x30, its camera_info 20x15"):
-        source[0]
+    with pytest.raises(SourceError, match=r"40x30, its camera_info 20x15.*\?info="):
+        open_source(f"bag:{write_messages(tmp_path / 'bag', camera(change=halve))}")
+
+
+def test_an_image_or_depth_that_cannot_be_read_is_that_frames_fault(tmp_path: Path) -> None:
+    def messages() -> Iterator[Message]:
+        yield from camera()
+        yield "/cam/image_raw", 3, image(3, "optical", PICTURE[:20], "bgr8")
+        for k in range(3):
+            depth = image(k, "optical", np.full((30, 40), 2000, np.uint16), "16UC1")
+            depth.data = depth.data[: 2400 if k else 100]
+            yield "/cam/depth", k, depth
+
+    source = open_source(f"bag:{write_messages(tmp_path / 'bag', messages())}")
+    assert source[1].depth_m is not None
+    for position, said in ((0, "Image 0 of the bag.*has 100 bytes"), (3, "Image 3 of the bag.*It is 40x20")):
+        with pytest.raises(FrameError, match=said):
+            source[position]
 
 
 def zoom(k: int, said: Any) -> None:
@@ -288,6 +304,16 @@ def test_an_sqlite_file_with_messages_still_in_its_log_is_refused(tmp_path: Path
     connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     connection.close()
     assert len(open_source(f"bag:{bag}")) == 1
+
+
+def test_a_bag_with_fewer_images_than_it_says_is_read_with_a_word(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bag = write_messages(tmp_path / "bag", camera())
+    with sqlite3.connect(bag / "bag.db3") as connection:
+        connection.execute("DELETE FROM messages WHERE id > 4")
+    assert len(open_source(f"bag:{bag}")) == 2
+    assert "says 3 images on /cam/image_raw, and 2 can be read" in caplog.text
 
 
 def test_images_and_poses_of_two_clocks_are_told_apart(tmp_path: Path) -> None:

@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import importlib.util
+import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 
+from kfloc_ros.errors import SourceError
 from kfloc_ros.geometry.lie import make_pose, rotation_angle_deg, so3_exp
 from kfloc_ros.messages.poses import BodyPose
 from kfloc_ros.messages.transforms import (
@@ -104,6 +106,30 @@ def test_the_past_is_forgotten_and_what_is_older_ignored(store: TransformStore) 
     assert np.allclose(store.lookup("odom", "base", 95 * S)[:3, 3], [95, 0, 0], atol=1e-6)
     with pytest.raises(TransformTimeError):
         store.lookup("odom", "base", 60 * S)
+
+
+def test_a_flood_of_transforms_costs_the_same_for_each(tree: TransformStore) -> None:
+    T = np.eye(4)
+    start = time.process_time()
+    for k in range(50_000):
+        tree.set("odom", "base", 10 * S + k * 100_000, T)
+    assert time.process_time() - start < 5.0, "copying what is kept for each would take minutes"
+    assert np.allclose(tree.lookup("odom", "base", 14 * S), T)
+
+
+def test_recorded_transforms_have_gaps_and_a_root() -> None:
+    tree = TransformTree(max_gap_s=0.2, near_s=0.02)
+    tree.set("base", "camera", 0, pose(2), static=True)
+    moving(tree, 10.0, 10.1, 11.0)
+    assert tree.find("odom", "camera", int(10.05 * S)) is not None
+    assert tree.find("odom", "camera", int(10.5 * S)) is None, "nothing is interpolated over a gap"
+    assert tree.find("odom", "camera", int(11.01 * S)) is not None, "a pose this near in time counts"
+    assert tree.root("camera") == "odom" and tree.parent("camera") == "base" and tree.parent("odom") is None
+    assert tree.moves("camera", "odom") and not tree.moves("camera", "base") and not tree.moves("camera", "nowhere")
+    assert np.allclose(tree.fixed("base", "camera"), pose(2)) and tree.fixed("odom", "camera") is None
+    tree.set("camera", "odom", 10 * S, pose(3))
+    with pytest.raises(SourceError, match="circle"):
+        tree.root("camera")
 
 
 def test_after_a_jump_back_in_time_a_cleared_buffer_starts_anew_and_keeps_static_ones(tree: TransformStore) -> None:

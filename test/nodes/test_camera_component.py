@@ -74,6 +74,63 @@ def test_an_internal_error_is_counted_reported_and_survived(node: Node, room: An
     assert seen[-1].frame_id == "lens" and (seen[-1].frame.image == room[3].image).all()
 
 
+class Listening(Health):
+    """Keeps what is warned of."""
+
+    def __init__(self, node: Node) -> None:
+        super().__init__(node.get_logger())
+        self.said: list[str] = []
+
+    def warn(self, sentence: str) -> None:
+        self.said.append(sentence)
+
+
+@pytest.mark.parametrize(("info_frame", "warned"), [("lens", False), ("", False), ("depth_lens", True)])
+def test_a_camera_info_of_another_camera_is_warned_of(node: Node, room: Any, info_frame: str, warned: bool) -> None:
+    health, seen = Listening(node), []
+    component = CameraComponent(node, ParameterServer(node), room.camera, health, Gate(active=True), seen.append)
+    try:
+        info = fill_info(CameraInfo(), room.camera)
+        info.header.frame_id = info_frame
+        component._on_info(info)
+        message = fill_image(Image(), room[0].image)
+        fill_stamp(message.header.stamp, time.time_ns())
+        message.header.frame_id = "/lens"
+        component._on_image(message)
+        wait(lambda: len(seen) == 1)
+    finally:
+        component.stop()
+    assert any("calibration of another camera" in sentence for sentence in health.said) == warned
+
+
+@pytest.mark.parametrize(
+    ("topic", "transport", "rectified", "warned"),
+    [("/cam/image_rect", "raw", False, True), ("/cam/image_rect", "compressed", False, True),
+     ("/cam/image_rect", "raw", True, False), ("/cam/image_corrected", "raw", False, False)],
+)  # fmt: skip
+def test_a_rectified_topic_that_would_be_undistorted_once_more_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch, room: Any, topic: str, transport: str, rectified: bool, warned: bool
+) -> None:
+    monkeypatch.setenv("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
+    context = rclpy.Context()
+    rclpy.init(context=context, domain_id=7)
+    arguments = ["--ros-args", "-r", f"image:={topic}"]
+    arguments += ["-p", f"image_transport:={transport}", "-p", f"rectified:={str(rectified).lower()}"]
+    node = Node(
+        "camera_test", context=context, cli_args=arguments, automatically_declare_parameters_from_overrides=True
+    )
+    health = Listening(node)
+    try:
+        component = CameraComponent(
+            node, ParameterServer(node), room.camera, health, Gate(active=True), lambda packet: None
+        )
+        component.stop()
+    finally:
+        node.destroy_node()
+        context.try_shutdown()
+    assert any("is called rectified" in sentence for sentence in health.said) == warned
+
+
 def test_live_parameters_reach_the_configuration(node: Node) -> None:
     from rclpy.parameter import Parameter
 

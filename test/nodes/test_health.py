@@ -28,6 +28,16 @@ def log() -> Log:
     return Log()
 
 
+def test_text_of_a_message_cannot_write_log_lines_of_its_own(log: Log) -> None:
+    health = Health(log)
+    forged = "rgb8'\n[FATAL] [1.0] [localizer]: map lost\x1b[2K\r\u2028"
+    health.fault(FrameError(f"An image has the encoding '{forged}'."))
+    health.warn("x" * 100_000)
+    for text in (*log.warnings, health.last_fault):
+        assert text.isprintable() and len(text) < 1100
+    assert "\\n[FATAL]" in log.warnings[0] and "\\x1b" in log.warnings[0]
+
+
 def test_refused_and_failed_frames_are_counted_apart(log: Log) -> None:
     health = Health(log)
     health.fault(FrameError("An image has no pixels: its size is 0x0."))

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from kfloc_ros.replay.guard import GRACE_S
 from kfloc_ros.replay.processes import ProcessSet
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -26,6 +27,10 @@ def environment(tmp_path: Path) -> dict[str, str]:
     )
     (tmp_path / "stubborn.py").write_text(
         "import signal, time\nfor s in (signal.SIGINT, signal.SIGTERM):\n    signal.signal(s, signal.SIG_IGN)\n"
+        "print('up', flush=True)\ntime.sleep(60)\n"
+    )
+    (tmp_path / "tidy.py").write_text(
+        "import signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(print('tidied', flush=True)))\n"
         "print('up', flush=True)\ntime.sleep(60)\n"
     )
     (tmp_path / "failing.py").write_text("print('[FATAL] no map')\nprint('traceback')\nraise SystemExit(3)\n")
@@ -58,6 +63,19 @@ def test_a_polite_process_ends_by_sigint(environment: dict[str, str], tmp_path: 
     assert "bye" in log.read_text()
 
 
+def test_a_process_started_where_sigint_is_ignored_ends_by_sigint(environment: dict[str, str], tmp_path: Path) -> None:
+    """As in the background of a shell."""
+    log = tmp_path / "log"
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with ProcessSet(environment) as processes:
+            processes.start("p", "polite", [], log=log)
+            assert wait_until(lambda: "up" in log.read_text())
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert processes.endings["p"].code == 0 and processes.endings["p"].forced == ""
+
+
 def test_a_stubborn_process_is_killed_and_said_so(environment: dict[str, str], tmp_path: Path) -> None:
     log = tmp_path / "log"
     with ProcessSet(environment) as processes:
@@ -86,7 +104,8 @@ def test_a_process_that_ends_by_itself_is_noticed_with_its_last_words(
         assert processes.last_words("f") == "[FATAL] no map"
 
 
-def test_children_die_with_a_parent_that_is_killed(environment: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["stubborn", "tidy"])
+def test_children_die_with_a_parent_that_is_killed(environment: dict[str, str], tmp_path: Path, kind: str) -> None:
     parent = tmp_path / "parent.py"
     log = tmp_path / "log"
     parent.write_text(
@@ -95,7 +114,7 @@ def test_children_die_with_a_parent_that_is_killed(environment: dict[str, str], 
         from pathlib import Path
         from kfloc_ros.replay.processes import ProcessSet
         processes = ProcessSet(dict(os.environ))
-        processes.start("s", "stubborn", [], log=Path({str(log)!r}))
+        processes.start("s", {kind!r}, [], log=Path({str(log)!r}))
         print(processes._processes["s"].pid, flush=True)
         time.sleep(60)
         """)
@@ -106,4 +125,5 @@ def test_children_die_with_a_parent_that_is_killed(environment: dict[str, str], 
         assert wait_until(lambda: log.exists() and "up" in log.read_text())
         assert is_alive(child)
         process.kill()
-    assert wait_until(lambda: not is_alive(child), 3.0)
+    assert wait_until(lambda: not is_alive(child), GRACE_S + 2.0)
+    assert ("tidied" in log.read_text()) == (kind == "tidy"), "whoever obeys SIGTERM has the time to clean up"
