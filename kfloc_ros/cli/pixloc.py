@@ -6,14 +6,14 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from kfloc_ros.cli import pixloc_localize, pixloc_run
+from kfloc_ros.cli import pixloc_localize, pixloc_preprocess, pixloc_run
 from kfloc_ros.cli.arguments import OverridesParser
 
-ACTIONS = (pixloc_run, pixloc_localize)
+ACTIONS = (pixloc_run, pixloc_localize, pixloc_preprocess)
 
 DESCRIPTION = """\
 PixLoc: poses by direct alignment of deep features. `run` does what the original's run_7Scenes, run_Cambridge,
-run_Aachen, run_CMU and run_RobotCar did, `localize` answers for a single picture.
+run_Aachen, run_CMU and run_RobotCar did, `localize` answers for a single picture, `preprocess` makes training data.
 """
 
 

@@ -36,6 +36,7 @@ examples:
   kfloc train scoordnet 7scenes:DIR@train --out out/stage1 halving_steps=100000
   kfloc train scoordnet cambridge:DIR/ShopFacade@train --scene ShopFacade --out out/shop
   kfloc train oflownet 7scenes:DIR@train --out out/stage2 --time-budget 3600
+  torchrun --nproc-per-node 4 -m kfloc_ros.cli train scoordnet 7scenes:DIR@train --out out/stage1
   kfloc train oflownet --family fast --out out/flow --time-budget 1200
   kfloc train kfnet 7scenes:DIR@train --scoordnet out/stage1/scoordnet.safetensors \\
       --oflownet out/stage2/oflownet.safetensors --out out/stage3

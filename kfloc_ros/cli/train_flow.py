@@ -36,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
     from kfloc_ros.config import build_config, parse_overrides
     from kfloc_ros.device import choose_device
     from kfloc_ros.kfnet.flow_network import FlowNetwork, load_flow_network
+    from kfloc_ros.training.distributed import own_device
     from kfloc_ros.training.flow import FLOW_DEFAULTS, FLOW_OPTIONS, FastFlowStage, FlowPairs
     from kfloc_ros.training.kfnet_config import TrainConfig
 
@@ -49,7 +50,8 @@ def run(args: argparse.Namespace) -> int:
     samples = FlowPairs(sources, max_step=config.max_step, augment=config.augment != "none", seed=config.seed)
     torch.manual_seed(config.seed)
     network = FlowNetwork() if args.oflownet is None else load_flow_network(args.oflownet)
-    return run_training(args, FastFlowStage(network, choose_device(args.device)), samples, config)
+    device = own_device(choose_device(args.device))
+    return run_training(args, FastFlowStage(network, device), samples, config)
 
 
 def simulated_sources() -> Sequence[FrameSource]:

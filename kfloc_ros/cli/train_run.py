@@ -42,9 +42,13 @@ def run_training(
     from tqdm import tqdm
 
     from kfloc_ros.device import choose_device
+    from kfloc_ros.training.distributed import processes, rank
     from kfloc_ros.training.loop import train
 
-    with tqdm(unit="step", disable=not sys.stderr.isatty()) as bar:
+    with (
+        processes(choose_device(args.device)) as device,
+        tqdm(unit="step", disable=rank() != 0 or not sys.stderr.isatty()) as bar,
+    ):
 
         def show(progress: TrainProgress) -> None:
             bar.total = progress.steps
@@ -53,8 +57,10 @@ def run_training(
             bar.update(progress.step - bar.n)
 
         result = train(
-            stage, samples, config, args.out, choose_device(args.device), validation=validation,
+            stage, samples, config, args.out, device, validation=validation,
             continued=continued, time_budget_s=args.time_budget, on_progress=show,
         )  # fmt: skip
-    print(f"{args.out}: step {result.step:,} of {result.steps:,} ({result.stopped_by})")
+        is_first = rank() == 0
+    if is_first:
+        print(f"{args.out}: step {result.step:,} of {result.steps:,} ({result.stopped_by})")
     return 130 if result.stopped_by == "interrupted" else 0

@@ -27,6 +27,7 @@ from kfloc_ros.geometry.camera import ImageAdapter
 from kfloc_ros.kfnet.flow import cost_window
 from kfloc_ros.kfnet.flow_network import FlowNetwork, laplace_nll, laplace_variance, save_flow_network
 from kfloc_ros.mapping.views import IDENTITY, Mask, View, map_camera, true_flow, warp_image
+from kfloc_ros.training.distributed import mean_count, world_size
 from kfloc_ros.training.kfnet_samples import random_placement
 from kfloc_ros.training.stage import Stage, StepLoss
 
@@ -206,8 +207,10 @@ class FastFlowStage(Stage[FlowPair]):
         within = seen & ~torch.stack([window.at_edge for window in windows])
         difference = read.offset - truth
         error = (difference.square().sum(1) + 1e-8).sqrt()
-        nll = laplace_nll(error, read.log_scale).clamp(max=MAX_NLL)[within].sum() / (within.sum() + 1)
+        nll = laplace_nll(error, read.log_scale).clamp(max=MAX_NLL)[within].sum()
+        nll = nll / (mean_count(within.sum()) + 1 / world_size()).float()
         visibility = F.binary_cross_entropy_with_logits(read.seen[known], seen[known].float())
+        visibility = visibility * (known.sum() / mean_count(known.sum())).float()
         sigma = laplace_variance(read.log_scale.detach()).sqrt()
         inside = (difference.detach().abs() < sigma[:, None]).float().mean(1)[within]
         figures = {

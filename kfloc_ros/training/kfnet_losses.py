@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from kfloc_ros.kfnet.reference.scoordnet import MIN_SIGMA
+from kfloc_ros.training.distributed import mean_count, world_size
 
 SMOOTHNESS_WEIGHT = 50.0
 PHOTOMETRIC_WEIGHT = 2.0
@@ -19,9 +20,12 @@ SSIM_SHARE = 0.85
 SSIM_C1, SSIM_C2 = 1e-4, 9e-4
 
 
-def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Sum over valid entries divided by their number plus one."""
-    return torch.where(mask, values, torch.zeros_like(values)).sum() / (mask.sum() + 1)
+def masked_mean(values: torch.Tensor, mask: torch.Tensor, whole_batch: bool = False) -> torch.Tensor:
+    """Sum over valid entries divided by their number plus one: here, or in the whole batch of all processes."""
+    count = mask.sum() + 1
+    if whole_batch and world_size() > 1:
+        count = (mean_count(mask.sum()) + 1 / world_size()).to(values.dtype)
+    return torch.where(mask, values, torch.zeros_like(values)).sum() / count
 
 
 def likelihood(
@@ -30,6 +34,8 @@ def likelihood(
     truth: torch.Tensor,
     mask: torch.Tensor,
     truncation: float | None = None,
+    *,
+    whole_batch: bool = False,
 ) -> torch.Tensor:
     """Mean of 3 ln sigma + |e|^2 / (2 sigma^2), the negative log-likelihood up to a constant.
 
@@ -39,8 +45,9 @@ def likelihood(
         truth: (B, 3, h, w).
         mask: (B, h, w) bool.
         truncation: cells with a larger loss count with this one and have no gradient.
+        whole_batch: the mean is over the batch of all processes, of which this is a part.
     """
-    return masked_mean(cell_likelihood(coordinates, sigma, truth, truncation), mask)
+    return masked_mean(cell_likelihood(coordinates, sigma, truth, truncation), mask, whole_batch)
 
 
 def cell_likelihood(

@@ -29,6 +29,7 @@ from kfloc_ros.kfnet.reference.oflownet import ReferenceOFlowNet
 from kfloc_ros.kfnet.reference.scoordnet import MIN_SIGMA, ReferenceSCoordNet
 from kfloc_ros.kfnet.reference.weights import OFLOWNET, SCOORDNET, load_oflownet, load_scoordnet, save_network
 from kfloc_ros.training import kfnet_losses as losses
+from kfloc_ros.training.distributed import draw
 from kfloc_ros.training.kfnet_config import TrainConfig
 from kfloc_ros.training.kfnet_samples import Group, Samples
 from kfloc_ros.training.stage import Stage, StepLoss
@@ -74,7 +75,9 @@ class MeasurementStage(KfnetStage):
         mask = torch.cat([group.mask for group in items])
         truth = to_network(torch.cat([group.points for group in items]), self.scoordnet)
         predicted = self.scoordnet(images)
-        total = losses.likelihood(predicted.coordinates, predicted.log_sigma.exp(), truth, mask, self._truncation)
+        total = losses.likelihood(
+            predicted.coordinates, predicted.log_sigma.exp(), truth, mask, self._truncation, whole_batch=True
+        )
         error_m = (predicted.coordinates - truth).detach().norm(dim=1)[mask] / self.scoordnet.scale.float()
         return StepLoss(total, {"nll": float(total.detach()), **error_figures(error_m)})
 
@@ -105,10 +108,14 @@ class FlowStage(KfnetStage):
         return {"oflownet": self.oflownet}
 
     def loss(self, items: Sequence[Group], generator: torch.Generator) -> StepLoss:
+        noise = self._draw_noise(items, generator)
         parts = []
-        for group in items:
+        for k, group in enumerate(items):
             features = self.oflownet.features(group.images)
-            parts += [self._direction(group, features, now, 1 - now, generator) for now in (0, 1)]
+            parts += [
+                self._direction(group, features, now, 1 - now, None if noise is None else noise[k, now])
+                for now in (0, 1)
+            ]
         nll, smooth, photo, error_m = (list(column) for column in zip(*parts, strict=True))
         n = len(parts)
         terms = {"nll": sum(nll) / n, "smoothness": sum(smooth) / n, "photometric": sum(photo) / n}
@@ -120,17 +127,26 @@ class FlowStage(KfnetStage):
         figures = {key: float(value.detach()) for key, value in terms.items()}
         return StepLoss(total, {**figures, **error_figures(torch.cat(error_m))})
 
+    def _draw_noise(self, items: Sequence[Group], generator: torch.Generator) -> torch.Tensor | None:
+        """(B, 2, 4, h, w): noise of each direction's coordinates, and its sigma; None without noise."""
+        if not self._noise:
+            return None
+        _, _, h, w = items[0].points.shape
+        low, high = NOISE_SIGMA
+        sigma = low + (high - low) * draw(torch.rand, (len(items), 2, 1, 1, 1), generator)
+        noise = sigma * draw(torch.randn, (len(items), 2, 3, h, w), generator)
+        return torch.cat([noise, sigma.expand(-1, -1, 1, h, w)], dim=2)
+
     def _direction(
-        self, group: Group, features: torch.Tensor, now: int, before: int, generator: torch.Generator
+        self, group: Group, features: torch.Tensor, now: int, before: int, noise: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         flow = self.oflownet.flow(features[now], features[before])
         truth, known = group.points[now] * self._scale, group.points[before] * self._scale
-        sigma = MIN_SIGMA
-        if self._noise:
-            low, high = NOISE_SIGMA
-            sigma = low + (high - low) * float(torch.rand((), generator=generator))
-            known = known + sigma * torch.randn(known.shape, generator=generator).to(known)
-        last = SceneCoordinates(known, torch.full_like(known[0], sigma**2), group.mask[before], 8)
+        variance = torch.full_like(known[0], MIN_SIGMA**2)
+        if noise is not None:
+            noise = noise.to(known)
+            known, variance = known + noise[:3], noise[3].square()
+        last = SceneCoordinates(known, variance, group.mask[before], 8)
         prior = warp(last, flow, self._scale**2, 0.0)
         mask = losses.window_mask(group.mask[now], group.mask[before])
         image = group.small_images[now]

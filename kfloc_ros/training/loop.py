@@ -23,9 +23,12 @@ import torch
 
 from kfloc_ros.config import option
 from kfloc_ros.errors import KflocError, WeightsError
+from kfloc_ros.training.distributed import agree, interruptions, mean_of_figures, parallel_loss, rank, world_size
 from kfloc_ros.training.stage import ItemT, Samples, Stage, prefetched
 from kfloc_ros.training.state import Progress, TrainingLog, load_state, save_state
 from kfloc_ros.training.validation import Best, mean_figures
+
+STOPPED_BY = {1: "time budget", 2: "interrupted"}
 
 
 class TrainingError(KflocError):
@@ -140,7 +143,7 @@ class _Run(Generic[ItemT]):
         self.optimizer = torch.optim.Adam(
             [{"params": group} for group in stage.groups()], lr=0.0, weight_decay=self.schedule.weight_decay
         )
-        self.described = {"stage": stage.name, **dataclasses.asdict(config)}
+        self.described = {"stage": stage.name, "processes": world_size(), **dataclasses.asdict(config)}
         found = load_state(out, self.modules, self.optimizer, self.described, config.FREE_KEYS)
         self.is_new = found is None
         if found is None and continued is not None:
@@ -155,29 +158,33 @@ class _Run(Generic[ItemT]):
         if self.schedule.compile:
             for part in stage.compiled_parts():
                 part.compile()
+        self.loss = parallel_loss(stage)
         self.start = time.monotonic()
 
     def make(self, samples: Samples[ItemT], validation: Samples[ItemT] | None, time_budget_s: float) -> TrainResult:
         schedule, config = self.schedule, self.config
         self.out.mkdir(parents=True, exist_ok=True)
-        stopped_by = "finished"
+        # each process reads its part of a batch that is as many times as large
+        whole_batch, own = schedule.batch * world_size(), schedule.batch * rank()
         numbers = (
-            range(first, first + schedule.batch)
-            for first in itertools.count((self.step - schedule.first) * schedule.batch, schedule.batch)
+            range(first + own, first + own + schedule.batch)
+            for first in itertools.count((self.step - schedule.first) * whole_batch, whole_batch)
         )
+        stopped_by = "finished"
         workers = ThreadPoolExecutor(config.workers)
-        with TrainingLog(self.out, self.step) as log:
+        with TrainingLog(self.out, self.step, writes=rank() == 0) as log, interruptions() as is_interrupted:
             try:
                 if self.is_new:
                     self._validate(validation, workers, log)
                 batches = prefetched(samples, numbers, workers)
                 while self.step < schedule.last:
-                    if time.monotonic() - self.start >= time_budget_s:
-                        stopped_by = "time budget"
+                    asked = 2 if is_interrupted() else int(time.monotonic() - self.start >= time_budget_s)
+                    if reason := agree(asked):
+                        stopped_by = STOPPED_BY[reason]
                         break
                     figures = self._make_step(next(batches))
                     if self.step % config.log_every == 0 or self.step == schedule.last:
-                        self._note(log, figures)
+                        self._note(log, mean_of_figures(figures))
                     if schedule.validate_every and (
                         self.step % schedule.validate_every == 0 or self.step == schedule.last
                     ):
@@ -198,10 +205,10 @@ class _Run(Generic[ItemT]):
             group["lr"] = rate
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.step)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.schedule.precision == "bfloat16"):
-            result = self.stage.loss([item.to(self.device) for item in items], generator)
-        taken = take_step(result.total, self.optimizer, self.schedule.clip)
+            total, figures = self.loss([item.to(self.device) for item in items], generator)
+        taken = take_step(total, self.optimizer, self.schedule.clip)
         self.skipped, self.left_out = (0, self.left_out) if taken else (self.skipped + 1, self.left_out + 1)
-        loss = float(result.total.detach())
+        loss = float(total.detach())
         if self.skipped > self.schedule.max_skipped:
             raise TrainingError(
                 f"The last {self.skipped} steps had no finite gradient, with a loss of {loss}; the last checkpoint is "
@@ -209,7 +216,7 @@ class _Run(Generic[ItemT]):
             )
         self.step += 1
         left_out = {"left_out": float(self.left_out)} if self.schedule.max_skipped else {}
-        return {"learning_rate": rates[0], "loss": loss, **left_out, **result.figures}
+        return {"learning_rate": rates[0], "loss": loss, **left_out, **figures}
 
     def _validate(self, samples: Samples[ItemT] | None, workers: ThreadPoolExecutor, log: TrainingLog) -> None:
         if samples is None or not self.schedule.validate_every:
@@ -218,22 +225,25 @@ class _Run(Generic[ItemT]):
         self._note(log, figures)
         files = {self.out / f"{name}_best.safetensors": name for name in self.modules}
         origin = f"trained here, step {self.step}, the best of its validation"
-        self.best.offer(
-            figures["validation/loss"], self.step, files, lambda path, name: self.stage.write(name, path, origin)
-        )
+        if rank() == 0:
+            self.best.offer(
+                figures["validation/loss"], self.step, files, lambda path, name: self.stage.write(name, path, origin)
+            )
 
     def _note(self, log: TrainingLog, figures: dict[str, float]) -> None:
         log.add(self.step, figures)
         self.on_progress(TrainProgress(self.step, self.schedule.last, figures))
 
     def _snapshot(self) -> None:
+        self.saved_step = self.step
+        if rank() != 0:
+            return
         spent = self.progress.seconds + time.monotonic() - self.start
         save_state(self.out, self.modules, self.optimizer, Progress(self.step, spent), self.described)
         for name in self.modules:
             temporary = self.out / f".{name}.safetensors.new"
             self.stage.write(name, temporary, f"trained here, step {self.step}")
             os.replace(temporary, self.out / f"{name}.safetensors")
-        self.saved_step = self.step
 
 
 def validate(
@@ -243,34 +253,40 @@ def validate(
     device: torch.device,
     workers: ThreadPoolExecutor,
 ) -> dict[str, float]:
-    """Return loss and figures on held-out samples, under ``validation/``; nothing of the training changes."""
+    """Return loss and figures on held-out samples, under ``validation/``; nothing of the training changes.
+
+    Several processes share the batches; the samples are then as many as fill them all.
+    """
     modules = stage.modules().values()
     was_training = [module.training for module in modules]
     for module in modules:
         module.eval()
     parts = []
     count = schedule.validation_items
-    numbers = [range(first, min(first + schedule.batch, count)) for first in range(0, count, schedule.batch)]
+    whole_batch, own = schedule.batch * world_size(), schedule.batch * rank()
+    limit = count if world_size() == 1 else math.ceil(count / whole_batch) * whole_batch
+    numbers = [range(first, min(first + schedule.batch, limit)) for first in range(own, limit, whole_batch)]
     try:
         with torch.no_grad():
             for batch, items in zip(numbers, prefetched(samples, numbers, workers), strict=True):
-                generator = torch.Generator().manual_seed(batch.start)
+                generator = torch.Generator().manual_seed(batch.start - own)
                 result = stage.loss([item.to(device) for item in items], generator)
                 parts.append({"loss": float(result.total), **result.figures})
     finally:
         for module, mode in zip(modules, was_training, strict=True):
             module.train(mode)
-    return mean_figures(parts)
+    return mean_of_figures(mean_figures(parts))
 
 
 def take_step(loss: torch.Tensor, optimizer: torch.optim.Optimizer, clip: float | None) -> bool:
     """Take one step, every gradient's value clipped before it; False, with nothing changed, if one is not finite.
 
-    A loss without a gradient, as of a batch that says nothing, takes no step either and is no fault.
+    A loss without a gradient, as of a batch that says nothing, takes no step either and is no fault. Where several
+    processes train, all take the step or none.
     """
-    if not bool(torch.isfinite(loss)):
+    if not agree(bool(torch.isfinite(loss)), lowest=True):
         return False
-    if not loss.requires_grad:
+    if not agree(loss.requires_grad, lowest=True):
         return True
     optimizer.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]

@@ -13,6 +13,7 @@ from kfloc_ros.geometry.tensors import Pose
 from kfloc_ros.pixloc.reference.cost import FeatureMap
 from kfloc_ros.pixloc.reference.losses import RobustLoss
 from kfloc_ros.pixloc.reference.two_view import TwoViewResult
+from kfloc_ros.training.distributed import draw, mean_count
 
 MIN_COMMON_POINTS = 10
 """An element with fewer points that are seen from both its true and its initial pose says nothing."""
@@ -121,8 +122,8 @@ def gnnet_loss(
         mask: (B, N) bool: points that take part.
         generator: of the noise and the choice of negatives, on the CPU.
     """
-    noise = (torch.rand(uv_true.shape, generator=generator) * 2 - 1).to(uv_true)
-    count = mask.sum().clamp(min=1)
+    noise = (draw(torch.rand, uv_true.shape, generator) * 2 - 1).to(uv_true)
+    count = mean_count(mask.sum()).clamp(min=1)
     gauss_newton = (_gauss_newton(target, features, uv_true, uv_true + noise) * mask).sum() / count
     positive = (_length(target.sample(uv_true).values - features) - POSITIVE_MARGIN).clamp(min=0) ** 2
     negative = (NEGATIVE_MARGIN - _length(_negatives(target, features, uv_true, generator) - features)).clamp(min=0)
@@ -167,7 +168,7 @@ def _negatives(
         hardest = distance.topk(min(HARDEST, distance.shape[-1]), dim=-1, largest=False)
         # where the window leaves fewer cells than that, only those count
         allowed = hardest.values.isfinite().sum(-1).clamp(min=1)
-        drawn = (torch.rand(B, N, generator=generator).to(uv_true.device) * allowed).long()
+        drawn = (draw(torch.rand, (B, N), generator).to(uv_true.device) * allowed).long()
         chosen = hardest.indices.gather(-1, drawn[..., None])
     return table.gather(1, chosen.expand(-1, -1, C))
 

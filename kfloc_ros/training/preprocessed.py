@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PixLoc's own training data: MegaDepth and CMU as its preprocessing leaves them, a pickle of poses and points a scene.
+"""PixLoc's training data: MegaDepth and CMU, and one's own in their layouts, a file of poses and points a scene.
 
-The pickles are read without unpickling them: see ``inert_pickle``. A folder DIR holds, as the original's data path:
+``kfloc pixloc preprocess`` writes ``.npz`` files; the original's pickles are read, too, without unpickling them: see
+``inert_pickle``. A folder DIR holds, as the original's data path:
 
 | | MegaDepth | CMU Extended Seasons |
 |---|---|---|
-| one scene | ``megadepth_pixloc_training/SCENE.pkl`` | ``cmu_pixloc_training/sliceN.pkl`` |
+| one scene | ``megadepth_pixloc_training/SCENE.npz`` | ``cmu_pixloc_training/sliceN.npz`` |
 | images | ``megadepth/Undistorted_SfM/SCENE/images/`` | ``CMU/sliceN/database/`` and ``CMU/sliceN/query/`` |
 | trained on | ``train_scenes.txt``, else all but the validation's | slices 8-12 and 22-25 |
 | validated on | ``valid_scenes.txt``, else the last scenes | slices 6, 13 and 21 |
 
-The two lists lie beside the pickles: the names of scenes, one a line.
+The two lists lie beside the scenes: the names of scenes, one a line.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import cv2
 import numpy as np
@@ -30,6 +32,7 @@ from kfloc_ros.geometry.camera_tensor import CameraTensor
 from kfloc_ros.geometry.lie import Matrix, inverse_pose, make_pose
 from kfloc_ros.pixloc.hloc.inert_pickle import read_inert
 from kfloc_ros.training.pixloc_samples import PairRule, Pairs, make_pair, show
+from kfloc_ros.training.preprocess import read_scene
 
 KINDS = {"megadepth": "megadepth_pixloc_training", "cmu": "cmu_pixloc_training"}
 """Names of the data sets, and the folder of each one's pickles."""
@@ -155,9 +158,11 @@ def open_preprocessed(kind: str, root: Path, rule: PairRule, seed: int, share: f
         SourceError: nothing is there, a pickle is damaged or of another kind, or it holds no pairs.
     """
     folder = root / KINDS[kind]
-    names = sorted(path.stem for path in folder.glob("*.pkl"))
+    names = sorted({path.stem for ending in ("npz", "pkl") for path in folder.glob(f"[!.]*.{ending}")})
     if not names:
-        raise SourceError(f"'{folder}' holds no scenes (.pkl) as PixLoc's preprocessing writes them.")
+        raise SourceError(
+            f"'{folder}' holds no scenes (.npz or .pkl); `kfloc pixloc preprocess {kind} {root}` makes them."
+        )
     training, held_out = _cmu_parts(names) if kind == "cmu" else _megadepth_parts(folder, names, share)
     read = _read_cmu if kind == "cmu" else _read_megadepth
 
@@ -199,7 +204,7 @@ def _listed(path: Path, names: Sequence[str]) -> list[str] | None:
 
 
 def _read_megadepth(root: Path, name: str, min_overlap: float, seed: int) -> Scene:
-    path = root / KINDS["megadepth"] / f"{name}.pkl"
+    path = _scene_file(root / KINDS["megadepth"], name)
     images = root / "megadepth" / "Undistorted_SfM" / name / "images"
     content = _content(path)
     try:
@@ -217,7 +222,7 @@ def _read_megadepth(root: Path, name: str, min_overlap: float, seed: int) -> Sce
 
 
 def _read_cmu(root: Path, name: str, min_overlap: float, seed: int) -> Scene:
-    path = root / KINDS["cmu"] / f"{name}.pkl"
+    path = _scene_file(root / KINDS["cmu"], name)
     content = _content(path)
 
     def views(kind: str, folder: str) -> list[View]:
@@ -239,7 +244,17 @@ def _read_cmu(root: Path, name: str, min_overlap: float, seed: int) -> Scene:
         raise _misfit(path, error) from error
 
 
+def _scene_file(folder: Path, name: str) -> Path:
+    own = folder / f"{name}.npz"
+    return own if own.is_file() else folder / f"{name}.pkl"
+
+
 def _content(path: Path) -> Mapping[str, Any]:
+    if path.suffix == ".npz":
+        try:
+            return read_scene(path)
+        except (OSError, ValueError, KeyError, BadZipFile) as error:
+            raise SourceError(f"The scene '{path}' is damaged: {error}; remove it and preprocess again.") from error
     try:
         content = read_inert(path.read_bytes())
     except OSError as error:

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from safetensors import SafetensorError
@@ -138,15 +138,22 @@ class TrainingLog:
     Args:
         folder: of the training.
         step: after which this run goes on. What a run that was killed logged of later steps is cut off.
+        writes: False: nothing is written, as by all but the first of several processes.
     """
 
-    def __init__(self, folder: Path, step: int) -> None:
+    def __init__(self, folder: Path, step: int, writes: bool = True) -> None:
+        self._stream: TextIO | None = None
+        self._events: Any = None
+        if not writes:
+            return
         _forget_after(folder / LOG_FILE, step)
         self._stream = (folder / LOG_FILE).open("a", encoding="utf-8")
         self._events = _summary_writer(folder, step)
 
     def add(self, step: int, figures: Mapping[str, float]) -> None:
         """Write the figures of a step; one that is not finite becomes null."""
+        if self._stream is None:
+            return
         clean = {key: value if math.isfinite(value) else None for key, value in figures.items()}
         self._stream.write(json.dumps({"step": step, **clean}) + "\n")
         self._stream.flush()
@@ -162,7 +169,8 @@ class TrainingLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._stream.close()
+        if self._stream is not None:
+            self._stream.close()
         if self._events is not None:
             self._events.close()
 
