@@ -31,8 +31,7 @@ def add_source_arguments(parser: argparse.ArgumentParser, *, required: bool = Tr
 
     Without ``required``, SOURCE may be left out and is None then.
     """
-    kinds = "; ".join(f"{kind}:PATH is {text}" for kind, text in SOURCE_KINDS.items())
-    text = f"where frames come from, written KIND:PATH; {kinds}"
+    text = f"frames, written KIND:PATH; KIND is {', '.join(SOURCE_KINDS)} (details: `kfloc sources`)"
     parser.add_argument("source", metavar="SOURCE", nargs=None if required else "?", help=text)
     group = parser.add_argument_group("which frames, which truth")
     group.add_argument(

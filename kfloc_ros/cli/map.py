@@ -19,9 +19,8 @@ from kfloc_ros.cli.build_options import (
     need_poses,
     provenance_of,
 )
-from kfloc_ros.cli.map_join import add_join
+from kfloc_ros.cli.map_join import add_join, describe_place
 from kfloc_ros.cli.map_kfnet import add_kfnet
-from kfloc_ros.cli.map_place import add_place, describe_place
 from kfloc_ros.cli.map_tools import add_tools
 from kfloc_ros.cli.tables import describe
 
@@ -76,7 +75,6 @@ def add_parser(subparsers: Any) -> None:
     verify.add_argument("map", metavar="MAP", help="map folder, or name of an installed map")
     verify.set_defaults(run_action=run_verify)
     add_join(actions)
-    add_place(actions)
     add_tools(actions)
     add_kfnet(actions)
 

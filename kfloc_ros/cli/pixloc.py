@@ -1,36 +1,260 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``kfloc pixloc``: PixLoc's own runs over the benchmarks' data sets, and one's own picture in a map."""
+"""``kfloc pixloc``: benchmark runs of PixLoc (``run``), and the registration of ``localize``."""
 
 from __future__ import annotations
 
 import argparse
-from typing import Any
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from kfloc_ros.cli import pixloc_localize, pixloc_preprocess, pixloc_run
+from kfloc_ros.cli import pixloc_localize, pixloc_preprocess
 from kfloc_ros.cli.arguments import OverridesParser
 
-ACTIONS = (pixloc_run, pixloc_localize, pixloc_preprocess)
+if TYPE_CHECKING:
+    import torch
+
+    from kfloc_ros.pixloc.hloc.layouts import DataSet, Paths
+    from kfloc_ros.pixloc.hloc.options import RunOptions
+    from kfloc_ros.pixloc.reference.model import PixLocModel
+    from kfloc_ros.types import Matrix
+
+NAMES = ("7scenes", "cambridge", "aachen", "cmu", "robotcar")
+PATHS = {
+    "reference_sfm": "COLMAP model of the references",
+    "query_list": "queries with intrinsics: name MODEL w h params",
+    "retrieval": "pairs: query reference",
+    "global_descriptors": "descriptors by image, .npz, .safetensors or .h5 (h5py)",
+    "hloc_logs": "hloc's *_logs.pkl; nothing in it is run",
+    "results": "results, 'name qw qx qy qz tx ty tz', world to camera",
+}
 
 DESCRIPTION = """\
-PixLoc: poses by direct alignment of deep features. `run` does what the original's run_7Scenes, run_Cambridge,
-run_Aachen, run_CMU and run_RobotCar did, `localize` answers for a single picture, `preprocess` makes training data.
+PixLoc: camera poses by direct alignment of deep features. `run` replaces the original's run_7Scenes, run_Cambridge,
+run_Aachen, run_CMU and run_RobotCar; `localize` localizes a single image; `preprocess` makes training data.
+"""
+
+RUN_DESCRIPTION = """\
+Localize the queries of a benchmark with a trained PixLoc, and print the figures that the original prints (7-Scenes
+and Cambridge) or write the file to submit (the others). The defaults are the original's; options are changed with
+key=value, by the original's names: refinement.num_dbs=3 optimizer.num_iters=50 features.preprocessing.resize=640.
+"""
+
+RUN_EPILOG = """\
+examples:
+  kfloc pixloc run 7scenes --weights W.safetensors --dataset 7Scenes --dumps hloc/7Scenes --scenes heads stairs
+  kfloc pixloc run aachen --weights W.safetensors --dataset Aachen --from-poses --hloc-logs aachen_logs.pkl --skip 10
+  kfloc pixloc run cmu --weights W.safetensors --dataset CMU --scenes 2-6 refinement.num_dbs=3
+
+Layouts of the data sets: docs/reference/pixloc.md.
 """
 
 
 def add_parser(subparsers: Any) -> None:
-    """Add the ``pixloc`` subcommand."""
+    """Register ``kfloc pixloc`` and its actions."""
     parser = subparsers.add_parser(
         "pixloc",
-        help="run PixLoc on the benchmarks' data sets, or on one picture",
+        help="run PixLoc on benchmark data sets or on one image",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=OverridesParser)
-    for module in ACTIONS:
-        module.add_parser(actions)
+    _add_run(actions)
+    pixloc_localize.add_parser(actions)
+    pixloc_preprocess.add_parser(actions)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the action asked for."""
-    code: int = args.run_action(args)
-    return code
+    """Run the selected action; return the exit code."""
+    return int(args.run_action(args))
+
+
+def _add_run(actions: Any) -> None:
+    """Add the ``run`` action."""
+    from kfloc_ros.config import options_of
+    from kfloc_ros.pixloc.hloc.options import RunOptions
+
+    options = "\n".join(f"  {o.name}={o.default}  {o.text}" for o in options_of(RunOptions))
+    parser = actions.add_parser(
+        "run",
+        help="localize the queries of a benchmark",
+        description=RUN_DESCRIPTION,
+        epilog=f"{RUN_EPILOG}\noptions as key=value (defaults of 7scenes from retrieval):\n{options}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("data_set", choices=NAMES, metavar="DATASET", help=", ".join(NAMES))
+    parser.add_argument("--weights", type=Path, required=True, metavar="FILE", help="model, as `kfloc convert` writes")
+    parser.add_argument("--dataset", type=Path, required=True, metavar="DIR", help="images and ground truth")
+    parser.add_argument("--dumps", type=Path, metavar="DIR", help="models, lists and pairs (default: --dataset)")
+    parser.add_argument("--eval-dir", type=Path, default=Path(), metavar="DIR", help="folder for results (default: .)")
+    parser.add_argument(
+        "--scenes", "--slices", "--conditions", dest="parts", nargs="+", metavar="NAME",
+        help="scenes, slices (also 2-6) or conditions to run (default: all)",
+    )  # fmt: skip
+    parser.add_argument("--from-poses", action="store_true", help="refine the poses in hloc's log")
+    parser.add_argument("--inlier-ranking", action="store_true", help="rank references by inliers in hloc's log")
+    parser.add_argument("--skip", type=int, default=1, metavar="N", help="run every N-th query only")
+    parser.add_argument("--eval-only", action="store_true", help="evaluate results that exist instead of making them")
+    parser.add_argument("--cache", metavar="FILE", help="keep reference features; may hold {scene}, {slice} and so on")
+    paths = parser.add_argument_group("files, where they are not the data set's own; may hold {scene} and so on")
+    for name, text in PATHS.items():
+        paths.add_argument(f"--{name.replace('_', '-')}", type=Path, metavar="PATH", help=text)
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the network runs")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+    parser.set_defaults(run_action=run_benchmark)
+
+
+def run_benchmark(args: argparse.Namespace) -> int:
+    """Run all parts asked for; 1 if no query at all was localized."""
+    from kfloc_ros.errors import ConfigError
+    from kfloc_ros.pixloc.hloc.layouts import DATA_SETS, choose_parts, paths_of
+    from kfloc_ros.pixloc.hloc.options import run_options
+
+    if args.skip < 1:
+        raise ConfigError(f"--skip takes 1 or more, got {args.skip}.")
+    data_set = DATA_SETS[args.data_set]
+    options = run_options(
+        args.data_set, from_poses=args.from_poses, words=args.overrides, inlier_ranking=args.inlier_ranking
+    )
+    parts = choose_parts(data_set, args.parts)
+    given = {name: getattr(args, name) for name in PATHS}
+    every = {
+        part: paths_of(data_set, part, args.dataset, args.dumps or args.dataset, args.eval_dir, given) for part in parts
+    }
+    if len({paths.results for paths in every.values()}) < len(parts):
+        raise ConfigError(
+            f"--results names one file for {len(parts)} parts; put {{{data_set.part_name}}} into its name."
+        )
+    localized = 0
+    for part, paths in every.items():
+        poses = _existing(paths) if args.eval_only else _run_part(args, data_set, part, paths, options)
+        localized += len(poses)
+        if data_set.evaluated:
+            print(f"{part}: {_figures(paths, poses, args.skip)}", flush=True)
+    if not data_set.evaluated and len(parts) > 1:
+        print(f"To submit: {_together(data_set, every, args)}")
+    return 0 if localized else 1
+
+
+def _run_part(
+    args: argparse.Namespace, data_set: DataSet, part: str, paths: Paths, options: RunOptions
+) -> dict[str, Matrix]:
+    """Localize one part's queries and write its results; returns the poses by the names in the results."""
+    from tqdm import tqdm
+
+    from kfloc_ros.pixloc.hloc.files import read_descriptors, read_hloc_log, read_pairs, result_name, write_poses
+    from kfloc_ros.pixloc.hloc.layouts import queries_of
+    from kfloc_ros.pixloc.hloc.plan import Planner
+    from kfloc_ros.pixloc.hloc.run import gather_views, log_entry, run_queries, view_settings
+    from kfloc_ros.pixloc.reference.refiner import ReferenceRefiner
+    from kfloc_ros.pixloc.reference.views import read_scene
+
+    model, device = _model(args)
+    queries = queries_of(args.data_set, part, paths)
+    names = list(queries)[:: args.skip]
+    scene = read_scene(paths.reference_sfm)
+    # hloc's log goes before the pairs; where it was not named, it is used only where it is needed.
+    needs_log = args.from_poses or options.do_inlier_ranking or options.point_selection != "all"
+    logs = read_hloc_log(paths.hloc_logs) if paths.hloc_logs and (needs_log or args.hloc_logs) else None
+    planner = Planner(
+        scene,
+        options,
+        pairs=read_pairs(paths.retrieval) if logs is None else None,
+        logs=logs,
+        descriptors=read_descriptors(paths.global_descriptors)
+        if options.do_pose_approximation and paths.global_descriptors
+        else None,
+    )
+    make = planner.from_pose if args.from_poses else planner.from_retrieval
+    plans = {name: make(name) for name in names}
+    label = f"{args.data_set} {part}".strip()
+    silent = args.quiet or not sys.stderr.isatty()
+    cache = Path(str(args.cache).replace(f"{{{data_set.part_name or 'part'}}}", part)) if args.cache else None
+    with tqdm(desc=f"{label}: references", unit="image", disable=silent) as bar:
+
+        def show(done: int, total: int, _: str) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        positions = [view for plan in plans.values() for view in plan.views]
+        store = gather_views(
+            model.to(device), scene, positions, paths.reference_images, view_settings(options), cache=cache,
+            on_progress=show,
+        )  # fmt: skip
+    refiner = ReferenceRefiner(model, scene, store, options.settings())
+    poses: dict[str, Matrix] = {}
+    entries: dict[str, Any] = {}
+    success = 0
+    progress = tqdm(total=len(plans), desc=f"{label}: queries", unit="query", disable=silent)
+    try:
+        for result in run_queries(refiner, queries, plans, paths.query_images):
+            if result.T_map_camera is not None:
+                poses[result_name(result.name, keep_parent=data_set.keep_parent)] = result.T_map_camera
+            entries[result.name] = log_entry(result, scene)
+            success += result.success
+            progress.update()
+    finally:
+        progress.close()
+        write_poses(paths.results, poses)
+        log = {
+            "paths": {key: str(value) for key, value in asdict(paths).items() if value is not None},
+            "configuration": {"weights": str(args.weights), "from_poses": args.from_poses, **asdict(options)},
+            "localization": entries,
+        }
+        Path(f"{paths.results}_logs.json").write_text(json.dumps(log, indent=1) + "\n")
+    print(f"{label}: {success} of {len(plans)} queries aligned, {len(poses)} poses in {paths.results}", flush=True)
+    for reason, count in _common_reasons(entries)[:3]:
+        print(f"  {count} not aligned: {reason}")
+    return poses
+
+
+def _common_reasons(entries: Mapping[str, Any]) -> list[tuple[str, int]]:
+    from collections import Counter
+
+    return Counter(entry["reason"] for entry in entries.values() if not entry["success"]).most_common()
+
+
+def _model(args: argparse.Namespace) -> tuple[PixLocModel, torch.device]:
+    from kfloc_ros.device import choose_device
+    from kfloc_ros.pixloc.reference.model import load_model
+
+    return load_model(args.weights), choose_device(args.device)
+
+
+def _existing(paths: Paths) -> dict[str, Matrix]:
+    from kfloc_ros.pixloc.hloc.files import read_poses
+
+    return read_poses(paths.results)
+
+
+def _figures(paths: Paths, poses: Mapping[str, Matrix], skip: int) -> str:
+    """Medians and recall against the ground truth."""
+    from kfloc_ros.errors import SourceError
+    from kfloc_ros.geometry.lie import inverse_pose
+    from kfloc_ros.pixloc.hloc.files import accuracy_text
+    from kfloc_ros.pixloc.hloc.layouts import read_names
+    from kfloc_ros.pixloc.reference.views import read_scene
+
+    if paths.ground_truth is None or not paths.ground_truth.is_dir():
+        return f"not evaluated, there is no ground truth in '{paths.ground_truth}'"
+    truth = {image.name: inverse_pose(image.T_camera_map) for image in read_scene(paths.ground_truth).images}
+    if paths.truth_list is not None and paths.truth_list.is_file():
+        listed = read_names(paths.truth_list)
+        if unknown := next((name for name in listed if name not in truth), None):
+            raise SourceError(f"'{paths.truth_list}' names '{unknown}', which the ground truth does not have.")
+        truth = {name: truth[name] for name in listed}
+    return accuracy_text(poses, truth, only_estimated=skip > 1)
+
+
+def _together(data_set: DataSet, every: Mapping[str, Paths], args: argparse.Namespace) -> Path:
+    """One file of all parts' results."""
+    from kfloc_ros.pixloc.hloc.layouts import paths_of
+
+    label = "-".join(part[:3] for part in every)
+    given = {"results": args.results}
+    target = paths_of(data_set, label, args.dataset, args.dataset, args.eval_dir, given).results
+    target.write_text("".join(paths.results.read_text() for paths in every.values()))
+    return target

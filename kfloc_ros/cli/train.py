@@ -4,16 +4,18 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kfloc_ros.cli import train_flow, train_pixloc
+from kfloc_ros.cli import train_pixloc
 from kfloc_ros.cli.arguments import OverridesParser, add_source_arguments, open_source_from
 from kfloc_ros.cli.build_options import need_poses
 from kfloc_ros.cli.train_run import add_run_arguments, describe_options, run_training
 from kfloc_ros.errors import ConfigError
 
 if TYPE_CHECKING:
+    from kfloc_ros.frames import FrameSource
     from kfloc_ros.kfnet.reference.frame import NetworkFrame
     from kfloc_ros.training.kfnet_config import TrainConfig
 
@@ -22,6 +24,9 @@ STAGES = {
     "oflownet": "stage 2: flow and process noise from pairs of frames",
     "kfnet": "stage 3: both, through the filter over four frames; needs --scoordnet and --oflownet",
 }
+
+RUN_LENGTH, RUN_EVERY = 15, 4
+"""Of the simulated recordings, one run of 15 frames in four is used: each frame takes time to render."""
 
 DESCRIPTION = """\
 Train on a SOURCE with depth and poses. OUT receives the network's weights (.safetensors), a checkpoint, and a log,
@@ -60,7 +65,13 @@ def add_parser(subparsers: Any) -> None:
         stage.usage = f"kfloc train {name} SOURCE --out DIR [key=value ...] [options]"
         add_source_arguments(stage, required=name != "oflownet")
         if name == "oflownet":
-            train_flow.add_family(stage)
+            stage.add_argument(
+                "--family",
+                choices=("reference", "fast"),
+                default="reference",
+                help="reference: as published (default); fast: the small network on the backbone's cost volume, "
+                "trained on simulated recordings if no SOURCE is given",
+            )
         add_run_arguments(stage)
         stage.add_argument(
             "--scene", metavar="NAME", help="schedule, scale and image size of a benchmark's scene, such as fire"
@@ -92,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
     if args.stage in train_pixloc.STAGES:
         return train_pixloc.run(args)
     if args.stage == "oflownet" and args.family == "fast":
-        return train_flow.run(args)
+        return _run_fast_flow(args)
     if args.source is None:
         raise ConfigError("Name a SOURCE to train from; only `--family fast` has one of its own.")
     source = open_source_from(args)
@@ -144,3 +155,41 @@ def _given_frame(args: argparse.Namespace, scale: float) -> NetworkFrame | None:
     if args.transform or (kind == "kfnet" and beside.is_file()):
         return read_transform(args.transform or beside, scale)
     return None
+
+
+def _run_fast_flow(args: argparse.Namespace) -> int:
+    """Train the fast family's optical-flow network; 130 when interrupted."""
+    import torch
+
+    from kfloc_ros.config import build_config, parse_overrides
+    from kfloc_ros.device import choose_device
+    from kfloc_ros.kfnet.flow_network import FlowNetwork, load_flow_network
+    from kfloc_ros.training.distributed import own_device
+    from kfloc_ros.training.flow import FLOW_DEFAULTS, FLOW_OPTIONS, FastFlowStage, FlowPairs
+    from kfloc_ros.training.kfnet_config import TrainConfig
+
+    overrides = parse_overrides(TrainConfig, args.overrides)
+    config = build_config(TrainConfig, {**FLOW_DEFAULTS, **overrides})
+    if unused := sorted(set(overrides) - FLOW_OPTIONS):
+        raise ConfigError(
+            f"'{unused[0]}' means nothing to the fast family; its options: {', '.join(sorted(FLOW_OPTIONS))}."
+        )
+    sources = simulated_sources() if args.source is None else [open_source_from(args)]
+    samples = FlowPairs(sources, max_step=config.max_step, augment=config.augment != "none", seed=config.seed)
+    torch.manual_seed(config.seed)
+    network = FlowNetwork() if args.oflownet is None else load_flow_network(args.oflownet)
+    return run_training(args, FastFlowStage(network, own_device(choose_device(args.device))), samples, config)
+
+
+def simulated_sources() -> Sequence[FrameSource]:
+    """What the shipped weights are trained on: rooms with other pictures than the demo's, which is left for tests."""
+    from kfloc_ros.frames import Selection
+    from kfloc_ros.simulation.source import SimulatedSource
+
+    sources = []
+    for seed in (1, 2):
+        for which in ("map", "localize"):
+            whole = SimulatedSource(which, seed=seed)
+            chosen = [p for p in range(len(whole)) if p // RUN_LENGTH % RUN_EVERY == seed]
+            sources.append(Selection(whole, chosen))
+    return sources

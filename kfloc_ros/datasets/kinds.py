@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -204,21 +205,53 @@ KINDS = {
 
 
 def detect_kind(path: str) -> str:
-    """The kind of what lies at a path.
+    """Return the kind of the files at a path.
 
     Raises:
-        SourceError: nothing is there, it is of no known kind, or of several.
+        SourceError: nothing is there, or the files fit no kind or several.
     """
     folder = Path(path) if Path(path).exists() else split_part(path.partition("?")[0])[0]
     if not folder.exists():
-        raise SourceError(
-            f"There is nothing at '{folder}'. A SOURCE is written KIND:PATH or PATH; known kinds: {', '.join(KINDS)}."
-        )
-    found = [name for name, kind in KINDS.items() if kind.recognise(folder)]
+        raise SourceError(_missing(path, folder))
+    found = _kinds_of(folder)
     if len(found) == 1:
         return found[0]
     if found:
         choices = ", ".join(f"{name}:{path}" for name in found)
-        raise SourceError(f"'{path}' can be read in several ways; say which: {choices}.")
-    known = "; ".join(f"{name}:PATH ({kind.text})" for name, kind in KINDS.items())
-    raise SourceError(f"What '{path}' holds is not recognised. Known: {known}.")
+        raise SourceError(f"'{path}' can be read as several kinds of SOURCE; name one: {choices}.")
+    inside = [child.name for child in _listed(folder) if _kinds_of(child)]
+    hint = f"Did you mean '{folder / inside[0]}'? " if inside else ""
+    raise SourceError(
+        f"The kind of '{path}' is not recognised. {hint}Name the kind as KIND:PATH; `kfloc sources` lists the kinds "
+        "and the files that each expects."
+    )
+
+
+def _kinds_of(path: Path) -> list[str]:
+    return [name for name, kind in KINDS.items() if kind.recognise(path)]
+
+
+def _listed(folder: Path) -> list[Path]:
+    """Return the first entries of a folder, by name; empty for a file or an unreadable folder."""
+    try:
+        return sorted(folder.iterdir())[:50]
+    except OSError:
+        return []
+
+
+def _missing(path: str, folder: Path) -> str:
+    """Return the sentence for a path that does not exist, with the likely correction."""
+    prefix, separator, rest = path.partition(":")
+    if separator and prefix not in KINDS and "/" not in prefix:
+        near = difflib.get_close_matches(prefix.lower(), KINDS, n=1)
+        hint = (
+            f"Did you mean '{near[0]}:{rest}'?"
+            if near
+            else f"A SOURCE is written KIND:PATH; kinds: {', '.join(KINDS)}."
+        )
+        return f"There is no kind of SOURCE '{prefix}'. {hint} `kfloc sources` lists the kinds."
+    near = difflib.get_close_matches(folder.name, [child.name for child in _listed(folder.parent)], n=1)
+    hint = f"Did you mean '{folder.parent / near[0]}'? " if near else ""
+    return (
+        f"There is nothing at '{folder}'. {hint}A SOURCE is written KIND:PATH or PATH; `kfloc sources` lists the kinds."
+    )

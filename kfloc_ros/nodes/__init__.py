@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ROS 2 side: components that attach to an rclpy node, and what only they need."""
+"""ROS 2 nodes: stages hosted by lifecycle nodes, and the publishers, services and parameters that they use."""

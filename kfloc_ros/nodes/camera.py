@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The camera component, image messages to frames of the map's camera, and the node of its own around it."""
+"""Camera stage: converts image messages into frames of the map's camera; hosted by ``camera_node`` or ``localizer``."""
 
 from __future__ import annotations
 
@@ -24,30 +24,30 @@ from kfloc_ros.nodes.diagnostics import DiagnosticsPublisher, Report
 from kfloc_ros.nodes.handover import CameraFrame, FramePublisher
 from kfloc_ros.nodes.health import Health
 from kfloc_ros.nodes.parameter_server import ParameterServer
-from kfloc_ros.nodes.worker import Gate, Intake, TimeWatch
+from kfloc_ros.nodes.worker import EnableSwitch, LatestQueue, TimeWatch
 from kfloc_ros.types import Frame
 
 _FIRST_INFO_WAIT_S = 0.5
-"""The first image may come just before the first camera_info."""
+"""Wait for the first camera_info, in seconds: the first image may arrive shortly before it."""
 _AHEAD_S = 0.5
-"""Stamps further in the future than this are worth a warning."""
+"""Stamps further in the future than this, in seconds, cause a warning."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Arrival:
-    """An image message and when it came."""
+    """Image message with its time of receipt."""
 
     message: Any
     receipt_unix_ns: int
 
 
-class CameraComponent:
-    """Takes ``image`` and ``camera_info`` of a node and gives frames to ``output``, in its own thread.
+class ImageReceiver:
+    """Receiver that subscribes to ``image`` and ``camera_info`` and passes frames to ``output``, in its own thread.
 
     Args:
-        camera: the pinhole camera of the map; images are undistorted and scaled to it.
-        output: takes each frame; what it raises is counted and logged here.
-        on_failure: told when something failed that should not have, so that stages start anew.
+        camera: pinhole camera of the map; images are undistorted and scaled to it.
+        output: called with each frame; its exceptions are counted and logged here.
+        on_failure: called with a reason after an internal error, so that the stages reset.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class CameraComponent:
         parameters: ParameterServer,
         camera: Camera,
         health: Health,
-        gate: Gate,
+        switch: EnableSwitch,
         output: Callable[[CameraFrame], None],
         on_failure: Callable[[str], None] = lambda reason: None,
     ) -> None:
@@ -67,7 +67,7 @@ class CameraComponent:
         self._info_came = threading.Event()
         self._adapter = ImageAdapter(camera, camera)
         self._index = 0
-        self._intake = Intake("camera", health, gate, parameters, self._process, on_failure)
+        self._queue = LatestQueue("camera", health, switch, parameters, self._process, on_failure)
         self._stamps = StampGuard(parameters.localizer.max_gap_s)
         self._watch = TimeWatch(node, on_jump=self._on_jump)
 
@@ -75,12 +75,13 @@ class CameraComponent:
         profile = qos.newest(config.image_reliability)
         info_profile = qos.newest(config.camera_info_reliability, config.camera_info_durability)
         self._info_topic = node.resolve_topic_name("camera_info")
-        asked = "camera_info_reliability or camera_info_durability"
-        events = qos.on_mismatch(self._info_topic, asked, health.warn)
+        parameter_names = "camera_info_reliability or camera_info_durability"
+        events = qos.on_mismatch(self._info_topic, parameter_names, health.warn)
         node.create_subscription(CameraInfo, "camera_info", self._on_info, info_profile, event_callbacks=events)
         topic, kind = node.resolve_topic_name("image"), Image
         if config.image_transport == "compressed":
-            # As image_transport does: the suffix goes to the remapped name, so that remapping `image` is enough.
+            # # As image_transport does: the suffix is appended to the remapped name, so that remapping `image` is
+            # enough.
             self._decode, topic, kind = decode_compressed, f"{topic}/compressed", CompressedImage
         else:
             self._decode = decode_image
@@ -93,14 +94,14 @@ class CameraComponent:
         node.create_subscription(kind, topic, self._on_image, profile, event_callbacks=events)
 
     def pause(self) -> None:
-        """Forget the image that waits, and let the one in work come to its end."""
-        self._intake.pause()
+        """Discard the waiting image and wait until the current one is processed."""
+        self._queue.pause()
 
     def stop(self) -> None:
-        self._intake.stop()
+        self._queue.stop()
 
-    def start_anew(self) -> None:
-        """Take the next image whatever its stamp: whoever asks for a new start may be playing the same bag again."""
+    def reset(self) -> None:
+        """Accept the next image regardless of its stamp: after a reset, the same bag may be played again."""
         self._stamps.forget()
 
     def _on_info(self, message: Any) -> None:
@@ -113,14 +114,14 @@ class CameraComponent:
         self._info_came.set()
 
     def _on_image(self, message: Any) -> None:
-        self._intake.offer(_Arrival(message, time.time_ns()))
+        self._queue.offer(_Arrival(message, time.time_ns()))
 
     def _on_jump(self) -> None:
         self._stamps.forget()
-        self._intake.discard()
+        self._queue.discard()
 
     def _process(self, arrival: _Arrival) -> None:
-        """Raises FrameError for an image that cannot be used."""
+        """Process one image. Raises FrameError for an image that cannot be used."""
         message = arrival.message
         stamp_ns = stamp_to_ns(message.header.stamp)
         if self._is_too_old(stamp_ns) or self._is_out_of_order(stamp_ns):
@@ -141,18 +142,18 @@ class CameraComponent:
         camera = self._camera
         if camera is None:
             raise FrameError(
-                f"No usable camera_info has come on '{self._info_topic}', so images cannot be used. "
-                "Is the topic published, and its K filled in?"
+                f"No usable camera_info was received on '{self._info_topic}', so images cannot be used. Check that "
+                "the topic is published and that its K is filled in."
             )
         if (camera.width, camera.height) != (width, height):
             raise FrameError(
-                f"An image is {width}x{height} but the last camera_info on '{self._info_topic}' says "
-                f"{camera.width}x{camera.height}; they must be of the same camera."
+                f"An image is {width}x{height} but the last camera_info on '{self._info_topic}' is for "
+                f"{camera.width}x{camera.height}; both must come from the same camera."
             )
         if self._adapter.source != camera:
-            doubt = check_view(camera, self._target)
-            if doubt:
-                self._health.warn(doubt)
+            mismatch = check_view(camera, self._target)
+            if mismatch:
+                self._health.warn(mismatch)
             self._adapter = ImageAdapter(camera, self._target)
         return self._adapter
 
@@ -176,7 +177,7 @@ class CameraComponent:
         if age_s < -_AHEAD_S:
             self._health.warn(
                 f"Images are stamped {-age_s:.1f} s ahead of this node's clock, so TF is not known at their time. "
-                "Have the camera's clock and this machine's follow the same source."
+                "Synchronize the clocks of the camera and of this machine."
             )
         if max_age_s == 0.0 or age_s <= max_age_s:
             return False
@@ -187,24 +188,24 @@ class CameraComponent:
         return True
 
 
-class CameraApplication:
-    """The camera component as a node of its own: frames go out over topics."""
+class CameraStage:
+    """Stage of ``camera_node``: publishes each frame on the ``frame/...`` topics."""
 
-    def __init__(self, node: Node, parameters: ParameterServer, scene_map: MapInfo, gate: Gate) -> None:
+    def __init__(self, node: Node, parameters: ParameterServer, scene_map: MapInfo, switch: EnableSwitch) -> None:
         self._health = Health(node.get_logger())
         self._publish = FramePublisher(node, lambda: self._health.counters)
-        self._diagnostics = DiagnosticsPublisher(node, self._health, gate, scene_map.name, Report)
-        self._component = CameraComponent(node, parameters, scene_map.camera, self._health, gate, self._hand_on)
+        self._diagnostics = DiagnosticsPublisher(node, self._health, switch, scene_map.name, Report)
+        self._receiver = ImageReceiver(node, parameters, scene_map.camera, self._health, switch, self._pass_on)
 
     def pause(self) -> None:
-        self._component.pause()
+        self._receiver.pause()
 
     def stop(self) -> None:
-        self._component.stop()
+        self._receiver.stop()
 
-    def start_anew(self, reason: str) -> None:
-        self._component.start_anew()
+    def request_reset(self, reason: str) -> None:
+        self._receiver.reset()
 
-    def _hand_on(self, packet: CameraFrame) -> None:
-        self._publish(packet)
-        self._health.answered(packet.latency_ms())
+    def _pass_on(self, camera_frame: CameraFrame) -> None:
+        self._publish(camera_frame)
+        self._health.count_processed(camera_frame.latency_ms())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``/diagnostics`` once a second: counters, rates, latencies, and what the component says about itself."""
+"""Publishers of ``/diagnostics`` (once a second) and of ``status`` (once per frame)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from kfloc_ros.nodes.health import (
     timing_values,
 )
 from kfloc_ros.nodes.pose_publisher import Outcome
-from kfloc_ros.nodes.worker import Gate
+from kfloc_ros.nodes.worker import EnableSwitch
 from kfloc_ros.types import PoseEstimate
 
 PERIOD_S = 1.0
@@ -32,7 +32,7 @@ PERIOD_S = 1.0
 
 @dataclass(frozen=True)
 class Report:
-    """What a component says about itself."""
+    """State of a stage, as reported in ``/diagnostics``."""
 
     level: bytes = OK
     message: str = ""
@@ -40,22 +40,30 @@ class Report:
 
 
 class DiagnosticsPublisher:
-    """Publishes the health of one node; its timer is on the steady clock, so that it also ticks without ``/clock``."""
+    """Publisher of one node's health; its timer runs on the steady clock, so that it also ticks without ``/clock``."""
 
-    def __init__(self, node: Node, health: Health, gate: Gate, hardware_id: str, report: Callable[[], Report]) -> None:
-        self._node, self._health, self._gate, self._hardware_id, self._report = node, health, gate, hardware_id, report
+    def __init__(
+        self, node: Node, health: Health, switch: EnableSwitch, hardware_id: str, report: Callable[[], Report]
+    ) -> None:
+        self._node, self._health, self._switch, self._hardware_id, self._report = (
+            node,
+            health,
+            switch,
+            hardware_id,
+            report,
+        )
         self._publisher = node.create_publisher(DiagnosticArray, "/diagnostics", qos.results())
         self._timer = node.create_timer(PERIOD_S, self._publish, clock=Clock(clock_type=ClockType.STEADY_TIME))
 
     def _publish(self) -> None:
         report, rates = self._report(), self._health.rates()
         level, message = report.level, report.message
-        if not self._gate.is_open:
-            level, message = OK, self._gate.closed_reason
+        if not self._switch.is_on:
+            level, message = OK, self._switch.off_reason
         elif rates.input_hz == 0.0:
             level, message = max(level, WARN), "no images come in"
         values: dict[str, Value] = {
-            "working": self._gate.is_open,
+            "working": self._switch.is_on,
             **report.values,
             **counter_values(self._health.counters),
             **asdict(rates),
@@ -73,7 +81,7 @@ class DiagnosticsPublisher:
 
 
 class StatusPublisher:
-    """Says of every frame what became of it."""
+    """Publisher of the result of every frame on ``status``."""
 
     def __init__(self, node: Node, map_name: str, health: Health) -> None:
         self._map_name, self._health = map_name, health
@@ -81,7 +89,7 @@ class StatusPublisher:
         self.report = Report(WARN, "no frame was processed yet", {"map": map_name, "state": "INITIALIZING"})
 
     def publish(
-        self, packet: CameraFrame, estimate: PoseEstimate, outcome: Outcome, publish_ms: float, latency_ms: float
+        self, camera_frame: CameraFrame, estimate: PoseEstimate, outcome: Outcome, publish_ms: float, latency_ms: float
     ) -> None:
         """Publish the status of one frame."""
         reason = outcome.pose or outcome.transform or estimate.reason
@@ -90,9 +98,9 @@ class StatusPublisher:
         values: dict[str, Value] = {
             **summary, "published": not outcome.pose, "transform": outcome.transform or "sound",
         }  # fmt: skip
-        values |= timing_values({**packet.timings_ms, **estimate.timings_ms, "publish": publish_ms})
+        values |= timing_values({**camera_frame.timings_ms, **estimate.timings_ms, "publish": publish_ms})
         values["latency_ms"] = round(latency_ms, 3)
-        values |= counter_values(packet.counters(self._health.counters))
+        values |= counter_values(camera_frame.counters(self._health.counters))
         values |= asdict(self._health.rates()) | details
         level = LEVELS[estimate.state]
         if outcome.pose or outcome.transform:
@@ -106,6 +114,6 @@ class StatusPublisher:
                 level=level,
                 message=reason,
                 hardware_id=self._map_name,
-                frame_id=packet.frame_id,
+                frame_id=camera_frame.frame_id,
             )
         )

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The executables: ``camera_node``, ``filter_node``, ``refiner_node`` and ``localizer``.
+"""Executables: ``camera_node``, ``filter_node``, ``refiner_node`` and ``localizer``.
 
 ``python -m kfloc_ros.nodes.executables NAME --ros-args ...`` starts one where the package is not installed.
-A node can be interrupted at any time, also during the seconds that importing torch takes.
+A node can be interrupted at any time, including the seconds in which torch is imported.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ import signal
 import sys
 from types import FrameType
 
-APPLICATIONS = {
-    "camera_node": ("kfloc_ros.nodes.camera", "CameraApplication"),
-    "filter_node": ("kfloc_ros.nodes.filter", "FilterApplication"),
-    "refiner_node": ("kfloc_ros.nodes.refiner", "RefinerApplication"),
-    "localizer": ("kfloc_ros.nodes.localizer_app", "LocalizerApplication"),
+STAGES = {
+    "camera_node": ("kfloc_ros.nodes.camera", "CameraStage"),
+    "filter_node": ("kfloc_ros.nodes.filter", "FilterStage"),
+    "refiner_node": ("kfloc_ros.nodes.refiner", "RefinerStage"),
+    "localizer": ("kfloc_ros.nodes.localizer_stage", "LocalizerStage"),
 }
-"""Module and class of what each node hosts."""
+"""Module and class of the stage of each node."""
 
 MAX_COMPRESSED_PIXELS = 100_000_000
-"""Of an image that comes compressed."""
+"""Limit on the size of a compressed image, in pixels."""
 
 
 def camera_node() -> int:
@@ -41,28 +41,28 @@ def refiner_node() -> int:
 
 
 def localizer() -> int:
-    """Run ``localizer``, which hosts all three; return its exit code."""
+    """Run ``localizer``, which hosts all three stages; return its exit code."""
     return run("localizer")
 
 
 def run(name: str) -> int:
-    """Import what a node consists of and run it; return its exit code."""
-    # Until the node has handlers of its own. Nothing is begun yet that would have to be ended, and an exception
-    # raised in the middle of loading a library comes out as a traceback.
+    """Import and run the node ``name``; return its exit code."""
+    # # Until the node installs its own handlers. Nothing is open yet that must be closed, and an exception raised while
+    # a library is being loaded would appear as a traceback.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _leave)
-    # OpenCV reads it once, when it is loaded: a small file must not unpack into gigabytes.
+    # # OpenCV reads this once, when it is loaded: a small file must not decompress to gigabytes.
     os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(MAX_COMPRESSED_PIXELS))
-    module, application = APPLICATIONS[name]
-    build = getattr(importlib.import_module(module), application)
+    module, stage = STAGES[name]
+    build = getattr(importlib.import_module(module), stage)
     runtime = importlib.import_module("kfloc_ros.nodes.runtime")
     return int(runtime.run_node(name, build))
 
 
 def main() -> int:
     """Run the node named by the first argument."""
-    if len(sys.argv) < 2 or sys.argv[1] not in APPLICATIONS:
-        print(f"Name a node to run: {', '.join(APPLICATIONS)}.", file=sys.stderr)
+    if len(sys.argv) < 2 or sys.argv[1] not in STAGES:
+        print(f"Give the name of a node to run: {', '.join(STAGES)}.", file=sys.stderr)
         return 2
     return run(sys.argv.pop(1))
 

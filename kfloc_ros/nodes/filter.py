@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``filter_node``: frames come in over topics, coarse poses go out."""
+"""``filter_node``: subscribes to frames and publishes coarse poses."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from kfloc_ros.nodes.health import Health
 from kfloc_ros.nodes.managed_node import warm_up
 from kfloc_ros.nodes.parameter_server import ParameterServer
 from kfloc_ros.nodes.views import cell_publisher
-from kfloc_ros.nodes.worker import Gate, Intake, TimeWatch
+from kfloc_ros.nodes.worker import EnableSwitch, LatestQueue, TimeWatch
 
 
-class FilterApplication:
-    """The coarse half of the localizer as a node of its own."""
+class FilterStage:
+    """Coarse half of the localizer in a node of its own."""
 
-    def __init__(self, node: Node, parameters: ParameterServer, scene_map: AnyMap, gate: Gate) -> None:
+    def __init__(self, node: Node, parameters: ParameterServer, scene_map: AnyMap, switch: EnableSwitch) -> None:
         scene_map = single_map(scene_map)
         self._health = Health(node.get_logger())
         warm_up(scene_map, parameters.localizer)
@@ -43,44 +43,44 @@ class FilterApplication:
         self._publish = CoarsePublisher(node, map_frame, lambda: self._health.counters, for_refiner=True)
         self._cells = cell_publisher(node, map_frame, self._health.warn)
         self._watch = TimeWatch(node)
-        self._intake = Intake("filter", self._health, gate, parameters, self._process, self._localizer.reset)
-        self._diagnostics = DiagnosticsPublisher(node, self._health, gate, scene_map.name, Report)
+        self._queue = LatestQueue("filter", self._health, switch, parameters, self._process, self._localizer.reset)
+        self._diagnostics = DiagnosticsPublisher(node, self._health, switch, scene_map.name, Report)
         self._feedback = FeedbackQueue(node, self._health.warn)
-        subscribe(node, FRAME_TOPICS, StampJoiner(frame_is_complete, self._intake.offer))
+        subscribe(node, FRAME_TOPICS, StampJoiner(frame_is_complete, self._queue.offer))
 
     def pause(self) -> None:
-        self._intake.pause()
+        self._queue.pause()
         self._cells.pause()
 
     def stop(self) -> None:
-        self._intake.stop()
+        self._queue.stop()
         self._cells.stop()
 
-    def start_anew(self, reason: str) -> None:
-        """Have the next frame stand on its own; for any thread."""
-        self._watch.start_anew(reason)
+    def request_reset(self, reason: str) -> None:
+        """Request that the next frame starts without a prior. Thread-safe."""
+        self._watch.request_reset(reason)
 
     def _process(self, messages: Messages) -> None:
-        packet = read_frame(messages)
-        check_camera(packet, self._localizer.camera)
+        camera_frame = read_frame(messages)
+        check_camera(camera_frame, self._localizer.camera)
         for refined in self._feedback.take():
             self._localizer.correct_belief(refined.stamp_ns, refined.T_map_camera)
-        reason = self._watch.reset_reason(packet.frame.stamp_ns)
+        reason = self._watch.reset_reason(camera_frame.frame.stamp_ns)
         if reason:
             self._localizer.reset(reason)
-        coarse = CoarseFrame(packet, self._localizer.coarse_half(packet.frame))
+        coarse = CoarseFrame(camera_frame, self._localizer.coarse_half(camera_frame.frame))
         self._publish(coarse)
         self._cells.offer(coarse)
-        self._health.answered(packet.latency_ms())
+        self._health.count_processed(camera_frame.latency_ms())
 
 
-def check_camera(packet: CameraFrame, expected: Camera) -> None:
-    """Refuse a frame that came over topics and is not of the map's camera.
+def check_camera(camera_frame: CameraFrame, expected: Camera) -> None:
+    """Refuse a received frame that is not of the map's camera.
 
     Raises:
-        FrameError: it is of another camera.
+        FrameError: the frame is of another camera.
     """
-    if packet.frame.camera != expected:
+    if camera_frame.frame.camera != expected:
         raise FrameError(
-            "A frame is not of this map's camera; camera_node, filter_node and refiner_node must be given the same map."
+            "A frame is not of this map's camera; give camera_node, filter_node and refiner_node the same map."
         )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the three components hand on, in memory or over topics."""
+"""Messages and types that camera, filter and refiner exchange, in memory or over internal topics."""
 
 from __future__ import annotations
 
@@ -48,53 +48,53 @@ from kfloc_ros.types import CoarsePose, FilterReport, Frame, Matrix, PoseEstimat
 
 @dataclass(frozen=True, eq=False)
 class CameraFrame:
-    """A frame of the map's camera, with where and when it came from."""
+    """Frame of the map's camera, with its TF frame, time of receipt and timings."""
 
     frame: Frame
     frame_id: str
     """TF frame of the camera."""
     receipt_unix_ns: int
-    """When the image message came in, by the system's clock, whatever the ROS time is."""
+    """Time of receipt of the image message on the system's clock, independent of ROS time."""
     timings_ms: Mapping[str, float] = field(default_factory=dict)
     upstream: Counters | None = None
-    """Counters of the processes that the frame came through; None if it never left this one."""
+    """Counters of the processes before this one; None if the frame never left this process."""
 
     def latency_ms(self) -> float:
-        """Time since the image came in."""
+        """Return the time since the image was received, in milliseconds."""
         return 1e-6 * (time.time_ns() - self.receipt_unix_ns)
 
     def counters(self, own: Counters) -> Counters:
-        """Counters of the whole path, given those of this process."""
+        """Return the counters of the whole chain, given those of this process."""
         return own if self.upstream is None else own.after(self.upstream)
 
 
 @dataclass(frozen=True, eq=False)
 class CoarseFrame:
-    """A frame with its coarse pose."""
+    """Frame with its coarse pose."""
 
     camera: CameraFrame
     result: CoarseResult
 
 
 Messages = Mapping[str, Any]
-"""The messages of one stamp by topic."""
+"""Messages of one stamp, by topic."""
 
 FRAME_TOPICS = {"frame/image": Image, "frame/camera_info": CameraInfo, "frame/status": DiagnosticArray}
 FEATURE_TOPICS = {"frame/features_coarse": Image, "frame/features_fine": Image}
 COARSE_TOPICS = {"coarse_pose": PoseWithCovarianceStamped, "coarse_status": DiagnosticArray, **FEATURE_TOPICS}
 
-_KEPT = 8
-"""Stamps that may be incomplete at a time; the oldest is given up for a new one."""
+_MAX_INCOMPLETE = 8
+"""Limit on incomplete stamps; the oldest is discarded for a new one."""
 
 
 class StampJoiner:
-    """Collects the messages of one stamp from several topics, and hands them on when they are complete.
+    """Synchronizer that collects the messages of one stamp from several topics and passes complete sets on.
 
-    A stamp that is complete makes all older ones void.
+    A complete stamp discards all stamps that arrived before it.
     """
 
-    def __init__(self, is_complete: Callable[[Messages], bool], hand_on: Callable[[Messages], None]) -> None:
-        self._is_complete, self._hand_on = is_complete, hand_on
+    def __init__(self, is_complete: Callable[[Messages], bool], pass_on: Callable[[Messages], None]) -> None:
+        self._is_complete, self._pass_on = is_complete, pass_on
         self._parts: dict[int, dict[str, Any]] = {}
 
     def add(self, topic: str, message: Any) -> None:
@@ -102,29 +102,29 @@ class StampJoiner:
         parts = self._parts.setdefault(stamp_ns, {})
         parts[topic] = message
         if self._is_complete(parts):
-            # In order of arrival and not of stamps: after a jump back in time the later ones are the smaller ones.
+            # # By order of arrival, not by stamp: after a jump back in time, later messages have smaller stamps.
             for key in list(self._parts):
                 del self._parts[key]
                 if key == stamp_ns:
                     break
-            self._hand_on(parts)
-        while len(self._parts) > _KEPT:
+            self._pass_on(parts)
+        while len(self._parts) > _MAX_INCOMPLETE:
             del self._parts[next(iter(self._parts))]
 
 
 def subscribe(node: Node, topics: Mapping[str, type], joiner: StampJoiner) -> None:
-    """Feed a joiner from topics."""
+    """Connect a joiner to its topics."""
     for topic, kind in topics.items():
         node.create_subscription(kind, topic, lambda message, topic=topic: joiner.add(topic, message), qos.results())
 
 
 def frame_is_complete(messages: Messages) -> bool:
-    """Whether a :class:`CameraFrame` can be read."""
+    """Return True if a :class:`CameraFrame` can be read from the messages."""
     return all(topic in messages for topic in FRAME_TOPICS)
 
 
 def coarse_is_complete(messages: Messages) -> bool:
-    """Whether a :class:`CoarseFrame` can be read; a frame without a coarse pose has no ``coarse_pose``."""
+    """Return True if a :class:`CoarseFrame` can be read; a frame without a coarse pose has no ``coarse_pose``."""
     always = {*FRAME_TOPICS, *COARSE_TOPICS} - {"coarse_pose"}
     if not always.issubset(messages):
         return False
@@ -132,7 +132,7 @@ def coarse_is_complete(messages: Messages) -> bool:
 
 
 class FramePublisher:
-    """Publishes camera frames."""
+    """Publisher of camera frames on the ``frame/...`` topics."""
 
     def __init__(self, node: Node, own: Callable[[], Counters]) -> None:
         self._publishers = {
@@ -140,21 +140,21 @@ class FramePublisher:
         }
         self._own = own
 
-    def __call__(self, packet: CameraFrame) -> None:
-        frame = packet.frame
+    def __call__(self, camera_frame: CameraFrame) -> None:
+        frame = camera_frame.frame
         info, image = fill_info(CameraInfo(), frame.camera), fill_image(Image(), frame.image)
         for message in (info, image):
             fill_stamp(message.header.stamp, frame.stamp_ns)
-            message.header.frame_id = packet.frame_id
-        values: dict[str, Value] = {"receipt_unix_ns": str(packet.receipt_unix_ns), "index": frame.index}
-        values |= counter_values(packet.counters(self._own())) | timing_values(packet.timings_ms)
+            message.header.frame_id = camera_frame.frame_id
+        values: dict[str, Value] = {"receipt_unix_ns": str(camera_frame.receipt_unix_ns), "index": frame.index}
+        values |= counter_values(camera_frame.counters(self._own())) | timing_values(camera_frame.timings_ms)
         self._publishers["frame/status"].publish(make_status(frame.stamp_ns, "frame", values))
         self._publishers["frame/camera_info"].publish(info)
         self._publishers["frame/image"].publish(image)
 
 
 def read_frame(messages: Messages) -> CameraFrame:
-    """The camera frame in messages of one stamp. Raises FrameError if one of them is damaged."""
+    """Return the camera frame in the messages of one stamp. Raises FrameError if one of them is damaged."""
     image, info = messages["frame/image"], messages["frame/camera_info"]
     values, stamp_ns = read_values(messages["frame/status"]), stamp_to_ns(image.header.stamp)
     check_stamp(stamp_ns)
@@ -169,9 +169,10 @@ def read_frame(messages: Messages) -> CameraFrame:
 
 
 class CoarsePublisher:
-    """Publishes coarse poses; ``for_refiner`` what a refiner in another process needs besides.
+    """Publisher of coarse poses of the camera (not of the base frame).
 
-    ``coarse_pose`` is the pose of the camera, whatever the base frame is.
+    Args:
+        for_refiner: also publish the status and features that a refiner in another process needs.
     """
 
     def __init__(self, node: Node, map_frame: str, own: Callable[[], Counters], *, for_refiner: bool) -> None:
@@ -184,8 +185,8 @@ class CoarsePublisher:
                 node.create_publisher(kind, topic, qos.results(2)) for topic, kind in FEATURE_TOPICS.items()
             )
 
-    def __call__(self, packet: CoarseFrame) -> None:
-        result, pose = packet.result, packet.result.pose
+    def __call__(self, coarse: CoarseFrame) -> None:
+        result, pose = coarse.result, coarse.result.pose
         success = False
         if pose.success and pose.T_map_camera is not None and pose.covariance is not None:
             body = BodyPose(pose.T_map_camera, pose.covariance)
@@ -199,14 +200,14 @@ class CoarsePublisher:
         if not self._for_refiner:
             return
         if result.features is not None:
-            self._publish_features(packet.camera, result.features)
+            self._publish_features(coarse.camera, result.features)
         values: dict[str, Value] = {
             "success": success, "reason": pose.reason, "inliers": pose.inlier_count, "inlier_ratio": pose.inlier_ratio,
             "filter_reset": result.filter.reset_reason, "prior_ratio": result.filter.prior_ratio,
             "nis": result.filter.nis_mean, "rejected_ratio": result.filter.rejected_ratio,
             "confirmed": result.filter.confirmed,
         }  # fmt: skip
-        values |= counter_values(packet.camera.counters(self._own())) | timing_values(result.timings_ms)
+        values |= counter_values(coarse.camera.counters(self._own())) | timing_values(result.timings_ms)
         self._statuses.publish(make_status(result.stamp_ns, "coarse", values))
 
     def _publish_features(self, camera: CameraFrame, features: BackboneFeatures) -> None:
@@ -218,7 +219,7 @@ class CoarsePublisher:
 
 
 def read_coarse(messages: Messages) -> CoarseFrame:
-    """The coarse frame in messages of one stamp. Raises FrameError if one of them is damaged."""
+    """Return the coarse frame in the messages of one stamp. Raises FrameError if one of them is damaged."""
     camera = read_frame(messages)
     values = read_values(messages["coarse_status"])
     pose_message = messages.get("coarse_pose")
@@ -270,14 +271,14 @@ class RefinedPose:
 
 
 class FeedbackPublisher:
-    """Refiner's end of ``refined_pose``."""
+    """Publisher of ``refined_pose``, in the refiner."""
 
     def __init__(self, node: Node, map_frame: str) -> None:
         self._publisher = node.create_publisher(PoseStamped, TOPIC, qos.results())
         self._map_frame = map_frame
 
     def __call__(self, estimate: PoseEstimate) -> None:
-        """Send the pose back, if it stands."""
+        """Publish the refined pose, if the estimate has one."""
         refined = estimate.refined_pose
         if refined is None:
             return
@@ -289,7 +290,7 @@ class FeedbackPublisher:
 
 
 class FeedbackQueue:
-    """Filter's end of ``refined_pose``: poses wait here for the thread that filters."""
+    """Subscriber of ``refined_pose``, in the filter; queues poses for the worker thread."""
 
     def __init__(self, node: Node, warn: Callable[[str], None]) -> None:
         self._waiting: deque[RefinedPose] = deque(maxlen=8)
@@ -297,7 +298,7 @@ class FeedbackQueue:
         node.create_subscription(PoseStamped, TOPIC, self._receive, qos.results())
 
     def take(self) -> Iterator[RefinedPose]:
-        """What came since the last call, in order."""
+        """Yield the poses received since the last call, in order."""
         while self._waiting:
             yield self._waiting.popleft()
 

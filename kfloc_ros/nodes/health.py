@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Health of a node: counters, rates and faults, and the status messages that carry them."""
+"""Health of a node: counters, rates and errors, and the status messages that carry them."""
 
 from __future__ import annotations
 
@@ -21,32 +21,32 @@ from kfloc_ros.messages.poses import fill_stamp
 from kfloc_ros.types import PoseEstimate, TrackingState
 
 _WINDOW = 256
-"""How many of the last frames rates and percentiles are taken over."""
+"""Number of frames over which rates and percentiles are computed."""
 _RATE_S = 5.0
-"""The span that rates are taken over, in seconds."""
+"""Time span over which rates are computed, in seconds."""
 _REPEAT_S = 5.0
-"""How often the same warning may come, in seconds."""
+"""Shortest time between two equal warnings, in seconds."""
 _MAX_SENTENCE = 1000
-"""Letters of a warning that are logged."""
+"""Number of characters of a warning that are logged."""
 _MAX_KINDS = 256
-"""How many kinds of warnings are told apart."""
+"""Number of kinds of warnings that are distinguished."""
 
 
 @dataclass(frozen=True)
 class Counters:
-    """Frames by what became of them; all but the last few frames of ``received`` are in one of the others."""
+    """Frames counted by result; every received frame except the last few is in one of the other counters."""
 
     received: int = 0
     processed: int = 0
     dropped: int = 0
-    """Overwritten by a newer frame before its turn, or too old."""
+    """Overwritten by a newer frame before being processed, or too old."""
     refused: int = 0
     """Unusable: bad image, no calibration."""
     failed: int = 0
     """Lost to an internal error."""
 
     def after(self, upstream: Counters) -> Counters:
-        """Counters of a chain of processes: what entered the first, what left the last, and what all of them lost."""
+        """Return the counters of a chain of processes: inputs of the first, outputs of the last, losses of all."""
         return Counters(
             received=upstream.received,
             processed=self.processed,
@@ -58,7 +58,7 @@ class Counters:
 
 @dataclass(frozen=True)
 class Rates:
-    """Recent speed: NaN where nothing was measured yet."""
+    """Recent rates and latencies; NaN where nothing was measured yet."""
 
     input_hz: float
     output_hz: float
@@ -67,7 +67,7 @@ class Rates:
 
 
 class Health:
-    """Counts and reports; every method may be called from any thread."""
+    """Thread-safe counters, rates and throttled warnings of a node."""
 
     def __init__(self, logger: Any) -> None:
         self._logger = logger
@@ -76,7 +76,7 @@ class Health:
         self._arrivals: deque[float] = deque(maxlen=_WINDOW)
         self._outputs: deque[float] = deque(maxlen=_WINDOW)
         self._latencies_ms: deque[float] = deque(maxlen=_WINDOW)
-        self._said: dict[str, float] = {}
+        self._last_logged: dict[str, float] = {}
         self._last_fault = ""
 
     @property
@@ -86,7 +86,7 @@ class Health:
 
     @property
     def last_fault(self) -> str:
-        """The last sentence about a refused or failed frame."""
+        """Message of the last refused or failed frame."""
         with self._lock:
             return self._last_fault
 
@@ -97,8 +97,8 @@ class Health:
             if what == "received":
                 self._arrivals.append(time.monotonic())
 
-    def answered(self, latency_ms: float) -> None:
-        """A frame was worked on to the end, ``latency_ms`` after it had arrived."""
+    def count_processed(self, latency_ms: float) -> None:
+        """Count a processed frame, ``latency_ms`` after its receipt."""
         self.count("processed")
         with self._lock:
             self._outputs.append(time.monotonic())
@@ -112,7 +112,7 @@ class Health:
         return Rates(_rate_hz(arrivals), _rate_hz(outputs), float(p50), float(p95))
 
     def fault(self, error: Exception) -> None:
-        """A frame was lost to ``error``: count it and say so, and never let it end the node."""
+        """Count a frame that was lost to ``error`` and log the error; the node continues."""
         if isinstance(error, KflocError):
             self.count("refused")
             self.warn(str(error))
@@ -120,29 +120,30 @@ class Health:
         else:
             self.count("failed")
             message = f"{type(error).__name__}: {error}"
-            if self._may_say(f"{type(error).__name__}@{_place(error)}", once=True):
+            if self._is_due(f"{type(error).__name__}@{_place(error)}", once=True):
                 trace = "".join(traceback.format_exception(error))
                 self._logger.error(
-                    f"A frame was lost to an internal error; the node goes on. Please report it:\n{trace}"
+                    f"A frame was lost to an internal error; the node continues. Please report it:\n{trace}"
                 )
         with self._lock:
             self._last_fault = one_line(message)
 
     def warn(self, sentence: str) -> None:
-        """Log a warning; sentences that differ only in numbers count as one kind and come every few seconds."""
-        sentence = one_line(sentence)
-        if self._may_say(re.sub(r"\d+", "#", sentence)):
+        """Log a warning, at most once in a few seconds; sentences that differ only in numbers count as equal."""
+        if self._is_due(re.sub(r"\d+", "#", sentence)):
+_MAX_SENTENCE = 1000
+"""Number of characters of a warning that are logged."""
             self._logger.warning(sentence)
 
-    def _may_say(self, kind: str, *, once: bool = False) -> bool:
+    def _is_due(self, kind: str, *, once: bool = False) -> bool:
         now = time.monotonic()
         with self._lock:
-            last = self._said.get(kind)
+            last = self._last_logged.get(kind)
             if last is not None and (once or now - last < _REPEAT_S):
                 return False
-            if last is None and len(self._said) >= _MAX_KINDS:
-                del self._said[next(iter(self._said))]
-            self._said[kind] = now
+            if last is None and len(self._last_logged) >= _MAX_KINDS:
+                del self._last_logged[next(iter(self._last_logged))]
+            self._last_logged[kind] = now
         return True
 
 
@@ -157,7 +158,7 @@ def one_line(sentence: str) -> str:
 
 
 def _rate_hz(times_s: list[float]) -> float:
-    """Events a second over the last seconds, 0 when they stopped coming."""
+    """Return events per second over the last seconds; 0 if there are none."""
     now = time.monotonic()
     recent = [t for t in times_s if now - t <= _RATE_S]
     if len(recent) < 2:
@@ -166,7 +167,7 @@ def _rate_hz(times_s: list[float]) -> float:
 
 
 def _place(error: Exception) -> str:
-    """File and line where an error was raised."""
+    """Return the file and line where an error was raised."""
     frames = traceback.extract_tb(error.__traceback__)
     return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "?"
 
@@ -193,7 +194,7 @@ def make_status(
     hardware_id: str = "",
     frame_id: str = "",
 ) -> DiagnosticArray:
-    """An array with one status; numbers are written so that ``float`` reads them back."""
+    """Return an array with one status; numbers are written so that ``float`` reads them back."""
     array = DiagnosticArray()
     fill_stamp(array.header.stamp, stamp_ns)
     array.header.frame_id = frame_id
@@ -203,29 +204,29 @@ def make_status(
 
 
 def read_values(array: Any) -> dict[str, str]:
-    """The named values of the one status in an array."""
+    """Return the named values of the one status in an array."""
     return {pair.key: pair.value for status in array.status[:1] for pair in status.values}
 
 
 def number(values: Mapping[str, str], key: str) -> float:
-    """One value as a number.
+    """Return one value as a number.
 
     Raises:
-        FrameError: it is missing or no number.
+        FrameError: the value is missing or not a number.
     """
     try:
         return float(values[key])
     except (KeyError, ValueError) as error:
         raise FrameError(
-            f"A status message of the node before has no number '{key}'; are all nodes of one version?"
+            f"A status message of the previous node has no number '{key}'; check that all nodes have the same version."
         ) from error
 
 
 def whole(values: Mapping[str, str], key: str) -> int:
-    """One value as a whole number, 0 to 2**63 - 1.
+    """Return one value as an integer in 0 to 2**63 - 1.
 
     Raises:
-        FrameError: it is missing or no such number.
+        FrameError: the value is missing or not such an integer.
     """
     try:
         value = int(values[key])
@@ -233,36 +234,37 @@ def whole(values: Mapping[str, str], key: str) -> int:
         value = -1
     if not 0 <= value < 2**63:
         raise FrameError(
-            f"A status message of the node before has no whole number '{key}'; are all nodes of one version?"
+            f"A status message of the previous node has no whole number '{key}'; check that all nodes have the same "
+            "version."
         )
     return value
 
 
 def counter_values(counters: Counters) -> dict[str, Value]:
-    """Counters as named values."""
+    """Return counters as named values."""
     return asdict(counters)
 
 
 def read_counters(values: Mapping[str, str]) -> Counters:
-    """Counters back from named values. Raises FrameError if one is missing."""
+    """Return the counters in named values. Raises FrameError if one is missing."""
     return Counters(**{item.name: whole(values, item.name) for item in fields(Counters)})
 
 
 def timing_values(timings_ms: Mapping[str, float]) -> dict[str, Value]:
-    """Stage timings as values named ``<stage>_ms``."""
+    """Return the durations of the stages as values named ``<stage>_ms``."""
     return {f"{stage}_ms": round(value, 3) for stage, value in timings_ms.items()}
 
 
 def read_timings(values: Mapping[str, str]) -> dict[str, float]:
-    """Stage timings back from named values. Raises FrameError for one that is no time."""
+    """Return the durations in named values, in milliseconds. Raises FrameError for an invalid one."""
     timings = {key.removesuffix("_ms"): number(values, key) for key in values if key.endswith("_ms")}
     if not all(0.0 <= value < math.inf for value in timings.values()):
-        raise FrameError(f"A status message of the node before has times that are none: {timings}.")
+        raise FrameError(f"A status message of the previous node has invalid durations: {timings}.")
     return timings
 
 
 def estimate_values(estimate: PoseEstimate) -> dict[str, Value]:
-    """What the stages say about one frame."""
+    """Return the results of the stages for one frame as named values."""
     values: dict[str, Value] = {"tracked": estimate.tracked}
     if estimate.coarse is not None:
         values["inliers"] = estimate.coarse.inlier_count

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a user means by an initial pose: checked, completed where it is flat, and spread over its uncertainty.
-
-Imports nothing of ROS.
-"""
+"""Initial pose from a user: validated, completed if it is flat, and sampled over its uncertainty."""
 
 from __future__ import annotations
 
@@ -22,54 +19,60 @@ from kfloc_ros.messages.transforms import NEWEST, TransformUnknownError
 from kfloc_ros.nodes import qos
 from kfloc_ros.nodes.health import Health
 from kfloc_ros.nodes.parameter_server import ParameterServer
-from kfloc_ros.nodes.pose_publisher import HeldPose, travelled
+from kfloc_ros.nodes.pose_publisher import LastPose, travelled
 from kfloc_ros.nodes.transforms import TransformListener
 from kfloc_ros.types import Matrix
 
 OPTICAL_TO_BODY = make_pose([[0, -1, 0], [0, 0, -1], [1, 0, 0]], np.zeros(3))
-"""``T_camera_body`` of a body (x forward, y left, z up, after REP-103) at the camera's place."""
+"""``T_camera_body`` of a body frame (x forward, y left, z up, REP-103) at the camera's position."""
 
 _UNIT_TOLERANCE = 1e-2
 _MAX_SIGMA_M, _MAX_SIGMA_RAD = 1.0, math.radians(30)
-"""Alignment reaches about half a metre and fifteen degrees: three starts an axis cover no more than this."""
+"""Limits of the sampled sigma: alignment converges from about 0.5 m and 15 deg, so three starts per axis cover no more
+than this.
+"""
 
 
 class InitialPoseError(KflocError):
-    """An initial pose cannot be used."""
+    """Error: an initial pose cannot be used."""
 
 
 @dataclass(frozen=True, eq=False)
 class InitialPose:
-    """A pose of the base frame as a user gave it, in ``frame_id``."""
+    """Pose of the base frame in ``frame_id``, as given by a user."""
 
     frame_id: str
     stamp_ns: int
     T_frame_base: Matrix
     covariance: Matrix
-    """6x6, in the order of ``PoseWithCovariance``; zeros where nothing was said."""
+    """6x6, in the order of ``PoseWithCovariance``; zeros if not given."""
 
     @property
     def is_flat(self) -> bool:
-        """As drawn with a mouse: on the ground plane, turned about the vertical axis alone."""
+        """True if the pose is on the ground plane and turned about the vertical axis only, as one drawn with a
+        mouse.
+        """
         return bool(abs(self.T_frame_base[2, 3]) < 1e-9 and abs(self.T_frame_base[2, 2] - 1.0) < 1e-9)
 
 
 def read_initial_pose(message: Any) -> InitialPose:
-    """Check a ``geometry_msgs/PoseWithCovarianceStamped``.
+    """Validate a ``geometry_msgs/PoseWithCovarianceStamped``.
 
     Raises:
-        InitialPoseError: it has no frame, or its pose or covariance is no pose or covariance.
+        InitialPoseError: the frame is empty, or the pose or covariance is invalid.
     """
     frame_id = message.header.frame_id.lstrip("/")
     if not frame_id:
-        raise InitialPoseError("An initial pose was refused: its header names no frame.")
+        raise InitialPoseError("An initial pose was refused: its header has no frame_id.")
     q = message.pose.pose.orientation
     length = math.hypot(q.x, q.y, q.z, q.w)
     if not abs(length - 1.0) < _UNIT_TOLERANCE:
-        raise InitialPoseError(f"An initial pose was refused: its quaternion has the length {length:.3g}, not 1.")
+        raise InitialPoseError(f"An initial pose was refused: its quaternion has the norm {length:.3g}, not 1.")
     covariance = np.array(message.pose.covariance, dtype=np.float64).reshape(6, 6)
     if not np.isfinite(covariance).all() or (np.diagonal(covariance) < 0).any():
-        raise InitialPoseError("An initial pose was refused: its covariance has values that no covariance has.")
+        raise InitialPoseError(
+            "An initial pose was refused: its covariance has values that are not finite, or negative variances."
+        )
     try:
         T = pose_from_message(message.pose.pose)
     except ValueError as error:
@@ -78,13 +81,13 @@ def read_initial_pose(message: Any) -> InitialPose:
 
 
 def completed(T_map_flat: Matrix, known: Matrix) -> Matrix:
-    """A flat pose (4, 4) with height, roll and pitch of a known one (4, 4)."""
+    """Return a flat pose (4, 4) with height, roll and pitch of a known pose (4, 4)."""
     turn = so3_exp([0.0, 0.0, _yaw(T_map_flat) - _yaw(known)])
     return make_pose(turn @ known[:3, :3], [T_map_flat[0, 3], T_map_flat[1, 3], known[2, 3]])
 
 
 def nearest(T_map_flat: Matrix, candidates: Matrix) -> Matrix:
-    """The candidate (N, 4, 4) that is nearest on the ground, half a turn counting as three metres."""
+    """Return the candidate (N, 4, 4) that is nearest on the ground; a rotation of 180 deg counts as 3 m."""
     away_m = np.linalg.norm(candidates[:, :2, 3] - T_map_flat[:2, 3], axis=1)
     turns = np.array([_yaw(candidate) - _yaw(T_map_flat) for candidate in candidates])
     away_rad = np.abs(np.arctan2(np.sin(turns), np.cos(turns)))
@@ -92,7 +95,7 @@ def nearest(T_map_flat: Matrix, candidates: Matrix) -> Matrix:
 
 
 def spread(T_map_base: Matrix, covariance: Matrix) -> list[Matrix]:
-    """Poses to start from: the given one first, then one sigma to either side of it along x, y and yaw."""
+    """Return start poses: the given pose first, then one sigma to either side along x, y and yaw."""
     sigma = np.sqrt(np.diagonal(covariance))
     x, y = (min(float(s), _MAX_SIGMA_M) for s in sigma[:2])
     yaw = min(float(sigma[5]), _MAX_SIGMA_RAD)
@@ -111,19 +114,19 @@ def _yaw(T: Matrix) -> float:
 
 
 _MAX_TRIES = 10
-"""Images that try an initial pose before it is given up."""
+"""Number of images that try an initial pose before it is discarded."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Body:
-    """The frame that an initial pose is of: the base, or the camera where no base is named."""
+    """Frame of an initial pose: the base frame, or the camera if no base frame is set."""
 
     frame: str
     T_camera_body: Matrix
 
 
 class InitialPoseInput:
-    """Keeps the last initial pose until a frame can use it; it is accepted in every lifecycle state.
+    """Subscriber of ``initialpose`` that holds the last pose until a frame can use it, in every lifecycle state.
 
     Args:
         reference_poses: ``T_map_camera`` (N, 4, 4) of the map's views, for the height of a first flat pose.
@@ -149,13 +152,13 @@ class InitialPoseInput:
             PoseWithCovarianceStamped, "initialpose", self._on_pose, profile, event_callbacks=events
         )
 
-    def take(self, camera_frame: str, stamp_ns: int, last: HeldPose | None) -> list[Matrix]:
-        """Poses ``T_map_camera`` to start a frame from; empty where there are none. For the worker.
+    def take(self, camera_frame: str, stamp_ns: int, last: LastPose | None) -> list[Matrix]:
+        """Return start poses ``T_map_camera`` for a frame; empty if there are none. Worker thread only.
 
         Args:
             camera_frame: TF frame of the camera.
-            stamp_ns: of the frame; the base is moved there from the time of the pose where odometry knows how.
-            last: the last known pose, which completes one that was drawn flat.
+            stamp_ns: stamp of the frame; odometry, if known, moves the base there from the stamp of the pose.
+            last: the last known pose, which completes a flat one.
         """
         given, self.waiting = self.waiting, None
         if given is None:
@@ -180,14 +183,12 @@ class InitialPoseInput:
         return [start @ moved @ T_body_camera for start in starts]
 
     def judge(self, found: bool) -> None:
-        """Say whether the frame that the last pose was taken for found a pose; if not, the next one tries it again."""
+        """Record whether the frame localized from the last taken pose; if not, the next frame tries it again."""
         if self.tried is None:
             return
         if found or self._tries >= _MAX_TRIES:
             if not found:
-                self._health.warn(
-                    f"The initial pose did not help: {self._tries} images do not look like the map there."
-                )
+                self._health.warn(f"The initial pose did not help: {self._tries} images do not match the map there.")
             self.tried = None
         elif self.waiting is None:
             self.waiting = self.tried
@@ -211,14 +212,15 @@ class InitialPoseInput:
         except TransformUnknownError as error:
             raise InitialPoseError(
                 f"An initial pose was refused: it is in the frame '{given.frame_id}', the map is '{self._map_frame}', "
-                f"and nothing connects the two. {error}"
+                f"and TF does not connect the two. {error}"
             ) from error
         return InitialPose(self._map_frame, given.stamp_ns, T @ given.T_frame_base, given.covariance)
 
     def _body(self, given: InitialPose, camera_frame: str, base_frame: str) -> _Body:
         if base_frame and base_frame != camera_frame:
             return _Body(base_frame, self._listener.lookup(camera_frame, base_frame, NEWEST))
-        # An arrow drawn on the floor points where the camera looks; a full pose is one such as we publish.
+        # # A flat pose (an arrow in RViz) points along the viewing direction; a full pose is an optical frame, as
+        # published.
         return _Body(camera_frame, OPTICAL_TO_BODY if given.is_flat else np.eye(4))
 
     def _nearest_view(self, T_map_flat: Matrix, body: _Body) -> Matrix:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The lifecycle node that hosts an application: configure loads the map, cleanup gives everything back."""
+"""Lifecycle node that hosts a stage: configure loads the map, cleanup releases all memory."""
 
 from __future__ import annotations
 
@@ -22,76 +22,76 @@ from kfloc_ros.maps.format import resolve_map
 from kfloc_ros.maps.place import AnyMap, load_map
 from kfloc_ros.nodes.parameter_server import ParameterServer
 from kfloc_ros.nodes.parameters import NodeConfig
-from kfloc_ros.nodes.worker import Gate, explained
+from kfloc_ros.nodes.worker import EnableSwitch, reported_error
 from kfloc_ros.types import Frame
 
 SUCCESS, FAILURE = TransitionCallbackReturn.SUCCESS, TransitionCallbackReturn.FAILURE
 
 
-class Application(Protocol):
-    """What a node hosts while it is configured."""
+class Stage(Protocol):
+    """Stage that a node hosts while it is configured."""
 
     def pause(self) -> None:
-        """Let the frame in work come to its end; when this returns nothing more is published."""
+        """Wait until the current frame is processed; after the return nothing more is published."""
         ...
 
     def stop(self) -> None:
-        """End the worker thread; the node is still there."""
+        """End the worker thread; the node still exists."""
         ...
 
-    def start_anew(self, reason: str) -> None:
-        """Forget what was carried over from earlier frames, before the next one is worked on."""
+    def request_reset(self, reason: str) -> None:
+        """Request a reset: the next frame starts without the state of earlier frames."""
         ...
 
 
-Build = Callable[[Node, ParameterServer, AnyMap, Gate], Application]
+Build = Callable[[Node, ParameterServer, AnyMap, EnableSwitch], Stage]
 
 
 class ManagedNode(LifecycleNode):  # type: ignore[misc]
-    """A lifecycle node around an application.
+    """Lifecycle node that hosts a stage.
 
-    A parameter that cannot change under a running application makes a new one, between two turns of the
-    executor (:meth:`settle`), without leaving the lifecycle state.
+    If a changed parameter cannot take effect in a running stage, the stage is built again between two turns of
+    the executor (:meth:`apply_pending`), in the same lifecycle state.
 
     Raises:
-        ConfigError: a given parameter is unknown or its value does not fit.
+        ConfigError: a given parameter is unknown or its value is invalid.
     """
 
     def __init__(self, name: str, build: Build) -> None:
         super().__init__(name, automatically_declare_parameters_from_overrides=True)
         self._build = build
-        self._gate = Gate()
-        self._application: Application | None = None
+        self._switch = EnableSwitch()
+        self._stage: Stage | None = None
         self._map: AnyMap | None = None
         self._next_map: AnyMap | None = None
         self._reload_asked = False
         self.fault = ""
-        """Why the last attempt to configure failed."""
+        """Error of the last failed configuration; empty if none."""
         self.parameters = ParameterServer(self, self._check_reload)
-        self._switches = Services(self, self._gate, lambda: self._application)
-        self._kept = {id(entity) for entity in self._entities()}
+        self._switches = Services(self, self._switch, lambda: self._stage)
+        self._own = {id(entity) for entity in self._entities()}
 
-    def settle(self) -> None:
-        """Do what was put off until no callback runs."""
-        self._set_what_was_asked()
+    def apply_pending(self) -> None:
+        """Apply deferred parameter changes; the executor calls this when no callback runs."""
+        self._apply_requested()
         if not self._reload_asked:
             return
         self._reload_asked = False
         scene_map, self._next_map = self._next_map or self._map, None
-        if self._application is None or scene_map is None:
+        if self._stage is None or scene_map is None:
             return
         self._tear_down()
         try:
             self._set_up(scene_map)
         except Exception as error:
             self._explain(error)
-            if self._gate.active:
+            if self._switch.active:
                 self.trigger_deactivate()
             self.trigger_cleanup()
 
     def close(self) -> None:
-        """End the application and the node."""
-        self._gate.active = False
+        """End the stage and the node."""
+        self._switch.active = False
         self._tear_down()
         self.destroy_node()
 
@@ -105,19 +105,19 @@ class ManagedNode(LifecycleNode):  # type: ignore[misc]
         return SUCCESS
 
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
-        if self._application is not None:
-            self._application.start_anew("activated")
-        self._gate.active = True
+        if self._stage is not None:
+            self._stage.request_reset("activated")
+        self._switch.active = True
         return SUCCESS
 
     def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
-        self._gate.active = False
-        if self._application is not None:
-            self._application.pause()
+        self._switch.active = False
+        if self._stage is not None:
+            self._stage.pause()
         return SUCCESS
 
     def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
-        self._gate.active = False
+        self._switch.active = False
         self._tear_down()
         return SUCCESS
 
@@ -129,30 +129,30 @@ class ManagedNode(LifecycleNode):  # type: ignore[misc]
 
     def _set_up(self, scene_map: AnyMap) -> None:
         try:
-            self._application = self._build(self, self.parameters, scene_map, self._gate)
+            self._stage = self._build(self, self.parameters, scene_map, self._switch)
         except torch.cuda.OutOfMemoryError as error:
-            fault = explained(error, self.parameters)
+            fault = reported_error(error, self.parameters)
             self._tear_down()
-            if not self._set_what_was_asked():
+            if not self._apply_requested():
                 raise fault from error
             self.get_logger().warning(str(fault))
-            self._application = self._build(self, self.parameters, scene_map, self._gate)
+            self._stage = self._build(self, self.parameters, scene_map, self._switch)
         self._map, self.fault = scene_map, ""
         self.get_logger().info(f"Ready: map '{scene_map.name}', waiting for images.")
 
-    def _set_what_was_asked(self) -> bool:
-        """Make the changes of parameters that came from within; whether there were any."""
-        asked = list(self.parameters.asked())
-        if asked:
-            self.set_parameters(asked)
-        return bool(asked)
+    def _apply_requested(self) -> bool:
+        """Apply parameter changes requested by the stage; return True if there were any."""
+        requested = list(self.parameters.requested())
+        if requested:
+            self.set_parameters(requested)
+        return bool(requested)
 
     def _tear_down(self) -> None:
-        """Back to what the node had before it was configured."""
-        application, self._application, self._map = self._application, None, None
-        # In this order: nothing may publish on a publisher that is gone.
-        if application is not None:
-            application.stop()
+        """Destroy the stage and all entities made since the node was constructed."""
+        stage, self._stage, self._map = self._stage, None, None
+        # # In this order: nothing may publish on a destroyed publisher.
+        if stage is not None:
+            stage.stop()
         destroy: list[tuple[Iterable[Any], Callable[[Any], object]]] = [
             (self.timers, self.destroy_timer),
             (self.subscriptions, self.destroy_subscription),
@@ -160,11 +160,11 @@ class ManagedNode(LifecycleNode):  # type: ignore[misc]
             (self.publishers, self.destroy_publisher),
         ]
         for entities, destroy_one in destroy:
-            for entity in [item for item in entities if id(item) not in self._kept]:
+            for entity in [item for item in entities if id(item) not in self._own]:
                 destroy_one(entity)
-        del application
-        gc.collect()  # components know each other in circles
-        torch.cuda.empty_cache()  # for others: torch keeps what it once had; does nothing without a GPU
+        del stage
+        gc.collect()  # # the objects of a stage reference each other in cycles
+        torch.cuda.empty_cache()  # # torch caches freed memory: release it to other processes; no effect without a GPU
 
     def _entities(self) -> Iterable[Any]:
         yield from self.timers
@@ -173,9 +173,9 @@ class ManagedNode(LifecycleNode):  # type: ignore[misc]
         yield from self.publishers
 
     def _check_reload(self, node: NodeConfig, localizer: LocalizerConfig) -> None:
-        """Whether an application can be made from changed parameters; has it made soon. Raises KflocError if not."""
-        if self._application is None:
-            return  # configuring will read them
+        """Schedule a new stage for changed parameters. Raises KflocError if it cannot be built."""
+        if self._stage is None:
+            return  # # configure will read them
         choose_device(localizer.device)
         if node.map != self.parameters.node.map:
             self._next_map = load_map(resolve_map(node.map))
@@ -194,39 +194,39 @@ RELOCALIZE = "asked to relocalize"
 RESET = "asked to reset"
 
 
-class _CanStartAnew(Protocol):
-    def start_anew(self, reason: str) -> None: ...
+class _Resettable(Protocol):
+    def request_reset(self, reason: str) -> None: ...
 
 
 class Services:
-    """The services of one node; they are there in every lifecycle state and say when they can do nothing."""
+    """Services of one node, available in every lifecycle state; the response says if there is nothing to do."""
 
-    def __init__(self, node: Node, gate: Gate, application: Callable[[], _CanStartAnew | None]) -> None:
-        self._gate, self._application = gate, application
+    def __init__(self, node: Node, switch: EnableSwitch, stage: Callable[[], _Resettable | None]) -> None:
+        self._switch, self._stage = switch, stage
         self._logger = node.get_logger()
-        node.create_service(Trigger, "~/relocalize", lambda _, response: self._start_anew(RELOCALIZE, response))
-        node.create_service(Trigger, "~/reset", lambda _, response: self._start_anew(RESET, response))
+        node.create_service(Trigger, "~/relocalize", lambda _, response: self._request_reset(RELOCALIZE, response))
+        node.create_service(Trigger, "~/reset", lambda _, response: self._request_reset(RESET, response))
         node.create_service(SetBool, "~/enable", self._enable)
 
-    def _start_anew(self, reason: str, response: Any) -> Any:
-        application = self._application()
-        if application is None:
-            return _answer(response, False, "The node is not configured, so there is nothing to start anew.")
-        application.start_anew(reason)
-        self._logger.info(f"Starting anew: {reason}.")
-        closed = self._gate.closed_reason
-        waits = f" once frames are worked on again; now {closed}" if closed else " with the next image"
-        return _answer(response, True, f"Starting anew{waits}.")
+    def _request_reset(self, reason: str, response: Any) -> Any:
+        stage = self._stage()
+        if stage is None:
+            return _answer(response, False, "The node is not configured, so there is nothing to reset.")
+        stage.request_reset(reason)
+        self._logger.info(f"Reset: {reason}.")
+        off = self._switch.off_reason
+        waits = f" once frames are processed again; now {off}" if off else " with the next image"
+        return _answer(response, True, f"Reset{waits}.")
 
     def _enable(self, request: Any, response: Any) -> Any:
-        application = self._application()
-        if request.data and not self._gate.enabled and application is not None:
-            application.start_anew("switched on again")
-        self._gate.enabled = bool(request.data)
+        stage = self._stage()
+        if request.data and not self._switch.enabled and stage is not None:
+            stage.request_reset("switched on again")
+        self._switch.enabled = bool(request.data)
         if not request.data:
             return _answer(response, True, "Images are ignored until ~/enable is called with true.")
-        closed = self._gate.closed_reason
-        return _answer(response, True, f"Switched on, but {closed}." if closed else "Images are worked on.")
+        off = self._switch.off_reason
+        return _answer(response, True, f"Switched on, but {off}." if off else "Images are processed.")
 
 
 def _answer(response: Any, success: bool, message: str) -> Any:
@@ -235,13 +235,13 @@ def _answer(response: Any, success: bool, message: str) -> Any:
 
 
 def warm_up(scene_map: AnyMap, config: LocalizerConfig) -> None:
-    """Run a frame of noise through a localizer that is then thrown away.
+    """Run a frame of noise through a temporary localizer.
 
-    The first pass of a network chooses and compiles its kernels, which takes several times as long as a
-    frame and is remembered by the process. A localizer of its own, so that nothing is carried over.
+    The first pass of a network selects and compiles its kernels, which takes several times as long as a frame. The
+    process keeps the kernels. The localizer is temporary, so that no state is carried over.
     """
     camera = scene_map.camera
     image = np.random.default_rng(0).integers(0, 256, (camera.height, camera.width, 3), dtype=np.uint8)
     localizer = localizer_for(scene_map, config)
-    for stamp_ns in (1, 2):  # the second frame has a prior, if the first one found anything
+    for stamp_ns in (1, 2):  # # the second frame has a prior, if the first one produced a belief
         localizer.process(Frame(image=image, camera=camera, stamp_ns=stamp_ns))

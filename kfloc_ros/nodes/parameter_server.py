@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Declares the parameter table on a node and keeps the configurations in step with live changes."""
+"""Parameter server: declares the parameter table on a node and applies live changes to the configurations."""
 
 from __future__ import annotations
 
@@ -22,17 +22,16 @@ ConfigT = TypeVar("ConfigT")
 
 
 class ParameterServer:
-    """The configuration of one node.
+    """Configuration of one node.
 
-    The node must have been made with ``automatically_declare_parameters_from_overrides``: only so are
-    misspelt names seen, which rclpy otherwise passes over in silence.
+    The node must be made with ``automatically_declare_parameters_from_overrides``: otherwise rclpy ignores
+    misspelt names silently.
 
     Args:
-        check_reload: told of a change that needs a new application, before it is accepted; raises KflocError
-            to refuse it.
+        check_reload: called before a change that needs a new stage is accepted; raises KflocError to refuse it.
 
     Raises:
-        ConfigError: a given parameter is unknown or its value does not fit.
+        ConfigError: a given parameter is unknown or its value is invalid.
     """
 
     def __init__(
@@ -45,7 +44,7 @@ class ParameterServer:
         }
         self.node, self.localizer = build_configs(given)
         self._check_reload = check_reload
-        self._asked: queue.SimpleQueue[RosParameter] = queue.SimpleQueue()
+        self._requested: queue.SimpleQueue[RosParameter] = queue.SimpleQueue()
         self._table = parameter_table()
         for name, row in self._table.items():
             value = row.option.check(given.get(name, row.option.default))
@@ -54,14 +53,14 @@ class ParameterServer:
             node.declare_parameter(name, value, descriptor(row))
         node.add_on_set_parameters_callback(self._on_set)
 
-    def ask(self, name: str, value: Any) -> None:
-        """Have the node change one of its parameters itself, soon; for any thread."""
-        self._asked.put(RosParameter(name, value=value))
+    def request(self, name: str, value: Any) -> None:
+        """Request a change of one of the node's own parameters at the executor's next turn. Thread-safe."""
+        self._requested.put(RosParameter(name, value=value))
 
-    def asked(self) -> Iterator[RosParameter]:
-        """What was asked for since the last time; in the executor's thread."""
-        while not self._asked.empty():
-            yield self._asked.get()
+    def requested(self) -> Iterator[RosParameter]:
+        """Yield the changes requested since the last call; executor thread only."""
+        while not self._requested.empty():
+            yield self._requested.get()
 
     def _on_set(self, parameters: list[RosParameter]) -> SetParametersResult:
         changes: dict[str, Any] = {}
@@ -92,7 +91,7 @@ class ParameterServer:
 
 
 def descriptor(row: Parameter) -> ParameterDescriptor:
-    """The ROS description of one row of the table; the parameter's type follows from its default."""
+    """Return the ROS descriptor of one row of the table; the parameter's type follows from its default."""
     item = row.option
     message = ParameterDescriptor(name=item.name, description=item.text, read_only=row.change is Change.START)
     if item.choices:

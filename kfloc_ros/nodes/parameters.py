@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one table of ROS parameters: what the nodes declare, ``config/localizer.yaml`` and the documentation.
+"""Table of all ROS parameters, from which declarations, ``config/localizer.yaml`` and the documentation are made.
 
 ``python -m kfloc_ros.nodes.parameters --yaml`` prints the file, ``--markdown`` the table. Needs no ROS.
 """
@@ -21,11 +21,11 @@ from kfloc_ros.localization.config import LocalizerConfig
 
 @dataclass(frozen=True)
 class NodeConfig:
-    """Options of the ROS side."""
+    """Options of the nodes."""
 
-    map: str = option("", "Map folder, or the name of a shipped map. Must be given.")
-    autostart: bool = option(True, "Configure and activate by itself; false leaves that to a lifecycle manager.")
-    map_frame: str = option("", "TF frame of the map; empty: the name written in the map.")
+    map: str = option("", "Map folder, or the name of a shipped map. Required.")
+    autostart: bool = option(True, "Configure and activate the node at start; false: a lifecycle manager does both.")
+    map_frame: str = option("", "TF frame of the map; empty: the frame in map.yaml.")
     base_frame: str = option(
         "",
         "TF frame whose pose is published; empty: the frame_id of the images. "
@@ -36,98 +36,105 @@ class NodeConfig:
         choices=("raw", "compressed"),
     )  # fmt: skip
     image_reliability: str = option(
-        "best_effort", "Reliability asked of the publisher of images; best_effort hears every publisher.",
+        "best_effort", "Requested reliability of the image subscription; best_effort matches every publisher.",
         choices=("best_effort", "reliable"),
     )  # fmt: skip
     camera_info_reliability: str = option(
-        "best_effort", "Reliability asked of the publisher of camera_info.", choices=("best_effort", "reliable")
+        "best_effort",
+        "Requested reliability of the camera_info subscription; best_effort matches every publisher.",
+        choices=("best_effort", "reliable"),
     )
     camera_info_durability: str = option(
         "volatile",
-        "Durability asked of the publisher of camera_info; transient_local for one that publishes only once.",
+        "Requested durability of the camera_info subscription; transient_local for a publisher that publishes only "
+        "once.",
         choices=("volatile", "transient_local"),
     )  # fmt: skip
     initialpose_reliability: str = option(
-        "reliable", "Reliability asked of the publisher of initialpose; best_effort hears every publisher.",
+        "reliable", "Requested reliability of the initialpose subscription; best_effort matches every publisher.",
         choices=("best_effort", "reliable"),
     )  # fmt: skip
     tf_reliability: str = option(
-        "reliable", "Reliability asked of the publishers of /tf; best_effort hears every one, and may miss transforms.",
+        "reliable",
+        "Requested reliability of the /tf subscription; best_effort matches every publisher, but may lose transforms.",
         choices=("best_effort", "reliable"),
     )  # fmt: skip
     rectified: bool = option(
-        False, "The images are rectified already: take P of camera_info and no distortion, instead of K and D."
+        False, "The images are rectified: use P of camera_info without distortion, instead of K and D."
     )
     max_age_s: float = option(
-        1.0, "Images older than this on the node's clock are dropped and counted, in seconds; 0: never.",
+        1.0, "Images older than this on the node's clock are dropped and counted, in seconds; 0: no limit.",
         low=0.0, high=3600.0, live=True,
     )  # fmt: skip
     tf_mode: str = option(
         "map_to_base",
-        "What is broadcast on /tf: map_to_odom (REP-105, beside odometry), map_to_base (without odometry), or none.",
+        "Transform on /tf: map_to_odom (REP-105, with odometry), map_to_base (without odometry), or none.",
         choices=("map_to_odom", "map_to_base", "none"), live=True,
     )  # fmt: skip
     odom_frame: str = option(
-        "odom", "TF frame of the odometry, which must publish odom_frame -> base_frame; for tf_mode map_to_odom.",
+        "odom", "TF frame of the odometry for tf_mode map_to_odom; the odometry must publish odom_frame -> base_frame.",
         live=True,
     )  # fmt: skip
     transform_tolerance: float = option(
-        0.3, "map -> odom is stamped this long after the image, in seconds, so that it is valid until the next one.",
+        0.3, "map -> odom is stamped this long after the image, in seconds, so that it stays valid until the next one.",
         low=0.0, high=10.0, live=True,
     )  # fmt: skip
     transform_rate_hz: float = option(
-        20.0, "How often the last map -> odom is sent again; 0: only with a new pose.", low=0.0, high=200.0
+        20.0, "Rate at which the last map -> odom is sent again, in Hz; 0: only with a new pose.", low=0.0, high=200.0
     )
     max_odom_jump: float = option(
         0.0,
-        "With map_to_odom, a pose this far from where the odometry has carried the last one, in metres (30 degrees a "
-        "metre), is DEGRADED and does not move the map until a second one agrees; 0: never.",
+        "Limit on the distance between a pose and its prediction by odometry, in metres (1 m counts as 30 degrees), "
+        "for tf_mode map_to_odom. A pose beyond it is DEGRADED and not broadcast until a second pose agrees; 0: no "
+        "limit.",
         low=0.0, high=100.0, live=True,
     )  # fmt: skip
     transform_timeout: float = option(
-        0.1, "How long a pose waits for the odometry at its image's time, in seconds.", low=0.0, high=2.0, live=True
+        0.1, "Time that a pose waits for the odometry at its image's stamp, in seconds.", low=0.0, high=2.0, live=True
     )
     when_lost: str = option(
         "hold",
-        "While lost: hold keeps sending the last map -> odom; stop does not, so that consumers notice; mark holds and "
-        "publishes the held pose on pose with a covariance that grows.",
+        "While LOST: hold keeps sending the last map -> odom; stop stops sending it, so that consumers notice; mark "
+        "does as hold and publishes the last pose on pose with a growing covariance.",
         choices=("hold", "stop", "mark"), live=True,
     )  # fmt: skip
     lost_after_s: float = option(
-        2.0, "Without a pose for this long, in seconds, stop stops even if no image comes that says LOST.",
+        2.0, "For when_lost stop: time without a pose after which sending stops, even if no image arrives, in seconds.",
         low=0.1, high=3600.0, live=True,
     )  # fmt: skip
     lost_growth: float = option(
-        0.5, "How fast the standard deviations of a marked pose grow, in m/s and rad/s.", low=0.0, high=100.0, live=True
+        0.5, "For when_lost mark: growth of the standard deviations, in m/s and rad/s.", low=0.0, high=100.0, live=True
     )
     diagonal_covariance: bool = option(
         False, "Publish only the variances: Nav2 refuses covariances with negative cross terms.", live=True
     )
-    pose_file: str = option("", "File that the last pose is saved in and searched from at the next start; empty: none.")
-    pose_file_period_s: float = option(
-        2.0, "How often the last pose is saved, in seconds.", low=0.1, high=3600.0, live=True
+    pose_file: str = option(
+        "", "File in which the last pose is saved; the next start searches there first. Empty: no file."
     )
-    path_length: int = option(1000, "How many of the last poses path holds; 0: no path.", low=0, high=100000, live=True)
+    pose_file_period_s: float = option(
+        2.0, "Period at which the last pose is saved, in seconds.", low=0.1, high=3600.0, live=True
+    )
+    path_length: int = option(1000, "Number of poses in path; 0: no path.", low=0, high=100000, live=True)
 
 
 CONFIG_TYPES: tuple[type, ...] = (NodeConfig, LocalizerConfig)
-"""Every node declares the options of all of these, so that one file serves them all."""
+"""Option groups. Every node declares all of them, so that one file serves all nodes."""
 
 START_ONLY = ("autostart",)
 
 
 class Change(Enum):
-    """What setting a parameter does to a running node."""
+    """Effect of setting a parameter on a running node."""
 
     LIVE = "at once"
     RELOAD = "reload"
-    """The application is made anew, within a few seconds, without leaving the lifecycle state."""
+    """The stage is built again within a few seconds, in the same lifecycle state."""
     START = "no"
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """One row of the table."""
+    """Row of the table."""
 
     option: Option
     group: type
@@ -140,15 +147,15 @@ class Parameter:
 
 
 def parameter_table() -> dict[str, Parameter]:
-    """Every parameter by name."""
+    """Return all parameters by name."""
     return {item.name: Parameter(item, group) for group in CONFIG_TYPES for item in options_of(group)}
 
 
 def build_configs(values: Mapping[str, Any]) -> tuple[NodeConfig, LocalizerConfig]:
-    """Both configurations from one flat mapping.
+    """Return both configurations from one flat mapping.
 
     Raises:
-        ConfigError: a name is unknown or a value does not fit.
+        ConfigError: a name is unknown or a value is invalid.
     """
     table = parameter_table()
     unknown = [name for name in values if name not in table]
@@ -166,10 +173,10 @@ def build_configs(values: Mapping[str, Any]) -> tuple[NodeConfig, LocalizerConfi
 
 
 def render_yaml() -> str:
-    """The text of ``config/localizer.yaml``: every parameter with its default."""
+    """Return the text of ``config/localizer.yaml``: every parameter with its default."""
     lines = [
         "# SPDX-License-Identifier: Apache-2.0",
-        "# Every parameter of the nodes with its default. Made by: python -m kfloc_ros.nodes.parameters --yaml",
+        "# All parameters of the nodes with their defaults. Made by: python -m kfloc_ros.nodes.parameters --yaml",
         "/**:",
         "  ros__parameters:",
     ]
@@ -181,7 +188,7 @@ def render_yaml() -> str:
 
 
 def render_markdown() -> str:
-    """The parameter table of ``docs/ros_interface.md``."""
+    """Return the parameter table of ``docs/ros_interface.md``."""
     lines = ["| parameter | type | default | range | change | meaning |", "|---|---|---|---|---|---|"]
     for row in parameter_table().values():
         item = row.option
@@ -204,7 +211,7 @@ def _range(item: Option) -> str:
 
 
 def _literal(value: Any) -> str:
-    """A default as YAML."""
+    """Return a default as YAML."""
     if isinstance(value, bool):
         return "true" if value else "false"
     return f'"{value}"' if isinstance(value, str) else repr(value)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Saves the last pose now and then, and offers the one of the last time at the start."""
+"""Pose persistence: saves the last pose to a file and returns it as a start pose after a restart."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from kfloc_ros.nodes.worker import LatestWorker
 from kfloc_ros.types import Matrix, PoseEstimate, TrackingState
 
 _MAX_TRIES = 10
-"""Images that try the saved pose."""
+"""Number of images that try the saved pose."""
 
 
-class PoseKeeper:
-    """Does nothing where ``pose_file`` is empty; what goes wrong with the file is said and never ends anything."""
+class PosePersistence:
+    """Saved pose of a node; inactive if ``pose_file`` is empty. File errors are logged and never end the node."""
 
     def __init__(self, node: Node, parameters: ParameterServer, scene_map: MapInfo, health: Health) -> None:
         self._parameters, self._health = parameters, health
@@ -42,10 +42,10 @@ class PoseKeeper:
         try:
             self._path = Path(parameters.node.pose_file).expanduser()
         except (RuntimeError, ValueError):
-            health.warn(f"The last pose is not saved: there is no user as in pose_file '{parameters.node.pose_file}'.")
+            health.warn(f"The last pose is not saved: pose_file '{parameters.node.pose_file}' names an unknown user.")
             return
         self._map_id = map_id(scene_map)
-        # A disk can take its time: neither a frame nor a callback waits for it.
+        # # Disk writes can be slow: neither a frame nor a callback waits for them.
         self._writer = LatestWorker("pose file", self._write, lambda error: health.warn(str(error)))
         try:
             saved = load_pose(self._path, self._map_id)
@@ -53,16 +53,16 @@ class PoseKeeper:
             health.warn(str(error))
             return
         if saved is not None:
-            node.get_logger().info(f"The search begins at the last pose, from '{self._path}'.")
+            node.get_logger().info(f"The search starts at the saved pose from '{self._path}'.")
             self._starts = spread(saved.T_map_camera, saved.covariance)
 
     def take(self) -> list[Matrix]:
-        """Poses ``T_map_camera`` that a frame may start from, for the first few frames or until one has a pose."""
+        """Return start poses ``T_map_camera``, for the first few frames or until one is localized."""
         self._tries_left -= 1
         return self._starts if self._tries_left >= 0 else []
 
     def offer(self, estimate: PoseEstimate) -> None:
-        """Save a good pose, unless one was saved a moment ago."""
+        """Save a TRACKING pose, at most once per ``pose_file_period_s``."""
         if estimate.T_map_camera is not None:
             self._starts = []
         if self._path is None or estimate.state is not TrackingState.TRACKING:
@@ -75,8 +75,8 @@ class PoseKeeper:
             self._saved_s = now_s
             self._writer.submit(self._last)
 
-    def forget(self) -> None:
-        """Remove the file, too: the next start shall know nothing."""
+    def delete(self) -> None:
+        """Discard the last pose and remove the file, so that the next start does not use it."""
         self._last, self._starts = None, []
         if self._path is not None:
             try:
@@ -85,7 +85,7 @@ class PoseKeeper:
                 self._health.warn(f"The last pose in '{self._path}' cannot be removed: {error.strerror}.")
 
     def stop(self) -> None:
-        """Save the very last pose."""
+        """Save the last pose and end the writer's thread."""
         if self._path is None:
             return
         self._writer.stop()
@@ -107,12 +107,12 @@ _MAX_ROTATION_ERROR = 1e-4
 
 
 class PoseFileError(KflocError):
-    """A pose file cannot be written, or what it holds cannot be used."""
+    """Error: a pose file cannot be written or its content cannot be used."""
 
 
 @dataclass(frozen=True, eq=False)
 class SavedPose:
-    """A pose of the camera in a map."""
+    """Pose of the camera in a map."""
 
     map_id: str
     """See :func:`map_id`."""
@@ -122,17 +122,17 @@ class SavedPose:
 
 
 def map_id(scene_map: MapInfo) -> str:
-    """Name and checksum of a map: a pose means nothing in another one, or in one that was built again."""
+    """Return the name and checksum of a map: a saved pose is valid only in the same build of the same map."""
     description = scene_map.path / DESCRIPTION if scene_map.path is not None else None
     content = description.read_bytes() if description is not None and description.is_file() else b""
     return f"{scene_map.name} {hashlib.sha256(content).hexdigest()[:16]}"
 
 
 def save_pose(path: Path, pose: SavedPose) -> None:
-    """Replace the file in one step.
+    """Replace the file atomically.
 
     Raises:
-        PoseFileError: it cannot be written; an older file is still whole then.
+        PoseFileError: the file cannot be written; an older file stays intact.
     """
     values = {
         "format": FORMAT,
@@ -145,7 +145,7 @@ def save_pose(path: Path, pose: SavedPose) -> None:
     temporary: str | None = None
     try:
         if path.exists() and not path.is_file():
-            raise PoseFileError(f"The last pose cannot be saved in '{path}': that is no plain file.")
+            raise PoseFileError(f"The last pose cannot be saved in '{path}': it is not a regular file.")
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         with os.fdopen(handle, "w", encoding="utf-8") as stream:
@@ -154,7 +154,7 @@ def save_pose(path: Path, pose: SavedPose) -> None:
             os.fsync(stream.fileno())
         os.replace(temporary, path)
         temporary = None
-    except (OSError, ValueError) as error:  # ValueError: a path with a zero byte
+    except (OSError, ValueError) as error:  # # ValueError: a path with a null byte
         why = getattr(error, "strerror", None) or error
         raise PoseFileError(f"The last pose cannot be saved in '{path}': {why}.") from error
     finally:
@@ -163,14 +163,14 @@ def save_pose(path: Path, pose: SavedPose) -> None:
 
 
 def load_pose(path: Path, expected_map_id: str) -> SavedPose | None:
-    """The pose in a file; None where there is no file.
+    """Return the pose in a file; None if there is no file.
 
     Raises:
         PoseFileError: the file is damaged or belongs to another map.
     """
     try:
         if not path.is_file() and path.exists():
-            raise PoseFileError(f"'{path}' is no plain file; no pose is read from it.")
+            raise PoseFileError(f"'{path}' is not a regular file; no pose is read from it.")
         if path.stat().st_size > _MAX_BYTES:
             raise PoseFileError(f"'{path}' is larger than any pose file; it is not used.")
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -178,12 +178,12 @@ def load_pose(path: Path, expected_map_id: str) -> SavedPose | None:
         return None
     except (OSError, ValueError, RecursionError) as error:
         raise PoseFileError(
-            f"The last pose in '{path}' cannot be read: {error}. The search begins without it."
+            f"The last pose in '{path}' cannot be read: {error}. The search starts without it."
         ) from error
     if not isinstance(values, dict) or values.get("format") != FORMAT or values.get("version") != VERSION:
-        raise PoseFileError(f"'{path}' holds no pose of this version; it is not used.")
+        raise PoseFileError(f"'{path}' is not a pose file of this version; it is not used.")
     if values.get("map") != expected_map_id:
-        raise PoseFileError(f"The last pose in '{path}' is of another map, or of this one before it was built again.")
+        raise PoseFileError(f"The last pose in '{path}' belongs to another map, or to an earlier build of this one.")
     try:
         T = np.array(values["T_map_camera"], dtype=np.float64)
         covariance = np.array(values["covariance"], dtype=np.float64)
@@ -191,7 +191,7 @@ def load_pose(path: Path, expected_map_id: str) -> SavedPose | None:
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise PoseFileError(f"The last pose in '{path}' is damaged: {error}.") from error
     if not _is_sound(T, covariance):
-        raise PoseFileError(f"The last pose in '{path}' is damaged: it is no rigid pose with a covariance.")
+        raise PoseFileError(f"The last pose in '{path}' is damaged: it is not a rigid pose with a covariance.")
     return saved
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The last known pose, carried on for as long as there is no new one; imports nothing of ROS."""
+"""Publisher of ``pose`` and ``path``, and the last pose, which is published on while the camera is lost."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from kfloc_ros.nodes.health import Health
 from kfloc_ros.nodes.parameter_server import ParameterServer
 from kfloc_ros.nodes.tf_publisher import TfPublisher
 from kfloc_ros.nodes.transforms import TransformListener
-from kfloc_ros.nodes.worker import Gate
+from kfloc_ros.nodes.worker import EnableSwitch
 from kfloc_ros.types import Matrix, PoseEstimate, TrackingState
 
 
@@ -30,32 +30,34 @@ class _Lookup(Protocol):
 
 
 _MAX_SIGMA_M = 1e4
-"""Nav2 refuses poses with a covariance beyond 1e9."""
+"""Limit on the standard deviation, in metres: Nav2 refuses poses with a covariance beyond 1e9."""
 
 
 @dataclass(frozen=True, eq=False)
-class HeldPose:
-    """A pose of the base frame and when it was true."""
+class LastPose:
+    """Last pose of the base frame, with its stamp."""
 
     stamp_ns: int
     base_frame: str
     body: BodyPose
 
     def travelled(self, transforms: _Lookup, odom_frame: str, stamp_ns: int) -> Matrix | None:
-        """``T_then_now`` of the base by odometry, or None where odometry does not know."""
+        """Return ``T_then_now`` of the base by odometry, or None if odometry does not know it."""
         return travelled(transforms, odom_frame, self.base_frame, self.stamp_ns, stamp_ns)
 
     def grown(self, stamp_ns: int, growth: float, T_then_now: Matrix | None = None) -> BodyPose:
-        """The pose at a later time: moved as odometry says, with standard deviations ``growth`` m/s and rad/s wider."""
+        """Return the pose at a later time: moved by ``T_then_now``, with standard deviations ``growth`` m/s and rad/s
+        wider.
+        """
         body = self.body if T_then_now is None else self.body.moved(T_then_now)
         wider = min(growth * max(stamp_ns - self.stamp_ns, 0) * 1e-9, _MAX_SIGMA_M)
-        turned = min(wider, math.pi)  # nothing is known of a rotation any more
+        turned = min(wider, math.pi)  # # a rotation is then unknown
         variances = np.array([wider**2] * 3 + [turned**2] * 3)
         return BodyPose(body.T_map_body, body.covariance + np.diag(variances))
 
 
 def travelled(transforms: _Lookup, odom_frame: str, base_frame: str, since_ns: int, until_ns: int) -> Matrix | None:
-    """``T_then_now`` of the base frame between two times by odometry, or None where odometry does not know."""
+    """Return ``T_then_now`` of the base frame between two times by odometry, or None if odometry does not know it."""
     try:
         T_then_odom = transforms.lookup(base_frame, odom_frame, since_ns)
         return T_then_odom @ transforms.lookup(odom_frame, base_frame, until_ns)
@@ -68,16 +70,16 @@ _PATH_PERIOD_S = 0.5
 
 @dataclass(frozen=True)
 class Outcome:
-    """Why an estimate's pose or transform was not published; empty where it was, or was not asked for."""
+    """Reasons why the pose or transform of an estimate was not published; empty if published or not requested."""
 
     pose: str = ""
     transform: str = ""
-    doubted: bool = False
+    suspect: bool = False
     """The odometry contradicts the pose."""
 
 
 class PosePublisher:
-    """Turns camera poses into messages about the base frame; never publishes one that is not sound."""
+    """Publisher that converts camera poses into messages about the base frame; refuses invalid poses."""
 
     def __init__(
         self,
@@ -86,22 +88,22 @@ class PosePublisher:
         map_frame: str,
         listener: TransformListener,
         health: Health,
-        gate: Gate,
+        switch: EnableSwitch,
     ) -> None:
         self._parameters, self._map_frame, self._health = parameters, map_frame, health
         self._listener = listener
-        self._transforms = TfPublisher(node, parameters, map_frame, listener, health, gate)
+        self._transforms = TfPublisher(node, parameters, map_frame, listener, health, switch)
         self._poses = node.create_publisher(PoseWithCovarianceStamped, "pose", qos.results())
         self._paths = node.create_publisher(Path, "path", qos.results(1))
         self._path: deque[PoseStamped] = deque()
         self._path_sent_s = -math.inf
-        self.last: HeldPose | None = None
-        """The last pose that was published as known."""
+        self.last: LastPose | None = None
+        """Last published pose; None if there is none."""
 
     def publish(self, estimate: PoseEstimate, camera_frame: str) -> Outcome:
-        """Publish what an estimate allows."""
+        """Publish the pose, path and transform of an estimate, as far as it has them."""
         if estimate.T_map_camera is None:
-            self._lose(estimate)
+            self._publish_lost(estimate)
             return Outcome(pose=estimate.reason or "no pose")
         if estimate.covariance is None:
             return Outcome(pose="the pose has no covariance")
@@ -115,26 +117,26 @@ class PosePublisher:
                 return Outcome(pose=str(error))
         fault = body.fault()
         if fault:
-            self._health.warn(f"A pose was held back: {fault}.")
+            self._health.warn(f"A pose is not published: {fault}.")
             return Outcome(pose=fault)
         self._publish_pose(estimate.stamp_ns, body)
-        self.last = HeldPose(estimate.stamp_ns, base_frame, body)
+        self.last = LastPose(estimate.stamp_ns, base_frame, body)
         self._publish_path(estimate.stamp_ns, body)
         fault = self._transforms.publish(estimate.stamp_ns, body.T_map_body, base_frame)
-        return Outcome(transform=fault, doubted=self._transforms.doubted)
+        return Outcome(transform=fault, suspect=self._transforms.suspect)
 
-    def clear(self) -> None:
-        """Begin a new path, and forget what is held; for the worker."""
+    def reset(self) -> None:
+        """Discard the path and the last pose; worker thread only."""
         self._path.clear()
-        self.forget()
+        self.reset_pose()
 
-    def forget(self) -> None:
-        """Forget what is held; for any thread."""
+    def reset_pose(self) -> None:
+        """Discard the last pose and transform. Thread-safe."""
         self.last = None
-        self._transforms.forget()
+        self._transforms.reset()
 
-    def _lose(self, estimate: PoseEstimate) -> None:
-        """What ``when_lost`` says."""
+    def _publish_lost(self, estimate: PoseEstimate) -> None:
+        """Publish a LOST estimate as ``when_lost`` demands."""
         config = self._parameters.node
         if estimate.state is not TrackingState.LOST:
             return
@@ -161,7 +163,7 @@ class PosePublisher:
         self._path.append(pose)
         while len(self._path) > self._parameters.node.path_length:
             self._path.popleft()
-        # A thousand poses take ten milliseconds and more to send: only for those who look, and not too often.
+        # # A thousand poses take 10 ms and more to send: only if somebody subscribes, and at a limited rate.
         now_s = time.monotonic()
         if now_s - self._path_sent_s < _PATH_PERIOD_S or self._paths.get_subscription_count() == 0:
             return

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The few quality-of-service profiles in use."""
+"""Quality-of-service profiles of all topics."""
 
 from __future__ import annotations
 
@@ -21,37 +21,41 @@ def _reliability(name: str) -> ReliabilityPolicy:
 
 
 def newest(reliability: str, durability: str = "volatile") -> QoSProfile:
-    """Sensor input: only the newest message is of use.
+    """Return the profile of sensor input, of which only the newest message is used.
 
-    ``reliability``: best_effort or reliable; ``durability``: volatile or transient_local.
+    Args:
+        reliability: best_effort or reliable.
+        durability: volatile or transient_local.
     """
     kept = DurabilityPolicy.TRANSIENT_LOCAL if durability == "transient_local" else DurabilityPolicy.VOLATILE
     return QoSProfile(history=HistoryPolicy.KEEP_LAST, depth=1, reliability=_reliability(reliability), durability=kept)
 
 
 def on_mismatch(topic: str, parameters: str, warn: Callable[[str], None]) -> SubscriptionEventCallbacks:
-    """Says in a sentence that a publisher of ``topic`` cannot be heard, and which parameters would change that."""
+    """Return callbacks that warn of an incompatible publisher of ``topic`` and name the parameters to change."""
 
     def say(event: Any) -> None:
         policy = qos_policy_name_from_kind(event.last_policy_kind)
         warn(
-            f"Nothing is heard from a publisher on '{topic}': it offers a lesser {policy} than is asked for here. "
-            f"Set {parameters} to what it offers (`ros2 topic info -v {topic}` shows it), or change the publisher."
+            f"No messages can be received from a publisher on '{topic}': it offers a lower {policy} than this node "
+            f"requests. Set {parameters} to its value (`ros2 topic info -v {topic}` shows it), or change the "
+            "publisher."
         )
 
     return SubscriptionEventCallbacks(incompatible_qos=say)
 
 
 def results(depth: int = 10, reliability: str = "reliable") -> QoSProfile:
-    """What must arrive, in order: poses, states, and images between our own nodes.
+    """Return the profile of data that must arrive, in order: poses, states, and images between our own nodes.
 
-    ``reliability``: best_effort to hear a publisher that offers no more, too.
+    Args:
+        reliability: best_effort also matches a publisher that offers only best_effort.
     """
     return QoSProfile(history=HistoryPolicy.KEEP_LAST, depth=depth, reliability=_reliability(reliability))
 
 
 def static_transforms() -> QoSProfile:
-    """``/tf_static``: also what was published before we came."""
+    """Return the profile of ``/tf_static``, which includes messages from before the subscription."""
     return QoSProfile(
         history=HistoryPolicy.KEEP_LAST,
         depth=100,
@@ -61,7 +65,7 @@ def static_transforms() -> QoSProfile:
 
 
 def latched() -> QoSProfile:
-    """What is published once: also for who comes later."""
+    """Return the profile of data that is published once and delivered to late subscribers."""
     return QoSProfile(
         history=HistoryPolicy.KEEP_LAST,
         depth=1,

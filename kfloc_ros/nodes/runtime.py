@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs one node from the command line to a clean exit, whatever ends it."""
+"""Process of one node, from the command line to a clean exit."""
 
 from __future__ import annotations
 
@@ -24,31 +24,31 @@ from kfloc_ros.errors import KflocError
 from kfloc_ros.nodes.managed_node import Build, ManagedNode
 
 _MAX_FAILURES = 100
-"""Callbacks that may fail one after the other before the node gives up."""
+"""Number of consecutive failed callbacks that end the node."""
 _REPEAT_S = 5.0
-"""How often a failure is told, in seconds."""
+"""Shortest time between two logged failures, in seconds."""
 _WAIT_S = 0.1
-"""How long the executor waits at a time; a signal is answered within it."""
+"""Longest wait of the executor, in seconds; a signal is handled within it."""
 
 
 def run_node(name: str, build: Build) -> int:
-    """Make a lifecycle node around what ``build`` makes, start it if it is to, and spin until SIGINT or SIGTERM.
+    """Build a lifecycle node around ``build``, start it if ``autostart`` is set, and spin until SIGINT or SIGTERM.
 
-    Returns the exit code: 0 after a signal, 1 if the node cannot start, said in one FATAL sentence.
+    Returns the exit code: 0 after a signal; 1 if the node cannot start, with one FATAL sentence in the log.
     """
-    with signals_set() as asked_to_stop:
+    with signals_set() as stop_requested:
         try:
             rclpy.init(args=sys.argv, signal_handler_options=SignalHandlerOptions.NO)
         except RuntimeError as error:  # arguments that rcl does not understand
             get_logger(name).fatal(f"The arguments cannot be read: {error}")
             return 1
         try:
-            return _run(name, build, asked_to_stop)
+            return _run(name, build, stop_requested)
         finally:
             rclpy.try_shutdown()
 
 
-def _run(name: str, build: Build, asked_to_stop: threading.Event) -> int:
+def _run(name: str, build: Build, stop_requested: threading.Event) -> int:
     limit_threads()
     try:
         node = ManagedNode(name, build)
@@ -56,37 +56,38 @@ def _run(name: str, build: Build, asked_to_stop: threading.Event) -> int:
         get_logger(name).fatal(" ".join(str(error).split()))
         return 1
     try:
-        if node.parameters.node.autostart and not asked_to_stop.is_set():
+        if node.parameters.node.autostart and not stop_requested.is_set():
             if node.trigger_configure() != TransitionCallbackReturn.SUCCESS:
                 node.get_logger().fatal(node.fault)
                 return 1
             node.trigger_activate()
-        _spin(node, asked_to_stop)
+        _spin(node, stop_requested)
         return 0
     finally:
         node.close()
 
 
-def _spin(node: ManagedNode, asked_to_stop: threading.Event) -> None:
+def _spin(node: ManagedNode, stop_requested: threading.Event) -> None:
     executor = SingleThreadedExecutor()
     executor.add_node(node)
     failures = 0
     try:
-        while not asked_to_stop.is_set() and rclpy.ok():
+        while not stop_requested.is_set() and rclpy.ok():
             try:
                 executor.spin_once(timeout_sec=_WAIT_S)
                 failures = 0
             except (ExternalShutdownException, ROSInterruptException):
                 raise
-            except Exception as error:  # a callback's: one message must not end the node
+            except Exception as error:  # # raised by a callback: one message must not end the node
                 failures += 1
                 if failures > _MAX_FAILURES:
                     raise
                 trace = "".join(traceback.format_exception(error))
                 node.get_logger().error(
-                    f"A callback failed; the node goes on. Please report it:\n{trace}", throttle_duration_sec=_REPEAT_S
+                    f"A callback failed; the node continues. Please report it:\n{trace}",
+                    throttle_duration_sec=_REPEAT_S,
                 )
-            node.settle()
+            node.apply_pending()
     except (ExternalShutdownException, ROSInterruptException):
         pass
     finally:
@@ -95,15 +96,15 @@ def _spin(node: ManagedNode, asked_to_stop: threading.Event) -> None:
 
 @contextmanager
 def signals_set() -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set, in place of rclpy's handlers, which shut down under a running spin."""
-    asked = threading.Event()
+    """Yield an event that SIGINT and SIGTERM set, in place of rclpy's handlers, which shut down during a spin."""
+    stop_requested = threading.Event()
 
     def handle(number: int, frame: FrameType | None) -> None:
-        asked.set()
+        stop_requested.set()
 
     before: dict[int, Any] = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield asked
+        yield stop_requested
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether the poses move as the odometry does; imports nothing of ROS."""
+"""Publisher of ``/tf``, with a check of poses against the odometry."""
 
 from __future__ import annotations
 
@@ -15,75 +15,75 @@ from kfloc_ros.messages.transforms import TransformUnknownError
 from kfloc_ros.nodes.health import Health
 from kfloc_ros.nodes.parameter_server import ParameterServer
 from kfloc_ros.nodes.transforms import TransformListener, make_broadcaster, stamped
-from kfloc_ros.nodes.worker import Gate
+from kfloc_ros.nodes.worker import EnableSwitch
 from kfloc_ros.types import Matrix
 
 RECENT_S = 2.0
-"""After a longer time without a pose that agreed, any pose is believed: wheels may have slipped meanwhile."""
+"""Time without an agreeing pose, in seconds, after which any pose is accepted: wheels may have slipped meanwhile."""
 DEG_PER_M = 30.0
-"""A rotation of so many degrees counts as much as a translation of a metre."""
+"""Rotation, in degrees, that counts as much as a translation of one metre."""
 
 
 @dataclass(frozen=True, eq=False)
-class _Seen:
+class _Observation:
     stamp_ns: int
     T_map_odom: Matrix
 
 
 class OdometryCheck:
-    """Doubts a pose that is not where the odometry has carried the last one, until a second pose agrees with it.
+    """Consistency check of poses with the odometry: a pose that jumps is suspect until a second pose agrees with it.
 
-    A single wrong pose so never moves the map, and a robot that was really moved waits for one more image.
+    A single wrong pose therefore never moves the map. A robot that was really moved waits for one more image.
     """
 
     def __init__(self) -> None:
-        self._last: _Seen | None = None
-        self._doubted: _Seen | None = None
+        self._last: _Observation | None = None
+        self._suspect: _Observation | None = None
 
-    def doubt(self, stamp_ns: int, T_map_base: Matrix, T_odom_base: Matrix, limit_m: float) -> str:
-        """Why a pose is not believed yet, or empty.
+    def check(self, stamp_ns: int, T_map_base: Matrix, T_odom_base: Matrix, limit_m: float) -> str:
+        """Return the reason why a pose is suspect; empty if it is accepted.
 
         Args:
-            stamp_ns: of the image.
-            T_map_base: the pose found in it.
-            T_odom_base: the odometry at its stamp.
-            limit_m: how far apart the two may be; 0: any distance.
+            stamp_ns: stamp of the image.
+            T_map_base: pose estimated from the image.
+            T_odom_base: odometry at the same stamp.
+            limit_m: largest accepted distance between the two, in metres; 0: no limit.
         """
-        seen = _Seen(stamp_ns, T_map_base @ inverse_pose(T_odom_base))
-        doubted, self._doubted = self._doubted, None
+        observation = _Observation(stamp_ns, T_map_base @ inverse_pose(T_odom_base))
+        suspect, self._suspect = self._suspect, None
         if limit_m == 0.0 or not _is_recent(self._last, stamp_ns):
-            self._last = seen
+            self._last = observation
             return ""
         assert self._last is not None
         apart_m, apart_deg = _apart(self._last, T_map_base, T_odom_base)
         if _within(apart_m, apart_deg, limit_m):
-            self._last = seen
+            self._last = observation
             return ""
         if (
-            doubted is not None
-            and _is_recent(doubted, stamp_ns)
-            and _within(*_apart(doubted, T_map_base, T_odom_base), limit_m)
+            suspect is not None
+            and _is_recent(suspect, stamp_ns)
+            and _within(*_apart(suspect, T_map_base, T_odom_base), limit_m)
         ):
-            self._last = seen
+            self._last = observation
             return ""
-        self._doubted = seen
+        self._suspect = observation
         return (
-            f"The image says that the robot is {apart_m:.2f} m and {apart_deg:.1f} deg from where the odometry has it, "
-            f"more than max_odom_jump {limit_m:g} m; one more image has to say so."
+            f"The pose is {apart_m:.2f} m and {apart_deg:.1f} deg from its prediction by odometry, more than "
+            f"max_odom_jump {limit_m:g} m; a second image has to confirm it."
         )
 
-    def forget(self) -> None:
-        """The next pose is believed."""
-        self._last = self._doubted = None
+    def reset(self) -> None:
+        """Accept the next pose unconditionally."""
+        self._last = self._suspect = None
 
 
-def _is_recent(seen: _Seen | None, stamp_ns: int) -> bool:
-    return seen is not None and 0 < stamp_ns - seen.stamp_ns <= RECENT_S * 1e9
+def _is_recent(observation: _Observation | None, stamp_ns: int) -> bool:
+    return observation is not None and 0 < stamp_ns - observation.stamp_ns <= RECENT_S * 1e9
 
 
-def _apart(seen: _Seen, T_map_base: Matrix, T_odom_base: Matrix) -> tuple[float, float]:
-    """Metres and degrees between a pose and what the odometry makes of an earlier one."""
-    between = inverse_pose(seen.T_map_odom @ T_odom_base) @ T_map_base
+def _apart(observation: _Observation, T_map_base: Matrix, T_odom_base: Matrix) -> tuple[float, float]:
+    """Return metres and degrees between a pose and an earlier one moved by odometry."""
+    between = inverse_pose(observation.T_map_odom @ T_odom_base) @ T_map_base
     return float(np.linalg.norm(between[:3, 3])), rotation_angle_deg(between[:3, :3])
 
 
@@ -93,7 +93,7 @@ def _within(apart_m: float, apart_deg: float, limit_m: float) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class _Anchor:
-    """The last ``T_map_odom``, and when it was true on the camera's clock and on the node's."""
+    """Last ``T_map_odom``, with its time on the camera's clock and on the node's."""
 
     odom_frame: str
     T_map_odom: Matrix
@@ -102,7 +102,7 @@ class _Anchor:
 
 
 class TfPublisher:
-    """Sends map -> odom or map -> base, whatever ``tf_mode`` says; ``publish`` and ``hold`` are for the worker."""
+    """Broadcaster of map -> odom or map -> base, by ``tf_mode``; ``publish`` is for the worker thread only."""
 
     def __init__(
         self,
@@ -111,44 +111,46 @@ class TfPublisher:
         map_frame: str,
         listener: TransformListener,
         health: Health,
-        gate: Gate,
+        switch: EnableSwitch,
     ) -> None:
         self._clock, self._parameters, self._map_frame = node.get_clock(), parameters, map_frame
-        self._listener, self._health, self._gate = listener, health, gate
+        self._listener, self._health, self._switch = listener, health, switch
         self._broadcast = make_broadcaster(node)
         self._lock = threading.Lock()
         self._anchor: _Anchor | None = None
         self._sent_ns = 0
         self._stopped = False
         self._check = OdometryCheck()
-        self.doubted = False
-        """Whether the last pose was not broadcast because the odometry contradicts it."""
+        self.suspect = False
+        """The last pose was not broadcast because the odometry contradicts it."""
         rate_hz = parameters.node.transform_rate_hz
-        if rate_hz > 0:  # on the steady clock, so that a /clock that stands still costs nothing
+        if rate_hz > 0:  # # on the steady clock, so that a stopped /clock does no harm
             node.create_timer(1.0 / rate_hz, self._resend, clock=Clock(clock_type=ClockType.STEADY_TIME))
 
     def publish(self, stamp_ns: int, T_map_base: Matrix, base_frame: str) -> str:
-        """Broadcast a pose; returns why that was not possible, or empty."""
+        """Broadcast a pose; return the reason if that was not possible, else an empty string."""
         config = self._parameters.node
-        self.doubted = False
+        self.suspect = False
         if config.tf_mode == "none":
             return ""
         if not base_frame:
-            return self._say("No transform is broadcast: the images have no frame_id. Have the camera driver name one.")
+            return self._warn(
+                "No transform is broadcast: the images have no frame_id. Set frame_id in the camera driver."
+            )
         if config.tf_mode == "map_to_base":
             return self._publish_base(stamp_ns, T_map_base, base_frame)
         odom_frame = config.odom_frame
         try:
             T_odom_base = self._listener.lookup(odom_frame, base_frame, stamp_ns, config.transform_timeout)
         except TransformUnknownError as error:
-            return self._say(f"No {self._map_frame} -> {odom_frame} is broadcast for this image. {error}")
+            return self._warn(f"No {self._map_frame} -> {odom_frame} is broadcast for this image. {error}")
         fault = self._second_parent(odom_frame)
         if fault:
-            return self._say(fault)
-        doubt = self._check.doubt(stamp_ns, T_map_base, T_odom_base, config.max_odom_jump)
-        if doubt:
-            self.doubted = True
-            return self._say(doubt)
+            return self._warn(fault)
+        reason = self._check.check(stamp_ns, T_map_base, T_odom_base, config.max_odom_jump)
+        if reason:
+            self.suspect = True
+            return self._warn(reason)
         anchor = _Anchor(odom_frame, T_map_base @ inverse_pose(T_odom_base), stamp_ns, self._clock.now().nanoseconds)
         with self._lock:
             if self._anchor is not None and stamp_ns < self._anchor.stamp_ns:
@@ -158,25 +160,27 @@ class TfPublisher:
         return ""
 
     def stop(self) -> None:
-        """Send nothing more until the next pose."""
+        """Send nothing until the next pose."""
         with self._lock:
             self._stopped = True
 
-    def forget(self) -> None:
-        """Forget the last transform, too."""
+    def reset(self) -> None:
+        """Discard the last transform and reset the odometry check."""
         with self._lock:
             self._anchor, self._sent_ns = None, 0
-            self._check.forget()
+            self._check.reset()
 
     def _publish_base(self, stamp_ns: int, T_map_base: Matrix, base_frame: str) -> str:
         fault = self._second_parent(base_frame)
         if fault:
-            return self._say(fault)
+            return self._warn(fault)
         self._broadcast(stamped(self._map_frame, base_frame, stamp_ns, T_map_base))
         return ""
 
     def _second_parent(self, child: str) -> str:
-        """Why ``child`` must not become a child of the map: a TF frame has one parent."""
+        """Return the reason why ``child`` must not become a child of the map (TF allows one parent); empty if it
+        may.
+        """
         parent = self._listener.parent(child)
         if parent is None or parent == self._map_frame.lstrip("/"):
             return ""
@@ -194,7 +198,7 @@ class TfPublisher:
         config = self._parameters.node
         with self._lock:
             anchor = self._anchor
-            if anchor is None or self._stopped or not self._gate.active or config.tf_mode != "map_to_odom":
+            if anchor is None or self._stopped or not self._switch.active or config.tf_mode != "map_to_odom":
                 return
             elapsed_ns = self._clock.now().nanoseconds - anchor.node_ns
             if elapsed_ns < 0:
@@ -202,8 +206,8 @@ class TfPublisher:
             if config.when_lost == "stop" and elapsed_ns > config.lost_after_s * 1e9:
                 self._stopped = True
                 return
-            # On the camera's clock, which need not be this node's; and one period late, so that the next pose is later
-            # still: a listener sorts by stamp, and a transform that came before must not stay the newest.
+            # # On the camera's clock, which may differ from this node's, and one period late: a listener sorts by
+            # stamp, and the next pose must have a later stamp than any transform sent before it.
             stamp_ns = anchor.stamp_ns + elapsed_ns - int(1e9 / config.transform_rate_hz) + self._tolerance_ns()
             if stamp_ns > self._sent_ns:
                 self._send(anchor, stamp_ns)
@@ -215,6 +219,6 @@ class TfPublisher:
     def _tolerance_ns(self) -> int:
         return int(self._parameters.node.transform_tolerance * 1e9)
 
-    def _say(self, sentence: str) -> str:
+    def _warn(self, sentence: str) -> str:
         self._health.warn(sentence)
         return sentence

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one table of what the nodes publish: the documentation, RViz's configuration and Foxglove's layout agree with it.
+"""Table of all published topics, on which the documentation, RViz's configuration and Foxglove's layout agree.
 
 ``python -m kfloc_ros.nodes.topic_table`` prints the table in ``docs/ros_interface.md``. Needs no ROS.
 """
@@ -12,21 +12,21 @@ from dataclasses import dataclass
 LOCALIZER, CAMERA, FILTER, REFINER = "localizer", "camera_node", "filter_node", "refiner_node"
 REPLAY = "kfloc replay"
 
-WATCHED = "while somebody subscribes, for the frames that there is time for"
-ONCE = "once, when somebody subscribes for the first time; kept for all who come later"
+WATCHED = "while subscribed, for as many frames as time allows"
+ONCE = "once, at the first subscription, and latched"
 
 
 @dataclass(frozen=True)
 class Topic:
-    """One topic that is published."""
+    """Published topic."""
 
     name: str
-    """Relative names move with the node's namespace."""
+    """A relative name moves with the node's namespace."""
     type: str
     publishers: tuple[str, ...]
     when: str
     latched: bool = False
-    """Transient local: who subscribes late gets it, too."""
+    """Transient local: late subscribers receive the last message."""
 
 
 TOPICS: tuple[Topic, ...] = (
@@ -34,18 +34,18 @@ TOPICS: tuple[Topic, ...] = (
         "pose", "geometry_msgs/msg/PoseWithCovarianceStamped", (LOCALIZER, REFINER),
         "for every frame that has a pose; stamp of the image, in `map_frame`",
     ),
-    Topic("/tf", "tf2_msgs/msg/TFMessage", (LOCALIZER, REFINER), "as `tf_mode` says; see [Transforms](#transforms)"),
+    Topic("/tf", "tf2_msgs/msg/TFMessage", (LOCALIZER, REFINER), "as set by `tf_mode`; see [Transforms](#transforms)"),
     Topic(
         "path", "nav_msgs/msg/Path", (LOCALIZER, REFINER),
-        "while somebody subscribes, with a new pose but at most twice a second; the last `path_length` poses",
+        "while subscribed, with a new pose but at most twice a second; the last `path_length` poses",
     ),
     Topic(
         "status", "diagnostic_msgs/msg/DiagnosticArray", (LOCALIZER, REFINER),
-        "for every frame that was worked on, also without a pose; stamp of the image",
+        "for every processed frame, also without a pose; stamp of the image",
     ),
     Topic(
         "coarse_pose", "geometry_msgs/msg/PoseWithCovarianceStamped", (LOCALIZER, FILTER),
-        "for every frame that has a coarse pose; always of the camera's optical frame",
+        "for every frame that has a coarse pose; always the pose of the camera's optical frame",
     ),
     Topic(
         "/diagnostics", "diagnostic_msgs/msg/DiagnosticArray", (LOCALIZER, CAMERA, FILTER, REFINER),
@@ -61,12 +61,12 @@ TOPICS: tuple[Topic, ...] = (
     ),
     Topic(
         "scene_coordinates", "sensor_msgs/msg/PointCloud2", (LOCALIZER, FILTER),
-        f"{WATCHED}: the filtered scene coordinates, organised like the image's cells; x, y, z, rgb of the image, "
-        "sigma in metres",
+        f"{WATCHED}: filtered scene coordinates, organised like the image's cells; x, y, z, rgb of the image, sigma "
+        "in metres",
     ),
     Topic(
         "flow_image", "sensor_msgs/msg/Image", (LOCALIZER, FILTER),
-        f"{WATCHED}: where each cell came from, direction as hue; grey where the flow is uncertain",
+        f"{WATCHED}: optical flow to the previous frame, direction as hue; grey where the flow is uncertain",
     ),
     Topic(
         "noise_image", "sensor_msgs/msg/Image", (LOCALIZER, FILTER),
@@ -74,30 +74,30 @@ TOPICS: tuple[Topic, ...] = (
     ),
     Topic(
         "overlay", "sensor_msgs/msg/Image", (LOCALIZER, REFINER),
-        f"{WATCHED}: the image with the map's points where the pose puts them, blue where they fit, red where not",
+        f"{WATCHED}: the image with the map's points projected by the pose; blue: they match, red: they do not",
     ),
     Topic(
         "ground_truth/path", "nav_msgs/msg/Path", (REPLAY,),
-        "while somebody subscribes, at most twice a second: the true path as far as it was played",
+        "while subscribed, at most twice a second: the true path up to the replayed time",
     ),
 )  # fmt: skip
 
 
 def published_by(executable: str) -> dict[str, Topic]:
-    """The topics of one executable, by name."""
+    """Return the topics of one executable, by name."""
     return {topic.name: topic for topic in TOPICS if executable in topic.publishers}
 
 
 def short_type(name: str) -> str:
-    """``sensor_msgs/Image`` for ``sensor_msgs/msg/Image``, as people write it."""
+    """Return ``sensor_msgs/Image`` for ``sensor_msgs/msg/Image``."""
     return name.replace("/msg/", "/")
 
 
 def render_markdown() -> str:
-    """The table of ``docs/ros_interface.md``."""
+    """Return the table of ``docs/ros_interface.md``."""
     lines = ["| topic | type | from | when |", "|---|---|---|---|"]
     for topic in TOPICS:
-        # "localizer" publishes everything that any of the three does
+        # # "localizer" publishes all topics of the three nodes
         names = [name for name in topic.publishers if name != LOCALIZER] or list(topic.publishers)
         publishers = "all" if len(names) == 3 else ", ".join(f"`{name}`" for name in names)
         lines.append(f"| `{topic.name}` | `{short_type(topic.type)}` | {publishers} | {topic.when} |")

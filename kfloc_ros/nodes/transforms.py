@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TF without depending on tf2_ros: the real buffer where it is installed, one that answers alike elsewhere."""
+"""TF listener and broadcaster; uses tf2_ros if it is installed, else an equivalent buffer of our own."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ except ImportError:
 
 KEEP_S = 10.0
 JUMP_BACK_S = 1.0
-"""A transform this much older than the one before it means that time went backwards, whatever the clock says."""
+"""A transform older than the previous one by this much, in seconds, means that time went backwards."""
 
 
 class Tf2Buffer:
-    """tf2's own buffer."""
+    """Adapter of tf2's own buffer."""
 
     def __init__(self, keep_s: float = KEEP_S) -> None:
         self._core = tf2_ros.BufferCore(Duration(seconds=keep_s))
@@ -45,7 +45,7 @@ class Tf2Buffer:
         try:
             found = self._core.lookup_transform_core(target, source, Time(nanoseconds=stamp_ns))
         except tf2_ros.ExtrapolationException as error:
-            message = f"TF has no '{target}' -> '{source}' at the time asked for ({error})."
+            message = f"TF has no '{target}' -> '{source}' at the requested time ({error})."
             raise TransformTimeError(message, ahead="future" in str(error)) from error
         except tf2_ros.TransformException as error:
             raise unconnected(target, source, self.frames()) from error
@@ -59,17 +59,17 @@ class Tf2Buffer:
 
 
 def make_store() -> TransformStore:
-    """tf2's buffer if there is one."""
+    """Return tf2's buffer if tf2_ros is installed, else our own."""
     return TransformTree(KEEP_S) if tf2_ros is None else Tf2Buffer(KEEP_S)
 
 
 class TransformListener:
-    """A buffer fed from ``/tf`` and ``/tf_static``, cleared when time goes backwards.
+    """Buffer of ``/tf`` and ``/tf_static``, cleared when time goes backwards.
 
     Args:
-        warn: takes sentences about transforms that cannot be used.
+        warn: called with a sentence about each transform that cannot be used.
         store: made by :func:`make_store` if None.
-        reliability: asked of the publishers of ``/tf``.
+        reliability: requested of the publishers of ``/tf``.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class TransformListener:
         self._arrived = threading.Condition()
         self._parents: dict[str, str] = {}
         self._newest_ns: dict[str, int] = {}
-        # rclpy's buffer does not notice jumps of the clock, so nobody else clears it.
+        # # rclpy's buffer does not notice jumps of the clock, so it must be cleared here.
         self._watch = TimeWatch(node, on_jump=self.clear)
         events = qos.on_mismatch("/tf", "tf_reliability", warn)
         profile = qos.results(100, reliability)
@@ -94,11 +94,11 @@ class TransformListener:
         node.create_subscription(TFMessage, "/tf_static", lambda m: self._add(m, static=True), qos.static_transforms())
 
     def lookup(self, target: str, source: str, stamp_ns: int, wait_s: float = 0.0) -> Matrix:
-        """``T_target_source`` (4, 4); waits for what may still come. Not for the executor's thread with ``wait_s``.
+        """Return ``T_target_source`` (4, 4); waits up to ``wait_s``, but never in the executor's thread.
 
         Raises:
             TransformUnknownError: the frames are not connected.
-            TransformTimeError: they are, but not at that time.
+            TransformTimeError: they are connected, but not at that time.
         """
         deadline = time.monotonic() + wait_s
         with self._arrived:
@@ -112,12 +112,12 @@ class TransformListener:
                     self._arrived.wait(left_s)
 
     def parent(self, frame: str) -> str | None:
-        """The parent last seen of a frame, or None."""
+        """Return the last parent of a frame, or None."""
         with self._arrived:
             return self._parents.get(frame.lstrip("/"))
 
     def clear(self) -> None:
-        """Forget all moving transforms."""
+        """Remove all dynamic transforms."""
         with self._arrived:
             self._store.clear()
             self._newest_ns.clear()
@@ -150,7 +150,7 @@ class TransformListener:
 
 
 def stamped(parent: str, child: str, stamp_ns: int, T_parent_child: Matrix) -> TransformStamped:
-    """The message for one transform."""
+    """Return the message of one transform."""
     message = TransformStamped(child_frame_id=child)
     fill_stamp(message.header.stamp, stamp_ns)
     message.header.frame_id = parent
@@ -159,7 +159,7 @@ def stamped(parent: str, child: str, stamp_ns: int, T_parent_child: Matrix) -> T
 
 
 def make_broadcaster(node: Node) -> Callable[[TransformStamped], None]:
-    """A function that broadcasts one transform on ``/tf``."""
+    """Return a function that broadcasts one transform on ``/tf``."""
     if tf2_ros is not None:
         broadcaster = tf2_ros.TransformBroadcaster(node)
         return lambda transform: broadcaster.sendTransform(transform)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What running nodes publish, in the Rerun viewer: the live half of ``kfloc view``, a process of its own.
+"""Live half of ``kfloc view``, a separate process: shows the topics of running nodes in the Rerun viewer.
 
 python -m kfloc_ros.nodes.viewer --save FILE.rrd --ros-args -r __ns:=/robot
 """
@@ -48,13 +48,13 @@ _NUMBERS = {"latency_ms": "latency_ms", "inliers": "inliers"}
 
 
 class Viewer:
-    """Subscribes to what there is to see, and logs it at the stamp that it has."""
+    """Subscriber that logs every visualization topic at its stamp."""
 
     def __init__(self, node: Node, recording: Recording) -> None:
         self._recording, self._states = recording, StateLog(recording)
         self._frames: dict[int, int] = {}
-        self.heard = 0
-        """Messages so far."""
+        self.received = 0
+        """Number of messages received."""
         latched, newest = qos.latched(), qos.newest("best_effort")
         watched: tuple[tuple[type, str, Callable[[Any], None], Any], ...] = (
             (PointCloud2, "map_points", self._on_map, latched),
@@ -73,11 +73,11 @@ class Viewer:
 
     def _guarded(self, node: Node, topic: str, handle: Callable[[Any], None]) -> Callable[[Any], None]:
         def guarded(message: Any) -> None:
-            self.heard += 1
+            self.received += 1
             try:
                 handle(message)
-            except (KflocError, ValueError) as error:  # a damaged message, of whoever publishes there
-                node.get_logger().warning(f"A message on '{topic}' is left out: {error}", throttle_duration_sec=5.0)
+            except (KflocError, ValueError) as error:  # # a damaged message, from any publisher
+                node.get_logger().warning(f"A message on '{topic}' is ignored: {error}", throttle_duration_sec=5.0)
 
         return guarded
 
@@ -131,7 +131,7 @@ class Viewer:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Show what comes until SIGINT, SIGTERM or the end of --duration."""
+    """Show messages until SIGINT, SIGTERM or the end of --duration."""
     words = list(sys.argv if argv is None else ["viewer", *argv])
     parser = argparse.ArgumentParser(prog="python -m kfloc_ros.nodes.viewer", description=__doc__)
     parser.add_argument("--save", type=FilePath)
@@ -142,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KflocError as error:
         sys.stderr.write(f"kfloc: {error}\n")
         return 2
-    with recording, signals_set() as asked_to_stop:
+    with recording, signals_set() as stop_requested:
         rclpy.init(args=words, signal_handler_options=SignalHandlerOptions.NO)
         node = rclpy.create_node("kfloc_view")
         viewer = Viewer(node, recording)
@@ -150,15 +150,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         executor.add_node(node)
         end_s = math.inf if args.duration is None else time.monotonic() + args.duration
         try:
-            while not asked_to_stop.is_set() and time.monotonic() < end_s:
+            while not stop_requested.is_set() and time.monotonic() < end_s:
                 executor.spin_once(timeout_sec=0.1)
         finally:
             executor.shutdown()
             node.destroy_node()
             rclpy.try_shutdown()
-    if not viewer.heard:
+    if not viewer.received:
         sys.stderr.write(
-            "kfloc: Nothing was heard. Do the nodes run, in this ROS_DOMAIN_ID, and in the namespace given?\n"
+            "kfloc: No message was received. Check that the nodes run, with this ROS_DOMAIN_ID and this namespace.\n"
         )
         return 1
     return 0

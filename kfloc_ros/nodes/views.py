@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Topics for eyes: made only for who subscribes, and in a thread of their own, so that no pose waits for a picture."""
+"""Visualization topics: made only for subscribers, in a thread of their own, so that no pose waits for a picture."""
 
 from __future__ import annotations
 
@@ -23,48 +23,48 @@ from kfloc_ros.messages.images import fill_image
 from kfloc_ros.messages.poses import fill_stamp
 from kfloc_ros.nodes import qos
 from kfloc_ros.nodes.handover import CameraFrame, CoarseFrame
-from kfloc_ros.nodes.worker import Gate, LatestWorker
+from kfloc_ros.nodes.worker import EnableSwitch, LatestWorker
 from kfloc_ros.types import PoseEstimate
 from kfloc_ros.visualization.cells import flow_view, noise_view
 from kfloc_ros.visualization.clouds import FRUSTUM_DEPTH_M, camera_symbols, cell_cloud, map_cloud
 from kfloc_ros.visualization.overlay import OverlayPainter
 
-PacketT = TypeVar("PacketT")
+ItemT = TypeVar("ItemT")
 
 
-class View(NamedTuple, Generic[PacketT]):
-    """A topic's message type, and what makes a message of a packet; None: there is nothing to see this time."""
+class View(NamedTuple, Generic[ItemT]):
+    """Message type of a visualization topic, and the function that makes its message; None: nothing to show."""
 
     kind: type
-    make: Callable[[PacketT], Any | None]
+    make: Callable[[ItemT], Any | None]
 
 
-class Spectators(Generic[PacketT]):
-    """Publishes views of packets; a packet that comes while the one before is being drawn may be left out.
+class VisualizationPublisher(Generic[ItemT]):
+    """Publisher of visualization topics; skips an item if the previous one is still being drawn.
 
     Args:
-        name: of the thread, which begins when somebody first looks.
-        views: by topic.
-        warn: told of a view that could not be made, which is no fault of the localizer's.
+        name: name of the thread, which starts with the first subscriber.
+        views: views by topic.
+        warn: called with a sentence if a view could not be made; localization is not affected.
     """
 
-    def __init__(self, node: Node, name: str, views: Mapping[str, View[PacketT]], warn: Callable[[str], None]) -> None:
+    def __init__(self, node: Node, name: str, views: Mapping[str, View[ItemT]], warn: Callable[[str], None]) -> None:
         self._views = [
             (topic, node.create_publisher(view.kind, topic, qos.results(1)), view.make) for topic, view in views.items()
         ]
         self._name, self._warn = name, warn
-        self._worker: LatestWorker[PacketT] | None = None
+        self._worker: LatestWorker[ItemT] | None = None
 
-    def offer(self, packet: PacketT) -> None:
-        """Have a packet shown, if anybody looks; from one thread."""
+    def offer(self, item: ItemT) -> None:
+        """Publish the views of an item if anybody subscribes; from one thread."""
         if not any(publisher.get_subscription_count() for _, publisher, _ in self._views):
             return
         if self._worker is None:
             self._worker = LatestWorker(self._name, self._publish, self._on_error)
-        self._worker.submit(packet)
+        self._worker.submit(item)
 
     def pause(self) -> None:
-        """Forget the packet that waits, and let the one in work come to its end."""
+        """Discard the waiting item and wait until the current one is published."""
         if self._worker is not None:
             self._worker.pause()
 
@@ -73,10 +73,10 @@ class Spectators(Generic[PacketT]):
         if self._worker is not None:
             self._worker.stop()
 
-    def _publish(self, packet: PacketT) -> None:
+    def _publish(self, item: ItemT) -> None:
         for _, publisher, make in self._views:
             if publisher.get_subscription_count():
-                message = make(packet)
+                message = make(item)
                 if message is not None:
                     publisher.publish(message)
 
@@ -84,26 +84,26 @@ class Spectators(Generic[PacketT]):
         self._warn(f"A picture for the topics of {self._name} could not be made: {type(error).__name__}: {error}")
 
 
-def cell_publisher(node: Node, map_frame: str, warn: Callable[[str], None]) -> Spectators[CoarseFrame]:
-    """What publishes the filter's views."""
+def cell_publisher(node: Node, map_frame: str, warn: Callable[[str], None]) -> VisualizationPublisher[CoarseFrame]:
+    """Return the publisher of the filter's visualization topics."""
 
-    def scene_coordinates(packet: CoarseFrame) -> Any | None:
-        coordinates = packet.result.scene_coordinates
+    def scene_coordinates(coarse: CoarseFrame) -> Any | None:
+        coordinates = coarse.result.scene_coordinates
         if coordinates is None:
             return None
-        message = fill_cloud(PointCloud2(), cell_cloud(coordinates, packet.camera.frame.image), PointField)
-        fill_stamp(message.header.stamp, packet.result.stamp_ns)
+        message = fill_cloud(PointCloud2(), cell_cloud(coordinates, coarse.camera.frame.image), PointField)
+        fill_stamp(message.header.stamp, coarse.result.stamp_ns)
         message.header.frame_id = map_frame
         return message
 
     def image(view: Callable[[CoarseResult], NDArray[np.uint8] | None]) -> View[CoarseFrame]:
-        def make(packet: CoarseFrame) -> Any | None:
-            picture = view(packet.result)
+        def make(coarse: CoarseFrame) -> Any | None:
+            picture = view(coarse.result)
             if picture is None:
                 return None
             message = fill_image(Image(), picture)
-            fill_stamp(message.header.stamp, packet.result.stamp_ns)
-            message.header.frame_id = packet.camera.frame_id
+            fill_stamp(message.header.stamp, coarse.result.stamp_ns)
+            message.header.frame_id = coarse.camera.frame_id
             return message
 
         return View(Image, make)
@@ -113,20 +113,22 @@ def cell_publisher(node: Node, map_frame: str, warn: Callable[[str], None]) -> S
         "flow_image": image(flow_view),
         "noise_image": image(noise_view),
     }
-    return Spectators(node, "cells", views, warn)
+    return VisualizationPublisher(node, "cells", views, warn)
 
 
 @dataclass(frozen=True, eq=False)
 class Localized:
-    """A frame with what was made of it."""
+    """Frame with its estimate and features."""
 
     camera: CameraFrame
     estimate: PoseEstimate
     features: BackboneFeatures
 
 
-def overlay_publisher(node: Node, painter: OverlayPainter, warn: Callable[[str], None]) -> Spectators[Localized]:
-    """What publishes ``overlay``."""
+def overlay_publisher(
+    node: Node, painter: OverlayPainter, warn: Callable[[str], None]
+) -> VisualizationPublisher[Localized]:
+    """Return the publisher of ``overlay``."""
 
     def overlay(localized: Localized) -> Any:
         camera = localized.camera
@@ -135,7 +137,7 @@ def overlay_publisher(node: Node, painter: OverlayPainter, warn: Callable[[str],
         message.header.frame_id = camera.frame_id
         return message
 
-    return Spectators(node, "overlay", {"overlay": View(Image, overlay)}, warn)
+    return VisualizationPublisher(node, "overlay", {"overlay": View(Image, overlay)}, warn)
 
 
 _PERIOD_S = 0.5
@@ -144,23 +146,25 @@ _COLOUR = {"r": 0.85, "g": 0.35, "b": 0.15, "a": 0.8}
 
 
 class MapPublisher:
-    """Publishes what a map holds, once each."""
+    """Publisher of the map's points and reference views, once each."""
 
-    def __init__(self, node: Node, scene_map: MapInfo, map_frame: str, gate: Gate) -> None:
-        self._node, self._map, self._frame, self._gate = node, scene_map, map_frame, gate
+    def __init__(self, node: Node, scene_map: MapInfo, map_frame: str, switch: EnableSwitch) -> None:
+        self._node, self._map, self._frame, self._switch = node, scene_map, map_frame, switch
         views: tuple[tuple[str, type, Callable[[], Any]], ...] = (
             ("map_points", PointCloud2, self._points),
             ("reference_views", MarkerArray, self._views),
         )
         self._waiting = [(node.create_publisher(kind, topic, qos.latched()), make) for topic, kind, make in views]
-        # On the steady clock: a map can be looked at before there is any /clock.
-        self._timer = node.create_timer(_PERIOD_S, self._look, clock=Clock(clock_type=ClockType.STEADY_TIME))
+        # # On the steady clock: a map can be shown before there is any /clock.
+        self._timer = node.create_timer(
+            _PERIOD_S, self._publish_subscribed, clock=Clock(clock_type=ClockType.STEADY_TIME)
+        )
 
-    def _look(self) -> None:
-        if not self._gate.active:
+    def _publish_subscribed(self) -> None:
+        if not self._switch.active:
             return
-        asked = [item for item in self._waiting if item[0].get_subscription_count()]
-        for publisher, make in asked:
+        subscribed = [item for item in self._waiting if item[0].get_subscription_count()]
+        for publisher, make in subscribed:
             publisher.publish(make())
             self._waiting.remove((publisher, make))
         if not self._waiting:
@@ -183,5 +187,5 @@ class MapPublisher:
         return MarkerArray(markers=[marker])
 
     def _fill_header(self, header: Any) -> None:
-        # Stamp 0: true at any time, whatever the clock says.
+        # # Stamp 0: valid at any time.
         header.frame_id = self._frame

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Worker thread of a node: enable switch, queue of the newest, clock jumps, GPU memory.
+"""Worker thread of a node: enable switch, queue of the newest item, clock jumps, GPU memory.
 
-rclpy's multi-threaded executor makes things slower, and a heavy callback starves ``/clock`` and TF. So callbacks only
-put a message here, and this one thread computes (torch releases the interpreter lock).
+rclpy's multi-threaded executor makes things slower, and a heavy callback starves ``/clock`` and TF. Callbacks therefore
+only queue a message here, and one thread computes (torch releases the interpreter lock).
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from kfloc_ros.nodes.parameter_server import ParameterServer
 
 
 @dataclass
-class Gate:
-    """Set in the executor's thread, read in any."""
+class EnableSwitch:
+    """Enable switch of a node; written in the executor's thread, read in any."""
 
     active: bool = False
     """The lifecycle state is active."""
     enabled: bool = True
-    """``~/enable`` has not switched the work off."""
+    """``~/enable`` has not switched processing off."""
 
     @property
-    def is_open(self) -> bool:
-        """Whether frames are worked on."""
+    def is_on(self) -> bool:
+        """True if frames are processed."""
         return self.active and self.enabled
 
     @property
-    def closed_reason(self) -> str:
-        """Why frames are not worked on, or empty."""
+    def off_reason(self) -> str:
+        """Reason why frames are not processed; empty if they are."""
         if not self.active:
             return "the node is not active"
         return "" if self.enabled else "switched off by ~/enable"
@@ -49,11 +49,11 @@ ItemT = TypeVar("ItemT")
 
 
 class LatestWorker(Generic[ItemT]):
-    """Runs ``handle`` on the newest submitted item, one at a time, in a thread of its own.
+    """Worker that runs ``handle`` on the newest submitted item, one at a time, in a thread of its own.
 
     Args:
-        handle: the work.
-        on_error: called with what ``handle`` raised; the thread then goes on with the next item.
+        handle: called with each item.
+        on_error: called with an exception of ``handle``; the thread continues with the next item.
     """
 
     def __init__(self, name: str, handle: Callable[[ItemT], None], on_error: Callable[[Exception], None]) -> None:
@@ -62,12 +62,12 @@ class LatestWorker(Generic[ItemT]):
         self._working = False
         self._stopping = False
         self._condition = threading.Condition()
-        # Not a daemon: one that still publishes while the interpreter ends aborts the process.
+        # # Not a daemon: a thread that publishes while the interpreter ends aborts the process.
         self._thread = threading.Thread(target=self._run, name=name)
         self._thread.start()
 
     def submit(self, item: ItemT) -> bool:
-        """Leave an item for the worker; True if one that it had not begun was overwritten."""
+        """Queue an item for the worker; return True if it overwrites one that was not started."""
         with self._condition:
             overwritten = self._item is not None
             self._item = item
@@ -75,20 +75,20 @@ class LatestWorker(Generic[ItemT]):
         return overwritten
 
     def discard(self) -> bool:
-        """Forget the item that waits; True if there was one."""
+        """Discard the waiting item; return True if there was one."""
         with self._condition:
             waiting = self._item is not None
             self._item = None
         return waiting
 
     def pause(self) -> None:
-        """Forget the item that waits, and wait until the one in work is done; not for the worker's own thread."""
+        """Discard the waiting item and wait until the current one is done; not from the worker's own thread."""
         with self._condition:
             self._item = None
             self._condition.wait_for(lambda: not self._working)
 
     def stop(self) -> None:
-        """Finish the item in work, forget the one that waits, and end the thread."""
+        """Finish the current item, discard the waiting one, and end the thread."""
         with self._condition:
             self._stopping = True
             self._condition.notify_all()
@@ -113,77 +113,77 @@ class LatestWorker(Generic[ItemT]):
                     self._condition.notify_all()
 
 
-class Intake(Generic[ItemT]):
-    """A worker behind the node's gate.
+class LatestQueue(Generic[ItemT]):
+    """Queue of length one before a worker thread, behind the node's enable switch.
 
     Args:
-        name: of the thread.
-        work: on one item; a FrameError says that the item cannot be used.
-        on_failure: told when anything else was raised, so that stages start anew.
+        name: name of the thread.
+        work: called with each item; raises FrameError for an item that cannot be used.
+        on_failure: called with a reason after any other exception, so that the stages reset.
     """
 
     def __init__(
         self,
         name: str,
         health: Health,
-        gate: Gate,
+        switch: EnableSwitch,
         parameters: ParameterServer,
         work: Callable[[ItemT], None],
         on_failure: Callable[[str], None],
     ) -> None:
-        self._health, self._gate, self._parameters, self._on_failure = health, gate, parameters, on_failure
+        self._health, self._switch, self._parameters, self._on_failure = health, switch, parameters, on_failure
         self._worker = LatestWorker(name, work, self._on_error)
 
     def offer(self, item: ItemT) -> None:
-        """Have an item worked on, instead of one that waits."""
-        if not self._gate.is_open:
+        """Queue an item in place of one that waits."""
+        if not self._switch.is_on:
             return
         self._health.count("received")
         if self._worker.submit(item):
             self._health.count("dropped")
 
     def discard(self) -> None:
-        """Forget the item that waits."""
+        """Discard the waiting item."""
         if self._worker.discard():
             self._health.count("dropped")
 
     def pause(self) -> None:
-        """Forget the item that waits, and let the one in work come to its end; not for the worker's own thread."""
+        """Discard the waiting item and wait until the current one is done; not from the worker's own thread."""
         self.discard()
         self._worker.pause()
 
     def stop(self) -> None:
-        """Let the item in work come to its end, and end the thread."""
+        """Finish the current item and end the thread."""
         self._worker.stop()
 
     def _on_error(self, error: Exception) -> None:
-        self._health.fault(explained(error, self._parameters))
+        self._health.fault(reported_error(error, self._parameters))
         if not isinstance(error, FrameError):
             self._on_failure("an internal error")
 
 
 class GpuMemoryError(KflocError):
-    """The GPU's memory ran out."""
+    """Error: the GPU is out of memory."""
 
 
-def explained(error: Exception, parameters: ParameterServer) -> Exception:
-    """What to report instead of an error that a stage raised; the error itself if it is of another kind.
+def reported_error(error: Exception, parameters: ParameterServer) -> Exception:
+    """Return the error to report for an exception of a stage; exceptions other than out-of-memory are returned as is.
 
-    Where the choice of the device was ours, ``device`` becomes ``cpu`` at the next turn of the executor, and with it
-    the application is made anew. Where the user chose, nothing is changed: the next frame tries again.
+    If ``device`` is ``auto``, it becomes ``cpu`` at the executor's next turn, which builds the stage again. If the
+    user chose the device, nothing changes: the next frame tries again.
     """
     if not isinstance(error, torch.cuda.OutOfMemoryError):
         return error
     torch.cuda.empty_cache()
     if parameters.localizer.device == "auto":
-        parameters.ask("device", "cpu")
+        parameters.request("device", "cpu")
         return GpuMemoryError(
-            "The GPU's memory ran out. From now on device is 'cpu', where a frame takes longer; "
-            "set it to 'auto' again when there is memory."
+            "The GPU is out of memory. device is now 'cpu', which is slower per frame; set it to 'auto' again when "
+            "there is memory."
         )
     return GpuMemoryError(
-        "The GPU's memory ran out, and device is 'cuda'. Make room on the GPU, or set device to 'cpu'; with 'auto' "
-        "this would have been done by itself."
+        "The GPU is out of memory, and device is 'cuda'. Free memory on the GPU, or set device to 'cpu'; with 'auto' "
+        "the node switches by itself."
     )
 
 
@@ -191,10 +191,10 @@ WENT_BACKWARDS = "time went backwards"
 
 
 class _ClockJumps:
-    """Tells the watches of one node about jumps of its clock.
+    """Dispatcher of clock jumps to the watches of one node.
 
-    One handle for the whole life of the node: the clock keeps a bare pointer to a handle, so that one that is
-    dropped leaves it pointing at nothing, and components come and go with the lifecycle.
+    One jump handle lives as long as the node: the clock keeps a bare pointer to a handle, which a dropped handle
+    would leave dangling, while stages come and go with the lifecycle.
     """
 
     def __init__(self, node: Node) -> None:
@@ -211,7 +211,7 @@ _jumps_of: weakref.WeakKeyDictionary[Node, _ClockJumps] = weakref.WeakKeyDiction
 
 
 class TimeWatch:
-    """Watches the node's clock and the stamps of its frames.
+    """Watch on the node's clock and the stamps of its frames.
 
     Args:
         on_jump: called in the executor's thread when the node's clock jumps back.
@@ -221,26 +221,28 @@ class TimeWatch:
         self._jumped = threading.Event()
         self._on_jump = on_jump
         self._last_ns: int | None = None
-        self._asked = ""
+        self._requested = ""
         if node not in _jumps_of:
             _jumps_of[node] = _ClockJumps(node)
         _jumps_of[node].watches.add(self)
 
     def reset_reason(self, stamp_ns: int) -> str:
-        """Why everything carried over from earlier frames is void, or empty. For the worker, once a frame."""
-        asked, self._asked = self._asked, ""
+        """Return the reason why the state of earlier frames is void; empty if it is valid. Worker thread, once per
+        frame.
+        """
+        requested, self._requested = self._requested, ""
         jumped = self._jumped.is_set()
         self._jumped.clear()
         if self._last_ns is not None and stamp_ns < self._last_ns:
             jumped = True
         self._last_ns = stamp_ns
-        return WENT_BACKWARDS if jumped else asked
+        return WENT_BACKWARDS if jumped else requested
 
-    def start_anew(self, reason: str) -> None:
-        """Have the next frame start anew, whatever the time; for any thread."""
-        self._asked = reason
+    def request_reset(self, reason: str) -> None:
+        """Request a reset at the next frame. Thread-safe."""
+        self._requested = reason
 
     def jump(self) -> None:
-        """The clock went back; in the executor's thread."""
+        """Record that the clock went back; executor thread only."""
         self._jumped.set()
         self._on_jump()

@@ -21,7 +21,7 @@ from kfloc_ros.messages.transforms import (
     TransformTree,
     TransformUnknownError,
 )
-from kfloc_ros.nodes.pose_publisher import HeldPose
+from kfloc_ros.nodes.pose_publisher import LastPose
 
 S = 1_000_000_000
 
@@ -203,7 +203,7 @@ def lookup_of(T: dict[tuple[str, str, int], Any]) -> Any:
 
 
 def test_a_held_pose_moves_with_odometry_and_grows_unsure() -> None:
-    held = HeldPose(10 * S, "base", BodyPose(pose(1), 1e-4 * np.eye(6)))
+    held = LastPose(10 * S, "base", BodyPose(pose(1), 1e-4 * np.eye(6)))
     lookup = lookup_of({("base", "odom", 10 * S): np.linalg.inv(pose(2)), ("odom", "base", 12 * S): pose(3)})
     T_then_now = held.travelled(lookup, "odom", 12 * S)
     later = held.grown(12 * S, 0.5, T_then_now)

@@ -44,11 +44,11 @@ from kfloc_ros.messages.images import fill_image
 from kfloc_ros.messages.poses import fill_stamp, pose_from_message
 from kfloc_ros.nodes import worker as intake
 from kfloc_ros.nodes.health import Health
-from kfloc_ros.nodes.localizer_app import LocalizerApplication
+from kfloc_ros.nodes.localizer_stage import LocalizerStage
 from kfloc_ros.nodes.managed_node import RELOCALIZE, RESET
 from kfloc_ros.nodes.parameter_server import ParameterServer
 from kfloc_ros.nodes.parameters import parameter_table
-from kfloc_ros.nodes.worker import Gate
+from kfloc_ros.nodes.worker import EnableSwitch
 
 pytestmark = pytest.mark.ros
 
@@ -180,8 +180,8 @@ def stamp_of(when: Any) -> Time:
 class Player:
     """Does what the actions say."""
 
-    def __init__(self, node: OpenNode, application: LocalizerApplication, frame: Any) -> None:
-        self.node, self.application, self.frame = node, application, frame
+    def __init__(self, node: OpenNode, stage: LocalizerStage, frame: Any) -> None:
+        self.node, self.stage, self.frame = node, stage, frame
 
     def do(self, kind: str, *values: Any) -> None:
         getattr(self, kind)(*values)
@@ -232,7 +232,7 @@ class Player:
         assert result.successful or result.reason
 
     def anew(self, reason: str) -> None:
-        self.application.start_anew(reason)
+        self.stage.request_reset(reason)
 
     def tick(self) -> None:
         for callback in self.node.ticks:
@@ -260,8 +260,8 @@ def test_anything_in_any_order(
     told = Health.fault
     monkeypatch.setattr(Health, "fault", lambda self, error: (faults.append(error), told(self, error))[1])
     parameters = ParameterServer(node)
-    application = LocalizerApplication(node, parameters, SceneMap.load(room_map), Gate(active=True))
-    player = Player(node, application, room[4])
+    stage = LocalizerStage(node, parameters, SceneMap.load(room_map), EnableSwitch(active=True))
+    player = Player(node, stage, room[4])
     defaults = {name: row.option.default for name, row in parameter_table().items()}
 
     def check(actions: list[Any]) -> None:
@@ -284,7 +284,7 @@ def test_anything_in_any_order(
     try:
         fuzz(check, st.lists(ACTIONS, min_size=1, max_size=6), share=0.5)
         node.inlets["tf"](TFMessage())
-        application.start_anew(RESET)
+        stage.request_reset(RESET)
         player.info({})
         for outlet in node.outlets.values():
             outlet.sent.clear()
@@ -296,4 +296,4 @@ def test_anything_in_any_order(
         T = pose_from_message(poses[-1].pose.pose)
         assert np.linalg.norm(T[:3, 3] - room[4].T_map_camera[:3, 3]) < 0.05
     finally:
-        application.stop()
+        stage.stop()

@@ -18,27 +18,27 @@ import rclpy
 
 from kfloc_ros.nodes import managed_node
 from kfloc_ros.nodes.managed_node import SUCCESS, ManagedNode
-from kfloc_ros.nodes.worker import GpuMemoryError, explained
+from kfloc_ros.nodes.worker import GpuMemoryError, reported_error
 
 pytestmark = pytest.mark.ros
 
 OUT_OF_MEMORY = torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
-class Application:
+class Stage:
     """Notes on which device it was made; the first ``failures`` times there is no memory."""
 
     devices: list[str]
     failures: int
 
-    def __init__(self, node: Any, parameters: Any, scene_map: Any, gate: Any) -> None:
+    def __init__(self, node: Any, parameters: Any, scene_map: Any, switch: Any) -> None:
         self.devices.append(parameters.localizer.device)
         if len(self.devices) <= self.failures:
             raise OUT_OF_MEMORY
 
     def pause(self) -> None: ...
     def stop(self) -> None: ...
-    def start_anew(self, reason: str) -> None: ...
+    def request_reset(self, reason: str) -> None: ...
 
 
 @pytest.fixture
@@ -49,8 +49,8 @@ def make_node(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Managed
     nodes: list[ManagedNode] = []
 
     def make(failures: int) -> ManagedNode:
-        Application.devices, Application.failures = [], failures
-        nodes.append(ManagedNode("gpu_test", Application))
+        Stage.devices, Stage.failures = [], failures
+        nodes.append(ManagedNode("gpu_test", Stage))
         return nodes[-1]
 
     yield make
@@ -62,29 +62,29 @@ def make_node(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Managed
 def test_a_node_that_may_choose_goes_on_on_the_cpu(make_node: Callable[..., ManagedNode]) -> None:
     node = make_node(failures=0)
     assert node.trigger_configure() == SUCCESS
-    said = explained(OUT_OF_MEMORY, node.parameters)  # in the worker's thread
-    assert isinstance(said, GpuMemoryError) and "From now on device is 'cpu'" in str(said)
-    node.settle()
-    assert Application.devices == ["auto", "cpu"]
+    said = reported_error(OUT_OF_MEMORY, node.parameters)  # in the worker's thread
+    assert isinstance(said, GpuMemoryError) and "device is now 'cpu'" in str(said)
+    node.apply_pending()
+    assert Stage.devices == ["auto", "cpu"]
     assert node.get_parameter("device").value == "cpu", "what it does can be seen"
 
 
 def test_a_node_without_memory_at_the_start_is_set_up_on_the_cpu(make_node: Callable[..., ManagedNode]) -> None:
     node = make_node(failures=1)
-    assert node.trigger_configure() == SUCCESS and Application.devices == ["auto", "cpu"]
-    node.settle()
-    assert Application.devices == ["auto", "cpu"], "once"
+    assert node.trigger_configure() == SUCCESS and Stage.devices == ["auto", "cpu"]
+    node.apply_pending()
+    assert Stage.devices == ["auto", "cpu"], "once"
 
 
 def test_where_the_user_chose_the_gpu_the_way_out_is_named(make_node: Callable[..., ManagedNode]) -> None:
     server = SimpleNamespace(localizer=SimpleNamespace(device="cuda"))
-    said = explained(OUT_OF_MEMORY, server)
+    said = reported_error(OUT_OF_MEMORY, server)
     assert isinstance(said, GpuMemoryError) and "set device to 'cpu'" in str(said)
 
 
 def test_other_errors_are_left_as_they_are() -> None:
     error = RuntimeError("something else")
-    assert explained(error, SimpleNamespace()) is error
+    assert reported_error(error, SimpleNamespace()) is error
 
 
 RUNS_OUT_ONCE = """
@@ -125,9 +125,9 @@ def test_the_live_localizer_goes_on_on_the_cpu(
         for position in range(30):
             harness.send(room[position % 8])
             harness.spin(0.3)
-            if "From now on device is 'cpu'" in log.read_text():
+            if "device is now 'cpu'" in log.read_text():
                 break
-        assert "The GPU's memory ran out. From now on device is 'cpu'" in log.read_text()
+        assert "The GPU is out of memory. device is now 'cpu'" in log.read_text()
         harness.wait(harness.listens, 60.0)
         harness.spin(0.5)
         harness.localize(room[4])

@@ -72,7 +72,7 @@ def test_rates_are_nan_or_zero_before_anything_came_and_right_after(log: Log) ->
     assert health.rates().input_hz == 0 and math.isnan(health.rates().latency_p50_ms)
     for latency in (10.0, 20.0, 30.0):
         health.count("received")
-        health.answered(latency)
+        health.count_processed(latency)
     rates = health.rates()
     assert rates.latency_p50_ms == 20.0 and 20.0 < rates.latency_p95_ms <= 30.0
     assert rates.input_hz > 0 and health.counters.processed == 3

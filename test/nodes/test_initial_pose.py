@@ -42,11 +42,11 @@ def test_a_sound_pose_is_read_as_it_is() -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"frame": ""}, "names no frame"),
+        ({"frame": ""}, "no frame_id"),
         ({"T": make_pose(np.eye(3), [math.nan, 0, 0])}, "finite"),
-        ({"scale": 0.0}, "length 0"),
-        ({"scale": 1.5}, "length 1.5"),
-        ({"scale": math.nan}, "length nan"),
+        ({"scale": 0.0}, "norm 0"),
+        ({"scale": 1.5}, "norm 1.5"),
+        ({"scale": math.nan}, "norm nan"),
         ({"covariance": np.full(36, math.inf)}, "covariance"),
         ({"covariance": -np.eye(6)}, "covariance"),
     ],

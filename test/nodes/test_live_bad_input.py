@@ -121,7 +121,7 @@ def test_without_any_camera_info_the_topic_is_named(new_world: Callable[[], Any]
         world.harness.send_image(room[4].image, time.time_ns())
         if world.harness.wait(lambda: "No usable camera_info" in node.log, 2.0, must=False):
             break
-    assert "No usable camera_info has come on '/camera_info'" in node.log
+    assert "No usable camera_info was received on '/camera_info'" in node.log
     world.harness.localize(room[4])
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lifecycle, services, and parameters that make a new application, over real DDS."""
+"""Lifecycle, services, and parameters that make a new stage, over real DDS."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ def test_an_initial_pose_is_tried_a_bad_one_refused_and_the_last_one_found_again
 
     world.nodes.clear()
     second = world.start_localizer(*arguments)
-    assert "The search begins at the last pose" in second.log
+    assert "The search starts at the saved pose" in second.log
     assert answer(harness, frame)[1] == "TRACKING"
     assert second.end() == 0
 
@@ -81,7 +81,7 @@ def test_an_initial_pose_is_tried_a_bad_one_refused_and_the_last_one_found_again
     world.nodes.clear()
     third = world.start_localizer(*arguments)
     assert answer(harness, frame)[1] == "INITIALIZING"
-    assert "is of another map" in third.log
+    assert "belongs to another map" in third.log
 
 
 def test_a_publisher_with_other_qos_is_named_with_the_parameter_to_change(
@@ -98,9 +98,11 @@ def test_a_publisher_with_other_qos_is_named_with_the_parameter_to_change(
     world.harness.node.create_publisher(PoseWithCovarianceStamped, "initialpose", best_effort)
     world.harness.node.create_publisher(TFMessage, "/tf", best_effort)
     node = world.start_localizer(f"map:={room_map}", "image_reliability:=reliable")
-    world.harness.wait(lambda: "Nothing is heard from a publisher on '/image'" in node.log, 10.0)
-    assert "lesser RELIABILITY" in node.log and "Set image_reliability" in node.log
+    world.harness.wait(lambda: "No messages can be received from a publisher on '/image'" in node.log, 10.0)
+    assert "lower RELIABILITY" in node.log and "Set image_reliability" in node.log
     for topic, parameter in (("/initialpose", "initialpose_reliability"), ("/tf", "tf_reliability")):
-        world.harness.wait(lambda topic=topic: f"Nothing is heard from a publisher on '{topic}'" in node.log, 10.0)
+        world.harness.wait(
+            lambda topic=topic: f"No messages can be received from a publisher on '{topic}'" in node.log, 10.0
+        )
         assert f"Set {parameter}" in node.log
     world.harness.localize(room[4])  # from the other publisher, which is reliable

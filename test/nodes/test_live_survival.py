@@ -263,6 +263,6 @@ def test_killed_and_started_again(world: Any, room: Any, arguments: tuple[str, .
     world.nodes.clear()
     harness.wait(lambda: not harness.listens())
     again = world.start_localizer(*arguments)
-    assert "The search begins at the last pose" in again.log
+    assert "The search starts at the saved pose" in again.log
     localize(harness, room[5])
     assert again.end(signal.SIGTERM) == 0, again.log

@@ -163,9 +163,9 @@ def test_a_pose_that_the_odometry_contradicts_waits_for_a_second_one(robot: Any,
     harness.spin(2.2)  # so that the next pose is believed whatever it is
     believed = stamp_of(harness.localize(room[4], lambda frame: drive(harness, frame)))
     assert harness.statuses[believed]["state"] == "TRACKING"
-    doubted = stamp_of(harness.localize(room[5], lambda frame: drive(harness, frame)))  # the odometry moves, we do not
-    if doubted - believed < 2 * 10**9:
-        values = harness.statuses[doubted]
+    suspect = stamp_of(harness.localize(room[5], lambda frame: drive(harness, frame)))  # the odometry moves, we do not
+    if suspect - believed < 2 * 10**9:
+        values = harness.statuses[suspect]
         assert values["state"] == "DEGRADED" and "where the odometry has it" in values["reason"], values
         assert values["published"] == "true" and values["transform"] == values["reason"]
     assert harness.set_parameter("/localizer", "max_odom_jump", 0.0).successful

@@ -46,4 +46,4 @@ def test_running_nodes_are_recorded(new_world: Callable[[], Any], room: Any, roo
 def test_silence_is_told(new_world: Callable[[], Any], tmp_path: Path) -> None:
     viewer = view(new_world(), "--save", str(tmp_path / "none.rrd"), "--duration", "2")
     _, said = viewer.communicate(timeout=60)
-    assert viewer.returncode == 1 and "Nothing was heard" in said
+    assert viewer.returncode == 1 and "No message was received" in said

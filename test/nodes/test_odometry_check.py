@@ -24,7 +24,7 @@ def moved(T: Matrix, x_m: float, turn_deg: float = 0.0) -> Matrix:
 
 def doubt(check: OdometryCheck, number: int, x_m: float = 0.0, turn_deg: float = 0.0, limit_m: float = 0.5) -> str:
     T_map_base = moved(T_MAP_ODOM @ odometry(number), x_m, turn_deg)
-    return check.doubt(number * STEP_NS, T_map_base, odometry(number), limit_m)
+    return check.check(number * STEP_NS, T_map_base, odometry(number), limit_m)
 
 
 def test_poses_that_move_as_the_odometry_are_believed() -> None:
@@ -37,7 +37,7 @@ def test_one_that_does_not_is_doubted_and_forgotten(x_m: float, turn_deg: float)
     check = OdometryCheck()
     assert not doubt(check, 1)
     said = doubt(check, 2, x_m, turn_deg)
-    assert f"{x_m:.2f} m and {turn_deg:.1f} deg from where the odometry has it" in said
+    assert f"{x_m:.2f} m and {turn_deg:.1f} deg from its prediction by odometry" in said
     assert not doubt(check, 3)
     assert doubt(check, 4, x_m, turn_deg), "the doubt before does not count any more"
 
@@ -56,5 +56,5 @@ def test_after_a_while_or_a_jump_back_or_without_a_limit_anything_is_believed() 
     assert not doubt(check, 1) and not doubt(check, 40, 3.0)
     assert not doubt(check, 2, 9.0)
     assert not doubt(check, 3, -9.0, limit_m=0.0)
-    check.forget()
+    check.reset()
     assert not doubt(check, 4, 20.0)

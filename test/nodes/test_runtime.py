@@ -23,16 +23,16 @@ class Failing(Node):
 
     def __init__(self, turns: int) -> None:
         super().__init__("failing_test")
-        self.failed, self._turns, self.asked_to_stop = 0, turns, threading.Event()
+        self.failed, self._turns, self.stop_requested = 0, turns, threading.Event()
         self.create_timer(1e-4, self._fail)
 
     def _fail(self) -> None:
         self.failed += 1
         raise ValueError("as planned")
 
-    def settle(self) -> None:
+    def apply_pending(self) -> None:
         if self.failed >= self._turns:
-            self.asked_to_stop.set()
+            self.stop_requested.set()
 
 
 @pytest.fixture
@@ -45,16 +45,16 @@ def ros(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def test_a_callback_that_fails_is_told_and_survived(ros: None, capfd: pytest.CaptureFixture[str]) -> None:
     node = Failing(turns=5)
-    _spin(node, node.asked_to_stop)  # type: ignore[arg-type]
+    _spin(node, node.stop_requested)  # type: ignore[arg-type]
     node.destroy_node()
     told = capfd.readouterr().err
     assert node.failed == 5
-    assert told.count("A callback failed; the node goes on") == 1 and "ValueError: as planned" in told
+    assert told.count("A callback failed; the node continues") == 1 and "ValueError: as planned" in told
 
 
 def test_a_node_that_does_nothing_but_fail_ends(ros: None) -> None:
     node = Failing(turns=10 * _MAX_FAILURES)
     with pytest.raises(ValueError, match="as planned"):
-        _spin(node, node.asked_to_stop)  # type: ignore[arg-type]
+        _spin(node, node.stop_requested)  # type: ignore[arg-type]
     node.destroy_node()
     assert node.failed <= 2 * _MAX_FAILURES

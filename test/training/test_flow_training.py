@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from kfloc_ros.cli import main as cli
-from kfloc_ros.cli.train_flow import simulated_sources
+from kfloc_ros.cli.train import simulated_sources
 from kfloc_ros.datasets.derived import Remembered
 from kfloc_ros.datasets.labels import write_kfnet_folder
 from kfloc_ros.errors import SourceError

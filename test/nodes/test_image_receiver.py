@@ -21,10 +21,10 @@ from sensor_msgs.msg import CameraInfo, Image
 from kfloc_ros.messages.camera_info import fill_info
 from kfloc_ros.messages.images import fill_image
 from kfloc_ros.messages.poses import fill_stamp
-from kfloc_ros.nodes.camera import CameraComponent
+from kfloc_ros.nodes.camera import ImageReceiver
 from kfloc_ros.nodes.health import Health
 from kfloc_ros.nodes.parameter_server import ParameterServer
-from kfloc_ros.nodes.worker import Gate
+from kfloc_ros.nodes.worker import EnableSwitch
 
 pytestmark = pytest.mark.ros
 
@@ -57,8 +57,8 @@ def test_an_internal_error_is_counted_reported_and_survived(node: Node, room: An
         if len(seen) == 2:
             raise FrameError("This frame is of no use.")
 
-    gate = Gate(active=True)
-    component = CameraComponent(node, ParameterServer(node), room.camera, health, gate, output, resets.append)
+    switch = EnableSwitch(active=True)
+    component = ImageReceiver(node, ParameterServer(node), room.camera, health, switch, output, resets.append)
     try:
         component._on_info(fill_info(CameraInfo(), room.camera))
         for number in range(1, 4):

@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("rclpy", reason="rclpy is not installed: `make setup` brings it, or source a ROS 2 installation")
 
-from kfloc_ros.nodes.views import Spectators, View
+from kfloc_ros.nodes.views import View, VisualizationPublisher
 
 pytestmark = pytest.mark.ros
 
@@ -50,7 +50,9 @@ def test_only_what_is_watched_is_made_and_not_in_the_callers_thread() -> None:
         raise AssertionError("nobody looks")
 
     warnings: list[str] = []
-    spectators = Spectators(node, "views", {"seen": View(int, make), "unseen": View(int, never)}, warnings.append)
+    spectators = VisualizationPublisher(
+        node, "views", {"seen": View(int, make), "unseen": View(int, never)}, warnings.append
+    )
     try:
         spectators.offer(1)
         spectators.pause()
@@ -69,7 +71,7 @@ def test_a_view_that_has_nothing_or_fails_is_left_out_and_the_next_one_comes() -
     def make(packet: int) -> int | None:
         return None if packet == 0 else 10 // (packet - 1)
 
-    spectators = Spectators(node, "views", {"a": View(int, make)}, warnings.append)
+    spectators = VisualizationPublisher(node, "views", {"a": View(int, make)}, warnings.append)
     node.topics["a"].watchers = 1
     try:
         spectators.offer(0)
