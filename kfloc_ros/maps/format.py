@@ -44,7 +44,7 @@ MAX_SCALAR_CHARACTERS = 10_000
 MAX_CAMERA_SIDE_PX = 4096
 MAX_CAMERA_PIXELS = 2_100_000
 """An image of more takes the networks more than a gigabyte; maps that are built have at most 640 pixels a side."""
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 """The same as ``SafeLoader``, ten times as fast, where PyYAML was built with it."""
 
 DAMAGE = (
@@ -95,7 +95,7 @@ def read_description(folder: Path, *formats: str) -> dict[str, Any]:
             raise MapError(f"'{path}' is larger than any map description; it is damaged.")
         text = read_text(path, MAX_DESCRIPTION_BYTES)
         _check_structure(path, text)
-        description = yaml.load(text, Loader=_LOADER)
+        description = yaml.load(text, Loader=SafeLoader)
     except (OSError, yaml.YAMLError, ValueError, ArithmeticError, RecursionError) as error:
         raise MapError(f"'{path}' cannot be read: {error}") from error
     if not isinstance(description, dict):
@@ -127,7 +127,7 @@ def read_description(folder: Path, *formats: str) -> dict[str, Any]:
 def _check_structure(path: Path, text: str) -> None:
     """Refuse what makes a YAML reader take for ever: aliases, which multiply, nesting without end, and sheer number."""
     depth = 0
-    for count, event in enumerate(yaml.parse(text, Loader=_LOADER)):
+    for count, event in enumerate(yaml.parse(text, Loader=SafeLoader)):
         if count > MAX_DESCRIPTION_EVENTS or (
             isinstance(event, yaml.ScalarEvent) and len(event.value) > MAX_SCALAR_CHARACTERS
         ):

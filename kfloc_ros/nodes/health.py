@@ -130,9 +130,8 @@ class Health:
 
     def warn(self, sentence: str) -> None:
         """Log a warning, at most once in a few seconds; sentences that differ only in numbers count as equal."""
+        sentence = one_line(sentence)
         if self._is_due(re.sub(r"\d+", "#", sentence)):
-_MAX_SENTENCE = 1000
-"""Number of characters of a warning that are logged."""
             self._logger.warning(sentence)
 
     def _is_due(self, kind: str, *, once: bool = False) -> bool:

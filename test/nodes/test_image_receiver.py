@@ -88,7 +88,7 @@ class Listening(Health):
 @pytest.mark.parametrize(("info_frame", "warned"), [("lens", False), ("", False), ("depth_lens", True)])
 def test_a_camera_info_of_another_camera_is_warned_of(node: Node, room: Any, info_frame: str, warned: bool) -> None:
     health, seen = Listening(node), []
-    component = CameraComponent(node, ParameterServer(node), room.camera, health, Gate(active=True), seen.append)
+    component = ImageReceiver(node, ParameterServer(node), room.camera, health, EnableSwitch(active=True), seen.append)
     try:
         info = fill_info(CameraInfo(), room.camera)
         info.header.frame_id = info_frame
@@ -121,8 +121,8 @@ def test_a_rectified_topic_that_would_be_undistorted_once_more_is_warned_of(
     )
     health = Listening(node)
     try:
-        component = CameraComponent(
-            node, ParameterServer(node), room.camera, health, Gate(active=True), lambda packet: None
+        component = ImageReceiver(
+            node, ParameterServer(node), room.camera, health, EnableSwitch(active=True), lambda packet: None
         )
         component.stop()
     finally:
