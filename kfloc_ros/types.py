@@ -47,6 +47,8 @@ class Frame:
     """(H, W) depth along the optical axis, registered to the image; 0 where unknown."""
     T_map_camera: Matrix | None = None
     """Ground truth or mapping pose, (4, 4)."""
+    source_camera: Camera | None = None
+    """Camera of the image before it was brought to the map's, as camera_info or the source gives it."""
 
 
 @dataclass(frozen=True, eq=False)

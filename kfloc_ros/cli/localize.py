@@ -55,6 +55,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--loaded-submaps", type=int, default=4, metavar="N", help="of a place, submaps kept in memory (default: 4)"
     )
+    parser.add_argument(
+        "--camera-check",
+        choices=("off", "warn", "correct"),
+        default="warn",
+        help="check of the calibration by the images; correct: localize with the camera that fits (default: warn)",
+    )
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
 
 
@@ -85,6 +91,7 @@ def run(args: argparse.Namespace) -> int:
         filter=not args.no_filter,
         refine=not args.no_refine,
         tracking=args.tracking,
+        camera_check=args.camera_check,
         loaded_submaps=args.loaded_submaps,
     )
     map_path = resolve_map(args.map)
@@ -130,6 +137,8 @@ def run(args: argparse.Namespace) -> int:
     if not args.quiet:
         print(summary_table(summary))
         print(f"\nResults: {args.out / 'report.html'}")
+    if localizer.camera_note:
+        print(f"The camera does not fit: {localizer.camera_note}.", file=sys.stderr)
     if interrupted:
         print(f"Interrupted; the results cover the first {len(records)} of {len(source)} frames.", file=sys.stderr)
         return 130

@@ -59,6 +59,7 @@ def localize_frames(localizer: AnyLocalizer, source: FrameSource) -> Iterator[Lo
                 index=frame.index,
                 name=frame.name,
                 T_map_camera=frame.T_map_camera,
+                source_camera=frame.camera,
             )
             rectify_ms = 1e3 * (time.perf_counter() - start)
             localization = localizer.process(adapted)

@@ -47,6 +47,13 @@ class LocalizerConfig:
         low=0.1,
         high=1000.0,
     )
+    camera_check: str = option(
+        "warn",
+        "Check of the calibration by the images. warn: if focal length, principal point or distortion do not fit, "
+        "poses are DEGRADED with a larger covariance and a sentence; correct: localize with the camera that fits "
+        "(one process, one map; elsewhere as warn); off: no check.",
+        choices=("off", "warn", "correct"),
+    )
     max_repeat_s: float = option(
         1.0,
         "Longest time, in seconds, that the camera may repeat one image, byte for byte, before the state is LOST; "

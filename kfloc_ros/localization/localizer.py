@@ -56,6 +56,11 @@ class Localizer:
         """Sentence on options that this map cannot provide; empty if there are none."""
         return self._coarse.note
 
+    @property
+    def camera_note(self) -> str:
+        """Sentence on a camera that does not fit the images; empty if it fits."""
+        return self._refine.camera_note
+
     def process(
         self,
         frame: Frame,
@@ -82,13 +87,14 @@ class Localizer:
         times = times or StageTimes()
         # 1. Features, once a frame
         if features is None:
+            frame = self._refine.corrected(frame)
             features = self._coarse.extract(frame, times)
 
         # 2. Track: align from the predicted pose alone, while that holds
         tracked = None if hints else self._refine.track(frame, features, times)
         if tracked is not None:
             self._coarse.skip(frame, features)
-            return Localization(frame, features, tracked)
+            return Localization(frame, features, self._refine.check_camera(frame, features, tracked))
 
         coarse = self.coarse_half(frame, features=features, times=times)  # steps 3 to 5
         localization = self.refine_half(frame, coarse, hints)  # steps 6 to 8
@@ -145,8 +151,9 @@ class Localizer:
         # 7. Relocalize in the whole map if that failed
         alignment = self._refine.relocalize(coarse, alignment, times)
 
-        # 8. Judge; an accepted pose then corrects the belief (correct_belief)
+        # 8. Judge pose and camera; an accepted pose then corrects the belief (correct_belief)
         estimate = self._refine.judge(frame, coarse, alignment, times)
+        estimate = self._refine.check_camera(frame, coarse.features, estimate)
         return Localization(frame, coarse.features, estimate, coarse)
 
     def correct_belief(self, stamp_ns: int, T_map_camera: Matrix | None) -> None:

@@ -57,6 +57,11 @@ class PlaceLocalizer:
         return "" if self.guide.active is None else self.guide.active.localizer.note
 
     @property
+    def camera_note(self) -> str:
+        """Sentence on a camera that does not fit the images of the present submap; empty if it fits."""
+        return "" if self.guide.active is None else self.guide.active.localizer.camera_note
+
+    @property
     def submap(self) -> str:
         """Name of the submap that the camera is in, or an empty string."""
         active = self.guide.active

@@ -9,6 +9,7 @@ from dataclasses import replace
 from kfloc_ros.device import choose_device
 from kfloc_ros.features.backbone import BackboneFeatures
 from kfloc_ros.kfnet.pnp import agreeing_share
+from kfloc_ros.localization.camera_check import CameraCheck, Correction, is_checked, sentence
 from kfloc_ros.localization.coarse import check_frame, pnp_settings
 from kfloc_ros.localization.config import LocalizerConfig
 from kfloc_ros.localization.judgement import JudgementSettings, RepeatGuard, judge
@@ -57,6 +58,11 @@ class RefineStage:
         """True if the previous frame had a pose, so that this one is expected near the predicted pose."""
         self._judgement = JudgementSettings(min_inlier_ratio=calibration.min_inlier_ratio)
         self._repeats = RepeatGuard(config.max_repeat_s)
+        self._camera_check = CameraCheck(scene_map.camera) if config.camera_check != "off" and config.refine else None
+        self._corrects_camera = config.camera_check == "correct"
+        self._correction: Correction | None = None
+        self.camera_note = ""
+        """Sentence on a camera that does not fit the images; empty if it fits."""
 
     @property
     def references(self) -> ReferenceViews:
@@ -153,6 +159,37 @@ class RefineStage:
             state = TrackingState.LOST if self._had_pose else TrackingState.INITIALIZING
             estimate = replace(estimate, state=state, reason=repeated, T_map_camera=None, covariance=None)
         return self._remember(estimate, times)
+
+    def corrected(self, frame: Frame) -> Frame:
+        """Return a frame with its image as the map's camera would see it, if another camera than told was found."""
+        return frame if self._correction is None else self._correction.apply(frame)
+
+    def check_camera(self, frame: Frame, features: BackboneFeatures, estimate: PoseEstimate) -> PoseEstimate:
+        """Check the camera by the images, every few frames.
+
+        Returns:
+            The estimate, DEGRADED with a larger covariance if the camera does not fit the last images.
+        """
+        check, T = self._camera_check, estimate.T_map_camera
+        if check is None or T is None or not is_checked(estimate):
+            return estimate
+        if check.is_due:
+            times = StageTimes(estimate.timings_ms)
+            with times.stage("camera"):
+                fitted = self.refiner.fit_camera(features.to(self._device), T)
+                if fitted is not None:
+                    check.add(*fitted, T)
+            estimate = replace(estimate, timings_ms=times.with_total())
+        verdict = check.verdict
+        if verdict is None or verdict.wrong is None:
+            return estimate
+        self.camera_note = sentence(verdict, frame.source_camera, self._camera)
+        estimate = replace(check.widened(estimate), state=TrackingState.DEGRADED, reason=self.camera_note)
+        if self._corrects_camera:
+            self._correction = Correction.of(self._camera, verdict.offsets, self._correction)
+            self.camera_note += "; localizing with the camera that fits"
+            check.reset()
+        return estimate
 
     def reset(self) -> None:
         """Reset the motion model and the track; the next frame starts from its coarse pose alone."""

@@ -172,7 +172,7 @@ def _calibrate_poses(draft: SceneMap, views: Sequence[View], stamps_ns: Sequence
     The threshold lies midway between what good alignments cost at most and wrong ones at least, 5 % of each set
     aside. Query views differ more from the references than held-out mapping views do, so it must not hug the good.
     """
-    localizer = Localizer(draft, LocalizerConfig(device=device))
+    localizer = Localizer(draft, LocalizerConfig(device=device, camera_check="off"))
     coarse, refined, costs, ratios = [], [], [], []
     for view, stamp in zip(views, stamps_ns, strict=True):
         estimate = localizer.process(Frame(view.image, view.camera, stamp, view.index)).estimate

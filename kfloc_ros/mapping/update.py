@@ -102,7 +102,7 @@ def place_views(scene_map: SceneMap, views: Sequence[View], device: str) -> Plac
         MapError: too few were found, or they do not agree.
     """
     chosen = np.unique(np.linspace(0, len(views) - 1, min(MAX_LOCALIZED, len(views))).round().astype(int))
-    localizer = Localizer(scene_map, LocalizerConfig(device=device))
+    localizer = Localizer(scene_map, LocalizerConfig(device=device, camera_check="off"))
     told = []
     for k in chosen:
         localizer.reset("the views are judged one by one")

@@ -132,7 +132,7 @@ class ImageReceiver:
         decoded = time.perf_counter()
         adapter = self._adapter_for(image.shape[1], image.shape[0])
         self._check_frame(message.header.frame_id.lstrip("/"))
-        frame = Frame(image=adapter(image), camera=self._target, stamp_ns=stamp_ns, index=self._index)
+        frame = Frame(adapter(image), self._target, stamp_ns, self._index, source_camera=adapter.source)
         timings = {"decode": 1e3 * (decoded - start), "rectify": 1e3 * (time.perf_counter() - decoded)}
         self._index += 1
         self._output(CameraFrame(frame, message.header.frame_id, arrival.receipt_unix_ns, timings))

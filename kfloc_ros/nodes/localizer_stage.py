@@ -93,6 +93,8 @@ class PoseOutput:
             estimate = replace(estimate, state=TrackingState.DEGRADED, reason=outcome.transform)
         if self._persistence is not None:
             self._persistence.offer(estimate)
+        if self._localizer.camera_note:
+            self._health.warn(f"The camera does not fit: {self._localizer.camera_note}.")
         latency_ms = camera_frame.latency_ms()
         self._health.count_processed(latency_ms)
         self._status.publish(camera_frame, estimate, outcome, publish_ms, latency_ms)

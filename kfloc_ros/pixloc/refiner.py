@@ -14,6 +14,7 @@ from kfloc_ros.features.backbone import COARSE_STRIDE, FINE_STRIDE, BackboneFeat
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.covariance import map_frame_covariance
 from kfloc_ros.geometry.lie import Matrix, inverse_pose, make_pose, rotation_angle_deg
+from kfloc_ros.pixloc.camera_fit import CameraFit, FitLevel, fit_camera
 from kfloc_ros.pixloc.cost import FeatureImage, Linearization, RobustLoss, linearize
 from kfloc_ros.pixloc.optimizer import LevelResult, StopRule, minimize
 from kfloc_ros.pixloc.references import ReferencePoints, ReferenceViews
@@ -40,15 +41,6 @@ class RefinerSettings:
     max_correction_deg: float = 15.0
     covariance_scale: float = 1.0
     """From the map's calibration; neighbouring residuals err together."""
-
-
-@dataclass(frozen=True, eq=False)
-class Level:
-    """One feature level of a query with the reference features that belong to it."""
-
-    image: FeatureImage
-    features: torch.Tensor
-    confidence: torch.Tensor
 
 
 class Refiner:
@@ -90,6 +82,22 @@ class Refiner:
         others = (self._descend(c, limit) for c in promising[1 : self.settings.max_tries] if not first.success)
         return next((other for other in others if other.success), first)
 
+    @torch.inference_mode()
+    def fit_camera(self, features: BackboneFeatures, T_map_camera: Matrix) -> tuple[CameraFit, Matrix] | None:
+        """Fit pose and camera together, from an aligned pose.
+
+        Args:
+            features: features of the query image.
+            T_map_camera: pose that was aligned with the map's camera.
+
+        Returns:
+            The fit and its pose ``T_map_camera``; None if too few reference points are in view.
+        """
+        candidate = self._prepare(query_levels(features), T_map_camera)
+        loss = RobustLoss(self.settings.loss_scale)
+        fit = fit_camera(candidate.levels, candidate.points, candidate.T_camera_local, self.camera, loss)
+        return None if fit is None else (fit, candidate.in_map(fit.T_camera_local))
+
     def _prepare(self, images: tuple[FeatureImage, FeatureImage], T_map_camera: Matrix) -> _Candidate:
         chosen = self.references.overlapping(T_map_camera, self.camera, self.settings.num_references)
         views = [self.references.views[k] for k in chosen]
@@ -111,10 +119,10 @@ class Refiner:
 
     def _levels(
         self, images: tuple[FeatureImage, FeatureImage], points: ReferencePoints, confidence: torch.Tensor
-    ) -> tuple[Level, Level]:
-        return Level(images[0], points.coarse, confidence), Level(images[1], points.fine, confidence)
+    ) -> tuple[FitLevel, FitLevel]:
+        return FitLevel(images[0], points.coarse, confidence), FitLevel(images[1], points.fine, confidence)
 
-    def _linearize(self, candidate: _Candidate, level: Level, T_camera_local: Matrix) -> Linearization:
+    def _linearize(self, candidate: _Candidate, level: FitLevel, T_camera_local: Matrix) -> Linearization:
         T = torch.from_numpy(T_camera_local).to(candidate.points)
         loss = RobustLoss(self.settings.loss_scale)
         return linearize(level.image, candidate.points, level.features, level.confidence, T, self.camera, loss)
@@ -124,7 +132,7 @@ class Refiner:
         results: list[LevelResult] = []
         for level in candidate.levels:
 
-            def at(pose: Matrix, level: Level = level) -> Linearization:
+            def at(pose: Matrix, level: FitLevel = level) -> Linearization:
                 return self._linearize(candidate, level, pose)
 
             result = minimize(at, T, StopRule(self.settings.max_iterations))
@@ -175,7 +183,7 @@ class _Candidate:
     T_camera_local: Matrix
     origin: np.ndarray
     points: torch.Tensor
-    levels: tuple[Level, Level]
+    levels: tuple[FitLevel, FitLevel]
     reference_ids: tuple[int, ...]
     cost: float = float("inf")
     valid_count: int = 0

@@ -91,7 +91,14 @@ class BagLocalizer:
         except FrameError as error:
             return FrameRecord(index, event.stamp_ns, truth, reason=str(error), processed=False)
         rectify_ms = 1e3 * (time.perf_counter() - start)
-        frame = Frame(adapted, self._localizer.camera, event.stamp_ns, index, T_map_camera=truth)
+        frame = Frame(
+            adapted,
+            self._localizer.camera,
+            event.stamp_ns,
+            index,
+            T_map_camera=truth,
+            source_camera=self._adapter.source,
+        )
         if self._last_ns is not None and event.stamp_ns < self._last_ns:
             self._localizer.reset(WENT_BACKWARDS)
         self._last_ns = event.stamp_ns

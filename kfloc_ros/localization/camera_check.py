@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Check of the camera by the images: do focal length, principal point and distortion fit what is seen?
+
+A wrong calibration moves poses by centimetres while their covariances stay at millimetres. Every few frames the pose
+and the camera are fitted together (:mod:`kfloc_ros.pixloc.camera_fit`); the fits of the last frames are combined.
+
+Fits of neighbouring frames err alike, and in places with few or flat points they scatter more than their information
+says. The combined covariance is therefore scaled by the scatter that is observed, and a tolerance of what calibrations
+are good to is added, before a camera is called wrong.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kfloc_ros.geometry.camera import Camera, ImageAdapter
+from kfloc_ros.geometry.covariance import pose_tangent_error
+from kfloc_ros.geometry.lie import Matrix, inverse_pose
+from kfloc_ros.pixloc.camera_fit import OFFSETS, CameraFit
+from kfloc_ros.types import Frame, PoseEstimate, TrackingState
+
+
+@dataclass(frozen=True)
+class CameraCheckSettings:
+    """When fits are made, and when a camera is wrong."""
+
+    first_fits: int = 8
+    first_period: int = 3
+    """Frames between two of the first fits."""
+    period: int = 15
+    """Frames between two later fits; a fit costs about a third of a frame."""
+    window: int = 24
+    """Fits that are combined."""
+    min_fits: int = 3
+    max_focal_sigma: float = 0.03
+    """Fits that know the focal length less well than this are left out: their points are few or flat."""
+    correlation_factor: float = 2.0
+    """On the combined variance: neighbouring frames see the same points."""
+    sigmas: float = 3.0
+    """Limit of an offset, in standard deviations of fit and tolerance together."""
+    tolerance: tuple[float, ...] = (0.005, 0.005, 0.0035, 0.0035, 0.012)
+    """Standard deviations of what calibrations are good to: shares of the focal length and of the aspect ratio, of the
+    image's width for the principal point, and k1."""
+
+
+@dataclass(frozen=True, eq=False)
+class CameraVerdict:
+    """Combined fits, and whether they contradict the camera."""
+
+    offsets: NDArray[np.float64]
+    """(5,) as in :class:`CameraFit`."""
+    covariance: NDArray[np.float64]
+    """(5, 5) of the offsets, without the tolerance."""
+    wrong: int | None
+    """Index of the offset that contradicts the camera most; None: the camera fits."""
+
+
+class CameraCheck:
+    """Fits of the last frames.
+
+    Args:
+        camera: pinhole camera of the map, which images are brought to.
+        settings: when a camera is wrong.
+    """
+
+    def __init__(self, camera: Camera, settings: CameraCheckSettings | None = None) -> None:
+        self._camera, self._settings = camera, settings or CameraCheckSettings()
+        self._fits: deque[CameraFit] = deque(maxlen=self._settings.window)
+        self._made = 0
+        self._frames = 0
+        self._shift = np.eye(4)
+        self.verdict: CameraVerdict | None = None
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the present frame is to be fitted; counts the frame."""
+        s = self._settings
+        period = s.first_period if self._made < s.first_fits else s.period
+        self._frames += 1
+        return self._frames % period == 0
+
+    def add(self, fit: CameraFit, T_fitted: Matrix, T_aligned: Matrix) -> None:
+        """Add the fit of a frame.
+
+        Args:
+            fit: camera fitted to the frame.
+            T_fitted: pose ``T_map_camera`` fitted together with it.
+            T_aligned: pose ``T_map_camera`` aligned with the camera as it is.
+        """
+        self._made += 1
+        variance = _covariance_of(fit.information)
+        if variance is None or math.sqrt(variance[0, 0]) > self._settings.max_focal_sigma:
+            return
+        self._fits.append(fit)
+        self._shift = inverse_pose(T_aligned) @ T_fitted
+        self.verdict = self._judged()
+
+    def widened(self, estimate: PoseEstimate) -> PoseEstimate:
+        """Return an estimate whose covariance also holds the pose that the fitted camera gives."""
+        T, covariance = estimate.T_map_camera, estimate.covariance
+        if T is None or covariance is None:
+            return estimate
+        error = pose_tangent_error(T @ self._shift, T)
+        return replace(estimate, covariance=covariance + np.outer(error, error))
+
+    def reset(self) -> None:
+        """Forget all fits, such as after the camera was corrected."""
+        self._fits.clear()
+        self.verdict = None
+
+    def _judged(self) -> CameraVerdict | None:
+        s = self._settings
+        if len(self._fits) < s.min_fits:
+            return None
+        informations = np.stack([fit.information for fit in self._fits])
+        offsets = np.stack([fit.offsets for fit in self._fits])
+        covariance = _covariance_of(informations.sum(0))
+        if covariance is None:
+            return None
+        combined = covariance @ np.einsum("nij,nj->i", informations, offsets)
+        errors = offsets - combined
+        scatter = np.einsum("ni,nij,nj->n", errors, informations, errors).sum()
+        scatter /= len(OFFSETS) * (len(self._fits) - 1)
+        covariance = covariance * max(1.0, scatter) * s.correlation_factor
+        width = self._camera.width
+        tolerance = np.array(s.tolerance) * (1.0, 1.0, width, width, 1.0)
+        ratio = np.abs(combined) / np.sqrt(np.diag(covariance) + tolerance**2)
+        worst = int(np.argmax(ratio))
+        return CameraVerdict(combined, covariance, worst if ratio[worst] > s.sigmas else None)
+
+
+@dataclass(frozen=True, eq=False)
+class Correction:
+    """Camera that the images fit, and what brings its images to the map's camera."""
+
+    offsets: NDArray[np.float64]
+    adapter: ImageAdapter
+
+    @classmethod
+    def of(cls, camera: Camera, offsets: NDArray[np.float64], before: Correction | None) -> Correction:
+        """Return the correction for a camera moved by offsets (5,), on top of one that was applied to the images."""
+        if before is not None:
+            scale = math.exp(before.offsets[0])
+            offsets = before.offsets + offsets * (1.0, 1.0, scale, scale, 1.0)
+        scale = math.exp(offsets[0])
+        found = Camera(
+            camera.width,
+            camera.height,
+            camera.fx * scale,
+            camera.fy * scale * math.exp(offsets[1]),
+            camera.cx + offsets[2],
+            camera.cy + offsets[3],
+            "plumb_bob",
+            (offsets[4], 0.0, 0.0, 0.0, 0.0),
+        )
+        return cls(offsets, ImageAdapter(found, camera))
+
+    def apply(self, frame: Frame) -> Frame:
+        """Return a frame with its image brought to the map's camera."""
+        return replace(frame, image=self.adapter(frame.image))
+
+
+def sentence(verdict: CameraVerdict, told: Camera | None, camera: Camera) -> str:
+    """Sentence with both values of the offset that contradicts the camera most.
+
+    Args:
+        verdict: of the check.
+        told: camera of the images before they were brought to the map's, as camera_info or the source gives it.
+        camera: pinhole camera of the map.
+    """
+    c, given = verdict.offsets, told or camera
+    source = "camera_info" if told is not None else "the map's camera"
+    px_x, px_y = given.fx / camera.fx, given.fy / camera.fy
+    if verdict.wrong == 0:
+        return f"the images fit a focal length of {given.fx * math.exp(c[0]):.0f} px, {source} says {given.fx:.0f} px"
+    if verdict.wrong == 1:
+        found = given.fy / given.fx * math.exp(c[1])
+        return f"the images fit a ratio fy/fx of {found:.3f}, {source} says {given.fy / given.fx:.3f}"
+    if verdict.wrong in (2, 3):
+        x, y = given.cx + px_x * c[2], given.cy + px_y * c[3]
+        return (
+            f"the images fit a principal point of ({x:.0f}, {y:.0f}) px, "
+            f"{source} says ({given.cx:.0f}, {given.cy:.0f}) px"
+        )
+    return f"the images fit a radial distortion that differs from {source} by k1 = {c[4]:+.3f}"
+
+
+def is_checked(estimate: PoseEstimate) -> bool:
+    """Whether a frame's pose is good enough to fit the camera from it."""
+    alignment = estimate.alignment
+    return estimate.state is TrackingState.TRACKING and alignment is not None and alignment.success
+
+
+def _covariance_of(information: NDArray[np.float64]) -> NDArray[np.float64] | None:
+    try:
+        covariance = np.asarray(np.linalg.inv(information), dtype=np.float64)
+    except np.linalg.LinAlgError:
+        return None
+    return covariance if np.isfinite(covariance).all() and (np.diag(covariance) > 0).all() else None

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Check of the camera by the images: what is wrong is found with its value, what is right is left alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kfloc_ros.geometry.camera import Camera, ImageAdapter
+from kfloc_ros.localization.camera_check import CameraCheck, CameraVerdict, Correction, sentence
+from kfloc_ros.localization.config import LocalizerConfig
+from kfloc_ros.localization.localizer import Localizer
+from kfloc_ros.maps.scene_map import SceneMap
+from kfloc_ros.pixloc.camera_fit import CameraFit
+from kfloc_ros.types import PoseEstimate, TrackingState
+
+FRAMES = 24
+
+
+@pytest.fixture(scope="module")
+def scene_map(room_map: Any) -> SceneMap:
+    return SceneMap.load(room_map)
+
+
+def localized(scene_map: SceneMap, room: Any, told: Camera, **options: Any) -> tuple[Localizer, list[PoseEstimate]]:
+    """Images of the room's camera, told to be another one's."""
+    localizer = Localizer(scene_map, LocalizerConfig(device="cpu", **options))
+    adapter = ImageAdapter(told, localizer.camera)
+    estimates = []
+    for k in range(FRAMES):
+        frame = replace(room[k], image=adapter(room[k].image), camera=adapter.target, source_camera=told)
+        estimates.append(localizer.process(frame).estimate)
+    return localizer, estimates
+
+
+def error_m(estimate: PoseEstimate, frame: Any) -> float:
+    assert estimate.T_map_camera is not None, estimate.reason
+    return float(np.linalg.norm(estimate.T_map_camera[:3, 3] - frame.T_map_camera[:3, 3]))
+
+
+@pytest.mark.thorough
+def test_the_right_camera_is_left_alone(scene_map: SceneMap, room: Any) -> None:
+    localizer, estimates = localized(scene_map, room, room.camera)
+    assert {e.state for e in estimates} == {TrackingState.TRACKING} and not localizer.camera_note
+
+
+@pytest.mark.thorough
+def test_a_focal_length_that_is_wrong_is_named_and_its_poses_claim_less(scene_map: SceneMap, room: Any) -> None:
+    told = replace(room.camera, fx=1.06 * room.camera.fx, fy=1.06 * room.camera.fy)
+    _, estimates = localized(scene_map, room, told)
+    last = estimates[-1]
+    assert last.state is TrackingState.DEGRADED and "focal length" in last.reason
+    found = float(last.reason.split(" of ")[1].split(" px")[0])
+    assert found == pytest.approx(room.camera.fx, rel=0.015)
+    assert f"{told.fx:.0f} px" in last.reason
+    assert last.covariance is not None
+    sigma_m = math.sqrt(np.trace(last.covariance[:3, :3]))
+    assert error_m(last, room[FRAMES - 1]) < 3 * sigma_m
+
+
+@pytest.mark.thorough
+def test_the_camera_that_was_found_is_used_where_asked(scene_map: SceneMap, room: Any) -> None:
+    told = replace(room.camera, fx=1.06 * room.camera.fx, fy=1.06 * room.camera.fy)
+    _, wrong = localized(scene_map, room, told)
+    localizer, right = localized(scene_map, room, told, camera_check="correct")
+    assert right[-1].state is TrackingState.TRACKING and "localizing with the camera that fits" in localizer.camera_note
+    assert error_m(right[-1], room[FRAMES - 1]) < 0.5 * error_m(wrong[-1], room[FRAMES - 1])
+
+
+def fit(offsets: tuple[float, ...], focal_sigma: float = 0.003) -> CameraFit:
+    sigma = np.array([focal_sigma, 0.002, 1.0, 1.0, 0.005])
+    return CameraFit(np.array(offsets), np.diag(sigma**-2.0), np.eye(4), 0.1)
+
+
+def verdict_of(fits: list[CameraFit]) -> CameraVerdict | None:
+    check = CameraCheck(Camera(640, 480, 500.0, 500.0, 320.0, 240.0))
+    for one in fits:
+        check.add(one, np.eye(4), np.eye(4))
+    return check.verdict
+
+
+def test_fits_that_scatter_more_than_they_claim_decide_nothing() -> None:
+    steady = verdict_of([fit((0.03, 0.0, 0.0, 0.0, 0.0))] * 8)
+    assert steady is not None and steady.wrong == 0
+    scattered = verdict_of([fit((0.03 + 0.1 * (-1) ** k, 0.0, 0.0, 0.0, 0.0)) for k in range(8)])
+    assert scattered is not None and scattered.wrong is None
+
+
+def test_a_few_fits_and_fits_of_few_points_decide_nothing() -> None:
+    assert verdict_of([fit((0.1, 0.0, 0.0, 0.0, 0.0))] * 2) is None
+    assert verdict_of([fit((0.1, 0.0, 0.0, 0.0, 0.0), focal_sigma=0.1)] * 8) is None
+
+
+@pytest.mark.parametrize(
+    ("offsets", "words"),
+    [
+        ((0.0, 0.05, 0.0, 0.0, 0.0), "ratio fy/fx of 1.051, camera_info says 1.000"),
+        ((0.0, 0.0, 12.0, 0.0, 0.0), "principal point of (344, 240) px, camera_info says (320, 240) px"),
+        ((0.0, 0.0, 0.0, 0.0, 0.1), "k1 = +0.100"),
+    ],
+)
+def test_the_sentence_names_both_values(offsets: tuple[float, ...], words: str) -> None:
+    verdict = verdict_of([fit(offsets)] * 8)
+    assert verdict is not None and verdict.wrong is not None
+    told = Camera(1280, 960, 1000.0, 1000.0, 320.0, 240.0)
+    assert words in sentence(verdict, told, Camera(640, 480, 500.0, 500.0, 160.0, 120.0))
+
+
+def test_corrections_add_up() -> None:
+    camera = Camera(640, 480, 500.0, 500.0, 320.0, 240.0)
+    first = Correction.of(camera, np.array([math.log(1.1), 0.0, 5.0, 0.0, 0.0]), None)
+    second = Correction.of(camera, np.array([math.log(1.02), 0.0, 0.0, 0.0, 0.01]), first)
+    assert second.adapter.source.fx == pytest.approx(500.0 * 1.1 * 1.02)
+    assert second.adapter.source.distortion[0] == pytest.approx(0.01)
