@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from kfloc_ros.bags.reader import BagReader
 from kfloc_ros.bags.stream import BagStream, ReplayRange
 from kfloc_ros.bags.topics import ODOMETRY, POSE_TYPES, TF_TYPES, Option, Topic, choose_transforms, choose_truth
@@ -52,6 +54,20 @@ class RecordedTransforms:
             for edge in event.edges:
                 tree.set(edge.parent, edge.child, edge.stamp_ns, edge.T_parent_child)
         return tree
+
+    def check(self, bag: Path) -> RecordedTransforms:
+        """Return the same transforms.
+
+        Raises:
+            SourceError: two publishers tell them in turn.
+        """
+        tracks: dict[str, dict[int, Matrix]] = {}
+        for edge in (edge for event in self.moving for edge in event.edges):
+            tracks.setdefault(edge.child, {})[edge.stamp_ns] = edge.T_parent_child
+        for child, poses in tracks.items():
+            if jumps_to_and_fro(poses):
+                raise SourceError(_TWO.format(f"The transforms to '{child}' in '{bag}'"))
+        return self
 
     def without(self, frame: str) -> RecordedTransforms:
         """Those that neither lead from nor to a frame."""
@@ -124,7 +140,7 @@ class BagTransforms:
         self.map_frame, self.base_frame = map_frame.lstrip("/"), base_frame.lstrip("/")
         self.camera_frame = stream.image.frame_id
         self._start_ns = stream.start_ns
-        self._recorded = read_transforms(stream, stream.image, stream.tf).without(self.map_frame)
+        self._recorded = read_transforms(stream, stream.image, stream.tf).without(self.map_frame).check(stream.path)
         self._tree = self.tree()
         try:
             self._tree.lookup(self.base_frame, self.camera_frame, NEWEST)
@@ -193,7 +209,30 @@ def read_poses(reader: BagReader, topic: Topic) -> RecordedPoses:
         raise SourceError(
             f"{topic.name} of '{reader.path}' mixes poses of several frames: {listed}. Record one of them."
         )
+    if jumps_to_and_fro(poses):
+        raise SourceError(_TWO.format(f"The poses on {topic.name} of '{reader.path}'"))
     return RecordedPoses(poses, next((body for _, body in frames), ""), unusable)
+
+
+def jumps_to_and_fro(poses: Mapping[int, Matrix]) -> bool:
+    """Whether poses by stamp come from two bodies in turn: often one is far from its neighbours, which are near."""
+    stamps = sorted(poses)
+    if len(stamps) < _FEWEST:
+        return False
+    t = np.array(stamps) * 1e-9
+    places = np.array([poses[stamp][:3, 3] for stamp in stamps])
+    step_m = np.linalg.norm(np.diff(places, axis=0), axis=1)
+    fast = step_m > np.maximum(_JUMP_M, _JUMP_M_S * np.diff(t))
+    back_m = np.linalg.norm(places[2:] - places[:-2], axis=1)
+    away = fast[:-1] & fast[1:] & (back_m < 0.25 * np.minimum(step_m[:-1], step_m[1:]))
+    return float(away.mean()) > _OFTEN
+
+
+_TWO = "{} jump to and fro: two publishers, such as two robots, share one name. Record one of them."
+_FEWEST, _OFTEN = 5, 0.2
+"""Poses that a judgement takes, and the share of them that must be away from their neighbours."""
+_JUMP_M, _JUMP_M_S = 0.5, 10.0
+"""Away is this far, and faster than this."""
 
 
 def other_times(what: str, stamps_ns: Iterable[int], images_ns: Iterable[int]) -> str:
