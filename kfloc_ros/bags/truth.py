@@ -8,14 +8,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from kfloc_ros.bags.reader import BagReader
 from kfloc_ros.bags.stream import BagStream, ReplayRange
 from kfloc_ros.bags.topics import ODOMETRY, POSE_TYPES, TF_TYPES, Option, Topic, choose_transforms, choose_truth
 from kfloc_ros.errors import SourceError
 from kfloc_ros.messages.poses import pose_from_message, stamp_to_ns, transform_from_message
-from kfloc_ros.messages.transforms import NEWEST, PoseTrack, TransformTree, TransformUnknownError
+from kfloc_ros.messages.transforms import (
+    NEWEST,
+    PoseTrack,
+    TransformTree,
+    TransformUnknownError,
+    jumps_to_and_fro,
+)
 from kfloc_ros.messages.tum import read_tum
 from kfloc_ros.types import Matrix
 
@@ -214,25 +218,7 @@ def read_poses(reader: BagReader, topic: Topic) -> RecordedPoses:
     return RecordedPoses(poses, next((body for _, body in frames), ""), unusable)
 
 
-def jumps_to_and_fro(poses: Mapping[int, Matrix]) -> bool:
-    """Whether poses by stamp come from two bodies in turn: often one is far from its neighbours, which are near."""
-    stamps = sorted(poses)
-    if len(stamps) < _FEWEST:
-        return False
-    t = np.array(stamps) * 1e-9
-    places = np.array([poses[stamp][:3, 3] for stamp in stamps])
-    step_m = np.linalg.norm(np.diff(places, axis=0), axis=1)
-    fast = step_m > np.maximum(_JUMP_M, _JUMP_M_S * np.diff(t))
-    back_m = np.linalg.norm(places[2:] - places[:-2], axis=1)
-    away = fast[:-1] & fast[1:] & (back_m < 0.25 * np.minimum(step_m[:-1], step_m[1:]))
-    return float(away.mean()) > _OFTEN
-
-
 _TWO = "{} jump to and fro: two publishers, such as two robots, share one name. Record one of them."
-_FEWEST, _OFTEN = 5, 0.2
-"""Poses that a judgement takes, and the share of them that must be away from their neighbours."""
-_JUMP_M, _JUMP_M_S = 0.5, 10.0
-"""Away is this far, and faster than this."""
 
 
 def other_times(what: str, stamps_ns: Iterable[int], images_ns: Iterable[int]) -> str:
@@ -284,7 +270,10 @@ def read_truth(stream: BagStream, choice: str | None, body: str | None = None) -
         topic = choose_truth(stream.path, stream.topics)
         if topic is None:
             return Truth("none", {})
-        poses = read_poses(stream, topic).poses
+        try:
+            poses = read_poses(stream, topic).poses
+        except SourceError as error:  # such as goals that were sent to the robot
+            return Truth(f"none ({error})", {})
         if clocks := other_times(f"The poses on {topic.name}", poses, stamps_ns):
             return Truth(f"none ({clocks})", {})
     elif choice.startswith("/") and not Path(choice).exists():

@@ -364,11 +364,20 @@ def test_transforms_and_depth_of_another_clock_are_told(tmp_path: Path) -> None:
     assert open_source(f"bag:{bag}?depth=none")[0].depth_m is None
 
 
-def test_a_mocap_of_another_clock_is_no_truth_and_says_so(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("stamped", "said"),
+    [([(1e5, "map")], "of other times than the images"), ([(0, "map"), (1, "odom")], "mixes poses")],
+)
+def test_poses_that_can_be_no_truth_are_none_and_say_so(
+    tmp_path: Path, stamped: list[tuple[float, str]], said: str
+) -> None:
     def messages() -> Iterator[Message]:
-        yield "/mocap", 0, msg("geometry_msgs/PoseStamped", header=header(1e5, "map"), pose=pose(body_pose(0)))
+        for k, frame in stamped:
+            yield "/goal", k % 10, msg("geometry_msgs/PoseStamped", header=header(k, frame), pose=pose(body_pose(0)))
         yield from camera()
 
     with BagStream(write_messages(tmp_path / "bag", messages())) as stream:
         truth = read_truth(stream, None)
-    assert not truth.poses and "of other times than the images" in truth.name
+        assert not truth.poses and said in truth.name
+        with pytest.raises(SourceError, match=said):
+            read_truth(stream, "/goal")
