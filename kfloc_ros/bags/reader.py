@@ -56,7 +56,7 @@ class BagReader:
             raise SourceError(f"There is no bag '{path}'.")
         if path.is_dir() and not (path / "metadata.yaml").is_file():
             raise SourceError(f"'{path}' is not a rosbag2 folder: it has no metadata.yaml.")
-        for file in sorted(path.glob("*.db3")) if path.is_dir() else ():
+        for file in sorted(path.glob("*.db3")) if path.is_dir() else [path]:
             _check_whole(file)
         self.path = path
         with reading(path):

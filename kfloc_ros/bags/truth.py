@@ -13,7 +13,13 @@ from kfloc_ros.bags.stream import BagStream, ReplayRange
 from kfloc_ros.bags.topics import ODOMETRY, POSE_TYPES, TF_TYPES, Option, Topic, choose_transforms, choose_truth
 from kfloc_ros.errors import SourceError
 from kfloc_ros.messages.poses import pose_from_message, stamp_to_ns, transform_from_message
-from kfloc_ros.messages.transforms import NEWEST, PoseTrack, TransformTree, TransformUnknownError
+from kfloc_ros.messages.transforms import (
+    NEWEST,
+    PoseTrack,
+    TransformTree,
+    TransformUnknownError,
+    jumps_to_and_fro,
+)
 from kfloc_ros.messages.tum import read_tum
 from kfloc_ros.types import Matrix
 
@@ -52,6 +58,20 @@ class RecordedTransforms:
             for edge in event.edges:
                 tree.set(edge.parent, edge.child, edge.stamp_ns, edge.T_parent_child)
         return tree
+
+    def check(self, bag: Path) -> RecordedTransforms:
+        """Return the same transforms.
+
+        Raises:
+            SourceError: two publishers tell them in turn.
+        """
+        tracks: dict[str, dict[int, Matrix]] = {}
+        for edge in (edge for event in self.moving for edge in event.edges):
+            tracks.setdefault(edge.child, {})[edge.stamp_ns] = edge.T_parent_child
+        for child, poses in tracks.items():
+            if jumps_to_and_fro(poses):
+                raise SourceError(_TWO.format(f"The transforms to '{child}' in '{bag}'"))
+        return self
 
     def without(self, frame: str) -> RecordedTransforms:
         """Those that neither lead from nor to a frame."""
@@ -124,7 +144,7 @@ class BagTransforms:
         self.map_frame, self.base_frame = map_frame.lstrip("/"), base_frame.lstrip("/")
         self.camera_frame = stream.image.frame_id
         self._start_ns = stream.start_ns
-        self._recorded = read_transforms(stream, stream.image, stream.tf).without(self.map_frame)
+        self._recorded = read_transforms(stream, stream.image, stream.tf).without(self.map_frame).check(stream.path)
         self._tree = self.tree()
         try:
             self._tree.lookup(self.base_frame, self.camera_frame, NEWEST)
@@ -193,7 +213,12 @@ def read_poses(reader: BagReader, topic: Topic) -> RecordedPoses:
         raise SourceError(
             f"{topic.name} of '{reader.path}' mixes poses of several frames: {listed}. Record one of them."
         )
+    if jumps_to_and_fro(poses):
+        raise SourceError(_TWO.format(f"The poses on {topic.name} of '{reader.path}'"))
     return RecordedPoses(poses, next((body for _, body in frames), ""), unusable)
+
+
+_TWO = "{} jump to and fro: two publishers, such as two robots, share one name. Record one of them."
 
 
 def other_times(what: str, stamps_ns: Iterable[int], images_ns: Iterable[int]) -> str:
@@ -245,7 +270,10 @@ def read_truth(stream: BagStream, choice: str | None, body: str | None = None) -
         topic = choose_truth(stream.path, stream.topics)
         if topic is None:
             return Truth("none", {})
-        poses = read_poses(stream, topic).poses
+        try:
+            poses = read_poses(stream, topic).poses
+        except SourceError as error:  # such as goals that were sent to the robot
+            return Truth(f"none ({error})", {})
         if clocks := other_times(f"The poses on {topic.name}", poses, stamps_ns):
             return Truth(f"none ({clocks})", {})
     elif choice.startswith("/") and not Path(choice).exists():

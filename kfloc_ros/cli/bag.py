@@ -24,7 +24,8 @@ examples:
 """
 
 INFO_DESCRIPTION = """\
-List the topics and TF frames of a rosbag2, and say what `kfloc replay` would play of it, or what is left to choose.
+List the topics and TF frames of a bag, and say what `kfloc replay` would play of it and what a map would be made of,
+or what is left to choose.
 """
 
 INFO_EPILOG = """\
@@ -54,12 +55,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     make.set_defaults(action=run_make)
     info = actions.add_parser(
         "info",
-        help="list the topics and frames of a rosbag2",
+        help="list the topics and frames of a bag, and what can be made of it",
         description=INFO_DESCRIPTION,
         epilog=INFO_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    info.add_argument("bag", metavar="BAG", type=Path, help="rosbag2 folder")
+    info.add_argument("bag", metavar="BAG", type=Path, help="rosbag2 folder, or rosbag1 file")
     info.set_defaults(action=run_info)
 
 
@@ -109,13 +110,32 @@ def run_info(args: argparse.Namespace) -> int:
         print(format_table(rows, header=("topic", "type", "messages", "frame")))
         links = [f"{link.parent} -> {link.child}{' (static)' if link.static else ''}" for link in bag.links()]
         print(f"\nTF: {', '.join(links) or 'none'}.")
+        code = 0
         try:
             image = choose_image(args.bag, bag.topics, None)
-            print(f"Images: {image.name}.")
+            print(f"Images: {image.name}{' (rectified)' if image.is_rectified else ''}.")
             print(f"Calibration: {choose_info(args.bag, bag.topics, image, None).name}.")
             truth = choose_truth(args.bag, bag.topics)
             print(f"Truth: {truth.name if truth is not None else 'none, unless --truth names one'}.")
         except SourceError as error:
             print(error)
-            return 1
-    return 0
+            code = 1
+    print(f"\nFor a map: {_for_a_map(args.bag)}")
+    return code
+
+
+def _for_a_map(bag: Path) -> str:
+    """What ``kfloc map build`` makes a map of, or which choice it leaves open, and the words for it."""
+    from kfloc_ros.datasets.ros_bag import RosBag
+    from kfloc_ros.errors import SourceError
+
+    try:
+        source = RosBag(bag, {})
+    except SourceError as error:
+        return str(error)
+    chosen = source.choices()
+    with_pose = sum(source.pose(position) is not None for position in range(len(source)))
+    listed = ", ".join(f"{word} {topic}" for word, topic in chosen.items())
+    if not with_pose:
+        return f"{listed}. No image has a pose: kfloc map build bag:{bag} --sfm DIR --out MAP finds them."
+    return f"{listed}; {with_pose} of {len(source)} images have a pose: kfloc map build bag:{bag} --out MAP."

@@ -46,9 +46,9 @@ DEPTH_TOLERANCE_NS = 20_000_000
 _SAME_SHARE = 0.005
 """Calibrations that differ by no more than this share of the image's width are of one camera, such as autofocus moves
 it; the first one counts."""
-WORDS = ("image", "info", "depth", "depth_info", "pose", "tf", "map", "body")
-"""What may follow a path: topics, the namespace of the transforms, the map's frame, and the frame whose pose a pose
-topic tells."""
+WORDS = ("image", "info", "depth", "depth_info", "pose", "tf", "map", "body", "rectified")
+"""What may follow a path: topics, the namespace of the transforms, the map's frame, the frame whose pose a pose topic
+tells, and whether the images are rectified (true or false)."""
 
 
 class RosBag(FrameSource):
@@ -71,14 +71,17 @@ class RosBag(FrameSource):
     def __init__(self, path: Path, words: dict[str, str], *, depth: bool = True) -> None:
         if unknown := sorted(set(words) - set(WORDS)):
             raise SourceError(f"After a bag's path only {', '.join(WORDS)} can be given, not {', '.join(unknown)}.")
+        if words.get("rectified", "true") not in ("true", "false"):
+            raise SourceError(f"After a bag's path, rectified is true or false, not '{words['rectified']}'.")
         self.name = path.resolve().stem
         self._path = path
         self._reader = BagReader(path)
         with reading(path):
             topics = [topic for topic in self._reader.topics if topic.count]
-            self._exact = is_own(topics) and not words
+            self._exact = is_own(topics)
             if self._exact:
-                words = {"pose": TRUTH_TOPIC if any(topic.name == TRUTH_TOPIC for topic in topics) else "none"}
+                truth = any(topic.name == TRUTH_TOPIC for topic in topics)
+                words = {"pose": TRUTH_TOPIC if truth else "none", **words}
             self._words, self._topics = words, topics
             self._image = choose_image(path, topics, words.get("image"), _option("image"), compressed=False)
             self._slots = self._reader.slots(self._image)
@@ -87,7 +90,9 @@ class RosBag(FrameSource):
                     "'%s' is not whole: its description says %d images on %s, and %d can be read.",
                     path, self._image.count, self._image.name, len(self._slots),
                 )  # fmt: skip
-            self._camera = self._camera_of(self._image, "info")
+            self._rectified = words.get("rectified", str(self._image.is_rectified).lower()) == "true"
+            self._info = choose_info(path, topics, self._image, words.get("info"), _option("info")).name
+            self._camera = self._camera_of(self._image, "info", self._rectified)
             self._check_size()
             self._tree = self._read_tree()
             self._pose_at = self._choose_poses()
@@ -97,6 +102,15 @@ class RosBag(FrameSource):
             self._register = self._registration()
             if self._depth:
                 self._check_times(f"The depth images on {self._depth.name}", self._depth_stamps, "depth")
+
+    def choices(self) -> dict[str, str]:
+        """What is read, by the words after a path, for people: topics, and ``tf`` or ``none``."""
+        return {
+            "image": self._image.name + (" (rectified)" if self._rectified else ""),
+            "info": self._info,
+            "depth": self._depth.name if self._depth else "none",
+            "pose": self._poses,
+        }
 
     @property
     def camera(self) -> Camera:
@@ -159,7 +173,7 @@ class RosBag(FrameSource):
         message = self._reader.message(self._depth, self._depths[nearest])
         return self._register(decode_depth_message(message, self._depth.kind == COMPRESSED))
 
-    def _camera_of(self, images: Topic, word: str) -> Camera:
+    def _camera_of(self, images: Topic, word: str, rectified: bool) -> Camera:
         chosen = choose_info(self._path, self._topics, images, self._words.get(word), _option(word))
         camera: Camera | None = None
         fault: FrameError | None = None
@@ -170,7 +184,7 @@ class RosBag(FrameSource):
                 continue
             seen.add(said)
             try:
-                found = camera_from_info(_lower_case(self._reader.decode(record)), rectified=images.is_rectified)
+                found = camera_from_info(_lower_case(self._reader.decode(record)), rectified=rectified)
             except FrameError as error:  # such as all zero, before the driver has loaded its calibration
                 fault = fault or error
                 continue
@@ -197,7 +211,7 @@ class RosBag(FrameSource):
             raise SourceError(f"In '{self._path}', {clocks[0].lower()}{clocks[1:]} Without them: ?{word}=none.")
 
     def _read_tree(self) -> TransformTree:
-        transforms = read_transforms(self._reader, self._image, self._words.get("tf"), _option("tf"))
+        transforms = read_transforms(self._reader, self._image, self._words.get("tf"), _option("tf")).check(self._path)
         parents: dict[str, str] = {}
         for edge in (edge for event in transforms.moving for edge in event.edges):
             if parents.setdefault(edge.child, edge.parent) != edge.parent:
@@ -213,6 +227,7 @@ class RosBag(FrameSource):
         top = self._words.get("map", "").lstrip("/") or self._tree.root(camera)
         with_tf = self._tree.moves(camera, top)
         chosen = choose_pose(self._path, self._topics, self._words.get("pose"), with_tf=with_tf)
+        self._poses = chosen.name if isinstance(chosen, Topic) else chosen or "none"
         if chosen is None:
             return lambda stamp_ns: None
         if not isinstance(chosen, Topic):
@@ -253,7 +268,7 @@ class RosBag(FrameSource):
             return lambda depth_m: depth_m
         aligned = self._depth.frame_id == self._image.frame_id
         shape = self._camera.height, self._camera.width
-        camera = self._camera if aligned else self._camera_of(self._depth, "depth_info")
+        camera = self._camera if aligned else self._camera_of(self._depth, "depth_info", self._depth.is_rectified)
         T_color_depth = self._tree.fixed(self._image.frame_id, self._depth.frame_id)
         if T_color_depth is None:
             raise SourceError(

@@ -139,20 +139,26 @@ def decode_compressed(message: Any) -> Rgb:
             values = bgr if bgr.dtype == np.uint8 else (bgr >> 8).astype(np.uint8)
             return _to_rgb(values, values.shape[1], mosaic, False)
         bgr = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+    if _made_of(message.format)[1].startswith("rgb"):  # compressed without the swap of channels that OpenCV expects
+        return np.asarray(bgr, dtype=np.uint8)
     return np.asarray(cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB), dtype=np.uint8)
 
 
-def _mosaic_of(format_text: str) -> _Layout | None:
-    """Layout of the Bayer mosaic that image_transport compressed as it was, or None for any other image.
+def _made_of(format_text: str) -> tuple[str, str]:
+    """Encoding of the raw image, and of the one that was compressed, as image_transport notes them; empty if unsaid.
 
-    It writes ``bayer_rggb8; png compressed`` of the mosaic, and names a third word, such as ``bgr8``, where it made an
-    image of it first.
+    It writes ``rgb8; jpeg compressed bgr8``; for an image that was compressed as it was, the last word is missing.
     """
-    encoding, _, codec = format_text.partition(";")
-    _, _, made = codec.partition("compressed")
-    if not encoding.strip().startswith("bayer_") or made.strip() not in ("", encoding.strip()):
+    encoding, separator, codec = format_text.partition(";")
+    return (encoding.strip(), codec.partition("compressed")[2].strip()) if separator else ("", "")
+
+
+def _mosaic_of(format_text: str) -> _Layout | None:
+    """Layout of the Bayer mosaic that image_transport compressed as it was, or None for any other image."""
+    encoding, made = _made_of(format_text)
+    if not encoding.startswith("bayer_") or made not in ("", encoding):
         return None
-    layout = _LAYOUTS.get(encoding.strip())
+    layout = _LAYOUTS.get(encoding)
     return None if layout is None else layout._replace(bits=8)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,6 +21,10 @@ MAX_GAP_S = 0.2
 """In recorded trajectories, nothing is interpolated between poses farther apart than this."""
 NEAR_S = 0.02
 """Outside of a recorded trajectory and in its gaps, a pose this near in time still counts."""
+_FEWEST, _OFTEN = 5, 0.2
+"""Poses that a judgement takes, and the share of them that must be away from their neighbours."""
+_JUMP_M, _JUMP_M_S = 0.5, 10.0
+"""Away is this far, and faster than this."""
 
 
 class TransformUnknownError(KflocError):
@@ -138,6 +142,20 @@ class PoseTrack:
             return interpolate(self._poses[after - 1], self._poses[after], share)
         nearest = nearest_stamp(stamps, stamp_ns, self._near_ns) if self._near_ns else None
         return None if nearest is None else self._poses[nearest]
+
+
+def jumps_to_and_fro(poses: Mapping[int, Matrix]) -> bool:
+    """Whether poses by stamp come from two bodies in turn: often one is far from its neighbours, which are near."""
+    stamps = sorted(poses)
+    if len(stamps) < _FEWEST:
+        return False
+    t = np.array(stamps) * 1e-9
+    places = np.array([poses[stamp][:3, 3] for stamp in stamps])
+    step_m = np.linalg.norm(np.diff(places, axis=0), axis=1)
+    fast = step_m > np.maximum(_JUMP_M, _JUMP_M_S * np.diff(t))
+    back_m = np.linalg.norm(places[2:] - places[:-2], axis=1)
+    away = fast[:-1] & fast[1:] & (back_m < 0.25 * np.minimum(step_m[:-1], step_m[1:]))
+    return float(away.mean()) > _OFTEN
 
 
 def nearest_stamp(stamps_ns: Sequence[int], stamp_ns: int, tolerance_ns: int) -> int | None:

@@ -137,9 +137,12 @@ def test_what_a_bag_holds(bag: Path, capsys: pytest.CaptureFixture[str], tmp_pat
     text = capsys.readouterr().out
     assert "/camera/depth/compressed" in text and "map -> camera_ground_truth" in text
     assert "Images: /camera/image/compressed.\nCalibration: /camera/camera_info.\nTruth: /ground_truth/pose." in text
+    assert "For a map: image /camera/image/compressed, info /camera/camera_info, depth /camera/depth/compressed" in text
+    assert "10 of 10 images have a pose: kfloc map build bag:" in text
     two = a_bag(tmp_path / "two", [("/a/image", COMPRESSED, "a"), ("/b/image", COMPRESSED, "b")])
     assert cli.main(["bag", "info", str(two)]) == 1
-    assert "several image topics: /a/image, /b/image" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "several image topics: /a/image, /b/image" in text and "?image=/a/image" in text
 
 
 def test_a_rosbag1_is_refused_with_the_ways_out(tmp_path: Path) -> None:

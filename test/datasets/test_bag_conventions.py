@@ -84,6 +84,8 @@ def test_a_rectified_topic_follows_p(tmp_path: Path, name: str, transport: str, 
     assert (found.fx, found.is_pinhole) == ((25.0, True) if rectified else (50.0, False))
     with BagStream(bag) as stream:
         assert stream.rectified == rectified
+    assert open_source(f"bag:{bag}?rectified=true").camera.fx == 25.0
+    assert open_source(f"bag:{bag}?rectified=false").camera.fx == 50.0
 
 
 # Transforms of several robots.
@@ -161,6 +163,21 @@ def test_two_publishers_on_one_topic_of_poses_are_not_mixed(tmp_path: Path, fiel
 
     with pytest.raises(SourceError, match="mixes poses of several frames"):
         open_source(f"bag:{write_messages(tmp_path / 'bag', with_odometry(camera(), other))}")
+
+
+@pytest.mark.parametrize("topic", ["/odom", "/tf"])
+def test_two_robots_in_turn_on_one_topic_are_told(tmp_path: Path, topic: str) -> None:
+    def messages() -> Iterator[Message]:
+        yield "/tf_static", 0, transforms(MOUNT)
+        for k in np.arange(0.0, 3.0, 0.25):
+            T = make_pose(np.eye(3), [5.0 * (4 * k % 2), 0, 0]) @ body_pose(k)
+            said = odometry(k)
+            said.pose.pose = pose(T)
+            yield topic, k, said if topic == "/odom" else transforms((k, "odom", "base_link", T))
+        yield from camera()
+
+    with pytest.raises(SourceError, match="jump to and fro"):
+        open_source(f"bag:{write_messages(tmp_path / 'bag', messages())}")
 
 
 def test_two_cameras_on_one_topic_are_not_mixed(tmp_path: Path) -> None:
@@ -347,11 +364,20 @@ def test_transforms_and_depth_of_another_clock_are_told(tmp_path: Path) -> None:
     assert open_source(f"bag:{bag}?depth=none")[0].depth_m is None
 
 
-def test_a_mocap_of_another_clock_is_no_truth_and_says_so(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("stamped", "said"),
+    [([(1e5, "map")], "of other times than the images"), ([(0, "map"), (1, "odom")], "mixes poses")],
+)
+def test_poses_that_can_be_no_truth_are_none_and_say_so(
+    tmp_path: Path, stamped: list[tuple[float, str]], said: str
+) -> None:
     def messages() -> Iterator[Message]:
-        yield "/mocap", 0, msg("geometry_msgs/PoseStamped", header=header(1e5, "map"), pose=pose(body_pose(0)))
+        for k, frame in stamped:
+            yield "/goal", k % 10, msg("geometry_msgs/PoseStamped", header=header(k, frame), pose=pose(body_pose(0)))
         yield from camera()
 
     with BagStream(write_messages(tmp_path / "bag", messages())) as stream:
         truth = read_truth(stream, None)
-    assert not truth.poses and "of other times than the images" in truth.name
+        assert not truth.poses and said in truth.name
+        with pytest.raises(SourceError, match=said):
+            read_truth(stream, "/goal")

@@ -167,6 +167,15 @@ def test_an_image_made_of_a_mosaic_before_it_was_compressed_is_that_image() -> N
     assert np.array_equal(decode_compressed(colour), RGB), "three channels are no mosaic, whatever the format says"
 
 
+@pytest.mark.parametrize(("made", "swapped"), [("bgr8", False), ("rgb8", True), ("", False)])
+def test_an_image_compressed_with_red_first_gets_its_red_back(made: str, swapped: bool) -> None:
+    image = RGB[..., ::-1] if swapped else RGB
+    packed = SimpleNamespace(
+        format=f"rgb8; png compressed {made}", data=compressed(".png", np.ascontiguousarray(image))
+    )
+    assert np.array_equal(decode_compressed(packed), RGB)
+
+
 def test_an_orientation_in_exif_is_not_followed() -> None:
     """The poses and the calibration are of the sensor's picture; COLMAP and image_transport ignore the tag, too."""
     jpeg = compressed(".jpg")

@@ -166,7 +166,7 @@ def test_a_pose_that_the_odometry_contradicts_waits_for_a_second_one(robot: Any,
     suspect = stamp_of(harness.localize(room[5], lambda frame: drive(harness, frame)))  # the odometry moves, we do not
     if suspect - believed < 2 * 10**9:
         values = harness.statuses[suspect]
-        assert values["state"] == "DEGRADED" and "where the odometry has it" in values["reason"], values
+        assert values["state"] == "DEGRADED" and "prediction by odometry" in values["reason"], values
         assert values["published"] == "true" and values["transform"] == values["reason"]
     assert harness.set_parameter("/localizer", "max_odom_jump", 0.0).successful
     last = stamp_of(harness.localize(room[4], lambda frame: drive(harness, frame)))
