@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import re
 import stat
 import struct
+import zipfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +26,9 @@ MAX_TEXT_BYTES = 200_000_000
 MAX_IMAGE_PIXELS = 64_000_000
 """Of one image; OpenCV is told the same in ``kfloc_ros/__init__.py``, for formats whose headers are not read here."""
 MAX_JPEG_SEGMENTS = 1000
+MAX_TENSOR_LIST_BYTES = 1_000_000
+MAX_RATIO, FREE_BYTES = 50, 20_000_000
+"""An archive may unpack to so many times its size, and so much besides; weights and features hardly shrink."""
 NO_MEASUREMENT = 65535
 """Count of a 16-bit depth image that stands for nothing, as 0 does."""
 _TAIL_BYTES = 64
@@ -325,16 +330,57 @@ def read_array(path: Path) -> NDArray[Any]:
         OSError: see :func:`read_bytes`.
         ValueError: it is no such file, or holds objects.
     """
+    return _array(read_bytes(path))
+
+
+def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    """Return the arrays of an ``.npz`` file by name; one that holds a hundred times its own size is refused.
+
+    Raises:
+        OSError: see :func:`read_bytes`.
+        ValueError: an array is damaged, holds objects, or the archive unpacks to too much.
+        zipfile.BadZipFile: it is no archive.
+    """
     data = read_bytes(path)
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        members = [member for member in archive.infolist() if member.filename.endswith(".npy")]
+        size = sum(member.file_size for member in members)
+        if size > MAX_RATIO * len(data) + FREE_BYTES:
+            raise ValueError(f"it would unpack to {size} bytes, from {len(data)}")
+        return {member.filename.removesuffix(".npy"): _array(archive.read(member)) for member in members}
+
+
+def _array(data: bytes) -> NDArray[Any]:
     stream = io.BytesIO(data)
     version = np.lib.format.read_magic(stream)
     if version not in ((1, 0), (2, 0)):
         raise ValueError(f"its format version {version} is not known")
     read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, _, dtype = read_header(stream)
-    announced = dtype.itemsize
-    for side in shape:
-        announced *= side
-    if announced != len(data) - stream.tell() or dtype.hasobject:
+    if dtype.hasobject:
+        raise ValueError("it holds objects, and nothing is unpickled here")
+    announced = dtype.itemsize * math.prod(shape)
+    if announced != len(data) - stream.tell():
         raise ValueError(f"it announces {announced} bytes and holds {len(data) - stream.tell()}")
     return np.asarray(np.load(io.BytesIO(data), allow_pickle=False))
+
+
+def check_tensor_list(start: bytes) -> None:
+    """Have the list of tensors at the start of a safetensors file, whose first 8 bytes are its length, be short.
+
+    Raises:
+        ValueError: it is longer than that of any network; reading it takes a hundred times as much memory.
+    """
+    if len(start) < 8 or int.from_bytes(start[:8], "little") > MAX_TENSOR_LIST_BYTES:
+        raise ValueError("the list of its tensors is longer than that of any network")
+
+
+def check_tensor_file(path: Path) -> None:
+    """Have a safetensors file be a plain one, with a list of tensors that can be read.
+
+    Raises:
+        OSError: it is missing, or a folder, pipe or device.
+        ValueError: see :func:`check_tensor_list`.
+    """
+    with open_plain(path) as stream:
+        check_tensor_list(stream.read(8))

@@ -64,7 +64,7 @@ class TransformsFile(PosedImages):
             content = json.loads(read_text(path))
         except OSError as error:
             raise SourceError(f"'{path}' cannot be read: {error.strerror}.") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise SourceError(f"'{path}' is not JSON: {error}") from error
         if not isinstance(content, dict) or not isinstance(content.get("frames"), list):
             raise SourceError(f"'{path}' has no list 'frames': it is not a transforms.json.")
