@@ -18,19 +18,9 @@ import numpy as np
 import pytest
 
 from kfloc_ros.datasets import open_source
+from kfloc_ros.datasets.images import image_fault, image_size, read_depth_m, read_image
 from kfloc_ros.errors import FrameError, KflocError, SourceError
-from kfloc_ros.files import (
-    MAX_IMAGE_PIXELS,
-    image_fault,
-    image_size,
-    inside,
-    number,
-    read_array,
-    read_arrays,
-    read_bytes,
-    read_depth_m,
-    read_image,
-)
+from kfloc_ros.files import MAX_IMAGE_PIXELS, inside, number, read_array, read_arrays, read_bytes
 
 
 @pytest.fixture(autouse=True)

@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 
 from kfloc_ros.datasets.derived import stamps_with_gaps
+from kfloc_ros.datasets.images import image_size, usual_size
 from kfloc_ros.datasets.posed_images import DepthFiles, PosedImage, PosedImages, check_centre, natural_key, usable_pose
 from kfloc_ros.errors import FrameError, SourceError
-from kfloc_ros.files import image_size, inside, read_text, usual_size
+from kfloc_ros.files import inside, read_text
 from kfloc_ros.geometry.camera import DISTORTION_LENGTHS, Camera
 from kfloc_ros.geometry.colmap import pixels_from_colmap
 from kfloc_ros.geometry.lie import make_pose

@@ -25,8 +25,9 @@ from zipfile import BadZipFile
 import numpy as np
 from numpy.typing import NDArray
 
+from kfloc_ros.datasets.images import read_image
 from kfloc_ros.errors import FrameError, SourceError
-from kfloc_ros.files import read_bytes, read_image
+from kfloc_ros.files import read_bytes
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.camera_tensor import CameraTensor
 from kfloc_ros.geometry.lie import Matrix, inverse_pose, make_pose

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
+from kfloc_ros.datasets.images import read_image as read_stored
 from kfloc_ros.errors import KflocError, MapError
 from kfloc_ros.files import inside
-from kfloc_ros.files import read_image as read_stored
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import Matrix, inverse_pose, rotation_angle_deg
 from kfloc_ros.pixloc.hloc.options import RunOptions
