@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from kfloc_ros.datasets.derived import recordings, stamps_with_gaps
+from kfloc_ros.datasets.images import image_fault, read_image, usual_size
 from kfloc_ros.datasets.posed_images import pose_of_row, usable_pose
 from kfloc_ros.datasets.seven_scenes import PARTS
 from kfloc_ros.errors import SourceError
-from kfloc_ros.files import image_fault, inside, number, read_bytes, read_image, read_text, usual_size
+from kfloc_ros.files import inside, number, read_bytes, read_text
 from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import inverse_pose, make_pose

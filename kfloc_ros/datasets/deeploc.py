@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from kfloc_ros.datasets.derived import stamps_with_gaps
+from kfloc_ros.datasets.images import usual_size
 from kfloc_ros.datasets.posed_images import (
     CALIBRATION_FILE,
     PosedImage,
@@ -16,7 +17,7 @@ from kfloc_ros.datasets.posed_images import (
 )
 from kfloc_ros.datasets.seven_scenes import PARTS
 from kfloc_ros.errors import SourceError
-from kfloc_ros.files import inside, number, read_text, usual_size
+from kfloc_ros.files import inside, number, read_text
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.types import Matrix
 

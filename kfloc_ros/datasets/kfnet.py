@@ -18,10 +18,10 @@ import poselib
 from numpy.typing import NDArray
 
 from kfloc_ros.datasets.derived import recordings, stamps_with_gaps
+from kfloc_ros.datasets.images import image_fault, read_image, usual_size
 from kfloc_ros.datasets.posed_images import encoded_jpeg, read_calibration
 from kfloc_ros.datasets.twelve_scenes import read_sequences
 from kfloc_ros.errors import SourceError
-from kfloc_ros.files import image_fault, read_image, usual_size
 from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import inverse_pose, make_pose

@@ -12,9 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kfloc_ros.datasets.derived import FRAME_PERIOD_NS
+from kfloc_ros.datasets.images import usual_size
 from kfloc_ros.datasets.posed_images import CALIBRATION_FILE, PosedImage, PosedImages, natural_key, read_calibration
 from kfloc_ros.errors import FrameError, SourceError
-from kfloc_ros.files import MAX_IMAGE_PIXELS, usual_size
+from kfloc_ros.files import MAX_IMAGE_PIXELS
 from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.types import Frame

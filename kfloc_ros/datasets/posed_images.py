@@ -14,10 +14,10 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from kfloc_ros.datasets.depth import register_depth
 from kfloc_ros.datasets.derived import recordings
+from kfloc_ros.datasets.images import image_fault, image_size, read_depth_m, read_image, register_depth
 from kfloc_ros.errors import FrameError, SourceError
-from kfloc_ros.files import image_fault, image_size, read_bytes, read_depth_m, read_image, read_text
+from kfloc_ros.files import read_bytes, read_text
 from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import DISTORTION_LENGTHS, Camera, ImageAdapter, known_coefficients
 from kfloc_ros.geometry.lie import make_pose, quaternion_to_matrix

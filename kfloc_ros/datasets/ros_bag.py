@@ -31,8 +31,8 @@ from kfloc_ros.bags.topics import (
     is_own,
 )
 from kfloc_ros.bags.truth import other_times, read_poses, read_transforms
-from kfloc_ros.datasets.depth import register_depth
 from kfloc_ros.datasets.derived import recordings
+from kfloc_ros.datasets.images import register_depth
 from kfloc_ros.errors import FrameError, SourceError
 from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import Camera

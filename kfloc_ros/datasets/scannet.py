@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kfloc_ros.datasets.derived import FRAME_PERIOD_NS
+from kfloc_ros.datasets.images import usual_size
 from kfloc_ros.datasets.posed_images import DepthFiles, PosedImage, PosedImages, check_centre, natural_key
 from kfloc_ros.errors import FrameError, SourceError
-from kfloc_ros.files import number_rows, usual_size
+from kfloc_ros.files import number_rows
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.kfnet.reference.files import pose_fault, read_pose
 from kfloc_ros.types import Matrix

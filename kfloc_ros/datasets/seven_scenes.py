@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
-from kfloc_ros.datasets.depth import register_depth
 from kfloc_ros.datasets.derived import Sequences
+from kfloc_ros.datasets.images import image_fault, read_depth_m, read_image, register_depth, usual_size
 from kfloc_ros.datasets.posed_images import CALIBRATION_FILE, encoded_jpeg, pose_of_row, read_calibration
 from kfloc_ros.datasets.scenes import SEVEN_SCENES
 from kfloc_ros.errors import FrameError, SourceError
-from kfloc_ros.files import image_fault, number, read_depth_m, read_image, read_text, usual_size
+from kfloc_ros.files import number, read_text
 from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import inverse_pose

@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 
 from kfloc_ros.datasets.derived import stamps_with_gaps
+from kfloc_ros.datasets.images import image_size, usual_size
 from kfloc_ros.datasets.posed_images import DepthFiles, PosedImage, PosedImages, check_centre, natural_key, usable_pose
 from kfloc_ros.errors import FrameError, SourceError
-from kfloc_ros.files import image_size, inside, read_text, usual_size
+from kfloc_ros.files import inside, read_text
 from kfloc_ros.geometry.camera import DISTORTION_LENGTHS, Camera
 from kfloc_ros.geometry.colmap import pixels_from_colmap
 from kfloc_ros.geometry.lie import make_pose
@@ -64,7 +65,7 @@ class TransformsFile(PosedImages):
             content = json.loads(read_text(path))
         except OSError as error:
             raise SourceError(f"'{path}' cannot be read: {error.strerror}.") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise SourceError(f"'{path}' is not JSON: {error}") from error
         if not isinstance(content, dict) or not isinstance(content.get("frames"), list):
             raise SourceError(f"'{path}' has no list 'frames': it is not a transforms.json.")

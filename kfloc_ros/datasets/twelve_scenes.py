@@ -11,11 +11,11 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from kfloc_ros.datasets.depth import register_depth
 from kfloc_ros.datasets.derived import recordings, stamps_with_gaps
+from kfloc_ros.datasets.images import image_fault, read_depth_m, read_image, register_depth
 from kfloc_ros.datasets.posed_images import encoded_jpeg
 from kfloc_ros.errors import FrameError, SourceError
-from kfloc_ros.files import image_fault, read_depth_m, read_image, read_text
+from kfloc_ros.files import read_text
 from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.kfnet.reference.files import pose_fault, read_pose

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from kfloc_ros.errors import MapError
+from kfloc_ros.files import FREE_BYTES, MAX_RATIO
 from kfloc_ros.maps.files import MAX_FILE_BYTES, MAX_REFERENCES_BYTES, appearing, appearing_file
 from kfloc_ros.maps.format import (
     DESCRIPTION,
@@ -32,8 +33,6 @@ ENDING = ".kfmap"
 LIMITS = {DESCRIPTION: MAX_DESCRIPTION_BYTES, HEAD_FILE: MAX_FILE_BYTES, REFERENCES_FILE: MAX_REFERENCES_BYTES}
 """The files of a map."""
 MAX_UNPACKED_BYTES = 8_000_000_000
-MAX_RATIO, FREE_BYTES = 50, 20_000_000
-"""A packed map may unpack to so many times its size, and so much besides; weights and features hardly shrink."""
 CHUNK_BYTES = 1 << 20
 
 

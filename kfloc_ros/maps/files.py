@@ -26,7 +26,7 @@ from safetensors.torch import load
 
 from kfloc_ros.errors import MapError
 from kfloc_ros.features.backbone import COARSE_CHANNELS, FINE_CHANNELS
-from kfloc_ros.files import read_bytes
+from kfloc_ros.files import check_tensor_list, read_bytes
 from kfloc_ros.kfnet.scoordnet import MAX_HEADS, Head, SCoordNet, together
 from kfloc_ros.pixloc.references import ReferencePoints, ReferenceViews
 
@@ -36,8 +36,6 @@ MAX_FILE_BYTES = 1_000_000_000
 MAX_POINTS = 500_000
 """Reference points of a map: 51 MB on disk, and about four times as much in memory."""
 MAX_REFERENCES_BYTES = 100_000_000
-MAX_HEADER_BYTES = 1_000_000
-"""Of the list of tensors at the beginning of a file; reading one takes a hundred times as much memory."""
 REPLACED_S, RETRY_S = 2.0, 0.02
 """How long, and how often, a map that is replaced while it is read is read again."""
 _EXCHANGE = 2
@@ -81,8 +79,7 @@ def read_tensors(data: bytes) -> dict[str, torch.Tensor]:
     Raises:
         ValueError: a value is not finite; and whatever a damaged file makes the reader raise.
     """
-    if len(data) < 8 or int.from_bytes(data[:8], "little") > MAX_HEADER_BYTES:
-        raise ValueError("the list of its tensors is longer than any map's")
+    check_tensor_list(data[:8])
     tensors: dict[str, torch.Tensor] = load(data)
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):

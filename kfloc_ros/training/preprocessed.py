@@ -22,11 +22,12 @@ from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from kfloc_ros.errors import SourceError
+from kfloc_ros.datasets.images import read_image
+from kfloc_ros.errors import FrameError, SourceError
+from kfloc_ros.files import read_bytes
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.camera_tensor import CameraTensor
 from kfloc_ros.geometry.lie import Matrix, inverse_pose, make_pose
@@ -129,10 +130,11 @@ class PreprocessedSamples:
         )
 
     def _shown(self, view: View, rng: np.random.Generator) -> Any:
-        pixels = cv2.imread(str(view.path), cv2.IMREAD_COLOR)
-        if pixels is None:
-            raise SourceError(f"The image '{view.path}' is missing or damaged.")
-        image = np.ascontiguousarray(np.rot90(pixels[..., ::-1], view.turns))
+        try:
+            pixels = read_image(view.path)
+        except FrameError as error:
+            raise SourceError(f"The image '{view.path}' is missing or damaged. {error}") from error
+        image = np.ascontiguousarray(np.rot90(pixels, view.turns))
         camera = view.camera
         if camera is None:
             assert view.K is not None
@@ -256,7 +258,7 @@ def _content(path: Path) -> Mapping[str, Any]:
         except (OSError, ValueError, KeyError, BadZipFile) as error:
             raise SourceError(f"The scene '{path}' is damaged: {error}; remove it and preprocess again.") from error
     try:
-        content = read_inert(path.read_bytes())
+        content = read_inert(read_bytes(path))
     except OSError as error:
         raise SourceError(f"The scene '{path}' cannot be read: {error.strerror}.") from error
     except ValueError as error:

@@ -11,6 +11,7 @@ import numpy as np
 
 from kfloc_ros.errors import FrameError, SourceError
 from kfloc_ros.evaluation.offline import localize_frames
+from kfloc_ros.files import read_array
 from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.kfnet.reference.files import read_coordinates, read_description
@@ -87,7 +88,7 @@ def read_flow(folder: Path, index: int) -> np.ndarray | None:
     if not path.is_file():
         return None
     try:
-        grid = np.load(path, allow_pickle=False)
+        grid = read_array(path)
     except (OSError, ValueError, EOFError) as error:
         raise SourceError(f"'{path}' is not a readable array: {error}") from error
     if grid.ndim != 3 or grid.shape[2] != 3 or grid.dtype.kind != "f":

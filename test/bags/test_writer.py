@@ -14,7 +14,8 @@ from kfloc_ros.bags.topics import CAMERA_INFO_TOPIC, DEPTH_TOPIC, IMAGE_TOPIC, T
 from kfloc_ros.bags.writer import MessageCodec, encode_jpeg, write_bag
 from kfloc_ros.datasets import FrameSource, select
 from kfloc_ros.datasets.ros_bag import RosBag
-from kfloc_ros.errors import SourceError
+from kfloc_ros.errors import FrameError, SourceError
+from kfloc_ros.frames import DerivedSource
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import make_pose, so3_exp
 from kfloc_ros.messages.poses import stamp_to_ns
@@ -137,3 +138,20 @@ def test_stamps_must_increase(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="do not increase"):
         write_bag(Pictures(period_ns=0), tmp_path / "bag")
     assert list(tmp_path.iterdir()) == []
+
+
+class Unreadable(DerivedSource):
+    """A source of which two frames cannot be read, the first among them."""
+
+    def changed(self, frame: Frame, position: int) -> Frame:
+        if position in (0, 3):
+            raise FrameError(f"frame {position} is cut off")
+        return frame
+
+
+def test_frames_that_cannot_be_read_are_not_in_the_bag(tmp_path: Path) -> None:
+    report = write_bag(Unreadable(Pictures()), tmp_path / "bag")
+    assert (report.frames, report.with_depth, report.with_truth) == (3, 2, 2)
+    assert report.duration_s == pytest.approx(3 * 0.040000001)
+    stamps = [frame.stamp_ns for frame in RosBag(tmp_path / "bag", {})]
+    assert stamps == [START_NS + k * 40_000_001 for k in (1, 2, 4)]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from kfloc_ros.datasets.depth import register_depth
+from kfloc_ros.datasets.images import register_depth
 from kfloc_ros.geometry.camera import Camera, ImageAdapter
 from kfloc_ros.geometry.camera_tensor import CameraTensor
 

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from kfloc_ros.datasets import open_source
+from kfloc_ros.datasets.images import read_image
 from kfloc_ros.errors import FrameError, SourceError
-from kfloc_ros.files import read_image
 from kfloc_ros.frames import FrameSource
 
 COUNT, BAD = 4, 2

@@ -7,6 +7,7 @@ import argparse
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import long_recording
@@ -15,11 +16,16 @@ import pytest
 import torch
 
 from kfloc_ros.cli.build_options import duration_s
-from kfloc_ros.errors import SourceError
+from kfloc_ros.errors import FrameError, SourceError
+from kfloc_ros.features.backbone import Backbone
+from kfloc_ros.frames import DerivedSource, FrameSource
+from kfloc_ros.mapping import mapping_pass
+from kfloc_ros.mapping.depth_checks import UNREADABLE
 from kfloc_ros.mapping.mapping_pass import CellBuffer
 from kfloc_ros.mapping.schedule import READ_SHARE, TimeBudget
 from kfloc_ros.mapping.views import Cells, ReferenceCollector
 from kfloc_ros.pixloc.references import ReferencePoints
+from kfloc_ros.types import Frame
 
 
 def numbered(first: int, count: int) -> Cells:
@@ -137,3 +143,35 @@ def test_durations(text: str, seconds: float) -> None:
 def test_what_is_no_duration(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError):
         duration_s(text)
+
+
+class Unreadable(DerivedSource):
+    """A source of which some frames cannot be read."""
+
+    def __init__(self, source: FrameSource, positions: set[int]) -> None:
+        super().__init__(source)
+        self._positions = positions
+
+    def changed(self, frame: Frame, position: int) -> Frame:
+        if position in self._positions:
+            raise FrameError(f"'{position}.png' is cut off: its end is missing.")
+        return frame
+
+
+def test_frames_that_cannot_be_read_are_left_out_of_a_map_and_counted(caplog: pytest.LogCaptureFixture) -> None:
+    recording = long_recording.LongRecording(32, long_recording.SMALL)
+    settings = mapping_pass.MappingPassSettings(0, 100, 0.04, 2_000, 0)
+
+    def survey(source: FrameSource) -> mapping_pass.MappingPass:
+        budget = TimeBudget(0.0, time.monotonic())
+        return mapping_pass.mapping_pass_over(
+            source, long_recording.SMALL, Backbone(device="cpu"), settings, budget, lambda position: None
+        )
+
+    found = survey(Unreadable(recording, {3, 11}))
+    assert found.left_out[UNREADABLE] == 2 and found.used == survey(recording).used - 2
+    assert "'3.png' is cut off" in caplog.text and "'11.png' is cut off" in caplog.text
+    strict = Unreadable(recording, {3})
+    strict.strict = True
+    with pytest.raises(FrameError, match=r"3\.png"):
+        survey(strict)

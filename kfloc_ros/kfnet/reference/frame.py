@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kfloc_ros.errors import SourceError
+from kfloc_ros.files import number_rows
 from kfloc_ros.types import Matrix
 
 ISOMETRY_TOLERANCE = 1e-3
@@ -69,10 +70,10 @@ def read_transform(path: Path, scale: float = 1.0) -> NetworkFrame:
         SourceError: the file is missing, or is not an isometry written as 4x4 numbers.
     """
     try:
-        return NetworkFrame(np.loadtxt(path, dtype=np.float64, ndmin=2), scale)
+        return NetworkFrame(np.array(number_rows(path), dtype=np.float64, ndmin=2), scale)
     except FileNotFoundError as error:
         raise SourceError(f"There is no '{path}'.") from error
-    except (ValueError, SourceError) as error:
+    except (OSError, ValueError, SourceError) as error:
         raise SourceError(f"'{path}' is not a scene transform: {error}") from error
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from kfloc_ros.errors import SourceError, WeightsError
+from kfloc_ros.files import check_tensor_file, read_arrays
 from kfloc_ros.kfnet.reference.frame import NetworkFrame
 from kfloc_ros.kfnet.reference.layers import Padding
 from kfloc_ros.kfnet.reference.oflownet import ReferenceOFlowNet
@@ -83,9 +84,10 @@ def _metadata(path: Path, network: str) -> dict[str, str]:
     if not path.is_file():
         raise WeightsError(f"There is no file '{path}' with the weights of {network}.")
     try:
+        check_tensor_file(path)
         with safe_open(path, "pt") as stream:
             metadata: dict[str, str] = stream.metadata() or {}
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise WeightsError(f"'{path}' is not a safetensors file: {error}.") from error
     if metadata.get("format") != FORMAT or metadata.get("network") != network:
         found = metadata.get("network", "something else")
@@ -139,10 +141,7 @@ def read_archive(path: Path) -> dict[str, NDArray[np.float32]]:
     if not path.is_file():
         raise WeightsError(f"There is no archive '{path}'.")
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise WeightsError(f"'{path}' is a single array; write all variables with numpy.savez.")
-            found = {name.removesuffix(":0"): archive[name] for name in archive.files}
+        found = {name.removesuffix(":0"): array for name, array in read_arrays(path).items()}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise WeightsError(f"'{path}' is not an .npz of plain arrays: {error}") from error
     return {name: np.asarray(a, dtype=np.float32) for name, a in found.items() if a.dtype.kind in "fiu"}

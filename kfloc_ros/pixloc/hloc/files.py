@@ -24,6 +24,7 @@ from safetensors.numpy import load_file
 
 from kfloc_ros.errors import FrameError, SourceError
 from kfloc_ros.evaluation.metrics import FAILURE, pose_error, recall
+from kfloc_ros.files import check_tensor_file, read_arrays, read_bytes, read_text
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.colmap import camera_from_parameters
 from kfloc_ros.geometry.lie import Matrix, inverse_pose, make_pose, matrix_to_quaternion, quaternion_to_matrix
@@ -129,7 +130,7 @@ def accuracy_text(estimates: Mapping[str, Matrix], truth: Mapping[str, Matrix], 
 def _lines(path: Path) -> Iterator[tuple[int, Sequence[str]]]:
     """Words of every line that is neither empty nor a comment, with its number."""
     try:
-        text = path.read_text()
+        text = read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         raise SourceError(f"'{path}' cannot be read: {error}") from error
     for number, line in enumerate(text.splitlines(), start=1):
@@ -170,7 +171,7 @@ def read_hloc_log(path: Path) -> dict[str, HlocQuery]:
         SourceError: missing, damaged, or not a log.
     """
     try:
-        content = read_inert(path.read_bytes())
+        content = read_inert(read_bytes(path))
     except OSError as error:
         raise SourceError(f"The log '{path}' cannot be read: {error.strerror}.") from error
     except ValueError as error:
@@ -239,9 +240,9 @@ def read_descriptors(path: Path) -> dict[str, NDArray[np.float64]]:
         )
     try:
         if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as content:
-                found: dict[str, Any] = {name: content[name] for name in content.files}
+            found: dict[str, Any] = dict(read_arrays(path))
         elif path.suffix == ".safetensors":
+            check_tensor_file(path)
             found = dict(load_file(path))
         elif path.suffix in (".h5", ".hdf5"):
             found = _read_hdf5(path)

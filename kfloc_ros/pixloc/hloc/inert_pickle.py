@@ -51,6 +51,10 @@ _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _EMPTY: dict[str, type] = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": set, "EMPTY_TUPLE": tuple}
 _SHORT_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _NOTHING_TO_DO = frozenset({"PROTO", "FRAME"})
+MAX_STACK = 1_000_000
+MAX_VALUES = 100_000_000
+"""Of everything in a pickle, what is in several places counted as often: a few bytes can say 2^200 by references."""
+MAX_KEY_PARTS = 16
 
 
 class _Machine:
@@ -62,6 +66,8 @@ class _Machine:
 
     def step(self, name: str, arg: Any) -> None:
         stack = self.stack
+        if len(stack) > MAX_STACK:
+            raise ValueError("it piles up more values than a log does")
         if name in _VALUES:
             stack.append(arg)
         elif name in _CONSTANTS:
@@ -94,7 +100,7 @@ class _Machine:
                 stack[-1].update(_collected("DICT", values))
         elif name == "ADDITEMS":
             values = self._since_mark()
-            stack[-1].update(values)
+            stack[-1].update(map(_key, values))
         elif name == "GLOBAL":
             module, _, attribute = arg.partition(" ")
             stack.append(Name(module, attribute))
@@ -132,21 +138,34 @@ def read_inert(content: bytes) -> Any:
     try:
         for opcode, arg, _ in pickletools.genops(content):
             if opcode.name == "STOP":
-                return _resolve(machine.stack.pop(), {})
+                return _resolve(machine.stack.pop(), {}, {})
             machine.step(opcode.name, arg)
     except (IndexError, KeyError, TypeError, AttributeError, StopIteration, RecursionError, OverflowError) as error:
         raise ValueError(f"not a pickle that makes sense: {error!r}") from error
     raise ValueError("it ends in the middle")
 
 
+def _key(value: Any) -> Any:
+    """A key of a dictionary or a member of a set: nothing nested, whose hash could take for ever."""
+    parts = value if isinstance(value, tuple) else (value,)
+    if len(parts) > MAX_KEY_PARTS or any(isinstance(part, tuple | frozenset) for part in parts):
+        raise ValueError("a key, or a member of a set, is nested")
+    return value
+
+
 def _collected(name: str, values: list[Any]) -> Any:
     if name == "DICT":
-        return dict(zip(values[::2], values[1::2], strict=True))
-    return {"TUPLE": tuple, "LIST": list, "FROZENSET": frozenset}[name](values)
+        return dict(zip(map(_key, values[::2]), values[1::2], strict=True))
+    if name == "FROZENSET":
+        return frozenset(map(_key, values))
+    return {"TUPLE": tuple, "LIST": list}[name](values)
 
 
-def _resolve(value: Any, done: dict[int, Any]) -> Any:
-    """``value`` with NumPy's calls decoded, however deep; ``done`` holds what was met before, None while open."""
+def _resolve(value: Any, done: dict[int, Any], sizes: dict[int, int]) -> Any:
+    """``value`` with NumPy's calls decoded, however deep.
+
+    ``done`` holds what was met before, None while open, and ``sizes`` how many values that holds.
+    """
     if not isinstance(value, list | tuple | dict | set | frozenset | Call):
         return value
     if id(value) in done:
@@ -154,15 +173,23 @@ def _resolve(value: Any, done: dict[int, Any]) -> Any:
             raise ValueError("something in it contains itself")
         return done[id(value)]
     done[id(value)] = None
+    parts: list[Any]
+    if isinstance(value, Call):
+        parts = [value.args, value.state, value.items]
+    else:
+        parts = [*value.keys(), *value.values()] if isinstance(value, dict) else list(value)
+    found = [_resolve(part, done, sizes) for part in parts]
+    sizes[id(value)] = 1 + sum(sizes.get(id(part), 1) for part in parts)
+    if sizes[id(value)] > MAX_VALUES:
+        raise ValueError("it holds more values than a log does")
     result: Any
     if isinstance(value, Call):
-        value.args, value.state = _resolve(value.args, done), _resolve(value.state, done)
-        value.items = _resolve(value.items, done)
+        value.args, value.state, value.items = found
         result = _decoded(value)
     elif isinstance(value, dict):
-        result = {_resolve(key, done): _resolve(item, done) for key, item in value.items()}
+        result = dict(zip(found[: len(value)], found[len(value) :], strict=True))
     else:
-        result = type(value)(_resolve(item, done) for item in value)
+        result = type(value)(found)
     done[id(value)] = result
     return result
 
@@ -176,7 +203,9 @@ def _decoded(call: Call) -> Any:
             return text.encode("latin1")
         case "builtins" | "__builtin__", "bytes" | "set" | "frozenset" as name:
             (content,) = call.args or ((),)
-            return {"bytes": bytes, "set": set, "frozenset": frozenset}[name](list(content))
+            if name == "bytes":
+                return bytes(list(content))
+            return {"set": set, "frozenset": frozenset}[name](map(_key, content))
         case "numpy", "dtype":
             return _dtype(call)
         case "numpy.core.multiarray", "scalar":

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from kfloc_ros.errors import SourceError
+from kfloc_ros.files import read_text
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.colmap import camera_from_parameters
 from kfloc_ros.pixloc.hloc.files import read_queries
@@ -257,6 +258,6 @@ def read_lines(path: Path) -> list[str]:
         SourceError: it cannot be read.
     """
     try:
-        return path.read_text().splitlines()
+        return read_text(path).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise SourceError(f"'{path}' cannot be read: {error}") from error

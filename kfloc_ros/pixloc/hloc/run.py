@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from kfloc_ros.errors import KflocError, MapError, SourceError
+from kfloc_ros.datasets.images import read_image as read_stored
+from kfloc_ros.errors import KflocError, MapError
+from kfloc_ros.files import inside
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import Matrix, inverse_pose, rotation_angle_deg
 from kfloc_ros.pixloc.hloc.options import RunOptions
@@ -45,16 +46,9 @@ def read_image(path: Path, camera: Camera | None = None) -> NDArray[np.uint8]:
     """An RGB image (H, W, 3), as stored: no rotation by its metadata, as in COLMAP.
 
     Raises:
-        SourceError: it cannot be read, or does not have the camera's size.
+        FrameError: it cannot be read, or does not have the camera's size.
     """
-    bgr = cv2.imread(str(path), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
-    if bgr is None:
-        raise SourceError(f"'{path}' is not a readable image.")
-    if camera is not None and bgr.shape[:2] != (camera.height, camera.width):
-        raise SourceError(
-            f"'{path}' is {bgr.shape[1]}x{bgr.shape[0]}, but its camera is {camera.width}x{camera.height}."
-        )
-    return np.ascontiguousarray(bgr[..., ::-1])
+    return read_stored(path, None if camera is None else (camera.width, camera.height))
 
 
 def view_settings(options: RunOptions) -> ViewSettings:
@@ -90,7 +84,8 @@ def gather_views(
     for done, (position, scale) in enumerate(missing):
         on_progress(done, len(missing), "reference images")
         if position != at:
-            pixels, at = read_image(images / scene.images[position].name, scene.images[position].camera), position
+            image = scene.images[position]
+            pixels, at = read_image(inside(images, image.name), image.camera), position
         views[position, scale] = extract_view(model, scene, position, pixels, settings, scale).to("cpu")
     on_progress(len(missing), len(missing), "reference images")
     store = ViewStore(views, settings, fingerprint_of(model))
@@ -109,7 +104,7 @@ def run_queries(
             yield QueryResult(name, T, False, plan.reason or "there is no pose to start from", plan)
             continue
         try:
-            image = read_image(images / name, queries[name])
+            image = read_image(inside(images, name), queries[name])
             found = refiner.refine(image, queries[name], T, plan.views, only_rows=plan.rows_of)
         except KflocError as error:
             yield QueryResult(name, T, False, str(error), plan)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from kfloc_ros.errors import ConfigError, WeightsError
+from kfloc_ros.files import check_tensor_file
 from kfloc_ros.pixloc.reference.losses import RobustLoss
 from kfloc_ros.pixloc.reference.unet import UNet, UNetConfig
 
@@ -123,9 +124,10 @@ def load_model(path: Path) -> PixLocModel:
     if not path.is_file():
         raise WeightsError(f"There is no PixLoc model '{path}'.")
     try:
+        check_tensor_file(path)
         with safe_open(path, "pt") as stream:
             metadata: dict[str, str] = stream.metadata() or {}
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise WeightsError(
             f"'{path}' is not a safetensors file ({error}); an original checkpoint is converted by "
             "`kfloc convert pixloc-checkpoint`."

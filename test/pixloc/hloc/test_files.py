@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import pickle
+import time
 from pathlib import Path
 from typing import Any
 
@@ -202,3 +203,35 @@ def test_files_that_are_no_logs_are_named(tmp_path: Path, content: bytes) -> Non
         read_hloc_log(path)
     with pytest.raises(SourceError, match="cannot be read"):
         read_hloc_log(tmp_path / "absent.pkl")
+
+
+def nested(levels: int) -> bytes:
+    """Opcodes of a tuple that holds two numbers, in a tuple that holds it twice, and so on: 2^levels values."""
+    return b"(I1\nI1\ntp0\n" + b"".join(b"(g%d\ng%d\ntp%d\n" % (i - 1, i - 1, i) for i in range(1, levels)) + b"0"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        nested(200) + b"(g199\nI1\nd.",
+        b"\x80\x04" + nested(200) + b"\x8f(g199\n\x90.",
+        b"\x80\x04" + nested(200) + b"(g199\n\x91.",
+        nested(200) + b"g199\n.",
+        nested(200) + b"(S'loc'\n(S'q'\ng199\ndd.",
+        b"\x80\x04(" + b"\x8f" * 2_000_000 + b"t.",
+    ],
+    ids=["as a key", "in a set", "in a frozenset", "as the value", "in a log", "many sets"],
+)
+def test_a_pickle_that_says_more_than_it_holds_is_refused_at_once(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "x_logs.pkl"
+    path.write_bytes(content)
+    start = time.process_time()
+    with pytest.raises(SourceError, match="damaged or not hloc's"):
+        read_hloc_log(path)
+    assert time.process_time() - start < 5
+
+
+def test_tuples_of_plain_values_are_keys() -> None:
+    value = {("a", 1): {2, (3, "b")}, "c": frozenset({4})}
+    for protocol in range(2, 6):
+        assert read_inert(pickle.dumps(value, protocol=protocol)) == value
