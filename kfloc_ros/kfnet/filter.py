@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The recursive filter: carries the belief over scene coordinates from frame to frame.
+"""Recursive filter that propagates the belief over scene coordinates from frame to frame.
 
-One implementation for both families of networks: they differ in the function that gives the flow, and in whether the
-process noise comes from a network or is modelled from the flow's uncertainty. It works in the map frame; since the
-frame in which a reference SCoordNet regresses is an isometry of it, up to a scale, the result is the same there.
+One implementation serves both families of networks. They differ in the flow function, and in the process noise:
+predicted by a network, or modelled from the flow's uncertainty. The filter works in the map frame. The frame in which a
+reference SCoordNet regresses is an isometry of it, up to a scale, so the result is the same there.
 """
 
 from __future__ import annotations
@@ -16,27 +16,31 @@ import torch
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import inverse_pose, jumped
 from kfloc_ros.kfnet.flow import Flow, backward_flow
-from kfloc_ros.kfnet.fusion import Filtered, FilterSettings, NisMode, confirmed, fuse, started_anew, warp
+from kfloc_ros.kfnet.fusion import Filtered, FilterSettings, NisMode, confirmed, fuse, restarted, warp
 from kfloc_ros.types import CoarsePose, Matrix, SceneCoordinates
 
 REMEMBERED_POSES = 8
-"""Frames for which a refined pose may come late."""
+"""Number of frames within which a refined pose may arrive late."""
 
 FlowFunction = Callable[[torch.Tensor, torch.Tensor], Flow]
 """Backward flow from the features (C, h, w) of the current and of the previous frame."""
 
 
 class SceneCoordinateFilter:
-    """Prior by flow, Kalman update, NIS test, resets.
+    """Kalman filter over scene coordinates: prior by flow, update, NIS test, resets.
 
-    The recursion starts anew, with the measurement as posterior: at the first frame, after a gap in time, when time
-    goes backwards, when the flow ends at the border of its window, when most of the prior contradicts the
-    measurement, after a frame without a (good enough) pose, and when a belief that refined poses have confirmed has
-    not been for a while: such a belief agrees with itself, however far it has drifted.
+    A reset makes the measurement the posterior. The filter resets
+
+    - at the first frame, after a gap in time, and when time goes backwards,
+    - when the flow ends at the border of its search window,
+    - when most of the prior contradicts the measurement,
+    - after a frame without a (good enough) pose,
+    - when refined poses have confirmed the belief, but no longer do: such a belief agrees with itself, however far it
+    has drifted.
 
     Args:
-        settings: of the recursion.
-        flow: backward flow between two frames' features; by default the fast family's.
+        settings: settings of the filter.
+        flow: backward flow between two frames' features; None: that of the fast family.
     """
 
     def __init__(self, settings: FilterSettings, flow: FlowFunction | None = None) -> None:
@@ -46,21 +50,21 @@ class SceneCoordinateFilter:
         self._features: torch.Tensor | None = None
         self._stamp_ns = 0
         self._poses: dict[int, Matrix] = {}
-        """Coarse poses of the last frames since the recursion began, by stamp, as corrected since."""
+        """Coarse poses of the last frames since the reset, by stamp, with all corrections applied."""
         self._confirmed_ns: int | None = None
         self._reset_reason = "first frame"
         self._contradictions = 0
 
     def reset(self, reason: str) -> None:
-        """Forget the belief; the next frame starts from its measurement alone."""
+        """Drop the belief; the next frame starts from its measurement alone."""
         self._belief, self._features, self._reset_reason = None, None, reason
         self._confirmed_ns, self._poses = None, {}
         self._contradictions = 0
 
     def accept_pose(self, pose: CoarsePose) -> None:
-        """Say what pose came of the last posterior: a belief that gives none, or hardly one, is not carried on.
+        """Take note of the pose computed from the last posterior; no pose, or one with few inliers, resets the filter.
 
-        Only frames that were told here can be corrected later.
+        Only frames with a pose noted here can be corrected later.
         """
         if not pose.success:
             self.reset(f"no coarse pose: {pose.reason}")
@@ -72,42 +76,42 @@ class SceneCoordinateFilter:
                 del self._poses[next(iter(self._poses))]
 
     def correct_belief(self, stamp_ns: int, camera: Camera, T_map_camera: Matrix) -> None:
-        """Correct the belief by the pose that refinement found for a frame, and stands by.
+        """Correct the belief by an accepted refined pose of a recent frame.
 
-        The frame need not be the last one, since a refiner in a process of its own answers later: how the camera moved
-        from it to the last one is known from their coarse poses, whose errors are alike. A pose found far from the
-        frame's coarse one shows that the belief was of another place; then it is dropped.
+        The frame need not be the last one, since a refiner in a separate process answers later. The motion from that
+        frame to the last one follows from their coarse poses, whose errors are similar. A refined pose far from the
+        frame's coarse pose shows that the belief was of another place; the filter then resets.
 
         Args:
-            stamp_ns: of the frame; one that is no longer known, or that had no coarse pose, changes nothing.
-            camera: of the frames.
-            T_map_camera: refined pose of the frame.
+            stamp_ns: stamp of the frame; an unknown frame, or one without a coarse pose, changes nothing.
+            camera: pinhole camera of the frames.
+            T_map_camera: refined pose of the frame, (4, 4).
         """
         coarse = self._poses.get(stamp_ns)
         if self._belief is None or coarse is None or self._stamp_ns not in self._poses:
             return
         if jumped(coarse, T_map_camera):
-            self.reset("the pose was found elsewhere")
+            self.reset("the refined pose is at another place")
             return
         correction = T_map_camera @ inverse_pose(coarse)
         self._poses = {stamp: correction @ T for stamp, T in self._poses.items() if stamp >= stamp_ns}
         self._belief = onto_rays(self._belief, camera, self._poses[self._stamp_ns])
         self._confirmed_ns = stamp_ns
-        self._contradictions = 0  # if the measurement contradicted it, the picture was to blame
+        self._contradictions = 0  # a refined pose confirms the belief, so the measurement was bad
 
     def step(self, stamp_ns: int, features: torch.Tensor, measurement: SceneCoordinates) -> Filtered:
-        """Fuse the measurement of a frame with the belief carried from the frame before.
+        """Fuse the measurement of a frame with the belief propagated from the previous frame.
 
         Args:
-            stamp_ns: time of the frame; a gap or a step backwards resets the recursion.
-            features: (C, h, w) L2-normalised features of the frame, of the kind that the flow takes.
+            stamp_ns: stamp of the frame; a gap or a step backwards resets the filter.
+            features: (C, h, w) L2-normalised features of the frame, of the kind that the flow function takes.
             measurement: scene coordinates of the frame.
         """
         self._check_time(stamp_ns)
         if self._belief is None or self._features is None:
-            filtered = started_anew(measurement, self._reset_reason)
+            filtered = restarted(measurement, self._reset_reason)
         else:
-            filtered = self._carried(self._belief, self._flow(features, self._features), measurement)
+            filtered = self._propagate(self._belief, self._flow(features, self._features), measurement)
             if filtered.report.reset_reason:
                 self._confirmed_ns, self._poses = None, {}
             if self._confirmed_ns is not None:
@@ -129,11 +133,11 @@ class SceneCoordinateFilter:
             if unconfirmed_s > self.settings.max_gap_s:
                 self.reset(f"no refined pose for {unconfirmed_s:.2f} s")
 
-    def _carried(self, belief: SceneCoordinates, flow: Flow, measurement: SceneCoordinates) -> Filtered:
+    def _propagate(self, belief: SceneCoordinates, flow: Flow, measurement: SceneCoordinates) -> Filtered:
         s = self.settings
         if flow.at_edge is not None and (ratio := float(flow.at_edge.float().mean())) > s.max_edge_ratio:
             reason = f"the flow of {ratio:.0%} of the cells leaves its search window"
-            return replace(started_anew(measurement, reason), flow=flow)
+            return replace(restarted(measurement, reason), flow=flow)
         prior = warp(belief, flow, s.process_scale, s.process_floor_m2, blend_sigma=s.blend_sigma)
         filtered = replace(fuse(prior, measurement, s), flow=flow)
         rejected = filtered.report.rejected_ratio
@@ -148,19 +152,19 @@ class SceneCoordinateFilter:
 
 
 MIN_DEPTH_M = 0.1
-"""A point nearer than this, or behind the camera, was not what the cell showed."""
+"""Smallest depth of a valid point; a nearer point, or one behind the camera, is not what the cell showed."""
 
 
 def onto_rays(belief: SceneCoordinates, camera: Camera, T_map_camera: Matrix) -> SceneCoordinates:
-    """Every point of a belief at its depth, but where the image shows it from a pose.
+    """Move every point of a belief, at its depth, onto the viewing ray of its cell from a pose.
 
-    Points that are not in front of the camera become invalid. Variances stay: a cell's depth, which makes up most of
-    what is left, is no better known than before.
+    Points that are not in front of the camera become invalid. Variances stay, since the largest error left is a cell's
+    depth, which is no better known than before.
 
     Args:
-        belief: over the scene coordinates of an image, map frame.
-        camera: pinhole, of the image.
-        T_map_camera: where the image was taken from.
+        belief: scene coordinates of an image, map frame.
+        camera: pinhole camera of the image.
+        T_map_camera: pose of the image, (4, 4).
     """
     _, h, w = belief.mean.shape
     device = belief.mean.device

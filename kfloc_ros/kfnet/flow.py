@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The cost volume of the fast family: how alike each cell is to those of the previous frame around where it was.
+"""Cost volume of the fast family: similarity of each cell to the previous frame's cells around its last position.
 
-Two levels: a full search at stride 16 gives the integer displacement, a 5x5 window around it at stride 8 the scores
-from which the flow is read: by the trained network of ``flow_network``, or here by a soft-argmax that knows nothing
-but a temperature, the second moment of the match distribution being the flow's variance.
+There are two levels. A full search at stride 16 gives the integer displacement. A 5x5 window around it at stride 8
+gives the scores from which the flow is read: by the trained network of ``flow_network``, or here by a soft-argmax with
+only a temperature. The variance of the flow is then the second moment of the match distribution.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ import torch
 import torch.nn.functional as F
 
 SEARCH_RADIUS = 4
-"""Cells of stride 16: displacements up to 64 pixels between frames."""
+"""Search radius in cells of stride 16: displacements of up to 64 pixels between frames."""
 REFINE_RADIUS = 2
-"""Cells of stride 8 around the displacement found above."""
+"""Radius in cells of stride 8 around the displacement of the coarse search."""
 WINDOW_CELLS = (2 * REFINE_RADIUS + 1) ** 2
 PIXEL_LOCKING_VARIANCE = 0.02
-"""Square cells; what remains uncertain even under a sharp match."""
+"""Smallest variance of the flow, square cells, even for a sharp match."""
 CHUNK_CELLS = 600
-"""Whose windows are gathered at a time: 4 MB stay in a processor's cache, which halves the time."""
+"""Cells whose windows are gathered at a time: 4 MB stay in a processor's cache, which halves the time."""
 MIN_CORRELATION = 0.5
-"""A cell whose best match is less alike than this came into view, or was occluded."""
+"""Smallest correlation of a cell's best match; a cell below it has come into view, or was occluded."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,25 +35,25 @@ class Flow:
     variance: torch.Tensor
     """(h, w) square cells, per axis."""
     valid: torch.Tensor
-    """(h, w) bool: the match is alike and lies inside the previous image and the search window."""
+    """(h, w) bool: the match is similar enough and lies inside the previous image and the search window."""
     at_edge: torch.Tensor | None = None
-    """(h, w) bool: the match lies at the border of the search window, so the true one may lie beyond it."""
+    """(h, w) bool: the match lies at the border of the search window, so the true match may lie outside."""
     process_variance_m2: torch.Tensor | None = None
-    """(h, w) process noise per axis where a network predicts it; None: the filter models it from ``variance``."""
+    """(h, w) process noise per axis, if a network predicts it; None: the filter models it from ``variance``."""
 
 
 @dataclass(frozen=True, eq=False)
 class CostWindow:
-    """What each cell finds around its displacement."""
+    """Scores of each cell's search window."""
 
     base: torch.Tensor
-    """(2, h, w) the window's centre relative to the cell, cells, x then y, even numbers."""
+    """(2, h, w) centre of the window relative to the cell, in cells, x then y, even numbers."""
     scores: torch.Tensor
     """(h w, :data:`WINDOW_CELLS`) cosines of the features, rows of the window first."""
     inside: torch.Tensor
-    """(h w, :data:`WINDOW_CELLS`) bool: that cell of the window lies in the previous image."""
+    """(h w, :data:`WINDOW_CELLS`) bool: the cell of the window lies in the previous image."""
     at_edge: torch.Tensor
-    """(h, w) bool: the displacement is as large as the search reaches."""
+    """(h, w) bool: the displacement is the largest that the search covers."""
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -63,14 +63,14 @@ class CostWindow:
 
 
 def window_offsets(device: torch.device | str = "cpu") -> torch.Tensor:
-    """(:data:`WINDOW_CELLS`, 2) cells of the window relative to its centre, x then y."""
+    """Return (:data:`WINDOW_CELLS`, 2) positions of the window's cells relative to its centre, x then y."""
     span = torch.arange(-REFINE_RADIUS, REFINE_RADIUS + 1, device=device)
     oy, ox = (o.reshape(-1) for o in torch.meshgrid(span, span, indexing="ij"))
     return torch.stack([ox, oy], dim=1)
 
 
 def cost_window(current: torch.Tensor, previous: torch.Tensor) -> CostWindow:
-    """The cost volume of L2-normalised features (C, h, w) of two frames at stride 8."""
+    """Return the cost volume of L2-normalised features (C, h, w) of two frames at stride 8."""
     C, h, w = current.shape
     base, at_edge = _search(current, previous)
     offsets = window_offsets(current.device)
@@ -85,13 +85,13 @@ def cost_window(current: torch.Tensor, previous: torch.Tensor) -> CostWindow:
     scores = torch.empty(h * w, WINDOW_CELLS, device=current.device, dtype=current.dtype)
     for first in range(0, h * w, CHUNK_CELLS):
         part = slice(first, first + CHUNK_CELLS)
-        found = table.index_select(0, index[part].reshape(-1)).reshape(-1, WINDOW_CELLS, C)
-        scores[part] = (found * query[part, None]).sum(-1)
+        gathered = table.index_select(0, index[part].reshape(-1)).reshape(-1, WINDOW_CELLS, C)
+        scores[part] = (gathered * query[part, None]).sum(-1)
     return CostWindow(base, scores, inside, at_edge)
 
 
 def backward_flow(current: torch.Tensor, previous: torch.Tensor, temperature: float) -> Flow:
-    """Flow by soft-argmax, from L2-normalised features (C, h, w) of two frames.
+    """Return the flow by soft-argmax, from L2-normalised features (C, h, w) of two frames.
 
     Args:
         current, previous: backbone features at stride 8.
@@ -112,7 +112,7 @@ def backward_flow(current: torch.Tensor, previous: torch.Tensor, temperature: fl
 
 
 def ends_inside(offset: torch.Tensor) -> torch.Tensor:
-    """(h, w) bool: where a flow (2, h, w) ends inside the previous image."""
+    """Return (h, w) bool: a flow (2, h, w) ends inside the previous image."""
     h, w = offset.shape[1:]
     x = torch.arange(w, device=offset.device) + offset[0]
     y = torch.arange(h, device=offset.device)[:, None] + offset[1]
@@ -120,7 +120,7 @@ def ends_inside(offset: torch.Tensor) -> torch.Tensor:
 
 
 def _search(current: torch.Tensor, previous: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Integer displacement (2, h, w) in stride-8 cells by full search at stride 16, and where it touches the edge."""
+    """Return the displacement (2, h, w) in stride-8 cells by full search at stride 16, and (h, w) bool, at the edge."""
     h, w = current.shape[1:]
     a = F.normalize(F.avg_pool2d(current[None], 2, ceil_mode=True)[0], dim=0)
     b = F.normalize(F.avg_pool2d(previous[None], 2, ceil_mode=True)[0], dim=0)

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """OFlowNet of the fast family: a small network that reads flow and its uncertainty from the cost volume.
 
-First every cell by itself: its 25 scores become a match distribution with a mean and a certainty. Then every cell with
-the 24 around it: their flows, relative to its own, become weights of a mean over all 25, a remainder, the scale of
-the error and whether the point was seen at all. Only differences of flows go in, so the answer does not depend on how
-fast the camera moves; only cosines go in, so it depends on no place. One set of weights serves every map.
+The first half works on every cell alone: its 25 scores become a match distribution with a mean and a certainty. The
+second half works on every cell with the 24 around it: their flows, relative to its own, become the weights of a mean
+over all 25, a correction, the scale of the error, and whether the point is visible in the previous image. The inputs
+are differences of flows, so the result does not depend on the camera's speed, and cosines, so it does not depend on the
+place. One set of weights serves every map.
 
 The likelihood of a flow error e is an isotropic Laplace density in the plane, p(e) ~ exp(-|e| / b) / b^2, whose
 variance per axis is 3 b^2; a map's calibration scales it.
@@ -31,30 +32,30 @@ from kfloc_ros.kfnet.flow import WINDOW_CELLS, CostWindow, Flow, backward_flow, 
 FORMAT, FORMAT_VERSION = "kfloc_flow", "1"
 WEIGHTS_FILE = Path(__file__).parent / "weights" / "oflownet_fast.safetensors"
 NEIGHBOURS = 5
-"""Side of the square of cells that the second half looks at."""
-MAX_APART = 3.0
-"""Cells; neighbours whose flows differ by more are not told apart."""
+"""Side of the square of cells that the second half reads."""
+MAX_FLOW_DIFFERENCE = 3.0
+"""Largest difference between the flows of neighbours that the second half sees, in cells; larger ones are clipped."""
 MIN_SCALE, MAX_SCALE = 5e-3, 8.0
-"""Of b, cells."""
+"""Limits of the Laplace scale b, in cells."""
 TEMPERATURE = 0.03
-"""That the match distribution starts from."""
+"""Initial temperature of the match distribution."""
 _STATES = 4
 
 
 @dataclass(frozen=True, eq=False)
 class FlowReading:
-    """What the network says of a batch of frame pairs."""
+    """Output of the network for a batch of frame pairs."""
 
     offset: torch.Tensor
     """(B, 2, h, w) cells, x then y."""
     log_scale: torch.Tensor
     """(B, h, w) log b, b in cells."""
-    seen: torch.Tensor
-    """(B, h, w) logit of whether the point is visible in the previous image."""
+    visible: torch.Tensor
+    """(B, h, w) logit of the point being visible in the previous image."""
 
 
 class FlowNetwork(nn.Module):
-    """Flow from cost windows; 15 thousand parameters.
+    """Network from cost windows to flow; 15 thousand parameters.
 
     Args:
         width: hidden channels of both halves.
@@ -75,11 +76,11 @@ class FlowNetwork(nn.Module):
             for layer in (self.cell_out, self.join_out):
                 layer.weight.mul_(0.1)
                 layer.bias.zero_()
-            self.join_out.bias[around // 2] = 2.0  # its own flow counts most until something better is learned
+            self.join_out.bias[around // 2] = 2.0  # initially a cell's own flow has the largest weight
             self.join_out.bias[around + 2] = math.log(0.2)
 
     def forward(self, windows: list[CostWindow]) -> FlowReading:
-        """Read windows of equal grids."""
+        """Return flow, log scale and visibility of windows with equal grids."""
         h, w = windows[0].grid
         scores = torch.cat([window.scores for window in windows])
         inside = torch.cat([window.inside for window in windows])
@@ -89,7 +90,7 @@ class FlowNetwork(nn.Module):
         return self._joined(flow, state.reshape(len(windows), h, w, _STATES).permute(0, 3, 1, 2))
 
     def _cells(self, scores: torch.Tensor, inside: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Flow (n, 2) relative to the window's centre, and what else each cell knows, (n, _STATES)."""
+        """Return the flow (n, 2) relative to the window's centre, and the state (n, _STATES) of each cell."""
         known = torch.where(inside, scores, torch.full_like(scores, -1.0))
         best = known.amax(1, keepdim=True)
         mean = known.mean(1, keepdim=True)
@@ -106,8 +107,8 @@ class FlowNetwork(nn.Module):
         flows = around[..., :2]
         own = flow.permute(0, 2, 3, 1).reshape(B, h * w, 1, 2)
         apart = flows - own
-        told = apart.clamp(-MAX_APART, MAX_APART)
-        out = self.join_out(self.join(torch.cat([told, around[..., 2:]], dim=-1).flatten(2)))
+        clipped = apart.clamp(-MAX_FLOW_DIFFERENCE, MAX_FLOW_DIFFERENCE)
+        out = self.join_out(self.join(torch.cat([clipped, around[..., 2:]], dim=-1).flatten(2)))
         weights = out[..., :n].softmax(dim=-1)
         offset = own[:, :, 0] + (weights[..., None] * apart).sum(2) + 0.5 * out[..., n : n + 2]
         log_scale = out[..., n + 2].clamp(math.log(MIN_SCALE), math.log(MAX_SCALE))
@@ -117,26 +118,26 @@ class FlowNetwork(nn.Module):
 
     @torch.inference_mode()
     def flow(self, current: torch.Tensor, previous: torch.Tensor) -> Flow:
-        """Flow from L2-normalised backbone features (C, h, w) of two frames."""
+        """Return the flow from L2-normalised backbone features (C, h, w) of two frames."""
         window = cost_window(current, previous)
         read = self([window])
         offset = read.offset[0]
-        valid = (read.seen[0] > 0) & ends_inside(offset) & ~window.at_edge
+        valid = (read.visible[0] > 0) & ends_inside(offset) & ~window.at_edge
         return Flow(offset, laplace_variance(read.log_scale[0]), valid, window.at_edge)
 
 
 def laplace_variance(log_scale: torch.Tensor) -> torch.Tensor:
-    """Variance per axis, square cells, of the isotropic Laplace density in the plane: E|e|^2 = 6 b^2."""
+    """Return the variance per axis, square cells, of the isotropic Laplace density in the plane: E|e|^2 = 6 b^2."""
     return 3.0 * (2.0 * log_scale).exp()
 
 
 def laplace_nll(error: torch.Tensor, log_scale: torch.Tensor) -> torch.Tensor:
-    """Negative log-likelihood, up to a constant, of error lengths |e| at log b, both in cells."""
+    """Return the negative log-likelihood, up to a constant, of error lengths |e| at log b, both in cells."""
     return 2.0 * log_scale + error * (-log_scale).exp()
 
 
 def _neighbours(values: torch.Tensor) -> torch.Tensor:
-    """(B, h w, n, C) of values (B, C, h, w): each cell's square of neighbours; the border repeats."""
+    """Return (B, h w, n, C) of values (B, C, h, w): each cell's square of neighbours; the border repeats."""
     B, C, h, w = values.shape
     r = NEIGHBOURS // 2
     padded = F.pad(values, (r, r, r, r), mode="replicate")
@@ -145,7 +146,7 @@ def _neighbours(values: torch.Tensor) -> torch.Tensor:
 
 
 def save_flow_network(path: Path, network: FlowNetwork) -> None:
-    """Write the weights."""
+    """Write the weights as safetensors."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
     save_file(tensors, path, {"format": FORMAT, "version": FORMAT_VERSION, "width": str(network.width)})
@@ -156,7 +157,7 @@ def load_flow_network(path: Path = WEIGHTS_FILE) -> FlowNetwork:
     """Read weights, by default those of this package, in evaluation mode on the CPU.
 
     Raises:
-        WeightsError: the file is missing, damaged, or holds something else.
+        WeightsError: the file is missing, damaged, or not one of flow weights.
     """
     if not path.is_file():
         raise WeightsError(f"There is no file '{path}' with the weights of the fast family's OFlowNet.")
@@ -174,23 +175,23 @@ def load_flow_network(path: Path = WEIGHTS_FILE) -> FlowNetwork:
 
 @cache
 def shipped_flow_network(device: torch.device) -> FlowNetwork:
-    """The network of this package on a device, shared by all who ask."""
+    """Return the network of this package on a device; all callers share it."""
     return load_flow_network().to(device).requires_grad_(False)
 
 
 LEARNED_FLOOR_M2 = 0.002**2
-"""Process noise that is always added to the network's, m^2. Its own says where flow is worse; the centimetre that the
-cost volume needs on top would drown that."""
+"""Floor of the process noise of the network's flow, m^2. The network's own noise says where flow is worse; the
+centimetre of floor that the cost volume needs would hide that."""
 
 
-STEPS_ALIKE = 3.0
-"""Factor on the noise that one step of the network's flow adds. Errors of successive steps are alike (the same edge,
-the same texture), so they add up faster than independent ones would: a correlation of r between neighbours makes the
+STEP_CORRELATION_FACTOR = 3.0
+"""Factor on the noise that one step of the network's flow adds. Errors of successive steps are correlated (the same
+edge, the same texture), so they add up faster than independent ones. A correlation of r between neighbours makes the
 variance of a long sum (1 + r) / (1 - r) times as large, and r is about a half."""
 
 
 class FlowCalibration(Protocol):
-    """What a map says of both."""
+    """Calibration values of a map for both flows."""
 
     @property
     def flow_temperature(self) -> float: ...
@@ -207,22 +208,22 @@ class FlowCalibration(Protocol):
 
 @dataclass(frozen=True)
 class MapFlow:
-    """Flow for one map, and its process noise there."""
+    """Flow function of one map, and its process noise."""
 
     flow: FlowFunction
     process_scale: float
     process_floor_m2: float
-    """Process noise that is always added."""
+    """Process variance that is always added, m^2."""
     note: str = ""
     """Sentence on why the network does not give the flow; empty if it does."""
 
 
 def flow_of(calibration: FlowCalibration, device: torch.device) -> MapFlow:
-    """Return the network's flow, or the cost volume's where the map knows no process noise for the network's."""
+    """Return the network's flow, or the cost volume's if the map has no process noise for the network's."""
     scale = calibration.learned_process_scale
     if scale is not None:
         flow = shipped_flow_network(device).flow
-        return MapFlow(flow, STEPS_ALIKE * scale, STEPS_ALIKE * LEARNED_FLOOR_M2)
+        return MapFlow(flow, STEP_CORRELATION_FACTOR * scale, STEP_CORRELATION_FACTOR * LEARNED_FLOOR_M2)
     note = (
         "The map's process noise was calibrated for the cost volume alone, which therefore gives the flow. "
         "Build the map again to use the network."
@@ -231,6 +232,6 @@ def flow_of(calibration: FlowCalibration, device: torch.device) -> MapFlow:
 
 
 def cost_volume_flow(calibration: FlowCalibration, note: str = "") -> MapFlow:
-    """Return the flow that a soft-argmax reads from the cost volume; nothing in it is trained."""
+    """Return the flow that a soft-argmax reads from the cost volume, without trained weights."""
     flow = partial(backward_flow, temperature=calibration.flow_temperature)
     return MapFlow(flow, calibration.process_scale, calibration.process_floor_m2, note)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One step of the filter: a belief carried along a flow, and fused with a measurement of the same cells."""
+"""One step of the filter: propagate a belief along a flow, and fuse it with a measurement of the same cells."""
 
 from __future__ import annotations
 
@@ -17,78 +17,82 @@ NO_PRIOR = float("nan")
 
 
 class NisMode(Enum):
-    """What happens to a cell whose measurement contradicts its prior."""
+    """Treatment of a cell whose measurement contradicts its prior."""
 
     OFF = "off"
-    """Nothing: prior and measurement are fused all the same."""
+    """Prior and measurement are fused regardless."""
     OUTPUT_ONLY = "output_only"
-    """The emitted coordinates are the measurement's; the recursion keeps what was fused (as published)."""
+    """The output is the measurement; the recursion continues with the fused value (as published)."""
     LOWER_VARIANCE = "lower_variance"
-    """The cell keeps whichever of prior and measurement claims the smaller variance. A blurred or covered picture
-    gives measurements that are worse than the belief and say so; the other modes always side with them."""
+    """The cell keeps the prior or the measurement, whichever has the lower variance. A blurred or covered image
+    gives measurements that are worse than the belief and have a higher variance; the other modes always take the
+    measurement."""
 
 
 @dataclass(frozen=True)
 class FilterSettings:
-    """What the recursion needs to know; the first three are calibrated when a map is built.
+    """Settings of the filter; the first three are calibrated when a map is built.
 
-    The defaults are this project's; the original has no NIS test by default, no resets and no floors.
+    The defaults are this project's. The original has no NIS test by default, no resets and no floors.
     """
 
     flow_temperature: float
     process_scale: float
-    """Multiplies the modelled process variance."""
+    """Factor on the modelled process variance."""
     process_floor_m2: float
-    """Process variance that is always added."""
+    """Process variance that is always added, m^2."""
     nis_threshold: float = kalman.NIS_THRESHOLD_95
     max_gap_s: float = 0.5
-    """A longer gap between frames, or between refined poses that confirm the belief, resets the recursion."""
+    """Longest gap between frames, or between refined poses that confirm the belief; a longer one resets the filter."""
     max_rejected_ratio: float = 0.7
-    """If more of the prior's cells than this fail the NIS test, prior and measurement contradict each other."""
+    """Largest share of the prior's cells that may fail the NIS test; above it, prior and measurement contradict each
+    other."""
     patience: int = 1
-    """Contradicting frames in a row that are taken for bad images (with ``NisMode.LOWER_VARIANCE``, the belief is
-    kept); with the next one, the belief is taken to be wrong and dropped. Never with ``NisMode.OFF``."""
+    """Successive contradicting frames that count as bad images and keep the belief (``NisMode.LOWER_VARIANCE``). After
+    one more the belief counts as wrong, and the filter resets. With ``NisMode.OFF`` it never does."""
     nis_mode: NisMode = NisMode.LOWER_VARIANCE
     error_correlation: float = 0.7
-    """Of the errors of prior and measurement, as measured; 0 is the independence that the original assumes."""
+    """Correlation of the errors of prior and measurement, as measured; 0 is the original's assumption of
+    independence."""
     max_edge_ratio: float = 0.6
-    """If the flow of more cells than this ends at the border of its search window, the recursion starts anew."""
+    """Largest share of cells whose flow may end at the border of its search window; above it, the filter resets."""
     min_inlier_ratio: float = 0.0
-    """A pose with a smaller share of inliers than this drops the belief that it came from."""
+    """Smallest share of PnP inliers of a pose; below it, the filter resets."""
     posterior_floor_m2: float = 0.0
     """Smallest posterior variance of fused cells."""
     confirmed_variance_scale: float = 0.75
-    """Of what is emitted from a belief that refined poses correct: what is left of the cells' variance without the
-    error that they share, as measured. What is carried on keeps its variance, or it would shrink with every frame."""
+    """Scale of the output variances while refined poses correct the belief: the share left, as measured, without the
+    error that all cells have in common. The recursion continues with the unscaled variances, or they would shrink with
+    every frame."""
     blend_sigma: bool = False
-    """Carry standard deviations instead of variances along the flow, as published."""
+    """Interpolate standard deviations instead of variances along the flow, as published."""
 
 
 @dataclass(frozen=True, eq=False)
 class Prior:
-    """The belief carried into this frame."""
+    """Belief propagated into this frame."""
 
     mean: torch.Tensor
     variance: torch.Tensor
     valid: torch.Tensor
     process_variance: torch.Tensor | None = None
-    """(h, w) square metres of noise that carrying added; part of ``variance``."""
+    """(h, w) process noise added by the propagation, m^2; part of ``variance``."""
 
 
 @dataclass(frozen=True, eq=False)
 class Filtered:
-    """Posterior and report of one frame, and what they were made of."""
+    """Posterior and report of one frame, with the intermediate results."""
 
     posterior: SceneCoordinates
-    """What this frame gives out."""
+    """Output for this frame."""
     report: FilterReport
     belief: SceneCoordinates | None = None
-    """What the recursion carries on, where that is not the posterior: see ``NisMode.OUTPUT_ONLY``, ``confirmed``."""
+    """Belief for the next frame, if it is not the posterior: see ``NisMode.OUTPUT_ONLY`` and :func:`confirmed`."""
     flow: Flow | None = None
-    """From the frame before; None at a fresh start."""
+    """Flow from the previous frame; None after a reset."""
     prior: Prior | None = None
     nis: torch.Tensor | None = None
-    """(h, w) normalised innovation squared; it means something where prior and measurement are valid."""
+    """(h, w) normalised innovation squared; meaningful where prior and measurement are valid."""
 
 
 def warp(
@@ -99,11 +103,18 @@ def warp(
     *,
     blend_sigma: bool = False,
 ) -> Prior:
-    """Carry a belief along a backward flow and add process noise.
+    """Propagate a belief along a backward flow and add process noise.
 
-    The process variance is what the flow itself says, if it does; else what the flow's uncertainty means in metres,
-    through the local gradient of the scene coordinates, plus how much the four cells that are blended disagree (a
-    depth edge). It is scaled, and a floor added. A cell is valid only if the flow is and all the cells it blends are.
+    The process variance is the flow's own, if it has one. Otherwise it is the flow's variance in metres, by the local
+    gradient of the scene coordinates, plus the spread of the four cells that are interpolated (large at a depth edge).
+    It is scaled, and a floor is added. A cell is valid if its flow and all the cells that it interpolates are.
+
+    Args:
+        belief: scene coordinates of the previous frame.
+        flow: backward flow to the previous frame.
+        process_scale: factor on the process variance.
+        process_floor_m2: added to the process variance.
+        blend_sigma: interpolate standard deviations instead of variances.
     """
     _, h, w = belief.mean.shape
     device = belief.mean.device
@@ -136,7 +147,7 @@ def warp(
 
 
 def _metres_per_cell_squared(mean: torch.Tensor) -> torch.Tensor:
-    """Mean over axes of the squared change of the coordinates (3, h, w) across one cell, (h, w)."""
+    """Return the mean over axes of the squared change of coordinates (3, h, w) across one cell, (h, w)."""
     padded = F.pad(mean[None], (1, 1, 1, 1), mode="replicate")[0]
     dx = (padded[:, 1:-1, 2:] - padded[:, 1:-1, :-2]) / 2
     dy = (padded[:, 2:, 1:-1] - padded[:, :-2, 1:-1]) / 2
@@ -144,7 +155,7 @@ def _metres_per_cell_squared(mean: torch.Tensor) -> torch.Tensor:
 
 
 def fuse(prior: Prior, measurement: SceneCoordinates, settings: FilterSettings) -> Filtered:
-    """Kalman update where the prior is valid, and the NIS test; the measurement elsewhere."""
+    """Apply the Kalman update and the NIS test where the prior is valid; elsewhere take the measurement."""
     update = kalman.update(
         prior.mean, prior.variance, measurement.mean, measurement.variance, settings.error_correlation
     )
@@ -162,10 +173,10 @@ def fuse(prior: Prior, measurement: SceneCoordinates, settings: FilterSettings) 
     mean = torch.where(fused, update.mean, measurement.mean)
     variance = torch.where(fused, update.variance.clamp(min=settings.posterior_floor_m2), measurement.variance)
     if mode is NisMode.LOWER_VARIANCE:
-        kept = both & ~agree
-        if report.rejected_ratio <= settings.max_rejected_ratio:  # else the picture is bad, whatever its cells claim
-            kept &= prior.variance < measurement.variance
-        mean, variance = torch.where(kept, prior.mean, mean), torch.where(kept, prior.variance, variance)
+        keep_prior = both & ~agree
+        if report.rejected_ratio <= settings.max_rejected_ratio:  # else the image is bad, whatever its variances
+            keep_prior &= prior.variance < measurement.variance
+        mean, variance = torch.where(keep_prior, prior.mean, mean), torch.where(keep_prior, prior.variance, variance)
     belief = replace(measurement, mean=mean, variance=variance)
     if mode is not NisMode.OUTPUT_ONLY:
         return Filtered(belief, report, prior=prior, nis=update.nis)
@@ -173,13 +184,13 @@ def fuse(prior: Prior, measurement: SceneCoordinates, settings: FilterSettings) 
     return Filtered(replace(belief, mean=emitted), report, belief, prior=prior, nis=update.nis)
 
 
-def started_anew(measurement: SceneCoordinates, reason: str) -> Filtered:
-    """The measurement alone, where there is no belief to fuse it with."""
+def restarted(measurement: SceneCoordinates, reason: str) -> Filtered:
+    """Return the measurement as the posterior, after a reset."""
     return Filtered(measurement, FilterReport(reason, 0.0, NO_PRIOR, 0.0))
 
 
 def confirmed(filtered: Filtered, variance_scale: float) -> Filtered:
-    """What a step gave out, if refined poses corrected the belief that it came from; see ``FilterSettings``."""
+    """Return a filter step that refined poses confirm, with its output variances scaled; see ``FilterSettings``."""
     posterior = filtered.posterior
     return replace(
         filtered,

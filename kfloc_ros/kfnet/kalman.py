@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Kalman filter over scene coordinates: pure per-cell equations, no state.
+"""Kalman filter over scene coordinates: per-cell equations without state.
 
-A cell's belief is an isotropic Gaussian: a mean (3,) in metres and one variance in square metres shared
-by x, y and z. The process model is the identity carried along the image flow (KFNet, section 3.1 of the spec).
+A cell's belief is an isotropic Gaussian: a mean (3,) in metres and one variance in square metres for x, y and z. The
+process model is the identity along the image flow (KFNet, section 3.1).
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ class Update:
     variance: torch.Tensor
     """(...) square metres; at most the smaller of prior and measurement variance."""
     nis: torch.Tensor
-    """(...) normalised innovation squared, chi-square with 3 degrees of freedom if all is consistent."""
+    """(...) normalised innovation squared; chi-square with 3 degrees of freedom if the variances are right."""
 
 
 def predict(variance: torch.Tensor, process_variance: torch.Tensor) -> torch.Tensor:
-    """Prior variance: that of the warped belief plus the process noise, both floored."""
+    """Return the prior variance: that of the warped belief plus the process noise, both floored."""
     return variance.clamp(min=MIN_VARIANCE_M2) + process_variance.clamp(min=MIN_VARIANCE_M2)
 
 
@@ -44,9 +44,10 @@ def update(
     """Fuse a prior (3, ...) with a measurement (3, ...).
 
     With independent errors:  K = P / (P + R);  x' = x + K (z - x);  P' = (1 - K) P, computed as P R / (P + R), which
-    does not cancel. With correlated errors, C = correlation * sqrt(P R) (Bar-Shalom and Campo, 1986):
-    K = (P - C) / (P + R - 2 C), kept in [0, 1];  P' = (1 - K)^2 P + K^2 R + 2 K (1 - K) C. A network errs alike in
-    neighbouring frames, so fusing them as if independent claims too much; here a belief ends at correlation^2 R.
+    does not cancel. With correlated errors, C = correlation * sqrt(P R) (Bar-Shalom and Campo, 1986): K = (P - C) / (P
+    + R - 2 C), kept in [0, 1];  P' = (1 - K)^2 P + K^2 R + 2 K (1 - K) C. A network's errors in neighbouring frames are
+    similar, so fusing them as if independent gives too small variances; with the correlation, the variance of a belief
+    converges to correlation^2 R.
 
     Args:
         prior_mean: metres.

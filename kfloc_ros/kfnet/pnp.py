@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Camera pose from a scene-coordinate map: RANSAC on the surest cells, then weighted refinement.
+"""Camera pose from a scene-coordinate map: RANSAC on the most certain cells, then weighted refinement.
 
-RANSAC is PoseLib's LO-RANSAC. Its result is refined here with every cell weighted by what its variance
-means in pixels, which RANSAC's inlier count does not know, and that last system gives the covariance.
+RANSAC is PoseLib's LO-RANSAC, whose inlier count does not use the variances. Its result is refined here with every cell
+weighted by its variance in pixels; the last linear system of the refinement gives the covariance.
 """
 
 from __future__ import annotations
@@ -22,20 +22,21 @@ from kfloc_ros.types import CoarsePose, SceneCoordinates
 
 @dataclass(frozen=True)
 class PnpSettings:
-    """How the coarse pose is found and when it counts."""
+    """Settings of PnP, and the conditions for accepting its pose."""
 
     max_cells: int = 1500
-    """The cells of smallest variance are used, at most this many."""
+    """Largest number of cells used; those of smallest variance are taken."""
     max_sigma_m: float = 0.5
-    """Cells less certain than this are never used."""
+    """Largest standard deviation of a cell that is used."""
     max_error_px: float = 10.0
     """Inlier threshold of the reprojection error."""
     pixel_sigma_px: float = 2.0
-    """Position noise of a cell in the image."""
+    """Standard deviation of a cell's position in the image."""
     min_inliers: int = 40
     min_inlier_ratio: float = 0.1
     covariance_scale: float = 1.0
-    """From the map's calibration; neighbouring cells err together, so the sum of their information is too large."""
+    """Scale of the covariance, from the map's calibration: neighbouring cells share errors, so the sum of their
+    information is too large."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +52,7 @@ class Correspondences:
 
 
 def choose_cells(coordinates: SceneCoordinates, settings: PnpSettings) -> Correspondences:
-    """The surest cells of a scene-coordinate map."""
+    """Return the most certain cells of a scene-coordinate map."""
     w = coordinates.variance.shape[1]
     sigma = coordinates.variance.sqrt().reshape(-1).cpu().numpy().astype(np.float64)
     usable = coordinates.valid.reshape(-1).cpu().numpy() & (sigma < settings.max_sigma_m)
@@ -65,7 +66,7 @@ def choose_cells(coordinates: SceneCoordinates, settings: PnpSettings) -> Corres
 
 
 def agreeing_share(coordinates: SceneCoordinates, camera: Camera, T_map_camera: Matrix, settings: PnpSettings) -> float:
-    """Share of the surest cells of a scene-coordinate map whose points a pose shows where the cells are."""
+    """Return the share of the most certain cells whose points project near their cells from a pose."""
     cells = choose_cells(coordinates, settings)
     if len(cells.pixels) < settings.min_inliers:
         return 0.0
@@ -79,7 +80,16 @@ def agreeing_share(coordinates: SceneCoordinates, camera: Camera, T_map_camera: 
 
 
 def solve_pnp(coordinates: SceneCoordinates, camera: Camera, settings: PnpSettings) -> CoarsePose:
-    """Coarse pose of a scene-coordinate map; ``success`` and ``reason`` say whether it can be used."""
+    """Solve for the coarse pose of a scene-coordinate map.
+
+    Args:
+        coordinates: scene coordinates, map frame.
+        camera: pinhole camera of the image.
+        settings: settings of PnP.
+
+    Returns:
+        The pose; ``success`` and ``reason`` tell if it is usable.
+    """
     cells = choose_cells(coordinates, settings)
     if len(cells.pixels) < settings.min_inliers:
         return _failure(f"only {len(cells.pixels)} cells are certain enough for PnP", 0, 0.0)
@@ -99,8 +109,8 @@ def solve_pnp(coordinates: SceneCoordinates, camera: Camera, settings: PnpSettin
     count, ratio = int(inliers.sum()), float(inliers.mean())
     if count < settings.min_inliers or ratio < settings.min_inlier_ratio:
         return _failure(f"PnP found {count} inliers of {len(inliers)} cells", count, ratio)
-    kept = Correspondences(cells.pixels[inliers], cells.points[inliers], cells.sigma_m[inliers])
-    T_camera_map, information = _refine(make_pose(pose.R, pose.t), kept, camera, settings)
+    inlier_cells = Correspondences(cells.pixels[inliers], cells.points[inliers], cells.sigma_m[inliers])
+    T_camera_map, information = _refine(make_pose(pose.R, pose.t), inlier_cells, camera, settings)
     covariance = map_frame_covariance(information, T_camera_map)
     if covariance is None:
         return _failure("the PnP system is degenerate", count, ratio)
@@ -115,11 +125,11 @@ REFINE_ITERATIONS = 15
 
 
 def _refine(T: Matrix, cells: Correspondences, camera: Camera, settings: PnpSettings) -> tuple[Matrix, Matrix]:
-    """Gauss-Newton on whitened point-to-ray distances with a Cauchy loss; returns the pose and its information.
+    """Refine by Gauss-Newton on whitened point-to-ray distances with a Cauchy loss; return pose and information.
 
     With isotropic 3-D noise the distance of a point to its cell's viewing ray is the maximum-likelihood residual and
-    linear in the noise. The reprojection error is not: it divides by a noisy depth, which biases the pose (1 cm at
-    5 cm noise in a 3 m room).
+    linear in the noise. The reprojection error is not: it divides by a noisy depth, which biases the pose (1 cm at 5 cm
+    noise in a 3 m room).
     """
     tangents = _ray_tangents(cells.pixels, camera)
     H = np.zeros((6, 6))
@@ -144,7 +154,7 @@ def _refine(T: Matrix, cells: Correspondences, camera: Camera, settings: PnpSett
 
 
 def _ray_tangents(pixels: NDArray[np.float64], camera: Camera) -> NDArray[np.float64]:
-    """(N, 2, 3) two orthonormal directions across the viewing ray of each pixel."""
+    """Return (N, 2, 3): two orthonormal directions across the viewing ray of each pixel."""
     x, y = (pixels[:, 0] - camera.cx) / camera.fx, (pixels[:, 1] - camera.cy) / camera.fy
     ray = np.stack([x, y, np.ones_like(x)], axis=1)
     ray /= np.linalg.norm(ray, axis=1, keepdims=True)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """SCoordNet of the fast family: a residual per-cell head on the backbone, one per map.
 
-Its likelihood is an isotropic Laplace density in space, p(e) ~ exp(-|e| / b) / b^3, which forgives the
-cells that cannot be told apart; its variance per axis is 4 b^2.
+Its likelihood is an isotropic Laplace density in space, p(e) ~ exp(-|e| / b) / b^3, which tolerates cells that look
+alike; its variance per axis is 4 b^2.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from kfloc_ros.types import SceneCoordinates
 
 INPUT_CHANNELS = COARSE_CHANNELS + CONTEXT_CHANNELS
 MIN_SCALE_M = 2e-3
-"""Smallest Laplace scale b that the head may claim."""
+"""Smallest Laplace scale b of the head's output."""
 MAX_SCALE_M = 20.0
 
 
 def head_input(features: BackboneFeatures) -> torch.Tensor:
-    """(B, h, w, 192) what the head sees of each cell: its own features and its surroundings."""
+    """Return the head's input (B, h, w, 192): features of each cell and of its surroundings."""
     return torch.cat([features.coarse, features.context], dim=1).permute(0, 2, 3, 1)
 
 
@@ -63,7 +63,7 @@ class SCoordNet(nn.Module):
         self.centre.copy_(coordinates.mean(0))
 
     def forward(self, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scene coordinates (..., 3) in metres, map frame, and log b (...), of cells (..., 192)."""
+        """Return scene coordinates (..., 3) in metres, map frame, and log b (...), of cells (..., 192)."""
         h = F.relu(self.input((inputs - self.input_mean) * self.input_scale))
         for first, second in zip(self.first, self.second, strict=True):
             h = F.relu(h + second(F.relu(first(h))))
@@ -74,10 +74,10 @@ class SCoordNet(nn.Module):
 
     @torch.inference_mode()
     def measure(self, features: BackboneFeatures, variance_scale: float = 1.0) -> SceneCoordinates:
-        """Scene coordinates of the first image of a batch.
+        """Return scene coordinates of the first image of a batch.
 
         Args:
-            features: of one image.
+            features: backbone features of one image.
             variance_scale: from the map's calibration on views that the head was not trained on.
         """
         inputs = head_input(features)[0]
@@ -89,24 +89,27 @@ class SCoordNet(nn.Module):
 
 
 def laplace_variance(log_scale: torch.Tensor) -> torch.Tensor:
-    """Variance per axis, m^2, of the isotropic Laplace density in 3-D: E|e|^2 = 12 b^2."""
+    """Return the variance per axis, m^2, of the isotropic Laplace density in 3-D: E|e|^2 = 12 b^2."""
     return 4.0 * (2.0 * log_scale).exp()
 
 
 def laplace_nll(error_m: torch.Tensor, log_scale: torch.Tensor) -> torch.Tensor:
-    """Negative log-likelihood, up to a constant, of error lengths |e| (N,) at log b (N,)."""
+    """Return the negative log-likelihood, up to a constant, of error lengths |e| (N,) at log b (N,)."""
     return 3.0 * log_scale + error_m * (-log_scale).exp()
 
 
 MAX_HEADS = 8
-"""Each costs its own pass over the cells of every frame."""
+"""Largest number of heads; each costs a pass over the cells of every frame."""
 
 
-class SCoordNets(nn.Module):
-    """Heads of the same size that speak for one map together.
+class SCoordNetEnsemble(nn.Module):
+    """Ensemble of heads of the same size for one map.
 
     Args:
         heads: two or more, of the same width and number of blocks.
+
+    Raises:
+        ValueError: the heads have different sizes.
     """
 
     def __init__(self, heads: Sequence[SCoordNet]) -> None:
@@ -118,49 +121,49 @@ class SCoordNets(nn.Module):
 
     @torch.inference_mode()
     def measure(self, features: BackboneFeatures, variance_scale: float = 1.0) -> SceneCoordinates:
-        """Scene coordinates of the first image of a batch, of each cell's surest head."""
+        """Return scene coordinates of the first image of a batch, by each cell's most certain head."""
         inputs = head_input(features)[0]
         with quick_matmul(inputs.device):
-            told = [head(inputs) for head in self.heads]
-        mean = torch.stack([m for m, _ in told])
-        variance = variance_scale * laplace_variance(torch.stack([log_scale for _, log_scale in told]))
+            outputs = [head(inputs) for head in self.heads]
+        mean = torch.stack([m for m, _ in outputs])
+        variance = variance_scale * laplace_variance(torch.stack([log_scale for _, log_scale in outputs]))
         usable = torch.isfinite(mean).all(-1) & torch.isfinite(variance)
-        surest = torch.where(usable, variance, torch.inf).argmin(dim=0, keepdim=True)
-        best = mean.gather(0, surest[..., None].expand(1, *mean.shape[1:]))[0]
+        most_certain = torch.where(usable, variance, torch.inf).argmin(dim=0, keepdim=True)
+        best = mean.gather(0, most_certain[..., None].expand(1, *mean.shape[1:]))[0]
         return SceneCoordinates(
             best.permute(2, 0, 1).contiguous(),
-            variance.gather(0, surest)[0],
-            usable.gather(0, surest)[0],
+            variance.gather(0, most_certain)[0],
+            usable.gather(0, most_certain)[0],
             COARSE_STRIDE,
         )
 
 
-Head = SCoordNet | SCoordNets
-"""What a map holds: one head, or several."""
+Head = SCoordNet | SCoordNetEnsemble
+"""Head of a map: a single one, or an ensemble."""
 
 
 def heads_of(head: Head) -> tuple[SCoordNet, ...]:
-    """The heads one by one."""
+    """Return the single heads."""
     if isinstance(head, SCoordNet):
         return (head,)
     return tuple(item for item in head.heads if isinstance(item, SCoordNet))
 
 
-def together(heads: Sequence[SCoordNet]) -> Head:
-    """Heads as one: a single one stays what it is."""
-    return heads[0] if len(heads) == 1 else SCoordNets(heads)
+def ensemble_of(heads: Sequence[SCoordNet]) -> Head:
+    """Return the heads as one; a single head is returned unchanged."""
+    return heads[0] if len(heads) == 1 else SCoordNetEnsemble(heads)
 
 
 def with_variance_scale(head: SCoordNet, scale: float) -> SCoordNet:
-    """A copy whose variance is larger by a factor: heads of different calibration become comparable."""
+    """Return a copy whose variance is larger by a factor, so that heads of different calibration are comparable."""
     scaled = copy.deepcopy(head)
     with torch.no_grad():
         scaled.output.bias[3] += 0.5 * math.log(scale)
     return scaled
 
 
-def moved(head: SCoordNet, T: Matrix) -> SCoordNet:
-    """A copy that tells its coordinates in another frame: each point p becomes T p."""
+def transformed_head(head: SCoordNet, T: Matrix) -> SCoordNet:
+    """Return a copy that regresses in another frame: each point p becomes T p, T (4, 4)."""
     R, t = (torch.from_numpy(part.copy()) for part in (T[:3, :3], T[:3, 3]))
     result = copy.deepcopy(head)
     with torch.no_grad():
@@ -171,19 +174,19 @@ def moved(head: SCoordNet, T: Matrix) -> SCoordNet:
 
 
 REACH_CELLS = 2
-"""From a cell to the two that it is compared with. Neighbours share most of the image that they are told from, and err
-alike."""
+"""Distance from a cell to the two that it is compared with. Neighbours closer than that are regressed from mostly the
+same pixels, so their errors are similar."""
 STEPS = ((0, REACH_CELLS), (REACH_CELLS, 0), (REACH_CELLS, REACH_CELLS), (REACH_CELLS, -REACH_CELLS))
 
 
 @dataclass(frozen=True)
 class RoughnessScale:
-    """What roughness means in one map: calibrated on views that its head was not trained on, as they are and turned."""
+    """Calibration of roughness for one map, on views that its head was not trained on, as they are and turned."""
 
     usual_m: float
-    """Of views among the mapped ones; smoother ones are not taken to be better."""
+    """Roughness of views among the mapped ones; smoother views are not taken to be better."""
     power: float
-    """With which the variance of a rougher view's cells grows."""
+    """Exponent with which variances grow with the roughness of a view."""
 
     def __post_init__(self) -> None:
         for name in ("usual_m", "power"):
@@ -192,16 +195,16 @@ class RoughnessScale:
                 raise ValueError(f"the roughness's '{name}' must be a positive number, not {value!r}")
 
     def factor(self, roughness_m: torch.Tensor) -> torch.Tensor:
-        """By how much variances are larger in views of this roughness; 1 where it is not known."""
+        """Return the factor on the variances of a view of this roughness; 1 where the roughness is unknown."""
         return torch.nan_to_num((roughness_m / self.usual_m).clamp(min=1.0) ** self.power, nan=1.0)
 
     def applied(self, measured: SceneCoordinates) -> SceneCoordinates:
-        """The same coordinates with the variances of all cells made larger, by one factor."""
+        """Return the coordinates with the variances of all cells scaled by one factor."""
         return replace(measured, variance=measured.variance * self.factor(roughness_m(measured)))
 
 
 class MeasurementCalibration(Protocol):
-    """What a map says of its head's variances."""
+    """Calibration values of a map for its head's variances."""
 
     @property
     def measurement_variance_scale(self) -> float: ...
@@ -211,16 +214,17 @@ class MeasurementCalibration(Protocol):
 
 
 def measure(head: Head, features: BackboneFeatures, calibration: MeasurementCalibration) -> SceneCoordinates:
-    """Scene coordinates of the first image of a batch, their variances as calibrated."""
+    """Return scene coordinates of the first image of a batch, with calibrated variances."""
     measured = head.measure(features, calibration.measurement_variance_scale)
     return measured if calibration.roughness is None else calibration.roughness.applied(measured)
 
 
 def roughness_m(measured: SceneCoordinates) -> torch.Tensor:
-    """Median over cells of how far they are from the middle between two others, in four directions; a scalar, metres.
+    """Return the roughness of scene coordinates, a scalar in metres; NaN if no cell can be compared.
 
-    It is given as the standard deviation, per axis, of errors of cells that would make a flat surface about so rough
-    if they were independent (a second difference has six times their variance). NaN where no cell can be told.
+    It is the median over cells of the distance to the middle between two other cells, in four directions. It is
+    expressed as the standard deviation, per axis, of independent cell errors that would make a flat surface equally
+    rough (a second difference has six times their variance).
     """
     r = REACH_CELLS
     _, h, w = measured.mean.shape
@@ -238,9 +242,10 @@ def roughness_m(measured: SceneCoordinates) -> torch.Tensor:
 
 
 def quick_matmul(device: torch.device) -> AbstractContextManager[object]:
-    """A context in which layers compute in bfloat16 where the processor does that natively, else as always.
+    """Return a context in which layers compute in bfloat16 if the processor does so natively, else as usual.
 
-    Three times as fast on a CPU that has it; about 4 mm of error in a scene coordinate, whose own is 2 cm or more.
+    It is three times as fast on a CPU with native bfloat16. The error is about 4 mm in a scene coordinate, whose own
+    error is 2 cm or more.
     """
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported()

@@ -17,9 +17,9 @@ from kfloc_ros.kfnet.scoordnet import (
     MAX_HEADS,
     RoughnessScale,
     SCoordNet,
+    ensemble_of,
     heads_of,
-    moved,
-    together,
+    transformed_head,
     with_variance_scale,
 )
 from kfloc_ros.mapping.views import ReferenceCollector
@@ -52,7 +52,7 @@ def merge_maps(
     """
     _check_cameras(older, newer)
     check_families(older, newer)
-    heads = [*_own_heads(older), *(moved(head, T_older_newer) for head in _own_heads(newer))]
+    heads = [*_own_heads(older), *(transformed_head(head, T_older_newer) for head in _own_heads(newer))]
     if len({(head.width, head.blocks) for head in heads}) > 1:
         raise MapError("The maps' heads differ in size (`kfloc map info` shows it); build one of them again.")
     if len(heads) > MAX_HEADS:
@@ -65,7 +65,7 @@ def merge_maps(
         name=name or older.name,
         frame_id=older.frame_id,
         camera=older.camera,
-        head=together(heads),
+        head=ensemble_of(heads),
         references=references,
         calibration=_calibration(older.calibration, newer.calibration),
         bounds_m=_bounds(older.bounds_m, newer.bounds_m, T_older_newer),

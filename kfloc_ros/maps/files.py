@@ -27,7 +27,7 @@ from safetensors.torch import load
 from kfloc_ros.errors import MapError
 from kfloc_ros.features.backbone import COARSE_CHANNELS, FINE_CHANNELS
 from kfloc_ros.files import check_tensor_list, read_bytes
-from kfloc_ros.kfnet.scoordnet import MAX_HEADS, Head, SCoordNet, together
+from kfloc_ros.kfnet.scoordnet import MAX_HEADS, Head, SCoordNet, ensemble_of
 from kfloc_ros.pixloc.references import ReferencePoints, ReferenceViews
 
 T = TypeVar("T")
@@ -223,7 +223,7 @@ def unpack_heads(tensors: Mapping[str, torch.Tensor], size: Mapping[str, Any]) -
 
 
 def _heads(width: int, blocks: int, count: int) -> Head:
-    return together([SCoordNet(width, blocks) for _ in range(count)])
+    return ensemble_of([SCoordNet(width, blocks) for _ in range(count)])
 
 
 def pack_references(references: ReferenceViews) -> dict[str, torch.Tensor]:

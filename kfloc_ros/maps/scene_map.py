@@ -17,7 +17,7 @@ from kfloc_ros.errors import FrameError, MapError, WeightsError
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import Matrix
 from kfloc_ros.kfnet.reference.networks import ReferenceNetworks, describe_networks, pack_networks, unpack_networks
-from kfloc_ros.kfnet.scoordnet import Head, RoughnessScale, heads_of, moved, together
+from kfloc_ros.kfnet.scoordnet import Head, RoughnessScale, ensemble_of, heads_of, transformed_head
 from kfloc_ros.maps.files import (
     MAX_REFERENCES_BYTES,
     appearing,
@@ -234,8 +234,8 @@ def in_frame(scene_map: SceneMap, T: Matrix, frame_id: str) -> SceneMap:
     return replace(
         scene_map,
         frame_id=frame_id,
-        head=together([moved(head, T) for head in heads_of(scene_map.head)]).eval(),
-        kfnet=None if scene_map.kfnet is None else scene_map.kfnet.moved(T),
+        head=ensemble_of([transformed_head(head, T) for head in heads_of(scene_map.head)]).eval(),
+        kfnet=None if scene_map.kfnet is None else scene_map.kfnet.transformed(T),
         references=transformed(scene_map.references, T),
         bounds_m=_box(scene_map.bounds_m, T),
     )

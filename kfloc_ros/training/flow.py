@@ -209,7 +209,7 @@ class FastFlowStage(Stage[FlowPair]):
         error = (difference.square().sum(1) + 1e-8).sqrt()
         nll = laplace_nll(error, read.log_scale).clamp(max=MAX_NLL)[within].sum()
         nll = nll / (mean_count(within.sum()) + 1 / world_size()).float()
-        visibility = F.binary_cross_entropy_with_logits(read.seen[known], seen[known].float())
+        visibility = F.binary_cross_entropy_with_logits(read.visible[known], seen[known].float())
         visibility = visibility * (known.sum() / mean_count(known.sum())).float()
         sigma = laplace_variance(read.log_scale.detach()).sqrt()
         inside = (difference.detach().abs() < sigma[:, None]).float().mean(1)[within]

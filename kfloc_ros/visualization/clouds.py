@@ -189,7 +189,7 @@ def write_ply(path: Path, cloud: Cloud, comment: str = "") -> int:
     return len(table)
 
 
-def surest(cloud: Cloud, max_sigma_m: float) -> Cloud:
+def most_certain(cloud: Cloud, max_sigma_m: float) -> Cloud:
     """The points (N, 3) of a cloud that are finite and no less certain than this."""
     points = cloud.points.reshape(-1, 3)
     keep = np.isfinite(points).all(axis=1)

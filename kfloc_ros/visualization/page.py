@@ -28,7 +28,7 @@ from kfloc_ros.messages.clouds import Cloud
 from kfloc_ros.pixloc.residuals import reproject_all
 from kfloc_ros.types import AlignmentStep
 from kfloc_ros.visualization.alignment import offset_between, reference_points
-from kfloc_ros.visualization.clouds import cell_cloud, map_cloud, merged, surest
+from kfloc_ros.visualization.clouds import cell_cloud, map_cloud, merged, most_certain
 from kfloc_ros.visualization.stream import View
 
 MAX_MAP_POINTS, MAX_SEEN_POINTS = 60_000, 60_000
@@ -62,7 +62,7 @@ class LocalizationPage:
         """Add a frame with its coarse pose, the steps of its alignment, and its image."""
         frame, estimate = seen.frame, seen.estimate
         if seen.coarse.scene_coordinates is not None:
-            cells = surest(cell_cloud(seen.coarse.scene_coordinates, frame.image), MAX_SIGMA_M)
+            cells = most_certain(cell_cloud(seen.coarse.scene_coordinates, frame.image), MAX_SIGMA_M)
             self._cloud = merged([self._cloud, cells], VOXEL_M)
         alignment = estimate.alignment
         steps = alignment.steps if alignment is not None else ()

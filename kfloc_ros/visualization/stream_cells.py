@@ -13,7 +13,7 @@ from kfloc_ros.errors import SourceError
 from kfloc_ros.messages.clouds import Cloud
 from kfloc_ros.types import SceneCoordinates
 from kfloc_ros.visualization.cells import NO_VALUE, SIGMA, coordinates_picture, flow_colours, sigma_picture
-from kfloc_ros.visualization.clouds import Ortho, below, cell_cloud, merged, surest, write_ply
+from kfloc_ros.visualization.clouds import Ortho, below, cell_cloud, merged, most_certain, write_ply
 from kfloc_ros.visualization.filter import cell_panels
 from kfloc_ros.visualization.rerun import Recording
 from kfloc_ros.visualization.rerun_views import log_frame
@@ -52,7 +52,7 @@ class CellStream:
         """Write the frame's PLY into a folder, add its points to the cloud, and return the panels of its sheet."""
         coordinates, pose = seen.coarse.scene_coordinates, seen.coarse.pose
         assert coordinates is not None  # the stages run in this process
-        cloud = surest(cell_cloud(coordinates, seen.frame.image), self._max_sigma_m)
+        cloud = most_certain(cell_cloud(coordinates, seen.frame.image), self._max_sigma_m)
         write_ply(folder / f"{seen.frame.index:06d}.ply", cloud, f"frame {seen.frame.index}")
         self._files += 1
         self._latest = cloud
@@ -102,7 +102,7 @@ def show_stored(folder: Path, out: Path, series: PictureSeries, max_sigma_m: flo
     """
     camera, paths = read_coordinate_folder(folder)
     # two passes, since the colours of coordinates need the extent of all of them
-    clouds = [surest(sigma_cloud(read_stored(path).coordinates), max_sigma_m) for path in paths]
+    clouds = [most_certain(sigma_cloud(read_stored(path).coordinates), max_sigma_m) for path in paths]
     whole = merged(clouds, voxel_m)
     if not len(whole.points):
         raise SourceError(

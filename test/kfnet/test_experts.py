@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several heads speak as one: the surest is believed, in the map's frame, with its own calibration."""
+"""Several heads speak as one: the most certain one is used, in the map's frame, with its own calibration."""
 
 from __future__ import annotations
 
@@ -9,7 +9,15 @@ import torch
 
 from kfloc_ros.features.backbone import BackboneFeatures
 from kfloc_ros.geometry.lie import make_pose, so3_exp
-from kfloc_ros.kfnet.scoordnet import SCoordNet, SCoordNets, head_input, heads_of, moved, together, with_variance_scale
+from kfloc_ros.kfnet.scoordnet import (
+    SCoordNet,
+    SCoordNetEnsemble,
+    ensemble_of,
+    head_input,
+    heads_of,
+    transformed_head,
+    with_variance_scale,
+)
 
 
 def head(seed: int, log_scale: float = -2.0) -> SCoordNet:
@@ -31,7 +39,7 @@ def features() -> BackboneFeatures:
 def test_each_cell_is_told_by_its_surest_head() -> None:
     heads = [head(1), head(2)]
     alone = [h.measure(features()) for h in heads]
-    both = SCoordNets(heads).measure(features())
+    both = SCoordNetEnsemble(heads).measure(features())
     first = alone[0].variance <= alone[1].variance
     assert 0 < int(first.sum()) < first.numel()
     torch.testing.assert_close(both.mean, torch.where(first, alone[0].mean, alone[1].mean))
@@ -43,7 +51,7 @@ def test_a_head_that_tells_nonsense_is_not_believed() -> None:
     broken = head(1, log_scale=-6.0)
     with torch.no_grad():
         broken.output.bias[:3] = torch.nan
-    measured = SCoordNets([broken, head(2)]).measure(features())
+    measured = SCoordNetEnsemble([broken, head(2)]).measure(features())
     torch.testing.assert_close(measured.mean, head(2).measure(features()).mean)
     assert measured.valid.all()
 
@@ -52,7 +60,7 @@ def test_a_moved_head_tells_the_moved_points() -> None:
     T = make_pose(so3_exp(np.array([0.3, -1.0, 0.2])), np.array([5.0, -3.0, 1.0]))
     inputs = head_input(features())[0]
     points, log_scale = head(1)(inputs)
-    told, told_log_scale = moved(head(1), T)(inputs)
+    told, told_log_scale = transformed_head(head(1), T)(inputs)
     expected = points.detach().double().numpy() @ T[:3, :3].T + T[:3, 3]
     np.testing.assert_allclose(told.detach().numpy(), expected, atol=1e-5)
     torch.testing.assert_close(told_log_scale, log_scale)
@@ -64,7 +72,7 @@ def test_a_scale_of_the_variance_becomes_part_of_the_head() -> None:
 
 
 def test_one_head_stays_one_and_sizes_must_agree() -> None:
-    assert isinstance(together([head(1)]), SCoordNet)
-    assert len(heads_of(together([head(1), head(2)]))) == 2
+    assert isinstance(ensemble_of([head(1)]), SCoordNet)
+    assert len(heads_of(ensemble_of([head(1), head(2)]))) == 2
     with pytest.raises(ValueError, match="same size"):
-        SCoordNets([head(1), SCoordNet(width=8, blocks=1)])
+        SCoordNetEnsemble([head(1), SCoordNet(width=8, blocks=1)])

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from kfloc_ros.errors import WeightsError
 from kfloc_ros.kfnet.flow import WINDOW_CELLS, cost_window, ends_inside, window_offsets
 from kfloc_ros.kfnet.flow_network import (
-    STEPS_ALIKE,
+    STEP_CORRELATION_FACTOR,
     WEIGHTS_FILE,
     FlowNetwork,
     cost_volume_flow,
@@ -94,7 +94,7 @@ class Calibrated:
 
 def test_a_map_decides_which_flow_can_be_had() -> None:
     learned = flow_of(Calibrated(), CPU)
-    assert (learned.process_scale, learned.note) == (0.25 * STEPS_ALIKE, "")
+    assert (learned.process_scale, learned.note) == (0.25 * STEP_CORRELATION_FACTOR, "")
     older = flow_of(Calibrated(learned_process_scale=None), CPU)
     assert older.process_scale == cost_volume_flow(Calibrated()).process_scale == 0.5
     assert "cost volume" in older.note and "Build the map again" in older.note

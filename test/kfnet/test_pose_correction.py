@@ -182,5 +182,5 @@ def test_a_pose_found_elsewhere_drops_the_belief() -> None:
     elsewhere[0, 3] += 2.0
     recursion.correct_belief(0, CAMERA, elsewhere)
     step = recursion.step(FRAME_NS, features(), seen_from(elsewhere, depth()))
-    assert "found elsewhere" in step.report.reset_reason
+    assert "at another place" in step.report.reset_reason
     assert torch.equal(step.posterior.mean, seen_from(elsewhere, depth()).mean)

@@ -17,7 +17,7 @@ from kfloc_ros.cli.main import main
 from kfloc_ros.datasets.derived import InFrame
 from kfloc_ros.errors import MapError
 from kfloc_ros.geometry.lie import Matrix, inverse_pose, make_pose, rotation_angle_deg, so3_exp
-from kfloc_ros.kfnet.scoordnet import RoughnessScale, SCoordNets, heads_of, moved
+from kfloc_ros.kfnet.scoordnet import RoughnessScale, SCoordNetEnsemble, heads_of, transformed_head
 from kfloc_ros.localization.config import LocalizerConfig
 from kfloc_ros.localization.localizer import Localizer
 from kfloc_ros.mapping import build
@@ -66,7 +66,7 @@ def test_a_recording_is_found_in_the_map_and_both_are_localized_in_what_results(
     out = updated.scene_map.save(tmp_path / "grown")
     assert read_description(out)["version"] == 4
     grown = SceneMap.load(out)
-    assert isinstance(grown.head, SCoordNets) and len(heads_of(grown.head)) == 2
+    assert isinstance(grown.head, SCoordNetEnsemble) and len(heads_of(grown.head)) == 2
     assert "26 views" in grown.provenance["session_2"]
     assert np.median(errors_m(grown, room, [3.4, 9.6, 15.3])) < 0.02
     assert np.median(errors_m(grown, room, [36.4, 41.6, 47.3])) < 0.03
@@ -86,7 +86,9 @@ def test_views_of_both_are_there_where_they_add_coverage(scene_map, updated) -> 
 
 def in_another_frame(scene_map: SceneMap, T: Matrix) -> SceneMap:
     (head,) = heads_of(scene_map.head)
-    return replace(scene_map, head=moved(head, T), references=transformed(scene_map.references, T), name="other")
+    return replace(
+        scene_map, head=transformed_head(head, T), references=transformed(scene_map.references, T), name="other"
+    )
 
 
 def test_two_maps_become_one_from_the_command_line(scene_map, room_map, room, tmp_path: Path, capsys) -> None:
@@ -131,7 +133,7 @@ def test_cameras_and_heads_must_fit(scene_map) -> None:
         join(newer=replace(scene_map, camera=zoomed))
     (head,) = heads_of(scene_map.head)
     with pytest.raises(MapError, match="more than the 8"):
-        join(newer=replace(scene_map, head=SCoordNets([head] * 8)))
+        join(newer=replace(scene_map, head=SCoordNetEnsemble([head] * 8)))
 
 
 def test_what_is_rough_in_both_parts_is_rough_in_the_whole(scene_map: SceneMap) -> None:

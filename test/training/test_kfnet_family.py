@@ -174,7 +174,7 @@ def test_moved_networks_tell_moved_points(kfnet_map: SceneMap, room: FrameSource
     there, here = (pair.scoordnet.measure(np.ascontiguousarray(image)).mean for pair in (moved.kfnet, kfnet_map.kfnet))
     expected = MOVE[:3, :3] @ here.double().reshape(3, -1).numpy() + MOVE[:3, 3:]
     assert np.allclose(there.reshape(3, -1).numpy(), expected, atol=1e-5)
-    back = moved.kfnet.moved(inverse_pose(MOVE)).scoordnet.frame
+    back = moved.kfnet.transformed(inverse_pose(MOVE)).scoordnet.frame
     assert np.allclose(back.T_network_map, kfnet_map.kfnet.scoordnet.frame.T_network_map)
 
 

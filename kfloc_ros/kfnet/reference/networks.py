@@ -38,7 +38,7 @@ class ReferenceNetworks:
         self.oflownet.to(device)
         return self
 
-    def moved(self, T: Matrix) -> ReferenceNetworks:
+    def transformed(self, T: Matrix) -> ReferenceNetworks:
         """A copy that tells its coordinates in another frame: each point p becomes T p."""
         scoordnet = copy.deepcopy(self.scoordnet)
         frame = scoordnet.frame
