@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The feature-metric cost of a camera pose and its normal equations.
+"""Feature-metric cost of a camera pose, and its normal equations.
 
-Every map point p with reference feature f is projected into the query; its residual is r = F(u(p)) - f.
-With robust loss rho and confidence w the cost is mean_w rho(|r|^2), minimised over a left perturbation
-(dt, dw) of T_camera_map: P' = P + dt + dw x P. Only the two image-plane directions matter to the pose, so
-a point contributes its 2x2 structure tensor, never its C x 6 Jacobian.
+Every map point p with reference feature f is projected into the query; its residual is r = F(u(p)) - f. With robust
+loss rho and confidence w the cost is mean_w rho(|r|^2), minimised over a left perturbation (dt, dw) of T_camera_map: P'
+= P + dt + dw x P. Only the two image-plane directions affect the pose, so a point contributes its 2x2 structure tensor,
+never its C x 6 Jacobian.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from kfloc_ros.geometry.camera import Camera
 
 NEAR_M = 0.05
-"""Points nearer to the image plane than this are not projected."""
+"""Smallest depth of a point that is projected."""
 
 
 @dataclass(frozen=True, eq=False)
 class FeatureImage:
-    """One level of the query: features, their image gradients and confidence, laid out for gathering."""
+    """One feature level of the query: features, their image gradients and confidence, laid out for gathering."""
 
     table: torch.Tensor
     """(H * W, 3 C + 1): features, their central differences along u and v, confidence."""
@@ -34,12 +34,12 @@ class FeatureImage:
     def from_maps(cls, features: torch.Tensor, confidence: torch.Tensor, stride: float) -> FeatureImage:
         """Prepare features (C, H, W) and confidence (H, W) for sampling.
 
-        The gradients are central differences at the cells, interpolated like the features: exactly the
-        central difference of the interpolated map at plus and minus one cell (PixLoc's choice; smoother,
-        hence a wider basin, than the interpolant's own derivative).
+        The gradients are central differences at the cells, interpolated like the features. This is exactly the central
+        difference of the interpolated map at plus and minus one cell (PixLoc's choice). It is smoother than the
+        interpolant's own derivative, hence the basin is wider.
         """
         C, H, W = features.shape
-        cells = features.permute(1, 2, 0)  # channels lie side by side already where the backbone's layout is kept
+        cells = features.permute(1, 2, 0)  # a view: in the backbone's memory layout channels are contiguous
         table = torch.empty(H, W, 3 * C + 1, dtype=torch.float32, device=features.device)
         table[..., :C] = cells
         du, dv = table[..., C : 2 * C], table[..., 2 * C : 3 * C]
@@ -53,10 +53,11 @@ class FeatureImage:
 
     @property
     def channels(self) -> int:
+        """Number of feature channels C."""
         return (self.table.shape[1] - 1) // 3
 
     def sample(self, uv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Bilinear rows (N, 3 C + 1) at cell positions uv (N, 2), and which of them lie inside, (N,) bool."""
+        """Return bilinear rows (N, 3 C + 1) at cell positions uv (N, 2), and (N,) bool, true for positions inside."""
         u, v = uv.unbind(-1)
         inside = (u >= 0) & (u <= self.width - 1) & (v >= 0) & (v <= self.height - 1)
         u = u.clamp(0, self.width - 1)
@@ -78,11 +79,12 @@ class RobustLoss:
     scale: float
 
     def value(self, squared: torch.Tensor) -> torch.Tensor:
+        """Return the loss of squared residuals."""
         c2 = 2 * self.scale**2
         return c2 * torch.log1p(squared / c2)
 
     def weight(self, squared: torch.Tensor) -> torch.Tensor:
-        """First derivative with respect to the squared residual; 1 at zero."""
+        """Return the first derivative by the squared residual; 1 at zero."""
         return 1.0 / (1.0 + squared / (2 * self.scale**2))
 
 
@@ -103,7 +105,7 @@ class Linearization:
 def project(
     points: torch.Tensor, T_camera_map: torch.Tensor, camera: Camera, stride: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Cell positions (N, 2) at ``stride``, camera points (N, 3), and whether they lie in front, (N,) bool."""
+    """Return cell positions (N, 2) at ``stride``, camera points (N, 3), and (N,) bool, true for points in front."""
     P = points @ T_camera_map[:3, :3].T + T_camera_map[:3, 3]
     z = P[:, 2].clamp(min=NEAR_M)
     u = (camera.fx * P[:, 0] / z + camera.cx + 0.5) / stride - 0.5
@@ -112,7 +114,7 @@ def project(
 
 
 def projection_jacobian(P: torch.Tensor, camera: Camera, stride: float) -> torch.Tensor:
-    """(N, 2, 6) derivative of the cell position with respect to the left perturbation (dt, dw)."""
+    """Return the derivative (N, 2, 6) of the cell position by the left perturbation (dt, dw)."""
     x, y = P[:, 0], P[:, 1]
     z = P[:, 2].clamp(min=NEAR_M)
     fx, fy = camera.fx / stride, camera.fy / stride
@@ -132,7 +134,7 @@ def linearize(
     camera: Camera,
     loss: RobustLoss,
 ) -> Linearization:
-    """Cost and normal equations of map points (N, 3) with reference features (N, C) and confidence (N,)."""
+    """Return cost and normal equations of map points (N, 3) with reference features (N, C) and confidence (N,)."""
     uv, P, in_front = project(points, T_camera_map, camera, image.stride)
     rows, inside = image.sample(uv)
     C = image.channels

@@ -16,12 +16,12 @@ LAMBDA_START = 1e-3
 LAMBDA_MIN = 1e-7
 LAMBDA_MAX = 1e3
 DAMPING_FLOOR = 1e-9
-"""Added to the diagonal so that a direction the image says nothing about does not move."""
+"""Added to the diagonal, so that the pose does not move in directions that the image does not constrain."""
 
 
 @dataclass(frozen=True)
 class StopRule:
-    """When a level has converged."""
+    """Conditions of convergence of a level."""
 
     max_iterations: int
     step_m: float = 2e-4
@@ -31,16 +31,16 @@ class StopRule:
 
 @dataclass(frozen=True, eq=False)
 class LevelResult:
-    """Where one level ended."""
+    """Result of one level."""
 
     T_camera_map: Matrix
     start: Linearization
     end: Linearization
     iterations: int
     poses: tuple[Matrix, ...]
-    """The start and every accepted pose."""
+    """Start and every accepted pose."""
     costs: tuple[float, ...]
-    """At each of these poses."""
+    """Cost at each of these poses."""
 
 
 def left_update(T_camera_map: Matrix, delta: np.ndarray) -> Matrix:
@@ -53,13 +53,14 @@ def minimize(
     T_camera_map: Matrix,
     rule: StopRule,
 ) -> LevelResult:
-    """Descend from ``T_camera_map``; a step is kept only if it lowers the cost and loses no more than a
-    third of the valid points, so the result is never worse than the start.
+    """Minimise the cost from a pose; the result is never worse than the start.
+
+    A step is accepted only if it lowers the cost and loses no more than a third of the valid points.
 
     Args:
-        linearize_at: the cost and its normal equations at a pose.
-        T_camera_map: to start from.
-        rule: when it has converged.
+        linearize_at: returns the cost and its normal equations at a pose.
+        T_camera_map: pose to start from, (4, 4).
+        rule: conditions of convergence.
     """
     current = linearize_at(T_camera_map)
     start, poses, costs, damping, iterations = current, [T_camera_map], [current.cost], LAMBDA_START, 0
@@ -88,7 +89,7 @@ def minimize(
 
 
 def _step(at: Linearization, damping: float) -> np.ndarray | None:
-    """Damped Gauss-Newton step, or None if the system cannot be solved."""
+    """Return the damped Gauss-Newton step, or None if the system cannot be solved."""
     diagonal = torch.diagonal(at.H)
     damped = at.H + torch.diag(diagonal * damping + DAMPING_FLOOR)
     factor, info = torch.linalg.cholesky_ex(damped)

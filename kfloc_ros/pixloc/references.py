@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reference views of a map: which points they hold, and which of them a pose should be aligned with."""
+"""Reference views of a map: their points, and the choice of views that a pose is aligned with."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from kfloc_ros.geometry.lie import Matrix
 from kfloc_ros.pixloc.cost import NEAR_M, FeatureImage
 
 METRES_PER_RADIAN = 1.2
-"""Exchange rate between a change of place and of direction when views are compared (about 2 cm a degree)."""
+"""Weight of a change of direction against a change of place when views are compared (about 2 cm a degree)."""
 
 NEARNESS_FLOOR_M = 0.02
-"""Views nearer than this, the noise of a coarse pose, do not differ."""
+"""Distance, the noise of a coarse pose, below which views count as equally near."""
 
 MIN_IN_VIEW = 0.3
-"""Share of a reference view's points that a camera must have in view for the view to be its first choice."""
-LOOKED_AT = 16
-"""Nearest views among which those with enough in view are sought."""
-WANTED_IN_VIEW = 450
-"""Points in view from which a pose is fixed well in every direction; below, further views lend theirs."""
-MAX_LENDING = 10
-"""Views at most, where further ones lend points."""
+"""Smallest share of a view's points that a camera must have in view for the view to be preferred."""
+CONSIDERED_VIEWS = 16
+"""Nearest views among which those with enough points in view are chosen."""
+ENOUGH_IN_VIEW = 450
+"""Points in view that constrain a pose well in every direction; with fewer, further views add theirs."""
+MAX_VIEWS = 10
+"""Largest number of views, further ones included."""
 
 CANDIDATE_STEP_PX = 4
 BORDER_PX = 12
 BUCKET_PX = 32
-"""Points are spread over buckets of this size: coverage of the image fixes the pose, not the best corner."""
+"""Side of the buckets over which points are spread: coverage of the image constrains the pose, not the best corner."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,13 +55,14 @@ class ReferencePoints:
         return len(self.points)
 
     def to(self, device: torch.device) -> ReferencePoints:
-        """The same points on another device."""
+        """Return the points on another device."""
         return ReferencePoints(
             self.points.to(device), self.coarse.to(device), self.fine.to(device), self.confidence.to(device)
         )
 
     @classmethod
     def concatenate(cls, parts: Sequence[ReferencePoints]) -> ReferencePoints:
+        """Return the points of several views as one set."""
         return cls(
             torch.cat([p.points for p in parts]),
             torch.cat([p.coarse for p in parts]),
@@ -81,47 +82,47 @@ class ReferenceViews:
     views: tuple[ReferencePoints, ...]
 
     def to(self, device: torch.device) -> ReferenceViews:
-        """The same views with their points on another device."""
+        """Return the views with their points on another device."""
         return ReferenceViews(self.ids, self.T_map_camera, tuple(view.to(device) for view in self.views))
 
     def nearest(self, T_map_camera: Matrix, count: int) -> list[int]:
-        """Positions of the views nearest to a pose, nearest first."""
+        """Return positions of the views nearest to a pose, nearest first."""
         return [int(k) for k in np.argsort(view_distances(self.T_map_camera, T_map_camera), kind="stable")[:count]]
 
     def overlapping(self, T_map_camera: Matrix, camera: Camera, count: int) -> list[int]:
-        """Positions of the views that a camera should be aligned with: :meth:`best_overlapping`, and more if need be.
+        """Return positions of the views to align a camera with: :meth:`best_overlapping`, and further ones if needed.
 
-        Where it sees little of all of them, views beyond ``count`` follow, until there are enough points.
+        If it sees few of their points, views beyond ``count`` follow until there are enough points.
         """
         chosen, further = self._overlapping(T_map_camera, camera, count)
         return chosen + further
 
     def best_overlapping(self, T_map_camera: Matrix, camera: Camera, count: int) -> list[int]:
-        """Positions of the views, at most ``count``, nearest to a camera that hold enough of what it sees.
+        """Return positions of the nearest views, at most ``count``, with enough points in a camera's view.
 
-        Far from the mapped path the nearest views may look past what the camera sees, and others further away see it.
-        Where the nearest have enough in view, they are what :meth:`nearest` gives.
+        Far from the mapped path the nearest views may look at something else than the camera, and further ones at the
+        same. If the nearest have enough points in view, the result is that of :meth:`nearest`.
         """
         return self._overlapping(T_map_camera, camera, count)[0]
 
     def _overlapping(self, T_map_camera: Matrix, camera: Camera, count: int) -> tuple[list[int], list[int]]:
-        """The best views, and those that lend them points."""
-        near = self.nearest(T_map_camera, max(count, LOOKED_AT))
-        seen = self._in_view(T_map_camera, camera, near[:count])
-        if all(s >= MIN_IN_VIEW for s in self._shares(near, seen)) and sum(seen) >= WANTED_IN_VIEW:
+        """Return the best views, and the further views that add points."""
+        near = self.nearest(T_map_camera, max(count, CONSIDERED_VIEWS))
+        in_view = self._in_view(T_map_camera, camera, near[:count])
+        if all(s >= MIN_IN_VIEW for s in self._shares(near, in_view)) and sum(in_view) >= ENOUGH_IN_VIEW:
             return near[:count], []
-        seen += self._in_view(T_map_camera, camera, near[count:])
-        shares = self._shares(near, seen)
+        in_view += self._in_view(T_map_camera, camera, near[count:])
+        shares = self._shares(near, in_view)
         order = sorted(range(len(near)), key=lambda k: (-min(shares[k], MIN_IN_VIEW), k))
-        lending: list[int] = []
-        for k in order[count:MAX_LENDING]:
-            if not seen[k] or sum(seen[j] for j in order[:count] + lending) >= WANTED_IN_VIEW:
+        extra: list[int] = []
+        for k in order[count:MAX_VIEWS]:
+            if not in_view[k] or sum(in_view[j] for j in order[:count] + extra) >= ENOUGH_IN_VIEW:
                 break
-            lending.append(k)
-        return [near[k] for k in order[:count]], [near[k] for k in lending]
+            extra.append(k)
+        return [near[k] for k in order[:count]], [near[k] for k in extra]
 
     def _in_view(self, T_map_camera: Matrix, camera: Camera, positions: Sequence[int]) -> list[int]:
-        """How many of each view's points lie in the camera's image."""
+        """Return the number of each view's points that lie in the camera's image."""
         if not positions:
             return []
         counts = [len(self.views[k]) for k in positions]
@@ -134,20 +135,20 @@ class ReferenceViews:
         parts = torch.split(inside, counts)
         return [int(part.sum()) for part in parts]
 
-    def _shares(self, positions: Sequence[int], seen: Sequence[int]) -> list[float]:
-        return [n / max(len(self.views[k]), 1) for k, n in zip(positions, seen, strict=False)]
+    def _shares(self, positions: Sequence[int], in_view: Sequence[int]) -> list[float]:
+        return [n / max(len(self.views[k]), 1) for k, n in zip(positions, in_view, strict=False)]
 
     def nearness(self, T_map_camera: Matrix, positions: Sequence[int]) -> list[float]:
-        """Weight of each view in an alignment that starts at a pose: 1 for the nearest of them, less for others.
+        """Return each view's weight in an alignment from a pose: 1 for the nearest of them, less for others.
 
-        What is seen from nearer looks more alike, and the views' own poses are less wrong relative to each other.
+        Nearer views look more similar, and their own poses have smaller errors relative to each other.
         """
         distances = view_distances(self.T_map_camera[list(positions)], T_map_camera) + NEARNESS_FLOOR_M
         return [float(w) for w in (distances.min() / distances) ** 2]
 
 
 def view_distances(T_map_cameras: NDArray[np.float64], T_map_camera: Matrix) -> NDArray[np.float64]:
-    """Distances (K,) of views (K, 4, 4) to another, metres; a radian counts as ``METRES_PER_RADIAN``."""
+    """Return distances (K,) of views (K, 4, 4) to a pose, metres; a radian counts as ``METRES_PER_RADIAN``."""
     centres = np.linalg.norm(T_map_cameras[:, :3, 3] - T_map_camera[:3, 3], axis=1)
     cosine = (np.einsum("kij,ij->k", T_map_cameras[:, :3, :3], T_map_camera[:3, :3]) - 1) / 2
     return np.asarray(centres + METRES_PER_RADIAN * np.arccos(np.clip(cosine, -1.0, 1.0)))
@@ -158,16 +159,16 @@ def extract_reference_points(
 ) -> ReferencePoints:
     """Choose points of a mapping view and sample their features.
 
-    Candidates lie on a 4-pixel grid where depth is known and smooth. They are ranked by reliability times the
-    root of the smaller eigenvalue of the fine features' structure tensor (how well the point fixes both image
-    directions), and taken in turns from 32-pixel buckets.
+    Candidates lie on a 4-pixel grid where depth is known and smooth. Their score is the reliability times the root of
+    the smaller eigenvalue of the fine features' structure tensor, which measures how well the point constrains both
+    image directions. The best of every 32-pixel bucket are taken in turns.
 
     Args:
-        features: of this one image.
-        depth_m: (H, W).
-        camera: pinhole of the image and depth.
+        features: backbone features of this one image.
+        depth_m: (H, W) depth, metres.
+        camera: pinhole camera of the image and depth.
         T_map_camera: (4, 4) pose of the view.
-        max_points: how many to keep at most.
+        max_points: largest number of points.
     """
     uv, depth = _candidates(depth_m)
     coarse = FeatureImage.from_maps(
@@ -192,7 +193,7 @@ def extract_reference_points(
 
 
 def query_points(features: BackboneFeatures, max_points: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pixels (N, 2) and coarse unit features (N, 64) of an image's points, chosen as those of reference views are."""
+    """Return pixels (N, 2) and coarse unit features (N, 64) of an image's points, chosen as in reference views."""
     device = features.coarse.device
     h, w = (side * COARSE_STRIDE for side in features.coarse.shape[-2:])
     rows, columns = (torch.arange(BORDER_PX, side - BORDER_PX, CANDIDATE_STEP_PX, device=device) for side in (h, w))
@@ -209,14 +210,14 @@ def query_points(features: BackboneFeatures, max_points: int) -> tuple[torch.Ten
 
 
 def smooth_depth_mask(depth_m: NDArray[np.float32]) -> NDArray[np.bool_]:
-    """(H, W) bool: depth known throughout the 5x5 neighbourhood and varying by less than 3 % + 1 cm."""
+    """Return (H, W) bool: depth is known throughout the 5x5 neighbourhood and varies by less than 3 % + 1 cm."""
     window = np.ones((5, 5), dtype=np.uint8)
     nearest, farthest = cv2.erode(depth_m, window), cv2.dilate(depth_m, window)
     return np.asarray((nearest > 0.1) & (farthest - nearest < 0.03 * nearest + 0.01))
 
 
 def _candidates(depth_m: NDArray[np.float32]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Grid pixels (N, 2) with usable depth, and that depth (N,)."""
+    """Return grid pixels (N, 2) with usable depth, and that depth (N,)."""
     H, W = depth_m.shape
     grid = np.zeros((H, W), dtype=bool)
     grid[BORDER_PX : H - BORDER_PX : CANDIDATE_STEP_PX, BORDER_PX : W - BORDER_PX : CANDIDATE_STEP_PX] = True
@@ -232,7 +233,7 @@ def _corner_strength(rows: torch.Tensor, channels: int) -> torch.Tensor:
 
 
 def _spread(uv: torch.Tensor, score: torch.Tensor, count: int) -> torch.Tensor:
-    """Indices of at most ``count`` points: the best of every bucket, then the second best, and so on."""
+    """Return indices of at most ``count`` points: the best of every bucket, then the second best, and so on."""
     order = torch.argsort(score, descending=True)
     bucket = (uv[order] // BUCKET_PX).long()
     key = (bucket[:, 1] * 100_000 + bucket[:, 0]).numpy()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The refiner: aligns a coarse pose with the map's nearest reference views, coarse to fine."""
+"""Refiner: aligns a coarse pose with the map's nearest reference views, coarse to fine."""
 
 from __future__ import annotations
 
@@ -23,33 +23,34 @@ from kfloc_ros.types import Alignment, AlignmentStep
 
 @dataclass(frozen=True)
 class RefinerSettings:
-    """How alignment runs and when its result counts."""
+    """Settings of the alignment, and the conditions for accepting its result."""
 
     num_references: int = 3
     loss_scale: float = 0.3
     max_iterations: int = 20
-    """Per level."""
+    """Largest number of iterations per level."""
     min_points: int = 60
-    """Fewer reference points in view: no alignment."""
-    min_kept: float = 0.3
-    """Share, of as many reference points as were in view at the start, that must be in view at the end."""
+    """Smallest number of reference points in view at the start; with fewer, the alignment fails."""
+    min_remaining: float = 0.3
+    """Smallest share of the points in view at the start that must be in view at the end."""
     max_tries: int = 2
-    """Starting poses refined at most, where the more promising ones come to nothing."""
+    """Largest number of starting poses that are refined, one after another until one succeeds."""
     max_cost: float = 1.0
-    """Mean robust cost at the finest level above which a result is rejected; calibrated when a map is built."""
+    """Largest accepted mean robust cost at the finest level; calibrated when a map is built."""
     max_correction_m: float = 0.5
     max_correction_deg: float = 15.0
+    """A result further than either limit from its start is rejected."""
     covariance_scale: float = 1.0
-    """From the map's calibration; neighbouring residuals err together."""
+    """Scale of the covariance, from the map's calibration; neighbouring residuals share errors."""
 
 
 class Refiner:
-    """Feature-metric pose refinement against cached reference features (nothing is recomputed per query).
+    """Feature-metric pose refinement against cached reference features; none is recomputed per query.
 
     Args:
-        references: of the map.
-        camera: of the query.
-        settings: how alignment runs and when its result counts.
+        references: reference views of the map.
+        camera: pinhole camera of the query.
+        settings: settings of the alignment, and conditions for accepting its result.
     """
 
     def __init__(self, references: ReferenceViews, camera: Camera, settings: RefinerSettings) -> None:
@@ -59,13 +60,16 @@ class Refiner:
     def align(
         self, features: BackboneFeatures, starts: Sequence[Matrix], *, max_cost: float | None = None
     ) -> Alignment:
-        """Refine the most promising of several starting poses, and the next if that fails.
+        """Refine the most promising of several starting poses, and the next one if that fails.
 
         Args:
-            features: of the query image.
-            starts: candidate T_map_camera, such as the coarse pose and the predicted one; the one whose cost
-                at the coarse level is smallest is refined first.
-            max_cost: instead of that of the settings.
+            features: backbone features of the query image.
+            starts: starting poses ``T_map_camera`` (4, 4), such as the coarse pose and the predicted one. They are
+                refined in order of their cost at the coarse level.
+            max_cost: limit of the final cost; None: that of the settings.
+
+        Returns:
+            The alignment; a failed one has the reason.
         """
         if not starts:
             return failed_alignment("there is no pose to start from")
@@ -104,7 +108,7 @@ class Refiner:
         points = ReferencePoints.concatenate(views)
         nearness = self.references.nearness(T_map_camera, chosen)
         confidence = torch.cat([view.confidence * w for view, w in zip(views, nearness, strict=True)])
-        # float32 is exact enough only near the origin, and a map may be far from its own
+        # coordinates relative to the start: float32 is not exact enough far from the map's origin
         origin = T_map_camera[:3, 3].copy()
         candidate = _Candidate(
             T_camera_local=make_pose(T_map_camera[:3, :3].T, np.zeros(3)),
@@ -150,14 +154,14 @@ class Refiner:
         covariance = map_frame_covariance(information_of(end.end), end.T_camera_map)
         cost = end.end.cost
         reason = ""
-        if end.end.valid_count < max(s.min_points, s.min_kept * candidate.valid_count):
+        if end.end.valid_count < max(s.min_points, s.min_remaining * candidate.valid_count):
             reason = f"only {end.end.valid_count} of {candidate.valid_count} reference points stayed in view"
         elif cost > max_cost:
             reason = f"the image does not look like the map there (cost {cost:.3f} > {max_cost:.3f})"
         elif correction_m > s.max_correction_m or correction_deg > s.max_correction_deg:
-            reason = f"the alignment ran away by {correction_m:.2f} m and {correction_deg:.1f} deg"
+            reason = f"the alignment diverged by {correction_m:.2f} m and {correction_deg:.1f} deg"
         elif covariance is None:
-            reason = "the image does not fix the pose in every direction"
+            reason = "the image does not constrain the pose in every direction"
         return Alignment(
             success=not reason,
             reason=reason,
@@ -178,7 +182,7 @@ class Refiner:
 
 @dataclass(eq=False)
 class _Candidate:
-    """One starting pose with the points it is aligned to, in coordinates local to the start."""
+    """Starting pose with its reference points, in coordinates relative to the start."""
 
     T_camera_local: Matrix
     origin: np.ndarray
@@ -189,14 +193,14 @@ class _Candidate:
     valid_count: int = 0
 
     def in_map(self, T_camera_local: Matrix) -> Matrix:
-        """``T_map_camera`` of a pose in the local coordinates."""
+        """Return ``T_map_camera`` of a pose in the relative coordinates."""
         T_map_camera = inverse_pose(T_camera_local)
         T_map_camera[:3, 3] += self.origin
         return T_map_camera
 
 
 def query_levels(features: BackboneFeatures) -> tuple[FeatureImage, FeatureImage]:
-    """The two levels of one image, coarse then fine, laid out for sampling."""
+    """Return the two levels of one image, coarse then fine, laid out for sampling."""
     reliability = features.reliability[:1]
     fine_reliability = F.interpolate(reliability[None], features.fine.shape[-2:], mode="bilinear")[0, 0]
     coarse, fine = features.coarse[0].float(), features.fine[0].float()
@@ -208,7 +212,7 @@ def query_levels(features: BackboneFeatures) -> tuple[FeatureImage, FeatureImage
 
 
 def information_of(at: Linearization) -> Matrix:
-    """(6, 6) information of (dt, dw): the Gauss-Newton matrix over the residual variance.
+    """Return the information (6, 6) of (dt, dw): the Gauss-Newton matrix over the residual variance.
 
     With weights that sum to one, n equal residuals have information n H / cost.
     """
@@ -216,6 +220,6 @@ def information_of(at: Linearization) -> Matrix:
 
 
 def failed_alignment(reason: str, reference_ids: tuple[int, ...] = ()) -> Alignment:
-    """An alignment that could not be started."""
+    """Return an alignment that could not be started."""
     inf = float("inf")
     return Alignment(False, reason, None, None, inf, inf, 0.0, 0, reference_ids)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How well the map's points fit an image at a pose: what the alignment has left over, point by point."""
+"""Residuals of the map's points in an image at a pose, point by point, after an alignment."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ from kfloc_ros.pixloc.references import ReferencePoints
 
 @dataclass(frozen=True, eq=False)
 class Reprojection:
-    """The points that are in view, in no order."""
+    """Reference points in view, in no particular order."""
 
     pixels: NDArray[np.float32]
-    """(N, 2) where they are seen."""
+    """(N, 2) projected positions."""
     residuals: NDArray[np.float32]
-    """(N,) length of the difference between a point's unit feature and the image's: 0 alike, 1 and more unlike."""
+    """(N,) length of the difference between a point's unit feature and the image's: 0 for equal, 1 and more for
+    unlike."""
     confidences: NDArray[np.float32]
     """(N,) weight of the points in the alignment: the reference's reliability times the image's."""
 
@@ -35,23 +36,23 @@ def reproject(
     """Project reference points into an image and compare features at the fine level, the last one of the alignment.
 
     Args:
-        features: of the image.
-        points: of one or several reference views, on the features' device.
-        T_map_camera: pose of the image.
-        camera: of the image.
+        features: backbone features of the image.
+        points: points of one or several reference views, on the features' device.
+        T_map_camera: pose of the image, (4, 4).
+        camera: pinhole camera of the image.
     """
-    everything = _compare(features, points, T_map_camera, camera)
-    seen = everything.in_view
-    parts = (everything.pixels, everything.residuals, everything.confidences)
-    return Reprojection(*(values[seen].cpu().numpy() for values in parts))
+    comparison = _compare(features, points, T_map_camera, camera)
+    in_view = comparison.in_view
+    parts = (comparison.pixels, comparison.residuals, comparison.confidences)
+    return Reprojection(*(values[in_view].cpu().numpy() for values in parts))
 
 
 def reproject_all(
     features: BackboneFeatures, points: ReferencePoints, T_map_camera: Matrix, camera: Camera
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As :func:`reproject`, but in the points' order: residuals (N,), and which of them are in view, (N,) bool."""
-    everything = _compare(features, points, T_map_camera, camera)
-    return everything.residuals, everything.in_view
+    """Return residuals (N,) and (N,) bool, in view, of all points in their order; see :func:`reproject`."""
+    comparison = _compare(features, points, T_map_camera, camera)
+    return comparison.residuals, comparison.in_view
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +66,7 @@ class _Comparison:
 def _compare(features: BackboneFeatures, points: ReferencePoints, T_map_camera: Matrix, camera: Camera) -> _Comparison:
     confidence = F.interpolate(features.reliability[:1][None].float(), features.fine.shape[-2:], mode="bilinear")[0, 0]
     image = FeatureImage.from_maps(features.fine[0].float(), confidence, FINE_STRIDE)
-    # float32 is exact enough only near the origin, and a map may be far from its own
+    # coordinates relative to the camera: float32 is not exact enough far from the map's origin
     origin = torch.from_numpy(T_map_camera[:3, 3].copy()).to(points.points)
     T_camera_local = torch.from_numpy(make_pose(T_map_camera[:3, :3].T, np.zeros(3))).to(points.points)
     cells, _, in_front = project(points.points - origin, T_camera_local, camera, FINE_STRIDE)
