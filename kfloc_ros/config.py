@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Configuration: frozen dataclasses whose fields carry text, range and liveness.
+"""Configuration: frozen dataclasses whose fields carry text, range, and whether they may change while running.
 
-One field definition is the only home of an option: the ROS parameter descriptor, the command-line
-help, the documentation table and the validation are all made from it.
+The field definition is the single source of an option: the ROS parameter descriptor, the command-line help, the
+documentation table and the validation are generated from it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ConfigT = TypeVar("ConfigT")
 
 @dataclass(frozen=True)
 class Option:
-    """One configuration value, as read from a dataclass field made with :func:`option`."""
+    """Definition of one configuration value, read from a dataclass field made with :func:`option`."""
 
     name: str
     kind: type
@@ -59,14 +59,22 @@ def option(
     choices: tuple[str, ...] = (),
     live: bool = False,
 ) -> Any:
-    """A dataclass field that is a user option. ``live``: may be changed while running."""
+    """Return a dataclass field that is a user option.
+
+    Args:
+        default: default value.
+        text: meaning, for help and documentation.
+        low, high: limits of a number, both included.
+        choices: allowed values of a string.
+        live: true if the value may change while running.
+    """
     return dataclasses.field(
         default=default, metadata={"text": text, "low": low, "high": high, "choices": choices, "live": live}
     )
 
 
 def options_of(config_type: type) -> Iterator[Option]:
-    """The options of a configuration dataclass, in order."""
+    """Yield the options of a configuration dataclass, in order."""
     kinds = typing.get_type_hints(config_type)
     for item in dataclasses.fields(config_type):
         meta = item.metadata
@@ -102,7 +110,7 @@ def build_config(config_type: type[ConfigT], values: Mapping[str, Any]) -> Confi
 
 
 def parse_overrides(config_type: type, words: Sequence[str]) -> dict[str, Any]:
-    """Values of ``key=value`` words, read as the option's type; :func:`build_config` checks names and ranges.
+    """Return values of ``key=value`` words, read as the option's type; :func:`build_config` checks names and ranges.
 
     Raises:
         ConfigError: a word has no '=', or its value cannot be read as the option's type.

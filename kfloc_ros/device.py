@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where networks run."""
+"""Choice of the device and the threads of networks."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from kfloc_ros.errors import ConfigError
 
 
 def choose_device(name: str) -> torch.device:
-    """The torch device of an option ``auto``, ``cpu`` or ``cuda``.
+    """Return the torch device of an option ``auto``, ``cpu`` or ``cuda``.
 
     Raises:
-        ConfigError: a GPU is asked for and there is none.
+        ConfigError: a GPU is requested and there is none.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -27,10 +27,10 @@ MAX_THREADS = 4
 
 
 def limit_threads() -> None:
-    """Have torch use half the cores, at most ``MAX_THREADS``, for localization; ``OMP_NUM_THREADS`` overrules it.
+    """Set torch to half the cores, at most ``MAX_THREADS``, for localization; ``OMP_NUM_THREADS`` overrides it.
 
-    A frame is hundreds of small operations, which wait for each other longer than they compute: on two cores one
-    thread is a fifth faster than two, and the other core is there for what the robot does besides.
+    A frame is hundreds of small operations, which wait for each other longer than they compute: on two cores one thread
+    is a fifth faster than two, and the other core is free for the robot's other work.
     """
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(min(max((os.cpu_count() or 1) // 2, 1), MAX_THREADS))

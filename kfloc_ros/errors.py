@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The errors a user can cause. Every message is a sentence that says what was wrong and what to do."""
+"""Errors that a user can cause. Every message is a sentence on what was wrong and what to do."""
 
 
 class KflocError(Exception):

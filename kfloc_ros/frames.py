@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every source of frames looks like, and how a part of it is chosen."""
+"""Interface of frame sources, and selection of a part of one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NAMED_FRAMES = 5
 
 
 class FrameSource(ABC):
-    """A sequence of frames in temporal order; images are read when asked for."""
+    """Sequence of frames in temporal order; images are read on access."""
 
     name: str
     """Short name for reports, such as ``redkitchen``."""
@@ -41,7 +41,7 @@ class FrameSource(ABC):
 
     @property
     def camera_is_guess(self) -> bool:
-        """Whether the intrinsics are not known and only stand for a usual camera."""
+        """True if the intrinsics are unknown and those of a typical camera."""
         return False
 
     @abstractmethod
@@ -52,12 +52,12 @@ class FrameSource(ABC):
 
     @abstractmethod
     def indices(self) -> Sequence[int]:
-        """``Frame.index`` of every frame, without reading any image."""
+        """Return ``Frame.index`` of every frame, without reading any image."""
 
     def sequences(self) -> Sequence[int]:
-        """The number of the recording that each frame belongs to, without reading any image.
+        """Return the number of each frame's recording, without reading any image.
 
-        Neighbouring frames of different recordings are no neighbours in time: nothing is paired across.
+        Neighbouring frames of different recordings are not neighbours in time and must not be paired.
         """
         return [0] * len(self)
 
@@ -84,16 +84,16 @@ class FrameSource(ABC):
             return None
 
     def encoded_image(self, position: int) -> bytes | None:
-        """The image as it was recorded, if that is a JPEG, so that a bag can hold it without loss; else None."""
+        """Return the image as recorded, if it is a JPEG, so that a bag can store it without loss; else None."""
         del position
         return None
 
     def pose(self, position: int) -> Matrix | None:
-        """``T_map_camera`` of a frame; sources that can tell it without reading the image do so."""
+        """Return ``T_map_camera`` of a frame, without reading the image if the source can."""
         return self[position].T_map_camera
 
     def visible_points(self, position: int) -> NDArray[np.float64] | None:
-        """(N, 3) points of a reconstruction in the map frame that the image sees; None where the source has none."""
+        """Return (N, 3) points of a reconstruction, map frame, that the image sees; None if the source has none."""
         del position
         return None
 
@@ -106,14 +106,14 @@ class FrameSource(ABC):
 
 
 class DerivedSource(FrameSource):
-    """Another source, changed: a subclass says which of its frames there are, and what becomes of each.
+    """Base of sources that change another source: other frames, or the same frames modified.
 
-    The subclasses override :meth:`origin` with ``__len__`` where there are other frames, :meth:`changed` where the
-    frames are others, and with it :meth:`pose`, ``camera`` and whatever else is no longer the other source's own.
+    Subclasses override :meth:`origin` with ``__len__`` to select frames. To modify frames they override
+    :meth:`changed`, and with it :meth:`pose`, ``camera`` and all else that differs from the other source.
     """
 
     passes_images_on = False
-    """Whether the images stay as they are, so that they may also be had as they were recorded."""
+    """True if images stay unchanged, so that they are also available as recorded."""
 
     def __init__(self, source: FrameSource) -> None:
         self.name = source.name
@@ -121,11 +121,11 @@ class DerivedSource(FrameSource):
         self._source = source
 
     def origin(self, position: int) -> int:
-        """Position in the other source of a frame, 0 to ``len(self) - 1``."""
+        """Return the position in the other source of the frame at a position, 0 to ``len(self) - 1``."""
         return position
 
     def changed(self, frame: Frame, position: int) -> Frame:
-        """What becomes of a frame of the other source that has a position here."""
+        """Return the modified frame for a frame of the other source and its position here."""
         del position
         return frame
 
@@ -170,7 +170,7 @@ class DerivedSource(FrameSource):
 
 
 class Selection(DerivedSource):
-    """Some of another source's frames, in order; ``Frame.index`` stays that of the whole source."""
+    """Selected frames of another source, in order; ``Frame.index`` stays that of the whole source."""
 
     passes_images_on = True
 
@@ -218,7 +218,7 @@ SPLITS = {
     "extrapolate:train": lambda i: i < 700,
     "extrapolate:test": lambda i: i >= 700,
 }
-"""Named splits by frame index."""
+"""Named splits, each a test of the frame index."""
 
 
 def select(source: FrameSource, *, frames: str | None = None, split: str | None = None) -> FrameSource:

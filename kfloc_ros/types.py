@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The few types that cross module borders.
+"""Types that cross module borders.
 
-Conventions: metres, radians, nanoseconds; ``T_a_b`` (4x4, float64) maps points of frame b into frame a;
-camera frames are optical (x right, y down, z forward); pixel (0, 0) is the centre of the top-left pixel.
-A pose covariance is 6x6 in the order of ``geometry_msgs/PoseWithCovariance``: translation x, y, z of the
-body origin in the map frame, then a rotation vector about the fixed map axes, so that
-``t_true = t + dt`` and ``R_true = Exp(dr) R``.
+Conventions: metres, radians, nanoseconds; ``T_a_b`` (4x4, float64) maps points of frame b into frame a; camera frames
+are optical (x right, y down, z forward); pixel (0, 0) is the centre of the top-left pixel. A pose covariance is 6x6 in
+the order of ``geometry_msgs/PoseWithCovariance``: translation x, y, z of the body origin in the map frame, then a
+rotation vector about the fixed map axes, so that ``t_true = t + dt`` and ``R_true = Exp(dr) R``.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ Matrix = NDArray[np.float64]
 
 
 class TrackingState(Enum):
-    """How far a pose can be trusted; see ``docs/architecture.md``."""
+    """Trust in a pose; see ``docs/architecture.md``."""
 
     INITIALIZING = "INITIALIZING"
     TRACKING = "TRACKING"
@@ -34,7 +33,7 @@ class TrackingState(Enum):
 
 @dataclass(frozen=True, eq=False)
 class Frame:
-    """One camera image with what is known about it."""
+    """Camera image with its known properties."""
 
     image: NDArray[np.uint8]
     """(H, W, 3) RGB."""
@@ -53,7 +52,7 @@ class Frame:
 
 @dataclass(frozen=True, eq=False)
 class SceneCoordinates:
-    """A per-cell Gaussian belief over the map point that each image cell sees."""
+    """Gaussian belief, cell by cell, over the map point that each image cell sees."""
 
     mean: torch.Tensor
     """(3, h, w) metres, map frame."""
@@ -68,7 +67,7 @@ class SceneCoordinates:
 
     @property
     def pixel_offset(self) -> float:
-        """Cell (r, c) stands for the pixel (u, v) = ``stride * (c, r) + pixel_offset``."""
+        """Offset of the pixel (u, v) = ``stride * (c, r) + pixel_offset`` that cell (r, c) stands for."""
         return (self.stride - 1) / 2 if self.first_pixel is None else self.first_pixel
 
 
@@ -86,18 +85,18 @@ class CoarsePose:
 
 @dataclass(frozen=True)
 class FilterReport:
-    """What the Kalman filter did in one frame."""
+    """Report of the Kalman filter on one frame."""
 
     reset_reason: str
-    """Why the recursion started anew, or empty if the prior was used."""
+    """Reason for a reset; empty if the prior was used."""
     prior_ratio: float
     """Share of cells that had a valid prior."""
     nis_mean: float
     """Mean normalised innovation squared over cells with a prior (3 degrees of freedom); NaN without prior."""
     rejected_ratio: float
-    """Share of cells with a prior whose prior failed the NIS test."""
+    """Share of cells with a prior that failed the NIS test."""
     confirmed: bool = False
-    """Whether a refined pose corrected the belief that the prior came from; see ``kfnet/filter.py``."""
+    """True if a refined pose corrected the belief that the prior came from; see ``kfnet/filter.py``."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +105,7 @@ class AlignmentStep:
 
     T_map_camera: Matrix
     cost: float
-    """At the level of this step; costs of different levels do not compare."""
+    """Cost at the level of this step; costs of different levels are not comparable."""
     stride: int
     """Image pixels per cell of the level."""
 
@@ -125,29 +124,29 @@ class Alignment:
     iterations: int
     reference_ids: tuple[int, ...]
     steps: tuple[AlignmentStep, ...] = ()
-    """Of every level its start and the poses that were accepted, in order."""
+    """Start and accepted poses of every level, in order."""
 
 
 @dataclass(frozen=True, eq=False)
 class PoseEstimate:
-    """What the localizer says about one frame."""
+    """Result of the localizer for one frame."""
 
     stamp_ns: int
     state: TrackingState
     reason: str
-    """Why the state is not TRACKING; empty when it is."""
+    """Reason why the state is not TRACKING; empty if it is."""
     T_map_camera: Matrix | None = None
-    """None when no pose is known; a pose is never made up."""
+    """Pose (4, 4); None if it is unknown."""
     covariance: Matrix | None = None
     coarse: CoarsePose | None = None
     filter: FilterReport | None = None
     alignment: Alignment | None = None
     tracked: bool = False
-    """Whether it was aligned from the predicted pose alone; there is no coarse pose then."""
+    """True if the frame was aligned from the predicted pose alone; it then has no coarse pose."""
     timings_ms: Mapping[str, float] = field(default_factory=dict)
     """Milliseconds per stage, in the order run: backbone, measure, filter, pnp, refine, and their sum, total."""
 
     @property
     def refined_pose(self) -> Matrix | None:
-        """The pose, if it was refined and is beyond doubt."""
+        """Pose (4, 4), if it is refined and the state is TRACKING; else None."""
         return self.T_map_camera if self.state is TrackingState.TRACKING and self.alignment is not None else None

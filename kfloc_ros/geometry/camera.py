@@ -19,14 +19,14 @@ DISTORTION_LENGTHS: dict[str, tuple[int, ...]] = {
     "rational_polynomial": (8,),
     "equidistant": (4,),
 }
-"""Distortion models of ``sensor_msgs/CameraInfo`` and how many coefficients each takes."""
+"""Distortion models of ``sensor_msgs/CameraInfo``, each with its possible numbers of coefficients."""
 
 
 def known_coefficients(model: str, coefficients: Sequence[float]) -> tuple[float, ...]:
-    """Return the coefficients that a distortion model has: zeros beyond them say nothing and are left out.
+    """Return the coefficients that a distortion model has, without the zeros that pad them.
 
-    Drivers and tools pad with zeros, for example plumb_bob to 8 and rational_polynomial to 12 or 14. Of an unknown
-    model, or with another value than zero beyond its coefficients, all are returned, and :class:`Camera` refuses them.
+    Drivers and tools pad with zeros, for example plumb_bob to 8 and rational_polynomial to 12 or 14. For an unknown
+    model, and with a non-zero value beyond its coefficients, all are returned, and :class:`Camera` refuses them.
     """
     most = max(DISTORTION_LENGTHS.get(model, (len(coefficients),)))
     return tuple(coefficients if any(coefficients[most:]) else coefficients[:most])
@@ -51,7 +51,7 @@ class Camera:
     distortion: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        # Numbers of NumPy are written by no YAML or JSON writer, and a map is written after minutes of work.
+        # YAML and JSON writers refuse NumPy's numbers, and a map is written only after minutes of work.
         for name in ("width", "height"):
             object.__setattr__(self, name, int(getattr(self, name)))
         for name in ("fx", "fy", "cx", "cy"):
@@ -83,15 +83,15 @@ class Camera:
 
     @property
     def is_pinhole(self) -> bool:
-        """True if pixels are linear in (x/z, y/z); an equidistant lens is none, whatever its coefficients are."""
+        """True if pixels are linear in (x/z, y/z); never for an equidistant lens, whatever its coefficients."""
         return self.distortion_model != "equidistant" and not any(self.distortion)
 
     def pinhole(self) -> Camera:
-        """The same camera without distortion."""
+        """Return the same camera without distortion."""
         return replace(self, distortion_model="none", distortion=())
 
     def scaled_to(self, width: int, height: int) -> Camera:
-        """Intrinsics after resizing the image to (width, height); the half-pixel offset is kept right."""
+        """Return the intrinsics after resizing the image to (width, height); the half-pixel offset is accounted for."""
         sx, sy = width / self.width, height / self.height
         return replace(
             self,
@@ -104,7 +104,7 @@ class Camera:
         )
 
     def distort(self, normalized_xy: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Pixel positions (N, 2) of rays given as (x/z, y/z), (N, 2)."""
+        """Return pixels (N, 2) of rays (N, 2) given as (x/z, y/z)."""
         if not len(normalized_xy):
             return np.empty((0, 2))
         rays = np.concatenate([normalized_xy, np.ones((len(normalized_xy), 1))], axis=1)
@@ -117,7 +117,7 @@ class Camera:
         return np.asarray(pixels, dtype=np.float64).reshape(-1, 2)
 
     def difference_px(self, other: Camera) -> float:
-        """How far apart a ray meets the two cameras' images, the most over the image; inf for another size."""
+        """Return the largest distance, over the image, between a ray's pixels in two cameras; inf if sizes differ."""
         if (self.width, self.height) != (other.width, other.height):
             return math.inf
         u, v = np.meshgrid(np.linspace(0, self.width - 1, 9), np.linspace(0, self.height - 1, 9))
@@ -126,9 +126,16 @@ class Camera:
 
 
 class ImageAdapter:
-    """Turns images of one camera into images of another pinhole camera: undistorts, scales and crops in one remap.
+    """Converter of images from one camera to another pinhole camera: undistorts, scales and crops in one remap.
 
-    The field of view kept is the target's; pixels that the source does not see become black.
+    The field of view is the target's; pixels that the source does not see become black.
+
+    Args:
+        source: camera of the images.
+        target: pinhole camera of the results.
+
+    Raises:
+        FrameError: the target has distortion.
     """
 
     def __init__(self, source: Camera, target: Camera) -> None:
@@ -145,10 +152,11 @@ class ImageAdapter:
 
     @property
     def is_identity(self) -> bool:
+        """True if images are returned unchanged."""
         return self._maps is None
 
     def __call__(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Map an (H, W, 3) image of the source camera to the target camera.
+        """Convert an (H, W, 3) image of the source camera to the target camera.
 
         Raises:
             FrameError: the image does not have the size of the source camera.
@@ -159,7 +167,7 @@ class ImageAdapter:
         return np.asarray(cv2.remap(image, *self._maps, cv2.INTER_LINEAR), dtype=np.uint8)
 
     def nearest(self, depth_m: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Map an (H, W) depth image by nearest sample; depth is never blended across edges.
+        """Convert an (H, W) depth image by nearest sample; depth is never interpolated across edges.
 
         Raises:
             FrameError: the image does not have the size of the source camera.

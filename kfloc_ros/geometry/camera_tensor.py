@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batched cameras on tensors: projection, distortion, their Jacobians."""
+"""Batched cameras on tensors: projection, distortion, and their Jacobians."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from kfloc_ros.geometry.distortion import Distorted, Distortion, distort, distor
 from kfloc_ros.geometry.tensors import TensorObject
 
 NEAR = 1e-3
-"""Points must be farther than this from the camera's plane; depths are not divided by less."""
+"""Smallest depth of a valid point; divisions use at least this depth."""
 
 UNDISTORT_STEPS = 12
 
 
 class Projection(NamedTuple):
-    """Points in an image."""
+    """Projected points."""
 
     points: torch.Tensor
     """(..., N, 2)"""
     valid: torch.Tensor
-    """(..., N) bool: in front of the camera, where its distortion means something, and inside the image."""
+    """(..., N) bool: in front of the camera, within the validity of its distortion, and inside the image."""
 
 
 class CameraTensor(TensorObject):
@@ -43,11 +43,11 @@ class CameraTensor(TensorObject):
         super().__init__(data)
         self.kind = kind
         self.limit = validity_limit(data[..., 6:], kind) if limit is None else limit
-        """(...,) see :func:`kfloc_ros.geometry.distortion.validity_limit`."""
+        """(...,) validity limit; see :func:`kfloc_ros.geometry.distortion.validity_limit`."""
 
     @classmethod
     def from_camera(cls, camera: Camera, dtype: torch.dtype = torch.float64) -> CameraTensor:
-        """The camera that a value object describes, with the fewest coefficients that say the same."""
+        """Return the camera of a value object, with the smallest distortion kind that is equivalent."""
         d = camera.distortion
         kind, coefficients = Distortion.NONE, d[:0]
         if camera.distortion_model == "equidistant":
@@ -68,10 +68,10 @@ class CameraTensor(TensorObject):
         return CameraTensor(function(self.data), self.kind, function(self.limit[..., None])[..., 0])
 
     def as_kind(self, kind: Distortion) -> CameraTensor:
-        """The same cameras with more coefficients, which are zero.
+        """Return the same cameras in a kind with more coefficients; the additional ones are zero.
 
         Raises:
-            FrameError: that kind cannot say the same.
+            FrameError: the kind has no equivalent camera.
         """
         if kind is self.kind:
             return self
@@ -81,10 +81,10 @@ class CameraTensor(TensorObject):
 
     @classmethod
     def stack(cls, objects: Sequence[CameraTensor], dim: int = 0) -> CameraTensor:
-        """A batch of cameras; those with fewer coefficients are given zeros.
+        """Return a batch of cameras; those with fewer coefficients are padded with zeros.
 
         Raises:
-            FrameError: fisheye cameras among others.
+            FrameError: fisheye cameras are mixed with others.
         """
         kind = max((camera.kind for camera in objects), key=lambda k: k.count)
         if any(camera.kind is Distortion.FISHEYE for camera in objects):
@@ -115,43 +115,43 @@ class CameraTensor(TensorObject):
         return self.data[..., 6:]
 
     def scale(self, scales: float | tuple[float, float]) -> CameraTensor:
-        """Cameras of images (or feature maps) resized by one factor, or one for x and one for y."""
+        """Return the cameras of images (or feature maps) resized by one factor, or by one for x and one for y."""
         s = self.data.new_tensor(scales if isinstance(scales, tuple) else (scales, scales))
         size, c = self.size * s, (self.c + 0.5) * s - 0.5
         return CameraTensor(torch.cat([size, self.f * s, c, self.dist], dim=-1), self.kind, self.limit)
 
     def crop(self, left_top: tuple[float, float], size: tuple[float, float]) -> CameraTensor:
-        """Cameras of images cut to ``size`` = (width, height) from ``left_top`` = (x, y)."""
+        """Return the cameras of images cut to ``size`` = (width, height) from ``left_top`` = (x, y)."""
         c = self.c - self.data.new_tensor(left_top)
         new = self.data.new_tensor(size).expand_as(c)
         return CameraTensor(torch.cat([new, self.f, c, self.dist], dim=-1), self.kind, self.limit)
 
     def in_image(self, p2D: torch.Tensor) -> torch.Tensor:
-        """(..., N) bool: between the centres of the outermost pixels."""
+        """Return (..., N) bool: points (..., N, 2) lie between the centres of the outermost pixels."""
         return ((p2D >= 0) & (p2D <= self.size[..., None, :] - 1)).all(-1)
 
     def project(self, p3D: torch.Tensor) -> Projection:
-        """Normalised points x / z, y / z of camera points (..., N, 3); valid if in front."""
+        """Return normalised points (..., N, 2), x / z and y / z, of camera points (..., N, 3); valid if in front."""
         z = p3D[..., 2:]
         return Projection(p3D[..., :2] / z.clamp(min=NEAR), z[..., 0] > NEAR)
 
     def J_project(self, p3D: torch.Tensor) -> torch.Tensor:
-        """(..., N, 2, 3) derivative of :meth:`project`; depth is limited as there, or gradients would explode."""
+        """Return the derivative (..., N, 2, 3) of :meth:`project`, with the same limit of depth."""
         x, y, z = p3D.unbind(-1)
         z = z.clamp(min=NEAR)
         zero = torch.zeros_like(z)
         return torch.stack([1 / z, zero, -x / z**2, zero, 1 / z, -y / z**2], dim=-1).reshape(*z.shape, 2, 3)
 
     def distort(self, p2D: torch.Tensor, *, legacy: bool = False) -> Distorted:
-        """See :func:`kfloc_ros.geometry.distortion.distort`."""
+        """Distort normalised points (..., N, 2); see :func:`kfloc_ros.geometry.distortion.distort`."""
         return distort(p2D, self.dist, self.kind, self.limit, legacy=legacy)
 
     def J_distort(self, p2D: torch.Tensor) -> torch.Tensor:
-        """(..., N, 2, 2) derivative of :meth:`distort`."""
+        """Return the derivative (..., N, 2, 2) of :meth:`distort`."""
         return distort_jacobian(p2D, self.dist, self.kind)
 
     def undistort(self, p2D: torch.Tensor) -> torch.Tensor:
-        """Normalised points (..., N, 2) that :meth:`distort` brings to ``p2D``, by Newton's method."""
+        """Return normalised points (..., N, 2) that :meth:`distort` maps to ``p2D``, by Newton's method."""
         if self.kind is Distortion.NONE:
             return p2D
         xy = p2D
@@ -160,30 +160,30 @@ class CameraTensor(TensorObject):
         return xy
 
     def denormalize(self, p2D: torch.Tensor) -> torch.Tensor:
-        """Pixels of distorted normalised points."""
+        """Return pixels of distorted normalised points."""
         return p2D * self.f[..., None, :] + self.c[..., None, :]
 
     def normalize(self, p2D: torch.Tensor) -> torch.Tensor:
-        """Distorted normalised points of pixels."""
+        """Return distorted normalised points of pixels."""
         return (p2D - self.c[..., None, :]) / self.f[..., None, :]
 
     def J_denormalize(self) -> torch.Tensor:
-        """(..., 1, 2, 2) derivative of :meth:`denormalize`, the same for all points."""
+        """Return the derivative (..., 1, 2, 2) of :meth:`denormalize`, the same for all points."""
         return torch.diag_embed(self.f)[..., None, :, :]
 
     def world2image(self, p3D: torch.Tensor, *, legacy: bool = False) -> Projection:
-        """Pixels of camera points (..., N, 3)."""
+        """Return pixels (..., N, 2) of camera points (..., N, 3)."""
         p2D, in_front = self.project(p3D)
         p2D, defined = self.distort(p2D, legacy=legacy)
         p2D = self.denormalize(p2D)
         return Projection(p2D, in_front & defined & self.in_image(p2D))
 
     def J_world2image(self, p3D: torch.Tensor) -> torch.Tensor:
-        """(..., N, 2, 3) derivative of :meth:`world2image`."""
+        """Return the derivative (..., N, 2, 3) of :meth:`world2image`."""
         p2D, _ = self.project(p3D)
         return self.f[..., None, :, None] * (self.J_distort(p2D) @ self.J_project(p3D))
 
     def image2world(self, p2D: torch.Tensor) -> torch.Tensor:
-        """Rays (..., N, 3) with z = 1 through pixels (..., N, 2)."""
+        """Return rays (..., N, 3) with z = 1 through pixels (..., N, 2)."""
         xy = self.undistort(self.normalize(p2D))
         return torch.cat([xy, torch.ones_like(xy[..., :1])], dim=-1)

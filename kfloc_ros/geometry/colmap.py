@@ -27,7 +27,7 @@ PIXEL_SHIFT = 0.5
 _ZERO = -1
 
 _LAYOUTS: dict[str, tuple[int, str, tuple[int, ...]]] = {
-    # number of focal lengths, distortion model, where in COLMAP's parameters each of its coefficients is
+    # number of focal lengths, distortion model, position of each of its coefficients in COLMAP's parameters
     "SIMPLE_PINHOLE": (1, "none", ()),
     "PINHOLE": (2, "none", ()),
     "SIMPLE_RADIAL": (1, "plumb_bob", (3, _ZERO, _ZERO, _ZERO)),
@@ -52,10 +52,10 @@ def pixels_to_colmap(uv: ArrayLike) -> NDArray[np.float64]:
 
 
 def camera_from_parameters(model: str, width: int, height: int, parameters: Sequence[float]) -> Camera:
-    """The camera of a COLMAP model's name, size and parameters, as in ``cameras.txt`` and in query lists.
+    """Return the camera of a COLMAP model's name, size and parameters, as in ``cameras.txt`` and in query lists.
 
     Raises:
-        FrameError: an unknown model, a wrong number of parameters, or values that no camera has.
+        FrameError: an unknown model, a wrong number of parameters, or invalid intrinsics.
     """
     if model not in _LAYOUTS:
         raise FrameError(f"The COLMAP camera model '{model}' is not supported; known: {', '.join(COLMAP_MODELS)}.")
@@ -74,7 +74,7 @@ def camera_from_parameters(model: str, width: int, height: int, parameters: Sequ
 
 
 def camera_from_colmap(camera: Any) -> Camera:
-    """The camera of a ``pycolmap.Camera``, of a named tuple, or of a mapping with model, width, height, params.
+    """Return the camera of a ``pycolmap.Camera``, of a named tuple, or of a mapping with model, width, height, params.
 
     Raises:
         FrameError: see :func:`camera_from_parameters`.
@@ -87,7 +87,7 @@ def camera_from_colmap(camera: Any) -> Camera:
 
 
 def camera_to_colmap(camera: Camera) -> tuple[str, list[float]]:
-    """Name and parameters of the COLMAP model that says the same as a camera."""
+    """Return name and parameters of the COLMAP model that is equivalent to a camera."""
     fx, fy, cx, cy = camera.fx, camera.fy, camera.cx + PIXEL_SHIFT, camera.cy + PIXEL_SHIFT
     d = camera.distortion
     if camera.distortion_model == "equidistant":

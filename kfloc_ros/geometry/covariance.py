@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pose covariance: from the solver's tangent space to the map frame in ROS order."""
+"""Pose covariance: conversion from the solver's tangent space to the map frame, in ROS order."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ MAX_STD_RAD = np.pi
 
 
 def map_frame_covariance(information: Matrix, T_camera_map: Matrix) -> Matrix | None:
-    """Covariance of T_map_camera from the information of a left perturbation of T_camera_map.
+    """Return the covariance of T_map_camera, given the information of a left perturbation of T_camera_map.
 
-    The solver's tangent is (dt, dw) with P' = Exp(dw) P + dt in the camera frame. To first order the
-    camera centre c moves by -R^T dt and the orientation by the fixed-axes rotation -R^T dw, where R is the
-    rotation of T_camera_map (P = 0 is the camera centre, so dw does not move it).
+    The solver's tangent is (dt, dw) with P' = Exp(dw) P + dt in the camera frame. To first order the camera centre c
+    moves by -R^T dt and the orientation by the fixed-axes rotation -R^T dw, where R is the rotation of T_camera_map (P
+    = 0 is the camera centre, so dw does not move it).
 
     Args:
         information: (6, 6) inverse covariance of (dt, dw), symmetric.
-        T_camera_map: (4, 4) where it was computed.
+        T_camera_map: (4, 4) pose at which it was computed.
 
     Returns:
-        (6, 6) in the order of PoseWithCovariance, or None if the information is singular, or says that the
-        pose is known worse than 10 m or half a turn.
+        (6, 6) in the order of PoseWithCovariance; None if the information is singular, or a standard deviation exceeds
+            10 m or half a turn.
     """
     if not np.isfinite(information).all():
         return None
@@ -43,9 +43,9 @@ def map_frame_covariance(information: Matrix, T_camera_map: Matrix) -> Matrix | 
 
 
 def move_covariance(covariance: Matrix, T_map_camera: Matrix, T_camera_body: Matrix) -> Matrix:
-    """Covariance of T_map_camera @ T_camera_body, given that of T_map_camera and an exact T_camera_body.
+    """Return the covariance of T_map_camera @ T_camera_body, given that of T_map_camera and an exact T_camera_body.
 
-    A rotation error about the camera moves the body's origin by dr x (lever arm in the map frame).
+    A rotation error dr about the camera moves the body's origin by dr x (lever arm in the map frame).
     """
     lever = T_map_camera[:3, :3] @ T_camera_body[:3, 3]
     A = np.eye(6)
@@ -56,8 +56,8 @@ def move_covariance(covariance: Matrix, T_map_camera: Matrix, T_camera_body: Mat
 def pose_tangent_error(estimate: Matrix, truth: Matrix) -> Matrix:
     """Return the error (dt, dr), (6,), of a pose in the tangent space of its covariance.
 
-    Both poses are ``T_map_camera`` (4, 4); dt in metres and dr in radians are what the estimate lacks:
-    t_truth = t_estimate + dt, R_truth = Exp(dr) R_estimate.
+    Both poses are ``T_map_camera`` (4, 4). dt in metres and dr in radians lead from the estimate to the truth: t_truth
+    = t_estimate + dt, R_truth = Exp(dr) R_estimate.
     """
     dR = truth[:3, :3] @ estimate[:3, :3].T
     return np.concatenate([truth[:3, 3] - estimate[:3, 3], so3_log(dR)])

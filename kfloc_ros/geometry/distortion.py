@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lens distortion of normalised image points, its Jacobian, and how far from the axis it means anything.
+"""Lens distortion of normalised image points, its Jacobian, and the radius up to which it is valid.
 
-OpenCV's definitions, which COLMAP and ROS share. Coefficients are (..., K) tensors in this order:
+The definitions are OpenCV's, which COLMAP and ROS share. Coefficients are (..., K) tensors in this order:
 
     RADIAL       k1 k2
     OPENCV       k1 k2 p1 p2
     FULL_OPENCV  k1 k2 p1 p2 k3 k4 k5 k6
     FISHEYE      k1 k2 k3 k4, of the angle to the axis
 
-A distortion is valid as long as the distorted radius still grows with the true one; beyond, two directions share a
+A distortion is valid as long as the distorted radius grows with the true one. Beyond that, two directions share a
 pixel, and points far outside of the image would appear inside.
 """
 
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 
 class Distortion(Enum):
-    """A kind of distortion; the value is the number of coefficients and a name."""
+    """Kind of distortion; the value is the number of coefficients and a name."""
 
     NONE = (0, "none")
     RADIAL = (2, "radial")
@@ -36,7 +36,7 @@ class Distortion(Enum):
 
 
 class Distorted(NamedTuple):
-    """Distorted points and which of them lie where the distortion is one to one."""
+    """Distorted points, and a mask of those where the distortion is one to one."""
 
     points: torch.Tensor
     """(..., N, 2)"""
@@ -45,7 +45,7 @@ class Distorted(NamedTuple):
 
 
 SMALL_R2 = 1e-8
-"""Below this squared radius a fisheye is taken as its series."""
+"""Squared radius below which the fisheye model uses its series."""
 
 
 def distort(
@@ -56,10 +56,10 @@ def distort(
     Args:
         xy: x / z and y / z.
         coefficients: (..., K).
-        kind: what the coefficients mean.
+        kind: meaning of the coefficients.
         limit: (...,) of :func:`validity_limit`.
-        legacy: use the validity limit of the original PixLoc, which has the signs of the coefficients wrong, for
-            numbers that agree with it; only where it has one (k1, k2).
+        legacy: use the validity limit of the original PixLoc, in which the signs of the coefficients are wrong, for
+            equal numbers; it exists only for k1, k2.
     """
     if kind is Distortion.NONE:
         return Distorted(xy, torch.ones(xy.shape[:-1], dtype=torch.bool, device=xy.device))
@@ -77,7 +77,7 @@ def distort(
 
 
 def distort_jacobian(xy: torch.Tensor, coefficients: torch.Tensor, kind: Distortion) -> torch.Tensor:
-    """(..., N, 2, 2) derivative of the distorted points by the normalised points (..., N, 2)."""
+    """Return the derivative (..., N, 2, 2) of the distorted points by the normalised points (..., N, 2)."""
     eye = torch.eye(2, dtype=xy.dtype, device=xy.device)
     if kind is Distortion.NONE:
         return eye.expand(*xy.shape[:-1], 2, 2)
@@ -95,10 +95,10 @@ def distort_jacobian(xy: torch.Tensor, coefficients: torch.Tensor, kind: Distort
 
 
 def validity_limit(coefficients: torch.Tensor, kind: Distortion) -> torch.Tensor:
-    """(...,) first squared radius (FISHEYE: squared angle) at which the distorted radius stops growing; inf if never.
+    """Return the (...,) squared radius (FISHEYE: angle) from which the distorted radius no longer grows, or inf.
 
     These are the first positive roots of polynomials a0 + a1 x + ... with a0 = 1. In 1 / x they are monic, whatever
-    coefficients are zero, so that the companion matrix is always defined and a lost degree is a root at infinity.
+    coefficients are zero, so the companion matrix is always defined, and a lost degree is a root at infinity.
     """
     c = coefficients.detach().to("cpu", torch.float64)
     one = torch.ones_like(c[..., :1])
@@ -119,13 +119,13 @@ def validity_limit(coefficients: torch.Tensor, kind: Distortion) -> torch.Tensor
 
 
 def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Coefficients of the product of two polynomials, lowest degree first."""
+    """Return the coefficients of the product of two polynomials, lowest degree first."""
     terms = [F.pad(a[..., i : i + 1] * b, (i, a.shape[-1] - 1 - i)) for i in range(a.shape[-1])]
     return torch.stack(terms).sum(0)
 
 
 def _first_root(a: torch.Tensor) -> torch.Tensor:
-    """Smallest positive root of a0 + a1 x + ..., where a0 = 1; inf if there is none."""
+    """Return the smallest positive root of a0 + a1 x + ..., where a0 = 1; inf if there is none."""
     degree = a.shape[-1] - 1
     companion = torch.zeros(*a.shape[:-1], degree, degree, dtype=a.dtype)
     companion[..., 0, :] = -a[..., 1:]
@@ -137,7 +137,7 @@ def _first_root(a: torch.Tensor) -> torch.Tensor:
 
 
 def _radial(r2: torch.Tensor, c: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The radial factor and its derivative by r2."""
+    """Return the radial factor and its derivative by r2."""
     k = [c[..., None, i] for i in range(c.shape[-1])]
     if len(k) < 8:
         return 1 + r2 * (k[0] + r2 * k[1]), k[0] + 2 * k[1] * r2
@@ -156,7 +156,7 @@ def _tangential(xy: torch.Tensor, r2: torch.Tensor, c: torch.Tensor) -> torch.Te
 
 
 def _fisheye_scale(r2: torch.Tensor, c: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """theta_d / r with theta = atan(r), and its derivative by r2."""
+    """Return theta_d / r with theta = atan(r), and its derivative by r2."""
     k = [c[..., None, i] for i in range(4)]
     small = r2 < SMALL_R2
     safe = torch.where(small, torch.ones_like(r2), r2)

@@ -11,13 +11,13 @@ Matrix = NDArray[np.float64]
 
 
 def skew(v: ArrayLike) -> Matrix:
-    """(3, 3) matrix with ``skew(v) @ w == cross(v, w)``."""
+    """Return the (3, 3) matrix with ``skew(v) @ w == cross(v, w)``."""
     x, y, z = np.asarray(v, dtype=np.float64)
     return np.array([[0.0, -z, y], [z, 0.0, -x], [-y, x, 0.0]])
 
 
 def so3_exp(v: ArrayLike) -> Matrix:
-    """Rotation matrix (3, 3) of a rotation vector in radians."""
+    """Return the rotation matrix (3, 3) of a rotation vector in radians."""
     v = np.asarray(v, dtype=np.float64)
     angle = float(np.linalg.norm(v))
     if angle < 1e-8:
@@ -27,7 +27,7 @@ def so3_exp(v: ArrayLike) -> Matrix:
 
 
 def so3_log(R: ArrayLike) -> Matrix:
-    """Rotation vector (3,) in radians of a rotation matrix; exact near 0 and near pi."""
+    """Return the rotation vector (3,) in radians of a rotation matrix; exact near 0 and near pi."""
     q = matrix_to_quaternion(R)
     w, v = q[3], q[:3]
     if w < 0:
@@ -39,10 +39,10 @@ def so3_log(R: ArrayLike) -> Matrix:
 
 
 def quaternion_to_matrix(xyzw: ArrayLike) -> Matrix:
-    """Rotation matrix of a quaternion (x, y, z, w); it is normalised first.
+    """Return the rotation matrix (3, 3) of a quaternion (x, y, z, w), which is normalised first.
 
     Raises:
-        ValueError: the quaternion has no length or is not finite.
+        ValueError: the quaternion has zero length or is not finite.
     """
     q = np.asarray(xyzw, dtype=np.float64)
     norm = float(np.linalg.norm(q))
@@ -59,7 +59,7 @@ def quaternion_to_matrix(xyzw: ArrayLike) -> Matrix:
 
 
 def matrix_to_quaternion(R: ArrayLike) -> Matrix:
-    """Unit quaternion (x, y, z, w), w >= 0, of a rotation matrix."""
+    """Return the unit quaternion (x, y, z, w), w >= 0, of a rotation matrix."""
     m = np.asarray(R, dtype=np.float64)
     trace = np.trace(m)
     candidates = np.array([m[0, 0], m[1, 1], m[2, 2], trace])
@@ -78,7 +78,7 @@ def matrix_to_quaternion(R: ArrayLike) -> Matrix:
 
 
 def make_pose(R: ArrayLike, t: ArrayLike) -> Matrix:
-    """(4, 4) rigid transform of a rotation (3, 3) and a translation (3,)."""
+    """Return the (4, 4) rigid transform of a rotation (3, 3) and a translation (3,)."""
     T = np.eye(4)
     T[:3, :3] = R
     T[:3, 3] = t
@@ -86,26 +86,26 @@ def make_pose(R: ArrayLike, t: ArrayLike) -> Matrix:
 
 
 def inverse_pose(T: Matrix) -> Matrix:
-    """Inverse of a rigid transform (4, 4)."""
+    """Return the inverse of a rigid transform (4, 4)."""
     return make_pose(T[:3, :3].T, -T[:3, :3].T @ T[:3, 3])
 
 
 def interpolate(T0: Matrix, T1: Matrix, share: float) -> Matrix:
-    """Return the rigid transform (4, 4) between two others, at ``share`` of the way (0: ``T0``, 1: ``T1``).
+    """Return the rigid transform (4, 4) at ``share`` of the way between two others (0: ``T0``, 1: ``T1``).
 
-    The rotation turns at a constant rate about one axis, the translation goes straight.
+    The rotation has a constant rate about one axis; the translation is linear.
     """
     turn = so3_exp(share * so3_log(T0[:3, :3].T @ T1[:3, :3]))
     return make_pose(T0[:3, :3] @ turn, (1 - share) * T0[:3, 3] + share * T1[:3, 3])
 
 
 def rotation_angle_deg(R: ArrayLike) -> float:
-    """Angle of a rotation matrix in degrees."""
+    """Return the angle of a rotation matrix in degrees."""
     return float(np.degrees(np.linalg.norm(so3_log(R))))
 
 
 def so3_exp_torch(v: torch.Tensor) -> torch.Tensor:
-    """Rotation matrices (..., 3, 3) of rotation vectors (..., 3); differentiable, also at zero."""
+    """Return rotation matrices (..., 3, 3) of rotation vectors (..., 3); differentiable, also at zero."""
     angle_sq = (v * v).sum(-1)[..., None, None]
     small = angle_sq < 1e-12
     safe = torch.where(small, torch.ones_like(angle_sq), angle_sq)
@@ -121,11 +121,11 @@ def so3_exp_torch(v: torch.Tensor) -> torch.Tensor:
 
 JUMP_M = 0.5
 JUMP_DEG = 30.0
-"""Limits between poses that follow each other; a pose beyond one of them is not of the same motion."""
+"""Limits of the change between successive poses; a pose beyond one of them belongs to another motion."""
 
 
 def jumped(before: Matrix, after: Matrix) -> bool:
-    """Return true if two poses (4, 4) that follow each other are too far apart to be of one motion."""
+    """Return true if two successive poses (4, 4) are too far apart for one motion."""
     moved = inverse_pose(before) @ after
     return float(np.linalg.norm(moved[:3, 3])) > JUMP_M or rotation_angle_deg(moved[:3, :3]) > JUMP_DEG
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What batched geometric objects share: they are made of one tensor and are indexed, stacked and moved like it."""
+"""Base of batched geometric objects made of one tensor, and rigid transforms."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from kfloc_ros.geometry.lie import quaternion_to_matrix, so3_exp_torch
 
 
 class TensorObject:
-    """An object per leading index of ``data`` (..., values of one object).
+    """Batch of objects in one tensor ``data`` (..., values of one object), indexed, stacked and moved like it.
 
-    Operations that take another object or points follow broadcasting of the leading dimensions.
+    Operations that take another object or points broadcast the leading dimensions.
     """
 
     data: torch.Tensor
@@ -31,7 +31,7 @@ class TensorObject:
         self.data = data
 
     def _with(self, data: torch.Tensor) -> Self:
-        """The same kind of object around other data; what else an object knows is carried along."""
+        """Return an object of the same kind with other data; all other attributes are kept."""
         return type(self)(data)
 
     def _map(self, function: Any) -> Self:
@@ -54,19 +54,19 @@ class TensorObject:
         return len(self.data)
 
     def __getitem__(self, index: Any) -> Self:
-        """Index the batch, as a tensor is indexed; the values of an object stay together."""
+        """Index the batch as a tensor; the values of an object stay together."""
         index = index if isinstance(index, tuple) else (index,)
         tail = () if Ellipsis in [i for i in index if i is Ellipsis] else (Ellipsis,)
         return self._map(lambda data: data[(*index, *tail, slice(None))])
 
     @classmethod
     def stack(cls, objects: Sequence[Self], dim: int = 0) -> Self:
-        """A batch of objects, along a new leading dimension."""
+        """Return a batch of objects along a new leading dimension."""
         dim = dim if dim >= 0 else dim - 1
         return objects[0]._with(torch.stack([o.data for o in objects], dim))
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Another device or type, as ``torch.Tensor.to``."""
+        """Return the object on another device or in another type, as ``torch.Tensor.to``."""
         return self._map(lambda data: data.to(*args, **kwargs))
 
     def cpu(self) -> Self:
@@ -91,12 +91,12 @@ class TensorObject:
         return self._map(lambda data: data.pin_memory())
 
     def requires_grad_(self) -> Self:
-        """Let gradients reach the values of this object."""
+        """Enable gradients for the values of this object."""
         self.data.requires_grad_()
         return self
 
     def numpy(self) -> NDArray[np.floating[Any]]:
-        """The values as an array on the CPU."""
+        """Return the values as an array on the CPU."""
         return np.asarray(self.data.detach().cpu().numpy())
 
     def __repr__(self) -> str:
@@ -104,7 +104,7 @@ class TensorObject:
 
 
 class Magnitude(NamedTuple):
-    """How far a transform goes."""
+    """Rotation angle and distance of a transform."""
 
     angle_deg: torch.Tensor
     distance_m: torch.Tensor
@@ -123,7 +123,7 @@ class Pose(TensorObject):
 
     @classmethod
     def from_Rt(cls, R: ArrayLike | torch.Tensor, t: ArrayLike | torch.Tensor) -> Pose:
-        """From rotations (..., 3, 3) and translations (..., 3)."""
+        """Return poses of rotations (..., 3, 3) and translations (..., 3)."""
         R, t = _tensor(R), _tensor(t)
         if R.shape[-2:] != (3, 3) or t.shape[-1:] != (3,):
             raise ValueError(f"A Pose takes R (..., 3, 3) and t (..., 3), got {tuple(R.shape)} and {tuple(t.shape)}.")
@@ -133,51 +133,51 @@ class Pose(TensorObject):
 
     @classmethod
     def from_aa(cls, rotation_vector: ArrayLike | torch.Tensor, t: ArrayLike | torch.Tensor) -> Pose:
-        """From rotation vectors (..., 3) in radians and translations (..., 3); not the exponential map of SE(3)."""
+        """Return poses of rotation vectors (..., 3), radians, and translations (..., 3); not the map of SE(3)."""
         return cls.from_Rt(so3_exp_torch(_tensor(rotation_vector)), t)
 
     @classmethod
     def from_4x4mat(cls, T: ArrayLike | torch.Tensor) -> Pose:
-        """From matrices (..., 4, 4)."""
+        """Return poses of matrices (..., 4, 4)."""
         T = _tensor(T)
         return cls.from_Rt(T[..., :3, :3], T[..., :3, 3])
 
     @classmethod
     def from_colmap(cls, qvec: ArrayLike, tvec: ArrayLike) -> Pose:
-        """From COLMAP's quaternion (w, x, y, z) and translation, which map the world to the camera."""
+        """Return the pose of COLMAP's quaternion (w, x, y, z) and translation, which map the world to the camera."""
         w, x, y, z = np.asarray(qvec, dtype=np.float64)
         return cls.from_Rt(quaternion_to_matrix([x, y, z, w]), np.asarray(tvec, dtype=np.float64))
 
     @classmethod
     def identity(cls, *batch: int, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Pose:
-        """Transforms that move nothing."""
+        """Return identity transforms."""
         eye = torch.eye(3, dtype=dtype, device=device)
         return cls.from_Rt(eye.expand(*batch, 3, 3), eye.new_zeros(*batch, 3))
 
     @property
     def R(self) -> torch.Tensor:
-        """(..., 3, 3)"""
+        """Rotations (..., 3, 3)."""
         return self.data[..., :9].reshape(*self.shape, 3, 3)
 
     @property
     def t(self) -> torch.Tensor:
-        """(..., 3)"""
+        """Translations (..., 3)."""
         return self.data[..., 9:]
 
     def inv(self) -> Pose:
-        """The transforms back."""
+        """Return the inverse transforms."""
         Rt = self.R.mT
         return Pose.from_Rt(Rt, -(Rt @ self.t[..., None])[..., 0])
 
     def compose(self, other: Pose) -> Pose:
-        """``T_a_b.compose(T_b_c)`` is ``T_a_c``."""
+        """Return the product: ``T_a_b.compose(T_b_c)`` is ``T_a_c``."""
         return Pose.from_Rt(self.R @ other.R, self.t + (self.R @ other.t[..., None])[..., 0])
 
     def __matmul__(self, other: Pose) -> Pose:
         return self.compose(other)
 
     def transform(self, points: ArrayLike | torch.Tensor) -> torch.Tensor:
-        """Points (..., N, 3) of every pose's source frame in its target frame."""
+        """Map points (..., N, 3) from every pose's source frame to its target frame."""
         points = _tensor(points, like=self.data)
         return points @ self.R.mT + self.t[..., None, :]
 
@@ -185,7 +185,7 @@ class Pose(TensorObject):
         return self.transform(points)
 
     def J_transform(self, transformed: torch.Tensor) -> torch.Tensor:
-        """(..., N, 3, 6) derivative of points, given after the transform, by a left perturbation (dt, dw).
+        """Return the derivative (..., N, 3, 6) of transformed points by a left perturbation (dt, dw).
 
         p'' = Exp(dw) p' + dt, so the derivative is [I | -[p']_x].
         """
@@ -196,11 +196,11 @@ class Pose(TensorObject):
         return torch.cat([eye, minus_skew], dim=-1)
 
     def retract(self, delta: torch.Tensor) -> Pose:
-        """Left update by (..., 6) = (dt, dw): p' = Exp(dw) (R p + t) + dt."""
+        """Return the left update by (..., 6) = (dt, dw): p' = Exp(dw) (R p + t) + dt."""
         return Pose.from_aa(delta[..., 3:], delta[..., :3]) @ self
 
     def magnitude(self) -> Magnitude:
-        """Angle and distance, accurate near zero also in single precision."""
+        """Return angle and distance; accurate near zero also in single precision."""
         R = self.R
         axis = torch.stack(
             [R[..., 2, 1] - R[..., 1, 2], R[..., 0, 2] - R[..., 2, 0], R[..., 1, 0] - R[..., 0, 1]], dim=-1
@@ -209,17 +209,17 @@ class Pose(TensorObject):
         return Magnitude(torch.atan2(axis.norm(dim=-1), trace - 1).rad2deg(), self.t.norm(dim=-1))
 
     def matrix(self) -> torch.Tensor:
-        """(..., 4, 4)"""
+        """Return the matrices (..., 4, 4)."""
         last = self.data.new_tensor([0.0, 0.0, 0.0, 1.0]).expand(*self.shape, 1, 4)
         return torch.cat([torch.cat([self.R, self.t[..., None]], dim=-1), last], dim=-2)
 
     def matrix_numpy(self) -> NDArray[np.float64]:
-        """(..., 4, 4) float64 on the CPU."""
+        """Return the matrices (..., 4, 4) as float64 on the CPU."""
         return np.asarray(self.matrix().detach().cpu().double().numpy())
 
 
 def _tensor(values: ArrayLike | torch.Tensor, like: torch.Tensor | None = None) -> torch.Tensor:
-    """Tensors as they are; anything else in its own floating type, or in that of ``like``."""
+    """Return tensors unchanged; convert anything else in its own floating type, or in that of ``like``."""
     if isinstance(values, torch.Tensor):
         return values
     array: NDArray[Any] = np.asarray(values)
