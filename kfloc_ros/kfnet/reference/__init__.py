@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""KFNet's networks as published: the `reference` family, beside the fast one and behind the same filter."""
+"""KFNet's published networks: the `reference` family, an alternative to the fast one behind the same filter."""

@@ -30,13 +30,13 @@ from kfloc_ros.types import CoarsePose, Matrix, SceneCoordinates
 
 STRIDE = 8
 DESCRIPTION = "coordinates.json"
-"""Beside coordinate maps that this package writes: which pixel a cell stands for, and the camera."""
+"""File beside coordinate maps that this package writes: the pixel of a cell, and the camera."""
 DEFAULT_CAMERA = Camera(640, 480, 525.0, 525.0, 320.0, 240.0)
-"""What the original assumes, since its folders hold no intrinsics."""
+"""Camera that the original assumes, since its folders hold no intrinsics."""
 MAX_LABEL_BYTES = 16 * MAX_IMAGE_PIXELS
 MAX_POSITION_M = 1e8
 CONFIDENCE_LIMIT = 1e6
-"""1/m; keeps 1 / sigma finite in the files."""
+"""Largest 1 / sigma in the files, 1/m; keeps the values finite."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,17 +48,17 @@ class LabelMap:
     mask: NDArray[np.bool_]
     """(h, w)"""
     stride: int
-    """1, or 8 where entry (r, c) belongs to pixel (8 c, 8 r)."""
+    """1; or 8, where entry (r, c) belongs to pixel (8 c, 8 r)."""
 
 
 @dataclass(frozen=True)
 class MapDescription:
-    """What a folder of coordinate maps says about itself; the defaults are the original's conventions."""
+    """Description of a folder of coordinate maps; the defaults are the original's conventions."""
 
     camera: Camera = DEFAULT_CAMERA
     stride: int = STRIDE
     pixel_offset: float = 0.0
-    """Cell (r, c) stands for the pixel (u, v) = stride * (c, r) + pixel_offset."""
+    """Offset of the pixel (u, v) = stride * (c, r) + pixel_offset that cell (r, c) stands for."""
 
 
 def read_label(path: Path, width: int, height: int) -> LabelMap:
@@ -97,7 +97,7 @@ def write_label(path: Path, points: NDArray[np.floating], mask: NDArray[np.bool_
 
 
 def coordinate_map(coordinates: SceneCoordinates) -> NDArray[np.float32]:
-    """(h, w, 4) of what goes into ``coord_<i>.npy``; confidence 0 where the cell is invalid."""
+    """Return the (h, w, 4) content of ``coord_<i>.npy``; confidence 0 where the cell is invalid."""
     confidence = coordinates.variance.rsqrt().clamp(max=CONFIDENCE_LIMIT) * coordinates.valid
     grid = torch.cat([coordinates.mean, confidence[None]]).permute(1, 2, 0)
     return np.nan_to_num(np.asarray(grid.float().cpu().numpy(), dtype=np.float32))
@@ -111,7 +111,7 @@ def write_coordinates(folder: Path, index: int, coordinates: SceneCoordinates) -
 
 
 def write_flow(folder: Path, a: int, b: int, offset: torch.Tensor, prior_variance: torch.Tensor) -> Path:
-    """Write ``<a>_<b>_flow.npy`` of a flow (2, h, w) in cells from image a into b, and the prior's variance (h, w)."""
+    """Write ``<a>_<b>_flow.npy``: a flow (2, h, w) in cells from image a into b, and the prior's variance (h, w)."""
     confidence = prior_variance.rsqrt().clamp(max=CONFIDENCE_LIMIT)
     path = folder / f"{a}_{b}_flow.npy"
     np.save(path, torch.cat([offset, confidence[None]]).permute(1, 2, 0).float().cpu().numpy())
@@ -139,7 +139,7 @@ def read_coordinates(path: Path, description: MapDescription) -> SceneCoordinate
 
 
 def write_description(folder: Path, description: MapDescription, frames: Sequence[dict[str, Any]]) -> None:
-    """Write ``coordinates.json``: conventions in words and numbers, and one entry a map."""
+    """Write ``coordinates.json``: conventions as text and numbers, and one entry a map."""
     content = {
         "channels": ["x_m", "y_m", "z_m", "1/sigma_per_m"],
         "stride": description.stride,
@@ -151,7 +151,7 @@ def write_description(folder: Path, description: MapDescription, frames: Sequenc
 
 
 def read_description(folder: Path) -> MapDescription:
-    """What ``coordinates.json`` says, or the original's conventions where there is none.
+    """Return the content of ``coordinates.json``; if there is none, the original's conventions.
 
     Raises:
         SourceError: the file is damaged.
@@ -220,19 +220,19 @@ def pose_fault(path: Path) -> str:
 
 
 def write_pose(path: Path, T_map_camera: Matrix | None) -> None:
-    """Write a 4x4 camera-to-world matrix; all ``nan`` where there is no pose, so that files stay in step."""
+    """Write a 4x4 camera-to-world matrix; all ``nan`` for None, so that the numbering of files stays aligned."""
     np.savetxt(path, np.full((4, 4), np.nan) if T_map_camera is None else T_map_camera, fmt="%.9g")
 
 
 MIN_CONFIDENCE_PER_M = 20.0
-"""Cells less certain than 5 cm are left out, as the original's viewer does, unless too few are left."""
+"""Smallest confidence of a cell that is used, as in the original's viewer: a sigma of 5 cm."""
 ENOUGH_CELLS = 200
-"""If the confidence leaves fewer cells than this, this many of the surest are taken instead."""
+"""Number of cells below which the most certain ones are used, whatever their confidence."""
 
 
 @dataclass(frozen=True)
 class PnpJob:
-    """What is the same for all files."""
+    """Settings common to all files."""
 
     description: MapDescription
     settings: PnpSettings
@@ -240,7 +240,7 @@ class PnpJob:
 
 
 def find_maps(path: Path) -> list[Path]:
-    """Coordinate maps of a list file, or ``coord_<i>.npy`` of a folder in the order of i.
+    """Return the coordinate maps of a list file, or ``coord_<i>.npy`` of a folder in the order of i.
 
     Raises:
         SourceError: there is none.
@@ -255,7 +255,7 @@ def find_maps(path: Path) -> list[Path]:
 
 
 def confident_part(coordinates: SceneCoordinates, min_confidence: float) -> SceneCoordinates:
-    """Only the cells whose 1/sigma reaches a limit, or the surest few where hardly any does."""
+    """Return the cells whose 1/sigma reaches a limit; if they are too few, the most certain ones."""
     sigma = coordinates.variance.sqrt().masked_fill(~coordinates.valid, float("inf"))
     limit = 1.0 / min_confidence if min_confidence > 0 else float("inf")
     if int((sigma <= limit).sum()) < ENOUGH_CELLS:
@@ -264,7 +264,7 @@ def confident_part(coordinates: SceneCoordinates, min_confidence: float) -> Scen
 
 
 def solve_file(path: Path, job: PnpJob) -> CoarsePose:
-    """Pose of one coordinate map.
+    """Return the pose of one coordinate map.
 
     Raises:
         SourceError: the file is not a coordinate map, or too large for the camera.
@@ -281,7 +281,7 @@ def solve_file(path: Path, job: PnpJob) -> CoarsePose:
 
 
 def solve_files(paths: Sequence[Path], job: PnpJob, processes: int) -> Iterator[CoarsePose]:
-    """Poses in the order of the files.
+    """Yield poses in the order of the files.
 
     Raises:
         SourceError: a file is not a coordinate map.
@@ -301,10 +301,10 @@ def _one_thread() -> None:
 
 
 def parse_camera(numbers: Sequence[float]) -> Camera:
-    """Camera of width, height, fx, fy, cx, cy.
+    """Return the camera of width, height, fx, fy, cx, cy.
 
     Raises:
-        FrameError: they make no camera.
+        FrameError: the numbers are not valid intrinsics.
     """
     width, height, fx, fy, cx, cy = numbers
     return Camera(int(width), int(height), fx, fy, cx, cy)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The frame in which a reference SCoordNet regresses: an isometry of the map, and for large scenes a scale.
+"""Frame in which a reference SCoordNet regresses: an isometry of the map and, for large scenes, a scale.
 
-KFNet moves the scene points to their mean and decorrelates their axes; the transforms published with it hold
-reflections as well as rotations. Large outdoor scenes are shrunk as well, which must be undone for the sigmas, too.
+KFNet moves the scene points to their mean and decorrelates their axes; the published transforms include reflections as
+well as rotations. Large outdoor scenes are also scaled down; the sigmas must be scaled back as well.
 """
 
 from __future__ import annotations
@@ -18,12 +18,16 @@ from kfloc_ros.files import number_rows
 from kfloc_ros.types import Matrix
 
 ISOMETRY_TOLERANCE = 1e-3
-"""Largest deviation of R'R from the identity: the files hold a few digits only."""
+"""Largest deviation of R'R from the identity: the files have only a few digits."""
 
 
 @dataclass(frozen=True, eq=False)
 class NetworkFrame:
-    """``x_network = scale * (R x_map + t)`` with R a rotation or a reflection."""
+    """Transform ``x_network = scale * (R x_map + t)`` with R a rotation or a reflection.
+
+    Raises:
+        SourceError: the matrix is not an isometry, or the scale is not positive.
+    """
 
     T_network_map: Matrix = field(default_factory=lambda: np.eye(4))
     """(4, 4) isometry, metres."""
@@ -43,7 +47,7 @@ class NetworkFrame:
 
     @classmethod
     def of_points(cls, points: NDArray[np.floating], scale: float = 1.0) -> NetworkFrame:
-        """Centred on the mean of map points (N, 3), axes along their principal directions, most extended first."""
+        """Return the frame at the mean of map points (N, 3), axes along their principal directions, largest first."""
         points = np.asarray(points, dtype=np.float64)
         mean = points.mean(0)
         _, axes = np.linalg.eigh(np.cov((points - mean).T))
@@ -53,12 +57,12 @@ class NetworkFrame:
         return cls(T, scale)
 
     def to_network(self, points: NDArray[np.floating]) -> NDArray[np.float64]:
-        """Network coordinates (..., 3) of map points (..., 3)."""
+        """Return network coordinates (..., 3) of map points (..., 3)."""
         T = self.T_network_map
         return np.asarray(self.scale * (points @ T[:3, :3].T + T[:3, 3]), dtype=np.float64)
 
     def to_map(self, coordinates: NDArray[np.floating]) -> NDArray[np.float64]:
-        """Map points (..., 3), metres, of network coordinates (..., 3)."""
+        """Return map points (..., 3), metres, of network coordinates (..., 3)."""
         T = np.linalg.inv(self.T_network_map)
         return np.asarray((coordinates / self.scale) @ T[:3, :3].T + T[:3, 3], dtype=np.float64)
 
@@ -67,7 +71,7 @@ def read_transform(path: Path, scale: float = 1.0) -> NetworkFrame:
     """Read KFNet's ``transform.txt``, which maps world points to the network's frame.
 
     Raises:
-        SourceError: the file is missing, or is not an isometry written as 4x4 numbers.
+        SourceError: the file is missing, or is not an isometry of 4x4 numbers.
     """
     try:
         return NetworkFrame(np.array(number_rows(path), dtype=np.float64, ndmin=2), scale)
@@ -78,5 +82,5 @@ def read_transform(path: Path, scale: float = 1.0) -> NetworkFrame:
 
 
 def write_transform(path: Path, frame: NetworkFrame) -> None:
-    """Write ``transform.txt`` so that it reads back to the same doubles; the scale is not part of that format."""
+    """Write ``transform.txt``; reading it back gives the same doubles. The format has no scale."""
     np.savetxt(path, frame.T_network_map, fmt="%.17g")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Convolutions with a choice of padding: centred, or TensorFlow's ``SAME``, which original weights need.
 
-For a kernel of 3, stride 2 and an even size, ``SAME`` pads nothing at the top and left and one pixel at the bottom
-and right. Three such layers move the receptive field of cell i from pixel 8 i (centred) to pixel 8 i + 7.
+For a kernel of 3, stride 2 and an even size, ``SAME`` pads nothing at the top and left and one pixel at the bottom and
+right. Three such layers move the receptive field of cell i from pixel 8 i (centred) to pixel 8 i + 7.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from torch import nn
 
 
 class Padding(Enum):
-    """How convolutions meet the border of their input."""
+    """Padding of convolutions at the border of their input."""
 
     CENTRED = "centred"
     """The receptive field of cell i is centred on the pixel that it is supervised with, 8 i."""
     TENSORFLOW = "tensorflow"
-    """As TensorFlow pads; the network has to learn the shift, and weights trained there have."""
+    """Padding of TensorFlow; the network learns the shift, as weights trained there have."""
 
 
 def image_to_input(images: torch.Tensor) -> torch.Tensor:
-    """Network input of RGB images with values 0..255: about -0.8..0.8, the same for all channels."""
+    """Return the network's input for RGB images with values 0..255: about -0.8..0.8, equal for all channels."""
     return (images - 128.0) * 0.00625
 
 
 class Conv(nn.Conv2d):
-    """Convolution whose output has ceil(size / stride) cells; Glorot-uniform kernel and no bias at first."""
+    """Convolution whose output has ceil(size / stride) cells; initialised with a Glorot-uniform kernel and no bias."""
 
     def __init__(self, inputs: int, outputs: int, *, kernel: int = 3, stride: int = 1, padding: Padding) -> None:
         super().__init__(inputs, outputs, kernel, stride, padding=kernel // 2)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""KFNet's two networks as one thing, trained for one scene: what a map of the `reference` family holds."""
+"""Pair of KFNet's two networks, trained for one scene, as a map of the `reference` family holds it."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from kfloc_ros.kfnet.reference.scoordnet import STRIDE, ReferenceSCoordNet
 from kfloc_ros.kfnet.reference.weights import MAX_WIDTH, OFLOWNET, SCOORDNET
 
 MIN_IMAGE_SIDE_PX = 64
-"""Eight cells, as many as OFlowNet's window has."""
+"""Smallest image side: eight cells, the size of OFlowNet's window."""
 EXACT = ("T_network_map", "scale")
-"""Kept in double precision."""
+"""Tensors kept in double precision."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,23 +33,23 @@ class ReferenceNetworks:
     oflownet: ReferenceOFlowNet
 
     def to(self, device: torch.device) -> ReferenceNetworks:
-        """The same on a device; the networks themselves move."""
+        """Move the networks to a device and return them."""
         self.scoordnet.to(device)
         self.oflownet.to(device)
         return self
 
     def transformed(self, T: Matrix) -> ReferenceNetworks:
-        """A copy that tells its coordinates in another frame: each point p becomes T p."""
+        """Return a copy that regresses in another frame: each point p becomes T p, T (4, 4)."""
         scoordnet = copy.deepcopy(self.scoordnet)
         frame = scoordnet.frame
         scoordnet.set_frame(NetworkFrame(frame.T_network_map @ inverse_pose(T), frame.scale))
         return replace(self, scoordnet=scoordnet)
 
     def camera(self, map_camera: Camera) -> Camera:
-        """The camera whose images the networks take: a map's, made smaller by a whole number.
+        """Return the camera whose images the networks take: a map's, reduced by a whole number.
 
         Raises:
-            WeightsError: the images that the networks were trained on are not of such a size.
+            WeightsError: the networks were trained on images of another size.
         """
         width, height = self.scoordnet.image_size or (map_camera.width, map_camera.height)
         times = map_camera.width // width
@@ -62,12 +62,12 @@ class ReferenceNetworks:
         return map_camera.scaled_to(width, height)
 
     def stride(self, map_camera: Camera) -> int:
-        """Pixels of the map's camera per cell."""
+        """Return the pixels of the map's camera per cell."""
         return STRIDE * map_camera.width // self.camera(map_camera).width
 
 
 def pack_networks(networks: ReferenceNetworks) -> dict[str, torch.Tensor]:
-    """The tensors of both, for a map's file."""
+    """Return the tensors of both networks, for a map's file."""
     parts = {SCOORDNET: networks.scoordnet, OFLOWNET: networks.oflownet}
     return {
         f"{name}.{key}": value.detach().cpu().contiguous()
@@ -77,7 +77,7 @@ def pack_networks(networks: ReferenceNetworks) -> dict[str, torch.Tensor]:
 
 
 def describe_networks(networks: ReferenceNetworks) -> dict[str, Any]:
-    """What ``map.yaml`` says of them."""
+    """Return the networks' entry in ``map.yaml``."""
     size = networks.scoordnet.image_size
     return {
         "width": networks.scoordnet.width,
@@ -87,11 +87,11 @@ def describe_networks(networks: ReferenceNetworks) -> dict[str, Any]:
 
 
 def unpack_networks(tensors: Mapping[str, torch.Tensor], described: Mapping[str, Any]) -> ReferenceNetworks:
-    """The networks of a map's file; no memory is taken that the file does not fill.
+    """Return the networks of a map's file; memory use is bounded by the size of the file.
 
     Raises:
         ValueError: the description is not one of networks.
-        KeyError, TypeError, RuntimeError: as above, or the tensors do not fit it.
+        KeyError, TypeError, RuntimeError: the description is incomplete, or the tensors do not fit it.
     """
     width, size = float(described["width"]), described.get("image_size")
     if not 0.0 < width <= MAX_WIDTH:
@@ -101,7 +101,7 @@ def unpack_networks(tensors: Mapping[str, torch.Tensor], described: Mapping[str,
         if min(size) < MIN_IMAGE_SIDE_PX:
             raise ValueError(f"no network takes images of {size[0]}x{size[1]} pixels")
     paddings = {name: Padding(described["padding"][name]) for name in (SCOORDNET, OFLOWNET)}
-    with torch.device("meta"):  # shapes without memory: the description is not to be believed
+    with torch.device("meta"):  # shapes without memory: the description is not trusted
         scoordnet = ReferenceSCoordNet(paddings[SCOORDNET], width, image_size=size)
         oflownet = ReferenceOFlowNet(paddings[OFLOWNET])
     for name, network in ((SCOORDNET, scoordnet), (OFLOWNET, oflownet)):
@@ -112,7 +112,7 @@ def unpack_networks(tensors: Mapping[str, torch.Tensor], described: Mapping[str,
         )
         network.eval().requires_grad_(False)
     try:
-        _ = scoordnet.frame  # checked when it is made
+        _ = scoordnet.frame  # its constructor checks it
     except SourceError as error:
         raise ValueError(str(error)) from error
     return ReferenceNetworks(scoordnet, oflownet)

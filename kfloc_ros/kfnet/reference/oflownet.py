@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""OFlowNet as published: backward flow and process noise from a cost volume of signed feature differences.
+"""Published OFlowNet: backward flow and process noise from a cost volume of signed feature differences.
 
-Each cell has a window of 8x8 displacements, -4 to +3 cells in x and y, and a small U-Net of its own runs over that
-window: there is no spatial context between cells. The flow is the soft-argmax of its output; the innermost features
-give the process noise. Source: the layers of KFNet's released code.
+Each cell has a window of 8x8 displacements, -4 to +3 cells in x and y. A small U-Net runs over every window separately:
+there is no spatial context between cells. The flow is the soft-argmax of its output; the innermost features give the
+process noise. Source: the layers of KFNet's released code.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ FEATURE_CHANNELS = 32
 PROCESS_SIGMA_UNIT_M = 0.01
 """Process sigma before training."""
 EDGE_MARGIN = 0.5
-"""A flow within this many cells of the window's border may belong outside of it."""
+"""Distance in cells from the window's border below which the true flow may lie outside."""
 CHUNK_CPU, CHUNK_GPU = 400, 4800
 """Cells whose windows are in memory at once: 25 MB of activations that fit a CPU's cache, 290 MB that fill a GPU."""
 
 
 @dataclass(frozen=True, eq=False)
 class Windows:
-    """What the U-Net says about every cell of one pair of frames."""
+    """Output of the U-Net for every cell of one pair of frames."""
 
     probability: torch.Tensor
-    """(h w, 64) of each displacement; y outer, x inner."""
+    """(h w, 64) probability of each displacement; y outer, x inner."""
     process_sigma_m: torch.Tensor
     """(h, w) standard deviation per axis of the process noise, metres."""
 
 
 class FeatureNet(nn.Module):
-    """Features (B, 32, H/8, W/8) of unit length of RGB images; not shared with SCoordNet."""
+    """Network from RGB images to features (B, 32, H/8, W/8) of unit length; not shared with SCoordNet."""
 
     def __init__(self, padding: Padding) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class FeatureNet(nn.Module):
 
 
 class WindowUNet(nn.Module):
-    """From the cost windows of N cells, (N, 32, 8, 8), to displacement logits (N, 64) and log process noise (N,)."""
+    """U-Net from cost windows (N, 32, 8, 8) of N cells to displacement logits (N, 64) and log process noise (N,)."""
 
     def __init__(self, padding: Padding) -> None:
         super().__init__()
@@ -106,8 +106,8 @@ class ReferenceOFlowNet(nn.Module):
 
     Args:
         padding: ``TENSORFLOW`` for weights trained by the original, else ``CENTRED``.
-        chunk: cells whose windows are held in memory at once, by default what suits the device; does not change
-            the result.
+        chunk: cells whose windows are in memory at once; None: a number that suits the device. It does not change the
+            result.
     """
 
     def __init__(self, padding: Padding = Padding.CENTRED, chunk: int | None = None) -> None:
@@ -117,9 +117,9 @@ class ReferenceOFlowNet(nn.Module):
         self.unet = WindowUNet(padding)
 
     def forward(self, current: torch.Tensor, previous: torch.Tensor) -> Windows:
-        """Displacement probabilities and process noise from the features (32, h, w) of two frames.
+        """Return displacement probabilities and process noise from the features (32, h, w) of two frames.
 
-        The memory held is that of ``chunk`` windows (in training, of all: their activations are kept).
+        Inference holds ``chunk`` windows in memory; training holds all, since their activations are kept.
         """
         h, w = current.shape[1:]
         chunk = self.chunk or (CHUNK_GPU if current.is_cuda else CHUNK_CPU)
@@ -129,7 +129,7 @@ class ReferenceOFlowNet(nn.Module):
         return Windows(probability, sigma_m.reshape(h, w))
 
     def flow(self, current: torch.Tensor, previous: torch.Tensor) -> Flow:
-        """Flow and process noise in the form that the filter takes; differentiable but for ``valid``."""
+        """Return flow and process noise in the form that the filter takes; differentiable except for ``valid``."""
         h, w = current.shape[1:]
         windows = self(current, previous)
         offsets = displacements(current.device, current.dtype)
@@ -151,14 +151,14 @@ class ReferenceOFlowNet(nn.Module):
 
 
 def displacements(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """(64, 2) displacement x, y in cells of every entry of a window; y outer, x inner."""
+    """Return the displacements (64, 2) x, y in cells of a window's entries; y outer, x inner."""
     span = torch.arange(-BEFORE, AFTER + 1, device=device, dtype=dtype)
     oy, ox = torch.meshgrid(span, span, indexing="ij")
     return torch.stack([ox.reshape(-1), oy.reshape(-1)], dim=1)
 
 
 def cost_windows(current: torch.Tensor, previous: torch.Tensor, chunk: int) -> Iterator[torch.Tensor]:
-    """Signed differences V(p, o) = F(p) - F_previous(p + o), in chunks (n, 32, 8, 8) of cells in row-major order.
+    """Yield signed differences V(p, o) = F(p) - F_previous(p + o), in chunks (n, 32, 8, 8) of cells in row-major order.
 
     Features of the previous frame are zero outside its image.
     """

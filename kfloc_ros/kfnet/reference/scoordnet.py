@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SCoordNet as published: twelve convolutions that regress a scene coordinate and its sigma for every 8x8 cell.
+"""Published SCoordNet: twelve convolutions that regress a scene coordinate and its sigma for every 8x8 cell.
 
-Cell (r, c) stands for the image pixel (u, v) = (8 c, 8 r), as in the original's labels. Source: the layers of
-KFNet's released code; sigma = exp(u) with u the fourth output.
+Cell (r, c) stands for the image pixel (u, v) = (8 c, 8 r), as in the original's labels. Source: the layers of KFNet's
+released code; sigma = exp(u) with u the fourth output.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _LAYERS = (
     ("conv6", 3, 256, 1),
     ("conv7", 1, 128, 1),
 )
-"""Name, kernel, channels at full width, stride; a rectifier after each."""
+"""Name, kernel, channels at full width, stride; a ReLU after each."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,8 +58,8 @@ class ReferenceSCoordNet(nn.Module):
     Args:
         padding: ``TENSORFLOW`` for weights trained by the original, else ``CENTRED``.
         width: share of the published channels, for machines that cannot train all of them.
-        frame: from the map to the frame that is regressed.
-        image_size: width and height of the images that it is trained on, pixels; None: not known.
+        frame: transform from the map to the frame of the output.
+        image_size: width and height of the training images, pixels; None: unknown.
     """
 
     def __init__(
@@ -86,17 +86,17 @@ class ReferenceSCoordNet(nn.Module):
     scale: torch.Tensor
 
     def set_frame(self, frame: NetworkFrame) -> None:
-        """Regress in this frame from now on; part of the saved state."""
+        """Set the frame of the output; it is part of the saved state."""
         self.T_network_map.copy_(torch.from_numpy(frame.T_network_map))
         self.scale.fill_(frame.scale)
 
     @property
     def frame(self) -> NetworkFrame:
-        """From the map to the frame that is regressed."""
+        """Transform from the map to the frame of the output."""
         return NetworkFrame(self.T_network_map.cpu().numpy(), float(self.scale))
 
     def forward(self, images: torch.Tensor) -> Prediction:
-        """Coordinates of RGB images (B, 3, H, W) with values 0..255."""
+        """Return coordinates of RGB images (B, 3, H, W) with values 0..255."""
         x = image_to_input(images)
         for name, _, _, _ in _LAYERS:
             x = F.relu(self.get_submodule(name)(x))
@@ -107,10 +107,10 @@ class ReferenceSCoordNet(nn.Module):
 
     @torch.inference_mode()
     def measure(self, image: NDArray[np.uint8], variance_scale: float = 1.0) -> SceneCoordinates:
-        """Scene coordinates, metres in the map frame, of one RGB image (H, W, 3).
+        """Return scene coordinates, metres in the map frame, of one RGB image (H, W, 3).
 
         Args:
-            image: of the camera that the network was trained for.
+            image: image of the camera that the network was trained for.
             variance_scale: from calibration on views that it was not trained on.
         """
         pixels = torch.from_numpy(image).to(self.T_network_map.device).permute(2, 0, 1)[None].float()
@@ -122,7 +122,7 @@ class ReferenceSCoordNet(nn.Module):
         return SceneCoordinates(mean, variance, valid, STRIDE, CELL_PIXEL_OFFSET)
 
     def to_map(self, coordinates: torch.Tensor) -> torch.Tensor:
-        """Map points (3, ...) in metres of network coordinates (3, ...)."""
+        """Return map points (3, ...) in metres of network coordinates (3, ...)."""
         T = torch.linalg.inv(self.T_network_map)
         flat = coordinates.reshape(3, -1).double() / self.scale
         points: torch.Tensor = T[:3, :3] @ flat + T[:3, 3:]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights of the reference networks in safetensors files that say what they are for."""
+"""Weights of the reference networks in safetensors files, and import of the original's weights."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ FORMAT = "kfloc_kfnet"
 FORMAT_VERSION = "1"
 SCOORDNET, OFLOWNET = "scoordnet", "oflownet"
 MAX_WIDTH = 4.0
-"""Of SCoordNet, in published channels; more is damage."""
+"""Largest width of SCoordNet, as a multiple of the published channels; a larger one means a damaged file."""
 
 
 def save_network(path: Path, network: ReferenceSCoordNet | ReferenceOFlowNet) -> None:
-    """Write a network's weights and its padding; of SCoordNet also its width, its frame, and the size of its images."""
+    """Write a network's weights and padding; for SCoordNet also its width, frame, and image size."""
     is_scoordnet = isinstance(network, ReferenceSCoordNet)
     metadata = {
         "format": FORMAT,
@@ -51,7 +51,7 @@ def load_scoordnet(path: Path) -> ReferenceSCoordNet:
     """Read a SCoordNet, in evaluation mode.
 
     Raises:
-        WeightsError: the file is missing, damaged, or holds something else.
+        WeightsError: the file is missing, damaged, or of another kind.
     """
     metadata = _metadata(path, SCOORDNET)
     try:
@@ -63,7 +63,7 @@ def load_scoordnet(path: Path) -> ReferenceSCoordNet:
     network = ReferenceSCoordNet(Padding(metadata["padding"]), width, image_size=size)
     _fill(network, path)
     try:
-        _ = network.frame  # checked when it is made
+        _ = network.frame  # its constructor checks it
     except SourceError as error:
         raise WeightsError(f"'{path}' is damaged: {error}") from error
     return network.eval()
@@ -73,7 +73,7 @@ def load_oflownet(path: Path) -> ReferenceOFlowNet:
     """Read an OFlowNet, in evaluation mode.
 
     Raises:
-        WeightsError: the file is missing, damaged, or holds something else.
+        WeightsError: the file is missing, damaged, or of another kind.
     """
     network = ReferenceOFlowNet(Padding(_metadata(path, OFLOWNET)["padding"]))
     _fill(network, path)
@@ -124,7 +124,7 @@ Arrays = Mapping[str, NDArray[np.float32]]
 
 @dataclass(frozen=True, eq=False)
 class Imported:
-    """What an archive held."""
+    """Networks read from an archive."""
 
     scoordnet: ReferenceSCoordNet | None
     oflownet: ReferenceOFlowNet | None
@@ -133,10 +133,10 @@ class Imported:
 
 
 def read_archive(path: Path) -> dict[str, NDArray[np.float32]]:
-    """Named arrays of an ``.npz``; never unpickles.
+    """Return the named arrays of an ``.npz``, without unpickling.
 
     Raises:
-        WeightsError: missing, not an archive, or holding something that is not numbers.
+        WeightsError: the file is missing, not an archive, or contains something other than numbers.
     """
     if not path.is_file():
         raise WeightsError(f"There is no archive '{path}'.")
@@ -148,14 +148,14 @@ def read_archive(path: Path) -> dict[str, NDArray[np.float32]]:
 
 
 def import_networks(arrays: Arrays, frame: NetworkFrame | None = None) -> Imported:
-    """Networks with the weights of an original checkpoint, padded as TensorFlow pads.
+    """Return networks with the weights of an original checkpoint, padded as TensorFlow pads.
 
     Args:
-        arrays: variable name to value; either network or both.
-        frame: from ``transform.txt`` of the scene; SCoordNet's output means nothing without.
+        arrays: variable name to value; of either network or of both.
+        frame: from ``transform.txt`` of the scene; SCoordNet's output is meaningless without it.
 
     Raises:
-        WeightsError: neither network is there, or one is incomplete or of other shapes.
+        WeightsError: no network is there, or one is incomplete or has other shapes.
     """
     wanted: dict[str, ReferenceSCoordNet | ReferenceOFlowNet] = {}
     for network, scope in SCOPES.items():
@@ -179,7 +179,7 @@ def import_networks(arrays: Arrays, frame: NetworkFrame | None = None) -> Import
 
 
 def _fill_scope(network: nn.Module, scope: str, arrays: Arrays) -> set[str]:
-    """Copy every layer's variables; returns their names."""
+    """Copy every layer's variables; return their names."""
     layers = {
         path.split(".")[-1]: layer
         for path, layer in network.named_modules()
