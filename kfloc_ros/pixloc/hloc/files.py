@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text files of the benchmarks: queries with intrinsics, image pairs, poses, and the figures the original prints.
+"""Text files of the benchmarks: queries with intrinsics, image pairs, poses; hloc's logs and descriptors.
 
 queries  name MODEL width height params...          COLMAP's models and parameters
 pairs    query reference                            one pair a line, best first
@@ -33,11 +33,11 @@ from kfloc_ros.pixloc.hloc.inert_pickle import read_inert
 THRESHOLDS: tuple[tuple[float, float], ...] = (
     (0.01, 1.0), (0.02, 2.0), (0.03, 3.0), (0.05, 5.0), (0.25, 2.0), (0.5, 5.0), (5.0, 10.0),
 )  # fmt: skip
-"""Metres and degrees; errors count that are below both."""
+"""Metres and degrees; an error counts if it is below both."""
 
 
 def read_queries(pattern: Path) -> dict[str, Camera]:
-    """Queries with their cameras, of one file or of all that a pattern such as ``queries/*.txt`` names.
+    """Return queries with their cameras, from one file or from all that a pattern such as ``queries/*.txt`` names.
 
     Raises:
         SourceError: no file, or a line that is not a query; file and line are named.
@@ -59,7 +59,7 @@ def read_queries(pattern: Path) -> dict[str, Camera]:
 
 
 def read_pairs(path: Path) -> dict[str, tuple[str, ...]]:
-    """Reference images of every query, best first.
+    """Return the reference images of every query, best first.
 
     Raises:
         SourceError: no file, or a line that is not a pair.
@@ -73,25 +73,25 @@ def read_pairs(path: Path) -> dict[str, tuple[str, ...]]:
 
 
 def result_name(query: str, *, keep_parent: bool) -> str:
-    """The name that a query has in a file of poses: its last part, or its last two."""
+    """Return the name of a query in a file of poses: its last part, or its last two."""
     return "/".join(query.split("/")[-2 if keep_parent else -1 :])
 
 
 def pose_line(name: str, T_map_camera: Matrix) -> str:
-    """One line of a file of poses."""
+    """Return one line of a file of poses."""
     T = inverse_pose(T_map_camera)
     x, y, z, w = matrix_to_quaternion(T[:3, :3])
     return " ".join([name, *(repr(float(value)) for value in (w, x, y, z, *T[:3, 3]))])
 
 
 def write_poses(path: Path, T_map_camera: Mapping[str, Matrix]) -> None:
-    """Write poses by name; they are written as world to camera."""
+    """Write poses by name, as world to camera."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(f"{pose_line(name, T)}\n" for name, T in T_map_camera.items()))
 
 
 def read_poses(path: Path) -> dict[str, Matrix]:
-    """``T_map_camera`` by name.
+    """Return ``T_map_camera`` by name.
 
     Raises:
         SourceError: no file, or a line that is not a pose.
@@ -109,11 +109,11 @@ def read_poses(path: Path) -> dict[str, Matrix]:
 
 
 def accuracy_text(estimates: Mapping[str, Matrix], truth: Mapping[str, Matrix], *, only_estimated: bool = False) -> str:
-    """Medians and recall as the original prints them; a query without a pose counts as infinitely wrong.
+    """Return medians and recall in the original's format; a query without a pose has an infinite error.
 
     Args:
         estimates, truth: T_map_camera by name.
-        only_estimated: leave out queries without a pose, as where only some were run.
+        only_estimated: leave out queries without a pose, for a run over a part of them.
     """
     names = [name for name in truth if name in estimates or not only_estimated]
     errors = [pose_error(estimates[name], truth[name]) if name in estimates else FAILURE for name in names]
@@ -128,7 +128,7 @@ def accuracy_text(estimates: Mapping[str, Matrix], truth: Mapping[str, Matrix], 
 
 
 def _lines(path: Path) -> Iterator[tuple[int, Sequence[str]]]:
-    """Words of every line that is neither empty nor a comment, with its number."""
+    """Yield the number and the words of every line that is neither empty nor a comment."""
     try:
         text = read_text(path)
     except (OSError, UnicodeDecodeError) as error:
@@ -141,22 +141,22 @@ def _lines(path: Path) -> Iterator[tuple[int, Sequence[str]]]:
 
 @dataclass(frozen=True, eq=False)
 class HlocQuery:
-    """What a log says of one query."""
+    """Entry of one query in a log of hloc."""
 
     database_ids: tuple[int, ...]
     """COLMAP ids of the images that it was matched with, best retrieved first."""
     T_map_camera: Matrix | None
-    """Its PnP pose; None where PnP failed."""
+    """PnP pose; None if PnP failed."""
     num_inliers: int
     point_ids: NDArray[np.int64]
     """(M,) COLMAP id of the 3-D point of every match."""
     inliers: NDArray[np.bool_]
     """(M,)"""
     seen_in: tuple[tuple[int, ...], ...]
-    """(M,) positions in ``database_ids`` of the images that the match came from; empty where the log has none."""
+    """(M,) positions in ``database_ids`` of the images that the match came from; empty if the log has none."""
 
     def inlier_counts(self) -> dict[int, int]:
-        """Inliers of every database image that has any, by its id."""
+        """Return the number of inliers of every database image that has any, by its id."""
         counts: Counter[int] = Counter()
         for inlier, positions in zip(self.inliers, self.seen_in, strict=False):
             if inlier:
@@ -165,10 +165,10 @@ class HlocQuery:
 
 
 def read_hloc_log(path: Path) -> dict[str, HlocQuery]:
-    """Every query of a log.
+    """Return every query of a log.
 
     Raises:
-        SourceError: missing, damaged, or not a log.
+        SourceError: the file is missing, damaged, or not a log.
     """
     try:
         content = read_inert(read_bytes(path))
@@ -228,10 +228,10 @@ def _pose(result: Mapping[str, Any]) -> Matrix | None:
 
 
 def read_descriptors(path: Path) -> dict[str, NDArray[np.float64]]:
-    """One vector an image, by its name.
+    """Return one vector an image, by its name.
 
     Raises:
-        SourceError: missing, damaged, of an unknown kind, or h5py is needed and not installed.
+        SourceError: the file is missing, damaged, or of an unknown kind, or h5py is needed and not installed.
     """
     if not path.is_file():
         raise SourceError(
@@ -254,7 +254,7 @@ def read_descriptors(path: Path) -> dict[str, NDArray[np.float64]]:
 
 
 def _read_hdf5(path: Path) -> dict[str, Any]:
-    """hloc keeps ``<image name>/global_descriptor``; names have slashes and thus folders."""
+    """Read hloc's ``<image name>/global_descriptor``; names contain slashes and thus groups."""
     try:
         h5py = importlib.import_module("h5py")
     except ImportError as error:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads the data of a pickle without unpickling it: opcodes are followed on paper, nothing is imported or called.
+"""Reader of a pickle's data that interprets the opcodes itself; nothing is imported or called.
 
-Containers, numbers and text become themselves. Wherever a pickle asks for a function to be called or an object to be
-made, an inert ``Call`` says which and with what. NumPy's arrays and scalars are decoded from such calls.
+Containers, numbers and text become themselves. Every function call and every object becomes an inert ``Call`` with the
+target and its arguments. NumPy's arrays and scalars are decoded from such calls.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Name:
-    """A class or function that the pickle names."""
+    """Class or function that the pickle names."""
 
     module: str
     name: str
@@ -30,7 +30,7 @@ class Name:
 
 @dataclass(eq=False)
 class Call:
-    """What would have been called or made, the arguments, and the state it would have been given."""
+    """Call that unpickling would make: the target, the arguments, and the state to set."""
 
     target: Name
     args: tuple[Any, ...]
@@ -39,7 +39,7 @@ class Call:
 
 
 class _Mark:
-    """Where a run of values on the stack begins."""
+    """Start of a run of values on the stack."""
 
 
 _VALUES = frozenset({
@@ -58,7 +58,7 @@ MAX_KEY_PARTS = 16
 
 
 class _Machine:
-    """The stack and the memo of one pickle."""
+    """Stack and memo of one pickle."""
 
     def __init__(self) -> None:
         self.stack: list[Any] = []
@@ -129,10 +129,10 @@ class _Machine:
 
 
 def read_inert(content: bytes) -> Any:
-    """The value of a pickle, arrays decoded, everything callable left as a ``Call``.
+    """Return the value of a pickle, with arrays decoded and every other call as a ``Call``.
 
     Raises:
-        ValueError: damaged, or using operations that plain data does not need.
+        ValueError: the pickle is damaged, or uses operations that plain data does not need.
     """
     machine = _Machine()
     try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the files of the benchmarks' data sets are, as the original expects them."""
+"""Layouts of the benchmarks' data sets: paths of their files, as the original expects them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROBOTCAR_SIZE = 1024
 class Layout:
     """Paths of one data set; ``{part}`` stands for a scene, a slice or a condition.
 
-    Images and ground truth are relative to the data set's folder, lists, models and logs to that of hloc's outputs,
+    Images and ground truth are relative to the data set's folder; lists, models and logs to that of hloc's outputs;
     results to the folder for results.
     """
 
@@ -41,16 +41,16 @@ class Layout:
 
 @dataclass(frozen=True)
 class DataSet:
-    """One benchmark."""
+    """Benchmark data set."""
 
     layout: Layout
     part_name: str
-    """What ``{part}`` is called."""
+    """Name of ``{part}`` in this data set."""
     parts: tuple[str, ...]
     keep_parent: bool
-    """Whether names in results keep the last folder."""
+    """True if names in results keep the last folder."""
     evaluated: bool
-    """Whether there is ground truth to evaluate with; else the results are to be submitted."""
+    """True if there is ground truth to evaluate with; otherwise the results are to be submitted."""
 
 
 DATA_SETS: Mapping[str, DataSet] = {
@@ -144,7 +144,7 @@ _RESULTS = ("results",)
 
 @dataclass(frozen=True)
 class Paths:
-    """Files of one part of a data set; those that the data set does not have are None."""
+    """Files of one part of a data set; None for files that the data set does not have."""
 
     dataset: Path
     query_images: Path
@@ -162,7 +162,7 @@ class Paths:
 def paths_of(
     data_set: DataSet, part: str, dataset: Path, dumps: Path, eval_dir: Path, given: Mapping[str, Path | None]
 ) -> Paths:
-    """Paths of a part; ``given`` ones are taken as they are, with ``{part}`` (or ``{scene}`` and so on) filled in."""
+    """Return the paths of a part; ``given`` ones replace the default, with ``{part}`` (or ``{scene}``) filled in."""
     found: dict[str, Path | None] = {}
     for item in fields(Layout):
         text: str = getattr(data_set.layout, item.name)
@@ -176,10 +176,10 @@ def paths_of(
 
 
 def choose_parts(data_set: DataSet, words: Sequence[str] | None) -> tuple[str, ...]:
-    """Parts that a user named; slices may be given as 2-6.
+    """Return the parts that a user named; slices may be given as 2-6.
 
     Raises:
-        SourceError: no such part.
+        SourceError: there is no such part.
     """
     if not words:
         return data_set.parts
@@ -197,7 +197,7 @@ def choose_parts(data_set: DataSet, words: Sequence[str] | None) -> tuple[str, .
 
 
 def queries_of(name: str, part: str, paths: Paths) -> dict[str, Camera]:
-    """Queries with their cameras; those of CMU and RobotCar are put together where there is no list of them.
+    """Return queries with their cameras; for CMU and RobotCar they are composed if there is no list.
 
     Raises:
         SourceError: a list or the intrinsics are missing or damaged.
@@ -247,15 +247,15 @@ def _robotcar_camera(path: Path) -> Camera:
 
 
 def read_names(path: Path) -> list[str]:
-    """First words of a list's lines."""
+    """Return the first words of a list's lines."""
     return [line.split()[0] for line in read_lines(path) if line.strip() and not line.startswith("#")]
 
 
 def read_lines(path: Path) -> list[str]:
-    """Lines of a text file.
+    """Return the lines of a text file.
 
     Raises:
-        SourceError: it cannot be read.
+        SourceError: the file cannot be read.
     """
     try:
         return read_text(path).splitlines()

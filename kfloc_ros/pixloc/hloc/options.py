@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options of a run over a data set, with the original's names, and its defaults for each data set and mode."""
+"""Options of a run over a data set: the original's names, and its defaults for each data set and mode."""
 
 from __future__ import annotations
 
@@ -15,41 +15,43 @@ from kfloc_ros.pixloc.reference.solver import Method
 from kfloc_ros.pixloc.reference.unet import RESIZE_BY, ImageSize
 
 SECTIONS = ("features.preprocessing.", "features.", "optimizer.", "refinement.")
-"""Where the original keeps its options; ``refinement.num_dbs`` and ``num_dbs`` are the same here."""
+"""Sections of the original's options; ``refinement.num_dbs`` and ``num_dbs`` are the same here."""
 
 POINT_SELECTIONS = ("all", "inliers", "matched")
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """One run; the defaults are those of the original's 7-Scenes run from retrieval."""
+    """Options of one run; the defaults are those of the original's 7-Scenes run from retrieval."""
 
-    resize: int = option(1024, "Longer side that images are brought to, in pixels.", low=16, high=8192)
-    resize_by: str = option("max", "max only makes images smaller, max_force also larger.", choices=RESIZE_BY)
-    num_iters: int = option(100, "LM iterations a level.", low=1, high=10_000)
-    pad: int = option(2, "Cells at a feature map's border that are not used.", low=1, high=16)
-    method: str = option("fixed", "fixed: the learned damping; classic: it adapts.", choices=("fixed", "classic"))
-    stop_period: int = option(10, "Iterations between tests whether to stop; 0: never stop early.", low=0, high=1000)
-    num_dbs: int = option(5, "Reference images used at most.", low=1, high=100)
+    resize: int = option(1024, "Longer side that images are resized to, in pixels.", low=16, high=8192)
+    resize_by: str = option("max", "max: only make images smaller; max_force: also larger.", choices=RESIZE_BY)
+    num_iters: int = option(100, "Largest number of LM iterations a level.", low=1, high=10_000)
+    pad: int = option(2, "Unused cells at the border of a feature map.", low=1, high=16)
+    method: str = option("fixed", "Damping; fixed: learned; classic: adaptive.", choices=("fixed", "classic"))
+    stop_period: int = option(10, "Iterations between two stop tests; 0: never stop early.", low=0, high=1000)
+    num_dbs: int = option(5, "Largest number of reference images.", low=1, high=100)
     multiscale: str = option("4,1", "Image scales in turn, such as 4,1 or [4,1].")
     layer_indices: str = option("", "Levels used, 0 being the finest, such as 0,1; empty: all.")
     average_observations: bool = option(False, "One residual a point instead of one per point and image.")
-    point_selection: str = option("all", "Points used; others than all need a log of hloc.", choices=POINT_SELECTIONS)
+    point_selection: str = option(
+        "all", "Points to use; inliers and matched need a log of hloc.", choices=POINT_SELECTIONS
+    )
     do_inlier_ranking: bool = option(False, "Rank reference images by PnP inliers; needs a log of hloc.")
-    do_pose_approximation: bool = option(False, "Start at a mean of reference poses; needs global descriptors.")
+    do_pose_approximation: bool = option(False, "Start at a mean of reference poses; needs descriptors.")
     filter_covisibility: bool = option(False, "Keep only the largest group of images that share points.")
-    min_track_length: int = option(3, "Images that must observe a point.", low=1, high=1000)
-    min_matches_db: int = option(10, "An image ranked by inliers needs more than this many.", low=0, high=100_000)
-    min_matches_total: int = option(10, "From poses: PnP inliers that a pose needs.", low=0, high=100_000)
-    min_points_opt: int = option(10, "Points without which nothing is aligned.", low=1, high=1_000_000)
-    legacy: bool = option(False, "Agree with the original's numbers where something else is better.")
+    min_track_length: int = option(3, "Smallest number of images that observe a point.", low=1, high=1000)
+    min_matches_db: int = option(10, "Inliers that an image ranked by them must exceed.", low=0, high=100_000)
+    min_matches_total: int = option(10, "From poses: smallest number of PnP inliers.", low=0, high=100_000)
+    min_points_opt: int = option(10, "Smallest number of points of an alignment.", low=1, high=1_000_000)
+    legacy: bool = option(False, "Reproduce the original's numbers, also where they can be improved.")
 
     def image_size(self) -> ImageSize:
-        """How images are resized."""
+        """Return the rule for resizing images."""
         return ImageSize(self.resize, self.resize_by)
 
     def settings(self) -> ReferenceRefinerSettings:
-        """What the refiner is told."""
+        """Return the settings of the refiner."""
         return ReferenceRefinerSettings(
             num_dbs=self.num_dbs,
             num_iters=self.num_iters,
@@ -89,7 +91,7 @@ _DEFAULTS: Mapping[tuple[str, bool], Mapping[str, Any]] = {
 
 
 def run_options(data_set: str, *, from_poses: bool, words: Sequence[str], inlier_ranking: bool = False) -> RunOptions:
-    """The data set's defaults with ``key=value`` words put over them.
+    """Return the data set's defaults, overridden by ``key=value`` words.
 
     Raises:
         ConfigError: an unknown data set or key, or a value that does not fit.
@@ -101,7 +103,7 @@ def run_options(data_set: str, *, from_poses: bool, words: Sequence[str], inlier
         values["do_inlier_ranking"] = True
     values |= parse_overrides(RunOptions, [_without_section(word) for word in words])
     options = build_config(RunOptions, values)
-    options.settings()  # says at once what it does not take
+    options.settings()  # checks the values
     return options
 
 
@@ -111,7 +113,7 @@ def _without_section(word: str) -> str:
 
 
 def _integers(name: str, text: str) -> tuple[int, ...]:
-    """Numbers of '4,1', '[4, 1]' or nothing ('', 'null')."""
+    """Return the numbers of '4,1', '[4, 1]' or nothing ('', 'null')."""
     inner = text.strip().removeprefix("[").removesuffix("]").strip()
     if inner in ("", "null", "None"):
         return ()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which reference images and points a query is aligned with, and where it starts: from retrieval, or from a pose."""
+"""Plan of an alignment: reference images, points and start of a query, from retrieval or from a pose."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ Descriptors = Mapping[str, NDArray[np.floating]]
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What is done with one query."""
+    """Plan of one query's alignment."""
 
     views: tuple[int, ...]
     """Positions of reference images, best first."""
     T_map_camera: Matrix | None
-    """Where the alignment starts; None where nothing is known."""
+    """Starting pose (4, 4); None if there is none."""
     rows_of: Mapping[int, NDArray[np.int64]] | None = None
     """Rows of the scene's points to use in each image; None: all."""
     reason: str = ""
-    """Why the query is not aligned, or empty."""
+    """Reason why the query is not aligned; empty if it is."""
 
 
 class Planner:
-    """Makes plans.
+    """Planner of alignments.
 
     Args:
-        scene: of the map.
-        options: of the run.
-        pairs: reference images of every query, best first; a query's log goes before them.
-        logs: of hloc, by query.
+        scene: points and images of the map.
+        options: options of the run.
+        pairs: reference images of every query, best first; a query's log takes precedence.
+        logs: logs of hloc, by query.
         descriptors: global descriptors of queries and references.
 
     Raises:
-        SourceError: an option needs something that is not given.
+        SourceError: an option needs an input that is not given.
     """
 
     def __init__(
@@ -131,18 +131,18 @@ class Planner:
         return average_pose(poses, weights.tolist()) if weights.sum() > 0 else poses[0]
 
     def _rows(self, log: HlocQuery | None, views: Sequence[int]) -> dict[int, NDArray[np.int64]] | None:
-        """Per image the points that were matched with it (and are inliers)."""
+        """Return, per image, the points that were matched with it (and are inliers)."""
         if self._options.point_selection == "all" or log is None:
             return None
-        ids, found = self._scene.point_ids, {}
+        ids, rows_of = self._scene.point_ids, {}
         wanted = log.inliers if self._options.point_selection == "inliers" else np.ones(len(log.inliers), dtype=bool)
         for view in views:
             ident = self._scene.images[view].ident
             seen = np.array([any(log.database_ids[k] == ident for k in places) for places in log.seen_in], dtype=bool)
             points = log.point_ids[wanted & seen] if len(seen) == len(wanted) else log.point_ids[wanted]
             rows = np.minimum(np.searchsorted(ids, points), len(ids) - 1)
-            found[view] = np.unique(rows[ids[rows] == points]).astype(np.int64)
-        return found
+            rows_of[view] = np.unique(rows[ids[rows] == points]).astype(np.int64)
+        return rows_of
 
 
 SIMILARITY_POWER = 8
@@ -150,13 +150,13 @@ SIMILARITY_POWER = 8
 
 
 def rank_by_inliers(inliers: Mapping[int, int], min_matches: int, num_dbs: int) -> list[int]:
-    """Images with more than ``min_matches`` inliers, most first, at most ``num_dbs``."""
+    """Return the images with more than ``min_matches`` inliers, most first, at most ``num_dbs``."""
     enough = [(count, position) for position, count in inliers.items() if count > min_matches]
     return [position for _, position in sorted(enough, key=lambda row: -row[0])[:num_dbs]]
 
 
 def largest_cluster(scene: ReferenceScene, positions: Sequence[int]) -> list[int]:
-    """Those of ``positions``, in their order, that make up the largest group linked by common points.
+    """Return the largest group of ``positions`` linked by common points, in their order.
 
     Of equally large groups the one with the image named first wins.
     """
@@ -171,10 +171,10 @@ def largest_cluster(scene: ReferenceScene, positions: Sequence[int]) -> list[int
 
 
 def average_pose(T_map_camera: Sequence[Matrix], weights: Sequence[float]) -> Matrix:
-    """Weighted mean of camera centres and of orientations (dominant eigenvector of the sum of w q q^T).
+    """Return the weighted mean of camera centres and of orientations (dominant eigenvector of the sum of w q q^T).
 
     Raises:
-        MapError: no pose, or no weight.
+        MapError: there is no pose, or the weights are invalid.
     """
     w = np.asarray(weights, dtype=np.float64)
     if not len(w) or len(w) != len(T_map_camera) or not np.isfinite(w).all() or w.sum() <= 0 or (w < 0).any():
@@ -187,7 +187,7 @@ def average_pose(T_map_camera: Sequence[Matrix], weights: Sequence[float]) -> Ma
 
 
 def similarity_weights(query: NDArray[np.floating], references: NDArray[np.floating]) -> NDArray[np.float64]:
-    """(K,) weights of reference images from global descriptors (D,) and (K, D): their similarity to the eighth."""
+    """Return (K,) weights of images from descriptors (D,) and (K, D): their similarity to the eighth power."""
     a = np.asarray(query, dtype=np.float64)
     b = np.asarray(references, dtype=np.float64)
     similarity = b @ a / np.maximum(np.linalg.norm(b, axis=1) * np.linalg.norm(a), 1e-12)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One run over the queries of a scene: plans, cached reference features, poses, and a log of what happened."""
+"""Run over the queries of a scene: plans, cached reference features, poses, and a log."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from kfloc_ros.pixloc.reference.unet import FeaturePyramid
 from kfloc_ros.pixloc.reference.views import ReferenceScene, ViewSettings, ViewStore, extract_view, fingerprint_of
 
 Progress = Callable[[int, int, str], None]
-"""Told how many are done, of how many, and of what."""
+"""Callback with the number done, the total, and the kind of item."""
 
 
 @dataclass(frozen=True, eq=False)
 class QueryResult:
-    """What became of one query."""
+    """Result of one query."""
 
     name: str
     T_map_camera: Matrix | None
-    """Refined; where that failed, the start; None where there is none either."""
+    """Refined pose; the start if the refinement failed; None without a start."""
     success: bool
     reason: str
     plan: Plan
@@ -43,7 +43,7 @@ class QueryResult:
 
 
 def read_image(path: Path, camera: Camera | None = None) -> NDArray[np.uint8]:
-    """An RGB image (H, W, 3), as stored: no rotation by its metadata, as in COLMAP.
+    """Read an RGB image (H, W, 3), as stored: no rotation by its metadata, as in COLMAP.
 
     Raises:
         FrameError: it cannot be read, or does not have the camera's size.
@@ -52,7 +52,7 @@ def read_image(path: Path, camera: Camera | None = None) -> NDArray[np.uint8]:
 
 
 def view_settings(options: RunOptions) -> ViewSettings:
-    """What the features of reference images depend on in a run."""
+    """Return the settings of the reference features for a run."""
     settings = options.settings()
     return ViewSettings(options.image_size(), settings.multiscale, settings.pad, settings.legacy)
 
@@ -67,7 +67,7 @@ def gather_views(
     cache: Path | None = None,
     on_progress: Progress = lambda done, total, what: None,
 ) -> ViewStore:
-    """Features of the images that a run needs; those in the cache are not extracted again, new ones join it.
+    """Return the features of the images that a run needs; new ones are extracted and added to the cache.
 
     Raises:
         SourceError: an image cannot be read.
@@ -97,7 +97,7 @@ def gather_views(
 def run_queries(
     refiner: ReferenceRefiner, queries: Mapping[str, Camera], plans: Mapping[str, Plan], images: Path
 ) -> Iterator[QueryResult]:
-    """Align query after query; whatever is wrong with one is its reason and never ends the run."""
+    """Align query after query; an error of one query is its reason and does not end the run."""
     for name, plan in plans.items():
         T = plan.T_map_camera
         if plan.reason or T is None:
@@ -114,7 +114,7 @@ def run_queries(
 
 
 def log_entry(result: QueryResult, scene: ReferenceScene) -> dict[str, Any]:
-    """What a run's log says of a query, for JSON."""
+    """Return a query's entry in the run's log, for JSON."""
     entry: dict[str, Any] = {
         "success": result.success,
         "reason": result.reason,
@@ -131,7 +131,7 @@ def log_entry(result: QueryResult, scene: ReferenceScene) -> dict[str, Any]:
         "valid_ratio": found.score.valid_ratio,
     }
     if found.T_map_camera is not None:
-        # Of camera centres: the difference of world-to-camera translations depends on where the map's origin is.
+        # Difference of camera centres: that of world-to-camera translations depends on the map's origin.
         moved = found.T_map_camera[:3, 3] - found.T_map_camera_init[:3, 3]
         turned = found.T_map_camera_init[:3, :3].T @ found.T_map_camera[:3, :3]
         entry |= {
@@ -144,15 +144,15 @@ def log_entry(result: QueryResult, scene: ReferenceScene) -> dict[str, Any]:
 
 
 MIN_COMMON_POINTS = 10
-"""Images that share fewer points with the one started from do not see the same place."""
+"""Smallest number of points that images share with the starting one, to see the same place."""
 
 
 @torch.inference_mode()
 def rank_views(store: ViewStore, image_scale: int, pyramid: FeaturePyramid) -> list[int]:
-    """Positions of the stored images, the one most like a picture first.
+    """Return positions of the stored images, most similar to an image first.
 
-    An image is described by the mean of its unit features at the coarsest level, weighted by confidence; what all
-    images have in common is taken away.
+    An image is described by the mean of its unit features at the coarsest level, weighted by confidence, minus the mean
+    of all images.
     """
     positions = [position for position, scale in store.views if scale == image_scale]
     if not positions:
@@ -172,7 +172,7 @@ def _mean(features: torch.Tensor, confidence: torch.Tensor) -> torch.Tensor:
 
 
 def together_with(refiner: ReferenceRefiner, start: int, others: Sequence[int]) -> list[int]:
-    """An image and those of the others that share points with it, the most first."""
+    """Return an image and those of the others that share points with it, most first."""
     candidates = [k for k in others if k != start]
     if not candidates:
         return [start]
@@ -184,7 +184,7 @@ def together_with(refiner: ReferenceRefiner, start: int, others: Sequence[int]) 
 def localize_picture(
     refiner: ReferenceRefiner, image: NDArray[np.uint8], camera: Camera, *, tries: int = 3
 ) -> Iterator[Refinement]:
-    """Align the picture from the images most like it, one result a try; the best is that of the highest score."""
+    """Align an image from the images most similar to it, one result a try; the highest score is the best."""
     scale = max(refiner.settings.multiscale)
     prepared = refiner.store.settings.size.prepare(image, scale)
     with torch.inference_mode():

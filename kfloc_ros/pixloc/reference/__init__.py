@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PixLoc as published: networks, cost, solver, refinement."""
+"""Published PixLoc: networks, cost, solver, refinement."""

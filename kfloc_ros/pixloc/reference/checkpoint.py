@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads ``checkpoint_best.tar`` of the original PixLoc: strictly, and without running anything in it.
+"""Strict reader of the original PixLoc's ``checkpoint_best.tar``; no code in the file is executed.
 
-Despite its name the file is what ``torch.save`` writes. It is read with ``weights_only``; of everything else that a
-pickle may hold only NumPy numbers are let in, since the file's validation metrics are such.
+Despite its name the file is written by ``torch.save``. It is read with ``weights_only``. Of all else that a pickle may
+hold, only NumPy numbers are allowed, since the file's validation metrics are NumPy numbers.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ DEPRECATED = frozenset({
     "lambda_", "learned_damping", "verbose", "sqrt_diag_damping", "bound_confidence", "no_conditions",
     "init_target_offset", "feature_dim",
 })  # fmt: skip
-"""Entries of older configurations that the original reads and ignores."""
+"""Entries of older configurations, which the original ignores."""
 
 _TRAINING_ONLY = frozenset({
     "name", "trainable", "freeze_batch_normalization", "success_thresh", "clamp_error", "normalize_dt",
     "checkpointed", "batch_size", "extractor", "optimizer", "duplicate_optimizer_per_scale", "grad_stop", "dt_stop",
     "dR_stop",
 })  # fmt: skip
-"""Known entries that do not change what the model computes here, or are looked at elsewhere."""
+"""Known entries without effect on the model's computation here, or used elsewhere."""
 
 _USED = {
     "model": {"normalize_features"},
@@ -50,10 +50,10 @@ _NAMES_SHOWN = 5
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """A model as read, with what is worth telling the user."""
+    """Model of a checkpoint, with notes for the user."""
 
     model: PixLocModel
-    """In evaluation mode."""
+    """Model in evaluation mode."""
     epoch: int | None
     unknown_options: tuple[str, ...]
     """Entries of the configuration that this reader does not know and did not use."""
@@ -63,8 +63,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """Read an original checkpoint.
 
     Raises:
-        WeightsError: the file is missing, unreadable, holds anything but tensors and plain values, or does not fit
-            the network; the entries at fault are named.
+        WeightsError: the file is missing, unreadable, contains anything but tensors and plain values, or does not fit
+            the network; the message names the entries at fault.
     """
     content = _load(path)
     if not isinstance(content, Mapping) or not isinstance(content.get("model"), Mapping):
@@ -135,7 +135,7 @@ def _config(state: Mapping[str, Any], conf: Mapping[str, Any]) -> tuple[PixLocCo
         output_scales=_integers(extractor.get("output_scales"), shape.output_scales),
         output_dim=_integers(extractor.get("output_dim"), shape.output_dim),
         average_pooling=bool(extractor.get("do_average_pooling", False)),
-        # Without a word about it, the entries decide.
+        # Without an option, the state dict decides.
         confidences=bool(extractor.get("compute_uncertainty", any("uncertainty" in name for name in state))),
     )
     config = PixLocConfig(
@@ -153,7 +153,7 @@ def _config(state: Mapping[str, Any], conf: Mapping[str, Any]) -> tuple[PixLocCo
 
 
 def _encoder(state: Mapping[str, Any], named: Any) -> str:
-    """The encoder that the entries show; the configuration only has to agree."""
+    """Return the encoder that the state dict fits; the configuration must agree."""
     pattern = re.compile(r"extractor\.encoder\.2\.\d+\.weight")
     count = sum(bool(pattern.fullmatch(name)) for name in state)
     shown = next((name for name, counts in ENCODERS.items() if counts[2] == count), None)

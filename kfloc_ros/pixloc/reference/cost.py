@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batched bilinear sampling of feature maps at points, with PixLoc's image gradient."""
+"""Feature-metric cost of the published PixLoc: batched bilinear sampling with image gradients, normal equations."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kfloc_ros.pixloc.reference.losses import RobustLoss
 
 
 class Samples(NamedTuple):
-    """A map's values at points."""
+    """Values of a map at points."""
 
     values: torch.Tensor
     """(B, N, C)"""
@@ -41,7 +41,7 @@ _OFFSETS = ((0.0, 0.0), (1.0, 0.0), (-1.0, 0.0), (0.0, 1.0), (0.0, -1.0))
 
 @dataclass(frozen=True, eq=False)
 class FeatureMap:
-    """Maps of a batch, with the channels of a cell side by side so that a sample reads whole rows."""
+    """Feature maps of a batch, with the channels of a cell contiguous, so that a sample reads whole rows."""
 
     table: torch.Tensor
     """(B * H * W, C)"""
@@ -51,29 +51,29 @@ class FeatureMap:
 
     @classmethod
     def from_maps(cls, maps: torch.Tensor) -> FeatureMap:
-        """Of maps (B, C, H, W)."""
+        """Return the layout of maps (B, C, H, W)."""
         B, C, H, W = maps.shape
         return cls(maps.permute(0, 2, 3, 1).reshape(B * H * W, C), B, H, W)
 
     @classmethod
     def with_confidence(cls, features: torch.Tensor, confidence: torch.Tensor) -> FeatureMap:
-        """Of features (B, C, H, W) with a confidence (B, 1, H, W) as the last channel."""
+        """Return the layout of features (B, C, H, W) with a confidence (B, 1, H, W) as the last channel."""
         return cls.from_maps(torch.cat([features, confidence], dim=1))
 
     def inside(self, uv: torch.Tensor, pad: int) -> torch.Tensor:
-        """(B, N) bool: which cells uv (B, N, 2) lie ``pad`` cells or more from the border; NaN does not."""
+        """Return (B, N) bool: cells uv (B, N, 2) lie ``pad`` cells or more from the border; false for NaN."""
         last = uv.new_tensor([self.width - 1 - pad, self.height - 1 - pad])
         return ((uv >= pad) & (uv <= last)).all(-1)
 
     def sample(self, uv: torch.Tensor, pad: int = 0) -> Samples:
-        """Values at cell positions (B, N, 2); outside, those of the border."""
+        """Return values at cell positions (B, N, 2); outside, those of the border."""
         return Samples(self._bilinear(uv), self.inside(uv, pad))
 
     def sample_with_gradient(self, uv: torch.Tensor, pad: int = 1) -> GradientSamples:
-        """Values and central differences at one cell to either side.
+        """Return values and central differences over one cell to either side, at cell positions (B, N, 2).
 
-        This is the gradient that PixLoc descends: smoother than the interpolant's own derivative, hence with a wider
-        basin.
+        PixLoc minimises along this gradient: it is smoother than the interpolant's own derivative, so the basin is
+        wider.
         """
         offsets = uv.new_tensor(_OFFSETS)
         B, N = uv.shape[:2]
@@ -101,7 +101,7 @@ class FeatureMap:
 
 @dataclass(frozen=True, eq=False)
 class NormalEquations:
-    """The cost and its linearisation at one pose per batch element."""
+    """Cost and its linearisation at one pose per batch element."""
 
     H: torch.Tensor
     """(B, 6, 6) float64: sum w rho' J^T J; not divided by the number of points."""
@@ -116,11 +116,11 @@ class NormalEquations:
     valid: torch.Tensor
     """(B, N) bool"""
     column_norms: torch.Tensor | None = None
-    """(B, N, 6) of J's columns, where asked for."""
+    """(B, N, 6) norms of J's columns, if requested."""
 
     @property
     def valid_count(self) -> torch.Tensor:
-        """(B,)"""
+        """(B,) number of valid points."""
         return self.valid.sum(-1)
 
     @property
@@ -138,27 +138,27 @@ class NormalEquations:
 
 @dataclass(frozen=True, eq=False)
 class FeatureCost:
-    """One level of an alignment problem."""
+    """Alignment problem of one level."""
 
     query: FeatureMap
-    """Features, and confidence as the last channel."""
+    """Features of the query, with confidence as the last channel."""
     camera: CameraTensor
-    """(B,) of the query at this level."""
+    """(B,) camera of the query at this level."""
     points: torch.Tensor
-    """(B, N, 3), near the origin; see :func:`kfloc_ros.pixloc.reference.solver.recentre`."""
+    """(B, N, 3) points near the origin; see :func:`kfloc_ros.pixloc.reference.solver.recentre`."""
     features: torch.Tensor
-    """(B, N, C) of the reference."""
+    """(B, N, C) features of the reference."""
     confidence: torch.Tensor
-    """(B, N) of the reference."""
+    """(B, N) confidence of the reference."""
     mask: torch.Tensor | None = None
-    """(B, N) bool: points to use at all."""
+    """(B, N) bool: points to use; None: all."""
     pad: int = 2
     legacy: bool = False
     """See :func:`kfloc_ros.geometry.distortion.distort`."""
 
     def linearize(self, T: Pose, loss: RobustLoss, *, column_norms: bool = False) -> NormalEquations:
-        """Cost and normal equations at poses T (B,) from the points' frame to the camera."""
-        # A few numbers a point: double precision costs nothing here. Only features, many numbers, are in their own.
+        """Return cost and normal equations at poses T (B,) from the points' frame to the camera."""
+        # Geometry is a few numbers a point, so double precision is cheap; only the features keep their own type.
         p = T.transform(self.points.double())
         uv, visible = self.camera.world2image(p, legacy=self.legacy)
         samples = self.query.sample_with_gradient(uv.to(self.features.dtype), self.pad)
@@ -175,7 +175,7 @@ class FeatureCost:
         tensor = torch.stack([uu, uvw, uvw, vv], dim=-1).reshape(*uu.shape, 2, 2).double()
         slope = torch.stack([(du * residual).sum(-1), (dv * residual).sum(-1)], dim=-1).double()
         J = self.camera.J_world2image(p) @ T.J_transform(p)
-        J = torch.where(valid[..., None, None], J, torch.zeros_like(J))  # a point that is not finite counts for nothing
+        J = torch.where(valid[..., None, None], J, torch.zeros_like(J))  # removes points that are not finite
         SJ = tensor @ J
         B = len(J)
         H = J.reshape(B, -1, 6).mT @ (weight[..., None, None] * SJ).reshape(B, -1, 6)

@@ -15,17 +15,17 @@ import torch
 from kfloc_ros.errors import ConfigError
 
 _SHAPES = {"squared": 0, "huber": 0, "barron": 1}
-"""Names and how many parameters each takes; ``scaled_`` before a name adds the scale as the last one."""
+"""Names, each with its number of parameters; ``scaled_`` before a name adds the scale as the last one."""
 
 _EXPRESSION = re.compile(r"\s*([a-z_]+)\s*(?:\(([^()]*)\))?\s*")
 
 
 @dataclass(frozen=True)
 class RobustLoss:
-    """A loss rho(x) of the squared residual x with rho(0) = 0 and rho'(0) = 1.
+    """Robust loss rho(x) of the squared residual x with rho(0) = 0 and rho'(0) = 1.
 
     Raises:
-        ConfigError: an unknown name, a parameter that is no finite number, or a scale that is not positive.
+        ConfigError: an unknown name, a parameter that is not a finite number, or a scale that is not positive.
     """
 
     name: str = "squared"
@@ -44,7 +44,7 @@ class RobustLoss:
         """Read ``name`` or ``name(number, ...)``; nothing is evaluated.
 
         Raises:
-            ConfigError: not of this form, an unknown name, or a wrong count of parameters.
+            ConfigError: the text has another form, an unknown name, or a wrong number of parameters.
         """
         match = _EXPRESSION.fullmatch(text)
         if match is None:
@@ -69,7 +69,7 @@ class RobustLoss:
         return ("scaled_" if scaled else "") + self.name + (f"({', '.join(numbers)})" if numbers else "")
 
     def value(self, squared: torch.Tensor) -> torch.Tensor:
-        """rho(x), of the shape of ``squared``."""
+        """Return rho(x), in the shape of ``squared``."""
         s2 = self.scale**2
         x = squared / s2
         if self.name == "huber":
@@ -82,7 +82,7 @@ class RobustLoss:
         return s2 * 2 * b / self.alpha * ((x / b + 1) ** (self.alpha / 2) - 1)
 
     def weight(self, squared: torch.Tensor) -> torch.Tensor:
-        """rho'(x): the factor of a residual in the normal equations."""
+        """Return rho'(x), the weight of a residual in the normal equations."""
         x = squared / self.scale**2
         if self.name == "huber":
             return x.clamp(min=1).rsqrt()
@@ -94,7 +94,7 @@ class RobustLoss:
         return (x / b + 1) ** (self.alpha / 2 - 1)
 
     def curvature(self, squared: torch.Tensor) -> torch.Tensor:
-        """rho''(x), zero or negative."""
+        """Return rho''(x), zero or negative."""
         s2 = self.scale**2
         x = squared / s2
         if self.name == "huber":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PixLoc as it is trained and stored: the feature extractor, a damping vector per level, and how they are used."""
+"""PixLoc model as trained and stored: the feature extractor, a damping vector per level, and its configuration."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ FORMAT_VERSION = "1"
 
 @dataclass(frozen=True)
 class PixLocConfig:
-    """What a checkpoint says about itself.
+    """Configuration of a model, stored in its checkpoint.
 
     Raises:
-        ConfigError: a number is out of its range, or an unknown loss.
+        ConfigError: a number is out of its range, or the loss is unknown.
     """
 
     extractor: UNetConfig = field(default_factory=UNetConfig)
     normalize_features: bool = True
     loss: str = "scaled_barron(0, 0.1)"
     num_iters: int = 100
-    """LM iterations a level at most."""
+    """Largest number of LM iterations a level."""
     pad: int = 2
     """Cells at the border of a feature map that are not used."""
     jacobi_scaling: bool = False
@@ -57,14 +57,15 @@ class PixLocConfig:
             )
 
     def to_json(self) -> str:
+        """Return the configuration as JSON."""
         return json.dumps(dataclasses.asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> PixLocConfig:
-        """Read what :meth:`to_json` wrote.
+        """Read the JSON of :meth:`to_json`.
 
         Raises:
-            ValueError: not such a text.
+            ValueError: the text is not such a configuration.
         """
         values: dict[str, Any] = json.loads(text)
         try:
@@ -78,7 +79,7 @@ def _tuples(values: dict[str, Any]) -> dict[str, Any]:
 
 
 class _LevelOptimizer(nn.Module):
-    """Gives the damping the name it has in the published checkpoints."""
+    """Holder of the damping under the name that it has in the published checkpoints."""
 
     def __init__(self, log10_range: tuple[float, float]) -> None:
         super().__init__()
@@ -86,7 +87,7 @@ class _LevelOptimizer(nn.Module):
 
 
 class PixLocModel(nn.Module):
-    """Everything that is learned. The entries of its state dict are those of a published checkpoint's ``model``."""
+    """All learned parts. The entries of its state dict are those of a published checkpoint's ``model``."""
 
     def __init__(self, config: PixLocConfig | None = None) -> None:
         super().__init__()
@@ -96,14 +97,14 @@ class PixLocModel(nn.Module):
         self.optimizer = nn.ModuleList(_LevelOptimizer(self.config.damping_log10_range) for _ in range(levels))
 
     def damping(self, level: int) -> torch.Tensor:
-        """(6,) damping factors of a level, 0 being the finest."""
+        """Return the damping factors (6,) of a level; level 0 is the finest."""
         if not self.config.learned_damping:
             return torch.full((6,), self.config.lambda_, device=next(self.extractor.parameters()).device)
         return torch.as_tensor(self.optimizer[level].dampingnet())  # type: ignore[operator]
 
 
 def save_model(path: Path, model: PixLocModel, origin: str = "") -> None:
-    """Write a model as safetensors; its configuration and where it comes from are in the file's metadata."""
+    """Write a model as safetensors, with its configuration and origin in the file's metadata."""
     metadata = {
         "format": FORMAT,
         "version": FORMAT_VERSION,
@@ -119,7 +120,7 @@ def load_model(path: Path) -> PixLocModel:
     """Read a converted model, in evaluation mode.
 
     Raises:
-        WeightsError: missing, damaged, of a newer version, or not a PixLoc model.
+        WeightsError: the file is missing, damaged, of a newer version, or not a PixLoc model.
     """
     if not path.is_file():
         raise WeightsError(f"There is no PixLoc model '{path}'.")
@@ -147,7 +148,7 @@ def load_model(path: Path) -> PixLocModel:
 
 
 class ConstantDamping(nn.Module):
-    """One learned damping factor per degree of freedom: 10^(low + sigmoid(const) (high - low))."""
+    """Learned damping factor per degree of freedom: 10^(low + sigmoid(const) (high - low))."""
 
     def __init__(self, log10_range: tuple[float, float]) -> None:
         super().__init__()
@@ -155,6 +156,6 @@ class ConstantDamping(nn.Module):
         self.const = nn.Parameter(torch.zeros(6))
 
     def forward(self) -> torch.Tensor:
-        """(6,) positive factors of the diagonal of H, in the order tx, ty, tz, rx, ry, rz of the query camera."""
+        """Return (6,) positive factors of H's diagonal, in the order tx, ty, tz, rx, ry, rz of the query camera."""
         low, high = self.log10_range
         return torch.pow(10.0, low + self.const.sigmoid() * (high - low))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PixLoc's refinement in the reference family: an image is aligned with cached features of several reference images."""
+"""Refiner of the reference family: aligns an image with cached features of several reference images."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ from kfloc_ros.pixloc.reference.views import ReferenceScene, ViewFeatures, ViewS
 
 @dataclass(frozen=True)
 class ReferenceRefinerSettings:
-    """How the reference family refines; the names are the original's.
+    """Settings of the reference family's refinement; the names are the original's.
 
     Raises:
         ConfigError: a number is out of its range.
     """
 
     num_dbs: int = 5
-    """Reference images used at most."""
+    """Largest number of reference images used."""
     num_iters: int = 100
-    """LM iterations a level."""
+    """Largest number of LM iterations a level."""
     pad: int = 2
     multiscale: tuple[int, ...] = (1,)
     """Image scales in turn: (4, 1) first aligns images a quarter as large."""
@@ -50,9 +50,9 @@ class ReferenceRefinerSettings:
     method: Method = Method.FIXED
     stop_period: int = 10
     legacy: bool = False
-    """Agree with the original's numbers where it does something that is better done otherwise."""
+    """Reproduce the original's numbers where this implementation improves on them."""
     min_score: float = 0.0
-    """Success score below which a result does not count."""
+    """Smallest accepted success score."""
 
     def __post_init__(self) -> None:
         if min(self.num_dbs, self.num_iters, self.min_track_length, self.min_points_opt) < 1 or self.pad < 1:
@@ -63,19 +63,19 @@ class ReferenceRefinerSettings:
 
 @dataclass(frozen=True, eq=False)
 class Refinement:
-    """What came out for one image."""
+    """Result for one image."""
 
     success: bool
     reason: str
-    """Why not, or empty."""
+    """Reason of a failure; empty on success."""
     T_map_camera: Matrix | None
-    """The refined pose; None where nothing could be aligned."""
+    """Refined pose (4, 4); None if the alignment could not run."""
     T_map_camera_init: Matrix
     covariance: Matrix | None
     """(6, 6) in the order of ``PoseWithCovariance``."""
     score: Score
     iterations: tuple[int, ...]
-    """Of every image scale and level, in the order run."""
+    """Iterations of every image scale and level, in the order run."""
     point_count: int
     views: tuple[int, ...]
     """Positions of the reference images used."""
@@ -83,7 +83,7 @@ class Refinement:
 
 @dataclass(frozen=True, eq=False)
 class _References:
-    """Points with their features at every level, of all chosen images together."""
+    """Points of all chosen images, with their features at every level."""
 
     points: torch.Tensor
     features: tuple[torch.Tensor, ...]
@@ -91,17 +91,17 @@ class _References:
 
 
 class ReferenceRefiner:
-    """Aligns images with a map's reference images.
+    """Aligner of images with a map's reference images.
 
     Args:
-        model: in evaluation mode; its device is where everything runs.
+        model: in evaluation mode; everything runs on its device.
         scene: points and images.
         store: cached features of the scene's images, by the same model.
-        settings: of the refinement.
+        settings: settings of the refinement.
 
     Raises:
-        MapError: the cached features are of another model, or of none of the image scales asked for.
-        ConfigError: a level that the model does not have.
+        MapError: the cached features are of another model, or of other image scales.
+        ConfigError: the model does not have a level.
     """
 
     def __init__(
@@ -145,16 +145,16 @@ class ReferenceRefiner:
         only_rows: NDArray[np.int64] | Mapping[int, NDArray[np.int64]] | None = None,
         observer: LevelObserver | None = None,
     ) -> Refinement:
-        """Refine the pose of one image. A query that cannot be aligned is a result with a reason, never an error.
+        """Refine the pose of one image; a failure is a result with its reason, not an error.
 
         Args:
             image: (H, W, 3) RGB.
-            camera: of the image, any model.
-            T_map_camera: where to start.
-            views: positions of reference images, best first; the first ``num_dbs`` of them are used.
-            only_rows: rows of the scene's points to use, such as those that were matched, for all images or for
-                each by its position (default: all).
-            observer: told of every iteration; its poses are T_camera_map.
+            camera: camera of the image, any model.
+            T_map_camera: pose to start from, (4, 4).
+            views: positions of reference images, best first; the first ``num_dbs`` are used.
+            only_rows: rows of the scene's points to use, such as those that were matched, for all images or for each by
+                its position (default: all).
+            observer: called after every iteration; its poses are T_camera_map.
         """
         chosen = tuple(dict.fromkeys(views))[: self.settings.num_dbs]
         run = _Query(self, chosen, T_map_camera, observer)
@@ -176,7 +176,7 @@ class ReferenceRefiner:
         views: Mapping[int, ViewFeatures],
         only_rows: NDArray[np.int64] | Mapping[int, NDArray[np.int64]] | None,
     ) -> _References:
-        """Features of the usable points of several images, one after another or averaged."""
+        """Return features of the usable points of several images, concatenated or averaged."""
         kept = []
         for position, view in views.items():
             wanted = only_rows.get(position, _NO_ROWS) if isinstance(only_rows, Mapping) else only_rows
@@ -197,7 +197,7 @@ class ReferenceRefiner:
         return _References(self._points[unique], tuple(f for f, _ in pairs), tuple(c for _, c in pairs))
 
     def _listed(self, rows: NDArray[np.int64]) -> torch.Tensor:
-        """(P,) bool: the points of some rows."""
+        """Return (P,) bool: the points of some rows."""
         listed = torch.zeros_like(self._long_tracks)
         listed[torch.from_numpy(rows).to(self.device)] = True
         return listed
@@ -209,7 +209,7 @@ _NO_ROWS: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
 def _averaged(
     features: torch.Tensor, confidence: torch.Tensor, group: torch.Tensor, count: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Per group the mean feature, weighted by confidence, and the mean confidence."""
+    """Return each group's mean feature, weighted by confidence, and mean confidence."""
     weight = features.new_zeros(count).index_add(0, group, confidence)
     total = features.new_zeros(count, features.shape[1]).index_add(0, group, features * confidence[:, None])
     number = features.new_zeros(count).index_add(0, group, torch.ones_like(confidence))
@@ -217,7 +217,7 @@ def _averaged(
 
 
 class _Query:
-    """One image on its way through image scales and levels."""
+    """Alignment of one image, through image scales and levels."""
 
     def __init__(
         self, refiner: ReferenceRefiner, views: tuple[int, ...], T_map_camera: Matrix, observer: LevelObserver | None
@@ -229,7 +229,7 @@ class _Query:
         self.point_count = 0
 
     def align(self, pyramid: FeaturePyramid, camera: CameraTensor, references: _References) -> str:
-        """Go through the levels, coarse to fine; returns why that failed, or nothing."""
+        """Align through the levels, coarse to fine; return the reason of a failure, or an empty string."""
         model, solver = self.refiner.model, self.refiner.solver
         local = recentre(references.points[None], self.T)
         T = local.T
@@ -278,29 +278,30 @@ class _Query:
 
 
 UNRELATED = 2.0
-"""Squared distance of two unit features that have nothing to do with each other."""
+"""Squared distance of two unrelated unit features."""
 WELL_CONDITIONED = 1e-3
-"""Smallest eigenvalue of the scaled system from which on every direction counts as fixed."""
+"""Smallest eigenvalue of the scaled system from which every direction counts as constrained."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """Three figures in [0, 1], and their product."""
+    """Success score: three figures in [0, 1], and their product."""
 
     valid_ratio: float
     """Share of the reference points that are in view."""
     likeness: float
-    """1 where features are equal, 0 where they are as different as unrelated ones."""
+    """1 for equal features, 0 for features as different as unrelated ones."""
     conditioning: float
-    """1 where every direction is fixed by the image, 0 where one is free."""
+    """1 if the image constrains every direction, 0 if one is free."""
 
     @property
     def value(self) -> float:
+        """Product of the three figures."""
         return self.valid_ratio * self.likeness * self.conditioning
 
 
 def score_of(at: NormalEquations, loss: RobustLoss, point_count: int) -> Score:
-    """Score of the first element at its final pose; likeness supposes unit features."""
+    """Return the score of the first element at its final pose; likeness assumes unit features."""
     cost = float(at.mean_cost[0])
     worst = float(loss.value(torch.tensor(UNRELATED, dtype=torch.float64)))
     likeness = 1 - cost / worst if np.isfinite(cost) else 0.0
@@ -314,13 +315,13 @@ def score_of(at: NormalEquations, loss: RobustLoss, point_count: int) -> Score:
 
 
 def pose_covariance(at: NormalEquations, T_camera_map: Pose) -> Matrix | None:
-    """(6, 6) covariance of T_map_camera, in the order of ``PoseWithCovariance``, of the first element.
+    """Return the (6, 6) covariance of T_map_camera, in the order of ``PoseWithCovariance``, of the first element.
 
-    The sandwich of an M-estimator, H^-1 (sum g_n g_n^T) H^-1, with each point's own part g_n of the gradient: it
-    needs no residual variance, and the channels of one point may err together. Points are taken as independent.
+    It is the sandwich of an M-estimator, H^-1 (sum g_n g_n^T) H^-1, with each point's own part g_n of the gradient. It
+    needs no residual variance, and the channels of one point may share errors. Points are assumed independent.
 
     Returns:
-        None where the image does not fix the pose in every direction.
+        The covariance; None if the image does not constrain the pose in every direction.
     """
     H, scatter = at.H[0].cpu().numpy(), at.scatter[0].cpu().numpy()
     if not (np.isfinite(H).all() and np.isfinite(scatter).all()):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Batched Levenberg-Marquardt on the feature-metric cost: PixLoc's fixed (learned) damping, classic LM, Gauss-Newton.
 
-Nothing waits for a GPU but the test whether to stop. An element whose system cannot be solved stays where it is and
-is marked as failed; the others go on.
+Only the stop test waits for the GPU. An element whose system cannot be solved keeps its pose and is marked as failed;
+the others continue.
 """
 
 from __future__ import annotations
@@ -24,17 +24,18 @@ CLASSIC_START, CLASSIC_MIN, CLASSIC_MAX = 1e-2, 1e-7, 1e4
 
 
 class Method(Enum):
-    """How steps are damped, and whether they are taken back."""
+    """Damping method, and treatment of steps that do not lower the cost."""
 
     FIXED = "fixed"
-    """The damping given (learned, or one number), every step is taken: PixLoc's. Damping 0 is Gauss-Newton."""
+    """PixLoc's method: the damping is given (learned, or one number), and every step is taken. Damping 0 is
+    Gauss-Newton."""
     CLASSIC = "classic"
-    """Damping adapts per element; a step that does not lower the cost is not taken."""
+    """Damping adapts per element; a step that does not lower the cost is rejected."""
 
 
 @dataclass(frozen=True)
 class SolverSettings:
-    """How one level is optimised; the defaults are the original's.
+    """Settings of the optimisation of one level; the defaults are the original's.
 
     Raises:
         ConfigError: a number is out of its range.
@@ -45,14 +46,15 @@ class SolverSettings:
     loss: RobustLoss = field(default_factory=lambda: RobustLoss.parse("scaled_barron(0, 0.1)"))
     jacobi_scaling: bool = False
     min_valid: int = 10
-    """An element fails that has fewer valid points at any iteration."""
+    """Smallest number of valid points; an element with fewer at any iteration fails."""
     stop_period: int = 10
-    """The stop test runs at every so many iterations, from the first; 0: never (training)."""
+    """Iterations between two stop tests, from the first iteration on; 0: no stop test (training)."""
     stop_step_m: float = 5e-3
     stop_step_deg: float = 0.05
     stop_gradient: float = 1e-4
     legacy: bool = False
-    """Measure the step's angle as the original does, in steps of about 0.02 deg, so that counts of iterations agree."""
+    """Measure the step's angle as the original does, in steps of about 0.02 deg, so that the numbers of iterations
+    agree."""
 
     def __post_init__(self) -> None:
         if self.num_iters < 1 or self.stop_period < 0 or self.min_valid < 1:
@@ -64,16 +66,16 @@ class SolverSettings:
 
 @dataclass(frozen=True, eq=False)
 class Iteration:
-    """What an observer is told after every iteration."""
+    """State after one iteration, for an observer."""
 
     index: int
-    """From 0."""
+    """Index of the iteration, from 0."""
     T: Pose
-    """(B,) after the step."""
+    """(B,) poses after the step."""
     delta: torch.Tensor
-    """(B, 6) step taken, or tried and rejected."""
+    """(B, 6) accepted or rejected step."""
     at: NormalEquations
-    """Before the step."""
+    """Normal equations before the step."""
     accepted: torch.Tensor
     """(B,) bool"""
 
@@ -83,7 +85,7 @@ Observer = Callable[[Iteration], None]
 
 @dataclass(frozen=True, eq=False)
 class SolverResult:
-    """Where a level ended."""
+    """Result of a level."""
 
     T: Pose
     """(B,) float64"""
@@ -91,33 +93,33 @@ class SolverResult:
     """(B,) bool: too few valid points at some iteration, or a system without a solution."""
     iterations: int
     initial: NormalEquations
-    """At the start."""
+    """Normal equations at the start."""
 
 
 class Step(NamedTuple):
     """Solution of a damped system."""
 
     delta: torch.Tensor
-    """(B, 6), zero where there is none."""
+    """(B, 6) solution, zero where there is none."""
     solved: torch.Tensor
     """(B,) bool"""
 
 
 class Recentred(NamedTuple):
-    """A problem in coordinates near its own points."""
+    """Problem in coordinates near its own points."""
 
     points: torch.Tensor
-    """(B, N, 3) in the type asked for."""
+    """(B, N, 3) in the requested type."""
     T: Pose
-    """(B,) float64 from the local frame."""
+    """(B,) float64, from the local frame."""
     origin: torch.Tensor
-    """(B, 3) float64 of the local frame."""
+    """(B, 3) float64, origin of the local frame."""
 
 
 def recentre(points: torch.Tensor, T: Pose, dtype: torch.dtype = torch.float32) -> Recentred:
-    """Move the origin into the points' middle, so that single precision is enough wherever the world's origin is.
+    """Move the origin into the points' mean, so that single precision is stays wherever the world's origin is.
 
-    The optimiser perturbs the camera's side of the pose, so this changes rounding and nothing else.
+    The optimiser perturbs the camera's side of the pose, so only rounding changes.
     """
     points, T = points.double(), T.double()
     origin = points.mean(dim=-2) if points.shape[-2] else points.new_zeros(*points.shape[:-2], 3)
@@ -126,7 +128,7 @@ def recentre(points: torch.Tensor, T: Pose, dtype: torch.dtype = torch.float32) 
 
 
 def from_recentred(T: Pose, origin: torch.Tensor) -> Pose:
-    """The pose from the world frame of a pose from a frame at ``origin``."""
+    """Return the pose from the world frame, given the pose from a frame at ``origin``."""
     return Pose.from_Rt(T.R, T.transform(-origin[..., None, :])[..., 0, :])
 
 
@@ -157,14 +159,14 @@ def minimize(
     damping: torch.Tensor | float = 0.0,
     observer: Observer | None = None,
 ) -> SolverResult:
-    """Descend from T (B,) at one level.
+    """Minimise the cost of one level from poses T (B,).
 
     Args:
         cost: the problem.
         T: starting poses, from the points' frame to the query camera.
-        settings: of the solver.
-        damping: of :attr:`Method.FIXED`: a number, or (6,) factors in the order tx, ty, tz, rx, ry, rz.
-        observer: told of every iteration.
+        settings: settings of the solver.
+        damping: for :attr:`Method.FIXED`: a number, or (6,) factors in the order tx, ty, tz, rx, ry, rz.
+        observer: called after every iteration.
     """
     run = _Run(cost, T.double(), settings, observer)
     if settings.method is Method.CLASSIC:
@@ -204,9 +206,9 @@ class _Run:
             step = self._step(at, damping)
             tried = self.T.retract(step.delta)
             new = self._linearize(tried)
-            # Points that leave the image take their cost with them; that must not count as progress.
-            kept = new.valid_count * 3 >= at.valid_count * 2
-            accept = step.solved & (new.mean_cost < at.mean_cost) & kept & (new.valid_count >= self.settings.min_valid)
+            # Points that leave the image no longer add to the cost; that must not count as progress.
+            stays = new.valid_count * 3 >= at.valid_count * 2
+            accept = step.solved & (new.mean_cost < at.mean_cost) & stays & (new.valid_count >= self.settings.min_valid)
             self.T = Pose(torch.where(accept[:, None], tried.data, self.T.data))
             self._tell(Iteration(index, self.T, step.delta, at, accept))
             done = done | (self._small(step.delta) & step.solved) | self._flat(at) | (damping[:, 0] >= CLASSIC_MAX)
@@ -236,7 +238,7 @@ class _Run:
         return self.settings.stop_period > 0 and index % self.settings.stop_period == 0
 
     def _small(self, delta: torch.Tensor) -> torch.Tensor:
-        """(B,) bool: whether a step is too short to go on."""
+        """Return (B,) bool: the step is below the stop limits."""
         angle = _coarse_angle_deg(delta[:, 3:]) if self.settings.legacy else delta[:, 3:].norm(dim=-1).rad2deg()
         short: torch.Tensor = (delta[:, :3].norm(dim=-1) < self.settings.stop_step_m) & (
             angle < self.settings.stop_step_deg
@@ -270,7 +272,7 @@ def _select(accept: torch.Tensor, new: NormalEquations, old: NormalEquations) ->
 
 
 def _coarse_angle_deg(rotation_vector: torch.Tensor) -> torch.Tensor:
-    """The angle of (B, 3) as acos((trace - 1) / 2) of a matrix in single precision gives it."""
+    """Return the angle of rotation vectors (B, 3) as acos((trace - 1) / 2) of a single-precision matrix gives it."""
     w = rotation_vector.float()
     theta = w.norm(dim=-1, keepdim=True)
     tiny = theta < 1e-7

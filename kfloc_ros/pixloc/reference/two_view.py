@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PixLoc on two views: points of the reference camera are aligned to the query, coarse to fine, as it is trained."""
+"""PixLoc on two views, as in training: points of the reference camera are aligned to the query, coarse to fine."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from kfloc_ros.pixloc.reference.solver import Iteration, SolverSettings, from_re
 from kfloc_ros.pixloc.reference.unet import FeaturePyramid
 
 LevelObserver = Callable[[int, Iteration], None]
-"""Told the level (0 is the finest) and the iteration."""
+"""Observer called with the level (0 is the finest) and the iteration."""
 
 
 @dataclass(frozen=True, eq=False)
 class TwoViewLevel:
-    """What one level did."""
+    """Result of one level."""
 
     level: int
-    """0 is the finest."""
+    """Index of the level; 0 is the finest."""
     T_init: Pose
     T_opt: Pose
     failed: torch.Tensor
@@ -36,23 +36,29 @@ class TwoViewLevel:
 
 @dataclass(frozen=True, eq=False)
 class TwoViewResult:
-    """All levels, in the order run: coarse to fine."""
+    """Results of all levels, in the order run: coarse to fine."""
 
     levels: tuple[TwoViewLevel, ...]
 
     @property
     def T_query_reference(self) -> Pose:
-        """(B,) float64: where the finest level ended."""
+        """(B,) float64: result of the finest level."""
         return self.levels[-1].T_opt
 
     @property
     def failed(self) -> torch.Tensor:
-        """(B,) bool: at any level."""
+        """(B,) bool: failed at any level."""
         return torch.stack([level.failed for level in self.levels]).any(0)
 
 
 def solver_settings(config: PixLocConfig, *, num_iters: int | None = None, legacy: bool = False) -> SolverSettings:
-    """The solver that a model was trained with, with as many iterations as asked for."""
+    """Return the settings of the solver that a model was trained with.
+
+    Args:
+        config: configuration of the model.
+        num_iters: largest number of iterations; None: the model's.
+        legacy: see :class:`SolverSettings`.
+    """
     return SolverSettings(
         num_iters=config.num_iters if num_iters is None else num_iters,
         loss=RobustLoss.parse(config.loss),
@@ -78,15 +84,15 @@ def align_two_views(
     """Align a batch of pairs.
 
     Args:
-        model: gives the damping and the configuration; features are passed in.
+        model: provides damping and configuration; features are passed in.
         reference, query: features of the two images.
         camera_reference, camera_query: (B,) of the images as given to the extractor.
         points_reference: (B, N, 3) in the reference camera's frame.
         T_init: (B,) T_query_reference to start from.
-        settings: of the solver (default: the model's).
+        settings: settings of the solver (default: the model's).
         pad: cells at the maps' border that are not used (default: the model's).
         visible: (B, N) bool, points to use (default: all).
-        observer: told of every iteration; its poses are T_query_reference.
+        observer: called after every iteration; its poses are T_query_reference.
     """
     settings = settings or solver_settings(model.config)
     pad = model.config.pad if pad is None else pad
@@ -130,7 +136,7 @@ def align_two_views(
 
 
 def in_world(observer: LevelObserver, level: int, origin: torch.Tensor) -> Callable[[Iteration], None]:
-    """An observer of one level of a recentred problem, for one that wants poses from the world frame."""
+    """Return an observer of one level of a recentred problem that passes poses from the world frame on."""
 
     def tell(iteration: Iteration) -> None:
         observer(level, replace(iteration, T=from_recentred(iteration.T, origin)))
@@ -139,5 +145,5 @@ def in_world(observer: LevelObserver, level: int, origin: torch.Tensor) -> Calla
 
 
 def training_settings(config: PixLocConfig) -> SolverSettings:
-    """The model's solver with all its iterations, so that every element of a batch is treated alike."""
+    """Return the model's solver with all its iterations, so that all elements of a batch are treated equally."""
     return replace(solver_settings(config), stop_period=0)

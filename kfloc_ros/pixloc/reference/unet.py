@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """PixLoc's feature extractor: a U-Net on a VGG encoder, with one confidence map for each feature map.
 
-Written from the description of Sarlin et al., "Back to the Feature" (CVPR 2021); the names of the parameters are
-those of the published checkpoints. Nothing is downloaded: a network without a checkpoint has random weights.
+It follows the description of Sarlin et al., "Back to the Feature" (CVPR 2021); the names of the parameters are those of
+the published checkpoints. Nothing is downloaded: a network without a checkpoint has random weights.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import nn
 from kfloc_ros.errors import ConfigError, FrameError
 
 ENCODERS: Mapping[str, tuple[int, ...]] = {"vgg16": (2, 2, 3, 3, 3), "vgg19": (2, 2, 4, 4, 4)}
-"""Convolutions in each of the five blocks; a max pooling opens every block but the first."""
+"""Number of convolutions in each of the five blocks; a max pooling opens every block but the first."""
 
 BLOCK_CHANNELS = (64, 128, 256, 512, 512)
 DEEPEST_STRIDE = 2 ** (len(BLOCK_CHANNELS) - 1)
@@ -70,17 +70,17 @@ class UNetConfig:
         return tuple(2**scale for scale in self.output_scales)
 
     def channels_at(self, scale: int) -> int:
-        """Channels that the head of an output scale reads: the encoder's at the deepest, else the decoder's."""
+        """Return the input channels of an output scale's head: the encoder's at the deepest, else the decoder's."""
         deepest = len(BLOCK_CHANNELS) - 1
         return BLOCK_CHANNELS[-1] if scale == deepest else self.decoder[deepest - 1 - scale]
 
 
 @dataclass(frozen=True, eq=False)
 class FeaturePyramid:
-    """Features of a batch of images, fine to coarse; cell (r, c) of stride s looks at pixels from (s r, s c) on.
+    """Features of a batch of images, fine to coarse; cell (r, c) of stride s starts at pixel (s r, s c).
 
-    A level's camera is the image's, scaled by 1 / stride. Where a side is no multiple of 16, the finer maps end
-    before the image does (as in the original); the grids stay aligned at the top left.
+    A level's camera is the image's, scaled by 1 / stride. If a side is not a multiple of 16, the finer maps end before
+    the image does (as in the original); the grids stay aligned at the top left.
     """
 
     features: tuple[torch.Tensor, ...]
@@ -123,10 +123,10 @@ class UNet(nn.Module):
         return self.config.strides
 
     def forward(self, images: torch.Tensor) -> FeaturePyramid:
-        """Features of RGB images (B, 3, H, W) with values in [0, 1].
+        """Return features of RGB images (B, 3, H, W) with values in [0, 1].
 
         Raises:
-            FrameError: not three channels, or a side shorter than 16 pixels.
+            FrameError: the images do not have three channels, or a side is shorter than 16 pixels.
         """
         if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[-2:]) < DEEPEST_STRIDE:
             raise FrameError(
@@ -146,7 +146,7 @@ class UNet(nn.Module):
         sources = [at_scale[scale] for scale in self.config.output_scales]
         features = tuple(head(source) for head, source in zip(self.adaptation, sources, strict=True))
         if self.config.confidences:
-            # A large "uncertainty" is a small confidence.
+            # The "uncertainty" head is the logit of 1 - confidence.
             maps = zip(self.uncertainty, sources, strict=True)
             confidences = tuple(torch.sigmoid(-head(source)) for head, source in maps)
         else:
@@ -188,17 +188,17 @@ RESIZE_BY = ("max", "max_force")
 
 @dataclass(frozen=True, eq=False)
 class PreparedImage:
-    """An image for the network."""
+    """Image as input of the network."""
 
     pixels: torch.Tensor
     """(1, 3, h, w) float in [0, 1]."""
     scale: float
-    """Factor of the camera. Sides are rounded to whole pixels and the factor is not, as in the original."""
+    """Scale of the camera. Sides are rounded to whole pixels but the scale is not, as in the original."""
 
 
 @dataclass(frozen=True)
 class ImageSize:
-    """The longer side that images are brought to.
+    """Rule for resizing images by their longer side.
 
     Raises:
         ConfigError: a side below 16 pixels, or an unknown rule.
@@ -206,7 +206,7 @@ class ImageSize:
 
     resize: int = 1024
     resize_by: str = "max"
-    """``max``: larger images are made smaller; ``max_force``: smaller ones are made larger, too."""
+    """``max`` makes larger images smaller; ``max_force`` also makes smaller images larger."""
 
     def __post_init__(self) -> None:
         if self.resize < 16 or self.resize_by not in RESIZE_BY:
@@ -216,10 +216,10 @@ class ImageSize:
             )
 
     def prepare(self, image: NDArray[np.uint8], image_scale: int = 1) -> PreparedImage:
-        """Resize an RGB image (H, W, 3) to ``resize // image_scale``.
+        """Resize an RGB image (H, W, 3) to a longer side of ``resize // image_scale``.
 
         Raises:
-            FrameError: not an RGB image.
+            FrameError: the image is not (H, W, 3).
         """
         if image.ndim != 3 or image.shape[2] != 3:
             raise FrameError(f"The U-Net takes RGB images (H, W, 3), got shape {image.shape}.")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Features of the map's points in its images, extracted once and kept in half precision: nothing is done per query."""
+"""Features of the map's points in its images, extracted once and stored in half precision."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ _HALF_MAX = torch.finfo(torch.float16).max
 
 @dataclass(frozen=True, eq=False)
 class ViewFeatures:
-    """One reference image at one image scale: the points that it shows at every level."""
+    """Features of one reference image at one image scale, at the points that it shows at every level."""
 
     rows: torch.Tensor
     """(N,) int64 rows of the scene's points."""
     features: tuple[torch.Tensor, ...]
-    """(N, C) half per level, fine to coarse, not normalised."""
+    """(N, C) half precision per level, fine to coarse, not normalised."""
     confidences: tuple[torch.Tensor, ...]
-    """(N,) half per level."""
+    """(N,) half precision per level."""
 
     def to(self, device: torch.device | str) -> ViewFeatures:
-        """The same on another device."""
+        """Return the features on another device."""
         return ViewFeatures(
             self.rows.to(device),
             tuple(f.to(device) for f in self.features),
@@ -50,7 +50,7 @@ class ViewFeatures:
 
 @dataclass(frozen=True)
 class ViewSettings:
-    """What cached features depend on, besides the model and the scene."""
+    """Settings that cached features depend on, besides the model and the scene."""
 
     size: ImageSize
     image_scales: tuple[int, ...] = (1,)
@@ -64,13 +64,13 @@ class ViewStore:
     """Features of all reference images at all image scales."""
 
     views: Mapping[tuple[int, int], ViewFeatures]
-    """By position in the scene and image scale."""
+    """Features by position in the scene and image scale."""
     settings: ViewSettings
     fingerprint: str
-    """Of the model that extracted them."""
+    """Fingerprint of the model that extracted the features."""
 
     def to(self, device: torch.device | str) -> ViewStore:
-        """The same on another device."""
+        """Return the store on another device."""
         return ViewStore({k: v.to(device) for k, v in self.views.items()}, self.settings, self.fingerprint)
 
     def save(self, path: Path) -> None:
@@ -94,10 +94,10 @@ class ViewStore:
 
     @classmethod
     def load(cls, path: Path) -> ViewStore:
-        """Read what :meth:`save` wrote.
+        """Read the file of :meth:`save`.
 
         Raises:
-            MapError: missing, damaged, or something else.
+            MapError: the file is missing, damaged, or of another kind.
         """
         try:
             with safe_open(path, "pt") as stream:
@@ -124,7 +124,7 @@ class ViewStore:
 
 
 def fingerprint_of(model: PixLocModel) -> str:
-    """Tells models apart whose features must not be mixed."""
+    """Return a text that differs between models whose features must not be mixed."""
     total = sum((p.double().sum() * (k + 1) for k, p in enumerate(model.extractor.state_dict().values())), 0.0)
     return f"{model.config.extractor.encoder}:{float(total):.9e}"
 
@@ -136,13 +136,13 @@ def build_views(
     settings: ViewSettings,
     positions: Sequence[int] | None = None,
 ) -> ViewStore:
-    """Extract the features of reference images, one image in memory at a time.
+    """Extract the features of reference images, with one image in memory at a time.
 
     Args:
         model: in evaluation mode, on the device to use.
-        scene: whose points are looked at.
-        read_image: gives the RGB image (H, W, 3) of a reference image, of its camera's size.
-        settings: kept with the features.
+        scene: points and images.
+        read_image: returns the RGB image (H, W, 3) of a reference image, in its camera's size.
+        settings: stored with the features.
         positions: images to extract (default: all).
     """
     views = {}
@@ -162,7 +162,7 @@ def extract_view(
     settings: ViewSettings,
     image_scale: int = 1,
 ) -> ViewFeatures:
-    """Sample an image's features at the points it observes; those stay that are inside at every level."""
+    """Sample an image's features at the points that it observes; points outside at any level are dropped."""
     view = scene.images[position]
     device = next(model.parameters()).device
     prepared = settings.size.prepare(image, image_scale)
@@ -186,7 +186,7 @@ def extract_view(
 
 @dataclass(frozen=True, eq=False)
 class ReferenceImage:
-    """One image of the map."""
+    """Reference image of the map."""
 
     name: str
     camera: Camera
@@ -194,26 +194,26 @@ class ReferenceImage:
     point_rows: NDArray[np.int64]
     """(N,) rows of the scene's points that this image observes."""
     ident: int = -1
-    """Number of the image in the COLMAP model that it comes from."""
+    """Id of the image in its COLMAP model."""
 
 
 @dataclass(frozen=True, eq=False)
 class ReferenceScene:
-    """Points and images; an image is referred to by its position in ``images``."""
+    """Points and images of a map; an image is referred to by its position in ``images``."""
 
     points: NDArray[np.float64]
     """(P, 3) metres, map frame."""
     point_ids: NDArray[np.int64]
-    """(P,) as in the model that they come from."""
+    """(P,) ids in the model that the points come from."""
     track_lengths: NDArray[np.int64]
-    """(P,) how many images observe each point."""
+    """(P,) number of images that observe each point."""
     images: tuple[ReferenceImage, ...]
 
     def position_of(self, name: str) -> int:
-        """Position of an image by its name.
+        """Return the position of an image by its name.
 
         Raises:
-            MapError: there is none.
+            MapError: there is no such image.
         """
         for position, image in enumerate(self.images):
             if image.name == name:
@@ -221,7 +221,7 @@ class ReferenceScene:
         raise MapError(f"The map has no image '{name}'.")
 
     def covisibility(self, positions: Sequence[int]) -> NDArray[np.int64]:
-        """(K, K) number of points that images observe in common."""
+        """Return (K, K) numbers of points that images observe in common."""
         seen = np.zeros((len(positions), len(self.points)), dtype=np.float32)
         for row, position in enumerate(positions):
             seen[row, self.images[position].point_rows] = 1
