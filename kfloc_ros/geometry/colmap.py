@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""COLMAP cameras and pixels to :class:`Camera` and back, and its models from disk.
+"""COLMAP's cameras and pixels, converted from and to :class:`Camera`, and its models, read from disk.
 
-This is the one place that knows of COLMAP's pixel centres at .5. Of a model, counts are checked before memory is taken,
-and files that contradict each other are refused. A program that knows ``cameras``, ``images`` and ``points3D`` only and
-moves or scales a model, leaves ``frames`` and ``rigs`` (COLMAP 3.12 and later) as they were: COLMAP takes their poses.
-A program that writes text leaves the binary files beside it: COLMAP reads those first.
+Only this module knows COLMAP's pixel centres at .5. The reader checks counts before it takes memory, and refuses files
+that contradict each other. Two kinds of stale files are the reason. A program that knows only ``cameras``, ``images``
+and ``points3D`` leaves ``frames`` and ``rigs`` (COLMAP 3.12 and later) unchanged when it moves or scales a model, and
+COLMAP takes their poses. A program that writes text leaves the binary files beside it, and COLMAP reads those first.
 """
 
 from __future__ import annotations
@@ -102,12 +102,12 @@ def camera_to_colmap(camera: Camera) -> tuple[str, list[float]]:
 NAMES = ("cameras", "images", "points3D")
 OPTIONAL = ("rigs", "frames")
 AGREE_DEG, AGREE_SHARE = 0.05, 1e-3
-"""Poses of one image in two files agree within an angle, and this share of the model's extent."""
+"""Largest differences between poses of one image in two files: an angle, and a share of the model's extent."""
 COMPARED_POINTS = 100
 
 
 class Stored(NamedTuple):
-    """What ``images`` says of one image."""
+    """Pose of one image in ``images``, from the world to the camera."""
 
     quaternion_wxyz: tuple[float, ...]
     translation: tuple[float, ...]
@@ -153,7 +153,7 @@ def _check_frames(folder: Path, end: str, model: Any) -> None:
 
 
 def _check_text(folder: Path, model: Any) -> None:
-    """Refuse a binary model beside a text model that says something else."""
+    """Refuse a binary model beside a text model with other content."""
     try:
         other = _differing(model, dict(_images_of_text(folder)))
         if not other and (camera := _differing_camera(folder, model)):
@@ -170,7 +170,7 @@ def _check_text(folder: Path, model: Any) -> None:
 
 
 def _differing(model: Any, stored: dict[str, Stored]) -> str:
-    """Name of an image whose pose differs from the model's, or that only one of the two has; empty if none does."""
+    """Return the name of an image whose pose differs from the model's, or that only one has; empty if there is none."""
     posed = {str(image.name): image for image in model.images.values() if image.has_pose}
     poses = {name: _matrix(image.cam_from_world().matrix()) for name, image in posed.items()}
     centres = np.array([T[:3, 3] for T in poses.values() if np.isfinite(T).all()]).reshape(-1, 3)
@@ -260,7 +260,7 @@ def _images_of_bytes(data: bytes) -> Iterator[tuple[str, Stored]]:
 
 
 def _fits(count: int, least_bytes: int, data: bytes, at: int) -> None:
-    """Have a number of entries fit the bytes that are left."""
+    """Check that a number of entries fits the remaining bytes."""
     if count * least_bytes > len(data) - at:
         raise ValueError(f"a file announces {count} entries in {len(data) - at} bytes")
 
