@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kfloc_ros.evaluation.metrics import percentiles
-from kfloc_ros.evaluation.streaming import FALSE_OK_M
+from kfloc_ros.evaluation.summary import FALSE_OK_M
 from kfloc_ros.types import TrackingState
 from studies.disturbed import Disturbance, Slot
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How good scene coordinates are, cell by cell: mapping error, and whether the variances say the truth about it."""
+"""Accuracy of scene coordinates, cell by cell: mapping error, and consistency of the variances."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from kfloc_ros.types import SceneCoordinates
 
 @dataclass(frozen=True)
 class CellAccuracy:
-    """Over all frames of a run that have true coordinates."""
+    """Accuracy over all frames of a run that have true coordinates."""
 
     frames: int
     median_error_m: float
-    """Median over frames of each frame's median distance to the true point (the original prints these three)."""
+    """Median over frames of each frame's median distance to the true point; the original prints this, mean and std."""
     mean_error_m: float
     std_error_m: float
     normalized_mean_square: float
-    """Mean of (error / sigma)^2 per axis; 1 where variances are right, and dominated by outliers where not."""
+    """Mean of (error / sigma)^2 per axis; 1 if the variances are right, otherwise dominated by outliers."""
     coverage: tuple[float, float, float]
-    """Share of axis errors within 1, 2 and 3 sigma; 0.683, 0.954, 0.997 where variances are right."""
+    """Share of axis errors within 1, 2 and 3 sigma; 0.683, 0.954, 0.997 if the variances are right."""
 
 
 class CellStatistics:
-    """Adds up frames; memory does not grow with their cells."""
+    """Accumulator over frames; its memory does not grow with the number of cells."""
 
     def __init__(self) -> None:
         self._medians_m: list[float] = []
@@ -37,7 +37,7 @@ class CellStatistics:
         self._inside = np.zeros(3)
 
     def add(self, coordinates: SceneCoordinates, true_mean: torch.Tensor, known: torch.Tensor) -> None:
-        """Compare one frame with true coordinates (3, h, w) where they are ``known`` (h, w)."""
+        """Compare one frame with true coordinates (3, h, w) where ``known`` (h, w) is true."""
         cells = known & coordinates.valid
         if not bool(cells.any()):
             return
@@ -49,7 +49,7 @@ class CellStatistics:
         self._inside += [float((ratio < k).sum()) for k in (1, 2, 3)]
 
     def result(self) -> CellAccuracy:
-        """What was added up; NaN where nothing was."""
+        """Return the accuracy over all frames added; NaN without frames."""
         if not self._medians_m:
             return CellAccuracy(0, math.nan, math.nan, math.nan, math.nan, (math.nan, math.nan, math.nan))
         one, two, three = self._inside / self._count

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two result folders side by side."""
+"""Comparison of two result folders."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FIGURES: tuple[tuple[str, str, float, str, int], ...] = (
     ("recall.5cm_5deg", "within 5 cm, 5 deg", 100, "%", 1),
     ("recall.25cm_2deg", "within 25 cm, 2 deg", 100, "%", 1),
     ("streaming.availability", "availability", 100, "%", 1),
-    ("streaming.time_to_first_pose_s", "time to first fix", 1, "s", -1),
+    ("streaming.time_to_first_pose_s", "time to first pose", 1, "s", -1),
     ("streaming.false_ok", "false OK", 100, "%", -1),
     ("streaming.recovery_s.p50", "recovery p50", 1, "s", -1),
     ("streaming.recovery_s.p95", "recovery p95", 1, "s", -1),
@@ -34,26 +34,26 @@ FIGURES: tuple[tuple[str, str, float, str, int], ...] = (
     ("throughput_hz", "throughput", 1, "Hz", 1),
     ("dropped", "dropped", 1, "", -1),
 )
-"""Path in summary.json, name, factor and unit for people, and whether more is better (1), worse (-1) or neither (0)."""
+"""Path in summary.json, name, factor and unit for display, and sense: more is better (1), worse (-1) or neither (0)."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One figure of two runs, as people read it."""
+    """One figure of two runs, as text."""
 
     name: str
     first: str
     second: str
     change: str
     verdict: int
-    """1: the second is better; -1: worse; 0: the same, or neither."""
+    """1: the second run is better; -1: worse; 0: equal, or neither."""
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
-    """The content of ``summary.json`` of a result folder.
+    """Return the content of ``summary.json`` of a result folder.
 
     Raises:
-        SourceError: there is none, or it is damaged.
+        SourceError: the file is missing or damaged.
     """
     path = folder / "summary.json" if folder.is_dir() else folder
     try:
@@ -70,7 +70,7 @@ def read_summary(folder: Path) -> dict[str, Any]:
 
 
 def compare_rows(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[Row]:
-    """A row for every figure that one of the two has."""
+    """Return a row for every figure that one of the two runs has."""
     a, b = figures_of(first), figures_of(second)
     rows = []
     for path, name, factor, unit, sense in FIGURES:
@@ -85,7 +85,7 @@ def compare_rows(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[Ro
 
 
 def with_changes(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
-    """The figures of the second run, and ``change.FIGURE``, second minus first, where both have one."""
+    """Return the figures of the second run, and ``change.FIGURE``, second minus first, where both have one."""
     a, b = figures_of(first), figures_of(second)
     changes = {}
     for path in a.keys() & b.keys():
@@ -95,7 +95,7 @@ def with_changes(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[st
 
 
 def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
-    """What else differs, so that figures are not compared that cannot be: map, source, truth, hardware, options."""
+    """Return other differences that make figures incomparable: map, source, truth, hardware, options."""
     found = []
     for key in ("kind", "source", "poses", "split", "frame_selection", "map", "kfloc_version", "hardware", "options"):
         a, b = first.get(key), second.get(key)
@@ -108,7 +108,7 @@ def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str
 
 
 def compare_page(names: tuple[str, str], first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
-    """The comparison as one HTML page."""
+    """Return the comparison as one HTML page."""
     css = {1: "good", -1: "bad", 0: ""}
     rows = [
         (escape(r.name), escape(r.first), escape(r.second), f'<span class="{css[r.verdict]}">{escape(r.change)}</span>')

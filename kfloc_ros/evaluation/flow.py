@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How good a flow is, cell by cell: its error against true flow, and what it does to the coordinates it carries."""
+"""Accuracy of optical flow, cell by cell: error against the true flow, and effect on propagated coordinates."""
 
 from __future__ import annotations
 
@@ -15,40 +15,41 @@ from kfloc_ros.types import SceneCoordinates
 ONE_SIGMA = 0.6827
 """Share of a Gaussian within one standard deviation."""
 SCALES = np.geomspace(1e-3, 1e3, 121)
-"""Tried on the process noise."""
+"""Candidate scales of the process noise."""
 LARGEST_AXIS_ERROR_M = 0.5
-"""Errors count with at most this in the root mean square: a wholly wrong match has no size."""
+"""Limit of each error in the root mean square, since the size of an entirely wrong match is meaningless."""
 
 
 @dataclass(frozen=True)
 class FlowAccuracy:
-    """Over all pairs of frames; lengths of flow in cells, NaN where no cell had a truth."""
+    """Accuracy over all pairs of frames; lengths of flow in cells, NaN without true flow."""
 
     pairs: int
     median_cells: float
-    """Of the distances to the true flow, in cells that the flow claims to know and whose point is seen again."""
+    """Median distance to the true flow, over cells with a valid flow whose point is visible in both frames."""
     p90_cells: float
     lost: float
-    """Share of these that are more than a cell off."""
+    """Share of these cells that are more than a cell off."""
     known: float
-    """Share of the cells whose point is seen again that the flow claims to know."""
+    """Share of cells with a valid flow, of those whose point is visible in both frames."""
     flow_inside_1sigma: float
-    """Share of the flow's axis errors within the sigma that the flow says."""
+    """Share of the flow's axis errors within the flow's own sigma."""
     prior_axis_rms_m: float
-    """Of true coordinates carried along the flow against true ones, per axis."""
+    """Root mean square, per axis, of true coordinates propagated along the flow minus true ones."""
     prior_axis_median_m: float
     prior_inside_1sigma: float
-    """Share of these axis errors within the process noise as it comes out of the flow."""
+    """Share of these axis errors within the unscaled process noise."""
     process_scale: float
-    """Factor on the process variance with which, the floor added, one sigma holds what it should."""
+    """Factor on the process variance with which, floor included, one sigma covers the expected share."""
     process_inside_1sigma: float
-    """What it then holds."""
+    """Share that one sigma then covers."""
     nll_without_floor: float
-    """Negative log-likelihood per axis, the noise scaled and no floor: low where it tells large errors from small."""
+    """Negative log-likelihood per axis with scaled noise and no floor; low if the noise separates large errors from
+    small."""
 
 
 class FlowStatistics:
-    """Adds up pairs of frames; keeps the errors of all cells."""
+    """Accumulator over pairs of frames; it keeps the errors of all cells."""
 
     def __init__(self) -> None:
         self._error: list[torch.Tensor] = []
@@ -66,14 +67,14 @@ class FlowStatistics:
         now: SceneCoordinates,
         before: SceneCoordinates,
     ) -> None:
-        """One pair.
+        """Add one pair.
 
         Args:
-            flow: backward, from this frame to the one before.
-            true_offset: (2, h, w) cells.
-            visible: (h, w) bool, where the point is seen in both frames.
+            flow: backward flow, from this frame to the previous one.
+            true_offset: (2, h, w) true flow in cells.
+            visible: (h, w) bool, the point is visible in both frames.
             now: true coordinates of this frame's cells.
-            before: of the one's before, without variance.
+            before: true coordinates of the previous frame's cells, without variance.
         """
         self._pairs += 1
         both = flow.valid & visible
@@ -88,7 +89,7 @@ class FlowStatistics:
         self._process_m2.append(prior.variance[usable].repeat(3).cpu())
 
     def result(self, floor_m2: float = 0.0) -> FlowAccuracy:
-        """The figures.
+        """Return the accuracy over all pairs added.
 
         Args:
             floor_m2: process variance that the filter always adds.
@@ -114,7 +115,7 @@ class FlowStatistics:
 
 
 def _scale_of(squared_m2: torch.Tensor, process_m2: torch.Tensor, floor_m2: float) -> float:
-    """The factor with which one sigma holds closest to what a Gaussian's does."""
+    """Return the factor with which one sigma covers most nearly a Gaussian's share."""
     inside = [float((squared_m2 < s * process_m2 + floor_m2).float().mean()) for s in SCALES]
     return float(SCALES[int(np.argmin(np.abs(np.array(inside) - ONE_SIGMA)))])
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The machine that figures were measured on, in words: a figure without it says nothing."""
+"""Description of the machine that figures were measured on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def describe_hardware(device: str = "cpu") -> dict[str, str | int | float | None]:
-    """Processor, usable cores, memory, versions and, where ``device`` is a GPU, its name."""
+    """Return processor, usable cores, memory, versions and, if ``device`` is a GPU, its name."""
     import torch
 
     gpu = torch.cuda.get_device_name(0) if device.startswith("cuda") and torch.cuda.is_available() else None

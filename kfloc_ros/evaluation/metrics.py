@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pose errors, recall, medians and the consistency of covariances. Definitions: ``docs/reference/evaluation.md``.
+"""Pose errors, recall, medians and consistency of covariances. Definitions: ``docs/reference/evaluation.md``.
 
-A frame without an estimate is a failure: its error is (infinite metres, 180 degrees). A frame without
-truth takes no part. Recall counts errors strictly below both thresholds.
+A frame without an estimate is a failure: its error is (infinite metres, 180 degrees). A frame without truth is left
+out. Recall counts errors strictly below both thresholds.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ NEES_95 = 12.592
 
 @dataclass(frozen=True)
 class PoseError:
-    """How far an estimate is from the truth."""
+    """Error of an estimate against the truth."""
 
     translation_m: float
     """Distance between the camera centres."""
@@ -40,7 +40,7 @@ class PoseError:
 
 
 FAILURE = PoseError(math.inf, 180.0)
-"""The error of a frame that has a truth but no estimate."""
+"""Error of a frame that has a truth but no estimate."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Accuracy:
 
     frames: int
     localized: int
-    """Frames with a finite estimate, however wrong."""
+    """Frames with a finite estimate, whatever its error."""
     median_translation_m: float
     median_rotation_deg: float
     recall: Mapping[str, float]
@@ -58,21 +58,21 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Consistency:
-    """Whether the covariances say the truth about the errors, over frames with truth, pose and covariance."""
+    """Consistency of covariances with errors, over frames with truth, pose and covariance."""
 
     frames: int
     nees_mean: float
-    """Mean of e' P^-1 e; 6 where the covariance is right, more where it is too confident."""
+    """Mean of e' P^-1 e; 6 if the covariance is right, more if it is too small."""
     nees_median: float
     nees_within_95: float
-    """Share of frames below the 95 % quantile; 0.95 where the covariance is right."""
+    """Share of frames below the 95 % quantile; 0.95 if the covariance is right."""
     translation_coverage: Mapping[str, float]
-    """Share of axis errors within 1, 2 and 3 sigma; 0.683, 0.954, 0.997 where the covariance is right."""
+    """Share of axis errors within 1, 2 and 3 sigma; 0.683, 0.954, 0.997 if the covariance is right."""
     rotation_coverage: Mapping[str, float]
 
 
 def pose_error(estimate: Matrix | None, truth: Matrix) -> PoseError:
-    """Error of ``T_map_camera``; a missing or non-finite estimate is a failure."""
+    """Return the error of ``T_map_camera``; a missing or non-finite estimate is a failure."""
     if estimate is None or not np.isfinite(estimate).all():
         return FAILURE
     return PoseError(
@@ -82,9 +82,9 @@ def pose_error(estimate: Matrix | None, truth: Matrix) -> PoseError:
 
 
 def pose_errors(records: Iterable[FrameRecord], *, coarse: bool = False) -> list[PoseError]:
-    """Errors of the final (or the coarse) pose of every record that has a truth, in order.
+    """Return the errors of the final (or the coarse) pose of every record that has a truth, in order.
 
-    Of the coarse pose: of every record for which one was looked for.
+    For the coarse pose, tracked frames are left out, since none was computed.
     """
     return [
         pose_error(record.coarse if coarse else record.estimate, record.truth)
@@ -94,14 +94,14 @@ def pose_errors(records: Iterable[FrameRecord], *, coarse: bool = False) -> list
 
 
 def recall(errors: Sequence[PoseError], translation_m: float, rotation_deg: float) -> float:
-    """Share of errors strictly below both thresholds; NaN without errors."""
+    """Return the share of errors strictly below both thresholds; NaN without errors."""
     if not errors:
         return math.nan
     return sum(e.translation_m < translation_m and e.rotation_deg < rotation_deg for e in errors) / len(errors)
 
 
 def accuracy(errors: Sequence[PoseError]) -> Accuracy:
-    """Accuracy over errors; medians are infinite where half of the frames failed, and NaN without frames."""
+    """Return the accuracy; medians are infinite if half of the frames failed, and NaN without frames."""
     return Accuracy(
         frames=len(errors),
         localized=sum(math.isfinite(e.translation_m) for e in errors),
@@ -112,12 +112,12 @@ def accuracy(errors: Sequence[PoseError]) -> Accuracy:
 
 
 def tangent_error(estimate: Matrix, truth: Matrix) -> Matrix:
-    """(6,) error in the space of the covariance: ``t_true = t + dt``, ``R_true = Exp(dr) R``."""
+    """Return the error (6,) in the space of the covariance: ``t_true = t + dt``, ``R_true = Exp(dr) R``."""
     return np.concatenate([truth[:3, 3] - estimate[:3, 3], so3_log(truth[:3, :3] @ estimate[:3, :3].T)])
 
 
 def consistency(records: Iterable[FrameRecord]) -> Consistency | None:
-    """Compare covariances with errors; None where no record has truth, pose and a usable covariance."""
+    """Compare covariances with errors; None if no record has truth, pose and a usable covariance."""
     nees: list[float] = []
     ratios: list[Matrix] = []
     for record in records:
@@ -143,7 +143,7 @@ def consistency(records: Iterable[FrameRecord]) -> Consistency | None:
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float]:
-    """p50, p95 and p99 with linear interpolation; NaN without values."""
+    """Return p50, p95 and p99 with linear interpolation; NaN without values."""
     if not values:
         return {"p50": math.nan, "p95": math.nan, "p99": math.nan}
     p50, p95, p99 = np.percentile(np.asarray(values, dtype=np.float64), [50, 95, 99])
@@ -151,7 +151,7 @@ def percentiles(values: Sequence[float]) -> dict[str, float]:
 
 
 def _median(values: Sequence[float]) -> float:
-    """The middle value, or the mean of the two in the middle; infinite if one of them is."""
+    """Return the middle value, or the mean of the two in the middle; infinite if one of them is."""
     if not values:
         return math.nan
     ordered = sorted(values)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs a localizer over a source, frame after frame, without ROS."""
+"""Offline run of a localizer over a source, frame after frame, without ROS."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class LocalizedFrame:
     """One frame of a source and its result."""
 
     frame: Frame
-    """As the source gave it."""
+    """Frame of the source, unchanged."""
     estimate: PoseEstimate
     localization: Localization | None
-    """None if the localizer refused the frame; the estimate then says why."""
+    """None if the localizer refused the frame; the estimate then has the reason."""
     latency_ms: float
-    """From the decoded image to the pose: adapting the image to the map's camera and localizing, without reading."""
+    """Time from the decoded image to the pose: adapting the image to the map's camera, and localizing."""
     rectify_ms: float
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report of one run, or of two side by side, as one HTML file that needs nothing beside it."""
+"""Report of one run, or of two side by side, as one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kfloc_ros.evaluation.report import CAPTIONS, accuracy_rows, consistency_row
 from kfloc_ros.evaluation.summary import Summary
 
 ImagesOf = Callable[[Sequence[FrameRecord]], Mapping[int, NDArray[np.uint8]]]
-"""The RGB images (H, W, 3) of some records by stamp, as far as they are to be had."""
+"""Function that returns the RGB images (H, W, 3) of some records by stamp, as far as they are available."""
 
 _WORST = 6
 _WIDTH_PX = 360
@@ -42,11 +42,14 @@ def page_text(
     pictures: Sequence[str],
     images_of: ImagesOf | None = None,
 ) -> str:
-    """The HTML of ``report.html``.
+    """Return the HTML of ``report.html``.
 
     Args:
-        folder: holds the ``pictures``, PNG files that are put into the page.
-        images_of: finds the images of the worst frames.
+        summary: figures of the run.
+        records: records of the run.
+        folder: folder with the ``pictures``.
+        pictures: names of PNG files that are embedded in the page.
+        images_of: returns the images of the worst frames; None: no images.
     """
     run = summary.run
     kind = "Replay through the live nodes" if run.kind == "replay" else "Localization"
@@ -68,7 +71,7 @@ def page_text(
 
 
 def document(title: str, parts: Sequence[str]) -> str:
-    """A whole HTML document."""
+    """Return a whole HTML document."""
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
     body = "\n".join(parts)
     return (
@@ -77,7 +80,7 @@ def document(title: str, parts: Sequence[str]) -> str:
 
 
 def table(rows: Sequence[Sequence[str]], header: Sequence[str] = (), *, raw: bool = False) -> str:
-    """A table; ``raw`` takes the cells as HTML."""
+    """Return a table; ``raw`` takes the cells as HTML."""
     show = str if raw else escape
     head = "<tr>" + "".join(f"<th>{show(cell)}</th>" for cell in header) + "</tr>" if header else ""
     body = "".join("<tr>" + "".join(f"<td>{show(cell)}</td>" for cell in row) + "</tr>\n" for row in rows)
@@ -85,12 +88,12 @@ def table(rows: Sequence[Sequence[str]], header: Sequence[str] = (), *, raw: boo
 
 
 def escape(text: str) -> str:
-    """Text as HTML."""
+    """Return text escaped for HTML."""
     return html.escape(str(text))
 
 
 def embedded(data: bytes, kind: str) -> str:
-    """An image inside the page."""
+    """Return an image as a data URL."""
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pictures of a report: trajectory from above, error over time, recall curve, latency."""
+"""Pictures of a report: trajectory from above, error over time, recall curve, latency."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 GAP_S = 0.5
-"""Frames further apart than this are not joined by a line."""
+"""Longest gap between frames that a line joins."""
 
 TRUTH, FINAL, COARSE = "#444444", "#1565c0", "#ef6c00"
 
@@ -49,7 +49,7 @@ def write_plots(out: Path, records: Sequence[FrameRecord]) -> list[str]:
 
 
 def draw_trajectory(figure: Figure, records: Sequence[FrameRecord]) -> bool:
-    """Truth and estimates seen along the map axis that the images' vertical is nearest to."""
+    """Draw truth and estimates along the map axis closest to the images' vertical; return false without poses."""
     poses = [p for r in records for p in (r.truth, r.estimate) if p is not None]
     if not poses:
         return False
@@ -81,7 +81,7 @@ def draw_trajectory(figure: Figure, records: Sequence[FrameRecord]) -> bool:
 
 
 def draw_error(figure: Figure, records: Sequence[FrameRecord]) -> bool:
-    """Position and rotation error of every frame with twice the standard deviation that the covariance claims."""
+    """Draw position and rotation error of every frame with twice the standard deviation of the covariance."""
     dropped = [r.stamp_ns for r in records if r.truth is not None and not r.processed]
     known = [r for r in records if r.truth is not None and r.processed]
     if not known:
@@ -125,7 +125,7 @@ def draw_error(figure: Figure, records: Sequence[FrameRecord]) -> bool:
 
 
 def draw_recall(figure: Figure, records: Sequence[FrameRecord]) -> bool:
-    """Share of frames within x centimetres and x degrees."""
+    """Draw the share of frames within x centimetres and x degrees."""
     known = [r for r in records if r.truth is not None and r.processed]
     if not known:
         return False
@@ -147,7 +147,7 @@ def draw_recall(figure: Figure, records: Sequence[FrameRecord]) -> bool:
 
 
 def draw_latency(figure: Figure, records: Sequence[FrameRecord]) -> bool:
-    """Stage times of every frame, stacked, and the distribution of the latency."""
+    """Draw the stage times of every frame, stacked, and the distribution of the latency."""
     timed = [r for r in records if r.processed and r.latency_ms is not None]
     if not timed:
         return False
@@ -179,7 +179,7 @@ def _gaps(records: Sequence[FrameRecord]) -> NDArray[np.intp]:
 
 
 def _break(records: Sequence[FrameRecord], rows: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The rows with a row of NaN wherever the recording has a gap."""
+    """Return the rows with a row of NaN at every gap in the recording."""
     return np.insert(rows, _gaps(records), np.nan, axis=0)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is kept of every frame for evaluation."""
+"""Record of a frame, kept for evaluation."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ STATISTICS = {
     "alignment_valid_ratio": "alignment_valid_ratio",
     "alignment_iterations": "alignment_iterations",
 }
-"""Statistics of the stages by their names in records, and their keys in the nodes' ``status``."""
+"""Statistics of the stages by their names in records, with their keys in the nodes' ``status``."""
 STAGES = (
     "decode", "rectify", "backbone", "measure", "filter", "pnp", "refine", "relocalize", "change_over", "publish",
     "total",
 )  # fmt: skip
-"""Stages in the order of their work, as ``timings_ms`` names them; no run has times of all."""
+"""Stages in the order of their work, as named in ``timings_ms``; no run has times of all."""
 
 
 @dataclass(frozen=True, eq=False)
 class FrameRecord:
-    """One frame that was given to the localizer, what came back, and what is true.
+    """Frame given to the localizer, with its result and the truth.
 
     Poses are ``T_map_camera`` (4, 4); ``covariance`` is 6x6 in the order of :mod:`kfloc_ros.types`.
     """
@@ -39,7 +39,7 @@ class FrameRecord:
     truth: Matrix | None
     estimate: Matrix | None = None
     coarse: Matrix | None = None
-    """The pose before refinement."""
+    """Pose before refinement."""
     state: str = TrackingState.LOST.value
     reason: str = ""
     covariance: Matrix | None = None
@@ -47,15 +47,15 @@ class FrameRecord:
     """Numbers of the stages, by the names of ``STATISTICS``."""
     timings_ms: Mapping[str, float] = field(default_factory=dict)
     latency_ms: float | None = None
-    """Offline: time in the localizer. Replay: from the image's publication to the pose's arrival, wall clock."""
+    """Offline: time in the localizer. Replay: wall time from the image's publication to the pose's arrival."""
     tracked: bool = False
-    """Whether it was aligned from the predicted pose alone, so that no coarse pose was looked for."""
+    """True if the frame was aligned from the predicted pose alone, so that it has no coarse pose."""
     processed: bool = True
-    """False for a frame that was played but for which the nodes never answered (dropped or lost)."""
+    """False for a frame that was played but not answered by the nodes (dropped or lost)."""
 
 
 def record_of(frame: Frame, estimate: PoseEstimate, *, latency_ms: float, rectify_ms: float) -> FrameRecord:
-    """The record of one frame that went through the localizer in this process."""
+    """Return the record of one frame that was localized in this process."""
     stats: dict[str, float] = {}
     if estimate.coarse is not None:
         stats["inlier_count"] = estimate.coarse.inlier_count

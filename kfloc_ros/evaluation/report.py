@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report of one run in Markdown, and its main table as rows for a terminal."""
+"""Report of one run in Markdown, and its tables as rows."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CAPTIONS = {
 
 
 def accuracy_rows(summary: Summary) -> list[tuple[str, str, str]]:
-    """Rows (figure, final pose, coarse pose) of the main table."""
+    """Return rows (figure, final pose, coarse pose) of the main table."""
     final, coarse = summary.accuracy, summary.coarse
     rows = [
         ("frames", f"{summary.frames}, {final.frames} with truth", ""),
@@ -35,7 +35,7 @@ def accuracy_rows(summary: Summary) -> list[tuple[str, str, str]]:
 
 
 def timing_rows(summary: Summary) -> list[tuple[str, str]]:
-    """Rows (figure, value) on time and counts."""
+    """Return rows (figure, value) on time and counts."""
     latency = summary.latency_ms
     rows = [
         ("latency p50 / p95 / p99", " / ".join(_ms(latency[key]) for key in ("p50", "p95", "p99"))),
@@ -53,14 +53,14 @@ def timing_rows(summary: Summary) -> list[tuple[str, str]]:
 
 
 def streaming_rows(summary: Summary) -> list[tuple[str, str]]:
-    """Rows (figure, value) on what the stream of poses is worth."""
+    """Return rows (figure, value) on the stream of poses."""
     result = summary.streaming
     recovery = " / ".join(_number(result.recovery_s[key], "{:.2f} s") for key in ("p50", "p95"))
     ended = "; lost at the end" if result.lost_at_end else ""
     tf = summary.run.transform
     return [
         ("availability (TRACKING, of all frames)", _percent(result.availability)),
-        ("time to first fix", _number(result.time_to_first_pose_s, "{:.2f} s")),
+        ("time to first pose", _number(result.time_to_first_pose_s, "{:.2f} s")),
         ("false OK (TRACKING but > 10 cm off)", _percent(result.false_ok)),
         ("confidently wrong frames", str(result.confidently_wrong)),
         ("outages; recovery p50 / p95", f"{result.outages}; {recovery}{ended}"),
@@ -69,13 +69,13 @@ def streaming_rows(summary: Summary) -> list[tuple[str, str]]:
 
 
 def transform_text(tf: Accuracy) -> str:
-    """One line on :attr:`RunInfo.transform`."""
+    """Return one line on :attr:`RunInfo.transform`."""
     share = _percent(tf.recall["5cm_5deg"])
     return f"{_cm(tf.median_translation_m)}, {_deg(tf)}; {share} within 5 cm, 5 deg"
 
 
 def consistency_rows(summary: Summary) -> list[tuple[str, str, str]]:
-    """Rows (figure, measured, where right) on the covariance; empty without one."""
+    """Return rows (figure, measured, expected) on the covariance; empty without one."""
     result = summary.consistency
     if result is None:
         return []
@@ -91,7 +91,7 @@ def consistency_rows(summary: Summary) -> list[tuple[str, str, str]]:
 
 
 def report_text(summary: Summary, records: Sequence[FrameRecord], pictures: Sequence[str]) -> str:
-    """The Markdown text of ``report.md``."""
+    """Return the Markdown text of ``report.md``."""
     run = summary.run
     hardware = ", ".join(f"{key} {value}" for key, value in run.hardware.items() if value is not None)
     lines = [
@@ -140,7 +140,7 @@ def report_text(summary: Summary, records: Sequence[FrameRecord], pictures: Sequ
 
 
 def command_line(arguments: Sequence[str]) -> str:
-    """The command as a user would type it again."""
+    """Return the command as a user would type it."""
     return shlex.join(["kfloc", *arguments])
 
 

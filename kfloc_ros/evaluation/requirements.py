@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run must reach, written as ``latency_ms.p95<=100``, for use in CI."""
+"""Requirements on a run, written as ``latency_ms.p95<=100``, for use in CI."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _FORM = re.compile(r"\s*([A-Za-z0-9_.]+)\s*(<=|>=|<|>)\s*([-+0-9.eE]+)\s*")
 
 @dataclass(frozen=True)
 class Requirement:
-    """One figure of ``summary.json`` by its path, and its limit."""
+    """Limit of one figure of ``summary.json``, named by its path."""
 
     path: str
     relation: str
     limit: float
 
     def failure(self, figures: Mapping[str, Any]) -> str:
-        """Why figures do not meet it, or empty; a figure that is null does not.
+        """Return the reason why figures do not meet the limit, or an empty string; a null figure does not meet it.
 
         Raises:
             ConfigError: there is no such figure.
@@ -46,7 +46,7 @@ def parse_requirement(text: str) -> Requirement:
     """Read ``recall.5cm_5deg>=0.95``.
 
     Raises:
-        ConfigError: it is not of that form.
+        ConfigError: the text does not have this form.
     """
     match = _FORM.fullmatch(text)
     try:
@@ -58,7 +58,7 @@ def parse_requirement(text: str) -> Requirement:
 
 
 def figures_of(summary: Mapping[str, Any], prefix: str = "") -> dict[str, float | None]:
-    """Every number of a summary by its path; null figures are None."""
+    """Return every number of a summary by its path; null figures are None."""
     found: dict[str, float | None] = {}
     for key, value in summary.items():
         if isinstance(value, Mapping):
@@ -71,11 +71,15 @@ def figures_of(summary: Mapping[str, Any], prefix: str = "") -> dict[str, float 
 
 
 def figure(summary: Mapping[str, Any], path: str) -> float | None:
-    """One number of a summary. Raises ConfigError, naming those like it, if there is none."""
+    """Return one number of a summary.
+
+    Raises:
+        ConfigError: there is no such figure; the message names similar ones.
+    """
     figures = figures_of(summary)
     if path not in figures:
         import difflib
 
         near = difflib.get_close_matches(path, figures, n=3, cutoff=0.3)
-        raise ConfigError(f"The summary has no figure '{path}'; near it: {', '.join(near) or 'none'}.")
+        raise ConfigError(f"The summary has no figure '{path}'; similar: {', '.join(near) or 'none'}.")
     return figures[path]

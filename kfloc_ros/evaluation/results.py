@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes and reads the result folder: summary.json, frames.csv, TUM files, report.md, report.html, plots.
+"""Writer of the result folder: summary.json, frames.csv, TUM files, report.md, report.html, plots.
 
-Every file is written beside its place and moved there, summary.json last, so that a folder with a
-summary is complete whatever happened.
+Every file is written under a temporary name and then renamed, summary.json last, so a folder with a summary is always
+complete.
 """
 
 from __future__ import annotations
@@ -31,9 +31,14 @@ from kfloc_ros.types import Matrix
 def write_results(
     out: Path, records: Sequence[FrameRecord], run: RunInfo, *, plots: bool = True, images_of: ImagesOf | None = None
 ) -> Summary:
-    """Evaluate the records and write the result folder, which is made where it is missing.
+    """Evaluate the records and write the result folder, which is created if missing.
 
-    ``images_of`` finds the images of the worst frames for ``report.html``.
+    Args:
+        out: the folder.
+        records: records of the run.
+        run: description of the run.
+        plots: draw the pictures.
+        images_of: returns the images of the worst frames for ``report.html``; None: no images.
 
     Raises:
         OSError: the folder cannot be written.
@@ -52,7 +57,7 @@ def write_results(
 
 
 def frames_csv(records: Sequence[FrameRecord]) -> str:
-    """One line a frame, in the same columns for every kind of run; empty where a frame does not have a value."""
+    """Return one line a frame, with the same columns for every kind of run; empty where a frame has no value."""
     stats = list(dict.fromkeys((*STATISTICS, *(key for record in records for key in record.stats))))
     stages = list(dict.fromkeys((*STAGES, *(key for record in records for key in record.timings_ms))))
     rows = [_row(record) for record in records]

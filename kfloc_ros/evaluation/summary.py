@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From records to the figures of ``summary.json``."""
+"""Figures of ``summary.json``, from records: accuracy, time, and the stream of poses.
+
+Definitions: ``docs/reference/evaluation.md``. Times of the stream are of the recording (image stamps), independent of
+the machine.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +16,99 @@ from typing import Any
 import numpy as np
 
 from kfloc_ros import __version__
-from kfloc_ros.evaluation.metrics import Accuracy, Consistency, accuracy, consistency, percentiles, pose_errors
+from kfloc_ros.evaluation.metrics import (
+    Accuracy,
+    Consistency,
+    accuracy,
+    consistency,
+    percentiles,
+    pose_error,
+    pose_errors,
+)
 from kfloc_ros.evaluation.records import FrameRecord
-from kfloc_ros.evaluation.streaming import Streaming, streaming
 from kfloc_ros.types import TrackingState
+
+FALSE_OK_M = 0.10
+"""Position error above which a TRACKING frame is false OK."""
+
+
+@dataclass(frozen=True)
+class Streaming:
+    """Figures of the stream of poses of one run."""
+
+    availability: float
+    """Share of all frames, dropped ones included, that are TRACKING with a pose."""
+    time_to_first_pose_s: float
+    """Time from the first frame to the first TRACKING one; NaN without one."""
+    false_ok: float
+    """Share of the processed frames with truth that are TRACKING and more than 10 cm off; NaN without such frames."""
+    confidently_wrong: int
+    """TRACKING frames whose two-sigma radius is below 5 cm and whose error is more than 15 cm."""
+    outages: int
+    """Runs of processed frames that are not TRACKING, after the first pose."""
+    recovery_s: Mapping[str, float]
+    """p50, p95, p99 of the time from the first frame of an outage to the next TRACKING one, over outages that ended."""
+    lost_at_end: bool
+    """True if the last outage did not end."""
+
+
+def streaming(records: Sequence[FrameRecord]) -> Streaming:
+    """Return the figures of records in order of arrival."""
+    ok = [is_ok(record) for record in records]
+    times_s = elapsed_s(records)
+    known = [r for r in records if r.processed and r.truth is not None]
+    first_s = next((time_s for time_s, good in zip(times_s, ok, strict=True) if good), math.nan)
+    began_s: float | None = None
+    recoveries: list[float] = []
+    after_first = False
+    for record, good, time_s in zip(records, ok, times_s, strict=True):
+        if not record.processed:
+            continue
+        if good:
+            if began_s is not None:
+                recoveries.append(time_s - began_s)
+            began_s, after_first = None, True
+        elif after_first and began_s is None:
+            began_s = time_s
+    return Streaming(
+        availability=sum(ok) / len(ok) if ok else math.nan,
+        time_to_first_pose_s=first_s,
+        false_ok=sum(is_ok(r) and _error_m(r) > FALSE_OK_M for r in known) / len(known) if known else math.nan,
+        confidently_wrong=sum(is_ok(r) and _two_sigma_m(r) < 0.05 and _error_m(r) > 0.15 for r in known),
+        outages=len(recoveries) + (began_s is not None),
+        recovery_s=percentiles(recoveries),
+        lost_at_end=began_s is not None,
+    )
+
+
+def elapsed_s(records: Sequence[FrameRecord]) -> list[float]:
+    """Return the recorded time of every record since the first; a jump back, as of a looped bag, counts as zero."""
+    times_s, elapsed_ns = [], 0
+    for number, record in enumerate(records):
+        if number:
+            elapsed_ns += max(record.stamp_ns - records[number - 1].stamp_ns, 0)
+        times_s.append(elapsed_ns * 1e-9)
+    return times_s
+
+
+def is_ok(record: FrameRecord) -> bool:
+    """Return true if the frame is TRACKING with a pose."""
+    return record.processed and record.estimate is not None and record.state == TrackingState.TRACKING.value
+
+
+def _error_m(record: FrameRecord) -> float:
+    return math.inf if record.truth is None else pose_error(record.estimate, record.truth).translation_m
+
+
+def _two_sigma_m(record: FrameRecord) -> float:
+    if record.covariance is None:
+        return math.inf
+    return 2 * math.sqrt(max(float(record.covariance[:3, :3].trace()), 0.0))
 
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What was run, on what, and what it counted."""
+    """Description of a run, with its counts."""
 
     kind: str
     """``localize`` or ``replay``."""
@@ -28,51 +116,51 @@ class RunInfo:
     map: str
     source: str
     poses: str
-    """Which ground truth: ``file``, ``sfm`` or ``bag``."""
+    """Kind of ground truth: ``file``, ``sfm`` or ``bag``."""
     split: str | None
     frames: str | None
-    """The ``--frames`` expression."""
+    """Expression of ``--frames``."""
     hardware: Mapping[str, str | int | float | None]
     received: int
     """Frames that reached the localizer."""
     processed: int
-    """Frames that it computed."""
+    """Frames that the localizer computed."""
     dropped: int
-    """Frames that it received and left out because a newer one was there."""
+    """Frames that were received but skipped in favour of a newer one."""
     duration_s: float
     """Wall time from the first frame's start to the last frame's end."""
     interrupted: bool = False
     transform: Accuracy | None = None
-    """Replay with a base frame: how right TF was about the camera at the images' times."""
+    """Accuracy of the camera's pose on TF at the images' times, for a replay with a base frame."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Whatever else the run was asked for, such as ``filter`` and ``rate``."""
+    """Further options of the run, such as ``filter`` and ``rate``."""
 
 
 @dataclass(frozen=True)
 class Summary:
-    """All figures of one run. Recall and medians are over the processed frames that have a truth."""
+    """Figures of one run. Recall and medians are over the processed frames that have a truth."""
 
     run: RunInfo
     frames: int
     frames_without_truth: int
     localized: int
-    """Frames with a pose, whether or not they have a truth."""
+    """Frames with a pose, with or without truth."""
     coarse_localized: int
     accuracy: Accuracy
     coarse: Accuracy
     played: Accuracy | None
-    """Replay only: over every frame played, where one that got no answer is a failure."""
+    """Replay only: accuracy over every frame played; a frame without an answer is a failure."""
     consistency: Consistency | None
     streaming: Streaming
     states: Mapping[str, int]
     tracking_but_wrong: int
-    """Frames called TRACKING whose error is not below 25 cm and 5 deg."""
+    """TRACKING frames whose error is not below 25 cm and 5 deg."""
     latency_ms: Mapping[str, float]
     stage_ms: Mapping[str, float]
     throughput_hz: float
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of ``summary.json``: numbers that JSON cannot hold (infinity, NaN) are null."""
+        """Return the content of ``summary.json``; numbers that JSON cannot represent (infinity, NaN) are null."""
         info = asdict(self.run)
         content = {
             "kind": info.pop("kind"),
@@ -130,7 +218,7 @@ def summarize(records: Sequence[FrameRecord], run: RunInfo) -> Summary:
 
 
 def stage_medians(records: Iterable[FrameRecord]) -> dict[str, float]:
-    """Median milliseconds per stage over the frames in which the stage ran, in the order first seen."""
+    """Return median milliseconds per stage over the frames in which the stage ran, in order of first appearance."""
     values: dict[str, list[float]] = {}
     for record in records:
         for stage, milliseconds in record.timings_ms.items():
@@ -141,7 +229,7 @@ def stage_medians(records: Iterable[FrameRecord]) -> dict[str, float]:
 
 
 def finite(value: Any) -> Any:
-    """The same structure with every float that is not finite replaced by None."""
+    """Return the same structure with every float that is not finite replaced by None."""
     if isinstance(value, Mapping):
         return {str(key): finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -67,7 +67,7 @@ def test_figures_changes_and_other_differences_are_printed(
         ("change.recall.5cm_5deg>=-0.02", 0, ""),
         ("recall.5cm_5deg<0.5", 1, "recall.5cm_5deg is 1, but must be < 0.5"),
         ("streaming.recovery_s.p50<1", 1, "has no value"),
-        ("recall.5cm>=0.9", 2, "near it: recall.5cm_5deg"),
+        ("recall.5cm>=0.9", 2, "similar: recall.5cm_5deg"),
         ("recall.5cm_5deg=0.9", 2, "is written FIGURE<=NUMBER"),
     ],
 )

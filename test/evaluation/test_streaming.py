@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Availability, first fix, false OK and recovery."""
+"""Availability, first pose, false OK and recovery."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from kfloc_ros.evaluation.records import FrameRecord
-from kfloc_ros.evaluation.streaming import streaming
+from kfloc_ros.evaluation.summary import streaming
 from kfloc_ros.geometry.lie import make_pose
 
 STATES = {"T": "TRACKING", "L": "LOST", "D": "DEGRADED", "I": "INITIALIZING", ".": "LOST"}
