@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All pictures of a scene in one image, in several resolutions, filtered when they are looked up."""
+"""Texture atlas: all pictures of a scene in one image, in several resolutions, filtered on lookup."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Array = NDArray[np.float32]
 
 @dataclass(frozen=True, eq=False)
 class Packing:
-    """Where pictures lie in an image: ``left`` and ``top`` of each, and the size of the image."""
+    """Positions of pictures in an image: ``left`` and ``top`` of each, and the size of the image."""
 
     left: NDArray[np.int64]
     top: NDArray[np.int64]
@@ -40,11 +40,11 @@ def pack(sizes: Sequence[tuple[int, int]], width: int, gutter: int, align: int =
 
 
 class TextureAtlas:
-    """The pictures of all faces, with mipmaps.
+    """Pictures of all faces, with mipmaps.
 
     Args:
         pictures: (h, w, 3) uint8 each.
-        width: of the atlas in texels; no picture may be wider than this less two gutters.
+        width: width of the atlas in texels; no picture may be wider than this less two gutters.
     """
 
     def __init__(self, pictures: Sequence[NDArray[np.uint8]], width: int = 4096) -> None:
@@ -68,9 +68,11 @@ class TextureAtlas:
             x += level.shape[1]
 
     def sample(self, u: Array, v: Array, level: Array) -> Array:
-        """(h, w, 3) values at atlas positions ``u``, ``v`` (h, w), in texels of level 0.
+        """Return (h, w, 3) values at atlas positions ``u``, ``v`` (h, w), in texels of level 0.
 
-        ``level``: base-2 logarithm of texels per pixel; between two levels, both are blended.
+        Args:
+            u, v: (h, w) positions.
+            level: (h, w) base-2 logarithm of texels per pixel; between two levels, both are blended.
         """
         level = np.clip(level, 0, LEVELS - 1 - 1e-3)
         lower = level.astype(np.int32)
@@ -84,5 +86,5 @@ class TextureAtlas:
         scale = np.float32(0.5) ** level
         x = (u + np.float32(0.5)) * scale - np.float32(0.5) + self._offset[level]
         y = (v + np.float32(0.5)) * scale - np.float32(0.5)
-        found = cv2.remap(self._image, x.astype(np.float32), y.astype(np.float32), cv2.INTER_LINEAR)
-        return np.asarray(found, dtype=np.float32)
+        values = cv2.remap(self._image, x.astype(np.float32), y.astype(np.float32), cv2.INTER_LINEAR)
+        return np.asarray(values, dtype=np.float32)

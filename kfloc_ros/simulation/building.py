@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A building of ten rooms that are alike: the demo's room ten times, but for five posters, in one frame.
+"""Building of ten similar rooms: the demo's room ten times, different only in five posters, in one frame.
 
-Two rows of five. In a row a doorway leads from each room into the next; all else is closed.
+There are two rows of five. In a row a doorway leads from each room into the next; all else is closed.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from kfloc_ros.types import Matrix
 ROOMS = 10
 ROOMS_IN_A_ROW = 5
 PITCH_X_M, PITCH_Y_M = 2 * HALF_X_M + WALL_M, 4.3
-"""From the middle of a room to that of the next, over a wall."""
+"""Distances between the middles of neighbouring rooms."""
 RATE_HZ = 15.0
-"""Of walks; mapping takes a view now and then."""
+"""Frame rate of walks; mapping uses a lower one."""
 _WALKS_PER_ROOM = 1000
 _HELP = (
     f"those of the building are sim:building-K to map room K (1 to {ROOMS}), sim:building-K-localize, and "
@@ -35,22 +35,22 @@ _HELP = (
 _EVENING = blend(DAY, DUSK, 0.5)
 _HEIGHT_M, _AIM_M = 1.4, 1.2
 _IN_THE_DOOR_M = HALF_X_M - 0.2
-"""How far from the middle of the room somebody stands who maps it from its doorway."""
+"""Distance from the middle of the room to a person who maps it from its doorway."""
 _CROSSING = np.array([
     (-2.0, -1.6), (-1.4, -1.3), (-0.75, -0.98), (0.0, -0.92), (0.75, -0.98), (1.4, -1.3), (2.0, -1.6),
 ])  # fmt: skip
-"""From the west doorway of a room to its east doorway, between sofa and table."""
+"""Path from the west doorway of a room to its east doorway, between sofa and table."""
 
 
 def T_building_room(room: int) -> Matrix:
-    """Where the frame of a room (see ``room.py``), numbered from 1, lies in the building's."""
+    """Return the pose of a room's frame (see ``room.py``), numbered from 1, in the building."""
     across, along = (room - 1) % ROOMS_IN_A_ROW, (room - 1) // ROOMS_IN_A_ROW
     return make_pose(np.eye(3), [PITCH_X_M * across, PITCH_Y_M * along, 0.0])
 
 
 @lru_cache(maxsize=1)
 def build_building(texels_per_m: float = TEXELS_PER_M) -> Scene:
-    """All rooms, seen through the open doors.
+    """Return all rooms, with open doors between them.
 
     Raises:
         SourceError: the ray caster is not installed.
@@ -64,12 +64,12 @@ def build_building(texels_per_m: float = TEXELS_PER_M) -> Scene:
 
 
 class BuildingSource(RecordedSource):
-    """One recording in one of the rooms: some 100 views to map it, or a walk in another light; poses in the building.
+    """Recording in one of the rooms, for mapping or as a walk in another light; poses in the building's frame.
 
     Args:
         room: 1 to :data:`ROOMS`.
         which: ``map`` or ``localize``.
-        camera: a pinhole.
+        camera: pinhole camera.
         texels_per_m: resolution of the room's pictures.
 
     Raises:
@@ -94,16 +94,16 @@ class BuildingSource(RecordedSource):
 
 
 class WalkSource(RecordedSource):
-    """A walk through the doors, from the middle of one room to that of another in the same row, in the evening.
+    """Walk through the doors, from the middle of one room to that of another in the same row, in evening light.
 
     Args:
-        start: the first room.
-        end: the last one; with a smaller number the walk leads back, to the west.
-        camera: a pinhole.
+        start: first room.
+        end: last room; if it has the smaller number, the walk leads west.
+        camera: pinhole camera.
         texels_per_m: resolution of the rooms' pictures.
 
     Raises:
-        SourceError: there is no way from one to the other.
+        SourceError: no doors connect the two rooms.
     """
 
     def __init__(self, start: int, end: int, *, camera: Camera = CAMERA, texels_per_m: float = TEXELS_PER_M) -> None:
@@ -130,7 +130,7 @@ class WalkSource(RecordedSource):
 
 
 def building_source(name: str) -> RecordedSource:
-    """The recording of a SOURCE such as ``sim:building-3-localize``, without its ``sim:``.
+    """Return the recording of a SOURCE such as ``sim:building-3-localize``, given without its ``sim:``.
 
     Raises:
         SourceError: there is no such room or recording.
@@ -143,26 +143,26 @@ def building_source(name: str) -> RecordedSource:
 
 
 def room_at(x_m: float, y_m: float) -> int:
-    """Number of the room at a place in the building; the wall between two rooms belongs to both by halves."""
+    """Return the number of the room at a place in the building; half of a wall belongs to each of its rooms."""
     across = np.clip(round(x_m / PITCH_X_M), 0, ROOMS_IN_A_ROW - 1)
     along = np.clip(round(y_m / PITCH_Y_M), 0, ROOMS // ROOMS_IN_A_ROW - 1)
     return int(1 + across + ROOMS_IN_A_ROW * along)
 
 
 def door_distance_m(x_m: float) -> float:
-    """How far along a row a place is from the nearest plane between two rooms."""
+    """Return the distance along a row from a place to the nearest plane between two rooms."""
     return float(abs((x_m / PITCH_X_M - 0.5) - round(x_m / PITCH_X_M - 0.5)) * PITCH_X_M)
 
 
 def _map_route(seed: int) -> Route:
-    """To the west doorway, for a look through it and one back, around the room, and the same at the east doorway."""
+    """Return a route that looks through the west doorway, goes around the room, and looks through the east doorway."""
     around = map_route(seed)
     out = [
         ((1.0, -1.0), (2.6, -1.5)), ((1.7, -1.45), (3.9, -1.6)), ((_IN_THE_DOOR_M, MIDDLE_Y_M), (4.4, -1.5)),
         ((_IN_THE_DOOR_M, MIDDLE_Y_M), (3.2, -0.4)), ((_IN_THE_DOOR_M, MIDDLE_Y_M + 0.02), (1.9, 0.6)),
         ((_IN_THE_DOOR_M, MIDDLE_Y_M), (0.6, -0.6)), ((1.8, -1.55), (-0.8, -1.1)), ((1.2, -1.1), (-1.6, -1.5)),
     ]  # fmt: skip
-    flat = np.array(out)  # (n, 2, 2): where, and what is looked at
+    flat = np.array(out)  # (n, 2, 2): positions and targets
     level = np.broadcast_to([[_HEIGHT_M], [_AIM_M]], (len(flat), 2, 1))
     east = np.concatenate([flat, level], axis=2)
     west = east * np.array([-1.0, 1.0, 1.0])
@@ -173,7 +173,7 @@ def _map_route(seed: int) -> Route:
 
 
 def walk_route(start: int, end: int) -> Route:
-    """Knots in the building's frame: a look around in the first room, through the doors, a look around in the last."""
+    """Return knots in the building's frame: a look around, through the doors, and a look around in the last room."""
     east = end > start
     rooms = range(start, end + 1) if east else range(start, end - 1, -1)
     way = _CROSSING if east else _CROSSING[::-1]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Embree, as the rest of the simulator wants it: which face does a ray hit, is the way free."""
+"""Interface of Embree: the face that a ray hits, and the free distance along a ray."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ Array = NDArray[np.float32]
 
 
 class RayCaster:
-    """Casts rays at a set of faces.
+    """Caster of rays at a set of faces.
+
+    Args:
+        faces: the faces.
 
     Raises:
         SourceError: Embree is not installed.
@@ -35,13 +38,13 @@ class RayCaster:
         TriangleMesh(self._scene, np.concatenate(triangles).astype(np.float32))
 
     def hit_face(self, origin: NDArray[np.float64], directions: Array) -> NDArray[np.int32]:
-        """Index of the face that each ray (n, 3) from ``origin`` (3,) hits first; -1 for none."""
+        """Return the index of the face that each ray (n, 3) from ``origin`` (3,) hits first; -1 for none."""
         origins = np.broadcast_to(origin.astype(np.float32), directions.shape)
         triangle = self._scene.run(np.ascontiguousarray(origins), np.ascontiguousarray(directions, np.float32))
         return np.where(triangle >= 0, self._face_of[triangle], -1).astype(np.int32)
 
     def distance(self, origins: Array, directions: Array, reach_m: float) -> Array:
-        """Way along unit rays (n, 3) from ``origins`` (n, 3) to the first face, ``reach_m`` if that is farther."""
+        """Return the distance along unit rays (n, 3) from ``origins`` (n, 3) to the first face, at most ``reach_m``."""
         limits = np.full(len(origins), reach_m, np.float32)
         result = self._scene.run(origins, directions, dists=limits, output=1)
         return np.where(result["primID"] >= 0, result["tfar"], np.float32(reach_m)).astype(np.float32)

@@ -16,10 +16,10 @@ Vector = NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class Face:
-    """A flat, convex surface with a picture on it.
+    """Flat, convex surface with a picture on it.
 
     The picture spans the parallelogram ``corner + a * right + b * down`` with a, b in 0..1, where ``corner`` is the
-    picture's top left as seen from the side that is looked at.
+    picture's top left as seen from the visible side.
     """
 
     corner: Vector
@@ -29,15 +29,15 @@ class Face:
     detail: float = 1.0
     """Texels per metre, as a share of the scene's."""
     emission: float = 0.0
-    """Radiance of its own, beside what it reflects, for lamps, screens and the sky; 1 is white paper in full light."""
+    """Emitted radiance, added to the reflected one, for lamps, screens and the sky; 1 is white paper in full light."""
     light: int = -1
-    """Which of the scene's lights it is: its emission follows that light's strength. -1: none, it always shines."""
+    """Index in the scene's lights: the emission follows that light's strength. -1: none, the emission is constant."""
     outline: NDArray[np.float64] | None = None
     """(n, 2) convex polygon in (a, b); None for the whole parallelogram."""
 
     @property
     def normal(self) -> Vector:
-        """Unit vector towards the side that is looked at."""
+        """Unit vector towards the visible side."""
         away = np.cross(self.right, self.down)
         return np.asarray(-away / np.linalg.norm(away), dtype=np.float64)
 
@@ -47,7 +47,7 @@ class Face:
         return float(np.linalg.norm(self.right)), float(np.linalg.norm(self.down))
 
     def triangles(self) -> NDArray[np.float64]:
-        """(n, 3, 3) corners of the triangles that cover it."""
+        """Return (n, 3, 3) corners of the triangles that cover it."""
         outline = np.array([[0, 0], [1, 0], [1, 1], [0, 1]], float) if self.outline is None else self.outline
         points = self.corner + outline[:, :1] * self.right + outline[:, 1:] * self.down
         return np.stack([points[[0, i, i + 1]] for i in range(1, len(points) - 1)])
@@ -63,7 +63,7 @@ def face(
     emission: float = 0.0,
     light: int = -1,
 ) -> Face:
-    """A face from plain lists of numbers."""
+    """Return a face from plain lists of numbers."""
     a, b, c = (np.asarray(v, dtype=np.float64) for v in (corner, right, down))
     return Face(a, b, c, painter, detail, emission, light)
 
@@ -81,15 +81,15 @@ def box(
     skip: tuple[str, ...] = (),
     detail: float = 1.0,
 ) -> list[Face]:
-    """A box that stands on its bottom.
+    """Return the faces of a box.
 
     Args:
         center: of the box, metres.
         size: along x (front to back), y (left to right) and z before turning; the front looks along -x.
         painter: of every side that ``sides`` does not name.
-        yaw_deg: turn about z.
+        yaw_deg: rotation about z.
         sides: painters of single sides, by name in :data:`SIDES`.
-        skip: sides that nobody can see.
+        skip: sides that are never visible.
         detail: see :class:`Face`.
     """
     cx, sx = np.asarray(center, float), np.asarray(size, float) / 2
@@ -116,9 +116,9 @@ def box(
 def prism(
     center: ArrayLike, radius_m: float, height_m: float, painter: Painter, top: Painter, *, corners: int = 12
 ) -> list[Face]:
-    """An upright prism with many corners, nearly a cylinder, with its top.
+    """Return the faces of an upright prism with many corners, nearly a cylinder, with its top.
 
-    ``center`` is the middle of its foot.
+    ``center`` is the middle of its base.
     """
     foot = np.asarray(center, float)
     angles = 2 * np.pi * np.arange(corners + 1) / corners

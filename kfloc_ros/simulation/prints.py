@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Procedural things to look at: posters, pages, book spines, packages, screens, the view from a window."""
+"""Procedural pictures: posters, pages, book spines, packages, screens, the view from a window."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _SYLLABLES = ("ka", "lo", "mi", "ser", "ton", "vel", "ra", "do", "pes", "tri", "
 
 
 def word(rng: np.random.Generator, low: int = 2, high: int = 4) -> str:
-    """A made-up word."""
+    """Return a made-up word."""
     return "".join(rng.choice(_SYLLABLES) for _ in range(int(rng.integers(low, high))))
 
 
 def vivid(rng: np.random.Generator, saturation: tuple[float, float] = (0.3, 0.85)) -> Color:
-    """A random colour that paper and cloth have: rather warm or blue than green or purple."""
+    """Return a random colour as of paper and cloth: rather warm or blue than green or purple."""
     hue = rng.choice([rng.uniform(0.0, 0.14), rng.uniform(0.52, 0.66), rng.random()], p=[0.5, 0.32, 0.18])
     r, g, b = colorsys.hsv_to_rgb(hue, rng.uniform(*saturation), rng.uniform(0.25, 0.9))
     return int(255 * r), int(255 * g), int(255 * b)
@@ -32,7 +32,7 @@ def vivid(rng: np.random.Generator, saturation: tuple[float, float] = (0.3, 0.85
 def write(
     picture: Picture, text: str, left_bottom: tuple[int, int], height_px: float, color: Color, rng: np.random.Generator
 ) -> None:
-    """Put text of a given height into a picture, in a random font; smaller where the picture is too narrow."""
+    """Put text of a given height into a picture, in a random font; smaller if the picture is too narrow."""
     font, scale = int(rng.choice(_FONTS)), height_px / 22.0
     (width, _), _ = cv2.getTextSize(text, font, 1.0, 1)
     scale = min(scale, 0.95 * (picture.shape[1] - left_bottom[0]) / max(width, 1))
@@ -42,14 +42,14 @@ def write(
 
 
 def _paper(rng: np.random.Generator, picture: Picture, strength: float = 4.0) -> Picture:
-    """The unevenness of print: nothing real is of one colour."""
+    """Add the unevenness of print, since no real surface has one uniform colour."""
     height, width = picture.shape[:2]
     noise = fractal_noise(rng, width, height, (width / 2 + 1, width / 2 + 1), 8, 0.85)
     return np.clip(picture + strength * noise[..., None], 0, 255).astype(np.uint8)
 
 
 def poster() -> Painter:
-    """Poster with big and small shapes, a picture and text."""
+    """Painter of a poster with large and small shapes, a picture and text."""
 
     def paint(rng: np.random.Generator, width: int, height: int, texels_per_m: float) -> Picture:
         landscape = fractal_noise(rng, width, height, (width / 3, height / 3), 8, 0.62)
@@ -91,7 +91,7 @@ def _shape(picture: Picture, center: tuple[int, int], size: float, color: Color,
 
 
 def page() -> Painter:
-    """Sheet with a heading, paragraphs and a figure."""
+    """Painter of a sheet with a heading, paragraphs and a figure."""
 
     def paint(rng: np.random.Generator, width: int, height: int, texels_per_m: float) -> Picture:
         picture = np.full((height, width, 3), (228, 226, 218), np.uint8)
@@ -116,7 +116,7 @@ def page() -> Painter:
 
 
 def books() -> Painter:
-    """A row of book spines, as high as the shelf allows, with the dark gap above them."""
+    """Painter of a row of book spines, as high as the shelf allows, with the dark gap above them."""
 
     def paint(rng: np.random.Generator, width: int, height: int, texels_per_m: float) -> Picture:
         picture = np.full((height, width, 3), (26, 22, 20), np.uint8)
@@ -149,7 +149,7 @@ def _spine(rng: np.random.Generator, tall: int, thick: int) -> Picture:
 
 
 def package(name: str) -> Painter:
-    """Food package: name in big letters, a picture, small print."""
+    """Painter of a food package: name in large letters, a picture, small print."""
 
     def paint(rng: np.random.Generator, width: int, height: int, texels_per_m: float) -> Picture:
         share = np.linspace(0, 1, height, dtype=np.float32)[:, None] * np.ones((1, width), np.float32)
@@ -168,7 +168,7 @@ def package(name: str) -> Painter:
 
 
 def front(color: Color, *, handle: bool = True, upright: bool = True) -> Painter:
-    """Cupboard door or drawer with a frame, a handle and a little wear."""
+    """Painter of a cupboard door or drawer with a frame, a handle and a little wear."""
 
     def paint(rng: np.random.Generator, width: int, height: int, texels_per_m: float) -> Picture:
         cell = 0.25 * texels_per_m
@@ -192,7 +192,7 @@ def front(color: Color, *, handle: bool = True, upright: bool = True) -> Painter
 
 
 def screen() -> Painter:
-    """A monitor with windows, text and a plot on it."""
+    """Painter of a monitor with windows, text and a plot."""
 
     def paint(rng: np.random.Generator, width: int, height: int, texels_per_m: float) -> Picture:
         picture = np.full((height, width, 3), (24, 30, 44), np.uint8)
@@ -213,7 +213,7 @@ def screen() -> Painter:
 
 
 def view() -> Painter:
-    """What is seen through the window: sky, hills, houses, and the window's bars."""
+    """Painter of the view from a window: sky, hills, houses, and the window's bars."""
 
     def paint(rng: np.random.Generator, width: int, height: int, texels_per_m: float) -> Picture:
         clouds = fractal_noise(rng, width, height, (width / 3, height / 5), 7, 0.6)
@@ -242,7 +242,7 @@ def view() -> Painter:
 
 
 def keyboard() -> Painter:
-    """Rows of keys with letters."""
+    """Painter of rows of keys with letters."""
 
     def paint(rng: np.random.Generator, width: int, height: int, texels_per_m: float) -> Picture:
         picture = np.full((height, width, 3), (30, 30, 33), np.uint8)

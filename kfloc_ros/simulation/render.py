@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a scene, a camera and a pose to what the lens lets through, and to exact depth.
+"""Renderer from a scene, a camera and a pose to radiance and exact depth.
 
-All surfaces are flat, so the ray caster has only to say which one a pixel sees; depth and texture position follow
+All surfaces are flat, so the ray caster only has to find the surface of each pixel; depth and texture position follow
 exactly from the surface's homography.
 """
 
@@ -31,7 +31,7 @@ _TO_LINEAR[:42] = np.arange(42) / 1023 / 12.92
 
 @dataclass(frozen=True)
 class Illumination:
-    """How strongly each light shines, as linear RGB; white paper in full light has 1."""
+    """Strength of each light, as linear RGB; white paper in full light has 1."""
 
     west_lamp: tuple[float, float, float]
     east_lamp: tuple[float, float, float]
@@ -39,26 +39,26 @@ class Illumination:
     ambient: tuple[float, float, float]
 
     def matrix(self) -> Array:
-        """(3, 4) from the light map's channels to RGB."""
+        """Return (3, 4): from the light map's channels to RGB."""
         return np.array([self.west_lamp, self.east_lamp, self.window, self.ambient], np.float32).T
 
 
 @dataclass(frozen=True, eq=False)
 class Rendering:
-    """What a pinhole sees."""
+    """Image of a pinhole camera, before the sensor."""
 
     radiance: Array
     """(H, W, 3) linear RGB."""
     depth_m: Array
-    """(H, W) along the optical axis, at pixel centres; exact."""
+    """(H, W) exact depth along the optical axis, at pixel centres."""
 
 
 class Renderer:
-    """Renders one scene with one pinhole camera.
+    """Renderer of one scene with one pinhole camera.
 
     Args:
-        scene: what to render.
-        camera: without distortion.
+        scene: the scene.
+        camera: camera without distortion.
     """
 
     def __init__(self, scene: Scene, camera: Camera) -> None:
@@ -80,7 +80,7 @@ class Renderer:
         self._normal = np.stack([face.normal for face in scene.faces])
 
     def render(self, T_map_camera: Matrix, illumination: Illumination) -> Rendering:
-        """Render from a pose; a camera inside a solid sees nonsense."""
+        """Render from a pose; the result is undefined for a camera inside a solid."""
         homographies = self._homographies(T_map_camera)
         ids = self._visible_faces(T_map_camera)
         radiance, inverse_depth = self._shade(ids, self._xs, self._ys, homographies, illumination)
@@ -90,7 +90,7 @@ class Renderer:
         return Rendering(radiance, (1.0 / inverse_depth).astype(np.float32))
 
     def _homographies(self, T_map_camera: Matrix) -> NDArray[np.float64]:
-        """(n, 3, 3): pixel (x, y, 1) to (a / z, b / z, 1 / z) with (a, b) the position in the face's picture."""
+        """Return (n, 3, 3): pixel (x, y, 1) to (a / z, b / z, 1 / z) with (a, b) the position in the face's picture."""
         R, center = T_map_camera[:3, :3], T_map_camera[:3, 3]
         offset = center - self._corner
         height = -np.einsum("ij,ij->i", self._normal, offset)
@@ -109,7 +109,7 @@ class Renderer:
         return self._scene.caster.hit_face(T_map_camera[:3, 3], self._rays(x, y, T_map_camera))
 
     def _visible_faces(self, T_map_camera: Matrix) -> Ids:
-        """(H, W) face seen by each pixel; rays are cast for a coarse grid and wherever that sees more than one."""
+        """Return the (H, W) face of each pixel; rays are cast on a coarse grid, and densely where faces meet."""
         height, width = self._xs.shape
         grid_y, grid_x = np.mgrid[0 : height + _BLOCK_PX : _BLOCK_PX, 0 : width + _BLOCK_PX : _BLOCK_PX]
         flat = (grid_x.reshape(-1).astype(np.float32), grid_y.reshape(-1).astype(np.float32))
@@ -123,14 +123,14 @@ class Renderer:
         return _close_cracks(ids)
 
     def _emission(self, illumination: Illumination) -> Array:
-        """(n, 3) linear RGB that each face radiates of its own."""
+        """Return (n, 3) linear RGB that each face emits."""
         colors = np.concatenate([illumination.matrix().T[:3], np.ones((1, 3), np.float32)])  # -1 takes the last
         return np.asarray(self._scene.emission[:, None] * colors[self._scene.light_of], np.float32)
 
     def _supersample(
         self, edges: NDArray[np.bool_], T_map_camera: Matrix, homographies: NDArray[np.float64], light: Illumination
     ) -> Array:
-        """(n, 3) means over several points of every edge pixel."""
+        """Return (n, 3) means over several points of every edge pixel."""
         x0, y0 = self._xs[edges], self._ys[edges]
         total = np.zeros((len(x0), 3), np.float32)
         for dx, dy in _EDGE_SAMPLES:
@@ -143,7 +143,7 @@ class Renderer:
     def _shade(
         self, ids: Ids, x: Array, y: Array, homographies: NDArray[np.float64], illumination: Illumination
     ) -> tuple[Array, Array]:
-        """Radiance (h, w, 3) and inverse depth (h, w) at pixels that see the given faces."""
+        """Return radiance (h, w, 3) and inverse depth (h, w) at pixels that see the given faces."""
         h = homographies.reshape(-1, 9).astype(np.float32)
         a, b, inverse_depth = (h[:, 3 * i][ids] * x + h[:, 3 * i + 1][ids] * y + h[:, 3 * i + 2][ids] for i in range(3))
         inverse_depth = np.maximum(inverse_depth, 1e-3)
@@ -166,7 +166,7 @@ class Renderer:
 def _span(
     columns: NDArray[np.int64], rows: NDArray[np.int64], left: NDArray[np.int64], top: NDArray[np.int64]
 ) -> tuple[Array, Array]:
-    """Scale and offset from picture positions 0..1 to texel coordinates; texel centres are whole numbers."""
+    """Return scale and offset from picture positions 0..1 to texel coordinates; texel centres are whole numbers."""
     scale = np.stack([columns, rows], axis=1).astype(np.float32)
     offset = np.stack([left, top], axis=1).astype(np.float32) - np.float32(0.5)
     return scale, offset
@@ -183,7 +183,7 @@ def _enlarge(blocks: NDArray[Value]) -> NDArray[Value]:
 
 
 def _edges(ids: Ids) -> NDArray[np.bool_]:
-    """Pixels with a neighbour that sees another face."""
+    """Return the pixels with a neighbour that sees another face."""
     edges = np.zeros(ids.shape, bool)
     across, down = ids[:, 1:] != ids[:, :-1], ids[1:] != ids[:-1]
     edges[:, 1:] |= across
@@ -194,7 +194,7 @@ def _edges(ids: Ids) -> NDArray[np.bool_]:
 
 
 def _close_cracks(ids: Ids) -> Ids:
-    """Give the few rays that slip between two faces the face to their left."""
+    """Assign the few rays that slip between two faces to the face on their left."""
     missed = ids < 0
     if not missed.any():
         return ids
@@ -204,6 +204,6 @@ def _close_cracks(ids: Ids) -> Ids:
 
 
 def _rows(values: NDArray[Value], width: int = 512) -> NDArray[Value]:
-    """A list as an image, the last row filled up: OpenCV looks up images, and long rows are too long for it."""
+    """Return a list as an image with the last row filled up, for OpenCV's lookup, whose rows must not be too long."""
     missing = -len(values) % width
     return np.concatenate([values, np.repeat(values[-1:], missing)]).reshape(-1, width)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo's room: 5 x 4 x 2.6 m, with a kitchen, a shelf, a desk, a sofa, a window and a blank wall.
+"""Room of the demo: 5 x 4 x 2.6 m, with a kitchen, a shelf, a desk, a sofa, a window and a blank wall.
 
-Map frame: origin in the middle of the floor, x to the east, y to the north, z up. Nothing stands in the space
-|x| < 1.6 m, |y| < 1.15 m, z > 1.1 m, where the camera moves.
+Map frame: origin in the middle of the floor, x to the east, y to the north, z up. The space |x| < 1.6 m, |y| < 1.15 m,
+z > 1.1 m, where the camera moves, is free.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ _WHITE, _CREAM, _BLUE = (216, 214, 208), (208, 198, 176), (92, 116, 140)
 _NORTH, _SOUTH, _EAST, _WEST = (0.0, 1.0), (0.0, -1.0), (1.0, 0.0), (-1.0, 0.0)
 
 OWN_PICTURES = (0, 3, 4, 7, 8)
-"""Of :func:`_pictures`: the five posters, on three walls, in which the rooms of a building differ."""
+"""Indices in :func:`_pictures` of the five posters, on three walls, in which the rooms of a building differ."""
 _PICTURES = 10
 
 
 def room(doorways: bool = False) -> list[Face]:
-    """Every surface of the room, lamps and window included.
+    """Return every surface of the room, lamps and window included.
 
     Args:
-        doorways: as a room in a building is: with a doorway in the east and one in the west wall, each closed by a
-            door (see :func:`door_faces`), and the desk moved out of the way.
+        doorways: make a room of a building: with a doorway in the east and one in the west wall, each closed by a door
+            (see :func:`door_faces`), and the desk moved out of the way.
     """
     desk = _desk()
     if doorways:
@@ -47,17 +47,17 @@ def room(doorways: bool = False) -> list[Face]:
 
 
 def door_faces(faces: Sequence[Face]) -> tuple[int, int]:
-    """Which faces of a :func:`room` with doorways close the one to the east and the one to the west."""
+    """Return the indices of the two doors, east and west, in a :func:`room` with doorways."""
     return len(faces) - _PICTURES - 2, len(faces) - _PICTURES - 1
 
 
 def own_faces(faces: Sequence[Face]) -> tuple[int, ...]:
-    """Which faces of a :func:`room` look different in every room of a building; its pictures come last."""
+    """Return the indices in a :func:`room` of the faces that differ between rooms; its pictures come last."""
     return tuple(len(faces) - _PICTURES + i for i in OWN_PICTURES)
 
 
 def lights() -> list[Face]:
-    """West lamp, east lamp and window, in this order: what lights the room."""
+    """Return the lights of the room: west lamp, east lamp and window, in this order."""
     panel, z = 0.6, HEIGHT_M - 0.02
     lamps = [
         replace(
@@ -100,7 +100,7 @@ def _hang(
     wall: tuple[float, float], along_m: float, z_m: float, width_m: float, height_m: float, painter: Painter,
     *, gap_m: float = 0.008, detail: float = 1.3,
 ) -> Face:  # fmt: skip
-    """A picture on a wall, its middle ``along_m`` to the right of the wall's middle and ``z_m`` above the floor."""
+    """Return a picture on a wall, centred ``along_m`` to the right of the wall's middle and ``z_m`` above the floor."""
     outward = np.array([*wall, 0.0])
     right = np.array([outward[1], -outward[0], 0.0])
     reach = HALF_X_M if wall[0] else HALF_Y_M
@@ -111,7 +111,7 @@ def _hang(
 
 def _pictures(doorways: bool) -> list[Face]:
     poster, page = prints.poster, prints.page
-    aside, note = ((1.0, 1.72), (1.08, 1.2)) if doorways else ((1.25, 1.72), (1.7, 1.3))  # where the doorway is not
+    aside, note = ((1.0, 1.72), (1.08, 1.2)) if doorways else ((1.25, 1.72), (1.7, 1.3))  # beside the doorway
     return [
         _hang(_NORTH, -0.25, 1.62, 0.62, 0.88, poster()),
         _hang(_NORTH, 0.62, 1.7, 0.9, 0.66, poster()),
@@ -122,7 +122,7 @@ def _pictures(doorways: bool) -> list[Face]:
         _hang(_EAST, *note, 0.3, 0.21, page()),
         _hang(_EAST, -1.55, 1.6, 0.56, 0.8, poster()),
         _hang(_WEST, 1.62, 2.2, 0.5, 0.36, poster()),
-        _hang(_SOUTH, 1.3, 1.35, 0.21, 0.3, page()),  # all there is on the blank wall, beside the door
+        _hang(_SOUTH, 1.3, 1.35, 0.21, 0.3, page()),  # the only thing on the blank wall, beside the door
     ]
 
 
@@ -140,7 +140,7 @@ def _window_side() -> list[Face]:
 
 
 def _plant(foot: Sequence[float], leaves: int, reach_m: float) -> list[Face]:
-    """Pointed leaves around a stem, each seen from both sides."""
+    """Return pointed leaves around a stem, each visible from both sides."""
     outline = np.array([[0, 0.5], [0.4, 0.2], [0.7, 0.25], [1, 0.5], [0.7, 0.75], [0.4, 0.8]])
     made = []
     for i in range(leaves):
@@ -153,7 +153,7 @@ def _plant(foot: Sequence[float], leaves: int, reach_m: float) -> list[Face]:
 
 
 def _bookshelf() -> list[Face]:
-    """Against the north wall."""
+    """Return the bookshelf, at the north wall."""
     middle, width, depth, board = -1.35, 1.2, 0.3, 0.03
     y, timber = HALF_Y_M - depth / 2, wood(_PINE)
     upright = wood(_PINE, upright=True)
@@ -186,7 +186,7 @@ def _bookshelf() -> list[Face]:
 
 
 def _sideboard() -> list[Face]:
-    """Against the north wall, to the right of the shelf."""
+    """Return the sideboard, at the north wall, to the right of the shelf."""
     y, door = HALF_Y_M - 0.21, prints.front(_BLUE)
     made = []
     for x in (0.1, 0.6, 1.1):
@@ -205,7 +205,7 @@ def _sideboard() -> list[Face]:
 
 
 def _kitchen() -> list[Face]:
-    """Against the west wall; its fronts look along +x, hence the half turn."""
+    """Return the kitchen, at the west wall; its fronts look along +x, hence the half turn."""
     x = -HALF_X_M
     made = [
         _hang(
@@ -239,7 +239,7 @@ def _kitchen() -> list[Face]:
 
 
 def _desk() -> list[Face]:
-    """In the south-east corner."""
+    """Return the desk, in the south-east corner."""
     made = box((2.16, -1.25, 0.72), (0.66, 1.3, 0.03), wood(_WALNUT, upright=True))
     for y in (-1.86, -0.64):
         made += box((2.2, y, 0.355), (0.56, 0.04, 0.71), wood(_WALNUT, upright=True), skip=("bottom",))
@@ -254,7 +254,7 @@ def _desk() -> list[Face]:
 
 
 def _sofa_side() -> list[Face]:
-    """Sofa, boxes and door along the south wall, whose upper part is blank."""
+    """Return sofa, boxes and door along the south wall, whose upper part is blank."""
     fabric, pillow = cloth((96, 104, 88)), cloth((170, 120, 60))
     made = box((-0.4, -1.62, 0.21), (0.72, 1.7, 0.42), fabric, yaw_deg=-90, skip=("bottom",))
     made += box((-0.4, -1.89, 0.6), (0.2, 1.7, 0.4), fabric, yaw_deg=-90, skip=("bottom",))
@@ -280,7 +280,7 @@ def _chair(x: float, y: float, yaw_deg: float) -> list[Face]:
 
 
 def _table() -> list[Face]:
-    """The table in the middle, the rug under it, and what lies on it."""
+    """Return the table in the middle, the rug under it, and the things on it."""
     made = [face((-1.0, 0.75, 0.006), (2.2, 0, 0), (0, -1.6, 0), rug((112, 44, 44), (196, 168, 120), (40, 52, 84)))]
     made += box((0.1, -0.05, 0.735), (0.75, 1.2, 0.03), wood(_OAK), yaw_deg=96)
     for x, y in ((-0.4, -0.32), (0.62, -0.4), (-0.42, 0.3), (0.6, 0.22)):
@@ -305,7 +305,7 @@ MIDDLE_Y_M = (LOW_Y_M + HIGH_Y_M) / 2
 
 
 def wall_with_doorway(x_m: float, half_y_m: float, height_m: float, painter: Painter) -> list[Face]:
-    """A wall at ``x_m``, looked at from x = 0, around its doorway."""
+    """Return a wall at ``x_m``, seen from x = 0, around its doorway."""
     parts = [
         (HIGH_Y_M, half_y_m, height_m),
         (LOW_Y_M, HIGH_Y_M, height_m - DOOR_HEIGHT_M),
@@ -317,7 +317,7 @@ def wall_with_doorway(x_m: float, half_y_m: float, height_m: float, painter: Pai
 
 
 def passages(half_x_m: float, frame: Painter, step: Painter, door: Painter) -> list[Face]:
-    """Both doorways as far as the middle of the wall, and last the two doors that close them there, east and west."""
+    """Return both doorways as far as the middle of the wall and, last, the doors that close them, east and west."""
     deep, wide, z, end = WALL_M / 2, HIGH_Y_M - LOW_Y_M, DOOR_HEIGHT_M, half_x_m + WALL_M / 2
     made = []
     for x in (half_x_m, -end):

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The scene of a room, or of several side by side: faces, their pictures, and baked light."""
+"""Scene of a room, or of several side by side: faces, their pictures, and baked light.
+
+Light is baked into coarse maps, with soft shadows: each lamp, the window and the ambient light separately. A frame's
+light is then a weighted sum, so lamps can be switched during a recording.
+"""
 
 from __future__ import annotations
 
@@ -7,22 +11,127 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from kfloc_ros.simulation.atlas import TextureAtlas
+from kfloc_ros.simulation.atlas import TextureAtlas, pack
 from kfloc_ros.simulation.caster import RayCaster
 from kfloc_ros.simulation.faces import Face
-from kfloc_ros.simulation.lighting import LightMap, bake
 from kfloc_ros.simulation.room import door_faces, lights, own_faces, room
 
+Array = NDArray[np.float32]
+
+LUXELS_PER_M = 16.0
+AMBIENT_REACH_M = 1.2
+"""Distance within which surfaces block ambient light, which makes corners darker."""
+_SHADOW_RAYS, _AMBIENT_RAYS = 9, 25
+_LIFT_M = 2e-3
+
+
+@dataclass(frozen=True, eq=False)
+class LightMap:
+    """Irradiance of every face per light source.
+
+    ``values`` (H, W, 4): the three lights, then the ambient share. Face i's map starts at (``left``, ``top``)[i] and
+    has ``columns`` x ``rows``[i] values, spread over the face from edge to edge.
+    """
+
+    values: Array
+    left: NDArray[np.int64]
+    top: NDArray[np.int64]
+    columns: NDArray[np.int64]
+    rows: NDArray[np.int64]
+
+
+def bake(faces: Sequence[Face], lights: Sequence[Face], caster: RayCaster, rng: np.random.Generator) -> LightMap:
+    """Compute the light that falls on every face.
+
+    Args:
+        faces: faces of the scene, the lights among them.
+        lights: three faces; each radiates from its whole area, with the same total for each.
+        caster: ray caster of ``faces``.
+        rng: random generator of the sample rays.
+    """
+    columns = np.array([max(3, round(f.size_m[0] * LUXELS_PER_M)) for f in faces])
+    rows = np.array([max(3, round(f.size_m[1] * LUXELS_PER_M)) for f in faces])
+    packing = pack(list(zip(columns.tolist(), rows.tolist(), strict=True)), 512, 1)
+    points, normals = _places(faces, columns, rows)
+    layers = [_direct(points, normals, light, caster, rng) for light in lights]
+    layers.append(_ambient(points, normals, caster, rng))
+    flat = np.stack(layers, axis=-1)
+    values = np.zeros((packing.height, packing.width, len(layers)), np.float32)
+    start = 0
+    for i in range(len(faces)):
+        count = int(columns[i] * rows[i])
+        one = np.ascontiguousarray(flat[start : start + count].reshape(rows[i], columns[i], -1))
+        one = cv2.GaussianBlur(one, (0, 0), 0.8, borderType=cv2.BORDER_REPLICATE)
+        padded = cv2.copyMakeBorder(one, 1, 1, 1, 1, cv2.BORDER_REPLICATE)
+        y, x = packing.top[i] - 1, packing.left[i] - 1
+        values[y : y + rows[i] + 2, x : x + columns[i] + 2] = padded
+        start += count
+    return LightMap(values, packing.left, packing.top, columns, rows)
+
+
+def _places(faces: Sequence[Face], columns: NDArray[np.int64], rows: NDArray[np.int64]) -> tuple[Array, Array]:
+    """Return positions (n, 3) and normals (n, 3) of all luxels; slightly inside each face's edges and above it."""
+    points, normals = [], []
+    for face, across, down in zip(faces, columns, rows, strict=True):
+        a, b = np.meshgrid((np.arange(across) + 0.5) / across, (np.arange(down) + 0.5) / down)
+        spots = face.corner + a[..., None] * face.right + b[..., None] * face.down + _LIFT_M * face.normal
+        points.append(spots.reshape(-1, 3))
+        normals.append(np.broadcast_to(face.normal, (across * down, 3)))
+    return np.concatenate(points).astype(np.float32), np.concatenate(normals).astype(np.float32)
+
+
+def _direct(points: Array, normals: Array, light: Face, caster: RayCaster, rng: np.random.Generator) -> Array:
+    """Return the light (n,) from a face that shines to its front; 1 at two metres straight in front of it."""
+    side = int(np.sqrt(_SHADOW_RAYS))
+    total = np.zeros(len(points), np.float32)
+    for i in range(_SHADOW_RAYS):
+        cell = np.array([i % side, i // side]) + rng.random((len(points), 2))
+        spots = light.corner + (cell[:, :1] * light.right + cell[:, 1:] * light.down) / side + _LIFT_M * light.normal
+        way = spots.astype(np.float32) - points
+        length = np.linalg.norm(way, axis=1)
+        way /= np.maximum(length, 1e-6)[:, None]
+        arriving = np.maximum(np.einsum("ij,ij->i", way, normals), 0)
+        leaving = np.maximum(-way @ light.normal.astype(np.float32), 0)
+        weight = arriving * leaving * 4.0 / np.maximum(length, 0.35) ** 2
+        lit = np.flatnonzero(weight > 1e-4)
+        free = caster.distance(points[lit], way[lit], 20.0) >= length[lit] - 0.02
+        total[lit] += weight[lit] * free
+    return np.asarray(total / _SHADOW_RAYS, dtype=np.float32)
+
+
+def _ambient(points: Array, normals: Array, caster: RayCaster, rng: np.random.Generator) -> Array:
+    """Return the share (n,) of directions free within :data:`AMBIENT_REACH_M`; nearer surfaces count in part."""
+    side = int(np.sqrt(_AMBIENT_RAYS))
+    upright, sideways = np.array([0, 0, 1], np.float32), np.array([1, 0, 0], np.float32)
+    helper = np.where(np.abs(normals[:, 2:]) < 0.9, upright, sideways)
+    tangent = np.cross(normals, helper)
+    tangent /= np.linalg.norm(tangent, axis=1, keepdims=True)
+    other = np.cross(normals, tangent)
+    total = np.zeros(len(points), np.float32)
+    for i in range(_AMBIENT_RAYS):
+        cell = (np.array([i % side, i // side]) + rng.random((len(points), 2), dtype=np.float32)) / side
+        radius, angle = np.sqrt(cell[:, 0]), 2 * np.pi * cell[:, 1]  # density goes with the cosine to the normal
+        height = np.sqrt(np.maximum(1 - cell[:, 0], 1e-4))
+        way = (
+            (radius * np.cos(angle))[:, None] * tangent
+            + (radius * np.sin(angle))[:, None] * other
+            + height[:, None] * normals
+        ).astype(np.float32)
+        total += caster.distance(points, np.ascontiguousarray(way), AMBIENT_REACH_M) / AMBIENT_REACH_M
+    return np.asarray(total / _AMBIENT_RAYS, dtype=np.float32)
+
+
 TEXELS_PER_M = 320.0
-"""A texel is as wide as a pixel at 1.6 m."""
+"""Texels per metre; a texel is as wide as a pixel at 1.6 m."""
 
 
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """Everything a renderer needs."""
+    """Scene as the renderer needs it."""
 
     faces: Sequence[Face]
     caster: RayCaster
@@ -30,33 +139,33 @@ class Scene:
     picture_px: NDArray[np.int64]
     """(n, 2) width and height of each face's picture."""
     picture_of: NDArray[np.int64]
-    """(n,) which of the atlas's pictures each face shows."""
+    """(n,) index of each face's picture in the atlas."""
     light_map: LightMap
     patch_of: NDArray[np.int64]
-    """(n,) which of the light map's faces has the light of each face."""
+    """(n,) index of the light map's face with the light of each face."""
     emission: NDArray[np.float32]
-    """(n,) see :class:`Face`."""
+    """(n,) emission of each face; see :class:`Face`."""
     light_of: NDArray[np.int32]
-    """(n,) which light a face is, -1 for none."""
+    """(n,) light that a face is, -1 for none."""
 
 
 @dataclass(frozen=True)
 class RoomInBuilding:
-    """One of several rooms that differ in a few posters alone, and which of its doors stand open."""
+    """Room of a building, in which rooms differ only in a few posters and in their open doors."""
 
     number: int
     offset_m: tuple[float, float, float]
-    """Where its frame's origin lies; the axes are the building's."""
+    """Position of its frame's origin; the axes are the building's."""
     open_east: bool
     open_west: bool
 
 
 @lru_cache(maxsize=2)
 def build_room(seed: int = 0, texels_per_m: float = TEXELS_PER_M) -> Scene:
-    """The demo's room; the same seed gives the same room, also on another machine with the same libraries.
+    """Return the demo's room; equal seeds give equal rooms, also on another machine with the same libraries.
 
     Args:
-        seed: of everything to be seen.
+        seed: seed of all pictures and of the light.
         texels_per_m: resolution of the pictures.
 
     Raises:
@@ -69,13 +178,13 @@ def build_room(seed: int = 0, texels_per_m: float = TEXELS_PER_M) -> Scene:
 
 
 def build_rooms(rooms: Sequence[RoomInBuilding], seed: int = 0, texels_per_m: float = TEXELS_PER_M) -> Scene:
-    """Several rooms side by side, seen through their doorways; pictures and light that they have in common are shared.
+    """Return several rooms side by side, connected by doorways; they share equal pictures and light.
 
     Light is baked with all doors closed.
 
     Args:
-        rooms: in the building.
-        seed: of everything to be seen.
+        rooms: rooms of the building.
+        seed: seed of all pictures and of the light.
         texels_per_m: resolution of the pictures.
 
     Raises:
@@ -122,7 +231,7 @@ def _scene(
 
 
 def _open(item: RoomInBuilding, east: int, west: int) -> set[int]:
-    """Doors that are not there."""
+    """Return the doors that are left out."""
     return {face for face, is_open in ((east, item.open_east), (west, item.open_west)) if is_open}
 
 
@@ -131,7 +240,7 @@ def _baked(faces: Sequence[Face], caster: RayCaster, seed: int) -> LightMap:
 
 
 def _paintings(faces: Sequence[Face], seed: int, texels_per_m: float) -> list[NDArray[np.uint8]]:
-    """Each face has a generator of its own, so that changing one thing in the room changes no other."""
+    """Paint every face with a generator of its own, so that a change of one face changes no other."""
     return [_paint(face, (seed, i), texels_per_m) for i, face in enumerate(faces)]
 
 

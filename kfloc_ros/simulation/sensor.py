@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a small camera makes of the light: motion blur, exposure, vignetting, noise, gamma."""
+"""Sensor of a small camera: motion blur, exposure, vignetting, noise, gamma."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class SensorModel:
     target_brightness: float = 0.20
     """Mean linear value that the automatic exposure aims at."""
     exposure_strength: float = 0.7
-    """How much of the way to its target the automatic exposure goes."""
+    """Share of the correction towards its target that the automatic exposure applies."""
     shot_noise: float = 0.00035
     """Variance per linear value."""
     read_noise: float = 0.0025
@@ -39,11 +39,11 @@ class SensorModel:
 
 
 class Sensor:
-    """Turns renderings into images.
+    """Converter from renderings to images.
 
     Args:
-        camera: of the renderings.
-        model: the sensor's properties.
+        camera: camera of the renderings.
+        model: properties of the sensor.
     """
 
     def __init__(self, camera: Camera, model: SensorModel | None = None) -> None:
@@ -57,14 +57,14 @@ class Sensor:
     def expose(
         self, rendering: Rendering, T_start: Matrix, T_middle: Matrix, T_end: Matrix, rng: np.random.Generator
     ) -> NDArray[np.uint8]:
-        """(H, W, 3) RGB of an exposure during which the camera moved.
+        """Return the (H, W, 3) RGB image of an exposure during which the camera moved.
 
         Args:
-            rendering: from ``T_middle``.
+            rendering: rendering from ``T_middle``.
             T_start: T_map_camera when the shutter opens.
             T_middle: in the middle of the exposure.
             T_end: when it closes.
-            rng: makes the noise.
+            rng: random generator of the noise.
         """
         light = self._blurred(rendering, T_start, T_middle, T_end)
         mean = float(np.minimum(light, 1.0).mean())
@@ -75,8 +75,11 @@ class Sensor:
         return np.asarray(_TO_SRGB[np.clip(values * 4095, 0, 4095).astype(np.uint16)], dtype=np.uint8)
 
     def _blurred(self, rendering: Rendering, T_start: Matrix, T_middle: Matrix, T_end: Matrix) -> Array:
-        """Mean over the exposure. Surfaces are looked up along their path in the middle image, which is right except
-        within a path's length of an occlusion; paths are a few pixels long."""
+        """Return the mean over the exposure.
+
+        Surfaces are looked up along their path in the middle image. That is right except within a path's length of an
+        occlusion; paths are a few pixels long.
+        """
         path_x, path_y = self._paths(rendering.depth_m, T_start, T_middle, T_end)
         longest = float(np.sqrt(path_x**2 + path_y**2).max())
         count = min(7, int(np.ceil(longest / 1.5)))
@@ -91,7 +94,7 @@ class Sensor:
         return total / np.float32(count)
 
     def _paths(self, depth_m: Array, T_start: Matrix, T_middle: Matrix, T_end: Matrix) -> tuple[Array, Array]:
-        """How far each point of a coarse grid moves in the image during the exposure, in pixels."""
+        """Return the motion in the image of each point of a coarse grid during the exposure, in pixels."""
         camera, half = self._camera, _GRID_PX // 2
         xs, ys = self._xs[half::_GRID_PX, half::_GRID_PX], self._ys[half::_GRID_PX, half::_GRID_PX]
         z = depth_m[half::_GRID_PX, half::_GRID_PX]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two recordings of the demo as sources of frames: one to map the room, one to localize in it."""
+"""Recordings of the demo as sources of frames: one to map the room, one to localize in it."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ IDENTITY: Matrix = np.eye(4)
 
 @dataclass(frozen=True)
 class Recording:
-    """How one recording is made."""
+    """Definition of a recording."""
 
     route: Callable[[int], Route]
     pace: Pace
     rate_hz: float
     start_ns: int
     light: Callable[[float, float], Illumination]
-    """Of the time in seconds and the recording's duration."""
+    """Illumination as a function of the time in seconds and the recording's duration."""
     shake: int = 0
-    """Added to the seed of the walk for that of the hand's shake."""
+    """Added to the seed of the walk to give the seed of the camera shake."""
 
 
 def map_route(seed: int) -> Route:
@@ -89,13 +89,13 @@ def _daylight(time_s: float, duration_s: float) -> Illumination:
 
 
 def _lamp_goes_out(time_s: float, duration_s: float) -> Illumination:
-    """Dusk; a little before half-time somebody switches the west lamp off."""
+    """Return dusk; shortly before half-time the west lamp is switched off."""
     share = float(np.clip((time_s - _SWITCH_SHARE * duration_s) / _SWITCH_S, 0, 1))
     return blend(DUSK, _DUSK_ONE_LAMP, share)
 
 
 def blend(first: Illumination, second: Illumination, share: float) -> Illumination:
-    """Between two illuminations; 0 is the first."""
+    """Return a blend of two illuminations; share 0 is the first."""
     mixed = (1 - share) * first.matrix().T + share * second.matrix().T
     west, east, window, ambient = ((float(r), float(g), float(b)) for r, g, b in mixed)
     return Illumination(west, east, window, ambient)
@@ -110,18 +110,18 @@ RECORDINGS = {
 
 
 class RecordedSource(FrameSource):
-    """One recording in a simulated scene; frames are rendered when asked for, always the same for the same seed.
+    """Recording in a simulated scene; frames are rendered on access, and are equal for equal seeds.
 
-    The pose of a frame is that in the middle of its exposure, which is also its stamp.
+    The pose and stamp of a frame are those of the middle of its exposure.
 
     Args:
-        name: for reports.
-        recording: how it is made.
-        scene: makes what is recorded, with the first frame, so that opening a source takes no time.
-        walk_seed: of the route and the shake.
-        noise_seed: of the sensor.
-        camera: a pinhole.
-        T_scene_route: where the frame of the recording's route lies in the scene's, (4, 4).
+        name: name for reports.
+        recording: definition of the recording.
+        scene: returns the scene; called with the first frame, so that opening a source takes no time.
+        walk_seed: seed of the route and the shake.
+        noise_seed: seed of the sensor noise.
+        camera: pinhole camera.
+        T_scene_route: pose of the route's frame in the scene, (4, 4).
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class RecordedSource(FrameSource):
         self.name = name
         self._recording, self._scene, self._camera = recording, scene, camera
         self._noise_seed, self._T = noise_seed, T_scene_route
-        # The shake is the hand's own: another recording has another, also where its walk is the same.
+        # Every recording has its own shake, even if two have the same route.
         self.trajectory = Trajectory(recording.route(walk_seed), recording.pace, walk_seed + recording.shake)
         self._count = int(self.trajectory.duration_s * recording.rate_hz)
         self._studio: tuple[Renderer, Sensor] | None = None
@@ -185,13 +185,13 @@ class RecordedSource(FrameSource):
 
 
 class SimulatedSource(RecordedSource):
-    """One recording of the demo's room.
+    """Recording of the demo's room.
 
     Args:
         which: ``map`` or ``localize``.
-        quick: a part of the room only, for a demo in a hurry.
-        seed: of everything: pictures, routes, shake and noise. Both recordings need the same to show the same room.
-        camera: a pinhole.
+        quick: a part of the room only, for a faster demo.
+        seed: seed of pictures, routes, shake and noise. Both recordings need the same seed to show the same room.
+        camera: pinhole camera.
         texels_per_m: resolution of the room's pictures.
 
     Raises:
@@ -222,7 +222,7 @@ class SimulatedSource(RecordedSource):
 
     @classmethod
     def from_name(cls, name: str) -> SimulatedSource:
-        """The recording of a SOURCE such as ``sim:map-quick``, without its ``sim:``.
+        """Return the recording of a SOURCE such as ``sim:map-quick``, given without its ``sim:``.
 
         Raises:
             SourceError: the recording is unknown.

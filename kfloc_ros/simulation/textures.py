@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Procedural materials: plaster, wood, tiles, cloth, cardboard.
 
-A painter makes the picture of one surface: ``painter(rng, width, height, texels_per_m)`` gives (height, width, 3)
+A painter makes the picture of one surface: ``painter(rng, width, height, texels_per_m)`` returns (height, width, 3)
 uint8 RGB reflectance, sRGB-encoded. Every painter has structure from centimetres down to single texels, as real
-surfaces have, so that features are found near and far.
+surfaces have, so that features exist near and far.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Painter: TypeAlias = Callable[[np.random.Generator, int, int, float], Picture]
 def fractal_noise(
     rng: np.random.Generator, width: int, height: int, cell_px: tuple[float, float], octaves: int, gain: float = 0.55
 ) -> Field:
-    """(height, width) noise of unit standard deviation and zero mean.
+    """Return (height, width) noise of unit standard deviation and zero mean.
 
     ``cell_px`` is the size (across, down) of the coarsest blobs; every octave halves it and scales it by ``gain``.
     """
@@ -41,19 +41,19 @@ def fractal_noise(
 
 
 def tint(color: Color, brightness: Field) -> Picture:
-    """A colour, modulated by ``brightness`` (height, width), 0 for as it is, in shares of full white."""
+    """Return a colour modulated by ``brightness`` (height, width), in shares of full white; 0 is unchanged."""
     values = np.asarray(color, np.float32) + 255.0 * brightness[..., None]
     return np.clip(values, 0, 255).astype(np.uint8)
 
 
 def mix(first: Color, second: Color, share: Field) -> Picture:
-    """Blend of two colours; ``share`` of the second, (height, width), clipped to 0..1."""
+    """Return a blend of two colours; ``share`` of the second, (height, width), is clipped to 0..1."""
     share = np.clip(share, 0, 1)[..., None]
     return (np.asarray(first, np.float32) * (1 - share) + np.asarray(second, np.float32) * share).astype(np.uint8)
 
 
 def plain(color: Color, contrast: float = 0.004) -> Painter:
-    """Painted surface with hardly anything on it, as a blank wall is."""
+    """Painter of a painted surface with almost no structure, such as a blank wall."""
 
     def paint(rng: np.random.Generator, width: int, height: int, texels_per_m: float) -> Picture:
         cell = 0.6 * texels_per_m
@@ -63,7 +63,7 @@ def plain(color: Color, contrast: float = 0.004) -> Painter:
 
 
 def plaster(color: Color) -> Painter:
-    """Rough wall with stains, scratches and roller marks."""
+    """Painter of a rough wall with stains, scratches and roller marks."""
 
     def paint(rng: np.random.Generator, width: int, height: int, texels_per_m: float) -> Picture:
         cell = 0.5 * texels_per_m
@@ -81,7 +81,7 @@ def plaster(color: Color) -> Painter:
 
 
 def wood(color: Color, *, plank_m: float = 0.0, upright: bool = False) -> Painter:
-    """Wood with grain along the picture's width (or height), rays, knots and optional planks."""
+    """Painter of wood with grain along the picture's width (or height), rays, knots and optional planks."""
 
     def paint(rng: np.random.Generator, width: int, height: int, texels_per_m: float) -> Picture:
         if upright:
@@ -122,7 +122,7 @@ def _planks(rng: np.random.Generator, width: int, height: int, texels_per_m: flo
 
 
 def tiles(color: Color, joint: Color, size_m: float, *, accent: Color | None = None, wear: float = 0.02) -> Painter:
-    """Square tiles, all alike but for a little wear; ``accent`` puts the same ornament on each of them."""
+    """Painter of square tiles, equal except for a little wear; ``accent`` puts the same ornament on each of them."""
 
     def paint(rng: np.random.Generator, width: int, height: int, texels_per_m: float) -> Picture:
         size = max(4, round(size_m * texels_per_m))
@@ -146,7 +146,7 @@ def tiles(color: Color, joint: Color, size_m: float, *, accent: Color | None = N
 
 
 def cloth(color: Color, *, fold_m: float = 0.0) -> Painter:
-    """Woven cloth; ``fold_m`` gives it upright folds, as a curtain has."""
+    """Painter of woven cloth; ``fold_m`` gives it upright folds, as of a curtain."""
 
     def paint(rng: np.random.Generator, width: int, height: int, texels_per_m: float) -> Picture:
         weave = fractal_noise(rng, width, height, (3, 1), 1) + fractal_noise(rng, width, height, (1, 3), 1)
@@ -161,7 +161,7 @@ def cloth(color: Color, *, fold_m: float = 0.0) -> Painter:
 
 
 def rug(first: Color, second: Color, third: Color) -> Painter:
-    """Rug with borders and a field of diamonds."""
+    """Painter of a rug with borders and a field of diamonds."""
 
     def paint(rng: np.random.Generator, width: int, height: int, texels_per_m: float) -> Picture:
         picture = np.full((height, width, 3), first, np.uint8)
@@ -185,7 +185,7 @@ def rug(first: Color, second: Color, third: Color) -> Painter:
 
 
 def cardboard(label: str) -> Painter:
-    """Moving box: corrugation, tape, a printed label."""
+    """Painter of a moving box: corrugation, tape, a printed label."""
 
     def paint(rng: np.random.Generator, width: int, height: int, texels_per_m: float) -> Picture:
         stripes = fractal_noise(rng, width, height, (max(1.0, 0.006 * texels_per_m), 0.5 * texels_per_m), 1)
@@ -208,7 +208,7 @@ def cardboard(label: str) -> Painter:
 
 
 def glow(color: Color) -> Painter:
-    """A lamp's diffuser."""
+    """Painter of a lamp's diffuser."""
 
     def paint(rng: np.random.Generator, width: int, height: int, texels_per_m: float) -> Picture:
         picture = np.full((height, width, 3), color, np.uint8)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hand-held walks through the room: smooth routes, walked at human speed, with the shake of a hand."""
+"""Hand-held walks through the room: smooth routes at walking speed, with camera shake."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SHAKE_TONES = 5
 
 @dataclass(frozen=True, eq=False)
 class Route:
-    """Where the camera goes and what it looks at, as (n, 3) knots in metres, map frame, at equal steps."""
+    """Positions and targets of the camera, as (n, 3) knots in metres, map frame, at equal steps."""
 
     positions: Vector
     targets: Vector
@@ -28,7 +28,7 @@ class Route:
 
 @dataclass(frozen=True)
 class Pace:
-    """How fast a person walks and turns, and how steady the hand is."""
+    """Speed limits of a walk, and the size of the camera shake."""
 
     speed_m_s: float = 0.45
     turn_deg_s: float = 40.0
@@ -37,12 +37,12 @@ class Pace:
 
 
 class Trajectory:
-    """A route in time; ``duration_s`` follows from the pace.
+    """Route as a function of time; ``duration_s`` follows from the pace.
 
     Args:
         route: knots, four or more.
-        pace: limits of the smooth motion; the shake comes on top.
-        seed: of the shake.
+        pace: limits of the smooth motion; the shake is added.
+        seed: seed of the shake.
     """
 
     def __init__(self, route: Route, pace: Pace, seed: int) -> None:
@@ -52,7 +52,7 @@ class Trajectory:
         step_m = np.linalg.norm(np.diff(where, axis=0), axis=1)
         step_rad = np.arccos(np.clip((forward[1:] * forward[:-1]).sum(1), -1, 1))
         needed_s = np.maximum(step_m / pace.speed_m_s, step_rad / np.radians(pace.turn_deg_s))
-        # Widened before smoothed, so that the smooth step never takes less time than is needed.
+        # Widening before smoothing keeps every smoothed step at least as long as needed.
         width = _DENSE // 25
         widened = np.array([needed_s[max(0, i - width) : i + width + 1].max() for i in range(len(needed_s))])
         padded = np.pad(widened, width, mode="edge")
@@ -67,7 +67,7 @@ class Trajectory:
         self._tone_phase = rng.uniform(0, 2 * np.pi, (6, _SHAKE_TONES))
 
     def pose(self, time_s: float) -> Matrix:
-        """T_map_camera at a time; before the start and after the end the camera is held where it was then."""
+        """Return T_map_camera at a time; before the start and after the end, the first and the last pose."""
         s = np.interp(time_s, self._times, self._s)
         shake = (self._tone_size * np.sin(2 * np.pi * self._tones_hz * time_s + self._tone_phase)).sum(1)
         T = look_at(self._positions(np.array([s]))[0], self._targets(np.array([s]))[0])
@@ -79,7 +79,7 @@ class Trajectory:
 
 
 def look_at(position: ArrayLike, target: ArrayLike) -> Matrix:
-    """Pose of an upright camera (T_map_camera, optical axes) that sees ``target`` in its middle."""
+    """Return the pose of an upright camera (T_map_camera, optical axes) with ``target`` in its middle."""
     position = np.asarray(position, dtype=np.float64)
     forward = np.asarray(target, dtype=np.float64) - position
     forward = forward / np.linalg.norm(forward)
@@ -101,7 +101,7 @@ class _Spline:
         self._knots, self._bends = knots, np.linalg.solve(system, right)
 
     def __call__(self, s: Vector) -> Vector:
-        """(m, d) values at ``s`` (m,)."""
+        """Return (m, d) values at ``s`` (m,)."""
         place = np.clip(s, 0, 1) * (len(self._knots) - 1)
         i = np.minimum(place.astype(int), len(self._knots) - 2)
         b = (place - i)[:, None]
@@ -117,14 +117,15 @@ def orbit(
     aims_m: ArrayLike,
     seed: int,
 ) -> Route:
-    """A route around the middle of the room, looking across it.
+    """Return a route around the middle of the room, looking across it.
 
     Args:
-        headings_deg: directions looked in, 0 to the east, 90 to the north.
-        reaches: how far from the middle the camera is, opposite to where it looks, as a share of what room there is.
-        heights_m: of the camera.
-        aims_m: heights of what is looked at, on the walls.
-        seed: every knot lies a little off the ellipse.
+        headings_deg: viewing directions, 0 to the east, 90 to the north.
+        reaches: distance of the camera from the middle, opposite to its viewing direction, as a share of the free
+            space.
+        heights_m: heights of the camera.
+        aims_m: heights of the targets on the walls.
+        seed: seed of the knots' deviations from the ellipse.
     """
     rng = np.random.default_rng((seed, 11))
     heading = np.radians(np.asarray(headings_deg, dtype=np.float64))
