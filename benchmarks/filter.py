@@ -1,19 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the Kalman filter is worth: measurement alone against its variants, on a source as it is and made worse.
+"""Benchmark of the Kalman filter: measurement alone against variants of the filter, on clean and degraded sources.
 
-Every case is a map and a SOURCE with its options. Each frame is measured once; all variants see the same measurement.
-A frame is a failure if its coarse pose is missing or not within 10 cm and 10 degrees. The default is what the localizer
-does: refined poses correct the belief, so that its frames go through the refiner, too; in none of the other variants.
+Every case is a map and a SOURCE with its options. Each frame is measured once; all variants use the same measurement. A
+frame is a failure if its coarse pose is missing or not within 10 cm and 10 degrees. The default is the localizer's
+filter: refined poses correct the belief, so its frames are also refined; the other variants have no such feedback.
 
     python benchmarks/filter.py --json out/filter.json \
         --case maps/kitchen "7scenes:DIR --poses sfm --split blocks50:test"
 
-In the JSON, `degraded_failure_reduction` is the share of measurement-only failures on all degraded runs together that
-the default filter avoids; `cell_coverage_1sigma` is the share of measured cells' axis errors inside one sigma on the
-clean runs, and `cell_coverage_1sigma_posterior` the same after the default filter. `clean_runs_worse` counts the clean
-runs whose median coarse pose the default filter makes worse by more than noise: `change_m` of every row has the change
-of the median against the measurement alone, on the same frames, and its 95 % interval. `cases` has the same for each
-case.
+In the JSON, `degraded_failure_reduction` is the share of measurement-only failures, over all degraded runs, that the
+default filter avoids. `cell_coverage_1sigma` is the share of measured cells' axis errors inside one sigma on the clean
+runs, and `cell_coverage_1sigma_posterior` the same after the default filter. `clean_runs_worse` counts the clean runs
+whose median coarse pose the default filter makes significantly worse: `change_m` of every row has the change of the
+median against the measurement alone, on the same frames, and its 95 % interval. `cases` has the same for each case.
 """
 
 from __future__ import annotations
@@ -61,7 +60,7 @@ FAILURE_M, FAILURE_DEG = 0.10, 10.0
 MEASUREMENT, DEFAULT = "measurement", "default"
 DEFAULT_FLOW, OTHER_FLOW = "network", "cost volume"
 ALONE = "no feedback"
-OTHER = f"no feedback, {OTHER_FLOW.value} flow"
+OTHER = f"no feedback, {OTHER_FLOW} flow"
 PUBLISHED: dict[str, Any] = {"error_correlation": 0.0, "blend_sigma": True}
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -73,24 +72,24 @@ VARIANTS: dict[str, dict[str, Any]] = {
     OTHER: {},
     DEFAULT: {},
 }
-"""Changes to the default settings, which fuse correlated errors and keep the surer of two. All but the default are
-the filter by itself. ``OTHER`` has the fast family's other flow: see ``kfnet/flow_network.py``. A map not calibrated
-for the learned one has only one, and the two agree."""
+"""Changes to the default settings, which fuse correlated errors and keep the value of lower variance. All but the
+default are the filter without feedback. ``OTHER`` has the fast family's other flow: see ``kfnet/flow_network.py``. A
+map not calibrated for the learned flow has only one, and the two agree."""
 
 
 @dataclass
 class Track:
-    """One variant on its way through a run."""
+    """State of one variant during a run."""
 
     filter: SceneCoordinateFilter | None
     refine: Localizer | None = None
-    """Refines coarse poses, which then correct the filter; None for a filter by itself."""
+    """Localizer whose refined poses correct the filter; None for a filter without feedback."""
     cells: CellStatistics = field(default_factory=CellStatistics)
     errors: list[PoseError] = field(default_factory=list)
 
 
 class OnceAPair:
-    """A flow that all variants ask for, computed once for two frames."""
+    """Flow function that computes the flow of a pair once for all variants."""
 
     def __init__(self, flow: FlowFunction) -> None:
         self._flow = flow
@@ -103,7 +102,7 @@ class OnceAPair:
 
 
 class Bench:
-    """All variants over the runs of one map."""
+    """Runs of all variants with one map."""
 
     def __init__(self, scene_map: SceneMap, device: torch.device, variants: Sequence[str] = tuple(VARIANTS)) -> None:
         self._map, self._device, self._variants = scene_map, device, variants
@@ -116,7 +115,7 @@ class Bench:
         self._pnp = PnpSettings(covariance_scale=c.coarse_covariance_scale)
 
     def run(self, source: FrameSource) -> list[dict[str, Any]]:
-        """One row for each variant."""
+        """Return one row for each variant."""
         tracks = {MEASUREMENT: Track(None)}
         for name in self._variants:
             change = VARIANTS[name]
@@ -179,7 +178,7 @@ def row(name: str, track: Track, measured: Track) -> dict[str, Any]:
 
 
 def summarize(runs: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """The figures at the top level of the JSON."""
+    """Return the figures at the top level of the JSON."""
 
     def total(variant: str, degraded: bool) -> tuple[int, int]:
         chosen = [r for run in runs if (run["degradation"] != "clean") == degraded for r in run["rows"]]
@@ -209,7 +208,7 @@ def summarize(runs: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def by_case(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The summary of every map and source by itself."""
+    """Return the summary of every map and source separately."""
     names = dict.fromkeys((run["map"], run["source"]) for run in runs)
     return [
         {"map": name, "source": source, **summarize([r for r in runs if (r["map"], r["source"]) == (name, source)])}
@@ -242,7 +241,7 @@ def table(run: dict[str, Any]) -> str:
 
 
 def finite(value: Any) -> Any:
-    """The same with None for what JSON has no number for."""
+    """Return the same structure with None for numbers that JSON cannot represent."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

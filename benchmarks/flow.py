@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How good the fast family's flow is: the network's against the cost volume's, on sources with depth and poses.
+"""Benchmark of the fast family's optical flow: network against cost volume, on sources with depth and poses.
 
-Per source and step of the frame index: the error of the flow in cells of 8 pixels, which share of the cells it claims
-to know, how many of these are lost (more than a cell off), whether its sigma is right, and what it costs. The process
-noise is the filter's: carried true coordinates against true ones, before and after scaling as a map's calibration does.
+Per source and step of the frame index: the error of the flow in cells of 8 pixels, the share of cells with a valid
+flow, the share of these more than a cell off, the coverage of its sigma, and its time. The process
+noise is the filter's: propagated true coordinates against true ones, before and after scaling as in calibration.
 
     python benchmarks/flow.py --json out/flow.json --case "sim:localize --frames 0:200:4" \
         --case "7scenes:DIR --poses sfm --split blocks50:test"
@@ -50,7 +50,7 @@ class Tally:
         self.statistics, self.milliseconds = FlowStatistics(), list[float]()
 
     def add(self, flow_of: FlowFunction, features: Sequence[torch.Tensor], views: Sequence[View]) -> None:
-        """One pair: this frame's, and the one's before."""
+        """Add one pair: features and views of this frame and of the previous one."""
         start = time.perf_counter()
         with torch.inference_mode():
             flow = flow_of(features[0], features[1])
@@ -60,12 +60,12 @@ class Tally:
         self.statistics.add(flow, offset, visible, now, before)
 
     def row(self, floor_m2: float) -> dict[str, float]:
-        """The figures."""
+        """Return the figures."""
         return {**asdict(self.statistics.result(floor_m2)), "milliseconds": float(np.median(self.milliseconds))}
 
 
 def run(source: FrameSource, step: int, blurred: bool, every: int, weights: Path | None) -> dict[str, dict[str, float]]:
-    """A row for each flow over pairs that are ``step`` apart in the source."""
+    """Return a row for each flow over pairs that are ``step`` apart in the source."""
     backbone, adapter = Backbone(), ImageAdapter(source.camera, map_camera(source.camera))
     network = load_flow_network() if weights is None else load_flow_network(weights)
     flows: dict[str, FlowFunction] = {"learned": network.flow}

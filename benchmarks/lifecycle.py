@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Takes a live localizer up and down many times and measures what it keeps: memory, file handles, threads, time.
+"""Benchmark of many lifecycle transitions of a live localizer: memory, file handles, threads, time.
 
     python benchmarks/lifecycle.py --map maps/kitchen --cycles 200
 
@@ -32,7 +32,7 @@ TRANSITIONS = {"configure": 1, "activate": 3, "deactivate": 4, "cleanup": 2}
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a process holds."""
+    """Resources of a process."""
 
     rss_kb: int
     handles: int
@@ -40,21 +40,24 @@ class Footprint:
 
 
 def footprint(pid: int) -> Footprint:
-    """Read from /proc."""
+    """Read the resources from /proc."""
     status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":" in line)
     handles = len(list(Path(f"/proc/{pid}/fd").iterdir()))
     return Footprint(int(status["VmRSS"].split()[0]), handles, int(status["Threads"]))
 
 
 def growth_per_cycle(rss_kb: list[int]) -> float:
-    """From the third to the last quarter of the cycles, by medians: what a cycle holds back for a while is no leak."""
+    """Return the growth from the third to the last quarter of the cycles, by medians.
+
+    Memory that a cycle holds only for a while is no leak.
+    """
     quarter = max(len(rss_kb) // 4, 1)
     third, last = rss_kb[-2 * quarter : -quarter], rss_kb[-quarter:]
     return (float(np.median(last)) - float(np.median(third))) / quarter if third else 0.0
 
 
 class Client:
-    """Speaks to the node over DDS."""
+    """Client of the node over DDS."""
 
     def __init__(self, scene_map: SceneMap) -> None:
         import rclpy
@@ -77,7 +80,7 @@ class Client:
             raise SystemExit("The node did not come up.")
 
     def change(self, name: str) -> float:
-        """Make a transition; returns its seconds."""
+        """Make a transition; return its seconds."""
         from lifecycle_msgs.srv import ChangeState
 
         request = ChangeState.Request()
@@ -120,7 +123,7 @@ def main() -> int:
     parser.add_argument("--max-growth-kb", type=float, default=200.0, help="growth of memory allowed per cycle")
     args = parser.parse_args()
     environment = ros_environment(None)
-    if os.environ.get(_CHILD) is None:  # once more, in a ROS domain of our own
+    if os.environ.get(_CHILD) is None:  # run again in a separate ROS domain
         return subprocess.call([sys.executable, *sys.argv], env={**environment, _CHILD: "1"})
     environment = dict(os.environ)
     path = resolve_map(args.map)

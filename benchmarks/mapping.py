@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a map is worth that was built in a given time: RedKitchen, split blocks50, for several budgets.
+"""Benchmark of maps built within several time budgets: RedKitchen, split blocks50.
 
-Runs `kfloc map build --budget` and `kfloc localize` as a user would, and prints for each budget how long the build
-really took, the most memory it held, the size of the map, and how well test frames are localized in it. Exits with 1
-if a build took longer than it was given, or a map is too large. Needs a machine that does nothing else.
+Runs `kfloc map build --budget` and `kfloc localize` as a user would, and prints for each budget the time of the build,
+its peak memory, the size of the map, and the accuracy of test frames in it. Exits with 1
+if a build exceeded its budget, or a map is too large. The machine must be otherwise idle.
 
     python benchmarks/mapping.py --budgets 1min 2min 5min 10min --poses sfm --json out/mapping.json
 """
@@ -28,12 +28,12 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 BUDGETS = ("1min", "2min", "5min", "10min")
 MAX_MAP_MB = 12.0
 START_UP_S = 15.0
-"""Loading Python and PyTorch, which no budget can shorten."""
+"""Time to load Python and PyTorch, added to every budget."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One budget."""
+    """Result of one budget."""
 
     budget_s: float
     build_s: float
@@ -47,7 +47,7 @@ class Row:
 
     @property
     def passed(self) -> bool:
-        """Whether the build kept within its time and the map within its size."""
+        """True if the build kept within its time and the map within its size."""
         return self.build_s <= self.budget_s + START_UP_S and self.map_mb <= MAX_MAP_MB
 
 
@@ -102,14 +102,14 @@ def measure(source: list[str], budget_s: float, options: list[str], out: Path) -
 
 
 def kfloc(*arguments: str) -> float:
-    """Run a command as a user would; the most memory that any command so far held, in GB."""
+    """Run a command as a user would; return the peak memory of all commands so far, in GB."""
     print(f"$ kfloc {' '.join(arguments)}", file=sys.stderr, flush=True)
     subprocess.run([sys.executable, "-m", "kfloc_ros.cli", *arguments], check=True, stdout=sys.stderr)
     return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9
 
 
 def cells(row: Row) -> list[str]:
-    """A row of the table."""
+    """Return a row of the table."""
     return [
         f"{row.budget_s:.0f} s",
         f"{row.build_s:.0f} s",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compare PixLoc here with numbers that the original wrote: features, confidences and every iteration's pose.
+"""Comparison of PixLoc with numbers of the original: features, confidences and every iteration's pose.
 
     python benchmarks/parity.py ../shared/parity/pixloc_vgg19.npz --json out/parity.json
 

@@ -1,27 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ten rooms that are alike: how often is a cold start in the right one, and what does a place cost as it grows?
+"""Benchmark of places of similar rooms: cold starts in the right room, and cost against the size of the place.
 
-Maps the rooms of the simulated building (once; they are kept in --work), makes places of the first 1, 3 and 10 of them,
-and measures each in a process of its own: cold starts from single images, equally spaced through the walks in the rooms
-of --rooms, and a walk of --walk images after a start that is told where it is. A start is
+It maps the rooms of the simulated building (once; maps are kept in --work), makes places of the first 1, 3 and 10 of
+them, and measures each in a separate process: cold starts from single images, equally spaced through the walks in the
+rooms of --rooms, and a walk of --walk images whose first pose is given. A start is
 
     right      a pose within 0.5 m and 20 degrees of the truth
     alike      no pose, since several submaps look alike
     none       no pose for another reason
     wrong      another pose
 
-With --begun, besides, walks are begun from nothing in every room, at its start and in its middle, an image every 0.67 s
-until the first pose: "begun" says how many of them came to a right pose and how many to a wrong one, and the median
-time it took. What looks alike is then also decided by two images from different views that lean to one place.
+"in 4 s" is the share of starts with a right start at most four seconds later in the same walk: an ambiguous start is
+tried again with every image until something else comes into view.
 
-"in 4 s" is the share of starts of which one in the next four seconds of the walk is right: what looks alike is tried
-again with every image until something else comes into view.
+With --begun, walks also begin without a pose in every room, at the start and in the middle of its recording, with an
+image every 0.67 s until the first pose. "begun" is the number of right and wrong first poses, and the median time to
+them. Two images from different views with the same tentative place then also decide between similar rooms.
 
-With --doors, besides, walks through the doors of the first three rooms and back, in the place of these three, every
-second frame of 15 a second; the first is told where it is. An estimate is wrong as above, and in a wrong room if it is
-in another room than the camera and further than 0.3 m from the door between them. "at doors" are frames within 1 m of
-one. The same walks follow with the lens covered for 1.5 s around each door; "back" is how long after that the first
-pose came.
+With --doors, walks also lead through the doors of the first three rooms and back, in the place of these three, with
+every second frame of 15 a second; the first pose is given. An estimate is wrong as above. It is in a wrong room if it
+is in another room than the camera and further than 0.3 m from the door between them. "at doors" are frames within 1 m
+of a door. The same walks follow with the lens covered for 1.5 s around each door; "back" is the time from then to the
+first pose.
 
     python benchmarks/places.py --work out/building --doors --json out/places.json
 """
@@ -62,28 +62,29 @@ BEGUN_AT, BEGUN_EVERY = (0.0, 0.5), 10
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured in a place of so many submaps."""
+    """Result for a place of a number of submaps."""
 
     submaps: int
     starts: int
     outcomes: dict[str, int]
     in_4_s: float
-    """Share of starts with a right one at most four seconds later; those too near to the end of a walk do not count."""
+    """Share of starts with a right one at most four seconds later; starts too close to the end of a walk do not
+    count."""
     median_error_cm: float
-    """Of the right ones."""
+    """Median error of the right ones."""
     start_ms: float
-    """Median of a cold start, with loading the submaps that it needs; time of the processor, as below."""
+    """Median processor time of a cold start, with loading the submaps that it needs."""
     frame_ms: float
-    """Median of a frame after it."""
+    """Median processor time of a later frame."""
     loads: int
     waited_ms: float
-    """Median of waiting for a submap."""
+    """Mean wait for a submap."""
     memory_mb: float
-    """Resident at the end, less what is resident before the place is loaded."""
+    """Resident memory at the end, minus that before the place is loaded."""
     place_mb: float
-    """On disk."""
+    """Size on disk."""
     begun: int = 0
-    """Walks begun from nothing."""
+    """Number of walks that begin without a pose."""
     begun_right: int = 0
     begun_wrong: int = 0
     begun_s: float = math.nan
@@ -144,7 +145,7 @@ def prepare(work: Path, rooms: int, train_seconds: float) -> None:
 
 
 def place_of(work: Path, size: int) -> Path:
-    """The place of so many rooms, made if it is not there yet."""
+    """Return the place of a number of rooms, made if it does not exist yet."""
     folder = work / f"place_{size}"
     if not folder.is_dir():
         make_place([work / f"room_{room}" for room in range(1, size + 1)], folder)
@@ -152,7 +153,7 @@ def place_of(work: Path, size: int) -> Path:
 
 
 def in_own_process(size: int) -> Row:
-    """Measure a place in a process that has loaded nothing else."""
+    """Measure a place in a fresh process."""
     done = subprocess.run(
         [sys.executable, __file__, *sys.argv[1:], "--one", str(size)], stdout=subprocess.PIPE, text=True, check=True
     )
@@ -160,7 +161,7 @@ def in_own_process(size: int) -> Row:
 
 
 def measure(args: argparse.Namespace, size: int) -> Row:
-    """One row; rooms that the place does not have are left out."""
+    """Return one row; rooms that the place does not have are left out."""
     folder = place_of(args.work, size)
     starts = [frame for room in args.rooms if room <= size for frame in started(room, args.starts)]
     walk = [BuildingSource(1, "localize")[k] for k in range(30, 30 + args.walk)]
@@ -209,7 +210,7 @@ def measure(args: argparse.Namespace, size: int) -> Row:
 
 
 def begun(localizer: PlaceLocalizer, room: int, share: float, adapter: ImageAdapter) -> tuple[str, float]:
-    """What the first pose of a walk is that begins at a share of a recording, and when it came."""
+    """Return outcome and time of the first pose of a walk that begins at a share of a recording."""
     source = BuildingSource(room, "localize")
     first = int(share * len(source))
     localizer.reset("a walk begins")
@@ -224,14 +225,14 @@ def begun(localizer: PlaceLocalizer, room: int, share: float, adapter: ImageAdap
 
 
 def started(room: int, count: int) -> Iterator[Frame]:
-    """Frames equally spaced through the walk in a room."""
+    """Yield frames equally spaced through the walk in a room."""
     source: FrameSource = BuildingSource(room, "localize")
     for position in np.linspace(0, len(source) - 1, count + 2)[1:-1].astype(int).tolist():
         yield replace(source[position], depth_m=None)
 
 
 def found_within(starts: Sequence[tuple[str, float, bool]], seconds: float) -> float:
-    """Share of starts (walk, time, whether right) with a right one in the same walk at most so much later."""
+    """Return the share of starts (walk, time, right) with a right one in the same walk within some seconds."""
     found = []
     for walk, begin_s, _ in starts:
         later = [(s, right) for other, s, right in starts if other == walk and s >= begin_s]
@@ -242,14 +243,14 @@ def found_within(starts: Sequence[tuple[str, float, bool]], seconds: float) -> f
 
 
 def resident_mb() -> float:
-    """Memory of this process that is in RAM."""
+    """Return the resident memory of this process."""
     with open("/proc/self/status", encoding="ascii") as stream:
         line = next(line for line in stream if line.startswith("VmRSS"))
     return float(line.split()[1]) / 1e3
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The figures for a terminal."""
+    """Return the figures for a terminal."""
     header = [
         "submaps",
         "starts",

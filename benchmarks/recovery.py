@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the localizer takes it when its camera is covered, without images for 2 s, carried elsewhere, or shown a room
-that is not the map's: time to recover, what state it says meanwhile, and how often it is wrong and says TRACKING.
+"""Benchmark of recovery from disturbances: camera covered, no images for 2 s, moved elsewhere, or another room.
 
-Makes a bag of pieces of a SOURCE with these disturbances between them, and plays it offline (every frame, the same
-each time) or, with --live, over DDS to the live nodes at its recorded rate.
+It reports the time to recover, the states meanwhile, and the share of wrong poses with state TRACKING. A bag is made of
+pieces of a SOURCE with the disturbances between them. It is played offline (every frame, repeatable) or, with --live,
+over DDS to the live nodes at its recorded rate.
 
     python benchmarks/recovery.py 7scenes:DATA/7scenes/redkitchen --poses sfm --split blocks50:test --map MAP
     python benchmarks/recovery.py sim:localize --map demo_room --live --events 3 --json out/recovery.json
@@ -71,7 +71,7 @@ def main() -> int:
 
 
 def table(result: DisturbedRun) -> str:
-    """The figures for a terminal."""
+    """Return the figures as tables for a terminal."""
     rows = [
         (
             name,

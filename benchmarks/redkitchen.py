@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The project's figures on 7-Scenes RedKitchen, split blocks50, with both ground truths, from a map to live nodes.
+"""Benchmark of the project's figures on 7-Scenes RedKitchen, split blocks50, with both ground truths.
 
-Runs the commands a user would run, prints one table for each set of poses with what must be reached,
-and exits with 1 if something is not. Nothing is downloaded; the data is where KFLOC_DATA points to
+Runs the commands a user would run, from the map to live nodes, prints one table for each set of poses with its limits,
+and exits with 1 if a limit is missed. Nothing is downloaded; the data is in the folder KFLOC_DATA
 (default ../shared/data). About 40 minutes on two cores with everything.
 
     python benchmarks/redkitchen.py --json out/redkitchen.json
@@ -38,14 +38,14 @@ LIMITS: dict[str, dict[str, float]] = {
 }
 MAX_BUILD_MIN, MAX_MAP_MB, MIN_RATE_HZ, MAX_LATENCY_P95_MS = 10.0, 40.0, 6.0, 400.0
 SAME_RECALL, SAME_MEDIAN = 0.02, 1.1
-"""A replay is as accurate as offline if, on the same frames, its 5 cm/5 deg recall is lower by at most
-this much, or by one frame, and its median error larger by at most this factor: DDS changes which frames are dropped,
-and with them the filter's past."""
+"""Limits of a replay's accuracy: on the same frames as offline, its 5 cm/5 deg recall may be lower by at most this
+much, or by one frame, and its median error larger by at most this factor. DDS changes which frames are dropped, and
+with them the filter's history."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One figure, and whether it is good enough; ``limit`` empty where nothing was asked."""
+    """Figure with its limit; ``limit`` is empty without one."""
 
     name: str
     value: float | None
@@ -94,7 +94,7 @@ class Benchmark:
         self._limits = LIMITS[poses]
 
     def run(self, steps: Sequence[str]) -> list[Row]:
-        """Run the steps in order; a map is built when asked for, or when there is none."""
+        """Run the steps in order; a map is built on request, or if there is none."""
         rows: list[Row] = []
         if "build" in steps or not (self._map / "map.yaml").is_file():
             rows += self._build()
@@ -181,7 +181,7 @@ class Benchmark:
 
 
 def same_frames(name: str, offline_csv: Path, replay_csv: Path) -> list[Row]:
-    """Whether the frames that the nodes processed are as accurate as the same frames offline."""
+    """Compare the frames that the nodes processed with the same frames offline."""
     offline = read_errors(offline_csv)
     pairs = [(offline[stamp], error) for stamp, error in read_errors(replay_csv).items() if stamp in offline]
     if not pairs:
@@ -198,7 +198,7 @@ def same_frames(name: str, offline_csv: Path, replay_csv: Path) -> list[Row]:
 
 
 def read_errors(path: Path) -> dict[str, tuple[float, float]]:
-    """Position (m) and rotation (deg) error of the processed frames by stamp; a frame without pose has failed."""
+    """Return position (m) and rotation (deg) errors of the processed frames by stamp; no pose is a failure."""
     with path.open(newline="") as stream:
         rows = [row for row in csv.DictReader(stream) if row["processed"] == "1"]
     return {
@@ -220,14 +220,14 @@ def read_summary(out: Path) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The version measured, with ``-dirty`` if files were changed."""
+    """Return the version measured, with ``-dirty`` for changed files."""
     command = ["git", "describe", "--always", "--dirty"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown"
 
 
 def number(summary: dict[str, Any], key: str) -> float:
-    """A figure, infinite where there is none (half of the frames failed)."""
+    """Return a figure, infinite for null (half of the frames failed)."""
     return math.inf if summary[key] is None else float(summary[key])
 
 
@@ -269,7 +269,7 @@ def _limited(name: str, value: float, limit: float, unit: str, sign: str, holds:
 
 
 def format_rows(rows: Sequence[Row]) -> str:
-    """The table for the terminal."""
+    """Return the table for the terminal."""
     verdict = {True: "pass", False: "FAIL", None: ""}
     lines = [(row.name, row.text, row.limit, verdict[row.passed]) for row in rows]
     return format_table(lines, header=("", "measured", "must reach", ""))

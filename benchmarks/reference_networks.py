@@ -3,8 +3,8 @@
 
     python benchmarks/reference_networks.py --device cpu --repeat 3 --json out/reference_networks.json
 
-Memory is the peak above what the weights take: torch's allocator on a GPU, the process's high-water mark on a CPU
-(where a smaller figure than an earlier row's cannot show, so rows run from the smallest chunk to the largest).
+Memory is the peak minus that of the weights: torch's allocator on a GPU, the process's high-water mark on a CPU
+(which cannot fall below an earlier row's, so rows run from the smallest chunk to the largest).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ HEIGHT, WIDTH = 480, 640
 
 
 def measure(work: Callable[[], object], device: torch.device, repeat: int) -> tuple[float, float]:
-    """Median milliseconds and peak megabytes of ``work``, after one run to warm up."""
+    """Return median milliseconds and peak megabytes of ``work``, after one run to warm up."""
     before = _peak_mb(device)
     times = []
     for _ in range(repeat + 1):

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long the refiner takes, and what tracking saves: this version beside an earlier commit, in one run.
+"""Benchmark of the refiner's time, and of the time that tracking saves, against an earlier commit in the same run.
 
-Frames of a SOURCE are localized in turns: a stretch by this version, the same stretch by the other one (from a git
-worktree, in a process of its own), so that both see the same load of the machine. Times are of the clock and, in
-brackets, of the processor, which a busy machine changes less. `refine` is the stage from features and a starting pose
+Stretches of a SOURCE are localized in turns by both versions: by this one, and by the other one (from a git
+worktree, in a separate process), so that both see the same load of the machine. Times are wall time and, in
+brackets, processor time, which a busy machine changes less. `refine` is the stage from features and a starting pose
 to a pose with its covariance, for three references.
 
     python benchmarks/refiner.py 7scenes:DATA/7scenes/redkitchen --poses sfm --split blocks50:test --map MAP \
@@ -71,7 +71,7 @@ def main() -> int:
 
 @contextmanager
 def worktree(commit: str | None) -> Iterator[Path | None]:
-    """The repository at a commit, in a folder of its own that is removed afterwards."""
+    """Yield the repository at a commit, in a temporary folder."""
     if commit is None:
         yield None
         return
@@ -86,7 +86,7 @@ def worktree(commit: str | None) -> Iterator[Path | None]:
 
 
 def start(args: argparse.Namespace, root: Path, mode: str) -> subprocess.Popen[str]:
-    """A process that localizes one stretch for every line it is sent."""
+    """Start a process that localizes one stretch for every line that it receives."""
     command = [sys.executable, str(Path(__file__).resolve()), args.source, "--map", str(Path(args.map).absolute())]
     command += ["--poses", args.poses, "--threads", str(args.threads), "--worker", mode]
     for option in ("split", "frames"):
@@ -99,7 +99,7 @@ def start(args: argparse.Namespace, root: Path, mode: str) -> subprocess.Popen[s
 
 
 def run_in_turns(workers: dict[str, subprocess.Popen[str]]) -> dict[str, list[dict[str, float]]]:
-    """Frames of every version, stretch after stretch."""
+    """Return the frames of every version, stretch after stretch."""
     frames: dict[str, list[dict[str, float]]] = {name: [] for name in workers}
     for stretch in range(STRETCHES):
         for name, worker in workers.items():
@@ -114,7 +114,7 @@ def run_in_turns(workers: dict[str, subprocess.Popen[str]]) -> dict[str, list[di
 
 
 def work(args: argparse.Namespace) -> int:
-    """Localize stretches as they are asked for; writes one line of JSON each."""
+    """Localize stretches on request; write one line of JSON each."""
     import torch
 
     import kfloc_ros
@@ -174,7 +174,7 @@ def work(args: argparse.Namespace) -> int:
 
 
 def good(T: Any, truth: Any) -> bool:
-    """Whether a pose is within 5 cm and 5 degrees."""
+    """Return true if a pose is within 5 cm and 5 degrees."""
     import numpy as np
 
     from kfloc_ros.geometry.lie import rotation_angle_deg
@@ -186,7 +186,7 @@ def good(T: Any, truth: Any) -> bool:
 
 
 def summary(frames: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Medians, and shares of tracked and of good frames."""
+    """Return medians, and the shares of tracked and of good frames."""
     import numpy as np
 
     def median(key: str) -> float:

@@ -1,17 +1,17 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Half an hour of a looping bag, played to the live localizer over DDS: what grows, what slows down, what leaks.
+"""Soak test: a looping bag, played to the live localizer over DDS for half an hour; growth, drift and leaks.
 
     python benchmarks/soak.py --map maps/demo_room --bag demo_out/localize_bag --minutes 30 --json soak.json
 
-Each time the bag ends it begins anew, `/clock` and stamps jumping back with it. Once a minute the table gets a row:
-resident memory, file handles, threads, latency p50 and p95 (from `status`: arrival of the image to its answer),
-processor time a frame (which a busy machine does not change, unlike the latency), frames answered and with a pose.
+At the bag's end it starts again, and `/clock` and stamps jump back. Once a minute the table gets a row: resident
+memory, file handles, threads, latency p50 and p95 (from `status`: from the image's arrival to its answer), processor
+time a frame (independent of the machine's load, unlike the latency), frames answered and with a pose.
 
-Exit code 1 if a limit is passed: memory after the warm-up grows by more than --max-growth-mb an hour (the median of all
-slopes between two samples, which one jump does not move), handles or threads grow at all beyond --max-handles, the
-processor time a frame of the last third exceeds the first third's after the warm-up by more than --max-drift, too few
-frames have a pose, or the node does not end with exit code 0 within 5 s of SIGINT.
+Exit code 1 if a limit is exceeded. Memory after the warm-up may grow by --max-growth-mb an hour (the median of all
+slopes between two samples, which one jump does not move), handles and threads by --max-handles, and the processor time
+a frame by --max-drift, from the first third after the warm-up to the last. Enough frames must have a pose, and the node
+must end with exit code 0 within 5 s of SIGINT.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ NODE = "localizer"
 
 @dataclass(frozen=True)
 class Limits:
-    """What the run must keep to."""
+    """Limits of the run."""
 
     growth_mb_per_h: float
     handles: int
@@ -56,7 +56,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Sample:
-    """What the node's process holds at a time."""
+    """Resources of the node's process at a time."""
 
     minute: float
     rss_mb: float
@@ -64,12 +64,12 @@ class Sample:
     threads: int
     cpu_s: float
     load_average: float
-    """Of the whole machine: how much else was going on."""
+    """Load of the whole machine."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One ``status``."""
+    """Content of one ``status``."""
 
     minute: float
     latency_ms: float
@@ -78,7 +78,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Minute:
-    """One row of the table."""
+    """Row of the table."""
 
     minute: int
     rss_mb: float
@@ -93,7 +93,7 @@ class Minute:
 
 
 def sample(pid: int, minute: float) -> Sample:
-    """Read from /proc."""
+    """Read a sample from /proc."""
     status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":" in line)
     ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
     return Sample(
@@ -107,7 +107,7 @@ def sample(pid: int, minute: float) -> Sample:
 
 
 def slope(x: Sequence[float], y: Sequence[float]) -> float:
-    """Median of the slopes between all pairs of points (Theil and Sen); 0 for fewer than two."""
+    """Return the median of the slopes between all pairs of points (Theil and Sen); 0 for fewer than two."""
     xs, ys = np.asarray(x), np.asarray(y)
     first, second = np.triu_indices(len(xs), 1)
     if len(first) == 0:
@@ -116,20 +116,20 @@ def slope(x: Sequence[float], y: Sequence[float]) -> float:
 
 
 def row(minute: int, samples: Sequence[Sample], answers: Sequence[Answer]) -> Minute:
-    """One minute's table row."""
+    """Return one minute's table row."""
     here = [s for s in samples if minute <= s.minute < minute + 1] or list(samples[-1:])
-    told = [a for a in answers if minute <= a.minute < minute + 1]
-    latencies = [a.latency_ms for a in told] or [float("nan")]
+    answered = [a for a in answers if minute <= a.minute < minute + 1]
+    latencies = [a.latency_ms for a in answered] or [float("nan")]
     p50, p95 = np.percentile(latencies, [50, 95])
     cpu_ms = 1e3 * (here[-1].cpu_s - here[0].cpu_s)
-    between = sum(here[0].minute <= a.minute < here[-1].minute for a in told)
+    between = sum(here[0].minute <= a.minute < here[-1].minute for a in answered)
     return Minute(
         minute=minute,
         rss_mb=round(float(np.median([s.rss_mb for s in here])), 1),
         handles=max(s.handles for s in here),
         threads=max(s.threads for s in here),
-        answered=len(told),
-        with_pose=sum(a.has_pose for a in told),
+        answered=len(answered),
+        with_pose=sum(a.has_pose for a in answered),
         latency_p50_ms=round(float(p50), 1),
         latency_p95_ms=round(float(p95), 1),
         cpu_ms_per_frame=round(cpu_ms / between, 1) if between else float("nan"),
@@ -140,7 +140,7 @@ def row(minute: int, samples: Sequence[Sample], answers: Sequence[Answer]) -> Mi
 def judge(
     rows: Sequence[Minute], samples: Sequence[Sample], warm_up: float, limits: Limits, ending: dict[str, Any]
 ) -> dict[str, Any]:
-    """What came of it, and every limit that was passed."""
+    """Return the result of the run, with every limit that was exceeded."""
     steady = [s for s in samples if s.minute >= warm_up]
     after = [r for r in rows if r.minute >= warm_up]
     third = max(len(after) // 3, 1)
@@ -179,7 +179,7 @@ def judge(
 
 
 class Client:
-    """Plays the bag and hears the answers."""
+    """Player of the bag, and subscriber of the answers."""
 
     def __init__(self, stream: BagStream) -> None:
         import rclpy
@@ -204,7 +204,7 @@ class Client:
         self._clock = self._node.create_publisher(Clock, "/clock", 5)
         self._start_s = time.monotonic()
         self._node.create_subscription(DiagnosticArray, "status", self._on_status, 50)
-        # Consumers as a robot has them, so that everything is really sent.
+        # Subscribers as on a robot, so that all messages are sent.
         self._node.create_subscription(PoseWithCovarianceStamped, "pose", lambda message: None, 10)
         self._node.create_subscription(PathMessage, "path", lambda message: None, 1)
         self._thread = threading.Thread(target=self._spin, name="hear")
@@ -220,11 +220,11 @@ class Client:
         self._start_s = time.monotonic()
 
     def minute(self) -> float:
-        """Since the node is there."""
+        """Return the minutes since the node is up."""
         return (time.monotonic() - self._start_s) / 60
 
     def play_for(self, minutes: float) -> int:
-        """Play the bag again and again; returns how often it began."""
+        """Play the bag in a loop; return the number of loops."""
         loops = 0
         while self.minute() < minutes and not self.stopped.is_set():
             loops += 1
@@ -259,19 +259,19 @@ class Client:
 
 
 def main() -> int:
-    """Run it, print the table and one line of JSON; 1 if a limit was passed."""
+    """Run the test, print the table and one line of JSON; return 1 if a limit was exceeded."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--map", required=True, help="map folder or the name of a map")
-    parser.add_argument("--bag", required=True, type=Path, help="rosbag2 to play again and again")
+    parser.add_argument("--bag", required=True, type=Path, help="rosbag2 to play in a loop")
     parser.add_argument("--minutes", type=float, default=30.0)
-    parser.add_argument("--warm-up", type=float, help="minutes left out of the judgement (default: a sixth, at most 5)")
+    parser.add_argument("--warm-up", type=float, help="minutes left out of the result (default: a sixth, at most 5)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where the whole report goes")
     parser.add_argument("--max-growth-mb", type=float, default=10.0, help="growth of memory allowed, MB an hour")
     parser.add_argument("--max-handles", type=int, default=2, help="growth allowed of file handles, and of threads")
     parser.add_argument("--max-drift", type=float, default=0.25, help="growth allowed of processor time a frame")
     parser.add_argument("--min-with-pose", type=float, default=0.9, help="share of answered frames with a pose")
     args = parser.parse_args()
-    if os.environ.get(_CHILD) is None:  # once more, in a ROS domain of our own
+    if os.environ.get(_CHILD) is None:  # run again in a separate ROS domain
         return subprocess.call([sys.executable, *sys.argv], env={**ros_environment(None), _CHILD: "1"})
     map_path = resolve_map(args.map).absolute()
     read_description(map_path)
@@ -280,7 +280,7 @@ def main() -> int:
     samples: list[Sample] = []
     with BagStream(args.bag) as stream, tempfile.TemporaryDirectory(prefix="kfloc_soak_") as folder:
         settings = {"map": map_path, "use_sim_time": "true", "image_transport": stream.transport}
-        settings["pose_file"] = Path(folder) / "last_pose.json"  # written all the time, as on a robot
+        settings["pose_file"] = Path(folder) / "last_pose.json"  # written regularly, as on a robot
         command = [sys.executable, "-m", "kfloc_ros.nodes.executables", NODE, "--ros-args", "--log-level", "error"]
         for name, value in settings.items():
             command += ["-p", f"{name}:={value}"]

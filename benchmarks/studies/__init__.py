@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Studies that only the benchmarks run: disturbances, recovery, paired tests, parity, reference networks."""
+"""Studies for the benchmarks: disturbances, recovery, paired tests, parity, reference networks."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A recording with things happening to its camera: covered, without images, carried elsewhere, shown another room.
+"""Disturbed recordings: the camera is covered, without images, moved elsewhere, or in another room.
 
-The stream is cut from the frames of a source: a piece of undisturbed motion, a disturbance, and the motion that
-follows it, again and again, with stamps that run on evenly. What is true of every frame stays known.
+The stream is composed of frames of a source: undisturbed motion, a disturbance, and the motion after it, repeatedly,
+with evenly increasing stamps. The truth of every frame stays known.
 """
 
 from __future__ import annotations
@@ -20,64 +20,64 @@ from kfloc_ros.geometry.lie import inverse_pose, rotation_angle_deg
 from kfloc_ros.types import Frame, Matrix
 
 FAR_M, FAR_DEG = 0.7, 35.0
-"""Two poses further apart than either show different parts of a map."""
+"""Two poses further apart than either limit show different parts of a map."""
 STREAM_START_NS = 1_700_000_000 * 10**9
 
 
 class Disturbance(Enum):
-    """What happens to the camera."""
+    """Kind of disturbance of the camera."""
 
     BLACK = "covered, black"
     WHITE = "blinded, white"
     HAND = "covered by a hand"
     NOISE = "noise"
     MIRROR = "another room"
-    """Mirrored images: a room in which nothing is where the map has it, yet with the same textures."""
+    """Mirrored images: another room with the same textures, in which nothing is where the map has it."""
     GAP = "no images"
     KIDNAP = "carried elsewhere"
 
     @property
     def replaces_images(self) -> bool:
-        """Images come meanwhile, but show nothing of the map."""
+        """True if images come during the disturbance, but show nothing of the map."""
         return self not in (Disturbance.GAP, Disturbance.KIDNAP)
 
 
 @dataclass(frozen=True)
 class Slot:
-    """One frame of the stream."""
+    """Frame of the stream."""
 
     position: int
-    """In the source."""
+    """Position in the source."""
     stamp_ns: int
     shown: Disturbance | None = None
-    """What the image shows instead of the source's."""
+    """Disturbance that replaces the source's image; None: the source's image."""
     event: int = -1
     """Number of the disturbance before it, -1 before the first."""
 
 
 @dataclass(frozen=True)
 class DisturbancePlan:
-    """How a stream is made."""
+    """Parameters of a stream."""
 
     events_per_kind: int = 5
     rate_hz: float = 10.0
     before_s: float = 1.2
     """Undisturbed motion before each disturbance."""
     after_s: float = 1.5
-    """And after it; motion that the source does not have is replaced by holding still."""
+    """Undisturbed motion after each disturbance; if the source has too little, the camera stands still."""
     durations_s: tuple[float, ...] = (1.0, 2.0, 3.0)
-    """How long images are replaced, in turn."""
+    """Durations of replaced images, in turn."""
     gap_s: float = 2.0
     kinds: tuple[Disturbance, ...] = tuple(Disturbance)
     seed: int = 0
 
 
 class DisturbedSource(DerivedSource):
-    """The disturbed stream as a source.
+    """Disturbed stream as a source.
 
     Args:
         source: frames with truth, in temporal order.
-        plan: what happens; the same plan and source give the same stream.
+        plan: parameters; the same plan and source give the same stream.
 
     Raises:
         SourceError: the source has too few frames with truth, or none far enough from the others.
@@ -109,7 +109,7 @@ class DisturbedSource(DerivedSource):
 
 
 class _Cutter:
-    """Chooses the frames of a stream."""
+    """Composer of a stream."""
 
     def __init__(self, source: FrameSource, plan: DisturbancePlan) -> None:
         self._plan = plan
@@ -124,7 +124,7 @@ class _Cutter:
         self._run, self._at = self._somewhere(None)
 
     def cut(self, events: Sequence[Disturbance]) -> list[Slot]:
-        """The frames of the stream."""
+        """Return the frames of the stream."""
         plan = self._plan
         self._move(plan.before_s, -1)
         for number, kind in enumerate(events):
@@ -138,7 +138,7 @@ class _Cutter:
         return self._slots
 
     def _move(self, seconds: float, event: int) -> None:
-        """Go on along the run; at its end turn round, as a person who looks back would."""
+        """Continue along the run; at its end turn round, as a person who looks back."""
         for _ in range(max(round(seconds * self._plan.rate_hz), 1)):
             self._put(None, event)
             if self._at + 1 >= len(self._run):
@@ -150,7 +150,7 @@ class _Cutter:
             self._put(kind, event)
 
     def _skip(self, seconds: float) -> None:
-        """No image for a while, during which the camera moves on as far as its run goes."""
+        """Leave images out for a while, during which the camera moves on to the end of its run at most."""
         self._next_ns += int(seconds * 1e9)
         self._at = min(self._at + round(seconds * self._plan.rate_hz), len(self._run) - 1)
 
@@ -162,7 +162,7 @@ class _Cutter:
         return self._run[self._at]
 
     def _somewhere(self, away_from: int | None) -> tuple[list[int], int]:
-        """A place in a run; far from a frame, if one is given."""
+        """Return a random position in a run, far from a given frame, if any."""
         places = [(run, at) for run in self._runs for at in range(len(run))]
         if away_from is not None:
             here = self._poses[away_from]
@@ -173,7 +173,7 @@ class _Cutter:
 
 
 def _runs(indices: Sequence[int], usable: Sequence[bool], step: int) -> list[list[int]]:
-    """Positions of frames that follow each other without a gap in the source, every ``step``-th."""
+    """Return positions of frames that follow each other without a gap in the source, every ``step``-th."""
     runs: list[list[int]] = [[]]
     for position, index in enumerate(indices):
         if runs[-1] and (index != indices[runs[-1][-1]] + 1 or not usable[position]):
@@ -184,7 +184,7 @@ def _runs(indices: Sequence[int], usable: Sequence[bool], step: int) -> list[lis
 
 
 def _source_rate_hz(source: FrameSource) -> float:
-    """Frames a second, by the first frames that follow each other."""
+    """Return the frame rate, from the first frames that follow each other."""
     indices = source.indices()
     for position in range(min(len(source) - 1, 100)):
         if indices[position + 1] == indices[position] + 1:
@@ -201,7 +201,7 @@ def _far(a: Matrix | None, b: Matrix | None) -> bool:
 
 
 def _picture(kind: Disturbance, image: NDArray[np.uint8], seed: int) -> NDArray[np.uint8]:
-    """What the camera shows instead of an image."""
+    """Return the image of a disturbance."""
     rng = np.random.default_rng(seed)
     height, width = image.shape[:2]
     if kind is Disturbance.BLACK:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Agreement with numbers that the original PixLoc wrote, for weights that a formula gives.
+"""Agreement with numbers of the original PixLoc, for weights that a formula gives.
 
-A file holds one pair of images, a camera, points and a starting pose, and what the original made of them: samples of
-its features and confidences, and the pose after every iteration. Here the same is computed and compared.
+A file holds one pair of images, a camera, points and a starting pose, and the original's results: samples of its
+features and confidences, and the pose after every iteration. This module computes the same and compares.
 """
 
 from __future__ import annotations
@@ -40,20 +40,20 @@ _NEEDED = (
 
 @dataclass(frozen=True)
 class ParityReport:
-    """How far the numbers here are from the original's."""
+    """Differences from the original's numbers."""
 
     encoder: str
     max_feature_difference: float
-    """Over features and confidences of both images and all levels."""
+    """Maximum over features and confidences of both images and all levels."""
     max_pose_difference: float
-    """Over the twelve numbers of every iteration's pose; infinite if no iteration has a counterpart."""
+    """Maximum over the twelve numbers of every iteration's pose; infinite if no iteration has a counterpart."""
     max_confidence_difference: float
     max_cost_difference: float
-    """Mean robust cost of every iteration; NaN where the file has none."""
+    """Maximum over the mean robust costs of all iterations; NaN if the file has none."""
     same_iterations: bool
-    """The same levels, in the same order, with as many iterations each."""
+    """True for the same levels, in the same order, with the same numbers of iterations."""
     same_valid: bool
-    """As many valid points at every iteration."""
+    """True for the same number of valid points at every iteration."""
     iterations: int
 
     @property
@@ -67,7 +67,7 @@ class ParityReport:
 
 
 def formula_weights(entries: Mapping[str, torch.Tensor], salt: int) -> dict[str, torch.Tensor]:
-    """Values for entries of these names and shapes, from a random stream that each name seeds."""
+    """Return values for entries of these names and shapes, from a random stream seeded by each name."""
     return {name: _formula(name, entry, salt) for name, entry in entries.items()}
 
 
@@ -92,7 +92,7 @@ def _formula(name: str, entry: torch.Tensor, salt: int) -> torch.Tensor:
 
 
 def formula_model(encoder: str, salt: int) -> PixLocModel:
-    """PixLoc with the formula's weights, in evaluation mode.
+    """Return PixLoc with the formula's weights, in evaluation mode.
 
     Raises:
         ConfigError: an unknown encoder.
@@ -103,10 +103,10 @@ def formula_model(encoder: str, salt: int) -> PixLocModel:
 
 
 def compare(path: Path) -> ParityReport:
-    """Compute what a file holds, on the CPU, and compare.
+    """Compute the numbers of a file, on the CPU, and compare.
 
     Raises:
-        SourceError: the file is missing, damaged, or lacks something.
+        SourceError: the file is missing, damaged, or incomplete.
     """
     numbers = _read(path)
     try:
@@ -134,7 +134,7 @@ def compare(path: Path) -> ParityReport:
     confidences = [value for key, value in features.items() if "confidence" in key]
     expected = list(zip(numbers["iter_level"].tolist(), numbers["iter_index"].tolist(), strict=True))
     rows = {key: row for row, key in enumerate(expected)}
-    # Iterations that both have, so that a difference in their count does not hide how near the poses are.
+    # Only common iterations, so that a different number of iterations does not hide the pose difference.
     pairs = [(rows[level, it.index], it) for level, it in iterations if (level, it.index) in rows]
     return ParityReport(
         encoder=str(numbers["encoder"]),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the localizer says while and after something happens to its camera: false OK, and the time to recover."""
+"""Evaluation of a run over a disturbed stream: false OK, and the time to recover."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from kfloc_ros.types import TrackingState
 from studies.disturbed import Disturbance, Slot
 
 OUTCOMES = ("right", "wrong", "no pose", "no answer")
-"""Of a frame: a pose at most 10 cm off, a pose further off, none, or the frame was dropped. A replaced image shows
-nothing of the map, so that no pose of it is right."""
+"""Outcomes of a frame: a pose at most 10 cm off, a pose further off, no pose, or a dropped frame. A replaced image
+shows nothing of the map, so any pose of it is wrong."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back for one frame of the stream."""
+    """Answer to one frame of the stream."""
 
     processed: bool
     state: str
@@ -33,44 +33,44 @@ class Answer:
 
 @dataclass(frozen=True)
 class Recovery:
-    """The disturbances of one kind."""
+    """Figures of the disturbances of one kind."""
 
     events: int
     recovered: int
-    """Before the next disturbance."""
+    """Number recovered from before the next disturbance."""
     seconds: Mapping[str, float]
-    """p50, p95, p99 from the first good image after it to the first TRACKING pose that is right, over those recovered:
-    recorded time, and the latency of that pose."""
+    """p50, p95, p99 of the time from the first good image after the disturbance to the first right TRACKING pose:
+    recorded time plus the latency of that pose, over the disturbances recovered from."""
     images: Mapping[str, float]
-    """How many good images came meanwhile, that one included."""
+    """Number of good images until then, that of the pose included."""
     false_ok: int
-    """Frames during and after it that were called TRACKING and are not right."""
+    """Frames during and after the disturbance that were TRACKING without a right pose."""
 
 
 @dataclass(frozen=True)
 class DisturbedRun:
-    """The figures of one run over a disturbed stream."""
+    """Figures of one run over a disturbed stream."""
 
     frames: int
     processed: int
     false_ok: float
-    """Share of the processed frames that were called TRACKING and are not right."""
+    """Share of the processed frames that were TRACKING without a right pose."""
     false_ok_frames: int
     kinds: Mapping[str, Recovery]
     good_images: Mapping[str, Mapping[str, int]]
-    """State by outcome, over images that show the map."""
+    """Numbers by state and outcome, over images that show the map."""
     replaced_images: Mapping[str, Mapping[str, int]]
-    """The same over those that do not."""
+    """Numbers by state and outcome, over replaced images."""
 
 
 def evaluate_disturbed(
     slots: Sequence[Slot], events: Sequence[Disturbance], answers: Mapping[int, Answer]
 ) -> DisturbedRun:
-    """Figures of a run.
+    """Return the figures of a run.
 
     Args:
-        slots: the frames of the stream.
-        events: what happened, by the slots' ``event``.
+        slots: frames of the stream.
+        events: disturbances, by the slots' ``event``.
         answers: by the number of the frame in the stream; a frame without one was dropped.
     """
     nothing = Answer(processed=False, state="", error_m=None, latency_ms=math.nan)
@@ -93,12 +93,12 @@ def evaluate_disturbed(
 
 
 def is_false_ok(slot: Slot, answer: Answer) -> bool:
-    """Whether a frame is called TRACKING and its pose is not right."""
+    """Return true if a frame is TRACKING without a right pose."""
     return answer.state == TrackingState.TRACKING.value and outcome(slot, answer) != "right"
 
 
 def outcome(slot: Slot, answer: Answer) -> str:
-    """One of ``OUTCOMES``."""
+    """Return one of ``OUTCOMES``."""
     if not answer.processed:
         return "no answer"
     if answer.error_m is None:
@@ -107,7 +107,7 @@ def outcome(slot: Slot, answer: Answer) -> str:
 
 
 def read_answers(frames_csv: Path) -> dict[int, Answer]:
-    """Answers from a result folder's ``frames.csv``, by the number of the frame in its bag."""
+    """Return the answers in a result folder's ``frames.csv``, by the number of the frame in its bag."""
     with frames_csv.open(newline="", encoding="utf-8") as stream:
         return {
             int(row["index"]): Answer(

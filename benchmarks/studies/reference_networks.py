@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What KFNet's reference networks are worth after each of their three training stages, on frames they never saw."""
+"""Accuracy of KFNet's reference networks after each of their three training stages, on frames not in the training."""
 
 from __future__ import annotations
 
@@ -23,48 +23,48 @@ from kfloc_ros.training.kfnet_family import HeldOutFrames
 from kfloc_ros.types import SceneCoordinates
 
 AS_PUBLISHED = FilterSettings(
-    flow_temperature=1.0,  # of the fast family alone
+    flow_temperature=1.0,  # used by the fast family only
     process_scale=1.0,
     process_floor_m2=0.0,
     nis_mode=NisMode.OFF,
     error_correlation=0.0,
     blend_sigma=True,
 )
-"""The recursion that the joint stage trains, but for the mask of invalid priors."""
+"""Filter settings of the joint training stage, except for the mask of invalid priors."""
 
 
 STILL_SIGMA_M = 0.01
 
 
 @dataclass(frozen=True)
-class MeasurementLook:
-    """SCoordNet alone, image by image."""
+class MeasurementAccuracy:
+    """Accuracy of SCoordNet alone, image by image."""
 
     cells: CellAccuracy
     poses: Accuracy
 
 
 @dataclass(frozen=True)
-class FilterLook:
-    """Both networks and the filter between them, over runs of consecutive frames, the first of each left out."""
+class FilterAccuracy:
+    """Accuracy of both networks with the filter, over runs of consecutive frames, without the first frame of each."""
 
     measurement: CellAccuracy
-    """Of all cells, before the filter."""
+    """Accuracy of all cells before the filter."""
     prior: CellAccuracy
-    """Of the cells that have one."""
+    """Accuracy of the prior, over the cells that have one."""
     measurement_there: CellAccuracy
-    """Of the same cells, to compare the prior with."""
+    """Accuracy of the measurement over the same cells, for comparison."""
     posterior: CellAccuracy
-    """Of all cells, after the filter."""
+    """Accuracy of all cells after the filter."""
     prior_share: float
-    """Of cells with a valid prior."""
+    """Share of cells with a valid prior."""
     measurement_poses: Accuracy
     poses: Accuracy
-    """After the filter."""
+    """Accuracy of poses after the filter."""
 
 
-def look_at_scoordnet(network: ReferenceSCoordNet, frames: HeldOutFrames, every: int) -> MeasurementLook:
-    """Errors of cells and of poses on every ``every``-th frame.
+def evaluate_scoordnet(network: ReferenceSCoordNet, frames: HeldOutFrames, every: int) -> MeasurementAccuracy:
+    """Return the errors of cells and of poses on every ``every``-th frame.
 
     Raises:
         SourceError: a frame has no depth or pose.
@@ -76,18 +76,18 @@ def look_at_scoordnet(network: ReferenceSCoordNet, frames: HeldOutFrames, every:
         measured, truth = network.measure(view.image), frames.truth(view)
         cells.add(measured, truth.mean, truth.valid)
         errors.append(_pose_error(measured, view))
-    return MeasurementLook(cells.result(), accuracy(errors))
+    return MeasurementAccuracy(cells.result(), accuracy(errors))
 
 
 @torch.inference_mode()
-def look_at_oflownet(network: ReferenceOFlowNet, frames: HeldOutFrames, count: int, spacing: int = 1) -> FlowAccuracy:
-    """Errors of the flow from a frame to one before, and of true coordinates carried along it.
+def evaluate_oflownet(network: ReferenceOFlowNet, frames: HeldOutFrames, count: int, spacing: int = 1) -> FlowAccuracy:
+    """Return the errors of the flow from a frame to an earlier one, and of true coordinates propagated along it.
 
     Args:
-        network: carries.
-        frames: never trained on.
-        count: of pairs, at most.
-        spacing: frames from one of a pair to the other.
+        network: the flow network.
+        frames: frames not in the training.
+        count: largest number of pairs.
+        spacing: distance of the two frames of a pair.
 
     Raises:
         SourceError: no two frames follow each other, or one has no depth or pose.
@@ -98,11 +98,11 @@ def look_at_oflownet(network: ReferenceOFlowNet, frames: HeldOutFrames, count: i
         features = [network.features(frames.pixels(view))[0] for view in (now, before)]
         return network.flow(features[0], features[1])
 
-    return _look_at_flow(flow_of, frames, count, spacing)
+    return _evaluate_flow(flow_of, frames, count, spacing)
 
 
-def look_at_standing_still(frames: HeldOutFrames, count: int, spacing: int = 1) -> FlowAccuracy:
-    """The same of no flow at all, with a centimetre of process noise: what a network has to be better than."""
+def evaluate_zero_flow(frames: HeldOutFrames, count: int, spacing: int = 1) -> FlowAccuracy:
+    """Return the errors of zero flow with a centimetre of process noise, the baseline of a network."""
 
     def flow_of(now: View, before: View) -> Flow:
         h, w = frames.truth(now).valid.shape
@@ -111,10 +111,10 @@ def look_at_standing_still(frames: HeldOutFrames, count: int, spacing: int = 1) 
             torch.zeros(2, h, w, device=frames.device), cells, cells > 0, process_variance_m2=cells * STILL_SIGMA_M**2
         )
 
-    return _look_at_flow(flow_of, frames, count, spacing)
+    return _evaluate_flow(flow_of, frames, count, spacing)
 
 
-def _look_at_flow(
+def _evaluate_flow(
     flow_of: Callable[[View, View], Flow], frames: HeldOutFrames, count: int, spacing: int
 ) -> FlowAccuracy:
     statistics = FlowStatistics()
@@ -129,21 +129,21 @@ def _look_at_flow(
 
 
 @torch.inference_mode()
-def look_at_kfnet(
+def evaluate_kfnet(
     scoordnet: ReferenceSCoordNet,
     oflownet: ReferenceOFlowNet,
     frames: HeldOutFrames,
     runs: Sequence[range],
     settings: FilterSettings = AS_PUBLISHED,
-) -> FilterLook:
-    """Errors of cells before the filter, of the prior, and after the filter, and of the poses before and after.
+) -> FilterAccuracy:
+    """Return the errors of cells before the filter, of the prior and after the filter, and of poses before and after.
 
     Args:
-        scoordnet: measures.
-        oflownet: carries.
-        frames: never trained on.
-        runs: positions of consecutive frames; the filter starts anew with each.
-        settings: of the filter.
+        scoordnet: measurement network.
+        oflownet: flow network.
+        frames: frames not in the training.
+        runs: positions of consecutive frames; the filter is reset before each run.
+        settings: settings of the filter.
 
     Raises:
         SourceError: a frame has no depth or pose.
@@ -165,13 +165,13 @@ def look_at_kfnet(
             cells["measurement"].add(measured, truth.mean, truth.valid)
             cells["posterior"].add(filtered.posterior, truth.mean, truth.valid)
             if (prior := filtered.prior) is not None:
-                carried = SceneCoordinates(prior.mean, prior.variance, prior.valid, STRIDE, CELL_PIXEL_OFFSET)
-                cells["prior"].add(carried, truth.mean, truth.valid)
+                propagated = SceneCoordinates(prior.mean, prior.variance, prior.valid, STRIDE, CELL_PIXEL_OFFSET)
+                cells["prior"].add(propagated, truth.mean, truth.valid)
                 cells["measurement_there"].add(measured, truth.mean, truth.valid & prior.valid)
             shares.append(filtered.report.prior_ratio)
             errors["measurement"].append(_pose_error(measured, view))
             errors["posterior"].append(_pose_error(filtered.posterior, view))
-    return FilterLook(
+    return FilterAccuracy(
         **{name: statistics.result() for name, statistics in cells.items()},
         prior_share=float(np.mean(shares)),
         measurement_poses=accuracy(errors["measurement"]),

@@ -18,7 +18,7 @@ from kfloc_ros.kfnet.reference.oflownet import ReferenceOFlowNet
 from kfloc_ros.kfnet.reference.scoordnet import ReferenceSCoordNet
 from kfloc_ros.mapping.views import true_flow
 from kfloc_ros.training.kfnet_family import HeldOutFrames
-from studies.reference_networks import look_at_kfnet, look_at_oflownet, look_at_scoordnet
+from studies.reference_networks import evaluate_kfnet, evaluate_oflownet, evaluate_scoordnet
 
 SIGMA_M = 0.3
 
@@ -60,7 +60,7 @@ def test_true_flow_carries_true_coordinates(frames: HeldOutFrames) -> None:
 
 
 def test_errors_of_a_measurement_that_is_always_the_same(frames: HeldOutFrames) -> None:
-    found = look_at_scoordnet(constant_scoordnet(), frames, every=2)
+    found = evaluate_scoordnet(constant_scoordnet(), frames, every=2)
     medians = []
     for position in (0, 2, 4, 6):
         truth = frames.truth(frames.view(position))
@@ -74,7 +74,7 @@ def test_errors_of_a_measurement_that_is_always_the_same(frames: HeldOutFrames) 
 def test_filtering_the_same_again_only_makes_it_surer(frames: HeldOutFrames) -> None:
     """Wherever the flow leads, a constant measurement stays what it is, and its variance shrinks."""
     torch.manual_seed(0)
-    found = look_at_kfnet(constant_scoordnet(), ReferenceOFlowNet(), frames, frames.runs(4, 2))
+    found = evaluate_kfnet(constant_scoordnet(), ReferenceOFlowNet(), frames, frames.runs(4, 2))
     assert found.measurement.frames == found.posterior.frames == 6  # the first of each run has no prior
     assert found.poses.frames == found.measurement_poses.frames == 6
     assert found.posterior.median_error_m == pytest.approx(found.measurement.median_error_m, rel=1e-4)
@@ -85,6 +85,6 @@ def test_filtering_the_same_again_only_makes_it_surer(frames: HeldOutFrames) -> 
 
 def test_an_untrained_flow_knows_little(frames: HeldOutFrames) -> None:
     torch.manual_seed(0)
-    found = look_at_oflownet(ReferenceOFlowNet(), frames, count=4)
+    found = evaluate_oflownet(ReferenceOFlowNet(), frames, count=4)
     assert found.pairs == 4
     assert found.median_cells > 0.2 and 0.0 < found.known < 1.0

@@ -18,7 +18,7 @@ from kfloc_ros.training.kfnet_family import HeldOutFrames
 from kfloc_ros.training.kfnet_stages import FlowStage, StartWeights, samples_of, stage_of
 from kfloc_ros.training.loop import train
 from kfloc_ros.types import Frame
-from studies.reference_networks import look_at_oflownet, look_at_standing_still
+from studies.reference_networks import evaluate_oflownet, evaluate_zero_flow
 
 CAMERA = Camera(128, 96, 110.0, 110.0, 64.0, 48.0)
 
@@ -58,7 +58,7 @@ def test_flow_is_learned_from_warped_coordinates(tmp_path: Path) -> None:
     assert isinstance(stage, FlowStage)
     train(stage, samples, config, tmp_path, torch.device("cpu"))
     frames = HeldOutFrames(Wall(2, 24), CAMERA, torch.device("cpu"))
-    still, learned = look_at_standing_still(frames, 12), look_at_oflownet(stage.oflownet, frames, 12)
+    still, learned = evaluate_zero_flow(frames, 12), evaluate_oflownet(stage.oflownet, frames, 12)
     assert still.median_cells > 1.0
     assert learned.median_cells < 0.4 * still.median_cells
     assert learned.prior_axis_median_m < 0.4 * still.prior_axis_median_m

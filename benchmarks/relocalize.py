@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How often is the first fix right? Cold starts in a sequence: a single frame, and after 1, 5 and 10 frames more.
+"""Benchmark of relocalization: cold starts in a sequence, from a single frame and after 1, 5 and 10 more frames.
 
-Starts are taken at equal steps through the frames of a SOURCE. At each, the localizer forgets everything, and runs
-over the frames that follow; the pose of the frame n is compared with the truth. A start whose sequence ends before
-the frame n is not counted there. Then the whole sequence is run once, and every frame counts. Prints recalls with and
-without the search of the map's reference views; with --matcher also those of DISK + LightGlue and PnP on the frames
-that starts are taken at, with the same retrieved reference views (see disk_lightglue.py for what that needs).
+Starts are equally spaced through the frames of a SOURCE. At each, the localizer is reset and runs over the frames that
+follow; the pose of the frame n is compared with the truth. A start whose sequence ends before the frame n is not
+counted there. Then the whole sequence is run once, and every frame counts. The table has recalls with and without the
+search of the map's reference views. With --matcher it also has those of DISK + LightGlue and PnP on the starting
+frames, with the same retrieved reference views (see disk_lightglue.py for the packages it needs).
 
     python benchmarks/relocalize.py 7scenes:DATA/7scenes/redkitchen --split extrapolate:test --map MAP --starts 30
     python benchmarks/relocalize.py transforms:TEST --map MAP --matcher disk_lightglue --mapped transforms:TRAIN
@@ -36,25 +36,25 @@ from kfloc_ros.maps.format import resolve_map
 from kfloc_ros.maps.scene_map import SceneMap
 
 AFTER = (0, 1, 5, 10)
-"""Frames seen before the one that is judged."""
+"""Frames before the judged one."""
 THRESHOLDS = ((0.05, 5.0), (0.25, 5.0))
 Error = tuple[float, float, bool]
 
 
 @dataclass(frozen=True)
 class Row:
-    """Poses of one method, judged at the same point."""
+    """Poses of one method, judged after the same number of frames."""
 
     method: str
     frames_before: int | None
-    """Since the cold start; None: every frame of the whole sequence."""
+    """Frames since the cold start; None: every frame of the whole sequence."""
     judged: int
     answered: float
     """Share with a pose."""
     recall_5cm_5deg: float
     recall_25cm_5deg: float
     wrong: float
-    """Share whose pose is more than 0.5 m or 20 degrees off, and was claimed (as TRACKING, by the localizer)."""
+    """Share with a wrong pose, more than 0.5 m or 20 degrees off, that was claimed (as TRACKING, by the localizer)."""
 
 
 def main() -> int:
@@ -94,7 +94,7 @@ def main() -> int:
 
 
 def measure(source: FrameSource, scene_map: SceneMap, starts: int, after: Sequence[int], *, search: bool) -> list[Row]:
-    """One row for each number of frames before the judged one."""
+    """Return one row for each number of frames before the judged one."""
     indices = list(source.indices())
     errors: dict[int, list[Error]] = {n: [] for n in after}
     localizer = Localizer(scene_map, LocalizerConfig(relocalize=search))
@@ -113,7 +113,7 @@ def measure(source: FrameSource, scene_map: SceneMap, starts: int, after: Sequen
 
 
 def measure_sequence(source: FrameSource, scene_map: SceneMap, *, search: bool) -> Row:
-    """All frames in order, from one cold start; that a block of a split ends is not told."""
+    """Localize all frames in order, from one cold start; the localizer is not told where a block of a split ends."""
     localizer = Localizer(scene_map, LocalizerConfig(relocalize=search))
     adapter = ImageAdapter(source.camera, localizer.camera)
     errors = []
@@ -125,11 +125,11 @@ def measure_sequence(source: FrameSource, scene_map: SceneMap, *, search: bool) 
 
 
 def measure_matcher(source: FrameSource, scene_map: SceneMap, args: argparse.Namespace) -> Row:
-    """DISK + LightGlue on the frames at which cold starts are made.
+    """Localize the starting frames by DISK + LightGlue.
 
     Raises:
-        SourceError: no source that the map was made of.
-        WeightsError: the packages that it needs are missing.
+        SourceError: the source of the map is not given.
+        WeightsError: the packages are not installed.
     """
     from disk_lightglue import DiskLightGlue
 
@@ -155,7 +155,7 @@ def _method(search: bool) -> str:
 
 
 def _error(T: Matrix | None, truth: Matrix, claimed: bool) -> Error:
-    """Metres, degrees (both infinite without a pose), and whether the pose was claimed."""
+    """Return metres, degrees (both infinite without a pose), and true for a claimed pose."""
     if T is None:
         return np.inf, np.inf, False
     away_m = float(np.linalg.norm(T[:3, 3] - truth[:3, 3]))
