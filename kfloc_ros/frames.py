@@ -18,7 +18,7 @@ from kfloc_ros.types import Frame, Matrix
 
 LOG = logging.getLogger(__name__)
 NAMED_FRAMES = 5
-"""Frames that a warning names, of those that are left out."""
+"""Largest number of left-out frames that a warning names."""
 
 
 class FrameSource(ABC):
@@ -27,11 +27,11 @@ class FrameSource(ABC):
     name: str
     """Short name for reports, such as ``redkitchen``."""
     strict: bool = False
-    """If true, a frame that cannot be used ends the run; else it is left out, counted and named."""
+    """True if an unusable frame ends the run; otherwise it is left out, counted and named."""
 
     @cached_property
     def left_out(self) -> MutableMapping[int, str]:
-        """For each frame that could not be used, by ``Frame.index``: a sentence that says why."""
+        """Reasons of the frames that could not be used, by ``Frame.index``."""
         return {}
 
     @property
@@ -62,15 +62,15 @@ class FrameSource(ABC):
         return [0] * len(self)
 
     def fault(self, position: int) -> str:
-        """Return a sentence that says why a frame cannot be used, as far as is known without decoding its image."""
+        """Return the reason why a frame cannot be used, known without decoding its image, or an empty string."""
         del position
         return ""
 
     def read(self, position: int) -> Frame | None:
-        """Return a frame, or None where it cannot be used; it is then in :attr:`left_out`, and a warning names it.
+        """Return a frame; if it cannot be used, None, with an entry in :attr:`left_out` and a warning.
 
         Raises:
-            FrameError: it cannot be used, and the source is strict.
+            FrameError: the frame cannot be used, and the source is strict.
         """
         try:
             return self[position]
@@ -98,7 +98,7 @@ class FrameSource(ABC):
         return None
 
     def __iter__(self) -> Iterator[Frame]:
-        """Every frame that can be used; see :meth:`read`."""
+        """Yield every frame that can be used; see :meth:`read`."""
         for position in range(len(self)):
             frame = self.read(position)
             if frame is not None:

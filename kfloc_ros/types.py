@@ -47,7 +47,7 @@ class Frame:
     T_map_camera: Matrix | None = None
     """Ground truth or mapping pose, (4, 4)."""
     source_camera: Camera | None = None
-    """Camera of the image before it was brought to the map's, as camera_info or the source gives it."""
+    """Camera of the image before conversion to the map's, as given by camera_info or the source."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Check of the camera by the images: do focal length, principal point and distortion fit what is seen?
+"""Check of the calibration by the images: focal length, principal point and distortion.
 
 A wrong calibration moves poses by centimetres while their covariances stay at millimetres. Every few frames the pose
 and the camera are fitted together (:mod:`kfloc_ros.pixloc.camera_fit`); the fits of the last frames are combined.
 
-Fits of neighbouring frames err alike, and in places with few or flat points they scatter more than their information
-says. The combined covariance is therefore scaled by the scatter that is observed, and a tolerance of what calibrations
-are good to is added, before a camera is called wrong.
+Fits of neighbouring frames have similar errors, and with few or flat points they scatter more than their information
+suggests. The combined covariance is therefore scaled by the observed scatter, and the usual accuracy of calibrations is
+added as a tolerance, before a camera counts as wrong.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from kfloc_ros.types import Frame, PoseEstimate, TrackingState
 
 @dataclass(frozen=True)
 class CameraCheckSettings:
-    """When fits are made, and when a camera is wrong."""
+    """Rate of the fits, and the conditions under which a camera is wrong."""
 
     first_fits: int = 8
     first_period: int = 3
@@ -35,37 +35,38 @@ class CameraCheckSettings:
     period: int = 15
     """Frames between two later fits; a fit costs about a third of a frame."""
     window: int = 24
-    """Fits that are combined."""
+    """Number of fits that are combined."""
     min_fits: int = 3
     max_focal_sigma: float = 0.03
-    """Fits that know the focal length less well than this are left out: their points are few or flat."""
+    """Largest relative standard deviation of the focal length in a fit that is used; it is exceeded if points are few
+    or flat."""
     correlation_factor: float = 2.0
-    """On the combined variance: neighbouring frames see the same points."""
+    """Factor on the combined variance, since neighbouring frames see the same points."""
     sigmas: float = 3.0
-    """Limit of an offset, in standard deviations of fit and tolerance together."""
+    """Largest offset, in standard deviations of fit and tolerance together."""
     tolerance: tuple[float, ...] = (0.005, 0.005, 0.0035, 0.0035, 0.012)
-    """Standard deviations of what calibrations are good to: shares of the focal length and of the aspect ratio, of the
-    image's width for the principal point, and k1."""
+    """Standard deviations of usual calibrations: relative to the focal length, the aspect ratio, and the image's width
+    for the principal point; absolute for k1."""
 
 
 @dataclass(frozen=True, eq=False)
 class CameraVerdict:
-    """Combined fits, and whether they contradict the camera."""
+    """Combined fits, and their contradiction of the camera, if any."""
 
     offsets: NDArray[np.float64]
-    """(5,) as in :class:`CameraFit`."""
+    """(5,) offsets as in :class:`CameraFit`."""
     covariance: NDArray[np.float64]
-    """(5, 5) of the offsets, without the tolerance."""
+    """(5, 5) covariance of the offsets, without the tolerance."""
     wrong: int | None
     """Index of the offset that contradicts the camera most; None: the camera fits."""
 
 
 class CameraCheck:
-    """Fits of the last frames.
+    """Combination of the fits of the last frames.
 
     Args:
-        camera: pinhole camera of the map, which images are brought to.
-        settings: when a camera is wrong.
+        camera: pinhole camera of the map, to which images are converted.
+        settings: rate of the fits, and conditions under which a camera is wrong.
     """
 
     def __init__(self, camera: Camera, settings: CameraCheckSettings | None = None) -> None:
@@ -78,7 +79,7 @@ class CameraCheck:
 
     @property
     def is_due(self) -> bool:
-        """Whether the present frame is to be fitted; counts the frame."""
+        """True if the present frame is due for a fit; reading it counts the frame."""
         s = self._settings
         period = s.first_period if self._made < s.first_fits else s.period
         self._frames += 1
@@ -101,7 +102,7 @@ class CameraCheck:
         self.verdict = self._judged()
 
     def widened(self, estimate: PoseEstimate) -> PoseEstimate:
-        """Return an estimate whose covariance also holds the pose that the fitted camera gives."""
+        """Return an estimate whose covariance also covers the pose of the fitted camera."""
         T, covariance = estimate.T_map_camera, estimate.covariance
         if T is None or covariance is None:
             return estimate
@@ -109,7 +110,7 @@ class CameraCheck:
         return replace(estimate, covariance=covariance + np.outer(error, error))
 
     def reset(self) -> None:
-        """Forget all fits, such as after the camera was corrected."""
+        """Drop all fits, such as after a correction of the camera."""
         self._fits.clear()
         self.verdict = None
 
@@ -136,14 +137,14 @@ class CameraCheck:
 
 @dataclass(frozen=True, eq=False)
 class Correction:
-    """Camera that the images fit, and what brings its images to the map's camera."""
+    """Fitted camera, and the conversion of its images to the map's camera."""
 
     offsets: NDArray[np.float64]
     adapter: ImageAdapter
 
     @classmethod
     def of(cls, camera: Camera, offsets: NDArray[np.float64], before: Correction | None) -> Correction:
-        """Return the correction for a camera moved by offsets (5,), on top of one that was applied to the images."""
+        """Return the correction for a camera with offsets (5,), in addition to one already applied to the images."""
         if before is not None:
             scale = math.exp(before.offsets[0])
             offsets = before.offsets + offsets * (1.0, 1.0, scale, scale, 1.0)
@@ -161,16 +162,16 @@ class Correction:
         return cls(offsets, ImageAdapter(found, camera))
 
     def apply(self, frame: Frame) -> Frame:
-        """Return a frame with its image brought to the map's camera."""
+        """Return a frame with its image converted to the map's camera."""
         return replace(frame, image=self.adapter(frame.image))
 
 
 def sentence(verdict: CameraVerdict, told: Camera | None, camera: Camera) -> str:
-    """Sentence with both values of the offset that contradicts the camera most.
+    """Return a sentence with both values of the offset that contradicts the camera most.
 
     Args:
-        verdict: of the check.
-        told: camera of the images before they were brought to the map's, as camera_info or the source gives it.
+        verdict: result of the check.
+        told: camera of the images before conversion to the map's, as given by camera_info or the source.
         camera: pinhole camera of the map.
     """
     c, given = verdict.offsets, told or camera
@@ -191,7 +192,7 @@ def sentence(verdict: CameraVerdict, told: Camera | None, camera: Camera) -> str
 
 
 def is_checked(estimate: PoseEstimate) -> bool:
-    """Whether a frame's pose is good enough to fit the camera from it."""
+    """Return true if a frame's pose is good enough to fit the camera."""
     alignment = estimate.alignment
     return estimate.state is TrackingState.TRACKING and alignment is not None and alignment.success
 

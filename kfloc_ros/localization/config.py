@@ -50,8 +50,8 @@ class LocalizerConfig:
     camera_check: str = option(
         "warn",
         "Check of the calibration by the images. warn: if focal length, principal point or distortion do not fit, "
-        "poses are DEGRADED with a larger covariance and a sentence; correct: localize with the camera that fits "
-        "(one process, one map; elsewhere as warn); off: no check.",
+        "poses are DEGRADED, with a larger covariance and the reason; correct: localize with a fitted camera "
+        "(one process and one map only; otherwise as warn); off: no check.",
         choices=("off", "warn", "correct"),
     )
     max_repeat_s: float = option(

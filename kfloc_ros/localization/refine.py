@@ -161,14 +161,14 @@ class RefineStage:
         return self._remember(estimate, times)
 
     def corrected(self, frame: Frame) -> Frame:
-        """Return a frame with its image as the map's camera would see it, if another camera than told was found."""
+        """Return a frame with its image converted to the map's camera, if a fitted camera replaces the given one."""
         return frame if self._correction is None else self._correction.apply(frame)
 
     def check_camera(self, frame: Frame, features: BackboneFeatures, estimate: PoseEstimate) -> PoseEstimate:
         """Check the camera by the images, every few frames.
 
         Returns:
-            The estimate, DEGRADED with a larger covariance if the camera does not fit the last images.
+            The estimate; DEGRADED with a larger covariance if the camera does not fit the last images.
         """
         check, T = self._camera_check, estimate.T_map_camera
         if check is None or T is None or not is_checked(estimate):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Intrinsics that fit one image: pose and camera aligned together with the map's reference views.
+"""Fit of a camera's intrinsics to one image: pose and camera aligned together with the map's reference views.
 
-Hundreds of points overdetermine a pose, so that the same residuals also fix the focal length, the principal point and
+Hundreds of points overdetermine a pose, so the same residuals also constrain the focal length, the principal point and
 the first term of radial distortion. The camera's offsets c from the map's camera are
 
     fx' = fx exp(c0), fy' = fy exp(c0 + c1), cx' = cx + c2, cy' = cy + c3, and x' = x (1 + c4 |x|^2) before projection.
@@ -27,7 +27,7 @@ OFFSETS = ("log focal length", "log aspect ratio", "principal point x", "princip
 PRIOR_SIGMA = np.array([0.15, 0.1, 20.0, 20.0, 0.15])
 """Standard deviations of the prior; pixels of the map's camera for the principal point."""
 MAX_ITERATIONS = 12
-"""For each level."""
+"""Largest number of iterations per level."""
 MIN_POINTS = 60
 _POSE = 6
 
@@ -37,11 +37,11 @@ class CameraFit:
     """Camera and pose that fit one image best."""
 
     offsets: NDArray[np.float64]
-    """(5,) offsets from the map's camera, see the module's text."""
+    """(5,) offsets from the map's camera; see the module's docstring."""
     information: NDArray[np.float64]
     """(5, 5) information of the offsets, with the pose marginalised, without the prior."""
     T_camera_local: Matrix
-    """Pose: takes points of the frame that they were given in into the camera's."""
+    """Pose (4, 4) that maps points of their given frame to the camera frame."""
     cost: float
 
 
@@ -73,13 +73,13 @@ def fit_camera(
 
     Args:
         levels: coarse to fine.
-        points: (N, 3) reference points, in a frame near the camera: float32 is exact enough only near its origin.
-        T_camera_local: pose to start from, which takes points of that frame into the camera's.
-        camera: pinhole camera of the map, which the image was brought to.
+        points: (N, 3) reference points, in a frame near the camera, since float32 is exact enough only near its origin.
+        T_camera_local: pose to start from, (4, 4), which maps points of that frame to the camera frame.
+        camera: pinhole camera of the map, to which the image was converted.
         loss: robust loss of the alignment.
 
     Returns:
-        None if too few points are in view.
+        The fit; None if too few points are in view.
     """
     T, offsets = T_camera_local, np.zeros(len(OFFSETS))
     system: _System | None = None
@@ -113,7 +113,7 @@ def fit_camera(
 
 
 def _step(system: _System, offsets: NDArray[np.float64], damping: float) -> NDArray[np.float64]:
-    """Damped Gauss-Newton step of pose and offsets under the prior."""
+    """Return the damped Gauss-Newton step of pose and offsets under the prior."""
     H, g = system.H.copy(), system.g.copy()
     H[np.diag_indices_from(H)] += damping * np.diag(system.H) + 1e-9
     precision = PRIOR_SIGMA**-2
@@ -174,7 +174,7 @@ def _jacobian(
     fy: float,
     stride: float,
 ) -> torch.Tensor:
-    """(N, 2, 11) derivative of the cell position by the left perturbation (dt, dw) and the camera's offsets."""
+    """Return the derivative (N, 2, 11) of the cell position by the left perturbation (dt, dw) and the offsets."""
     zero, one = torch.zeros_like(z), torch.ones_like(z)
     bend = 1.0 + k1 * r2
     along, across, up = bend + 2 * k1 * x * x, 2 * k1 * x * y, bend + 2 * k1 * y * y

@@ -91,8 +91,8 @@ class Refiner:
         """Fit pose and camera together, from an aligned pose.
 
         Args:
-            features: features of the query image.
-            T_map_camera: pose that was aligned with the map's camera.
+            features: backbone features of the query image.
+            T_map_camera: pose that was aligned with the map's camera, (4, 4).
 
         Returns:
             The fit and its pose ``T_map_camera``; None if too few reference points are in view.

@@ -53,7 +53,8 @@ _SHORT_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _NOTHING_TO_DO = frozenset({"PROTO", "FRAME"})
 MAX_STACK = 1_000_000
 MAX_VALUES = 100_000_000
-"""Of everything in a pickle, what is in several places counted as often: a few bytes can say 2^200 by references."""
+"""Largest number of values in a pickle; a value at several places counts each time, since references can expand a few
+bytes to 2^200 values."""
 MAX_KEY_PARTS = 16
 
 
@@ -146,7 +147,7 @@ def read_inert(content: bytes) -> Any:
 
 
 def _key(value: Any) -> Any:
-    """A key of a dictionary or a member of a set: nothing nested, whose hash could take for ever."""
+    """Return a key of a dictionary or a member of a set; refuse nested ones, whose hash could take unbounded time."""
     parts = value if isinstance(value, tuple) else (value,)
     if len(parts) > MAX_KEY_PARTS or any(isinstance(part, tuple | frozenset) for part in parts):
         raise ValueError("a key, or a member of a set, is nested")
@@ -162,9 +163,9 @@ def _collected(name: str, values: list[Any]) -> Any:
 
 
 def _resolve(value: Any, done: dict[int, Any], sizes: dict[int, int]) -> Any:
-    """``value`` with NumPy's calls decoded, however deep.
+    """Return ``value`` with NumPy's calls decoded, at any depth.
 
-    ``done`` holds what was met before, None while open, and ``sizes`` how many values that holds.
+    ``done`` has the finished results, None for unfinished ones, and ``sizes`` their numbers of values.
     """
     if not isinstance(value, list | tuple | dict | set | frozenset | Call):
         return value
