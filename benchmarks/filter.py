@@ -162,6 +162,7 @@ class Bench:
 
 
 def row(name: str, track: Track, measured: Track) -> dict[str, Any]:
+    """Return the figures of one variant."""
     poses = accuracy(track.errors)
     change = median_change(*([error.translation_m for error in run.errors] for run in (measured, track)))
     good = recall(track.errors, FAILURE_M, FAILURE_DEG)
@@ -217,6 +218,7 @@ def by_case(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def table(run: dict[str, Any]) -> str:
+    """Return the table of one run."""
     header = ("", "failed", "5cm/5deg", "median", "change, 95 %", "cells: median/mean/std", "mean sq", "1/2/3 sigma")
     lines = []
     for r in run["rows"]:

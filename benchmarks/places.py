@@ -101,7 +101,7 @@ def main() -> int:
     parser.add_argument("--walk", type=int, default=20, help="frames of the walk in the first room (default: 20)")
     parser.add_argument("--train-seconds", type=float, default=10.0, help="of each room's head (default: 10)")
     parser.add_argument("--loaded-submaps", type=int, default=4, help="submaps kept in memory (default: 4)")
-    parser.add_argument("--begun", action="store_true", help="begin walks from nothing, too")
+    parser.add_argument("--begun", action="store_true", help="also begin walks without a pose")
     parser.add_argument("--doors", action="store_true", help="walk through the doors between three rooms, too")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)

@@ -7,32 +7,32 @@ class KflocError(Exception):
 
 
 class ConfigError(KflocError):
-    """A configuration key is unknown, or a value has the wrong type or lies outside its range."""
+    """Error of an unknown configuration key, or of a value of the wrong type or outside its range."""
 
 
 class WeightsError(KflocError):
-    """Pretrained weights are missing or do not have the expected layout."""
+    """Error of pretrained weights that are missing or do not have the expected layout."""
 
 
 class MapError(KflocError):
-    """A map folder is missing, damaged, of a newer version, or unfit for the camera at hand."""
+    """Error of a map folder that is missing, damaged, of a newer version, or unfit for the camera at hand."""
 
 
 class SourceError(KflocError):
-    """A SOURCE (dataset folder or bag) is missing, ambiguous or damaged."""
+    """Error of a SOURCE (dataset folder or bag) that is missing, ambiguous or damaged."""
 
 
 class FrameError(KflocError):
-    """One frame is unusable: wrong size, encoding, intrinsics or time stamp."""
+    """Error of one unusable frame: wrong size, encoding, intrinsics or time stamp."""
 
 
 class RosUnavailableError(KflocError):
-    """ROS 2 is needed for this command and cannot be imported."""
+    """Error of a command that needs ROS 2, which cannot be imported."""
 
 
 class ReplayError(KflocError):
-    """A replay could not be carried out: a node ended or did not come up in time."""
+    """Error of a replay: a node ended or did not come up in time."""
 
 
 class DrawingError(KflocError):
-    """A picture, video, recording or page cannot be made: nothing to show, a missing package, or no codec."""
+    """Error of a picture, video, recording or page that cannot be made: no content, a missing package, or no codec."""

@@ -101,7 +101,7 @@ class FilterReport:
 
 @dataclass(frozen=True, eq=False)
 class AlignmentStep:
-    """One pose on the way from the start of an alignment to its end."""
+    """Pose between the start of an alignment and its end."""
 
     T_map_camera: Matrix
     cost: float

@@ -58,6 +58,7 @@ class ParityReport:
 
     @property
     def agrees(self) -> bool:
+        """True if all differences are within the tolerance, and iterations and valid points are equal."""
         return (
             self.max_feature_difference <= TOLERANCE
             and self.max_pose_difference <= TOLERANCE

@@ -73,8 +73,8 @@ def evaluate_disturbed(
         events: disturbances, by the slots' ``event``.
         answers: by the number of the frame in the stream; a frame without one was dropped.
     """
-    nothing = Answer(processed=False, state="", error_m=None, latency_ms=math.nan)
-    given = [answers.get(number, nothing) for number in range(len(slots))]
+    dropped = Answer(processed=False, state="", error_m=None, latency_ms=math.nan)
+    given = [answers.get(number, dropped) for number in range(len(slots))]
     kinds = {}
     for kind in dict.fromkeys(events):
         of_kind = [number for number, event in enumerate(events) if event is kind]

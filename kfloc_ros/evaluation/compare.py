@@ -39,7 +39,7 @@ FIGURES: tuple[tuple[str, str, float, str, int], ...] = (
 
 @dataclass(frozen=True)
 class Row:
-    """One figure of two runs, as text."""
+    """Figure of two runs, as text."""
 
     name: str
     first: str

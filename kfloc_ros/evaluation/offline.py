@@ -18,7 +18,7 @@ from kfloc_ros.types import Frame, PoseEstimate, TrackingState
 
 @dataclass(frozen=True, eq=False)
 class LocalizedFrame:
-    """One frame of a source and its result."""
+    """Frame of a source with its result."""
 
     frame: Frame
     """Frame of the source, unchanged."""

@@ -89,10 +89,12 @@ class CameraTensor(TensorObject):
         kind = max((camera.kind for camera in objects), key=lambda k: k.count)
         if any(camera.kind is Distortion.FISHEYE for camera in objects):
             kind = Distortion.FISHEYE
-        alike = [camera.as_kind(kind) for camera in objects]
+        converted = [camera.as_kind(kind) for camera in objects]
         dim = dim if dim >= 0 else dim - 1
-        data = torch.stack([camera.data for camera in alike], dim)
-        return CameraTensor(data, kind, torch.stack([camera.limit for camera in alike], dim if dim >= 0 else dim + 1))
+        data = torch.stack([camera.data for camera in converted], dim)
+        return CameraTensor(
+            data, kind, torch.stack([camera.limit for camera in converted], dim if dim >= 0 else dim + 1)
+        )
 
     @property
     def size(self) -> torch.Tensor:

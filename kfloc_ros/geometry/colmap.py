@@ -198,9 +198,9 @@ def _differing_camera(folder: Path, model: Any) -> str:
         if int(words[0]) not in model.cameras:
             return words[0]
         known = model.cameras[int(words[0])]
-        told = [float(value) for value in words[2:]]
-        if len(told) - 2 != len(known.params) or not np.allclose(
-            told, [known.width, known.height, *known.params], rtol=AGREE_SHARE, atol=1e-6
+        listed = [float(value) for value in words[2:]]
+        if len(listed) - 2 != len(known.params) or not np.allclose(
+            listed, [known.width, known.height, *known.params], rtol=AGREE_SHARE, atol=1e-6
         ):
             return words[0]
     return ""
@@ -213,8 +213,8 @@ def _differing_point(folder: Path, model: Any) -> str:
         ident = int(words[0])
         if ident not in model.points3D:
             return words[0]
-        told, known = np.array([float(value) for value in words[1:4]]), np.asarray(model.points3D[ident].xyz)
-        if np.linalg.norm(told - known) > AGREE_SHARE * max(float(np.linalg.norm(known)), 1e-9):
+        listed, known = np.array([float(value) for value in words[1:4]]), np.asarray(model.points3D[ident].xyz)
+        if np.linalg.norm(listed - known) > AGREE_SHARE * max(float(np.linalg.norm(known)), 1e-9):
             return words[0]
     return ""
 

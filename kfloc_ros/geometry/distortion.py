@@ -32,6 +32,7 @@ class Distortion(Enum):
 
     @property
     def count(self) -> int:
+        """Number of coefficients."""
         return self.value[0]
 
 

@@ -106,8 +106,8 @@ def backward_flow(current: torch.Tensor, previous: torch.Tensor, temperature: fl
     second = probability @ (offsets * offsets)
     variance = (second - mean * mean).clamp(min=0).mean(1) + PIXEL_LOCKING_VARIANCE
     offset = mean.t().reshape(2, h, w) + window.base
-    alike = (probability * window.scores).sum(1).reshape(h, w) >= MIN_CORRELATION
-    valid = alike & ends_inside(offset) & ~window.at_edge
+    similar = (probability * window.scores).sum(1).reshape(h, w) >= MIN_CORRELATION
+    valid = similar & ends_inside(offset) & ~window.at_edge
     return Flow(offset, variance.reshape(h, w), valid, window.at_edge)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One step of the filter: propagate a belief along a flow, and fuse it with a measurement of the same cells."""
+"""Filter step: propagation of a belief along a flow, and fusion with a measurement of the same cells."""
 
 from __future__ import annotations
 

@@ -149,7 +149,7 @@ class Correction:
             scale = math.exp(before.offsets[0])
             offsets = before.offsets + offsets * (1.0, 1.0, scale, scale, 1.0)
         scale = math.exp(offsets[0])
-        found = Camera(
+        fitted = Camera(
             camera.width,
             camera.height,
             camera.fx * scale,
@@ -159,34 +159,34 @@ class Correction:
             "plumb_bob",
             (offsets[4], 0.0, 0.0, 0.0, 0.0),
         )
-        return cls(offsets, ImageAdapter(found, camera))
+        return cls(offsets, ImageAdapter(fitted, camera))
 
     def apply(self, frame: Frame) -> Frame:
         """Return a frame with its image converted to the map's camera."""
         return replace(frame, image=self.adapter(frame.image))
 
 
-def sentence(verdict: CameraVerdict, told: Camera | None, camera: Camera) -> str:
+def sentence(verdict: CameraVerdict, given: Camera | None, camera: Camera) -> str:
     """Return a sentence with both values of the offset that contradicts the camera most.
 
     Args:
         verdict: result of the check.
-        told: camera of the images before conversion to the map's, as given by camera_info or the source.
+        given: camera of the images before conversion to the map's, as given by camera_info or the source.
         camera: pinhole camera of the map.
     """
-    c, given = verdict.offsets, told or camera
-    source = "camera_info" if told is not None else "the map's camera"
-    px_x, px_y = given.fx / camera.fx, given.fy / camera.fy
+    c, known = verdict.offsets, given or camera
+    source = "camera_info" if given is not None else "the map's camera"
+    px_x, px_y = known.fx / camera.fx, known.fy / camera.fy
     if verdict.wrong == 0:
-        return f"the images fit a focal length of {given.fx * math.exp(c[0]):.0f} px, {source} says {given.fx:.0f} px"
+        return f"the images fit a focal length of {known.fx * math.exp(c[0]):.0f} px, {source} says {known.fx:.0f} px"
     if verdict.wrong == 1:
-        found = given.fy / given.fx * math.exp(c[1])
-        return f"the images fit a ratio fy/fx of {found:.3f}, {source} says {given.fy / given.fx:.3f}"
+        fitted = known.fy / known.fx * math.exp(c[1])
+        return f"the images fit a ratio fy/fx of {fitted:.3f}, {source} says {known.fy / known.fx:.3f}"
     if verdict.wrong in (2, 3):
-        x, y = given.cx + px_x * c[2], given.cy + px_y * c[3]
+        x, y = known.cx + px_x * c[2], known.cy + px_y * c[3]
         return (
             f"the images fit a principal point of ({x:.0f}, {y:.0f}) px, "
-            f"{source} says ({given.cx:.0f}, {given.cy:.0f}) px"
+            f"{source} says ({known.cx:.0f}, {known.cy:.0f}) px"
         )
     return f"the images fit a radial distortion that differs from {source} by k1 = {c[4]:+.3f}"
 

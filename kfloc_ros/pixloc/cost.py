@@ -22,7 +22,7 @@ NEAR_M = 0.05
 
 @dataclass(frozen=True, eq=False)
 class FeatureImage:
-    """One feature level of the query: features, their image gradients and confidence, laid out for gathering."""
+    """Feature level of the query: features, their image gradients and confidence, laid out for gathering."""
 
     table: torch.Tensor
     """(H * W, 3 C + 1): features, their central differences along u and v, confidence."""
@@ -74,7 +74,7 @@ class FeatureImage:
 
 @dataclass(frozen=True)
 class RobustLoss:
-    """The general loss of Barron (CVPR 2019) at alpha = 0 with scale c: 2 c^2 log(1 + x / (2 c^2)), x = |r|^2."""
+    """General loss of Barron (CVPR 2019) at alpha = 0 with scale c: 2 c^2 log(1 + x / (2 c^2)), x = |r|^2."""
 
     scale: float
 

@@ -100,8 +100,8 @@ class ReferenceViews:
     def best_overlapping(self, T_map_camera: Matrix, camera: Camera, count: int) -> list[int]:
         """Return positions of the nearest views, at most ``count``, with enough points in a camera's view.
 
-        Far from the mapped path the nearest views may look at something else than the camera, and further ones at the
-        same. If the nearest have enough points in view, the result is that of :meth:`nearest`.
+        Far from the mapped path the nearest views may look in another direction than the camera; further views are then
+        better. If the nearest have enough points in view, the result is that of :meth:`nearest`.
         """
         return self._overlapping(T_map_camera, camera, count)[0]
 

@@ -19,7 +19,7 @@ UNRELATED_COST = 0.26
 The features are the same in every map, and so is the cost of unrelated images: in an office (hololens_office) and in a
 mirrored kitchen (RedKitchen) wrong places cost 0.26 and more, right ones at most 0.25. The search uses this limit even
 if the map's own is stricter. A map's limit is calibrated on views close to the mapped ones, and right poses further
-away cost more. The search also has evidence besides the cost: its starting poses come from matched points."""
+away cost more. The search also has evidence independent of the cost: its starting poses come from matched points."""
 
 
 @dataclass(frozen=True)

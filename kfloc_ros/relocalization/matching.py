@@ -43,6 +43,7 @@ class Matches:
 
     @classmethod
     def concatenate(cls, parts: Sequence[Matches]) -> Matches:
+        """Return the matches of several views as one set."""
         return cls(
             np.concatenate([m.pixels for m in parts]),
             np.concatenate([m.points for m in parts]),

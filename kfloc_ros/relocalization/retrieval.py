@@ -34,7 +34,7 @@ CELLS_PER_BLOCK = 2
 
 @dataclass(frozen=True)
 class Retrieved:
-    """A reference view that an image resembles."""
+    """Reference view similar to an image."""
 
     position: int
     """Position in the map's list of views."""
@@ -105,8 +105,8 @@ class ReferenceIndex:
     def _votes(self, cells: QueryCells, positions: Sequence[int]) -> list[float]:
         """Return the weight of votes of each view; a cell votes for the views with the points most similar to it."""
         features = cells.features.float()
-        alike = [(features @ self._views[k].coarse.to(features).t()).amax(dim=1) for k in positions]
-        best = torch.stack(alike, dim=1).topk(min(VOTES, len(positions)), dim=1)
+        similarity = [(features @ self._views[k].coarse.to(features).t()).amax(dim=1) for k in positions]
+        best = torch.stack(similarity, dim=1).topk(min(VOTES, len(positions)), dim=1)
         weight = (best.values - MIN_VOTE).clamp(min=0) * cells.weight[:, None]
         votes = torch.zeros(len(positions), device=weight.device)
         return [float(v) for v in votes.index_add_(0, best.indices.reshape(-1), weight.reshape(-1))]

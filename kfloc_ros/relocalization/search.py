@@ -56,8 +56,8 @@ class Relocalizer:
         Args:
             features: backbone features of the image.
             align: aligner of the image.
-            expected: expected pose ``T_map_camera`` (4, 4), if any. The whole map is searched all the same, but a pose
-                elsewhere must have more evidence.
+            expected: expected pose ``T_map_camera`` (4, 4), if any. The search still covers the whole map, but a pose
+                elsewhere needs more evidence.
             likely: further starting poses, such as the end of a rejected alignment.
 
         Returns:

@@ -45,6 +45,7 @@ class Recording:
 
 
 def map_route(seed: int) -> Route:
+    """Return the route for mapping: twice around the room, wide and narrow."""
     first = np.arange(-30, 340, 30.0)
     second = np.arange(360, 690, 30.0)
     wave = np.arange(len(first) + len(second))
@@ -70,6 +71,7 @@ def _short_map_route(seed: int) -> Route:
 
 
 def localize_route(seed: int) -> Route:
+    """Return the route for localization: once around the room, in the other direction."""
     headings = np.arange(330, -20, -30.0)
     wave = np.arange(len(headings))
     heights, aims = 1.36 + 0.1 * np.sin(1.7 * wave), 1.05 + 0.25 * np.sin(2.3 * wave)
