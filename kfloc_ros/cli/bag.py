@@ -24,8 +24,8 @@ examples:
 """
 
 INFO_DESCRIPTION = """\
-List the topics and TF frames of a bag, the topics that `kfloc replay` and `kfloc map build` select, and the choices left
-to the user.
+List the topics and TF frames of a bag, the topics that `kfloc replay` and `kfloc map build` select, and the choices
+left to the user.
 """
 
 INFO_EPILOG = """\
@@ -125,7 +125,7 @@ def run_info(args: argparse.Namespace) -> int:
 
 
 def _for_a_map(bag: Path) -> str:
-    """Return the topics from which ``kfloc map build`` builds a map with the command, or the choice left to the user."""
+    """Return the topics that ``kfloc map build`` uses and its command, or the choice left to the user."""
     from kfloc_ros.datasets.ros_bag import RosBag
     from kfloc_ros.errors import SourceError
 
