@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m kfloc_ros.cli``: the ``kfloc`` command where it is not installed."""
+"""Entry point of ``python -m kfloc_ros.cli``: the ``kfloc`` command where it is not installed."""
 
 from __future__ import annotations
 

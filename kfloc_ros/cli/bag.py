@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``kfloc bag``: a source of frames as a real rosbag2 recording, and what a recording holds."""
+"""``kfloc bag``: writes a source as a rosbag2 recording (``make``) and lists the content of a recording (``info``)."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 from kfloc_ros.cli.arguments import add_source_arguments, need_camera, open_source_from
 
 MAKE_DESCRIPTION = """\
-Write the frames of SOURCE as a rosbag2 folder (mcap), at the rate at which they were recorded.
+Write the frames of SOURCE as a rosbag2 folder (mcap), with their original time stamps.
 
 Topics: /camera/image/compressed (sensor_msgs/CompressedImage), /camera/camera_info, /camera/depth/compressed
-(16-bit PNG in millimetres), and the truth as /ground_truth/pose (geometry_msgs/PoseStamped) and in /tf as
-map -> camera_ground_truth. Needs no ROS. Images that SOURCE has as JPEG are stored as they are.
+(16-bit PNG in millimetres). The ground truth is written as /ground_truth/pose (geometry_msgs/PoseStamped) and in /tf as
+map -> camera_ground_truth. JPEG images of SOURCE are copied unchanged. Needs no ROS.
 """
 
 MAKE_EPILOG = """\
@@ -24,21 +24,21 @@ examples:
 """
 
 INFO_DESCRIPTION = """\
-List the topics and TF frames of a bag, and say what `kfloc replay` would play of it and what a map would be made of,
-or what is left to choose.
+List the topics and TF frames of a bag, the topics that `kfloc replay` and `kfloc map build` select, and the choices
+left to the user.
 """
 
 INFO_EPILOG = """\
 examples:
   kfloc bag info my_bag
 
-exit codes: 0 `kfloc replay` needs no choice of topics, 1 it does, 2 the bag cannot be read
+exit codes: 0 `kfloc replay` needs no choice of topics, 1 it needs one, 2 the bag cannot be read
 """
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the ``bag`` subcommand."""
-    parser = subparsers.add_parser("bag", help="write a source as a rosbag2, or list what one holds")
+    parser = subparsers.add_parser("bag", help="write a source as a rosbag2, or list the content of one")
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
     make = actions.add_parser(
         "make",
@@ -49,9 +49,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     add_source_arguments(make)
     make.add_argument("--out", required=True, type=Path, metavar="BAG", help="folder of the new bag")
-    make.add_argument("--no-depth", action="store_true", help="leave the depth images out")
-    make.add_argument("--force", action="store_true", help="replace a bag that is there")
-    make.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    make.add_argument("--no-depth", action="store_true", help="omit the depth images")
+    make.add_argument("--force", action="store_true", help="replace an existing bag")
+    make.add_argument("--quiet", action="store_true", help="print only errors")
     make.set_defaults(action=run_make)
     info = actions.add_parser(
         "info",
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def run_make(args: argparse.Namespace) -> int:
-    """Run ``kfloc bag make``; 0 when the bag is complete."""
+    """Run ``kfloc bag make``; return 0 when the bag is complete."""
     from tqdm import tqdm
 
     from kfloc_ros.bags.writer import write_bag
@@ -83,14 +83,14 @@ def run_make(args: argparse.Namespace) -> int:
         )
     if not args.quiet:
         print(
-            f"{args.out}: {report.frames} frames, {report.with_truth} with truth, {report.with_depth} with depth; "
-            f"{report.duration_s:.1f} s, {report.size_bytes / 1e6:.0f} MB."
+            f"{args.out}: {report.frames} frames, {report.with_truth} with ground truth, {report.with_depth} with "
+            f"depth; {report.duration_s:.1f} s, {report.size_bytes / 1e6:.0f} MB."
         )
     return 0
 
 
 def run_info(args: argparse.Namespace) -> int:
-    """Run ``kfloc bag info``; 0 if the topics to play follow from the bag, 1 if the user has to choose."""
+    """Run ``kfloc bag info``; return 0 if the topics follow from the bag, 1 if the user has to choose."""
     from kfloc_ros.bags.reader import BagReader
     from kfloc_ros.bags.topics import choose_image, choose_info, choose_truth
     from kfloc_ros.cli.tables import format_table
@@ -116,7 +116,7 @@ def run_info(args: argparse.Namespace) -> int:
             print(f"Images: {image.name}{' (rectified)' if image.is_rectified else ''}.")
             print(f"Calibration: {choose_info(args.bag, bag.topics, image, None).name}.")
             truth = choose_truth(args.bag, bag.topics)
-            print(f"Truth: {truth.name if truth is not None else 'none, unless --truth names one'}.")
+            print(f"Ground truth: {truth.name if truth is not None else 'none; --truth selects one'}.")
         except SourceError as error:
             print(error)
             code = 1
@@ -125,7 +125,7 @@ def run_info(args: argparse.Namespace) -> int:
 
 
 def _for_a_map(bag: Path) -> str:
-    """What ``kfloc map build`` makes a map of, or which choice it leaves open, and the words for it."""
+    """Return the topics that ``kfloc map build`` uses and its command, or the choice left to the user."""
     from kfloc_ros.datasets.ros_bag import RosBag
     from kfloc_ros.errors import SourceError
 
@@ -137,5 +137,5 @@ def _for_a_map(bag: Path) -> str:
     with_pose = sum(source.pose(position) is not None for position in range(len(source)))
     listed = ", ".join(f"{word} {topic}" for word, topic in chosen.items())
     if not with_pose:
-        return f"{listed}. No image has a pose: kfloc map build bag:{bag} --sfm DIR --out MAP finds them."
+        return f"{listed}. No image has a pose: kfloc map build bag:{bag} --sfm DIR --out MAP estimates poses."
     return f"{listed}; {with_pose} of {len(source)} images have a pose: kfloc map build bag:{bag} --out MAP."

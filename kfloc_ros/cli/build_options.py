@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``kfloc map build`` and ``kfloc map update`` share: the options of a build and its progress bars."""
+"""Options and progress bars of a map build, shared by ``kfloc map build`` and ``kfloc map update``."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ UNITS_S = {"": 1.0, "s": 1.0, "min": 60.0, "h": 3600.0}
 
 
 def add_build_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of a build; read them back with :func:`build_config_from`."""
+    """Add the options of a build; :func:`build_config_from` reads them."""
     from kfloc_ros.config import options_of
     from kfloc_ros.mapping.build import MapBuildConfig
 
     parser.add_argument(
-        "--no-depth", action="store_true", help="find depth from the views' motion, even if the source has depth"
+        "--no-depth", action="store_true", help="estimate depth from the views' motion, even if the source has depth"
     )
     parser.add_argument(
         "--budget",
@@ -34,8 +34,8 @@ def add_build_options(parser: argparse.ArgumentParser) -> None:
         type=duration_s,
         default=0.0,
         metavar="TIME",
-        help="time for everything, such as 5min or 90s: views are left out if it is short, and training takes what "
-        "is left (default: all views, and --train-seconds for training)",
+        help="time budget of the whole build, such as 5min or 90s: views are left out if necessary, and training "
+        "uses the remaining time (default: all views, and --train-seconds for training)",
     )
     for item in options_of(MapBuildConfig):
         if item.name != BUDGET:
@@ -49,10 +49,10 @@ def add_build_options(parser: argparse.ArgumentParser) -> None:
 
 
 def build_config_from(args: argparse.Namespace) -> MapBuildConfig:
-    """The options of a build, checked.
+    """Return the options of a build.
 
     Raises:
-        ConfigError: a value out of its range.
+        ConfigError: a value is out of range.
     """
     from kfloc_ros.config import build_config, options_of
     from kfloc_ros.mapping.build import MapBuildConfig
@@ -61,20 +61,20 @@ def build_config_from(args: argparse.Namespace) -> MapBuildConfig:
 
 
 def need_poses(source: FrameSource) -> None:
-    """Refuse images without poses before anything is computed.
+    """Refuse images without poses before any computation.
 
     Raises:
-        SourceError: what to do instead.
+        SourceError: no frame has a pose.
     """
     if source.camera_is_guess or all(source.pose(position) is None for position in range(len(source))):
         raise SourceError(
-            f"'{source.name}' has images without poses. `kfloc map build ... --sfm DIR` finds them, and keeps them "
-            "in DIR as the source colmap:DIR."
+            f"'{source.name}' has images without poses. `kfloc map build ... --sfm DIR` estimates them and writes "
+            "them to DIR, which is then the source colmap:DIR."
         )
 
 
 def provenance_of(args: argparse.Namespace, source: FrameSource, command: str) -> dict[str, Any]:
-    """What a map notes about the command line that made it."""
+    """Return the origin of a map as stored in it: command line and selection of frames."""
     from kfloc_ros.mapping.motion_depth import MotionDepth
 
     return {
@@ -87,10 +87,10 @@ def provenance_of(args: argparse.Namespace, source: FrameSource, command: str) -
 
 
 def duration_s(text: str) -> float:
-    """Seconds of ``5min``, ``90s``, ``1h`` or ``300``."""
+    """Return the seconds in ``5min``, ``90s``, ``1h`` or ``300``."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|min|h|)", text.strip())
     if match is None or float(match[1]) <= 0:
-        raise argparse.ArgumentTypeError(f"'{text}' is no time; write 5min, 90s or 1h")
+        raise argparse.ArgumentTypeError(f"'{text}' is not a duration; write 5min, 90s or 1h")
     return float(match[1]) * UNITS_S[match[2]]
 
 
@@ -99,13 +99,13 @@ DONE = "done"
 
 
 class StageBars:
-    """Progress bars, one for each stage, named as the stage is or as ``TITLES`` says."""
+    """Progress bars, one per stage, titled by ``TITLES`` or by the stage's name."""
 
     def __init__(self) -> None:
         self._bars: dict[str, tqdm[Any]] = {}
 
     def __call__(self, stage: str, share_done: float, text: str = "") -> None:
-        """Show how much of a stage is done."""
+        """Update the bar of a stage; a new stage completes the others."""
         from tqdm import tqdm
 
         if stage not in self._bars:
@@ -128,5 +128,5 @@ class BuildBars:
         self._bars = StageBars()
 
     def __call__(self, progress: BuildProgress) -> None:
-        """Show where a build stands."""
+        """Update the bar of the build's current stage."""
         self._bars(progress.stage, progress.share_done, progress.text)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``kfloc compare``: two result folders side by side."""
+"""``kfloc compare``: comparison of two result folders."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 DESCRIPTION = """\
-Compare two result folders of `kfloc localize` or `kfloc replay`, figure by figure.
+Compare two result folders of `kfloc localize` or `kfloc replay`, metric by metric.
 
-Also says what else differs between the two, since figures over other frames, another truth or another
-machine do not compare.
+Other differences between the two are listed as well: results for different frames, ground truth or machines are not
+comparable.
 """
 
 EPILOG = """\
@@ -20,7 +20,7 @@ examples:
   kfloc compare out/before out/after --html out/compare.html
   kfloc compare out/before out/after --require 'change.recall.5cm_5deg>=-0.02' --require 'latency_ms.p95<=100'
 
-exit codes: 0 done, 1 a requirement is not met, 2 the input was at fault
+exit codes: 0 done, 1 a requirement is not met, 2 invalid input
 """
 
 
@@ -28,22 +28,22 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Add the ``compare`` subcommand."""
     parser = subparsers.add_parser(
         "compare",
-        help="two result folders side by side",
+        help="compare two result folders",
         description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("first", metavar="A", type=Path, help="result folder to compare with")
-    parser.add_argument("second", metavar="B", type=Path, help="result folder to judge")
+    parser.add_argument("first", metavar="A", type=Path, help="result folder of the baseline (A)")
+    parser.add_argument("second", metavar="B", type=Path, help="result folder to compare with it (B)")
     parser.add_argument("--html", type=Path, metavar="FILE", help="also write the comparison as one HTML file")
     parser.add_argument(
         "--require", action="append", default=[], metavar="FIGURE<=N",
-        help="a figure of B's summary.json, or change.FIGURE for B minus A, that must hold; may be repeated",
+        help="required value of a metric in B's summary.json, or of change.METRIC (B minus A); can be repeated",
     )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run ``kfloc compare``; 1 if a requirement is not met."""
+    """Run ``kfloc compare``; return 1 if a requirement is not met."""
     from kfloc_ros.cli.tables import format_table
     from kfloc_ros.evaluation.compare import compare_page, compare_rows, differences, read_summary, with_changes
     from kfloc_ros.evaluation.requirements import parse_requirement
@@ -54,12 +54,12 @@ def run(args: argparse.Namespace) -> int:
     rows = [(r.name, r.first, r.second, r.change, marks[r.verdict]) for r in compare_rows(first, second)]
     print(format_table(rows, header=("", str(args.first), str(args.second), "change", "")))
     others = differences(first, second)
-    print("\nWhat else differs: " + ("; ".join(others) if others else "nothing") + ".")
+    print("\nOther differences: " + ("; ".join(others) if others else "nothing") + ".")
     if args.html is not None:
         args.html.parent.mkdir(parents=True, exist_ok=True)
         args.html.write_text(compare_page((str(args.first), str(args.second)), first, second), encoding="utf-8")
     figures = with_changes(first, second)
     failures = [failure for item in requirements if (failure := item.failure(figures))]
     for failure in failures:
-        print(f"Not met: {failure}", file=sys.stderr)
+        print(f"Requirement not met: {failure}", file=sys.stderr)
     return 1 if failures else 0

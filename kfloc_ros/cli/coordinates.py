@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``kfloc coordinates``: what the filter believes about every frame, in KFNet's file formats."""
+"""``kfloc coordinates``: export of the filter's scene coordinates in KFNet's file formats."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from kfloc_ros.maps.scene_map import SceneMap
 from kfloc_ros.types import Frame
 
 DESCRIPTION = """\
-Write the scene coordinates of every frame of SOURCE as KFNet does: OUT/coord_<i>.npy, h x w x 4 float32 with map
-metres and 1/sigma (the inverse standard deviation), i counting from 0; with --flow also <a>_<b>_flow.npy, h x w x 3,
-from each frame to the one before. coordinates.json says which frame each is, and which pixel a cell stands for.
-`kfloc pnp OUT` turns them into poses; with --gt-out their true poses are written as its --gt takes them.
+Write the scene coordinates of every frame of SOURCE in KFNet's format: OUT/coord_<i>.npy, h x w x 4 float32 with map
+coordinates in metres and 1/sigma (the inverse standard deviation), i counting from 0. With --flow, also write
+<a>_<b>_flow.npy, h x w x 3, the flow from each frame to the previous one. coordinates.json lists the frames and the
+pixel of a cell. `kfloc pnp OUT` computes poses from the files; --gt-out writes the true poses for its --gt.
 """
 
 EPILOG = """\
@@ -48,14 +48,16 @@ def add_parser(subparsers: Any) -> None:
     add_source_arguments(parser)
     parser.add_argument("--map", required=True, metavar="DIR", help="map folder, or the name of a shipped map")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the files")
-    parser.add_argument("--no-filter", action="store_true", help="each frame's measurement alone")
-    parser.add_argument("--flow", action="store_true", help="also the flow between frames")
-    parser.add_argument("--gt-out", type=Path, metavar="DIR", help="write the true poses and gt_list.txt here")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where networks run")
+    parser.add_argument("--no-filter", action="store_true", help="write the measurements only, without filtering")
+    parser.add_argument("--flow", action="store_true", help="also write the flow between frames")
+    parser.add_argument(
+        "--gt-out", type=Path, metavar="DIR", help="write the true poses and gt_list.txt to this folder"
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="device of the networks")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the maps."""
+    """Run ``kfloc coordinates``; return 0."""
     source = open_source_from(args, depth=False)
 
     from tqdm import tqdm
@@ -84,12 +86,12 @@ def export_coordinates(
     """Write ``coord_<i>.npy`` of every frame, i counting from 0; yields each i.
 
     Args:
-        source: of frames.
-        scene_map: to localize in.
-        config: of the localizer.
-        out: folder for the maps and ``coordinates.json``.
-        flow: also write the flow from each frame to the one before.
-        truth: folder for the true poses, one file a frame, and ``gt_list.txt``.
+        source: source of frames.
+        scene_map: map to localize in.
+        config: options of the localizer.
+        out: folder for the coordinate maps and ``coordinates.json``.
+        flow: also write the flow from each frame to the previous one.
+        truth: folder for the true poses, one file per frame, and ``gt_list.txt``.
     """
     localizer = Localizer(scene_map, config)
     adapter = ImageAdapter(source.camera, localizer.camera)
@@ -120,7 +122,9 @@ def export_coordinates(
 
 @torch.inference_mode()
 def _write_flow(out: Path, i: int, previous: CoarseResult, result: CoarseResult, scene_map: SceneMap) -> None:
-    if scene_map.kfnet is not None:  # the filter has just had them; anew, there is nothing that was carried
+    if (
+        scene_map.kfnet is not None
+    ):  # # the filter has just computed the flow; a second pass would have no previous frame
         filtered = result.filtered
         if filtered is not None and filtered.flow is not None and filtered.prior is not None:
             write_flow(out, i, i - 1, filtered.flow.offset, filtered.prior.variance)

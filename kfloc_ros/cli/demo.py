@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``kfloc demo``: the whole path on a room that the project renders itself, with the commands a user would type."""
+"""``kfloc demo``: the whole pipeline on a rendered room, with the commands that a user would type."""
 
 from __future__ import annotations
 
@@ -16,34 +16,34 @@ from dataclasses import dataclass
 from pathlib import Path
 
 DESCRIPTION = """\
-Render a furnished room along two hand-held walks into two rosbags, build a map from the first, and localize the
-second, played over DDS at its recorded rate, with the live ROS 2 nodes. Prints the accuracy and the rate, and names
-the pictures. Nothing is downloaded.
+Render a furnished room along two hand-held walks into two rosbags, build a map from the first walk, and localize the
+second one with the live ROS 2 nodes, played over DDS in real time. Prints accuracy and rate, and lists the pictures.
+Nothing is downloaded.
 
-The second walk passes at other places and heights than the first, at dusk, and somebody switches a lamp off.
+The second walk follows another path at another height, at dusk, and one lamp is switched off on the way.
 """
 
 EPILOG = """\
 examples:
   kfloc demo                       # the whole room, about five minutes on two cores
   kfloc demo --quick               # a part of it, less than two minutes
-  kfloc demo --separate --out D    # camera, filter and refiner in a process each; everything goes to D
+  kfloc demo --separate --out D    # camera, filter and refiner in separate processes; results in D
 """
 
 PICTURES = {
-    "room.png": "the room, as both walks saw it",
-    "live/trajectory.png": "true and estimated way, from above",
-    "live/error.png": "error over time, with the error that the covariance claims",
+    "room.png": "images of both walks",
+    "live/trajectory.png": "true and estimated trajectory, from above",
+    "live/error.png": "error over time, with the error predicted by the covariance",
     "live/recall.png": "share of frames within x cm and x degrees",
-    "live/latency.png": "where the time goes",
+    "live/latency.png": "time per stage",
 }
 MIN_RECALL = 0.5
-"""Share of processed frames within 5 cm and 5 degrees below which the demo counts as failed."""
+"""Share of processed frames within 5 cm and 5 degrees below which the demo fails."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What differs between the whole demo and the quick one."""
+    """Settings that differ between the whole demo and the quick one."""
 
     mapping: str
     localizing: str
@@ -59,23 +59,25 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Add the ``demo`` subcommand."""
     parser = subparsers.add_parser(
         "demo",
-        help="the whole path on a scene that the project renders itself",
+        help="run the whole pipeline on a rendered room",
         description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--quick", action="store_true", help="a part of the room only, and a short training")
+    parser.add_argument("--quick", action="store_true", help="only a part of the room, and a short training")
     parser.add_argument("--out", type=Path, default=Path("demo_out"), metavar="DIR", help="folder (default: demo_out)")
-    parser.add_argument("--separate", action="store_true", help="camera, filter and refiner in a process each")
+    parser.add_argument("--separate", action="store_true", help="run camera, filter and refiner in separate processes")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run ``kfloc demo``; 0 if the camera was localized, 1 if a step failed or hardly any frame was right."""
+    """Run ``kfloc demo``; return 0 if the camera was localized, 1 if a step failed or recall is below
+    ``MIN_RECALL``.
+    """
     plan = QUICK if args.quick else FULL
     out: Path = args.out
     out.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    print(f"The whole path on a rendered room, {plan.takes}. Everything goes to '{out}'.")
+    print(f"The whole pipeline on a rendered room, {plan.takes}. All files are written to '{out}'.")
     bags = out / "map_bag", out / "localize_bag"
     make = [["bag", "make", plan.mapping, "--out", str(bags[0]), "--force"]]
     make.append(["bag", "make", plan.localizing, "--out", str(bags[1]), "--force", "--no-depth"])
@@ -84,15 +86,15 @@ def run(args: argparse.Namespace) -> int:
     replay = ["replay", str(bags[1]), "--map", str(out / "map"), "--out", str(out / "live")]
     replay += ["--separate"] if args.separate else []
 
-    with _step(1, "Two walks through the room are rendered, as two rosbags"):
+    with _step(1, "Render two walks through the room into two rosbags"):
         code = _together(make)
         if code == 0:
             _contact_sheet(bags, out / "room.png")
     if code == 0:
-        with _step(2, "The first walk becomes a map"):
+        with _step(2, "Build a map from the first walk"):
             code = _kfloc(build)
     if code == 0:
-        with _step(3, "The second walk is played to the live nodes"):
+        with _step(3, "Localize the second walk with the live nodes"):
             code = _kfloc(replay)
     if code != 0:
         return code
@@ -105,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _kfloc(arguments: Sequence[str]) -> int:
-    """Show a command, run it in this process, and return its exit code."""
+    """Print a command, run it in this process, and return its exit code."""
     from kfloc_ros.cli.main import main
 
     print(f"$ kfloc {' '.join(arguments)}", flush=True)
@@ -113,9 +115,9 @@ def _kfloc(arguments: Sequence[str]) -> int:
 
 
 def _together(commands: Sequence[Sequence[str]]) -> int:
-    """Run the first command here and the others beside it, one process each; the first exit code that is not 0.
+    """Run the first command in this process and the others in one process each; return the first non-zero exit code.
 
-    Each renders on one core, and sharing a process they would share that core.
+    Each command renders on one core; in one process they would share that core.
     """
     launcher = "import sys; from kfloc_ros.cli.main import main; sys.exit(main(sys.argv[1:]))"
     beside = []
@@ -134,7 +136,7 @@ def _together(commands: Sequence[Sequence[str]]) -> int:
 
 
 def _contact_sheet(bags: Sequence[Path], path: Path) -> None:
-    """A picture of four images of each bag, one bag a row."""
+    """Write a picture of four images per bag, one row per bag."""
     import cv2
     import numpy as np
 
@@ -153,13 +155,13 @@ def _contact_sheet(bags: Sequence[Path], path: Path) -> None:
 
 
 def _verdict(summary_path: Path) -> int:
-    """0 if the demo shows what it should."""
+    """Return 0 if the recall is sufficient, else 1 with a message."""
     summary = json.loads(summary_path.read_text())
     share = float(summary["recall"]["5cm_5deg"] or 0.0)
     if share < MIN_RECALL:
         print(
-            f"Only {share:.0%} of the processed frames are within 5 cm and 5 degrees, which is too few: "
-            f"see '{summary_path.with_name('report.md')}' and the nodes' output beside it.",
+            f"Only {share:.0%} of the processed frames are within 5 cm and 5 degrees, which is too few: see "
+            f"'{summary_path.with_name('report.md')}' and the nodes' logs beside it.",
             file=sys.stderr,
         )
         return 1
@@ -168,7 +170,7 @@ def _verdict(summary_path: Path) -> int:
 
 @contextmanager
 def _step(number: int, title: str) -> Iterator[None]:
-    """Announce a step and say how long it took."""
+    """Print the title of a step, and its duration at the end."""
     print(f"\n[{number}/3] {title}", flush=True)
     start = time.perf_counter()
     yield

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``kfloc labels``: scene-coordinate labels of a source, in the format of the original KFNet."""
+"""``kfloc labels``: export of scene-coordinate labels in the format of the original KFNet."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from kfloc_ros.cli.arguments import add_source_arguments, open_source_from
 from kfloc_ros.cli.build_options import need_poses
 
 DESCRIPTION = """\
-Write a source with poses as a folder that KFNet trains from: image_list.txt, label_list.txt (raw float32 H x W x 4:
-x, y, z in metres and a mask), transform.txt, and as additions camera.txt and pose_list.txt. The folder is itself a
-SOURCE: kfnet:OUT. Where the source has no depth, such as a COLMAP model, it is found from the motion between the views
-and from the points of the reconstruction; pixels where that fails stay unknown.
+Write a source with poses as a training folder of the original KFNet: image_list.txt, label_list.txt (raw float32
+H x W x 4: x, y, z in metres and a mask), transform.txt, and in addition camera.txt and pose_list.txt. The folder can be
+used as the SOURCE kfnet:OUT. If the source has no depth (such as a COLMAP model), depth is estimated from the motion
+between the views and the points of the reconstruction; pixels without depth are masked out.
 """
 
 EPILOG = """\
@@ -37,16 +37,20 @@ def add_parser(subparsers: Any) -> None:
     )
     add_source_arguments(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
-    parser.add_argument("--eighth", action="store_true", help="labels of every eighth pixel: 1/64 of the size")
-    parser.add_argument("--absolute", action="store_true", help="full paths in the lists, as the original wants them")
     parser.add_argument(
-        "--no-depth", action="store_true", help="find depth from the views' motion, even if the source has depth"
+        "--eighth", action="store_true", help="labels of every eighth pixel in both directions: 1/64 of the size"
     )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where depth is found")
+    parser.add_argument(
+        "--absolute", action="store_true", help="write absolute paths in the lists, as the original KFNet expects"
+    )
+    parser.add_argument(
+        "--no-depth", action="store_true", help="estimate depth from the views' motion, even if the source has depth"
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="device for depth estimation")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the folder."""
+    """Run ``kfloc labels``; return 0."""
     source = open_source_from(args, depth=not args.no_depth)
     need_poses(source)
 

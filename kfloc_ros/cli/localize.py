@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``kfloc localize``: the frames of a source through the localizer, without ROS, and the results."""
+"""``kfloc localize``: localizes the frames of a source offline, without ROS, and evaluates the poses."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from kfloc_ros.evaluation.records import FrameRecord
 
 DESCRIPTION = """\
-Localize every frame of SOURCE in a map, offline, and evaluate the poses against the source's truth.
+Localize every frame of SOURCE in a map, offline, and evaluate the poses against the source's ground truth.
 
-Writes into OUT: summary.json, frames.csv, trajectory.tum, groundtruth.tum, report.html, report.md and plots.
-Ctrl-C stops early and still writes the results of the frames done.
+Writes to OUT: summary.json, frames.csv, trajectory.tum, groundtruth.tum, report.html, report.md and plots.
+Ctrl-C stops early and still writes the results of the processed frames.
 """
 
 EPILOG = """\
@@ -46,14 +46,20 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add_source_arguments(parser)
     parser.add_argument("--map", required=True, metavar="DIR", help="map or place folder, or the name of a shipped map")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the results")
-    parser.add_argument("--no-filter", action="store_true", help="each frame on its own: no belief carried over")
-    parser.add_argument("--no-refine", action="store_true", help="stop at the coarse pose")
+    parser.add_argument(
+        "--no-filter", action="store_true", help="localize each frame independently, without the filter"
+    )
+    parser.add_argument("--no-refine", action="store_true", help="output the coarse pose, without alignment")
     parser.add_argument(
         "--tracking", action="store_true", help="align from the predicted pose while that succeeds; faster"
     )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where networks run")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="device of the networks")
     parser.add_argument(
-        "--loaded-submaps", type=int, default=4, metavar="N", help="of a place, submaps kept in memory (default: 4)"
+        "--loaded-submaps",
+        type=int,
+        default=4,
+        metavar="N",
+        help="for a place: number of submaps in memory (default: 4)",
     )
     parser.add_argument(
         "--camera-check",
@@ -61,15 +67,15 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         default="warn",
         help="check of the calibration by the images; correct: localize with the camera that fits (default: warn)",
     )
-    parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    parser.add_argument("--quiet", action="store_true", help="print only errors")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run ``kfloc localize``; 0 when done, 130 when interrupted."""
+    """Run ``kfloc localize``; return 0 when done, 130 when interrupted."""
     source = open_source_from(args, depth=False)
     need_camera(source)
 
-    # Imported late, so that a mistyped SOURCE is answered at once and not after loading torch.
+    # # Imported late, so that a mistyped SOURCE is reported before torch is loaded.
     from tqdm import tqdm
 
     from kfloc_ros.cli.tables import summary_table
@@ -96,8 +102,6 @@ def run(args: argparse.Namespace) -> int:
     )
     map_path = resolve_map(args.map)
     localizer = localizer_for(load_map(map_path), config)
-    if localizer.note:
-        print(localizer.note, file=sys.stderr)
 
     records: list[FrameRecord] = []
     interrupted = False

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ``kfloc`` command: finds the subcommand, runs it, and turns errors into sentences and exit codes.
+"""Entry point of the ``kfloc`` command: runs a subcommand and converts errors into sentences and exit codes.
 
-Exit codes: 0 done, 1 a check failed, 2 the input was at fault (one sentence on stderr), 130 interrupted.
+Exit codes: 0 done, 1 a check failed, 2 invalid input (one sentence on stderr), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from kfloc_ros.errors import KflocError
 
 
 class Command(NamedTuple):
-    """Where a subcommand lives: a module with ``add_parser(subparsers)`` and ``run(args) -> int``."""
+    """Subcommand: a module with ``add_parser(subparsers)`` and ``run(args) -> int``, and its help."""
 
     module: str
     help: str
@@ -29,18 +29,18 @@ COMMANDS = {
     "map": Command("kfloc_ros.cli.map", "build, describe and check maps"),
     "localize": Command("kfloc_ros.cli.localize", "localize the frames of a source in a map, without ROS"),
     "sources": Command("kfloc_ros.cli.sources", "list the kinds of SOURCE that commands read"),
-    "bag": Command("kfloc_ros.cli.bag", "write a source as a rosbag2, or list what one holds"),
-    "replay": Command("kfloc_ros.cli.replay", "play a bag to the live ROS 2 nodes and evaluate what they answer"),
-    "compare": Command("kfloc_ros.cli.compare", "two result folders side by side"),
-    "convert": Command("kfloc_ros.cli.convert", "convert weights of the original papers"),
+    "bag": Command("kfloc_ros.cli.bag", "write a source as a rosbag2, or list the content of one"),
+    "replay": Command("kfloc_ros.cli.replay", "play a bag to the live ROS 2 nodes and evaluate their poses"),
+    "compare": Command("kfloc_ros.cli.compare", "compare two result folders"),
+    "convert": Command("kfloc_ros.cli.convert", "convert published weights of KFNet and PixLoc"),
     "labels": Command("kfloc_ros.cli.labels", "write scene-coordinate labels in KFNet's format"),
     "coordinates": Command("kfloc_ros.cli.coordinates", "write scene-coordinate maps in KFNet's format"),
-    "pnp": Command("kfloc_ros.cli.pnp", "camera poses of scene-coordinate maps in KFNet's format"),
-    "show": Command("kfloc_ros.cli.show", "see what happens inside: pictures, videos, point clouds, a page"),
-    "train": Command("kfloc_ros.cli.train", "train KFNet's networks"),
-    "pixloc": Command("kfloc_ros.cli.pixloc", "run PixLoc on the benchmarks' data sets, or on one picture"),
-    "view": Command("kfloc_ros.cli.view", "see localization in a map, live or recorded, in the Rerun viewer"),
-    "demo": Command("kfloc_ros.cli.demo", "the whole path on a scene that the project renders itself"),
+    "pnp": Command("kfloc_ros.cli.pnp", "compute camera poses from scene-coordinate maps in KFNet's format"),
+    "show": Command("kfloc_ros.cli.show", "draw intermediate results: pictures, videos, point clouds, an HTML page"),
+    "train": Command("kfloc_ros.cli.train", "train KFNet's and PixLoc's networks"),
+    "pixloc": Command("kfloc_ros.cli.pixloc", "run PixLoc on benchmark data sets or on one image"),
+    "view": Command("kfloc_ros.cli.view", "show localization, live or recorded, in the Rerun viewer"),
+    "demo": Command("kfloc_ros.cli.demo", "run the whole pipeline on a rendered room"),
 }
 
 EXAMPLES = """\
@@ -58,11 +58,11 @@ a first session:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    asked = next((word for word in arguments if not word.startswith("-")), "")
+    selected = next((word for word in arguments if not word.startswith("-")), "")
     try:
-        # Only the module asked for is imported, so that `kfloc --help` does not wait for torch or rclpy.
-        module = importlib.import_module(COMMANDS[asked].module) if asked in COMMANDS else None
-        parser = build_parser(asked, module)
+        # # Only the selected module is imported, so that `kfloc --help` does not load torch or rclpy.
+        module = importlib.import_module(COMMANDS[selected].module) if selected in COMMANDS else None
+        parser = build_parser(selected, module)
         args = parser.parse_args(arguments)
         if module is None:
             parser.print_help()
@@ -70,13 +70,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = int(module.run(args))
         sys.stdout.flush()
         return code
-    except SystemExit as stop:  # argparse's way of ending; its message is out already
+    except SystemExit as stop:  # # argparse ends this way; its message is already printed
         return stop.code if isinstance(stop.code, int) else 0
     except KeyboardInterrupt:
         print("Interrupted; nothing more was written.", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader of our output (such as `head`) is gone: point stdout elsewhere so that exit stays silent.
+        # # The reader of our output (such as `head`) has exited: redirect stdout so that the exit is silent.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (KflocError, OSError) as error:
@@ -86,18 +86,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def build_parser(asked: str = "", module: ModuleType | None = None) -> argparse.ArgumentParser:
-    """The parser, with every command listed and the command asked for filled in."""
+def build_parser(selected: str = "", module: ModuleType | None = None) -> argparse.ArgumentParser:
+    """Return the parser with all commands listed and the arguments of the command ``selected``."""
     parser = argparse.ArgumentParser(
         prog="kfloc",
-        description="Where is this camera in a place that was mapped before? Builds maps, localizes, evaluates.",
+        description="Camera relocalization: builds maps, localizes a camera in them, evaluates the results.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"kfloc {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND")
     for name, command in COMMANDS.items():
-        if name == asked and module is not None:
+        if name == selected and module is not None:
             module.add_parser(subparsers)
         else:
             subparsers.add_parser(name, help=command.help, add_help=False)
@@ -105,8 +105,8 @@ def build_parser(asked: str = "", module: ModuleType | None = None) -> argparse.
 
 
 def describe(error: KflocError | OSError) -> str:
-    """One sentence for the user."""
+    """Return one sentence for the user."""
     if isinstance(error, OSError) and error.strerror:
         where = f" '{error.filename}'" if error.filename else ""
-        return f"The system refused a file operation on{where or ' a file'}: {error.strerror}."
+        return f"The operating system refused an operation on{where or ' a file'}: {error.strerror}."
     return " ".join(str(error).split())

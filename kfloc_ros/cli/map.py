@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``kfloc map``: build, describe and check maps."""
+"""``kfloc map``: builds, describes and verifies maps, and registers the other map actions."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ examples:
   kfloc map build 7scenes:/data/redkitchen --split blocks50:train --out maps/kitchen
   kfloc map build walk.mp4?every=10 --sfm out/walk --sfm-length 0 12 1.50 --out maps/walk
 
-Trains the map's scene-coordinate head, chooses reference views, calibrates on views held out, and writes the
-folder in one go at the end: interrupting a build leaves nothing behind.
+A build trains the map's scene-coordinate head, selects reference views, and calibrates on held-out views. The folder is
+written in one step at the end: an interrupted build leaves no files.
 """
 
 
 def add_parser(subparsers: Any) -> None:
     """Register ``kfloc map``."""
     parser = subparsers.add_parser(
-        "map", help="build, update, merge, join, migrate, describe, check, draw, export, pack and crop maps"
+        "map", help="build, update, merge, join, migrate, describe, verify, draw, export, pack and crop maps"
     )
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     build = actions.add_parser(
@@ -47,30 +47,30 @@ def add_parser(subparsers: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_source_arguments(build)
-    build.add_argument("--out", type=Path, required=True, metavar="DIR", help="the map folder to write")
-    build.add_argument("--name", default="", help="name of the map (default: that of the folder)")
+    build.add_argument("--out", type=Path, required=True, metavar="DIR", help="map folder to write")
+    build.add_argument("--name", default="", help="name of the map (default: name of the folder)")
     build.add_argument("--force", action="store_true", help="replace an existing map")
     add_build_options(build)
-    structure = build.add_argument_group("poses from the images alone")
+    structure = build.add_argument_group("poses from images alone (structure from motion)")
     structure.add_argument(
         "--sfm",
         type=Path,
         metavar="DIR",
-        help="find the poses by structure from motion, and keep its model and images in DIR (read again as colmap:DIR)",
+        help="estimate the poses by structure from motion; model and images are written to DIR (as SOURCE: colmap:DIR)",
     )
     structure.add_argument(
         "--sfm-length",
         nargs=3,
         metavar=("FRAME", "FRAME", "METRES"),
-        help="the distance between the camera's places in two frames, counted from 0, for the scale (default: from "
-        "the source's depth, or else its poses)",
+        help="scale: the distance in metres between the camera positions of two frames, counted from 0 (default: "
+        "from the source's depth, else from its poses)",
     )
     build.set_defaults(run_action=run_build)
     info = actions.add_parser("info", help="describe a map, or a place and its submaps")
     info.add_argument("map", metavar="MAP", help="map folder, or name of an installed map")
     info.set_defaults(run_action=run_info)
     verify = actions.add_parser(
-        "verify", help="check a map's files, checksums and values, or those of a place and its submaps"
+        "verify", help="verify a map's files, checksums and values, or those of a place and its submaps"
     )
     verify.add_argument("map", metavar="MAP", help="map folder, or name of an installed map")
     verify.set_defaults(run_action=run_verify)
@@ -80,12 +80,12 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the action that was asked for."""
+    """Run the selected action; return the exit code."""
     return int(args.run_action(args))
 
 
 def run_build(args: argparse.Namespace) -> int:
-    """``kfloc map build``."""
+    """Run ``kfloc map build``; return 0."""
     started = time.monotonic()
 
     from kfloc_ros.mapping.build import build_map, check_free
@@ -117,7 +117,7 @@ def run_build(args: argparse.Namespace) -> int:
 
 
 def run_info(args: argparse.Namespace) -> int:
-    """``kfloc map info``."""
+    """Run ``kfloc map info``; return 0."""
     from kfloc_ros.maps.format import resolve_map
     from kfloc_ros.maps.place import Place, load_map
 
@@ -127,7 +127,7 @@ def run_info(args: argparse.Namespace) -> int:
 
 
 def run_verify(args: argparse.Namespace) -> int:
-    """``kfloc map verify``: exit code 1 if something is wrong."""
+    """Run ``kfloc map verify``; return 1 if the map is damaged."""
     from kfloc_ros.maps.format import resolve_map
     from kfloc_ros.maps.place import is_place, verify_place
     from kfloc_ros.maps.scene_map import verify_map
@@ -137,6 +137,6 @@ def run_verify(args: argparse.Namespace) -> int:
     for problem in problems:
         print(problem, file=sys.stderr)
     if not problems:
-        what = "the index and all submaps agree, " if is_place(folder) else ""
-        print(f"'{folder}' is whole: {what}checksums match and all values are finite.")
+        what = "the index and all submaps are consistent, " if is_place(folder) else ""
+        print(f"'{folder}' is intact: {what}checksums match and all values are finite.")
     return 1 if problems else 0

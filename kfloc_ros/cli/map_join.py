@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``kfloc map update|merge|migrate``: more of a place in one map, and the format version of a map."""
+"""``kfloc map update|merge|migrate|place``: adds recordings to a map and combines maps."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ if TYPE_CHECKING:
     from kfloc_ros.maps.place import Place
 
 UPDATE = """\
-Maps a recording by itself, finds where it lies in MAP by localizing some of its views there, and adds it: a head of its
-own, which leaves what the map knows as it was, and reference views where they add coverage, newer before older.
+Add a recording to MAP. The recording is mapped by itself and registered by localizing some of its views in MAP. It adds
+a scene-coordinate head of its own, which leaves the existing heads unchanged, and reference views that extend the
+coverage or replace older ones.
 
-Of a place of several maps one submap is updated, that of --submap or the one in which the recording's images are found
-(with --same-frame: whose views are nearest to its poses); the others are copied.
+In a place, one submap is updated: that of --submap, or the one in which the recording's images localize (with
+--same-frame: whose views are nearest to the recording's poses). The other submaps are copied.
 """
 UPDATE_EXAMPLE = """\
 examples:
@@ -31,16 +32,17 @@ examples:
   kfloc map update maps/house bag:out/visit --submap attic --out maps/house --force
 """
 MERGE = """\
-Makes one map of two. The second is placed in the first's frame by matching their reference points; --same-frame skips
-that for maps that have one frame already, such as maps of neighbouring rooms in one building's frame.
+Merge two maps into one. The second map is registered to the first by matching their reference points. --same-frame
+skips the registration for maps that already have a common frame, such as neighbouring rooms of one building.
 
-Maps that are to stay apart are made a place of: see `kfloc map place --help`, which also adds a map to a place.
+`kfloc map place` combines maps without merging them, and adds a map to a place.
 """
 PLACE = """\
-Makes a place of several maps, its submaps, each called as its folder. They are copied; the result is used like a map
-(`kfloc localize SOURCE --map PLACE`, map:=PLACE), and poses are in its frame. The maps' poses are to be in one frame,
-such as a building's, or --at says where a submap's frame lies. All must be for one camera. Of a MAP that is a place
-itself all submaps are taken, where they lie in it: so a map is added to a place, or two places are joined.
+Combine several maps, the submaps, into a place. The maps are copied; each submap has the name of its folder. A place is
+used like a map (`kfloc localize SOURCE --map PLACE`, map:=PLACE), and poses are in the place's frame. The maps must
+have a common frame, such as a building's, or --at gives the pose of a submap's frame. All maps must have the same
+camera. If a MAP is itself a place, all its submaps are added at their poses: a map is added to a place this way, and
+two places are combined.
 """
 PLACE_EXAMPLE = """\
 examples:
@@ -62,46 +64,48 @@ def add_join(actions: Any) -> None:
     add_source_arguments(update)
     _add_common(update, "the recording's poses")
     update.add_argument(
-        "--submap", metavar="NAME", help="of a place, the submap to add to (default: where the recording is found)"
+        "--submap",
+        metavar="NAME",
+        help="for a place: the submap to add to (default: the one in which the recording localizes)",
     )
     add_build_options(update)
     update.set_defaults(run_action=run_update)
 
-    merge = actions.add_parser("merge", help="make one map of two", description=MERGE)
-    merge.add_argument("map", metavar="MAP", help="the map whose frame and camera stay: folder or name")
-    merge.add_argument("other", metavar="OTHER", help="the map that is added")
-    merge.add_argument("--name", default="", help="name of the result (default: that of MAP)")
+    merge = actions.add_parser("merge", help="merge two maps into one", description=MERGE)
+    merge.add_argument("map", metavar="MAP", help="map that keeps its frame and camera: folder or name")
+    merge.add_argument("other", metavar="OTHER", help="map to add")
+    merge.add_argument("--name", default="", help="name of the result (default: name of MAP)")
     _add_common(merge, "OTHER's poses")
     merge.set_defaults(run_action=run_merge)
 
-    migrate = actions.add_parser("migrate", help="bring a map or a place to the present format version")
+    migrate = actions.add_parser("migrate", help="convert a map or a place to the current format version")
     migrate.add_argument("map", metavar="MAP", help="map folder, or name of an installed map")
     migrate.add_argument(
         "--out",
         type=Path,
         metavar="DIR",
-        help="map folder to write, if there is anything to migrate; MAP itself with --force",
+        help="map folder to write if a conversion is necessary; MAP itself with --force",
     )
     migrate.add_argument("--force", action="store_true", help="replace an existing map")
     migrate.set_defaults(run_action=run_migrate)
 
     place = actions.add_parser(
         "place",
-        help="make a place of several maps, loaded as they are needed",
+        help="combine several maps into a place, whose submaps are loaded on demand",
         description=PLACE,
         epilog=PLACE_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    place.add_argument("maps", nargs="+", metavar="MAP", help="folder of a map or a place, or an installed one's name")
+    place.add_argument("maps", nargs="+", metavar="MAP", help="folder of a map or a place, or name of an installed one")
     place.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the place to write")
-    place.add_argument("--name", default="", help="name of the place (default: that of the folder)")
+    place.add_argument("--name", default="", help="name of the place (default: name of the folder)")
     place.add_argument(
         "--at",
         nargs=8,
         action="append",
         default=[],
         metavar=("SUBMAP", "X", "Y", "Z", "QX", "QY", "QZ", "QW"),
-        help="pose of a submap's frame in the place's: metres, and a quaternion; may be given for each",
+        help="pose of a submap's frame in the place's frame: metres and a quaternion; can be repeated",
     )
     place.add_argument("--force", action="store_true", help="replace an existing place")
     place.set_defaults(run_action=run_place)
@@ -112,11 +116,13 @@ def _add_common(parser: argparse.ArgumentParser, what: str) -> None:
         "--out", type=Path, required=True, metavar="DIR", help="map folder to write; MAP itself with --force"
     )
     parser.add_argument("--force", action="store_true", help="replace an existing map")
-    parser.add_argument("--same-frame", action="store_true", help=f"{what} are in the frame of MAP: do not look for it")
+    parser.add_argument(
+        "--same-frame", action="store_true", help=f"{what} are already in the frame of MAP: skip the registration"
+    )
 
 
 def run_update(args: argparse.Namespace) -> int:
-    """``kfloc map update``."""
+    """Run ``kfloc map update``; return 0."""
     started = time.monotonic()
 
     from kfloc_ros.mapping.build import check_free
@@ -130,7 +136,7 @@ def run_update(args: argparse.Namespace) -> int:
     config = build_config_from(args)
     known = load_map(resolve_map(args.map))
     if args.submap and not isinstance(known, Place):
-        raise MapError(f"'{args.map}' is a single map, which has no submap '{args.submap}'; leave out --submap.")
+        raise MapError(f"'{args.map}' is a single map, which has no submap '{args.submap}'; omit --submap.")
     number = known.number_of(args.submap) if args.submap and isinstance(known, Place) else None
     frames = open_source_from(args, depth=not args.no_depth)
     need_poses(frames)
@@ -153,14 +159,14 @@ def run_update(args: argparse.Namespace) -> int:
         updated.scene_map.save(args.out, overwrite=args.force)
     placed = updated.placement
     if placed is not None:
-        where = "its poses, moved into the map's frame" if placed.moved else "its poses as they are"
-        print(f"Placed by {placed.agreeing} of {placed.tried} views that agree: {where}.")
+        where = "by its own poses, moved into the map's frame" if placed.moved else "by its own poses, unchanged"
+        print(f"Registered by {placed.agreeing} of {placed.tried} views that agree, {where}.")
     print(_counts(before, updated.scene_map, out))
     return 0
 
 
 def run_merge(args: argparse.Namespace) -> int:
-    """``kfloc map merge``."""
+    """Run ``kfloc map merge``; return 0."""
     import numpy as np
 
     from kfloc_ros.mapping.build import MapBuildConfig, check_free
@@ -174,9 +180,9 @@ def run_merge(args: argparse.Namespace) -> int:
     for folder in (resolve_map(args.map), resolve_map(args.other)):
         if is_place(folder):
             raise MapError(
-                f"'{folder}' is a place of several maps, and only single maps are merged: name one of its submaps, the "
-                f"folders in '{folder / SUBMAPS}'. To have the submaps of both side by side, make one place of them: "
-                f"kfloc map place {args.map} {args.other} --out PLACE"
+                f"'{folder}' is a place of several maps, and only single maps can be merged: give one of its submaps, "
+                f"the folders in '{folder / SUBMAPS}'. To combine the submaps of both, make a place: kfloc map place "
+                f"{args.map} {args.other} --out PLACE"
             )
     older, newer = SceneMap.load(resolve_map(args.map)), SceneMap.load(resolve_map(args.other))
     T = np.eye(4)
@@ -184,8 +190,8 @@ def run_merge(args: argparse.Namespace) -> int:
         found = register(older.references, newer.references)
         T = found.T_fixed_moving
         print(
-            f"Placed by {found.views} views and {found.pairs} pairs of points, "
-            f"half of them within {100 * found.residual_m:.1f} cm."
+            f"Registered by {found.views} views and {found.pairs} pairs of points, half of them within "
+            f"{100 * found.residual_m:.1f} cm."
         )
     config = MapBuildConfig()
     merged = merge_maps(
@@ -197,12 +203,12 @@ def run_merge(args: argparse.Namespace) -> int:
 
 
 def run_migrate(args: argparse.Namespace) -> int:
-    """``kfloc map migrate``: versions before the present one are refused when read, so that nothing is left to do."""
+    """Run ``kfloc map migrate``: only the current format version can be read, so there is nothing to convert."""
     from kfloc_ros.maps.format import read_description, resolve_map
 
     folder = resolve_map(args.map)
     version = read_description(folder)["version"]
-    print(f"'{folder}' has format version {version}, the present one: there is nothing to migrate.")
+    print(f"'{folder}' has the current format version {version}: there is nothing to migrate.")
     return 0
 
 
@@ -215,14 +221,14 @@ def _counts(before: Any, after: Any, out: Path) -> str:
 
 
 def run_place(args: argparse.Namespace) -> int:
-    """``kfloc map place``."""
+    """Run ``kfloc map place``; return 0."""
     from kfloc_ros.mapping.place_making import make_place
     from kfloc_ros.maps.format import resolve_map
 
     motions: dict[str, Matrix] = {}
     for name, *numbers in args.at:
         if name in motions:
-            raise MapError(f"--at places the submap '{name}' twice.")
+            raise MapError(f"--at is given twice for the submap '{name}'.")
         motions[name] = read_motion(name, numbers)
     folders = [resolve_map(name) for name in args.maps]
     place = make_place(folders, args.out, name=args.name, T_place_submaps=motions, overwrite=args.force)
@@ -231,10 +237,10 @@ def run_place(args: argparse.Namespace) -> int:
 
 
 def read_motion(name: str, numbers: list[str]) -> Matrix:
-    """(4, 4) from x, y, z and a quaternion x, y, z, w.
+    """Return a pose (4, 4) from x, y, z and a quaternion x, y, z, w.
 
     Raises:
-        MapError: they are no numbers, or the quaternion is of no length.
+        MapError: a value is not a number, or the quaternion is not of norm 1.
     """
     import numpy as np
 
@@ -246,12 +252,12 @@ def read_motion(name: str, numbers: list[str]) -> Matrix:
         raise MapError(f"--at {name} takes seven numbers, X Y Z QX QY QZ QW, got: {' '.join(numbers)}.") from error
     length = float(np.linalg.norm(values[3:]))
     if not np.isfinite(values).all() or abs(length - 1) > 1e-2:
-        raise MapError(f"--at {name}: the quaternion QX QY QZ QW must be of length 1, got {length:g}.")
+        raise MapError(f"--at {name}: the quaternion QX QY QZ QW must have norm 1, got {length:g}.")
     return make_pose(quaternion_to_matrix(values[3:] / length), values[:3])
 
 
 def describe_place(place: Place) -> str:
-    """A place in a few aligned lines, one for each submap."""
+    """Return a description of a place as aligned lines, one per submap."""
     camera, (low, high) = place.camera, place.bounds_m
     rows = {
         "place": f"{place.name} ({place.path}, {place.size_bytes() / 1e6:.1f} MB)",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``kfloc map kfnet``: a map whose coarse poses come from KFNet's own networks."""
+"""``kfloc map kfnet``: puts KFNet's reference networks into a map, for its coarse poses."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 from kfloc_ros.cli.arguments import add_source_arguments, open_source_from
 
 DESCRIPTION = """\
-Copy a map and put trained reference networks (`kfloc train`, `kfloc convert kfnet-checkpoint`) into the copy: it is
-then of the family `reference`, and whatever takes a map measures, carries and filters with them. The networks must have
-been trained in the map's frame; refinement stays as it was. From a SOURCE of frames that they have not seen, with depth
-and poses, it measures how far their sigmas and the covariance of coarse poses are to be trusted; without one they are
-taken as they are.
+Copy a map and put trained reference networks (`kfloc train`, `kfloc convert kfnet-checkpoint`) into the copy. The copy
+has the family `reference`: all commands and nodes use its networks for measurement, flow and filter; alignment is
+unchanged. The networks must be trained in the map's frame. SOURCE gives frames with depth and poses that were not used
+for training: on them, the scales of the networks' sigmas and of the coarse covariance are calibrated. Without SOURCE
+they are not calibrated.
 """
 
 EPILOG = """\
@@ -42,13 +42,19 @@ def add_kfnet(actions: Any) -> None:
     parser.add_argument("--oflownet", type=Path, required=True, metavar="FILE", help="weights")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the map folder to write")
     parser.add_argument("--force", action="store_true", help="replace an existing map")
-    parser.add_argument("--runs", type=int, default=8, metavar="N", help="runs of SOURCE's frames to measure on (8)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where networks run")
+    parser.add_argument(
+        "--runs",
+        type=int,
+        default=8,
+        metavar="N",
+        help="number of runs of SOURCE's frames to calibrate on (default: 8)",
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="device of the networks")
     parser.set_defaults(run_action=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the map and say what it is."""
+    """Run ``kfloc map kfnet``; print the description of the map."""
     source = None if args.source is None else open_source_from(args)
 
     from dataclasses import replace

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``kfloc map export|view|pack|unpack|crop``: what can be done with a map, or a place of several, that is there."""
+"""``kfloc map export|view|pack|unpack|crop``: tools for an existing map or place."""
 
 from __future__ import annotations
 
@@ -10,14 +10,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kfloc_ros.mapping.picture import Coverage
 
-MAP_HELP = "folder of a map or of a place of several, or name of an installed one"
+MAP_HELP = "folder of a map or a place, or name of an installed one"
 
 
 def add_tools(actions: Any) -> None:
     """Register the actions below ``kfloc map``."""
-    export = actions.add_parser(
-        "export", help="write a map or a place for other programs: a COLMAP model or a PLY point cloud"
-    )
+    export = actions.add_parser("export", help="export a map or a place as a COLMAP model or a PLY point cloud")
     export.add_argument("map", metavar="MAP", help=MAP_HELP)
     export.add_argument("--to", choices=("colmap", "ply"), required=True, help="format")
     export.add_argument(
@@ -27,30 +25,30 @@ def add_tools(actions: Any) -> None:
 
     view = actions.add_parser(
         "view",
-        help="draw a map, or a place with all its submaps, from above: points, reference views, extent; or where "
-        "it will localize",
+        help="draw a map, or a place with all its submaps, from above: points, reference views, extent, or expected "
+        "accuracy",
     )
     view.add_argument("map", metavar="MAP", help=MAP_HELP)
     view.add_argument("--out", type=Path, required=True, metavar="PNG", help="picture to write")
     view.add_argument(
-        "--accuracy", action="store_true", help="draw where it will localize, and how well: a forecast over the floor"
+        "--accuracy", action="store_true", help="draw the expected accuracy of localization over the floor"
     )
     view.set_defaults(run_action=run_view)
 
-    pack = actions.add_parser("pack", help="put a map or a place into one file")
+    pack = actions.add_parser("pack", help="pack a map or a place into one file")
     pack.add_argument("map", metavar="MAP", help=MAP_HELP)
     pack.add_argument("--out", type=Path, required=True, metavar="FILE", help="file to write, such as kitchen.kfmap")
     pack.add_argument("--force", action="store_true", help="replace an existing file")
     pack.set_defaults(run_action=run_pack)
 
-    unpack = actions.add_parser("unpack", help="take a map or a place out of such a file, checked")
-    unpack.add_argument("file", type=Path, metavar="FILE", help="a packed map or place")
-    unpack.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to create")
+    unpack = actions.add_parser("unpack", help="unpack and verify a packed map or place")
+    unpack.add_argument("file", type=Path, metavar="FILE", help="packed map or place")
+    unpack.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to create")
     unpack.set_defaults(run_action=run_unpack)
 
-    crop = actions.add_parser("crop", help="keep the part of a map or a place inside a box")
+    crop = actions.add_parser("crop", help="crop a map or a place to a box")
     crop.add_argument("map", metavar="MAP", help=MAP_HELP)
-    crop.add_argument("--out", type=Path, required=True, metavar="DIR", help="the map folder to write")
+    crop.add_argument("--out", type=Path, required=True, metavar="DIR", help="map folder to write")
     crop.add_argument(
         "--box",
         type=float,
@@ -64,19 +62,19 @@ def add_tools(actions: Any) -> None:
 
 
 def run_export(args: argparse.Namespace) -> int:
-    """``kfloc map export``."""
+    """Run ``kfloc map export``; return 0."""
     from kfloc_ros.mapping.export import export_colmap, export_ply
     from kfloc_ros.maps.format import resolve_map
     from kfloc_ros.maps.place import load_map
 
     known = load_map(resolve_map(args.map))
     write = export_colmap if args.to == "colmap" else export_ply
-    print(f"Written to '{write(known, args.out)}'.")
+    print(f"Exported to '{write(known, args.out)}'.")
     return 0
 
 
 def run_view(args: argparse.Namespace) -> int:
-    """``kfloc map view``."""
+    """Run ``kfloc map view``; return 0."""
     from kfloc_ros.mapping.export import write_new_file
     from kfloc_ros.mapping.picture import floor_coverage, picture_from_above, picture_of_coverage, up_axis
     from kfloc_ros.maps.format import resolve_map
@@ -91,7 +89,7 @@ def run_view(args: argparse.Namespace) -> int:
         picture = picture_of_coverage(known, coverages)
     else:
         picture = picture_from_above(known)
-    print(f"Drawn as '{write_new_file(args.out, picture)}'.")
+    print(f"Written to '{write_new_file(args.out, picture)}'.")
     return 0
 
 
@@ -100,7 +98,7 @@ def _describe_coverage(coverage: Coverage) -> str:
 
     covered = coverage.share > 0
     if not covered.any():
-        return "No level view at the height of the recording is covered."
+        return "No horizontal view at the height of the recording is covered."
     area_m2, share = covered.sum() * coverage.step_m**2, 100 * coverage.share[covered].mean()
     return (
         f"{area_m2:.1f} m2 are covered, on average in {share:.0f} % of the directions, with a median expected error "
@@ -109,7 +107,7 @@ def _describe_coverage(coverage: Coverage) -> str:
 
 
 def run_pack(args: argparse.Namespace) -> int:
-    """``kfloc map pack``."""
+    """Run ``kfloc map pack``; return 0."""
     from kfloc_ros.maps.archive import pack_map
     from kfloc_ros.maps.format import resolve_map
 
@@ -119,16 +117,16 @@ def run_pack(args: argparse.Namespace) -> int:
 
 
 def run_unpack(args: argparse.Namespace) -> int:
-    """``kfloc map unpack``."""
+    """Run ``kfloc map unpack``; return 0."""
     from kfloc_ros.maps.archive import unpack_map
 
     known = unpack_map(args.file, args.out)
-    print(f"'{known.name}' is whole, and now in '{args.out}'.")
+    print(f"'{known.name}' is intact and unpacked to '{args.out}'.")
     return 0
 
 
 def run_crop(args: argparse.Namespace) -> int:
-    """``kfloc map crop``."""
+    """Run ``kfloc map crop``; return 0."""
     from kfloc_ros.mapping.merge import crop_map
     from kfloc_ros.mapping.place_editing import crop_place
     from kfloc_ros.maps.format import resolve_map

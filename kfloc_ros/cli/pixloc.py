@@ -26,9 +26,9 @@ NAMES = ("7scenes", "cambridge", "aachen", "cmu", "robotcar")
 PATHS = {
     "reference_sfm": "COLMAP model of the references",
     "query_list": "queries with intrinsics: name MODEL w h params",
-    "retrieval": "pairs: query reference",
+    "retrieval": "pairs of query and reference: query reference",
     "global_descriptors": "descriptors by image, .npz, .safetensors or .h5 (h5py)",
-    "hloc_logs": "hloc's *_logs.pkl; nothing in it is run",
+    "hloc_logs": "hloc's *_logs.pkl; no code in it is executed",
     "results": "results, 'name qw qx qy qz tx ty tz', world to camera",
 }
 
@@ -38,9 +38,9 @@ run_Aachen, run_CMU and run_RobotCar; `localize` localizes a single image; `prep
 """
 
 RUN_DESCRIPTION = """\
-Localize the queries of a benchmark with a trained PixLoc, and print the figures that the original prints (7-Scenes
-and Cambridge) or write the file to submit (the others). The defaults are the original's; options are changed with
-key=value, by the original's names: refinement.num_dbs=3 optimizer.num_iters=50 features.preprocessing.resize=640.
+Localize the queries of a benchmark with a trained PixLoc model. Prints the original's metrics (7-Scenes and Cambridge)
+or writes the file to submit (the others). Options have the original's names and defaults, and are changed with
+key=value: refinement.num_dbs=3 optimizer.num_iters=50 features.preprocessing.resize=640.
 """
 
 RUN_EPILOG = """\
@@ -86,10 +86,12 @@ def _add_run(actions: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("data_set", choices=NAMES, metavar="DATASET", help=", ".join(NAMES))
-    parser.add_argument("--weights", type=Path, required=True, metavar="FILE", help="model, as `kfloc convert` writes")
+    parser.add_argument("--weights", type=Path, required=True, metavar="FILE", help="model written by `kfloc convert`")
     parser.add_argument("--dataset", type=Path, required=True, metavar="DIR", help="images and ground truth")
     parser.add_argument("--dumps", type=Path, metavar="DIR", help="models, lists and pairs (default: --dataset)")
-    parser.add_argument("--eval-dir", type=Path, default=Path(), metavar="DIR", help="folder for results (default: .)")
+    parser.add_argument(
+        "--eval-dir", type=Path, default=Path(), metavar="DIR", help="folder of the results (default: .)"
+    )
     parser.add_argument(
         "--scenes", "--slices", "--conditions", dest="parts", nargs="+", metavar="NAME",
         help="scenes, slices (also 2-6) or conditions to run (default: all)",
@@ -97,18 +99,20 @@ def _add_run(actions: Any) -> None:
     parser.add_argument("--from-poses", action="store_true", help="refine the poses in hloc's log")
     parser.add_argument("--inlier-ranking", action="store_true", help="rank references by inliers in hloc's log")
     parser.add_argument("--skip", type=int, default=1, metavar="N", help="run every N-th query only")
-    parser.add_argument("--eval-only", action="store_true", help="evaluate results that exist instead of making them")
-    parser.add_argument("--cache", metavar="FILE", help="keep reference features; may hold {scene}, {slice} and so on")
-    paths = parser.add_argument_group("files, where they are not the data set's own; may hold {scene} and so on")
+    parser.add_argument("--eval-only", action="store_true", help="evaluate existing results instead of computing them")
+    parser.add_argument(
+        "--cache", metavar="FILE", help="cache file of reference features; can contain {scene}, {slice} and so on"
+    )
+    paths = parser.add_argument_group("files that differ from the data set's layout; can contain {scene} and so on")
     for name, text in PATHS.items():
         paths.add_argument(f"--{name.replace('_', '-')}", type=Path, metavar="PATH", help=text)
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the network runs")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="device of the network")
     parser.add_argument("--quiet", action="store_true", help="no progress")
     parser.set_defaults(run_action=run_benchmark)
 
 
 def run_benchmark(args: argparse.Namespace) -> int:
-    """Run all parts asked for; 1 if no query at all was localized."""
+    """Run ``kfloc pixloc run`` on all selected parts; return 1 if no query was localized."""
     from kfloc_ros.errors import ConfigError
     from kfloc_ros.pixloc.hloc.layouts import DATA_SETS, choose_parts, paths_of
     from kfloc_ros.pixloc.hloc.options import run_options
@@ -125,9 +129,7 @@ def run_benchmark(args: argparse.Namespace) -> int:
         part: paths_of(data_set, part, args.dataset, args.dumps or args.dataset, args.eval_dir, given) for part in parts
     }
     if len({paths.results for paths in every.values()}) < len(parts):
-        raise ConfigError(
-            f"--results names one file for {len(parts)} parts; put {{{data_set.part_name}}} into its name."
-        )
+        raise ConfigError(f"--results is one file for {len(parts)} parts; put {{{data_set.part_name}}} into its name.")
     localized = 0
     for part, paths in every.items():
         poses = _existing(paths) if args.eval_only else _run_part(args, data_set, part, paths, options)
@@ -142,7 +144,7 @@ def run_benchmark(args: argparse.Namespace) -> int:
 def _run_part(
     args: argparse.Namespace, data_set: DataSet, part: str, paths: Paths, options: RunOptions
 ) -> dict[str, Matrix]:
-    """Localize one part's queries and write its results; returns the poses by the names in the results."""
+    """Localize one part's queries and write the results; return the poses by the names in the results."""
     from tqdm import tqdm
 
     from kfloc_ros.pixloc.hloc.files import read_descriptors, read_hloc_log, read_pairs, result_name, write_poses
@@ -156,7 +158,7 @@ def _run_part(
     queries = queries_of(args.data_set, part, paths)
     names = list(queries)[:: args.skip]
     scene = read_scene(paths.reference_sfm)
-    # hloc's log goes before the pairs; where it was not named, it is used only where it is needed.
+    # # hloc's log has priority over the pairs; if its path is a default, it is used only if necessary.
     needs_log = args.from_poses or options.do_inlier_ranking or options.point_selection != "all"
     logs = read_hloc_log(paths.hloc_logs) if paths.hloc_logs and (needs_log or args.hloc_logs) else None
     planner = Planner(
@@ -231,7 +233,7 @@ def _existing(paths: Paths) -> dict[str, Matrix]:
 
 
 def _figures(paths: Paths, poses: Mapping[str, Matrix], skip: int) -> str:
-    """Medians and recall against the ground truth."""
+    """Return medians and recall against the ground truth as text."""
     from kfloc_ros.errors import SourceError
     from kfloc_ros.geometry.lie import inverse_pose
     from kfloc_ros.pixloc.hloc.files import accuracy_text
@@ -239,18 +241,18 @@ def _figures(paths: Paths, poses: Mapping[str, Matrix], skip: int) -> str:
     from kfloc_ros.pixloc.reference.views import read_scene
 
     if paths.ground_truth is None or not paths.ground_truth.is_dir():
-        return f"not evaluated, there is no ground truth in '{paths.ground_truth}'"
+        return f"not evaluated: there is no ground truth in '{paths.ground_truth}'"
     truth = {image.name: inverse_pose(image.T_camera_map) for image in read_scene(paths.ground_truth).images}
     if paths.truth_list is not None and paths.truth_list.is_file():
         listed = read_names(paths.truth_list)
         if unknown := next((name for name in listed if name not in truth), None):
-            raise SourceError(f"'{paths.truth_list}' names '{unknown}', which the ground truth does not have.")
+            raise SourceError(f"'{paths.truth_list}' lists '{unknown}', which is not in the ground truth.")
         truth = {name: truth[name] for name in listed}
     return accuracy_text(poses, truth, only_estimated=skip > 1)
 
 
 def _together(data_set: DataSet, every: Mapping[str, Paths], args: argparse.Namespace) -> Path:
-    """One file of all parts' results."""
+    """Join the results of all parts in one file; return its path."""
     from kfloc_ros.pixloc.hloc.layouts import paths_of
 
     label = "-".join(part[:3] for part in every)

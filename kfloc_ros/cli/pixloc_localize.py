@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``kfloc pixloc localize``: where was this picture taken, and how well does it fit?"""
+"""``kfloc pixloc localize``: pose of a single image in a map or a COLMAP model."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from kfloc_ros.types import Matrix
 
 DESCRIPTION = """\
-Find the pose of one picture, print it as 'name qw qx qy qz tx ty tz' (world to camera, as PixLoc's result files), and
-draw the map's points over the picture.
+Localize one image, print its pose as 'name qw qx qy qz tx ty tz' (world to camera, as in PixLoc's result files), and
+draw the map's points over the image.
 
-DIR is a map of `kfloc map build`, or a COLMAP model (cameras, images, points3D as .bin or .txt) together with
---images and --weights: then PixLoc's own network aligns the picture, from the images most like it.
+DIR is a map of `kfloc map build`, or a COLMAP model (cameras, images, points3D as .bin or .txt) together with --images
+and --weights. With a COLMAP model, PixLoc's own network aligns the image, starting at the most similar images.
 """
 
 EPILOG = """\
@@ -35,7 +35,7 @@ def add_parser(actions: Any) -> None:
     """Register ``kfloc pixloc localize``."""
     parser = actions.add_parser(
         "localize",
-        help="find the pose of one picture in a map",
+        help="localize one image in a map",
         description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -44,28 +44,32 @@ def add_parser(actions: Any) -> None:
     parser.add_argument("--map", required=True, metavar="DIR", help="map folder or name, or folder of a COLMAP model")
     parser.add_argument(
         "--camera", nargs="+", metavar="WORD",
-        help="COLMAP's model, width, height and parameters (default: the map's camera, if the proportions agree)",
+        help="COLMAP's camera model, width, height and parameters (default: the map's camera, if the aspect fits)",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="FILE", help="picture to write (default: IMAGE_pose.png)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write pose, covariance and score")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where networks run")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write pose, covariance and score to this file")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="device of the networks")
     group = parser.add_argument_group("with a COLMAP model")
     group.add_argument("--images", type=Path, metavar="DIR", help="folder of the model's images")
-    group.add_argument("--weights", type=Path, metavar="FILE", help="PixLoc model, as `kfloc convert` writes")
-    group.add_argument("--cache", type=Path, metavar="FILE", help="keep the reference features for the next picture")
-    group.add_argument("--tries", type=int, default=3, metavar="N", help="images to start from (default: 3)")
+    group.add_argument("--weights", type=Path, metavar="FILE", help="PixLoc model written by `kfloc convert`")
+    group.add_argument(
+        "--cache", type=Path, metavar="FILE", help="cache file of reference features, for further images"
+    )
+    group.add_argument(
+        "--tries", type=int, default=3, metavar="N", help="number of similar images to start from (default: 3)"
+    )
     parser.set_defaults(run_action=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Localize; 1 if no pose was found."""
+    """Run ``kfloc pixloc localize``; return 1 if no pose was found."""
     from kfloc_ros.errors import ConfigError
     from kfloc_ros.pixloc.hloc.run import read_image
 
     image = read_image(args.image)
     if args.weights is None:
         if args.overrides:
-            raise ConfigError(f"Options such as '{args.overrides[0]}' are for a COLMAP model with --weights.")
+            raise ConfigError(f"Options such as '{args.overrides[0]}' apply only to a COLMAP model with --weights.")
         answer = _in_map(args, image)
     else:
         answer = _in_model(args, image)
@@ -83,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 class _Answer:
-    """What is printed, drawn and written."""
+    """Result to print, draw and write."""
 
     def __init__(
         self, name: str, T: Matrix | None, words: str, picture: NDArray[np.uint8] | None, **values: Any
@@ -96,7 +100,7 @@ class _Answer:
 
 
 def _camera(args: argparse.Namespace, image: NDArray[np.uint8], of_map: Camera) -> Camera:
-    """The picture's camera, or the map's if it can be."""
+    """Return the image's camera from --camera, or the map's camera if the aspect ratio is the same."""
     from kfloc_ros.errors import ConfigError
     from kfloc_ros.geometry.colmap import camera_from_parameters
 
@@ -108,19 +112,19 @@ def _camera(args: argparse.Namespace, image: NDArray[np.uint8], of_map: Camera) 
         except ValueError as error:
             raise ConfigError(f"--camera takes MODEL width height and numbers: {error}") from error
         if (camera.width, camera.height) != (width, height):
-            raise ConfigError(f"--camera is {camera.width}x{camera.height}, but the picture is {width}x{height}.")
+            raise ConfigError(f"--camera is {camera.width}x{camera.height}, but the image is {width}x{height}.")
         return camera
     if abs(width / height - of_map.width / of_map.height) > 0.01:
         raise ConfigError(
-            f"The picture is {width}x{height} and the map's camera {of_map.width}x{of_map.height}, so it was another "
-            "camera; say which with --camera MODEL width height parameters."
+            f"The image is {width}x{height} and the map's camera {of_map.width}x{of_map.height}, so the cameras "
+            "differ; give the image's camera with --camera MODEL width height parameters."
         )
-    print("camera: taken to be the map's; say otherwise with --camera", file=sys.stderr)
+    print("camera: assumed to be the map's; --camera gives another one", file=sys.stderr)
     return of_map.scaled_to(width, height)
 
 
 def _in_map(args: argparse.Namespace, image: NDArray[np.uint8]) -> _Answer:
-    """The fast family: coarse pose or search of the map, then alignment."""
+    """Localize in a map: coarse pose or relocalization, then alignment."""
     import numpy as np
 
     from kfloc_ros.device import choose_device
@@ -155,7 +159,7 @@ def _in_map(args: argparse.Namespace, image: NDArray[np.uint8]) -> _Answer:
 
 
 def _in_model(args: argparse.Namespace, image: NDArray[np.uint8]) -> _Answer:
-    """The reference family: PixLoc's network and a COLMAP model."""
+    """Localize in a COLMAP model by PixLoc's network."""
     import numpy as np
 
     from kfloc_ros.device import choose_device
@@ -168,7 +172,7 @@ def _in_model(args: argparse.Namespace, image: NDArray[np.uint8]) -> _Answer:
     from kfloc_ros.visualization.alignment import draw_moved_points
 
     if args.images is None:
-        raise ConfigError("With --weights, --images names the folder of the COLMAP model's images.")
+        raise ConfigError("--weights requires --images, the folder of the COLMAP model's images.")
     if args.tries < 1:
         raise ConfigError(f"--tries takes 1 or more, got {args.tries}.")
     options = run_options("7scenes", from_poses=False, words=args.overrides)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``kfloc pnp``: coordinate maps in KFNet's format into camera poses."""
+"""``kfloc pnp``: camera poses from scene-coordinate maps in KFNet's format."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 DESCRIPTION = """\
-Solve for the camera pose of every coordinate map (coord_<i>.npy: h x w x 4 float32, world metres and 1/sigma) of a
-folder or of a list file, and write OUT/pose_<i>.txt (4x4, camera to world; nan where there is none), poses.json,
-and with --gt the errors. Pixel of a cell and camera come from the folder's coordinates.json, else they are the
-original's: pixel (8 c, 8 r), 640x480, focal length 525 px, centre (320, 240).
+Compute the camera pose of every coordinate map (coord_<i>.npy: h x w x 4 float32, world coordinates in metres and
+1/sigma) of a folder or a list file. Writes OUT/pose_<i>.txt (4x4, camera to world; nan if there is no pose),
+poses.json, and with --gt the errors. The pixel of a cell and the camera are read from the folder's coordinates.json.
+Without that file they are the original's: pixel (8 c, 8 r), 640x480, focal length 525 px, centre (320, 240).
 """
 
 EPILOG = """\
@@ -32,14 +32,14 @@ def add_parser(subparsers: Any) -> None:
 
     parser = subparsers.add_parser(
         "pnp",
-        help="camera poses of scene-coordinate maps in KFNet's format",
+        help="compute camera poses from scene-coordinate maps in KFNet's format",
         description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("maps", type=Path, metavar="MAPS", help="a folder, or a text file with one .npy a line")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the poses")
-    parser.add_argument("--gt", type=Path, metavar="LIST", help="text file with one true 4x4 pose file a line")
+    parser.add_argument("maps", type=Path, metavar="MAPS", help="folder, or text file with one .npy per line")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the poses")
+    parser.add_argument("--gt", type=Path, metavar="LIST", help="text file with one true 4x4 pose file per line")
     parser.add_argument(
         "--camera", type=float, nargs=6, metavar=("W", "H", "FX", "FY", "CX", "CY"), help="camera of the images"
     )
@@ -48,16 +48,21 @@ def add_parser(subparsers: Any) -> None:
         type=float,
         default=MIN_CONFIDENCE_PER_M,
         metavar="C",
-        help=f"leave out cells whose 1/sigma is smaller, in 1/m (default: {MIN_CONFIDENCE_PER_M:g}; 0 keeps all)",
+        help=f"ignore cells with a smaller 1/sigma, in 1/m (default: {MIN_CONFIDENCE_PER_M:g}; 0 uses all)",
     )
     parser.add_argument("--max-error-px", type=float, default=10.0, metavar="PX", help="inlier threshold (default: 10)")
     parser.add_argument(
-        "--jobs", "--thread_num", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: cores)"
+        "--jobs",
+        "--thread_num",
+        type=int,
+        default=os.cpu_count() or 1,
+        metavar="N",
+        help="number of processes (default: number of cores)",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Solve all maps; 1 if no pose was found at all."""
+    """Run ``kfloc pnp``; return 1 if no pose was found."""
     from dataclasses import replace
 
     from tqdm import tqdm
@@ -79,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     maps = find_maps(args.maps)
     truths = [read_pose(path) for path in read_list(args.gt)] if args.gt else None
     if truths is not None and len(truths) != len(maps):
-        raise SourceError(f"'{args.gt}' names {len(truths)} poses for {len(maps)} coordinate maps.")
+        raise SourceError(f"'{args.gt}' lists {len(truths)} poses for {len(maps)} coordinate maps.")
     description = read_description(maps[0].parent)
     if args.camera:
         description = replace(description, camera=parse_camera(args.camera))

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``kfloc replay``: a bag over DDS to the live nodes, or offline to the same localizer, and the results."""
+"""``kfloc replay``: plays a bag to the live nodes over DDS, or offline to the same localizer, and evaluates the
+poses.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +10,18 @@ import sys
 from pathlib import Path
 
 DESCRIPTION = """\
-Play a bag with /clock over DDS to the live ROS 2 nodes, record what they answer, and evaluate it.
+Play a bag with /clock over DDS to the live ROS 2 nodes, record their poses, and evaluate them.
 
-The nodes are started as processes of their own, in a ROS domain of their own, and end with this
-command. Writes into OUT what `kfloc localize` writes, and the nodes' output into OUT/logs.
-Ctrl-C stops early and still evaluates what was played.
+The nodes run in processes and a ROS domain of their own, and end with this command. Writes the same files to OUT as
+`kfloc localize`, and the nodes' output to OUT/logs. Ctrl-C stops early and still evaluates the played part.
 
-With --offline the images go to the same localizer in this process instead: every frame is worked on, no ROS is
-needed, and two runs give the same poses.
+--offline runs the same localizer in this process instead: every frame is processed, no ROS is needed, and the poses
+are reproducible.
 """
 
 EPILOG = """\
 examples:
-  kfloc bag info my_bag                                  # what there is to choose from
+  kfloc bag info my_bag                                  # topics of the bag
   kfloc replay out/kitchen_bag --map maps/kitchen --out out/kitchen_live
   kfloc replay out/kitchen_bag --map maps/kitchen --out out/three --separate --start 10 --duration 20
   kfloc replay my_bag --map maps/lab --out out/lab --image-topic /left/image_raw --truth /mocap --truth-of base_link
@@ -32,77 +33,89 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Add the ``replay`` subcommand."""
     parser = subparsers.add_parser(
         "replay",
-        help="play a bag to the live ROS 2 nodes and evaluate what they answer",
+        help="play a bag to the live ROS 2 nodes and evaluate their poses",
         description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("bag", metavar="BAG", type=Path, help="rosbag2 folder, such as `kfloc bag make` writes")
+    parser.add_argument("bag", metavar="BAG", type=Path, help="rosbag2 folder, such as one of `kfloc bag make`")
     parser.add_argument("--map", required=True, metavar="DIR", help="map folder, or the name of a shipped map")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the results")
-    _add_playing(parser.add_argument_group("how it is played"))
-    _add_topics(parser.add_argument_group("what is played, what is true"))
-    parser.add_argument("--no-filter", action="store_true", help="each frame on its own: no belief carried over")
-    parser.add_argument("--no-refine", action="store_true", help="stop at the coarse pose")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where networks run")
+    _add_playing(parser.add_argument_group("playback"))
+    _add_topics(parser.add_argument_group("topics and ground truth"))
+    parser.add_argument(
+        "--no-filter", action="store_true", help="localize each frame independently, without the filter"
+    )
+    parser.add_argument("--no-refine", action="store_true", help="output the coarse pose, without alignment")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="device of the networks")
     parser.add_argument(
         "--require", action="append", default=[], metavar="FIGURE<=N",
-        help="a figure of summary.json that must hold, such as recall.5cm_5deg>=0.95, or exit code 1; may be repeated",
+        help="required metric of summary.json, such as recall.5cm_5deg>=0.95; exit code 1 if not met; can be repeated",
     )  # fmt: skip
-    parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    parser.add_argument("--quiet", action="store_true", help="print only errors")
 
 
 def _add_playing(group: argparse._ArgumentGroup) -> None:
     how = group.add_mutually_exclusive_group()
-    how.add_argument("--separate", action="store_true", help="camera, filter and refiner in a process each")
-    how.add_argument("--offline", action="store_true", help="no nodes: every image through the localizer, right here")
-    group.add_argument("--rate", type=_positive, default=1.0, metavar="R", help="2 plays twice as fast (default: 1)")
+    how.add_argument("--separate", action="store_true", help="run camera, filter and refiner in separate processes")
+    how.add_argument(
+        "--offline", action="store_true", help="run the localizer on every image in this process, without nodes"
+    )
+    group.add_argument(
+        "--rate", type=_positive, default=1.0, metavar="R", help="playback rate; 2 is twice real time (default: 1)"
+    )
     group.add_argument(
         "--every-frame", action="store_true",
-        help="wait for each answer before the next image, so that the nodes drop none however slow they are",
+        help="wait for the result of each image before the next one, so that slow nodes drop none",
     )  # fmt: skip
     group.add_argument("--start", type=_not_negative, default=0.0, metavar="S", help="seconds to skip")
     group.add_argument("--duration", type=_positive, metavar="S", help="seconds to play (default: to the end)")
-    group.add_argument("--loop", type=_count, default=1, metavar="N", help="play N times; the clock jumps back between")
+    group.add_argument(
+        "--loop", type=_count, default=1, metavar="N", help="play N times; the clock jumps back in between"
+    )
     group.add_argument(
         "--domain-id", type=int, choices=range(102), metavar="N", help="ROS domain, 0 to 101 (default: a private one)"
     )
     group.add_argument(
-        "--patience", type=_positive, default=90.0, metavar="S", help="seconds for the nodes to come up (default: 90)"
+        "--patience",
+        type=_positive,
+        default=90.0,
+        metavar="S",
+        help="seconds to wait for the nodes to start (default: 90)",
     )
 
 
 def _add_topics(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--image-topic", metavar="TOPIC", help="which images to play where the bag has several")
-    group.add_argument("--camera-info-topic", metavar="TOPIC", help="their calibration, where it is not beside them")
+    group.add_argument("--image-topic", metavar="TOPIC", help="image topic, if the bag has several")
+    group.add_argument("--camera-info-topic", metavar="TOPIC", help="camera_info topic, if it is not beside the images")
     group.add_argument(
         "--rectified", action=argparse.BooleanOptionalAction,
-        help="the images are rectified, so P of camera_info counts (default: if the topic is called image_rect...)",
+        help="the images are rectified: use P of camera_info (default: if the topic is called image_rect...)",
     )  # fmt: skip
     group.add_argument(
         "--base-frame", default="", metavar="FRAME",
-        help="have the nodes publish the pose of this frame, such as base_link, and play the bag's TF to them, but not "
-        "what it says of the map; with odometry in it they broadcast map -> odom (default: the camera's frame, no TF)",
+        help="publish the pose of this frame, such as base_link: the bag's TF is played to the nodes, except for the "
+             "map frame, and with odometry in it they broadcast map -> odom (default: the camera's frame, no TF)",
     )  # fmt: skip
     group.add_argument(
         "--tf", metavar="NAMESPACE",
-        help="whose transforms count where several robots name their frames alike, such as /robot1 (default: those of "
-        "the images' namespace)",
+        help="robot whose transforms are used, if several robots use the same frame names, such as /robot1 (default: "
+             "that of the images' namespace)",
     )  # fmt: skip
     group.add_argument(
         "--truth", metavar="WHERE",
-        help="ground truth in the map: /TOPIC (PoseStamped, PoseWithCovarianceStamped, Odometry), "
-        "tf:MAP:CAMERA, or a TUM file (default: the bag's one PoseStamped topic, if it has one)",
+        help="ground truth in the map frame: /TOPIC (PoseStamped, PoseWithCovarianceStamped, Odometry), "
+             "tf:MAP:CAMERA, or a TUM file (default: the bag's PoseStamped topic, if it has exactly one)",
     )  # fmt: skip
     group.add_argument(
         "--truth-of", metavar="FRAME",
-        help="the frame that the truth is of, such as base_link; the bag's /tf_static says where the camera is on it "
-        "(default: the camera's optical frame; of an Odometry, its child_frame_id)",
+        help="frame of the ground truth, such as base_link; the camera's pose on it is read from the bag's "
+             "/tf_static (default: the camera's optical frame; for an Odometry, its child_frame_id)",
     )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run ``kfloc replay``; 0 when done, 1 if a requirement is not met, 130 when interrupted."""
+    """Run ``kfloc replay``; return 0 when done, 1 if a requirement is not met, 130 when interrupted."""
     from tqdm import tqdm
 
     from kfloc_ros.cli.tables import summary_table
@@ -117,7 +130,7 @@ def run(args: argparse.Namespace) -> int:
         from kfloc_ros.replay.session import run_replay as replay
 
     if args.offline and args.base_frame:
-        raise ConfigError("--base-frame is for the live nodes; --offline has no TF. Leave one of them out.")
+        raise ConfigError("--base-frame applies to the live nodes; --offline has no TF. Omit one of them.")
     requirements = [parse_requirement(text) for text in args.require]
     config = ReplayConfig(
         bag=args.bag,
@@ -153,22 +166,24 @@ def run(args: argparse.Namespace) -> int:
     if not args.quiet:
         print(_what_was_played(summary.run.options, summary.run.poses))
         print(summary_table(summary))
-        logs = "" if args.offline else f"; output of the nodes: {args.out / 'logs'}"
+        logs = "" if args.offline else f"; logs of the nodes: {args.out / 'logs'}"
         print(f"\nResults: {args.out / 'report.html'}{logs}")
     if summary.run.interrupted:
-        print("Interrupted; the results cover what was played until then.", file=sys.stderr)
+        print("Interrupted; the results cover the played part.", file=sys.stderr)
         return 130
     figures = summary.to_dict()
     failures = [failure for item in requirements if (failure := item.failure(figures))]
     for failure in failures:
-        print(f"Not met: {failure}", file=sys.stderr)
+        print(f"Requirement not met: {failure}", file=sys.stderr)
     return 1 if failures else 0
 
 
 def _what_was_played(options: object, truth: str) -> str:
     assert isinstance(options, dict)
     kind = ", rectified" if options["rectified"] else ""
-    return f"Images: {options['image_topic']}{kind}; calibration: {options['camera_info_topic']}; truth: {truth}.\n"
+    return (
+        f"Images: {options['image_topic']}{kind}; calibration: {options['camera_info_topic']}; ground truth: {truth}.\n"
+    )
 
 
 def _count(text: str) -> int:
@@ -184,7 +199,7 @@ def _count(text: str) -> int:
 def _positive(text: str) -> float:
     value = _not_negative(text)
     if value == 0:
-        raise argparse.ArgumentTypeError("must be more than 0")
+        raise argparse.ArgumentTypeError("must be above 0")
     return value
 
 
@@ -194,5 +209,5 @@ def _not_negative(text: str) -> float:
     except ValueError:
         raise argparse.ArgumentTypeError(f"'{text}' is not a number") from None
     if not 0 <= value < 1e9:
-        raise argparse.ArgumentTypeError(f"must be 0 or more, and finite, not {text}")
+        raise argparse.ArgumentTypeError(f"must be at least 0 and finite, not {text}")
     return value

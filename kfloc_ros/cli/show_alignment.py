@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``kfloc show alignment|basin|html``: how poses are refined."""
+"""``kfloc show alignment|basin|html``: pictures and pages of the refinement."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from kfloc_ros.visualization.video import write_picture
 
 
 def alignment(args: argparse.Namespace) -> list[str]:
-    """``kfloc show alignment``."""
+    """Run ``kfloc show alignment``; return the lines to print."""
     source = open_source_from(args, depth=False)
     position = {index: k for k, index in enumerate(source.indices())}.get(args.frame)
     if position is None:
@@ -56,40 +56,40 @@ def alignment(args: argparse.Namespace) -> list[str]:
         curves=("cost",),
     )
     args.frames, args.split = str(args.frame), None
-    (seen,) = watch(localizer, open_source_from(args, depth=False))
-    found = _aligned(localizer, seen, args)
-    panels = alignment_panels(seen.frame, seen.coarse.features, found, scene_map)
+    (view,) = watch(localizer, open_source_from(args, depth=False))
+    aligned = _aligned(localizer, view, args)
+    panels = alignment_panels(view.frame, view.coarse.features, aligned, scene_map)
     sheet = Sheet(2, scene_map.camera.width, scene_map.camera.height)
-    title = summary(seen.frame, found, source.name)
+    title = summary(view.frame, aligned, source.name)
     written = []
     for name, picture in (
         ("alignment", sheet.draw(title.replace("; ", "\n", 1), panels)),
-        ("steps", steps_picture(title.partition(";")[0], found, seen.frame.T_map_camera)),
+        ("steps", steps_picture(title.partition(";")[0], aligned, view.frame.T_map_camera)),
     ):
         written.append(str(write_picture(args.out / f"{name}_{args.frame:06d}.png", picture)))
     if recording is not None:
-        log_alignment(recording, seen.frame, seen.coarse.features, found, scene_map)
+        log_alignment(recording, view.frame, view.coarse.features, aligned, scene_map)
     return [title, *written, *closed(recording, args)]
 
 
-def _aligned(localizer: Localizer, seen: View, args: argparse.Namespace) -> Alignment:
-    """The alignment of a frame as it is, or from its end moved away.
+def _aligned(localizer: Localizer, view: View, args: argparse.Namespace) -> Alignment:
+    """Return the alignment of a frame, or one that starts at its final pose plus the offset of ``args``.
 
     Raises:
         DrawingError: the frame was not aligned.
     """
-    found = seen.estimate.alignment
-    if found is None or not found.steps:
-        reason = found.reason if found is not None else "no refinement"
-        raise DrawingError(f"Frame {seen.frame.index} was not aligned, so there is nothing to show: {reason}.")
+    aligned = view.estimate.alignment
+    if aligned is None or not aligned.steps:
+        reason = aligned.reason if aligned is not None else "no refinement"
+        raise DrawingError(f"Frame {view.frame.index} was not aligned, so there is nothing to show: {reason}.")
     if not args.offset_m and not args.offset_deg:
-        return found
-    start = moved(found.steps[-1].T_map_camera, args.offset_m, args.offset_deg)
-    return localizer.refiner.align(seen.coarse.features, [start])
+        return aligned
+    start = moved(aligned.steps[-1].T_map_camera, args.offset_m, args.offset_deg)
+    return localizer.refiner.align(view.coarse.features, [start])
 
 
 def basin(args: argparse.Namespace) -> list[str]:
-    """``kfloc show basin``."""
+    """Run ``kfloc show basin``; return the lines to print."""
     source = open_source_from(args, depth=False)
     scene_map = SceneMap.load(resolve_map(args.map))
     localizer = Localizer(scene_map, LocalizerConfig(device=args.device))
@@ -99,9 +99,9 @@ def basin(args: argparse.Namespace) -> list[str]:
     per_frame = len(args.offsets_m) * len(args.offsets_deg) * args.starts
 
     def run() -> Iterator[Trial]:
-        for seen in watch(localizer, source):
-            features, index = seen.coarse.features, seen.frame.index
-            start = seen.frame.T_map_camera if seen.frame.T_map_camera is not None else seen.coarse.pose.T_map_camera
+        for view in watch(localizer, source):
+            features, index = view.coarse.features, view.frame.index
+            start = view.frame.T_map_camera if view.frame.T_map_camera is not None else view.coarse.pose.T_map_camera
             goal: Matrix | None = None if start is None else right_pose(refiner, features, start)
             if goal is None:
                 skipped.append(index)
@@ -112,7 +112,7 @@ def basin(args: argparse.Namespace) -> list[str]:
         results.append(trial)
     basin = summed_up(results)
     frames = len({trial.frame for trial in results})
-    wrong = f"{basin.falsely_accepted} of {len(results)} ended elsewhere and were accepted"
+    wrong = f"{basin.falsely_accepted} of {len(results)} converged elsewhere and were accepted"
     title = f"{source.name} in {scene_map.name}: {frames} frames, {len(results)} alignments; {wrong}"
     write_trials(args.out / "basin.csv", results)
     written = [
@@ -121,22 +121,22 @@ def basin(args: argparse.Namespace) -> list[str]:
         f"{args.out / 'basin.csv'}",
     ]
     if skipped:
-        written.append(f"Left out, since not aligned from the source's own pose: {', '.join(map(str, skipped))}")
+        written.append(f"Omitted, as not aligned from the source's own pose: {', '.join(map(str, skipped))}")
     near = [t for t in results if t.offset_m <= 0.1 and t.offset_deg <= 5.0]
     if near:
         share = np.mean([t.returned for t in near])
         near_to = f"{100 * NEAR_M:g} cm and {NEAR_DEG:g} deg"
-        written.append(f"From at most 10 cm and 5 deg away, {share:.0%} come back to within {near_to}.")
+        written.append(f"From at most 10 cm and 5 deg, {share:.0%} converge to within {near_to}.")
     return written
 
 
 def page(args: argparse.Namespace) -> list[str]:
-    """``kfloc show html``."""
+    """Run ``kfloc show html``; return the lines to print."""
     source = open_source_from(args, depth=False)
     scene_map = SceneMap.load(resolve_map(args.map))
     localizer = Localizer(scene_map, LocalizerConfig(device=args.device))
     made = LocalizationPage(scene_map, source.name, args.width)
-    for seen in progress(watch(localizer, source), len(source)):
-        made.add(seen)
+    for view in progress(watch(localizer, source), len(source)):
+        made.add(view)
     path = made.write(args.out / "localization.html")
     return [f"{path}: {made.count} frames, {path.stat().st_size / 1e6:.1f} MB; open it in any browser"]

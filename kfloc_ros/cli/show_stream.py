@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``kfloc show cells|filter|flow|confidence``: one sheet of pictures a frame."""
+"""``kfloc show cells|filter|flow|confidence``: one sheet of pictures per frame."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ Item = TypeVar("Item")
 
 
 def progress(items: Iterable[Item], total: int, unit: str = "frame") -> Iterable[Item]:
-    """The items, counted on stderr where that is a terminal."""
+    """Yield the items, with a progress bar if stderr is a terminal."""
     bar: Iterable[Item] = tqdm(items, total=total, unit=unit, disable=not sys.stderr.isatty())
     return bar
 
 
 def open_recording(args: argparse.Namespace, title: str, up: tuple[int, float], **views: Sequence[str]) -> Any | None:
-    """The Rerun recording that was asked for, or None.
+    """Open the Rerun recording that the arguments ask for, or return None.
 
     Raises:
         DrawingError: Rerun is not installed, or there is no display for it.
@@ -49,12 +49,12 @@ def open_recording(args: argparse.Namespace, title: str, up: tuple[int, float], 
 
 
 def filter_sheets(args: argparse.Namespace) -> list[str]:
-    """``kfloc show filter``."""
+    """Run ``kfloc show filter``; return the lines to print."""
     config = LocalizerConfig(device=args.device)
     pictures = ("map/camera/image", *(f"filter/{name}" for name in ("measurement", "nis", "flow", "posterior")))
 
-    def log(recording: Recording, seen: View) -> None:
-        log_filter(recording, seen, config.nis_threshold)
+    def log(recording: Recording, view: View) -> None:
+        log_filter(recording, view, config.nis_threshold)
 
     return _sheets(
         args, 3, lambda s: filter_panels(s.frame, s.coarse, config.nis_threshold), log, {"pictures": pictures}
@@ -62,12 +62,12 @@ def filter_sheets(args: argparse.Namespace) -> list[str]:
 
 
 def flow(args: argparse.Namespace) -> list[str]:
-    """``kfloc show flow``."""
+    """Run ``kfloc show flow``; return the lines to print."""
     return _sheets(args, 2, lambda s: flow_panels(s.frame, s.coarse))
 
 
 def confidence(args: argparse.Namespace) -> list[str]:
-    """``kfloc show confidence``."""
+    """Run ``kfloc show confidence``; return the lines to print."""
     return _sheets(args, 2, lambda s: confidence_panels(s.frame, s.coarse))
 
 
@@ -86,15 +86,15 @@ def _sheets(
         recording = open_recording(args, f"{scene_map.name}: {args.verb}", up_axis(scene_map), **(views or {}))
     sheet = Sheet(columns, scene_map.camera.width, scene_map.camera.height)
     with series_of(args) as series:
-        for seen in progress(watch(localizer, source), len(source)):
-            series.add(seen.frame.index, sheet.draw(caption(source.name, seen.frame, seen.coarse), panels_of(seen)))
+        for view in progress(watch(localizer, source), len(source)):
+            series.add(view.frame.index, sheet.draw(caption(source.name, view.frame, view.coarse), panels_of(view)))
             if recording is not None and log is not None:
-                log(recording, seen)
+                log(recording, view)
     return series.written + closed(recording, args)
 
 
 def cells(args: argparse.Namespace) -> list[str]:
-    """``kfloc show cells``."""
+    """Run ``kfloc show cells``; return the lines to print."""
     folder = Path(args.source)
     if is_coordinate_folder(folder):
         with series_of(args) as series:
@@ -103,8 +103,8 @@ def cells(args: argparse.Namespace) -> list[str]:
         return [line for line in written if line] + series.written
     if args.map is None:
         raise DrawingError(
-            f"Scene coordinates of '{args.source}' need a map: give --map DIR. Only a folder that holds "
-            "coord_<number>.npy files is shown without."
+            f"Scene coordinates of '{args.source}' need a map: give --map DIR. Only a folder with coord_<number>.npy "
+            "files needs none."
         )
     source = open_source_from(args, depth=False)
     scene_map = SceneMap.load(resolve_map(args.map))
@@ -115,23 +115,23 @@ def cells(args: argparse.Namespace) -> list[str]:
     camera = scene_map.camera
     sheet = Sheet(2, camera.width, camera.height)
     with series_of(args) as series:
-        for seen in progress(watch(localizer, source), len(source)):
-            panels = stream.add(seen, args.out / "cells")
-            series.add(seen.frame.index, sheet.draw(caption(source.name, seen.frame, seen.coarse), panels))
+        for view in progress(watch(localizer, source), len(source)):
+            panels = stream.add(view, args.out / "cells")
+            series.add(view.frame.index, sheet.draw(caption(source.name, view.frame, view.coarse), panels))
             if recording is not None:
-                stream.log(recording, seen)
+                stream.log(recording, view)
     title = f"{source.name} in {scene_map.name}"
     return stream.write(args.out, title) + series.written + closed(recording, args)
 
 
 def series_of(args: argparse.Namespace) -> PictureSeries:
-    """Where a verb's sheets go.
+    """Return the output of a verb's sheets.
 
     Raises:
-        DrawingError: nothing would be written.
+        DrawingError: both outputs are disabled.
     """
     if args.no_pictures and args.no_video:
-        raise DrawingError("With both --no-pictures and --no-video there is nothing to write; leave one of them out.")
+        raise DrawingError("With both --no-pictures and --no-video there is nothing to write; omit one of them.")
     return PictureSeries(
         args.out,
         args.verb,
@@ -143,7 +143,7 @@ def series_of(args: argparse.Namespace) -> PictureSeries:
 
 
 def closed(recording: Recording | None, args: argparse.Namespace) -> list[str]:
-    """What to say of a recording."""
+    """Close a recording; return the lines to print."""
     if recording is None:
         return []
     recording.close()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plain aligned tables for the terminal; they read the same in a log file."""
+"""Plain aligned tables for the terminal and log files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kfloc_ros.evaluation.summary import Summary
 
 
 def format_table(rows: Sequence[Sequence[str]], *, header: Sequence[str] | None = None) -> str:
-    """Left-aligned columns, two spaces apart, with a rule under the header."""
+    """Return left-aligned columns, two spaces apart, with a rule under the header."""
     lines = [list(header), *map(list, rows)] if header else [list(row) for row in rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
@@ -21,20 +21,25 @@ def format_table(rows: Sequence[Sequence[str]], *, header: Sequence[str] | None 
 
 
 def summary_table(summary: Summary) -> str:
-    """The accuracy and timing tables of a run."""
+    """Return the accuracy and timing tables of a run."""
     rows = accuracy_rows(summary)
     scope = "processed frames" if summary.run.kind == "replay" else "frames"
-    accuracy = format_table(rows, header=(f"{summary.run.source}, truth: {summary.run.poses}", "final pose", "coarse"))
+    accuracy = format_table(
+        rows, header=(f"{summary.run.source}, ground truth: {summary.run.poses}", "final pose", "coarse")
+    )
     lines = [accuracy, "", format_table(timing_rows(summary))]
     if summary.played is not None:
-        lines += ["", f"Recall is over {scope}; over all {summary.played.frames} played see report.md."]
+        lines += [
+            "",
+            f"Recall is over {scope}; report.md has the recall over all {summary.played.frames} played frames.",
+        ]
     if summary.run.transform is not None:
         lines.append(f"map -> camera on TF at the images' times: median {transform_text(summary.run.transform)}.")
     return "\n".join(lines)
 
 
 def describe(scene_map: Any) -> str:
-    """A map in a few aligned lines."""
+    """Return a description of a map as aligned lines."""
     from kfloc_ros.kfnet.scoordnet import heads_of
 
     camera, c = scene_map.camera, scene_map.calibration
@@ -52,10 +57,11 @@ def describe(scene_map: Any) -> str:
         "references": f"{len(scene_map.references.ids)} views, {points} points",
         "heads": f"{len(heads_of(scene_map.head))}, of {scene_map.head.blocks} blocks of {scene_map.head.width}",
         "calibration": (
-            f"variance x{c.measurement_variance_scale:.2f}, flow temperature {c.flow_temperature:g}, "
-            f"process x{c.process_scale:.2f}, alignment cost <= {c.max_alignment_cost:.3f}, "
-            f"inlier ratio >= {c.min_inlier_ratio:.2f}"
+            f"variance x{c.measurement_variance_scale:.2f}, flow temperature {c.flow_temperature:g}, process "
+            f"x{c.process_scale:.2f}, alignment cost <= {c.max_alignment_cost:.3f}, inlier ratio >= "
+            f"{c.min_inlier_ratio:.2f}"
         ),
+        **_flow(c.learned_process_scale),
         **_rough_views(c.roughness),
         **{key.replace("_", " "): str(value) for key, value in scene_map.provenance.items()},
     }
@@ -63,8 +69,15 @@ def describe(scene_map: Any) -> str:
     return "\n".join(f"{key:<{width}}  {value}" for key, value in rows.items())
 
 
+def _flow(learned_process_scale: float | None) -> dict[str, str]:
+    """Row on a map that cannot use the flow network."""
+    if learned_process_scale is not None:
+        return {}
+    return {"flow": "cost volume alone: the process noise was not calibrated for the network; build the map again"}
+
+
 def _rough_views(scale: Any) -> dict[str, str]:
-    """How variances grow away from the mapped views, if they do."""
+    """Return the growth of variances away from the mapped views as text; empty if there is none."""
     if scale is None:
         return {}
     return {"rough views": f"variance x (roughness / {100 * scale.usual_m:.1f} cm) ^ {scale.power:.2f}"}

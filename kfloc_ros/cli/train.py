@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``kfloc train``: the three training stages of KFNet's reference networks, and PixLoc's network."""
+"""``kfloc train``: the three training stages of KFNet's networks, and the training of PixLoc's network."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ STAGES = {
 }
 
 RUN_LENGTH, RUN_EVERY = 15, 4
-"""Of the simulated recordings, one run of 15 frames in four is used: each frame takes time to render."""
+"""Of the simulated recordings, one run of 15 frames in four is used, since rendering takes time."""
 
 DESCRIPTION = """\
-Train on a SOURCE with depth and poses. OUT receives the network's weights (.safetensors), a checkpoint, and a log,
-log.jsonl; the same command again continues from the checkpoint. Where TensorBoard is installed (pip install
+Train on a SOURCE with depth and poses. OUT receives the network's weights (.safetensors), a checkpoint, and the log
+log.jsonl; the same command continues from the checkpoint. If TensorBoard is installed (pip install
 "kfloc_ros[tensorboard]"), `tensorboard --logdir OUT` shows the log. Options are given as key=value; the defaults are
-the published schedule (500,000 steps, days on one GPU). `--family fast` trains the small OFlowNet that this package
-ships, in a quarter of an hour without a GPU. PixLoc's network has options of its own: `kfloc train pixloc --help`.
+the published schedule (500,000 steps, days on one GPU). `--family fast` trains this package's small OFlowNet, in 15
+minutes without a GPU. PixLoc's network has its own options: `kfloc train pixloc --help`.
 """
 
 EPILOG = """\
@@ -54,7 +54,7 @@ def add_parser(subparsers: Any) -> None:
 
     parser = subparsers.add_parser(
         "train",
-        help="train KFNet's networks and PixLoc's",
+        help="train KFNet's and PixLoc's networks",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"{EPILOG}\n{describe_options(TrainConfig)}",
@@ -77,35 +77,35 @@ def add_parser(subparsers: Any) -> None:
             "--scene", metavar="NAME", help="schedule, scale and image size of a benchmark's scene, such as fire"
         )
         stage.add_argument(
-            "--reset-step", "--reset_step", action="store_true", help="the schedule from its start: reset_step=true"
+            "--reset-step", "--reset_step", action="store_true", help="start the schedule again: reset_step=true"
         )
         if name != "kfnet":
             stage.add_argument(
                 "--finetune", "--finetune_folder", type=Path, metavar="DIR",
-                help="folder of a training to start from; its steps count on, unless --reset-step",
+                help="folder of a training to start from; its step count continues, unless --reset-step is given",
             )  # fmt: skip
         if name == "oflownet":
-            stage.add_argument("--noise", action="store_true", help="noise on the coordinates warped: noise=true")
+            stage.add_argument("--noise", action="store_true", help="noise on the warped coordinates: noise=true")
         if name == "scoordnet":
             stage.add_argument(
-                "--transform", type=Path, metavar="FILE", help="transform.txt (default: made from SOURCE)"
+                "--transform", type=Path, metavar="FILE", help="transform.txt (default: computed from SOURCE)"
             )
         for network in ("scoordnet", "oflownet"):
             if name in (network, "kfnet"):
                 stage.add_argument(
-                    f"--{network}", type=Path, metavar="FILE", required=name == "kfnet", help="weights to start from"
+                    f"--{network}", type=Path, metavar="FILE", required=name == "kfnet", help="initial weights"
                 )
     train_pixloc.add_stages(stages)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train; 130 when interrupted."""
+    """Run ``kfloc train``; return 0, or 130 when interrupted."""
     if args.stage in train_pixloc.STAGES:
         return train_pixloc.run(args)
     if args.stage == "oflownet" and args.family == "fast":
         return _run_fast_flow(args)
     if args.source is None:
-        raise ConfigError("Name a SOURCE to train from; only `--family fast` has one of its own.")
+        raise ConfigError("Give a SOURCE to train from; only `--family fast` has a default.")
     source = open_source_from(args)
     need_poses(source)
 
@@ -117,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
     finetuned: Path | None = getattr(args, "finetune", None)
     if finetuned is not None:
         if files[args.stage] is not None:
-            raise ConfigError(f"--finetune and --{args.stage} are two sets of weights to start from; name one.")
+            raise ConfigError(f"--finetune and --{args.stage} both give initial weights; omit one of them.")
         files[args.stage] = finetuned / f"{args.stage}.safetensors"
     continued = None if config.reset_step else finetuned
     frame = _given_frame(args, config.scale) if args.stage == "scoordnet" else None
@@ -126,10 +126,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _config(args: argparse.Namespace) -> TrainConfig:
-    """The published schedule, or the scene's, with what the command changes.
+    """Return the published schedule, or the scene's, with the overrides of the command line.
 
     Raises:
-        ConfigError: an option or the scene is unknown, or the step is to be reset where none is counted on.
+        ConfigError: an option or the scene is unknown, or --reset-step is given without --finetune.
     """
     from kfloc_ros.config import build_config, parse_overrides
     from kfloc_ros.datasets.scenes import find_scene
@@ -140,14 +140,14 @@ def _config(args: argparse.Namespace) -> TrainConfig:
     values |= parse_overrides(TrainConfig, args.overrides)
     config = build_config(TrainConfig, values)
     if config.reset_step and args.stage != "kfnet" and args.finetune is None:
-        raise ConfigError("--reset-step says nothing without --finetune: a training that is new starts at step 0.")
+        raise ConfigError("--reset-step requires --finetune: a new training starts at step 0.")
     if config.noise and args.stage != "oflownet":
-        raise ConfigError("noise=true is of stage 2, `kfloc train oflownet`, alone.")
+        raise ConfigError("noise=true applies only to stage 2, `kfloc train oflownet`.")
     return config
 
 
 def _given_frame(args: argparse.Namespace, scale: float) -> NetworkFrame | None:
-    """The frame of ``--transform`` or of a ``kfnet:DIR`` source; None: to be made from the points."""
+    """Return the frame of ``--transform`` or of a ``kfnet:DIR`` source; None if it must be computed from the points."""
     from kfloc_ros.kfnet.reference.frame import read_transform
 
     kind, _, path = args.source.partition(":")
@@ -158,7 +158,7 @@ def _given_frame(args: argparse.Namespace, scale: float) -> NetworkFrame | None:
 
 
 def _run_fast_flow(args: argparse.Namespace) -> int:
-    """Train the fast family's optical-flow network; 130 when interrupted."""
+    """Train the fast family's optical-flow network; return 0, or 130 when interrupted."""
     import torch
 
     from kfloc_ros.config import build_config, parse_overrides
@@ -172,7 +172,7 @@ def _run_fast_flow(args: argparse.Namespace) -> int:
     config = build_config(TrainConfig, {**FLOW_DEFAULTS, **overrides})
     if unused := sorted(set(overrides) - FLOW_OPTIONS):
         raise ConfigError(
-            f"'{unused[0]}' means nothing to the fast family; its options: {', '.join(sorted(FLOW_OPTIONS))}."
+            f"The fast family has no option '{unused[0]}'; its options: {', '.join(sorted(FLOW_OPTIONS))}."
         )
     sources = simulated_sources() if args.source is None else [open_source_from(args)]
     samples = FlowPairs(sources, max_step=config.max_step, augment=config.augment != "none", seed=config.seed)
@@ -182,7 +182,9 @@ def _run_fast_flow(args: argparse.Namespace) -> int:
 
 
 def simulated_sources() -> Sequence[FrameSource]:
-    """What the shipped weights are trained on: rooms with other pictures than the demo's, which is left for tests."""
+    """Return the training data of the shipped weights: simulated rooms with other textures than the demo's, which is
+    for tests.
+    """
     from kfloc_ros.frames import Selection
     from kfloc_ros.simulation.source import SimulatedSource
 

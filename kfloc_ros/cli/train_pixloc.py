@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``kfloc train pixloc`` and ``gnnet``: PixLoc's network on pairs of views."""
+"""``kfloc train pixloc`` and ``gnnet``: training of PixLoc's network on pairs of views."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
     from kfloc_ros.training.stage import Samples
 
 NETWORKS = {
-    "pixloc": "PixLoc on pairs of views: pose errors through the alignment itself",
-    "gnnet": "PixLoc's network by GN-Net's losses at true correspondences",
+    "pixloc": "PixLoc on pairs of views: pose errors through the alignment",
+    "gnnet": "PixLoc's network with GN-Net's losses at true correspondences",
 }
 STAGES = NETWORKS
 
 EPILOG = """\
-SOURCE needs poses, and depth or the points of a reconstruction; or it is PixLoc's own training data: megadepth:DIR and
-cmu:DIR, DIR being what the original calls its data path. OUT receives pixloc.safetensors (as `kfloc convert
-pixloc-checkpoint` writes, for `kfloc pixloc`), pixloc_best.safetensors (lowest loss on what is held out), a checkpoint,
-and a log; the same command again continues.
+SOURCE needs poses, and depth or the points of a reconstruction. Or it is PixLoc's own training data: megadepth:DIR
+or cmu:DIR, where DIR is the data path of the original. OUT receives pixloc.safetensors (the format of `kfloc convert
+pixloc-checkpoint`, for `kfloc pixloc`), pixloc_best.safetensors (lowest validation loss), a checkpoint, and a log; the
+same command continues from the checkpoint.
 
 examples:
   kfloc train pixloc 7scenes:DIR --split blocks50:train --weights pixloc_megadepth.safetensors --out out/tuned
@@ -39,7 +39,7 @@ examples:
 
 
 def add_stages(stages: Any) -> None:
-    """Register all three."""
+    """Register both stages."""
     from kfloc_ros.training.pixloc_stages import PixLocTrainConfig
 
     for name, text in NETWORKS.items():
@@ -53,14 +53,14 @@ def add_stages(stages: Any) -> None:
         stage.usage = f"kfloc train {name} SOURCE --out DIR [--weights FILE] [key=value ...] [options]"
         add_source_arguments(stage)
         add_run_arguments(stage)
-        stage.add_argument("--weights", type=Path, metavar="FILE", help="model to start from (default: random)")
+        stage.add_argument("--weights", type=Path, metavar="FILE", help="initial model (default: random weights)")
         stage.add_argument(
-            "--validation", metavar="SOURCE", help="to look at in between (default: a part of SOURCE that is held out)"
+            "--validation", metavar="SOURCE", help="SOURCE for validation (default: a held-out part of SOURCE)"
         )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train; 130 when interrupted."""
+    """Run the training; return 0, or 130 when interrupted."""
 
     from dataclasses import replace
 
@@ -83,20 +83,20 @@ def run(args: argparse.Namespace) -> int:
     if args.stage == "pixloc":
         stage = TwoViewStage(model, success_px=config.success_px, clamp_px=config.clamp_px)
     if data.validation is None:
-        print("nothing was held out: the source is too short, or validation_share=0; --validation names another one")
+        print("no validation: the source is too short, or validation_share=0; --validation gives another source")
     return run_training(args, stage, data.training, config, data.validation)
 
 
 @dataclass(frozen=True)
 class Data:
-    """What is trained on, and what is looked at in between."""
+    """Training and validation data."""
 
     training: Samples[Pairs]
     validation: Samples[Pairs] | None
 
 
 def open_data(args: argparse.Namespace, config: PixLocTrainConfig) -> Data:
-    """Pairs of the sources that the command names.
+    """Open the pairs of the sources on the command line.
 
     Raises:
         SourceError: a source cannot be read, or has no pairs.
@@ -109,7 +109,7 @@ def open_data(args: argparse.Namespace, config: PixLocTrainConfig) -> Data:
     kind, _, folder = args.source.partition(":")
     if kind in KINDS:
         if args.frames or args.split or args.validation:
-            raise SourceError(f"{kind}:DIR has parts of its own for training and validation; leave out other choices.")
+            raise SourceError(f"{kind}:DIR has its own training and validation parts; omit other selections.")
         parts = open_preprocessed(kind, Path(folder), rule, config.seed, config.validation_share)
         return Data(parts.training, parts.held_out)
     source = open_source_from(args)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arguments and the run itself that all trainings of ``kfloc train`` share."""
+"""Arguments and main function shared by all trainings of ``kfloc train``."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ SHOWN_FIGURES = 4
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Add --out, --time-budget and --device."""
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of this training")
-    parser.add_argument("--time-budget", type=float, default=math.inf, metavar="S", help="stop after so many seconds")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where networks run")
+    parser.add_argument("--time-budget", type=float, default=math.inf, metavar="S", help="stop after this many seconds")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="device of the networks")
 
 
 def describe_options(config_type: type) -> str:
-    """The key=value options of a training, for its help."""
+    """Return the help text of a training's key=value options."""
     from kfloc_ros.config import options_of
 
     return "options as key=value:\n" + "\n".join(f"  {o.name}={o.default}  {o.text}" for o in options_of(config_type))
@@ -38,7 +38,7 @@ def run_training(
     validation: Samples[ItemT] | None = None,
     continued: Path | None = None,
 ) -> int:
-    """Train with a progress bar and print how it ended; 130 when interrupted."""
+    """Train with a progress bar and print the result; return 0, or 130 when interrupted."""
     from tqdm import tqdm
 
     from kfloc_ros.device import choose_device

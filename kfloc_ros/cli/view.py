@@ -12,12 +12,12 @@ from pathlib import Path
 from kfloc_ros.errors import ConfigError, SourceError
 
 DESCRIPTION = """\
-Show localization in a map where there is no RViz, in 3-D and over time: with the Rerun viewer, which the Python package
-rerun-sdk brings.
+Show localization in 3-D and over time in the Rerun viewer (Python package rerun-sdk), for machines without RViz.
 
-WHAT is a bag or any other SOURCE (written KIND:PATH), which is localized on the way: map, camera, scene coordinates,
-overlay, noise, flow, both paths and errors; or a result folder of `kfloc localize` or `kfloc replay`: map, both paths,
-states, errors and latencies. --live shows what running ROS 2 nodes publish. Without --save a window opens.
+WHAT is a bag or any other SOURCE (KIND:PATH), which is localized and shown: map, camera, scene coordinates, overlay,
+noise, flow, both trajectories and errors. Or WHAT is a result folder of `kfloc localize` or `kfloc replay`: map, both
+trajectories, states, errors and latencies. --live shows the topics of running ROS 2 nodes. Without --save, a window
+opens.
 """
 
 EPILOG = """\
@@ -32,28 +32,30 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Add the ``view`` subcommand."""
     parser = subparsers.add_parser(
         "view",
-        help="see localization in a map, live or recorded, in the Rerun viewer",
+        help="show localization, live or recorded, in the Rerun viewer",
         description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("what", nargs="?", metavar="WHAT", help="a bag, a SOURCE, or a result folder")
+    parser.add_argument("--map", metavar="DIR", help="map folder or name (default for a result folder: its map)")
     parser.add_argument(
-        "--map", metavar="DIR", help="map folder or name (default: the one that a result was made with)"
+        "--frames", metavar="RANGES", help="use only these frames of a bag or SOURCE, such as 0:150,200:350"
     )
-    parser.add_argument("--frames", metavar="RANGES", help="keep frames of a bag or SOURCE, such as 0:150,200:350")
-    parser.add_argument("--save", type=Path, metavar="FILE.rrd", help="write a recording instead of opening a window")
+    parser.add_argument(
+        "--save", type=Path, metavar="FILE.rrd", help="write a recording to this file instead of opening a window"
+    )
     parser.add_argument("--force", action="store_true", help="replace an existing file")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where networks run")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="device of the networks")
     live = parser.add_argument_group("running nodes")
-    live.add_argument("--live", action="store_true", help="show what they publish, until Ctrl-C")
-    live.add_argument("--namespace", metavar="NS", help="namespace that they are in, such as /robot")
-    live.add_argument("--duration", type=_positive, metavar="S", help="end after so many seconds")
-    parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    live.add_argument("--live", action="store_true", help="show the topics of running nodes, until Ctrl-C")
+    live.add_argument("--namespace", metavar="NS", help="namespace of the nodes, such as /robot")
+    live.add_argument("--duration", type=_positive, metavar="S", help="end after this many seconds")
+    parser.add_argument("--quiet", action="store_true", help="print only errors")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run ``kfloc view``; 0 when done, 1 if nothing was heard of running nodes, 130 when interrupted."""
+    """Run ``kfloc view``; return 0 when done, 1 if running nodes sent no message, 130 when interrupted."""
     _check(args)
     if args.live:
         return _run_live(args)
@@ -63,11 +65,11 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     if args.live == (args.what is not None):
-        raise ConfigError("Say what to view: a bag, a SOURCE or a result folder, or --live for running nodes.")
+        raise ConfigError("Give a bag, a SOURCE or a result folder to view, or --live for running nodes.")
     if args.live and args.map is not None:
-        raise ConfigError("--live shows the map that the nodes publish; leave --map out.")
+        raise ConfigError("--live shows the map that the nodes publish; omit --map.")
     if args.save is not None and args.save.exists() and not args.force:
-        raise ConfigError(f"'{args.save}' exists; replace it with --force or name another file.")
+        raise ConfigError(f"'{args.save}' exists; replace it with --force or give another file.")
 
 
 def _run_results(args: argparse.Namespace, folder: Path) -> int:
@@ -94,7 +96,7 @@ def _run_source(args: argparse.Namespace) -> int:
     from kfloc_ros.datasets import SOURCE_KINDS, open_source
 
     if args.map is None:
-        raise ConfigError("Name the map to localize in with --map.")
+        raise ConfigError("Give the map to localize in with --map.")
     kind = args.what.partition(":")[0]
     source = open_source(args.what if kind in SOURCE_KINDS else f"bag:{args.what}", frames=args.frames, depth=False)
 
@@ -123,7 +125,7 @@ def _run_live(args: argparse.Namespace) -> int:
     from kfloc_ros.replay.processes import check_ros, ros_environment
 
     check_ros()
-    # In a process of its own: where ROS comes from wheels, its libraries must be known before Python starts.
+    # # In a separate process: if ROS comes from wheels, its libraries must be known before Python starts.
     try:
         domain_id = int(os.environ.get("ROS_DOMAIN_ID", "0"))
     except ValueError:
@@ -141,7 +143,7 @@ def _run_live(args: argparse.Namespace) -> int:
             try:
                 return process.wait()
             except KeyboardInterrupt:
-                continue  # it was interrupted as well, and closes the recording
+                continue  # # it was interrupted as well, and closes the recording
 
 
 def _say_done(args: argparse.Namespace, count: int) -> None:

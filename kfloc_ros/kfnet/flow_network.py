@@ -214,8 +214,6 @@ class MapFlow:
     process_scale: float
     process_floor_m2: float
     """Process variance that is always added, m^2."""
-    note: str = ""
-    """Sentence on why the network does not give the flow; empty if it does."""
 
 
 def flow_of(calibration: FlowCalibration, device: torch.device) -> MapFlow:
@@ -224,14 +222,10 @@ def flow_of(calibration: FlowCalibration, device: torch.device) -> MapFlow:
     if scale is not None:
         flow = shipped_flow_network(device).flow
         return MapFlow(flow, STEP_CORRELATION_FACTOR * scale, STEP_CORRELATION_FACTOR * LEARNED_FLOOR_M2)
-    note = (
-        "The map's process noise was calibrated for the cost volume alone, which therefore gives the flow. "
-        "Build the map again to use the network."
-    )
-    return cost_volume_flow(calibration, note)
+    return cost_volume_flow(calibration)
 
 
-def cost_volume_flow(calibration: FlowCalibration, note: str = "") -> MapFlow:
+def cost_volume_flow(calibration: FlowCalibration) -> MapFlow:
     """Return the flow that a soft-argmax reads from the cost volume, without trained weights."""
     flow = partial(backward_flow, temperature=calibration.flow_temperature)
-    return MapFlow(flow, calibration.process_scale, calibration.process_floor_m2, note)
+    return MapFlow(flow, calibration.process_scale, calibration.process_floor_m2)

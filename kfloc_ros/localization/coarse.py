@@ -43,8 +43,6 @@ class CoarseStage:
         """Pinhole camera that every frame must have."""
         self._backbone = backbone or Backbone(device=device)
         self._networks = networks_of(scene_map, device)
-        self.note = self._networks.note if config.filter else ""
-        """Sentence on options that this map cannot provide; empty if there are none."""
         self._use_filter = config.filter
         self._corrects = config.filter and config.pose_feedback
         self._skipped: tuple[Frame, BackboneFeatures] | None = None
@@ -172,8 +170,6 @@ class CoarseNetworks(Protocol):
     process_floor_m2: float
     stride: int
     """Pixels of the map's camera per cell."""
-    note: str
-    """Sentence on options that the networks cannot provide; empty if there are none."""
 
     def measure(self, frame: Frame, features: BackboneFeatures) -> SceneCoordinates:
         """Return scene coordinates of a frame; cells are in pixels of the map's camera."""
@@ -205,7 +201,7 @@ class FastNetworks:
         self._head = scene_map.head.to(device)
         self._calibration = scene_map.calibration
         chosen = flow_of(scene_map.calibration, device)
-        self.flow, self.note = chosen.flow, chosen.note
+        self.flow = chosen.flow
         self.process_scale, self.process_floor_m2 = chosen.process_scale, chosen.process_floor_m2
 
     def measure(self, frame: Frame, features: BackboneFeatures) -> SceneCoordinates:
@@ -217,8 +213,6 @@ class FastNetworks:
 
 class ReferencePair:
     """Networks of the reference family: KFNet's own SCoordNet and OFlowNet, on the image itself."""
-
-    note = ""
 
     def __init__(self, scene_map: SceneMap, networks: ReferenceNetworks, device: torch.device) -> None:
         self._networks = networks.to(device)

@@ -52,11 +52,6 @@ class Localizer:
         return self._refine.refiner
 
     @property
-    def note(self) -> str:
-        """Sentence on options that this map cannot provide; empty if there are none."""
-        return self._coarse.note
-
-    @property
     def camera_note(self) -> str:
         """Sentence on a camera that does not fit the images; empty if it fits."""
         return self._refine.camera_note

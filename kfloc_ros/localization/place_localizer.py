@@ -52,11 +52,6 @@ class PlaceLocalizer:
         return self.guide.place.references if active is None else active.localizer.references
 
     @property
-    def note(self) -> str:
-        """Sentence on options that the present submap cannot provide; empty if there are none."""
-        return "" if self.guide.active is None else self.guide.active.localizer.note
-
-    @property
     def camera_note(self) -> str:
         """Sentence on a camera that does not fit the images of the present submap; empty if it fits."""
         return "" if self.guide.active is None else self.guide.active.localizer.camera_note

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Maps: building, storing, checking."""
+"""Maps: building, calibration, updating, merging, and export."""

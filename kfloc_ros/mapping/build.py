@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Building a map: one pass over the views, training of the head, calibration on views held out."""
+"""Map build: one pass over the views, training of the head, calibration on held-out views."""
 
 from __future__ import annotations
 
@@ -38,34 +38,40 @@ class MapBuildConfig:
     """Options of ``kfloc map build``."""
 
     train_seconds: float = option(
-        240.0, "Time for training the head; the whole build takes a minute or two more.", low=1.0, high=86_400.0
+        240.0,
+        "Training time of the head, in seconds; the whole build takes one or two minutes more.",
+        low=1.0,
+        high=86_400.0,
     )
     train_steps: int = option(
-        0, "End training after so many steps, for a repeatable map on a machine of any speed; 0: by time.", low=0
+        0, "Number of training steps, for a repeatable map on a machine of any speed; 0: train by time.", low=0
     )
     budget_s: float = option(
-        0.0, "Time for the whole build instead; views are left out if it is short. 0: no limit.", low=0.0, high=86_400.0
+        0.0,
+        "Time budget of the whole build, in seconds; views are left out if necessary. 0: no limit.",
+        low=0.0,
+        high=86_400.0,
     )
-    augmentations: int = option(1, "Rotated and zoomed copies of every view for training.", low=0, high=10)
-    points_per_view: int = option(300, "Points kept of every reference view.", low=50, high=5000)
+    augmentations: int = option(1, "Augmented copies (rotated and zoomed) of every view for training.", low=0, high=10)
+    points_per_view: int = option(300, "Points stored per reference view.", low=50, high=5000)
     reference_spacing_m: float = option(
-        0.04, "A view becomes a reference if none is nearer (a degree counts as 2 cm).", low=0.001, high=10.0
+        0.04, "Smallest distance between reference views, in metres (1 deg counts as 0.02 m).", low=0.001, high=10.0
     )
     max_points: int = option(
         100_000,
-        "Reference points kept at most, 102 bytes each; the spacing of the views grows as needed.",
+        "Limit on reference points, 102 bytes each; the spacing of the views grows if necessary.",
         low=1_000,
         high=MAX_POINTS,
     )
     device: str = option(
-        "auto", "Where networks run: auto takes a GPU if there is one.", choices=("auto", "cpu", "cuda")
+        "auto", "Device of the networks; auto: a GPU if there is one.", choices=("auto", "cpu", "cuda")
     )
-    seed: int = option(0, "Seed of every random choice.", low=0)
+    seed: int = option(0, "Seed of all random choices.", low=0)
 
 
 @dataclass(frozen=True)
 class BuildProgress:
-    """Where a build stands, for display."""
+    """Progress of a build, for display."""
 
     stage: str
     share_done: float
@@ -77,7 +83,7 @@ Report = Callable[[BuildProgress], None]
 
 @dataclass(frozen=True, eq=False)
 class MadeMap:
-    """A map that is not written yet, with views that it was not trained on."""
+    """Map in memory, with views that it was not trained on."""
 
     scene_map: SceneMap
     held_out: Sequence[View]
@@ -96,21 +102,21 @@ def build_map(
 ) -> SceneMap:
     """Build a map from a source with depth and poses and write it.
 
-    Nothing is written before the end, so an interruption leaves an older map as it was.
+    The map is written in one step at the end: an interrupted build leaves an older map unchanged.
 
     Args:
         source: see :func:`make_map`.
-        out: the folder to write.
+        out: folder to write.
         config: options.
-        name: of the map; that of the folder by default.
-        overwrite: replace a map that is there.
-        provenance: more to note about where the map comes from.
+        name: name of the map; by default the name of the folder.
+        overwrite: replace an existing map.
+        provenance: additional entries for the map's description of its origin.
         started: see :func:`make_map`.
-        on_progress: told where the build stands.
+        on_progress: called with the progress of the build.
 
     Raises:
-        SourceError: too few views with depth and pose, or a budget that is too short.
-        MapError: the folder exists and ``overwrite`` is false, or cannot be written.
+        SourceError: too few views with depth and pose, or a time budget that is too short.
+        MapError: the folder exists and ``overwrite`` is false, or it cannot be written.
     """
     check_free(out, overwrite=overwrite)
     start = time.monotonic()
@@ -123,13 +129,13 @@ def build_map(
 
 
 def check_free(out: Path, *, overwrite: bool) -> None:
-    """Refuse a folder that may not be written, before minutes of work.
+    """Refuse a folder that must not be written, before minutes of work.
 
     Raises:
-        MapError: it exists and is not to be replaced, or is no map.
+        MapError: the folder exists and ``overwrite`` is false, or it is not a map.
     """
     if out.exists() and not (overwrite and (out / DESCRIPTION).is_file()):
-        raise MapError(f"'{out}' exists; pass --force to replace a map, or name another folder.")
+        raise MapError(f"'{out}' exists; pass --force to replace a map, or give another folder.")
 
 
 def make_map(
@@ -142,19 +148,19 @@ def make_map(
     started: float | None = None,
     on_progress: Report = lambda progress: None,
 ) -> MadeMap:
-    """Make a map in memory.
+    """Build a map in memory.
 
     Args:
         source: views with depth and poses.
         config: options.
-        camera: that the map is for; by default that of the source, made small.
-        name: of the map.
-        provenance: more to note about where the map comes from.
-        started: when the budget began, as told by ``time.monotonic``; by default now.
-        on_progress: told where it stands.
+        camera: camera of the map; by default a pinhole camera derived from the source's, see ``map_camera``.
+        name: name of the map.
+        provenance: additional entries for the map's description of its origin.
+        started: start of the time budget, from ``time.monotonic``; by default now.
+        on_progress: called with the progress of the build.
 
     Raises:
-        SourceError: too few views with depth and pose, or a budget that is too short.
+        SourceError: too few views with depth and pose, or a time budget that is too short.
     """
     config = config or MapBuildConfig()
     start = time.monotonic()
@@ -221,7 +227,9 @@ def _train(
 
 
 def affordable(held_out: Sequence[HeldOut], count: int) -> Sequence[HeldOut]:
-    """Those of the views held out that there is time to calibrate with, ``count`` of them: evenly chosen runs."""
+    """Return ``count`` of the held-out views, in evenly chosen runs: as many as the time budget allows for
+    calibration.
+    """
     runs: dict[int, list[HeldOut]] = {}
     for held in held_out:
         runs.setdefault(held.run, []).append(held)
@@ -240,7 +248,7 @@ def _left_out(mapping_pass: MappingPass) -> dict[str, Any]:
 
 
 def _bounds(points: torch.Tensor) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    """Box that holds 99.8 % of the points in every axis: a few depth outliers would make it meaningless."""
+    """Return the box that contains 99.8 % of the points per axis, so that a few depth outliers have no effect."""
     sample = points[:: max(1, len(points) // 100_000)].double()
     low, high = (torch.quantile(sample, q, dim=0).tolist() for q in (0.001, 0.999))
     return (low[0], low[1], low[2]), (high[0], high[1], high[2])

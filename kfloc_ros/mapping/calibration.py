@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calibration of a map on views that neither its head nor its references have seen.
+"""Calibration of a map on held-out views, which are neither in its head's training data nor in its references.
 
-Every quantity is chosen so that what the localizer claims matches what was measured: variances so that 68 % of
-errors lie inside one sigma, pose covariances so that the median squared Mahalanobis error is that of its
-chi-square distribution, the acceptance threshold so that good alignments pass.
+Every quantity is chosen such that the localizer's statements match measured errors: variances such that 68 % of errors
+are inside one sigma, pose covariances such that the median squared Mahalanobis error is that of its chi-square
+distribution, and the acceptance threshold such that good alignments pass.
 """
 
 from __future__ import annotations
@@ -38,18 +38,20 @@ from kfloc_ros.types import Frame, SceneCoordinates
 CHI2_6_MEDIAN = 5.348
 TEMPERATURES = (0.005, 0.01, 0.02, 0.04, 0.08)
 LEAST_SCALE = 1e-3
-"""Of process noise, and the inverse of the largest."""
+"""Smallest scale of process noise; its inverse is the largest."""
 USUAL_LEARNED_SCALE = 0.15
-"""Of the learned flow's process noise where a map has no neighbouring views to measure it on: the most of the maps
-measured, which had 0.06 to 0.15."""
+"""Scale of the learned flow's process noise if a map has no neighbouring views to measure it on: the largest value of
+the
+measured maps, which have 0.06 to 0.15.
+"""
 MIN_WRONG = 5
 MAX_MIRRORED = 20
-"""Mirrored views that are localized at most."""
+"""Limit on mirrored views that are localized."""
 RATIO_LIMITS = 0.1, 0.5
 GOOD_M, GOOD_DEG = 0.10, 5.0
-"""An alignment nearer to the truth than this is a good one."""
+"""Position and rotation errors below which an alignment is good."""
 WRONG_START = make_pose(so3_exp(np.array([0.0, 0.5, 0.0])), np.array([0.5, 0.0, 0.0]))
-"""A view seen from here, relative to where it is, is out of the alignment's reach: where that then ends is wrong."""
+"""Pose relative to a view from which the alignment cannot converge: its result is wrong."""
 
 
 def calibrate(
@@ -58,7 +60,7 @@ def calibrate(
     device: str,
     on_progress: Callable[[float, str], None],
 ) -> SceneMap:
-    """Return the map with its calibration filled in; unchanged defaults where too few views were held out."""
+    """Return the map with its calibration; with the defaults if too few views were held out."""
     usual = replace(draft.calibration, learned_process_scale=USUAL_LEARNED_SCALE)
     draft = replace(draft, calibration=usual)
     if not held_out:
@@ -97,21 +99,21 @@ def calibrate_flow(
     truth: Sequence[SceneCoordinates],
     pairs: Sequence[int],
 ) -> Calibration:
-    """The scale of the process noise of the flow network, and of the cost volume at the temperature that fits best.
+    """Calibrate the process noise of the flow network, and of the cost volume at its best temperature.
 
     Args:
-        calibration: to change.
+        calibration: calibration to update.
         features: (C, h, w) of the views.
-        truth: their true coordinates.
-        pairs: views whose predecessors are to be carried to them.
+        truth: true scene coordinates of the views.
+        pairs: views whose predecessors are propagated to them.
     """
     network = shipped_flow_network(torch.device("cpu"))
-    learned = _carried(network.flow, features, truth, pairs)
+    learned = _propagate(network.flow, features, truth, pairs)
     best = None
     for temperature in TEMPERATURES:
-        carried = _carried(partial(backward_flow, temperature=temperature), features, truth, pairs)
-        if best is None or carried.median_m < best[0].median_m:
-            best = carried, temperature
+        cost_volume = _propagate(partial(backward_flow, temperature=temperature), features, truth, pairs)
+        if best is None or cost_volume.median_m < best[0].median_m:
+            best = cost_volume, temperature
     assert best is not None
     return replace(
         calibration,
@@ -122,18 +124,18 @@ def calibrate_flow(
 
 
 @dataclass(frozen=True, eq=False)
-class _Carried:
-    """Errors of true coordinates that were carried from one view to the next, and the process noise as modelled."""
+class PropagationErrors:
+    """Errors of true coordinates propagated from one view to the next, and the modelled process noise."""
 
     squared_m2: torch.Tensor
-    """(N,) of every axis."""
+    """(N,) squared errors of every axis."""
     process_m2: torch.Tensor
-    """(N,) as modelled, unscaled."""
+    """(N,) modelled process noise, unscaled."""
     median_m: float
-    """Of the error lengths; infinite if there are none."""
+    """Median length of the errors; infinite if there are none."""
 
     def scale(self, floor_m2: float) -> float:
-        """Of the process noise, so that with the floor 68 % of the errors lie inside one sigma."""
+        """Return the scale of the process noise at which 68 % of the errors are inside one sigma, given the floor."""
         if len(self.squared_m2) < MIN_ERRORS:
             return USUAL_LEARNED_SCALE
         low, high = LEAST_SCALE, 1.0 / LEAST_SCALE
@@ -144,16 +146,16 @@ class _Carried:
         return high
 
     def loose_scale(self, floor_m2: float) -> float:
-        """By how much noise and floor together are too large; the floor is then added once more.
+        """Return the factor by which noise and floor together are too large; the floor is then added once more.
 
-        That is more than 68 % ask for, and right for a noise that does not know where flow is wrong.
+        This is more than 68 % requires. It is right for noise that does not know where the flow is wrong.
         """
         return squared_quantile((self.squared_m2 / (self.process_m2 + floor_m2)).sqrt(), default=1.0)
 
 
-def _carried(
+def _propagate(
     flow: FlowFunction, features: Sequence[torch.Tensor], truth: Sequence[SceneCoordinates], pairs: Sequence[int]
-) -> _Carried:
+) -> PropagationErrors:
     squared, process, lengths = [], [], []
     for i in pairs:
         prior = warp(truth[i - 1], flow(features[i], features[i - 1]), 1.0, 0.0)
@@ -163,14 +165,17 @@ def _carried(
         process.append(prior.variance[both].repeat(3))
         lengths.append(error.norm(dim=0))
     length = torch.cat(lengths)
-    return _Carried(torch.cat(squared), torch.cat(process), float(length.median()) if len(length) else math.inf)
+    return PropagationErrors(
+        torch.cat(squared), torch.cat(process), float(length.median()) if len(length) else math.inf
+    )
 
 
 def _calibrate_poses(draft: SceneMap, views: Sequence[View], stamps_ns: Sequence[int], device: str) -> Calibration:
-    """Run the localizer itself and fit the covariance scales and the acceptance threshold.
+    """Run the localizer and fit the covariance scales and the acceptance threshold.
 
-    The threshold lies midway between what good alignments cost at most and wrong ones at least, 5 % of each set
-    aside. Query views differ more from the references than held-out mapping views do, so it must not hug the good.
+    The threshold is midway between the 95th percentile of the costs of good alignments and the 5th percentile of wrong
+    ones. Query views differ more from the references than held-out mapping views do, so the threshold must not be close
+    to the good ones.
     """
     localizer = Localizer(draft, LocalizerConfig(device=device, camera_check="off"))
     coarse, refined, costs, ratios = [], [], [], []
@@ -195,7 +200,7 @@ def _calibrate_poses(draft: SceneMap, views: Sequence[View], stamps_ns: Sequence
 
 
 def _wrong_costs(draft: SceneMap, views: Sequence[View], device: str) -> list[float]:
-    """Costs of alignments that ended in a wrong place."""
+    """Return the costs of alignments that converged to a wrong pose."""
     target = choose_device(device)
     backbone = Backbone(device=target)
     settings = RefinerSettings(max_cost=math.inf)
@@ -209,7 +214,7 @@ def _wrong_costs(draft: SceneMap, views: Sequence[View], device: str) -> list[fl
 
 
 def _mirrored_ratios(draft: SceneMap, views: Sequence[View], stamps_ns: Sequence[int], device: str) -> list[float]:
-    """Inlier ratios of coarse poses of mirrored views: of a room that is not the map's, but looks like it."""
+    """Return inlier ratios of coarse poses of mirrored views: they look similar to the map, but are not in it."""
     localizer = Localizer(draft, LocalizerConfig(device=device, filter=False))
     ratios = []
     for i in range(0, len(views), max(len(views) // MAX_MIRRORED, 1)):
@@ -220,14 +225,14 @@ def _mirrored_ratios(draft: SceneMap, views: Sequence[View], stamps_ns: Sequence
 
 
 def _ratio_threshold(good: Sequence[float], wrong: Sequence[float]) -> float:
-    """Midway between the least that good coarse poses have and the most that wrong ones have, 5 % of each set aside."""
+    """Return the threshold midway between the inlier ratios of good and wrong coarse poses, without 5 % of each set."""
     if len(good) < MIN_WRONG or len(wrong) < MIN_WRONG:
         return Calibration().min_inlier_ratio
     return float(np.clip((np.quantile(good, 0.05) + np.quantile(wrong, 0.95)) / 2, *RATIO_LIMITS))
 
 
 def _threshold(good: Sequence[float], wrong: Sequence[float]) -> float:
-    unrelated = float(RobustLoss(RefinerSettings().loss_scale).value(torch.tensor(2.0)))  # of orthogonal features
+    unrelated = float(RobustLoss(RefinerSettings().loss_scale).value(torch.tensor(2.0)))  # # of orthogonal features
     if not good:
         return unrelated
     highest = float(np.quantile(good, 0.95))
@@ -243,7 +248,7 @@ def _is_good(T_true: Matrix, T: Matrix | None) -> bool:
 
 
 def mahalanobis(T_true: Matrix, T: Matrix | None, covariance: NDArray[np.float64] | None) -> float:
-    """Squared Mahalanobis length of a pose error (the NEES)."""
+    """Return the squared Mahalanobis length of a pose error (NEES)."""
     if T is None or covariance is None:
         return float("nan")
     error = pose_tangent_error(T, T_true)

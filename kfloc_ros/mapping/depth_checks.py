@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Frames that would harm a map are found, counted and left out: wrong stamps, poses that jump, blur."""
+"""Checks of the frames of a source: frames with wrong stamps, jumping poses or blur are counted and left out of a
+map.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +16,9 @@ from numpy.typing import NDArray
 from kfloc_ros.geometry.lie import is_farther
 from kfloc_ros.types import Frame, Matrix
 
-NO_POSE, NO_RIGID_POSE = "without a pose", "with a pose that is no rotation and place"
+NO_POSE, NO_RIGID_POSE = "without a pose", "with an invalid pose"
 UNREADABLE = "that cannot be read"
-STAMP, JUMP, BLUR, DEPTH = "with a wrong stamp", "whose pose jumps", "blurred", "with hardly any depth"
+STAMP, JUMP, BLUR, DEPTH = "with a wrong stamp", "whose pose jumps", "blurred", "with almost no depth"
 
 
 def _second_difference(row: int, column: int) -> NDArray[np.float32]:
@@ -28,39 +30,42 @@ def _second_difference(row: int, column: int) -> NDArray[np.float32]:
 
 JUMP_M, JUMP_M_PER_S = 0.15, 2.0
 JUMP_DEG, JUMP_DEG_PER_S = 10.0, 180.0
-"""A camera that is carried does not move faster. Poses of photos do, so see ``VIDEO``."""
+"""Fastest motion between the frames of a carried camera. Poses of photos can be faster, see ``VIDEO_PAIRS``."""
 VIDEO_PAIRS, VIDEO_JUMPS = 10, 0.1
-"""A source is a video once so many pairs of neighbours were seen, of which at most this share jumps."""
+"""A source is a video if at least this many pairs of neighbours were checked, of which at most this share jumps."""
 BLUR_RATIO = 0.3
 """Share of the usual detail below which an image is blurred."""
 BLUR_WINDOW, BLUR_LEAST = 30, 8
-"""RedKitchen's frames have 0.42 to 1.5 times the detail of those before them; a blur of 13 pixels leaves 0.2."""
+"""Number of previous images that give the usual detail, and the fewest needed. RedKitchen's frames have 0.42 to 1.5
+times
+the detail of the previous ones; a blur of 13 pixels leaves 0.2.
+"""
 GREY_WIDTH_PX = 320
 CONTRAST_SHARE = 0.01
 _AXES = ((0, 1), (1, 0), (1, 1), (1, -1))
 SECOND_DIFFERENCES = [_second_difference(*axis) for axis in _AXES]
 
 
-class Screened(NamedTuple):
-    """A frame that is good to use."""
+class CheckedFrame(NamedTuple):
+    """Frame that passed the checks, with its position in the source."""
 
     position: int
     frame: Frame
 
 
 class DepthChecks:
-    """Judges the frames of one source, in order, each knowing the one before and the one after it."""
+    """Checks of one source's frames, in order; each check uses the previous and the next frame."""
 
     def __init__(self) -> None:
         self.left_out: Counter[str] = Counter()
-        """Frames left out, by what is wrong with them."""
+        """Number of frames left out, by reason."""
         self._pairs = self._jumps = 0
         self._detail: deque[float] = deque(maxlen=BLUR_WINDOW)
 
-    def good(self, frames: Iterator[tuple[int, Frame]]) -> Iterator[Screened]:
-        """The good ones among frames with their positions; holds one frame back."""
+    def passing(self, frames: Iterator[tuple[int, Frame]]) -> Iterator[CheckedFrame]:
+        """Yield the frames that pass, with their positions; one frame behind the input."""
         before: Frame | None = None
-        held: Screened | None = None
+        held: CheckedFrame | None = None
         for position, frame in frames:
             if fault := _pose_fault(frame.T_map_camera):
                 self.left_out[fault] += 1
@@ -68,7 +73,7 @@ class DepthChecks:
             if held is not None and self._is_good(before, held.frame, frame):
                 before = held.frame
                 yield held
-            held = Screened(position, frame)
+            held = CheckedFrame(position, frame)
         if held is not None and self._is_good(before, held.frame, None):
             yield held
 
@@ -89,7 +94,7 @@ class DepthChecks:
         return BLUR if self._blurred(frame.image) else ""
 
     def _jumped(self, before: Frame, frame: Frame, after: Frame | None) -> bool:
-        """Away and back again, in a source that otherwise moves steadily: after a lasting jump no side is wrong."""
+        """Return True if a pose jumps away and back in an otherwise steady source; a lasting jump is no fault."""
         away = _jump(before, frame)
         self._pairs, self._jumps = self._pairs + 1, self._jumps + away
         steady = self._pairs >= VIDEO_PAIRS and self._jumps <= 1 + VIDEO_JUMPS * self._pairs
@@ -105,10 +110,10 @@ class DepthChecks:
 
 
 def fine_detail(image: NDArray[np.uint8]) -> float:
-    """How much finer detail an image (H, W, 3) has than its own half-sized copy, in the direction with the least.
+    """Return the ratio of fine detail of an image (H, W, 3) to that of its half-sized copy, in the direction with less.
 
-    A ratio, so that little texture or light is no blur; the share of the whole contrast in it keeps what is left of a
-    strong blur, mere noise, from looking sharp.
+    As a ratio, it is independent of texture and light. It is weighted with the share of total contrast, so that the
+    noise that remains in a strongly blurred image does not count as detail.
     """
     grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(np.float32)
     scale = min(1.0, GREY_WIDTH_PX / grey.shape[1])

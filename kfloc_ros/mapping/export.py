@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A map, or a place of several, for other programs: a COLMAP text model, and a PLY point cloud.
+"""Export of a map or a place to other programs: COLMAP text model, PLY point cloud.
 
-Maps keep no images and no colours: points are grey, image names are ``view_<id>.png`` and stand for the frame index
-in the mapping source; those of a place begin with the submap's name, ``kitchen/view_<id>.png``. Submaps are read one
-after the other, and all is in the place's frame.
+Maps contain no images and no colours: points are grey, and image names are ``view_<id>.png`` with the frame index in
+the mapping source; in a place, they start with the submap's name, ``kitchen/view_<id>.png``. Submaps are read one after
+the other; all coordinates are in the place's frame.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ ERROR_UNKNOWN = -1.0
 
 
 def export_colmap(known: AnyMap, folder: Path) -> Path:
-    """Write cameras.txt, images.txt and points3D.txt: the reference views, and each point seen in its own view.
+    """Write cameras.txt, images.txt and points3D.txt: the reference views, and each point observed in its own view.
 
     Raises:
         MapError: the folder exists or cannot be written, or a submap cannot be read.
     """
     if folder.exists():
-        raise MapError(f"'{folder}' exists; name another folder.")
+        raise MapError(f"'{folder}' exists; give another folder.")
     try:
         with appearing(folder.absolute()) as temporary:
             c = known.camera
@@ -62,13 +62,13 @@ def export_ply(known: AnyMap, path: Path) -> Path:
 
 
 def write_new_file(path: Path, data: bytes) -> Path:
-    """Write a file that must not exist; it appears whole or not at all.
+    """Write a new file atomically.
 
     Raises:
-        MapError: it exists or cannot be written.
+        MapError: the file exists or cannot be written.
     """
     if path.exists():
-        raise MapError(f"'{path}' exists; name another file.")
+        raise MapError(f"'{path}' exists; give another file.")
     try:
         with appearing_file(path) as stream:
             stream.write(data)
@@ -78,7 +78,7 @@ def write_new_file(path: Path, data: bytes) -> Path:
 
 
 def _colmap_lines(known: AnyMap) -> Iterator[tuple[str, str, list[str]]]:
-    """For every view: its line of images.txt, its observations, its lines of points3D.txt."""
+    """Yield for every view its line of images.txt, its observations, and its lines of points3D.txt."""
     views = (
         (_image_name(submap, ident), T, view)
         for submap, part in each_map(known)
@@ -111,7 +111,9 @@ def _project(points: NDArray[np.float64], T_camera_map: Matrix, camera: Camera) 
 
 
 def quaternion_wxyz(R: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Unit quaternion (w, x, y, z), w >= 0, of a rotation: the eigenvector of Bar-Itzhack's symmetric matrix (2000)."""
+    """Return the unit quaternion (w, x, y, z), w >= 0, of a rotation: the eigenvector of Bar-Itzhack's matrix
+    (2000).
+    """
     (a, b, c), (d, e, f), (g, h, i) = R
     K = np.array(
         [

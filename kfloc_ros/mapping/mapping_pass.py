@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One pass over a source: training cells, reference views, and views held out, all in bounded memory."""
+"""Mapping pass: one pass over a source that collects training cells, reference views and held-out views in bounded
+memory.
+"""
 
 from __future__ import annotations
 
@@ -32,14 +34,14 @@ from kfloc_ros.types import Frame
 MIN_VIEWS = 8
 MIN_CELLS = 5_000
 MAX_CELLS = 5_000_000
-"""Cells in the training buffer (2 GB); long sources give fewer cells a view."""
+"""Limit on cells in the training buffer (2 GB); of long sources, fewer cells per view are used."""
 MIN_CELLS_PER_VIEW = 64
 MIN_DEPTH_SHARE = 0.05
 
 
 @dataclass(frozen=True)
 class MappingPassSettings:
-    """What is taken from every view."""
+    """Amounts of data taken from every view."""
 
     augmentations: int
     points_per_view: int
@@ -50,32 +52,32 @@ class MappingPassSettings:
 
 @dataclass(frozen=True, eq=False)
 class MappingPass:
-    """What one pass over the views yields."""
+    """Result of a mapping pass."""
 
     cells: Cells
     references: ReferenceViews
     all_references: ReferenceViews
-    """With those of the held-out views, which may join once calibration is done: there is no reason for a gap."""
+    """References including the held-out views, which join after calibration so that the map has no gap there."""
     held_out: list[HeldOut]
     used: int
     left_out: Mapping[str, int]
-    """Frames that were not good enough, by reason."""
+    """Number of frames that failed a check, by reason."""
     unread: int
-    """Frames left out for want of time."""
+    """Number of frames left out for lack of time."""
     backbone_pass_s: float
-    """What a pass through the backbone took, with everything else divided among the passes."""
+    """Time per backbone pass in seconds, including all other work of the mapping pass."""
 
 
 class CellBuffer:
     """Training cells of all views in one block of memory; when it is full, later cells replace random ones.
 
     Args:
-        capacity: cells held at most.
-        rng: for what is replaced.
+        capacity: limit on cells.
+        rng: random generator of the replacement.
     """
 
     def __init__(self, capacity: int, rng: np.random.Generator) -> None:
-        # untouched pages of an empty tensor take no memory, and nothing is copied at the end
+        # # untouched pages of an empty tensor use no memory, and nothing is copied at the end
         self._inputs = torch.empty(capacity, INPUT_CHANNELS, dtype=torch.float16)
         self._coordinates = torch.empty(capacity, 3)
         self._rng, self._seen = rng, 0
@@ -84,21 +86,21 @@ class CellBuffer:
         return min(self._seen, len(self._inputs))
 
     def add(self, cells: Cells) -> None:
-        """Take cells; every cell ever given has the same chance to be held (Vitter's reservoir)."""
+        """Add cells; every cell ever added has the same probability of being stored (Vitter's reservoir sampling)."""
         count, capacity = len(cells.inputs), len(self._inputs)
         numbers = np.arange(self._seen, self._seen + count)
         places = numbers.copy()
         late = numbers >= capacity
         places[late] = self._rng.integers(0, numbers[late] + 1)
-        places, first = np.unique(places, return_index=True)  # no place twice: inputs and coordinates must not mix
-        kept = torch.from_numpy(first[places < capacity])
+        places, first = np.unique(places, return_index=True)  # # no index twice: inputs and coordinates must not mix
+        chosen = torch.from_numpy(first[places < capacity])
         rows = torch.from_numpy(places[places < capacity])
-        self._inputs[rows] = cells.inputs[kept]
-        self._coordinates[rows] = cells.coordinates[kept]
+        self._inputs[rows] = cells.inputs[chosen]
+        self._coordinates[rows] = cells.coordinates[chosen]
         self._seen += count
 
     def cells(self) -> Cells:
-        """What is held."""
+        """Return the stored cells."""
         return Cells(self._inputs[: len(self)], self._coordinates[: len(self)])
 
 
@@ -110,15 +112,15 @@ def mapping_pass_over(
     time_budget: TimeBudget,
     on_view: Callable[[int], None],
 ) -> MappingPass:
-    """Read the views of a source once.
+    """Run the mapping pass over a source.
 
     Args:
         source: views with depth and poses.
-        camera: the map's, which images are brought to.
-        backbone: for their features.
-        settings: what is taken from them.
-        time_budget: which of them there is time for.
-        on_view: told the position of every view used.
+        camera: camera of the map, to which images are adapted.
+        backbone: feature network.
+        settings: amounts of data taken from every view.
+        time_budget: decides how many views are read.
+        on_view: called with the position of every used view.
 
     Raises:
         SourceError: too few views with depth and pose.
@@ -130,7 +132,7 @@ def mapping_pass_over(
     buffer = CellBuffer(min(MAX_CELLS, len(source) * copies * min(limit, grid_cells)), rng)
     collector = ReferenceCollector(settings.reference_spacing_m, settings.max_points)
     adapter = ImageAdapter(source.camera, camera)
-    screening = DepthChecks()
+    checks = DepthChecks()
     held_out: list[HeldOut] = []
     held_out_points: list[ReferencePoints] = []
     used = passes = 0
@@ -140,10 +142,10 @@ def mapping_pass_over(
         return extract_reference_points(features, view.depth_m, camera, view.T_map_camera, settings.points_per_view)
 
     reading = _Reading(source, time_budget)
-    for position, frame in screening.good(iter(reading)):
+    for position, frame in checks.passing(iter(reading)):
         view = _view(frame, adapter)
         if view is None:
-            screening.left_out[DEPTH] += 1
+            checks.left_out[DEPTH] += 1
             continue
         on_view(position)
         used += 1
@@ -160,18 +162,18 @@ def mapping_pass_over(
             augmented = backbone.extract(warp_image(view.image, similarity))
             buffer.add(sample_cells(view, augmented, similarity, limit, rng))
             passes += 1
-        if collector.wants(view.T_map_camera):
+        if collector.extends_coverage(view.T_map_camera):
             collector.add(view.index, view.T_map_camera, reference_points(view, features))
     if source.left_out:
-        screening.left_out[UNREADABLE] += len(source.left_out)
+        checks.left_out[UNREADABLE] += len(source.left_out)
     if used < MIN_VIEWS or not len(collector) or len(buffer) < MIN_CELLS:
         raise SourceError(
             f"'{source.name}' has {used} usable views with depth and pose out of {len(source)}"
-            f"{_told(screening.left_out)}; a map needs at least {MIN_VIEWS}, with usable depth in most of the image."
+            f"{_reasons(checks.left_out)}; a map needs at least {MIN_VIEWS}, with usable depth in most of the image."
         )
     references = collector.views()
     for held, points in zip(held_out, held_out_points, strict=True):
-        if collector.wants(held.view.T_map_camera):
+        if collector.extends_coverage(held.view.T_map_camera):
             collector.add(held.view.index, held.view.T_map_camera, points)
     return MappingPass(
         buffer.cells(),
@@ -179,50 +181,50 @@ def mapping_pass_over(
         collector.views(),
         held_out,
         used,
-        dict(screening.left_out),
+        dict(checks.left_out),
         reading.unread,
         (time.monotonic() - start) / max(passes, 1),
     )
 
 
 class _Reading:
-    """The frames that there is time for, with their positions."""
+    """Reader of the frames that fit into the time budget, with their positions."""
 
     def __init__(self, source: FrameSource, time_budget: TimeBudget) -> None:
         self._source, self._time_budget = source, time_budget
         self.unread = 0
         self.held_out: dict[int, int] = {}
-        """Run of every position that is kept from training."""
+        """Run number by position of the held-out views."""
 
     def __iter__(self) -> Iterator[tuple[int, Frame]]:
         count = len(self._source)
         hold_out = HoldOut(count)
         for position in range(count):
-            kept = hold_out.wants(position)
-            if not self._time_budget.wants(count - position, needed=kept):
+            held_out = hold_out.holds_out(position)
+            if not self._time_budget.allows_view(count - position, needed=held_out):
                 self.unread += 1
                 continue
             frame = self._source.read(position)
             if frame is None:
                 continue
-            if kept:
+            if held_out:
                 self.held_out[position] = hold_out.runs
-                hold_out.saw(position, frame.T_map_camera)
+                hold_out.record(position, frame.T_map_camera)
             yield position, frame
 
 
 def describe_left_out(left_out: Mapping[str, int]) -> str:
-    """Such as ``3 blurred, 1 without a pose``; empty if nothing was left out."""
+    """Return text such as ``3 blurred, 1 without a pose``; empty if no frame was left out."""
     return ", ".join(f"{count} {reason}" for reason, count in sorted(left_out.items(), key=lambda item: -item[1]))
 
 
-def _told(left_out: Mapping[str, int]) -> str:
+def _reasons(left_out: Mapping[str, int]) -> str:
     text = describe_left_out(left_out)
     return f" ({text})" if text else ""
 
 
 def _view(frame: Frame, adapter: ImageAdapter) -> View | None:
-    """A frame with a pose as a view of the map's camera, or None if it has hardly any depth."""
+    """Return a frame with a pose as a view of the map's camera, or None if it has almost no depth."""
     if frame.depth_m is None or frame.T_map_camera is None:
         return None
     depth = adapter.nearest(frame.depth_m)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a head's variances are worth: a factor for views among the mapped ones, and how it grows away from them.
+"""Calibration of a head's variances: a factor for views near the mapped ones, and its growth away from them.
 
-Views far from the mapped ones are not at hand when a map is built, but a head is as lost in views that are turned and
-zoomed beyond what training showed it, and of these the truth is known: they tell what roughness means.
+Views far from the mapped ones are not available when a map is built. But a head is equally inaccurate in views that are
+rotated and zoomed beyond its training augmentation, and their true coordinates are known: they calibrate the growth
+with roughness.
 """
 
 from __future__ import annotations
@@ -22,44 +23,46 @@ from kfloc_ros.types import Matrix
 ONE_SIGMA = 0.6827
 MIN_ERRORS = 100
 TURNS = ((30.0, 1.0), (60.0, 1.0), (-45.0, 0.7), (0.0, 0.6))
-"""Roll in degrees, and pixels of the view per pixel of the turned one: training shows 20 degrees, and 0.75 to 1.3."""
+"""Roll in degrees, and pixels of the view per pixel of the rotated image; training uses up to 20 degrees and 0.75 to
+1.3.
+"""
 MAX_TURNED = 12
-"""Views that are turned, each in all these ways; a quarter of those held out at most."""
+"""Number of views that are rotated, each in all these ways; a quarter of the held-out views at most."""
 MAX_POWER = 6.0
 LEAST_POWER = 0.01
 BISECTIONS = 20
 MAX_RATIOS = 3000
-"""Of one view: enough, and quick to sort."""
+"""Limit on ratios per view: sufficient, and quick to sort."""
 
 
 @dataclass(frozen=True, eq=False)
 class MeasuredView:
-    """What a head said of one view, beside the truth."""
+    """Predictions of a head for one view, compared with the truth."""
 
     roughness_m: float
     ratios: torch.Tensor
-    """(n,) |error| / sigma of cells, per axis, sigma as the head states it."""
+    """(n,) |error| / sigma of cells, per axis, with the head's sigma."""
     run: int
-    """Of views held out together."""
+    """Number of the run that the view was held out in."""
 
 
 @dataclass(frozen=True)
 class MeasurementScale:
-    """Under which 68 % of the axis errors lie inside one sigma."""
+    """Scale of variances at which 68 % of the axis errors are inside one sigma."""
 
     variance_scale: float
     roughness: RoughnessScale | None
-    """None where turned views do not need it, or could not be measured."""
+    """None if rotated views do not need it or could not be measured."""
 
 
 def calibrate_measurement(head: Head, backbone: Backbone, held_out: Sequence[HeldOut]) -> MeasurementScale:
-    """Look at views held out as they are, and at some of them turned.
+    """Measure the held-out views as they are, and some of them rotated.
 
-    Of each run its inner half counts, where trained views are far.
+    Of each run, the inner half is used, where trained views are far.
 
     Args:
-        head: of the map, on the backbone's device.
-        backbone: for the features.
+        head: head of the map, on the backbone's device.
+        backbone: feature network.
         held_out: views that the head was not trained on.
     """
     chosen = [held for held, inner in zip(held_out, inner_half(held_out), strict=True) if inner]
@@ -85,11 +88,11 @@ def _measured(head: Head, backbone: Backbone, held: HeldOut, turn: Matrix) -> Me
 
 
 def scale_of(usual: Sequence[MeasuredView], turned: Sequence[MeasuredView]) -> MeasurementScale:
-    """The factor on variances that holds for views as they are, and the power of roughness that makes it hold turned.
+    """Return the factor on variances of usual views, and the power of roughness that fits the rotated ones.
 
     Args:
         usual: views as they are.
-        turned: views that the head cannot know, of any roughness.
+        turned: rotated views of any roughness, unknown to the head.
     """
     plain = scale_of_worse_runs(_by_run(usual, None))
     known = [view.roughness_m for view in usual if np.isfinite(view.roughness_m)]
@@ -98,19 +101,19 @@ def scale_of(usual: Sequence[MeasuredView], turned: Sequence[MeasuredView]) -> M
         return MeasurementScale(plain, None)
     usual_m = max(float(np.median(known)), 1e-6)
 
-    def tried(power: float) -> tuple[float, float]:
-        """The factor for views as they are, and the share of the turned ones' errors inside one sigma."""
+    def evaluate(power: float) -> tuple[float, float]:
+        """Return the factor for usual views, and the share of the rotated views' errors inside one sigma."""
         roughness = RoughnessScale(usual_m, power)
         scale = scale_of_worse_runs(_by_run(usual, roughness))
         return scale, float((torch.cat(_whitened(turned, roughness)).square() < scale).float().mean())
 
-    if tried(LEAST_POWER)[1] >= ONE_SIGMA:
+    if evaluate(LEAST_POWER)[1] >= ONE_SIGMA:
         return MeasurementScale(plain, None)
     low, high = LEAST_POWER, MAX_POWER
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
-        low, high = (middle, high) if tried(middle)[1] < ONE_SIGMA else (low, middle)
-    return MeasurementScale(tried(high)[0], RoughnessScale(usual_m, high))
+        low, high = (middle, high) if evaluate(middle)[1] < ONE_SIGMA else (low, middle)
+    return MeasurementScale(evaluate(high)[0], RoughnessScale(usual_m, high))
 
 
 def _whitened(views: Sequence[MeasuredView], roughness: RoughnessScale | None) -> list[torch.Tensor]:
@@ -127,13 +130,14 @@ def _by_run(views: Sequence[MeasuredView], roughness: RoughnessScale | None) -> 
 
 
 def scale_of_worse_runs(ratios: Sequence[torch.Tensor]) -> float:
-    """Factor on variances that puts 68 % of the errors, per axis, inside one sigma in the worse half of the runs.
+    """Return the factor on variances that puts 68 % of the errors, per axis, inside one sigma in the worse half of the
+    runs.
 
-    How sure a head may be differs more from place to place than within one, and whoever asks may be farther from what
-    it was trained on than any view that was held out: all runs together would promise too much.
+    A head's accuracy differs more between places than within one, and a query can be farther from the training data
+    than any held-out view: the factor of all runs together would be too optimistic.
 
     Args:
-        ratios: (n,) |error| / sigma for each run of views held out.
+        ratios: (n,) |error| / sigma for each run of held-out views.
     """
     enough = [run for run in ratios if len(run) >= MIN_ERRORS]
     ordered = sorted(enough, key=lambda run: squared_quantile(run, default=1.0))
@@ -141,8 +145,8 @@ def scale_of_worse_runs(ratios: Sequence[torch.Tensor]) -> float:
 
 
 def squared_quantile(ratios: torch.Tensor, default: float) -> float:
-    """Square of the 68 % quantile of |error| / sigma: the factor by which the variance is too small."""
+    """Return the square of the 68 % quantile of |error| / sigma: the factor by which the variance is too small."""
     if len(ratios) < MIN_ERRORS:
         return default
-    step = max(1, len(ratios) // 1_000_000)  # torch.quantile takes at most 16 million values
+    step = max(1, len(ratios) // 1_000_000)  # # torch.quantile accepts at most 16 million values
     return float(np.clip(float(torch.quantile(ratios[::step], ONE_SIGMA)) ** 2, 1e-3, 1e3))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two maps as one: the heads of both, and the reference views of both where they add coverage."""
+"""Merging of two maps: the heads of both, and the reference views of both where they extend the coverage. Cropping."""
 
 from __future__ import annotations
 
@@ -27,38 +27,38 @@ from kfloc_ros.maps.scene_map import Calibration, SceneMap, transformed
 from kfloc_ros.pixloc.references import ReferencePoints, ReferenceViews
 
 MAX_FOCAL_RATIO = 1.25
-"""Heads and features stand as much zoom as they are trained with, and no more."""
+"""Largest ratio of focal lengths: heads and features tolerate as much zoom as they are trained with."""
 Corner = tuple[float, float, float]
 
 
 def merge_maps(
     older: SceneMap, newer: SceneMap, T_older_newer: Matrix, *, spacing_m: float, max_points: int, name: str = ""
 ) -> SceneMap:
-    """One map of both, in the frame and for the camera of the older one.
+    """Merge two maps, in the frame and for the camera of the older one.
 
-    Heads are kept side by side, each with its own calibration; reference views of the newer map come first, and those
-    of the older one join where none of them is near, since where a place has changed the newer is right.
+    The heads are stored side by side, each with its own calibration. Reference views of the newer map come first, and
+    those of the older one join where no newer view is near: where a place has changed, the newer map is right.
 
     Args:
-        older: the map whose frame stays.
-        newer: what is added to it.
+        older: map that keeps its frame.
+        newer: map to add.
         T_older_newer: (4, 4) rigid motion from the newer map's frame.
         spacing_m: see ``MapBuildConfig.reference_spacing_m``.
-        max_points: reference points kept at most.
-        name: of the result; the older one's by default.
+        max_points: limit on reference points.
+        name: name of the result; by default the older map's.
 
     Raises:
-        MapError: cameras or heads do not fit, or there are too many heads.
+        MapError: cameras or heads do not match, or there are too many heads.
     """
     _check_cameras(older, newer)
     check_families(older, newer)
     heads = [*_own_heads(older), *(transformed_head(head, T_older_newer) for head in _own_heads(newer))]
     if len({(head.width, head.blocks) for head in heads}) > 1:
-        raise MapError("The maps' heads differ in size (`kfloc map info` shows it); build one of them again.")
+        raise MapError("The maps' heads differ in size (`kfloc map info` shows it); build one of the maps again.")
     if len(heads) > MAX_HEADS:
         raise MapError(
-            f"The result would have {len(heads)} heads, more than the {MAX_HEADS} that a frame has time for. "
-            "Build one map of all recordings anew."
+            f"The result would have {len(heads)} heads, more than the limit of {MAX_HEADS}. Build one map of all "
+            "recordings."
         )
     references = _join(older.references, transformed(newer.references, T_older_newer), spacing_m, max_points)
     return SceneMap(
@@ -74,7 +74,7 @@ def merge_maps(
 
 
 def _own_heads(scene_map: SceneMap) -> list[SCoordNet]:
-    """Heads whose variance holds without the map's scale."""
+    """Return the heads with the map's variance scale applied."""
     scale = scene_map.calibration.measurement_variance_scale
     return [with_variance_scale(head, scale) for head in heads_of(scene_map.head)]
 
@@ -85,13 +85,15 @@ def _join(older: ReferenceViews, newer: ReferenceViews, spacing_m: float, max_po
     for ident, T, view in zip(newer.ids, newer.T_map_camera, newer.views, strict=True):
         collector.add(ident + offset, T, view)
     for ident, T, view in zip(older.ids, older.T_map_camera, older.views, strict=True):
-        if collector.wants(T):
+        if collector.extends_coverage(T):
             collector.add(ident, T, view)
     return collector.views()
 
 
 def _calibration(a: Calibration, b: Calibration) -> Calibration:
-    """What holds for both: the larger of every claim of doubt. Variances of the heads are scaled already."""
+    """Return the calibration of both maps: of each uncertainty the larger. Variances of the heads are already
+    scaled.
+    """
     learned = (a.learned_process_scale, b.learned_process_scale)
     return Calibration(
         measurement_variance_scale=1.0,
@@ -108,14 +110,14 @@ def _calibration(a: Calibration, b: Calibration) -> Calibration:
 
 
 def _roughness(a: RoughnessScale | None, b: RoughnessScale | None) -> RoughnessScale | None:
-    """What is usual in either part is usual; beyond that the larger doubt."""
+    """Return the roughness scale of both maps: the larger usual roughness, and beyond it the larger uncertainty."""
     if a is None or b is None:
         return None
     return RoughnessScale(max(a.usual_m, b.usual_m), max(a.power, b.power))
 
 
 def _bounds(a: tuple[Corner, Corner], b: tuple[Corner, Corner], T: Matrix) -> tuple[Corner, Corner]:
-    """Box around one box and the moved corners of the other."""
+    """Return the box around one box and the transformed corners of the other."""
     corners = np.array(list(itertools.product(*zip(*b, strict=True)))) @ T[:3, :3].T + T[:3, 3]
     low, high = np.minimum(a[0], corners.min(axis=0)), np.maximum(a[1], corners.max(axis=0))
     return (float(low[0]), float(low[1]), float(low[2])), (float(high[0]), float(high[1]), float(high[2]))
@@ -129,16 +131,17 @@ def _session(older: SceneMap, newer: SceneMap) -> dict[str, Any]:
 
 
 def check_families(*maps: SceneMap) -> None:
-    """Refuse maps that hold KFNet's own networks.
+    """Refuse maps that contain KFNet's own networks.
 
     Raises:
-        MapError: one does.
+        MapError: a map contains them.
     """
     for scene_map in maps:
         if scene_map.kfnet is not None:
             raise MapError(
-                f"'{scene_map.name}' holds KFNet's own networks, and those know one session only. Join the maps that "
-                "they were put into, train the networks on both sessions, and put them in with `kfloc map kfnet`."
+                f"'{scene_map.name}' contains KFNet's own networks, which are trained on one session only. Join the "
+                "maps that they were put into, train the networks on both sessions, and put them in with `kfloc map "
+                "kfnet`."
             )
 
 
@@ -147,52 +150,53 @@ def _check_cameras(older: SceneMap, newer: SceneMap) -> None:
         ratio = getattr(newer.camera, which) / getattr(older.camera, which)
         if not 1 / MAX_FOCAL_RATIO < ratio < MAX_FOCAL_RATIO:
             raise MapError(
-                f"The maps were made for cameras of different focal length ({which} {older.camera.fx:.0f} and "
-                f"{newer.camera.fx:.0f} pixels). Build the second with `kfloc map update`, which uses the first's."
+                f"The maps are for cameras of different focal length ({which} {older.camera.fx:.0f} and "
+                f"{newer.camera.fx:.0f} pixels). Build the second with `kfloc map update`, which uses the first map's "
+                "camera."
             )
 
 
 MIN_POINTS = 60
-"""A view with fewer points inside says too little about a pose: an alignment needs as many."""
+"""Fewest points of a view inside the box: an alignment needs as many."""
 
 
 class NothingInside(MapError):
-    """Nothing of a map lies in the box that it is to be cropped to."""
+    """Error: no part of a map is inside the box."""
 
 
 def crop_map(scene_map: SceneMap, low_m: Sequence[float], high_m: Sequence[float]) -> SceneMap:
-    """The map within a box; the head and the calibration stay as they are.
+    """Return the part of a map inside a box; the head and the calibration are unchanged.
 
     Args:
-        scene_map: the whole.
+        scene_map: map to crop.
         low_m: smallest corner (3,), map frame.
         high_m: largest corner (3,).
 
     Raises:
-        MapError: the box is inside out.
-        NothingInside: no view has enough points in it.
+        MapError: the corners are in the wrong order.
+        NothingInside: no view has enough points in the box.
     """
     if any(not a < b for a, b in zip(low_m, high_m, strict=True)):
         raise MapError(f"The box must have its smallest corner first, got {tuple(low_m)} and {tuple(high_m)}.")
     low, high = torch.tensor(low_m), torch.tensor(high_m)
-    kept: list[int] = []
+    selected: list[int] = []
     views: list[ReferencePoints] = []
     for position, view in enumerate(scene_map.references.views):
         inside = ((view.points >= low) & (view.points <= high)).all(dim=1)
         if int(inside.sum()) >= MIN_POINTS:
-            kept.append(position)
+            selected.append(position)
             views.append(
                 ReferencePoints(view.points[inside], view.coarse[inside], view.fine[inside], view.confidence[inside])
             )
-    if not kept:
+    if not selected:
         extent = " to ".join(str(tuple(round(v, 2) for v in corner)) for corner in scene_map.bounds_m)
         raise NothingInside(f"No reference view has {MIN_POINTS} points in the box; the map reaches from {extent} m.")
     a, b = scene_map.bounds_m
-    ids = tuple(scene_map.references.ids[k] for k in kept)
+    ids = tuple(scene_map.references.ids[k] for k in selected)
     box = " ".join(f"{v:g}" for v in (*low_m, *high_m))
     return replace(
         scene_map,
-        references=ReferenceViews(ids, scene_map.references.T_map_camera[kept], tuple(views)),
+        references=ReferenceViews(ids, scene_map.references.T_map_camera[selected], tuple(views)),
         bounds_m=(
             (max(a[0], low_m[0]), max(a[1], low_m[1]), max(a[2], low_m[2])),
             (min(b[0], high_m[0]), min(b[1], high_m[1]), min(b[2], high_m[2])),

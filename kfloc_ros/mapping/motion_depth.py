@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Views with poses but without depth, given depth from their motion, so that a map is built from them as from RGB-D.
+"""Depth from motion: views with poses but without depth get depth images, so that a map is built from them as from
+RGB-D.
 
-Depth comes from :mod:`kfloc_ros.mapping.plane_sweep`; where the source has points of a reconstruction (see
-``FrameSource.visible_points``) these set the range that is searched and overrule the sweep at their own pixels.
+Depth is computed by :mod:`kfloc_ros.mapping.plane_sweep`. If the source has points of a reconstruction (see
+``FrameSource.visible_points``), they set the search range and replace the plane sweep's depth at their pixels.
 """
 
 from __future__ import annotations
@@ -27,36 +28,38 @@ from kfloc_ros.types import Frame, Matrix
 
 NEIGHBOURS = 6
 MIN_BASELINE, MAX_BASELINE, BEST_BASELINE = 0.04, 0.3, 0.12
-"""Distance of a neighbour in units of the usual depth: too near says nothing, too far looks different."""
+"""Baselines in units of the usual depth: short ones give no depth, long ones look different."""
 MAX_TURN_DEG = 35.0
 PROBES = 10
-"""Frames that are looked at to learn whether a source has depth."""
+"""Number of frames read to find out whether a source has depth."""
 CACHED_VIEWS = 300
-"""Features kept in memory (0.6 MB a view); views come in order, so their neighbours mostly are still there."""
+"""Limit on cached features (0.6 MB a view); views come in order, so the neighbours are mostly cached."""
 
 
 @dataclass(frozen=True)
 class MotionDepthSettings:
-    """What is known of the place before its views are looked at."""
+    """Assumptions about the place before its views are read."""
 
     near_m: float = 0.3
     far_m: float = 12.0
     usual_m: float = 2.0
-    """Depth that baselines are chosen for, where no reconstruction tells it."""
+    """Depth for which baselines are chosen if there is no reconstruction, in metres."""
     min_score: float = 0.7
     min_margin: float = 0.03
     max_views: int = 250
-    """Of a longer source, every second (third, ...) view is used: neighbouring frames of a video say the same."""
+    """Limit on views. Of a longer source, every second (third, ...) view is used: neighbouring frames of a video are
+    redundant.
+    """
 
 
 class MotionDepth(DerivedSource):
-    """Another source, in the camera of its map, with depth found from the motion between its views.
+    """Source with depth computed from the motion between its views, in the camera of its map.
 
     Args:
-        source: views with poses; depth, if they have any, is not looked at.
-        settings: range of depth and what is believed.
-        device: where the backbone runs.
-        on_progress: share of the first pass (over the poses) that is done.
+        source: views with poses; their own depth, if any, is ignored.
+        settings: range of depth and acceptance limits.
+        device: device of the backbone.
+        on_progress: called with the completed share of the first pass (over the poses).
 
     Raises:
         SourceError: fewer than three views have poses.
@@ -118,9 +121,9 @@ class MotionDepth(DerivedSource):
         return replace(frame, depth_m=depth_m)
 
     def _view(self, position: int, frame: Frame | None = None) -> PlaneSweepView | None:
-        """Features of a view, from the cache or computed; ``frame`` is already in the map's camera.
+        """Return the features of a view, cached or computed; ``frame`` is already in the map's camera.
 
-        None where ``frame`` is not given and cannot be read.
+        None if ``frame`` is not given and cannot be read.
         """
         if position in self._cache:
             self._cache.move_to_end(position)
@@ -138,14 +141,14 @@ class MotionDepth(DerivedSource):
         return view
 
     def _local_points(self, position: int, T_map_camera: Matrix) -> NDArray[np.float64] | None:
-        """(N, 3) points of the source's reconstruction in the camera's frame, or None without any."""
+        """Return points (N, 3) of the source's reconstruction in the camera's frame, or None if there are none."""
         points = self._source.visible_points(position)
         if points is None or len(points) < 10:
             return None
         return np.asarray((points - T_map_camera[:3, 3]) @ T_map_camera[:3, :3], dtype=np.float64)
 
     def _range(self, points: NDArray[np.float64] | None) -> MotionDepthSettings:
-        """The settings with the range that a view's own points show, which holds whatever the scale is."""
+        """Return the settings with the depth range of a view's own points, which is right at any scale."""
         if points is None:
             return self._settings
         near, usual, far = np.quantile(points[:, 2], (0.01, 0.5, 0.99))
@@ -155,13 +158,13 @@ class MotionDepth(DerivedSource):
 def with_depth(
     source: FrameSource, *, hide: bool = False, device: str = "auto", settings: MotionDepthSettings | None = None
 ) -> FrameSource:
-    """The source itself if it has depth, else :class:`MotionDepth` of it.
+    """Return the source if it has depth, else :class:`MotionDepth` of it.
 
     Args:
         source: views with poses.
-        hide: take depth from motion in any case.
-        device: where the backbone runs, see :func:`kfloc_ros.device.choose_device`.
-        settings: of depth from motion.
+        hide: ignore existing depth.
+        device: device of the backbone, see :func:`kfloc_ros.device.choose_device`.
+        settings: settings of depth from motion.
 
     Raises:
         SourceError: see :class:`MotionDepth`.
@@ -175,7 +178,9 @@ def with_depth(
 
 
 def choose_neighbours(position: int, poses: dict[int, Matrix], usual_m: float) -> list[int]:
-    """Views that see the same from elsewhere: a fair baseline, a like direction, and not all from one side."""
+    """Return views that show the same from other positions: suitable baseline, similar direction, not all from one
+    side.
+    """
     own = poses[position]
     ids = np.array([i for i in poses if i != position], dtype=np.int64)
     if not len(ids):
@@ -196,14 +201,15 @@ def choose_neighbours(position: int, poses: dict[int, Matrix], usual_m: float) -
 
 
 def spread_cells(cells: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
-    """A depth image (H, W) of the depths of cells (h, w), 0 where unknown.
+    """Return a depth image (H, W) from the depths of cells (h, w), 0 where unknown.
 
-    Inverse depth is interpolated between cells of one surface (it is linear in the image on a plane); at the border
-    of a surface a cell stands for the three pixels around its centre.
+    Inverse depth is interpolated between cells of one surface (it is linear in the image on a plane). At the border of
+    a
+    surface, a cell fills the three pixels around its centre.
     """
     known = cells > 0
     inverse = np.where(known, 1 / np.maximum(cells, 1e-6), 0).astype(np.float32)
-    window = np.ones((2, 2), dtype=np.uint8)  # a pixel between four cells needs all of them
+    window = np.ones((2, 2), dtype=np.uint8)  # # a pixel between four cells needs all of them
     anchor = (0, 0)
     high = cv2.dilate(np.where(known, cells, np.inf).astype(np.float32), window, anchor=anchor)
     low = cv2.erode(np.where(known, cells, 0).astype(np.float32), window, anchor=anchor)
@@ -228,7 +234,7 @@ def spread_cells(cells: NDArray[np.float32], size: tuple[int, int]) -> NDArray[n
 
 
 def draw_points(depth_m: NDArray[np.float32], points: NDArray[np.float64], camera: Camera) -> None:
-    """Write the depth of points (N, 3) of the camera's frame around their pixels, the nearest point last."""
+    """Write the depth of points (N, 3) in the camera's frame around their pixels, the nearest point last."""
     for x, y, z in points[np.argsort(-points[:, 2])]:
         if z <= 0:
             continue

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A map from above, as a picture: its points, the reference views, its extent, or where it will localize.
+"""Pictures of a map from above: its points, reference views and extent, or the expected accuracy of localization.
 
-A place of several is drawn on one floor plan, each submap with its border and its name.
+A place is drawn on one floor plan, each submap with its border and its name.
 """
 
 from __future__ import annotations
@@ -34,20 +34,22 @@ Points = NDArray[np.float64]
 
 
 def up_axis(scene_map: MapInfo) -> tuple[int, float]:
-    """Axis of the map frame (0 to 2) that points up or down, and its sign: where the views' images have their top."""
+    """Return the vertical axis of the map frame (0 to 2) and its sign, from the upward direction of the views'
+    images.
+    """
     upwards = -scene_map.references.T_map_camera[:, :3, 1].mean(axis=0)
     axis = int(np.abs(upwards).argmax())
     return axis, float(np.sign(upwards[axis]) or 1.0)
 
 
 def floor_axes(axis: int, sign: float) -> tuple[int, int]:
-    """Axes of the map frame to draw to the right and upwards, so that the picture is no mirror image."""
+    """Return the axes of the map frame drawn to the right and upwards, such that the picture is not mirrored."""
     right, ahead = (k for k in ((0, 1, 2) if sign * (-1) ** axis > 0 else (2, 1, 0)) if k != axis)
     return right, ahead
 
 
 def picture_from_above(known: AnyMap) -> bytes:
-    """PNG: points coloured by height, an arrow for every reference view, the mapped box dashed, axes in metres.
+    """Return a PNG: points coloured by height, an arrow per reference view, the mapped box dashed, axes in metres.
 
     Raises:
         MapError: a submap cannot be read.
@@ -82,11 +84,12 @@ def picture_from_above(known: AnyMap) -> bytes:
 
 
 def picture_of_coverage(known: AnyMap, coverages: Sequence[Coverage]) -> bytes:
-    """PNG: expected position error over the floor, fainter where fewer directions are covered.
+    """Return a PNG: expected position error over the floor, fainter where fewer directions are covered.
 
     Args:
-        known: the map, or the place.
-        coverages: of the map, or of each submap; where they overlap, what more directions cover is seen.
+        known: map or place.
+        coverages: coverage of the map, or of each submap; where they overlap, that with more covered directions is
+            shown.
 
     Raises:
         MapError: a submap cannot be read.
@@ -120,14 +123,14 @@ def picture_of_coverage(known: AnyMap, coverages: Sequence[Coverage]) -> bytes:
         T[:, plan.right, 3], T[:, plan.ahead, 3], ".", color="#1a237e", markersize=2.0, label="reference views"
     )
     plan.draw_borders()
-    plan.axes.set_title(f"{known.name}: where it will localize (fainter: in fewer directions)")
+    plan.axes.set_title(f"{known.name}: expected accuracy (fainter: in fewer directions)")
     plan.figure.legend(loc="outside lower center", ncols=2, frameon=False)
     plan.figure.colorbar(shades, ax=plan.axes, label="expected position error [cm]", shrink=0.8)
     return plan.png()
 
 
 class _FloorPlan:
-    """The empty floor plan of a map or a place, to scale, and what there is to be drawn on it."""
+    """Floor plan of a map or a place, to scale."""
 
     def __init__(self, known: AnyMap) -> None:
         from matplotlib.figure import Figure
@@ -153,7 +156,7 @@ class _FloorPlan:
         self.axes.set(xlabel=f"{AXES[self.right]} [m]", ylabel=f"{AXES[self.ahead]} [m]")
 
     def draw_borders(self) -> None:
-        """The box of the map dashed, or of each submap with its name in the upper left corner."""
+        """Draw the box of the map dashed, or of each submap with its name in the upper left corner."""
         from matplotlib.patches import Rectangle
 
         for number, (label, name, bounds_m) in enumerate(self.boxes):
@@ -169,7 +172,7 @@ class _FloorPlan:
                 self.axes.text(x, y1, f" {name}", color=style["color"], va="top", fontweight="bold", bbox=box)
 
     def png(self) -> bytes:
-        """The picture."""
+        """Return the picture as PNG."""
         from matplotlib.backends.backend_agg import FigureCanvasAgg
 
         data = io.BytesIO()
@@ -178,7 +181,7 @@ class _FloorPlan:
 
 
 def _some_points(known: AnyMap, most: int) -> Points:
-    """(N, 3) at most so many points of the map, or of each submap, from all over it."""
+    """Return at most this many points (N, 3), evenly from the map or from each submap."""
     chosen = []
     for _, scene_map in each_map(known):
         points = np.concatenate([view.points.cpu().double().numpy() for view in scene_map.references.views])
@@ -187,12 +190,13 @@ def _some_points(known: AnyMap, most: int) -> Points:
 
 
 REACH_M = 0.6
-"""Views farther than this (a degree counts as 2 cm) are out of the alignment's reach."""
+"""Distance beyond which views are out of the alignment's reach (1 deg counts as 0.02 m)."""
 NUM_REFERENCES = 3
 MIN_POINTS = 60
 POINT_ERROR_PX = 2.4
-"""Error of a point's place in the image, as if points erred independently, which neighbours do not; times the root of
-the map's ``refined_covariance_scale``."""
+"""Error of a point's position in the image as if points had independent errors, which neighbours do not have; it is
+multiplied by the root of the map's ``refined_covariance_scale``.
+"""
 GROWTH_PER_M = 8.0
 """Growth of the error with the distance to the nearest view."""
 HEADINGS = 8
@@ -201,10 +205,10 @@ MAX_CELLS = 2500
 
 @dataclass(frozen=True, eq=False)
 class Coverage:
-    """A grid over the floor plan."""
+    """Expected accuracy on a grid over the floor plan."""
 
     places_m: NDArray[np.float64]
-    """(N, 3) camera centres, all at the height that the map was recorded at."""
+    """(N, 3) camera centres, at the mean height of the recording."""
     step_m: float
     share: NDArray[np.float64]
     """(N,) share of the directions, all around, in which a pose is expected."""
@@ -213,7 +217,7 @@ class Coverage:
 
 
 def expected_error_m(scene_map: SceneMap, T_map_camera: Matrix) -> float:
-    """Expected position error of a pose (4, 4), metres; NaN where none is expected to be found."""
+    """Return the expected position error of a pose (4, 4) in metres; NaN where no pose is expected."""
     references = scene_map.references
     distances = view_distances(references.T_map_camera, T_map_camera)
     nearest = np.argsort(distances, kind="stable")[:NUM_REFERENCES]
@@ -233,13 +237,13 @@ def expected_error_m(scene_map: SceneMap, T_map_camera: Matrix) -> float:
 
 
 def floor_coverage(scene_map: SceneMap, up_axis: int, up_sign: float, step_m: float = 0.1) -> Coverage:
-    """Coverage of the floor plan around the reference views, for a level camera at their usual height.
+    """Return the coverage of the floor plan around the reference views, for a level camera at their usual height.
 
     Args:
         scene_map: the map.
-        up_axis: axis of the map frame that is vertical.
-        up_sign: 1 if it points up, -1 if down.
-        step_m: of the grid; larger where the place is.
+        up_axis: vertical axis of the map frame.
+        up_sign: 1 if the axis points up, -1 if down.
+        step_m: step of the grid; larger for a large place.
     """
     centres = scene_map.references.T_map_camera[:, :3, 3]
     flat = [k for k in range(3) if k != up_axis]
@@ -260,7 +264,7 @@ def floor_coverage(scene_map: SceneMap, up_axis: int, up_sign: float, step_m: fl
 
 
 def level_pose(place: NDArray[np.float64], heading_rad: float, up_axis: int, up_sign: float) -> Matrix:
-    """A camera (4, 4) at a place that looks along the floor, its image upright."""
+    """Return the pose (4, 4) of a level camera at a position, with its image upright."""
     down = np.zeros(3)
     down[up_axis] = -up_sign
     first = np.zeros(3)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A place changed: a recording added to one of its submaps, a part of it kept, or written in the present format."""
+"""Changes of a place: adds a recording to one of its submaps, or crops it."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from kfloc_ros.localization.config import LocalizerConfig
 from kfloc_ros.localization.place_localizer import PlaceLocalizer
 from kfloc_ros.mapping.build import MapBuildConfig, Report
 from kfloc_ros.mapping.merge import NothingInside, crop_map
-from kfloc_ros.mapping.place_making import Part, kept, write_place
+from kfloc_ros.mapping.place_making import Part, existing_part, write_place
 from kfloc_ros.mapping.update import Updated, update_map
 from kfloc_ros.maps.place import Place, listed
 from kfloc_ros.maps.scene_map import SceneMap
 
 PROBES = 24
-"""Frames of a recording that are looked at to learn which submap it is of."""
+"""Number of frames of a recording that are read to find its submap."""
 MIN_PROBES_FOUND = 3
 
 
@@ -45,20 +45,20 @@ def update_place(
     """Add a recording to a submap; the others are copied. The updated submap is written in the place's frame.
 
     Args:
-        place: where the recording was made.
-        submap: number of the submap that it is added to.
-        source: as for :func:`kfloc_ros.mapping.update.update_map`.
-        out: the place to write; that itself to replace it.
-        config: as for ``update_map``, and the following.
+        place: place of the recording.
+        submap: number of the submap that the recording is added to.
+        source: see :func:`kfloc_ros.mapping.update.update_map`.
+        out: folder of the place to write; can be the same place.
+        config: see ``update_map``, as the following.
         same_frame: the recording's poses are in the place's frame.
-        overwrite: replace a place that is there.
-        provenance: more to note of the submap.
-        started: when the budget began.
-        on_progress: told where it stands.
+        overwrite: replace an existing place.
+        provenance: additional entries for the submap's description of its origin.
+        started: start of the time budget.
+        on_progress: called with the progress of the build.
 
     Raises:
         SourceError: too few views with depth and pose.
-        MapError: the recording was not found in the submap, or the place cannot be written.
+        MapError: the recording does not localize in the submap, or the place cannot be written.
     """
     updated = update_map(
         place.load_submap(submap),
@@ -70,23 +70,23 @@ def update_place(
         on_progress=on_progress,
     )
     parts = [
-        Part(said.name, np.eye(4), updated.scene_map.save) if number == submap else kept(place, number)
-        for number, said in enumerate(place.submaps)
+        Part(info.name, np.eye(4), updated.scene_map.save) if number == submap else existing_part(place, number)
+        for number, info in enumerate(place.submaps)
     ]
     return write_place(parts, out, name=place.name, overwrite=overwrite), updated
 
 
 def submap_of(place: Place, source: FrameSource, *, same_frame: bool = False, device: str = "cpu") -> int:
-    """Number of the submap that a recording is of: that nearest to its poses, or that in which its images are found.
+    """Return the number of a recording's submap: that nearest to its poses, or that in which its images localize.
 
     Args:
-        place: where it was made.
+        place: place of the recording.
         source: the recording.
-        same_frame: its poses are in the place's frame; no image is looked at.
-        device: for the localizer.
+        same_frame: the recording's poses are in the place's frame; images are not used.
+        device: device of the localizer.
 
     Raises:
-        MapError: there is no such submap, or there are several.
+        MapError: no submap fits, or several do.
     """
     positions = np.unique(np.linspace(0, len(source) - 1, min(PROBES, len(source))).round().astype(int)).tolist()
     if same_frame:
@@ -98,9 +98,9 @@ def submap_of(place: Place, source: FrameSource, *, same_frame: bool = False, de
     if not counts or counts[0][1] < (1 if same_frame else MIN_PROBES_FOUND) or counts[0][1] < 0.75 * len(found):
         names = listed([f"'{place.submaps[number].name}' ({count})" for number, count in counts]) or "none"
         raise MapError(
-            f"Which submap of '{place.path}' the recording is of is not clear: of {len(positions)} frames looked at, "
-            f"{len(found)} were found, in {names}. Name it with --submap; a recording of several submaps is added to "
-            "each with the frames that show it (--frames)."
+            f"The submap of the recording in '{place.path}' is ambiguous: of {len(positions)} frames tried, "
+            f"{len(found)} were localized, in {names}. Give it with --submap; add a recording of several submaps to "
+            "each of them, with the frames that show it (--frames)."
         )
     return counts[0][0]
 
@@ -108,10 +108,11 @@ def submap_of(place: Place, source: FrameSource, *, same_frame: bool = False, de
 def crop_place(
     place: Place, low_m: Sequence[float], high_m: Sequence[float], out: Path, *, overwrite: bool = False
 ) -> Place:
-    """The place within a box in its frame; submaps with nothing in it are left out. One is in memory at a time.
+    """Return the part of a place inside a box in its frame; submaps outside are omitted. One submap is in memory at a
+    time.
 
     Raises:
-        MapError: the box is inside out, nothing is in it, or the place cannot be written.
+        MapError: the corners are in the wrong order, nothing is inside, or the place cannot be written.
     """
 
     def part_of(number: int) -> SceneMap:
@@ -132,12 +133,12 @@ def crop_place(
 
 
 def _found_in(place: Place, source: FrameSource, positions: Sequence[int], device: str) -> list[int]:
-    """Submaps in which some frames are found, each frame for itself."""
+    """Return the submaps in which frames localize, each frame independently."""
     localizer = PlaceLocalizer(place, LocalizerConfig(device=device))
     adapter = ImageAdapter(source.camera, place.camera)
     found = []
     for position in positions:
-        localizer.reset("frames are judged one by one")
+        localizer.reset("frames are judged independently")
         frame = source.read(position)
         if frame is None:
             continue

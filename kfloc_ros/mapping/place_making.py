@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Making a place of maps: copies them, indexes them, and describes them; it appears whole or not at all."""
+"""Place making: copies maps into a place, indexes and describes them; the place is written atomically."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ from kfloc_ros.maps.scene_map import SceneMap, in_frame
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """A submap to be."""
+    """Submap to be written."""
 
     name: str
     T_place_submap: Matrix
     write: Callable[[Path], object]
-    """Makes its map folder, which is not there yet."""
+    """Writes the map folder, which does not exist yet."""
 
 
 def make_place(
@@ -54,14 +54,14 @@ def make_place(
     T_place_submaps: Mapping[str, Matrix] | None = None,
     overwrite: bool = False,
 ) -> Place:
-    """Make a place of maps, which are copied into it; it appears whole or not at all.
+    """Make a place from copies of maps; it is written atomically.
 
     Args:
-        folders: the maps. A submap is called as its folder. Of a place all submaps are taken, where they lie there.
-        out: the folder to write, which may be one of the places.
-        name: of the place; that of the folder by default.
-        T_place_submaps: by name, where a submap's frame lies in the place's, (4, 4); the others have that frame.
-        overwrite: replace a place that is there.
+        folders: the maps. A submap has the name of its folder. Of a place, all submaps are taken at their poses.
+        out: folder to write; can be one of the places.
+        name: name of the place; by default the name of the folder.
+        T_place_submaps: pose (4, 4) of a submap's frame in the place's frame, by name; identity by default.
+        overwrite: replace an existing place.
 
     Raises:
         MapError: a map is damaged, two have one name, their cameras differ, or the folder cannot be written.
@@ -70,18 +70,18 @@ def make_place(
     parts = [part for folder in folders for part in _parts_of(folder)]
     names = [part.name for part in parts]
     for unknown in motions.keys() - set(names):
-        raise MapError(f"There is no submap '{unknown}' to be placed; there are: {', '.join(names)}.")
+        raise MapError(f"There is no submap '{unknown}' to give a pose for; there are: {', '.join(names)}.")
     if not are_rigid(np.stack([*motions.values(), np.eye(4)])):
-        raise MapError("The frames of submaps must be placed by rigid motions.")
+        raise MapError("The poses of submaps' frames must be rigid motions.")
     parts = [replace(part, T_place_submap=motions.get(part.name, part.T_place_submap)) for part in parts]
     return write_place(parts, out, name=name, overwrite=overwrite)
 
 
 def write_place(parts: Sequence[Part], out: Path, *, name: str = "", overwrite: bool = False) -> Place:
-    """Make a place of submaps; it appears whole or not at all.
+    """Write a place of submaps atomically.
 
     Raises:
-        MapError: as :func:`make_place`.
+        MapError: see :func:`make_place`.
     """
     out = out.absolute()
     _check_names([part.name for part in parts])
@@ -97,29 +97,29 @@ def write_place(parts: Sequence[Part], out: Path, *, name: str = "", overwrite: 
     return Place.load(out)
 
 
-def kept(place: Place, number: int) -> Part:
-    """A submap of a place, as it is and where it is."""
+def existing_part(place: Place, number: int) -> Part:
+    """Return an existing submap of a place, with its pose."""
 
     def write(to: Path) -> None:
         _copy(place.folder(number), to)
         place.check_description(number, to)
 
-    said = place.submaps[number]
-    return Part(said.name, said.T_place_submap, write)
+    info = place.submaps[number]
+    return Part(info.name, info.T_place_submap, write)
 
 
 def check_free_for_place(out: Path, *, overwrite: bool) -> None:
-    """Refuse a folder that may not be written.
+    """Refuse a folder that must not be written.
 
     Raises:
-        MapError: it exists and is not to be replaced, or is neither a place nor a map.
+        MapError: the folder exists and ``overwrite`` is false, or it is neither a place nor a map.
     """
     if out.exists() and not (overwrite and (out / DESCRIPTION).is_file()):
-        raise MapError(f"'{out}' exists; pass --force to replace a place, or name another folder.")
+        raise MapError(f"'{out}' exists; pass --force to replace a place, or give another folder.")
 
 
 def _describe(folder: Path, name: str, motions: Sequence[tuple[str, Matrix]]) -> None:
-    """Write the index and the description of a place whose submaps are there."""
+    """Write the index and the description of a place whose submaps are already written."""
     first = SceneMap.load(folder / SUBMAPS / motions[0][0])
     submaps: list[dict[str, Any]] = []
 
@@ -131,8 +131,8 @@ def _describe(folder: Path, name: str, motions: Sequence[tuple[str, Matrix]]) ->
         scene_map = load(number)
         if scene_map.camera != first.camera:
             raise MapError(
-                f"The maps '{motions[0][0]}' and '{submap}' are for different cameras, and a place has one. Build them "
-                "from images of one camera."
+                f"The maps '{motions[0][0]}' and '{submap}' are for different cameras, but a place has one camera. "
+                "Build them from images of one camera."
             )
         submaps.append({
             "name": submap,
@@ -142,7 +142,7 @@ def _describe(folder: Path, name: str, motions: Sequence[tuple[str, Matrix]]) ->
         })  # fmt: skip
     index = make_index(lambda number: load(number).references, len(motions))
     save_file(index.tensors(), folder / INDEX_FILE)
-    (folder / INDEX_FILE).chmod(0o644)  # safetensors makes it private
+    (folder / INDEX_FILE).chmod(0o644)  # # safetensors makes the file private
     description = {
         "format": PLACE_FORMAT,
         "version": PLACE_VERSION,
@@ -160,11 +160,11 @@ def _describe(folder: Path, name: str, motions: Sequence[tuple[str, Matrix]]) ->
 
 
 def _parts_of(folder: Path) -> list[Part]:
-    """The map, or the submaps of the place, in a folder."""
+    """Return the map, or the submaps of the place, in a folder."""
     if not is_place(folder):
         return [Part(folder.absolute().name, np.eye(4), lambda to: _copy(folder, to))]
     place = Place.load(folder)
-    return [kept(place, number) for number in range(len(place.submaps))]
+    return [existing_part(place, number) for number in range(len(place.submaps))]
 
 
 def _check_names(names: Sequence[str]) -> None:
@@ -176,15 +176,16 @@ def _check_names(names: Sequence[str]) -> None:
     for name in names:
         if not is_submap_name(name):
             raise MapError(
-                f"'{name}' cannot be a submap's name: up to 64 letters, digits, '_' and '-'. Rename the map's folder."
+                f"'{name}' is not a valid name of a submap: up to 64 letters, digits, '_' and '-'. Rename the map's "
+                "folder."
             )
         if name.lower() in seen:
-            raise MapError(f"Two of the maps are called '{name}', as their folders are. Rename one of them.")
+            raise MapError(f"Two of the maps have the name '{name}', from their folders. Rename one of them.")
         seen.add(name.lower())
 
 
 def _copy(folder: Path, to: Path) -> None:
-    """The files of a map and nothing else; they are checked when the copy is read."""
+    """Copy only the files of a map; they are verified when the copy is read."""
     description = read_description(folder, FORMAT)
     more = [KFNET_FILE] if description.get("family") == REFERENCE else []
     to.mkdir(parents=True)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Depth of a view's cells from other views with known poses: a sweep over depth, scored by the backbone's features.
+"""Plane sweep: depth of a view's cells from other views with known poses, by correlation of the backbone's features.
 
-A cell of a view is tried at many depths; at each, its features are compared with those of the neighbours where
-the cell would appear. Because the poses are known this is a search along a line, in all neighbours at once, which
-is why features of one network pass are enough: repeated texture seldom repeats along every neighbour's line.
-Every second cell is searched, as on a chessboard; a cell between four that agree takes their mean.
+For each cell, many depths are tried; at each, its features are compared with those of the neighbours at the projected
+position. With known poses this is a search along a line, in all neighbours at once, which is why the features of one
+network pass suffice: repeated texture seldom repeats along every neighbour's line. Every second cell is searched, in a
+chessboard pattern; a cell between four consistent ones gets their mean.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from kfloc_ros.features.backbone import COARSE_STRIDE
 from kfloc_ros.geometry.camera import Camera
 
 FINE_HALF_STEPS = 6
-"""Depths tried around the best step on either side, within one and a half steps."""
+"""Number of fine steps on either side of the best step, within one and a half steps."""
 MIN_STEPS, MAX_STEPS = 16, 128
 MIN_NEIGHBOURS = 2
-"""Neighbours that must see a cell at its depth."""
+"""Number of neighbours in which a cell must be visible at its depth."""
 RIVAL_STEPS = 4
-"""A score this many steps from the best one is a rival of it, not its flank."""
+"""A score at least this many steps from the best one competes with it; nearer ones belong to the same peak."""
 NORM_ZOOM = 4
 """Resolution of the map of feature lengths between cells, in samples per cell."""
 AGREE_RATIO = 1.06
-"""Depths of neighbouring cells within this factor are of one surface."""
+"""Factor within which depths of neighbouring cells belong to one surface."""
 
 
 @dataclass(frozen=True, eq=False)
 class PlaneSweepView:
-    """What the sweep needs of a view."""
+    """Features and pose of a view for the plane sweep."""
 
     coarse: torch.Tensor
     """(64, h, w) unit features at stride 8, any float type."""
@@ -43,26 +43,26 @@ class PlaneSweepView:
 
 @dataclass(frozen=True)
 class PlaneSweepSettings:
-    """How depths are searched and which are believed."""
+    """Search range and acceptance limits of depths."""
 
     near_m: float
     far_m: float
     step_px: float = 8.0
-    """Depths are this far apart in the neighbour with the longest baseline, about one cell."""
+    """Distance of tried depths in the neighbour with the longest baseline, about one cell."""
     min_score: float = 0.7
     """Smallest mean correlation with the neighbours."""
     min_margin: float = 0.03
-    """Smallest lead of the best score over any rival."""
+    """Smallest difference between the best score and any competing one."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Match:
-    """One neighbour: how like each of its places is to each cell, and where cells fall in it."""
+    """Correlations of a neighbour with the cells, and the projection of the cells into it."""
 
     likeness: torch.Tensor
     """(N, 1, h, w) inner products of features."""
     lengths: torch.Tensor
-    """(1, 1, 4h, 4w) length of the features interpolated between cells, which are shorter there."""
+    """(1, 1, 4h, 4w) lengths of the features interpolated between cells, which are shorter there."""
     direction: torch.Tensor
     """(N, 3) rays of the cells in the neighbour's frame."""
     offset: torch.Tensor
@@ -73,13 +73,13 @@ class _Match:
 def plane_sweep_depth(
     view: PlaneSweepView, neighbours: Sequence[PlaneSweepView], camera: Camera, settings: PlaneSweepSettings
 ) -> torch.Tensor:
-    """Depth (h, w) along the optical axis of the cells of a view, 0 where it is not believed.
+    """Return the depth (h, w) of a view's cells along the optical axis, 0 where it is rejected.
 
     Args:
-        view: whose depth is sought.
+        view: view to compute depth for.
         neighbours: views of the same camera with a baseline.
-        camera: pinhole of all of them.
-        settings: range of depth and what is believed.
+        camera: pinhole camera of all views.
+        settings: search range and acceptance limits.
     """
     c, h, w = view.coarse.shape
     row, col = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
@@ -102,16 +102,16 @@ def plane_sweep_depth(
     top = score[:, 1:-1].argmax(dim=1, keepdim=True) + 1
     left, peak, right = (score.gather(1, top + k)[:, 0] for k in (-1, 0, 1))
     bend = (left - 2 * peak + right).clamp(max=-1e-6)
-    found = inverse.gather(1, top)[:, 0] + (0.5 * (left - right) / bend).clamp(-0.5, 0.5) * step
+    refined = inverse.gather(1, top)[:, 0] + (0.5 * (left - right) / bend).clamp(-0.5, 0.5) * step
     inner = (best[:, 0] > 0) & (best[:, 0] < steps - 1)
-    good = inner & (peak > settings.min_score) & (margin > settings.min_margin) & (found > 1e-6)
+    good = inner & (peak > settings.min_score) & (margin > settings.min_margin) & (refined > 1e-6)
     whole = torch.zeros(h * w)
-    whole[cells] = torch.where(good, found, torch.zeros(()))
+    whole[cells] = torch.where(good, refined, torch.zeros(()))
     return _fill(whole.reshape(h, w))
 
 
 def cell_rays(h: int, w: int, camera: Camera) -> torch.Tensor:
-    """(h w, 3) rays with z = 1 through the cells' centres."""
+    """Return rays (h w, 3) with z = 1 through the cells' centres."""
     centre = (COARSE_STRIDE - 1) / 2
     rows, cols = (torch.arange(n, dtype=torch.float32) * COARSE_STRIDE + centre for n in (h, w))
     v, u = torch.meshgrid(rows, cols, indexing="ij")
@@ -129,7 +129,9 @@ def _match(own: torch.Tensor, rays: torch.Tensor, view: PlaneSweepView, other: P
 
 
 def _score(matches: Sequence[_Match], inverse: torch.Tensor, camera: Camera) -> torch.Tensor:
-    """Mean correlation (N, D) of cells at inverse depths (N, D) with the neighbours that see them there, or -1."""
+    """Return the mean correlation (N, D) of cells at inverse depths (N, D) with the neighbours they are visible in, or
+    -1.
+    """
     total, count = torch.zeros(inverse.shape), torch.zeros(inverse.shape)
     for match in matches:
         h, w = match.likeness.shape[-2:]
@@ -140,15 +142,17 @@ def _score(matches: Sequence[_Match], inverse: torch.Tensor, camera: Camera) -> 
         places = torch.stack([u, v], dim=-1)
         sampled = F.grid_sample(match.likeness, places[:, None], align_corners=False, padding_mode="border")[:, 0, 0]
         lengths = F.grid_sample(match.lengths, places[None], align_corners=False, padding_mode="border")[0, 0]
-        seen = (u.abs() < 1) & (v.abs() < 1) & (z > 1e-3)
-        total += torch.where(seen, sampled / lengths.clamp(min=1e-3), torch.zeros(()))
-        count += seen
+        visible = (u.abs() < 1) & (v.abs() < 1) & (z > 1e-3)
+        total += torch.where(visible, sampled / lengths.clamp(min=1e-3), torch.zeros(()))
+        count += visible
     enough = count >= min(MIN_NEIGHBOURS, len(matches))
     return torch.where(enough, total / count.clamp(min=1), torch.full((), -1.0))
 
 
 def _fill(inverse: torch.Tensor) -> torch.Tensor:
-    """Depth (h, w) of inverse depths known on a chessboard: a cell takes the mean of four neighbours that agree."""
+    """Return the depth (h, w) of inverse depths on a chessboard; other cells get the mean of four consistent
+    neighbours.
+    """
     padded = F.pad(inverse, (1, 1, 1, 1))
     around = torch.stack([padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]])
     agree = (around.amin(0) > 0) & (around.amax(0) < AGREE_RATIO * around.amin(0))

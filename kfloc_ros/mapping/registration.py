@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where one map lies in the frame of another: their reference points are matched by feature, and a rigid motion fitted.
+"""Registration of two maps: reference points are matched by features, and a rigid motion is fitted.
 
 No images are needed. Reference points of two sessions are rarely the same point, only near each other on the same
-surface, so single pairs are off by centimetres; thousands of them from many views fix the motion to millimetres.
+surface, so that single pairs differ by centimetres; thousands of pairs from many views determine the motion to
+millimetres.
 """
 
 from __future__ import annotations
@@ -23,48 +24,50 @@ VIEWS_TRIED = 60
 RETRIEVED = 5
 MIN_SIMILARITY = 0.75
 INLIER_M = 0.15
-"""Two points that match lie this near to each other: neighbouring points of one bucket, and errors of depth."""
+"""Largest distance of matching points, in metres: neighbouring points of one cell, and errors of depth."""
 MIN_VIEW_INLIERS = 20
 MIN_VIEWS = 3
-"""Views that must agree on one motion: one alone may show a poster that hangs in both places."""
+"""Number of views that must agree on a motion: a single one may show a poster that hangs in both places."""
 TRIPLES = 200
 LAST_INLIER_M = 0.04
 REFINEMENTS = 15
 MIN_PAIRS = 300
-"""The limit shrinks while so many pairs are left: on RedKitchen that halves the error, to 2 and 3 mm for halves of the
-recording that overlap well."""
+"""Fewest pairs down to which the inlier limit shrinks. On RedKitchen, shrinking halves the error, to 2 and 3 mm for
+halves of
+the recording that overlap well.
+"""
 MAX_SCALE_ERROR = 0.05
 Points = NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
 class Registration:
-    """A rigid motion between two maps and what it rests on."""
+    """Rigid motion between two maps, with its support."""
 
     T_fixed_moving: Matrix
     views: int
-    """Views of the moving map that agree with it."""
+    """Number of views of the moving map that agree with it."""
     pairs: int
-    """Pairs of points within ``INLIER_M``."""
+    """Number of pairs of points within ``INLIER_M``."""
     residual_m: float
-    """Their median distance."""
+    """Median distance of these pairs, in metres."""
 
 
 def register(fixed: ReferenceViews, moving: ReferenceViews, *, seed: int = 0) -> Registration:
-    """Find the frame of ``moving`` in that of ``fixed``.
+    """Return the frame of ``moving`` in that of ``fixed``.
 
     Args:
         fixed: reference views of the map that keeps its frame.
-        moving: those of the other one.
-        seed: of the random triples.
+        moving: reference views of the other map.
+        seed: seed of the random triples.
 
     Raises:
-        MapError: the two share too little, or one is larger than the other.
+        MapError: the maps share too little, or differ in scale.
     """
     rng = np.random.default_rng(seed)
     index = ReferenceIndex(fixed)
-    tried = np.unique(np.linspace(0, len(moving.views) - 1, min(VIEWS_TRIED, len(moving.views))).round().astype(int))
-    pairs = [_pairs(index, fixed, moving.views[k]) for k in tried]
+    selected = np.unique(np.linspace(0, len(moving.views) - 1, min(VIEWS_TRIED, len(moving.views))).round().astype(int))
+    pairs = [_pairs(index, fixed, moving.views[k]) for k in selected]
     votes = [T for a, b in pairs if (T := _vote(a, b, rng)) is not None]
     if not votes:
         raise MapError(_nothing_shared(0))
@@ -90,7 +93,7 @@ def register(fixed: ReferenceViews, moving: ReferenceViews, *, seed: int = 0) ->
 
 
 def fit_rigid(fixed: Points, moving: Points) -> Matrix:
-    """The rigid motion (4, 4) that brings points (N, 3) nearest to others (Kabsch, Acta Cryst. 1976)."""
+    """Return the rigid motion (4, 4) that brings points (N, 3) nearest to others (Kabsch, Acta Cryst. 1976)."""
     a, b = fixed.mean(axis=0), moving.mean(axis=0)
     U, _, Vt = np.linalg.svd((fixed - a).T @ (moving - b))
     R = U @ np.diag([1.0, 1.0, np.sign(np.linalg.det(U @ Vt))]) @ Vt
@@ -98,7 +101,7 @@ def fit_rigid(fixed: Points, moving: Points) -> Matrix:
 
 
 def _pairs(index: ReferenceIndex, fixed: ReferenceViews, view: ReferencePoints) -> tuple[Points, Points]:
-    """Points of the views that a view resembles, with its own points that look the same."""
+    """Return pairs of points: of the views most similar to a view, matched with its own points by features."""
     fixed_points, own_points = [np.zeros((0, 3))], [np.zeros((0, 3))]
     for item in index.search_view(view, RETRIEVED):
         other = fixed.views[item.position]
@@ -111,7 +114,7 @@ def _pairs(index: ReferenceIndex, fixed: ReferenceViews, view: ReferencePoints) 
 
 
 def _vote(fixed: Points, moving: Points, rng: np.random.Generator) -> Matrix | None:
-    """The motion that most pairs of one view agree with, from random triples."""
+    """Return the motion that most pairs of one view agree with, from random triples."""
     if len(fixed) < MIN_VIEW_INLIERS:
         return None
     best: tuple[int, Matrix | None] = (MIN_VIEW_INLIERS - 1, None)
@@ -120,7 +123,7 @@ def _vote(fixed: Points, moving: Points, rng: np.random.Generator) -> Matrix | N
         a, b = fixed[triple], moving[triple]
         sides = [np.linalg.norm(p - np.roll(p, 1, axis=0), axis=1) for p in (a, b)]
         if np.abs(sides[0] - sides[1]).max() > 2 * INLIER_M or sides[0].min() < 2 * INLIER_M:
-            continue  # no rigid motion does this, or the triple fixes none
+            continue  # # not a rigid motion, or the triple is degenerate
         T = fit_rigid(a, b)
         count = int(_near(fixed, moving, T).sum())
         if count > best[0]:
@@ -138,13 +141,13 @@ def _near(fixed: Points, moving: Points, T: Matrix, limit_m: float = INLIER_M) -
 
 def _nothing_shared(agreeing: int) -> str:
     return (
-        f"The two maps do not show the same place: {agreeing} views agree on how one lies in the other, {MIN_VIEWS} "
-        "are needed. If they have the same frame already, pass --same-frame."
+        f"The two maps do not show the same place: {agreeing} views agree on the transformation between them, "
+        f"{MIN_VIEWS} are needed. If they already have the same frame, pass --same-frame."
     )
 
 
 def average_pose(motions: Sequence[Matrix], centre: NDArray[np.float64]) -> Matrix:
-    """The mean of like motions (4, 4), each with the same weight, as they act around a point (3,)."""
+    """Return the mean of similar motions (4, 4), equally weighted, by their effect around a point (3,)."""
     U, _, Vt = np.linalg.svd(np.mean([T[:3, :3] for T in motions], axis=0))
     R = U @ np.diag([1.0, 1.0, np.linalg.det(U @ Vt)]) @ Vt
     moved = np.median([T[:3, :3] @ centre + T[:3, 3] for T in motions], axis=0)

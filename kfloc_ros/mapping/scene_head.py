@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training a map's SCoordNet head: features of all views in one buffer, cells drawn at random.
+"""Training of a map's SCoordNet head: features of all views in one buffer, cells drawn at random.
 
-Shuffling cells over all views decorrelates the gradients of a batch, which is what makes minutes enough.
+Shuffling cells over all views decorrelates the gradients of a batch, which makes training in minutes possible.
 """
 
 from __future__ import annotations
@@ -17,19 +17,21 @@ from kfloc_ros.kfnet.scoordnet import SCoordNet, laplace_nll, quick_matmul
 
 WARM_UP_STEPS = 50
 MIN_STEPS_PER_SECOND = 12.0
-"""A busy or slower machine trains for longer than it was given, until it has made so many steps for every second
-given: two idle cores make about 20, and a map must not be bad because something else ran beside its making."""
+"""Fewest steps per second of training time: a busy or slow machine trains longer until it has made as many. Two idle
+cores
+make about 20, and the quality of a map must not depend on other load.
+"""
 MAX_STRETCH = 2.0
-"""Training never takes more than this times the seconds given, however slow the machine is."""
+"""Largest ratio of the training time to the given time, on a machine of any speed."""
 
 
 @dataclass(frozen=True)
 class HeadTraining:
-    """How a head is trained."""
+    """Options of the training of a head."""
 
     seconds: float
     steps: int = 0
-    """End after so many steps if the time has not run out first, which makes a result repeatable; 0: by time alone."""
+    """End after this many steps, if time has not run out first, which makes a result repeatable; 0: by time alone."""
     width: int = 256
     blocks: int = 3
     batch: int = 8192
@@ -37,12 +39,12 @@ class HeadTraining:
     weight_decay: float = 1e-4
     seed: int = 0
     min_steps_per_second: float = MIN_STEPS_PER_SECOND
-    """0: the time given is a promise, however little is learned in it."""
+    """Fewest steps per second of training time; 0: end at the given time."""
 
 
 @dataclass(frozen=True)
 class HeadProgress:
-    """State of training, for display."""
+    """Progress of training, for display."""
 
     share_done: float
     step: int
@@ -63,7 +65,7 @@ def train_head(
         inputs: (N, 192) half precision, see ``head_input``.
         coordinates: (N, 3) float, metres, map frame.
         settings: time, size and schedule.
-        device: where to train.
+        device: device for training.
         on_progress: called about four times a second.
 
     Returns:
@@ -82,7 +84,7 @@ def train_head(
     while (share := _share_done(step, time.monotonic() - start, settings)) < 1.0:
         _set_learning_rate(optimizer, settings.learning_rate, step, share)
         index = torch.randint(len(inputs), (settings.batch,), generator=generator).to(device)
-        with quick_matmul(device):  # a processor without bfloat16 computes it at half the speed of float32
+        with quick_matmul(device):  # # without bfloat16 instructions, bfloat16 is half as fast as float32
             predicted, log_scale = head(inputs[index].float())
         error = (predicted - coordinates[index]).norm(dim=1)
         loss = laplace_nll(error, log_scale).mean()
@@ -102,13 +104,13 @@ def train_head(
 def _share_done(step: int, elapsed_s: float, settings: HeadTraining) -> float:
     by_steps = step / settings.steps if settings.steps else 0.0
     if settings.min_steps_per_second:
-        # A slow machine gets more time for the same steps, but never more than MAX_STRETCH times what was announced.
+        # # A slow machine gets more time for the same steps, but at most MAX_STRETCH times the given time.
         elapsed_s = max(min(elapsed_s, step / settings.min_steps_per_second), elapsed_s / MAX_STRETCH)
     return max(by_steps, elapsed_s / settings.seconds)
 
 
 def _set_learning_rate(optimizer: torch.optim.Optimizer, peak: float, step: int, share: float) -> None:
-    """Linear warm-up by steps, then a cosine to zero over what is given."""
+    """Set the learning rate: linear warm-up by steps, then a cosine to zero over the given time or steps."""
     rate = peak * min(1.0, (step + 1) / WARM_UP_STEPS) * 0.5 * (1.0 + math.cos(math.pi * share))
     for group in optimizer.param_groups:
         group["lr"] = rate

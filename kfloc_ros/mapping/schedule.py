@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which views are kept from training, for calibration: runs as long as the camera takes to leave what was trained on.
+"""Schedule of a map build: held-out views for calibration, and division of the time budget.
 
-Variances that are calibrated next to trained views are too small everywhere else, so a run has to reach away from
-them; and of a source whose views lie far apart, a long run would be a hole that no head should have. So a run ends
-with the way that the camera has gone, and the share of all views that are held out stays what it is.
+Variances that are calibrated next to trained views are too small everywhere else, so a run of held-out views has to
+extend away from trained ones. If the views of a source are far apart, a long run would leave a hole in the training
+data.
+A run therefore ends by the distance that the camera has moved, and the share of held-out views is constant.
 """
 
 from __future__ import annotations
@@ -20,29 +21,31 @@ from kfloc_ros.pixloc.references import view_distances
 from kfloc_ros.types import Matrix
 
 SHARE = 0.08
-"""Of all views."""
+"""Share of held-out views."""
 REACH_M = 0.4
-"""A run ends when the camera is so far from where the run began (a degree counts as 2 cm)."""
+"""Distance from the start of a run at which it ends, in metres (1 deg counts as 0.02 m)."""
 MIN_RUN, MAX_RUN = 2, 32
-"""Views: two, so that the filter can be calibrated, too."""
+"""Limits on the length of a run: two views, so that the filter can be calibrated too."""
 SHORT_SOURCE, MAX_SHORT_RUN = 200, 8
-"""A source of fewer views has shorter runs, but four of them however short it is; others have at least two."""
+"""A source of fewer views has shorter runs, but four of them at any length; others have at least two."""
 MAX_HELD_OUT = 80
-"""Views held out at most (they stay in memory): longer sources hold out runs farther apart."""
+"""Limit on held-out views (they stay in memory): longer sources have fewer runs."""
 
 
 @dataclass(frozen=True, eq=False)
 class HeldOut:
-    """A view that was kept from training."""
+    """View held out from training."""
 
     view: View
     stamp_ns: int
     run: int
-    """Views of one run follow one another."""
+    """Number of the run; views of one run are consecutive."""
 
 
 def inner_half(held_out: Sequence[HeldOut]) -> list[bool]:
-    """Of every view, whether it lies in the middle of its run, where trained views are far; in short runs all do."""
+    """Return for every view whether it is in the middle of its run, where trained views are far; in short runs all
+    are.
+    """
     runs = np.array([held.run for held in held_out])
     inner = []
     for k, run in enumerate(runs):
@@ -52,10 +55,10 @@ def inner_half(held_out: Sequence[HeldOut]) -> list[bool]:
 
 
 class HoldOut:
-    """Decides for the views of one source, in order.
+    """Selector of held-out views of one source, in order.
 
     Args:
-        count: views that there are.
+        count: number of views.
     """
 
     def __init__(self, count: int) -> None:
@@ -71,10 +74,10 @@ class HoldOut:
         self._start: Matrix | None = None
         self._began = self._length = 0
         self.runs = 0
-        """Runs begun so far."""
+        """Number of runs so far."""
 
-    def wants(self, position: int) -> bool:
-        """Whether the view at the next position is held out; then :meth:`saw` is to be told its pose."""
+    def holds_out(self, position: int) -> bool:
+        """Return True if the view at the next position is held out; its pose must then be given to :meth:`record`."""
         if self._length:
             return True
         if position < self._next or self._left < MIN_RUN:
@@ -83,8 +86,8 @@ class HoldOut:
         self.runs += 1
         return True
 
-    def saw(self, position: int, T_map_camera: Matrix | None) -> None:
-        """Take note of a view that was held out."""
+    def record(self, position: int, T_map_camera: Matrix | None) -> None:
+        """Record the pose of a held-out view."""
         self._length = position - self._began + 1
         self._left -= 1
         away_m = 0.0
@@ -97,24 +100,24 @@ class HoldOut:
 
 
 READ_SHARE = 0.45
-"""Most of the time that reading views may take."""
+"""Largest share of the time budget for reading views."""
 CALIBRATION_SHARE = 0.2
 CALIBRATION_PER_PASS = 8.0
-"""Time that a held-out view takes to calibrate with, in passes through the backbone."""
+"""Time to calibrate with one held-out view, in backbone passes."""
 CALIBRATION_MARGIN = 1.3
 WRITE_S = 2.0
 LEAST_TRAINING_S = 3.0
 FIRST_VIEWS = 5
-"""Read in any case, to learn how long a view takes."""
+"""Number of views read in any case, to measure the time per view."""
 
 
 class TimeBudget:
-    """Divides the time for a whole build among its stages; without a limit nothing is left out.
+    """Division of a build's time budget among its stages; without a limit, no view is left out.
 
     Args:
         budget_s: time for everything; 0: no limit.
-        started: when it began, as told by ``clock``.
-        clock: seconds that only grow.
+        started: start of the budget, from ``clock``.
+        clock: monotonic clock, in seconds.
     """
 
     def __init__(self, budget_s: float, started: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -126,15 +129,15 @@ class TimeBudget:
 
     @property
     def limited(self) -> bool:
-        """Whether there is a limit at all."""
+        """True if there is a time limit."""
         return self.budget_s > 0
 
-    def wants(self, views_left: int, *, needed: bool = False) -> bool:
-        """Whether to read the next view: evenly spread, as many as there is time for.
+    def allows_view(self, views_left: int, *, needed: bool = False) -> bool:
+        """Return True if the next view should be read: evenly spread, as many as the time allows.
 
         Args:
-            views_left: with this one.
-            needed: it is read anyway, and only counted.
+            views_left: number of remaining views, including this one.
+            needed: the view is read in any case, and only counted.
         """
         if not self.limited or needed or self._read < FIRST_VIEWS:
             self._read += 1
@@ -149,23 +152,24 @@ class TimeBudget:
         return True
 
     def calibration_views(self, held_out: int, backbone_pass_s: float) -> int:
-        """How many of the held-out views there is time to calibrate with."""
+        """Return the number of held-out views that the time allows for calibration."""
         if not self.limited:
             return held_out
         affordable = CALIBRATION_SHARE * self.budget_s / (CALIBRATION_PER_PASS * max(backbone_pass_s, 1e-6))
         return min(held_out, int(affordable))
 
     def training_s(self, calibration_views: int, backbone_pass_s: float) -> float:
-        """Time left for training when calibration and writing have theirs.
+        """Return the time for training after calibration and writing.
 
         Raises:
-            SourceError: hardly any is left.
+            SourceError: too little time is left.
         """
         reserve_s = CALIBRATION_MARGIN * CALIBRATION_PER_PASS * backbone_pass_s * calibration_views + WRITE_S
         left_s = self._end - self._clock() - reserve_s
         if left_s < LEAST_TRAINING_S:
             raise SourceError(
-                f"A budget of {self.budget_s:.0f} s is too short here: after reading {self._read} views, and with "
-                f"{reserve_s:.0f} s for calibration, {max(left_s, 0.0):.0f} s are left for training. Give it more."
+                f"A time budget of {self.budget_s:.0f} s is too short: after reading {self._read} views, and with "
+                f"{reserve_s:.0f} s for calibration, {max(left_s, 0.0):.0f} s are left for training. Increase "
+                "--budget."
             )
         return left_s

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Poses from the images alone: COLMAP finds features, matches and maps; then lengths become metres, and z points up."""
+"""Structure from motion: poses from images alone by COLMAP, scaled to metres, with z upwards."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from kfloc_ros.geometry.lie import Matrix, inverse_pose, make_pose
 from kfloc_ros.mapping.structure_scale import KnownLength, ReconstructedSource, metres_per_unit, similar_pairs
 
 EXHAUSTIVE_IMAGES = 120
-"""Up to so many images every pair is matched; longer sequences match neighbours, near and in doubling steps."""
+"""Number of images up to which every pair is matched; longer sequences match neighbours, near and in doubling steps."""
 OVERLAP = 10
 SIMILAR_IMAGES = 10
-"""Of a longer sequence each image is matched, too, with so many that look like it and lie further away."""
+"""Number of similar, distant images that each image of a longer sequence is matched with in addition."""
 KEY_IMAGES = 240
-"""Of more images than this, only so many, evenly spaced, are adjusted together; the others are placed among them."""
+"""Number of evenly spaced images that are adjusted together in a longer sequence; the others are registered to them."""
 LAST_ITERATIONS = 30
-"""Of the adjustment of all images: two to three seconds each for 650 images."""
+"""Iterations of the final adjustment of all images: two to three seconds each for 650 images."""
 MIN_REGISTERED = 8
 MIN_SHARE = 0.5
-"""Share of the images that must have found their place: less is a part of the recording only."""
+"""Smallest share of registered images: below it, the model covers only a part of the recording."""
 LOG_ERRORS = 2
-"""COLMAP's log below this level (glog's ERROR) would drown the progress bars."""
+"""COLMAP's log level (glog's ERROR): lower levels would flood the progress bars."""
 Array = NDArray[np.float64]
 
 
@@ -48,20 +48,20 @@ def reconstruct(
     length: KnownLength | None = None,
     on_progress: Callable[[str, float], None] = lambda stage, share: None,
 ) -> ReconstructedSource:
-    """Find the poses of a source's images; its own poses, if it has any, are used for nothing but the scale.
+    """Compute the poses of a source's images; its own poses, if any, are used only for the scale.
 
     Args:
-        source: images in order, of one camera; if that is a guess, it is found, too.
-        folder: for the images, COLMAP's database, the model, and the camera if it was found; must not exist.
-        length: that fixes the scale; else the source's depth does, or else its poses.
-        on_progress: told the stage and the share of it that is done.
+        source: images in order, of one camera; a guessed camera is estimated too.
+        folder: new folder for the images, COLMAP's database, the model, and the camera if it was estimated.
+        length: known length for the scale; else the source's depth is used, or else its poses.
+        on_progress: called with the stage and its completed share.
 
     Raises:
-        SourceError: the images do not fit together, or the scale cannot be told.
+        SourceError: the images do not overlap enough, or the scale is unknown.
     """
     if folder.exists():
         raise SourceError(
-            f"'{folder}' exists; name another folder for the reconstruction, or read it: colmap:{folder}."
+            f"'{folder}' exists; give another folder for the reconstruction, or read it: colmap:{folder}."
         )
     temporary: Path | None = None
     try:
@@ -89,12 +89,12 @@ def _reconstruct(
     try:
         model = _solve(source, folder, images, names, on_progress)
     except (RuntimeError, ValueError) as error:
-        raise SourceError(f"The images of '{source.name}' could not be put together: {error}") from error
+        raise SourceError(f"The images of '{source.name}' could not be registered: {error}") from error
     poses, points = _read(model, names)
     if len(poses) < max(MIN_REGISTERED, MIN_SHARE * len(names)):
         raise SourceError(
-            f"Only {len(poses)} of {len(names)} images of '{source.name}' found their place among the others. Record "
-            "more slowly, with more overlap and light, and move sideways rather than turn on the spot."
+            f"Only {len(poses)} of {len(names)} images of '{source.name}' could be registered. Record more slowly, "
+            "with more overlap and light, and move sideways rather than turn on the spot."
         )
     scale = metres_per_unit(source, poses, points, length)
     T_map_model = _upright(poses)
@@ -115,7 +115,7 @@ def _solve(
     names: Sequence[str],
     on_progress: Callable[[str, float], None],
 ) -> Any:
-    """COLMAP's largest model of the images; what else it wrote is removed."""
+    """Return COLMAP's largest model of the images; its other files are removed."""
     import pycolmap
 
     pycolmap.logging.minloglevel = max(pycolmap.logging.minloglevel, LOG_ERRORS)
@@ -142,7 +142,7 @@ def _write_images(source: FrameSource, images: Path, on_progress: Callable[[str,
     for position in range(len(source)):
         names.append(f"{position:06d}.png")
         frame = source.read(position)
-        if frame is None:  # COLMAP works with the images that are there
+        if frame is None:  # # COLMAP uses only the images that exist
             continue
         bgr = cv2.cvtColor(adapter(frame.image), cv2.COLOR_RGB2BGR)
         if not cv2.imwrite(str(images / names[-1]), bgr):
@@ -167,7 +167,7 @@ def _match(
 
 
 def _match_similar(database: Path, images: Path, names: Sequence[str], camera: Camera) -> None:
-    """Match images that look alike though they lie far apart: where the recording comes back, it must close."""
+    """Match distant images that look similar, to close loops."""
     import pycolmap
 
     names = [name for name in names if (images / name).is_file()]
@@ -184,7 +184,7 @@ def _match_similar(database: Path, images: Path, names: Sequence[str], camera: C
 def _read_image(path: Path) -> NDArray[np.uint8]:
     bgr = cv2.imread(str(path), cv2.IMREAD_COLOR)
     if bgr is None:
-        raise SourceError(f"'{path}' cannot be read back.")
+        raise SourceError(f"'{path}' cannot be read.")
     return np.ascontiguousarray(bgr[..., ::-1])
 
 
@@ -196,10 +196,10 @@ def _largest_model(
     source: FrameSource,
     on_progress: Callable[[str, float], None],
 ) -> Any:
-    """The model that most images found their place in.
+    """Return the model with the most registered images.
 
-    Of a long recording every n-th image is placed and adjusted with the others first; those between then find their
-    place in what stands, and all are adjusted once. Adjusting all of them with each other again and again takes hours.
+    Of a long recording, every n-th image is first registered and adjusted. The images in between are then registered to
+    that model, and all are adjusted once. Repeated adjustment of all images takes hours.
     """
     placed = 2
 
@@ -221,8 +221,8 @@ def _largest_model(
         on_progress("adjusting all", 1.0)
     if model is None:
         raise SourceError(
-            "No two of the images could be put together: they show too little in common, or the camera only turned "
-            "on the spot. Record while moving sideways."
+            "No two of the images could be registered: they overlap too little, or the camera only turned on the "
+            "spot. Record while moving sideways."
         )
     return model
 
@@ -236,7 +236,7 @@ def _incremental(
     standing: Path | None,
     next_image: Callable[[], None],
 ) -> Any:
-    """COLMAP's largest model of some of the images, or None; a ``standing`` model is added to and stays as it is."""
+    """Return COLMAP's largest model of some of the images, or None; a ``standing`` model is extended and kept fixed."""
     import pycolmap
 
     out.mkdir(parents=True)
@@ -254,7 +254,7 @@ def _incremental(
 
 
 def _adjust(model: Any, *, refine_camera: bool) -> None:
-    """Adjust all poses, points and, if it was found, the camera of a model together."""
+    """Adjust all poses, points and, if it was estimated, the camera of a model together."""
     import pycolmap
 
     options = pycolmap.BundleAdjustmentOptions()
@@ -266,7 +266,7 @@ def _adjust(model: Any, *, refine_camera: bool) -> None:
 
 
 def _read(model: Any, names: Sequence[str]) -> tuple[dict[int, Matrix], dict[int, Array]]:
-    """Poses, and the points that each image sees, by position."""
+    """Return poses, and the points observed by each image, by position."""
     number = {name: position for position, name in enumerate(names)}
     poses: dict[int, Matrix] = {}
     points: dict[int, Array] = {}
@@ -284,9 +284,9 @@ def _read(model: Any, names: Sequence[str]) -> tuple[dict[int, Matrix], dict[int
 
 
 def _upright(poses: dict[int, Matrix]) -> Matrix:
-    """The rotation to a frame whose z axis points upwards, taking the images as upright on average."""
+    """Return the rotation to a frame with z upwards, assuming that the images are upright on average."""
     up = -np.mean([T[:3, 1] for T in poses.values()], axis=0)
-    if np.linalg.norm(up) < 1e-3:  # images of every direction: there is nothing to go by
+    if np.linalg.norm(up) < 1e-3:  # # images in all directions: no upward direction
         return np.eye(4)
     z = up / np.linalg.norm(up)
     ahead = np.mean([T[:3, 2] for T in poses.values()], axis=0)

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The scale of a reconstruction, which images alone do not tell.
+"""Scale of a reconstruction, which images alone do not determine.
 
-It comes from depth images, from poses that are known roughly (odometry, another tracker), or from one length that was
-measured.
+It is computed from depth images, from approximate poses (odometry, another tracker), or from one measured length.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class KnownLength:
-    """The measured distance between the camera's places in two frames."""
+    """Measured distance between the camera positions of two frames."""
 
     first: int
     second: int
@@ -40,32 +39,32 @@ class KnownLength:
 
 
 def known_length(words: Sequence[str] | None) -> KnownLength | None:
-    """``FRAME FRAME METRES``, as given on a command line.
+    """Parse ``FRAME FRAME METRES`` from a command line.
 
     Raises:
-        SourceError: these are no two numbers of frames and a length.
+        SourceError: the words are not two frame numbers and a length.
     """
     if words is None:
         return None
     try:
         return KnownLength(int(words[0]), int(words[1]), float(words[2]))
     except (ValueError, IndexError) as error:
-        raise SourceError(f"--sfm-length takes two numbers of frames and metres, not '{' '.join(words)}'.") from error
+        raise SourceError(f"--sfm-length takes two frame numbers and metres, not '{' '.join(words)}'.") from error
 
 
 def metres_per_unit(
     source: FrameSource, poses: Mapping[int, Matrix], points: Mapping[int, Array], length: KnownLength | None
 ) -> float:
-    """Metres of a unit of the model.
+    """Return the metres per unit of the model.
 
     Args:
-        source: whose depth or poses tell it where no length is given.
+        source: source whose depth or poses give the scale if no length is given.
         poses: ``T_model_camera`` by position.
-        points: (N, 3) of the model, that each image sees, by position.
-        length: that was measured.
+        points: (N, 3) points of the model observed by each image, by position.
+        length: measured length.
 
     Raises:
-        SourceError: nothing tells the scale, or the length is between frames without a place.
+        SourceError: the scale is unknown, or a frame of the length has no pose.
     """
     if length is not None:
         return _scale_from_length(poses, length, len(source))
@@ -74,8 +73,8 @@ def metres_per_unit(
         scale = scale_from_poses(poses, {k: T for k in poses if (T := source.pose(k)) is not None})
     if scale is None:
         raise SourceError(
-            f"How large things are cannot be told from images: '{source.name}' has neither depth nor poses. Measure "
-            "how far the camera was apart in two frames and pass --sfm-length FRAME FRAME METRES."
+            f"Images alone do not give the scale: '{source.name}' has neither depth nor poses. Measure the distance "
+            "between the camera positions of two frames and pass --sfm-length FRAME FRAME METRES."
         )
     return scale
 
@@ -83,15 +82,15 @@ def metres_per_unit(
 def _scale_from_length(poses: Mapping[int, Matrix], length: KnownLength, count: int) -> float:
     for frame in (length.first, length.second):
         if frame not in poses:
-            raise SourceError(f"Frame {frame} of the measured length has no place among the {count} images.")
+            raise SourceError(f"Frame {frame} of the measured length has no pose among the {count} images.")
     apart = float(np.linalg.norm(poses[length.first][:3, 3] - poses[length.second][:3, 3]))
     if not (length.metres > 0 and apart > 1e-9):
-        raise SourceError("The measured length must be between two different places, and positive.")
+        raise SourceError("The measured length must be positive, and between two different positions.")
     return length.metres / apart
 
 
 def _scale_from_depth(source: FrameSource, poses: Mapping[int, Matrix], points: Mapping[int, Array]) -> float | None:
-    """Median ratio of the measured depth to the model's at its points."""
+    """Return the median ratio of measured depth to the model's depth at its points."""
     camera = source.camera.pinhole()
     adapter = ImageAdapter(source.camera, camera)
     ratios: list[Array] = []
@@ -114,9 +113,9 @@ def _scale_from_depth(source: FrameSource, poses: Mapping[int, Matrix], points: 
 
 
 def scale_from_poses(model: Mapping[int, Matrix], known: Mapping[int, Matrix]) -> float | None:
-    """Median ratio of the distances between the same two frames in two sets of poses, far apart ones counting.
+    """Return the median ratio of distances between the same two distant frames in two sets of poses.
 
-    Distances, not places: odometry drifts, and neither knows the other's frame.
+    Distances are used rather than positions, since odometry drifts and the frames differ.
     """
     frames = [k for k, T in known.items() if np.isfinite(T).all() and k in model]
     if len(frames) < 2:
@@ -131,10 +130,10 @@ class ReconstructedSource(DerivedSource):
     """Images, and depth if there is any, of one source with the poses of a reconstruction.
 
     Args:
-        source: the images; its own poses are not shown.
-        poses: ``T_map_camera`` by position; images that found no place have none.
-        points: (N, 3) points in the map frame that each image sees, by position.
-        camera: what the reconstruction found where the source's camera was a guess.
+        source: source of the images; its own poses are ignored.
+        poses: ``T_map_camera`` by position; images that were not registered have none.
+        points: (N, 3) points in the map frame observed by each image, by position.
+        camera: estimated camera, if the source's camera was a guess.
     """
 
     passes_images_on = True
@@ -174,14 +173,14 @@ BLOCK_ROWS = 512
 def similar_pairs(
     images: Iterable[NDArray[np.uint8]], camera: Camera, backbone: Backbone, *, partners: int, min_apart: int
 ) -> list[tuple[int, int]]:
-    """Pairs of images that look most alike among those at least ``min_apart`` from each other in the sequence.
+    """Return pairs of the most similar images that are at least ``min_apart`` apart in the sequence.
 
     Args:
         images: RGB (H, W, 3), in order, of a pinhole camera; read once.
-        camera: of the images.
-        backbone: whose features describe them.
-        partners: of each image, at most.
-        min_apart: nearer images are somebody else's task.
+        camera: camera of the images.
+        backbone: network whose features describe the images.
+        partners: largest number of partners per image.
+        min_apart: smallest distance in the sequence; nearer images are matched elsewhere.
 
     Returns:
         Sorted pairs (i, j), i < j, each once.
@@ -206,5 +205,5 @@ def similar_pairs(
 
 
 def _described(cells: QueryCells) -> QueryCells:
-    """Half precision: a recording of thousands of images is held at once."""
+    """Return descriptors in half precision, since thousands of images are in memory at once."""
     return QueryCells(cells.features.half(), cells.weight.half())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A recording added to a map that is there: mapped by itself, placed in the map by localizing its views, merged."""
+"""Update of a map: maps a recording by itself, registers it by localizing its views in the map, and merges it."""
 
 from __future__ import annotations
 
@@ -24,34 +24,36 @@ from kfloc_ros.types import Frame, TrackingState
 
 MAX_LOCALIZED = 40
 AGREE_M, AGREE_DEG = 0.10, 3.0
-"""Two views agree on where the recording lies if what they say differs by less."""
+"""Largest difference between two views' estimates of the recording's frame that agree."""
 MIN_AGREEING = 3
 SAME_FRAME_M, SAME_FRAME_DEG = 0.03, 1.0
-"""A recording that lies this near to where its poses say is in the map's frame; the rest is error of the finding."""
+"""Largest distance at which a recording is considered to be in the map's frame already; the rest is estimation
+error.
+"""
 
 
 @dataclass(frozen=True, eq=False)
 class Placement:
-    """Where a recording's own frame lies in a map."""
+    """Registration of a recording's frame in a map."""
 
     T_map_session: Matrix
     agreeing: int
-    """Views that say so."""
+    """Number of views that agree."""
     tried: int
 
     @property
     def moved(self) -> bool:
-        """Whether the recording was in another frame than the map's."""
+        """True if the recording was in another frame than the map's."""
         return bool((self.T_map_session != np.eye(4)).any())
 
 
 @dataclass(frozen=True, eq=False)
 class Updated:
-    """A map with a recording added, and how that was placed."""
+    """Map with a recording added, and the registration of the recording."""
 
     scene_map: SceneMap
     placement: Placement | None
-    """None when the caller said that the frames are the same."""
+    """None if the caller declared the frames to be the same."""
 
 
 def update_map(
@@ -64,20 +66,20 @@ def update_map(
     started: float | None = None,
     on_progress: Report = lambda progress: None,
 ) -> Updated:
-    """Add a recording to a map; the map's own knowledge stays as it is.
+    """Add a recording to a map; the map's own heads are unchanged.
 
     Args:
-        scene_map: the map to add to.
-        source: views with depth and poses, in the map's frame or in one of their own.
-        config: as for :func:`kfloc_ros.mapping.build.build_map`.
-        same_frame: take the poses as they are, for a recording that sees nothing of what the map holds.
-        provenance: more to note.
-        started: when the budget began, see :func:`kfloc_ros.mapping.build.make_map`.
-        on_progress: told where it stands.
+        scene_map: map to add to.
+        source: views with depth and poses, in the map's frame or in a frame of their own.
+        config: see :func:`kfloc_ros.mapping.build.build_map`.
+        same_frame: use the poses as they are, for a recording that does not overlap with the map.
+        provenance: additional entries for the map's description of its origin.
+        started: start of the time budget, see :func:`kfloc_ros.mapping.build.make_map`.
+        on_progress: called with the progress of the build.
 
     Raises:
         SourceError: too few views with depth and pose.
-        MapError: the recording was not found in the map, or does not fit it.
+        MapError: the recording does not localize in the map, or does not match it.
     """
     check_families(scene_map)  # before minutes of work
     config = config or MapBuildConfig()
@@ -96,35 +98,36 @@ def update_map(
 
 
 def place_views(scene_map: SceneMap, views: Sequence[View], device: str) -> Placement:
-    """Find the frame of views in a map by localizing some of them, each by itself.
+    """Register views in a map by localizing some of them, each independently.
 
     Raises:
-        MapError: too few were found, or they do not agree.
+        MapError: too few views localize, or they do not agree.
     """
     chosen = np.unique(np.linspace(0, len(views) - 1, min(MAX_LOCALIZED, len(views))).round().astype(int))
     localizer = Localizer(scene_map, LocalizerConfig(device=device, camera_check="off"))
-    told = []
+    motions = []
     for k in chosen:
-        localizer.reset("the views are judged one by one")
+        localizer.reset("the views are judged independently")
         view = views[k]
         estimate = localizer.process(Frame(view.image, view.camera, 0, view.index)).estimate
         if estimate.state is TrackingState.TRACKING and estimate.T_map_camera is not None:
-            told.append(estimate.T_map_camera @ inverse_pose(view.T_map_camera))
+            motions.append(estimate.T_map_camera @ inverse_pose(view.T_map_camera))
     scene_map.head.to("cpu")
     centre = np.mean([view.T_map_camera[:3, 3] for view in views], axis=0)
-    groups = [[T for T in told if _agree(T, centre_of, centre)] for centre_of in told]
+    groups = [[T for T in motions if _agree(T, centre_of, centre)] for centre_of in motions]
     best = max(groups, key=len, default=[])
     if len(best) < MIN_AGREEING:
         raise MapError(
-            f"Of {len(chosen)} views of the recording {len(told)} were found in the map, and {len(best)} of them agree "
-            f"on where it lies; {MIN_AGREEING} are needed. If its poses are in the map's frame, pass --same-frame."
+            f"Of {len(chosen)} views of the recording, {len(motions)} were localized in the map, and {len(best)} "
+            f"of them agree on its frame; {MIN_AGREEING} are needed. If its poses are in the map's frame, pass "
+            "--same-frame."
         )
     T = average_pose(best, centre)
     return Placement(np.eye(4) if _is_same(T, centre) else T, len(best), len(chosen))
 
 
 def _agree(a: Matrix, b: Matrix, centre: Matrix) -> bool:
-    """Whether two motions do nearly the same to what lies around a point."""
+    """Return True if two motions have nearly the same effect around a point."""
     apart_m = np.linalg.norm((a[:3, :3] - b[:3, :3]) @ centre + a[:3, 3] - b[:3, 3])
     return bool(apart_m < AGREE_M and rotation_angle_deg(a[:3, :3].T @ b[:3, :3]) < AGREE_DEG)
 

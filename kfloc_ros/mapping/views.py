@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From mapping views to training cells and reference views, one view in memory at a time."""
+"""Training cells and reference views from mapping views, one view in memory at a time."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ MAX_SIDE_PX = 640
 CELL_CENTRE = (COARSE_STRIDE - 1) / 2
 """Pixel of cell 0, in x and in y."""
 DEPTH_AGREES, DEPTH_AGREES_M = 0.03, 0.02
-"""A point is seen again if the other frame's depth there is its own but for this share and length."""
+"""Relative and absolute tolerance at which a point's depth in another frame agrees: it is then visible in both."""
 
 Mask = NDArray[np.bool_]
 
 
 def map_camera(camera: Camera) -> Camera:
-    """The pinhole camera a map works with: at most 640 pixels wide, sides multiples of 32."""
+    """Return the pinhole camera of a map: at most 640 pixels wide, sides multiples of 32."""
     scale = min(1.0, MAX_SIDE_PX / max(camera.width, camera.height))
 
     def side(pixels: int) -> int:
@@ -38,7 +38,7 @@ def map_camera(camera: Camera) -> Camera:
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """One mapping frame brought to the map's camera."""
+    """Mapping frame adapted to the map's camera."""
 
     image: NDArray[np.uint8]
     depth_m: NDArray[np.float32]
@@ -58,7 +58,7 @@ class Cells:
 
 
 def random_similarity(camera: Camera, rng: np.random.Generator) -> NDArray[np.float64]:
-    """(2, 3) map from pixels of an augmented image to pixels of the original: rotation, zoom, shift."""
+    """Return a random map (2, 3) from pixels of an augmented image to pixels of the original: rotation, zoom, shift."""
     angle, zoom = np.radians(rng.uniform(-20, 20)), np.exp(rng.uniform(np.log(0.75), np.log(1.3)))
     placed = similarity(camera, angle, zoom)
     placed[:, 2] += rng.uniform(-0.08, 0.08, 2) * camera.width
@@ -66,7 +66,9 @@ def random_similarity(camera: Camera, rng: np.random.Generator) -> NDArray[np.fl
 
 
 def similarity(camera: Camera, angle_rad: float, zoom: float) -> NDArray[np.float64]:
-    """(2, 3) map from pixels of an image that is rolled and zoomed about its centre to pixels of the original."""
+    """Return the map (2, 3) from pixels of an image that is rolled and zoomed about its centre to pixels of the
+    original.
+    """
     centre = np.array([camera.width, camera.height]) / 2
     A = zoom * np.array([[np.cos(angle_rad), -np.sin(angle_rad)], [np.sin(angle_rad), np.cos(angle_rad)]])
     return np.concatenate([A, (centre - A @ centre)[:, None]], axis=1)
@@ -76,7 +78,7 @@ IDENTITY = np.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
 
 
 def warp_image(image: NDArray[np.uint8], similarity: NDArray[np.float64]) -> NDArray[np.uint8]:
-    """The augmented image; pixels that the original does not have are mirrored in."""
+    """Return the augmented image; pixels outside the original are mirrored."""
     size = (image.shape[1], image.shape[0])
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
     return np.asarray(cv2.warpAffine(image, similarity, size, flags=flags, borderMode=cv2.BORDER_REFLECT_101))
@@ -85,14 +87,14 @@ def warp_image(image: NDArray[np.uint8], similarity: NDArray[np.float64]) -> NDA
 def sample_cells(
     view: View, features: BackboneFeatures, similarity: NDArray[np.float64], limit: int, rng: np.random.Generator
 ) -> Cells:
-    """Cells of an (augmented) view whose depth is known and smooth, at most ``limit`` of them.
+    """Return cells of an (augmented) view with known and smooth depth, at most ``limit`` of them.
 
     Args:
-        view: the original.
-        features: of the augmented image.
-        similarity: augmented pixels to original pixels.
-        limit: most cells to keep.
-        rng: for the choice among too many.
+        view: original view.
+        features: features of the augmented image.
+        similarity: map from augmented to original pixels.
+        limit: limit on cells.
+        rng: random generator of the selection.
     """
     inputs = head_input(features)[0]
     h, w = inputs.shape[:2]
@@ -113,7 +115,7 @@ def cell_coordinates(
     similarity: NDArray[np.float64] = IDENTITY,
     first_pixel: float = CELL_CENTRE,
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """True scene coordinates (h w, 3) of the cells of a grid (h, w), and where they are known, (h w,).
+    """Return the true scene coordinates (h w, 3) of the cells of a grid (h, w), and where they are known, (h w,).
 
     Cell (r, c) stands for the pixel (u, v) = 8 (c, r) + ``first_pixel``, by default its centre.
     """
@@ -134,7 +136,7 @@ def cell_coordinates(
 
 
 def true_coordinates(view: View, grid: tuple[int, int], similarity: NDArray[np.float64] = IDENTITY) -> SceneCoordinates:
-    """What :func:`cell_coordinates` gives, as scene coordinates without variance."""
+    """Return the result of :func:`cell_coordinates` as scene coordinates without variance."""
     h, w = grid
     points, known = cell_coordinates(view, grid, similarity)
     mean = torch.from_numpy(points.astype(np.float32)).t().reshape(3, h, w).contiguous()
@@ -146,60 +148,61 @@ Poses = NDArray[np.float64]
 
 
 class ReferenceCollector:
-    """Keeps views that add coverage: a view joins if no kept one is nearer than a spacing in place and direction.
+    """Collector of reference views that extend the coverage: a view is added if no collected one is within a spacing.
 
-    When they have too many points, the view that adds least goes, one at a time, and the spacing grows to what is left:
-    memory stays bounded, and so does the size of the map.
+    When the views have too many points, the one that adds the least coverage is removed, one at a time, and the spacing
+    grows accordingly: memory and map size stay bounded.
     """
 
     def __init__(self, spacing_m: float, max_points: int) -> None:
         self._spacing, self._max_points = spacing_m, max_points
-        self._kept: list[tuple[int, Matrix, ReferencePoints]] = []
+        self._collected: list[tuple[int, Matrix, ReferencePoints]] = []
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._collected)
 
-    def wants(self, T_map_camera: Matrix) -> bool:
-        """Whether a view at this pose would add coverage."""
-        if not self._kept:
+    def extends_coverage(self, T_map_camera: Matrix) -> bool:
+        """Return True if a view at this pose would extend the coverage."""
+        if not self._collected:
             return True
         return bool((view_distances(self._poses(), T_map_camera) > self._spacing).all())
 
     def add(self, index: int, T_map_camera: Matrix, points: ReferencePoints) -> None:
-        """Keep a view, unless it has too few points to be of use."""
+        """Add a view, unless it has too few points."""
         if len(points) < MIN_REFERENCE_POINTS:
             return
-        self._kept.append((index, T_map_camera, points))
-        while sum(len(kept) for _, _, kept in self._kept) > self._max_points and len(self._kept) > 2:
+        self._collected.append((index, T_map_camera, points))
+        while sum(len(points) for _, _, points in self._collected) > self._max_points and len(self._collected) > 2:
             self._drop_one()
 
     def _drop_one(self) -> None:
-        """Of the two views nearest to each other the one that has others nearer, too."""
+        """Remove one of the two views nearest to each other: the one whose other neighbours are nearer."""
         poses = self._poses()
         apart = np.stack([view_distances(poses, T) for T in poses])
         np.fill_diagonal(apart, np.inf)
         a, b = np.unravel_index(int(apart.argmin()), apart.shape)
         self._spacing = max(self._spacing, float(apart[a, b]))
         second = [float(np.partition(apart[k], 1)[1]) for k in (a, b)]
-        del self._kept[int(a if second[0] < second[1] else b)]
+        del self._collected[int(a if second[0] < second[1] else b)]
 
     def _poses(self) -> Poses:
-        return np.stack([T for _, T, _ in self._kept])
+        return np.stack([T for _, T, _ in self._collected])
 
     def views(self) -> ReferenceViews:
-        """What was kept."""
-        ids = tuple(index for index, _, _ in self._kept)
-        return ReferenceViews(ids, self._poses(), tuple(points for _, _, points in self._kept))
+        """Return the collected views."""
+        ids = tuple(index for index, _, _ in self._collected)
+        return ReferenceViews(ids, self._poses(), tuple(points for _, _, points in self._collected))
 
 
 def true_flow(
     now: View, before: View, placement: NDArray[np.float64] = IDENTITY, first_pixel: float = CELL_CENTRE
 ) -> tuple[NDArray[np.float32], Mask, Mask]:
-    """Backward flow (2, h, w) in cells, where it is known, and where the point is seen again, both (h, w).
+    """Return the backward flow (2, h, w) in cells, where it is known, and where the point is visible in both, both (h,
+    w).
 
     Args:
         now, before: two views of one camera.
-        placement: (2, 3) from pixels of both augmented images to pixels of the originals.
+        placement: (2, 3) map from pixels of both augmented images to pixels of the originals.
         first_pixel: pixel of cell 0, in x and in y; by default the cell's centre.
     """
     camera = now.camera
@@ -211,12 +214,12 @@ def true_flow(
     z = np.where(known, z, 1.0)
     pixel = np.stack([camera.fx * x / z + camera.cx, camera.fy * y / z + camera.cy])
     u, v = np.round(np.clip(pixel, -1e6, 1e6)).astype(np.int64)
-    seen = known & (u >= 0) & (u < camera.width) & (v >= 0) & (v < camera.height)
+    visible = known & (u >= 0) & (u < camera.width) & (v >= 0) & (v < camera.height)
     depth = before.depth_m[np.clip(v, 0, camera.height - 1), np.clip(u, 0, camera.width - 1)]
-    seen &= (depth > 0) & (np.abs(depth - z) < DEPTH_AGREES * z + DEPTH_AGREES_M)
+    visible &= (depth > 0) & (np.abs(depth - z) < DEPTH_AGREES * z + DEPTH_AGREES_M)
     placed = np.linalg.solve(placement[:, :2], pixel - placement[:, 2:])
     cell = (placed - first_pixel) / COARSE_STRIDE
-    seen &= ((cell >= 0) & (cell <= np.array([[w - 1], [h - 1]]))).all(0)
+    visible &= ((cell >= 0) & (cell <= np.array([[w - 1], [h - 1]]))).all(0)
     rows, cols = np.mgrid[:h, :w]
     flow = np.where(known, cell - np.stack([cols.ravel(), rows.ravel()]), 0.0)
-    return flow.reshape(2, h, w).astype(np.float32), known.reshape(h, w), seen.reshape(h, w)
+    return flow.reshape(2, h, w).astype(np.float32), known.reshape(h, w), visible.reshape(h, w)

@@ -37,8 +37,6 @@ class FilterStage:
         self._health = Health(node.get_logger())
         warm_up(scene_map, parameters.localizer)
         self._localizer = Localizer(scene_map, parameters.localizer)
-        if self._localizer.note:
-            self._health.warn(self._localizer.note)
         map_frame = parameters.node.map_frame or scene_map.frame_id
         self._publish = CoarsePublisher(node, map_frame, lambda: self._health.counters, for_refiner=True)
         self._cells = cell_publisher(node, map_frame, self._health.warn)

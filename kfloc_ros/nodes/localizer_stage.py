@@ -133,8 +133,6 @@ class LocalizerStage:
         health = Health(node.get_logger())
         warm_up(scene_map, parameters.localizer)
         self._localizer = localizer_for(scene_map, parameters.localizer)
-        if self._localizer.note:
-            health.warn(self._localizer.note)
         map_frame = parameters.node.map_frame or scene_map.frame_id
         self._publish_coarse = CoarsePublisher(node, map_frame, lambda: health.counters, for_refiner=False)
         self._output = PoseOutput(node, parameters, scene_map, self._localizer, health, switch)

@@ -136,7 +136,10 @@ def test_what_a_bag_holds(bag: Path, capsys: pytest.CaptureFixture[str], tmp_pat
     assert cli.main(["bag", "info", str(bag)]) == 0
     text = capsys.readouterr().out
     assert "/camera/depth/compressed" in text and "map -> camera_ground_truth" in text
-    assert "Images: /camera/image/compressed.\nCalibration: /camera/camera_info.\nTruth: /ground_truth/pose." in text
+    assert (
+        "Images: /camera/image/compressed.\nCalibration: /camera/camera_info.\nGround truth: /ground_truth/pose."
+        in text
+    )
     assert "For a map: image /camera/image/compressed, info /camera/camera_info, depth /camera/depth/compressed" in text
     assert "10 of 10 images have a pose: kfloc map build bag:" in text
     two = a_bag(tmp_path / "two", [("/a/image", COMPRESSED, "a"), ("/b/image", COMPRESSED, "b")])

@@ -94,10 +94,9 @@ class Calibrated:
 
 def test_a_map_decides_which_flow_can_be_had() -> None:
     learned = flow_of(Calibrated(), CPU)
-    assert (learned.process_scale, learned.note) == (0.25 * STEP_CORRELATION_FACTOR, "")
+    assert learned.process_scale == 0.25 * STEP_CORRELATION_FACTOR
     older = flow_of(Calibrated(learned_process_scale=None), CPU)
     assert older.process_scale == cost_volume_flow(Calibrated()).process_scale == 0.5
-    assert "cost volume" in older.note and "Build the map again" in older.note
 
 
 def test_files_that_are_no_weights_are_refused(tmp_path: Path) -> None:

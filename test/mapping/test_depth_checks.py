@@ -19,9 +19,9 @@ def frames(room) -> list[Frame]:
 
 
 def screened(frames: list[Frame]) -> tuple[list[int], dict[str, int]]:
-    screening = DepthChecks()
-    kept = [item.position for item in screening.good(iter(enumerate(frames)))]
-    return kept, dict(screening.left_out)
+    checks = DepthChecks()
+    kept = [item.position for item in checks.passing(iter(enumerate(frames)))]
+    return kept, dict(checks.left_out)
 
 
 def without(position: int) -> list[int]:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from kfloc_ros.kfnet.flow_network import LEARNED_FLOOR_M2
-from kfloc_ros.mapping.calibration import TEMPERATURES, USUAL_LEARNED_SCALE, _Carried, calibrate_flow
+from kfloc_ros.mapping.calibration import TEMPERATURES, USUAL_LEARNED_SCALE, PropagationErrors, calibrate_flow
 from kfloc_ros.mapping.measurement_calibration import ONE_SIGMA
 from kfloc_ros.maps.scene_map import Calibration
 from kfloc_ros.types import SceneCoordinates
@@ -21,12 +21,12 @@ def test_the_scale_puts_the_right_share_inside_one_sigma(scale: float) -> None:
     generator = torch.Generator().manual_seed(0)
     process = 1e-4 * torch.rand(50_000, generator=generator) + 1e-6
     error = (scale * process + LEARNED_FLOOR_M2).sqrt() * torch.randn(50_000, generator=generator)
-    carried = _Carried(error.square(), process, 0.0)
+    carried = PropagationErrors(error.square(), process, 0.0)
     found = carried.scale(LEARNED_FLOOR_M2)
     assert found == pytest.approx(scale, rel=0.1)
     inside = (error.square() < found * process + LEARNED_FLOOR_M2).float().mean()
     assert inside == pytest.approx(ONE_SIGMA, abs=1e-3)
-    assert _Carried(torch.zeros(3), torch.ones(3), 0.0).scale(LEARNED_FLOOR_M2) == USUAL_LEARNED_SCALE
+    assert PropagationErrors(torch.zeros(3), torch.ones(3), 0.0).scale(LEARNED_FLOOR_M2) == USUAL_LEARNED_SCALE
 
 
 def test_both_flows_are_calibrated_on_the_same_pairs() -> None:

@@ -22,11 +22,11 @@ def held_out(count: int, pace_m: float, turn_rad: float = 0.0, missing: frozense
     chosen = HoldOut(count)
     runs = []
     for position in range(count):
-        kept = chosen.wants(position)
+        kept = chosen.holds_out(position)
         runs.append(chosen.runs if kept else 0)
         if kept:
             T: Matrix = make_pose(so3_exp([0.0, turn_rad * position, 0.0]), [pace_m * position, 0.0, 0.0])
-            chosen.saw(position, None if position in missing else T)
+            chosen.record(position, None if position in missing else T)
     return runs
 
 
@@ -66,10 +66,10 @@ def test_views_without_a_pose_do_not_end_a_run_nor_stretch_it() -> None:
     everywhere = frozenset(range(1000))
     assert lengths(held_out(1000, 1.0, missing=everywhere))[0] == MAX_RUN
     bad = HoldOut(1000)
-    assert not bad.wants(0)
-    start = next(p for p in range(1000) if bad.wants(p))
-    bad.saw(start, np.full((4, 4), np.nan))
-    assert bad.wants(start + 1)
+    assert not bad.holds_out(0)
+    start = next(p for p in range(1000) if bad.holds_out(p))
+    bad.record(start, np.full((4, 4), np.nan))
+    assert bad.holds_out(start + 1)
 
 
 def test_whole_runs_are_left_out_for_want_of_time() -> None:

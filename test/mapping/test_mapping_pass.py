@@ -85,7 +85,7 @@ def test_reference_points_stay_below_their_limit_and_cover_the_whole_way() -> No
         T[0, 3] = 0.05 * k
         n = 60
         points = ReferencePoints(torch.zeros(n, 3), torch.zeros(n, 64), torch.zeros(n, 24), torch.ones(n))
-        if collector.wants(T):
+        if collector.extends_coverage(T):
             collector.add(k, T, points)
     views = collector.views()
     assert sum(map(len, views.views)) <= 1000 and len(views.ids) >= 12
@@ -107,7 +107,7 @@ def test_views_are_left_out_evenly_until_reading_fits(per_view_s: float, expecte
     time_budget = TimeBudget(100.0, 100.0, clock)
     read = []
     for position in range(1000):
-        if time_budget.wants(1000 - position):
+        if time_budget.allows_view(1000 - position):
             read.append(position)
             clock.now += per_view_s
     assert len(read) == pytest.approx(expected, rel=0.05)
@@ -130,7 +130,7 @@ def test_training_gets_what_reading_and_calibration_leave() -> None:
 
 def test_without_a_budget_nothing_is_left_out() -> None:
     time_budget = TimeBudget(0.0, 0.0)
-    assert not time_budget.limited and all(time_budget.wants(n) for n in range(100, 0, -1))
+    assert not time_budget.limited and all(time_budget.allows_view(n) for n in range(100, 0, -1))
     assert time_budget.calibration_views(77, 10.0) == 77
 
 

@@ -116,7 +116,7 @@ def test_what_takes_one_map_says_which_to_name(house: Path, maps: list[Path], tm
     assert run("merge", house, maps[2], "--out", tmp_path / "both") == 2
     told = capsys.readouterr().err
     assert str(house / SUBMAPS) in told and "kfloc map place" in told
-    with pytest.raises(MapError, match="name one of its submaps"):
+    with pytest.raises(MapError, match="give one of its submaps"):
         SceneMap.load(house)
     assert run("update", maps[0], "sim:map-quick", "--submap", "attic", "--out", tmp_path / "x") == 2
     assert "single map" in capsys.readouterr().err
@@ -164,7 +164,7 @@ def test_the_submap_of_a_recording_is_that_nearest_to_its_poses(house: Path) -> 
     place = Place.load(house)
     hall, attic = place.index.T_place_camera[:3], place.index.T_place_camera[3:]
     assert submap_of(place, Posed([*attic, None]), same_frame=True) == 1
-    with pytest.raises(MapError, match="Name it with --submap"):
+    with pytest.raises(MapError, match="Give it with --submap"):
         submap_of(place, Posed([*attic, *hall]), same_frame=True)
-    with pytest.raises(MapError, match="0 were found, in none"):
+    with pytest.raises(MapError, match="0 were localized, in none"):
         submap_of(place, Posed(list(attic)))

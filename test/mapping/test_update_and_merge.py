@@ -95,7 +95,7 @@ def test_two_maps_become_one_from_the_command_line(scene_map, room_map, room, tm
     other = in_another_frame(scene_map, inverse_pose(T_MAP_SESSION)).save(tmp_path / "other")
     out = tmp_path / "both"
     assert main(["map", "merge", str(room_map), str(other), "--out", str(out), "--name", "both"]) == 0
-    assert "Placed by" in capsys.readouterr().out
+    assert "Registered by" in capsys.readouterr().out
     both = SceneMap.load(out)
     assert both.name == "both" and len(heads_of(both.head)) == 2
     assert np.median(errors_m(both, room, [3.4, 9.6, 15.3])) < 0.02

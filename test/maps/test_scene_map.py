@@ -83,7 +83,7 @@ def test_a_map_of_an_older_version_is_refused_with_the_way_out(
 
 def test_there_is_nothing_to_migrate_in_a_present_map(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["map", "migrate", str(folder), "--out", str(folder), "--force"]) == 0
-    assert "version 4, the present one" in capsys.readouterr().out and verify_map(folder) == []
+    assert "current format version 4" in capsys.readouterr().out and verify_map(folder) == []
 
 
 def test_reference_features_of_another_type_are_refused(folder: Path) -> None:

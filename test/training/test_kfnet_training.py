@@ -369,4 +369,4 @@ def test_a_training_is_finetuned_with_its_steps_or_without(tmp_path: Path, capsy
     assert json.loads((tmp_path / "on" / "state.json").read_text())["config"]["noise"] is True
     assert cli.main([*base, str(tmp_path / "other"), "--finetune", str(tmp_path / "none")]) == 2
     assert cli.main([*base, str(tmp_path / "other"), "--reset-step"]) == 2
-    assert "--reset-step says nothing without --finetune" in capsys.readouterr().err
+    assert "--reset-step requires --finetune" in capsys.readouterr().err

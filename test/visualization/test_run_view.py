@@ -106,9 +106,9 @@ def test_a_trail_is_drawn_now_and_then_and_at_the_end() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "Say what to view"),
-        (["--live", "somewhere"], "Say what to view"),
-        (["--live", "--map", "kitchen"], "leave --map out"),
+        ([], "to view, or --live"),
+        (["--live", "somewhere"], "to view, or --live"),
+        (["--live", "--map", "kitchen"], "omit --map"),
         (["nowhere/bag"], "with --map"),
         (["nowhere/bag", "--map", "kitchen"], "nowhere/bag"),
     ],
