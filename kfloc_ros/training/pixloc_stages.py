@@ -1,96 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PixLoc's network in training: by the alignment of pairs, or by GN-Net's losses on features; and the options."""
+"""PixLoc's network in training: by the alignment of pairs, or by GN-Net's losses on features."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kfloc_ros.config import option
 from kfloc_ros.pixloc.reference.cost import FeatureMap
 from kfloc_ros.pixloc.reference.model import PixLocModel, save_model
 from kfloc_ros.pixloc.reference.two_view import align_two_views, training_settings
-from kfloc_ros.training.loop import LoopConfig, Schedule
 from kfloc_ros.training.pixloc_losses import GnNetLoss, gnnet_loss, two_view_loss
-from kfloc_ros.training.pixloc_samples import PairRule, Pairs, together
+from kfloc_ros.training.pixloc_samples import Pairs, together
 from kfloc_ros.training.stage import Stage, StepLoss
 
 GRADIENT_PAD = 1
 """Cells at a map's border where a central difference would leave it."""
-
-
-MAX_SKIPPED = 20
-"""Steps in a row without a finite gradient after which training ends."""
-
-
-@dataclass(frozen=True)
-class AlignmentConfig(LoopConfig):
-    """Options of training what aligns images."""
-
-    FREE_KEYS: ClassVar[frozenset[str]] = LoopConfig.FREE_KEYS | {"validate_every"}
-
-    steps: int = option(20_000, "Steps in all.", low=1)
-    learning_rate: float = option(1e-5, "Of the features; published: 5e-6 (MegaDepth), 1e-5 (CMU).", low=0.0, high=1.0)
-    damping_rate: float = option(100.0, "Times the learning rate, for the damping factors.", low=0.0, high=1e6)
-    batch: int = option(3, "Pairs in a step.", low=1, high=256)
-    clip: float = option(1.0, "Largest value of a gradient.", low=1e-9, high=1e9)
-    seed: int = option(0, "Of initial weights and pairs.", low=0)
-    validate_every: int = option(500, "Steps between looks at the held-out part; also at the start and end.", low=1)
-    validation_pairs: int = option(60, "Pairs of the held-out part that are looked at, always the same.", low=1)
-    snapshot_every: int = option(500, "Steps between checkpoints; one is also written at the end.", low=1)
-    log_every: int = option(20, "Steps between lines of the log.", low=1)
-
-    def schedule(self, stage: Stage[Any]) -> Schedule:
-        del stage
-        rates = (self.learning_rate, self.learning_rate * self.damping_rate)
-        return Schedule(
-            first=0,
-            last=self.steps,
-            batch=self.batch,
-            rates=lambda step: rates,
-            clip=self.clip,
-            max_skipped=MAX_SKIPPED,
-            validate_every=self.validate_every,
-            validation_items=self.validation_pairs,
-        )
-
-
-@dataclass(frozen=True)
-class PixLocTrainConfig(AlignmentConfig):
-    """Options of ``kfloc train pixloc`` and ``gnnet``."""
-
-    encoder: str = option("vgg16", "Of a network without --weights.", choices=("vgg16", "vgg19"))
-    iterations: int = option(15, "Of the alignment, a level.", low=1, high=1000)
-    pad: int = option(2, "Cells at a map's border that are not used.", low=1, high=16)
-    success_px: float = option(3.0, "Error, in a level's cells, above which the next level does not count.", low=0.0)
-    clamp_px: float = option(50.0, "Error above which there is no gradient.", low=0.0)
-    resize: int = option(640, "Side that images are brought to.", low=32, high=8192)
-    resize_by: str = option(
-        "longer", "The side that is brought to it: longer, or shorter as published.", choices=("longer", "shorter")
-    )
-    crop: int = option(512, "Side of the squares that are cut out of them.", low=32, high=8192)
-    points: int = option(512, "Points of a pair.", low=10, high=100_000)
-    max_distance_m: float = option(2.0, "Between the views of a pair; a radian counts as 1.2 m.", low=0.0, high=1e6)
-    min_overlap: float = option(0.3, "Share of the reference's points that the query sees.", low=0.0, high=1.0)
-    init: str = option("interpolate", "Where alignments start.", choices=("identity", "interpolate", "max_error"))
-    init_low: float = option(0.75, "Interpolate: least share of the true motion.", low=-10.0, high=10.0)
-    init_high: float = option(1.0, "Interpolate: largest share.", low=-10.0, high=10.0)
-    validation_share: float = option(
-        0.1, "Share of the source, its last frames, that is held out for validation.", low=0.0, high=0.9
-    )
-
-    def rule(self) -> PairRule:
-        """Which pairs, and how they are shown."""
-        return PairRule(
-            self.max_distance_m, self.min_overlap, self.resize, self.resize_by, self.crop, self.points, self.init,
-            self.init_low, self.init_high,
-        )  # fmt: skip
 
 
 class PairStage(Stage[Pairs]):
