@@ -14,8 +14,8 @@ from kfloc_ros.datasets import open_source
 from kfloc_ros.errors import SourceError
 
 if TYPE_CHECKING:
-    from kfloc_ros.training.pixloc_config import PixLocTrainConfig
     from kfloc_ros.training.pixloc_samples import Pairs
+    from kfloc_ros.training.pixloc_stages import PixLocTrainConfig
     from kfloc_ros.training.stage import Samples
 
 NETWORKS = {
@@ -42,7 +42,7 @@ examples:
 
 def add_stages(stages: Any) -> None:
     """Register both."""
-    from kfloc_ros.training.pixloc_config import PixLocTrainConfig
+    from kfloc_ros.training.pixloc_stages import PixLocTrainConfig
 
     for name, text in NETWORKS.items():
         stage = stages.add_parser(
@@ -88,8 +88,8 @@ def _config(args: argparse.Namespace) -> PixLocTrainConfig:
         ConfigError: a key is unknown or not taken.
     """
     from kfloc_ros.config import build_config, parse_overrides
-    from kfloc_ros.training.pixloc_config import PixLocTrainConfig
     from kfloc_ros.training.pixloc_original import translate, translate_word
+    from kfloc_ros.training.pixloc_stages import PixLocTrainConfig
 
     kind = args.source.partition(":")[0]
     words, notes = list[str](), list[str]()

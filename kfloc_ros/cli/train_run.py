@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kfloc_ros.errors import ConfigError
+from kfloc_ros.files import read_text
 
 if TYPE_CHECKING:
     from kfloc_ros.training.loop import LoopConfig, TrainProgress
     from kfloc_ros.training.stage import ItemT, Samples, Stage
 
 SHOWN_FIGURES = 4
+MAX_CONF_BYTES = 100_000
 TRAININGS = Path("outputs/training")
 """Where experiments are kept, as the original has it."""
 
@@ -41,7 +43,7 @@ def read_conf(path: Path | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(read_text(path, MAX_CONF_BYTES))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"The configuration '{path}' cannot be read: {error}") from error
     if not isinstance(content, dict):

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from kfloc_ros.errors import ConfigError
-from kfloc_ros.training.pixloc_config import NOT_CLIPPED
+from kfloc_ros.training.pixloc_stages import NOT_CLIPPED
 
 SECTIONS = ("data", "model", "train")
 MODEL_NAMES = {"pixloc": "two_view_refiner", "gnnet": "gnnet"}

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from kfloc_ros.datasets.images import read_image
 from kfloc_ros.errors import FrameError, SourceError
-from kfloc_ros.files import read_bytes
+from kfloc_ros.files import inside, read_bytes
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.camera_tensor import CameraTensor
 from kfloc_ros.geometry.lie import Matrix, inverse_pose, make_pose
@@ -220,7 +220,7 @@ def _read_megadepth(root: Path, name: str, rule: PairRule, seed: int) -> Scene:
     content = _content(path)
     try:
         views = [
-            View(images / str(image), None, _matrix(K, (3, 3)), int(turns), _pose(pose))
+            View(inside(images, str(image)), None, _matrix(K, (3, 3)), int(turns), _pose(pose))
             for image, K, turns, pose in zip(
                 content["image_names"], content["intrinsics"], content["rotations"], content["poses"], strict=True
             )
@@ -240,7 +240,7 @@ def _read_cmu(root: Path, name: str, rule: PairRule, seed: int) -> Scene:
         found = []
         for image, pose in zip(content[f"{kind}_image_names"], content[f"{kind}_poses"], strict=True):
             camera = CMU_CAMERAS[Path(str(image)).name.split("_")[2]]
-            place = root / "CMU" / name / folder / str(image)
+            place = inside(root / "CMU" / name / folder, str(image))
             found.append(View(place, CameraTensor.from_camera(camera), None, 0, _pose(pose)))
         return found
 

@@ -18,9 +18,8 @@ from kfloc_ros.training.flow import FastFlowStage, FlowPairs
 from kfloc_ros.training.kfnet_config import TrainConfig
 from kfloc_ros.training.kfnet_stages import StartWeights, samples_of, stage_of
 from kfloc_ros.training.loop import TrainResult, train
-from kfloc_ros.training.pixloc_config import PixLocTrainConfig
 from kfloc_ros.training.pixloc_samples import PairRule, Pairs, PairSamples
-from kfloc_ros.training.pixloc_stages import GnNetStage, TwoViewStage
+from kfloc_ros.training.pixloc_stages import GnNetStage, PixLocTrainConfig, TwoViewStage
 
 NAMES = ("scoordnet", "oflownet", "kfnet", "fast", "pixloc", "gnnet")
 CPU = torch.device("cpu")

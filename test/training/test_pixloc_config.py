@@ -18,8 +18,8 @@ from kfloc_ros.datasets.labels import write_kfnet_folder
 from kfloc_ros.errors import ConfigError
 from kfloc_ros.pixloc.reference import unet
 from kfloc_ros.pixloc.reference.model import load_model
-from kfloc_ros.training.pixloc_config import PixLocTrainConfig
 from kfloc_ros.training.pixloc_original import ORIGINAL_KEYS, translate, translate_word
+from kfloc_ros.training.pixloc_stages import PixLocTrainConfig
 
 EXAMPLES = Path(__file__).parents[2] / "config" / "train"
 
