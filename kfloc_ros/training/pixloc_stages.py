@@ -195,6 +195,7 @@ class GnNetStage(PairStage):
     """GN-Net: a contrastive and a Gauss-Newton loss at true correspondences; no pose takes part."""
 
     name = "gnnet"
+    leaves_parameters_out = True  # the damping and the confidences
 
     def loss(self, items: Sequence[Pairs], generator: torch.Generator) -> StepLoss:
         pairs, model = together(items), self.model

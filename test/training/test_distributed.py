@@ -46,6 +46,7 @@ def log_of(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", two_processes.NAMES)
 def test_two_processes_equal_one_of_twice_the_batch(name: str, trained: Path, tmp_path: Path) -> None:
     """Losses, averaged gradients (Adam's first moment) and running means agree to rounding, PixLoc's in double."""
@@ -66,12 +67,14 @@ def test_two_processes_equal_one_of_twice_the_batch(name: str, trained: Path, tm
         assert torch.allclose(first[key], second[key], rtol=5 * precision, atol=precision * (size + 1e-6)), key
 
 
+@pytest.mark.thorough
 def test_a_training_of_two_processes_is_not_continued_by_one(trained: Path) -> None:
     """Its batches would be others."""
     with pytest.raises(WeightsError, match="processes=2"):
         two_processes.run("scoordnet", 1, trained / "scoordnet", steps=3)
 
 
+@pytest.mark.slow
 def test_an_interrupted_training_ends_with_one_checkpoint(tmp_path: Path) -> None:
     """SIGTERM, as torchrun hands it on: both processes end after the same step."""
     script = tmp_path / "long.py"
