@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from kfloc_ros.cli import train_pixloc
 from kfloc_ros.cli.arguments import OverridesParser, add_source_arguments, open_source_from
 from kfloc_ros.cli.build_options import need_poses
-from kfloc_ros.cli.train_run import add_run_arguments, describe_options, run_training
+from kfloc_ros.cli.train_run import add_run_arguments, choose_folder, conf_words, describe_options, run_training
 from kfloc_ros.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -100,6 +100,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run ``kfloc train``; return 0, or 130 when interrupted."""
+    choose_folder(args)
     if args.stage in train_pixloc.STAGES:
         return train_pixloc.run(args)
     if args.stage == "oflownet" and args.family == "fast":
@@ -137,7 +138,7 @@ def _config(args: argparse.Namespace) -> TrainConfig:
 
     values = {} if args.scene is None else scene_options(find_scene(args.scene), args.stage)
     values |= {key: True for key in ("noise", "reset_step") if getattr(args, key, False)}
-    values |= parse_overrides(TrainConfig, args.overrides)
+    values |= parse_overrides(TrainConfig, [*conf_words(args.conf), *args.overrides])
     config = build_config(TrainConfig, values)
     if config.reset_step and args.stage != "kfnet" and args.finetune is None:
         raise ConfigError("--reset-step requires --finetune: a new training starts at step 0.")
@@ -168,7 +169,10 @@ def _run_fast_flow(args: argparse.Namespace) -> int:
     from kfloc_ros.training.flow import FLOW_DEFAULTS, FLOW_OPTIONS, FastFlowStage, FlowPairs
     from kfloc_ros.training.kfnet_config import TrainConfig
 
-    overrides = parse_overrides(TrainConfig, args.overrides)
+    for flag in ("scene", "noise", "reset_step", "finetune"):
+        if getattr(args, flag):
+            raise ConfigError(f"--{flag.replace('_', '-')} is of the published network; leave out --family fast.")
+    overrides = parse_overrides(TrainConfig, [*conf_words(args.conf), *args.overrides])
     config = build_config(TrainConfig, {**FLOW_DEFAULTS, **overrides})
     if unused := sorted(set(overrides) - FLOW_OPTIONS):
         raise ConfigError(

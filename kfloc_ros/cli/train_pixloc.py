@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kfloc_ros.cli.arguments import add_source_arguments, open_source_from
-from kfloc_ros.cli.train_run import add_run_arguments, describe_options, run_training
+from kfloc_ros.cli.train_run import add_run_arguments, describe_options, read_conf, run_training
 from kfloc_ros.datasets import open_source
 from kfloc_ros.errors import SourceError
 
@@ -32,9 +32,11 @@ same command continues from the checkpoint.
 
 examples:
   kfloc train pixloc 7scenes:DIR --split blocks50:train --weights pixloc_megadepth.safetensors --out out/tuned
-  kfloc train pixloc megadepth:DIR --out out/megadepth encoder=vgg19 learning_rate=5e-6 batch=6 resize=512 \\
-      resize_by=shorter
-  kfloc train pixloc cmu:DIR --out out/cmu init=identity pad=3 resize=720 resize_by=shorter crop=720
+  kfloc train pixloc megadepth:DIR --conf config/train/pixloc_megadepth.yaml experiment=pixloc_megadepth
+  kfloc train pixloc cmu:DIR --conf config/train/pixloc_cmu.yaml --out out/cmu train.lr=5e-6 batch=2
+  kfloc train gnnet cmu:DIR --conf config/train/gnnet_cmu.yaml --out out/gnnet
+
+--conf takes the original's files as they are, and words data.*, model.* and train.* its keys.
 """
 
 
@@ -61,30 +63,43 @@ def add_stages(stages: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the training; return 0, or 130 when interrupted."""
-
-    from dataclasses import replace
-
     import torch
 
-    from kfloc_ros.config import build_config, parse_overrides
-    from kfloc_ros.pixloc.reference.model import PixLocConfig, PixLocModel, load_model
-    from kfloc_ros.pixloc.reference.unet import UNetConfig
-    from kfloc_ros.training.pixloc_stages import GnNetStage, PairStage, PixLocTrainConfig, TwoViewStage
+    from kfloc_ros.pixloc.reference.model import PixLocModel, load_model
+    from kfloc_ros.training.pixloc_stages import GnNetStage, PairStage, TwoViewStage
 
-    config = build_config(PixLocTrainConfig, parse_overrides(PixLocTrainConfig, args.overrides))
+    config = _config(args)
     data = open_data(args, config)
     torch.manual_seed(config.seed)
-    if args.weights is not None:
-        model = load_model(args.weights)
-    else:
-        model = PixLocModel(PixLocConfig(extractor=UNetConfig(encoder=config.encoder)))
-    model.config = replace(model.config, num_iters=config.iterations, pad=config.pad)
+    model = PixLocModel(config.model()) if args.weights is None else load_model(args.weights)
+    model.config = config.trained(model.config)
     stage: PairStage = GnNetStage(model)
     if args.stage == "pixloc":
         stage = TwoViewStage(model, success_px=config.success_px, clamp_px=config.clamp_px)
     if data.validation is None:
         print("no validation: the source is too short, or validation_share=0; --validation gives another source")
     return run_training(args, stage, data.training, config, data.validation)
+
+
+def _config(args: argparse.Namespace) -> PixLocTrainConfig:
+    """Options of --conf and of the command's words, under either's names.
+
+    Raises:
+        ConfigError: a key is unknown or not taken.
+    """
+    from kfloc_ros.config import build_config, parse_overrides
+    from kfloc_ros.training.pixloc_original import translate, translate_word
+    from kfloc_ros.training.pixloc_stages import PixLocTrainConfig
+
+    kind = args.source.partition(":")[0]
+    words, notes = list[str](), list[str]()
+    for content in (read_conf(args.conf), *map(translate_word, args.overrides)):
+        translated = translate(content, args.stage, kind)
+        words += translated.words
+        notes += translated.notes
+    for note in notes:
+        print(f"no effect here: {note}")
+    return build_config(PixLocTrainConfig, parse_overrides(PixLocTrainConfig, words))
 
 
 @dataclass(frozen=True)
@@ -109,8 +124,8 @@ def open_data(args: argparse.Namespace, config: PixLocTrainConfig) -> Data:
     kind, _, folder = args.source.partition(":")
     if kind in KINDS:
         if args.frames or args.split or args.validation:
-            raise SourceError(f"{kind}:DIR has its own training and validation parts; omit other selections.")
-        parts = open_preprocessed(kind, Path(folder), rule, config.seed, config.validation_share)
+            raise SourceError(f"{kind}:DIR has parts of its own for training and validation; leave out other choices.")
+        parts = open_preprocessed(kind, Path(folder), rule, config.seed, config.validation_share, config.scenes())
         return Data(parts.training, parts.held_out)
     source = open_source_from(args)
     if args.validation is not None:

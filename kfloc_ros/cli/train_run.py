@@ -7,20 +7,87 @@ import argparse
 import math
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from kfloc_ros.errors import ConfigError
+from kfloc_ros.files import read_text
 
 if TYPE_CHECKING:
     from kfloc_ros.training.loop import LoopConfig, TrainProgress
     from kfloc_ros.training.stage import ItemT, Samples, Stage
 
 SHOWN_FIGURES = 4
+MAX_CONF_BYTES = 100_000
+TRAININGS = Path("outputs/training")
+"""Where experiments are kept, as the original has it."""
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add --out, --time-budget and --device."""
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of this training")
-    parser.add_argument("--time-budget", type=float, default=math.inf, metavar="S", help="stop after this many seconds")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="device of the networks")
+    """Add --out, --conf, --time-budget and --device."""
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder of this training; or experiment=NAME: outputs/training/NAME"
+    )
+    parser.add_argument("--conf", type=Path, metavar="FILE", help="YAML with options; key=value words override it")
+    parser.add_argument("--time-budget", type=float, default=math.inf, metavar="S", help="stop after so many seconds")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where networks run")
+
+
+def read_conf(path: Path | None) -> dict[str, Any]:
+    """Read the YAML of ``--conf``; nothing without.
+
+    Raises:
+        ConfigError: it cannot be read, or holds no keys.
+    """
+    import yaml
+
+    if path is None:
+        return {}
+    try:
+        content = yaml.safe_load(read_text(path, MAX_CONF_BYTES))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"The configuration '{path}' cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"The configuration '{path}' holds no lines 'key: value'.")
+    return content
+
+
+def conf_words(path: Path | None) -> list[str]:
+    """The options of a ``--conf`` file as ``key=value`` words.
+
+    Raises:
+        ConfigError: see :func:`read_conf`; or a value is no number, text or truth value.
+    """
+    words = []
+    for key, value in read_conf(path).items():
+        if isinstance(value, (dict, list)) or value is None:
+            raise ConfigError(f"'{path}' has no single value for '{key}'.")
+        words.append(f"{key}={str(value).lower() if isinstance(value, bool) else value}")
+    return words
+
+
+def choose_folder(args: argparse.Namespace) -> None:
+    """Set ``args.out`` from ``experiment=NAME``, and take that word out of the options.
+
+    Raises:
+        ConfigError: neither it nor --out is given, or both, or the name is a path.
+    """
+    names = [word.partition("=")[2] for word in args.overrides if word.startswith("experiment=")]
+    args.overrides = [word for word in args.overrides if not word.startswith("experiment=")]
+    if len(names) + (args.out is not None) != 1:
+        raise ConfigError("Name the folder of this training once: --out DIR, or experiment=NAME.")
+    if names:
+        args.out = experiment_folder(names[0])
+
+
+def experiment_folder(name: str) -> Path:
+    """The folder of a training that is named as an experiment.
+
+    Raises:
+        ConfigError: the name is empty or a path.
+    """
+    if not name or name != Path(name).name or name.startswith("."):
+        raise ConfigError(f"An experiment has a plain name, got '{name}'; --out takes paths.")
+    return TRAININGS / name
 
 
 def describe_options(config_type: type) -> str:

@@ -139,8 +139,7 @@ def parallel_loss(
     if world_size() > 1:
         for part in module.parts.values():
             share_batch_norm(part)
-        # GN-Net trains no damping and no confidences: not every parameter takes part
-        forward = DistributedDataParallel(module, broadcast_buffers=False, find_unused_parameters=True)
+        forward = DistributedDataParallel(module, find_unused_parameters=stage.leaves_parameters_out)
     return lambda items, generator: (forward(items, generator), module.figures)
 
 

@@ -46,6 +46,11 @@ class PairRule:
     median reprojection error stays below 63 px."""
     init_low: float = 0.75
     init_high: float = 1.0
+    max_overlap: float = 1.0
+    """Of preprocessed data, as are the baselines."""
+    min_baseline_m: float = 0.0
+    max_baseline_m: float = 7.0
+    """Between a query and a reference of CMU, as published."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from kfloc_ros.datasets.images import read_depth_m
 from kfloc_ros.errors import FrameError, SourceError
+from kfloc_ros.files import inside, read_array, read_arrays, read_text
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.colmap import camera_from_colmap
 from kfloc_ros.geometry.lie import Matrix, inverse_pose, make_pose, quaternion_to_matrix
@@ -36,6 +37,8 @@ DEPTH_TOLERANCE = 0.05
 """Share of the depth by which a point may miss another view's depth and still be seen by it."""
 NEAR_M, NEAR_DEG = 1.0, 30.0
 """A query's overlaps are those of the nearest reference, which is at most so far away and turned."""
+DEPTH_UNIT = 1e-3
+"""Of a 16-bit depth image, in the model's unit."""
 UNREACHED = -1.0
 """Overlap of views that share too little."""
 
@@ -161,7 +164,11 @@ def read_query_poses(folder: Path) -> list[tuple[str, Matrix]]:
     """
     queries = []
     for path in sorted(folder.glob("*.txt")):
-        for line in filter(str.strip, path.read_text(encoding="utf-8").splitlines()):
+        try:
+            lines = read_text(path).splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise SourceError(f"The list '{path}' cannot be read: {error}.") from error
+        for line in filter(str.strip, lines):
             if line.startswith("#"):
                 continue
             name, *words = line.split()
@@ -257,23 +264,21 @@ def read_depth(folder: Path, name: str, camera: Camera) -> NDArray[np.float32]:
     Raises:
         SourceError: there is none, it cannot be read, or its size is not the image's.
     """
-    base = folder / Path(name).with_suffix("")
-    for ending, read in (("npy", _read_npy), ("h5", _read_h5), ("png", _read_png)):
-        path = base.with_name(f"{base.name}.{ending}")
+    readers: Mapping[str, Callable[[Path], Any]] = {
+        "npy": read_array, "h5": _read_h5, "png": lambda path: read_depth_m(path, DEPTH_UNIT)
+    }  # fmt: skip
+    for ending, read in readers.items():
+        path = inside(folder, str(Path(name).with_suffix(f".{ending}")))
         if not path.is_file():
             continue
         try:
             depth = np.asarray(read(path), dtype=np.float32)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, FrameError) as error:
             raise SourceError(f"The depth image '{path}' cannot be read: {error}") from error
         if depth.shape != (camera.height, camera.width):
             raise SourceError(f"The depth image '{path}' is not {camera.width}x{camera.height} as its image is.")
         return np.where(np.isfinite(depth), depth, np.float32(0))
     raise SourceError(f"'{folder}' has no depth for '{name}': looked for .npy, .h5 and .png of that name.")
-
-
-def _read_npy(path: Path) -> Any:
-    return np.load(path, allow_pickle=False)
 
 
 def _read_h5(path: Path) -> Any:
@@ -283,13 +288,6 @@ def _read_h5(path: Path) -> Any:
         raise SourceError(f"'{path}' needs h5py: pip install h5py.") from error
     with h5py.File(path) as file:
         return file["depth"][()]
-
-
-def _read_png(path: Path) -> Any:
-    raw = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
-    if raw is None or raw.dtype != np.uint16:
-        raise ValueError("it is not a 16-bit image")
-    return raw.astype(np.float32) * 1e-3
 
 
 def write_scene(path: Path, scene: Mapping[str, Any]) -> None:
@@ -310,8 +308,7 @@ def read_scene(path: Path) -> dict[str, Any]:
     Raises:
         OSError, ValueError, KeyError: the file is missing, damaged or of another kind.
     """
-    with np.load(path, allow_pickle=False) as file:
-        scene = {key: file[key] for key in file.files}
+    scene: dict[str, Any] = dict(read_arrays(path))
     counts = scene.pop("p3D_observed_counts")
     if int(counts.sum()) != len(scene["p3D_observed"]) or (counts < 0).any():
         raise ValueError("the views' points do not add up")

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from kfloc_ros.datasets.images import read_image
 from kfloc_ros.errors import FrameError, SourceError
-from kfloc_ros.files import read_bytes
+from kfloc_ros.files import inside, read_bytes
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.camera_tensor import CameraTensor
 from kfloc_ros.geometry.lie import Matrix, inverse_pose, make_pose
@@ -39,9 +39,6 @@ KINDS = {"megadepth": "megadepth_pixloc_training", "cmu": "cmu_pixloc_training"}
 """Names of the data sets, and the folder of each one's pickles."""
 CMU_TRAINING = (8, 9, 10, 11, 12, 22, 23, 24, 25)
 CMU_VALIDATION = (6, 13, 21)
-MAX_BASELINE_M = 7.0
-"""CMU: between the views of a pair, as published."""
-MAX_OVERLAP = 1.0
 MAX_PAIRS = 20_000
 """Of a scene; more are thinned out."""
 TRIES = 30
@@ -146,7 +143,14 @@ class PreprocessedSamples:
         return show(image, camera, self._rule, rng)
 
 
-def open_preprocessed(kind: str, root: Path, rule: PairRule, seed: int, share: float) -> PreprocessedParts:
+def open_preprocessed(
+    kind: str,
+    root: Path,
+    rule: PairRule,
+    seed: int,
+    share: float,
+    chosen: tuple[Sequence[str], Sequence[str]] = ((), ()),
+) -> PreprocessedParts:
     """Both parts of a data set.
 
     Args:
@@ -155,6 +159,7 @@ def open_preprocessed(kind: str, root: Path, rule: PairRule, seed: int, share: f
         rule: for pairs.
         seed: of pairs.
         share: of the scenes that are held out where no list says which.
+        chosen: names of the scenes to train and to validate on; none: those that the data say.
 
     Raises:
         SourceError: nothing is there, a pickle is damaged or of another kind, or it holds no pairs.
@@ -165,11 +170,15 @@ def open_preprocessed(kind: str, root: Path, rule: PairRule, seed: int, share: f
         raise SourceError(
             f"'{folder}' holds no scenes (.npz or .pkl); `kfloc pixloc preprocess {kind} {root}` makes them."
         )
+    if missing := [name for part in chosen for name in part if name not in names]:
+        raise SourceError(f"'{folder}' has no scene '{missing[0]}'; it holds {', '.join(names[:10])}.")
     training, held_out = _cmu_parts(names) if kind == "cmu" else _megadepth_parts(folder, names, share)
+    training, held_out = list(chosen[0]) or training, list(chosen[1]) or held_out
+    training = [name for name in training if name not in held_out or name in chosen[0]]
     read = _read_cmu if kind == "cmu" else _read_megadepth
 
     def samples(part: Sequence[str], name: str) -> PreprocessedSamples | None:
-        scenes = [read(root, scene, rule.min_overlap, seed) for scene in part]
+        scenes = [read(root, scene, rule, seed) for scene in part]
         scenes = [scene for scene in scenes if len(scene.pairs)]
         return PreprocessedSamples(scenes, f"{folder} ({name})", rule, seed) if scenes else None
 
@@ -205,25 +214,25 @@ def _listed(path: Path, names: Sequence[str]) -> list[str] | None:
     return [name for name in path.read_text(encoding="utf-8").split() if name in names]
 
 
-def _read_megadepth(root: Path, name: str, min_overlap: float, seed: int) -> Scene:
+def _read_megadepth(root: Path, name: str, rule: PairRule, seed: int) -> Scene:
     path = _scene_file(root / KINDS["megadepth"], name)
     images = root / "megadepth" / "Undistorted_SfM" / name / "images"
     content = _content(path)
     try:
         views = [
-            View(images / str(image), None, _matrix(K, (3, 3)), int(turns), _pose(pose))
+            View(inside(images, str(image)), None, _matrix(K, (3, 3)), int(turns), _pose(pose))
             for image, K, turns, pose in zip(
                 content["image_names"], content["intrinsics"], content["rotations"], content["poses"], strict=True
             )
         ]
         # the overlap of (i, j) is the share of the points of i that j sees, and i is the reference
-        pairs = _pairs(_matrix(content["overlap_matrix"], (len(views), len(views))), min_overlap, seed)[:, ::-1]
+        pairs = _pairs(_matrix(content["overlap_matrix"], (len(views), len(views))), rule, seed)[:, ::-1]
         return _scene(content, views, views, pairs)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise _misfit(path, error) from error
 
 
-def _read_cmu(root: Path, name: str, min_overlap: float, seed: int) -> Scene:
+def _read_cmu(root: Path, name: str, rule: PairRule, seed: int) -> Scene:
     path = _scene_file(root / KINDS["cmu"], name)
     content = _content(path)
 
@@ -231,7 +240,7 @@ def _read_cmu(root: Path, name: str, min_overlap: float, seed: int) -> Scene:
         found = []
         for image, pose in zip(content[f"{kind}_image_names"], content[f"{kind}_poses"], strict=True):
             camera = CMU_CAMERAS[Path(str(image)).name.split("_")[2]]
-            place = root / "CMU" / name / folder / str(image)
+            place = inside(root / "CMU" / name / folder, str(image))
             found.append(View(place, CameraTensor.from_camera(camera), None, 0, _pose(pose)))
         return found
 
@@ -239,8 +248,9 @@ def _read_cmu(root: Path, name: str, min_overlap: float, seed: int) -> Scene:
         queries, references = views("query", "query"), views("ref", "database")
         shape = (len(queries), len(references))
         overlap = _matrix(content["query_overlap_matrix"], shape)
-        near = _matrix(content["query_to_ref_distance_matrix"], shape) < MAX_BASELINE_M
-        pairs = _pairs(np.where(near, overlap, -1.0), min_overlap, seed)
+        distances_m = _matrix(content["query_to_ref_distance_matrix"], shape)
+        near = (distances_m >= rule.min_baseline_m) & (distances_m < rule.max_baseline_m)
+        pairs = _pairs(np.where(near, overlap, -1.0), rule, seed)
         return _scene(content, queries, references, pairs)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise _misfit(path, error) from error
@@ -287,8 +297,8 @@ def _scene(
     return Scene(queries, references, points, observed, pairs)
 
 
-def _pairs(overlap: NDArray[np.float64], least: float, seed: int) -> NDArray[np.int64]:
-    pairs = np.argwhere((overlap > least) & (overlap <= MAX_OVERLAP))
+def _pairs(overlap: NDArray[np.float64], rule: PairRule, seed: int) -> NDArray[np.int64]:
+    pairs = np.argwhere((overlap > rule.min_overlap) & (overlap <= rule.max_overlap))
     if len(pairs) > MAX_PAIRS:
         pairs = pairs[np.sort(np.random.default_rng(seed).choice(len(pairs), MAX_PAIRS, replace=False))]
     return pairs

@@ -50,6 +50,8 @@ class Stage(ABC, Generic[ItemT]):
     batch: ClassVar[int] = 1
     """Samples in a step, as published."""
 
+    leaves_parameters_out: ClassVar[bool] = False
+    """Some parameters take no part in the loss."""
     last_halving_only: ClassVar[bool] = False
     """The published schedule covers the last halving of the learning rate alone."""
 

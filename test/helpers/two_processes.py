@@ -23,6 +23,8 @@ from kfloc_ros.training.pixloc_stages import GnNetStage, PixLocTrainConfig, TwoV
 
 NAMES = ("scoordnet", "oflownet", "kfnet", "fast", "pixloc", "gnnet")
 CPU = torch.device("cpu")
+FEW_CHANNELS = (8, 16, 32, 32, 32)
+"""An eighth of VGG's."""
 SMALL = {"steps": 2, "log_every": 1, "workers": 1, "learning_rate": 1e-4}
 
 
@@ -37,7 +39,6 @@ class DoublePairs(PairSamples):
 def run(name: str, batch: int, out: Path, **changes: object) -> TrainResult:
     """Train one stage."""
     if name in ("pixloc", "gnnet"):
-        unet.BLOCK_CHANNELS = (8, 16, 32, 32, 32)  # an eighth of VGG's
         torch.manual_seed(0)
         model = PixLocModel(PixLocConfig(num_iters=3, pad=1)).double()
         pixloc = PixLocTrainConfig(batch=batch, validation_pairs=2, **{**SMALL, **changes})  # type: ignore[arg-type]
@@ -60,6 +61,7 @@ def run(name: str, batch: int, out: Path, **changes: object) -> TrainResult:
 
 
 if __name__ == "__main__":
+    unet.BLOCK_CHANNELS = FEW_CHANNELS
     with processes(CPU):
         for name in sys.argv[2:]:
             run(name, 1, Path(sys.argv[1]) / name)

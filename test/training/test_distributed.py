@@ -17,6 +17,7 @@ import two_processes
 from safetensors.torch import load_file
 
 from kfloc_ros.errors import WeightsError
+from kfloc_ros.pixloc.reference import unet
 from kfloc_ros.training.distributed import agree, draw, mean_count, mean_of_figures, rank, world_size
 
 HELPERS = Path(two_processes.__file__).parent
@@ -46,10 +47,14 @@ def log_of(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", two_processes.NAMES)
-def test_two_processes_equal_one_of_twice_the_batch(name: str, trained: Path, tmp_path: Path) -> None:
+def test_two_processes_equal_one_of_twice_the_batch(
+    name: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Losses, averaged gradients (Adam's first moment) and running means agree to rounding, PixLoc's in double."""
     precision = 1e-9 if name in ("pixloc", "gnnet") else 2e-3
+    monkeypatch.setattr(unet, "BLOCK_CHANNELS", two_processes.FEW_CHANNELS)
     two_processes.run(name, 2, tmp_path / name)
     one, two = (log_of(folder / name) for folder in (tmp_path, trained))
     assert [line["step"] for line in one] == [line["step"] for line in two]
@@ -66,12 +71,14 @@ def test_two_processes_equal_one_of_twice_the_batch(name: str, trained: Path, tm
         assert torch.allclose(first[key], second[key], rtol=5 * precision, atol=precision * (size + 1e-6)), key
 
 
+@pytest.mark.thorough
 def test_a_training_of_two_processes_is_not_continued_by_one(trained: Path) -> None:
     """Its batches would be others."""
     with pytest.raises(WeightsError, match="processes=2"):
         two_processes.run("scoordnet", 1, trained / "scoordnet", steps=3)
 
 
+@pytest.mark.slow
 def test_an_interrupted_training_ends_with_one_checkpoint(tmp_path: Path) -> None:
     """SIGTERM, as torchrun hands it on: both processes end after the same step."""
     script = tmp_path / "long.py"

@@ -39,7 +39,7 @@ class Wall(FrameSource):
     def __init__(self, board: bool = False) -> None:
         noise = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
         self._picture = cv2.resize(noise, (900, 600), interpolation=cv2.INTER_CUBIC)
-        self._board, self.read = board, 0
+        self._board, self.times_read = board, 0
 
     def __len__(self) -> int:
         return 8
@@ -48,7 +48,7 @@ class Wall(FrameSource):
         return range(8)
 
     def __getitem__(self, position: int) -> Frame:
-        self.read += 1
+        self.times_read += 1
         T = make_pose(so3_exp([0.0, 0.0, 0.02 * position]), [0.05 * position, 0.01 * position, 0.0])
         v, u = np.mgrid[:96, :160].astype(np.float64)
         rays = np.stack([(u - 79.5) / 120, (v - 47.5) / 120, np.ones_like(u)], axis=-1) @ T[:3, :3].T
@@ -114,8 +114,8 @@ def test_frames_are_made_once_and_pairs_are_near() -> None:
     remembered = Remembered(wall, 3)
     for position in (0, 1, 2, 0, 1, 2):
         assert remembered[position].index == position
-    assert wall.read == 3 and len(remembered) == 8 and remembered.camera == CAMERA
-    assert remembered[3].index == 3 and remembered[1].index == 1 and wall.read == 4
+    assert wall.times_read == 3 and len(remembered) == 8 and remembered.camera == CAMERA
+    assert remembered[3].index == 3 and remembered[1].index == 1 and wall.times_read == 4
 
     class Far(Wall):
         def indices(self) -> Sequence[int]:
@@ -158,3 +158,5 @@ def test_command_learns_resumes_and_refuses(tmp_path: Path, capsys: pytest.Captu
     assert "The fast family has no option" in capsys.readouterr().err
     assert cli.main(["train", "oflownet", "--out", str(tmp_path / "c")]) == 2
     assert "Name a SOURCE" in capsys.readouterr().err
+    assert cli.main([*words, "--scene", "fire", "--out", str(tmp_path / "c")]) == 2
+    assert "--scene is of the published network" in capsys.readouterr().err

@@ -170,6 +170,19 @@ def test_lists_say_what_is_held_out(tmp_path: Path, room: Any) -> None:
     assert listed.held_out is not None and 2 * len(listed.training) == len(listed.held_out)
 
 
+def test_scenes_are_chosen_by_name(tmp_path: Path, room: Any) -> None:
+    for scene in ("0001", "0002", "0003"):
+        write_megadepth(tmp_path, room, scene)
+    parts = open_preprocessed("megadepth", tmp_path, RULE, 0, 0.4, (("0001",), ("0002", "0003")))
+    assert parts.held_out is not None and 2 * len(parts.training) == len(parts.held_out)
+    overlap = pickle.loads((tmp_path / "megadepth_pixloc_training" / "0001.pkl").read_bytes())["overlap_matrix"]
+    limited = replace(RULE, max_overlap=float(np.median(overlap[overlap > RULE.min_overlap])))
+    few = open_preprocessed("megadepth", tmp_path, limited, 0, 0.0, (("0001",), ()))
+    assert 0 < len(few.training) < len(parts.training)
+    with pytest.raises(SourceError, match="no scene '0009'; it holds 0001, 0002, 0003"):
+        open_preprocessed("megadepth", tmp_path, RULE, 0, 0.4, (("0009",), ()))
+
+
 class _Harmful:
     def __reduce__(self) -> tuple[Any, ...]:
         return os.mkdir, ("unpickled",)
