@@ -218,3 +218,13 @@ def test_a_hostile_transforms_json_is_a_sentence(tmp_path: Path, text: str) -> N
     (tmp_path / "transforms.json").write_text(text)
     with pytest.raises(KflocError):
         open_source(f"transforms:{tmp_path}")
+
+
+@pytest.mark.parametrize("kind", ["tum", "kfnet", "transforms"])
+def test_a_list_of_more_frames_than_can_be_looked_at_is_refused_at_once(tmp_path: Path, kind: str) -> None:
+    tum(tmp_path, "1 a\n" * 1_000_000, STILL)
+    (tmp_path / "image_list.txt").write_text("a\n" * 1_000_000)
+    frame = '{"file_path":"a","transform_matrix":[]}'
+    (tmp_path / "transforms.json").write_text('{"fl_x":60,"frames":[' + ",".join([frame] * 250_000) + "]}")
+    with pytest.raises(SourceError, match="more than the 200000 allowed"):
+        open_source(f"{kind}:{tmp_path}")

@@ -13,7 +13,7 @@ from kfloc_ros.datasets.images import image_fault, read_image, usual_size
 from kfloc_ros.datasets.posed_images import pose_of_row, usable_pose
 from kfloc_ros.datasets.seven_scenes import PARTS
 from kfloc_ros.errors import SourceError
-from kfloc_ros.files import inside, number, read_bytes, read_text
+from kfloc_ros.files import check_count, inside, number, read_bytes, read_text
 from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import inverse_pose, make_pose
@@ -88,6 +88,7 @@ def _read_list(path: Path) -> list[tuple[str, Matrix | None]]:
         lines = read_text(path).splitlines()[HEADER_LINES:]
     except (OSError, UnicodeDecodeError) as error:
         raise SourceError(f"The list '{path}' cannot be read: {error}.") from error
+    check_count(len(lines), path)
     entries: list[tuple[str, Matrix | None]] = []
     for line in filter(str.strip, lines):
         name, *numbers = line.split()

@@ -17,7 +17,7 @@ from kfloc_ros.datasets.posed_images import (
 )
 from kfloc_ros.datasets.seven_scenes import PARTS
 from kfloc_ros.errors import SourceError
-from kfloc_ros.files import inside, number, read_text
+from kfloc_ros.files import check_count, inside, number, read_text
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.types import Matrix
 
@@ -60,6 +60,7 @@ def _read_list(path: Path) -> list[tuple[str, Matrix | None]]:
         lines = read_text(path).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise SourceError(f"The list '{path}' cannot be read: {error}.") from error
+    check_count(len(lines), path)
     entries: list[tuple[str, Matrix | None]] = []
     for line in filter(str.strip, lines):
         name, *numbers = line.split()

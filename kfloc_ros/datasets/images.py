@@ -25,7 +25,7 @@ from kfloc_ros.types import Matrix
 MAX_JPEG_SEGMENTS = 1000
 NO_MEASUREMENT = 65535
 """Count of a 16-bit depth image that stands for nothing, as 0 does."""
-SIZE_PROBES = 15
+SIZE_PROBES, TRIED_PATHS = 15, 2000
 _TAIL_BYTES = 64
 _SOF = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _EXIF_ORIENTATION = 0x0112
@@ -233,7 +233,7 @@ def usual_size(paths: Sequence[Path]) -> tuple[int, int]:
     sizes: Counter[tuple[int, int]] = Counter()
     first: FrameError | None = None
     step = max(1, len(paths) // SIZE_PROBES)
-    for path in (*paths[::step], *paths):
+    for path in (*paths[::step], *paths[:TRIED_PATHS]):
         try:
             sizes[image_size(path)] += 1
         except FrameError as error:

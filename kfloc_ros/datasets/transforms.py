@@ -20,7 +20,7 @@ from kfloc_ros.datasets.derived import stamps_with_gaps
 from kfloc_ros.datasets.images import image_size, usual_size
 from kfloc_ros.datasets.posed_images import DepthFiles, PosedImage, PosedImages, check_centre, natural_key, usable_pose
 from kfloc_ros.errors import FrameError, SourceError
-from kfloc_ros.files import inside, read_text
+from kfloc_ros.files import check_count, inside, read_text
 from kfloc_ros.geometry.camera import DISTORTION_LENGTHS, Camera
 from kfloc_ros.geometry.colmap import pixels_from_colmap
 from kfloc_ros.geometry.lie import make_pose
@@ -70,6 +70,7 @@ class TransformsFile(PosedImages):
         if not isinstance(content, dict) or not isinstance(content.get("frames"), list):
             raise SourceError(f"'{path}' has no list 'frames': it is not a transforms.json.")
         try:
+            check_count(len(content["frames"]), path)
             frames = sorted(content["frames"], key=lambda frame: natural_key(str(frame["file_path"])))
             stamps = stamps_with_gaps([Path(frame["file_path"]).parent for frame in frames])
             unit_m = _depth_unit_m(content)
@@ -105,8 +106,10 @@ def _depth_unit_m(content: dict[str, Any]) -> float:
 def _file(folder: Path, frame: dict[str, Any]) -> Path:
     """The image that a frame names, with or without its ending; it may be missing."""
     name = str(frame["file_path"])
-    found = (p for p in (inside(folder, name + ending) for ending in IMAGE_ENDINGS) if p.is_file())
-    return next(found, inside(folder, name))
+    path = inside(folder, name)
+    if path.is_file() or path.suffix in IMAGE_ENDINGS[1:]:
+        return path
+    return next((found for ending in IMAGE_ENDINGS[1:] if (found := inside(folder, name + ending)).is_file()), path)
 
 
 def _image(

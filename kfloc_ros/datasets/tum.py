@@ -16,12 +16,14 @@ from kfloc_ros.datasets.posed_images import (
     read_calibration,
 )
 from kfloc_ros.errors import SourceError
-from kfloc_ros.files import inside, number, read_text
+from kfloc_ros.files import check_count, inside, number, read_text
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.messages.transforms import PoseTrack, nearest_stamp
 
 DEPTH_UNIT_M = 1 / 5000
 DEPTH_TOLERANCE_NS = 20_000_000
+LINES_PER_FRAME = 10
+"""At most: a motion capture system tells poses more often than a camera images."""
 MAX_STAMP_S = 9_000_000_000
 """About what 64 bits of nanoseconds hold."""
 
@@ -74,6 +76,7 @@ def _rows(path: Path) -> list[list[str]]:
         lines = read_text(path).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise SourceError(f"The list '{path}' cannot be read: {error}.") from error
+    check_count(len(lines) // LINES_PER_FRAME, path)
     return [line.split() for line in lines if line.strip() and not line.startswith("#")]
 
 
@@ -90,6 +93,7 @@ def _stamp_ns(text: str, path: Path) -> int:
 def _read_files(root: Path, name: str) -> list[tuple[int, Path]]:
     path = root / name
     rows = _rows(path)
+    check_count(len(rows), path)
     if any(len(row) < 2 for row in rows):
         raise SourceError(f"'{path}' has a line that is not 'timestamp filename'.")
     return [(_stamp_ns(row[0], path), inside(root, row[1])) for row in rows]

@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 
 from kfloc_ros.errors import FrameError, SourceError
-from kfloc_ros.files import MAX_IMAGE_PIXELS, inside, number_rows, read_array, read_bytes, read_text
+from kfloc_ros.files import MAX_IMAGE_PIXELS, check_count, inside, number_rows, read_array, read_bytes, read_text
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.kfnet.pnp import PnpSettings, solve_pnp
 from kfloc_ros.types import CoarsePose, Matrix, SceneCoordinates
@@ -181,9 +181,10 @@ def read_list(path: Path, root: Path | None = None) -> list[Path]:
         lines = [line.strip() for line in read_text(path).splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise SourceError(f"The list '{path}' cannot be read: {error}.") from error
+    check_count(len(lines), path)
     folder = (root or path.parent).absolute()
     try:
-        paths = [inside(folder, str(path.parent.absolute() / line)) for line in lines if line]
+        paths = [inside(folder, line if root is None else str(path.parent.absolute() / line)) for line in lines if line]
     except SourceError as error:
         raise SourceError(
             f"The list '{path}' names a file outside of its folder; put the list above the files that it names. {error}"
