@@ -22,6 +22,7 @@ from kfloc_ros.geometry.camera import Camera, ImageAdapter
 from kfloc_ros.geometry.covariance import pose_tangent_error
 from kfloc_ros.geometry.lie import Matrix, inverse_pose
 from kfloc_ros.pixloc.camera_fit import OFFSETS, CameraFit
+from kfloc_ros.pixloc.refiner import FittedCamera
 from kfloc_ros.types import Frame, PoseEstimate, TrackingState
 
 
@@ -42,6 +43,8 @@ class CameraCheckSettings:
     or flat."""
     correlation_factor: float = 2.0
     """Factor on the combined variance, since neighbouring frames see the same points."""
+    shift_share: float = 0.3
+    """Share of the distance between the aligned pose and that of the fitted camera, added in all directions."""
     sigmas: float = 3.0
     """Largest offset, in standard deviations of fit and tolerance together."""
     tolerance: tuple[float, ...] = (0.005, 0.005, 0.0035, 0.0035, 0.012)
@@ -74,6 +77,7 @@ class CameraCheck:
         self._fits: deque[CameraFit] = deque(maxlen=self._settings.window)
         self._made = 0
         self._frames = 0
+        self._fitted: FittedCamera | None = None
         self._shift = np.eye(4)
         self.verdict: CameraVerdict | None = None
 
@@ -85,29 +89,36 @@ class CameraCheck:
         self._frames += 1
         return self._frames % period == 0
 
-    def add(self, fit: CameraFit, T_fitted: Matrix, T_aligned: Matrix) -> None:
+    def add(self, fitted: FittedCamera, T_aligned: Matrix) -> None:
         """Add the fit of a frame.
 
         Args:
-            fit: camera fitted to the frame.
-            T_fitted: pose ``T_map_camera`` fitted together with it.
-            T_aligned: pose ``T_map_camera`` aligned with the camera as it is.
+            fitted: camera and pose fitted to the frame.
+            T_aligned: pose ``T_map_camera`` (4, 4) aligned with the camera as it is.
         """
         self._made += 1
-        variance = _covariance_of(fit.information)
+        variance = _covariance_of(fitted.fit.information)
         if variance is None or math.sqrt(variance[0, 0]) > self._settings.max_focal_sigma:
             return
-        self._fits.append(fit)
-        self._shift = inverse_pose(T_aligned) @ T_fitted
+        self._fits.append(fitted.fit)
+        self._fitted, self._shift = fitted, inverse_pose(T_aligned) @ fitted.T_map_camera
         self.verdict = self._judged()
 
     def widened(self, estimate: PoseEstimate) -> PoseEstimate:
-        """Return an estimate whose covariance also covers the pose of the fitted camera."""
-        T, covariance = estimate.T_map_camera, estimate.covariance
-        if T is None or covariance is None:
+        """Return an estimate whose covariance also covers the pose of the fitted camera.
+
+        The distance to that pose was measured on an earlier frame, so a share of it is added in all directions.
+        """
+        T, covariance, fitted = estimate.T_map_camera, estimate.covariance, self._fitted
+        if T is None or covariance is None or fitted is None:
             return estimate
         error = pose_tangent_error(T @ self._shift, T)
-        return replace(estimate, covariance=covariance + np.outer(error, error))
+        share = self._settings.shift_share**2
+        around = np.repeat([share * error[:3] @ error[:3], share * error[3:] @ error[3:]], 3)
+        turn = np.kron(np.eye(2), T[:3, :3] @ fitted.T_map_camera[:3, :3].T)
+        fit_covariance = turn @ fitted.covariance @ turn.T
+        wider = covariance + np.outer(error, error) + np.diag(around) + fit_covariance
+        return replace(estimate, covariance=0.5 * (wider + wider.T))
 
     def reset(self) -> None:
         """Drop all fits, such as after a correction of the camera."""

@@ -178,7 +178,7 @@ class RefineStage:
             with times.stage("camera"):
                 fitted = self.refiner.fit_camera(features.to(self._device), T)
                 if fitted is not None:
-                    check.add(*fitted, T)
+                    check.add(fitted, T)
             estimate = replace(estimate, timings_ms=times.with_total())
         verdict = check.verdict
         if verdict is None or verdict.wrong is None:

@@ -42,6 +42,8 @@ class CameraFit:
     """(5, 5) information of the offsets, with the pose marginalised, without the prior."""
     T_camera_local: Matrix
     """Pose (4, 4) that maps points of their given frame to the camera frame."""
+    pose_information: NDArray[np.float64]
+    """(6, 6) information of the left perturbation (dt, dw) of the pose, with the camera marginalised."""
     cost: float
 
 
@@ -109,7 +111,10 @@ def fit_camera(
         information = H[_POSE:, _POSE:] - H[_POSE:, :_POSE] @ np.linalg.solve(H[:_POSE, :_POSE], H[:_POSE, _POSE:])
     except np.linalg.LinAlgError:
         return None
-    return CameraFit(offsets, 0.5 * (information + information.T), T, system.cost)
+    full = H.copy()
+    full[_POSE:, _POSE:] += np.diag(PRIOR_SIGMA**-2)
+    of_pose = full[:_POSE, :_POSE] - full[:_POSE, _POSE:] @ np.linalg.solve(full[_POSE:, _POSE:], full[_POSE:, :_POSE])
+    return CameraFit(offsets, 0.5 * (information + information.T), T, of_pose, system.cost)
 
 
 def _step(system: _System, offsets: NDArray[np.float64], damping: float) -> NDArray[np.float64]:

@@ -44,6 +44,16 @@ class RefinerSettings:
     """Scale of the covariance, from the map's calibration; neighbouring residuals share errors."""
 
 
+@dataclass(frozen=True, eq=False)
+class FittedCamera:
+    """Camera and pose that fit one image best, in the map frame."""
+
+    fit: CameraFit
+    T_map_camera: Matrix
+    covariance: Matrix
+    """(6, 6) covariance of the pose, which includes what is not known of the camera."""
+
+
 class Refiner:
     """Feature-metric pose refinement against cached reference features; none is recomputed per query.
 
@@ -87,7 +97,7 @@ class Refiner:
         return next((other for other in others if other.success), first)
 
     @torch.inference_mode()
-    def fit_camera(self, features: BackboneFeatures, T_map_camera: Matrix) -> tuple[CameraFit, Matrix] | None:
+    def fit_camera(self, features: BackboneFeatures, T_map_camera: Matrix) -> FittedCamera | None:
         """Fit pose and camera together, from an aligned pose.
 
         Args:
@@ -95,12 +105,15 @@ class Refiner:
             T_map_camera: pose that was aligned with the map's camera, (4, 4).
 
         Returns:
-            The fit and its pose ``T_map_camera``; None if too few reference points are in view.
+            None if too few reference points are in view, or they do not fix the pose.
         """
         candidate = self._prepare(query_levels(features), T_map_camera)
         loss = RobustLoss(self.settings.loss_scale)
         fit = fit_camera(candidate.levels, candidate.points, candidate.T_camera_local, self.camera, loss)
-        return None if fit is None else (fit, candidate.in_map(fit.T_camera_local))
+        covariance = None if fit is None else map_frame_covariance(fit.pose_information, fit.T_camera_local)
+        if fit is None or covariance is None:
+            return None
+        return FittedCamera(fit, candidate.in_map(fit.T_camera_local), covariance * self.settings.covariance_scale)
 
     def _prepare(self, images: tuple[FeatureImage, FeatureImage], T_map_camera: Matrix) -> _Candidate:
         chosen = self.references.overlapping(T_map_camera, self.camera, self.settings.num_references)

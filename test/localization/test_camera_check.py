@@ -16,6 +16,7 @@ from kfloc_ros.localization.config import LocalizerConfig
 from kfloc_ros.localization.localizer import Localizer
 from kfloc_ros.maps.scene_map import SceneMap
 from kfloc_ros.pixloc.camera_fit import CameraFit
+from kfloc_ros.pixloc.refiner import FittedCamera
 from kfloc_ros.types import PoseEstimate, TrackingState
 
 FRAMES = 24
@@ -71,15 +72,16 @@ def test_the_camera_that_was_found_is_used_where_asked(scene_map: SceneMap, room
     assert error_m(right[-1], room[FRAMES - 1]) < 0.5 * error_m(wrong[-1], room[FRAMES - 1])
 
 
-def fit(offsets: tuple[float, ...], focal_sigma: float = 0.003) -> CameraFit:
+def fit(offsets: tuple[float, ...], focal_sigma: float = 0.003) -> FittedCamera:
     sigma = np.array([focal_sigma, 0.002, 1.0, 1.0, 0.005])
-    return CameraFit(np.array(offsets), np.diag(sigma**-2.0), np.eye(4), 0.1)
+    found = CameraFit(np.array(offsets), np.diag(sigma**-2.0), np.eye(4), np.eye(6), 0.1)
+    return FittedCamera(found, np.eye(4), 1e-4 * np.eye(6))
 
 
-def verdict_of(fits: list[CameraFit]) -> CameraVerdict | None:
+def verdict_of(fits: list[FittedCamera]) -> CameraVerdict | None:
     check = CameraCheck(Camera(640, 480, 500.0, 500.0, 320.0, 240.0))
     for one in fits:
-        check.add(one, np.eye(4), np.eye(4))
+        check.add(one, np.eye(4))
     return check.verdict
 
 
