@@ -132,7 +132,7 @@ def test_cameras_and_heads_must_fit(scene_map) -> None:
     with pytest.raises(MapError, match="focal length"):
         join(newer=replace(scene_map, camera=zoomed))
     (head,) = heads_of(scene_map.head)
-    with pytest.raises(MapError, match="more than the 8"):
+    with pytest.raises(MapError, match="limit of 8"):
         join(newer=replace(scene_map, head=SCoordNetEnsemble([head] * 8)))
 
 
