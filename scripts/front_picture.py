@@ -82,7 +82,7 @@ class Drawing:
             self._path.append(T[:3, 3])
         if item.frame.T_map_camera is not None:
             self._truth.append(item.frame.T_map_camera[:3, 3])
-        above = self._above.draw(self._cloud, way=np.array(self._path), camera=T, size_px=2)
+        above = self._above.draw(self._cloud, path=np.array(self._path), camera=T, size_px=2)
         true_path = np.rint(self._above.pixels(np.array(self._truth))[:, :2]).astype(np.int32)
         cv2.polylines(above, [true_path], False, TRUTH_COLOUR, 1, cv2.LINE_AA)
         if T is not None and estimate.covariance is not None:

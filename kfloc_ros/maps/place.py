@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Place: several maps (submaps) in one frame, with an index of their views and a description. Nothing in it is
-executed.
+"""Place: several maps (submaps) in one frame, with an index of their views. Nothing in it is executed.
 
 A place is read like a map folder: the ``format`` in its ``map.yaml`` identifies it. The submaps are map folders inside.
 """
@@ -136,8 +135,7 @@ class Place:
 
     @classmethod
     def load(cls, folder: Path | str) -> Place:
-        """Read a place's description and index, without its submaps; if it is replaced meanwhile, the old or the new
-        place.
+        """Read a place's description and index, not its submaps; a place replaced meanwhile is read again.
 
         Raises:
             MapError: missing, damaged, or of another format version; the message names the fault and the remedy.
@@ -210,8 +208,7 @@ def load_map(folder: Path) -> AnyMap:
 
 
 def each_map(known: AnyMap) -> Iterator[tuple[str, SceneMap]]:
-    """Yield a map, without a name, or the submaps of a place one after the other, with their names, in the place's
-    frame.
+    """Yield a map, without a name, or a place's submaps one by one, with their names, in the place's frame.
 
     Raises:
         MapError: a submap cannot be read.

@@ -37,9 +37,7 @@ SHORTLIST = 16
 VOTING_VIEWS = 10
 """Number of views per submap that take part in the vote: those most similar to the image."""
 CODED_POINTS = 128
-"""Number of points per view whose features are stored, by sign. A view's points start with the best ones, spread over
-it.
-"""
+"""Number of points per view whose features are stored, by sign; a view's points start with the best ones."""
 _MIN_LEAD = 0.1
 """A cell votes for a submap if its cosine exceeds that of half of the others by at least this."""
 MAX_REACH_M = 1e8
@@ -254,9 +252,7 @@ def are_rigid(T: NDArray[np.float64]) -> bool:
 
 
 def _principal_axes(rows: torch.Tensor, count: int) -> torch.Tensor:
-    """Return orthonormal rows (D, C) that span the largest variance of rows (N, C), by subspace iteration from a fixed
-    start.
-    """
+    """Return principal axes (D, C) of rows (N, C) as orthonormal rows, by subspace iteration from a fixed start."""
     basis = torch.randn(rows.shape[1], count, generator=torch.Generator().manual_seed(0))
     for _ in range(_POWER_STEPS):
         basis = torch.linalg.qr(rows.t() @ (rows @ basis)).Q

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Map of one place: head, reference views, camera and calibration. ``format.py`` and ``files.py`` define its
-storage.
-"""
+"""Map of one place: head, reference views, camera and calibration. ``format.py`` defines its storage."""
 
 from __future__ import annotations
 
@@ -71,9 +69,7 @@ class Calibration:
     learned_process_scale: float | None = None
     """Like ``process_scale``, for the flow network; None if the map was calibrated without it."""
     roughness: RoughnessScale | None = None
-    """Growth of the head's variance away from the mapped views; None if it does not grow. Stored beside the other
-    numbers.
-    """
+    """Growth of the head's variance away from the mapped views; None if it does not grow."""
 
     def __post_init__(self) -> None:
         for item in fields(self):
