@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Make the picture at the top of the README: the demo's room, localized in the shipped map.
+"""Renderer of the README's picture: the demo's room, localized in the shipped map.
 
-Left: the camera's image with the map's points where the pose puts them, green where image and map agree. Right: the
-map from above with the path so far, the true path, and the position's covariance, 100 standard deviations wide.
+Left: the camera's image with the map's points projected by the pose, green where image and map agree. Right: the map
+from above with the path so far, the true path, and the position's covariance, 100 standard deviations wide.
 
     .venv/bin/python scripts/front_picture.py docs/images/localization.gif
 """
@@ -58,7 +58,7 @@ def main() -> int:
 
 
 class Drawing:
-    """Draws one frame after the other, with the path so far."""
+    """Renderer of one frame after the other, with the path so far."""
 
     def __init__(self, scene_map: SceneMap) -> None:
         self._painter = OverlayPainter(scene_map.references, scene_map.camera)
