@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Localize a camera in a map: one process with everything (the default), or three nodes.
+r"""Localization of a camera in a map: one process for everything (the default), or three nodes.
 
     ros2 launch kfloc_ros localize.launch.py
     ros2 launch kfloc_ros localize.launch.py map:=maps/kitchen image_topic:=/camera/image_raw \
         camera_info_topic:=/camera/camera_info base_frame:=base_link
 
-An argument left empty leaves the value of the parameter file alone; one that is given wins over it.
+An argument that is given overrides the parameter file; an empty one does not.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from kfloc_ros.nodes.topic_table import TOPICS
 
 PACKAGE = "kfloc_ros"
 DEMO_MAP = "demo_room"
-"""Comes with the package: a first launch with no argument has a map to localize in."""
+"""Map shipped with the package, for a first launch without arguments."""
 YES_NO = ("true", "false")
 FASTDDS_VARIABLES = ("FASTDDS_DEFAULT_PROFILES_FILE", "FASTRTPS_DEFAULT_PROFILES_FILE")
 
 
 class Argument(NamedTuple):
-    """A launch argument. ``parameter``: the type of the node parameter of that name, which it overrides when given.
+    """Launch argument. ``parameter``: type of the node parameter of the same name, which the argument overrides.
 
-    A named tuple: launch loads this file without entering it in sys.modules, which dataclasses need.
+    It is a named tuple because launch loads this file without an entry in sys.modules, which dataclasses need.
     """
 
     name: str
@@ -43,35 +43,36 @@ class Argument(NamedTuple):
 
 
 ARGUMENTS = (
-    Argument("map", "", "Map folder (see `kfloc map build`), or the name of a map shipped with the package; "
-             "empty: as the parameter file says, and the demo room without one.", parameter=str),
+    Argument("map", "", "Map folder (see `kfloc map build`), or the name of a shipped map; empty: map of the "
+                        "parameter file, or the demo room without one.", parameter=str),
     Argument("params_file", "", "Parameter file for all nodes; empty: config/localizer.yaml of the package."),
     Argument("namespace", "", "Namespace of the nodes and of their relative topics."),
-    Argument("composed", "true", "true: everything in one process, frames handed over in memory; "
-             "false: camera_node, filter_node and refiner_node as processes of their own.", YES_NO),
+    Argument("composed", "true", "true: one process, frames passed in memory; false: camera_node, filter_node and "
+                                 "refiner_node in separate processes.", YES_NO),
     Argument("autostart", "", "true: the nodes configure and activate themselves; false: a lifecycle manager does; "
-             "empty: as the parameter file says.", ("", *YES_NO), bool),
-    Argument("use_sim_time", "", "Take the time from /clock, as for a played bag; empty: as the parameter file says.",
+                              "empty: as in the parameter file.", ("", *YES_NO), bool),
+    Argument("use_sim_time", "", "Use the time of /clock, for a bag; empty: as in the parameter file.",
              ("", *YES_NO), bool),
-    Argument("image_topic", "", "Topic of the camera's images, without the /compressed ending; empty: image."),
+    Argument("image_topic", "", "Topic of the camera's images, without the suffix /compressed; empty: image."),
     Argument("camera_info_topic", "", "Topic of the camera's calibration; empty: camera_info."),
     Argument("image_transport", "", "raw: sensor_msgs/Image on image_topic; compressed: CompressedImage on "
-             "image_topic/compressed; empty: as the parameter file says.", ("", "raw", "compressed"), str),
-    Argument("base_frame", "", "TF frame whose pose is published; empty: as the parameter file says.", parameter=str),
-    Argument("map_frame", "", "TF frame of the map; empty: as the parameter file says.", parameter=str),
-    Argument("odom_frame", "", "TF frame of the odometry; empty: as the parameter file says.", parameter=str),
-    Argument("tf_mode", "", "map_to_odom: broadcast map -> odom (REP-105, beside odometry); map_to_base: map -> base; "
-             "empty: as the parameter file says.", ("", "map_to_odom", "map_to_base", "none"), str),
-    Argument("respawn", "false", "Start a node again when it has ended by itself.", YES_NO),
-    Argument("log_level", "info", "Least severe messages that the nodes log.",
+                                    "image_topic/compressed; empty: as in the parameter file.",
+             ("", "raw", "compressed"), str),
+    Argument("base_frame", "", "TF frame whose pose is published; empty: as in the parameter file.", parameter=str),
+    Argument("map_frame", "", "TF frame of the map; empty: as in the parameter file.", parameter=str),
+    Argument("odom_frame", "", "TF frame of the odometry; empty: as in the parameter file.", parameter=str),
+    Argument("tf_mode", "", "map_to_odom: broadcast map -> odom (REP-105, with odometry); map_to_base: map -> base; "
+                            "empty: as in the parameter file.", ("", "map_to_odom", "map_to_base", "none"), str),
+    Argument("respawn", "false", "Restart a node that has ended by itself.", YES_NO),
+    Argument("log_level", "info", "Lowest severity of the nodes' log messages.",
              ("debug", "info", "warn", "error", "fatal")),
-    Argument("rviz", "false", "Start RViz, too.", YES_NO),
+    Argument("rviz", "false", "Also start RViz.", YES_NO),
     Argument("rviz_config", "", "RViz configuration; empty: rviz/localize.rviz of the package."),
 )  # fmt: skip
 
 
 def generate_launch_description() -> LaunchDescription:
-    """What `ros2 launch` runs."""
+    """Return the launch description."""
     declared = [
         DeclareLaunchArgument(item.name, default_value=item.default, description=item.description,
                               choices=list(item.choices) or None)
@@ -81,7 +82,7 @@ def generate_launch_description() -> LaunchDescription:
 
 
 def start(context: LaunchContext) -> list[LaunchDescriptionEntity]:
-    """The processes for the arguments as given."""
+    """Return the processes for the given arguments."""
     given = with_demo_map({item.name: context.launch_configurations[item.name] for item in ARGUMENTS})
     share = Path(get_package_share_directory(PACKAGE))
     actions: list[LaunchDescriptionEntity] = []
@@ -111,24 +112,24 @@ def start(context: LaunchContext) -> list[LaunchDescriptionEntity]:
 
 
 def with_demo_map(given: dict[str, str]) -> dict[str, str]:
-    """The arguments, with the map that comes with the package where nobody named one or a parameter file."""
+    """Return the arguments, with the shipped map if neither a map nor a parameter file is given."""
     return given if given["map"] or given["params_file"] else {**given, "map": DEMO_MAP}
 
 
 def overrides(given: dict[str, str]) -> dict[str, ParameterValue]:
-    """The parameters that were given as arguments."""
+    """Return the parameters that are given as arguments."""
     values: dict[str, ParameterValue] = {}
     for item in ARGUMENTS:
         text = given[item.name]
         if item.parameter is not None and text:
-            # With its type, or a map named "1" would become a number on its way to the node.
+            # With its type: otherwise, a map named "1" would reach the node as a number.
             value = text == "true" if item.parameter is bool else text
             values[item.name] = ParameterValue(value, value_type=item.parameter)
     return values
 
 
 def remappings(given: dict[str, str]) -> list[tuple[str, str]]:
-    """From the nodes' own topic names to those of the camera."""
+    """Return the remappings from the nodes' topic names to the camera's."""
     pairs: list[tuple[str, str]] = []
     if image := given["image_topic"]:
         plain = image.removesuffix("/compressed")
@@ -139,7 +140,9 @@ def remappings(given: dict[str, str]) -> list[tuple[str, str]]:
 
 
 def rviz(given: dict[str, str], share: Path) -> Node:
-    """RViz in the same namespace; the topics in its configuration are written with a slash and made relative here."""
+    """Return RViz in the same namespace; the topics in its configuration start with a slash and are made relative
+    here.
+    """
     image = given["image_topic"].removesuffix("/compressed") or "image"
     relative = [topic.name for topic in TOPICS if not topic.name.startswith("/")]
     return Node(

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Play a bag to the live nodes, record what they answer, and evaluate it against the bag's ground truth.
+"""Replay: plays a bag to the live nodes, records their poses, and evaluates them against the bag's ground truth.
 
     ros2 launch kfloc_ros replay.launch.py bag:=out/kitchen_bag map:=maps/kitchen out:=out/kitchen_live
 
-The work is `kfloc replay`'s, which starts the nodes itself so that they are up before the first frame counts.
+It runs `kfloc replay`, which starts the nodes itself, so that they are ready before the first frame.
 """
 
 from __future__ import annotations
@@ -15,47 +15,47 @@ from launch_ros.substitutions import ExecutableInPackage
 
 
 def generate_launch_description() -> LaunchDescription:
-    """What `ros2 launch` runs."""
+    """Return the launch description."""
     return LaunchDescription(
         [
             DeclareLaunchArgument("bag", description="Folder of the rosbag2 to play (see `kfloc bag make`)."),
             DeclareLaunchArgument("map", description="Map folder, or the name of a map shipped with the package."),
-            DeclareLaunchArgument("out", description="Folder for the results: summary.json, report.html and the rest."),
-            DeclareLaunchArgument("rate", default_value="1.0", description="Playing speed; 1.0 is as recorded."),
+            DeclareLaunchArgument(
+                "out", description="Folder for the results: summary.json, report.html and other files."
+            ),
+            DeclareLaunchArgument("rate", default_value="1.0", description="Playback rate; 1.0 is real time."),
             DeclareLaunchArgument("start", default_value="0.0", description="Seconds of the bag to skip."),
             DeclareLaunchArgument("duration", default_value="", description="Seconds to play; empty: to the end."),
             DeclareLaunchArgument(
-                "loop", default_value="1", description="How often to play it; the clock jumps back between."
+                "loop", default_value="1", description="Number of times to play it; the clock jumps back in between."
             ),
+            DeclareLaunchArgument("image_topic", default_value="", description="Image topic, if the bag has several."),
             DeclareLaunchArgument(
-                "image_topic", default_value="", description="Which images to play where the bag has several."
-            ),
-            DeclareLaunchArgument(
-                "camera_info_topic", default_value="", description="Their calibration, where it is not beside them."
+                "camera_info_topic", default_value="", description="camera_info topic, if it is not beside the images."
             ),
             DeclareLaunchArgument(
                 "base_frame",
                 default_value="",
-                description="Frame whose pose is published, such as base_link; the bag's TF is played and leads "
-                "from it to the camera. Empty: the camera's, and no TF.",
+                description="Frame whose pose is published, such as base_link; the bag's TF is played and must "
+                "connect it to the camera. Empty: the camera's frame, no TF.",
             ),
             DeclareLaunchArgument(
                 "truth",
                 default_value="",
-                description="Ground truth of the camera in the map: /topic, tf:MAP:CAMERA or a TUM file; "
-                "empty: the bag's one PoseStamped topic, if it has one.",
+                description="Ground truth of the camera in the map: /topic, tf:MAP:CAMERA or a TUM file; empty: the "
+                "bag's PoseStamped topic, if it has exactly one.",
             ),
             DeclareLaunchArgument(
                 "truth_of",
                 default_value="",
-                description="Frame that the truth is of, such as base_link, if it is not the camera's; the bag's "
-                "/tf_static leads from it to the camera.",
+                description="Frame of the ground truth, such as base_link, if it is not the camera's; the bag's "
+                "/tf_static must connect it to the camera.",
             ),
             DeclareLaunchArgument(
                 "require",
                 default_value="",
-                description="Figures of summary.json that must hold, separated by blanks, such as "
-                "'recall.5cm_5deg>=0.95 latency_ms.p95<=100'; otherwise the replay's exit code is 1.",
+                description="Required metrics of summary.json, separated by blanks, such as 'recall.5cm_5deg>=0.95 "
+                "latency_ms.p95<=100'; if one is not met, the exit code is 1.",
             ),
             DeclareLaunchArgument(
                 "composed",
@@ -67,7 +67,7 @@ def generate_launch_description() -> LaunchDescription:
                 "every_frame",
                 default_value="false",
                 choices=["true", "false"],
-                description="true: wait for each answer before the next image, so that none is dropped.",
+                description="true: wait for the result of each image before the next one, so that none is dropped.",
             ),
             OpaqueFunction(function=start),
         ]
@@ -75,7 +75,7 @@ def generate_launch_description() -> LaunchDescription:
 
 
 def start(context: LaunchContext) -> list[LaunchDescriptionEntity]:
-    """The replay process; the launch ends with it."""
+    """Return the replay process; the launch ends with it."""
     given = context.launch_configurations
     command = [
         ExecutableInPackage("kfloc", "kfloc_ros"), "replay", given["bag"], "--map", given["map"],
@@ -98,7 +98,7 @@ def start(context: LaunchContext) -> list[LaunchDescriptionEntity]:
             name="replay",
             output="screen",
             emulate_tty=True,
-            # It stops its own processes on SIGINT, which takes longer than launch waits by default.
+            # On SIGINT it ends its own processes, which takes longer than launch waits by default.
             sigterm_timeout="20",
             on_exit=[EmitEvent(event=Shutdown(reason="the replay has ended"))],
         )

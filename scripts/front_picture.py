@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Make the picture at the top of the README: the demo's room, localized in the shipped map.
+"""Renderer of the README's picture: the demo's room, localized in the shipped map.
 
-Left: the camera's image with the map's points where the pose puts them, green where image and map agree. Right: the
-map from above with the path so far, the true path, and the position's covariance, 100 standard deviations wide.
+Left: the camera's image with the map's points projected by the pose, green where image and map agree. Right: the map
+from above with the path so far, the true path, and the position's covariance, 100 standard deviations wide.
 
     .venv/bin/python scripts/front_picture.py docs/images/localization.gif
 """
@@ -58,7 +58,7 @@ def main() -> int:
 
 
 class Drawing:
-    """Draws one frame after the other, with the path so far."""
+    """Renderer of one frame after the other, with the path so far."""
 
     def __init__(self, scene_map: SceneMap) -> None:
         self._painter = OverlayPainter(scene_map.references, scene_map.camera)
@@ -82,7 +82,7 @@ class Drawing:
             self._path.append(T[:3, 3])
         if item.frame.T_map_camera is not None:
             self._truth.append(item.frame.T_map_camera[:3, 3])
-        above = self._above.draw(self._cloud, way=np.array(self._path), camera=T, size_px=2)
+        above = self._above.draw(self._cloud, path=np.array(self._path), camera=T, size_px=2)
         true_path = np.rint(self._above.pixels(np.array(self._truth))[:, :2]).astype(np.int32)
         cv2.polylines(above, [true_path], False, TRUTH_COLOUR, 1, cv2.LINE_AA)
         if T is not None and estimate.covariance is not None:

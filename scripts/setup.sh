@@ -1,6 +1,6 @@
 #!/bin/sh
 # SPDX-License-Identifier: Apache-2.0
-# Finds a Python that fits and hands over to setup_env.py. PYTHON=... names one; arguments are passed on.
+# Selects a suitable Python and runs setup_env.py with it. PYTHON=... gives one; arguments are passed on.
 set -eu
 
 here=$(dirname "$0")
@@ -10,7 +10,7 @@ fits() {
         >/dev/null 2>&1
 }
 
-# With a ROS installation sourced, rclpy's own interpreter is the one; otherwise the version it is developed on goes first.
+# If a ROS installation is sourced, its interpreter is preferred; otherwise the version of development.
 if [ -n "${PYTHON:-}" ]; then
     candidates=$PYTHON
 elif [ -n "${ROS_DISTRO:-}" ] || [ -n "${AMENT_PREFIX_PATH:-}" ]; then

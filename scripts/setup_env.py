@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes the environment .venv and everything in it; does nothing where nothing has changed.
+"""Set-up of the environment .venv and its content; does nothing if nothing has changed.
 
-KFLOC_TORCH=cuda installs PyTorch's CUDA build instead of the CPU one; KFLOC_TORCH_INDEX names the package index to
-look for PyTorch in, beside pip's own. With a ROS 2 installation sourced, that one is used instead of the ROS wheels.
+KFLOC_TORCH=cuda installs PyTorch's CUDA build instead of the CPU one. KFLOC_TORCH_INDEX gives a package index for
+PyTorch, in addition to pip's own. If a ROS 2 installation is sourced, it is used instead of the ROS wheels.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from setup_steps import Plan, Setup
 
 
 def main() -> int:
-    """Run set-up; 0 when the environment is ready."""
+    """Run the set-up; return 0 when the environment is ready."""
     parser = argparse.ArgumentParser(prog="make setup", description=__doc__)
     parser.add_argument("--dev", action="store_true", help="with the tools that tests and checks need")
     args = parser.parse_args()
@@ -74,7 +74,7 @@ def _set_up(root: Path, *, dev: bool) -> None:
 
 @contextmanager
 def _alone(root: Path) -> Iterator[None]:
-    """Let one set-up at a time work on a checkout."""
+    """Hold a lock, so that one set-up at a time works on a checkout."""
     lock = os.open(root, os.O_RDONLY)
     try:
         try:

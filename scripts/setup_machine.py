@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the machine must have before anything is installed. Every lack is one sentence that says what to do."""
+"""Requirements on the machine, checked before anything is installed. Each error is one sentence with the remedy."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ OLDEST_GLIBC = (2, 28)
 
 
 def sourced_ros() -> str:
-    """The name of the ROS 2 installation that this shell has sourced, or an empty text.
+    """Return the name of the ROS 2 installation sourced in this shell; empty if there is none.
 
-    It counts only if this interpreter can import what it brings: a half-sourced shell is not an installation.
+    It counts only if this interpreter can import its packages: a partly sourced shell is not an installation.
     """
     if not (os.environ.get("ROS_DISTRO") or os.environ.get("AMENT_PREFIX_PATH")):
         return ""
@@ -40,7 +40,7 @@ def sourced_ros() -> str:
 
 
 def check_python() -> None:
-    """The version and, for the virtual environment, its parts."""
+    """Check the Python version, and the modules for virtual environments."""
     if sys.implementation.name != "cpython" or not (3, 10) <= sys.version_info[:2] <= (3, 13):
         raise SetupError(
             f"{sys.executable} is {platform.python_implementation()} {platform.python_version()}; CPython 3.10 to 3.13 "
@@ -55,7 +55,7 @@ def check_python() -> None:
 
 
 def check_wheels_fit() -> None:
-    """ROS 2's wheels exist for one kind of machine only."""
+    """Check that ROS 2's wheels exist for this machine."""
     if sys.platform != "linux" or platform.machine() not in ("x86_64", "AMD64"):
         raise SetupError(
             f"ROS 2's Python wheels exist for x86-64 Linux only, and this is {platform.machine()} {platform.system()}; "
@@ -74,7 +74,7 @@ def check_wheels_fit() -> None:
 
 
 def check_compiler() -> None:
-    """A C++ compiler, CMake, make and Python's headers: tf2_msgs is built with them."""
+    """Check for a C++ compiler, CMake, make and Python's headers, which build tf2_msgs."""
     packages = [package for command, package in (("make", "make"), ("cmake", "cmake")) if not shutil.which(command)]
     if not any(shutil.which(command) for command in (os.environ.get("CXX") or "c++", "g++")):
         packages.insert(0, "g++")
@@ -95,7 +95,7 @@ def check_compiler() -> None:
 
 
 def check_disk(folder: Path, kind: str) -> None:
-    """Room for the environment and for pip's unpacking."""
+    """Check for disk space for the environment and for pip's unpacking."""
     free_gb = shutil.disk_usage(folder).free / 1e9
     if free_gb < NEEDED_GB[kind]:
         raise SetupError(

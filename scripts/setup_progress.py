@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Steps that are done once: a stamp per step, elapsed time on the terminal, a log of everything that ran."""
+"""Set-up steps that run once: a stamp per step, elapsed time on the terminal, a log of all commands."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from pathlib import Path
 
 
 class SetupError(Exception):
-    """One sentence for the user: what is in the way, and what to do."""
+    """Error for the user: one sentence with the fault and the remedy."""
 
 
 class CommandFailed(Exception):
-    """A command ended with an error; the output is what it said."""
+    """Error: a command failed; ``output`` has its text."""
 
     def __init__(self, output: str) -> None:
         super().__init__(output)
@@ -28,7 +28,7 @@ class CommandFailed(Exception):
 
 @dataclass(frozen=True)
 class Step:
-    """A piece of work and the key that says whether it has been done already."""
+    """Step of the set-up, with the key that identifies its completed state."""
 
     name: str
     title: str
@@ -37,7 +37,7 @@ class Step:
 
 
 def digest(*parts: str | Path) -> str:
-    """A key over texts and over the content of files and folders; caches and build products do not count."""
+    """Return a key of texts and of the content of files and folders, without caches and build products."""
     sha = hashlib.sha256()
     for part in parts:
         if isinstance(part, Path):
@@ -51,7 +51,7 @@ def digest(*parts: str | Path) -> str:
 
 
 class Runner:
-    """Runs steps in order and skips those whose stamp fits."""
+    """Runner of steps, in order; skips those with a matching stamp."""
 
     def __init__(self, state: Path) -> None:
         self._state = state
@@ -62,15 +62,15 @@ class Runner:
 
     @property
     def log(self) -> Path:
-        """Where the output of all commands goes."""
+        """Path of the log with the output of all commands."""
         return self._log
 
     def pending(self, steps: Sequence[Step]) -> list[Step]:
-        """The steps whose stamp is missing or was written for another key."""
+        """Return the steps whose stamp is missing or has another key."""
         return [step for step in steps if self.stamp(step.name) != step.key]
 
     def stamp(self, name: str) -> str:
-        """What was stored for a name, or nothing."""
+        """Return the value stored for a name; empty if there is none."""
         path = self._state / f"{name}.stamp"
         return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
 
@@ -80,7 +80,7 @@ class Runner:
         (self._state / f"{name}.stamp").write_text(value + "\n", encoding="utf-8")
 
     def run(self, steps: Sequence[Step]) -> None:
-        """Do the steps and stamp each one that ends well."""
+        """Run the steps and stamp each one that succeeds."""
         for number, step in enumerate(steps, start=1):
             self._label = f"[{number}/{len(steps)}] {step.title}"
             self._started_s = time.monotonic()
@@ -96,7 +96,7 @@ class Runner:
         """Run a command with its output in the log; return the output.
 
         Raises:
-            CommandFailed: it ended with an error.
+            CommandFailed: the command failed.
         """
         self._state.mkdir(parents=True, exist_ok=True)
         lines: list[str] = []
@@ -121,7 +121,7 @@ class Runner:
         return output
 
     def note(self, sentence: str) -> None:
-        """A sentence of its own on the terminal."""
+        """Print a sentence on a line of its own."""
         print(("\r\033[K" if self._live else "") + f"      {sentence}", flush=True)
 
     def _show(self, what: str, end: str = "") -> None:

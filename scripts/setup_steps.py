@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What set-up does, step by step, in the environment's folder."""
+"""Steps of the set-up, in the environment's folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from setup_progress import CommandFailed, Runner, SetupError, Step, digest
 
 TYPE_HASH = "RIHS01_e369d0f05a23ae52508854b66f6aa0437f3449d652e8cbf22d5abe85d020f087"
-"""The official tf2_msgs/msg/TFMessage: with another one, /tf would not reach other ROS 2 systems."""
+"""Type hash of the official tf2_msgs/msg/TFMessage: with another hash, /tf would not reach other ROS 2 systems."""
 
 LIBRARIES = "cv2, matplotlib, numpy, poselib, pycolmap, rosbags, safetensors, torch, tqdm, yaml, kfloc_ros"
 
@@ -23,7 +23,9 @@ NODES = ("camera_node", "filter_node", "refiner_node", "localizer", "kfloc")
 
 @dataclass(frozen=True)
 class Plan:
-    """What is wanted. ``ros``: the sourced installation's name, empty for the wheels; ``torch``: cpu or cuda."""
+    """Options of the set-up. ``ros``: name of the sourced installation, empty for the wheels; ``torch``: cpu or
+    cuda.
+    """
 
     root: Path
     ros: str
@@ -32,17 +34,17 @@ class Plan:
 
     @property
     def venv(self) -> Path:
-        """The environment's folder."""
+        """Folder of the environment."""
         return self.root / ".venv"
 
     @property
     def python(self) -> Path:
-        """The environment's interpreter."""
+        """Interpreter of the environment."""
         return self.venv / "bin" / "python"
 
 
 class Setup:
-    """The steps of one plan."""
+    """Steps of one plan."""
 
     def __init__(self, plan: Plan, runner: Runner) -> None:
         self._plan = plan
@@ -50,7 +52,7 @@ class Setup:
         self._requirements = plan.root / "requirements"
 
     def steps(self) -> list[Step]:
-        """All of them, in order."""
+        """Return all steps, in order."""
         plan, files = self._plan, self._requirements
         base = "with_ros.txt" if plan.ros else "base.txt"
         made_for = digest(str(plan.root), f"{sys.version_info[:2]}", plan.ros)
@@ -89,7 +91,7 @@ class Setup:
                 f"{plan.venv} was made at another place, for another Python or with another ROS 2 sourced; "
                 f"source that one again, or remove the environment (rm -r {plan.venv}) and run set-up again."
             )
-        interrupted = (plan.venv / ".kfloc").is_dir()  # looked at before probing, which makes that folder
+        interrupted = (plan.venv / ".kfloc").is_dir()  # tested before probing, which creates that folder
         if self._adoptable():
             self._runner.note(f"using the environment found in {plan.venv}")
             return
@@ -103,7 +105,7 @@ class Setup:
         self._runner.command([sys.executable, "-m", "venv", "--clear", *options, plan.venv])
 
     def _adoptable(self) -> bool:
-        """Whether the folder holds a working environment of this Python already, made by hand."""
+        """Return True if the folder already contains a working environment of this Python, made by hand."""
         probe = "import sys, pip; print('%d.%d' % sys.version_info[:2])"
         if not self._plan.python.exists() or not (self._plan.venv / "pyvenv.cfg").is_file():
             return False
@@ -119,7 +121,7 @@ class Setup:
     # -- what pip installs ----------------------------------------------------------------------------------------
 
     def _pip(self, *words: str | Path) -> None:
-        """``pip install``, with the usual ways to fail told in a sentence."""
+        """Run ``pip install``; common failures become one sentence."""
         env = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1"}
         try:
             self._runner.command(
@@ -132,7 +134,7 @@ class Setup:
         self._pip(*self._constraints(), "-r", name, *more)
 
     def _constraints(self) -> list[str]:
-        """The exact versions of everything indirect, known for the Python it was developed on."""
+        """Return the exact versions of all indirect requirements, for the Python version of development."""
         exact = sys.version_info[:2] == (3, 11) and not self._plan.ros
         return ["-c", "constraints.txt"] if exact and (self._requirements / "constraints.txt").is_file() else []
 
@@ -140,7 +142,7 @@ class Setup:
         if not self._plan.ros:
             self._pip_file(name)
             return
-        # cv_bridge and friends are compiled against the distribution's NumPy, which therefore must stay.
+        # cv_bridge and others are compiled against the distribution's NumPy, which must therefore stay.
         probe = "import cv2, matplotlib, numpy, tqdm, yaml; print(numpy.__version__)"
         try:
             numpy = self._runner.command([self._plan.python, "-c", probe]).split()[-1]
@@ -180,7 +182,7 @@ class Setup:
         python_include, numpy_include = self._runner.command([plan.python, "-c", ask]).split("\n")[-3:-1]
         work = plan.venv / ".kfloc" / "underlay"
         shutil.rmtree(work, ignore_errors=True)
-        # The original is invisible to colcon on purpose, so a copy is built.
+        # colcon ignores the original on purpose, so a copy is built.
         visible = shutil.ignore_patterns("COLCON_IGNORE")
         shutil.copytree(plan.root / "underlay" / "tf2_msgs", work / "src", ignore=visible)
         prefix = str(plan.venv)
@@ -209,7 +211,7 @@ class Setup:
     # -- the package ----------------------------------------------------------------------------------------------
 
     def _data_links(self) -> list[tuple[Path, Path]]:
-        """(file in the repository, its place in the environment) for what `ros2 launch` and ament_index look up."""
+        """Return (file in the repository, path in the environment) of the files for `ros2 launch` and ament_index."""
         root, share = self._plan.root, self._plan.venv / "share"
         links = [
             (root / "resource" / "kfloc_ros", share / "ament_index/resource_index/packages/kfloc_ros"),
@@ -224,7 +226,7 @@ class Setup:
     def _install_package(self) -> None:
         plan = self._plan
         share = plan.venv / "share" / "kfloc_ros"
-        # Away with what an earlier set-up linked: file by file, since a link's target is the repository's own file.
+        # Remove the links of an earlier set-up: file by file, since a link's target is the repository's own file.
         for path in sorted(share.rglob("*"), reverse=True):
             path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
         self._pip("--no-deps", "--no-build-isolation", "-e", plan.root)
@@ -236,7 +238,7 @@ class Setup:
             place.symlink_to(os.path.relpath(source, place.parent))
 
     def _check(self) -> None:
-        """Import what was installed; with the wheels, see a node and the type hash of /tf."""
+        """Import the installed packages; with the wheels, also check a node and the type hash of /tf."""
         libraries = f"import {LIBRARIES}"
         probes = [libraries, "import rclpy, sensor_msgs.msg, tf2_msgs.msg" if self._plan.ros else TRY_ROS]
         for probe in probes:
@@ -262,7 +264,7 @@ rclpy.shutdown()
 
 
 def _explain_pip(output: str, log: Path) -> str:
-    """The reason of a failed installation, in a sentence."""
+    """Return the reason of a failed installation as a sentence."""
     if "No space left on device" in output:
         return "The disk is full; free some room and run set-up again: finished steps are kept."
     if found := re.search(r"No matching distribution found for (\S+)", output):

@@ -122,9 +122,7 @@ def export_coordinates(
 
 @torch.inference_mode()
 def _write_flow(out: Path, i: int, previous: CoarseResult, result: CoarseResult, scene_map: SceneMap) -> None:
-    if (
-        scene_map.kfnet is not None
-    ):  # # the filter has just computed the flow; a second pass would have no previous frame
+    if scene_map.kfnet is not None:  # the filter has just computed the flow; a second pass would have no previous frame
         filtered = result.filtered
         if filtered is not None and filtered.flow is not None and filtered.prior is not None:
             write_flow(out, i, i - 1, filtered.flow.offset, filtered.prior.variance)

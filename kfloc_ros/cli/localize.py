@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     source = open_source_from(args, depth=False)
     need_camera(source)
 
-    # # Imported late, so that a mistyped SOURCE is reported before torch is loaded.
+    # Imported late, so that a mistyped SOURCE is reported before torch is loaded.
     from tqdm import tqdm
 
     from kfloc_ros.cli.tables import summary_table

@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     selected = next((word for word in arguments if not word.startswith("-")), "")
     try:
-        # # Only the selected module is imported, so that `kfloc --help` does not load torch or rclpy.
+        # Only the selected module is imported, so that `kfloc --help` does not load torch or rclpy.
         module = importlib.import_module(COMMANDS[selected].module) if selected in COMMANDS else None
         parser = build_parser(selected, module)
         args = parser.parse_args(arguments)
@@ -70,13 +70,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = int(module.run(args))
         sys.stdout.flush()
         return code
-    except SystemExit as stop:  # # argparse ends this way; its message is already printed
+    except SystemExit as stop:  # argparse ends this way; its message is already printed
         return stop.code if isinstance(stop.code, int) else 0
     except KeyboardInterrupt:
         print("Interrupted; nothing more was written.", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # # The reader of our output (such as `head`) has exited: redirect stdout so that the exit is silent.
+        # The reader of our output (such as `head`) has exited: redirect stdout so that the exit is silent.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (KflocError, OSError) as error:

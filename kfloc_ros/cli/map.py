@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``kfloc map``: builds, describes and verifies maps, and registers the other map actions."""
+"""``kfloc map``: the actions build, kfnet, info and verify; registers the other map actions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from kfloc_ros.cli.build_options import (
     provenance_of,
 )
 from kfloc_ros.cli.map_join import add_join, describe_place
-from kfloc_ros.cli.map_kfnet import add_kfnet
 from kfloc_ros.cli.map_tools import add_tools
 from kfloc_ros.cli.tables import describe
 
@@ -31,6 +30,22 @@ examples:
 
 A build trains the map's scene-coordinate head, selects reference views, and calibrates on held-out views. The folder is
 written in one step at the end: an interrupted build leaves no files.
+"""
+
+KFNET = """\
+Copy a map and put trained reference networks (`kfloc train`, `kfloc convert kfnet-checkpoint`) into the copy. The copy
+has the family `reference`: all commands and nodes use its networks for measurement, flow and filter; alignment is
+unchanged. The networks must be trained in the map's frame. SOURCE gives frames with depth and poses that were not used
+for training: on them, the scales of the networks' sigmas and of the coarse covariance are calibrated. Without SOURCE
+they are not calibrated.
+"""
+
+KFNET_EXAMPLE = """\
+example:
+  kfloc map build 7scenes:DIR@train --out maps/kitchen
+  kfloc map kfnet 7scenes:DIR@test --frames 0:100 --map maps/kitchen --scoordnet out/stage3/scoordnet.safetensors \\
+      --oflownet out/stage3/oflownet.safetensors --out maps/kitchen_kfnet
+  kfloc localize 7scenes:DIR@test --map maps/kitchen_kfnet --out out/kitchen_kfnet
 """
 
 
@@ -76,7 +91,33 @@ def add_parser(subparsers: Any) -> None:
     verify.set_defaults(run_action=run_verify)
     add_join(actions)
     add_tools(actions)
-    add_kfnet(actions)
+    _add_kfnet(actions)
+
+
+def _add_kfnet(actions: Any) -> None:
+    """Add the ``kfnet`` action."""
+    parser = actions.add_parser(
+        "kfnet",
+        help="put trained reference networks into a copy of a map",
+        description=KFNET,
+        epilog=KFNET_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_source_arguments(parser, required=False)
+    parser.add_argument("--map", required=True, metavar="MAP", help="map folder, or name of an installed map")
+    parser.add_argument("--scoordnet", type=Path, required=True, metavar="FILE", help="weights")
+    parser.add_argument("--oflownet", type=Path, required=True, metavar="FILE", help="weights")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the map folder to write")
+    parser.add_argument("--force", action="store_true", help="replace an existing map")
+    parser.add_argument(
+        "--runs",
+        type=int,
+        default=8,
+        metavar="N",
+        help="number of runs of SOURCE's frames to calibrate on (default: 8)",
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="device of the networks")
+    parser.set_defaults(run_action=run_kfnet)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -140,3 +181,37 @@ def run_verify(args: argparse.Namespace) -> int:
         what = "the index and all submaps are consistent, " if is_place(folder) else ""
         print(f"'{folder}' is intact: {what}checksums match and all values are finite.")
     return 1 if problems else 0
+
+
+def run_kfnet(args: argparse.Namespace) -> int:
+    """Run ``kfloc map kfnet``; print the description of the map."""
+    source = None if args.source is None else open_source_from(args)
+
+    from dataclasses import replace
+
+    from tqdm import tqdm
+
+    from kfloc_ros.kfnet.reference.networks import ReferenceNetworks
+    from kfloc_ros.kfnet.reference.weights import load_oflownet, load_scoordnet
+    from kfloc_ros.mapping.build import check_free
+    from kfloc_ros.maps.format import resolve_map
+    from kfloc_ros.maps.scene_map import SceneMap
+    from kfloc_ros.training.kfnet_family import calibrate_networks, with_networks
+
+    check_free(args.out, overwrite=args.force)
+    networks = ReferenceNetworks(load_scoordnet(args.scoordnet), load_oflownet(args.oflownet))
+    made = with_networks(SceneMap.load(resolve_map(args.map)), networks)
+    noted = {"kfnet": f"{args.scoordnet.name}, {args.oflownet.name}, not calibrated"}
+    if source is not None:
+        with tqdm(total=100, unit="%", disable=not sys.stderr.isatty()) as bar:
+
+            def show(share: float, text: str) -> None:
+                bar.set_postfix_str(text, refresh=False)
+                bar.update(round(100 * share) - bar.n)
+
+            made = calibrate_networks(made, source, args.runs, args.device, show)
+        noted = {"kfnet": f"{args.scoordnet.name}, {args.oflownet.name}, calibrated on {source.name}"}
+    made = replace(made, name=args.out.name, provenance={**made.provenance, **noted})
+    made.save(args.out, overwrite=args.force)
+    print(describe(SceneMap.load(args.out)))
+    return 0

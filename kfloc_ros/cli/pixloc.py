@@ -158,7 +158,7 @@ def _run_part(
     queries = queries_of(args.data_set, part, paths)
     names = list(queries)[:: args.skip]
     scene = read_scene(paths.reference_sfm)
-    # # hloc's log has priority over the pairs; if its path is a default, it is used only if necessary.
+    # hloc's log has priority over the pairs; if its path is a default, it is used only if necessary.
     needs_log = args.from_poses or options.do_inlier_ranking or options.point_selection != "all"
     logs = read_hloc_log(paths.hloc_logs) if paths.hloc_logs and (needs_log or args.hloc_logs) else None
     planner = Planner(

@@ -184,7 +184,7 @@ def _add_arguments(name: str, verb: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run ``kfloc show``."""
-    # # Imported late, so that --help does not load torch.
+    # Imported late, so that --help does not load torch.
     from kfloc_ros.cli import show_alignment, show_stream
 
     actions = {

@@ -24,8 +24,8 @@ from kfloc_ros.visualization.basin import (
     NEAR_M,
     Trial,
     basin_picture,
-    right_pose,
-    summed_up,
+    reference_pose,
+    summarize,
     trials,
     write_trials,
 )
@@ -102,7 +102,7 @@ def basin(args: argparse.Namespace) -> list[str]:
         for view in watch(localizer, source):
             features, index = view.coarse.features, view.frame.index
             start = view.frame.T_map_camera if view.frame.T_map_camera is not None else view.coarse.pose.T_map_camera
-            goal: Matrix | None = None if start is None else right_pose(refiner, features, start)
+            goal: Matrix | None = None if start is None else reference_pose(refiner, features, start)
             if goal is None:
                 skipped.append(index)
                 continue
@@ -110,7 +110,7 @@ def basin(args: argparse.Namespace) -> list[str]:
 
     for trial in progress(run(), len(source) * per_frame, "alignment"):
         results.append(trial)
-    basin = summed_up(results)
+    basin = summarize(results)
     frames = len({trial.frame for trial in results})
     wrong = f"{basin.falsely_accepted} of {len(results)} converged elsewhere and were accepted"
     title = f"{source.name} in {scene_map.name}: {frames} frames, {len(results)} alignments; {wrong}"
@@ -124,7 +124,7 @@ def basin(args: argparse.Namespace) -> list[str]:
         written.append(f"Omitted, as not aligned from the source's own pose: {', '.join(map(str, skipped))}")
     near = [t for t in results if t.offset_m <= 0.1 and t.offset_deg <= 5.0]
     if near:
-        share = np.mean([t.returned for t in near])
+        share = np.mean([t.converged for t in near])
         near_to = f"{100 * NEAR_M:g} cm and {NEAR_DEG:g} deg"
         written.append(f"From at most 10 cm and 5 deg, {share:.0%} converge to within {near_to}.")
     return written

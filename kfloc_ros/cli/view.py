@@ -125,7 +125,7 @@ def _run_live(args: argparse.Namespace) -> int:
     from kfloc_ros.replay.processes import check_ros, ros_environment
 
     check_ros()
-    # # In a separate process: if ROS comes from wheels, its libraries must be known before Python starts.
+    # In a separate process: if ROS comes from wheels, its libraries must be known before Python starts.
     try:
         domain_id = int(os.environ.get("ROS_DOMAIN_ID", "0"))
     except ValueError:
@@ -143,7 +143,7 @@ def _run_live(args: argparse.Namespace) -> int:
             try:
                 return process.wait()
             except KeyboardInterrupt:
-                continue  # # it was interrupted as well, and closes the recording
+                continue  # it was interrupted as well, and closes the recording
 
 
 def _say_done(args: argparse.Namespace, count: int) -> None:

@@ -227,9 +227,7 @@ def _train(
 
 
 def affordable(held_out: Sequence[HeldOut], count: int) -> Sequence[HeldOut]:
-    """Return ``count`` of the held-out views, in evenly chosen runs: as many as the time budget allows for
-    calibration.
-    """
+    """Return ``count`` of the held-out views, in evenly chosen runs: those that there is time to calibrate with."""
     runs: dict[int, list[HeldOut]] = {}
     for held in held_out:
         runs.setdefault(held.run, []).append(held)

@@ -232,7 +232,7 @@ def _ratio_threshold(good: Sequence[float], wrong: Sequence[float]) -> float:
 
 
 def _threshold(good: Sequence[float], wrong: Sequence[float]) -> float:
-    unrelated = float(RobustLoss(RefinerSettings().loss_scale).value(torch.tensor(2.0)))  # # of orthogonal features
+    unrelated = float(RobustLoss(RefinerSettings().loss_scale).value(torch.tensor(2.0)))  # of orthogonal features
     if not good:
         return unrelated
     highest = float(np.quantile(good, 0.95))

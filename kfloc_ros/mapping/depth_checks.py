@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of the frames of a source: frames with wrong stamps, jumping poses or blur are counted and left out of a
-map.
-"""
+"""Frame checks of a map build: frames with wrong stamps, jumping poses or blur are counted and left out."""
 
 from __future__ import annotations
 

@@ -111,9 +111,7 @@ def _project(points: NDArray[np.float64], T_camera_map: Matrix, camera: Camera) 
 
 
 def quaternion_wxyz(R: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the unit quaternion (w, x, y, z), w >= 0, of a rotation: the eigenvector of Bar-Itzhack's matrix
-    (2000).
-    """
+    """Return the unit quaternion (w, x, y, z), w >= 0, of a rotation, by Bar-Itzhack's method (2000)."""
     (a, b, c), (d, e, f), (g, h, i) = R
     K = np.array(
         [

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mapping pass: one pass over a source that collects training cells, reference views and held-out views in bounded
-memory.
-"""
+"""Mapping pass over a source: collects training cells, reference views and held-out views in bounded memory."""
 
 from __future__ import annotations
 
@@ -77,7 +75,7 @@ class CellBuffer:
     """
 
     def __init__(self, capacity: int, rng: np.random.Generator) -> None:
-        # # untouched pages of an empty tensor use no memory, and nothing is copied at the end
+        # untouched pages of an empty tensor use no memory, and nothing is copied at the end
         self._inputs = torch.empty(capacity, INPUT_CHANNELS, dtype=torch.float16)
         self._coordinates = torch.empty(capacity, 3)
         self._rng, self._seen = rng, 0
@@ -92,7 +90,7 @@ class CellBuffer:
         places = numbers.copy()
         late = numbers >= capacity
         places[late] = self._rng.integers(0, numbers[late] + 1)
-        places, first = np.unique(places, return_index=True)  # # no index twice: inputs and coordinates must not mix
+        places, first = np.unique(places, return_index=True)  # no index twice: inputs and coordinates must not mix
         chosen = torch.from_numpy(first[places < capacity])
         rows = torch.from_numpy(places[places < capacity])
         self._inputs[rows] = cells.inputs[chosen]

@@ -130,8 +130,7 @@ def _by_run(views: Sequence[MeasuredView], roughness: RoughnessScale | None) -> 
 
 
 def scale_of_worse_runs(ratios: Sequence[torch.Tensor]) -> float:
-    """Return the factor on variances that puts 68 % of the errors, per axis, inside one sigma in the worse half of the
-    runs.
+    """Return the variance factor that puts 68 % of the errors, per axis, inside one sigma in the worse runs.
 
     A head's accuracy differs more between places than within one, and a query can be farther from the training data
     than any held-out view: the factor of all runs together would be too optimistic.
@@ -148,5 +147,5 @@ def squared_quantile(ratios: torch.Tensor, default: float) -> float:
     """Return the square of the 68 % quantile of |error| / sigma: the factor by which the variance is too small."""
     if len(ratios) < MIN_ERRORS:
         return default
-    step = max(1, len(ratios) // 1_000_000)  # # torch.quantile accepts at most 16 million values
+    step = max(1, len(ratios) // 1_000_000)  # torch.quantile accepts at most 16 million values
     return float(np.clip(float(torch.quantile(ratios[::step], ONE_SIGMA)) ** 2, 1e-3, 1e3))

@@ -91,9 +91,7 @@ def _join(older: ReferenceViews, newer: ReferenceViews, spacing_m: float, max_po
 
 
 def _calibration(a: Calibration, b: Calibration) -> Calibration:
-    """Return the calibration of both maps: of each uncertainty the larger. Variances of the heads are already
-    scaled.
-    """
+    """Return the calibration of both maps: the larger of each uncertainty. Head variances are already scaled."""
     learned = (a.learned_process_scale, b.learned_process_scale)
     return Calibration(
         measurement_variance_scale=1.0,

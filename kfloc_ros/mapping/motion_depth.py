@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Depth from motion: views with poses but without depth get depth images, so that a map is built from them as from
-RGB-D.
+"""Depth from motion: depth images for views with poses but without depth, so that they can be mapped like RGB-D.
 
 Depth is computed by :mod:`kfloc_ros.mapping.plane_sweep`. If the source has points of a reconstruction (see
 ``FrameSource.visible_points``), they set the search range and replace the plane sweep's depth at their pixels.
@@ -47,9 +46,7 @@ class MotionDepthSettings:
     min_score: float = 0.7
     min_margin: float = 0.03
     max_views: int = 250
-    """Limit on views. Of a longer source, every second (third, ...) view is used: neighbouring frames of a video are
-    redundant.
-    """
+    """Limit on views. Of a longer source, every second (third, ...) view is used: neighbouring frames are redundant."""
 
 
 class MotionDepth(DerivedSource):
@@ -178,9 +175,7 @@ def with_depth(
 
 
 def choose_neighbours(position: int, poses: dict[int, Matrix], usual_m: float) -> list[int]:
-    """Return views that show the same from other positions: suitable baseline, similar direction, not all from one
-    side.
-    """
+    """Return overlapping views from other positions: suitable baseline, similar direction, on several sides."""
     own = poses[position]
     ids = np.array([i for i in poses if i != position], dtype=np.int64)
     if not len(ids):
@@ -209,7 +204,7 @@ def spread_cells(cells: NDArray[np.float32], size: tuple[int, int]) -> NDArray[n
     """
     known = cells > 0
     inverse = np.where(known, 1 / np.maximum(cells, 1e-6), 0).astype(np.float32)
-    window = np.ones((2, 2), dtype=np.uint8)  # # a pixel between four cells needs all of them
+    window = np.ones((2, 2), dtype=np.uint8)  # a pixel between four cells needs all of them
     anchor = (0, 0)
     high = cv2.dilate(np.where(known, cells, np.inf).astype(np.float32), window, anchor=anchor)
     low = cv2.erode(np.where(known, cells, 0).astype(np.float32), window, anchor=anchor)

@@ -34,9 +34,7 @@ Points = NDArray[np.float64]
 
 
 def up_axis(scene_map: MapInfo) -> tuple[int, float]:
-    """Return the vertical axis of the map frame (0 to 2) and its sign, from the upward direction of the views'
-    images.
-    """
+    """Return the vertical axis of the map frame (0 to 2) and its sign, from the upward direction of the images."""
     upwards = -scene_map.references.T_map_camera[:, :3, 1].mean(axis=0)
     axis = int(np.abs(upwards).argmax())
     return axis, float(np.sign(upwards[axis]) or 1.0)

@@ -108,8 +108,7 @@ def submap_of(place: Place, source: FrameSource, *, same_frame: bool = False, de
 def crop_place(
     place: Place, low_m: Sequence[float], high_m: Sequence[float], out: Path, *, overwrite: bool = False
 ) -> Place:
-    """Return the part of a place inside a box in its frame; submaps outside are omitted. One submap is in memory at a
-    time.
+    """Return the part of a place inside a box in its frame; one submap is in memory at a time.
 
     Raises:
         MapError: the corners are in the wrong order, nothing is inside, or the place cannot be written.

@@ -142,7 +142,7 @@ def _describe(folder: Path, name: str, motions: Sequence[tuple[str, Matrix]]) ->
         })  # fmt: skip
     index = make_index(lambda number: load(number).references, len(motions))
     save_file(index.tensors(), folder / INDEX_FILE)
-    (folder / INDEX_FILE).chmod(0o644)  # # safetensors makes the file private
+    (folder / INDEX_FILE).chmod(0o644)  # safetensors makes the file private
     description = {
         "format": PLACE_FORMAT,
         "version": PLACE_VERSION,

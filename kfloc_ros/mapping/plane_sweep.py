@@ -129,9 +129,7 @@ def _match(own: torch.Tensor, rays: torch.Tensor, view: PlaneSweepView, other: P
 
 
 def _score(matches: Sequence[_Match], inverse: torch.Tensor, camera: Camera) -> torch.Tensor:
-    """Return the mean correlation (N, D) of cells at inverse depths (N, D) with the neighbours they are visible in, or
-    -1.
-    """
+    """Return the mean correlation (N, D) of cells at inverse depths (N, D) with the neighbours, -1 if not visible."""
     total, count = torch.zeros(inverse.shape), torch.zeros(inverse.shape)
     for match in matches:
         h, w = match.likeness.shape[-2:]
@@ -150,9 +148,7 @@ def _score(matches: Sequence[_Match], inverse: torch.Tensor, camera: Camera) -> 
 
 
 def _fill(inverse: torch.Tensor) -> torch.Tensor:
-    """Return the depth (h, w) of inverse depths on a chessboard; other cells get the mean of four consistent
-    neighbours.
-    """
+    """Return the depth (h, w) from a chessboard of inverse depths; other cells get the mean of four consistent ones."""
     padded = F.pad(inverse, (1, 1, 1, 1))
     around = torch.stack([padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]])
     agree = (around.amin(0) > 0) & (around.amax(0) < AGREE_RATIO * around.amin(0))

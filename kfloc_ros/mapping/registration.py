@@ -123,7 +123,7 @@ def _vote(fixed: Points, moving: Points, rng: np.random.Generator) -> Matrix | N
         a, b = fixed[triple], moving[triple]
         sides = [np.linalg.norm(p - np.roll(p, 1, axis=0), axis=1) for p in (a, b)]
         if np.abs(sides[0] - sides[1]).max() > 2 * INLIER_M or sides[0].min() < 2 * INLIER_M:
-            continue  # # not a rigid motion, or the triple is degenerate
+            continue  # not a rigid motion, or the triple is degenerate
         T = fit_rigid(a, b)
         count = int(_near(fixed, moving, T).sum())
         if count > best[0]:

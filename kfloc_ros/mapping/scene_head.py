@@ -84,7 +84,7 @@ def train_head(
     while (share := _share_done(step, time.monotonic() - start, settings)) < 1.0:
         _set_learning_rate(optimizer, settings.learning_rate, step, share)
         index = torch.randint(len(inputs), (settings.batch,), generator=generator).to(device)
-        with quick_matmul(device):  # # without bfloat16 instructions, bfloat16 is half as fast as float32
+        with quick_matmul(device):  # without bfloat16 instructions, bfloat16 is half as fast as float32
             predicted, log_scale = head(inputs[index].float())
         error = (predicted - coordinates[index]).norm(dim=1)
         loss = laplace_nll(error, log_scale).mean()
@@ -104,7 +104,7 @@ def train_head(
 def _share_done(step: int, elapsed_s: float, settings: HeadTraining) -> float:
     by_steps = step / settings.steps if settings.steps else 0.0
     if settings.min_steps_per_second:
-        # # A slow machine gets more time for the same steps, but at most MAX_STRETCH times the given time.
+        # A slow machine gets more time for the same steps, but at most MAX_STRETCH times the given time.
         elapsed_s = max(min(elapsed_s, step / settings.min_steps_per_second), elapsed_s / MAX_STRETCH)
     return max(by_steps, elapsed_s / settings.seconds)
 

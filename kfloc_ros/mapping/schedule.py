@@ -43,9 +43,7 @@ class HeldOut:
 
 
 def inner_half(held_out: Sequence[HeldOut]) -> list[bool]:
-    """Return for every view whether it is in the middle of its run, where trained views are far; in short runs all
-    are.
-    """
+    """Return True for views in the middle of their run, where trained views are far; in short runs for all."""
     runs = np.array([held.run for held in held_out])
     inner = []
     for k, run in enumerate(runs):

@@ -142,7 +142,7 @@ def _write_images(source: FrameSource, images: Path, on_progress: Callable[[str,
     for position in range(len(source)):
         names.append(f"{position:06d}.png")
         frame = source.read(position)
-        if frame is None:  # # COLMAP uses only the images that exist
+        if frame is None:  # COLMAP uses only the images that exist
             continue
         bgr = cv2.cvtColor(adapter(frame.image), cv2.COLOR_RGB2BGR)
         if not cv2.imwrite(str(images / names[-1]), bgr):
@@ -286,7 +286,7 @@ def _read(model: Any, names: Sequence[str]) -> tuple[dict[int, Matrix], dict[int
 def _upright(poses: dict[int, Matrix]) -> Matrix:
     """Return the rotation to a frame with z upwards, assuming that the images are upright on average."""
     up = -np.mean([T[:3, 1] for T in poses.values()], axis=0)
-    if np.linalg.norm(up) < 1e-3:  # # images in all directions: no upward direction
+    if np.linalg.norm(up) < 1e-3:  # images in all directions: no upward direction
         return np.eye(4)
     z = up / np.linalg.norm(up)
     ahead = np.mean([T[:3, 2] for T in poses.values()], axis=0)

@@ -27,9 +27,7 @@ AGREE_M, AGREE_DEG = 0.10, 3.0
 """Largest difference between two views' estimates of the recording's frame that agree."""
 MIN_AGREEING = 3
 SAME_FRAME_M, SAME_FRAME_DEG = 0.03, 1.0
-"""Largest distance at which a recording is considered to be in the map's frame already; the rest is estimation
-error.
-"""
+"""Largest distance from the map's frame at which a recording is considered to be in that frame already."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -66,9 +66,7 @@ def random_similarity(camera: Camera, rng: np.random.Generator) -> NDArray[np.fl
 
 
 def similarity(camera: Camera, angle_rad: float, zoom: float) -> NDArray[np.float64]:
-    """Return the map (2, 3) from pixels of an image that is rolled and zoomed about its centre to pixels of the
-    original.
-    """
+    """Return the map (2, 3) from pixels of an image rolled and zoomed about its centre to pixels of the original."""
     centre = np.array([camera.width, camera.height]) / 2
     A = zoom * np.array([[np.cos(angle_rad), -np.sin(angle_rad)], [np.sin(angle_rad), np.cos(angle_rad)]])
     return np.concatenate([A, (centre - A @ centre)[:, None]], axis=1)
@@ -197,8 +195,7 @@ class ReferenceCollector:
 def true_flow(
     now: View, before: View, placement: NDArray[np.float64] = IDENTITY, first_pixel: float = CELL_CENTRE
 ) -> tuple[NDArray[np.float32], Mask, Mask]:
-    """Return the backward flow (2, h, w) in cells, where it is known, and where the point is visible in both, both (h,
-    w).
+    """Return the backward flow (2, h, w) in cells, and masks (h, w): where it is known, and visible in both views.
 
     Args:
         now, before: two views of one camera.

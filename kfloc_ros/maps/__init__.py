@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a map is: the folder format, loading and saving, calibration values, places and their index."""
+"""Maps and places: folder format, loading and saving, calibration values, index of a place."""

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A map, or a place of several, as one file: a ZIP archive that holds the files of its folder and nothing else.
+"""Packed maps: a ZIP archive with exactly the files of a map's or a place's folder.
 
-Reading trusts nothing that the archive says: only the names of a map's files are accepted, or of those submaps that a
-place's description lists; sizes are counted while reading, and the result is checked before it appears.
+Archives are not trusted. Only the names of a map's files are accepted, or of the submaps listed in a place's
+description;
+sizes are counted while reading; and the result is verified before it appears.
 """
 
 from __future__ import annotations
@@ -31,26 +32,26 @@ from kfloc_ros.maps.scene_map import SceneMap
 
 ENDING = ".kfmap"
 LIMITS = {DESCRIPTION: MAX_DESCRIPTION_BYTES, HEAD_FILE: MAX_FILE_BYTES, REFERENCES_FILE: MAX_REFERENCES_BYTES}
-"""The files of a map."""
+"""Files of a map, with the size limit of each."""
 MAX_UNPACKED_BYTES = 8_000_000_000
 CHUNK_BYTES = 1 << 20
 
 
 def pack_map(folder: Path, archive: Path, *, overwrite: bool = False) -> Path:
-    """Write the folder of a map or of a place into one file; it appears whole or not at all.
+    """Pack the folder of a map or of a place into one file, atomically.
 
     Raises:
-        MapError: the folder is no whole map or place, it is too large, or the file exists or cannot be written.
+        MapError: the folder is not an intact map or place, it is too large, or the file exists or cannot be written.
     """
     limits = _check(folder)
     size = sum((folder / item).stat().st_size for item in limits)
     if size > MAX_UNPACKED_BYTES:
         raise MapError(
-            f"'{folder}' has {size / 1e9:.1f} GB, more than the {MAX_UNPACKED_BYTES / 1e9:.0f} GB that a packed file "
-            "may hold; copy the folder instead."
+            f"'{folder}' has {size / 1e9:.1f} GB, more than the limit of {MAX_UNPACKED_BYTES / 1e9:.0f} GB for a "
+            "packed file; copy the folder instead."
         )
     if archive.exists() and not overwrite:
-        raise MapError(f"'{archive}' exists; pass --force to replace it or name another file.")
+        raise MapError(f"'{archive}' exists; pass --force to replace it or give another file.")
     try:
         with appearing_file(archive) as stream, zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as packed:
             for item in limits:
@@ -61,18 +62,18 @@ def pack_map(folder: Path, archive: Path, *, overwrite: bool = False) -> Path:
 
 
 def unpack_map(archive: Path, folder: Path, *, max_bytes: int = MAX_UNPACKED_BYTES) -> AnyMap:
-    """Read a packed map or place into a new folder; it appears whole or not at all.
+    """Unpack a packed map or place into a new folder, atomically.
 
     Args:
-        archive: the packed map.
-        folder: to create.
-        max_bytes: the most that the unpacked files may take together.
+        archive: packed map.
+        folder: folder to create.
+        max_bytes: limit on the total size of the unpacked files.
 
     Raises:
-        MapError: the folder exists, or the file is missing, damaged, too large, or holds anything but a map.
+        MapError: the folder exists, or the file is missing, damaged, too large, or contains anything but a map.
     """
     if folder.exists() or folder.is_symlink():
-        raise MapError(f"'{folder}' exists; name another folder.")
+        raise MapError(f"'{folder}' exists; give another folder.")
     temporary: Path | None = None
     try:
         with appearing(folder.absolute()) as temporary, zipfile.ZipFile(archive) as packed:
@@ -83,7 +84,7 @@ def unpack_map(archive: Path, folder: Path, *, max_bytes: int = MAX_UNPACKED_BYT
             _check(temporary)
     except MapError as error:
         raise MapError(
-            f"'{archive}' does not hold a whole map: {error}".replace(str(temporary), str(folder))
+            f"'{archive}' does not contain an intact map: {error}".replace(str(temporary), str(folder))
         ) from error
     except (OSError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError) as error:
         raise MapError(f"'{archive}' cannot be unpacked: {error}.") from error
@@ -91,10 +92,10 @@ def unpack_map(archive: Path, folder: Path, *, max_bytes: int = MAX_UNPACKED_BYT
 
 
 def _check(folder: Path) -> dict[str, int]:
-    """Have a folder be a whole map or place; its files, by their names in it, and the most bytes of each.
+    """Verify a map or place; return its files by relative name, with the size limit of each.
 
     Raises:
-        MapError: it is not.
+        MapError: it is not intact.
     """
     limits = _limits(folder)
     if limits == LIMITS:
@@ -105,7 +106,7 @@ def _check(folder: Path) -> dict[str, int]:
 
 
 def _limits(folder: Path) -> dict[str, int]:
-    """What belongs to the map or place that a folder's description describes, the description first."""
+    """Return the files of the map or place described in a folder, the description first."""
     description = read_description(folder)
     if description["format"] != PLACE_FORMAT:
         return LIMITS
@@ -116,20 +117,20 @@ def _limits(folder: Path) -> dict[str, int]:
 
 
 def _with_networks(limits: Mapping[str, int], is_there: Callable[[str], bool]) -> dict[str, int]:
-    """The same with the networks that a map may hold besides its head, where they are there."""
+    """Return the same files with the networks that a map can contain in addition to its head, if they exist."""
     possible = [item.removesuffix(HEAD_FILE) + KFNET_FILE for item in limits if item.endswith(HEAD_FILE)]
     return {**limits, **{item: MAX_FILE_BYTES for item in possible if is_there(item)}}
 
 
 def _listed(packed: zipfile.ZipFile, folder: Path) -> dict[str, int]:
-    """What is to be unpacked, and the most bytes of each; leaves nothing in the folder.
+    """Return the files to unpack, with the size limit of each; leaves nothing in the folder.
 
     Raises:
-        MapError: the archive holds anything but a map or a place, or the files of either in another way.
+        MapError: the archive contains anything but the files of a map or a place, or in another layout.
     """
     names = sorted(item.filename for item in packed.infolist())
     if any(item.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for item in packed.infolist()):
-        raise MapError("its files are compressed in a way that packed maps are not.")
+        raise MapError("its files use a compression that packed maps do not.")
     limits = LIMITS
     if INDEX_FILE in names and names.count(DESCRIPTION) == 1:
         _extract(packed, DESCRIPTION, folder / DESCRIPTION, MAX_DESCRIPTION_BYTES)
@@ -138,17 +139,17 @@ def _listed(packed: zipfile.ZipFile, folder: Path) -> dict[str, int]:
     limits = _with_networks(limits, lambda item: item in names)
     if names != sorted(limits):
         shown = ", ".join(repr(name[:60]) for name in names if name not in limits)[:400] or f"{len(names)} files"
-        raise MapError(f"it must hold {', '.join(sorted(limits)[:5])} and nothing else, but holds {shown}.")
+        raise MapError(f"it must contain {', '.join(sorted(limits)[:5])} and nothing else, but contains {shown}.")
     return limits
 
 
 def _extract(packed: zipfile.ZipFile, name: str, path: Path, limit: int) -> int:
-    """Write one member as a plain file and return its size, counted and not believed."""
+    """Extract one member as a regular file and return its size, as counted."""
     written = 0
     with packed.open(name) as source, path.open("xb") as target:
         while chunk := source.read(CHUNK_BYTES):
             written += len(chunk)
             if written > limit:
-                raise MapError(f"{name} is larger than the {limit} bytes allowed.")
+                raise MapError(f"{name} is larger than the limit of {limit} bytes.")
             target.write(chunk)
     return written

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files of a map folder: what is checked is what is used, and nothing depends on the disk afterwards.
+"""Files of a map folder: reading, checking and writing. The data that are checked are the data that are used.
 
-A file is read once, and its checksum taken of what was read. Tensors that were mapped from the file instead would
-change with it, and a process that reads behind the end of a file that was cut off is killed.
+A file is read once, and its checksum computed from the data read. Memory-mapped tensors would change with the file, and
+a process that reads beyond the end of a truncated file is killed.
 """
 
 from __future__ import annotations
@@ -34,25 +34,25 @@ T = TypeVar("T")
 
 MAX_FILE_BYTES = 1_000_000_000
 MAX_POINTS = 500_000
-"""Reference points of a map: 51 MB on disk, and about four times as much in memory."""
+"""Limit on reference points of a map: 51 MB on disk, and about four times as much in memory."""
 MAX_REFERENCES_BYTES = 100_000_000
 REPLACED_S, RETRY_S = 2.0, 0.02
-"""How long, and how often, a map that is replaced while it is read is read again."""
+"""Total time and interval of retries if a map is replaced while it is read, in seconds."""
 _EXCHANGE = 2
-"""Linux: ``renameat2`` exchanges two folders at once."""
+"""Flag of Linux's ``renameat2`` that exchanges two folders atomically."""
 
 
 def file_checksum(data: bytes) -> dict[str, Any]:
-    """What ``map.yaml`` lists of a file."""
+    """Return the entry of a file in ``map.yaml``."""
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def read_file(folder: Path, name: str, description: Mapping[str, Any], max_bytes: int = MAX_FILE_BYTES) -> bytes:
-    """One file of a map, as listed in its description.
+    """Return the data of one file of a map, as listed in its description.
 
     Raises:
-        MapError: it is not listed, missing, a link, too large, or not what is listed.
-        OSError: it cannot be read.
+        MapError: the file is not listed, missing, a link, too large, or differs from its entry.
+        OSError: the file cannot be read.
     """
     path, listed = folder / name, description.get("files")
     expected = listed.get(name) if isinstance(listed, dict) else None
@@ -61,12 +61,14 @@ def read_file(folder: Path, name: str, description: Mapping[str, Any], max_bytes
     if not path.is_file():
         raise MapError(f"The map '{folder}' is incomplete: {name} is missing. Build it again.")
     if path.is_symlink():
-        raise MapError(f"'{path}' is a link to another file; a map holds its files itself. Copy it there.")
+        raise MapError(f"'{path}' is a link to another file; a map must contain its files. Copy the file there.")
     size = path.stat().st_size
     if size > max_bytes:
-        raise MapError(f"The map '{folder}' is damaged: {name} has {size} bytes, more than the {max_bytes} allowed.")
+        raise MapError(f"The map '{folder}' is damaged: {name} has {size} bytes, more than the limit of {max_bytes}.")
     if size != expected.get("bytes"):
-        raise MapError(f"The map '{folder}' is damaged: {name} has {size} bytes, not those listed. Build it again.")
+        raise MapError(
+            f"The map '{folder}' is damaged: {name} has {size} bytes, not the listed number. Build it again."
+        )
     data = read_bytes(path, max_bytes)
     if file_checksum(data) != expected:
         raise MapError(f"The map '{folder}' is damaged: {name} does not match its checksum. Build it again.")
@@ -74,29 +76,29 @@ def read_file(folder: Path, name: str, description: Mapping[str, Any], max_bytes
 
 
 def read_tensors(data: bytes) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file.
+    """Return the tensors of a safetensors file.
 
     Raises:
-        ValueError: a value is not finite; and whatever a damaged file makes the reader raise.
+        ValueError: a value is not finite; a damaged file can raise other exceptions, see ``DAMAGE``.
     """
     check_tensor_list(data[:8])
     tensors: dict[str, torch.Tensor] = load(data)
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise ValueError(f"{name} holds values that are not finite")
+            raise ValueError(f"{name} has values that are not finite")
     return tensors
 
 
 @contextmanager
 def appearing(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary folder beside ``folder``, which takes its place when the block ends well, and is gone otherwise.
+    """Yield a temporary folder beside ``folder``, which replaces it if the block succeeds, and is removed otherwise.
 
     Args:
-        folder: absolute path; its parents are made.
-        overwrite: replace what is there; it is moved aside first, and brought back if that fails.
+        folder: absolute path; its parents are created.
+        overwrite: replace an existing folder; it is moved aside first, and restored on failure.
 
     Raises:
-        OSError: it cannot be made, or put into place.
+        OSError: the folder cannot be created or replaced.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
@@ -112,7 +114,7 @@ def appearing(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 
 def _swap_in(temporary: Path, folder: Path) -> None:
-    """Put a folder in the place of another; at once where the file system can, else with a moment without either."""
+    """Replace a folder by another: atomically if the file system can, else with a moment without either."""
     if _exchanged(temporary, folder):
         return
     old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
@@ -127,7 +129,7 @@ def _swap_in(temporary: Path, folder: Path) -> None:
 
 
 def _exchanged(a: Path, b: Path) -> bool:
-    """Whether two folders were exchanged at once; if not, both are as they were."""
+    """Return True if two folders were exchanged atomically; if not, both are unchanged."""
     rename = getattr(ctypes.CDLL(None), "renameat2", None)
     if rename is None:
         return False
@@ -136,10 +138,10 @@ def _exchanged(a: Path, b: Path) -> bool:
 
 
 def read_whole(folder: Path, read: Callable[[Path], T]) -> T:
-    """Return what ``read`` makes of a map folder; if that was replaced meanwhile, it is read again.
+    """Return the result of ``read`` for a map folder; if the folder was replaced meanwhile, read it again.
 
     Raises:
-        MapError: what ``read`` raises of a folder that stayed as it was.
+        MapError: ``read`` failed on a folder that was not replaced.
     """
     until = time.monotonic() + REPLACED_S
     while True:
@@ -154,20 +156,20 @@ def read_whole(folder: Path, read: Callable[[Path], T]) -> T:
 
 
 def _identity(folder: Path) -> tuple[int, ...] | None:
-    """What tells a folder from another in its place; None if there is none."""
+    """Return an identifier of a folder, which differs if another folder takes its path; None if there is none."""
     try:
-        found = folder.stat()
+        status = folder.stat()
     except OSError:
         return None
-    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns
+    return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_ctime_ns
 
 
 @contextmanager
 def appearing_file(path: Path) -> Iterator[BinaryIO]:
-    """A new file beside ``path``, which takes its place when the block ends well, and is gone otherwise.
+    """Yield a new file beside ``path``, which replaces it if the block succeeds, and is removed otherwise.
 
     Raises:
-        OSError: it cannot be written, or put into place.
+        OSError: the file cannot be written or replaced.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -183,18 +185,18 @@ def appearing_file(path: Path) -> Iterator[BinaryIO]:
 
 MAX_HEAD_WIDTH, MAX_HEAD_BLOCKS = 2048, 32
 FEATURE_STEPS = 127
-"""Unit features are stored in one signed byte a channel; the rounding is far below the features' own noise."""
+"""Unit features are stored in one signed byte per channel; the rounding is far below the features' own noise."""
 STORED_TYPES = {"points": torch.float32, "coarse": torch.int8, "fine": torch.int8, "confidence": torch.float16}
 
 
 def head_size(heads: Sequence[SCoordNet]) -> dict[str, int]:
-    """What ``map.yaml`` says of the heads, all of which have one size."""
+    """Return the entry of the heads in ``map.yaml``; all heads have one size."""
     count = {"count": len(heads)} if len(heads) > 1 else {}
     return {"width": heads[0].width, "blocks": heads[0].blocks, **count}
 
 
 def pack_heads(heads: Sequence[SCoordNet]) -> dict[str, torch.Tensor]:
-    """Half precision but for what the inputs are normalised with, and where the outputs are relative to."""
+    """Return the stored tensors of heads: half precision, except for the input normalization and the output offset."""
     tensors = {}
     for number, head in enumerate(heads):
         for key, value in head.state_dict().items():
@@ -204,11 +206,11 @@ def pack_heads(heads: Sequence[SCoordNet]) -> dict[str, torch.Tensor]:
 
 
 def unpack_heads(tensors: Mapping[str, torch.Tensor], size: Mapping[str, Any]) -> Head:
-    """The heads of a size; it and their number are refused before memory is taken for them.
+    """Return the heads of a size; an invalid size or number is refused before memory is allocated.
 
     Raises:
-        ValueError: the size is no map's.
-        RuntimeError: the tensors are not those of such heads.
+        ValueError: the size is not valid for a map.
+        RuntimeError: the tensors do not match the size.
     """
     width, blocks, count = int(size["width"]), int(size["blocks"]), int(size.get("count", 1))
     if not (1 <= width <= MAX_HEAD_WIDTH and 0 <= blocks <= MAX_HEAD_BLOCKS and 1 <= count <= MAX_HEADS):
@@ -216,7 +218,7 @@ def unpack_heads(tensors: Mapping[str, torch.Tensor], size: Mapping[str, Any]) -
     with torch.device("meta"):
         shapes = {key: value.shape for key, value in _heads(width, blocks, count).state_dict().items()}
     if shapes != {key: value.shape for key, value in tensors.items()}:
-        raise ValueError(f"its tensors are not those of {count} heads with {blocks} blocks of {width}")
+        raise ValueError(f"its tensors do not match {count} heads with {blocks} blocks of {width}")
     head = _heads(width, blocks, count)
     head.load_state_dict({key: value.float() for key, value in tensors.items()})
     return head
@@ -227,7 +229,7 @@ def _heads(width: int, blocks: int, count: int) -> Head:
 
 
 def pack_references(references: ReferenceViews) -> dict[str, torch.Tensor]:
-    """The views' tensors, one after the other, as stored."""
+    """Return the views' stored tensors, concatenated."""
     everything = ReferencePoints.concatenate(references.views)
     counts = [len(view) for view in references.views]
     return {
@@ -242,24 +244,24 @@ def pack_references(references: ReferenceViews) -> dict[str, torch.Tensor]:
 
 
 def _quantize(unit_features: torch.Tensor) -> torch.Tensor:
-    """(N, C) int8 of unit vectors (N, C); their length is restored on reading."""
+    """Return unit vectors (N, C) as int8 (N, C); their length is restored on reading."""
     return (unit_features * FEATURE_STEPS).round().to(torch.int8).contiguous()
 
 
 def unpack_references(tensors: Mapping[str, torch.Tensor]) -> ReferenceViews:
-    """The views.
+    """Return the views in stored tensors.
 
     Raises:
-        ValueError: the tensors do not fit each other, or hold what no view can.
-        KeyError: one is missing.
+        ValueError: the tensors do not match each other, or have invalid values.
+        KeyError: a tensor is missing.
     """
     if tensors["counts"].ndim != 1 or tensors["ids"].shape != tensors["counts"].shape or not len(tensors["counts"]):
         raise ValueError("the reference views are not listed")
     if int(tensors["counts"].min()) < 0 or int(tensors["counts"].max()) > MAX_POINTS:
-        raise ValueError("a reference view has a number of points that none can have")
+        raise ValueError("a reference view has an invalid number of points")
     total = int(tensors["counts"].sum())
     if total > MAX_POINTS:
-        raise ValueError(f"it has {total} reference points, more than the {MAX_POINTS} allowed")
+        raise ValueError(f"it has {total} reference points, more than the limit of {MAX_POINTS}")
     shapes = {"points": (3,), "coarse": (COARSE_CHANNELS,), "fine": (FINE_CHANNELS,), "confidence": ()}
     for name, channels in shapes.items():
         if tuple(tensors[name].shape) != (total, *channels):
@@ -276,9 +278,9 @@ def unpack_references(tensors: Mapping[str, torch.Tensor]) -> ReferenceViews:
     )
     poses = tensors["T_map_camera"].double().numpy()
     if poses.shape != (len(views), 4, 4):
-        raise ValueError("the reference poses do not fit the reference views")
+        raise ValueError("the reference poses do not match the reference views")
     R = poses[:, :3, :3]
     turned = R @ R.transpose(0, 2, 1) - np.eye(3)
     if not (np.abs(turned).max() < 1e-2 and (np.linalg.det(R) > 0).all() and (poses[:, 3] == [0, 0, 0, 1]).all()):
-        raise ValueError("the reference poses are no rigid poses")
+        raise ValueError("the reference poses are not rigid poses")
     return ReferenceViews(tuple(int(i) for i in tensors["ids"].tolist()), poses, views)

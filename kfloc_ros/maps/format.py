@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``map.yaml`` may say, of a map or of a place of several, and how it is read and written. Nothing is executed.
+"""Format of ``map.yaml``, the description of a map or a place: reading, checks and writing. Nothing is executed.
 
 ``docs/reference/map-format.md`` and ``docs/places.md`` are the specification.
 """
@@ -21,31 +21,34 @@ from kfloc_ros.geometry.camera import Camera
 
 FORMAT = "kfloc_map"
 FORMAT_VERSION = 4
-"""Versions 1 to 3 were never released, and are refused."""
+"""Versions 1 to 3 were never released and are refused."""
 PLACE_FORMAT = "kfloc_place"
 PLACE_VERSION = 1
 VERSIONS = {FORMAT: FORMAT_VERSION, PLACE_FORMAT: PLACE_VERSION}
-"""What a ``map.yaml`` may describe, a map or a place of several (``place.py``), and the version that is read."""
+"""Formats of a ``map.yaml`` (map, or place, see ``place.py``), with the version that can be read."""
 MAX_VERSION = 1_000_000
 DESCRIPTION = "map.yaml"
 HEAD_FILE = "scoordnet.safetensors"
 REFERENCES_FILE = "references.safetensors"
 KFNET_FILE = "kfnet.safetensors"
-"""Only in maps of the reference family."""
+"""File of KFNet's networks, only in maps of the reference family."""
 FAST, REFERENCE = "fast", "reference"
-"""The families: whose networks find the coarse pose."""
+"""Families of a map, by the networks that compute the coarse pose."""
 INDEX_FILE = "index.safetensors"
 SUBMAPS = "submaps"
-"""The folder in a place that holds its submaps, each under its name."""
+"""Folder in a place that contains its submaps, each under its name."""
 MAX_DESCRIPTION_BYTES = 1_000_000
 MAX_DESCRIPTION_DEPTH = 16
 MAX_DESCRIPTION_EVENTS = 250_000
 MAX_SCALAR_CHARACTERS = 10_000
 MAX_CAMERA_SIDE_PX = 4096
 MAX_CAMERA_PIXELS = 2_100_000
-"""An image of more takes the networks more than a gigabyte; maps that are built have at most 640 pixels a side."""
+"""Limit on the pixels of a map's camera: a larger image takes the networks more than a gigabyte. Maps are built with at
+most
+640 pixels a side.
+"""
 SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-"""The same as ``SafeLoader``, ten times as fast, where PyYAML was built with it."""
+"""Same as ``SafeLoader``, but ten times as fast, if PyYAML was built with it."""
 
 DAMAGE = (
     ArithmeticError,
@@ -57,11 +60,11 @@ DAMAGE = (
     RuntimeError,
     SafetensorError,
 )
-"""What reading a damaged map raises, file contents being whatever they are."""
+"""Exceptions that reading a damaged map can raise, whatever the file contents."""
 
 
 def write_description(folder: Path, description: Mapping[str, Any]) -> None:
-    """Write ``map.yaml`` and have it on the disk.
+    """Write ``map.yaml`` and flush it to disk.
 
     Raises:
         OSError: it cannot be written.
@@ -73,14 +76,14 @@ def write_description(folder: Path, description: Mapping[str, Any]) -> None:
 
 
 def read_description(folder: Path, *formats: str) -> dict[str, Any]:
-    """The checked content of ``map.yaml``.
+    """Return the checked content of ``map.yaml``.
 
     Args:
-        folder: of the map.
-        formats: those of :data:`VERSIONS` that will do; by default all.
+        folder: folder of the map.
+        formats: accepted formats of :data:`VERSIONS`; by default all.
 
     Raises:
-        MapError: no such folder, not a map, unreadable, or of another format version.
+        MapError: the folder does not exist, is not a map, cannot be read, or has another format version.
     """
     path = folder / DESCRIPTION
     try:
@@ -90,7 +93,7 @@ def read_description(folder: Path, *formats: str) -> dict[str, Any]:
         if not path.is_file():
             raise MapError(f"'{folder}' is not a map: it has no {DESCRIPTION}.")
         if path.is_symlink():
-            raise MapError(f"'{path}' is a link to another file; a map holds its files itself. Copy it there.")
+            raise MapError(f"'{path}' is a link to another file; a map must contain its files. Copy the file there.")
         if path.stat().st_size > MAX_DESCRIPTION_BYTES:
             raise MapError(f"'{path}' is larger than any map description; it is damaged.")
         text = read_text(path, MAX_DESCRIPTION_BYTES)
@@ -106,10 +109,10 @@ def read_description(folder: Path, *formats: str) -> dict[str, Any]:
     if formats and known not in formats:
         if known == PLACE_FORMAT:
             raise MapError(
-                f"'{folder}' is a place of several maps, and one map is needed: name one of its submaps, the "
+                f"'{folder}' is a place of several maps, but one map is required: give one of its submaps, the "
                 f"folders in '{folder / SUBMAPS}'. `kfloc map info {folder}` lists them."
             )
-        raise MapError(f"'{folder}' is a single map, and a place of several is needed: see `kfloc map place --help`.")
+        raise MapError(f"'{folder}' is a single map, but a place is required: see `kfloc map place --help`.")
     version = description.get("version")
     if type(version) is not int or not 1 <= version < MAX_VERSION:
         raise MapError(f"'{path}' has no valid format version.")
@@ -125,33 +128,33 @@ def read_description(folder: Path, *formats: str) -> dict[str, Any]:
 
 
 def _check_structure(path: Path, text: str) -> None:
-    """Refuse what makes a YAML reader take for ever: aliases, which multiply, nesting without end, and sheer number."""
+    """Refuse YAML that would take too long to read: aliases, deep nesting, and too many entries."""
     depth = 0
     for count, event in enumerate(yaml.parse(text, Loader=SafeLoader)):
         if count > MAX_DESCRIPTION_EVENTS or (
             isinstance(event, yaml.ScalarEvent) and len(event.value) > MAX_SCALAR_CHARACTERS
         ):
-            raise MapError(f"'{path}' holds more entries, or a longer one, than any map description.")
+            raise MapError(f"'{path}' has more entries, or a longer one, than any map description.")
         if isinstance(event, yaml.AliasEvent):
-            raise MapError(f"'{path}' refers to itself with YAML aliases, which no map description does.")
+            raise MapError(f"'{path}' has YAML aliases, which map descriptions do not use.")
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > MAX_DESCRIPTION_DEPTH:
             raise MapError(f"'{path}' is nested deeper than any map description.")
 
 
 def read_name(name: object) -> str:
-    """A name in a description, or ValueError."""
+    """Return a name in a description; raise ValueError if it is not a name."""
     if not isinstance(name, str) or not name:
-        raise ValueError(f"{name!r} is no name")
+        raise ValueError(f"{name!r} is not a name")
     return name
 
 
 def read_camera(values: Mapping[str, Any]) -> Camera:
-    """The camera in a description, refused before memory is taken for its images.
+    """Return the camera in a description; an invalid one is refused before memory is allocated for its images.
 
     Raises:
-        ValueError: it is not one that a map can have.
-        FrameError: its numbers are no camera's.
+        ValueError: the camera is not valid for a map.
+        FrameError: the values are not those of a camera.
     """
     camera = Camera(**{**values, "distortion": tuple(values.get("distortion", ()))})
     for side in (camera.width, camera.height):
@@ -165,7 +168,7 @@ def read_camera(values: Mapping[str, Any]) -> Camera:
 
 
 def maps_search_path() -> list[Path]:
-    """Folders in which a map is looked up by name."""
+    """Return the folders in which a map is looked up by name."""
     folders = [Path(p) for p in os.environ.get("KFLOC_MAPS", "").split(os.pathsep) if p]
     folders.append(Path.home() / ".ros" / "kfloc_maps")
     for prefix in os.environ.get("AMENT_PREFIX_PATH", "").split(os.pathsep):
@@ -176,22 +179,22 @@ def maps_search_path() -> list[Path]:
 
 
 def resolve_map(name_or_path: str) -> Path:
-    """Folder of a map given by path or by name.
+    """Return the folder of a map given by path or by name.
 
     Raises:
-        MapError: nothing found; the message lists where it was looked for.
+        MapError: there is no such map; the message lists the folders searched.
     """
     if not name_or_path:
-        raise MapError("No map was named; give a map folder or the name of one, such as map:=kitchen.")
+        raise MapError("No map is given; give a map folder or the name of a map, such as map:=kitchen.")
     try:
         path = Path(name_or_path).expanduser()
         if path.is_dir() or path.is_absolute() or len(path.parts) > 1:
             return path
-    except (OSError, RuntimeError, ValueError) as error:  # too long, no such user, a zero byte
+    except (OSError, RuntimeError, ValueError) as error:  # too long, no such user, a null byte
         raise MapError(f"There is no map '{name_or_path[:200]}': {error}.") from error
     searched = maps_search_path()
     for folder in searched:
         if (folder / name_or_path / DESCRIPTION).is_file():
             return folder / name_or_path
     places = ", ".join(f"'{folder}'" for folder in [Path.cwd(), *searched])
-    raise MapError(f"There is no map '{name_or_path}' in {places}. Name a folder, or set KFLOC_MAPS.")
+    raise MapError(f"There is no map '{name_or_path}' in {places}. Give a folder, or set KFLOC_MAPS.")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A place: several maps in one frame, an index that tells them apart, and a description. Nothing in it is executed.
+"""Place: several maps (submaps) in one frame, with an index of their views. Nothing in it is executed.
 
-Read like a map folder: ``map.yaml`` says what it is, by its ``format``. The submaps are whole map folders inside.
+A place is read like a map folder: the ``format`` in its ``map.yaml`` identifies it. The submaps are map folders inside.
 """
 
 from __future__ import annotations
@@ -42,24 +42,24 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 @dataclass(frozen=True, eq=False)
 class Submap:
-    """What a place says of one of its submaps."""
+    """Entry of a submap in a place's description."""
 
     name: str
     T_place_submap: Matrix
     bounds_m: Box
     """Smallest and largest corner of the box around its points, in the place's frame."""
     description: Mapping[str, Any]
-    """Bytes and checksum of its ``map.yaml``: another map put in its place is noticed."""
+    """Size and checksum of its ``map.yaml``, which detect that the submap was replaced by another map."""
 
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """Several submaps in one frame; they are loaded when asked for."""
+    """Several submaps in one frame, loaded on demand."""
 
     name: str
     frame_id: str
     camera: Camera
-    """The pinhole camera of all submaps."""
+    """Pinhole camera of all submaps."""
     submaps: tuple[Submap, ...]
     index: PlaceIndex
     provenance: Mapping[str, Any]
@@ -67,14 +67,14 @@ class Place:
 
     @cached_property
     def bounds_m(self) -> Box:
-        """Box around those of the submaps."""
+        """Box around all submaps."""
         low = np.min([s.bounds_m[0] for s in self.submaps], axis=0).tolist()
         high = np.max([s.bounds_m[1] for s in self.submaps], axis=0).tolist()
         return (low[0], low[1], low[2]), (high[0], high[1], high[2])
 
     @cached_property
     def references(self) -> ReferenceViews:
-        """All views with a few points each, without features: what the place looks like from afar."""
+        """All views with a few points each, without features, for display."""
         points, poses = self.index.points, self.index.T_place_camera
         nothing = torch.zeros(1, max(COARSE_CHANNELS, FINE_CHANNELS)).expand(points.shape[1], -1)
         coarse, fine = nothing[:, :COARSE_CHANNELS], nothing[:, :FINE_CHANNELS]
@@ -82,44 +82,46 @@ class Place:
         return ReferenceViews(tuple(range(len(points))), poses, views)
 
     def folder(self, submap: int) -> Path:
-        """Where a submap lies.
+        """Return the folder of a submap.
 
         Raises:
-            MapError: there is a link, and not the submap itself.
+            MapError: the folder is a link.
         """
         folder = self.path / SUBMAPS / self.submaps[submap].name
         for path in (folder.parent, folder):
             if path.is_symlink():
-                raise MapError(f"'{path}' is a link; a place holds its submaps itself. Copy them there.")
+                raise MapError(f"'{path}' is a link; a place must contain its submaps. Copy them there.")
         return folder
 
     def number_of(self, name: str) -> int:
-        """The number of the submap with a name.
+        """Return the number of the submap with a name.
 
         Raises:
-            MapError: there is none.
+            MapError: there is no such submap.
         """
         names = [submap.name for submap in self.submaps]
         if name not in names:
-            raise MapError(f"The place '{self.path}' has no submap '{name}'; it has: {listed(names)}.")
+            raise MapError(f"The place '{self.path}' has no submap '{name}'; its submaps are: {listed(names)}.")
         return names.index(name)
 
     def check_description(self, submap: int, folder: Path) -> None:
-        """Have the map in a folder be the one that the place was made of.
+        """Check that the map in a folder is the one that the place was made from.
 
         Raises:
-            MapError: it is another.
+            MapError: it is another map.
             OSError: its description cannot be read.
         """
         if file_checksum(description_bytes(folder)) != self.submaps[submap].description:
             name = self.submaps[submap].name
-            raise MapError(f"The submap '{name}' of '{self.path}' is not the one that the place was made of. {_AGAIN}")
+            raise MapError(
+                f"The submap '{name}' of '{self.path}' is not the map that the place was made from. {_AGAIN}"
+            )
 
     def load_submap(self, submap: int) -> SceneMap:
-        """A submap in the place's frame, by its number.
+        """Return a submap in the place's frame, by its number.
 
         Raises:
-            MapError: it is missing, damaged, or not the one that the place was made of.
+            MapError: it is missing, damaged, or not the map that the place was made from.
         """
         folder = self.folder(submap)
         try:
@@ -128,15 +130,15 @@ class Place:
         except OSError as error:
             raise MapError(f"The submap '{folder}' cannot be read: {error}.") from error
         if scene_map.camera != self.camera or len(scene_map.references.ids) != self.index.view_count(submap):
-            raise MapError(f"The submap '{folder}' does not fit the place's index. {_AGAIN}")
+            raise MapError(f"The submap '{folder}' does not match the place's index. {_AGAIN}")
         return scene_map
 
     @classmethod
     def load(cls, folder: Path | str) -> Place:
-        """Read a place's description and index, and none of its submaps; of a place that is replaced, either.
+        """Read a place's description and index, not its submaps; a place replaced meanwhile is read again.
 
         Raises:
-            MapError: missing, damaged, or of another format version; the message says which and what to do.
+            MapError: missing, damaged, or of another format version; the message names the fault and the remedy.
         """
         return read_whole(Path(folder), cls._read)
 
@@ -161,7 +163,7 @@ class Place:
             raise MapError(f"The place '{folder}' cannot be read: {error}.") from error
 
     def size_bytes(self) -> int:
-        """Size of the folder on disk, submaps included."""
+        """Return the size of the folder on disk, including submaps, in bytes."""
         return sum(path.stat().st_size for path in self.path.rglob("*") if path.is_file() and not path.is_symlink())
 
 
@@ -170,13 +172,13 @@ _AGAIN = "Make the place again with `kfloc map place`."
 
 
 def verify_place(folder: Path) -> list[str]:
-    """Everything wrong with a place and its submaps, one sentence each; empty if it is whole."""
+    """Return the faults of a place and its submaps, one sentence each; empty if it is intact."""
     try:
         place = Place.load(folder)
     except MapError as error:
         return [str(error)]
     problems = []
-    for submap, said in enumerate(place.submaps):
+    for submap, entry in enumerate(place.submaps):
         try:
             poses = place.load_submap(submap).references.T_map_camera
         except MapError as error:
@@ -184,12 +186,12 @@ def verify_place(folder: Path) -> list[str]:
             continue
         indexed = place.index.T_place_camera[place.index.submap == submap]
         if not np.allclose(indexed, poses, atol=1e-6):
-            problems.append(f"The place's index has other poses of views than the submap '{said.name}'. {_AGAIN}")
+            problems.append(f"The place's index has other poses of views than the submap '{entry.name}'. {_AGAIN}")
     return problems
 
 
 def is_place(folder: Path) -> bool:
-    """Whether a folder says that it is a place, and not a map; what is neither is left to whoever reads it."""
+    """Return True if a folder's description is that of a place; other faults are left to the reader."""
     try:
         return bool(read_description(folder)["format"] == PLACE_FORMAT)
     except MapError:
@@ -197,7 +199,7 @@ def is_place(folder: Path) -> bool:
 
 
 def load_map(folder: Path) -> AnyMap:
-    """A map, or a place of several.
+    """Load a map or a place.
 
     Raises:
         MapError: it is neither, or damaged.
@@ -206,7 +208,7 @@ def load_map(folder: Path) -> AnyMap:
 
 
 def each_map(known: AnyMap) -> Iterator[tuple[str, SceneMap]]:
-    """A map, without a name, or one submap after the other, with its name, in the place's frame.
+    """Yield a map, without a name, or a place's submaps one by one, with their names, in the place's frame.
 
     Raises:
         MapError: a submap cannot be read.
@@ -218,24 +220,24 @@ def each_map(known: AnyMap) -> Iterator[tuple[str, SceneMap]]:
 
 
 def single_map(known: AnyMap) -> SceneMap:
-    """A map for those who can do with one only.
+    """Return the map itself, for callers that accept only a single map.
 
     Raises:
-        MapError: it is a place of several.
+        MapError: it is a place.
     """
     if isinstance(known, Place):
         raise MapError(
-            f"'{known.name}' is a place of several maps, which the node `localizer` takes; filter_node and "
-            "refiner_node take a single map."
+            f"'{known.name}' is a place of several maps, which only the node `localizer` accepts; filter_node and "
+            "refiner_node need a single map."
         )
     return known
 
 
 def submaps_of(folder: Path, description: Mapping[str, Any]) -> tuple[Submap, ...]:
-    """What a place's description says of its submaps.
+    """Return the submaps in a place's description.
 
     Raises:
-        MapError: nothing that can be true.
+        MapError: an entry is invalid.
     """
     try:
         return _read_submaps(description["submaps"])
@@ -244,27 +246,27 @@ def submaps_of(folder: Path, description: Mapping[str, Any]) -> tuple[Submap, ..
 
 
 def _read_submaps(listed: object) -> tuple[Submap, ...]:
-    """Raises ValueError, KeyError or TypeError for what is no list of submaps."""
+    """Return the submaps in a list of entries. Raises ValueError, KeyError or TypeError if it is invalid."""
     if not isinstance(listed, list) or not 1 <= len(listed) <= MAX_SUBMAPS:
         raise ValueError("it lists no submaps")
     submaps = []
     for item in listed:
         name, T = item["name"], np.array(item["T_place_submap"], dtype=np.float64)
         if not isinstance(name, str) or not is_submap_name(name):
-            raise ValueError(f"{name!r} is no name of a submap")
+            raise ValueError(f"{name!r} is not a valid name of a submap")
         if T.shape != (4, 4) or not are_rigid(T[None]):
-            raise ValueError(f"the submap '{name}' is placed by no rigid motion")
+            raise ValueError(f"the pose of the submap '{name}' is not a rigid motion")
         low, high = (tuple(float(v) for v in corner) for corner in item["bounds_m"])
         if len(low) != 3 or len(high) != 3 or not np.isfinite([low, high]).all():
-            raise ValueError(f"the bounds of the submap '{name}' are no box")
+            raise ValueError(f"the bounds of the submap '{name}' are not a box")
         submaps.append(Submap(name, T, (low, high), dict(item["description"])))
     if len({submap.name.lower() for submap in submaps}) < len(submaps):
-        raise ValueError("two submaps have one name")
+        raise ValueError("two submaps have the same name")
     return tuple(submaps)
 
 
 def listed(names: Sequence[str], most: int = 8) -> str:
-    """Names for a sentence, some of them if there are many."""
+    """Return names for a sentence; of many, only some."""
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + rest
 
@@ -275,16 +277,16 @@ def description_bytes(folder: Path) -> bytes:
 
 
 def is_submap_name(name: str) -> bool:
-    """Whether a submap can be called so; names are those of folders, and can name nothing outside."""
+    """Return True if the name is valid for a submap; names are those of folders, and cannot point outside."""
     return _NAME.fullmatch(name) is not None
 
 
 class MapInfo(Protocol):
-    """Where something is and what it looks like from afar."""
+    """Properties that maps and places share."""
 
     @property
     def name(self) -> str:
-        """For people."""
+        """Name for display."""
         ...
 
     @property
@@ -294,7 +296,7 @@ class MapInfo(Protocol):
 
     @property
     def camera(self) -> Camera:
-        """The pinhole camera that images are brought to."""
+        """Pinhole camera to which images are adapted."""
         ...
 
     @property
@@ -304,5 +306,5 @@ class MapInfo(Protocol):
 
     @property
     def path(self) -> Path | None:
-        """Its folder, if it has one."""
+        """Folder, or None if it was never saved."""
         ...

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which submaps of a place does an image show, and which lie around a pose? Told without loading any of them.
+"""Index of a place: ranks the submaps by similarity to an image and by distance to a pose, without loading them.
 
-Every reference view of every submap has a descriptor (see ``retrieval.py``) in one vocabulary, shortened to its
-principal axes, the signs of its best points' features, and its pose. A view takes 1.6 kB, a twentieth of what its
-points take. The descriptors say which submaps look like the image; among them, the image's own features vote for those
-that show what the others do not. Where rooms are alike the latter decides: a poster is a small part of a view.
+Each reference view of every submap has a descriptor (see ``retrieval.py``) in a common vocabulary, reduced to its
+principal axes, the signs of its best points' features, and its pose. A view takes 1.6 kB, a twentieth of its points'
+size. Descriptors select the submaps that look like the image. Among these, the image's own features vote for submaps
+that match where the others do not. If rooms look alike, the vote decides: a poster is a small part of a view.
 """
 
 from __future__ import annotations
@@ -30,31 +30,31 @@ from kfloc_ros.relocalization.retrieval import (
 )
 
 AXES = 256
-"""Principal axes kept of a descriptor's 4096 numbers."""
+"""Number of principal axes of a descriptor (of 4096 dimensions)."""
 _POWER_STEPS = 4
 SHORTLIST = 16
-"""Submaps among which an image's features vote: what a search costs does not grow with the place."""
+"""Number of submaps among which an image's features vote: the cost of a search does not grow with the place."""
 VOTING_VIEWS = 10
-"""Of each of them, those most like the image."""
+"""Number of views per submap that take part in the vote: those most similar to the image."""
 CODED_POINTS = 128
-"""Points of a view whose features are kept, by their signs; a view's points begin with the best of all over it."""
+"""Number of points per view whose features are stored, by sign; a view's points start with the best ones."""
 _MIN_LEAD = 0.1
-"""A cell votes for a submap where it fits better by this cosine than in half of the others."""
+"""A cell votes for a submap if its cosine exceeds that of half of the others by at least this."""
 MAX_REACH_M = 1e8
 POINTS_SHOWN = 16
 STEPS = 127
-"""Shortened descriptors are stored in one signed byte an axis."""
+"""Reduced descriptors are stored in one signed byte per axis."""
 
 
 @dataclass(frozen=True)
 class SubmapCandidate:
-    """A submap that an image may have been taken in."""
+    """Submap in which an image may have been taken."""
 
     submap: int
     retrieved: tuple[Retrieved, ...]
-    """Its views that look most like the image, best first."""
+    """Views most similar to the image, best first."""
     votes: float = 0.0
-    """How much the image shows that it shows and others do not; 0 where there was no vote."""
+    """Weight of image content that matches this submap and not the others; 0 if there was no vote."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,86 +63,88 @@ class PlaceIndex:
 
     vocabulary: Vocabulary
     mean: torch.Tensor
-    """(K C,) of all descriptors; what all views have in common says nothing."""
+    """(K C,) mean of all descriptors, subtracted as common content."""
     axes: torch.Tensor
     """(D, K C) orthonormal rows."""
     descriptors: torch.Tensor
     """(N, D) unit rows."""
     submap: NDArray[np.int64]
-    """(N,) which submap each view is of; the views of a submap follow one another, in its order."""
+    """(N,) number of each view's submap; the views of a submap are consecutive, in its order."""
     T_place_camera: NDArray[np.float64]
     """(N, 4, 4)"""
     codes: torch.Tensor
     """(N, P, 8) uint8, signs of the features of each view's best points."""
     points: torch.Tensor
-    """(N, P, 3) some of each view's points in the place's frame, to be looked at."""
+    """(N, P, 3) some of each view's points in the place's frame, for display."""
 
     @property
     def submap_count(self) -> int:
         return int(self.submap.max()) + 1
 
     def view_count(self, submap: int) -> int:
-        """Reference views of a submap."""
+        """Return the number of reference views of a submap."""
         return int((self.submap == submap).sum())
 
     @torch.inference_mode()
     def search(self, features: BackboneFeatures, submaps: int, views: int) -> list[SubmapCandidate]:
-        """The submaps that an image looks most like, best first, at most :data:`SHORTLIST`.
+        """Return the submaps most similar to an image, best first, at most :data:`SHORTLIST`.
 
         Args:
-            features: of the image.
-            submaps: how many of the first are wanted; where there are more, there is a vote.
-            views: how many of each one's views at most.
+            features: features of the image.
+            submaps: number of submaps needed; if there are more candidates, they are ranked by vote.
+            views: limit on views per submap.
         """
         cells = reliable_cells(features)
         similarity = self._similarity(cells)
         order = np.argsort(-similarity, kind="stable")
         first = np.searchsorted(self.submap, np.arange(self.submap_count))
         _, best = np.unique(self.submap[order], return_index=True)
-        found = []
+        candidates = []
         for submap in np.argsort(best)[:SHORTLIST].tolist():
             chosen = order[self.submap[order] == submap][:views]
             retrieved = tuple(Retrieved(int(k - first[submap]), float(similarity[k])) for k in chosen)
-            found.append(SubmapCandidate(submap, retrieved))
-        if len(found) > submaps:
-            votes = self._votes(cells, [first[item.submap] for item in found], found)
-            found = [replace(item, votes=weight) for item, weight in zip(found, votes, strict=True)]
-            found.sort(key=lambda item: -item.votes)  # stable: without a vote the descriptors decide
-        return found
+            candidates.append(SubmapCandidate(submap, retrieved))
+        if len(candidates) > submaps:
+            votes = self._votes(cells, [first[item.submap] for item in candidates], candidates)
+            candidates = [replace(item, votes=weight) for item, weight in zip(candidates, votes, strict=True)]
+            candidates.sort(
+                key=lambda item: -item.votes
+            )  # stable: without a vote, the order of the descriptors remains
+        return candidates
 
     @torch.inference_mode()
     def views_of(self, submap: int, features: BackboneFeatures, views: int) -> tuple[Retrieved, ...]:
-        """The views of one submap that an image looks most like, best first."""
+        """Return the views of one submap most similar to an image, best first."""
         own = np.flatnonzero(self.submap == submap)
         similarity = self._similarity(reliable_cells(features))[own]
         best = np.argsort(-similarity, kind="stable")[:views].tolist()
         return tuple(Retrieved(k, float(similarity[k])) for k in best)
 
     def _similarity(self, cells: QueryCells) -> NDArray[np.float32]:
-        """(N,) cosine of an image's shortened descriptor with those of the views."""
+        """Return the cosine (N,) of an image's reduced descriptor with those of the views."""
         row = self.axes @ (self.vocabulary.describe(cells.features, cells.weight) - self.mean)
         return np.asarray((self.descriptors @ F.normalize(row, dim=0)).numpy(), dtype=np.float32)
 
-    def _votes(self, cells: QueryCells, first: Sequence[int], found: Sequence[SubmapCandidate]) -> list[float]:
-        """Weight of the cells that fit a submap better than half of the others, and by how much."""
+    def _votes(self, cells: QueryCells, first: Sequence[int], candidates: Sequence[SubmapCandidate]) -> list[float]:
+        """Return the weights of the votes: the margins of cells that fit a submap better than half of the others."""
         query, alike = _signs(_coded(cells.features)), []
-        for start, item in zip(first, found, strict=True):
-            rows = self.codes[[start + seen.position for seen in item.retrieved[:VOTING_VIEWS]]]
+        for start, item in zip(first, candidates, strict=True):
+            rows = self.codes[[start + view.position for view in item.retrieved[:VOTING_VIEWS]]]
             agreement = (query @ _signs(rows.reshape(-1, rows.shape[-1])).t()).amax(dim=1) / query.shape[1]
-            alike.append(torch.sin(agreement * (torch.pi / 2)))  # what the cosine is likely to be
+            alike.append(torch.sin(agreement * (torch.pi / 2)))  # expected cosine given the agreement of signs
         table = torch.stack(alike, dim=1)
         lead = (table - table.median(dim=1, keepdim=True).values - _MIN_LEAD).clamp(min=0)
         return [float(v) for v in (lead * cells.weight.to(lead)[:, None]).sum(dim=0)]
 
     def distances(self, T_place_camera: Matrix) -> NDArray[np.float64]:
-        """How far (M,) each submap's nearest view is from a pose, metres; a degree counts as 2 cm."""
+        """Return the distances (M,) from a pose to each submap's nearest view in metres; 1 deg counts as 0.02 m."""
         away = view_distances(self.T_place_camera, T_place_camera)
         nearest = np.full(self.submap_count, np.inf)
         np.minimum.at(nearest, self.submap, away)
         return nearest
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """As stored."""
+        """Return the stored tensors."""
         return {
             "centres": self.vocabulary.centres.half().contiguous(),
             "mean": self.mean.float().contiguous(),
@@ -156,20 +158,20 @@ class PlaceIndex:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, torch.Tensor], submaps: int) -> PlaceIndex:
-        """From what was stored, for a place with so many submaps.
+        """Return the index in stored tensors, for a place with this number of submaps.
 
         Raises:
-            ValueError: the tensors do not fit each other.
-            KeyError: one is missing.
+            ValueError: the tensors do not match each other.
+            KeyError: a tensor is missing.
         """
         centres = F.normalize(tensors["centres"].float(), dim=1)
         submap = tensors["submap"].to(torch.int64).numpy()
         T = tensors["T_place_camera"].double().numpy()
-        length, count, kept = centres.numel(), len(submap), len(tensors["axes"])
+        length, count, axis_count = centres.numel(), len(submap), len(tensors["axes"])
         shapes = {
             "mean": (length,),
-            "axes": (kept, length),
-            "descriptors": (count, kept),
+            "axes": (axis_count, length),
+            "descriptors": (count, axis_count),
             "codes": (count, CODED_POINTS, COARSE_CHANNELS // 8),
             "points": (count, POINTS_SHOWN, 3),
         }
@@ -179,15 +181,15 @@ class PlaceIndex:
         if (
             centres.ndim != 2
             or centres.shape[1] != COARSE_CHANNELS
-            or not (len(centres) <= CLUSTERS and 1 <= kept <= AXES)
+            or not (len(centres) <= CLUSTERS and 1 <= axis_count <= AXES)
         ):
-            raise ValueError("the index's vocabulary is of another kind")
+            raise ValueError("the index has another kind of vocabulary")
         if tensors["codes"].dtype != torch.uint8:
-            raise ValueError("the index's codes are no bytes")
+            raise ValueError("the index's codes are not bytes")
         if not np.array_equal(np.unique(submap), np.arange(submaps)) or (np.diff(submap) < 0).any():
             raise ValueError("the index does not list the views of every submap")
         if T.shape != (count, 4, 4) or not are_rigid(T):
-            raise ValueError("the index's poses are no rigid poses")
+            raise ValueError("the index's poses are not rigid poses")
         descriptors, points = F.normalize(tensors["descriptors"].float(), dim=1), tensors["points"].float()
         return cls(
             Vocabulary(centres),
@@ -202,11 +204,11 @@ class PlaceIndex:
 
 
 def make_index(load: Callable[[int], ReferenceViews], count: int) -> PlaceIndex:
-    """The index of submaps; each is loaded twice, and one is in memory at a time.
+    """Build the index of submaps; each is loaded twice, and one is in memory at a time.
 
     Args:
-        load: the views of a submap, in the place's frame, by its number.
-        count: how many submaps there are.
+        load: returns the views of a submap in the place's frame, by its number.
+        count: number of submaps.
     """
     samples = []
     for submap in range(count):
@@ -241,7 +243,7 @@ def make_index(load: Callable[[int], ReferenceViews], count: int) -> PlaceIndex:
 
 
 def are_rigid(T: NDArray[np.float64]) -> bool:
-    """Whether matrices (N, 4, 4) are rigid motions on Earth."""
+    """Return True if matrices (N, 4, 4) are rigid motions with plausible translations."""
     if not (np.abs(T) < MAX_REACH_M).all():  # nor NaN
         return False
     R = T[:, :3, :3]
@@ -250,7 +252,7 @@ def are_rigid(T: NDArray[np.float64]) -> bool:
 
 
 def _principal_axes(rows: torch.Tensor, count: int) -> torch.Tensor:
-    """(D, C) orthonormal rows that span where rows (N, C) differ most, by subspace iteration from a fixed start."""
+    """Return principal axes (D, C) of rows (N, C) as orthonormal rows, by subspace iteration from a fixed start."""
     basis = torch.randn(rows.shape[1], count, generator=torch.Generator().manual_seed(0))
     for _ in range(_POWER_STEPS):
         basis = torch.linalg.qr(rows.t() @ (rows @ basis)).Q
@@ -258,20 +260,20 @@ def _principal_axes(rows: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def _some(points: torch.Tensor) -> torch.Tensor:
-    """(P, 3) of a view's points (N, 3), from all over it."""
+    """Return (P, 3) of a view's points (N, 3), evenly chosen."""
     return points[torch.linspace(0, len(points) - 1, POINTS_SHOWN).round().long()]
 
 
 def _best_codes(features: torch.Tensor) -> torch.Tensor:
-    """(P, 8) of a view's features (N, C), from the first on, and again from the first where there are not as many."""
+    """Return codes (P, 8) of the first features (N, C) of a view, repeated from the start if there are fewer."""
     return _coded(features[torch.arange(CODED_POINTS) % len(features)])
 
 
 def _coded(features: torch.Tensor) -> torch.Tensor:
-    """(N, C / 8) uint8, the signs of features (N, C)."""
+    """Return the signs of features (N, C) as uint8 (N, C / 8)."""
     return torch.from_numpy(np.packbits((features > 0).cpu().numpy(), axis=1))
 
 
 def _signs(codes: torch.Tensor) -> torch.Tensor:
-    """(N, C) of 1 and -1."""
+    """Return codes as (N, C) of 1 and -1."""
     return torch.from_numpy(np.unpackbits(codes.numpy(), axis=1)).float() * 2 - 1

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A map: what localization knows of one place. ``format.py`` and ``files.py`` say how it is stored."""
+"""Map of one place: head, reference views, camera and calibration. ``format.py`` defines its storage."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ ROUGHNESS = "roughness"
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was measured on mapping views that neither the head nor the references have seen."""
+    """Values calibrated on mapping views that are neither in the head's training data nor in the references."""
 
     measurement_variance_scale: float = 1.0
     flow_temperature: float = 0.02
@@ -63,12 +63,13 @@ class Calibration:
     refined_covariance_scale: float = 1.0
     max_alignment_cost: float = 1.0
     min_inlier_ratio: float = 0.2
-    """Of a coarse pose that stands on its own. Where measured, right ones had 0.30 or more, wrong ones up to 0.16."""
+    """Smallest inlier ratio of a coarse pose without refinement. Measured: right poses had 0.30 or more, wrong ones up
+    to 0.16.
+    """
     learned_process_scale: float | None = None
-    """As ``process_scale``, for the flow of the network; None: the map was calibrated without it."""
+    """Like ``process_scale``, for the flow network; None if the map was calibrated without it."""
     roughness: RoughnessScale | None = None
-    """How the head's variance grows away from the mapped views; None: it does not. Kept beside the other numbers in
-    the file."""
+    """Growth of the head's variance away from the mapped views; None if it does not grow."""
 
     def __post_init__(self) -> None:
         for item in fields(self):
@@ -81,37 +82,37 @@ class Calibration:
 
 @dataclass(frozen=True, eq=False)
 class SceneMap:
-    """Everything that localization needs to know about one place."""
+    """Data that localization needs for one place."""
 
     name: str
     frame_id: str
     camera: Camera
-    """The pinhole camera that query images are brought to."""
+    """Pinhole camera to which query images are adapted."""
     head: Head
     references: ReferenceViews
     calibration: Calibration
     bounds_m: tuple[tuple[float, float, float], tuple[float, float, float]]
     """Smallest and largest corner of the box around the mapped points."""
     provenance: Mapping[str, Any]
-    """Where the map comes from: source, command, number of frames, versions, time."""
+    """Origin of the map: source, command, number of frames, versions, time."""
     path: Path | None = None
     kfnet: ReferenceNetworks | None = None
-    """KFNet's own networks, which then find the coarse poses instead of the head; None in maps of the fast family."""
+    """KFNet's own networks, which replace the head for coarse poses; None in maps of the fast family."""
 
     @property
     def family(self) -> str:
-        """Whose networks find the coarse pose."""
+        """Family of the networks that compute the coarse pose."""
         return FAST if self.kfnet is None else REFERENCE
 
     def save(self, folder: Path, *, overwrite: bool = False) -> Path:
-        """Write the map folder; it appears whole or not at all.
+        """Write the map folder atomically.
 
         Raises:
-            MapError: the folder exists and ``overwrite`` is false, or cannot be written.
+            MapError: the folder exists and ``overwrite`` is false, or it cannot be written.
         """
         folder = folder.absolute()
         if folder.exists() and not overwrite:
-            raise MapError(f"'{folder}' exists; pass --force to replace it or name another folder.")
+            raise MapError(f"'{folder}' exists; pass --force to replace it or give another folder.")
         if folder.exists() and not (folder / DESCRIPTION).is_file():
             raise MapError(f"'{folder}' exists and is not a map; it is not replaced.")
         try:
@@ -130,7 +131,7 @@ class SceneMap:
             save_file(pack_networks(self.kfnet), folder / KFNET_FILE)
             names, kfnet = [*names, KFNET_FILE], {"kfnet": describe_networks(self.kfnet)}
         for name in names:
-            (folder / name).chmod(0o644)  # safetensors makes them private
+            (folder / name).chmod(0o644)  # safetensors makes the files private
         description = {
             "format": FORMAT,
             "version": FORMAT_VERSION,
@@ -150,10 +151,10 @@ class SceneMap:
 
     @classmethod
     def load(cls, folder: Path | str) -> SceneMap:
-        """Read a map folder and check it; if it is replaced meanwhile, the old or the new map is read, whole.
+        """Read and check a map folder; if it is replaced meanwhile, the old or the new map is read completely.
 
         Raises:
-            MapError: missing, damaged, or of another format version; the message says which and what to do.
+            MapError: missing, damaged, or of another format version; the message names the fault and the remedy.
         """
         return read_whole(Path(folder), cls._read)
 
@@ -190,12 +191,12 @@ class SceneMap:
             raise MapError(f"The map '{folder}' cannot be read: {error}.") from error
 
     def size_bytes(self) -> int:
-        """Size of the map folder on disk; 0 for a map that was never saved."""
+        """Return the size of the map folder on disk in bytes; 0 for a map that was never saved."""
         return sum(p.stat().st_size for p in self.path.iterdir() if p.is_file()) if self.path else 0
 
 
 def _described(calibration: Calibration) -> dict[str, Any]:
-    """The entries of ``map.yaml`` that hold a calibration."""
+    """Return the entries of a calibration in ``map.yaml``."""
     numbers = asdict(calibration)
     roughness = numbers.pop(ROUGHNESS)
     return {"calibration": numbers, **({ROUGHNESS: roughness} if roughness is not None else {})}
@@ -209,7 +210,7 @@ def _calibration(description: Mapping[str, Any]) -> Calibration:
 
 
 def verify_map(folder: Path) -> list[str]:
-    """Everything wrong with a map folder, one sentence each; empty if it is whole."""
+    """Return the faults of a map folder, one sentence each; empty if it is intact."""
     try:
         loaded = SceneMap.load(folder)
     except MapError as error:
@@ -217,9 +218,9 @@ def verify_map(folder: Path) -> list[str]:
     tensors = {f"head.{k}": v for k, v in loaded.head.state_dict().items()}
     for ident, view in zip(loaded.references.ids, loaded.references.views, strict=True):
         tensors |= {f"reference {ident} {name}": getattr(view, name) for name in ("points", "coarse", "fine")}
-    problems = [f"{name} holds values that are not finite." for name, t in tensors.items() if not t.isfinite().all()]
+    problems = [f"{name} has values that are not finite." for name, t in tensors.items() if not t.isfinite().all()]
     if not np.isfinite(loaded.references.T_map_camera).all():
-        problems.append("Reference poses hold values that are not finite.")
+        problems.append("Reference poses have values that are not finite.")
     return problems
 
 
@@ -228,7 +229,7 @@ Box = tuple[tuple[float, float, float], tuple[float, float, float]]
 
 
 def in_frame(scene_map: SceneMap, T: Matrix, frame_id: str) -> SceneMap:
-    """A map in another frame: each point p becomes T p, for its head, too."""
+    """Return a map in another frame: each point p becomes T p, also in the head's output."""
     if np.array_equal(T, np.eye(4)):
         return replace(scene_map, frame_id=frame_id)
     return replace(
@@ -248,7 +249,7 @@ def _box(bounds_m: Box, T: Matrix) -> Box:
 
 
 def transformed(references: ReferenceViews, T: Matrix) -> ReferenceViews:
-    """The same views in another frame."""
+    """Return the views in another frame."""
     views = []
     for view in references.views:
         points = view.points.double().numpy() @ T[:3, :3].T + T[:3, 3]

@@ -80,7 +80,7 @@ class ImageReceiver:
         node.create_subscription(CameraInfo, "camera_info", self._on_info, info_profile, event_callbacks=events)
         topic, kind = node.resolve_topic_name("image"), Image
         if config.image_transport == "compressed":
-            # # As image_transport does: the suffix is appended to the remapped name, so that remapping `image` is
+            # As image_transport does: the suffix is appended to the remapped name, so that remapping `image` is
             # enough.
             self._decode, topic, kind = decode_compressed, f"{topic}/compressed", CompressedImage
         else:

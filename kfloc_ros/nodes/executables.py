@@ -47,11 +47,11 @@ def localizer() -> int:
 
 def run(name: str) -> int:
     """Import and run the node ``name``; return its exit code."""
-    # # Until the node installs its own handlers. Nothing is open yet that must be closed, and an exception raised while
+    # Until the node installs its own handlers. Nothing is open yet that must be closed, and an exception raised while
     # a library is being loaded would appear as a traceback.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _leave)
-    # # OpenCV reads this once, when it is loaded: a small file must not decompress to gigabytes.
+    # OpenCV reads this once, when it is loaded: a small file must not decompress to gigabytes.
     os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(MAX_COMPRESSED_PIXELS))
     module, stage = STAGES[name]
     build = getattr(importlib.import_module(module), stage)

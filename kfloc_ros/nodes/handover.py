@@ -102,7 +102,7 @@ class StampJoiner:
         parts = self._parts.setdefault(stamp_ns, {})
         parts[topic] = message
         if self._is_complete(parts):
-            # # By order of arrival, not by stamp: after a jump back in time, later messages have smaller stamps.
+            # By order of arrival, not by stamp: after a jump back in time, later messages have smaller stamps.
             for key in list(self._parts):
                 del self._parts[key]
                 if key == stamp_ns:

@@ -219,7 +219,7 @@ class InitialPoseInput:
     def _body(self, given: InitialPose, camera_frame: str, base_frame: str) -> _Body:
         if base_frame and base_frame != camera_frame:
             return _Body(base_frame, self._listener.lookup(camera_frame, base_frame, NEWEST))
-        # # A flat pose (an arrow in RViz) points along the viewing direction; a full pose is an optical frame, as
+        # A flat pose (an arrow in RViz) points along the viewing direction; a full pose is an optical frame, as
         # published.
         return _Body(camera_frame, OPTICAL_TO_BODY if given.is_flat else np.eye(4))
 

@@ -104,7 +104,7 @@ class PoseOutput:
     def request_reset(self, reason: str) -> None:
         """Request that the next frame starts without a prior. Thread-safe."""
         self._watch.request_reset(reason)
-        if reason == RESET:  # # at once: there may never be another frame
+        if reason == RESET:  # at once: there may never be another frame
             self._publisher.reset_pose()
             if self._persistence is not None:
                 self._persistence.delete()
@@ -137,7 +137,7 @@ class LocalizerStage:
         self._publish_coarse = CoarsePublisher(node, map_frame, lambda: health.counters, for_refiner=False)
         self._output = PoseOutput(node, parameters, scene_map, self._localizer, health, switch)
         self._cells = cell_publisher(node, map_frame, health.warn)
-        # # The camera comes last: once its subscriptions are visible, everything else is ready.
+        # The camera comes last: once its subscriptions are visible, everything else is ready.
         self._camera = ImageReceiver(
             node, parameters, self._localizer.camera, health, switch, self._process, on_failure=self._localizer.reset
         )

@@ -150,7 +150,7 @@ class ManagedNode(LifecycleNode):  # type: ignore[misc]
     def _tear_down(self) -> None:
         """Destroy the stage and all entities made since the node was constructed."""
         stage, self._stage, self._map = self._stage, None, None
-        # # In this order: nothing may publish on a destroyed publisher.
+        # In this order: nothing may publish on a destroyed publisher.
         if stage is not None:
             stage.stop()
         destroy: list[tuple[Iterable[Any], Callable[[Any], object]]] = [
@@ -163,8 +163,8 @@ class ManagedNode(LifecycleNode):  # type: ignore[misc]
             for entity in [item for item in entities if id(item) not in self._own]:
                 destroy_one(entity)
         del stage
-        gc.collect()  # # the objects of a stage reference each other in cycles
-        torch.cuda.empty_cache()  # # torch caches freed memory: release it to other processes; no effect without a GPU
+        gc.collect()  # the objects of a stage reference each other in cycles
+        torch.cuda.empty_cache()  # torch caches freed memory: release it to other processes; no effect without a GPU
 
     def _entities(self) -> Iterable[Any]:
         yield from self.timers
@@ -175,7 +175,7 @@ class ManagedNode(LifecycleNode):  # type: ignore[misc]
     def _check_reload(self, node: NodeConfig, localizer: LocalizerConfig) -> None:
         """Schedule a new stage for changed parameters. Raises KflocError if it cannot be built."""
         if self._stage is None:
-            return  # # configure will read them
+            return  # configure will read them
         choose_device(localizer.device)
         if node.map != self.parameters.node.map:
             self._next_map = load_map(resolve_map(node.map))
@@ -243,5 +243,5 @@ def warm_up(scene_map: AnyMap, config: LocalizerConfig) -> None:
     camera = scene_map.camera
     image = np.random.default_rng(0).integers(0, 256, (camera.height, camera.width, 3), dtype=np.uint8)
     localizer = localizer_for(scene_map, config)
-    for stamp_ns in (1, 2):  # # the second frame has a prior, if the first one produced a belief
+    for stamp_ns in (1, 2):  # the second frame has a prior, if the first one produced a belief
         localizer.process(Frame(image=image, camera=camera, stamp_ns=stamp_ns))

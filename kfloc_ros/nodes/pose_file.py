@@ -45,7 +45,7 @@ class PosePersistence:
             health.warn(f"The last pose is not saved: pose_file '{parameters.node.pose_file}' names an unknown user.")
             return
         self._map_id = map_id(scene_map)
-        # # Disk writes can be slow: neither a frame nor a callback waits for them.
+        # Disk writes can be slow: neither a frame nor a callback waits for them.
         self._writer = LatestWorker("pose file", self._write, lambda error: health.warn(str(error)))
         try:
             saved = load_pose(self._path, self._map_id)
@@ -154,7 +154,7 @@ def save_pose(path: Path, pose: SavedPose) -> None:
             os.fsync(stream.fileno())
         os.replace(temporary, path)
         temporary = None
-    except (OSError, ValueError) as error:  # # ValueError: a path with a null byte
+    except (OSError, ValueError) as error:  # ValueError: a path with a null byte
         why = getattr(error, "strerror", None) or error
         raise PoseFileError(f"The last pose cannot be saved in '{path}': {why}.") from error
     finally:

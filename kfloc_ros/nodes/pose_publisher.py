@@ -51,7 +51,7 @@ class LastPose:
         """
         body = self.body if T_then_now is None else self.body.moved(T_then_now)
         wider = min(growth * max(stamp_ns - self.stamp_ns, 0) * 1e-9, _MAX_SIGMA_M)
-        turned = min(wider, math.pi)  # # a rotation is then unknown
+        turned = min(wider, math.pi)  # a rotation is then unknown
         variances = np.array([wider**2] * 3 + [turned**2] * 3)
         return BodyPose(body.T_map_body, body.covariance + np.diag(variances))
 
@@ -163,7 +163,7 @@ class PosePublisher:
         self._path.append(pose)
         while len(self._path) > self._parameters.node.path_length:
             self._path.popleft()
-        # # A thousand poses take 10 ms and more to send: only if somebody subscribes, and at a limited rate.
+        # A thousand poses take 10 ms and more to send: only if somebody subscribes, and at a limited rate.
         now_s = time.monotonic()
         if now_s - self._path_sent_s < _PATH_PERIOD_S or self._paths.get_subscription_count() == 0:
             return

@@ -78,7 +78,7 @@ def _spin(node: ManagedNode, stop_requested: threading.Event) -> None:
                 failures = 0
             except (ExternalShutdownException, ROSInterruptException):
                 raise
-            except Exception as error:  # # raised by a callback: one message must not end the node
+            except Exception as error:  # raised by a callback: one message must not end the node
                 failures += 1
                 if failures > _MAX_FAILURES:
                     raise

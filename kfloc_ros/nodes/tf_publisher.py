@@ -124,7 +124,7 @@ class TfPublisher:
         self.suspect = False
         """The last pose was not broadcast because the odometry contradicts it."""
         rate_hz = parameters.node.transform_rate_hz
-        if rate_hz > 0:  # # on the steady clock, so that a stopped /clock does no harm
+        if rate_hz > 0:  # on the steady clock, so that a stopped /clock does no harm
             node.create_timer(1.0 / rate_hz, self._resend, clock=Clock(clock_type=ClockType.STEADY_TIME))
 
     def publish(self, stamp_ns: int, T_map_base: Matrix, base_frame: str) -> str:
@@ -206,7 +206,7 @@ class TfPublisher:
             if config.when_lost == "stop" and elapsed_ns > config.lost_after_s * 1e9:
                 self._stopped = True
                 return
-            # # On the camera's clock, which may differ from this node's, and one period late: a listener sorts by
+            # On the camera's clock, which may differ from this node's, and one period late: a listener sorts by
             # stamp, and the next pose must have a later stamp than any transform sent before it.
             stamp_ns = anchor.stamp_ns + elapsed_ns - int(1e9 / config.transform_rate_hz) + self._tolerance_ns()
             if stamp_ns > self._sent_ns:

@@ -97,7 +97,7 @@ def render_markdown() -> str:
     """Return the table of ``docs/ros_interface.md``."""
     lines = ["| topic | type | from | when |", "|---|---|---|---|"]
     for topic in TOPICS:
-        # # "localizer" publishes all topics of the three nodes
+        # "localizer" publishes all topics of the three nodes
         names = [name for name in topic.publishers if name != LOCALIZER] or list(topic.publishers)
         publishers = "all" if len(names) == 3 else ", ".join(f"`{name}`" for name in names)
         lines.append(f"| `{topic.name}` | `{short_type(topic.type)}` | {publishers} | {topic.when} |")

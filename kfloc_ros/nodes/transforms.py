@@ -84,7 +84,7 @@ class TransformListener:
         self._arrived = threading.Condition()
         self._parents: dict[str, str] = {}
         self._newest_ns: dict[str, int] = {}
-        # # rclpy's buffer does not notice jumps of the clock, so it must be cleared here.
+        # rclpy's buffer does not notice jumps of the clock, so it must be cleared here.
         self._watch = TimeWatch(node, on_jump=self.clear)
         events = qos.on_mismatch("/tf", "tf_reliability", warn)
         profile = qos.results(100, reliability)

@@ -76,7 +76,7 @@ class Viewer:
             self.received += 1
             try:
                 handle(message)
-            except (KflocError, ValueError) as error:  # # a damaged message, from any publisher
+            except (KflocError, ValueError) as error:  # a damaged message, from any publisher
                 node.get_logger().warning(f"A message on '{topic}' is ignored: {error}", throttle_duration_sec=5.0)
 
         return guarded

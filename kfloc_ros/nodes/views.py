@@ -155,7 +155,7 @@ class MapPublisher:
             ("reference_views", MarkerArray, self._views),
         )
         self._waiting = [(node.create_publisher(kind, topic, qos.latched()), make) for topic, kind, make in views]
-        # # On the steady clock: a map can be shown before there is any /clock.
+        # On the steady clock: a map can be shown before there is any /clock.
         self._timer = node.create_timer(
             _PERIOD_S, self._publish_subscribed, clock=Clock(clock_type=ClockType.STEADY_TIME)
         )
@@ -187,5 +187,5 @@ class MapPublisher:
         return MarkerArray(markers=[marker])
 
     def _fill_header(self, header: Any) -> None:
-        # # Stamp 0: valid at any time.
+        # Stamp 0: valid at any time.
         header.frame_id = self._frame

@@ -62,7 +62,7 @@ class LatestWorker(Generic[ItemT]):
         self._working = False
         self._stopping = False
         self._condition = threading.Condition()
-        # # Not a daemon: a thread that publishes while the interpreter ends aborts the process.
+        # Not a daemon: a thread that publishes while the interpreter ends aborts the process.
         self._thread = threading.Thread(target=self._run, name=name)
         self._thread.start()
 

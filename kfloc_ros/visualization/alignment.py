@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An alignment from start to end: the map's points over the image, and cost and distance by step."""
+"""Pictures of an alignment: the map's points over the image at start and end, and cost and distance by step."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ RADIUS_PX = 3
 
 @dataclass(frozen=True)
 class Offset:
-    """How far two poses are apart."""
+    """Distance between two poses."""
 
     metres: float
     degrees: float
 
 
 def offset_between(a: Matrix, b: Matrix) -> Offset:
-    """Distance of the camera centres, and angle between the orientations, of two ``T_map_camera``."""
+    """Return the distance of the camera centres and the angle between the orientations of two ``T_map_camera``."""
     return Offset(float(np.linalg.norm(a[:3, 3] - b[:3, 3])), rotation_angle_deg(a[:3, :3].T @ b[:3, :3]))
 
 
@@ -50,13 +50,13 @@ def moved(
     direction: Sequence[float] = (1.0, 0.0, 0.0),
     axis: Sequence[float] = (0.0, 1.0, 0.0),
 ) -> Matrix:
-    """A pose moved along a direction and turned about an axis, both unit vectors in the camera's frame."""
+    """Return a pose moved along a direction and rotated about an axis, both unit vectors in the camera's frame."""
     turn = so3_exp(np.radians(degrees) * np.asarray(axis, dtype=np.float64))
     return np.asarray(T_map_camera @ make_pose(turn, metres * np.asarray(direction, dtype=np.float64)))
 
 
 def reference_points(scene_map: SceneMap, ids: Sequence[int]) -> ReferencePoints:
-    """The points of some reference views."""
+    """Return the points of the given reference views."""
     positions = {ident: k for k, ident in enumerate(scene_map.references.ids)}
     return ReferencePoints.concatenate([scene_map.references.views[positions[ident]] for ident in ids])
 
@@ -64,35 +64,35 @@ def reference_points(scene_map: SceneMap, ids: Sequence[int]) -> ReferencePoints
 def alignment_panels(
     frame: Frame, features: BackboneFeatures, alignment: Alignment, scene_map: SceneMap
 ) -> list[Panel]:
-    """Four panels: points over the image at the start and at the end, by residual; the same by weight.
+    """Return four panels: points over the image at start and end, by residual; and the same by weight.
 
     Raises:
-        DrawingError: the alignment never began.
+        DrawingError: the alignment did not start.
     """
     if not alignment.steps:
         raise DrawingError(f"Frame {frame.index} was not aligned: {alignment.reason}.")
     points = reference_points(scene_map, alignment.reference_ids).to(features.fine.device)
     ends = [alignment.steps[0], alignment.steps[-1]]
-    seen = [reproject(features, points, step.T_map_camera, frame.camera) for step in ends]
+    projected = [reproject(features, points, step.T_map_camera, frame.camera) for step in ends]
     panels = []
-    for name, at in zip(("start", "end"), seen, strict=True):
+    for name, at in zip(("start", "end"), projected, strict=True):
         median = f"median residual {np.median(at.residuals):.2f}" if len(at.residuals) else "nothing in view"
         title = f"{name}: {median} of {len(at.pixels)} points in view"
         panels.append(Panel(title, by_residual(frame.image, at), RESIDUAL))
     panels += [
         Panel(f"{name}: weight in the alignment", by_confidence(frame.image, at), CONFIDENCE)
-        for name, at in zip(("start", "end"), seen, strict=True)
+        for name, at in zip(("start", "end"), projected, strict=True)
     ]
     return panels
 
 
 def by_residual(image: NDArray[np.uint8], points: Reprojection) -> NDArray[np.uint8]:
-    """The image (H, W, 3) with points in the colours of their residuals, the worst on top."""
+    """Return the image (H, W, 3) with points in the colours of their residuals, the largest on top."""
     return _drawn(image, points, RESIDUAL.rgb(points.residuals), np.argsort(points.residuals))
 
 
 def by_confidence(image: NDArray[np.uint8], points: Reprojection) -> NDArray[np.uint8]:
-    """The image (H, W, 3) with points in the colours of their weights, the largest on top."""
+    """Return the image (H, W, 3) with points in the colours of their weights, the largest on top."""
     return _drawn(image, points, CONFIDENCE.rgb(points.confidences), np.argsort(points.confidences))
 
 
@@ -106,7 +106,9 @@ def _drawn(
 
 
 def steps_picture(title: str, alignment: Alignment, truth: Matrix | None = None) -> NDArray[np.uint8]:
-    """Curves over the steps, (H, W, 3): the cost at each level, and how far the pose is from the end and the truth."""
+    """Return curves over the steps, (H, W, 3): the cost at each level, and the pose's distance to the end and to the
+    truth.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -126,7 +128,9 @@ def steps_picture(title: str, alignment: Alignment, truth: Matrix | None = None)
     for name, (goal, colour) in goals.items():
         away = [offset_between(step.T_map_camera, goal) for step in steps]
         for axes, values in ((middle, [100 * o.metres for o in away]), (right, [o.degrees for o in away])):
-            shown = np.where(np.array(values) > 1e-6, values, np.nan)  # the end itself has no place on the scale
+            shown = np.where(
+                np.array(values) > 1e-6, values, np.nan
+            )  # the end itself cannot be drawn on a logarithmic scale
             axes.plot(range(len(steps)), shown, "o-", color=colour, markersize=4, label=f"from {name}")
     middle.set_title("distance [cm]", fontsize=10)
     right.set_title("angle [deg]", fontsize=10)
@@ -141,13 +145,13 @@ def steps_picture(title: str, alignment: Alignment, truth: Matrix | None = None)
 
 
 def summary(frame: Frame, alignment: Alignment, source: str) -> str:
-    """One line about an alignment."""
+    """Return a one-line summary of an alignment."""
     start, end = alignment.steps[0], alignment.steps[-1]
-    way = offset_between(start.T_map_camera, end.T_map_camera)
+    motion = offset_between(start.T_map_camera, end.T_map_camera)
     verdict = "accepted" if alignment.success else f"refused: {alignment.reason}"
     text = (
-        f"{source}, frame {frame.index}: {alignment.iterations} iterations moved it by {100 * way.metres:.1f} cm and "
-        f"{way.degrees:.2f} deg; {verdict}"
+        f"{source}, frame {frame.index}: {alignment.iterations} iterations moved it by {100 * motion.metres:.1f} cm "
+        f"and {motion.degrees:.2f} deg; {verdict}"
     )
     if frame.T_map_camera is None:
         return text
@@ -161,27 +165,27 @@ START_COLOUR, END_COLOUR = (230, 60, 50), (70, 220, 80)
 def draw_moved_points(
     image: NDArray[np.uint8], camera: Camera, points: NDArray[np.float64], T_start: Matrix, T_end: Matrix | None
 ) -> NDArray[np.uint8]:
-    """The image (H, W, 3) with points (N, 3) of the map where they are seen from the start (red) and the end (green).
+    """Return the image (H, W, 3) with map points (N, 3) projected by the start pose (red) and the end pose (green).
 
     Args:
-        image: of the camera, any lens.
-        camera: of the image.
-        points: to draw.
+        image: image of the camera, with any lens.
+        camera: camera of the image.
+        points: points to draw, map frame.
         T_start: T_map_camera before the alignment.
-        T_end: after it, or None where it failed.
+        T_end: T_map_camera after it, or None if it failed.
     """
     picture = np.ascontiguousarray((0.65 * image + 0.35 * 128).astype(np.uint8))
     radius = max(round(2 * image.shape[1] / REFERENCE_WIDTH_PX), 1)
     for T, colour in ((T_start, START_COLOUR), (T_end, END_COLOUR)):
         if T is None:
             continue
-        for x, y in np.rint(_seen(camera, points, T)).astype(int).tolist():
+        for x, y in np.rint(_visible_pixels(camera, points, T)).astype(int).tolist():
             cv2.circle(picture, (x, y), radius, colour, cv2.FILLED, cv2.LINE_AA)
     return picture
 
 
-def _seen(camera: Camera, points: NDArray[np.float64], T_map_camera: Matrix) -> NDArray[np.float64]:
-    """Pixels (M, 2) of the points that are in view."""
+def _visible_pixels(camera: Camera, points: NDArray[np.float64], T_map_camera: Matrix) -> NDArray[np.float64]:
+    """Return the pixels (M, 2) of the points in view."""
     local = torch.from_numpy((points - T_map_camera[:3, 3]) @ T_map_camera[:3, :3])
-    found = CameraTensor.from_camera(camera).world2image(local)
-    return np.asarray(found.points[found.valid].numpy(), dtype=np.float64)
+    projection = CameraTensor.from_camera(camera).world2image(local)
+    return np.asarray(projection.points[projection.valid].numpy(), dtype=np.float64)

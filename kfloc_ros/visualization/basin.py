@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The basin of convergence: from how far away an alignment finds back to where it ends from nearby."""
+"""Basin of convergence of an alignment: share of starts at given offsets that converge to the reference pose."""
 
 from __future__ import annotations
 
@@ -18,43 +18,43 @@ from kfloc_ros.pixloc.refiner import Refiner
 from kfloc_ros.visualization.alignment import moved, offset_between
 
 NEAR_M, NEAR_DEG = 0.02, 1.0
-"""An alignment has found back if it ends this near to the right pose."""
+"""Errors below which an alignment has converged to the reference pose."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One alignment that was started away from the right pose."""
+    """Alignment started at an offset from the reference pose."""
 
     frame: int
     offset_m: float
     offset_deg: float
     error_m: float
-    """From the right pose at the end; infinite if it could not be aligned at all."""
+    """Final distance from the reference pose in metres; infinite if the alignment was impossible."""
     error_deg: float
     accepted: bool
-    """The refiner took it for good."""
+    """The refiner accepted the result."""
 
     @property
-    def returned(self) -> bool:
+    def converged(self) -> bool:
         return self.error_m <= NEAR_M and self.error_deg <= NEAR_DEG
 
 
 @dataclass(frozen=True, eq=False)
 class Basin:
-    """The trials summed up over a grid of offsets."""
+    """Statistics of the trials over a grid of offsets."""
 
     offsets_m: tuple[float, ...]
     offsets_deg: tuple[float, ...]
-    returned: NDArray[np.float64]
-    """(R, T) share that found back."""
+    converged: NDArray[np.float64]
+    """(R, T) share that converged."""
     error_cm: NDArray[np.float64]
-    """(R, T) median error at the end."""
+    """(R, T) median final error."""
     falsely_accepted: int
-    """Alignments that ended elsewhere and were taken for good."""
+    """Number of alignments that converged elsewhere and were accepted."""
 
 
-def right_pose(refiner: Refiner, features: BackboneFeatures, start: Matrix) -> Matrix | None:
-    """Where the alignment ends from a good pose, or None if it is refused."""
+def reference_pose(refiner: Refiner, features: BackboneFeatures, start: Matrix) -> Matrix | None:
+    """Return the result of an alignment from a good pose, or None if it is refused: the reference pose."""
     alignment = refiner.align(features, [start])
     return alignment.T_map_camera if alignment.success else None
 
@@ -69,7 +69,7 @@ def trials(
     starts: int,
     rng: np.random.Generator,
 ) -> Iterator[Trial]:
-    """Align from poses around a goal: ``starts`` of every combination of offsets, in random directions."""
+    """Yield alignments from poses around a goal: ``starts`` for every combination of offsets, in random directions."""
     for degrees in offsets_deg:
         for metres in offsets_m:
             for _ in range(starts):
@@ -82,31 +82,31 @@ def trials(
                 yield Trial(frame, metres, degrees, away.metres, away.degrees, alignment.success)
 
 
-def summed_up(results: Sequence[Trial]) -> Basin:
-    """Shares and medians over all frames.
+def summarize(results: Sequence[Trial]) -> Basin:
+    """Return shares and medians over all frames.
 
     Raises:
         DrawingError: there are no trials.
     """
     if not results:
         raise DrawingError(
-            "No frame could be aligned from the source's own pose, so there is nothing to measure a basin around; "
-            "name frames inside the map."
+            "No frame could be aligned from the source's own pose, so there is no reference pose for the basin; "
+            "select frames inside the map."
         )
     metres = tuple(sorted({trial.offset_m for trial in results}))
     degrees = tuple(sorted({trial.offset_deg for trial in results}))
-    returned = np.zeros((len(degrees), len(metres)))
-    error_cm = np.zeros_like(returned)
+    converged = np.zeros((len(degrees), len(metres)))
+    error_cm = np.zeros_like(converged)
     for r, turn in enumerate(degrees):
-        for c, way in enumerate(metres):
-            at = [t for t in results if (t.offset_m, t.offset_deg) == (way, turn)]
-            returned[r, c] = np.mean([t.returned for t in at])
+        for c, offset in enumerate(metres):
+            at = [t for t in results if (t.offset_m, t.offset_deg) == (offset, turn)]
+            converged[r, c] = np.mean([t.converged for t in at])
             error_cm[r, c] = 100 * np.median([t.error_m for t in at])
-    return Basin(metres, degrees, returned, error_cm, sum(t.accepted and not t.returned for t in results))
+    return Basin(metres, degrees, converged, error_cm, sum(t.accepted and not t.converged for t in results))
 
 
 def basin_picture(title: str, basin: Basin) -> NDArray[np.uint8]:
-    """Two tables in colours, (H, W, 3): the share that found back, and the median error at the end."""
+    """Return two coloured tables, (H, W, 3): the share that converged, and the median final error."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import LogNorm, Normalize
     from matplotlib.figure import Figure
@@ -117,15 +117,15 @@ def basin_picture(title: str, basin: Basin) -> NDArray[np.uint8]:
     share, error = figure.subplots(1, 2)
     finite = np.where(np.isfinite(basin.error_cm), np.clip(basin.error_cm, 0.05, 200.0), 200.0)
     for axes, values, texts, palette, norm, label in (
-        (share, 100 * basin.returned, [[f"{100 * v:.0f}" for v in row] for row in basin.returned], "RdYlGn",
-         Normalize(0, 100), f"ends within {100 * NEAR_M:g} cm and {NEAR_DEG:g} deg [%]"),
+        (share, 100 * basin.converged, [[f"{100 * v:.0f}" for v in row] for row in basin.converged], "RdYlGn",
+         Normalize(0, 100), f"converges to within {100 * NEAR_M:g} cm and {NEAR_DEG:g} deg [%]"),
         (error, finite, [[_short(v) for v in row] for row in basin.error_cm], "viridis_r",
-         LogNorm(0.05, 200.0), "median distance at the end [cm]"),
+         LogNorm(0.05, 200.0), "median final distance [cm]"),
     ):  # fmt: skip
         picture = axes.imshow(values, cmap=palette, norm=norm, aspect="auto", origin="lower")
         axes.set_xticks(range(len(basin.offsets_m)), [f"{100 * v:g}" for v in basin.offsets_m])
         axes.set_yticks(range(len(basin.offsets_deg)), [f"{v:g}" for v in basin.offsets_deg])
-        axes.set(xlabel="start moved by [cm]", ylabel="start turned by [deg]")
+        axes.set(xlabel="offset of the start [cm]", ylabel="rotation of the start [deg]")
         axes.set_title(label, fontsize=10)
         for r, row in enumerate(texts):
             for c, text in enumerate(row):
@@ -138,7 +138,7 @@ def basin_picture(title: str, basin: Basin) -> NDArray[np.uint8]:
 
 
 def write_trials(path: Path, results: Sequence[Trial]) -> None:
-    """Write one line a trial as CSV."""
+    """Write one line per trial as CSV."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as stream:
         writer = csv.DictWriter(stream, [field.name for field in fields(Trial)])

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The filter's pictures of one frame as a live viewer shows them: no axes, few words, the cells as blocks."""
+"""Pictures of an image's cells for live viewers: scene coordinates, noise, NIS and flow, without axes, cells as
+blocks.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ _CAPTION_PX = 22
 
 
 def flow_view(result: CoarseResult) -> NDArray[np.uint8] | None:
-    """Where each cell was in the frame before, with the key in the corner; None at a fresh start."""
+    """Return the backward flow in colours, with the key in the corner; None after a reset."""
     picture = flow_picture(result.filtered.flow) if result.filtered is not None else None
     if picture is None:
         return None
@@ -34,7 +36,9 @@ def flow_view(result: CoarseResult) -> NDArray[np.uint8] | None:
 
 
 def noise_view(result: CoarseResult) -> NDArray[np.uint8] | None:
-    """Standard deviations of measurement, process and posterior side by side, in the same colours; grey: none there."""
+    """Return the standard deviations of measurement, process and posterior side by side, with equal colours; grey: no
+    value.
+    """
     filtered, measurement = result.filtered, result.measurement
     if filtered is None or measurement is None:
         return None
@@ -72,16 +76,16 @@ def _blocks(picture: CellPicture, cell_px: int) -> NDArray[np.uint8]:
 
 
 NO_VALUE = (90, 90, 90)
-"""Grey: the cell has no number, or one that is not to be trusted."""
+"""Grey of a cell with no value or an unreliable one."""
 MAX_FLOW_CELLS = 3.0
-"""Flow of this length, and longer, has the full colour."""
+"""Length of flow, in cells, that has the full colour."""
 MAX_FLOW_SIGMA_CELLS = 0.9
-"""Flow less certain than this is suppressed."""
+"""Standard deviation of flow, in cells, above which it is suppressed."""
 
 
 @dataclass(frozen=True)
 class Scale:
-    """Numbers as colours, on a linear or logarithmic scale."""
+    """Mapping of numbers to colours, linear or logarithmic."""
 
     label: str
     low: float
@@ -90,10 +94,10 @@ class Scale:
     """``viridis``, ``turbo`` or ``balance`` (blue, white in the middle, red)."""
     logarithmic: bool = False
     ticks: tuple[float, ...] = ()
-    """Numbers to write beside the colours; none: chosen by who draws."""
+    """Numbers to write beside the colours; empty: chosen by the drawing function."""
 
     def share(self, values: ArrayLike) -> NDArray[np.float64]:
-        """Place on the scale, 0 at ``low`` to 1 at ``high``; NaN stays NaN."""
+        """Return the position on the scale, 0 at ``low`` to 1 at ``high``; NaN stays NaN."""
         numbers, low, high = np.asarray(values, dtype=np.float64), self.low, self.high
         if self.logarithmic:
             with np.errstate(divide="ignore", invalid="ignore"):
@@ -101,7 +105,7 @@ class Scale:
         return np.asarray(np.clip((numbers - low) / (high - low), 0.0, 1.0))
 
     def rgb(self, values: ArrayLike) -> NDArray[np.uint8]:
-        """Colours (..., 3) of numbers (...); grey where there is none."""
+        """Return the colours (..., 3) of numbers (...); grey for NaN."""
         share = self.share(values)
         known = np.isfinite(share)
         colours = palette(self.palette)[np.rint(255 * np.where(known, share, 0.0)).astype(np.intp)]
@@ -115,54 +119,58 @@ RELIABILITY = Scale("reliability", 0.0, 1.0, "viridis", ticks=(0, 0.25, 0.5, 0.7
 
 @dataclass(frozen=True, eq=False)
 class CellPicture:
-    """One picture of an image's cells."""
+    """Picture of an image's cells."""
 
     title: str
     rgb: NDArray[np.uint8]
-    """(h, w, 3), one pixel a cell."""
+    """(h, w, 3), one pixel per cell."""
     scale: Scale | None = None
-    """What the colours mean, where they stand for one number."""
+    """Scale of the colours, if they show one number."""
 
     def enlarged(self, width: int, height: int) -> NDArray[np.uint8]:
-        """The picture (height, width, 3), cells as blocks."""
+        """Return the picture (height, width, 3), cells as blocks."""
         return np.asarray(cv2.resize(self.rgb, (width, height), interpolation=cv2.INTER_NEAREST), dtype=np.uint8)
 
 
 def sigma_picture(title: str, variance: torch.Tensor | None, valid: torch.Tensor | None = None) -> CellPicture | None:
-    """Standard deviations in centimetres of variances (h, w) in square metres; None where there are none."""
+    """Return the picture of standard deviations in cm from variances (h, w) in square metres; None if none is valid."""
     if variance is None:
         return None
     return CellPicture(title, SIGMA.rgb(100.0 * np.sqrt(_numbers(variance, valid))), SIGMA)
 
 
 def nis_scale(threshold: float = kalman.NIS_THRESHOLD_95) -> Scale:
-    """Blue: prior and measurement agree; white: at the threshold; red: they contradict each other."""
+    """Return the colour scale of NIS. Blue: prior and measurement agree; white: at the threshold; red: they contradict
+    each other.
+    """
     ticks = tuple(round(threshold * factor, 3) for factor in (1 / 16, 1 / 4, 1, 4, 16))
-    return Scale("normalised innovation squared", threshold / 16, threshold * 16, "balance", True, ticks)
+    return Scale("normalized innovation squared", threshold / 16, threshold * 16, "balance", True, ticks)
 
 
 def nis_picture(
     nis: torch.Tensor | None, valid: torch.Tensor | None = None, threshold: float = kalman.NIS_THRESHOLD_95
 ) -> CellPicture | None:
-    """Normalised innovation squared (h, w) around the threshold of its test; None where there was no prior at all."""
+    """Return the picture of the normalized innovation squared (h, w) around its threshold; None if there was no
+    prior.
+    """
     if nis is None:
         return None
     scale = nis_scale(threshold)
-    # a NIS of zero lies below any logarithmic scale
+    # a NIS of zero is below any logarithmic scale
     return CellPicture(
-        "NIS: does the measurement fit the prior?", scale.rgb(_numbers(nis, valid).clip(min=1e-6)), scale
+        "NIS: consistency of measurement and prior", scale.rgb(_numbers(nis, valid).clip(min=1e-6)), scale
     )
 
 
 def reliability_picture(reliability: torch.Tensor) -> CellPicture:
-    """How likely each cell (h, w) is to be matched rightly."""
+    """Return the picture of the cells' reliability (h, w): the probability of a right match."""
     return CellPicture("reliability of the features", RELIABILITY.rgb(_numbers(reliability)), RELIABILITY)
 
 
 def flow_picture(
     flow: Flow | None, max_sigma_cells: float = MAX_FLOW_SIGMA_CELLS, max_cells: float = MAX_FLOW_CELLS
 ) -> CellPicture | None:
-    """Backward flow: the hue is where a cell was in the frame before, its strength how far; grey if uncertain."""
+    """Return the picture of the backward flow: hue is its direction, strength its length; grey if uncertain."""
     if flow is None:
         return None
     offset = flow.offset.detach().cpu().float().numpy()
@@ -172,13 +180,13 @@ def flow_picture(
 
 
 def trusted_flow(flow: Flow, max_sigma_cells: float = MAX_FLOW_SIGMA_CELLS) -> NDArray[np.bool_]:
-    """(h, w): the flow's own test passed and its standard deviation is small enough."""
+    """Return (h, w): True where the flow passes its own test and its standard deviation is small."""
     sure = flow.valid & (flow.variance <= max_sigma_cells**2)
     return np.asarray(sure.detach().cpu().numpy(), dtype=bool)
 
 
 def flow_colours(offset: NDArray[np.floating], max_cells: float = MAX_FLOW_CELLS) -> NDArray[np.uint8]:
-    """RGB (..., 3) of vectors (2, ...): right is red, then clockwise yellow, green, blue; white: none."""
+    """Return RGB (..., 3) of vectors (2, ...): right is red, then clockwise yellow, green, blue; zero is white."""
     x, y = np.asarray(offset[0], dtype=np.float64), np.asarray(offset[1], dtype=np.float64)
     shape = x.shape
     hue = np.degrees(np.arctan2(y, x)) % 360.0 / 2.0
@@ -190,7 +198,9 @@ def flow_colours(offset: NDArray[np.floating], max_cells: float = MAX_FLOW_CELLS
 
 
 def flow_wheel(side: int = 64) -> NDArray[np.uint8]:
-    """The key to :func:`flow_colours`, (side, side, 3): the colour of the vector from the centre to each pixel."""
+    """Return the key to :func:`flow_colours`, (side, side, 3): the colour of the vector from the centre to each
+    pixel.
+    """
     span = np.linspace(-1.0, 1.0, side) * MAX_FLOW_CELLS
     x, y = np.meshgrid(span, span)
     colours = flow_colours(np.stack([x, y]))
@@ -201,7 +211,9 @@ def flow_wheel(side: int = 64) -> NDArray[np.uint8]:
 def coordinates_picture(
     coordinates: SceneCoordinates, bounds_m: Sequence[ArrayLike], title: str = "scene coordinates"
 ) -> CellPicture:
-    """x, y, z of the map frame as red, green, blue, from the smallest to the largest corner of the map."""
+    """Return the picture of x, y, z in the map frame as red, green, blue, from the smallest to the largest corner of
+    the map.
+    """
     low, high = (np.array(corner, dtype=np.float64) for corner in bounds_m)
     points = coordinates.mean.detach().cpu().double().permute(1, 2, 0).numpy()
     share = np.clip((points - low) / np.maximum(high - low, 1e-6), 0.0, 1.0)
@@ -213,7 +225,7 @@ def coordinates_picture(
 
 @cache
 def palette(name: str) -> NDArray[np.uint8]:
-    """(256, 3) RGB."""
+    """Return a colour table (256, 3), RGB."""
     steps = np.arange(256, dtype=np.uint8)[:, None]
     known = {"viridis": cv2.COLORMAP_VIRIDIS, "turbo": cv2.COLORMAP_TURBO}
     if name in known:
@@ -227,7 +239,7 @@ def palette(name: str) -> NDArray[np.uint8]:
 
 
 def _numbers(values: torch.Tensor, valid: torch.Tensor | None = None) -> NDArray[np.float64]:
-    """As float64, NaN where invalid."""
+    """Return values as float64, NaN where invalid."""
     numbers = values.detach().cpu().double().numpy().copy()
     if valid is not None:
         numbers[~valid.cpu().numpy()] = np.nan

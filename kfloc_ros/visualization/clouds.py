@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What there is to see in the map frame: the map's points, its reference views, the scene coordinates of an image."""
+"""Point clouds and line symbols in the map frame: the map's points, its reference views, scene coordinates; PLY
+files.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +22,11 @@ from kfloc_ros.visualization.cells import Scale
 MAX_MAP_POINTS = 150_000
 FRUSTUM_DEPTH_M = 0.12
 CORNERS_OF_LINES = ((0, 1), (0, 2), (0, 3), (0, 4), (1, 2), (2, 3), (3, 4), (4, 1))
-"""The lines of a camera symbol: from its centre (0) to the image's corners (1 to 4), and around these."""
+"""Lines of a camera symbol: from its centre (0) to the image's corners (1 to 4), and around these."""
 
 
 def map_cloud(scene_map: MapInfo, limit: int = MAX_MAP_POINTS) -> Cloud:
-    """All reference points, evenly thinned to ``limit``, coloured by height: maps keep no colours."""
+    """Return all reference points, evenly thinned to ``limit``, coloured by height (maps store no colours)."""
     points = np.concatenate([view.points.cpu().numpy() for view in scene_map.references.views]).astype(np.float32)
     points = points[:: -(-len(points) // limit)]
     axis, sign = up_axis(scene_map)
@@ -34,7 +36,7 @@ def map_cloud(scene_map: MapInfo, limit: int = MAX_MAP_POINTS) -> Cloud:
 
 
 def cell_cloud(coordinates: SceneCoordinates, image: NDArray[np.uint8]) -> Cloud:
-    """The points that the cells of an image (H, W, 3) see, in the cells' order (h, w), in the image's colours."""
+    """Return the scene points of an image's (H, W, 3) cells, in the cells' order (h, w), in the image's colours."""
     points = coordinates.mean.detach().cpu().float().permute(1, 2, 0).numpy().copy()
     valid = coordinates.valid.cpu().numpy() & np.isfinite(points).all(axis=2)
     points[~valid] = np.nan
@@ -47,14 +49,16 @@ def cell_cloud(coordinates: SceneCoordinates, image: NDArray[np.uint8]) -> Cloud
 
 
 def camera_symbols(T_map_camera: NDArray[np.float64], camera: Camera, depth_m: float) -> NDArray[np.float64]:
-    """Line segments (K, 8, 2, 3) of camera symbols for poses (K, 4, 4): pyramids from the centre to the image plane."""
+    """Return line segments (K, 8, 2, 3) of camera symbols for poses (K, 4, 4): pyramids from the centre to the image
+    plane.
+    """
     corners = camera_corners(camera, depth_m)
     placed = corners @ T_map_camera[:, :3, :3].transpose(0, 2, 1) + T_map_camera[:, None, :3, 3]
     return placed[:, np.array(CORNERS_OF_LINES)]
 
 
 def camera_corners(camera: Camera, depth_m: float) -> Matrix:
-    """(5, 3) in the camera's frame: its centre, and the corners of its image at a depth, around."""
+    """Return (5, 3) in the camera's frame: its centre, and the corners of its image at a depth, in order."""
     u = np.array([-0.5, camera.width - 0.5, camera.width - 0.5, -0.5])
     v = np.array([-0.5, -0.5, camera.height - 0.5, camera.height - 0.5])
     rays = np.stack([(u - camera.cx) / camera.fx, (v - camera.cy) / camera.fy, np.ones(4)], axis=1)
@@ -66,14 +70,14 @@ BARS_M = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
 
 
 class Ortho:
-    """A view along an axis, with everything between two corners in it.
+    """Orthographic view along an axis of everything between two corners.
 
     Args:
-        low, high: corners of the box to see, metres.
-        axis: along which one looks, 0 to 2.
-        sign: of the direction from the scene to the eye along it.
-        upward: the axis, and its sign, that points up in the picture; None: whichever fits.
-        width, height: of the picture in pixels.
+        low, high: corners of the visible box, metres.
+        axis: viewing axis, 0 to 2.
+        sign: sign of the direction from the scene to the viewer along the axis.
+        upward: axis that points up in the picture, and its sign; None: the one that fits best.
+        width, height: size of the picture in pixels.
     """
 
     def __init__(
@@ -101,39 +105,39 @@ class Ortho:
         self._centre = (low + high) / 2
 
     def pixels(self, points: NDArray[np.floating]) -> NDArray[np.float64]:
-        """(N, 3): where points (N, 3) are drawn, and how near to the eye they are, in metres."""
-        seen = (np.asarray(points, dtype=np.float64) - self._centre) @ self._axes.T
-        seen[:, :2] = seen[:, :2] * self.pixels_per_m + (self.width / 2, self.height / 2)
-        return np.asarray(seen)
+        """Return (N, 3): pixels of points (N, 3), and their nearness to the viewer in metres."""
+        projected = (np.asarray(points, dtype=np.float64) - self._centre) @ self._axes.T
+        projected[:, :2] = projected[:, :2] * self.pixels_per_m + (self.width / 2, self.height / 2)
+        return np.asarray(projected)
 
     def draw(
         self,
         cloud: Cloud,
         *,
-        way: NDArray[np.float64] | None = None,
+        path: NDArray[np.float64] | None = None,
         camera: Matrix | None = None,
         size_px: int = 3,
     ) -> NDArray[np.uint8]:
-        """The picture (height, width, 3) of a cloud (N, 3), nearer points over farther ones.
+        """Return the picture (height, width, 3) of a cloud (N, 3), nearer points over farther ones.
 
         Args:
-            cloud: to draw.
-            way: (K, 3) camera centres to join by a line.
+            cloud: points to draw.
+            path: (K, 3) camera centres to join by a line.
             camera: pose ``T_map_camera`` to mark, with its viewing direction.
-            size_px: of a point.
+            size_px: size of a point.
         """
         picture = np.full((self.height, self.width, 3), BACKGROUND, np.uint8)
-        seen = self.pixels(cloud.points)
-        order = np.argsort(seen[:, 2], kind="stable")
-        places = np.rint(seen[order, :2]).astype(int)
+        projected = self.pixels(cloud.points)
+        order = np.argsort(projected[:, 2], kind="stable")
+        places = np.rint(projected[order, :2]).astype(int)
         colours = cloud.colours[order]
         for du in range(size_px):
             for dv in range(size_px):
                 u, v = places[:, 0] + du, places[:, 1] + dv
                 inside = (u >= 0) & (u < self.width) & (v >= 0) & (v < self.height)
                 picture[v[inside], u[inside]] = colours[inside]
-        if way is not None and len(way) > 1:
-            line = np.rint(self.pixels(way)[:, :2]).astype(np.int32)
+        if path is not None and len(path) > 1:
+            line = np.rint(self.pixels(path)[:, :2]).astype(np.int32)
             cv2.polylines(picture, [line], False, (216, 67, 21), 1, cv2.LINE_AA)
         if camera is not None:
             self._mark(picture, camera)
@@ -147,7 +151,7 @@ class Ortho:
         cv2.circle(picture, start, 4, (216, 20, 20), cv2.FILLED, cv2.LINE_AA)
 
     def _bar(self, picture: NDArray[np.uint8]) -> None:
-        """A scale bar of a round length."""
+        """Draw a scale bar of a round length."""
         fitting = [bar for bar in BARS_M if bar * self.pixels_per_m < 0.3 * self.width]
         length = fitting[-1] if fitting else BARS_M[0]
         x, y = 14, self.height - 14
@@ -162,15 +166,15 @@ class Ortho:
 
 
 def below(cloud: Cloud, axis: int, sign: float, height_m: float) -> Cloud:
-    """The points not above a height, so that a ceiling does not hide the room."""
+    """Return the points below a height, so that a ceiling does not hide the room."""
     keep = sign * cloud.points[:, axis] <= height_m
     return Cloud(cloud.points[keep], cloud.colours[keep], None if cloud.sigma_m is None else cloud.sigma_m[keep])
 
 
 def write_ply(path: Path, cloud: Cloud, comment: str = "") -> int:
-    """Write x, y, z in metres, red, green, blue, and sigma where the cloud has it; returns the number of points.
+    """Write x, y, z in metres, red, green, blue, and sigma if the cloud has it; return the number of points.
 
-    Points that are not finite are left out.
+    Points that are not finite are omitted.
     """
     points = np.asarray(cloud.points, dtype=np.float32).reshape(-1, 3)
     finite = np.isfinite(points).all(axis=1)
@@ -189,8 +193,8 @@ def write_ply(path: Path, cloud: Cloud, comment: str = "") -> int:
     return len(table)
 
 
-def most_certain(cloud: Cloud, max_sigma_m: float) -> Cloud:
-    """The points (N, 3) of a cloud that are finite and no less certain than this."""
+def precise_points(cloud: Cloud, max_sigma_m: float) -> Cloud:
+    """Return the points (N, 3) of a cloud that are finite and have at most this standard deviation."""
     points = cloud.points.reshape(-1, 3)
     keep = np.isfinite(points).all(axis=1)
     sigma: NDArray[np.float32] | None = None
@@ -202,7 +206,7 @@ def most_certain(cloud: Cloud, max_sigma_m: float) -> Cloud:
 
 
 def merged(clouds: list[Cloud], voxel_m: float) -> Cloud:
-    """Clouds (N, 3) as one: of the points in a voxel, the surest one (or the first)."""
+    """Return clouds (N, 3) as one: of the points in a voxel, the one with the lowest variance (or the first)."""
     if not clouds:
         return Cloud(np.zeros((0, 3), np.float32), np.zeros((0, 3), np.uint8), np.zeros(0, np.float32))
     points = np.concatenate([c.points for c in clouds])

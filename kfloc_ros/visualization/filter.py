@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sheets of what the filter does with a frame: noise, NIS, flow, scene coordinates, reliability."""
+"""Sheets of the filter's state in one frame: noise, NIS, flow, scene coordinates, reliability."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ from kfloc_ros.visualization.sheet import ARROW_LENGTHENING, SEPARATOR, Arrows, 
 
 ARROW_STEP_CELLS = 4
 MIN_ARROW_PX = 1.0
-"""Shorter arrows would be dots."""
-FRESH = "the recursion starts anew in this frame"
+"""Shortest arrow to draw, in pixels."""
+FRESH = "the filter was reset in this frame"
 
 
 def caption(source: str, frame: Frame, coarse: CoarseResult) -> str:
-    """One line about a frame: what the filter did, and what pose came of it."""
+    """Return one line about a frame: the filter's result and the coarse pose."""
     report, pose = coarse.filter, coarse.pose
     parts = [f"{source}, frame {frame.index}"]
     if report.reset_reason:
-        parts.append(f"starts anew: {report.reset_reason}")
+        parts.append(f"reset: {report.reset_reason}")
     else:
         parts.append(
-            f"prior in {report.prior_ratio:.0%} of the cells, mean NIS {report.nis_mean:.1f} (3 is right), "
+            f"prior in {report.prior_ratio:.0%} of the cells, mean NIS {report.nis_mean:.1f} (consistent: 3), "
             f"{report.rejected_ratio:.0%} rejected"
         )
     parts.append(
@@ -52,7 +52,7 @@ def caption(source: str, frame: Frame, coarse: CoarseResult) -> str:
 
 
 def filter_panels(frame: Frame, coarse: CoarseResult, nis_threshold: float) -> list[Panel]:
-    """Six panels: the image, measurement, NIS; flow, process, posterior."""
+    """Return six panels: the image, measurement, NIS; flow, process, posterior."""
     filtered = coarse.filtered or Filtered(_posterior(coarse), coarse.filter)
     measurement, prior, posterior = coarse.measurement, filtered.prior, filtered.posterior
     both = None if prior is None or measurement is None else prior.valid & measurement.valid
@@ -68,24 +68,26 @@ def filter_panels(frame: Frame, coarse: CoarseResult, nis_threshold: float) -> l
             FRESH,
         ),
         flow_panel(frame, filtered.flow, posterior.stride),
-        panel_of("process noise of carrying the belief here", process, SIGMA, FRESH),
+        panel_of("process noise of the prediction", process, SIGMA, FRESH),
         panel_of("posterior noise", sigma_picture("", posterior.variance, posterior.valid), SIGMA, ""),
     ]
 
 
 def flow_panels(frame: Frame, coarse: CoarseResult) -> list[Panel]:
-    """Two panels: where the cells of the image come from, as arrows over it, and as colours."""
+    """Return two panels: the flow of the cells as arrows over the image, and as colours."""
     flow = coarse.filtered.flow if coarse.filtered is not None else None
     stride, offset = _posterior(coarse).stride, _posterior(coarse).pixel_offset
     arrows = None if flow is None else flow_arrows(flow, stride, offset)
     return [
-        Panel(f"motion since the frame before, {ARROW_LENGTHENING:g} times as long", faded(frame.image), arrows=arrows),
+        Panel(
+            f"motion since the previous frame, {ARROW_LENGTHENING:g} times as long", faded(frame.image), arrows=arrows
+        ),
         flow_panel(frame, flow, stride),
     ]
 
 
 def flow_panel(frame: Frame, flow: Flow | None, stride: int) -> Panel:
-    """Flow as colours, suppressed where uncertain."""
+    """Return a panel of the flow in colours, suppressed where uncertain."""
     picture = flow_picture(flow)
     title = "backward flow"
     if flow is not None:
@@ -96,7 +98,7 @@ def flow_panel(frame: Frame, flow: Flow | None, stride: int) -> Panel:
 
 
 def flow_arrows(flow: Flow, stride: int, pixel_offset: float) -> Arrows:
-    """Forward motion at every fourth cell whose flow is trusted: from where it was to where it is."""
+    """Return the forward motion at every fourth cell with trusted flow: from its previous to its current position."""
     trusted = trusted_flow(flow)
     offset = flow.offset.detach().cpu().double().numpy() * stride
     rows, columns = np.meshgrid(
@@ -114,7 +116,9 @@ def flow_arrows(flow: Flow, stride: int, pixel_offset: float) -> Arrows:
 def cell_panels(
     frame: Frame, coarse: CoarseResult, bounds_m: Sequence[Sequence[float]], from_above: NDArray[np.uint8]
 ) -> list[Panel]:
-    """Four panels: the image, its scene coordinates, their noise, and all of them so far from above."""
+    """Return four panels: the image, its scene coordinates, their noise, and all scene coordinates so far from
+    above.
+    """
     posterior = _posterior(coarse)
     return [
         Panel("image", frame.image),
@@ -125,7 +129,7 @@ def cell_panels(
 
 
 def confidence_panels(frame: Frame, coarse: CoarseResult) -> list[Panel]:
-    """Two panels: the image, and how reliable its features are."""
+    """Return two panels: the image, and the reliability of its features."""
     picture = reliability_picture(coarse.features.reliability[0])
     height, width = frame.image.shape[:2]
     smooth = cv2.resize(picture.rgb, (width, height), interpolation=cv2.INTER_LINEAR)
@@ -136,7 +140,7 @@ def confidence_panels(frame: Frame, coarse: CoarseResult) -> list[Panel]:
 
 
 def faded(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Paler, so that what is drawn over it stands out."""
+    """Return a paler image, so that drawings over it stand out."""
     return np.asarray(255 - 0.55 * (255.0 - image), dtype=np.uint8)
 
 

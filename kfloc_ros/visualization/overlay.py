@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The picture that says at a glance whether a pose is right: the map's points drawn over the image."""
+"""Overlay: the map's points drawn over the image by the estimated pose, coloured by residual."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from kfloc_ros.types import PoseEstimate, TrackingState
 from kfloc_ros.visualization.cells import Scale
 
 RESIDUAL = Scale("residual of the features", 0.0, 1.0, "turbo", ticks=(0, 0.25, 0.5, 0.75, 1))
-"""Features that have nothing to do with each other differ by more than the last."""
+"""Scale of residuals: unrelated features differ by more than the last tick."""
 REFERENCE_WIDTH_PX = 640
-"""Sizes below are for an image of this width."""
+"""Width of the image for which the sizes below are defined."""
 _STATE_COLOURS = {
     TrackingState.TRACKING: (90, 220, 90),
     TrackingState.DEGRADED: (255, 200, 60),
@@ -30,9 +30,9 @@ _STATE_COLOURS = {
 
 
 def draw_overlay(image: NDArray[np.uint8], estimate: PoseEstimate, points: Reprojection | None) -> NDArray[np.uint8]:
-    """The image (H, W, 3), paler, with the points in the colours of their residuals (blue fits, red does not).
+    """Return the image (H, W, 3), paler, with points in the colours of their residuals (blue: match, red: no match).
 
-    On top is the state and, of the points, the median residual and how many are in view; without points, the reason.
+    The text shows the state, the median residual and the number of points in view; without points, the reason.
     """
     picture = np.ascontiguousarray((0.65 * image + 0.35 * 128).astype(np.uint8))
     scale = max(image.shape[1] / REFERENCE_WIDTH_PX, 0.5)
@@ -65,7 +65,7 @@ def _draw_caption(picture: NDArray[np.uint8], state: TrackingState, caption: str
     picture[:height] //= 3
     size, thickness = 0.5 * scale, max(round(scale), 1)
     baseline = round(15 * scale)
-    # OpenCV's own font has ASCII only
+    # OpenCV's own font has only ASCII
     words = [(state.value, _STATE_COLOURS[state]), (caption.encode("ascii", "replace").decode(), (235, 235, 235))]
     x = round(6 * scale)
     for text, colour in words:
@@ -75,14 +75,14 @@ def _draw_caption(picture: NDArray[np.uint8], state: TrackingState, caption: str
 
 
 class OverlayPainter:
-    """Draws overlays of one map.
+    """Painter of overlays for one map.
 
     Args:
-        references: of the map, or what gives them; those that the alignment used are drawn, or the nearest ones where
-            there was none.
-        camera: of the map.
-        count: how many reference views are drawn where there was no alignment.
-        device: where the backbone runs for images that come without features.
+        references: references of the map, or a function that returns them. Those of the alignment are drawn; without
+            an alignment, the nearest ones.
+        camera: camera of the map.
+        count: number of reference views to draw if there was no alignment.
+        device: device of the backbone, for images without features.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class OverlayPainter:
     def paint(
         self, image: NDArray[np.uint8], estimate: PoseEstimate, features: BackboneFeatures | None = None
     ) -> NDArray[np.uint8]:
-        """The overlay (H, W, 3) of an image (H, W, 3); its features are made anew where they are not given."""
+        """Return the overlay (H, W, 3) of an image (H, W, 3); missing features are computed."""
         T = estimate.T_map_camera
         if T is None:
             return draw_overlay(image, estimate, None)

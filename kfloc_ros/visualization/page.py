@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A localization as one HTML file: points, cameras and steps in 3-D, images beside them. It needs no network.
+"""HTML page of a localization in a single file: points, cameras and alignment steps in 3-D, with images. Needs no
+network.
 
-The page is ``web/viewer.html`` with ``web/viewer.js``, ``web/three.min.js`` and the data put in. Points go in as 16-bit
-integers over their extent (a tenth of a millimetre in a room), residuals as bytes, images as JPEG.
+The page is ``web/viewer.html`` with ``web/viewer.js``, ``web/three.min.js`` and the data inserted. Points are stored as
+16-bit integers over their extent (0.1 mm in a room), residuals as bytes, images as JPEG.
 """
 
 from __future__ import annotations
@@ -28,24 +29,24 @@ from kfloc_ros.messages.clouds import Cloud
 from kfloc_ros.pixloc.residuals import reproject_all
 from kfloc_ros.types import AlignmentStep
 from kfloc_ros.visualization.alignment import offset_between, reference_points
-from kfloc_ros.visualization.clouds import cell_cloud, map_cloud, merged, most_certain
+from kfloc_ros.visualization.clouds import cell_cloud, map_cloud, merged, precise_points
 from kfloc_ros.visualization.stream import View
 
-MAX_MAP_POINTS, MAX_SEEN_POINTS = 60_000, 60_000
+MAX_MAP_POINTS, MAX_SCENE_POINTS = 60_000, 60_000
 MAX_SIGMA_M, VOXEL_M = 0.08, 0.02
 RESIDUAL_STEPS = 200
-"""A residual of 1 is stored as this; above 255 all are the same."""
+"""Byte value of a residual of 1; values above 255 are clipped."""
 UNSEEN = 255
 JPEG_QUALITY = 78
 
 
 class LocalizationPage:
-    """Collects frames, then writes the page.
+    """Collector of frames that writes the page.
 
     Args:
-        scene_map: of the place.
-        source: name of what is localized.
-        image_width: of the images in the page, pixels.
+        scene_map: map of the place.
+        source: name of the localized source.
+        image_width: width of the images in the page, in pixels.
     """
 
     def __init__(self, scene_map: SceneMap, source: str, image_width: int = 480) -> None:
@@ -58,11 +59,11 @@ class LocalizationPage:
     def count(self) -> int:
         return len(self._frames)
 
-    def add(self, seen: View) -> None:
+    def add(self, view: View) -> None:
         """Add a frame with its coarse pose, the steps of its alignment, and its image."""
-        frame, estimate = seen.frame, seen.estimate
-        if seen.coarse.scene_coordinates is not None:
-            cells = most_certain(cell_cloud(seen.coarse.scene_coordinates, frame.image), MAX_SIGMA_M)
+        frame, estimate = view.frame, view.estimate
+        if view.coarse.scene_coordinates is not None:
+            cells = precise_points(cell_cloud(view.coarse.scene_coordinates, frame.image), MAX_SIGMA_M)
             self._cloud = merged([self._cloud, cells], VOXEL_M)
         alignment = estimate.alignment
         steps = alignment.steps if alignment is not None else ()
@@ -72,12 +73,12 @@ class LocalizationPage:
             "state": estimate.state.value,
             "reason": estimate.reason,
             "image": _jpeg(frame.image, self._scale),
-            "coarse": _pose(seen.coarse.pose.T_map_camera),
+            "coarse": _pose(view.coarse.pose.T_map_camera),
             "pose": _pose(estimate.T_map_camera),
             "truth": _pose(frame.T_map_camera),
             "references": [self._map.references.ids.index(ident) for ident in ids],
             "steps": [_step(step, steps[-1].T_map_camera, frame.T_map_camera) for step in steps],
-            "residuals": self._residuals(seen.coarse.features, steps, ids),
+            "residuals": self._residuals(view.coarse.features, steps, ids),
         }
         self._frames.append(entry)
 
@@ -90,8 +91,8 @@ class LocalizationPage:
         if not self._frames:
             raise DrawingError("There is no frame to show.")
         cloud = map_cloud(self._map, MAX_MAP_POINTS)
-        seen = self._cloud
-        thinned = slice(None, None, -(-max(len(seen.points), 1) // MAX_SEEN_POINTS))
+        scene = self._cloud
+        thinned = slice(None, None, -(-max(len(scene.points), 1) // MAX_SCENE_POINTS))
         axis, sign = up_axis(self._map)
         views = self._map.references
         camera = self._map.camera
@@ -100,7 +101,7 @@ class LocalizationPage:
             "up": [sign if k == axis else 0 for k in range(3)],
             "camera": [camera.width, camera.height, camera.fx, camera.fy, camera.cx, camera.cy],
             "map": _packed(cloud),
-            "seen": _packed(Cloud(seen.points[thinned], seen.colours[thinned])),
+            "scene": _packed(Cloud(scene.points[thinned], scene.colours[thinned])),
             "references": [_pose(T) for T in views.T_map_camera],
             "reference_ids": list(views.ids),
             "points": [_packed_points(view.points.cpu().numpy()) for view in views.views],
@@ -115,7 +116,7 @@ class LocalizationPage:
         return path
 
     def _residuals(self, features: BackboneFeatures, steps: Sequence[AlignmentStep], ids: Sequence[int]) -> list[str]:
-        """One byte for every point of the references at every step; 255 where it is out of view."""
+        """Return one byte for every reference point at every step; 255 if it is out of view."""
         if not steps:
             return []
         points = reference_points(self._map, ids).to(features.fine.device)
@@ -130,7 +131,7 @@ class LocalizationPage:
 def _page(data: dict[str, Any]) -> str:
     folder = resources.files("kfloc_ros.visualization") / "web"
     text = (folder / "viewer.html").read_text(encoding="utf-8")
-    # "</" would end the script that the data stands in
+    # "</" would end the script element that contains the data
     content = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("</", "<\\/")
     parts = {
         "/*THREE*/": (folder / "three.min.js").read_text(encoding="utf-8").replace("</script", "<\\/script"),
@@ -149,7 +150,7 @@ def _packed(cloud: Cloud) -> dict[str, Any]:
 
 
 def _packed_points(points: NDArray[np.floating]) -> dict[str, Any]:
-    """Points (N, 3) as integers of 16 bits between two corners."""
+    """Return points (N, 3) as 16-bit integers between two corners."""
     points = np.asarray(points, dtype=np.float64).reshape(-1, 3)
     if not len(points):
         return {"low": [0, 0, 0], "size": [1, 1, 1], "points": ""}
@@ -164,7 +165,7 @@ def _text(values: NDArray[Any]) -> str:
 
 
 def _pose(T: Matrix | None) -> list[float] | None:
-    """The upper three rows of a pose, or None."""
+    """Return the upper three rows of a pose, or None."""
     return None if T is None else [round(float(v), 7) for v in T[:3].reshape(-1)]
 
 

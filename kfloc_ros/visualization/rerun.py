@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recordings for the Rerun viewer: what happens in the map frame over time, in 3-D, beside pictures and curves.
+"""Recordings for the Rerun viewer: 3-D content of the map frame over time, with pictures and curves.
 
-Rerun (Apache-2.0 or MIT) is optional, half a gigabyte with its viewer, and imported when a recording is begun.
+Rerun (Apache-2.0 or MIT) is optional, half a gigabyte with its viewer, and imported when a recording starts.
 """
 
 from __future__ import annotations
@@ -21,30 +21,30 @@ from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import Matrix
 
 WORLD = "map"
-"""Entity that everything in the map frame lies below."""
+"""Entity of the map frame, above all entities in it."""
 JPEG_QUALITY = 85
 
 
 def has_display() -> bool:
-    """Whether a window can be opened here."""
+    """Return True if a window can be opened on this machine."""
     return sys.platform in ("darwin", "win32") or any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY"))
 
 
 class Recording:
-    """What is logged goes into a ``.rrd`` file, to a live viewer, or both.
+    """Recording into a ``.rrd`` file, a live viewer, or both.
 
-    Entities in the map frame are named below ``map/``; pictures and curves may have any other name.
+    Entities in the map frame are named below ``map/``; pictures and curves can have any other name.
 
     Args:
-        title: of the recording.
+        title: title of the recording.
         path: the ``.rrd`` file; it is complete after :meth:`close`.
-        live: open the viewer and show what comes in.
-        up: the map frame's axis that points up: 0 to 2 for x to z, and its sign.
+        live: open the viewer and show the content as it is logged.
+        up: vertical axis of the map frame, 0 to 2 for x to z, and its sign.
         pictures: entities to show beside the 3-D view.
         curves: entities of numbers to show over time.
 
     Raises:
-        DrawingError: Rerun is not installed, the file cannot be written, or there is no display to be live on.
+        DrawingError: Rerun is not installed, the file cannot be written, or there is no display for the viewer.
     """
 
     def __init__(
@@ -60,8 +60,8 @@ class Recording:
         self._rr = _import_rerun()
         if live and not has_display():
             raise DrawingError(
-                "The live viewer needs a display and there is none; write a recording to a .rrd file and open that "
-                "with `rerun FILE` where there is one."
+                "The live viewer needs a display, and there is none; write a recording to a .rrd file and open it "
+                "with `rerun FILE` on a machine with a display."
             )
         self._stream = self._rr.RecordingStream("kfloc")
         self._stream.send_recording_name(title)
@@ -81,13 +81,13 @@ class Recording:
             self._log(WORLD, getattr(self._rr.ViewCoordinates, _handedness(*up)), static=True)
 
     def at(self, frame: int, stamp_ns: int | None = None) -> None:
-        """What is logged from now on belongs to this frame, and to this time since the epoch or the start."""
+        """Set the frame, and the time since the epoch or the start, of the content logged next."""
         self._stream.set_time("frame", sequence=frame)
         if stamp_ns is not None:
             self._stream.set_time("time", duration=np.timedelta64(int(stamp_ns), "ns"))
 
     def step(self, number: int) -> None:
-        """What is logged from now on belongs to this step of an alignment."""
+        """Set the step of an alignment of the content logged next."""
         self._stream.set_time("step", sequence=number)
 
     def cloud(
@@ -99,7 +99,9 @@ class Recording:
         radius_m: float = 0.008,
         static: bool = False,
     ) -> None:
-        """Points (N, 3) in metres with RGB (N, 3), or one colour for all; points that are not finite are left out."""
+        """Log points (N, 3) in metres with RGB (N, 3), or one colour for all; points that are not finite are
+        omitted.
+        """
         points = np.asarray(points, dtype=np.float32).reshape(-1, 3)
         colours = np.asarray(colours, dtype=np.uint8)
         finite = np.isfinite(points).all(axis=1)
@@ -109,7 +111,7 @@ class Recording:
     def lines(
         self, entity: str, strips: ArrayLike, colour: ArrayLike, *, radius_m: float = 0.003, static: bool = False
     ) -> None:
-        """Polylines (K, L, 3) in metres of one colour, or each of its own (K, 3)."""
+        """Log polylines (K, L, 3) in metres of one colour, or one colour each (K, 3)."""
         coloured = np.asarray(colour, dtype=np.uint8)
         shape = self._rr.LineStrips3D(np.asarray(strips, dtype=np.float32), colors=coloured, radii=radius_m)
         self._log(entity, shape, static=static)
@@ -124,7 +126,7 @@ class Recording:
         colour: tuple[int, int, int] | None = None,
         size_m: float = 0.25,
     ) -> None:
-        """A camera at a pose, with its image (H, W, 3)."""
+        """Log a camera at a pose, with its image (H, W, 3)."""
         rr = self._rr
         self._log(entity, rr.Transform3D(translation=T_map_camera[:3, 3], mat3x3=T_map_camera[:3, :3]))
         shape = rr.Pinhole(
@@ -139,24 +141,24 @@ class Recording:
             self._log(f"{entity}/image", rr.Image(image).compress(jpeg_quality=JPEG_QUALITY))
 
     def picture(self, entity: str, image: NDArray[np.uint8], *, jpeg: bool = False) -> None:
-        """A picture (H, W, 3); ``jpeg`` makes it a tenth as large."""
+        """Log a picture (H, W, 3); ``jpeg`` reduces its size to a tenth."""
         picture = self._rr.Image(image)
         self._log(entity, picture.compress(jpeg_quality=JPEG_QUALITY) if jpeg else picture)
 
     def number(self, entity: str, value: float) -> None:
-        """A point of a curve; NaN leaves a gap."""
+        """Log a point of a curve; NaN leaves a gap."""
         self._log(entity, self._rr.Scalars(float(value)))
 
     def text(self, entity: str, text: str) -> None:
-        """A line of a log."""
+        """Log a line of text."""
         self._log(entity, self._rr.TextLog(text))
 
     def clear(self, entity: str) -> None:
-        """From here on nothing is shown at an entity and below."""
+        """Show nothing at an entity and below from here on."""
         self._log(entity, self._rr.Clear(recursive=True))
 
     def close(self) -> None:
-        """Write what is pending."""
+        """Write pending content."""
         self._stream.flush()
         self._stream.disconnect()
 
@@ -186,8 +188,8 @@ def _import_rerun() -> Any:
         return importlib.import_module("rerun")
     except ImportError as error:
         raise DrawingError(
-            "Recordings for the Rerun viewer need the Python package 'rerun-sdk', which is not installed; get it with "
-            "`pip install rerun-sdk`, or ask for pictures, videos or the HTML page, which need nothing more."
+            "Recordings for the Rerun viewer need the Python package 'rerun-sdk', which is not installed; install it "
+            "with `pip install rerun-sdk`, or use pictures, videos or the HTML page, which do not need it."
         ) from error
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What goes into recordings: the filter's frames, and the steps of an alignment."""
+"""Content of Rerun recordings: maps, frames with their filter state, steps of an alignment, result folders."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ RADIUS_M = 0.006
 
 
 def log_map(recording: Recording, scene_map: SceneMap) -> None:
-    """The map's points and reference views, which never change."""
+    """Log the map's points and reference views, which are static."""
     cloud = map_cloud(scene_map)
     recording.cloud("map/points", cloud.points, cloud.colours, radius_m=0.004, static=True)
     symbols = camera_symbols(scene_map.references.T_map_camera, scene_map.camera, FRUSTUM_DEPTH_M)
     recording.lines("map/references", symbols.reshape(-1, 2, 3), REFERENCE_COLOUR, radius_m=0.001, static=True)
 
 
-def log_frame(recording: Recording, seen: View) -> None:
-    """The image, where its coarse pose puts it."""
-    frame, pose = seen.frame, seen.coarse.pose
+def log_frame(recording: Recording, view: View) -> None:
+    """Log the image at its coarse pose."""
+    frame, pose = view.frame, view.coarse.pose
     recording.at(frame.index, frame.stamp_ns)
     if pose.T_map_camera is not None:
         recording.camera("map/camera", pose.T_map_camera, frame.camera, frame.image)
@@ -54,13 +54,13 @@ def log_frame(recording: Recording, seen: View) -> None:
         recording.text("log", f"frame {frame.index}: no pose: {pose.reason}")
 
 
-def log_filter(recording: Recording, seen: View, nis_threshold: float) -> None:
-    """A frame with the points that its cells see, and its noise, NIS and flow pictures."""
-    log_frame(recording, seen)
-    if seen.coarse.scene_coordinates is not None:
-        cloud = cell_cloud(seen.coarse.scene_coordinates, seen.frame.image)
+def log_filter(recording: Recording, view: View, nis_threshold: float) -> None:
+    """Log a frame with its scene points, and its noise, NIS and flow pictures."""
+    log_frame(recording, view)
+    if view.coarse.scene_coordinates is not None:
+        cloud = cell_cloud(view.coarse.scene_coordinates, view.frame.image)
         recording.cloud("map/cells", cloud.points, cloud.colours, radius_m=0.012)
-    filtered, measurement = seen.coarse.filtered, seen.coarse.measurement
+    filtered, measurement = view.coarse.filtered, view.coarse.measurement
     if filtered is None or measurement is None:
         return
     prior, posterior = filtered.prior, filtered.posterior
@@ -80,7 +80,9 @@ def log_filter(recording: Recording, seen: View, nis_threshold: float) -> None:
 def log_alignment(
     recording: Recording, frame: Frame, features: BackboneFeatures, alignment: Alignment, scene_map: SceneMap
 ) -> None:
-    """The map, the reference views used, and camera and overlay at every step; the viewer's timeline is ``step``."""
+    """Log the map, the reference views used, and camera and overlay at every step; the viewer's timeline is
+    ``step``.
+    """
     log_map(recording, scene_map)
     camera: Camera = frame.camera
     points = reference_points(scene_map, alignment.reference_ids).to(features.fine.device)
@@ -91,15 +93,15 @@ def log_alignment(
         recording.cloud(f"map/used/{k}/points", view.points.cpu().numpy(), USED_COLOUR, radius_m=RADIUS_M, static=True)
     symbols = camera_symbols(scene_map.references.T_map_camera[used], camera, 2 * FRUSTUM_DEPTH_M)
     recording.lines("map/used/views", symbols.reshape(-1, 2, 3), USED_COLOUR, radius_m=0.002, static=True)
-    way = [step.T_map_camera[:3, 3] for step in alignment.steps]
-    if len(way) > 1:
-        recording.lines("map/way", [way], STEP_COLOUR, static=True)
+    path = [step.T_map_camera[:3, 3] for step in alignment.steps]
+    if len(path) > 1:
+        recording.lines("map/way", [path], STEP_COLOUR, static=True)
     for number, step in enumerate(alignment.steps):
         recording.step(number)
         recording.camera("map/camera", step.T_map_camera, camera, frame.image)
         recording.number(f"cost/stride_{step.stride}", step.cost)
-        seen = reproject(features, points, step.T_map_camera, camera)
-        recording.picture("overlay", by_residual(frame.image, seen), jpeg=True)
+        projected = reproject(features, points, step.T_map_camera, camera)
+        recording.picture("overlay", by_residual(frame.image, projected), jpeg=True)
 
 
 PICTURES = ("overlay", "noise", "flow")
@@ -109,11 +111,11 @@ PATH_COLOUR = (80, 200, 255)
 TRUTH_COLOUR = (90, 220, 90)
 SPREAD_COLOUR = (255, 200, 60)
 _PATH_PERIOD = 5
-"""Frames between two pictures of the path so far; each holds all of it."""
+"""Number of frames between two logs of the whole path."""
 
 
 def begin(title: str, scene_map: SceneMap | None, path: Path | None) -> Recording:
-    """A recording with a map in it, into a file or, without one, into a live viewer. Raises DrawingError."""
+    """Start a recording with a map in it, to a file or, without one, to a live viewer. Raises DrawingError."""
     up = None if scene_map is None else up_axis(scene_map)
     recording = Recording(title, path=path, live=path is None, up=up, pictures=PICTURES, curves=CURVES)
     if scene_map is not None:
@@ -125,7 +127,7 @@ def begin(title: str, scene_map: SceneMap | None, path: Path | None) -> Recordin
 
 
 class Trail:
-    """The path so far, drawn anew every few poses."""
+    """Path so far, drawn again every few poses."""
 
     def __init__(self, recording: Recording, entity: str, colour: tuple[int, int, int]) -> None:
         self._recording, self._entity, self._colour = recording, entity, colour
@@ -140,7 +142,7 @@ class Trail:
             self.draw()
 
     def draw(self) -> None:
-        """Draw it as it is now."""
+        """Draw the current path."""
         if len(self._positions) > 1:
             self._recording.lines(self._entity, np.stack(self._positions)[None], self._colour)
 
@@ -148,7 +150,7 @@ class Trail:
 def view_source(
     recording: Recording, scene_map: SceneMap, localizer: Localizer, source: FrameSource
 ) -> Iterator[PoseEstimate]:
-    """Localize every frame of a source and log everything that is known of it; yields as it goes.
+    """Localize every frame of a source and log all results; yields after each frame.
 
     Raises:
         SourceError: an image cannot be read.
@@ -175,10 +177,11 @@ def view_source(
 def view_results(recording: Recording, folder: Path) -> int:
     """Log a result folder of `kfloc localize` or `kfloc replay`: both paths, states, errors and latencies.
 
-    Returns the number of frames.
+    Returns:
+        The number of frames.
 
     Raises:
-        SourceError: it is no such folder, or damaged.
+        SourceError: the folder is not a result folder, or is damaged.
     """
     for name, entity, colour in (
         ("groundtruth.tum", "map/true_path", TRUTH_COLOUR), ("trajectory.tum", "map/path", PATH_COLOUR)
@@ -205,20 +208,20 @@ def view_results(recording: Recording, folder: Path) -> int:
 
 
 class StateLog:
-    """Says when the state changes."""
+    """Log of changes of the tracking state."""
 
     def __init__(self, recording: Recording) -> None:
         self._recording, self._last = recording, ""
 
     def add(self, state: str, reason: str) -> None:
-        """The state of one frame."""
+        """Add the state of one frame."""
         if state != self._last:
             self._last = state
             self._recording.text("state", f"{state}: {reason}" if reason else state)
 
 
 def show_covariance(recording: Recording, T_map_camera: Matrix | None, covariance: Matrix | None) -> None:
-    """Two standard deviations to either side along the principal axes of the position's covariance."""
+    """Log the principal axes of the position's covariance, two standard deviations to either side."""
     if T_map_camera is None or covariance is None:
         recording.clear("map/covariance")
         return
@@ -264,5 +267,5 @@ def _show_row(recording: Recording, row: dict[str, str]) -> None:
 
 def _part(folder: Path, name: str) -> Path:
     if not (folder / name).is_file():
-        raise SourceError(f"'{folder}' is not a whole result folder: it has no {name}.")
+        raise SourceError(f"'{folder}' is not a complete result folder: {name} is missing.")
     return folder / name

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sheets: several pictures side by side with titles, colour bars and arrows, drawn once and then updated."""
+"""Sheets: several pictures side by side with titles, colour bars and arrows, laid out once and then updated."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ DPI = 100
 PANEL_WIDTH_IN, PANEL_HEIGHT_IN = 4.6, 3.25
 TITLE_HEIGHT_IN = 0.45
 SEPARATOR = "   |   "
-"""Between the parts of a title; narrow sheets break the line after the first part."""
+"""Separator between the parts of a title; narrow sheets break the line after the first part."""
 QUIET = "#666666"
 ARROW_LENGTHENING = 2.0
-"""Motion between frames is short."""
+"""Factor on the length of arrows, since motion between frames is short."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,37 +30,37 @@ class Arrows:
     """Vectors drawn over a panel."""
 
     places: NDArray[np.float64]
-    """(N, 2) pixels of the image."""
+    """(N, 2) start points, in pixels of the image."""
     vectors: NDArray[np.float64]
     """(N, 2) pixels."""
 
 
 @dataclass(frozen=True, eq=False)
 class Panel:
-    """One picture of a sheet; all of a sheet show the same field of view."""
+    """Picture of a sheet; all panels of a sheet show the same field of view."""
 
     title: str
     rgb: NDArray[np.uint8] | None
-    """(h, w, 3); None where there is nothing to show in this frame."""
+    """(h, w, 3); None if there is nothing to show in this frame."""
     scale: Scale | None = None
     wheel: bool = False
-    """Explain the colours of flow."""
+    """Draw the key to the colours of flow."""
     arrows: Arrows | None = None
     nothing: str = "nothing to show"
-    """Why there is no picture."""
+    """Text shown if there is no picture."""
 
 
 def panel_of(title: str, picture: CellPicture | None, scale: Scale, nothing: str) -> Panel:
-    """A panel of a cell picture; the scale is shown even while there is no picture."""
+    """Return a panel of a cell picture; the scale is shown even without a picture."""
     return Panel(title, None if picture is None else picture.rgb, scale, nothing=nothing)
 
 
 class Sheet:
-    """Draws sheets of one layout: the first one lays the figure out, later ones only change what differs.
+    """Renderer of sheets of one layout: the first sheet lays the figure out, later ones only update it.
 
     Args:
-        columns: panels in a row.
-        width, height: of the image in pixels, that all panels are stretched to.
+        columns: number of panels per row.
+        width, height: size of the image in pixels, to which all panels are stretched.
     """
 
     def __init__(self, columns: int, width: int, height: int) -> None:
@@ -73,7 +73,7 @@ class Sheet:
         self._title: Any = None
 
     def draw(self, title: str, panels: Sequence[Panel]) -> NDArray[np.uint8]:
-        """The sheet as an RGB picture; all sheets of one layout have the same size."""
+        """Return the sheet as an RGB picture; all sheets of one layout have the same size."""
         if self._canvas is None:
             self._lay_out(panels)
         wide = self._columns > 2
@@ -81,7 +81,7 @@ class Sheet:
         for k, panel in enumerate(panels):
             self._update(k, panel)
         self._canvas.draw()
-        self._canvas.figure.set_layout_engine("none")  # nothing moves from here on, and drawing takes half the time
+        self._canvas.figure.set_layout_engine("none")  # the layout is fixed from here on, which halves the drawing time
         return np.array(self._canvas.buffer_rgba(), dtype=np.uint8)[..., :3]
 
     def _lay_out(self, panels: Sequence[Panel]) -> None:
@@ -140,7 +140,7 @@ class Sheet:
 
 
 def add_scale(figure: Any, axes: Any, scale: Scale) -> None:
-    """A colour bar right of axes."""
+    """Add a colour bar to the right of axes."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import ListedColormap, LogNorm, Normalize
 
@@ -160,7 +160,7 @@ def _short(tick: float) -> str:
 
 
 def _add_wheel(axes: Any) -> None:
-    """The key to flow colours in a corner."""
+    """Add the key to flow colours in a corner."""
     inset = axes.inset_axes((0.0, 0.0, 0.16, 0.21))
     inset.imshow(flow_wheel())
     inset.set_xticks([])

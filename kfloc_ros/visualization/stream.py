@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Frames with everything that the localizer, or a folder of coordinate maps, says of them: what viewers draw."""
+"""Streams of frames with the results of the localizer or of a folder of coordinate maps, for viewers."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from kfloc_ros.types import Frame, PoseEstimate, SceneCoordinates
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """Frame of a source with everything that the localizer found for it: what viewers draw."""
+    """Frame of a source with all results of the localizer, for viewers."""
 
     frame: Frame
-    """Brought to the map's camera."""
+    """Frame adapted to the map's camera."""
     coarse: CoarseResult
     estimate: PoseEstimate
 
 
 def watch(localizer: Localizer, source: FrameSource) -> Iterator[View]:
-    """Localize frame after frame as ``kfloc localize`` does.
+    """Yield frame after frame, localized as by ``kfloc localize``.
 
     Raises:
         SourceError: an image cannot be read.
@@ -46,19 +46,19 @@ def watch(localizer: Localizer, source: FrameSource) -> Iterator[View]:
 
 @dataclass(frozen=True, eq=False)
 class StoredMap:
-    """A file ``coord_<i>.npy``."""
+    """Coordinate map in a file ``coord_<i>.npy``."""
 
     index: int
     coordinates: SceneCoordinates
 
 
 def is_coordinate_folder(path: Path) -> bool:
-    """Whether a folder holds coordinate maps in KFNet's format."""
+    """Return True if a folder contains coordinate maps in KFNet's format."""
     return path.is_dir() and any(path.glob("coord_*.npy"))
 
 
 def read_coordinate_folder(folder: Path) -> tuple[Camera, list[Path]]:
-    """The camera and the files of a folder of coordinate maps, in the order of their numbers.
+    """Return the camera and the files of a folder of coordinate maps, in the order of their numbers.
 
     Raises:
         SourceError: a name is not ``coord_<i>.npy``, or the description is damaged.
@@ -73,17 +73,17 @@ def read_coordinate_folder(folder: Path) -> tuple[Camera, list[Path]]:
 
 
 def read_stored(path: Path) -> StoredMap:
-    """One coordinate map.
+    """Return one coordinate map.
 
     Raises:
-        SourceError: it is damaged.
+        SourceError: the file is damaged.
     """
     coordinates = read_coordinates(path, read_description(path.parent))
     return StoredMap(int(path.stem.removeprefix("coord_")), coordinates)
 
 
 def read_flow(folder: Path, index: int) -> np.ndarray | None:
-    """(h, w, 3) flow from image ``index`` to the one before, with 1/sigma; None where there is none."""
+    """Return the flow (h, w, 3) from image ``index`` to the previous one, with 1/sigma; None if there is no file."""
     path = folder / f"{index}_{index - 1}_flow.npy"
     if not path.is_file():
         return None

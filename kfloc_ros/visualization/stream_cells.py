@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The scene coordinates of a stream, gathered into one cloud."""
+"""Scene coordinates of a stream, accumulated in one cloud."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kfloc_ros.errors import SourceError
 from kfloc_ros.messages.clouds import Cloud
 from kfloc_ros.types import SceneCoordinates
 from kfloc_ros.visualization.cells import NO_VALUE, SIGMA, coordinates_picture, flow_colours, sigma_picture
-from kfloc_ros.visualization.clouds import Ortho, below, cell_cloud, merged, most_certain, write_ply
+from kfloc_ros.visualization.clouds import Ortho, below, cell_cloud, merged, precise_points, write_ply
 from kfloc_ros.visualization.filter import cell_panels
 from kfloc_ros.visualization.rerun import Recording
 from kfloc_ros.visualization.rerun_views import log_frame
@@ -22,17 +22,17 @@ from kfloc_ros.visualization.stream import View, read_coordinate_folder, read_fl
 from kfloc_ros.visualization.video import PictureSeries, write_picture
 
 HEADROOM_M = 0.6
-"""What lies higher above the cameras than this is not drawn from above: it hides the room."""
+"""Height above the cameras, in metres, above which points are not drawn from above: they would hide the room."""
 
 
 class CellStream:
-    """Takes frames one after the other.
+    """Accumulator of frames, one after the other.
 
     Args:
         bounds_m: smallest and largest corner of the map.
-        up: the map's axis that points up, and its sign.
-        max_sigma_m: points less certain than this are left out.
-        voxel_m: of the points in a cube of this side, the surest one is kept.
+        up: vertical axis of the map, and its sign.
+        max_sigma_m: largest standard deviation of a point.
+        voxel_m: side of a voxel, in which only the point with the lowest variance is used.
     """
 
     def __init__(
@@ -48,32 +48,32 @@ class CellStream:
         side = next(k for k in range(3) if k != up[0])
         self._side = Ortho(low, high, side, 1.0, upward=up)
 
-    def add(self, seen: View, folder: Path) -> list[Panel]:
+    def add(self, view: View, folder: Path) -> list[Panel]:
         """Write the frame's PLY into a folder, add its points to the cloud, and return the panels of its sheet."""
-        coordinates, pose = seen.coarse.scene_coordinates, seen.coarse.pose
+        coordinates, pose = view.coarse.scene_coordinates, view.coarse.pose
         assert coordinates is not None  # the stages run in this process
-        cloud = most_certain(cell_cloud(coordinates, seen.frame.image), self._max_sigma_m)
-        write_ply(folder / f"{seen.frame.index:06d}.ply", cloud, f"frame {seen.frame.index}")
+        cloud = precise_points(cell_cloud(coordinates, view.frame.image), self._max_sigma_m)
+        write_ply(folder / f"{view.frame.index:06d}.ply", cloud, f"frame {view.frame.index}")
         self._files += 1
         self._latest = cloud
         self.cloud = merged([self.cloud, cloud], self._voxel_m)
         if pose.T_map_camera is not None:
             self._way.append(pose.T_map_camera[:3, 3])
-        from_above = self._above.draw(self._low_enough(), way=self._line(), camera=pose.T_map_camera)
-        return cell_panels(seen.frame, seen.coarse, self._bounds, from_above)
+        from_above = self._above.draw(self._low_enough(), path=self._line(), camera=pose.T_map_camera)
+        return cell_panels(view.frame, view.coarse, self._bounds, from_above)
 
-    def log(self, recording: Recording, seen: View) -> None:
-        """The frame, and its points, which stay."""
-        log_frame(recording, seen)
-        recording.cloud(f"map/cloud/{seen.frame.index}", self._latest.points, self._latest.colours, radius_m=0.006)
+    def log(self, recording: Recording, view: View) -> None:
+        """Log the frame, and its points, which remain visible."""
+        log_frame(recording, view)
+        recording.cloud(f"map/cloud/{view.frame.index}", self._latest.points, self._latest.colours, radius_m=0.006)
 
     def write(self, out: Path, title: str) -> list[str]:
-        """Write ``cloud.ply`` and ``cloud.png`` of all frames; returns what there is, in words."""
+        """Write ``cloud.ply`` and ``cloud.png`` of all frames; return a description of the files."""
         count = write_ply(out / "cloud.ply", self.cloud, title)
         sheet = Sheet(2, self._above.width, self._above.height)
         panels = [
-            Panel("from above, with the cameras' way", self._above.draw(self._low_enough(), way=self._line())),
-            Panel("from the side", self._side.draw(self.cloud, way=self._line())),
+            Panel("from above, with the camera path", self._above.draw(self._low_enough(), path=self._line())),
+            Panel("from the side", self._side.draw(self.cloud, path=self._line())),
         ]
         rule = f"sigma below {100 * self._max_sigma_m:g} cm, one point in {100 * self._voxel_m:g} cm"
         heading = f"{title}: scene coordinates of {self._files} frames, {count} points ({rule})"
@@ -95,19 +95,19 @@ class CellStream:
 
 
 def show_stored(folder: Path, out: Path, series: PictureSeries, max_sigma_m: float, voxel_m: float) -> Iterator[str]:
-    """Draw every map of a folder; yields an empty line for each, and then what was written.
+    """Draw every map of a folder; yields an empty line for each, and then the files written.
 
     Raises:
-        SourceError: a file is damaged, or no map has a point that is certain enough.
+        SourceError: a file is damaged, or no map has a point with a low standard deviation.
     """
     camera, paths = read_coordinate_folder(folder)
-    # two passes, since the colours of coordinates need the extent of all of them
-    clouds = [most_certain(sigma_cloud(read_stored(path).coordinates), max_sigma_m) for path in paths]
+    # two passes, since the colours of coordinates depend on the extent of all of them
+    clouds = [precise_points(sigma_cloud(read_stored(path).coordinates), max_sigma_m) for path in paths]
     whole = merged(clouds, voxel_m)
     if not len(whole.points):
         raise SourceError(
-            f"None of the {len(paths)} maps in '{folder}' has a point more certain than {max_sigma_m:g} m; "
-            "raise --max-sigma."
+            f"None of the {len(paths)} maps in '{folder}' has a point with a standard deviation below {max_sigma_m:g} "
+            "m; increase --max-sigma."
         )
     low, high = (np.quantile(whole.points, q, axis=0).astype(np.float64) for q in (0.005, 0.995))
     sheet = Sheet(3, camera.width, camera.height)
@@ -121,7 +121,7 @@ def show_stored(folder: Path, out: Path, series: PictureSeries, max_sigma_m: flo
             _flow_panel(folder, stored.index, max_sigma_m),
         ]
         sure = len(cloud.points) / max(coordinates.valid.numel(), 1)
-        title = f"{folder.name}/{path.name}{SEPARATOR}{sure:.0%} of the cells surer than {100 * max_sigma_m:g} cm"
+        title = f"{folder.name}/{path.name}{SEPARATOR}{sure:.0%} of the cells below {100 * max_sigma_m:g} cm"
         series.add(stored.index, sheet.draw(title, panels))
         yield ""
     write_ply(out / "cloud.ply", whole, folder.name)
@@ -132,7 +132,7 @@ def show_stored(folder: Path, out: Path, series: PictureSeries, max_sigma_m: flo
 
 
 def sigma_cloud(coordinates: SceneCoordinates) -> Cloud:
-    """The points (N, 3) of a map without an image, coloured by their standard deviation."""
+    """Return the points (N, 3) of a map without an image, coloured by their standard deviation."""
     points = coordinates.mean.permute(1, 2, 0).float().numpy().reshape(-1, 3).copy()
     sigma = coordinates.variance.sqrt().float().numpy().reshape(-1)
     points[~coordinates.valid.numpy().reshape(-1)] = np.nan
@@ -144,7 +144,7 @@ def _flow_panel(folder: Path, index: int, max_sigma_m: float) -> Panel:
     if grid is None:
         return Panel("flow", None, wheel=True, nothing=f"no {index}_{index - 1}_flow.npy")
     colours = flow_colours(grid[..., :2].transpose(2, 0, 1))
-    uncertain = ~(grid[..., 2] >= 1.0 / max_sigma_m)  # of the prior that it carries here
+    uncertain = ~(grid[..., 2] >= 1.0 / max_sigma_m)  # standard deviation of the prior that it propagates
     colours[uncertain] = NO_VALUE
     return Panel(f"flow to map {index - 1}, {uncertain.mean():.0%} uncertain (grey)", colours, wheel=True)
 

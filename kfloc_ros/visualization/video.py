@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of successive frames, as files and as a video."""
+"""Pictures of successive frames, as image files and as a video."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from kfloc_ros.errors import DrawingError
 
 
 def write_picture(path: Path, picture: NDArray[np.uint8]) -> Path:
-    """Write an RGB picture (H, W, 3) as PNG, or as the kind that the name's ending says.
+    """Write an RGB picture (H, W, 3) as PNG, or in the format of the name's suffix.
 
     Raises:
-        DrawingError: it cannot be written.
+        DrawingError: the file cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     done, data = cv2.imencode(path.suffix, np.ascontiguousarray(picture[..., ::-1]))
@@ -27,15 +27,15 @@ def write_picture(path: Path, picture: NDArray[np.uint8]) -> Path:
 
 
 class PictureSeries:
-    """``OUT/NAME/000123.png`` for every frame, and ``OUT/NAME.mp4`` if there are several.
+    """Series of pictures: ``OUT/NAME/000123.png`` for every frame, and ``OUT/NAME.mp4`` if there are several.
 
     Args:
         out: folder.
-        name: of the series.
-        pictures: write the single pictures, too; one that stays alone is always written.
+        name: name of the series.
+        pictures: also write single pictures; the only picture of a series is always written.
         video: write the video.
         fps: pictures per second.
-        codec: of the video, see :data:`kfloc_ros.visualization.video.CODECS`.
+        codec: codec of the video, see :data:`kfloc_ros.visualization.video.CODECS`.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class PictureSeries:
     ) -> None:
         self.out, self.name = out, name
         self.written: list[str] = []
-        """What there is, in words."""
+        """Description of the files written."""
         self._pictures, self._with_video = pictures, video
         self._video = Video(out / f"{name}.mp4", fps, codec)
         self._first: tuple[Path, NDArray[np.uint8]] | None = None
@@ -85,24 +85,26 @@ class PictureSeries:
 
 
 CODECS = {"vp9": "vp09", "mpeg4": "mp4v"}
-"""Names and FourCCs. VP9 plays in browsers, too, but takes half a second a sheet to write; MPEG-4 part 2 takes a
-thirtieth of that, and plays in VLC and mpv. Wheels of OpenCV lack H.264."""
+"""Names and FourCCs. VP9 also plays in browsers, but takes half a second per sheet to write. MPEG-4 part 2 takes a
+thirtieth
+of that, and plays in VLC and mpv. Wheels of OpenCV do not have H.264.
+"""
 
 
 class Video:
-    """An MP4 file that pictures are added to; its size is that of the first one.
+    """MP4 file to which pictures are added; its size is that of the first one.
 
     Args:
-        path: of the file; its folder is made.
+        path: path of the file; its folder is created.
         fps: pictures per second.
-        codec: of ``CODECS``, to be tried first.
+        codec: entry of ``CODECS`` to try first.
     """
 
     def __init__(self, path: Path, fps: float = 10.0, codec: str = "vp9") -> None:
         self.path, self._fps = path, fps
         self._codecs = sorted(CODECS, key=lambda name: name != codec)
         self.codec = ""
-        """What the file is encoded with, once there is a picture."""
+        """Codec of the file, once there is a picture."""
         self.count = 0
         self._writer: cv2.VideoWriter | None = None
         self._size = (0, 0)
@@ -123,7 +125,7 @@ class Video:
 
     def _open(self, picture: NDArray[np.uint8]) -> None:
         height, width = picture.shape[:2]
-        self._size = (width - width % 2, height - height % 2)  # codecs halve the colours
+        self._size = (width - width % 2, height - height % 2)  # codecs use half the resolution for colours
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.open("wb").close()
@@ -137,8 +139,8 @@ class Video:
             writer.release()
         self.path.unlink(missing_ok=True)
         raise DrawingError(
-            f"OpenCV has none of the codecs {', '.join(CODECS)}, so '{self.path}' cannot be made; "
-            "ask for pictures alone with --no-video."
+            f"OpenCV has none of the codecs {', '.join(CODECS)}, so '{self.path}' cannot be written; use --no-video "
+            "to write only pictures."
         )
 
     def close(self) -> None:

@@ -121,7 +121,7 @@ def test_what_takes_one_map_says_which_to_name(house: Path, maps: list[Path], tm
     assert run("update", maps[0], "sim:map-quick", "--submap", "attic", "--out", tmp_path / "x") == 2
     assert "single map" in capsys.readouterr().err
     assert run("update", house, "sim:map-quick", "--submap", "loft", "--out", tmp_path / "x") == 2
-    assert "has no submap 'loft'; it has: hall, attic" in capsys.readouterr().err
+    assert "has no submap 'loft'; its submaps are: hall, attic" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

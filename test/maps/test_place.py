@@ -89,19 +89,19 @@ def test_the_index_knows_the_submap_of_its_own_views_and_what_is_near(whole: Pat
 @pytest.mark.parametrize(
     ("edit", "says"),
     [
-        (lambda d: d["submaps"][0].update(name="../../etc"), "no name of a submap"),
-        (lambda d: d["submaps"][0].update(name="/etc"), "no name of a submap"),
-        (lambda d: d["submaps"][0].update(name="a/b"), "no name of a submap"),
-        (lambda d: d["submaps"][0].update(name=".."), "no name of a submap"),
-        (lambda d: d["submaps"][0].update(name="attic\n"), "no name of a submap"),
-        (lambda d: d["submaps"][0].update(name="Attic"), "two submaps have one name"),
-        (lambda d: d["submaps"][0].update(name=7), "no name of a submap"),
+        (lambda d: d["submaps"][0].update(name="../../etc"), "not a valid name of a submap"),
+        (lambda d: d["submaps"][0].update(name="/etc"), "not a valid name of a submap"),
+        (lambda d: d["submaps"][0].update(name="a/b"), "not a valid name of a submap"),
+        (lambda d: d["submaps"][0].update(name=".."), "not a valid name of a submap"),
+        (lambda d: d["submaps"][0].update(name="attic\n"), "not a valid name of a submap"),
+        (lambda d: d["submaps"][0].update(name="Attic"), "two submaps have the same name"),
+        (lambda d: d["submaps"][0].update(name=7), "not a valid name of a submap"),
         (lambda d: d["submaps"][0].pop("name"), "damaged"),
-        (lambda d: d["submaps"][0].update(T_place_submap=np.diag([2.0, 2, 2, 1]).tolist()), "no rigid motion"),
-        (lambda d: d["submaps"][0].update(T_place_submap=np.full((4, 4), np.nan).tolist()), "no rigid motion"),
-        (lambda d: d["submaps"][0].update(T_place_submap=make_pose(np.eye(3), [1e30, 0, 0]).tolist()), "no rigid"),
+        (lambda d: d["submaps"][0].update(T_place_submap=np.diag([2.0, 2, 2, 1]).tolist()), "not a rigid motion"),
+        (lambda d: d["submaps"][0].update(T_place_submap=np.full((4, 4), np.nan).tolist()), "not a rigid motion"),
+        (lambda d: d["submaps"][0].update(T_place_submap=make_pose(np.eye(3), [1e30, 0, 0]).tolist()), "not a rigid"),
         (lambda d: d["submaps"][0].update(T_place_submap="here"), "damaged"),
-        (lambda d: d["submaps"][0].update(bounds_m=[[0, 0, 0], [1, 1, float("inf")]]), "no box"),
+        (lambda d: d["submaps"][0].update(bounds_m=[[0, 0, 0], [1, 1, float("inf")]]), "not a box"),
         (lambda d: d.update(submaps=[]), "lists no submaps"),
         (lambda d: d.update(submaps={"hall": 1}), "lists no submaps"),
         (lambda d: d["submaps"].pop(), "views of every submap"),
@@ -166,7 +166,7 @@ def test_a_submap_that_leads_outside_is_refused(folder: Path, maps: list[Path]) 
 def test_another_map_in_a_submaps_place_is_noticed(folder: Path, maps: list[Path], tmp_path: Path) -> None:
     shutil.rmtree(folder / SUBMAPS / "attic")
     shutil.copytree(maps[0], folder / SUBMAPS / "attic")
-    with pytest.raises(MapError, match="not the one that the place was made of"):
+    with pytest.raises(MapError, match="not the map that the place was made from"):
         Place.load(folder).load_submap(1)
     shutil.rmtree(folder / SUBMAPS / "attic")
     with pytest.raises(MapError, match="no map folder"):
@@ -179,8 +179,8 @@ def test_what_is_made_is_there_whole_or_not_at_all(maps: list[Path], tmp_path: P
     twin = closet(4).save(tmp_path / "twin" / "hall")
     for folders, says in (
         ([maps[0], other], "different cameras"),
-        ([maps[0], spaced], "cannot be a submap's name"),
-        ([maps[0], twin], "Two of the maps are called"),
+        ([maps[0], spaced], "not a valid name of a submap"),
+        ([maps[0], twin], "Two of the maps have the name"),
         ([maps[0], tmp_path / "nothing"], "no map folder"),
         ([], "at least one"),
     ):

@@ -178,5 +178,5 @@ def test_maps_are_found_by_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -
     assert resolve_map(str(folder)) == folder
     with pytest.raises(MapError, match="KFLOC_MAPS"):
         resolve_map("attic")
-    with pytest.raises(MapError, match="No map was named"):
+    with pytest.raises(MapError, match="No map is given"):
         resolve_map("")

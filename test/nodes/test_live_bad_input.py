@@ -210,7 +210,7 @@ def test_a_misspelt_parameter_ends_the_node_with_one_sentence(new_world: Callabl
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ((), "No map was named"),
+        ((), "No map is given"),
         (("max_age_s:=-1.0",), "'max_age_s' must lie in"),
         (("image_transport:=pigeon",), "must be one of raw, compressed"),
         (("rectified:=7",), "'rectified' must be of type bool"),

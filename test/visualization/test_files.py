@@ -13,7 +13,7 @@ import pytest
 from kfloc_ros.errors import DrawingError
 from kfloc_ros.geometry.lie import make_pose
 from kfloc_ros.messages.clouds import Cloud
-from kfloc_ros.visualization.clouds import Ortho, below, merged, most_certain, write_ply
+from kfloc_ros.visualization.clouds import Ortho, below, merged, precise_points, write_ply
 from kfloc_ros.visualization.rerun import Recording
 from kfloc_ros.visualization.video import PictureSeries, Video
 
@@ -77,7 +77,7 @@ def test_of_a_voxel_the_surest_point_stays() -> None:
 
     one = merged([cloud(0.011, 0.05), cloud(0.012, 0.01), cloud(0.5, 0.09)], 0.1)
     np.testing.assert_allclose(np.sort(one.points[:, 0]), [0.012, 0.5])
-    assert len(most_certain(one, 0.05).points) == 1
+    assert len(precise_points(one, 0.05).points) == 1
     assert len(merged([], 0.1).points) == 0
 
 

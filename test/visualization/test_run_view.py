@@ -79,7 +79,7 @@ def test_a_result_folder_is_shown(results: Path) -> None:
 
 
 def test_a_result_folder_that_is_not_whole_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match=r"no groundtruth\.tum"):
+    with pytest.raises(SourceError, match=r"groundtruth\.tum is missing"):
         view_results(Log(), tmp_path)
 
 

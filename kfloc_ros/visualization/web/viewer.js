@@ -68,14 +68,14 @@ const extent = new THREE.Vector3(...data.map.size), middle = new THREE.Vector3(.
 const size = Math.max(extent.length(), 0.5);
 const symbol = 0.022 * size;
 const layers = {
-  seen: { text: "points of the frames", colour: "#c9a27a", objects: [cloudOf(data.seen, 0.004 * size)] },
+  scene: { text: "points of the frames", colour: "#c9a27a", objects: [cloudOf(data.scene, 0.004 * size)] },
   map: { text: "map points, by height", colour: "#2fb47c", objects: [cloudOf(data.map, 0.002 * size)] },
   references: { text: "reference views", colour: "#56616d",
     objects: [linesOf(data.references.flatMap((pose) => frustum(pose, 0.5 * symbol)), COLOURS.references, 0.6)] },
   used: { text: "reference views used", colour: "#ffc400", objects: [] },
   truth: { text: "the source's pose", colour: "#9aa5b1", objects: [] },
   coarse: { text: "coarse pose", colour: "#ef6c00", objects: [] },
-  pose: { text: "pose at this step, way of the camera", colour: "#35a7ff", objects: [] },
+  pose: { text: "pose at this step, path of the camera", colour: "#35a7ff", objects: [] },
 };
 for (const [name, layer] of Object.entries(layers)) {
   layer.group = new THREE.Group();
