@@ -41,9 +41,9 @@ class PosePersistence:
         if not parameters.node.pose_file:
             return
         try:
-            self._path = Path(parameters.node.pose_file).expanduser()
-        except (RuntimeError, ValueError):
-            health.warn(f"The last pose is not saved: pose_file '{parameters.node.pose_file}' names an unknown user.")
+            self._path = pose_path(parameters.node.pose_file)
+        except PoseFileError as error:
+            health.warn(f"The last pose is not saved. {error}")
             return
         self._map_id = map_id(scene_map)
         # # Disk writes can be slow: neither a frame nor a callback waits for them.
@@ -123,6 +123,18 @@ class SavedPose:
     stamp_ns: int
     T_map_camera: Matrix
     covariance: Matrix
+
+
+def pose_path(pose_file: str) -> Path:
+    """Return the path that the parameter ``pose_file`` names.
+
+    Raises:
+        PoseFileError: it begins with an unknown ``~user``.
+    """
+    try:
+        return Path(pose_file).expanduser()
+    except (RuntimeError, ValueError) as error:
+        raise PoseFileError(f"pose_file '{pose_file}' names an unknown user.") from error
 
 
 def map_id(scene_map: MapInfo) -> str:
