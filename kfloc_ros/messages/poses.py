@@ -14,7 +14,7 @@ from kfloc_ros.geometry.lie import make_pose, matrix_to_quaternion, quaternion_t
 from kfloc_ros.types import Matrix
 
 _NS_PER_S = 1_000_000_000
-_MAX_COORDINATE_M = 1e8
+MAX_COORDINATE_M = 1e8
 """Nothing on Earth is further away, and its square is still exact enough in single precision."""
 
 
@@ -124,8 +124,8 @@ def transform_from_message(message: Any) -> Matrix:
 
 def _transform(xyz: Any, q: Any) -> Matrix:
     translation = np.array([xyz.x, xyz.y, xyz.z], dtype=np.float64)
-    if not (np.abs(translation) <= _MAX_COORDINATE_M).all():
-        raise ValueError(f"A translation must be finite and no longer than {_MAX_COORDINATE_M:g} m, got {translation}.")
+    if not (np.abs(translation) <= MAX_COORDINATE_M).all():
+        raise ValueError(f"A translation must be finite and no longer than {MAX_COORDINATE_M:g} m, got {translation}.")
     return make_pose(quaternion_to_matrix([q.x, q.y, q.z, q.w]), translation)
 
 

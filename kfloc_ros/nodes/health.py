@@ -24,6 +24,10 @@ _WINDOW = 256
 """Number of frames over which rates and percentiles are computed."""
 _RATE_S = 5.0
 """Time span over which rates are computed, in seconds."""
+_TYPICAL = 9
+"""Number of frames whose median interval is typical."""
+_MAX_INTERVAL_S = 20.0
+"""Longest interval of frames that still arrive, in seconds."""
 _REPEAT_S = 5.0
 """Shortest time between two equal warnings, in seconds."""
 _MAX_SENTENCE = 1000
@@ -128,6 +132,16 @@ class Health:
         with self._lock:
             self._last_fault = one_line(message)
 
+    @property
+    def receives(self) -> bool:
+        """True if frames arrive, also at a low rate."""
+        with self._lock:
+            return bool(_recent(list(self._arrivals)))
+
+    def inform(self, sentence: str) -> None:
+        """Log a sentence as information."""
+        self._logger.info(one_line(sentence))
+
     def warn(self, sentence: str) -> None:
         """Log a warning, at most once in a few seconds; sentences that differ only in numbers count as equal."""
         sentence = one_line(sentence)
@@ -158,11 +172,18 @@ def one_line(sentence: str) -> str:
 
 def _rate_hz(times_s: list[float]) -> float:
     """Return events per second over the last seconds; 0 if there are none."""
-    now = time.monotonic()
-    recent = [t for t in times_s if now - t <= _RATE_S]
+    recent = _recent(times_s)
     if len(recent) < 2:
         return 0.0
     return (len(recent) - 1) / max(recent[-1] - recent[0], 1e-9)
+
+
+def _recent(times_s: list[float]) -> list[float]:
+    """Return the times of the last seconds; of rare events, those of three typical intervals."""
+    intervals_s = np.diff(times_s[-_TYPICAL:])
+    typical_s = min(float(np.median(intervals_s)), _MAX_INTERVAL_S) if len(intervals_s) else 0.0
+    since_s = time.monotonic() - max(_RATE_S, 3.0 * typical_s)
+    return [t for t in times_s if t >= since_s]
 
 
 def _place(error: Exception) -> str:

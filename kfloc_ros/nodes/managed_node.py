@@ -19,9 +19,10 @@ from kfloc_ros.errors import KflocError
 from kfloc_ros.localization.config import LocalizerConfig
 from kfloc_ros.localization.place_localizer import localizer_for
 from kfloc_ros.maps.format import resolve_map
-from kfloc_ros.maps.place import AnyMap, load_map
+from kfloc_ros.maps.place import AnyMap, load_map, single_map
 from kfloc_ros.nodes.parameter_server import ParameterServer
 from kfloc_ros.nodes.parameters import NodeConfig
+from kfloc_ros.nodes.pose_file import check_replaceable, pose_path
 from kfloc_ros.nodes.worker import EnableSwitch, reported_error
 from kfloc_ros.types import Frame
 
@@ -65,6 +66,7 @@ class ManagedNode(LifecycleNode):  # type: ignore[misc]
         self._map: AnyMap | None = None
         self._next_map: AnyMap | None = None
         self._reload_asked = False
+        self._applied: tuple[NodeConfig, LocalizerConfig] | None = None
         self.fault = ""
         """Error of the last failed configuration; empty if none."""
         self.parameters = ParameterServer(self, self._check_reload)
@@ -80,14 +82,13 @@ class ManagedNode(LifecycleNode):  # type: ignore[misc]
         scene_map, self._next_map = self._next_map or self._map, None
         if self._stage is None or scene_map is None:
             return
+        former_map, former = self._map, self._applied
         self._tear_down()
         try:
             self._set_up(scene_map)
         except Exception as error:
             self._explain(error)
-            if self._switch.active:
-                self.trigger_deactivate()
-            self.trigger_cleanup()
+            self._undo(former_map or scene_map, former or (self.parameters.node, self.parameters.localizer))
 
     def close(self) -> None:
         """End the stage and the node."""
@@ -138,7 +139,24 @@ class ManagedNode(LifecycleNode):  # type: ignore[misc]
             self.get_logger().warning(str(fault))
             self._stage = self._build(self, self.parameters, scene_map, self._switch)
         self._map, self.fault = scene_map, ""
+        self._applied = (self.parameters.node, self.parameters.localizer)
         self.get_logger().info(f"Ready: map '{scene_map.name}', waiting for images.")
+
+    def _undo(self, scene_map: AnyMap, former: tuple[NodeConfig, LocalizerConfig]) -> None:
+        """Return to the former parameters and map after a change that failed; without success, to unconfigured."""
+        self._tear_down()
+        changes = self.parameters.changes_to(*former)
+        self.set_parameters(changes)
+        try:
+            self._set_up(scene_map)
+        except Exception as error:
+            self._explain(error)
+            if self._switch.active:
+                self.trigger_deactivate()
+            self.trigger_cleanup()
+            return
+        names = ", ".join(f"'{change.name}'" for change in changes) or "no parameter"
+        self.get_logger().error(f"The change was undone: the node continues, with the former value of {names}.")
 
     def _apply_requested(self) -> bool:
         """Apply parameter changes requested by the stage; return True if there were any."""
@@ -177,8 +195,13 @@ class ManagedNode(LifecycleNode):  # type: ignore[misc]
         if self._stage is None:
             return  # configure will read them
         choose_device(localizer.device)
+        if node.pose_file and node.pose_file != self.parameters.node.pose_file:
+            check_replaceable(pose_path(node.pose_file))
         if node.map != self.parameters.node.map:
-            self._next_map = load_map(resolve_map(node.map))
+            next_map = load_map(resolve_map(node.map))
+            if getattr(self._build, "ONE_MAP_ONLY", False):
+                single_map(next_map)
+            self._next_map = next_map
         self._reload_asked = True
 
     def _explain(self, error: Exception) -> None:

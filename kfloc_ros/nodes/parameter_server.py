@@ -62,6 +62,15 @@ class ParameterServer:
         while not self._requested.empty():
             yield self._requested.get()
 
+    def changes_to(self, node: NodeConfig, localizer: LocalizerConfig) -> list[RosParameter]:
+        """Return the changes of parameters with a reload that lead back to former configurations."""
+        changes = []
+        for name, row in self._table.items():
+            value = getattr(node if row.group is NodeConfig else localizer, name)
+            if row.change is Change.RELOAD and self._differs(name, value):
+                changes.append(RosParameter(name, value=value))
+        return changes
+
     def _on_set(self, parameters: list[RosParameter]) -> SetParametersResult:
         changes: dict[str, Any] = {}
         try:

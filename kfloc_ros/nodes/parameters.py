@@ -18,6 +18,9 @@ from kfloc_ros.config import Option, build_config, option, options_of
 from kfloc_ros.errors import ConfigError
 from kfloc_ros.localization.config import LocalizerConfig
 
+MIN_RATE_HZ = 0.1
+"""Lowest rate above 0 of ``transform_rate_hz``: a timer's period has to fit into 64 bits of nanoseconds."""
+
 
 @dataclass(frozen=True)
 class NodeConfig:
@@ -80,8 +83,10 @@ class NodeConfig:
         low=0.0, high=10.0, live=True,
     )  # fmt: skip
     transform_rate_hz: float = option(
-        20.0, "Rate at which the last map -> odom is sent again, in Hz; 0: only with a new pose.", low=0.0, high=200.0
-    )
+        20.0,
+        f"Rate at which the last map -> odom is sent again, in Hz, at least {MIN_RATE_HZ:g}; 0: only with a new pose.",
+        low=0.0, high=200.0,
+    )  # fmt: skip
     max_odom_jump: float = option(
         0.0,
         "Limit on the distance between a pose and its prediction by odometry, in metres (1 m counts as 30 degrees), "
@@ -115,6 +120,15 @@ class NodeConfig:
         2.0, "Period at which the last pose is saved, in seconds.", low=0.1, high=3600.0, live=True
     )
     path_length: int = option(1000, "Number of poses in path; 0: no path.", low=0, high=100000, live=True)
+
+    def __post_init__(self) -> None:
+        if 0.0 < self.transform_rate_hz < MIN_RATE_HZ:
+            raise ConfigError(
+                f"'transform_rate_hz' must be 0 or lie in [{MIN_RATE_HZ:g}, 200], got {self.transform_rate_hz!r}."
+            )
+        for name in ("map_frame", "base_frame", "odom_frame"):
+            if not getattr(self, name).isprintable():
+                raise ConfigError(f"'{name}' must be a name in printable characters, got {getattr(self, name)!r}.")
 
 
 CONFIG_TYPES: tuple[type, ...] = (NodeConfig, LocalizerConfig)

@@ -17,6 +17,7 @@ from rclpy.node import Node
 from kfloc_ros.errors import KflocError
 from kfloc_ros.maps.format import DESCRIPTION
 from kfloc_ros.maps.place import MapInfo
+from kfloc_ros.messages.poses import MAX_COORDINATE_M
 from kfloc_ros.nodes.health import Health
 from kfloc_ros.nodes.initial_pose import spread
 from kfloc_ros.nodes.parameter_server import ParameterServer
@@ -40,9 +41,9 @@ class PosePersistence:
         if not parameters.node.pose_file:
             return
         try:
-            self._path = Path(parameters.node.pose_file).expanduser()
-        except (RuntimeError, ValueError):
-            health.warn(f"The last pose is not saved: pose_file '{parameters.node.pose_file}' names an unknown user.")
+            self._path = pose_path(parameters.node.pose_file)
+        except PoseFileError as error:
+            health.warn(f"The last pose is not saved. {error}")
             return
         self._map_id = map_id(scene_map)
         # Disk writes can be slow: neither a frame nor a callback waits for them.
@@ -80,9 +81,9 @@ class PosePersistence:
         self._last, self._starts = None, []
         if self._path is not None:
             try:
-                self._path.unlink(missing_ok=True)
-            except OSError as error:
-                self._health.warn(f"The last pose in '{self._path}' cannot be removed: {error.strerror}.")
+                delete_pose(self._path)
+            except PoseFileError as error:
+                self._health.warn(str(error))
 
     def stop(self) -> None:
         """Save the last pose and end the writer's thread."""
@@ -102,8 +103,11 @@ class PosePersistence:
 
 FORMAT = "kfloc_pose"
 VERSION = 1
+_FIRST_BYTES = f'{{"format": "{FORMAT}"'.encode()
 _MAX_BYTES = 100_000
 _MAX_ROTATION_ERROR = 1e-4
+_MAX_SIGMA_M = MAX_COORDINATE_M
+_LAST_STAMP_NS = 2**63 - 1
 
 
 class PoseFileError(KflocError):
@@ -121,6 +125,18 @@ class SavedPose:
     covariance: Matrix
 
 
+def pose_path(pose_file: str) -> Path:
+    """Return the path that the parameter ``pose_file`` names.
+
+    Raises:
+        PoseFileError: it begins with an unknown ``~user``.
+    """
+    try:
+        return Path(pose_file).expanduser()
+    except (RuntimeError, ValueError) as error:
+        raise PoseFileError(f"pose_file '{pose_file}' names an unknown user.") from error
+
+
 def map_id(scene_map: MapInfo) -> str:
     """Return the name and checksum of a map: a saved pose is valid only in the same build of the same map."""
     description = scene_map.path / DESCRIPTION if scene_map.path is not None else None
@@ -132,7 +148,7 @@ def save_pose(path: Path, pose: SavedPose) -> None:
     """Replace the file atomically.
 
     Raises:
-        PoseFileError: the file cannot be written; an older file stays intact.
+        PoseFileError: the file cannot be written, or it exists and is not a pose file; it stays intact.
     """
     values = {
         "format": FORMAT,
@@ -144,8 +160,7 @@ def save_pose(path: Path, pose: SavedPose) -> None:
     }
     temporary: str | None = None
     try:
-        if path.exists() and not path.is_file():
-            raise PoseFileError(f"The last pose cannot be saved in '{path}': it is not a regular file.")
+        check_replaceable(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         with os.fdopen(handle, "w", encoding="utf-8") as stream:
@@ -160,6 +175,53 @@ def save_pose(path: Path, pose: SavedPose) -> None:
     finally:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
+
+
+def delete_pose(path: Path) -> None:
+    """Remove a pose file, if there is one.
+
+    Raises:
+        PoseFileError: the file cannot be removed, or it is not a pose file; it stays intact.
+    """
+    check_replaceable(path)
+    try:
+        path.unlink(missing_ok=True)
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise PoseFileError(f"The last pose in '{path}' cannot be removed: {why}.") from error
+
+
+def check_replaceable(path: Path) -> None:
+    """Check that saving a pose destroys nothing else: there is no file, an empty one, or a pose file.
+
+    Anyone in the ROS domain may set ``pose_file``, and the node writes with its user's rights.
+
+    Raises:
+        PoseFileError: the path names anything else, or cannot be read.
+    """
+    try:
+        if not path.exists():
+            return
+        if path.is_file():
+            with path.open("rb") as stream:
+                start = stream.read(_MAX_BYTES + 1)
+            if not start or _is_pose_file(start):
+                return
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise PoseFileError(f"The pose file '{path}' cannot be read: {why}.") from error
+    raise PoseFileError(f"'{path}' is not a pose file and is not replaced or removed; name another pose_file.")
+
+
+def _is_pose_file(start: bytes) -> bool:
+    """Return True for a pose file of any version, also a damaged one."""
+    if start.startswith(_FIRST_BYTES):
+        return True
+    try:
+        values = json.loads(start) if len(start) <= _MAX_BYTES else None
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(values, dict) and values.get("format") == FORMAT
 
 
 def load_pose(path: Path, expected_map_id: str) -> SavedPose | None:
@@ -187,19 +249,37 @@ def load_pose(path: Path, expected_map_id: str) -> SavedPose | None:
     try:
         T = np.array(values["T_map_camera"], dtype=np.float64)
         covariance = np.array(values["covariance"], dtype=np.float64)
-        saved = SavedPose(expected_map_id, int(values["stamp_ns"]), T, covariance)
+        stamp_ns = values["stamp_ns"]
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise PoseFileError(f"The last pose in '{path}' is damaged: {error}.") from error
-    if not _is_sound(T, covariance):
-        raise PoseFileError(f"The last pose in '{path}' is damaged: it is not a rigid pose with a covariance.")
-    return saved
+    fault = _pose_fault(T) or _covariance_fault(covariance)
+    if type(stamp_ns) is not int or not 0 < stamp_ns <= _LAST_STAMP_NS:
+        fault = "its stamp is not a time in nanoseconds"
+    if fault:
+        raise PoseFileError(f"The last pose in '{path}' is damaged: {fault}. The search starts without it.")
+    return SavedPose(expected_map_id, stamp_ns, T, covariance)
 
 
-def _is_sound(T: Matrix, covariance: Matrix) -> bool:
-    if T.shape != (4, 4) or covariance.shape != (6, 6):
-        return False
-    if not (np.isfinite(T).all() and np.isfinite(covariance).all()) or not np.array_equal(T[3], [0, 0, 0, 1]):
-        return False
+def _pose_fault(T: Matrix) -> str:
+    """Return the reason why a matrix is not a rigid pose on Earth; empty if it is."""
+    if T.shape != (4, 4) or not np.isfinite(T).all() or not np.array_equal(T[3], [0, 0, 0, 1]):
+        return "it is not a finite 4x4 pose"
+    if np.abs(T[:3, 3]).max() > MAX_COORDINATE_M:
+        return f"its position is more than {MAX_COORDINATE_M:g} m from the map's origin"
     R = T[:3, :3]
-    rigid = np.abs(R @ R.T - np.eye(3)).max() < _MAX_ROTATION_ERROR and np.linalg.det(R) > 0
-    return bool(rigid and (np.diagonal(covariance) >= 0).all())
+    if not (np.abs(R).max() < 2.0 and np.abs(R @ R.T - np.eye(3)).max() < _MAX_ROTATION_ERROR and np.linalg.det(R) > 0):
+        return "its rotation is not rigid"
+    return ""
+
+
+def _covariance_fault(covariance: Matrix) -> str:
+    """Return the reason why a matrix is not a covariance of a pose; empty if it is."""
+    if covariance.shape != (6, 6) or not np.isfinite(covariance).all():
+        return "its covariance is not a finite 6x6 matrix"
+    largest = np.abs(covariance).max()
+    if largest > _MAX_SIGMA_M**2:
+        return f"its covariance has a standard deviation above {_MAX_SIGMA_M:g}"
+    rounding = 1e-6 * largest
+    if np.abs(covariance - covariance.T).max() > rounding or np.linalg.eigvalsh(covariance)[0] < -rounding:
+        return "its covariance is not symmetric and positive"
+    return ""

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -70,12 +70,27 @@ _PATH_PERIOD_S = 0.5
 
 @dataclass(frozen=True)
 class Outcome:
-    """Reasons why the pose or transform of an estimate was not published; empty if published or not requested."""
+    """Result of publishing an estimate."""
 
     pose: str = ""
+    """Reason why no pose was published; empty if one was."""
     transform: str = ""
+    """Reason why no transform was broadcast, or what is wrong with it; empty if it is sound or not requested."""
     suspect: bool = False
     """The odometry contradicts the pose."""
+    tf_mode: str = "none"
+    is_repeating: bool = False
+    """The last ``map -> odom`` is sent again without a new pose."""
+
+    @property
+    def transform_text(self) -> str:
+        """Value ``transform`` of ``status``: ``sound`` only if a transform was broadcast for this frame."""
+        if self.tf_mode == "none":
+            return "none is broadcast: tf_mode is none"
+        if self.pose:
+            kept = "the last one is sent again" if self.is_repeating else "none is broadcast"
+            return f"{kept}: {self.pose}"
+        return self.transform or "sound"
 
 
 class PosePublisher:
@@ -102,6 +117,10 @@ class PosePublisher:
 
     def publish(self, estimate: PoseEstimate, camera_frame: str) -> Outcome:
         """Publish the pose, path and transform of an estimate, as far as it has them."""
+        outcome = self._publish(estimate, camera_frame)
+        return replace(outcome, tf_mode=self._parameters.node.tf_mode, is_repeating=self._transforms.is_repeating)
+
+    def _publish(self, estimate: PoseEstimate, camera_frame: str) -> Outcome:
         if estimate.T_map_camera is None:
             self._publish_lost(estimate)
             return Outcome(pose=estimate.reason or "no pose")

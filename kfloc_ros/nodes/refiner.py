@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from rclpy.node import Node
 
 from kfloc_ros.localization.localizer import Localizer
@@ -27,6 +29,9 @@ from kfloc_ros.nodes.worker import EnableSwitch, LatestQueue
 
 class RefinerStage:
     """Refine half of the localizer in a node of its own."""
+
+    ONE_MAP_ONLY: ClassVar[bool] = True
+    """A place of several maps is refused."""
 
     def __init__(self, node: Node, parameters: ParameterServer, scene_map: AnyMap, switch: EnableSwitch) -> None:
         scene_map = single_map(scene_map)

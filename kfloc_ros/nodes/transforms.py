@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from geometry_msgs.msg import TransformStamped
 from rclpy.duration import Duration
 from rclpy.node import Node
@@ -28,6 +31,12 @@ except ImportError:
 KEEP_S = 10.0
 JUMP_BACK_S = 1.0
 """A transform older than the previous one by this much, in seconds, means that time went backwards."""
+_SENT = 2000
+"""Number of transforms of this node that are recognized on ``/tf``."""
+_OTHER_S = 5.0
+"""Time, in seconds, for which another broadcaster of the same transform is remembered."""
+_SAME_MOUNT = 1e-6
+"""Largest difference of two static transforms that count as one."""
 
 
 class Tf2Buffer:
@@ -63,6 +72,22 @@ def make_store() -> TransformStore:
     return TransformTree(KEEP_S) if tf2_ros is None else Tf2Buffer(KEEP_S)
 
 
+@dataclass
+class _Parent:
+    """Parent of a frame, as last received, with the times of receipt on the steady clock."""
+
+    name: str
+    static: bool
+    heard_s: float
+    T_parent_child: Matrix
+    other_s: float = -math.inf
+    """Time of the last such transform that this node did not send."""
+
+    def is_recent(self, now_s: float) -> bool:
+        """Return False if a listener has dropped the transform by now."""
+        return self.static or now_s - self.heard_s <= KEEP_S
+
+
 class TransformListener:
     """Buffer of ``/tf`` and ``/tf_static``, cleared when time goes backwards.
 
@@ -82,7 +107,8 @@ class TransformListener:
     ) -> None:
         self._store, self._warn = store or make_store(), warn
         self._arrived = threading.Condition()
-        self._parents: dict[str, str] = {}
+        self._parents: dict[str, _Parent] = {}
+        self._sent: dict[tuple[str, str, int], None] = {}
         self._newest_ns: dict[str, int] = {}
         # rclpy's buffer does not notice jumps of the clock, so it must be cleared here.
         self._watch = TimeWatch(node, on_jump=self.clear)
@@ -112,9 +138,35 @@ class TransformListener:
                     self._arrived.wait(left_s)
 
     def parent(self, frame: str) -> str | None:
-        """Return the last parent of a frame, or None."""
+        """Return the last parent of a frame, or None; one that is not sent any more counts for ``KEEP_S``."""
         with self._arrived:
-            return self._parents.get(frame.lstrip("/"))
+            return self._parent(frame.lstrip("/"))
+
+    def above(self, frame: str) -> list[str]:
+        """Return the ancestors of a frame from its parent up; a loop ends at the frame that closes it."""
+        frame = frame.lstrip("/")
+        found: list[str] = []
+        with self._arrived:
+            parent = self._parent(frame)
+            while parent is not None and parent not in found:
+                found.append(parent)
+                parent = self._parent(parent)
+        return found
+
+    def note_sent(self, parent: str, child: str, stamp_ns: int) -> None:
+        """Record a transform of this node before it is broadcast."""
+        with self._arrived:
+            self._sent[parent.lstrip("/"), child.lstrip("/"), stamp_ns] = None
+            while len(self._sent) > _SENT:
+                del self._sent[next(iter(self._sent))]
+
+    def others_send(self, parent: str, child: str) -> bool:
+        """Return True if another node broadcasts this transform, too."""
+        with self._arrived:
+            known = self._parents.get(child.lstrip("/"))
+            if known is None or known.name != parent.lstrip("/"):
+                return False
+            return known.static or time.monotonic() - known.other_s <= _OTHER_S
 
     def clear(self) -> None:
         """Remove all dynamic transforms."""
@@ -136,9 +188,34 @@ class TransformListener:
                 stamp_ns = stamp_to_ns(item.header.stamp)
                 if not static:
                     self._check_jump(child, stamp_ns)
-                self._parents[child] = parent
+                self._note_parent(parent, child, stamp_ns, T, static=static)
                 self._store.set(parent, child, stamp_ns, T, static=static)
             self._arrived.notify_all()
+
+    def _parent(self, frame: str) -> str | None:
+        known = self._parents.get(frame)
+        return known.name if known is not None and known.is_recent(time.monotonic()) else None
+
+    def _note_parent(self, parent: str, child: str, stamp_ns: int, T: Matrix, *, static: bool) -> None:
+        now_s, former = time.monotonic(), self._parents.get(child)
+        known = self._parents[child] = _Parent(parent, static, now_s, T)
+        is_same = former is not None and former.name == parent
+        if former is not None and is_same:
+            known.other_s = former.other_s
+        if (parent, child, stamp_ns) not in self._sent:
+            known.other_s = now_s
+        if former is None or not former.is_recent(now_s):
+            return
+        if not is_same:
+            self._warn(
+                f"The parent of '{child}' on TF changed from '{former.name}' to '{parent}'. A frame can have only one; "
+                "if this repeats, stop one of the two publishers."
+            )
+        elif static and former.static and not np.allclose(T, former.T_parent_child, atol=_SAME_MOUNT):
+            self._warn(
+                f"The static transform '{parent}' -> '{child}' changed; the last one is used. If two nodes publish it, "
+                "stop one of them."
+            )
 
     def _check_jump(self, child: str, stamp_ns: int) -> None:
         newest_ns = self._newest_ns.get(child, stamp_ns)

@@ -82,3 +82,33 @@ def test_counters_along_a_chain_of_processes() -> None:
     camera = Counters(received=10, processed=8, dropped=1, refused=1)
     refiner = Counters(received=7, processed=6, dropped=1, failed=0)
     assert refiner.after(camera) == Counters(received=10, processed=6, dropped=2, refused=1, failed=0)
+
+
+@pytest.mark.parametrize("period_s", [0.05, 1.0, 4.0, 15.0])
+def test_a_low_image_rate_is_a_rate_and_a_camera_that_stops_is_noticed(
+    log: Log, monkeypatch: pytest.MonkeyPatch, period_s: float
+) -> None:
+    now_s = [1000.0]
+    monkeypatch.setattr("kfloc_ros.nodes.health.time.monotonic", lambda: now_s[0])
+    health = Health(log)
+    assert not health.receives
+    for number in range(200):
+        now_s[0] += period_s / 4
+        if number % 4 == 0:
+            health.count("received")
+        if number >= 8:
+            assert health.receives and health.rates().input_hz == pytest.approx(1 / period_s), number
+    now_s[0] += max(6.0, 4 * period_s)
+    assert not health.receives and health.rates().input_hz == 0.0
+
+
+def test_after_a_long_pause_the_rate_is_of_the_new_images(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = [1000.0]
+    monkeypatch.setattr("kfloc_ros.nodes.health.time.monotonic", lambda: now_s[0])
+    health = Health(log)
+    health.count("received")
+    now_s[0] += 3600.0
+    for _ in range(3):
+        health.count("received")
+        now_s[0] += 0.1
+    assert health.receives and health.rates().input_hz == pytest.approx(10.0)

@@ -51,6 +51,10 @@ def test_values_reach_the_configuration_they_belong_to() -> None:
         ({"map": 3}, "type str"),
         ({"filter": 1}, "type bool"),
         ({"device": "tpu"}, "one of"),
+        ({"transform_rate_hz": 1e-300}, r"must be 0 or lie in \[0.1"),
+        ({"transform_rate_hz": float("nan")}, "lie in"),
+        ({"base_frame": "base\nlink"}, "printable"),
+        ({"odom_frame": "odom\ud800"}, "printable"),
     ],
 )
 def test_misspelt_and_unfit_values_are_refused_in_words(values: dict[str, object], said: str) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from kfloc_ros.geometry.lie import make_pose, so3_exp
-from kfloc_ros.nodes.pose_file import PoseFileError, SavedPose, load_pose, save_pose
+from kfloc_ros.nodes.pose_file import PoseFileError, SavedPose, delete_pose, load_pose, save_pose
 
 POSE = SavedPose("room 0123", 17, make_pose(so3_exp([0.3, 0.2, 0.1]), [1, 2, 3]), 0.01 * np.eye(6))
 
@@ -44,7 +44,16 @@ def test_a_pose_of_another_map_is_not_used(tmp_path: Path) -> None:
         {"T_map_camera": np.full((4, 4), float("nan")).tolist()},
         {"covariance": (-np.eye(6)).tolist()},
         {"covariance": "wide"},
+        {"T_map_camera": np.diag([1e200, 1e200, 1e200, 1.0]).tolist()},
+        {"T_map_camera": make_pose(np.eye(3), [1e300, 0, 0]).tolist()},
+        {"T_map_camera": make_pose(np.eye(3), [0, 0, -1.1e8]).tolist()},
+        {"covariance": (1e308 * np.eye(6)).tolist()},
+        {"covariance": (np.eye(6) + 5 * (1 - np.eye(6))).tolist()},
+        {"covariance": (np.eye(6) + np.triu(np.ones((6, 6)), 1)).tolist()},
         {"stamp_ns": float("inf")},
+        {"stamp_ns": 10**3999},
+        {"stamp_ns": -1},
+        {"stamp_ns": "1"},
         {"version": 2},
         {"format": "something"},
     ],
@@ -78,3 +87,28 @@ def test_a_full_disk_is_said_and_leaves_the_old_file_whole(tmp_path: Path, monke
     saved = load_pose(path, "room 0123")
     assert saved is not None and saved.stamp_ns == 17
     assert os.listdir(tmp_path) == ["pose.json"]
+
+
+@pytest.mark.parametrize("content", [b"three years of work\n", b"[]", b"{}", b'{"format": "other"}', b"x" * 200_000])
+def test_a_file_that_holds_no_pose_is_neither_replaced_nor_removed(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "thesis.txt"
+    path.write_bytes(content)
+    for destroy in (lambda: save_pose(path, POSE), lambda: delete_pose(path)):
+        with pytest.raises(PoseFileError, match="name another"):
+            destroy()
+    assert path.read_bytes() == content and os.listdir(tmp_path) == ["thesis.txt"]
+    with pytest.raises(PoseFileError, match="name another"):
+        delete_pose(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b'{"format": "kfloc_pose", "version": 1, "ma', b'{"version": 9, "format": "kfloc_pose"}']
+)
+def test_a_damaged_pose_file_is_replaced(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "pose.json"
+    path.write_bytes(content)
+    save_pose(path, POSE)
+    assert load_pose(path, "room 0123") is not None
+    delete_pose(path)
+    delete_pose(path)
+    assert not path.exists()
