@@ -34,7 +34,6 @@ from kfloc_ros.cli.arguments import add_source_arguments, open_source_from
 from kfloc_ros.cli.tables import format_table
 from kfloc_ros.datasets.derived import DEGRADATIONS, Degraded
 from kfloc_ros.device import choose_device
-from kfloc_ros.evaluation.cells import CellStatistics
 from kfloc_ros.evaluation.hardware import describe_hardware
 from kfloc_ros.evaluation.metrics import PoseError, accuracy, pose_error, recall
 from kfloc_ros.features.backbone import COARSE_STRIDE, Backbone
@@ -53,6 +52,7 @@ from kfloc_ros.mapping.views import View, true_coordinates
 from kfloc_ros.maps.format import resolve_map
 from kfloc_ros.maps.scene_map import SceneMap
 from kfloc_ros.types import FilterReport, Frame, SceneCoordinates
+from studies.cells import CellStatistics
 from studies.paired import median_change
 
 FLOOR_M2 = 0.02**2

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kfloc_ros.evaluation.cells import CellAccuracy, CellStatistics
 from kfloc_ros.evaluation.flow import FlowAccuracy, FlowStatistics
 from kfloc_ros.evaluation.metrics import Accuracy, PoseError, accuracy, pose_error
 from kfloc_ros.kfnet.filter import SceneCoordinateFilter
@@ -21,6 +20,7 @@ from kfloc_ros.kfnet.reference.scoordnet import CELL_PIXEL_OFFSET, STRIDE, Refer
 from kfloc_ros.mapping.views import View, true_flow
 from kfloc_ros.training.kfnet_family import HeldOutFrames
 from kfloc_ros.types import SceneCoordinates
+from studies.cells import CellAccuracy, CellStatistics
 
 AS_PUBLISHED = FilterSettings(
     flow_temperature=1.0,  # used by the fast family only

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from kfloc_ros.evaluation.records import FrameRecord
-from kfloc_ros.geometry.lie import rotation_angle_deg, so3_log
+from kfloc_ros.geometry.covariance import pose_tangent_error
+from kfloc_ros.geometry.lie import rotation_angle_deg
 from kfloc_ros.types import Matrix
 
 RECALL_THRESHOLDS: Mapping[str, tuple[float, float]] = {
@@ -111,11 +112,6 @@ def accuracy(errors: Sequence[PoseError]) -> Accuracy:
     )
 
 
-def tangent_error(estimate: Matrix, truth: Matrix) -> Matrix:
-    """Return the error (6,) in the space of the covariance: ``t_true = t + dt``, ``R_true = Exp(dr) R``."""
-    return np.concatenate([truth[:3, 3] - estimate[:3, 3], so3_log(truth[:3, :3] @ estimate[:3, :3].T)])
-
-
 def consistency(records: Iterable[FrameRecord]) -> Consistency | None:
     """Compare covariances with errors; None if no record has truth, pose and a usable covariance."""
     nees: list[float] = []
@@ -126,7 +122,7 @@ def consistency(records: Iterable[FrameRecord]) -> Consistency | None:
         covariance = record.covariance
         if not np.isfinite(covariance).all() or np.linalg.eigvalsh(covariance)[0] <= 0:
             continue
-        error = tangent_error(record.estimate, record.truth)
+        error = pose_tangent_error(record.estimate, record.truth)
         nees.append(float(error @ np.linalg.solve(covariance, error)))
         ratios.append(np.abs(error) / np.sqrt(np.diag(covariance)))
     if not nees:

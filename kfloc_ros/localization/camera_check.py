@@ -81,9 +81,8 @@ class CameraCheck:
         self._shift = np.eye(4)
         self.verdict: CameraVerdict | None = None
 
-    @property
-    def is_due(self) -> bool:
-        """True if the present frame is due for a fit; reading it counts the frame."""
+    def count_frame(self) -> bool:
+        """Count a frame; return True if it is to be fitted."""
         s = self._settings
         period = s.first_period if self._made < s.first_fits else s.period
         self._frames += 1

@@ -173,7 +173,7 @@ class RefineStage:
         check, T = self._camera_check, estimate.T_map_camera
         if check is None or T is None or not is_checked(estimate):
             return estimate
-        if check.is_due:
+        if check.count_frame():
             times = StageTimes(estimate.timings_ms)
             with times.stage("camera"):
                 fitted = self.refiner.fit_camera(features.to(self._device), T)

@@ -17,9 +17,9 @@ from kfloc_ros.evaluation.metrics import (
     pose_error,
     pose_errors,
     recall,
-    tangent_error,
 )
 from kfloc_ros.evaluation.records import FrameRecord
+from kfloc_ros.geometry.covariance import pose_tangent_error
 from kfloc_ros.geometry.lie import make_pose, so3_exp
 
 
@@ -95,7 +95,7 @@ def test_tangent_error_undoes_the_documented_perturbation() -> None:
     estimate = make_pose(so3_exp([0.4, 0.1, -0.7]), [1.0, -2.0, 0.5])
     dt, dr = np.array([0.01, -0.02, 0.03]), np.array([0.002, 0.001, -0.004])
     truth = make_pose(so3_exp(dr) @ estimate[:3, :3], estimate[:3, 3] + dt)
-    np.testing.assert_allclose(tangent_error(estimate, truth), np.concatenate([dt, dr]), atol=1e-12)
+    np.testing.assert_allclose(pose_tangent_error(estimate, truth), np.concatenate([dt, dr]), atol=1e-12)
 
 
 def test_consistency_of_errors_drawn_from_the_covariance() -> None:

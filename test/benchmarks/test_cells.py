@@ -8,8 +8,8 @@ import math
 import pytest
 import torch
 
-from kfloc_ros.evaluation.cells import CellStatistics
 from kfloc_ros.types import SceneCoordinates
+from studies.cells import CellStatistics
 
 
 def frame(sigma_m: float, claimed_m: float, seed: int) -> tuple[SceneCoordinates, torch.Tensor]:
