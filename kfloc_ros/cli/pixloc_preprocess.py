@@ -11,13 +11,13 @@ from typing import Any
 from kfloc_ros.errors import SourceError
 
 DESCRIPTION = """\
-Find which views of COLMAP models overlap, and write a scene each for `kfloc train pixloc megadepth:DIR` or cmu:DIR.
-DIR is laid out as the original's data path:
+Compute the overlap of the views of COLMAP models, and write one scene each for `kfloc train pixloc megadepth:DIR` or
+cmu:DIR. DIR has the layout of the original's data path:
 
-  megadepth  DIR/megadepth/Undistorted_SfM/SCENE/{sparse,images}, undistorted; any reconstruction of one's own will do
+  megadepth  DIR/megadepth/Undistorted_SfM/SCENE/{sparse,images}, undistorted; can be any reconstruction
   cmu        DIR/CMU/sliceN/{database,query,camera-poses}, and a model of the references (--sfm)
 
-The scenes go to DIR/megadepth_pixloc_training or DIR/cmu_pixloc_training, as .npz; those that are there stay.
+The scenes are written to DIR/megadepth_pixloc_training or DIR/cmu_pixloc_training, as .npz; existing ones are kept.
 """
 
 EPILOG = """\
@@ -34,30 +34,40 @@ def add_parser(actions: Any) -> None:
     """Register ``kfloc pixloc preprocess``."""
     parser = actions.add_parser(
         "preprocess",
-        help="make training data from COLMAP models",
+        help="compute training data from COLMAP models",
         description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("kind", choices=tuple(ROOTS), help="the layout")
-    parser.add_argument("root", type=Path, metavar="DIR", help="the data path")
-    parser.add_argument("--scenes", nargs="+", metavar="NAME", help="scenes or slices (default: all that are there)")
+    parser.add_argument("root", type=Path, metavar="DIR", help="data path")
+    parser.add_argument("--scenes", nargs="+", metavar="NAME", help="scenes or slices (default: all)")
     parser.add_argument(
-        "--sfm", metavar="PATTERN", help="where the model of a scene is, {} being its name (default: in its folder)"
+        "--sfm", metavar="PATTERN", help="path of the model of a scene, with {} for its name (default: in its folder)"
     )
     parser.add_argument(
         "--depth", metavar="PATTERN",
-        help="megadepth: folder of depth images (.npy, .h5, .png in thousandths), {} being the scene's name",
+        help="megadepth: folder of depth images (.npy, .h5, .png in thousandths), with {} for the scene's name",
     )  # fmt: skip
-    parser.add_argument("--min-common", type=int, default=50, metavar="N", help="points that two views share (50)")
     parser.add_argument(
-        "--min-side", type=int, default=480, metavar="PX", help="megadepth: shorter side of an image (480)"
+        "--min-common",
+        type=int,
+        default=50,
+        metavar="N",
+        help="smallest number of points that two views share (default: 50)",
+    )
+    parser.add_argument(
+        "--min-side",
+        type=int,
+        default=480,
+        metavar="PX",
+        help="megadepth: shortest side of an image, in pixels (default: 480)",
     )
     parser.set_defaults(run_action=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the scenes that are not there yet."""
+    """Write the scenes that do not exist yet."""
     from tqdm import tqdm
 
     from kfloc_ros.datasets.colmap import find_model
@@ -74,14 +84,14 @@ def run(args: argparse.Namespace) -> int:
     if not root.is_dir():
         raise SourceError(f"There is no folder '{root}'; see `kfloc pixloc preprocess --help` for the layout.")
     if args.depth is not None and args.kind != "megadepth":
-        raise SourceError("--depth is of megadepth: CMU's queries overlap as their nearest references do.")
+        raise SourceError("--depth applies only to megadepth: CMU's queries overlap as their nearest references do.")
     names = args.scenes or sorted(path.name for path in root.iterdir() if path.is_dir())
     out = args.root / KINDS[args.kind]
     made = 0
     for name in tqdm(names, unit="scene", disable=not sys.stderr.isatty()):
         path = out / f"{name}.npz"
         if path.is_file():
-            print(f"{path}: there already")
+            print(f"{path}: exists already")
             continue
         model = read_model(Path(args.sfm.replace("{}", name)) if args.sfm else find_model(root / name))
         if args.kind == "megadepth":

@@ -26,7 +26,7 @@ STAGES = {
 }
 
 RUN_LENGTH, RUN_EVERY = 15, 4
-"""Of the simulated recordings, one run of 15 frames in four is used, since rendering takes time."""
+"""Simulated recordings: one run of 15 frames in four is used, since rendering takes time."""
 
 DESCRIPTION = """\
 Train on a SOURCE with depth and poses. OUT receives the network's weights (.safetensors), a checkpoint, and the log

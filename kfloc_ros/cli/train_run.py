@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 SHOWN_FIGURES = 4
 MAX_CONF_BYTES = 100_000
 TRAININGS = Path("outputs/training")
-"""Where experiments are kept, as the original has it."""
+"""Folder of experiments, as in the original."""
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,15 +28,15 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, metavar="DIR", help="folder of this training; or experiment=NAME: outputs/training/NAME"
     )
     parser.add_argument("--conf", type=Path, metavar="FILE", help="YAML with options; key=value words override it")
-    parser.add_argument("--time-budget", type=float, default=math.inf, metavar="S", help="stop after so many seconds")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where networks run")
+    parser.add_argument("--time-budget", type=float, default=math.inf, metavar="S", help="stop after this many seconds")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="device of the networks")
 
 
 def read_conf(path: Path | None) -> dict[str, Any]:
-    """Read the YAML of ``--conf``; nothing without.
+    """Return the options in the YAML of ``--conf``; empty if there is none.
 
     Raises:
-        ConfigError: it cannot be read, or holds no keys.
+        ConfigError: the file cannot be read, or has no keys.
     """
     import yaml
 
@@ -47,15 +47,15 @@ def read_conf(path: Path | None) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"The configuration '{path}' cannot be read: {error}") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"The configuration '{path}' holds no lines 'key: value'.")
+        raise ConfigError(f"The configuration '{path}' has no lines 'key: value'.")
     return content
 
 
 def conf_words(path: Path | None) -> list[str]:
-    """The options of a ``--conf`` file as ``key=value`` words.
+    """Return the options of a ``--conf`` file as ``key=value`` words.
 
     Raises:
-        ConfigError: see :func:`read_conf`; or a value is no number, text or truth value.
+        ConfigError: see :func:`read_conf`; or a value is not a number, text or truth value.
     """
     words = []
     for key, value in read_conf(path).items():
@@ -66,27 +66,27 @@ def conf_words(path: Path | None) -> list[str]:
 
 
 def choose_folder(args: argparse.Namespace) -> None:
-    """Set ``args.out`` from ``experiment=NAME``, and take that word out of the options.
+    """Set ``args.out`` from ``experiment=NAME``, and remove that word from the options.
 
     Raises:
-        ConfigError: neither it nor --out is given, or both, or the name is a path.
+        ConfigError: neither it nor --out is given, or both are, or the name is a path.
     """
     names = [word.partition("=")[2] for word in args.overrides if word.startswith("experiment=")]
     args.overrides = [word for word in args.overrides if not word.startswith("experiment=")]
     if len(names) + (args.out is not None) != 1:
-        raise ConfigError("Name the folder of this training once: --out DIR, or experiment=NAME.")
+        raise ConfigError("Give the folder of this training once: --out DIR, or experiment=NAME.")
     if names:
         args.out = experiment_folder(names[0])
 
 
 def experiment_folder(name: str) -> Path:
-    """The folder of a training that is named as an experiment.
+    """Return the folder of a training with an experiment's name.
 
     Raises:
         ConfigError: the name is empty or a path.
     """
     if not name or name != Path(name).name or name.startswith("."):
-        raise ConfigError(f"An experiment has a plain name, got '{name}'; --out takes paths.")
+        raise ConfigError(f"The name of an experiment must not be a path, got '{name}'; use --out for paths.")
     return TRAININGS / name
 
 

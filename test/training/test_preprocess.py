@@ -113,7 +113,7 @@ def test_a_model_becomes_a_scene_that_is_trained_on(
     assert seen == {(90, 90)}  # upright, all of them
     before = scene.stat().st_mtime_ns
     assert main([*base, "--min-side", "64"]) == 0
-    assert "there already" in capsys.readouterr().out and scene.stat().st_mtime_ns == before
+    assert "exists already" in capsys.readouterr().out and scene.stat().st_mtime_ns == before
     monkeypatch.setattr(unet, "BLOCK_CHANNELS", (8, 16, 32, 32, 32))
     words = ["steps=1", "batch=2", "resize=96", "crop=96", "points=32", "iterations=2", "validation_share=0"]
     out = ["--out", str(tmp_path / "out"), "--device", "cpu"]
