@@ -150,7 +150,7 @@ class StatusPublisher:
         self.report = Report(level, message, {**summary, **details})
         if estimate.T_map_camera is not None and not outcome.pose:
             self._log.note_pose(estimate.T_map_camera, latency_ms)
-        self._log.note_state(estimate.state, reason)
+        self._log.note_state(estimate.state, estimate.reason)
         self._publisher.publish(
             make_status(
                 estimate.stamp_ns,

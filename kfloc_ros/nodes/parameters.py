@@ -79,7 +79,9 @@ class NodeConfig:
         live=True,
     )  # fmt: skip
     transform_tolerance: float = option(
-        0.3, "map -> odom is stamped this long after the image, in seconds, so that it stays valid until the next one.",
+        0.3,
+        "map -> odom is stamped at least this long after the image, in seconds; longer if the latency and two periods "
+        "of sending need it, so that it can be looked up at the present time.",
         low=0.0, high=10.0, live=True,
     )  # fmt: skip
     transform_rate_hz: float = option(

@@ -70,7 +70,7 @@ def test_map_to_odom_is_right_at_the_images_stamp_dated_ahead_and_sent_again(rob
     harness.wait(lambda: len(anchors(harness)) > 3)
     first, *later = anchors(harness)
     assert (first.header.frame_id, first.child_frame_id) == ("map", "odom")
-    assert stamp_of(first) == stamp_ns + TOLERANCE_NS, "only the transform is dated ahead"
+    assert stamp_of(first) >= stamp_ns + TOLERANCE_NS, "and further where the latency needs it"
     T_map_base = transform_from_message(first.transform) @ odometry(stamp_ns)
     assert np.allclose(T_map_base, pose_from_message(message.pose.pose), atol=1e-3)
     stamps = [stamp_of(item) for item in (first, *later)]
@@ -91,6 +91,8 @@ def test_odometry_that_is_too_late_is_not_extrapolated(robot: Any, room: Any) ->
 def test_odometry_that_jumps_moves_map_to_odom_and_not_the_pose(robot: Any, room: Any) -> None:
     harness = robot.harness
     before = pose_from_message(harness.localize(room[4], lambda frame: drive(harness, frame)).pose.pose)
+    harness.wait(lambda: bool(anchors(harness)))
+    former = anchors(harness)[-1].transform.translation
     harness.transforms.clear()
     jump = make_pose(so3_exp([0.0, 0.0, 2.0]), [100.0, -40.0, 0.0])
 
@@ -104,7 +106,12 @@ def test_odometry_that_jumps_moves_map_to_odom_and_not_the_pose(robot: Any, room
     message = harness.localize(room[4], drive_after_jump)
     T_map_base = pose_from_message(message.pose.pose)
     assert np.allclose(T_map_base[:3, 3], before[:3, 3], atol=0.02)
-    harness.wait(lambda: bool(anchors(harness)) and stamp_of(anchors(harness)[-1]) >= stamp_of(message) + TOLERANCE_NS)
+
+    def away_m() -> float:
+        translation = anchors(harness)[-1].transform.translation
+        return float(np.hypot(translation.x - former.x, translation.y - former.y))
+
+    harness.wait(lambda: bool(anchors(harness)) and away_m() > 10.0)
     T_odom_base = jump @ odometry(stamp_of(message))
     assert np.allclose(transform_from_message(anchors(harness)[-1].transform) @ T_odom_base, T_map_base, atol=0.02)
 
@@ -171,3 +178,36 @@ def test_a_pose_that_the_odometry_contradicts_waits_for_a_second_one(robot: Any,
     assert harness.set_parameter("/localizer", "max_odom_jump", 0.0).successful
     last = stamp_of(harness.localize(room[4], lambda frame: drive(harness, frame)))
     assert harness.statuses[last]["state"] == "TRACKING"
+
+
+def status_of(harness: Any, frame: Any) -> dict[str, str]:
+    """Status of a frame with odometry; sent until one is processed."""
+    for _ in range(10):
+        stamp_ns = drive(harness, frame)
+        if harness.wait(lambda stamp=stamp_ns: stamp in harness.statuses, 5.0, must=False):
+            return dict(harness.statuses[stamp_ns])
+    raise AssertionError("no frame was processed")
+
+
+def test_without_a_mount_nothing_is_sound(robot: Any, room: Any) -> None:
+    harness = robot.harness
+    assert harness.set_parameter("/localizer", "base_frame", "mast").successful
+    harness.wait(lambda: status_of(harness, room[4])["published"] == "false")
+    values = status_of(harness, room[4])
+    assert values["state"] == "TRACKING"
+    assert values["transform"] == f"none is broadcast: {values['reason']}" and "'mast'" in values["reason"]
+    assert harness.set_parameter("/localizer", "base_frame", "base_link").successful
+    harness.wait(lambda: status_of(harness, room[4])["transform"] == "sound")
+    log = robot.nodes[0].log
+    assert "First pose in map" in log and "TRACKING -> LOST: " in log and "LOST -> TRACKING." in log
+
+
+def test_a_loop_of_another_node_is_not_closed(robot: Any, room: Any) -> None:
+    harness = robot.harness
+    harness.send_transform("odom", "map", time.time_ns(), np.eye(4))
+    harness.spin(0.3)
+    harness.transforms.clear()
+    values = status_of(harness, room[4])
+    assert "it would close a loop, because TF has odom -> map" in values["transform"]
+    harness.spin(0.3)
+    assert not anchors(harness), "and what was sent before is not sent again"
