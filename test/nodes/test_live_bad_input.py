@@ -62,7 +62,7 @@ def another_size_than_camera_info(harness: Any, frame: Any, stamp_ns: int) -> No
         (wrong_encoding, "encoding '32FC3'"),
         (zero_size, "has no pixels"),
         (too_few_bytes, "bytes, but has"),
-        (another_size_than_camera_info, "must be of the same camera"),
+        (another_size_than_camera_info, "must come from the same camera"),
     ],
 )
 def test_a_bad_image_is_refused_and_the_next_good_one_localized(
