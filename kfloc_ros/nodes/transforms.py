@@ -145,13 +145,13 @@ class TransformListener:
     def above(self, frame: str) -> list[str]:
         """Return the ancestors of a frame from its parent up; a loop ends at the frame that closes it."""
         frame = frame.lstrip("/")
-        found: list[str] = []
+        found: dict[str, None] = {}
         with self._arrived:
             parent = self._parent(frame)
             while parent is not None and parent not in found:
-                found.append(parent)
+                found[parent] = None
                 parent = self._parent(parent)
-        return found
+        return list(found)
 
     def note_sent(self, parent: str, child: str, stamp_ns: int) -> None:
         """Record a transform of this node before it is broadcast."""

@@ -202,3 +202,12 @@ def test_map_to_odom_can_be_looked_up_now_at_a_high_latency(worlds: Any) -> None
     world.publish(age_s=0.7)
     told = [line for line in world.health.said if "transform_tolerance 0.3 s is too short" in line]
     assert len(told) == 1, world.health.said
+
+
+def test_a_long_chain_of_frames_is_walked_in_linear_time(worlds: Any) -> None:
+    world = worlds()
+    items = [stamped(f"f{number}", f"f{number + 1}", NOW, np.eye(4)) for number in range(20_000)]
+    world.listener._add(TFMessage(transforms=[*items, stamped("f20000", "f0", NOW, np.eye(4))]), static=False)
+    start = time.process_time()
+    assert len(world.listener.above("f20000")) == 20_001
+    assert time.process_time() - start < 0.5
