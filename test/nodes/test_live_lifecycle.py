@@ -85,6 +85,9 @@ def test_work_can_be_switched_off_and_on(world: Any, room: Any) -> None:
     assert "switched off" in harness.diagnostics["localizer: localization"].message
     assert harness.call(SetBool, "/localizer/enable", SetBool.Request(data=True)).success
     harness.localize(room[4])
+    harness.diagnostics.clear()
+    harness.wait(lambda: "localizer: localization" in harness.diagnostics)
+    assert harness.diagnostics["localizer: localization"].message, "never empty"
 
 
 def test_relocalize_and_reset_start_anew(world: Any, room: Any) -> None:
