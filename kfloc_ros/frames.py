@@ -92,6 +92,10 @@ class FrameSource(ABC):
         """Return ``T_map_camera`` of a frame, without reading the image if the source can."""
         return self[position].T_map_camera
 
+    def stamp_ns(self, position: int) -> int:
+        """Stamp of a frame; sources that can tell it without reading the image do so."""
+        return self[position].stamp_ns
+
     def visible_points(self, position: int) -> NDArray[np.float64] | None:
         """Return (N, 3) points of a reconstruction, map frame, that the image sees; None if the source has none."""
         del position
@@ -164,6 +168,9 @@ class DerivedSource(FrameSource):
 
     def pose(self, position: int) -> Matrix | None:
         return self._source.pose(self.origin(position))
+
+    def stamp_ns(self, position: int) -> int:
+        return self._source.stamp_ns(self.origin(position))
 
     def visible_points(self, position: int) -> NDArray[np.float64] | None:
         return self._source.visible_points(self.origin(position))

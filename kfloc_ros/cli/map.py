@@ -19,6 +19,7 @@ from kfloc_ros.cli.build_options import (
     need_poses,
     provenance_of,
 )
+from kfloc_ros.cli.check import add_no_check, check_first
 from kfloc_ros.cli.map_join import add_join, describe_place
 from kfloc_ros.cli.map_tools import add_tools
 from kfloc_ros.cli.tables import describe
@@ -66,6 +67,7 @@ def add_parser(subparsers: Any) -> None:
     build.add_argument("--name", default="", help="name of the map (default: name of the folder)")
     build.add_argument("--force", action="store_true", help="replace an existing map")
     add_build_options(build)
+    add_no_check(build)
     structure = build.add_argument_group("poses from images alone (structure from motion)")
     structure.add_argument(
         "--sfm",
@@ -141,6 +143,7 @@ def run_build(args: argparse.Namespace) -> int:
         frames = reconstruct(frames, args.sfm, length=known_length(args.sfm_length), on_progress=StageBars())
     else:
         need_poses(frames)
+        check_first(frames, skip=args.no_check)
     source = with_depth(frames, hide=args.no_depth, device=config.device)
     command = shlex.join(["kfloc", "map", "build", args.source, "--out", str(args.out)])
     scene_map = build_map(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from kfloc_ros.cli.arguments import add_source_arguments, open_source_from
 from kfloc_ros.cli.build_options import BuildBars, add_build_options, build_config_from, need_poses, provenance_of
+from kfloc_ros.cli.check import add_no_check, check_first
 from kfloc_ros.errors import MapError
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ def add_join(actions: Any) -> None:
         help="for a place: the submap to add to (default: the one in which the recording localizes)",
     )
     add_build_options(update)
+    add_no_check(update)
     update.set_defaults(run_action=run_update)
 
     merge = actions.add_parser("merge", help="merge two maps into one", description=MERGE)
@@ -140,6 +142,7 @@ def run_update(args: argparse.Namespace) -> int:
     number = known.number_of(args.submap) if args.submap and isinstance(known, Place) else None
     frames = open_source_from(args, depth=not args.no_depth)
     need_poses(frames)
+    check_first(frames, skip=args.no_check)
     source = with_depth(frames, hide=args.no_depth, device=config.device)
     command = shlex.join(["kfloc", "map", "update", args.map, args.source, "--out", str(args.out)])
     options: dict[str, Any] = {

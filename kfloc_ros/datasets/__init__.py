@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from kfloc_ros.datasets.kinds import KINDS, detect_kind
+from kfloc_ros.datasets.source_options import split_options, with_options
 from kfloc_ros.frames import FrameSource, Selection, select, usable
 
 __all__ = ["SOURCE_KINDS", "FrameSource", "Selection", "open_source", "select"]
@@ -24,7 +25,8 @@ def open_source(
     """Open ``KIND:PATH``, or a path whose kind is then found out, and keep the frames asked for.
 
     Args:
-        spec: such as ``7scenes:/data/redkitchen/seq-01``, ``bag:/data/kitchen_bag`` or ``/data/kitchen_bag``.
+        spec: such as ``7scenes:/data/redkitchen/seq-01``, ``bag:/data/kitchen_bag`` or ``/data/kitchen_bag``, and
+            after a ``?`` the options of :mod:`kfloc_ros.datasets.source_options`.
         poses: which ground truth, where a source has several (``file`` or ``sfm``).
         frames: see :func:`select`.
         split: see :func:`select`.
@@ -34,7 +36,9 @@ def open_source(
     Raises:
         SourceError: unknown or ambiguous kind, missing or damaged data, or an empty selection.
     """
+    spec, options = split_options(spec)
     kind, separator, path = spec.partition(":")
     if not separator or kind not in KINDS:
         kind, path = detect_kind(spec), spec
-    return usable(select(KINDS[kind].open(path, poses, depth), frames=frames, split=split), strict=strict)
+    source = with_options(KINDS[kind].open(path, poses, depth), options)
+    return usable(select(source, frames=frames, split=split), strict=strict)

@@ -102,6 +102,9 @@ class Sequences(FrameSource):
         part, inner = self._where[position]
         return self._parts[part].pose(inner)
 
+    def stamp_ns(self, position: int) -> int:
+        return self._stamps_ns[position]
+
     def encoded_image(self, position: int) -> bytes | None:
         part, inner = self._where[position]
         return self._parts[part].encoded_image(inner)

@@ -107,6 +107,9 @@ class PosedImages(FrameSource):
     def pose(self, position: int) -> Matrix | None:
         return self._images[position].T_map_camera
 
+    def stamp_ns(self, position: int) -> int:
+        return self._images[position].stamp_ns
+
     def adapter(self, index: int) -> ImageAdapter | None:
         """What brings an image to the source's camera, or None where it has that camera."""
         camera = self._images[index].camera

@@ -128,6 +128,9 @@ class RosBag(FrameSource):
     def pose(self, position: int) -> Matrix | None:
         return self._pose_at(self._slots[position].stamp_ns)
 
+    def stamp_ns(self, position: int) -> int:
+        return self._slots[position].stamp_ns
+
     def __getitem__(self, position: int) -> Frame:
         index = range(len(self._slots))[position]
         slot = self._slots[index]

@@ -105,12 +105,15 @@ class SevenScenes(FrameSource):
         return Frame(
             image=read_image(color_path, (self._camera.width, self._camera.height)),
             camera=self._camera,
-            stamp_ns=(index + 1) * FRAME_PERIOD_NS,
+            stamp_ns=self.stamp_ns(position),
             index=index,
             name=stem,
             depth_m=self._depth(color_path.with_name(f"{stem}.depth.png")),
             T_map_camera=self._pose(color_path.with_name(f"{stem}.pose.txt")),
         )
+
+    def stamp_ns(self, position: int) -> int:
+        return (self._indices[position] + 1) * FRAME_PERIOD_NS
 
     def pose(self, position: int) -> Matrix | None:
         path = self._color[position]

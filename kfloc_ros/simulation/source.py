@@ -158,6 +158,9 @@ class RecordedSource(FrameSource):
     def pose(self, position: int) -> Matrix:
         return self._pose_at(range(self._count)[position] / self._recording.rate_hz)
 
+    def stamp_ns(self, position: int) -> int:
+        return self._recording.start_ns + round(range(self._count)[position] / self._recording.rate_hz * 1e9)
+
     def __getitem__(self, position: int) -> Frame:
         index = range(self._count)[position]
         renderer, sensor = self._prepared()
@@ -170,7 +173,7 @@ class RecordedSource(FrameSource):
         return Frame(
             image=sensor.expose(rendering, T_start, T_middle, T_end, rng),
             camera=self._camera,
-            stamp_ns=self._recording.start_ns + round(time_s * 1e9),
+            stamp_ns=self.stamp_ns(index),
             index=index,
             name=f"{self.name}/{index:06d}",
             depth_m=rendering.depth_m,

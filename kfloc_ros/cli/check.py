@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``kfloc check``: the mistakes of a source that its own images show."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kfloc_ros.cli.arguments import add_source_arguments, open_source_from
+from kfloc_ros.errors import SourceError
+
+if TYPE_CHECKING:
+    from kfloc_ros.frames import FrameSource
+    from kfloc_ros.mapping.source_check import SourceCheck
+
+DESCRIPTION = """\
+Match points between some twenty pairs of images, and compare them with the source's poses, calibration and depth. A
+mistake is told with its number and the option of the source that mends it. Takes some seconds.
+
+Exit code 1 if something contradicts the images beyond doubt; warnings leave it 0.
+"""
+EPILOG = """\
+examples:
+  kfloc check tum:/data/office
+  kfloc check 'tum:/data/office?poses=world_to_camera&depth_scale=5' --page check.html
+"""
+NO_CHECK = "--no-check"
+
+
+def add_parser(subparsers: Any) -> None:
+    """Register ``kfloc check``."""
+    parser = subparsers.add_parser(
+        "check",
+        help="find mistakes in a source's poses, calibration and depth by its images",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_source_arguments(parser)
+    parser.add_argument("--pairs", type=_count, default=24, metavar="N", help="pairs of images (default: 24)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the findings as JSON")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="write an HTML page with pictures of pairs")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run ``kfloc check``; 1 if there is an error among the findings."""
+    from kfloc_ros.mapping.check_page import write_page
+    from kfloc_ros.mapping.source_check import check_source
+
+    check = check_source(open_source_from(args), pairs=args.pairs)
+    print(report(check))
+    if args.json is not None:
+        args.json.write_text(json.dumps(check.to_dict(), indent=2) + "\n", encoding="utf-8")
+    if args.page is not None:
+        write_page(check, args.page)
+    return 1 if check.errors else 0
+
+
+def report(check: SourceCheck) -> str:
+    """Return findings, notes and figures as text."""
+    lines = [f"{finding.severity}: {finding.text}" for finding in check.findings]
+    if check.words:
+        lines.append(f"To mend: add '{check.words}' to the source (quote it for the shell).")
+    lines += [f"note: {note}" for note in check.notes]
+    if not lines:
+        lines.append(f"No mistake was found in '{check.name}'.")
+    return "\n".join([*lines, "", *(f"{name:<22}{value:g}" for name, value in check.figures.items())])
+
+
+def add_no_check(parser: argparse.ArgumentParser) -> None:
+    """Add the option that leaves the check out at the start of a command."""
+    parser.add_argument(
+        NO_CHECK, action="store_true", help="do not check poses, calibration and depth by the images (see kfloc check)"
+    )
+
+
+def check_first(source: FrameSource, *, skip: bool) -> None:
+    """Check a source before it is worked on; warnings go to stderr.
+
+    Raises:
+        SourceError: the images contradict the source beyond doubt.
+    """
+    from kfloc_ros.mapping.source_check import check_source
+
+    if skip:
+        return
+    check = check_source(source)
+    for finding in check.findings:
+        if finding.severity != "error":
+            print(f"Warning: {finding.text}", file=sys.stderr)
+    if check.errors:
+        text = " ".join(finding.text for finding in check.errors)
+        mend = f" Add '{check.words}' to the source." if check.words else ""
+        raise SourceError(f"'{check.name}' contradicts itself. {text}{mend} {NO_CHECK} goes on all the same.")
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or not 8 <= int(text) <= 200:
+        raise argparse.ArgumentTypeError(f"'{text}' is no number of pairs between 8 and 200")
+    return int(text)

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A source's mistakes are found with the right value, and a good source passes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from studies.mistakes import MISTAKES, MOUNTING, Mistake, Wrong, scaled
+from textured_room import ROOM_CAMERA, Room
+
+from kfloc_ros.datasets.derived import Remembered
+from kfloc_ros.datasets.source_options import parse_options, split_options, with_options
+from kfloc_ros.frames import FrameSource
+from kfloc_ros.geometry.camera import Camera
+from kfloc_ros.geometry.lie import make_pose, rotation_angle_deg, so3_exp
+from kfloc_ros.mapping.check_depth import depth_place
+from kfloc_ros.mapping.check_geometry import Model, Observations
+from kfloc_ros.mapping.check_page import write_page
+from kfloc_ros.mapping.check_pairs import PairFinder, Poses, View
+from kfloc_ros.mapping.source_check import SourceCheck, check_source, fitted_camera
+from kfloc_ros.types import Frame, Matrix
+
+PAIRS = 12
+NO_EDGES = ("depth_shift", "depth_clock")
+"""Kinds that need steps of the depth, of which the room's inside has none."""
+
+
+class Walk(FrameSource):
+    """The textured room, seen by a camera that moves and turns as a hand does, at 10 Hz."""
+
+    name = "walk"
+    camera: Camera = ROOM_CAMERA
+
+    def __init__(self, length: int = 70) -> None:
+        self._room, self._length = Room(1), length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def indices(self) -> Sequence[int]:
+        return range(self._length)
+
+    def stamp_ns(self, position: int) -> int:
+        return 100_000_000 * position
+
+    def pose(self, position: int) -> Matrix:
+        a = 0.2 * position
+        turn = [0.2 * np.sin(1.7 * a), 0.5 + 0.4 * np.sin(a), 0.15 * np.cos(1.3 * a)]
+        place = [0.6 * np.cos(a), 0.35 * np.sin(1.4 * a), -0.3 + 0.4 * np.sin(1.1 * a)]
+        return make_pose(so3_exp(turn), place)
+
+    def __getitem__(self, position: int) -> Frame:
+        frame = self._room.view(self.pose(position), position)
+        return replace(frame, stamp_ns=self.stamp_ns(position))
+
+
+@pytest.fixture(scope="module")
+def walk() -> FrameSource:
+    return Remembered(Walk(), 70)
+
+
+@pytest.fixture(scope="module")
+def good(walk: FrameSource) -> SourceCheck:
+    return check_source(walk, pairs=PAIRS)
+
+
+def mistake(name: str) -> Mistake:
+    return next(item for item in MISTAKES if item.name == name)
+
+
+def test_a_good_source_has_no_findings(good: SourceCheck) -> None:
+    assert good.findings == () and good.notes == () and good.words == ""
+    assert good.figures["epipolar_px"] < 0.3 and abs(good.figures["depth_by_poses"] - 1) < 0.02
+    assert abs(good.figures["rate_hz"] - 10) < 0.01
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("item", [item for item in MISTAKES if item.kind not in NO_EDGES], ids=lambda item: item.name)
+def test_each_mistake_is_found_with_its_value(walk: FrameSource, item: Mistake) -> None:
+    check = check_source(item.make(walk), pairs=PAIRS)
+    assert [finding.kind for finding in check.findings] == [item.kind]
+    finding = check.findings[0]
+    assert finding.severity == "error" or item.kind in ("distortion", "pinhole")
+    if item.value is not None:
+        scale = 0.1 if item.kind == "offset" else 1.0  # frames to seconds
+        assert finding.value == pytest.approx(item.value * scale, abs=item.tolerance * scale)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(
+    "name",
+    ["inverted and OpenGL", "mounting left out, 19.7 deg", "poses 2 frames ahead", "focal length x 0.85",
+     "distortion of -0.25 unknown", "rectified, said to be distorted", "depth x 0.2", "poses in feet"],
+)  # fmt: skip
+def test_the_words_of_a_finding_mend_the_source(walk: FrameSource, name: str) -> None:
+    wrong = mistake(name).make(walk)
+    words = check_source(wrong, pairs=PAIRS).words
+    path, options = split_options("DIR" + words)
+    assert path == "DIR" and options
+    mended = check_source(with_options(wrong, options), pairs=PAIRS)
+    assert mended.findings == () and mended.figures["epipolar_px"] < 0.5
+
+
+def test_the_mounting_is_told_with_its_lever(walk: FrameSource) -> None:
+    check = check_source(mistake("mounting left out, 19.7 deg").make(walk), pairs=PAIRS)
+    T = parse_options(split_options(check.words)[1]).T_body_camera
+    assert T is not None
+    left = T @ MOUNTING
+    assert rotation_angle_deg(left[:3, :3]) < 0.3 and np.linalg.norm(left[:3, 3]) < 0.02
+
+
+def test_poses_that_are_merely_inaccurate_are_explained_by_no_mistake(walk: FrameSource) -> None:
+    rng = np.random.default_rng(3)
+
+    def shaken(T: Matrix) -> Matrix:
+        return T @ make_pose(so3_exp(rng.normal(0, np.radians(0.8), 3)), rng.normal(0, 0.01, 3))
+
+    fixed = {position: shaken(T) for position in range(len(walk)) if (T := walk.pose(position)) is not None}
+
+    class Shaken(Wrong):
+        def pose(self, position: int) -> Matrix | None:
+            return fixed[position]
+
+    check = check_source(Shaken(walk), pairs=PAIRS)
+    assert check.figures["epipolar_px"] > 0.6
+    assert [finding for finding in check.findings if finding.kind != "poses"] == []
+
+
+def test_without_poses_nothing_is_claimed_of_them(walk: FrameSource) -> None:
+    class NoPoses(Wrong):
+        def pose(self, position: int) -> Matrix | None:
+            return None
+
+    check = check_source(NoPoses(walk), pairs=PAIRS)
+    assert check.findings == () and "have poses" in check.notes[0]
+
+
+def test_images_that_cannot_be_mapped_are_told(walk: FrameSource) -> None:
+    dark = Wrong(walk, frame=lambda f: replace(f, image=f.image // 20))
+    assert [finding.kind for finding in check_source(dark, pairs=PAIRS).findings] == ["dark"]
+    blurred = Wrong(walk, frame=lambda f: replace(f, image=cv2.GaussianBlur(f.image, (0, 0), 4.0)))
+    assert "blur" in [finding.kind for finding in check_source(blurred, pairs=PAIRS).findings]
+
+
+def test_a_mirrored_image_is_no_turned_one(walk: FrameSource) -> None:
+    """Epipolar lines are the same in both; only what lies in front of the camera tells them apart."""
+    finding = check_source(mistake("images mirrored").make(walk), pairs=PAIRS).findings[0]
+    assert "left to right" in finding.text and finding.words == ""
+
+
+def test_the_fitted_camera_bends_as_the_lens_does(walk: FrameSource) -> None:
+    check = check_source(mistake("distortion of -0.25 unknown").make(walk), pairs=PAIRS)
+    lens = replace(ROOM_CAMERA, distortion_model="plumb_bob", distortion=(-0.25, 0.0, 0.0, 0.0))
+    assert fitted_camera(check.model, ROOM_CAMERA).difference_px(lens) < 6.0 < ROOM_CAMERA.difference_px(lens)
+
+
+def test_depth_steps_tell_shift_and_clock(walk: FrameSource) -> None:
+    pairs = list(PairFinder(walk, PAIRS).pairs())
+    observed = Observations(pairs, Poses(walk), walk.camera)
+    rng = np.random.default_rng(0)
+
+    def view(position: int, dx: int, dy: int) -> View:
+        grey = np.full((256, 320), 120, np.uint8)
+        depth = np.full((256, 320), 3.0, np.float32)
+        for _ in range(9):
+            x, y, w, h = (int(v) for v in rng.integers((20, 20, 20, 20), (260, 200, 60, 60)))
+            near = float(rng.uniform(1.0, 2.0))
+            cv2.rectangle(grey, (x, y), (x + w, y + h), int(rng.integers(0, 255)), -1)
+            cv2.rectangle(depth, (x + dx, y + dy), (x + dx + w, y + dy + h), near, -1)
+        frame = Frame(grey[:1, :1, None].repeat(3, 2), walk.camera, 0, position, depth_m=depth)
+        return View(position, frame, grey, np.empty((0, 2)), np.empty((0, 128), np.float32))
+
+    for dx, dy in ((0, 0), (9, -4)):
+        place = depth_place([view(position, dx, dy) for position in range(10, 30)], observed, Model())
+        assert place is not None and place.clear
+        assert place.shift_px == pytest.approx((dx, dy), abs=1.5) and not (dx == 0 and place.delay_frames)
+
+
+def test_page_and_json(tmp_path: Path, walk: FrameSource, good: SourceCheck) -> None:
+    check = check_source(mistake("poses in OpenGL axes").make(walk), pairs=PAIRS)
+    for number, item in enumerate((good, check)):
+        write_page(item, tmp_path / f"{number}.html")
+    pages = [(tmp_path / f"{number}.html").read_text(encoding="utf-8") for number in (0, 1)]
+    assert "No mistake was found" in pages[0] and "mount=opengl" in pages[1]
+    assert all(page.count("<img") == 4 and len(page) < 500_000 for page in pages)
+    told = json.loads(json.dumps(check.to_dict()))
+    assert told["options"] == "?mount=opengl" and told["findings"][0]["kind"] == "axes"
+
+
+def test_units_without_depth_are_not_guessed(walk: FrameSource) -> None:
+    flat = Wrong(walk, pose=scaled(1000.0), frame=lambda f: replace(f, depth_m=None))
+    assert check_source(flat, pairs=PAIRS).findings == ()
