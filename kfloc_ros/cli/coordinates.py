@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from kfloc_ros.cli.arguments import add_source_arguments, open_source_from
+from kfloc_ros.cli.arguments import add_recursion_argument, add_source_arguments, open_source_from
 from kfloc_ros.device import choose_device
 from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import ImageAdapter
 from kfloc_ros.kfnet.fusion import warp
 from kfloc_ros.kfnet.reference.files import MapDescription, write_coordinates, write_description, write_flow, write_pose
-from kfloc_ros.localization.coarse import CoarseNetworks, networks_of
+from kfloc_ros.localization.coarse import filter_settings, networks_of
 from kfloc_ros.localization.config import LocalizerConfig
 from kfloc_ros.localization.localizer import Localizer
 from kfloc_ros.localization.results import CoarseResult
@@ -50,6 +50,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--map", required=True, metavar="DIR", help="map folder, or the name of a shipped map")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the files")
     parser.add_argument("--no-filter", action="store_true", help="write the measurements only, without filtering")
+    add_recursion_argument(parser)
     parser.add_argument("--flow", action="store_true", help="also write the flow between frames")
     parser.add_argument(
         "--gt-out", type=Path, metavar="DIR", help="write the true poses and gt_list.txt to this folder"
@@ -68,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     from kfloc_ros.maps.scene_map import SceneMap
 
     scene_map = SceneMap.load(resolve_map(args.map))
-    config = LocalizerConfig(device=args.device, filter=not args.no_filter)
+    config = LocalizerConfig(device=args.device, filter=not args.no_filter, recursion=args.recursion)
     written = export_coordinates(source, scene_map, config, args.out, flow=args.flow, truth=args.gt_out)
     count = sum(1 for _ in tqdm(written, total=len(source), unit="frame", disable=not sys.stderr.isatty()))
     print(f"{args.out}: {count} coordinate maps")
@@ -99,7 +100,7 @@ def export_coordinates(
     for folder in filter(None, (out, truth)):
         folder.mkdir(parents=True, exist_ok=True)
     entries: list[dict[str, Any]] = []
-    flows = _FlowWriter(out, networks_of(scene_map, choose_device(config.device))) if flow else None
+    flows = _FlowWriter(out, scene_map, config) if flow else None
     description = MapDescription(localizer.camera)
     for i, frame in enumerate(source):
         seen = Frame(adapter(frame.image), localizer.camera, frame.stamp_ns, frame.index, frame.name)
@@ -122,8 +123,9 @@ def export_coordinates(
 class _FlowWriter:
     """Writer of the flow from each image to the one before it, whether or not the filter used that flow."""
 
-    def __init__(self, out: Path, networks: CoarseNetworks) -> None:
-        self._out, self._networks = out, networks
+    def __init__(self, out: Path, scene_map: SceneMap, config: LocalizerConfig) -> None:
+        self._out, self._networks = out, networks_of(scene_map, choose_device(config.device))
+        self._settings = filter_settings(scene_map, config, self._networks)
         self._before: tuple[Frame, CoarseResult] | None = None
 
     @torch.inference_mode()
@@ -140,5 +142,6 @@ class _FlowWriter:
             )
         assert result.filtered is not None  # the localizer runs in this process
         belief = result.filtered.belief or result.filtered.posterior
-        prior = warp(belief, flow, networks.process_scale, networks.process_floor_m2)
+        s = self._settings
+        prior = warp(belief, flow, s.process_scale, s.process_floor_m2, blend_sigma=s.blend_sigma)
         write_flow(self._out, i, i - 1, flow.offset, prior.variance)

@@ -23,12 +23,13 @@ from kfloc_ros.frames import FrameSource, Selection
 from kfloc_ros.geometry.camera import ImageAdapter
 from kfloc_ros.geometry.lie import inverse_pose, make_pose, so3_exp
 from kfloc_ros.kfnet.filter import SceneCoordinateFilter
-from kfloc_ros.kfnet.fusion import FilterSettings
+from kfloc_ros.kfnet.fusion import FilterSettings, NisMode
 from kfloc_ros.kfnet.reference.frame import NetworkFrame
 from kfloc_ros.kfnet.reference.networks import ReferenceNetworks
 from kfloc_ros.kfnet.reference.oflownet import ReferenceOFlowNet
 from kfloc_ros.kfnet.reference.scoordnet import ReferenceSCoordNet
 from kfloc_ros.kfnet.reference.weights import save_network
+from kfloc_ros.localization.coarse import recursion_of
 from kfloc_ros.localization.config import LocalizerConfig
 from kfloc_ros.localization.localizer import Localizer
 from kfloc_ros.localization.results import StageTimes
@@ -106,6 +107,25 @@ def test_the_stage_measures_and_filters_with_the_networks(
     pixel = kfnet_map.camera.fx * rays + kfnet_map.camera.cx
     cells = result.scene_coordinates
     assert np.allclose(cells.stride * c + cells.pixel_offset, pixel)
+
+
+def test_converted_networks_get_the_published_recursion(kfnet_map: SceneMap, tmp_path: Path) -> None:
+    assert kfnet_map.kfnet is not None
+    assert recursion_of(kfnet_map, CPU) == "robust"
+    kfnet_map.kfnet.scoordnet.converted = True
+    assert recursion_of(kfnet_map, CPU) == "robust"
+    kfnet_map.kfnet.oflownet.converted = True
+    kfnet_map.save(tmp_path / "map")
+    loaded = SceneMap.load(tmp_path / "map")
+    assert recursion_of(loaded, CPU) == "published"
+    assert recursion_of(replace(loaded, kfnet=None), CPU) == "robust"
+    settings = Localizer(loaded, CPU)._coarse._filter.settings
+    assert settings.sequence_resets_only and settings.blend_sigma and settings.nis_mode is NisMode.OFF
+    assert (settings.error_correlation, settings.process_scale) == (0.0, loaded.calibration.process_scale)
+    nis = Localizer(loaded, replace(CPU, recursion="published_nis", nis_threshold=9.0))._coarse._filter.settings
+    assert (nis.nis_mode, nis.nis_threshold) == (NisMode.OUTPUT_ONLY, 9.0)
+    own = Localizer(loaded, replace(CPU, recursion="robust"))._coarse._filter.settings
+    assert own.nis_mode is NisMode.LOWER_VARIANCE and not own.sequence_resets_only
 
 
 @pytest.mark.parametrize("config", [CPU, replace(CPU, filter=False)], ids=["reset", "no filter"])

@@ -25,12 +25,14 @@ from kfloc_ros.kfnet.reference.scoordnet import ReferenceSCoordNet
 FORMAT = "kfloc_kfnet"
 FORMAT_VERSION = "1"
 SCOORDNET, OFLOWNET = "scoordnet", "oflownet"
+CONVERTED = "converted"
+"""Metadata ``origin`` of weights that were published, not trained further here."""
 MAX_WIDTH = 4.0
 """Largest width of SCoordNet, as a multiple of the published channels; a larger one means a damaged file."""
 
 
 def save_network(path: Path, network: ReferenceSCoordNet | ReferenceOFlowNet) -> None:
-    """Write a network's weights and padding; for SCoordNet also its width, frame, and image size."""
+    """Write a network's weights, padding and origin; for SCoordNet also its width, frame, and image size."""
     is_scoordnet = isinstance(network, ReferenceSCoordNet)
     metadata = {
         "format": FORMAT,
@@ -39,6 +41,8 @@ def save_network(path: Path, network: ReferenceSCoordNet | ReferenceOFlowNet) ->
         "padding": network.padding.value,
         "width": repr(network.width) if is_scoordnet else "1.0",
     }
+    if network.converted:
+        metadata["origin"] = CONVERTED
     if isinstance(network, ReferenceSCoordNet) and network.image_size is not None:
         metadata["image_size"] = "{}x{}".format(*network.image_size)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,6 +70,7 @@ def load_scoordnet(path: Path) -> ReferenceSCoordNet:
         _ = network.frame  # its constructor checks it
     except SourceError as error:
         raise WeightsError(f"'{path}' is damaged: {error}") from error
+    network.converted = metadata.get("origin") == CONVERTED
     return network.eval()
 
 
@@ -75,8 +80,10 @@ def load_oflownet(path: Path) -> ReferenceOFlowNet:
     Raises:
         WeightsError: the file is missing, damaged, or of another kind.
     """
-    network = ReferenceOFlowNet(Padding(_metadata(path, OFLOWNET)["padding"]))
+    metadata = _metadata(path, OFLOWNET)
+    network = ReferenceOFlowNet(Padding(metadata["padding"]))
     _fill(network, path)
+    network.converted = metadata.get("origin") == CONVERTED
     return network.eval()
 
 
@@ -172,6 +179,7 @@ def import_networks(arrays: Arrays, frame: NetworkFrame | None = None) -> Import
     for network, module in wanted.items():
         used |= _fill_scope(module, SCOPES[network], arrays)
         module.eval()
+        module.converted = True
     scoordnet, oflownet = wanted.get("scoordnet"), wanted.get("oflownet")
     assert scoordnet is None or isinstance(scoordnet, ReferenceSCoordNet)
     assert oflownet is None or isinstance(oflownet, ReferenceOFlowNet)
