@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from torch import nn
 
 from kfloc_ros.errors import SourceError, WeightsError
 from kfloc_ros.files import check_tensor_file, read_arrays
-from kfloc_ros.kfnet.reference.frame import NetworkFrame
+from kfloc_ros.kfnet.reference.frame import NetworkFrame, read_transform
 from kfloc_ros.kfnet.reference.layers import Padding
 from kfloc_ros.kfnet.reference.oflownet import ReferenceOFlowNet
 from kfloc_ros.kfnet.reference.scoordnet import ReferenceSCoordNet
@@ -87,7 +87,7 @@ def load_oflownet(path: Path) -> ReferenceOFlowNet:
     return network.eval()
 
 
-def _metadata(path: Path, network: str) -> dict[str, str]:
+def _read_metadata(path: Path, network: str) -> dict[str, str]:
     if not path.is_file():
         raise WeightsError(f"There is no file '{path}' with the weights of {network}.")
     try:
@@ -96,6 +96,11 @@ def _metadata(path: Path, network: str) -> dict[str, str]:
             metadata: dict[str, str] = stream.metadata() or {}
     except (SafetensorError, OSError, ValueError) as error:
         raise WeightsError(f"'{path}' is not a safetensors file: {error}.") from error
+    return metadata
+
+
+def _metadata(path: Path, network: str) -> dict[str, str]:
+    metadata = _read_metadata(path, network)
     if metadata.get("format") != FORMAT or metadata.get("network") != network:
         found = metadata.get("network", "something else")
         raise WeightsError(f"'{path}' holds {found}, not weights of {network} that this package wrote.")
@@ -137,6 +142,43 @@ class Imported:
     oflownet: ReferenceOFlowNet | None
     skipped: tuple[str, ...]
     """Names that belong to neither network: optimizer slots, counters."""
+
+    def to(self, device: torch.device) -> Imported:
+        """Move the networks to a device and return them."""
+        for network in (self.scoordnet, self.oflownet):
+            if network is not None:
+                network.to(device)
+        return self
+
+
+def read_networks(paths: Sequence[Path], transform: Path, scale: float = 1.0) -> Imported:
+    """Return the networks of weight files, of a folder with both, or of an archive of the original's checkpoint.
+
+    Args:
+        paths: ``scoordnet.safetensors``, ``oflownet.safetensors``, a folder with either, or an ``.npz``.
+        transform: ``transform.txt`` of the scene, for an archive's SCoordNet.
+        scale: network units per metre, for an archive's SCoordNet.
+
+    Raises:
+        WeightsError: a file is missing, damaged, or of another kind.
+        SourceError: an archive has a SCoordNet, and there is no transform.
+    """
+    found = Imported(None, None, ())
+    for path in paths:
+        files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+        if not files:
+            raise WeightsError(f"'{path}' has no .safetensors file; `kfloc convert` and `kfloc train` write them.")
+        for file in files:
+            if file.suffix == ".npz":
+                arrays = read_archive(file)
+                has_scene = any(name.startswith(f"{SCOPES[SCOORDNET]}/") for name in arrays)
+                read = import_networks(arrays, read_transform(transform, scale) if has_scene else None)
+                found = Imported(read.scoordnet or found.scoordnet, read.oflownet or found.oflownet, read.skipped)
+            elif _read_metadata(file, "a network").get("network") == OFLOWNET:
+                found = replace(found, oflownet=load_oflownet(file))
+            else:
+                found = replace(found, scoordnet=load_scoordnet(file))
+    return found
 
 
 def read_archive(path: Path) -> dict[str, NDArray[np.float32]]:
