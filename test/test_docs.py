@@ -48,6 +48,15 @@ def anchors(path: Path) -> set[str]:
     return set(found)
 
 
+def test_the_example_of_poses_and_cameras_runs() -> None:
+    code = re.search(r"```python\n(.*?)```", between(ROOT / "docs/reference/pixloc.md", "geometry"), re.DOTALL)
+    assert code is not None
+    done = subprocess.run(
+        [sys.executable, "-c", code[1]], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.thorough
 def test_the_example_of_the_readme_runs() -> None:
     pytest.importorskip("embreex", reason="embreex, the ray caster, is not installed")

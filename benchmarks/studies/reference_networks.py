@@ -13,7 +13,7 @@ from kfloc_ros.evaluation.flow import FlowAccuracy, FlowStatistics
 from kfloc_ros.evaluation.metrics import Accuracy, PoseError, accuracy, pose_error
 from kfloc_ros.kfnet.filter import SceneCoordinateFilter
 from kfloc_ros.kfnet.flow import Flow
-from kfloc_ros.kfnet.fusion import FilterSettings, NisMode
+from kfloc_ros.kfnet.fusion import FilterSettings
 from kfloc_ros.kfnet.pnp import PnpSettings, solve_pnp
 from kfloc_ros.kfnet.reference.oflownet import ReferenceOFlowNet
 from kfloc_ros.kfnet.reference.scoordnet import CELL_PIXEL_OFFSET, STRIDE, ReferenceSCoordNet
@@ -22,14 +22,7 @@ from kfloc_ros.training.kfnet_family import HeldOutFrames
 from kfloc_ros.types import SceneCoordinates
 from studies.cells import CellAccuracy, CellStatistics
 
-AS_PUBLISHED = FilterSettings(
-    flow_temperature=1.0,  # used by the fast family only
-    process_scale=1.0,
-    process_floor_m2=0.0,
-    nis_mode=NisMode.OFF,
-    error_correlation=0.0,
-    blend_sigma=True,
-)
+AS_PUBLISHED = FilterSettings.published()
 """Filter settings of the joint training stage, except for the mask of invalid priors."""
 
 

@@ -52,6 +52,17 @@ def add_source_arguments(parser: argparse.ArgumentParser, *, required: bool = Tr
     )
 
 
+def add_recursion_argument(parser: argparse.ArgumentParser) -> None:
+    """Add --recursion, the option of the localizer."""
+    parser.add_argument(
+        "--recursion",
+        choices=("auto", "robust", "published", "published_nis"),
+        default="auto",
+        help="recursion of the filter: this package's, or KFNet's without or with its NIS test on the output (default: "
+        "auto: KFNet's for maps with converted KFNet weights, else this package's)",
+    )
+
+
 def open_source_from(args: argparse.Namespace, *, depth: bool = True) -> FrameSource:
     """Open the source given by the arguments of :func:`add_source_arguments`.
 

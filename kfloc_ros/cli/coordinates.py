@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 
-from kfloc_ros.cli.arguments import add_source_arguments, open_source_from
+from kfloc_ros.cli.arguments import add_recursion_argument, add_source_arguments, open_source_from
+from kfloc_ros.device import choose_device
 from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import ImageAdapter
-from kfloc_ros.kfnet.flow_network import flow_of
 from kfloc_ros.kfnet.fusion import warp
 from kfloc_ros.kfnet.reference.files import MapDescription, write_coordinates, write_description, write_flow, write_pose
+from kfloc_ros.localization.coarse import filter_settings, networks_of
 from kfloc_ros.localization.config import LocalizerConfig
 from kfloc_ros.localization.localizer import Localizer
 from kfloc_ros.localization.results import CoarseResult
@@ -49,6 +50,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--map", required=True, metavar="DIR", help="map folder, or the name of a shipped map")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the files")
     parser.add_argument("--no-filter", action="store_true", help="write the measurements only, without filtering")
+    add_recursion_argument(parser)
     parser.add_argument("--flow", action="store_true", help="also write the flow between frames")
     parser.add_argument(
         "--gt-out", type=Path, metavar="DIR", help="write the true poses and gt_list.txt to this folder"
@@ -67,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     from kfloc_ros.maps.scene_map import SceneMap
 
     scene_map = SceneMap.load(resolve_map(args.map))
-    config = LocalizerConfig(device=args.device, filter=not args.no_filter)
+    config = LocalizerConfig(device=args.device, filter=not args.no_filter, recursion=args.recursion)
     written = export_coordinates(source, scene_map, config, args.out, flow=args.flow, truth=args.gt_out)
     count = sum(1 for _ in tqdm(written, total=len(source), unit="frame", disable=not sys.stderr.isatty()))
     print(f"{args.out}: {count} coordinate maps")
@@ -98,39 +100,48 @@ def export_coordinates(
     for folder in filter(None, (out, truth)):
         folder.mkdir(parents=True, exist_ok=True)
     entries: list[dict[str, Any]] = []
-    previous: CoarseResult | None = None
+    flows = _FlowWriter(out, scene_map, config) if flow else None
     description = MapDescription(localizer.camera)
     for i, frame in enumerate(source):
-        result = localizer.coarse_half(
-            Frame(adapter(frame.image), localizer.camera, frame.stamp_ns, frame.index, frame.name)
-        )
+        seen = Frame(adapter(frame.image), localizer.camera, frame.stamp_ns, frame.index, frame.name)
+        result = localizer.coarse_half(seen)
         coordinates = result.scene_coordinates
         assert coordinates is not None  # the localizer runs in this process
         write_coordinates(out, i, coordinates)
-        if flow and previous is not None:
-            _write_flow(out, i, previous, result, scene_map)
+        if flows is not None:
+            flows.add(i, seen, result)
         if truth is not None:
             write_pose(truth / f"gt_{i}.txt", frame.T_map_camera)
         description = MapDescription(localizer.camera, coordinates.stride, coordinates.pixel_offset)
         entries.append({"map": f"coord_{i}.npy", "index": frame.index, "name": frame.name, "stamp_ns": frame.stamp_ns})
-        previous = result
         yield i
     write_description(out, description, entries)
     if truth is not None:
         (truth / "gt_list.txt").write_text("".join(f"gt_{i}.txt\n" for i in range(len(entries))))
 
 
-@torch.inference_mode()
-def _write_flow(out: Path, i: int, previous: CoarseResult, result: CoarseResult, scene_map: SceneMap) -> None:
-    if scene_map.kfnet is not None:  # the filter has just computed the flow; a second pass would have no previous frame
-        filtered = result.filtered
-        if filtered is not None and filtered.flow is not None and filtered.prior is not None:
-            write_flow(out, i, i - 1, filtered.flow.offset, filtered.prior.variance)
-        return
-    if result.features is None or previous.features is None or previous.scene_coordinates is None:
-        return
-    features = result.features.coarse[0]
-    chosen = flow_of(scene_map.calibration, features.device)
-    flow = chosen.flow(features, previous.features.coarse[0])
-    prior = warp(previous.scene_coordinates, flow, chosen.process_scale, chosen.process_floor_m2)
-    write_flow(out, i, i - 1, flow.offset, prior.variance)
+class _FlowWriter:
+    """Writer of the flow from each image to the one before it, whether or not the filter used that flow."""
+
+    def __init__(self, out: Path, scene_map: SceneMap, config: LocalizerConfig) -> None:
+        self._out, self._networks = out, networks_of(scene_map, choose_device(config.device))
+        self._settings = filter_settings(scene_map, config, self._networks)
+        self._before: tuple[Frame, CoarseResult] | None = None
+
+    @torch.inference_mode()
+    def add(self, i: int, frame: Frame, now: CoarseResult) -> None:
+        """Write the flow of frame i, and 1/sigma of the prior that it makes of the belief of frame i - 1."""
+        before, self._before = self._before, (frame, now)
+        if before is None:
+            return
+        networks, (earlier, result) = self._networks, before
+        flow = None if now.filtered is None else now.filtered.flow
+        if flow is None:  # the filter is off, or was reset between the two images
+            flow = networks.flow(
+                networks.flow_features(frame, now.features), networks.flow_features(earlier, result.features)
+            )
+        assert result.filtered is not None  # the localizer runs in this process
+        belief = result.filtered.belief or result.filtered.posterior
+        s = self._settings
+        prior = warp(belief, flow, s.process_scale, s.process_floor_m2, blend_sigma=s.blend_sigma)
+        write_flow(self._out, i, i - 1, flow.offset, prior.variance)

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kfloc_ros.cli.arguments import add_source_arguments, need_camera, open_source_from
+from kfloc_ros.cli.arguments import add_recursion_argument, add_source_arguments, need_camera, open_source_from
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -49,6 +49,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--no-filter", action="store_true", help="localize each frame independently, without the filter"
     )
+    add_recursion_argument(parser)
     parser.add_argument("--no-refine", action="store_true", help="output the coarse pose, without alignment")
     parser.add_argument(
         "--tracking", action="store_true", help="align from the predicted pose while that succeeds; faster"
@@ -95,6 +96,7 @@ def run(args: argparse.Namespace) -> int:
     config = LocalizerConfig(
         device=device,
         filter=not args.no_filter,
+        recursion=args.recursion,
         refine=not args.no_refine,
         tracking=args.tracking,
         camera_check=args.camera_check,
@@ -128,7 +130,13 @@ def run(args: argparse.Namespace) -> int:
         dropped=0,
         duration_s=time.perf_counter() - start,
         interrupted=interrupted,
-        options={"device": device, "filter": config.filter, "refine": config.refine, "tracking": config.tracking},
+        options={
+            "device": device,
+            "filter": config.filter,
+            "recursion": config.recursion,
+            "refine": config.refine,
+            "tracking": config.tracking,
+        },
     )
     if interrupted and not records:
         raise KeyboardInterrupt

@@ -36,7 +36,9 @@ def progress(items: Iterable[Item], total: int, unit: str = "frame") -> Iterable
     return bar
 
 
-def open_recording(args: argparse.Namespace, title: str, up: tuple[int, float], **views: Sequence[str]) -> Any | None:
+def open_recording(
+    args: argparse.Namespace, title: str, up: tuple[int, float] | None, **views: Sequence[str]
+) -> Any | None:
     """Open the Rerun recording that the arguments ask for, or return None.
 
     Raises:
@@ -97,10 +99,11 @@ def cells(args: argparse.Namespace) -> list[str]:
     """Run ``kfloc show cells``; return the lines to print."""
     folder = Path(args.source)
     if is_coordinate_folder(folder):
+        recording = open_recording(args, f"{folder.name}: cells", None)
         with series_of(args) as series:
-            stored = show_stored(folder, args.out, series, args.max_sigma, args.voxel)
+            stored = show_stored(folder, args.out, series, args.max_sigma, args.voxel, recording)
             written = list(progress(stored, len(list(folder.glob("coord_*.npy"))), "map"))
-        return [line for line in written if line] + series.written
+        return [line for line in written if line] + series.written + closed(recording, args)
     if args.map is None:
         raise DrawingError(
             f"Scene coordinates of '{args.source}' need a map: give --map DIR. Only a folder with coord_<number>.npy "

@@ -65,7 +65,7 @@ class KfnetFolder(FrameSource):
         self._with_depth = depth
         self._camera = self._read_camera(root / "camera.txt")
         self.frame = read_transform(root / "transform.txt") if (root / "transform.txt").is_file() else NetworkFrame()
-        self._sequences = _recordings_of(self._images)
+        self._sequences = recordings_of(self._images)
         self._stamps_ns = stamps_with_gaps(self._sequences)
 
     def _parallel(self, path: Path) -> list[Path] | None:
@@ -143,7 +143,7 @@ class KfnetFolder(FrameSource):
         return read_pose(self._poses[position])
 
 
-def _recordings_of(images: Sequence[Path]) -> list[int]:
+def recordings_of(images: Sequence[Path]) -> list[int]:
     """The number of each image's recording: by folder, by the numbers in names, by 12-Scenes' ``split.txt``."""
     splits = {folder: _split_beside(folder) for folder in {path.parent for path in images}}
     named = [re.fullmatch(r"(\D*)(\d+)(\D*)", path.stem) for path in images]

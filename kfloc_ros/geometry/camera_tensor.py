@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from numpy.typing import ArrayLike
 
 from kfloc_ros.errors import FrameError
 from kfloc_ros.geometry.camera import Camera
+from kfloc_ros.geometry.colmap import camera_from_colmap
 from kfloc_ros.geometry.distortion import Distorted, Distortion, distort, distort_jacobian, validity_limit
-from kfloc_ros.geometry.tensors import TensorObject
+from kfloc_ros.geometry.tensors import TensorObject, as_tensor
 
 NEAR = 1e-3
 """Smallest depth of a valid point; divisions use at least this depth."""
@@ -27,6 +29,15 @@ class Projection(NamedTuple):
     """(..., N, 2)"""
     valid: torch.Tensor
     """(..., N) bool: in front of the camera, within the validity of its distortion, and inside the image."""
+
+
+class ProjectionJacobian(NamedTuple):
+    """Derivatives of projected points."""
+
+    J: torch.Tensor
+    """(..., N, 2, 3) of pixels by camera points."""
+    valid: torch.Tensor
+    """(..., N) bool: in front of the camera; the image's border does not matter."""
 
 
 class CameraTensor(TensorObject):
@@ -60,6 +71,15 @@ class CameraTensor(TensorObject):
             kind, coefficients = Distortion.RADIAL, d[:2]
         values = (camera.width, camera.height, camera.fx, camera.fy, camera.cx, camera.cy, *coefficients)
         return cls(torch.tensor(values, dtype=dtype), kind)
+
+    @classmethod
+    def from_colmap(cls, camera: Any, dtype: torch.dtype = torch.float64) -> CameraTensor:
+        """Return the camera of a mapping, named tuple or ``pycolmap.Camera`` with model, width, height and params.
+
+        Raises:
+            FrameError: an unknown model, a wrong number of parameters, or invalid intrinsics.
+        """
+        return cls.from_camera(camera_from_colmap(camera), dtype)
 
     def _with(self, data: torch.Tensor) -> CameraTensor:
         return CameraTensor(data, self.kind, self.limit.to(data))
@@ -173,17 +193,20 @@ class CameraTensor(TensorObject):
         """Return the derivative (..., 1, 2, 2) of :meth:`denormalize`, the same for all points."""
         return torch.diag_embed(self.f)[..., None, :, :]
 
-    def world2image(self, p3D: torch.Tensor, *, legacy: bool = False) -> Projection:
-        """Return pixels (..., N, 2) of camera points (..., N, 3)."""
-        p2D, in_front = self.project(p3D)
+    def world2image(self, p3D: ArrayLike | torch.Tensor, *, legacy: bool = False) -> Projection:
+        """Return pixels (..., N, 2) of camera points (..., N, 3) and their validity."""
+        p2D, in_front = self.project(as_tensor(p3D, like=self.data))
         p2D, defined = self.distort(p2D, legacy=legacy)
         p2D = self.denormalize(p2D)
         return Projection(p2D, in_front & defined & self.in_image(p2D))
 
-    def J_world2image(self, p3D: torch.Tensor) -> torch.Tensor:
-        """Return the derivative (..., N, 2, 3) of :meth:`world2image`."""
-        p2D, _ = self.project(p3D)
-        return self.f[..., None, :, None] * (self.J_distort(p2D) @ self.J_project(p3D))
+    def J_world2image(self, p3D: ArrayLike | torch.Tensor) -> ProjectionJacobian:
+        """Return the derivative (..., N, 2, 3) of :meth:`world2image`, and the points for which it is defined."""
+        p3D = as_tensor(p3D, like=self.data)
+        p3D = p3D.to(torch.promote_types(p3D.dtype, self.dtype))
+        p2D, in_front = self.project(p3D)
+        J = self.f[..., None, :, None] * (self.J_distort(p2D) @ self.J_project(p3D))
+        return ProjectionJacobian(J, in_front)
 
     def image2world(self, p2D: torch.Tensor) -> torch.Tensor:
         """Return rays (..., N, 3) with z = 1 through pixels (..., N, 2)."""

@@ -65,6 +65,13 @@ class TensorObject:
         dim = dim if dim >= 0 else dim - 1
         return objects[0]._with(torch.stack([o.data for o in objects], dim))
 
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Make ``torch.stack`` of such objects their :meth:`stack`; torch calls this."""
+        if function is torch.stack:
+            return cls.stack(*args, **(kwargs or {}))
+        return NotImplemented
+
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Return the object on another device or in another type, as ``torch.Tensor.to``."""
         return self._map(lambda data: data.to(*args, **kwargs))
@@ -124,7 +131,7 @@ class Pose(TensorObject):
     @classmethod
     def from_Rt(cls, R: ArrayLike | torch.Tensor, t: ArrayLike | torch.Tensor) -> Pose:
         """Return poses of rotations (..., 3, 3) and translations (..., 3)."""
-        R, t = _tensor(R), _tensor(t)
+        R, t = as_tensor(R), as_tensor(t)
         if R.shape[-2:] != (3, 3) or t.shape[-1:] != (3,):
             raise ValueError(f"A Pose takes R (..., 3, 3) and t (..., 3), got {tuple(R.shape)} and {tuple(t.shape)}.")
         rows = R.reshape(*R.shape[:-2], 9)
@@ -134,12 +141,12 @@ class Pose(TensorObject):
     @classmethod
     def from_aa(cls, rotation_vector: ArrayLike | torch.Tensor, t: ArrayLike | torch.Tensor) -> Pose:
         """Return poses of rotation vectors (..., 3), radians, and translations (..., 3); not the map of SE(3)."""
-        return cls.from_Rt(so3_exp_torch(_tensor(rotation_vector)), t)
+        return cls.from_Rt(so3_exp_torch(as_tensor(rotation_vector)), t)
 
     @classmethod
     def from_4x4mat(cls, T: ArrayLike | torch.Tensor) -> Pose:
         """Return poses of matrices (..., 4, 4)."""
-        T = _tensor(T)
+        T = as_tensor(T)
         return cls.from_Rt(T[..., :3, :3], T[..., :3, 3])
 
     @classmethod
@@ -170,16 +177,22 @@ class Pose(TensorObject):
         return Pose.from_Rt(Rt, -(Rt @ self.t[..., None])[..., 0])
 
     def compose(self, other: Pose) -> Pose:
-        """Return the product: ``T_a_b.compose(T_b_c)`` is ``T_a_c``."""
+        """Return the product: ``T_a_b.compose(T_b_c)`` is ``T_a_c``; of two types, the more precise one."""
+        dtype = torch.promote_types(self.dtype, other.dtype)
+        self, other = self.to(dtype), other.to(dtype)
         return Pose.from_Rt(self.R @ other.R, self.t + (self.R @ other.t[..., None])[..., 0])
 
     def __matmul__(self, other: Pose) -> Pose:
         return self.compose(other)
 
     def transform(self, points: ArrayLike | torch.Tensor) -> torch.Tensor:
-        """Map points (..., N, 3) from every pose's source frame to its target frame."""
-        points = _tensor(points, like=self.data)
-        return points @ self.R.mT + self.t[..., None, :]
+        """Map points (..., N, 3) from every pose's source frame to its target frame.
+
+        The result has the more precise type of the two.
+        """
+        points = as_tensor(points, like=self.data)
+        dtype = torch.promote_types(points.dtype, self.dtype)
+        return points.to(dtype) @ self.R.mT.to(dtype) + self.t[..., None, :]
 
     def __mul__(self, points: ArrayLike | torch.Tensor) -> torch.Tensor:
         return self.transform(points)
@@ -218,7 +231,7 @@ class Pose(TensorObject):
         return np.asarray(self.matrix().detach().cpu().double().numpy())
 
 
-def _tensor(values: ArrayLike | torch.Tensor, like: torch.Tensor | None = None) -> torch.Tensor:
+def as_tensor(values: ArrayLike | torch.Tensor, like: torch.Tensor | None = None) -> torch.Tensor:
     """Return tensors unchanged; convert anything else in its own floating type, or in that of ``like``."""
     if isinstance(values, torch.Tensor):
         return values

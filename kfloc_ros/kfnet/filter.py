@@ -38,6 +38,8 @@ class SceneCoordinateFilter:
     - when refined poses have confirmed the belief, but no longer do: such a belief agrees with itself, however far it
     has drifted.
 
+    With ``FilterSettings.sequence_resets_only`` only the first of these applies.
+
     Args:
         settings: settings of the filter.
         flow: backward flow between two frames' features; None: that of the fast family.
@@ -66,6 +68,8 @@ class SceneCoordinateFilter:
 
         Only frames with a pose noted here can be corrected later.
         """
+        if self.settings.sequence_resets_only:
+            return
         if not pose.success:
             self.reset(f"no coarse pose: {pose.reason}")
         elif pose.inlier_ratio < self.settings.min_inlier_ratio:
@@ -135,7 +139,8 @@ class SceneCoordinateFilter:
 
     def _propagate(self, belief: SceneCoordinates, flow: Flow, measurement: SceneCoordinates) -> Filtered:
         s = self.settings
-        if flow.at_edge is not None and (ratio := float(flow.at_edge.float().mean())) > s.max_edge_ratio:
+        at_edge = None if s.sequence_resets_only else flow.at_edge
+        if at_edge is not None and (ratio := float(at_edge.float().mean())) > s.max_edge_ratio:
             reason = f"the flow of {ratio:.0%} of the cells leaves its search window"
             return replace(restarted(measurement, reason), flow=flow)
         prior = warp(belief, flow, s.process_scale, s.process_floor_m2, blend_sigma=s.blend_sigma)
@@ -143,7 +148,7 @@ class SceneCoordinateFilter:
         rejected = filtered.report.rejected_ratio
         self._contradictions = self._contradictions + 1 if rejected > s.max_rejected_ratio else 0
         patience = s.patience if s.nis_mode is NisMode.LOWER_VARIANCE else 0
-        if self._contradictions <= patience or s.nis_mode is NisMode.OFF:
+        if self._contradictions <= patience or s.nis_mode is NisMode.OFF or s.sequence_resets_only:
             return filtered
         self._contradictions = 0
         reason = f"{rejected:.0%} of the prior contradicts the measurement"

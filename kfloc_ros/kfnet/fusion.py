@@ -33,7 +33,7 @@ class NisMode(Enum):
 class FilterSettings:
     """Settings of the filter; the first three are calibrated when a map is built.
 
-    The defaults are this project's. The original has no NIS test by default, no resets and no floors.
+    The defaults are this project's; :meth:`published` gives the original's.
     """
 
     flow_temperature: float
@@ -66,6 +66,45 @@ class FilterSettings:
     every frame."""
     blend_sigma: bool = False
     """Interpolate standard deviations instead of variances along the flow, as published."""
+    sequence_resets_only: bool = False
+    """Reset only at the start of a sequence: the first frame, a gap, or time going backwards, as published."""
+
+    @classmethod
+    def published(
+        cls,
+        flow_temperature: float = 1.0,
+        process_scale: float = 1.0,
+        process_floor_m2: float = 0.0,
+        *,
+        nis_test: bool = False,
+        nis_threshold: float = kalman.NIS_THRESHOLD_95,
+        max_gap_s: float = 0.5,
+    ) -> FilterSettings:
+        """Return the settings of the published recursion.
+
+        It fuses every cell as independent, interpolates standard deviations, and resets at the start of a sequence
+        only. Unlike the original, a cell whose flow leaves the image or the search window takes the measurement; the
+        original fuses it with the origin.
+
+        Args:
+            flow_temperature: for the flow of the fast family.
+            process_scale: factor on the process variance; 1: that of the network.
+            process_floor_m2: process variance that is always added.
+            nis_test: emit the measurement where it contradicts the prior; the recursion does not change.
+            nis_threshold: limit of that test.
+            max_gap_s: longest gap within a sequence.
+        """
+        return cls(
+            flow_temperature,
+            process_scale,
+            process_floor_m2,
+            nis_threshold=nis_threshold,
+            max_gap_s=max_gap_s,
+            nis_mode=NisMode.OUTPUT_ONLY if nis_test else NisMode.OFF,
+            error_correlation=0.0,
+            blend_sigma=True,
+            sequence_resets_only=True,
+        )
 
 
 @dataclass(frozen=True, eq=False)

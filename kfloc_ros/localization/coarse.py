@@ -44,18 +44,9 @@ class CoarseStage:
         self._backbone = backbone or Backbone(device=device)
         self._networks = networks_of(scene_map, device)
         self._use_filter = config.filter
-        self._corrects = config.filter and config.pose_feedback
+        self._corrects = config.filter and config.pose_feedback and recursion_of(scene_map, config) == "robust"
         self._skipped: tuple[Frame, BackboneFeatures] | None = None
-        self._filter = SceneCoordinateFilter(
-            FilterSettings(
-                flow_temperature=calibration.flow_temperature,
-                process_scale=self._networks.process_scale,
-                process_floor_m2=self._networks.process_floor_m2,
-                nis_threshold=config.nis_threshold,
-                max_gap_s=config.max_gap_s,
-            ),
-            self._networks.flow,
-        )
+        self._filter = SceneCoordinateFilter(filter_settings(scene_map, config, self._networks), self._networks.flow)
         self._pnp = pnp_settings(config, self._networks.stride, calibration.coarse_covariance_scale)
 
     def extract(self, frame: Frame, times: StageTimes) -> BackboneFeatures:
@@ -190,6 +181,27 @@ def networks_of(scene_map: SceneMap, device: torch.device) -> CoarseNetworks:
     if scene_map.kfnet is None:
         return FastNetworks(scene_map, device)
     return ReferencePair(scene_map, scene_map.kfnet, device)
+
+
+def recursion_of(scene_map: SceneMap, config: LocalizerConfig) -> str:
+    """Return the recursion that the options name; for ``auto``, the one that the map's networks were trained for."""
+    if config.recursion != "auto":
+        return config.recursion
+    return "published" if scene_map.kfnet is not None and scene_map.kfnet.converted else "robust"
+
+
+def filter_settings(scene_map: SceneMap, config: LocalizerConfig, networks: CoarseNetworks) -> FilterSettings:
+    """Return the settings of the filter for a map and its networks."""
+    recursion = recursion_of(scene_map, config)
+    calibrated = scene_map.calibration.flow_temperature, networks.process_scale, networks.process_floor_m2
+    if recursion == "robust":
+        return FilterSettings(*calibrated, nis_threshold=config.nis_threshold, max_gap_s=config.max_gap_s)
+    return FilterSettings.published(
+        *calibrated,
+        nis_test=recursion == "published_nis",
+        nis_threshold=config.nis_threshold,
+        max_gap_s=config.max_gap_s,
+    )
 
 
 class FastNetworks:

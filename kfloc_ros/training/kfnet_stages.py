@@ -301,13 +301,20 @@ def stage_of(name: str, samples: Samples, config: TrainConfig, start: StartWeigh
     padding = Padding(config.padding)
     truncation = TRUNCATION.get(name) if config.truncation else None
     if name == OFLOWNET:
-        oflownet = load_oflownet(start.oflownet) if start.oflownet else fresh_oflownet(padding, config.scale)
+        oflownet = _started(start.oflownet) if start.oflownet else fresh_oflownet(padding, config.scale)
         return FlowStage(oflownet, truncation, scale=config.scale, noise=config.noise)
     if name == SCOORDNET:
         return MeasurementStage(_scoordnet(samples, config, start))
     if start.scoordnet is None or start.oflownet is None:
         raise ConfigError("Stage 3 starts from the weights of stages 1 and 2; name both.")
-    return JointStage(_scoordnet(samples, config, start), load_oflownet(start.oflownet), truncation, config.fix_flow)
+    return JointStage(_scoordnet(samples, config, start), _started(start.oflownet), truncation, config.fix_flow)
+
+
+def _started(path: Path) -> ReferenceOFlowNet:
+    """Return an OFlowNet to train on; it is no longer the converted one."""
+    network = load_oflownet(path)
+    network.converted = False
+    return network
 
 
 def fresh_oflownet(padding: Padding, scale: float) -> ReferenceOFlowNet:
@@ -330,5 +337,5 @@ def _scoordnet(samples: Samples, config: TrainConfig, start: StartWeights) -> Re
             f"'{start.scoordnet}' was trained on images of {had[0]}x{had[1]} pixels, and these have "
             f"{size[0]}x{size[1]}; pass image_width={had[0]} image_height={had[1]}."
         )
-    network.image_size = size
+    network.image_size, network.converted = size, False  # trained on, it is no longer the converted one
     return network

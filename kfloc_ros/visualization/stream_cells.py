@@ -94,8 +94,23 @@ class CellStream:
         return below(self.cloud, axis, sign, max(sign * centre[axis] for centre in self._way) + HEADROOM_M)
 
 
-def show_stored(folder: Path, out: Path, series: PictureSeries, max_sigma_m: float, voxel_m: float) -> Iterator[str]:
+def show_stored(
+    folder: Path,
+    out: Path,
+    series: PictureSeries,
+    max_sigma_m: float,
+    voxel_m: float,
+    recording: Recording | None = None,
+) -> Iterator[str]:
     """Draw every map of a folder; yields an empty line for each, and then the files written.
+
+    Args:
+        folder: folder of ``coord_<i>.npy``.
+        out: folder for point clouds and the picture of all of them.
+        series: output of the sheets.
+        max_sigma_m: points with a larger standard deviation are omitted.
+        voxel_m: one point per cube of this side is kept.
+        recording: recording that each map's points are logged to, and stay in.
 
     Raises:
         SourceError: a file is damaged, or no map has a point with a low standard deviation.
@@ -123,6 +138,9 @@ def show_stored(folder: Path, out: Path, series: PictureSeries, max_sigma_m: flo
         sure = len(cloud.points) / max(coordinates.valid.numel(), 1)
         title = f"{folder.name}/{path.name}{SEPARATOR}{sure:.0%} of the cells below {100 * max_sigma_m:g} cm"
         series.add(stored.index, sheet.draw(title, panels))
+        if recording is not None:
+            recording.at(stored.index)
+            recording.cloud(f"map/cloud/{stored.index}", cloud.points, cloud.colours, radius_m=0.006)
         yield ""
     write_ply(out / "cloud.ply", whole, folder.name)
     write_picture(out / "cloud.png", _three_views(whole, low, high, f"{folder.name}: {len(paths)} maps"))

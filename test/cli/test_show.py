@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,49 @@ def test_what_cannot_be_shown_is_answered_with_a_sentence(
     (tmp_path / "coord_0.npy").write_bytes(b"nonsense")
     assert show("cells", tmp_path, "--out", tmp_path / "out") == 2
     assert "coord_0.npy" in capsys.readouterr().err
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> Path:
+    """A folder of two coordinate maps, 4 x 5 cells of a wall at 2 m."""
+    grid = np.zeros((4, 5, 4), dtype=np.float32)
+    grid[..., 0], grid[..., 1], grid[..., 2], grid[..., 3] = *np.mgrid[0:4, 0:5] * 0.1, 2.0, 50.0
+    for i in range(2):
+        np.save(tmp_path / f"coord_{i}.npy", grid)
+    return tmp_path
+
+
+@pytest.mark.parametrize("flag", ["--live", "--rerun"])
+def test_stored_cells_without_the_viewer_say_so(
+    flag: str, stored: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setitem(sys.modules, "rerun", None)
+    assert show("cells", stored, "--out", stored / "out", flag) == 2
+    assert "pip install rerun-sdk" in capsys.readouterr().err
+    assert not (stored / "out").exists()
+
+
+def test_stored_cells_are_recorded(stored: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    logged: list[tuple[str, int]] = []
+
+    class Recorder:
+        def __init__(self, title: str, **options: object) -> None:
+            assert options["path"] == stored / "out" / "cells.rrd"
+
+        def at(self, frame: int) -> None:
+            logged.append(("frame", frame))
+
+        def cloud(self, entity: str, points: np.ndarray, colours: np.ndarray, **options: object) -> None:
+            assert len(points) == len(colours)
+            logged.append((entity, len(points)))
+
+        def close(self) -> None:
+            logged.append(("closed", 0))
+
+    monkeypatch.setattr("kfloc_ros.cli.show_stream.Recording", Recorder)
+    assert show("cells", stored, "--out", stored / "out", "--rerun", "--no-video") == 0
+    assert logged == [("frame", 0), ("map/cloud/0", 20), ("frame", 1), ("map/cloud/1", 20), ("closed", 0)]
+    assert "cells.rrd" in capsys.readouterr().out
 
 
 def test_the_basin_is_deep_in_the_middle(bag: str, room_map: Path, tmp_path: Path) -> None:

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -95,3 +98,46 @@ def test_wrong_shapes_are_refused() -> None:
         Pose(torch.zeros(3, 7))
     with pytest.raises(ValueError, match="takes R"):
         Pose.from_Rt(torch.eye(4), torch.zeros(3))
+
+
+def test_the_originals_names_work_line_by_line() -> None:
+    """The usage that PixLoc's readme shows, with the types that its users have: float32 poses, COLMAP's cameras."""
+    from kfloc_ros.geometry import Camera, Pose
+
+    draw = torch.Generator().manual_seed(0)
+    T_A_to_B = Pose.from_Rt(np.eye(3, dtype=np.float32), np.array([0.1, 0.0, 2.0], dtype=np.float32))
+    T_B_to_C = Pose.from_aa(torch.tensor([0.0, 0.1, 0.0]), torch.zeros(3))
+    p3D = torch.rand(20, 3, generator=draw)
+    assert T_A_to_B.to("cpu").half().dtype is torch.float16
+    assert torch.allclose((T_A_to_B.half() * p3D.half()).float(), T_A_to_B * p3D, atol=5e-3)
+    T_A_to_C = T_B_to_C @ T_A_to_B
+    assert torch.allclose(T_A_to_C * p3D, T_B_to_C * (T_A_to_B * p3D), atol=1e-6)
+    assert (T_A_to_B.double() @ T_B_to_C).dtype is torch.float64
+    row = {"model": "OPENCV", "width": 640, "height": 480, "params": np.array([500, 510, 320, 240, -0.1, 0.02, 0, 0])}
+    cam1 = Camera.from_colmap(row)
+    cam2 = Camera.from_colmap({"model": "PINHOLE", "width": 320, "height": 240, "params": [250, 250, 160, 120]})
+    both = torch.stack([cam1, cam2])
+    assert isinstance(both, Camera) and both.shape == (2,)
+    assert torch.stack([both, both], dim=1).shape == (2, 2)
+    assert isinstance(torch.stack([T_A_to_B, T_B_to_C]), Pose)
+    assert cam1.c.tolist() == [319.5, 239.5]
+    p3D_c = T_A_to_C * p3D
+    p2D, mask = cam1.world2image(p3D_c)
+    assert p2D.shape == (20, 2) and mask.shape == (20,)
+    assert torch.allclose(both.world2image(p3D_c).points[0], p2D)
+    assert torch.allclose(cam1.world2image(p3D_c.double().numpy()).points, p2D, atol=1e-3)
+    J, mask = cam1.J_world2image(p3D_c)
+    assert J.shape == (20, 2, 3) and mask.all()
+    step = 1e-3 * torch.tensor([1.0, -1.0, 0.5], dtype=torch.float64)
+    moved = cam1.world2image(p3D_c.double() + step).points - cam1.world2image(p3D_c.double()).points
+    assert torch.allclose((J @ step[:, None])[..., 0], moved, atol=2e-3)
+    J, mask = both.J_world2image(p3D_c.expand(2, 20, 3))
+    assert J.shape == (2, 20, 2, 3) and mask.shape == (2, 20)
+
+
+def test_the_names_are_there_without_loading_torch_first() -> None:
+    code = "import sys, kfloc_ros.geometry; assert 'torch' not in sys.modules; from kfloc_ros.geometry import Pose"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    with pytest.raises(ImportError, match="Rotation"):
+        from kfloc_ros.geometry import Rotation  # type: ignore[attr-defined]  # noqa: F401

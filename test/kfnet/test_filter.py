@@ -48,6 +48,42 @@ def test_static_view_is_averaged() -> None:
     assert (last.posterior.variance <= 0.1**2).all()
 
 
+def still(process_m2: float, *, at_edge: bool = False) -> Flow:
+    """No motion anywhere, with a process variance of its own."""
+    everywhere = torch.ones(H, W, dtype=torch.bool)
+    variance = torch.full((H, W), process_m2)
+    return Flow(torch.zeros(2, H, W), torch.ones(H, W), everywhere, everywhere & at_edge, variance)
+
+
+def wall(x_m: float, sigma_m: float) -> SceneCoordinates:
+    mean = torch.zeros(3, H, W)
+    mean[0] = x_m
+    return SceneCoordinates(mean, torch.full((H, W), sigma_m**2), torch.ones(H, W, dtype=torch.bool), 8)
+
+
+@pytest.mark.parametrize(("nis_test", "emitted"), [(False, 1.68), (True, 2.0)])
+def test_the_published_recursion_is_the_papers_equations(nis_test: bool, emitted: float) -> None:
+    """Closed forms; neither contradiction, nor the window's border, nor a missing pose makes it start anew."""
+    settings = FilterSettings.published(nis_test=nis_test)
+    recursion = SceneCoordinateFilter(settings, lambda now, before: still(0.03**2, at_edge=True))
+    recursion.step(0, features(), wall(1.0, 0.05))
+    recursion.accept_pose(CoarsePose(False, None, None, 0, 0.0, "no cells"))
+    agreeing = SceneCoordinateFilter(settings, lambda now, before: still(0.03**2))
+    agreeing.step(0, features(), wall(1.0, 0.05))
+    step = agreeing.step(FRAME_NS, features(), wall(1.1, 0.04))
+    assert step.posterior.mean[0].mean().item() == pytest.approx(1.068, abs=1e-6)
+    assert step.posterior.variance.mean().item() == pytest.approx(0.001088, abs=1e-8)
+    step = recursion.step(FRAME_NS, features(), wall(2.0, 0.04))  # the NIS is 200
+    assert step.report.reset_reason == "" and step.report.rejected_ratio == 1.0
+    assert step.posterior.mean[0].mean().item() == pytest.approx(emitted, abs=1e-5)
+    assert step.posterior.variance.mean().item() == pytest.approx(0.001088, abs=1e-8)
+    # the belief stays fused, whatever the output: P = 0.001088 + 0.0009, K = 0.554069
+    step = recursion.step(2 * FRAME_NS, features(), wall(1.70, 0.04))
+    assert step.posterior.mean[0].mean().item() == pytest.approx(1.68 + 0.554069 * 0.02, abs=1e-5)
+    again = recursion.step(2 * FRAME_NS + 600_000_000, features(), wall(1.0, 0.04))
+    assert "no frame for" in again.report.reset_reason
+
+
 def test_first_frame_is_the_measurement() -> None:
     measurement = plane(0.1, 0)
     first = SceneCoordinateFilter(SETTINGS).step(0, features(), measurement)

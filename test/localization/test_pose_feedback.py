@@ -62,7 +62,8 @@ def test_a_head_that_errs_alike_everywhere_is_corrected(misplaced: SceneMap, roo
 def test_the_report_says_whether_a_refined_pose_stands_behind_the_belief(scene_map: SceneMap, room) -> None:
     confirmed = [e.filter.confirmed for e in localize(scene_map, room)]
     assert not confirmed[0] and all(confirmed[1:])
-    assert not any(e.filter.confirmed for e in localize(scene_map, room, pose_feedback=False))
+    for options in ({"pose_feedback": False}, {"recursion": "published"}):
+        assert not any(e.filter.confirmed for e in localize(scene_map, room, **options))
 
 
 @pytest.mark.parametrize("believes_the_measurement", [False, True])

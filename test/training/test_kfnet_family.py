@@ -23,12 +23,13 @@ from kfloc_ros.frames import FrameSource, Selection
 from kfloc_ros.geometry.camera import ImageAdapter
 from kfloc_ros.geometry.lie import inverse_pose, make_pose, so3_exp
 from kfloc_ros.kfnet.filter import SceneCoordinateFilter
-from kfloc_ros.kfnet.fusion import FilterSettings
+from kfloc_ros.kfnet.fusion import FilterSettings, NisMode
 from kfloc_ros.kfnet.reference.frame import NetworkFrame
 from kfloc_ros.kfnet.reference.networks import ReferenceNetworks
 from kfloc_ros.kfnet.reference.oflownet import ReferenceOFlowNet
 from kfloc_ros.kfnet.reference.scoordnet import ReferenceSCoordNet
 from kfloc_ros.kfnet.reference.weights import save_network
+from kfloc_ros.localization.coarse import recursion_of
 from kfloc_ros.localization.config import LocalizerConfig
 from kfloc_ros.localization.localizer import Localizer
 from kfloc_ros.localization.results import StageTimes
@@ -108,12 +109,32 @@ def test_the_stage_measures_and_filters_with_the_networks(
     assert np.allclose(cells.stride * c + cells.pixel_offset, pixel)
 
 
-@pytest.mark.usefixtures("undeterred")
+def test_converted_networks_get_the_published_recursion(kfnet_map: SceneMap, tmp_path: Path) -> None:
+    assert kfnet_map.kfnet is not None
+    assert recursion_of(kfnet_map, CPU) == "robust"
+    kfnet_map.kfnet.scoordnet.converted = True
+    assert recursion_of(kfnet_map, CPU) == "robust"
+    kfnet_map.kfnet.oflownet.converted = True
+    kfnet_map.save(tmp_path / "map")
+    loaded = SceneMap.load(tmp_path / "map")
+    assert recursion_of(loaded, CPU) == "published"
+    assert recursion_of(replace(loaded, kfnet=None), CPU) == "robust"
+    settings = Localizer(loaded, CPU)._coarse._filter.settings
+    assert settings.sequence_resets_only and settings.blend_sigma and settings.nis_mode is NisMode.OFF
+    assert (settings.error_correlation, settings.process_scale) == (0.0, loaded.calibration.process_scale)
+    nis = Localizer(loaded, replace(CPU, recursion="published_nis", nis_threshold=9.0))._coarse._filter.settings
+    assert (nis.nis_mode, nis.nis_threshold) == (NisMode.OUTPUT_ONLY, 9.0)
+    own = Localizer(loaded, replace(CPU, recursion="robust"))._coarse._filter.settings
+    assert own.nis_mode is NisMode.LOWER_VARIANCE and not own.sequence_resets_only
+
+
+@pytest.mark.parametrize("config", [CPU, replace(CPU, filter=False)], ids=["reset", "no filter"])
 def test_coordinates_and_flow_are_written_as_the_networks_tell_them(
-    kfnet_map: SceneMap, networks: ReferenceNetworks, room: FrameSource, tmp_path: Path
+    config: LocalizerConfig, kfnet_map: SceneMap, networks: ReferenceNetworks, room: FrameSource, tmp_path: Path
 ) -> None:
+    """Untrained networks give no pose, so the filter starts anew with every frame; the flow is written all the same."""
     source = Selection(room, range(3))
-    assert list(export_coordinates(source, kfnet_map, CPU, tmp_path, flow=True)) == [0, 1, 2]
+    assert list(export_coordinates(source, kfnet_map, config, tmp_path, flow=True)) == [0, 1, 2]
     description = json.loads((tmp_path / "coordinates.json").read_text())
     assert (description["stride"], description["pixel_offset"]) == (16, 0.5)
     assert np.load(tmp_path / "coord_2.npy").shape == (16, 20, 4)

@@ -32,6 +32,11 @@ class ReferenceNetworks:
     scoordnet: ReferenceSCoordNet
     oflownet: ReferenceOFlowNet
 
+    @property
+    def converted(self) -> bool:
+        """Both networks have published weights, as ``kfloc convert`` writes them."""
+        return self.scoordnet.converted and self.oflownet.converted
+
     def to(self, device: torch.device) -> ReferenceNetworks:
         """Move the networks to a device and return them."""
         self.scoordnet.to(device)
@@ -79,10 +84,12 @@ def pack_networks(networks: ReferenceNetworks) -> dict[str, torch.Tensor]:
 def describe_networks(networks: ReferenceNetworks) -> dict[str, Any]:
     """Return the networks' entry in ``map.yaml``."""
     size = networks.scoordnet.image_size
+    converted = [name for name in (SCOORDNET, OFLOWNET) if getattr(networks, name).converted]
     return {
         "width": networks.scoordnet.width,
         "image_size": None if size is None else list(size),
         "padding": {SCOORDNET: networks.scoordnet.padding.value, OFLOWNET: networks.oflownet.padding.value},
+        **({"converted": converted} if converted else {}),
     }
 
 
@@ -115,4 +122,8 @@ def unpack_networks(tensors: Mapping[str, torch.Tensor], described: Mapping[str,
         _ = scoordnet.frame  # its constructor checks it
     except SourceError as error:
         raise ValueError(str(error)) from error
+    converted = described.get("converted", [])
+    if not isinstance(converted, list):
+        raise ValueError("the list of converted networks is not a list")
+    scoordnet.converted, oflownet.converted = SCOORDNET in converted, OFLOWNET in converted
     return ReferenceNetworks(scoordnet, oflownet)

@@ -110,6 +110,9 @@ class ReferenceOFlowNet(nn.Module):
             result.
     """
 
+    converted = False
+    """The weights are published ones, not trained further here."""
+
     def __init__(self, padding: Padding = Padding.CENTRED, chunk: int | None = None) -> None:
         super().__init__()
         self.padding, self.chunk = padding, chunk

@@ -84,6 +84,8 @@ class ReferenceSCoordNet(nn.Module):
 
     T_network_map: torch.Tensor
     scale: torch.Tensor
+    converted = False
+    """The weights are published ones, not trained further here."""
 
     def set_frame(self, frame: NetworkFrame) -> None:
         """Set the frame of the output; it is part of the saved state."""

@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from torch import nn
 
 from kfloc_ros.errors import SourceError, WeightsError
 from kfloc_ros.files import check_tensor_file, read_arrays
-from kfloc_ros.kfnet.reference.frame import NetworkFrame
+from kfloc_ros.kfnet.reference.frame import NetworkFrame, read_transform
 from kfloc_ros.kfnet.reference.layers import Padding
 from kfloc_ros.kfnet.reference.oflownet import ReferenceOFlowNet
 from kfloc_ros.kfnet.reference.scoordnet import ReferenceSCoordNet
@@ -25,12 +25,14 @@ from kfloc_ros.kfnet.reference.scoordnet import ReferenceSCoordNet
 FORMAT = "kfloc_kfnet"
 FORMAT_VERSION = "1"
 SCOORDNET, OFLOWNET = "scoordnet", "oflownet"
+CONVERTED = "converted"
+"""Metadata ``origin`` of weights that were published, not trained further here."""
 MAX_WIDTH = 4.0
 """Largest width of SCoordNet, as a multiple of the published channels; a larger one means a damaged file."""
 
 
 def save_network(path: Path, network: ReferenceSCoordNet | ReferenceOFlowNet) -> None:
-    """Write a network's weights and padding; for SCoordNet also its width, frame, and image size."""
+    """Write a network's weights, padding and origin; for SCoordNet also its width, frame, and image size."""
     is_scoordnet = isinstance(network, ReferenceSCoordNet)
     metadata = {
         "format": FORMAT,
@@ -39,6 +41,8 @@ def save_network(path: Path, network: ReferenceSCoordNet | ReferenceOFlowNet) ->
         "padding": network.padding.value,
         "width": repr(network.width) if is_scoordnet else "1.0",
     }
+    if network.converted:
+        metadata["origin"] = CONVERTED
     if isinstance(network, ReferenceSCoordNet) and network.image_size is not None:
         metadata["image_size"] = "{}x{}".format(*network.image_size)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,6 +70,7 @@ def load_scoordnet(path: Path) -> ReferenceSCoordNet:
         _ = network.frame  # its constructor checks it
     except SourceError as error:
         raise WeightsError(f"'{path}' is damaged: {error}") from error
+    network.converted = metadata.get("origin") == CONVERTED
     return network.eval()
 
 
@@ -75,12 +80,14 @@ def load_oflownet(path: Path) -> ReferenceOFlowNet:
     Raises:
         WeightsError: the file is missing, damaged, or of another kind.
     """
-    network = ReferenceOFlowNet(Padding(_metadata(path, OFLOWNET)["padding"]))
+    metadata = _metadata(path, OFLOWNET)
+    network = ReferenceOFlowNet(Padding(metadata["padding"]))
     _fill(network, path)
+    network.converted = metadata.get("origin") == CONVERTED
     return network.eval()
 
 
-def _metadata(path: Path, network: str) -> dict[str, str]:
+def _read_metadata(path: Path, network: str) -> dict[str, str]:
     if not path.is_file():
         raise WeightsError(f"There is no file '{path}' with the weights of {network}.")
     try:
@@ -89,6 +96,11 @@ def _metadata(path: Path, network: str) -> dict[str, str]:
             metadata: dict[str, str] = stream.metadata() or {}
     except (SafetensorError, OSError, ValueError) as error:
         raise WeightsError(f"'{path}' is not a safetensors file: {error}.") from error
+    return metadata
+
+
+def _metadata(path: Path, network: str) -> dict[str, str]:
+    metadata = _read_metadata(path, network)
     if metadata.get("format") != FORMAT or metadata.get("network") != network:
         found = metadata.get("network", "something else")
         raise WeightsError(f"'{path}' holds {found}, not weights of {network} that this package wrote.")
@@ -131,6 +143,43 @@ class Imported:
     skipped: tuple[str, ...]
     """Names that belong to neither network: optimizer slots, counters."""
 
+    def to(self, device: torch.device) -> Imported:
+        """Move the networks to a device and return them."""
+        for network in (self.scoordnet, self.oflownet):
+            if network is not None:
+                network.to(device)
+        return self
+
+
+def read_networks(paths: Sequence[Path], transform: Path, scale: float = 1.0) -> Imported:
+    """Return the networks of weight files, of a folder with both, or of an archive of the original's checkpoint.
+
+    Args:
+        paths: ``scoordnet.safetensors``, ``oflownet.safetensors``, a folder with either, or an ``.npz``.
+        transform: ``transform.txt`` of the scene, for an archive's SCoordNet.
+        scale: network units per metre, for an archive's SCoordNet.
+
+    Raises:
+        WeightsError: a file is missing, damaged, or of another kind.
+        SourceError: an archive has a SCoordNet, and there is no transform.
+    """
+    found = Imported(None, None, ())
+    for path in paths:
+        files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+        if not files:
+            raise WeightsError(f"'{path}' has no .safetensors file; `kfloc convert` and `kfloc train` write them.")
+        for file in files:
+            if file.suffix == ".npz":
+                arrays = read_archive(file)
+                has_scene = any(name.startswith(f"{SCOPES[SCOORDNET]}/") for name in arrays)
+                read = import_networks(arrays, read_transform(transform, scale) if has_scene else None)
+                found = Imported(read.scoordnet or found.scoordnet, read.oflownet or found.oflownet, read.skipped)
+            elif _read_metadata(file, "a network").get("network") == OFLOWNET:
+                found = replace(found, oflownet=load_oflownet(file))
+            else:
+                found = replace(found, scoordnet=load_scoordnet(file))
+    return found
+
 
 def read_archive(path: Path) -> dict[str, NDArray[np.float32]]:
     """Return the named arrays of an ``.npz``, without unpickling.
@@ -172,6 +221,7 @@ def import_networks(arrays: Arrays, frame: NetworkFrame | None = None) -> Import
     for network, module in wanted.items():
         used |= _fill_scope(module, SCOPES[network], arrays)
         module.eval()
+        module.converted = True
     scoordnet, oflownet = wanted.get("scoordnet"), wanted.get("oflownet")
     assert scoordnet is None or isinstance(scoordnet, ReferenceSCoordNet)
     assert oflownet is None or isinstance(oflownet, ReferenceOFlowNet)

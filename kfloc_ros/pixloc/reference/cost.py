@@ -174,7 +174,7 @@ class FeatureCost:
         uu, uvw, vv = (du * du).sum(-1), (du * dv).sum(-1), (dv * dv).sum(-1)
         tensor = torch.stack([uu, uvw, uvw, vv], dim=-1).reshape(*uu.shape, 2, 2).double()
         slope = torch.stack([(du * residual).sum(-1), (dv * residual).sum(-1)], dim=-1).double()
-        J = self.camera.J_world2image(p) @ T.J_transform(p)
+        J = self.camera.J_world2image(p).J @ T.J_transform(p)
         J = torch.where(valid[..., None, None], J, torch.zeros_like(J))  # removes points that are not finite
         SJ = tensor @ J
         B = len(J)

@@ -76,6 +76,7 @@ def test_layouts_are_transposed_and_slots_skipped() -> None:
     assert imported.skipped == ("Temporal/feat1/kernel/Adam", "global_step")
     net = imported.oflownet
     assert net.padding is Padding.TENSORFLOW
+    assert net.converted
     kernel = arrays["Temporal/feat2/kernel"]
     assert float(net.features.feat2.weight[5, 3, 0, 2]) == kernel[0, 2, 3, 5]
     kernel = arrays["Temporal/upconv1/kernel"]  # height, width, out, in
@@ -130,6 +131,7 @@ def test_scoordnet_keeps_width_padding_and_frame(tmp_path: Path) -> None:
     assert (loaded.padding, loaded.width, loaded.frame.scale) == (Padding.TENSORFLOW, 1 / 64, 0.02)
     assert torch.equal(loaded.conv4a.weight, net.conv4a.weight)
     assert loaded.image_size is None
+    assert not loaded.converted
     net.image_size = (160, 120)
     weights.save_network(tmp_path / "s.safetensors", net)
     assert weights.load_scoordnet(tmp_path / "s.safetensors").image_size == (160, 120)
