@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from kfloc_ros.evaluation.records import FrameRecord
+    from kfloc_ros.evaluation.offline import FrameRecord
 
 DESCRIPTION = """\
 Localize every frame of SOURCE in a map, offline, and evaluate the poses against the source's ground truth.

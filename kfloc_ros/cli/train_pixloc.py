@@ -118,7 +118,7 @@ def open_data(args: argparse.Namespace, config: PixLocTrainConfig) -> Data:
     """
     from kfloc_ros.training.pixloc_samples import PairSamples
     from kfloc_ros.training.preprocessed import KINDS, open_preprocessed
-    from kfloc_ros.training.validation import hold_out
+    from kfloc_ros.training.stage import hold_out
 
     rule = config.rule()
     kind, _, folder = args.source.partition(":")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kfloc_ros.evaluation.records import FrameRecord
+from kfloc_ros.evaluation.offline import FrameRecord
 from kfloc_ros.geometry.covariance import pose_tangent_error
 from kfloc_ros.geometry.lie import rotation_angle_deg
 from kfloc_ros.types import Matrix

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kfloc_ros.evaluation.metrics import pose_error
-from kfloc_ros.evaluation.records import FrameRecord
+from kfloc_ros.evaluation.offline import FrameRecord
 from kfloc_ros.evaluation.report import CAPTIONS, accuracy_rows, consistency_rows, streaming_rows, timing_rows
 from kfloc_ros.evaluation.summary import Summary
 

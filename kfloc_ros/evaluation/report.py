@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Sequence
 
 from kfloc_ros.evaluation.metrics import RECALL_THRESHOLDS, Accuracy
-from kfloc_ros.evaluation.records import FrameRecord
+from kfloc_ros.evaluation.offline import FrameRecord
 from kfloc_ros.evaluation.summary import Summary
 
 CAPTIONS = {

@@ -25,7 +25,7 @@ from kfloc_ros.evaluation.metrics import (
     pose_error,
     pose_errors,
 )
-from kfloc_ros.evaluation.records import FrameRecord
+from kfloc_ros.evaluation.offline import FrameRecord
 from kfloc_ros.types import TrackingState
 
 FALSE_OK_M = 0.10

@@ -15,8 +15,8 @@ from types import FrameType
 
 STAGES = {
     "camera_node": ("kfloc_ros.nodes.camera", "CameraStage"),
-    "filter_node": ("kfloc_ros.nodes.filter", "FilterStage"),
-    "refiner_node": ("kfloc_ros.nodes.refiner", "RefinerStage"),
+    "filter_node": ("kfloc_ros.nodes.halves", "FilterStage"),
+    "refiner_node": ("kfloc_ros.nodes.halves", "RefinerStage"),
     "localizer": ("kfloc_ros.nodes.localizer_stage", "LocalizerStage"),
 }
 """Module and class of the stage of each node."""

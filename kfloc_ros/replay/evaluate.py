@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from kfloc_ros.bags.truth import BagTransforms
 from kfloc_ros.evaluation.metrics import Accuracy, accuracy, pose_errors
-from kfloc_ros.evaluation.records import STATISTICS, FrameRecord
+from kfloc_ros.evaluation.offline import STATISTICS, FrameRecord
 from kfloc_ros.messages.poses import BodyPose
 from kfloc_ros.replay.recording import Played, PoseSeen, Recording, StatusSeen
 from kfloc_ros.types import Matrix, TrackingState

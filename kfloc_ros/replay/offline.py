@@ -18,7 +18,7 @@ from kfloc_ros.bags.truth import read_truth
 from kfloc_ros.device import choose_device
 from kfloc_ros.errors import FrameError
 from kfloc_ros.evaluation.hardware import describe_hardware
-from kfloc_ros.evaluation.records import FrameRecord, record_of
+from kfloc_ros.evaluation.offline import FrameRecord, record_of
 from kfloc_ros.evaluation.results import write_results
 from kfloc_ros.evaluation.summary import RunInfo, Summary
 from kfloc_ros.geometry.camera import Camera, ImageAdapter

@@ -24,9 +24,8 @@ import torch
 from kfloc_ros.config import option
 from kfloc_ros.errors import KflocError, WeightsError
 from kfloc_ros.training.distributed import agree, interruptions, mean_of_figures, parallel_loss, rank, world_size
-from kfloc_ros.training.stage import ItemT, Samples, Stage, prefetched
+from kfloc_ros.training.stage import Best, ItemT, Samples, Stage, mean_figures, prefetched
 from kfloc_ros.training.state import Progress, TrainingLog, load_state, save_state
-from kfloc_ros.training.validation import Best, mean_figures
 
 STOPPED_BY = {1: "time budget", 2: "interrupted"}
 

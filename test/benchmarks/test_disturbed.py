@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from kfloc_ros.errors import SourceError
-from kfloc_ros.evaluation.records import FrameRecord
+from kfloc_ros.evaluation.offline import FrameRecord
 from kfloc_ros.evaluation.results import frames_csv
 from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import Camera

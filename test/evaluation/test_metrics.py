@@ -18,7 +18,7 @@ from kfloc_ros.evaluation.metrics import (
     pose_errors,
     recall,
 )
-from kfloc_ros.evaluation.records import FrameRecord
+from kfloc_ros.evaluation.offline import FrameRecord
 from kfloc_ros.geometry.covariance import pose_tangent_error
 from kfloc_ros.geometry.lie import make_pose, so3_exp
 

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from kfloc_ros.evaluation.records import FrameRecord
+from kfloc_ros.evaluation.offline import FrameRecord
 from kfloc_ros.evaluation.summary import streaming
 from kfloc_ros.geometry.lie import make_pose
 

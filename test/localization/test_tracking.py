@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from kfloc_ros.evaluation.metrics import pose_errors
-from kfloc_ros.evaluation.records import FrameRecord
+from kfloc_ros.evaluation.offline import FrameRecord
 from kfloc_ros.geometry.lie import make_pose, so3_exp
 from kfloc_ros.localization.config import LocalizerConfig
 from kfloc_ros.localization.localizer import Localizer

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kfloc_ros.evaluation.records import record_of
+from kfloc_ros.evaluation.offline import record_of
 from kfloc_ros.evaluation.results import frames_csv
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import make_pose, matrix_to_quaternion, so3_exp

@@ -26,7 +26,7 @@ from kfloc_ros.training.loop import take_step, train, validate
 from kfloc_ros.training.pixloc_losses import gnnet_loss, two_view_loss
 from kfloc_ros.training.pixloc_samples import PairRule, PairSamples, initial_pose, together
 from kfloc_ros.training.pixloc_stages import GnNetStage, PixLocTrainConfig, TwoViewStage
-from kfloc_ros.training.validation import BEST_FILE, Best, hold_out, mean_figures
+from kfloc_ros.training.stage import BEST_FILE, Best, hold_out, mean_figures
 
 WEIGHTS_FILE = "pixloc.safetensors"
 

@@ -12,7 +12,7 @@ import pytest
 
 from kfloc_ros.cli.main import main
 from kfloc_ros.errors import SourceError
-from kfloc_ros.evaluation.records import FrameRecord
+from kfloc_ros.evaluation.offline import FrameRecord
 from kfloc_ros.evaluation.results import write_results
 from kfloc_ros.evaluation.summary import RunInfo
 from kfloc_ros.geometry.lie import make_pose

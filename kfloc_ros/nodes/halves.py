@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``filter_node``: subscribes to frames and publishes coarse poses."""
+"""``filter_node`` and ``refiner_node``: the two halves of the localizer, each in a process of its own.
+
+``filter_node`` subscribes to frames and publishes coarse poses; ``refiner_node`` subscribes to both and publishes poses.
+"""
 
 from __future__ import annotations
 
@@ -13,18 +16,23 @@ from kfloc_ros.localization.localizer import Localizer
 from kfloc_ros.maps.place import AnyMap, single_map
 from kfloc_ros.nodes.diagnostics import DiagnosticsPublisher, Report
 from kfloc_ros.nodes.handover import (
+    COARSE_TOPICS,
     FRAME_TOPICS,
     CameraFrame,
     CoarseFrame,
     CoarsePublisher,
+    FeedbackPublisher,
     FeedbackQueue,
     Messages,
     StampJoiner,
+    coarse_is_complete,
     frame_is_complete,
+    read_coarse,
     read_frame,
     subscribe,
 )
 from kfloc_ros.nodes.health import Health
+from kfloc_ros.nodes.localizer_stage import PoseOutput
 from kfloc_ros.nodes.managed_node import warm_up
 from kfloc_ros.nodes.parameter_server import ParameterServer
 from kfloc_ros.nodes.views import cell_publisher
@@ -87,3 +95,38 @@ def check_camera(camera_frame: CameraFrame, expected: Camera) -> None:
         raise FrameError(
             "A frame is not of this map's camera; give camera_node, filter_node and refiner_node the same map."
         )
+
+
+class RefinerStage:
+    """Refine half of the localizer in a node of its own."""
+
+    ONE_MAP_ONLY: ClassVar[bool] = True
+    """A place of several maps is refused."""
+
+    def __init__(self, node: Node, parameters: ParameterServer, scene_map: AnyMap, switch: EnableSwitch) -> None:
+        scene_map = single_map(scene_map)
+        health = Health(node.get_logger())
+        warm_up(scene_map, parameters.localizer)
+        self._localizer = Localizer(scene_map, parameters.localizer)
+        self._output = PoseOutput(node, parameters, scene_map, self._localizer, health, switch)
+        self._send_back = FeedbackPublisher(node, parameters.node.map_frame or scene_map.frame_id)
+        self._queue = LatestQueue("refiner", health, switch, parameters, self._process, self._output.reset)
+        subscribe(node, {**FRAME_TOPICS, **COARSE_TOPICS}, StampJoiner(coarse_is_complete, self._queue.offer))
+
+    def pause(self) -> None:
+        self._queue.pause()
+        self._output.pause()
+
+    def stop(self) -> None:
+        self._queue.stop()
+        self._output.stop()
+
+    def request_reset(self, reason: str) -> None:
+        self._output.request_reset(reason)
+
+    def _process(self, messages: Messages) -> None:
+        coarse = read_coarse(messages)
+        check_camera(coarse.camera, self._localizer.camera)
+        hints = self._output.begin(coarse.camera)
+        localization = self._localizer.refine_half(coarse.camera.frame, coarse.result, hints)
+        self._send_back(self._output.publish(coarse.camera, localization))
