@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``filter_node`` and ``refiner_node``: the two halves of the localizer, each in a process of its own.
 
-``filter_node`` subscribes to frames and publishes coarse poses; ``refiner_node`` subscribes to both and publishes poses.
+``filter_node`` turns frames into coarse poses; ``refiner_node`` turns frames and coarse poses into poses.
 """
 
 from __future__ import annotations
