@@ -157,6 +157,6 @@ def test_command_learns_resumes_and_refuses(tmp_path: Path, capsys: pytest.Captu
     assert cli.main([*words, "width=0.5", "--out", str(tmp_path / "c")]) == 2
     assert "The fast family has no option" in capsys.readouterr().err
     assert cli.main(["train", "oflownet", "--out", str(tmp_path / "c")]) == 2
-    assert "Name a SOURCE" in capsys.readouterr().err
+    assert "Give a SOURCE" in capsys.readouterr().err
     assert cli.main([*words, "--scene", "fire", "--out", str(tmp_path / "c")]) == 2
     assert "--scene is of the published network" in capsys.readouterr().err
