@@ -30,11 +30,10 @@ from kfloc_ros.types import Frame, PoseEstimate, TrackingState
 class CameraCheckSettings:
     """Rate of the fits, and the conditions under which a camera is wrong."""
 
-    first_fits: int = 8
-    first_period: int = 3
-    """Frames between two of the first fits."""
+    schedule: tuple[tuple[int, int], ...] = ((4, 1), (10, 3))
+    """(fits, frames between them): four fits on the first frames, then every third frame up to ten."""
     period: int = 15
-    """Frames between two later fits; a fit costs about a third of a frame."""
+    """Frames between later fits; a fit takes about a third of a frame's time."""
     window: int = 24
     """Number of fits that are combined."""
     min_fits: int = 3
@@ -84,7 +83,7 @@ class CameraCheck:
     def count_frame(self) -> bool:
         """Count a frame; return True if it is to be fitted."""
         s = self._settings
-        period = s.first_period if self._made < s.first_fits else s.period
+        period = next((frames for fits, frames in s.schedule if self._made < fits), s.period)
         self._frames += 1
         return self._frames % period == 0
 
