@@ -49,7 +49,7 @@ def describe(scene_map: Any) -> str:
     rows = {
         "map": f"{scene_map.name} ({scene_map.path}, {scene_map.size_bytes() / 1e6:.1f} MB)",
         "frame": scene_map.frame_id,
-        "family": scene_map.family,
+        "family": scene_map.family + (", converted weights" if scene_map.kfnet and scene_map.kfnet.converted else ""),
         "camera": (
             f"{camera.width}x{camera.height}, f {camera.fx:.1f} {camera.fy:.1f}, c {camera.cx:.1f} {camera.cy:.1f} px"
         ),

@@ -22,6 +22,7 @@ from kfloc_ros.errors import SourceError, WeightsError
 from kfloc_ros.kfnet.filter import SceneCoordinateFilter
 from kfloc_ros.kfnet.fusion import Filtered, FilterSettings, Prior, warp
 from kfloc_ros.kfnet.reference.files import STRIDE, read_label, read_list, write_coordinates, write_flow
+from kfloc_ros.kfnet.reference.networks import ReferenceNetworks
 from kfloc_ros.kfnet.reference.oflownet import ReferenceOFlowNet
 from kfloc_ros.kfnet.reference.scoordnet import ReferenceSCoordNet
 from kfloc_ros.kfnet.reference.weights import OFLOWNET, SCOORDNET, Imported
@@ -214,8 +215,7 @@ class KfnetEvaluation:
 
     def __init__(self, scoordnet: ReferenceSCoordNet, oflownet: ReferenceOFlowNet, *, nis_test: bool = False) -> None:
         self._scoordnet, self._oflownet = scoordnet, oflownet
-        # the published joint training gives OFlowNet's sigma in units of a scaled scene; ours is in metres
-        units = float(scoordnet.scale) ** -2 if oflownet.converted else 1.0
+        units = ReferenceNetworks(scoordnet, oflownet).process_scale
         self._filter = SceneCoordinateFilter(
             FilterSettings.published(process_scale=units, nis_test=nis_test), oflownet.flow
         )

@@ -46,7 +46,7 @@ def with_networks(scene_map: SceneMap, networks: ReferenceNetworks) -> SceneMap:
     calibration = replace(
         scene_map.calibration,
         measurement_variance_scale=1.0,
-        process_scale=1.0,
+        process_scale=networks.process_scale,
         process_floor_m2=NO_FLOOR_M2,
         coarse_covariance_scale=1.0,
         roughness=None,

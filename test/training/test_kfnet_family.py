@@ -17,6 +17,7 @@ import yaml
 
 from kfloc_ros.cli.coordinates import export_coordinates
 from kfloc_ros.cli.main import main
+from kfloc_ros.cli.tables import describe
 from kfloc_ros.datasets.labels import write_kfnet_folder
 from kfloc_ros.errors import MapError, WeightsError
 from kfloc_ros.frames import FrameSource, Selection
@@ -117,7 +118,10 @@ def test_converted_networks_get_the_published_recursion(kfnet_map: SceneMap, tmp
     kfnet_map.kfnet.oflownet.converted = True
     kfnet_map.save(tmp_path / "map")
     loaded = SceneMap.load(tmp_path / "map")
+    assert "converted weights" in describe(loaded)
     assert recursion_of(loaded, CPU) == "published"
+    # the scene has 0.5 units per metre, so the published sigmas are half as large in number
+    assert with_networks(loaded, kfnet_map.kfnet).calibration.process_scale == 4.0
     assert recursion_of(replace(loaded, kfnet=None), CPU) == "robust"
     settings = Localizer(loaded, CPU)._coarse._filter.settings
     assert settings.sequence_resets_only and settings.blend_sigma and settings.nis_mode is NisMode.OFF

@@ -37,6 +37,14 @@ class ReferenceNetworks:
         """Both networks have published weights, as ``kfloc convert`` writes them."""
         return self.scoordnet.converted and self.oflownet.converted
 
+    @property
+    def process_scale(self) -> float:
+        """Factor on OFlowNet's process variance that gives square metres.
+
+        Published weights of a scaled scene have sigmas in network units; those trained here are in metres.
+        """
+        return float(self.scoordnet.scale) ** -2 if self.oflownet.converted else 1.0
+
     def to(self, device: torch.device) -> ReferenceNetworks:
         """Move the networks to a device and return them."""
         self.scoordnet.to(device)
