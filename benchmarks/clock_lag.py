@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from kfloc_ros.evaluation.hardware import describe_hardware
+from kfloc_ros.device import describe_hardware
 from kfloc_ros.maps.format import resolve_map
 from kfloc_ros.maps.scene_map import SceneMap
 from kfloc_ros.replay.processes import ros_environment

@@ -33,8 +33,7 @@ import torch
 from kfloc_ros.cli.arguments import add_source_arguments, open_source_from
 from kfloc_ros.cli.tables import format_table
 from kfloc_ros.datasets.derived import DEGRADATIONS, Degraded
-from kfloc_ros.device import choose_device
-from kfloc_ros.evaluation.hardware import describe_hardware
+from kfloc_ros.device import choose_device, describe_hardware
 from kfloc_ros.evaluation.metrics import PoseError, accuracy, pose_error, recall
 from kfloc_ros.features.backbone import COARSE_STRIDE, Backbone
 from kfloc_ros.frames import FrameSource

@@ -28,8 +28,8 @@ import torch
 from kfloc_ros.cli.arguments import add_source_arguments, open_source_from
 from kfloc_ros.cli.tables import format_table
 from kfloc_ros.datasets.derived import motion_blur
+from kfloc_ros.device import describe_hardware
 from kfloc_ros.evaluation.flow import FlowStatistics
-from kfloc_ros.evaluation.hardware import describe_hardware
 from kfloc_ros.features.backbone import Backbone
 from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import ImageAdapter

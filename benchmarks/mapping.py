@@ -22,7 +22,7 @@ from pathlib import Path
 
 from kfloc_ros.cli.build_options import duration_s
 from kfloc_ros.cli.tables import format_table
-from kfloc_ros.evaluation.hardware import describe_hardware
+from kfloc_ros.device import describe_hardware
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 BUDGETS = ("1min", "2min", "5min", "10min")

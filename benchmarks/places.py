@@ -43,9 +43,8 @@ import numpy as np
 from building_walks import DOOR_ROOMS, door_table, judged, through_doors, timed
 
 from kfloc_ros.cli.tables import format_table
-from kfloc_ros.device import limit_threads
+from kfloc_ros.device import describe_hardware, limit_threads
 from kfloc_ros.errors import KflocError
-from kfloc_ros.evaluation.hardware import describe_hardware
 from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import ImageAdapter
 from kfloc_ros.localization.config import LocalizerConfig

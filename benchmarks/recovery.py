@@ -22,8 +22,8 @@ from pathlib import Path
 from kfloc_ros.bags.writer import write_bag
 from kfloc_ros.cli.arguments import add_source_arguments, open_source_from
 from kfloc_ros.cli.tables import format_table
+from kfloc_ros.device import describe_hardware
 from kfloc_ros.errors import KflocError
-from kfloc_ros.evaluation.hardware import describe_hardware
 from kfloc_ros.evaluation.summary import finite
 from kfloc_ros.replay import ReplayConfig, run_offline, run_replay
 from studies.disturbed import DisturbancePlan, DisturbedSource

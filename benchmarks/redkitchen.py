@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from kfloc_ros.cli.tables import format_table
-from kfloc_ros.evaluation.hardware import describe_hardware
+from kfloc_ros.device import describe_hardware
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 STEPS = ("build", "localize", "no-filter", "no-refine", "replay", "separate")

@@ -21,8 +21,7 @@ from pathlib import Path
 import torch
 
 from kfloc_ros.cli.tables import format_table
-from kfloc_ros.device import choose_device
-from kfloc_ros.evaluation.hardware import describe_hardware
+from kfloc_ros.device import choose_device, describe_hardware
 from kfloc_ros.kfnet.reference.oflownet import ReferenceOFlowNet
 from kfloc_ros.kfnet.reference.scoordnet import ReferenceSCoordNet
 

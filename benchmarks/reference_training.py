@@ -29,8 +29,7 @@ import torch
 from kfloc_ros.cli.arguments import OverridesParser, add_source_arguments, open_source_from
 from kfloc_ros.cli.tables import format_table
 from kfloc_ros.config import build_config, parse_overrides
-from kfloc_ros.device import choose_device
-from kfloc_ros.evaluation.hardware import describe_hardware
+from kfloc_ros.device import choose_device, describe_hardware
 from kfloc_ros.frames import FrameSource
 from kfloc_ros.kfnet.fusion import FilterSettings
 from kfloc_ros.kfnet.reference.weights import OFLOWNET, SCOORDNET, load_oflownet, load_scoordnet

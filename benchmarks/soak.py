@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 
 from kfloc_ros.bags.stream import BagEvent, BagStream, ReplayRange
-from kfloc_ros.evaluation.hardware import describe_hardware
+from kfloc_ros.device import describe_hardware
 from kfloc_ros.maps.format import read_description, resolve_map
 from kfloc_ros.replay.player import play
 from kfloc_ros.replay.processes import ros_environment

@@ -45,8 +45,14 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """Run ``kfloc compare``; return 1 if a requirement is not met."""
     from kfloc_ros.cli.tables import format_table
-    from kfloc_ros.evaluation.compare import compare_page, compare_rows, differences, read_summary, with_changes
-    from kfloc_ros.evaluation.requirements import parse_requirement
+    from kfloc_ros.evaluation.compare import (
+        compare_page,
+        compare_rows,
+        differences,
+        parse_requirement,
+        read_summary,
+        with_changes,
+    )
 
     requirements = [parse_requirement(text) for text in args.require]
     first, second = read_summary(args.first), read_summary(args.second)

@@ -80,8 +80,7 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from kfloc_ros.cli.tables import summary_table
-    from kfloc_ros.device import choose_device, limit_threads
-    from kfloc_ros.evaluation.hardware import describe_hardware
+    from kfloc_ros.device import choose_device, describe_hardware, limit_threads
     from kfloc_ros.evaluation.offline import localize_source
     from kfloc_ros.evaluation.report import command_line
     from kfloc_ros.evaluation.results import write_results

@@ -120,8 +120,8 @@ def run(args: argparse.Namespace) -> int:
 
     from kfloc_ros.cli.tables import summary_table
     from kfloc_ros.errors import ConfigError
+    from kfloc_ros.evaluation.compare import parse_requirement
     from kfloc_ros.evaluation.report import command_line
-    from kfloc_ros.evaluation.requirements import parse_requirement
     from kfloc_ros.replay.config import ReplayConfig
 
     if args.offline:

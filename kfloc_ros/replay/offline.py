@@ -15,9 +15,8 @@ from numpy.typing import NDArray
 
 from kfloc_ros.bags.stream import BagEvent, BagStream, ReplayRange
 from kfloc_ros.bags.truth import read_truth
-from kfloc_ros.device import choose_device
+from kfloc_ros.device import choose_device, describe_hardware
 from kfloc_ros.errors import FrameError
-from kfloc_ros.evaluation.hardware import describe_hardware
 from kfloc_ros.evaluation.offline import FrameRecord, record_of
 from kfloc_ros.evaluation.results import write_results
 from kfloc_ros.evaluation.summary import RunInfo, Summary

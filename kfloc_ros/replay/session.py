@@ -18,9 +18,8 @@ import yaml
 from numpy.typing import NDArray
 
 from kfloc_ros.bags.truth import BagTransforms, read_truth
-from kfloc_ros.device import choose_device
+from kfloc_ros.device import choose_device, describe_hardware
 from kfloc_ros.errors import ReplayError
-from kfloc_ros.evaluation.hardware import describe_hardware
 from kfloc_ros.evaluation.offline import FrameRecord
 from kfloc_ros.evaluation.results import write_results
 from kfloc_ros.evaluation.summary import RunInfo, Summary

@@ -13,8 +13,8 @@ import pytest
 
 from kfloc_ros.cli.main import main
 from kfloc_ros.errors import ConfigError
+from kfloc_ros.evaluation.compare import parse_requirement
 from kfloc_ros.evaluation.offline import FrameRecord
-from kfloc_ros.evaluation.requirements import parse_requirement
 from kfloc_ros.evaluation.results import write_results
 from kfloc_ros.evaluation.summary import RunInfo
 from kfloc_ros.geometry.lie import make_pose

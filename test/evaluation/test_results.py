@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kfloc_ros.device import describe_hardware
 from kfloc_ros.errors import SourceError
-from kfloc_ros.evaluation.hardware import describe_hardware
 from kfloc_ros.evaluation.offline import FrameRecord
 from kfloc_ros.evaluation.results import frames_csv, write_results
 from kfloc_ros.evaluation.summary import RunInfo, summarize
