@@ -11,7 +11,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from studies.mistakes import MISTAKES, MOUNTING, Mistake, Wrong, scaled
 from textured_room import ROOM_CAMERA, Room
 
 from kfloc_ros.datasets.derived import Remembered
@@ -25,6 +24,7 @@ from kfloc_ros.mapping.check_page import write_page
 from kfloc_ros.mapping.check_pairs import PairFinder, Poses, View
 from kfloc_ros.mapping.source_check import SourceCheck, check_source, fitted_camera
 from kfloc_ros.types import Frame, Matrix
+from studies.mistakes import MISTAKES, MOUNTING, Mistake, Wrong, scaled
 
 PAIRS = 12
 NO_EDGES = ("depth_shift", "depth_clock")
