@@ -176,6 +176,6 @@ MISTAKES: Sequence[Mistake] = (
     Mistake("depth x 5", lambda s: Wrong(s, frame=with_depth(lambda d: d * 5)), "depth_unit", 0.2, 0.015, "depth"),
     Mistake("depth x 1000", lambda s: Wrong(s, frame=with_depth(lambda d: d * 1e3)), "depth_unit", 1e-3, 1e-4, "depth"),
     Mistake("depth shifted by 20 px", lambda s: Wrong(s, frame=with_depth(lambda d: np.roll(d, 20, 1))), "depth_shift",
-            20.0, 4.0, "depth"),
+            20.0, 6.0, "depth"),
     Mistake("depth 4 frames late", lambda s: Wrong(s, depth_shift=-4), "depth_clock", None, 0.0, "depth"),
 )  # fmt: skip

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kfloc_ros.cli.arguments import add_source_arguments, open_source_from
-from kfloc_ros.errors import SourceError
+from kfloc_ros.errors import KflocError, SourceError
 
 if TYPE_CHECKING:
     from kfloc_ros.frames import FrameSource
@@ -28,6 +28,7 @@ examples:
   kfloc check 'tum:/data/office?poses=world_to_camera&depth_scale=5' --page check.html
 """
 NO_CHECK = "--no-check"
+REPLAY_PAIRS = 12
 
 
 def add_parser(subparsers: Any) -> None:
@@ -95,6 +96,29 @@ def check_first(source: FrameSource, *, skip: bool) -> None:
         text = " ".join(finding.text for finding in check.errors)
         mend = f" Add '{check.words}' to the source." if check.words else ""
         raise SourceError(f"'{check.name}' contradicts itself. {text}{mend} {NO_CHECK} goes on all the same.")
+
+
+def check_bag(args: argparse.Namespace) -> None:
+    """Check the bag of a replay, its truth included, before it is played; all findings go to stderr as warnings.
+
+    A bag that cannot be read as a source is left to the replay, which says why.
+    """
+    from kfloc_ros.datasets import open_source
+    from kfloc_ros.mapping.source_check import check_source
+
+    truth = args.truth or ""
+    words = {"image": args.image_topic, "info": args.camera_info_topic, "tf": args.tf}
+    if truth.startswith("/"):
+        words |= {"pose": truth, "body": args.truth_of}
+    elif truth:  # a file, or frames of the transforms, of which the replay alone knows which
+        words["pose"] = "none"
+    options = "&".join(f"{name}={value}" for name, value in words.items() if value)
+    try:
+        check = check_source(open_source(f"bag:{args.bag}" + (f"?{options}" if options else "")), pairs=REPLAY_PAIRS)
+    except KflocError:
+        return
+    for finding in check.findings:
+        print(f"Warning: {finding.text}", file=sys.stderr)
 
 
 def _count(text: str) -> int:

@@ -9,6 +9,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from kfloc_ros.cli.check import add_no_check, check_bag
+
 DESCRIPTION = """\
 Play a bag with /clock over DDS to the live ROS 2 nodes, record their poses, and evaluate them.
 
@@ -52,6 +54,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--require", action="append", default=[], metavar="FIGURE<=N",
         help="required metric of summary.json, such as recall.5cm_5deg>=0.95; exit code 1 if not met; can be repeated",
     )  # fmt: skip
+    add_no_check(parser)
     parser.add_argument("--quiet", action="store_true", help="print only errors")
 
 
@@ -155,6 +158,8 @@ def run(args: argparse.Namespace) -> int:
         patience_s=args.patience,
         domain_id=args.domain_id,
     )
+    if not args.no_check:
+        check_bag(args)
     with tqdm(unit="frame", disable=args.quiet or not sys.stderr.isatty()) as bar:
 
         def progress(text: str, done: int, total: int) -> None:

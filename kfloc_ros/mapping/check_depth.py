@@ -25,7 +25,7 @@ EDGE_SIGMA_PX = 1.5
 MIN_PEAK = 6.0
 """Height of a peak of the correlation over its surroundings, in standard deviations."""
 MIN_EDGE_VIEWS = 10
-MIN_LEVEL, MIN_GAIN = 2.0, 1.4
+MIN_LEVEL, MIN_GAIN = 1.2, 1.5
 """Mean height of the views' correlations at a delay, in standard deviations, and by that without delay."""
 
 

@@ -31,8 +31,12 @@ from kfloc_ros.types import Matrix
 
 GOOD_PX = 0.25
 """Poses whose epipolar lines pass the matches this near are not searched for mistakes."""
-GAIN, SHARE, WORST_SHARE = 0.62, 0.75, 0.9
-"""A cause must bring the median over pairs to this share, and this share of the pairs to the third share."""
+GAIN = 0.62
+"""A cause must bring the median over pairs to this share."""
+BETTER, MOST = 0.9, 0.6
+WORSE, FEW = 1.25, 0.15
+"""A cause must bring most pairs to the first share or below, and no more than few above the second. In a pair without
+acceleration, for instance, poses of another time fit as well."""
 MIN_DROP = 0.12
 """Least fall of the mean Cauchy cost."""
 PARAMETER_COST = 0.012
@@ -122,8 +126,10 @@ def _judged(kind: str, found: Fit, observed: Observations, e0: Array, drop: floa
 def _explains(cause: Cause, observed: Observations, base: Model, e0: Array) -> bool:
     e1 = observed.per_pair(cause.fit.model)
     both = np.isfinite(e0) & np.isfinite(e1)
-    better = (e1[both] < WORST_SHARE * e0[both]).mean() if both.any() else 0.0
-    explained = cause.after_px < GAIN * cause.before_px and better >= SHARE
+    if not both.any():
+        return False
+    better, worse = (e1[both] < BETTER * e0[both]).mean(), (e1[both] > WORSE * e0[both] + 0.1).mean()
+    explained = cause.after_px < GAIN * cause.before_px and better >= MOST and worse <= FEW
     return explained and is_large(cause, base)
 
 

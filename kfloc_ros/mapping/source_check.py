@@ -15,7 +15,7 @@ from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import matrix_to_quaternion, rotation_angle_deg
 from kfloc_ros.mapping.check_depth import DepthPlace, DepthUnit, depth_place, depth_unit
 from kfloc_ros.mapping.check_geometry import Model, Observations, normalised
-from kfloc_ros.mapping.check_hypotheses import MIN_PAIRS, Cause, find_causes
+from kfloc_ros.mapping.check_hypotheses import MIN_CENTRE, MIN_FOCAL, MIN_PAIRS, Cause, find_causes
 from kfloc_ros.mapping.check_images import ImageFacts, image_facts
 from kfloc_ros.mapping.check_pairs import Pair, PairFinder, Poses
 from kfloc_ros.types import Matrix
@@ -33,6 +33,7 @@ NEAR = 0.12
 POSE_UNITS = {0.001: "millimetres", 0.01: "centimetres", 0.0254: "inches", 0.3048: "feet"}
 DEPTH_FACTORS = (5.0, 0.2, 1000.0, 0.001, 10.0, 0.1)
 CALIBRATION_KINDS = ("focal", "centre", "calibration", "distortion", "pinhole")
+MIN_DELAY_FRAMES = 2
 MIN_SHIFT = 0.02
 """Least shift of the depth, as a share of the image's width, that is told."""
 
@@ -204,14 +205,15 @@ def _told(
         k1 = fitted.distortion[0] if fitted.distortion else 0.0
         text = f"The images are distorted otherwise than the calibration says (k1 about {k1:.2f})"
         return "distortion", text, words, k1
-    if cause.kind == "centre":
+    if cause.kind == "centre" or (cause.kind == "calibration" and abs(own.values[7]) < MIN_FOCAL):
         centre = f"({fitted.cx:.0f}, {fitted.cy:.0f}), and not ({camera.cx:.0f}, {camera.cy:.0f})"
         return "centre", f"The principal point that fits the images is {centre}", words, fitted.cx
     text = f"The focal length that fits the images is {fitted.fx:.0f} pixels, and not {camera.fx:.0f}"
-    if cause.kind == "calibration":
+    if cause.kind == "calibration" and np.abs(own.values[8:10]).max() > MIN_CENTRE:
         centre = f"({fitted.cx:.0f}, {fitted.cy:.0f}), and not ({camera.cx:.0f}, {camera.cy:.0f})"
         text += f"; the principal point is {centre}"
-    return cause.kind, text, words, own.focal_factor
+        return "calibration", text, words, own.focal_factor
+    return "focal", text, words, own.focal_factor
 
 
 def fitted_camera(model: Model, camera: Camera) -> Camera:
@@ -285,9 +287,9 @@ def _unit_findings(unit: DepthUnit) -> list[Finding]:
 
 def _place_findings(place: DepthPlace, camera: Camera, period_s: float) -> list[Finding]:
     dx, dy = place.shift_px
-    if place.delay_clear and place.delay_frames != 0:
+    if place.delay_clear and abs(place.delay_frames) >= MIN_DELAY_FRAMES:
         text = (
-            f"The depth images are those of {abs(place.delay_frames):.0f} frames "
+            f"The depth images are those of about {abs(place.delay_frames):.0f} frames "
             f"{'later' if place.delay_frames > 0 else 'earlier'} ({abs(place.delay_frames) * period_s:.3f} s): "
             f"there, their edges lie {place.gain:.1f} times as well on those of the colour images"
         )
