@@ -33,7 +33,7 @@ GOOD_PX = 0.25
 """Poses whose epipolar lines pass the matches this near are not searched for mistakes."""
 GAIN = 0.62
 """A cause must bring the median over pairs to this share."""
-BETTER, MOST = 0.9, 0.6
+BETTER, MOST, MOST_OF_OFFSET = 0.9, 0.75, 0.6
 WORSE, FEW = 1.25, 0.15
 """A cause must bring most pairs to the first share or below, and no more than few above the second. In a pair without
 acceleration, for instance, poses of another time fit as well."""
@@ -48,7 +48,9 @@ MIN_PAIRS = 7
 
 MIN_OFFSET_FRAMES, MAX_OFFSET_FRAMES = 0.4, 6.0
 MIN_FOCAL, MIN_CENTRE, MIN_BENDING, MIN_TURN_DEG = 0.03, 0.03, 0.04, 3.0
-"""Least size of a mistake: factor less 1, share of the focal length, k1, degrees."""
+"""Least size of a mistake: factor less 1, share of the focal length, k1, degrees; see :func:`least`."""
+NOISE_PX = 0.3
+"""Distance from the epipolar lines, with the mistake mended, at which the least sizes are doubled."""
 SIGMAS = 5.0
 
 
@@ -129,8 +131,14 @@ def _explains(cause: Cause, observed: Observations, base: Model, e0: Array) -> b
     if not both.any():
         return False
     better, worse = (e1[both] < BETTER * e0[both]).mean(), (e1[both] > WORSE * e0[both] + 0.1).mean()
-    explained = cause.after_px < GAIN * cause.before_px and better >= MOST and worse <= FEW
+    most = MOST_OF_OFFSET if cause.kind == "offset" else MOST
+    explained = cause.after_px < GAIN * cause.before_px and better >= most and worse <= FEW
     return explained and is_large(cause, base)
+
+
+def least(size: float, cause: Cause) -> float:
+    """Return the least size of a mistake where poses are as inaccurate as they are: a bias of theirs is none."""
+    return size * (1 + cause.after_px / NOISE_PX)
 
 
 def is_large(cause: Cause, base: Model) -> bool:
@@ -141,12 +149,12 @@ def is_large(cause: Cause, base: Model) -> bool:
         return bool(sure[6]) and MIN_OFFSET_FRAMES < abs(values[6]) < MAX_OFFSET_FRAMES
     if cause.kind == "mount":
         R = cause.fit.model.T_body_camera[:3, :3]  # near whole quarter turns, those and no others are meant
-        return min(rotation_angle_deg(axes.T @ R) for axes in rotations()) > MIN_TURN_DEG
+        return min(rotation_angle_deg(axes.T @ R) for axes in rotations()) > least(MIN_TURN_DEG, cause)
     if cause.kind == "distortion":
-        return bool(sure[10]) and abs(values[10]) > MIN_BENDING
+        return bool(sure[10]) and abs(values[10]) > least(MIN_BENDING, cause)
     if cause.kind in ("focal", "calibration", "centre"):
-        focal = bool(sure[7]) and abs(values[7]) > MIN_FOCAL
-        centre = bool(sure[8:10].any()) and float(np.abs(values[8:10]).max()) > MIN_CENTRE
+        focal = bool(sure[7]) and abs(values[7]) > least(MIN_FOCAL, cause)
+        centre = bool(sure[8:10].any()) and float(np.abs(values[8:10]).max()) > least(MIN_CENTRE, cause)
         return focal or centre
     return True
 

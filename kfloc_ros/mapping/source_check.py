@@ -90,7 +90,7 @@ class SourceCheck:
         }
 
 
-def check_source(source: FrameSource, *, pairs: int = 18) -> SourceCheck:
+def check_source(source: FrameSource, *, pairs: int = 16) -> SourceCheck:
     """Check a source; some fifty of its frames are read, in some seconds.
 
     Args:
