@@ -35,7 +35,7 @@ import numpy as np
 from kfloc_ros.bags.stream import BagEvent, BagStream, ReplayRange
 from kfloc_ros.device import describe_hardware
 from kfloc_ros.maps.format import read_description, resolve_map
-from kfloc_ros.replay.player import play
+from kfloc_ros.replay.agent import play
 from kfloc_ros.replay.processes import ros_environment
 
 _CHILD = "KFLOC_BENCHMARK_CHILD"

@@ -13,11 +13,10 @@ from kfloc_ros.datasets.source_options import MOUNTS
 from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import matrix_to_quaternion, rotation_angle_deg
-from kfloc_ros.mapping.check_depth import DepthPlace, DepthUnit, depth_place, depth_unit
 from kfloc_ros.mapping.check_geometry import Model, Observations, normalised
 from kfloc_ros.mapping.check_hypotheses import MIN_CENTRE, MIN_FOCAL, MIN_PAIRS, Cause, find_causes
-from kfloc_ros.mapping.check_images import ImageFacts, image_facts
 from kfloc_ros.mapping.check_pairs import Pair, PairFinder, Poses
+from kfloc_ros.mapping.check_recording import DepthPlace, DepthUnit, ImageFacts, depth_place, depth_unit, image_facts
 from kfloc_ros.types import Matrix
 
 ERROR, WARNING = "error", "warning"

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 
 from kfloc_ros.bags.stream import BagEvent
-from kfloc_ros.replay.player import CLOCK_PERIOD_S, play
+from kfloc_ros.replay.agent import CLOCK_PERIOD_S, play
 
 
 class FakeTime:

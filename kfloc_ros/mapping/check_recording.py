@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Comparison of depth images with poses and matches: their unit, where they lie on the colour image, and when."""
+"""Checks of what a recording measured: depth (unit, registration, clock), images (exposure, repeats), the path."""
 
 from __future__ import annotations
 
@@ -10,9 +10,130 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from kfloc_ros.errors import FrameError
+from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.lie import inverse_pose
 from kfloc_ros.mapping.check_geometry import Array, Model, Observations
-from kfloc_ros.mapping.check_pairs import REACH, View
+from kfloc_ros.mapping.check_pairs import REACH, Pair, View
+
+DARK, BRIGHT = 18.0, 238.0
+"""Median grey value of an image, of 255."""
+BLURRED = 0.10
+"""Share of the gradients that survives a further blur by a pixel, below which an image counts as sharp."""
+MANY = 0.5
+NEIGHBOURS = 6
+"""Neighbours that are read to see whether images repeat."""
+SAME_GREY = 0.4
+PATH_FRAMES = 200
+SEEN_AGAIN_SHARE = 0.1
+"""Of the recording, that must lie between two frames of one place for it to be seen twice."""
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """What the images are like, as shares of those that were looked at."""
+
+    dark: float
+    bright: float
+    blurred: float
+    repeated: float
+    rate_hz: float
+    """Images in a second; NaN if there is no pair of them."""
+    features: float
+    """Median number of features of an image."""
+    depth_known: float
+    """Median share of pixels with depth; NaN without depth."""
+    seen_twice: float
+    """Share of the path that the camera passes again later; NaN without poses."""
+
+    def figures(self) -> dict[str, float]:
+        """The facts by name, those that are unknown left out."""
+        known = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {name: round(float(value), 3) for name, value in known.items() if np.isfinite(value)}
+
+    def faults(self) -> list[tuple[str, str, float]]:
+        """(kind, sentence, share) of what makes mapping hard."""
+        found = []
+        for kind, share, what in (
+            ("dark", self.dark, "nearly black"),
+            ("bright", self.bright, "nearly white"),
+            ("blur", self.blurred, "blurred"),
+            ("repeated", self.repeated, "followed by the same image again"),
+        ):
+            if share > MANY:
+                found.append((kind, f"Of the images looked at, {100 * share:.0f} % are {what}.", share))
+        return found
+
+
+def image_facts(source: FrameSource, views: Sequence[View], pairs: Sequence[Pair]) -> ImageFacts:
+    """Return what images are like, from those that were read and some of their neighbours."""
+    greys = [float(np.median(view.grey)) for view in views]
+    steps = [(p.second.frame.stamp_ns - p.first.frame.stamp_ns) / (p.second.position - p.first.position) for p in pairs]
+    period_ns = float(np.median(steps)) if steps else 0.0
+    depths = [float((v.frame.depth_m > 0).mean()) for v in views if v.frame.depth_m is not None]
+    return ImageFacts(
+        dark=float(np.mean([grey < DARK for grey in greys])) if greys else 0.0,
+        bright=float(np.mean([grey > BRIGHT for grey in greys])) if greys else 0.0,
+        blurred=float(np.mean([sharpness(view) < BLURRED for view in views])) if views else 0.0,
+        repeated=_repeated(source, views),
+        rate_hz=1e9 / period_ns if period_ns > 0 else float("nan"),
+        features=float(np.median([len(view.pixels) for view in views])) if views else 0.0,
+        depth_known=float(np.median(depths)) if depths else float("nan"),
+        seen_twice=_seen_twice(source),
+    )
+
+
+def sharpness(view: View) -> float:
+    """Share of an image's gradient energy that a blur by a pixel takes away: 0 for one that is blurred already."""
+    grey = view.grey.astype(np.float32)
+    energy = [
+        float((cv2.Sobel(image, cv2.CV_32F, 1, 0) ** 2 + cv2.Sobel(image, cv2.CV_32F, 0, 1) ** 2).mean())
+        for image in (grey, cv2.GaussianBlur(grey, (0, 0), 1.0))
+    ]
+    return 1 - energy[1] / energy[0] if energy[0] > 0 else 0.0
+
+
+def _repeated(source: FrameSource, views: Sequence[View]) -> float:
+    """Share of some images that are the same as the next one."""
+    chosen = [view for view in views if view.position + 1 < len(source)]
+    chosen = chosen[:: max(len(chosen) // NEIGHBOURS, 1)][:NEIGHBOURS]
+    known = {view.position: view for view in views}
+    same = []
+    for view in chosen:
+        following = known.get(view.position + 1)
+        if following is not None:
+            grey = following.grey
+        else:
+            frame = source.read(view.position + 1)
+            if frame is None:
+                continue
+            grey = cv2.cvtColor(frame.image, cv2.COLOR_RGB2GRAY)
+            if grey.shape != view.grey.shape:
+                grey = cv2.resize(grey, view.grey.shape[::-1], interpolation=cv2.INTER_AREA)
+        same.append(float(np.abs(grey.astype(np.int16) - view.grey).mean()) < SAME_GREY)
+    return float(np.mean(same)) if same else 0.0
+
+
+def _seen_twice(source: FrameSource) -> float:
+    """Share of the path near which, and looking the same way, the camera is again at another time."""
+    positions = np.unique(np.linspace(0, len(source) - 1, min(PATH_FRAMES, len(source))).astype(int)).tolist()
+    poses = []
+    for position in positions:
+        try:
+            poses.append(source.pose(position))
+        except FrameError:
+            poses.append(None)
+    places = np.array([T[:3, 3] for T in poses if T is not None]).reshape(-1, 3)
+    views = np.array([T[:3, 2] for T in poses if T is not None]).reshape(-1, 3)
+    times = np.array([p for p, T in zip(positions, poses, strict=True) if T is not None])
+    if len(places) < 20:
+        return float("nan")
+    extent = float(np.linalg.norm(places.max(0) - places.min(0)))
+    near = np.linalg.norm(places[:, None] - places[None], axis=2) < 0.15 * extent
+    alike = views @ views.T > np.cos(np.radians(30))
+    later = np.abs(times[:, None] - times[None]) > SEEN_AGAIN_SHARE * len(source)
+    return float((near & alike & later).any(1).mean())
+
 
 MIN_POINTS = 12
 """Matches with depth that a pair needs."""
