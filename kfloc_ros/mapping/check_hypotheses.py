@@ -50,7 +50,8 @@ MIN_OFFSET_FRAMES, MAX_OFFSET_FRAMES = 0.4, 6.0
 MIN_FOCAL, MIN_CENTRE, MIN_BENDING, MIN_TURN_DEG = 0.03, 0.03, 0.04, 3.0
 """Least size of a mistake: factor less 1, share of the focal length, k1, degrees; see :func:`least`."""
 NOISE_PX = 0.3
-"""Distance from the epipolar lines, with the mistake mended, at which the least sizes are doubled."""
+"""Distance from the epipolar lines, with the mistake mended, at which the least sizes are doubled; they grow to four
+times at most."""
 SIGMAS = 5.0
 
 
@@ -138,7 +139,7 @@ def _explains(cause: Cause, observed: Observations, base: Model, e0: Array) -> b
 
 def least(size: float, cause: Cause) -> float:
     """Return the least size of a mistake where poses are as inaccurate as they are: a bias of theirs is none."""
-    return size * (1 + cause.after_px / NOISE_PX)
+    return size * (1 + min(cause.after_px / NOISE_PX, 3.0))
 
 
 def is_large(cause: Cause, base: Model) -> bool:
