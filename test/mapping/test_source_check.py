@@ -30,6 +30,8 @@ PAIRS = 12
 NO_EDGES = ("depth_shift", "depth_clock")
 """Kinds that need steps of the depth, of which the room's inside has none."""
 
+pytestmark = pytest.mark.thorough
+
 
 class Walk(FrameSource):
     """The textured room, seen by a camera that moves and turns as a hand does, at 10 Hz."""
