@@ -218,7 +218,7 @@ def read_poses(reader: BagReader, topic: Topic) -> RecordedPoses:
     return RecordedPoses(poses, next((body for _, body in frames), ""), unusable)
 
 
-_TWO = "{} jump to and fro: two publishers, such as two robots, share one name. Record one of them."
+_TWO = "{} jump back and forth: two publishers, such as two robots, share one name. Record one of them."
 
 
 def other_times(what: str, stamps_ns: Iterable[int], images_ns: Iterable[int]) -> str:

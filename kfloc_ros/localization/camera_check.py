@@ -127,14 +127,14 @@ class CameraCheck:
         s = self._settings
         if len(self._fits) < s.min_fits:
             return None
-        informations = np.stack([fit.information for fit in self._fits])
+        weights = np.stack([fit.information for fit in self._fits])
         offsets = np.stack([fit.offsets for fit in self._fits])
-        covariance = _covariance_of(informations.sum(0))
+        covariance = _covariance_of(weights.sum(0))
         if covariance is None:
             return None
-        combined = covariance @ np.einsum("nij,nj->i", informations, offsets)
+        combined = covariance @ np.einsum("nij,nj->i", weights, offsets)
         errors = offsets - combined
-        scatter = np.einsum("ni,nij,nj->n", errors, informations, errors).sum()
+        scatter = np.einsum("ni,nij,nj->n", errors, weights, errors).sum()
         scatter /= len(OFFSETS) * (len(self._fits) - 1)
         covariance = covariance * max(1.0, scatter) * s.correlation_factor
         width = self._camera.width

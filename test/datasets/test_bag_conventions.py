@@ -176,7 +176,7 @@ def test_two_robots_in_turn_on_one_topic_are_told(tmp_path: Path, topic: str) ->
             yield topic, k, said if topic == "/odom" else transforms((k, "odom", "base_link", T))
         yield from camera()
 
-    with pytest.raises(SourceError, match="jump to and fro"):
+    with pytest.raises(SourceError, match="jump back and forth"):
         open_source(f"bag:{write_messages(tmp_path / 'bag', messages())}")
 
 
