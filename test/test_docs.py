@@ -48,6 +48,7 @@ def anchors(path: Path) -> set[str]:
     return set(found)
 
 
+@pytest.mark.thorough
 def test_the_example_of_poses_and_cameras_runs() -> None:
     code = re.search(r"```python\n(.*?)```", between(ROOT / "docs/reference/pixloc.md", "geometry"), re.DOTALL)
     assert code is not None

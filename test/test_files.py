@@ -220,6 +220,7 @@ def test_a_hostile_transforms_json_is_a_sentence(tmp_path: Path, text: str) -> N
         open_source(f"transforms:{tmp_path}")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", ["tum", "kfnet", "transforms"])
 def test_a_list_of_more_frames_than_can_be_looked_at_is_refused_at_once(tmp_path: Path, kind: str) -> None:
     tum(tmp_path, "1 a\n" * 1_000_000, STILL)

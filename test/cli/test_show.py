@@ -59,6 +59,7 @@ def test_cells_of_a_stream_and_the_same_from_files(bag: str, room_map: Path, tmp
     assert "points of all maps" in capsys.readouterr().out
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("verb", ["filter", "flow", "confidence"])
 def test_sheets(verb: str, bag: str, room_map: Path, tmp_path: Path) -> None:
     assert show(verb, bag, "--map", room_map, "--out", tmp_path, "--frames", "0:2") == 0

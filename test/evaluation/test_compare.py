@@ -88,6 +88,7 @@ def test_a_requirement_must_be_a_number() -> None:
         parse_requirement("latency_ms.p95<=1.2.3")
 
 
+@pytest.mark.thorough
 def test_the_page_is_whole_and_shows_the_worst_frames(tmp_path: Path) -> None:
     image = np.full((60, 80, 3), 90, np.uint8)
     asked: list[int] = []

@@ -135,6 +135,7 @@ def test_the_originals_names_work_line_by_line() -> None:
     assert J.shape == (2, 20, 2, 3) and mask.shape == (2, 20)
 
 
+@pytest.mark.thorough
 def test_the_names_are_there_without_loading_torch_first() -> None:
     code = "import sys, kfloc_ros.geometry; assert 'torch' not in sys.modules; from kfloc_ros.geometry import Pose"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)

@@ -111,6 +111,7 @@ def test_the_filter_is_brought_up_to_date_before_a_coarse_pose(scene_map: SceneM
     assert last.filter.prior_ratio > 0.3
 
 
+@pytest.mark.thorough
 def test_a_covered_lens_and_another_place_end_the_track(scene_map: SceneMap, room) -> None:
     blank = np.zeros_like(room[2].image)
     elsewhere = replace(room[22], stamp_ns=room[5].stamp_ns)  # carried there between two frames

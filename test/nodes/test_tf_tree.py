@@ -204,6 +204,7 @@ def test_map_to_odom_can_be_looked_up_now_at_a_high_latency(worlds: Any) -> None
     assert len(told) == 1, world.health.said
 
 
+@pytest.mark.thorough
 def test_a_long_chain_of_frames_is_walked_in_linear_time(worlds: Any) -> None:
     world = worlds()
     items = [stamped(f"f{number}", f"f{number + 1}", NOW, np.eye(4)) for number in range(20_000)]

@@ -37,6 +37,7 @@ def test_without_rclpy_there_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> N
         env.check_ros()
 
 
+@pytest.mark.thorough
 def test_preparing_a_replay_does_not_import_rclpy() -> None:
     code = "import sys, kfloc_ros.replay, kfloc_ros.cli.replay; sys.exit('rclpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -40,6 +40,7 @@ def points_of(frame: Frame) -> np.ndarray:
     return points @ frame.T_map_camera[:3, :3].T + frame.T_map_camera[:3, 3]
 
 
+@pytest.mark.thorough
 def test_rooms_do_not_overlap_and_poses_are_the_buildings() -> None:
     middles = np.array([T_building_room(k)[:3, 3] for k in range(1, ROOMS + 1)])
     apart = np.abs(middles[:, None] - middles[None])[np.triu_indices(ROOMS, 1)]

@@ -141,6 +141,7 @@ def test_what_ships_is_trained_on_simulated_rooms_that_are_not_the_demo_s() -> N
         assert not np.allclose(walked.pose(1.0), shipped.pose(1.0), atol=1e-3)
 
 
+@pytest.mark.thorough
 def test_command_learns_resumes_and_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     list(write_kfnet_folder(Wall(), tmp_path / "wall"))
     words = ["train", "oflownet", "--family", "fast", f"kfnet:{tmp_path / 'wall'}", "augment=none", "batch=1"]

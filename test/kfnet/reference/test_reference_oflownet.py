@@ -70,6 +70,7 @@ def test_features_have_unit_length_and_stride_eight() -> None:
     assert torch.allclose(features.norm(dim=1), torch.ones(2, 8, 12), atol=1e-4)
 
 
+@pytest.mark.thorough
 def test_a_motion_can_be_learned() -> None:
     """A few steps on one pair bring the flow towards the true displacement: gradients reach the U-Net."""
     torch.manual_seed(0)
