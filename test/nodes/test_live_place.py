@@ -39,4 +39,4 @@ def test_poses_come_in_the_frame_of_the_place(new_world: NewWorld, place: Path, 
 def test_nodes_that_need_a_single_map_say_so(new_world: NewWorld, place: Path, node: str) -> None:
     started = new_world().start(node, f"map:={place}")
     assert started.process.wait(40) == 1
-    assert "which the node `localizer` takes" in started.log
+    assert "which only the node `localizer` accepts" in started.log
