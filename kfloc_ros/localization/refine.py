@@ -61,6 +61,8 @@ class RefineStage:
         self._camera_check = CameraCheck(scene_map.camera) if config.camera_check != "off" and config.refine else None
         self._corrects_camera = config.camera_check == "correct"
         self._correction: Correction | None = None
+        self._applies_correction = False
+        """True once images pass through :meth:`corrected`; the halves and places never correct, they only warn."""
         self.camera_note = ""
         """Sentence on a camera that does not fit the images; empty if it fits."""
 
@@ -162,6 +164,7 @@ class RefineStage:
 
     def corrected(self, frame: Frame) -> Frame:
         """Return a frame with its image converted to the map's camera, if a fitted camera replaces the given one."""
+        self._applies_correction = self._corrects_camera
         return frame if self._correction is None else self._correction.apply(frame)
 
     def check_camera(self, frame: Frame, features: BackboneFeatures, estimate: PoseEstimate) -> PoseEstimate:
@@ -182,10 +185,12 @@ class RefineStage:
             estimate = replace(estimate, timings_ms=times.with_total())
         verdict = check.verdict
         if verdict is None or verdict.wrong is None:
+            if self._correction is None:
+                self.camera_note = ""
             return estimate
         self.camera_note = sentence(verdict, frame.source_camera, self._camera)
         estimate = replace(check.widened(estimate), state=TrackingState.DEGRADED, reason=self.camera_note)
-        if self._corrects_camera:
+        if self._applies_correction:
             self._correction = Correction.of(self._camera, verdict.offsets, self._correction)
             self.camera_note += "; localizing with the camera that fits"
             check.reset()

@@ -67,7 +67,7 @@ class View:
 
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """What is kept of a pickle."""
+    """Scene of a preprocessed training file."""
 
     queries: Sequence[View]
     references: Sequence[View]

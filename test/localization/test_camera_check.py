@@ -72,6 +72,19 @@ def test_the_camera_that_was_found_is_used_where_asked(scene_map: SceneMap, room
     assert error_m(right[-1], room[FRAMES - 1]) < 0.5 * error_m(wrong[-1], room[FRAMES - 1])
 
 
+@pytest.mark.thorough
+def test_halves_that_cannot_correct_only_warn(scene_map: SceneMap, room: Any) -> None:
+    """``refiner_node`` sees images that ``filter_node`` has used as they are."""
+    told = replace(room.camera, fx=1.06 * room.camera.fx, fy=1.06 * room.camera.fy)
+    localizer = Localizer(scene_map, LocalizerConfig(device="cpu", camera_check="correct"))
+    adapter = ImageAdapter(told, localizer.camera)
+    for k in range(FRAMES):
+        frame = replace(room[k], image=adapter(room[k].image), camera=adapter.target, source_camera=told)
+        estimate = localizer.refine_half(frame, localizer.coarse_half(frame)).estimate
+    assert estimate.state is TrackingState.DEGRADED and "focal length" in estimate.reason
+    assert "localizing with" not in localizer.camera_note
+
+
 def fit(offsets: tuple[float, ...], focal_sigma: float = 0.003) -> FittedCamera:
     sigma = np.array([focal_sigma, 0.002, 1.0, 1.0, 0.005])
     found = CameraFit(np.array(offsets), np.diag(sigma**-2.0), np.eye(4), np.eye(6), 0.1)
