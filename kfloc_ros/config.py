@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -132,3 +132,113 @@ def parse_overrides(config_type: type, words: Sequence[str]) -> dict[str, Any]:
         except (ValueError, KeyError) as error:
             raise ConfigError(f"'{key}' must be of type {kind.__name__}, got '{text}'.") from error
     return values
+
+
+@dataclass(frozen=True)
+class Sets:
+    """Rule of a key of another program's configuration: it sets options of this package."""
+
+    options: Callable[[Any], Mapping[str, Any]]
+
+    @classmethod
+    def one(cls, name: str) -> Sets:
+        """Return the rule of a key that sets one option to its own value."""
+        return cls(lambda value: {name: value})
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """Rule of a key that may only have the values that are built in."""
+
+    values: tuple[Any, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Idle:
+    """Rule of a key that makes no difference here."""
+
+    reason: str
+
+
+Rule = Sets | Fixed | Idle
+
+
+@dataclass(frozen=True)
+class Translated:
+    """A configuration in this package's words."""
+
+    words: tuple[str, ...]
+    """``key=value``"""
+    notes: tuple[str, ...]
+    """Keys that make no difference here, and why."""
+
+
+def translate_keys(content: Mapping[str, Any], sections: Sequence[str], rules: Mapping[str, Rule]) -> Translated:
+    """Return a configuration of another program's, of this package's, or of both, as words.
+
+    Args:
+        content: as YAML has it; nested below the sections, or dotted keys.
+        sections: first parts of the other program's keys.
+        rules: of its keys.
+
+    Raises:
+        ConfigError: a key is unknown, or may not have its value; the reason is said.
+    """
+    words, notes = list[str](), list[str]()
+    for key, value in _flat(content):
+        if key.partition(".")[0] in sections:
+            rule = rules.get(key)
+            if rule is None:
+                import difflib
+
+                near = difflib.get_close_matches(key, rules, n=1)
+                hint = f"; did you mean '{near[0]}'?" if near else "."
+                raise ConfigError(f"The configuration has an unknown key '{key}'{hint}")
+        else:
+            rule = Sets.one(key)
+        if isinstance(rule, Sets):
+            words += [f"{name}={_text(item)}" for name, item in rule.options(value).items()]
+        elif isinstance(rule, Idle):
+            notes.append(f"{key}: {rule.reason}")
+        elif value not in rule.values:
+            raise ConfigError(f"{key}={value} is not taken: {rule.reason}.")
+    return Translated(tuple(words), tuple(notes))
+
+
+def read_word(word: str, sections: Sequence[str]) -> Mapping[str, Any]:
+    """Return a word of a command, such as ``train.lr=1e-5`` or ``batch=2``, as a configuration.
+
+    Raises:
+        ConfigError: it has no '=', or its value cannot be read.
+    """
+    import yaml
+
+    key, separator, text = word.partition("=")
+    if not separator:
+        raise ConfigError(f"Options are written key=value, got '{word}'.")
+    if key.partition(".")[0] not in sections:
+        return {key: text}
+    try:
+        return {key: yaml.safe_load(text)}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"The value of '{word}' cannot be read: {error}") from error
+
+
+def _flat(content: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for key, value in content.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            found += _flat(value, f"{name}.") if value else [(name, value)]
+        else:
+            found.append((name, value))
+    return found
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return ",".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)

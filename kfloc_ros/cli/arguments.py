@@ -16,16 +16,26 @@ from kfloc_ros.frames import SPLITS
 
 
 class OverridesParser(argparse.ArgumentParser):
-    """Argument parser that collects ``key=value`` words, at any position, as ``overrides``."""
+    """Argument parser that collects ``key=value`` words, at any position, as ``overrides``, and takes options with
+    underscores (``--from_poses``), as the originals have them, for those with hyphens.
+    """
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse like argparse, without the ``key=value`` words: argparse requires all positionals in one place."""
         words = list(sys.argv[1:] if args is None else args)
         overrides = [word for word in words if re.match(r"[A-Za-z_][\w.]*=", word)]
-        rest = [word for word in words if word not in overrides]
+        rest = [self._hyphened(word) for word in words if word not in overrides]
         found, unknown = super().parse_known_args(rest, namespace)
         found.overrides = overrides
         return found, unknown
+
+    def _hyphened(self, word: str) -> str:
+        """Return an option as this parser has it."""
+        name, separator, value = word.partition("=")
+        known = self._option_string_actions
+        if not name.startswith("--") or name in known or name.replace("_", "-") not in known:
+            return word
+        return name.replace("_", "-") + separator + value
 
 
 def add_source_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from kfloc_ros.types import Matrix
 
 NAMES = ("7scenes", "cambridge", "aachen", "cmu", "robotcar")
+EXPERIMENT_FILES = ("pixloc_best.safetensors", "pixloc.safetensors", "checkpoint_best.tar")
+"""Weights in the folder of a training, of this package or the original, the first preferred."""
 PATHS = {
     "reference_sfm": "COLMAP model of the references",
     "query_list": "queries with intrinsics: name MODEL w h params",
@@ -40,14 +42,20 @@ run_Aachen, run_CMU and run_RobotCar; `localize` localizes a single image; `prep
 RUN_DESCRIPTION = """\
 Localize the queries of a benchmark with a trained PixLoc model. Prints the original's metrics (7-Scenes and Cambridge)
 or writes the file to submit (the others). Options have the original's names and defaults, and are changed with
-key=value: refinement.num_dbs=3 optimizer.num_iters=50 features.preprocessing.resize=640.
+key=value (refinement.num_dbs=3 optimizer.num_iters=50 features.preprocessing.resize=640) or in a YAML file (--conf).
+Every key of the original's is taken or refused with the reason.
+
+Weights: --weights FILE, or experiment=NAME for outputs/training/NAME, where `kfloc train` and the original put them
+(pixloc_best.safetensors, pixloc.safetensors, checkpoint_best.tar); default: the data set's published experiment.
+Folders: datasets/NAME, outputs/hloc/NAME and outputs/results in the working directory, as in the original.
 """
 
 RUN_EPILOG = """\
 examples:
   kfloc pixloc run 7scenes --weights W.safetensors --dataset 7Scenes --dumps hloc/7Scenes --scenes heads stairs
   kfloc pixloc run aachen --weights W.safetensors --dataset Aachen --from-poses --hloc-logs aachen_logs.pkl --skip 10
-  kfloc pixloc run cmu --weights W.safetensors --dataset CMU --scenes 2-6 refinement.num_dbs=3
+  kfloc pixloc run cmu experiment=pixloc_cmu_mine --slices 2-6 refinement.num_dbs=3
+  kfloc pixloc run cmu --conf config/run/cmu.yaml
 
 Layouts of the data sets: docs/reference/pixloc.md.
 """
@@ -75,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
 def _add_run(actions: Any) -> None:
     """Add the ``run`` action."""
     from kfloc_ros.config import options_of
+    from kfloc_ros.pixloc.hloc.layouts import RESULTS
     from kfloc_ros.pixloc.hloc.options import RunOptions
 
     options = "\n".join(f"  {o.name}={o.default}  {o.text}" for o in options_of(RunOptions))
@@ -85,12 +94,20 @@ def _add_run(actions: Any) -> None:
         epilog=f"{RUN_EPILOG}\noptions as key=value (defaults of 7scenes from retrieval):\n{options}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("data_set", choices=NAMES, metavar="DATASET", help=", ".join(NAMES))
-    parser.add_argument("--weights", type=Path, required=True, metavar="FILE", help="model written by `kfloc convert`")
-    parser.add_argument("--dataset", type=Path, required=True, metavar="DIR", help="images and ground truth")
-    parser.add_argument("--dumps", type=Path, metavar="DIR", help="models, lists and pairs (default: --dataset)")
+    parser.add_argument("data_set", type=str.lower, choices=NAMES, metavar="DATASET", help=", ".join(NAMES))
     parser.add_argument(
-        "--eval-dir", type=Path, default=Path(), metavar="DIR", help="folder of the results (default: .)"
+        "--weights",
+        type=Path,
+        metavar="FILE",
+        help="model of `kfloc convert` or `kfloc train`, or a checkpoint_best.tar",
+    )
+    parser.add_argument("--conf", type=Path, metavar="FILE", help="YAML with options; key=value words override it")
+    parser.add_argument("--dataset", type=Path, metavar="DIR", help="images and ground truth (default: datasets/NAME)")
+    parser.add_argument(
+        "--dumps", type=Path, metavar="DIR", help="models, lists, pairs (default: outputs/hloc/NAME, else --dataset)"
+    )
+    parser.add_argument(
+        "--eval-dir", type=Path, default=RESULTS, metavar="DIR", help="folder of the results (default: outputs/results)"
     )
     parser.add_argument(
         "--scenes", "--slices", "--conditions", dest="parts", nargs="+", metavar="NAME",
@@ -108,26 +125,33 @@ def _add_run(actions: Any) -> None:
         paths.add_argument(f"--{name.replace('_', '-')}", type=Path, metavar="PATH", help=text)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="device of the network")
     parser.add_argument("--quiet", action="store_true", help="no progress")
+    parser.add_argument("--verbose", action="store_true", help="print a line for every query")
     parser.set_defaults(run_action=run_benchmark)
 
 
 def run_benchmark(args: argparse.Namespace) -> int:
     """Run ``kfloc pixloc run`` on all selected parts; return 1 if no query was localized."""
+    from kfloc_ros.cli.train_run import read_conf
     from kfloc_ros.errors import ConfigError
-    from kfloc_ros.pixloc.hloc.layouts import DATA_SETS, choose_parts, paths_of
-    from kfloc_ros.pixloc.hloc.options import run_options
+    from kfloc_ros.pixloc.hloc.layouts import DATA_SETS, DATASETS, DUMPS, ORIGINAL_NAMES, choose_parts, paths_of
+    from kfloc_ros.pixloc.hloc.options import run_options, translate
 
     if args.skip < 1:
         raise ConfigError(f"--skip takes 1 or more, got {args.skip}.")
     data_set = DATA_SETS[args.data_set]
+    conf = read_conf(args.conf)
+    args.weights = _weights(args, conf)
     options = run_options(
-        args.data_set, from_poses=args.from_poses, words=args.overrides, inlier_ranking=args.inlier_ranking
+        args.data_set, from_poses=args.from_poses, words=args.overrides, inlier_ranking=args.inlier_ranking, conf=conf
     )
+    for note in translate(conf, args.overrides).notes:
+        print(f"no effect here: {note}")
+    usual = ORIGINAL_NAMES[args.data_set]
+    args.dataset = args.dataset or DATASETS / usual
+    args.dumps = args.dumps or (DUMPS / usual if (DUMPS / usual).is_dir() else args.dataset)
     parts = choose_parts(data_set, args.parts)
     given = {name: getattr(args, name) for name in PATHS}
-    every = {
-        part: paths_of(data_set, part, args.dataset, args.dumps or args.dataset, args.eval_dir, given) for part in parts
-    }
+    every = {part: paths_of(data_set, part, args.dataset, args.dumps, args.eval_dir, given) for part in parts}
     if len({paths.results for paths in every.values()}) < len(parts):
         raise ConfigError(f"--results is one file for {len(parts)} parts; put {{{data_set.part_name}}} into its name.")
     localized = 0
@@ -197,6 +221,9 @@ def _run_part(
                 poses[result_name(result.name, keep_parent=data_set.keep_parent)] = result.T_map_camera
             entries[result.name] = log_entry(result, scene)
             success += result.success
+            if args.verbose:
+                entry = entries[result.name]
+                print(f"{result.name}: {entry['reason'] or 'aligned'}, score {entry.get('score', 0.0):.2f}", flush=True)
             progress.update()
     finally:
         progress.close()
@@ -221,9 +248,37 @@ def _common_reasons(entries: Mapping[str, Any]) -> list[tuple[str, int]]:
 
 def _model(args: argparse.Namespace) -> tuple[PixLocModel, torch.device]:
     from kfloc_ros.device import choose_device
-    from kfloc_ros.pixloc.reference.model import load_model
+    from kfloc_ros.pixloc.reference.checkpoint import load_weights
 
-    return load_model(args.weights), choose_device(args.device)
+    return load_weights(args.weights), choose_device(args.device)
+
+
+def _weights(args: argparse.Namespace, conf: dict[str, Any]) -> Path | None:
+    """Return the file of --weights, or of ``experiment=NAME`` in the words or the configuration, and remove the key.
+
+    Raises:
+        ConfigError: both are given.
+        WeightsError: the experiment has no weights.
+    """
+    from kfloc_ros.cli.train_run import experiment_folder
+    from kfloc_ros.errors import ConfigError, WeightsError
+    from kfloc_ros.pixloc.hloc.options import PUBLISHED
+
+    names = [word.partition("=")[2] for word in args.overrides if word.startswith("experiment=")]
+    args.overrides = [word for word in args.overrides if not word.startswith("experiment=")]
+    in_file = conf.pop("experiment", None)
+    if args.weights is not None and names:
+        raise ConfigError("--weights and experiment=NAME both give weights; omit one of them.")
+    if args.weights is not None or args.eval_only:
+        return args.weights  # type: ignore[no-any-return]
+    name = str(names[-1] if names else in_file or PUBLISHED[args.data_set])
+    folder = experiment_folder(name)
+    for file in EXPERIMENT_FILES:
+        if (folder / file).is_file():
+            return folder / file
+    raise WeightsError(
+        f"There are no weights in '{folder}' ({', '.join(EXPERIMENT_FILES)}); give --weights FILE or experiment=NAME."
+    )
 
 
 def _existing(paths: Paths) -> dict[str, Matrix]:

@@ -166,7 +166,7 @@ def _in_model(args: argparse.Namespace, image: NDArray[np.uint8]) -> _Answer:
     from kfloc_ros.errors import ConfigError
     from kfloc_ros.pixloc.hloc.options import run_options
     from kfloc_ros.pixloc.hloc.run import gather_views, localize_picture, view_settings
-    from kfloc_ros.pixloc.reference.model import load_model
+    from kfloc_ros.pixloc.reference.checkpoint import load_weights
     from kfloc_ros.pixloc.reference.refiner import ReferenceRefiner
     from kfloc_ros.pixloc.reference.views import read_scene
     from kfloc_ros.visualization.alignment import draw_moved_points
@@ -176,7 +176,7 @@ def _in_model(args: argparse.Namespace, image: NDArray[np.uint8]) -> _Answer:
     if args.tries < 1:
         raise ConfigError(f"--tries takes 1 or more, got {args.tries}.")
     options = run_options("7scenes", from_poses=False, words=args.overrides)
-    model, scene = load_model(args.weights).to(choose_device(args.device)), read_scene(Path(args.map))
+    model, scene = load_weights(args.weights).to(choose_device(args.device)), read_scene(Path(args.map))
     camera = _camera(args, image, scene.images[0].camera)
     store = gather_views(model, scene, range(len(scene.images)), args.images, view_settings(options), cache=args.cache)
     refiner = ReferenceRefiner(model, scene, store, options.settings())

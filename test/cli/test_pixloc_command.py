@@ -16,6 +16,7 @@ import numpy as np
 import pycolmap
 import pytest
 import torch
+import yaml
 
 from kfloc_ros.cli.main import main
 from kfloc_ros.geometry.camera import Camera
@@ -173,7 +174,7 @@ def test_7scenes_from_retrieval(tmp_path: Path, weights: Path, capsys: pytest.Ca
     assert "2 of 2 queries aligned" in said and "1cm, 1deg : 100.00%" in said and "Median errors: 0.00" in said
     log = log_of(results)
     assert log["localization"]["seq/q.jpg"]["references"] == ["ref/a.jpg", "ref/c.jpg"]
-    assert log["configuration"]["multiscale"] == "[2,1]"
+    assert log["configuration"]["multiscale"] == "2,1"
     assert (tmp_path / "cache-heads.safetensors").is_file()
 
     first = results.read_text()
@@ -188,13 +189,38 @@ def test_cambridge_from_poses(tmp_path: Path, weights: Path) -> None:
     tree = Tree(tmp_path, "cambridge", "ShopFacade")
     tree.write_queries()
     tree.write_log()
-    assert tree.run(weights, "--scenes", "ShopFacade", "--from-poses") == 0
+    assert tree.run(weights, "--scenes", "ShopFacade", "--from_poses") == 0
     results = tmp_path / "out" / "pixloc_Cambridge_ShopFacade.txt"
     tree.check(results, ["seq/p.jpg", "seq/q.jpg"])
     entry = log_of(results)["localization"]["seq/p.jpg"]
     assert sorted(entry["references"]) == ["ref/a.jpg", "ref/b.jpg"]  # c has no inliers
     assert entry["points"] < len(POINTS)  # one residual a point, of those that have three observations
     assert entry["moved_m"] > 0.01
+
+
+def test_an_experiment_in_the_originals_folders(
+    tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Weights by the training's name, data, dumps and results where the original has them, options in a file."""
+    monkeypatch.chdir(tmp_path)
+    tree = Tree(tmp_path / "datasets" / "7Scenes", "7scenes", "heads")
+    tree.write_queries()
+    assert main(["pixloc", "run", "7Scenes", "--scenes", "heads", "--quiet"]) == 2
+    assert "no weights in 'outputs/training/pixloc_megadepth'" in capsys.readouterr().err
+    folder = tmp_path / "outputs" / "training" / "mine"
+    folder.mkdir(parents=True)
+    (folder / "pixloc_best.safetensors").write_bytes(weights.read_bytes())
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({
+        "experiment": "mine", "features": {"preprocessing": {"resize": 160}}, "refinement": {"multiscale": [1]},
+        "optimizer": {"lambda_": 0.0},
+    }))  # fmt: skip
+    words = ["--conf", "run.yaml", "--scenes", "heads", "--device", "cpu", "--quiet", "--verbose", *QUICK]
+    assert main(["pixloc", "run", "7Scenes", *words]) == 0
+    said = capsys.readouterr().out
+    assert "no effect here: optimizer.lambda_" in said and "seq/p.jpg: aligned, score 0." in said
+    tree.check(tmp_path / "outputs" / "results" / "pixloc_7scenes_heads.txt", ["seq/p.jpg", "seq/q.jpg"])
+    assert main(["pixloc", "run", "7Scenes", "--weights", str(weights), *words, "experiment=mine"]) == 2
+    assert "omit one" in capsys.readouterr().err
 
 
 def test_aachen_starts_at_a_mean_of_poses(tmp_path: Path, weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -220,8 +246,8 @@ def test_cmu_makes_its_queries_and_one_file_to_submit(
         listed = tmp_path / f"slice{part}" / f"test-images-slice{part}.txt"
         listed.write_text("".join(f"{name}\n" for name in tree.truth))
     (tmp_path / "intrinsics.txt").write_text(f"# camera model\nc0 {INTRINSICS}\nc1 {INTRINSICS}\n")
-    words = ["cmu", "--weights", str(weights), "--dataset", str(tmp_path), "--eval-dir", str(tmp_path), "--quiet"]
-    assert main(["pixloc", "run", *words, "--scenes", "2-3", "--device", "cpu", *QUICK]) == 0
+    words = ["cmu", "--weights", str(weights), "--dataset", str(tmp_path), "--eval_dir", str(tmp_path), "--quiet"]
+    assert main(["pixloc", "run", *words, "--slices", "[2, 3]", "--device", "cpu", *QUICK]) == 0
     together = tmp_path / "pixloc_CMU_slice2-3.txt"
     assert str(together) in capsys.readouterr().out
     assert [line.split()[0] for line in together.read_text().splitlines()] == ["img_1_c0_p.jpg", "img_1_c0_q.jpg"] * 2
@@ -233,7 +259,7 @@ def test_robotcar_with_inlier_ranking(tmp_path: Path, weights: Path) -> None:
     for side in ("left", "right", "rear"):
         (tmp_path / "intrinsics" / f"{side}_intrinsics.txt").write_text("fx 113.0\nfy 113.0\ncx 80\ncy 64\n")
     tree.write_log()
-    words = ["--conditions", "dusk", "--inlier-ranking", "do_inlier_ranking=true"]
+    words = ["--conditions", "dusk", "--inlier_ranking"]
     assert tree.run(weights, *words) == 0  # but RobotCar's images are 1024 x 1024, and these are not
     log = log_of(tmp_path / "out" / "pixloc_RobotCar_dusk.txt")["localization"]
     assert all("its camera is 1024x1024" in entry["reason"] for entry in log.values())
@@ -248,7 +274,7 @@ def test_robotcar_with_inlier_ranking(tmp_path: Path, weights: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["refinement.num_db=3"], "Did you mean 'num_dbs'"),
+        (["refinement.num_db=3"], "did you mean 'refinement.num_dbs'"),
         (["multiscale=four"], "numbers such as"),
         (["--scenes", "kitchen"], "it has: chess"),
         (["--skip", "0"], "--skip takes 1"),

@@ -138,6 +138,11 @@ DATA_SETS: Mapping[str, DataSet] = {
     ),
 }
 
+ORIGINAL_NAMES = dict(zip(DATA_SETS, ("7Scenes", "Cambridge", "Aachen", "CMU", "RobotCar"), strict=True))
+"""Names of the data sets' folders in the original's ``datasets/`` and ``outputs/hloc/``."""
+DATASETS, DUMPS, RESULTS = Path("datasets"), Path("outputs/hloc"), Path("outputs/results")
+"""Folders of the original, in the working directory."""
+
 _IN_DATA_SET = ("query_images", "reference_images", "ground_truth", "truth_list")
 _RESULTS = ("results",)
 
@@ -176,7 +181,7 @@ def paths_of(
 
 
 def choose_parts(data_set: DataSet, words: Sequence[str] | None) -> tuple[str, ...]:
-    """Return the parts that a user named; slices may be given as 2-6.
+    """Return the parts that a user named; slices may be given as 2-6, lists also as [2, 3].
 
     Raises:
         SourceError: there is no such part.
@@ -184,7 +189,7 @@ def choose_parts(data_set: DataSet, words: Sequence[str] | None) -> tuple[str, .
     if not words:
         return data_set.parts
     chosen: list[str] = []
-    for word in words:
+    for word in re.findall(r"[^\s,\[\]]+", " ".join(words)):
         interval = re.fullmatch(r"(\d+)-(\d+)", word)
         if interval and data_set.part_name == "slice":
             chosen += [str(n) for n in range(int(interval[1]), int(interval[2]) + 1)]

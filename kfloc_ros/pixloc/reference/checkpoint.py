@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from kfloc_ros.errors import ConfigError, WeightsError
-from kfloc_ros.pixloc.reference.model import PixLocConfig, PixLocModel
+from kfloc_ros.pixloc.reference.model import PixLocConfig, PixLocModel, load_model
 from kfloc_ros.pixloc.reference.unet import ENCODERS, UNetConfig
 
 DEPRECATED = frozenset({
@@ -80,6 +80,15 @@ def read_checkpoint(path: Path) -> Checkpoint:
     _fill(model, state, path)
     epoch = content.get("epoch")
     return Checkpoint(model.eval(), epoch if isinstance(epoch, int) else None, unknown)
+
+
+def load_weights(path: Path) -> PixLocModel:
+    """Read a converted model (``.safetensors``) or an original checkpoint (``.tar``), in evaluation mode.
+
+    Raises:
+        WeightsError: see :func:`load_model` and :func:`read_checkpoint`.
+    """
+    return read_checkpoint(path).model if path.suffix == ".tar" else load_model(path)
 
 
 def _load(path: Path) -> Any:

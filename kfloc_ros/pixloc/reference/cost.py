@@ -6,10 +6,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from kfloc_ros.geometry.camera_tensor import CameraTensor
+from kfloc_ros.geometry.covariance import map_frame_covariance
+from kfloc_ros.geometry.lie import Matrix
 from kfloc_ros.geometry.tensors import Pose
 from kfloc_ros.pixloc.reference.losses import RobustLoss
 
@@ -182,3 +185,59 @@ class FeatureCost:
         parts = (J.mT @ (weight[..., None] * slope)[..., None])[..., 0]
         norms = (J * SJ).sum(-2).clamp(min=0).sqrt() if column_norms else None
         return NormalEquations(H, parts.sum(-2), parts.mT @ parts, loss.value(squared), confidence, valid, norms)
+
+
+UNRELATED = 2.0
+"""Squared distance of two unrelated unit features."""
+WELL_CONDITIONED = 1e-3
+"""Smallest eigenvalue of the scaled system from which every direction counts as constrained."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """Success score: three figures in [0, 1], and their product."""
+
+    valid_ratio: float
+    """Share of the reference points that are in view."""
+    likeness: float
+    """1 for equal features, 0 for features as different as unrelated ones."""
+    conditioning: float
+    """1 if the image constrains every direction, 0 if one is free."""
+
+    @property
+    def value(self) -> float:
+        """Product of the three figures."""
+        return self.valid_ratio * self.likeness * self.conditioning
+
+
+def score_of(at: NormalEquations, loss: RobustLoss, point_count: int) -> Score:
+    """Return the score of the first element at its final pose; likeness assumes unit features."""
+    cost = float(at.mean_cost[0])
+    worst = float(loss.value(torch.tensor(UNRELATED, dtype=torch.float64)))
+    likeness = 1 - cost / worst if np.isfinite(cost) else 0.0
+    H = at.H[0].cpu().numpy()
+    diagonal = np.sqrt(np.maximum(np.diag(H), 0))
+    conditioning = 0.0
+    if np.isfinite(H).all() and (diagonal > 0).all():
+        smallest = float(np.linalg.eigvalsh(H / np.outer(diagonal, diagonal))[0])
+        conditioning = min(max(smallest / WELL_CONDITIONED, 0.0), 1.0)
+    return Score(int(at.valid_count[0]) / max(point_count, 1), min(max(likeness, 0.0), 1.0), conditioning)
+
+
+def pose_covariance(at: NormalEquations, T_camera_map: Pose) -> Matrix | None:
+    """Return the (6, 6) covariance of T_map_camera, in the order of ``PoseWithCovariance``, of the first element.
+
+    It is the sandwich of an M-estimator, H^-1 (sum g_n g_n^T) H^-1, with each point's own part g_n of the gradient. It
+    needs no residual variance, and the channels of one point may share errors. Points are assumed independent.
+
+    Returns:
+        The covariance; None if the image does not constrain the pose in every direction.
+    """
+    H, scatter = at.H[0].cpu().numpy(), at.scatter[0].cpu().numpy()
+    if not (np.isfinite(H).all() and np.isfinite(scatter).all()):
+        return None
+    try:
+        information = H @ np.linalg.solve(scatter, H)
+    except np.linalg.LinAlgError:
+        return None
+    return map_frame_covariance(np.asarray(information), T_camera_map.matrix_numpy()[0])

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -14,10 +14,9 @@ from numpy.typing import NDArray
 from kfloc_ros.errors import ConfigError, MapError
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.camera_tensor import CameraTensor
-from kfloc_ros.geometry.covariance import map_frame_covariance
 from kfloc_ros.geometry.lie import Matrix, inverse_pose
 from kfloc_ros.geometry.tensors import Pose
-from kfloc_ros.pixloc.reference.cost import FeatureCost, FeatureMap, NormalEquations
+from kfloc_ros.pixloc.reference.cost import FeatureCost, FeatureMap, NormalEquations, Score, pose_covariance, score_of
 from kfloc_ros.pixloc.reference.losses import RobustLoss
 from kfloc_ros.pixloc.reference.model import PixLocModel
 from kfloc_ros.pixloc.reference.solver import Method, SolverSettings, from_recentred, minimize, recentre
@@ -53,12 +52,25 @@ class ReferenceRefinerSettings:
     """Reproduce the original's numbers where this implementation improves on them."""
     min_score: float = 0.0
     """Smallest accepted success score."""
+    loss: str = ""
+    """Robust loss; empty: the model's."""
+    jacobi_scaling: bool | None = None
+    """None: as the model was trained."""
+    normalize_features: bool | None = None
+    """Features of unit length; None: as the model was trained."""
+    use_confidences: bool = True
+    """Weigh residuals by the network's confidences."""
+    stop_step_m: float = 5e-3
+    stop_step_deg: float = 0.05
+    stop_gradient: float = 1e-4
 
     def __post_init__(self) -> None:
         if min(self.num_dbs, self.num_iters, self.min_track_length, self.min_points_opt) < 1 or self.pad < 1:
             raise ConfigError("num_dbs, num_iters, pad, min_track_length and min_points_opt must be 1 or more.")
         if not self.multiscale or min(self.multiscale) < 1 or (self.layer_indices and min(self.layer_indices) < 0):
             raise ConfigError("multiscale takes factors of 1 or more, and layer_indices levels from 0 on.")
+        if self.loss:
+            RobustLoss.parse(self.loss)
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,11 +138,15 @@ class ReferenceRefiner:
         self.solver = SolverSettings(
             method=settings.method,
             num_iters=settings.num_iters,
-            loss=RobustLoss.parse(model.config.loss),
-            jacobi_scaling=model.config.jacobi_scaling,
+            loss=RobustLoss.parse(settings.loss or model.config.loss),
+            jacobi_scaling=_or(settings.jacobi_scaling, model.config.jacobi_scaling),
             stop_period=settings.stop_period,
+            stop_step_m=settings.stop_step_m,
+            stop_step_deg=settings.stop_step_deg,
+            stop_gradient=settings.stop_gradient,
             legacy=settings.legacy,
         )
+        self.normalizes = _or(settings.normalize_features, model.config.normalize_features)
         self._points = torch.from_numpy(scene.points).to(self.device)
         self._long_tracks = torch.from_numpy(scene.track_lengths >= settings.min_track_length).to(self.device)
 
@@ -166,6 +182,8 @@ class ReferenceRefiner:
                 return run.failed(f"only {count} points of the {len(chosen)} reference images can be used", count)
             prepared = self.store.settings.size.prepare(image, scale)
             pyramid: FeaturePyramid = self.model.extractor(prepared.pixels.to(self.device))
+            if not self.settings.use_confidences:
+                pyramid = replace(pyramid, confidences=tuple(map(torch.ones_like, pyramid.confidences)))
             scaled = CameraTensor.from_camera(camera).scale(prepared.scale).to(self.device)[None]
             if reason := run.align(pyramid, scaled, references):
                 return run.failed(reason, count)
@@ -189,7 +207,8 @@ class ReferenceRefiner:
             dim = self.model.config.extractor.output_dim[level]
             none = torch.zeros(0, dim, device=self.device)
             features.append(torch.cat([none, *(view.features[level][keep].float() for view, keep in kept)]))
-            confidences.append(torch.cat([none[:, 0], *(view.confidences[level][keep].float() for view, keep in kept)]))
+            confidence = torch.cat([none[:, 0], *(view.confidences[level][keep].float() for view, keep in kept)])
+            confidences.append(confidence if self.settings.use_confidences else torch.ones_like(confidence))
         if not self.settings.average_observations:
             return _References(self._points[rows], tuple(features), tuple(confidences))
         unique, group = torch.unique(rows, return_inverse=True)
@@ -201,6 +220,10 @@ class ReferenceRefiner:
         listed = torch.zeros_like(self._long_tracks)
         listed[torch.from_numpy(rows).to(self.device)] = True
         return listed
+
+
+def _or(given: bool | None, trained: bool) -> bool:
+    return trained if given is None else given
 
 
 _NO_ROWS: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
@@ -236,7 +259,7 @@ class _Query:
         self.point_count = len(references.points)
         for level in sorted(self.refiner.levels, reverse=True):
             query, features = pyramid.features[level], references.features[level]
-            if model.config.normalize_features:
+            if self.refiner.normalizes:
                 query, features = F.normalize(query, dim=1), F.normalize(features, dim=-1)
             cost = FeatureCost(
                 query=FeatureMap.with_confidence(query, pyramid.confidences[level]),
@@ -275,59 +298,3 @@ class _Query:
             not reason, reason, T_map_camera, self.start, covariance, score, tuple(self.iterations),
             self.point_count, self.views,
         )  # fmt: skip
-
-
-UNRELATED = 2.0
-"""Squared distance of two unrelated unit features."""
-WELL_CONDITIONED = 1e-3
-"""Smallest eigenvalue of the scaled system from which every direction counts as constrained."""
-
-
-@dataclass(frozen=True)
-class Score:
-    """Success score: three figures in [0, 1], and their product."""
-
-    valid_ratio: float
-    """Share of the reference points that are in view."""
-    likeness: float
-    """1 for equal features, 0 for features as different as unrelated ones."""
-    conditioning: float
-    """1 if the image constrains every direction, 0 if one is free."""
-
-    @property
-    def value(self) -> float:
-        """Product of the three figures."""
-        return self.valid_ratio * self.likeness * self.conditioning
-
-
-def score_of(at: NormalEquations, loss: RobustLoss, point_count: int) -> Score:
-    """Return the score of the first element at its final pose; likeness assumes unit features."""
-    cost = float(at.mean_cost[0])
-    worst = float(loss.value(torch.tensor(UNRELATED, dtype=torch.float64)))
-    likeness = 1 - cost / worst if np.isfinite(cost) else 0.0
-    H = at.H[0].cpu().numpy()
-    diagonal = np.sqrt(np.maximum(np.diag(H), 0))
-    conditioning = 0.0
-    if np.isfinite(H).all() and (diagonal > 0).all():
-        smallest = float(np.linalg.eigvalsh(H / np.outer(diagonal, diagonal))[0])
-        conditioning = min(max(smallest / WELL_CONDITIONED, 0.0), 1.0)
-    return Score(int(at.valid_count[0]) / max(point_count, 1), min(max(likeness, 0.0), 1.0), conditioning)
-
-
-def pose_covariance(at: NormalEquations, T_camera_map: Pose) -> Matrix | None:
-    """Return the (6, 6) covariance of T_map_camera, in the order of ``PoseWithCovariance``, of the first element.
-
-    It is the sandwich of an M-estimator, H^-1 (sum g_n g_n^T) H^-1, with each point's own part g_n of the gradient. It
-    needs no residual variance, and the channels of one point may share errors. Points are assumed independent.
-
-    Returns:
-        The covariance; None if the image does not constrain the pose in every direction.
-    """
-    H, scatter = at.H[0].cpu().numpy(), at.scatter[0].cpu().numpy()
-    if not (np.isfinite(H).all() and np.isfinite(scatter).all()):
-        return None
-    try:
-        information = H @ np.linalg.solve(scatter, H)
-    except np.linalg.LinAlgError:
-        return None
-    return map_frame_covariance(np.asarray(information), T_camera_map.matrix_numpy()[0])

@@ -19,10 +19,10 @@ from kfloc_ros.geometry.camera_tensor import CameraTensor
 from kfloc_ros.geometry.covariance import map_frame_covariance, pose_tangent_error
 from kfloc_ros.geometry.lie import inverse_pose, make_pose, rotation_angle_deg, so3_exp
 from kfloc_ros.geometry.tensors import Pose
-from kfloc_ros.pixloc.reference.cost import FeatureCost, FeatureMap
+from kfloc_ros.pixloc.reference.cost import FeatureCost, FeatureMap, pose_covariance, score_of
 from kfloc_ros.pixloc.reference.losses import RobustLoss
 from kfloc_ros.pixloc.reference.model import PixLocModel
-from kfloc_ros.pixloc.reference.refiner import ReferenceRefiner, ReferenceRefinerSettings, pose_covariance, score_of
+from kfloc_ros.pixloc.reference.refiner import ReferenceRefiner, ReferenceRefinerSettings
 from kfloc_ros.pixloc.reference.solver import Method, SolverSettings, minimize
 from kfloc_ros.pixloc.reference.unet import ImageSize
 from kfloc_ros.pixloc.reference.views import ReferenceImage, ReferenceScene, ViewSettings, ViewStore, build_views
