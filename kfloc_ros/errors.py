@@ -36,3 +36,7 @@ class ReplayError(KflocError):
 
 class DrawingError(KflocError):
     """Error of a picture, video, recording or page that cannot be made: no content, a missing package, or no codec."""
+
+
+class DownloadError(KflocError):
+    """Error of a download: no answer, another size or content than listed, or an archive that must not be unpacked."""
