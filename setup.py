@@ -43,6 +43,7 @@ setup(
     # What the algorithm imports. ROS 2 is never asked of pip: it is sourced, or set-up brings it.
     install_requires=[
         "matplotlib>=3.6",
+        "numba>=0.57",
         "numpy>=1.24",
         "opencv-python-headless>=4.8",
         "poselib>=2.0.4",

@@ -109,7 +109,8 @@ def test_what_the_package_needs_besides_its_modules_is_installed_with_it(setup_t
     match = re.search(r"package_data=\{PACKAGE: (\[.*?\])\}", setup_text)
     assert match is not None
     packaged = {path for pattern in ast.literal_eval(match[1]) for path in PACKAGE.glob(pattern)}
-    others = {path for path in PACKAGE.rglob("*.*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    made = (".py", ".pyc", ".nbi", ".nbc")  # modules and what Python and Numba make of them
+    others = {path for path in PACKAGE.rglob("*.*") if path.is_file() and path.suffix not in made}
     assert PACKAGE / "kfnet" / "weights" / "oflownet_fast.safetensors" in others
     assert others <= packaged
 
@@ -124,7 +125,7 @@ def test_algorithm_names_no_ros_module() -> None:
 
 
 LAYERS = (
-    "errors config device files", "geometry", "types frames", "features", "messages", "bags", "pixloc",
+    "errors config device files compiled", "geometry", "types frames", "features", "messages", "bags", "pixloc",
     "pixloc/reference", "kfnet", "kfnet/reference", "relocalization", "maps", "localization", "simulation", "datasets",
     "evaluation", "mapping", "pixloc/hloc", "training", "visualization", "nodes", "replay", "cli",
 )  # fmt: skip

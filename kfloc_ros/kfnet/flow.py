@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from kfloc_ros import compiled
+
 SEARCH_RADIUS = 4
 """Search radius in cells of stride 16: displacements of up to 64 pixels between frames."""
 REFINE_RADIUS = 2
@@ -72,6 +74,8 @@ def window_offsets(device: torch.device | str = "cpu") -> torch.Tensor:
 def cost_window(current: torch.Tensor, previous: torch.Tensor) -> CostWindow:
     """Return the cost volume of L2-normalised features (C, h, w) of two frames at stride 8."""
     C, h, w = current.shape
+    if compiled.serves(current, previous):
+        return _compiled_cost_window(current, previous)
     base, at_edge = _search(current, previous)
     offsets = window_offsets(current.device)
     x = torch.arange(w, device=current.device)
@@ -87,6 +91,21 @@ def cost_window(current: torch.Tensor, previous: torch.Tensor) -> CostWindow:
         part = slice(first, first + CHUNK_CELLS)
         gathered = table.index_select(0, index[part].reshape(-1)).reshape(-1, WINDOW_CELLS, C)
         scores[part] = (gathered * query[part, None]).sum(-1)
+    return CostWindow(base, scores, inside, at_edge)
+
+
+def _compiled_cost_window(current: torch.Tensor, previous: torch.Tensor) -> CostWindow:
+    from kfloc_ros.kfnet import kernels
+
+    _, h, w = current.shape
+    # in the backbone's memory layout channels are contiguous already
+    now, before = (grid.permute(1, 2, 0).contiguous().numpy() for grid in (current, previous))
+    best_x, best_y = kernels.search(kernels.pooled(now), kernels.pooled(before), SEARCH_RADIUS)
+    dx, dy = torch.from_numpy(best_x), torch.from_numpy(best_y)
+    base, at_edge = _at_cells(dx, dy, h, w)
+    scores = torch.empty(h * w, WINDOW_CELLS)
+    inside = torch.empty(h * w, WINDOW_CELLS, dtype=torch.bool)
+    kernels.window_scores(now, before, base.numpy(), REFINE_RADIUS, scores.numpy(), inside.numpy())
     return CostWindow(base, scores, inside, at_edge)
 
 
@@ -135,6 +154,11 @@ def _search(current: torch.Tensor, previous: torch.Tensor) -> tuple[torch.Tensor
     scores = F.avg_pool2d(scores[None], 3, stride=1, padding=1, count_include_pad=False)[0]
     best = scores.argmax(dim=0)
     dx, dy = best % side - r, torch.div(best, side, rounding_mode="floor") - r
-    edge = (dx.abs() == r) | (dy.abs() == r)
-    base = (2 * torch.stack([dx, dy])).repeat_interleave(2, 1).repeat_interleave(2, 2)[:, :h, :w]
+    return _at_cells(dx, dy, h, w)
+
+
+def _at_cells(dx: torch.Tensor, dy: torch.Tensor, h: int, w: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return displacements at stride 16 as (2, h, w) in stride-8 cells, and (h, w) bool, at the edge of the search."""
+    edge = (dx.abs() == SEARCH_RADIUS) | (dy.abs() == SEARCH_RADIUS)
+    base = (2 * torch.stack([dx, dy])).repeat_interleave(2, 1).repeat_interleave(2, 2)[:, :h, :w].contiguous()
     return base, edge.repeat_interleave(2, 0).repeat_interleave(2, 1)[:h, :w]

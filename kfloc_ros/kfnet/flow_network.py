@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from kfloc_ros import compiled
 from kfloc_ros.errors import WeightsError
 from kfloc_ros.kfnet.filter import FlowFunction
 from kfloc_ros.kfnet.flow import WINDOW_CELLS, CostWindow, Flow, backward_flow, cost_window, ends_inside, window_offsets
@@ -116,11 +117,32 @@ class FlowNetwork(nn.Module):
             offset.transpose(1, 2).reshape(B, 2, h, w), log_scale.reshape(B, h, w), out[..., n + 3].reshape(B, h, w)
         )
 
+    def _read(self, window: CostWindow) -> FlowReading:
+        """Return what :meth:`forward` returns of one window, by compiled loops around the layers."""
+        from kfloc_ros.kfnet import kernels
+
+        (h, w), n = window.grid, NEIGHBOURS * NEIGHBOURS
+        inputs, relative = torch.empty(h * w, 2 * WINDOW_CELLS + 2), torch.empty(h * w, WINDOW_CELLS)
+        kernels.cell_inputs(window.scores.numpy(), window.inside.numpy(), inputs.numpy(), relative.numpy())
+        out = self.cell_out(self.cell(inputs))
+        logits = torch.add(out[:, :WINDOW_CELLS], relative, alpha=math.exp(-float(self.log_temperature)))
+        probability = logits.masked_fill_(~window.inside, -1e4).softmax(dim=1)
+        flow = (probability @ window_offsets().float()).reshape(h, w, 2) + window.base.permute(1, 2, 0)
+        state = out[:, WINDOW_CELLS:].reshape(h, w, _STATES).contiguous()
+        around = torch.empty(h * w, n * (2 + _STATES))
+        kernels.neighbour_inputs(flow.numpy(), state.numpy(), NEIGHBOURS, MAX_FLOW_DIFFERENCE, around.numpy())
+        out = self.join_out(self.join(around))
+        offset = torch.empty(1, 2, h, w)
+        weights, correction = out[:, :n].softmax(dim=1), out[:, n : n + 2].contiguous()
+        kernels.neighbour_mean(flow.numpy(), weights.numpy(), correction.numpy(), NEIGHBOURS, offset[0].numpy())
+        log_scale = out[:, n + 2].clamp(math.log(MIN_SCALE), math.log(MAX_SCALE))
+        return FlowReading(offset, log_scale.reshape(1, h, w), out[:, n + 3].reshape(1, h, w))
+
     @torch.inference_mode()
     def flow(self, current: torch.Tensor, previous: torch.Tensor) -> Flow:
         """Return the flow from L2-normalised backbone features (C, h, w) of two frames."""
         window = cost_window(current, previous)
-        read = self([window])
+        read = self._read(window) if compiled.serves(window.scores) else self([window])
         offset = read.offset[0]
         valid = (read.visible[0] > 0) & ends_inside(offset) & ~window.at_edge
         return Flow(offset, laplace_variance(read.log_scale[0]), valid, window.at_edge)

@@ -9,6 +9,7 @@ from enum import Enum
 import torch
 import torch.nn.functional as F
 
+from kfloc_ros import compiled
 from kfloc_ros.kfnet import kalman
 from kfloc_ros.kfnet.flow import Flow
 from kfloc_ros.types import FilterReport, SceneCoordinates
@@ -155,10 +156,49 @@ def warp(
         process_floor_m2: added to the process variance.
         blend_sigma: interpolate standard deviations instead of variances.
     """
+    uncertainty = belief.variance.sqrt() if blend_sigma else belief.variance
+    along = _along_flow if compiled.serves(belief.mean, belief.variance, flow.offset) else _along_flow_in_torch
+    mean, carried, spread, whole = along(belief, uncertainty, flow.offset)
+    process = flow.process_variance_m2
+    if process is None:
+        process = flow.variance * _metres_per_cell_squared(mean) + spread
+    process = process_scale * process + process_floor_m2
+    return Prior(
+        mean=mean,
+        variance=kalman.predict(carried.square() if blend_sigma else carried, process),
+        valid=flow.valid & whole,
+        process_variance=process,
+    )
+
+
+def _along_flow(
+    belief: SceneCoordinates, uncertainty: torch.Tensor, offset: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return what :func:`_along_flow_in_torch` does, by a compiled loop."""
+    from kfloc_ros.kfnet import kernels
+
+    _, h, w = belief.mean.shape
+    mean, carried, spread = torch.empty(3, h, w), torch.empty(h, w), torch.empty(h, w)
+    whole = torch.empty(h, w, dtype=torch.bool)
+    before, its_uncertainty, valid = (t.contiguous().numpy() for t in (belief.mean, uncertainty, belief.valid))
+    to = offset.contiguous().numpy()
+    kernels.warp(before, its_uncertainty, valid, to, mean.numpy(), carried.numpy(), spread.numpy(), whole.numpy())
+    return mean, carried, spread, whole
+
+
+def _along_flow_in_torch(
+    belief: SceneCoordinates, uncertainty: torch.Tensor, offset: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return a belief interpolated along a flow (2, h, w).
+
+    Returns:
+        Mean (3, h, w), uncertainty (h, w), variance per axis of the four interpolated means (h, w), and (h, w) bool,
+            every interpolated cell is valid.
+    """
     _, h, w = belief.mean.shape
     device = belief.mean.device
-    u = torch.arange(w, device=device) + flow.offset[0]
-    v = torch.arange(h, device=device)[:, None] + flow.offset[1]
+    u = torch.arange(w, device=device) + offset[0]
+    v = torch.arange(h, device=device)[:, None] + offset[1]
     u, v = u.clamp(0, w - 1).reshape(-1), v.clamp(0, h - 1).reshape(-1)
     u0, v0 = u.floor().clamp(max=w - 2), v.floor().clamp(max=h - 2)
     a, b = u - u0, v - v0
@@ -166,23 +206,12 @@ def warp(
     corners = torch.stack([base, base + 1, base + w, base + w + 1], dim=1)
     weights = torch.stack([(1 - a) * (1 - b), a * (1 - b), (1 - a) * b, a * b], dim=1)
     centre = belief.mean.mean(dim=(1, 2), keepdim=True)  # keeps the squares below small in float32
-    uncertainty = belief.variance.sqrt() if blend_sigma else belief.variance
     table = torch.cat([belief.mean - centre, uncertainty[None], belief.valid[None].to(belief.mean.dtype)])
     cells = table.reshape(5, -1).t()[corners]  # (h w, 4, 5)
     blended = (weights[..., None] * cells).sum(1)
     spread = (weights[..., None] * (cells[..., :3] - blended[:, None, :3]) ** 2).sum(dim=(1, 2)) / 3
-    mean = blended[:, :3].t().reshape(3, h, w)
-    process = flow.process_variance_m2
-    if process is None:
-        process = flow.variance * _metres_per_cell_squared(mean) + spread.reshape(h, w)
-    carried = blended[:, 3].square() if blend_sigma else blended[:, 3]
-    process = process_scale * process + process_floor_m2
-    return Prior(
-        mean=mean + centre,
-        variance=kalman.predict(carried.reshape(h, w), process),
-        valid=flow.valid & (blended[:, 4].reshape(h, w) > 0.999),
-        process_variance=process,
-    )
+    mean = blended[:, :3].t().reshape(3, h, w) + centre
+    return mean, blended[:, 3].reshape(h, w), spread.reshape(h, w), blended[:, 4].reshape(h, w) > 0.999
 
 
 def _metres_per_cell_squared(mean: torch.Tensor) -> torch.Tensor:

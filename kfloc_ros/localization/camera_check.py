@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from kfloc_ros.geometry.camera import Camera, ImageAdapter
 from kfloc_ros.geometry.covariance import pose_tangent_error
 from kfloc_ros.geometry.lie import Matrix, inverse_pose
-from kfloc_ros.pixloc.camera_fit import OFFSETS, CameraFit
+from kfloc_ros.pixloc.camera_fit import CameraFit
+from kfloc_ros.pixloc.cost import OFFSETS
 from kfloc_ros.pixloc.refiner import FittedCamera
 from kfloc_ros.types import Frame, PoseEstimate, TrackingState
 

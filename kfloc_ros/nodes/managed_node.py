@@ -260,11 +260,13 @@ def _answer(response: Any, success: bool, message: str) -> Any:
 def warm_up(scene_map: AnyMap, config: LocalizerConfig) -> None:
     """Run a frame of noise through a temporary localizer.
 
-    The first pass of a network selects and compiles its kernels, which takes several times as long as a frame. The
-    process keeps the kernels. The localizer is temporary, so that no state is carried over.
+    The first pass of a network selects its kernels, and the first call of a compiled loop compiles it or reads it from
+    the disk; both take several times as long as a frame. The process keeps them. The localizer is temporary, so that no
+    state is carried over.
     """
     camera = scene_map.camera
     image = np.random.default_rng(0).integers(0, 256, (camera.height, camera.width, 3), dtype=np.uint8)
     localizer = localizer_for(scene_map, config)
     for stamp_ns in (1, 2):  # the second frame has a prior, if the first one produced a belief
-        localizer.process(Frame(image=image, camera=camera, stamp_ns=stamp_ns))
+        views = localizer.references.T_map_camera[:1]  # a pose to align from, which noise does not give
+        localizer.process(Frame(image=image, camera=camera, stamp_ns=stamp_ns), list(views))

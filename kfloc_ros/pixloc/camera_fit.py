@@ -12,7 +12,6 @@ Gaussian prior on the offsets.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,15 +20,13 @@ from numpy.typing import NDArray
 
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import Matrix, make_pose, so3_exp
-from kfloc_ros.pixloc.cost import NEAR_M, FeatureImage, RobustLoss
+from kfloc_ros.pixloc.cost import OFFSETS, POSE, FeatureImage, RobustLoss, linearize
 
-OFFSETS = ("log focal length", "log aspect ratio", "principal point x", "principal point y", "k1")
 PRIOR_SIGMA = np.array([0.15, 0.1, 20.0, 20.0, 0.15])
 """Standard deviations of the prior; pixels of the map's camera for the principal point."""
 MAX_ITERATIONS = 12
 """Largest number of iterations per level."""
 MIN_POINTS = 60
-_POSE = 6
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,8 +89,8 @@ def fit_camera(
         damping = 1e-3
         for _ in range(MAX_ITERATIONS):
             step = _step(system, offsets, damping)
-            T_new = make_pose(so3_exp(step[3:_POSE]), step[:3]) @ T
-            new_offsets = offsets + step[_POSE:]
+            T_new = make_pose(so3_exp(step[3:POSE]), step[:3]) @ T
+            new_offsets = offsets + step[POSE:]
             new = _linearize(level, points, T_new, camera, new_offsets, loss)
             if new.cost < system.cost and 3 * new.valid_count >= 2 * system.valid_count:
                 gain = (system.cost - new.cost) / max(system.cost, 1e-12)
@@ -108,12 +105,12 @@ def fit_camera(
         return None
     H = system.H
     try:
-        information = H[_POSE:, _POSE:] - H[_POSE:, :_POSE] @ np.linalg.solve(H[:_POSE, :_POSE], H[:_POSE, _POSE:])
+        information = H[POSE:, POSE:] - H[POSE:, :POSE] @ np.linalg.solve(H[:POSE, :POSE], H[:POSE, POSE:])
     except np.linalg.LinAlgError:
         return None
     full = H.copy()
-    full[_POSE:, _POSE:] += np.diag(PRIOR_SIGMA**-2)
-    of_pose = full[:_POSE, :_POSE] - full[:_POSE, _POSE:] @ np.linalg.solve(full[_POSE:, _POSE:], full[_POSE:, :_POSE])
+    full[POSE:, POSE:] += np.diag(PRIOR_SIGMA**-2)
+    of_pose = full[:POSE, :POSE] - full[:POSE, POSE:] @ np.linalg.solve(full[POSE:, POSE:], full[POSE:, :POSE])
     return CameraFit(offsets, 0.5 * (information + information.T), T, of_pose, system.cost)
 
 
@@ -122,71 +119,19 @@ def _step(system: _System, offsets: NDArray[np.float64], damping: float) -> NDAr
     H, g = system.H.copy(), system.g.copy()
     H[np.diag_indices_from(H)] += damping * np.diag(system.H) + 1e-9
     precision = PRIOR_SIGMA**-2
-    H[_POSE:, _POSE:] += np.diag(precision)
-    g[_POSE:] += precision * offsets
+    H[POSE:, POSE:] += np.diag(precision)
+    g[POSE:] += precision * offsets
     return np.asarray(-np.linalg.solve(H, g))
 
 
 def _linearize(
     level: FitLevel,
     points: torch.Tensor,
-    T_camera_map: Matrix,
+    T: Matrix,
     camera: Camera,
     offsets: NDArray[np.float64],
     loss: RobustLoss,
 ) -> _System:
-    image, stride = level.image, level.image.stride
-    T = torch.from_numpy(T_camera_map).to(points)
-    P = points @ T[:3, :3].T + T[:3, 3]
-    z = P[:, 2].clamp(min=NEAR_M)
-    x, y = P[:, 0] / z, P[:, 1] / z
-    r2, k1 = x * x + y * y, float(offsets[4])
-    bend = 1.0 + k1 * r2
-    fx = camera.fx * math.exp(offsets[0]) / stride
-    fy = camera.fy * math.exp(offsets[0] + offsets[1]) / stride
-    u = fx * x * bend + (camera.cx + offsets[2] + 0.5) / stride - 0.5
-    v = fy * y * bend + (camera.cy + offsets[3] + 0.5) / stride - 0.5
-    rows, inside = image.sample(torch.stack([u, v], dim=1))
-    C = image.channels
-    residual = rows[:, :C] - level.features
-    du, dv = rows[:, C : 2 * C], rows[:, 2 * C : 3 * C]
-    squared = (residual * residual).sum(1)
-    valid = inside & (P[:, 2] > NEAR_M)
-    trust = level.confidence * rows[:, 3 * C] * valid
-    total, count = float(trust.sum()), int(valid.sum())
-    size = _POSE + len(OFFSETS)
-    if total <= 0.0:
-        return _System(math.inf, np.zeros((size, size)), np.zeros(size), 0)
-    cost = float((trust * loss.value(squared)).sum()) / total
-    weight = trust * loss.weight(squared) / total
-    tensor = torch.stack([(du * du).sum(1), (du * dv).sum(1), (du * dv).sum(1), (dv * dv).sum(1)], dim=1)
-    slope = torch.stack([(du * residual).sum(1), (dv * residual).sum(1)], dim=1)
-    J = _jacobian(x, y, z, r2, k1, fx, fy, stride)
-    WJ = (weight[:, None] * tensor).reshape(-1, 2, 2) @ J
-    scale = count / max(cost, 1e-9)  # to information, as for the pose alone
-    H = scale * (J.reshape(-1, size).T @ WJ.reshape(-1, size)).double().cpu().numpy()
-    g = scale * (J.reshape(-1, size).T @ (weight[:, None] * slope).reshape(-1)).double().cpu().numpy()
-    return _System(cost, H, g, count)
-
-
-def _jacobian(
-    x: torch.Tensor,
-    y: torch.Tensor,
-    z: torch.Tensor,
-    r2: torch.Tensor,
-    k1: float,
-    fx: float,
-    fy: float,
-    stride: float,
-) -> torch.Tensor:
-    """Return the derivative (N, 2, 11) of the cell position by the left perturbation (dt, dw) and the offsets."""
-    zero, one = torch.zeros_like(z), torch.ones_like(z)
-    bend = 1.0 + k1 * r2
-    along, across, up = bend + 2 * k1 * x * x, 2 * k1 * x * y, bend + 2 * k1 * y * y
-    dx = torch.stack([1 / z, zero, -x / z, -x * y, 1 + x * x, -y], dim=1)
-    dy = torch.stack([zero, 1 / z, -y / z, -(1 + y * y), x * y, x], dim=1)
-    row_u = fx * (along[:, None] * dx + across[:, None] * dy)
-    row_v = fy * (across[:, None] * dx + up[:, None] * dy)
-    camera_u = torch.stack([fx * x * bend, zero, one / stride, zero, fx * x * r2], dim=1)
-    camera_v = torch.stack([fy * y * bend, fy * y * bend, zero, one / stride, fy * y * r2], dim=1)
-    return torch.stack([torch.cat([row_u, camera_u], dim=1), torch.cat([row_v, camera_v], dim=1)], dim=1)
+    at = linearize(level.image, points, level.features, level.confidence, T, camera, loss, offsets)
+    scale = at.valid_count / max(at.cost, 1e-9)  # to information, as for the pose alone
+    return _System(at.cost, scale * at.H, scale * at.g, at.valid_count)

@@ -9,12 +9,18 @@ never its C x 6 Jacobian.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import astuple, dataclass
+from functools import cached_property
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 
+from kfloc_ros import compiled
 from kfloc_ros.geometry.camera import Camera
+from kfloc_ros.geometry.lie import Matrix
 
 NEAR_M = 0.05
 """Smallest depth of a point that is projected."""
@@ -22,25 +28,44 @@ NEAR_M = 0.05
 
 @dataclass(frozen=True, eq=False)
 class FeatureImage:
-    """Feature level of the query: features, their image gradients and confidence, laid out for gathering."""
+    """Feature level of the query, laid out for gathering at the points' positions."""
 
-    table: torch.Tensor
-    """(H * W, 3 C + 1): features, their central differences along u and v, confidence."""
-    width: int
-    height: int
+    features: torch.Tensor
+    """(H, W, C) float32, contiguous."""
+    confidence: torch.Tensor
+    """(H, W) float32, contiguous."""
     stride: float
 
     @classmethod
     def from_maps(cls, features: torch.Tensor, confidence: torch.Tensor, stride: float) -> FeatureImage:
-        """Prepare features (C, H, W) and confidence (H, W) for sampling.
+        """Lay out features (C, H, W) and confidence (H, W); the backbone's memory layout needs no copy."""
+        return cls(features.permute(1, 2, 0).float().contiguous(), confidence.float().contiguous(), float(stride))
+
+    @property
+    def width(self) -> int:
+        """Columns of cells."""
+        return self.features.shape[1]
+
+    @property
+    def height(self) -> int:
+        """Rows of cells."""
+        return self.features.shape[0]
+
+    @property
+    def channels(self) -> int:
+        """Number of feature channels C."""
+        return self.features.shape[2]
+
+    @cached_property
+    def table(self) -> torch.Tensor:
+        """(H * W, 3 C + 1) features, their central differences along u and v, confidence.
 
         The gradients are central differences at the cells, interpolated like the features. This is exactly the central
         difference of the interpolated map at plus and minus one cell (PixLoc's choice). It is smoother than the
-        interpolant's own derivative, hence the basin is wider.
+        interpolant's own derivative, hence the basin is wider. Compiled loops compute the rows they need instead.
         """
-        C, H, W = features.shape
-        cells = features.permute(1, 2, 0)  # a view: in the backbone's memory layout channels are contiguous
-        table = torch.empty(H, W, 3 * C + 1, dtype=torch.float32, device=features.device)
+        cells, (H, W, C) = self.features, self.features.shape
+        table = torch.empty(H, W, 3 * C + 1, dtype=torch.float32, device=cells.device)
         table[..., :C] = cells
         du, dv = table[..., C : 2 * C], table[..., 2 * C : 3 * C]
         du[:, 1:-1] = cells[:, 2:] - cells[:, :-2]
@@ -48,16 +73,24 @@ class FeatureImage:
         dv[1:-1] = cells[2:] - cells[:-2]
         dv[0], dv[-1] = cells[1] - cells[0], cells[-1] - cells[-2]
         table[..., C : 3 * C] *= 0.5
-        table[..., 3 * C] = confidence
-        return cls(table.reshape(H * W, 3 * C + 1), W, H, float(stride))
-
-    @property
-    def channels(self) -> int:
-        """Number of feature channels C."""
-        return (self.table.shape[1] - 1) // 3
+        table[..., 3 * C] = self.confidence
+        return table.reshape(H * W, 3 * C + 1)
 
     def sample(self, uv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return bilinear rows (N, 3 C + 1) at cell positions uv (N, 2), and (N,) bool, true for positions inside."""
+        """Return bilinear rows (N, 3 C + 1) at cell positions uv (N, 2), and (N,) bool, true for positions inside.
+
+        The rows are those of :attr:`table`; a position outside takes the nearest one inside.
+        """
+        uv = uv.float()
+        if compiled.serves(self.features, self.confidence, uv):
+            from kfloc_ros.pixloc import kernels
+
+            rows = torch.empty(len(uv), 3 * self.channels + 1)
+            inside = torch.empty(len(uv), dtype=torch.bool)
+            kernels.sample(
+                self.features.numpy(), self.confidence.numpy(), uv.contiguous().numpy(), rows.numpy(), inside.numpy()
+            )
+            return rows, inside
         u, v = uv.unbind(-1)
         inside = (u >= 0) & (u <= self.width - 1) & (v >= 0) & (v <= self.height - 1)
         u = u.clamp(0, self.width - 1)
@@ -90,14 +123,14 @@ class RobustLoss:
 
 @dataclass(frozen=True, eq=False)
 class Linearization:
-    """Cost and normal equations at one pose."""
+    """Cost and normal equations at one pose, or at one pose and camera."""
 
     cost: float
     """Confidence-weighted mean robust cost over valid points; infinite if none is valid."""
-    H: torch.Tensor
-    """(6, 6) float64 Gauss-Newton matrix over (dt, dw), weights normalised to sum to one."""
-    g: torch.Tensor
-    """(6,) float64 gradient of half the cost."""
+    H: Matrix
+    """(6, 6) Gauss-Newton matrix over (dt, dw), weights normalised to sum to one; (11, 11) with the camera."""
+    g: Matrix
+    """(6,) or (11,) gradient of half the cost."""
     valid_count: int
     weight_sum: float
 
@@ -115,14 +148,34 @@ def project(
 
 def projection_jacobian(P: torch.Tensor, camera: Camera, stride: float) -> torch.Tensor:
     """Return the derivative (N, 2, 6) of the cell position by the left perturbation (dt, dw)."""
-    x, y = P[:, 0], P[:, 1]
     z = P[:, 2].clamp(min=NEAR_M)
-    fx, fy = camera.fx / stride, camera.fy / stride
-    zero = torch.zeros_like(z)
-    xz, yz = x / z, y / z
-    row_u = torch.stack([fx / z, zero, -fx * xz / z, -fx * xz * yz, fx * (1 + xz * xz), -fx * yz], dim=1)
-    row_v = torch.stack([zero, fy / z, -fy * yz / z, -fy * (1 + yz * yz), fy * xz * yz, fy * xz], dim=1)
-    return torch.stack([row_u, row_v], dim=1)
+    return _jacobian(P[:, 0] / z, P[:, 1] / z, z, Intrinsics.of(camera, stride))[..., :POSE]
+
+
+POSE = 6
+OFFSETS = ("log focal length", "log aspect ratio", "principal point x", "principal point y", "k1")
+"""Offsets c of a camera: fx' = fx exp(c0), fy' = fy exp(c0 + c1), cx' = cx + c2, cy' = cy + c3, and x' = x (1 + c4
+|x|^2) before projection."""
+
+
+@dataclass(frozen=True)
+class Intrinsics:
+    """Camera in cells of a feature level, with the first term of radial distortion."""
+
+    fx: float
+    fy: float
+    cx: float
+    cy: float
+    k1: float
+    cells_per_px: float
+
+    @classmethod
+    def of(cls, camera: Camera, stride: float, offsets: NDArray[np.float64] | None = None) -> Intrinsics:
+        """Return a pinhole camera with ``OFFSETS`` (5,), at a level's stride."""
+        focal, aspect, dx, dy, k1 = (0.0,) * 5 if offsets is None else (float(c) for c in offsets)
+        fx, fy = camera.fx * math.exp(focal), camera.fy * math.exp(focal + aspect)
+        cx, cy = (camera.cx + dx + 0.5) / stride - 0.5, (camera.cy + dy + 0.5) / stride - 0.5
+        return cls(fx / stride, fy / stride, cx, cy, k1, 1.0 / stride)
 
 
 def linearize(
@@ -130,29 +183,99 @@ def linearize(
     points: torch.Tensor,
     features: torch.Tensor,
     confidence: torch.Tensor,
-    T_camera_map: torch.Tensor,
+    T_camera_map: Matrix,
     camera: Camera,
     loss: RobustLoss,
+    offsets: NDArray[np.float64] | None = None,
 ) -> Linearization:
-    """Return cost and normal equations of map points (N, 3) with reference features (N, C) and confidence (N,)."""
-    uv, P, in_front = project(points, T_camera_map, camera, image.stride)
+    """Return cost and normal equations of map points with their reference features at a pose.
+
+    Args:
+        image: feature level of the query.
+        points: (N, 3) metres, in a frame near the camera, since float32 is exact enough only near its origin.
+        features: (N, C) reference features.
+        confidence: (N,)
+        T_camera_map: pose (4, 4) that maps points of that frame to the camera frame.
+        camera: pinhole camera of the query.
+        loss: robust loss.
+        offsets: (5,) ``OFFSETS`` of the camera, which then are five more unknowns; None: the pose alone.
+    """
+    model, size = Intrinsics.of(camera, image.stride, offsets), POSE if offsets is None else POSE + len(OFFSETS)
+    if compiled.serves(image.features, image.confidence, points, features, confidence):
+        from kfloc_ros.pixloc import kernels
+
+        total, losses, count, H, g = kernels.normal_equations(
+            image.features.numpy(),
+            image.confidence.numpy(),
+            points.contiguous().numpy(),
+            features.contiguous().numpy(),
+            confidence.contiguous().numpy(),
+            np.ascontiguousarray(T_camera_map, dtype=np.float64),
+            np.array(astuple(model)),
+            loss.scale,
+            NEAR_M,
+            size,
+        )
+    else:
+        total, losses, count, H, g = _linearize_in_torch(
+            image, points, features, confidence, T_camera_map, model, loss, size
+        )
+    if total <= 0.0:
+        return Linearization(math.inf, np.zeros((size, size)), np.zeros(size), 0, 0.0)
+    return Linearization(losses / total, H / total, g / total, count, total)
+
+
+def _linearize_in_torch(
+    image: FeatureImage,
+    points: torch.Tensor,
+    features: torch.Tensor,
+    confidence: torch.Tensor,
+    T_camera_map: Matrix,
+    model: Intrinsics,
+    loss: RobustLoss,
+    size: int,
+) -> tuple[float, float, int, Matrix, Matrix]:
+    """Return sum of weights, weighted sum of losses, number of valid points, and unscaled H and g."""
+    T = torch.from_numpy(T_camera_map).to(points)
+    P = points @ T[:3, :3].T + T[:3, 3]
+    z = P[:, 2].clamp(min=NEAR_M)
+    x, y = P[:, 0] / z, P[:, 1] / z
+    bend = 1.0 + model.k1 * (x * x + y * y)
+    uv = torch.stack([model.fx * x * bend + model.cx, model.fy * y * bend + model.cy], dim=1)
     rows, inside = image.sample(uv)
     C = image.channels
     residual = rows[:, :C] - features
     du, dv = rows[:, C : 2 * C], rows[:, 2 * C : 3 * C]
     squared = (residual * residual).sum(1)
-    valid = inside & in_front
+    valid = inside & (P[:, 2] > NEAR_M)
     trust = confidence * rows[:, 3 * C] * valid
-    total = float(trust.sum())
-    if total <= 0.0:
-        zero = torch.zeros(6, dtype=torch.float64)
-        return Linearization(float("inf"), torch.zeros(6, 6, dtype=torch.float64), zero, 0, 0.0)
-    cost = float((trust * loss.value(squared)).sum()) / total
-    weight = trust * loss.weight(squared) / total
+    weight = trust * loss.weight(squared)
     tensor = torch.stack([(du * du).sum(1), (du * dv).sum(1), (du * dv).sum(1), (dv * dv).sum(1)], dim=1)
     slope = torch.stack([(du * residual).sum(1), (dv * residual).sum(1)], dim=1)
-    J = projection_jacobian(P, camera, image.stride)
+    J = _jacobian(x, y, z, model)[..., :size]
     WJ = (weight[:, None] * tensor).reshape(-1, 2, 2) @ J
-    H = J.reshape(-1, 6).T @ WJ.reshape(-1, 6)
-    g = J.reshape(-1, 6).T @ (weight[:, None] * slope).reshape(-1)
-    return Linearization(cost, H.double().cpu(), g.double().cpu(), int(valid.sum()), total)
+    H = (J.reshape(-1, size).T @ WJ.reshape(-1, size)).double().cpu().numpy()
+    g = (J.reshape(-1, size).T @ (weight[:, None] * slope).reshape(-1)).double().cpu().numpy()
+    return float(trust.sum()), float((trust * loss.value(squared)).sum()), int(valid.sum()), H, g
+
+
+def _jacobian(x: torch.Tensor, y: torch.Tensor, z: torch.Tensor, model: Intrinsics) -> torch.Tensor:
+    """Return the derivative (N, 2, 11) of the cell position by the left perturbation (dt, dw) and the offsets.
+
+    Args:
+        x, y: (N,) normalised image coordinates.
+        z: (N,) depth, metres.
+        model: camera.
+    """
+    zero, one = torch.zeros_like(z), torch.ones_like(z)
+    fx, fy, k1, r2 = model.fx, model.fy, model.k1, x * x + y * y
+    bend = 1.0 + k1 * r2
+    along, across, up = bend + 2 * k1 * x * x, 2 * k1 * x * y, bend + 2 * k1 * y * y
+    dx = torch.stack([1 / z, zero, -x / z, -x * y, 1 + x * x, -y], dim=1)
+    dy = torch.stack([zero, 1 / z, -y / z, -(1 + y * y), x * y, x], dim=1)
+    row_u = fx * (along[:, None] * dx + across[:, None] * dy)
+    row_v = fy * (across[:, None] * dx + up[:, None] * dy)
+    step = model.cells_per_px * one
+    camera_u = torch.stack([fx * x * bend, zero, step, zero, fx * x * r2], dim=1)
+    camera_v = torch.stack([fy * y * bend, fy * y * bend, zero, step, fy * y * r2], dim=1)
+    return torch.stack([torch.cat([row_u, camera_u], dim=1), torch.cat([row_v, camera_v], dim=1)], dim=1)

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from kfloc_ros.geometry.lie import Matrix, make_pose, so3_exp
 from kfloc_ros.pixloc.cost import Linearization
@@ -90,10 +89,11 @@ def minimize(
 
 def _step(at: Linearization, damping: float) -> np.ndarray | None:
     """Return the damped Gauss-Newton step, or None if the system cannot be solved."""
-    diagonal = torch.diagonal(at.H)
-    damped = at.H + torch.diag(diagonal * damping + DAMPING_FLOOR)
-    factor, info = torch.linalg.cholesky_ex(damped)
-    if int(info) != 0:
+    damped = at.H.copy()
+    damped[np.diag_indices_from(damped)] += np.diag(at.H) * damping + DAMPING_FLOOR
+    try:
+        np.linalg.cholesky(damped)  # only a positive definite system has a minimum
+        delta = -np.linalg.solve(damped, at.g)
+    except np.linalg.LinAlgError:
         return None
-    delta = -torch.cholesky_solve(at.g[:, None], factor)[:, 0].numpy()
     return delta if np.isfinite(delta).all() else None

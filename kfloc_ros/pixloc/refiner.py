@@ -140,9 +140,10 @@ class Refiner:
         return FitLevel(images[0], points.coarse, confidence), FitLevel(images[1], points.fine, confidence)
 
     def _linearize(self, candidate: _Candidate, level: FitLevel, T_camera_local: Matrix) -> Linearization:
-        T = torch.from_numpy(T_camera_local).to(candidate.points)
         loss = RobustLoss(self.settings.loss_scale)
-        return linearize(level.image, candidate.points, level.features, level.confidence, T, self.camera, loss)
+        return linearize(
+            level.image, candidate.points, level.features, level.confidence, T_camera_local, self.camera, loss
+        )
 
     def _descend(self, candidate: _Candidate, max_cost: float) -> Alignment:
         T, iterations = candidate.T_camera_local, 0
@@ -216,11 +217,9 @@ def query_levels(features: BackboneFeatures) -> tuple[FeatureImage, FeatureImage
     """Return the two levels of one image, coarse then fine, laid out for sampling."""
     reliability = features.reliability[:1]
     fine_reliability = F.interpolate(reliability[None], features.fine.shape[-2:], mode="bilinear")[0, 0]
-    coarse, fine = features.coarse[0].float(), features.fine[0].float()
-    coarse_reliability = reliability[0]
     return (
-        FeatureImage.from_maps(coarse, coarse_reliability, COARSE_STRIDE),
-        FeatureImage.from_maps(fine, fine_reliability, FINE_STRIDE),
+        FeatureImage.from_maps(features.coarse[0], reliability[0], COARSE_STRIDE),
+        FeatureImage.from_maps(features.fine[0], fine_reliability, FINE_STRIDE),
     )
 
 
@@ -229,7 +228,7 @@ def information_of(at: Linearization) -> Matrix:
 
     With weights that sum to one, n equal residuals have information n H / cost.
     """
-    return np.asarray(at.H.numpy() * at.valid_count / max(at.cost, 1e-9))
+    return np.asarray(at.H * at.valid_count / max(at.cost, 1e-9))
 
 
 def failed_alignment(reason: str, reference_ids: tuple[int, ...] = ()) -> Alignment:

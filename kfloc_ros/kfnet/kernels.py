@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiled loops of the filter: cost volume, inputs of the flow network, and propagation along the flow.
+
+:mod:`kfloc_ros.kfnet.flow`, :mod:`kfloc_ros.kfnet.flow_network` and :mod:`kfloc_ros.kfnet.fusion` have the equations,
+and the torch path of each.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kfloc_ros.compiled import loop
+
+Floats = NDArray[np.float32]
+Flags = NDArray[np.bool_]
+Integers = NDArray[np.int64]
+
+
+@loop
+def pooled(cells: Floats) -> Floats:
+    """Return unit features (rows, columns, C) of 2x2 blocks of cells (h, w, C); the last block may be smaller."""
+    h, w, channels = cells.shape
+    out = np.zeros(((h + 1) // 2, (w + 1) // 2, channels), dtype=np.float32)
+    for i in range(out.shape[0]):
+        for j in range(out.shape[1]):
+            target = out[i, j]
+            for y in range(2 * i, min(2 * i + 2, h)):
+                for x in range(2 * j, min(2 * j + 2, w)):
+                    source = cells[y, x]
+                    for c in range(channels):
+                        target[c] += source[c]
+            squared = np.float32(0.0)
+            for c in range(channels):
+                squared += target[c] * target[c]
+            scale = np.float32(1.0) / max(np.sqrt(squared), np.float32(1e-12))
+            for c in range(channels):
+                target[c] *= scale
+    return out
+
+
+@loop
+def search(current: Floats, previous: Floats, radius: int) -> tuple[Integers, Integers]:
+    """Return the displacements x and y (rows, columns) at which 3x3 neighbourhoods of unit features match best.
+
+    Args:
+        current, previous: (rows, columns, C) unit features; outside the image they are zero.
+        radius: largest displacement, cells.
+    """
+    rows, columns, channels = current.shape
+    side = 2 * radius + 1
+    scores = np.zeros((rows, columns, side * side), dtype=np.float32)
+    for i in range(rows):
+        for j in range(columns):
+            query, out = current[i, j], scores[i, j]
+            for dy in range(max(-radius, -i), min(radius, rows - 1 - i) + 1):
+                for dx in range(max(-radius, -j), min(radius, columns - 1 - j) + 1):
+                    match = previous[i + dy, j + dx]
+                    score = np.float32(0.0)
+                    for c in range(channels):
+                        score += query[c] * match[c]
+                    out[(dy + radius) * side + dx + radius] = score
+    best_x, best_y = np.empty((rows, columns), dtype=np.int64), np.empty((rows, columns), dtype=np.int64)
+    total = np.empty(side * side, dtype=np.float32)
+    for i in range(rows):
+        for j in range(columns):
+            total[:] = np.float32(0.0)
+            for y in range(max(i - 1, 0), min(i + 2, rows)):
+                for x in range(max(j - 1, 0), min(j + 2, columns)):
+                    out = scores[y, x]
+                    for k in range(side * side):
+                        total[k] += out[k]
+            best = np.argmax(total)
+            best_x[i, j], best_y[i, j] = best % side - radius, best // side - radius
+    return best_x, best_y
+
+
+@loop
+def window_scores(
+    current: Floats, previous: Floats, base: Integers, radius: int, scores: Floats, inside: Flags
+) -> None:
+    """Write cosines (h w, n) of each cell with the n cells of its window, and whether those lie in the image.
+
+    Args:
+        current, previous: (h, w, C) unit features; a cell of the window outside the image is the nearest one inside.
+        base: (2, h, w) displacement of the window's centre, x then y.
+        radius: of the window.
+        scores, inside: (h w, n) written, rows of the window first.
+    """
+    h, w, channels = current.shape
+    for i in range(h):
+        for j in range(w):
+            n, k = i * w + j, 0
+            query = current[i, j]
+            for dy in range(-radius, radius + 1):
+                y = i + base[1, i, j] + dy
+                for dx in range(-radius, radius + 1):
+                    x = j + base[0, i, j] + dx
+                    inside[n, k] = x >= 0 and x < w and y >= 0 and y < h
+                    match = previous[min(max(y, 0), h - 1), min(max(x, 0), w - 1)]
+                    score = np.float32(0.0)
+                    for c in range(channels):
+                        score += query[c] * match[c]
+                    scores[n, k] = score
+                    k += 1
+
+
+@loop
+def cell_inputs(scores: Floats, inside: Flags, inputs: Floats, relative: Floats) -> None:
+    """Write the inputs (n, 2 k + 2) of the flow network's first half, and scores less their best (n, k).
+
+    Args:
+        scores: (n, k) cosines.
+        inside: (n, k); a score outside counts as -1.
+        inputs: (n, 2 k + 2) written: scores below the best, times 4, at least -4; inside; best; mean.
+        relative: (n, k) written.
+    """
+    count, size = scores.shape
+    for n in range(count):
+        best, total = np.float32(-1.0), np.float32(0.0)
+        for k in range(size):
+            score = scores[n, k] if inside[n, k] else np.float32(-1.0)
+            best = max(best, score)
+            total += score
+        for k in range(size):
+            score = (scores[n, k] if inside[n, k] else np.float32(-1.0)) - best
+            relative[n, k] = score
+            inputs[n, k] = max(np.float32(4.0) * score, np.float32(-4.0))
+            inputs[n, size + k] = np.float32(1.0) if inside[n, k] else np.float32(0.0)
+        inputs[n, 2 * size] = best
+        inputs[n, 2 * size + 1] = total / np.float32(size)
+
+
+@loop
+def neighbour_inputs(flow: Floats, state: Floats, side: int, limit: float, inputs: Floats) -> None:
+    """Write the inputs (h w, side^2 (2 + s)) of the flow network's second half; the border repeats.
+
+    Args:
+        flow: (h, w, 2) cells.
+        state: (h, w, s)
+        side: of the square of neighbours.
+        limit: largest difference of flows.
+        inputs: written: for each neighbour its flow relative to the cell's own, and its state.
+    """
+    h, w, states = state.shape
+    reach, high = side // 2, np.float32(limit)
+    for i in range(h):
+        for j in range(w):
+            out, at = inputs[i * w + j], 0
+            own_x, own_y = flow[i, j, 0], flow[i, j, 1]
+            for dy in range(-reach, reach + 1):
+                y = min(max(i + dy, 0), h - 1)
+                for dx in range(-reach, reach + 1):
+                    x = min(max(j + dx, 0), w - 1)
+                    out[at] = min(max(flow[y, x, 0] - own_x, -high), high)
+                    out[at + 1] = min(max(flow[y, x, 1] - own_y, -high), high)
+                    for s in range(states):
+                        out[at + 2 + s] = state[y, x, s]
+                    at += 2 + states
+
+
+@loop
+def neighbour_mean(flow: Floats, weights: Floats, correction: Floats, side: int, offset: Floats) -> None:
+    """Write the flow (2, h, w): the weighted mean of the neighbours' flows, plus half a correction.
+
+    Args:
+        flow: (h, w, 2) cells.
+        weights: (h w, side^2), which sum to one.
+        correction: (h w, 2) cells.
+        side: of the square of neighbours.
+        offset: written.
+    """
+    h, w, _ = flow.shape
+    reach = side // 2
+    for i in range(h):
+        for j in range(w):
+            n, k = i * w + j, 0
+            own_x, own_y = flow[i, j, 0], flow[i, j, 1]
+            x_sum, y_sum = np.float32(0.0), np.float32(0.0)
+            for dy in range(-reach, reach + 1):
+                y = min(max(i + dy, 0), h - 1)
+                for dx in range(-reach, reach + 1):
+                    x = min(max(j + dx, 0), w - 1)
+                    x_sum += weights[n, k] * (flow[y, x, 0] - own_x)
+                    y_sum += weights[n, k] * (flow[y, x, 1] - own_y)
+                    k += 1
+            offset[0, i, j] = own_x + x_sum + np.float32(0.5) * correction[n, 0]
+            offset[1, i, j] = own_y + y_sum + np.float32(0.5) * correction[n, 1]
+
+
+@loop
+def warp(
+    mean: Floats,
+    uncertainty: Floats,
+    valid: Flags,
+    offset: Floats,
+    warped: Floats,
+    carried: Floats,
+    spread: Floats,
+    whole: Flags,
+) -> None:
+    """Write a belief interpolated along a backward flow.
+
+    Args:
+        mean, uncertainty, valid: (3, h, w), (h, w) and (h, w) of the belief.
+        offset: (2, h, w) cells, x then y.
+        warped: (3, h, w) written: interpolated mean.
+        carried: (h, w) written: interpolated uncertainty.
+        spread: (h, w) written: variance of the four interpolated means, per axis.
+        whole: (h, w) written: every interpolated cell is valid.
+    """
+    _, h, w = mean.shape
+    one = np.float32(1.0)
+    for i in range(h):
+        for j in range(w):
+            u, v = np.float32(j) + offset[0, i, j], np.float32(i) + offset[1, i, j]
+            u = min(max(u, np.float32(0.0)), np.float32(w - 1)) if u == u else np.float32(0.0)
+            v = min(max(v, np.float32(0.0)), np.float32(h - 1)) if v == v else np.float32(0.0)
+            u0, v0 = min(int(u), w - 2), min(int(v), h - 2)
+            a, b = u - np.float32(u0), v - np.float32(v0)
+            w00, w10, w01, w11 = (one - a) * (one - b), a * (one - b), (one - a) * b, a * b
+            deviation = np.float32(0.0)
+            for axis in range(3):
+                p00, p10 = mean[axis, v0, u0], mean[axis, v0, u0 + 1]
+                p01, p11 = mean[axis, v0 + 1, u0], mean[axis, v0 + 1, u0 + 1]
+                middle = p00 + (w10 * (p10 - p00) + w01 * (p01 - p00) + w11 * (p11 - p00))
+                warped[axis, i, j] = middle
+                deviation += (
+                    w00 * (p00 - middle) ** 2
+                    + w10 * (p10 - middle) ** 2
+                    + w01 * (p01 - middle) ** 2
+                    + w11 * (p11 - middle) ** 2
+                )
+            spread[i, j] = deviation / np.float32(3.0)
+            carried[i, j] = (
+                w00 * uncertainty[v0, u0]
+                + w10 * uncertainty[v0, u0 + 1]
+                + w01 * uncertainty[v0 + 1, u0]
+                + w11 * uncertainty[v0 + 1, u0 + 1]
+            )
+            share = np.float32(0.0)
+            if valid[v0, u0]:
+                share += w00
+            if valid[v0, u0 + 1]:
+                share += w10
+            if valid[v0 + 1, u0]:
+                share += w01
+            if valid[v0 + 1, u0 + 1]:
+                share += w11
+            whole[i, j] = share > np.float32(0.999)
