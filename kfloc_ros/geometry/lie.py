@@ -38,8 +38,8 @@ def so3_log(R: ArrayLike) -> Matrix:
     return np.asarray(2.0 * np.arctan2(norm, w) / norm * v)
 
 
-def quaternion_to_matrix(xyzw: ArrayLike) -> Matrix:
-    """Return the rotation matrix (3, 3) of a quaternion (x, y, z, w), which is normalised first.
+def unit_quaternion(xyzw: ArrayLike) -> Matrix:
+    """Return a quaternion (4,) scaled to unit length.
 
     Raises:
         ValueError: the quaternion has zero length or is not finite.
@@ -48,7 +48,16 @@ def quaternion_to_matrix(xyzw: ArrayLike) -> Matrix:
     norm = float(np.linalg.norm(q))
     if not np.isfinite(norm) or norm < 1e-9:
         raise ValueError(f"A quaternion must be finite and non-zero, got {q}.")
-    x, y, z, w = q / norm
+    return np.asarray(q / norm)
+
+
+def quaternion_to_matrix(xyzw: ArrayLike) -> Matrix:
+    """Return the rotation matrix (3, 3) of a quaternion (x, y, z, w), which is normalised first.
+
+    Raises:
+        ValueError: the quaternion has zero length or is not finite.
+    """
+    x, y, z, w = unit_quaternion(xyzw)
     return np.array(
         [
             [1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)],

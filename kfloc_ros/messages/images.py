@@ -2,13 +2,15 @@
 """``sensor_msgs/Image`` and ``CompressedImage`` to RGB arrays and back, with NumPy and OpenCV alone.
 
 Nothing here imports ROS: a message is whatever has the fields of the ROS message, so that the
-conversions are tested without it and do not depend on a working ``cv_bridge``.
+conversions are tested without it and do not depend on a working ``cv_bridge``. ``nodes/images.py`` uses that where it
+is installed.
 """
 
 from __future__ import annotations
 
 import array
 import struct
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import cv2
@@ -64,8 +66,16 @@ ENCODINGS = tuple(_LAYOUTS)
 """Every encoding that :func:`decode_image` takes. 16-bit values keep their upper eight bits."""
 
 
-def decode_image(message: Any) -> Rgb:
+PixelReader = Callable[[Any], "NDArray[np.uint8] | NDArray[np.uint16] | None"]
+"""Reader of the pixels (H, W) or (H, W, C) of an ``Image`` as they are stored; None for a message it refuses."""
+
+
+def decode_image(message: Any, read: PixelReader | None = None) -> Rgb:
     """RGB array (H, W, 3) of a ``sensor_msgs/Image``; rows may be padded, 16-bit data of either endianness.
+
+    Args:
+        message: the image.
+        read: reads the pixels in place of this module, such as ``cv_bridge``.
 
     Raises:
         FrameError: the encoding is not an image's, a size is zero, or there are too few bytes.
@@ -93,6 +103,10 @@ def decode_image(message: Any) -> Rgb:
         raise FrameError(
             f"An image of {width}x{height} in '{message.encoding}' needs {needed} bytes, but has {data.size}."
         )
+    pixels = read(message) if read is not None else None
+    if pixels is not None:
+        values = (pixels if pixels.dtype == np.uint8 else pixels >> 8).astype(np.uint8, copy=False)
+        return _to_rgb(values.reshape(height, -1), width, layout._replace(bits=8), False)
     rows = np.lib.stride_tricks.as_strided(data, (height, row_bytes), (step, 1))
     return _to_rgb(rows, width, layout, bool(message.is_bigendian))
 

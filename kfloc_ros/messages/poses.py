@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from kfloc_ros.errors import FrameError
-from kfloc_ros.geometry.lie import make_pose, matrix_to_quaternion, quaternion_to_matrix, skew
+from kfloc_ros.geometry.lie import make_pose, matrix_to_quaternion, quaternion_to_matrix, skew, unit_quaternion
 from kfloc_ros.types import Matrix
 
 _NS_PER_S = 1_000_000_000
@@ -91,6 +93,23 @@ def serialized_header(data: bytes, *, ros1: bool = False) -> Header:
     return Header(int(seconds) * _NS_PER_S + int(nanoseconds), text.lstrip("/"), end)
 
 
+@dataclass(frozen=True)
+class Quaternions:
+    """Conversions between rotation matrices (3, 3) and unit quaternions (x, y, z, w) at ROS's border."""
+
+    from_matrix: Callable[[Matrix], ArrayLike] = matrix_to_quaternion
+    to_matrix: Callable[[ArrayLike], ArrayLike] = quaternion_to_matrix
+
+
+_quaternions = Quaternions()
+
+
+def use_quaternions(conversions: Quaternions) -> None:
+    """Have all later messages of this process read and filled with these conversions."""
+    global _quaternions
+    _quaternions = conversions
+
+
 def fill_pose(message: Any, T: Matrix) -> None:
     """Put a transform into a ``geometry_msgs/Pose``."""
     _fill_xyz(message.position, T)
@@ -126,7 +145,7 @@ def _transform(xyz: Any, q: Any) -> Matrix:
     translation = np.array([xyz.x, xyz.y, xyz.z], dtype=np.float64)
     if not (np.abs(translation) <= MAX_COORDINATE_M).all():
         raise ValueError(f"A translation must be finite and no longer than {MAX_COORDINATE_M:g} m, got {translation}.")
-    return make_pose(quaternion_to_matrix([q.x, q.y, q.z, q.w]), translation)
+    return make_pose(_quaternions.to_matrix(unit_quaternion([q.x, q.y, q.z, q.w])), translation)
 
 
 def _fill_xyz(message: Any, T: Matrix) -> None:
@@ -134,7 +153,7 @@ def _fill_xyz(message: Any, T: Matrix) -> None:
 
 
 def _fill_quaternion(message: Any, T: Matrix) -> None:
-    message.x, message.y, message.z, message.w = (float(value) for value in matrix_to_quaternion(T[:3, :3]))
+    message.x, message.y, message.z, message.w = map(float, np.asarray(_quaternions.from_matrix(T[:3, :3])))
 
 
 _LAST_NS = (2**31 - 1 - 86_400) * 1_000_000_000

@@ -17,12 +17,13 @@ from kfloc_ros.errors import FrameError
 from kfloc_ros.geometry.camera import Camera, ImageAdapter
 from kfloc_ros.maps.place import MapInfo
 from kfloc_ros.messages.camera_info import camera_from_info, check_view
-from kfloc_ros.messages.images import decode_compressed, decode_image
+from kfloc_ros.messages.images import decode_compressed
 from kfloc_ros.messages.poses import StampGuard, stamp_to_ns
 from kfloc_ros.nodes import qos
 from kfloc_ros.nodes.diagnostics import DiagnosticsPublisher, Report
 from kfloc_ros.nodes.handover import CameraFrame, FramePublisher
 from kfloc_ros.nodes.health import Health
+from kfloc_ros.nodes.images import decode
 from kfloc_ros.nodes.parameter_server import ParameterServer
 from kfloc_ros.nodes.worker import EnableSwitch, LatestQueue, TimeWatch
 from kfloc_ros.types import Frame
@@ -84,7 +85,7 @@ class ImageReceiver:
             # enough.
             self._decode, topic, kind = decode_compressed, f"{topic}/compressed", CompressedImage
         else:
-            self._decode = decode_image
+            self._decode = decode
         if Topic(topic, COMPRESSED if kind is CompressedImage else RAW, 0).is_rectified and not config.rectified:
             health.warn(
                 f"'{topic}' is called rectified, and the parameter `rectified` is false: if its images are rectified, "

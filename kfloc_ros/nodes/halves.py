@@ -16,22 +16,18 @@ from kfloc_ros.localization.localizer import Localizer
 from kfloc_ros.maps.place import AnyMap, single_map
 from kfloc_ros.nodes.diagnostics import DiagnosticsPublisher, Report
 from kfloc_ros.nodes.handover import (
-    COARSE_TOPICS,
-    FRAME_TOPICS,
     CameraFrame,
     CoarseFrame,
     CoarsePublisher,
     FeedbackPublisher,
     FeedbackQueue,
-    Messages,
-    StampJoiner,
-    coarse_is_complete,
-    frame_is_complete,
+    join_coarse,
+    join_frames,
     read_coarse,
     read_frame,
-    subscribe,
 )
 from kfloc_ros.nodes.health import Health
+from kfloc_ros.nodes.joiner import Messages
 from kfloc_ros.nodes.localizer_stage import PoseOutput
 from kfloc_ros.nodes.managed_node import warm_up
 from kfloc_ros.nodes.parameter_server import ParameterServer
@@ -57,7 +53,7 @@ class FilterStage:
         self._queue = LatestQueue("filter", self._health, switch, parameters, self._process, self._localizer.reset)
         self._diagnostics = DiagnosticsPublisher(node, self._health, switch, scene_map.name, Report)
         self._feedback = FeedbackQueue(node, self._health.warn)
-        subscribe(node, FRAME_TOPICS, StampJoiner(frame_is_complete, self._queue.offer))
+        join_frames(node, self._queue.offer)
 
     def pause(self) -> None:
         self._queue.pause()
@@ -111,7 +107,7 @@ class RefinerStage:
         self._output = PoseOutput(node, parameters, scene_map, self._localizer, health, switch)
         self._send_back = FeedbackPublisher(node, parameters.node.map_frame or scene_map.frame_id)
         self._queue = LatestQueue("refiner", health, switch, parameters, self._process, self._output.reset)
-        subscribe(node, {**FRAME_TOPICS, **COARSE_TOPICS}, StampJoiner(coarse_is_complete, self._queue.offer))
+        join_coarse(node, self._queue.offer)
 
     def pause(self) -> None:
         self._queue.pause()

@@ -7,7 +7,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from diagnostic_msgs.msg import DiagnosticArray
@@ -20,7 +19,6 @@ from kfloc_ros.features.backbone import BackboneFeatures
 from kfloc_ros.localization.results import CoarseResult
 from kfloc_ros.messages.camera_info import camera_from_info, fill_info
 from kfloc_ros.messages.features import fill_coarse, fill_fine, read_features
-from kfloc_ros.messages.images import decode_image, fill_image
 from kfloc_ros.messages.poses import (
     BodyPose,
     check_stamp,
@@ -43,6 +41,8 @@ from kfloc_ros.nodes.health import (
     timing_values,
     whole,
 )
+from kfloc_ros.nodes.images import decode, encode
+from kfloc_ros.nodes.joiner import Messages, make_joiner, subscribe
 from kfloc_ros.types import CoarsePose, FilterReport, Frame, Matrix, PoseEstimate
 
 
@@ -76,59 +76,28 @@ class CoarseFrame:
     result: CoarseResult
 
 
-Messages = Mapping[str, Any]
-"""Messages of one stamp, by topic."""
-
 FRAME_TOPICS = {"frame/image": Image, "frame/camera_info": CameraInfo, "frame/status": DiagnosticArray}
 FEATURE_TOPICS = {"frame/features_coarse": Image, "frame/features_fine": Image}
 COARSE_TOPICS = {"coarse_pose": PoseWithCovarianceStamped, "coarse_status": DiagnosticArray, **FEATURE_TOPICS}
 
-_MAX_INCOMPLETE = 8
-"""Limit on incomplete stamps; the oldest is discarded for a new one."""
+
+def join_frames(node: Node, pass_on: Callable[[Messages], None]) -> None:
+    """Subscribe to the topics of a :class:`CameraFrame`, and pass on the messages of each stamp."""
+    subscribe(node, FRAME_TOPICS, make_joiner(tuple(FRAME_TOPICS), pass_on))
 
 
-class StampJoiner:
-    """Synchronizer that collects the messages of one stamp from several topics and passes complete sets on.
-
-    A complete stamp discards all stamps that arrived before it.
-    """
-
-    def __init__(self, is_complete: Callable[[Messages], bool], pass_on: Callable[[Messages], None]) -> None:
-        self._is_complete, self._pass_on = is_complete, pass_on
-        self._parts: dict[int, dict[str, Any]] = {}
-
-    def add(self, topic: str, message: Any) -> None:
-        stamp_ns = stamp_to_ns(message.header.stamp)
-        parts = self._parts.setdefault(stamp_ns, {})
-        parts[topic] = message
-        if self._is_complete(parts):
-            # By order of arrival, not by stamp: after a jump back in time, later messages have smaller stamps.
-            for key in list(self._parts):
-                del self._parts[key]
-                if key == stamp_ns:
-                    break
-            self._pass_on(parts)
-        while len(self._parts) > _MAX_INCOMPLETE:
-            del self._parts[next(iter(self._parts))]
+def join_coarse(node: Node, pass_on: Callable[[Messages], None]) -> None:
+    """Subscribe to the topics of a :class:`CoarseFrame`, and pass on the messages of each stamp."""
+    topics = {**FRAME_TOPICS, **COARSE_TOPICS}
+    subscribe(node, topics, make_joiner(ALWAYS, pass_on, also="coarse_pose", wanted=has_coarse_pose))
 
 
-def subscribe(node: Node, topics: Mapping[str, type], joiner: StampJoiner) -> None:
-    """Connect a joiner to its topics."""
-    for topic, kind in topics.items():
-        node.create_subscription(kind, topic, lambda message, topic=topic: joiner.add(topic, message), qos.results())
+ALWAYS = tuple(topic for topic in (*FRAME_TOPICS, *COARSE_TOPICS) if topic != "coarse_pose")
 
 
-def frame_is_complete(messages: Messages) -> bool:
-    """Return True if a :class:`CameraFrame` can be read from the messages."""
-    return all(topic in messages for topic in FRAME_TOPICS)
-
-
-def coarse_is_complete(messages: Messages) -> bool:
-    """Return True if a :class:`CoarseFrame` can be read; a frame without a coarse pose has no ``coarse_pose``."""
-    always = {*FRAME_TOPICS, *COARSE_TOPICS} - {"coarse_pose"}
-    if not always.issubset(messages):
-        return False
-    return "coarse_pose" in messages or read_values(messages["coarse_status"]).get("success") != "true"
+def has_coarse_pose(messages: Messages) -> bool:
+    """Return True if the status says that there is a coarse pose; a frame without one has no ``coarse_pose``."""
+    return read_values(messages["coarse_status"]).get("success") == "true"
 
 
 class FramePublisher:
@@ -142,7 +111,7 @@ class FramePublisher:
 
     def __call__(self, camera_frame: CameraFrame) -> None:
         frame = camera_frame.frame
-        info, image = fill_info(CameraInfo(), frame.camera), fill_image(Image(), frame.image)
+        info, image = fill_info(CameraInfo(), frame.camera), encode(frame.image)
         for message in (info, image):
             fill_stamp(message.header.stamp, frame.stamp_ns)
             message.header.frame_id = camera_frame.frame_id
@@ -159,7 +128,7 @@ def read_frame(messages: Messages) -> CameraFrame:
     values, stamp_ns = read_values(messages["frame/status"]), stamp_to_ns(image.header.stamp)
     check_stamp(stamp_ns)
     frame = Frame(
-        image=decode_image(image),
+        image=decode(image),
         camera=camera_from_info(info),
         stamp_ns=stamp_ns,
         index=whole(values, "index"),

@@ -21,7 +21,9 @@ from rclpy.signals import SignalHandlerOptions
 
 from kfloc_ros.device import limit_threads
 from kfloc_ros.errors import KflocError
+from kfloc_ros.messages.poses import use_quaternions
 from kfloc_ros.nodes.managed_node import Build, ManagedNode
+from kfloc_ros.nodes.quaternions import ros_quaternions
 
 _MAX_FAILURES = 100
 """Number of consecutive failed callbacks that end the node."""
@@ -50,6 +52,7 @@ def run_node(name: str, build: Build) -> int:
 
 def _run(name: str, build: Build, stop_requested: threading.Event) -> int:
     limit_threads()
+    use_quaternions(ros_quaternions())
     try:
         node = ManagedNode(name, build)
     except KflocError as error:

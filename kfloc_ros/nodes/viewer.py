@@ -28,10 +28,10 @@ from visualization_msgs.msg import MarkerArray
 
 from kfloc_ros.errors import KflocError
 from kfloc_ros.messages.clouds import read_cloud
-from kfloc_ros.messages.images import decode_image
 from kfloc_ros.messages.poses import pose_from_message, stamp_to_ns
 from kfloc_ros.nodes import qos
 from kfloc_ros.nodes.health import read_values
+from kfloc_ros.nodes.images import decode
 from kfloc_ros.nodes.runtime import signals_set
 from kfloc_ros.visualization.rerun import Recording
 from kfloc_ros.visualization.rerun_views import (
@@ -127,7 +127,7 @@ class Viewer:
 
     def _on_image(self, entity: str, message: Any) -> None:
         self._at(message.header.stamp)
-        self._recording.picture(entity, decode_image(message), jpeg=True)
+        self._recording.picture(entity, decode(message), jpeg=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -19,10 +19,10 @@ from kfloc_ros.features.backbone import BackboneFeatures
 from kfloc_ros.localization.results import CoarseResult
 from kfloc_ros.maps.place import MapInfo
 from kfloc_ros.messages.clouds import fill_cloud
-from kfloc_ros.messages.images import fill_image
 from kfloc_ros.messages.poses import fill_stamp
 from kfloc_ros.nodes import qos
 from kfloc_ros.nodes.handover import CameraFrame, CoarseFrame
+from kfloc_ros.nodes.images import encode
 from kfloc_ros.nodes.worker import EnableSwitch, LatestWorker
 from kfloc_ros.types import PoseEstimate
 from kfloc_ros.visualization.cells import flow_view, noise_view
@@ -101,7 +101,7 @@ def cell_publisher(node: Node, map_frame: str, warn: Callable[[str], None]) -> V
             picture = view(coarse.result)
             if picture is None:
                 return None
-            message = fill_image(Image(), picture)
+            message = encode(picture)
             fill_stamp(message.header.stamp, coarse.result.stamp_ns)
             message.header.frame_id = coarse.camera.frame_id
             return message
@@ -132,7 +132,7 @@ def overlay_publisher(
 
     def overlay(localized: Localized) -> Any:
         camera = localized.camera
-        message = fill_image(Image(), painter.paint(camera.frame.image, localized.estimate, localized.features))
+        message = encode(painter.paint(camera.frame.image, localized.estimate, localized.features))
         fill_stamp(message.header.stamp, camera.frame.stamp_ns)
         message.header.frame_id = camera.frame_id
         return message

@@ -34,9 +34,10 @@ from kfloc_ros.messages.features import fill_coarse, fill_fine
 from kfloc_ros.messages.images import _LAYOUTS, ENCODINGS, MAX_SIDE_PX, decode_compressed, decode_image, fill_image
 from kfloc_ros.messages.poses import StampGuard, fill_stamp, pose_from_message, stamp_to_ns
 from kfloc_ros.messages.transforms import TransformTree, TransformUnknownError
-from kfloc_ros.nodes.handover import COARSE_TOPICS, FRAME_TOPICS, StampJoiner, coarse_is_complete, read_coarse
+from kfloc_ros.nodes.handover import ALWAYS, COARSE_TOPICS, FRAME_TOPICS, has_coarse_pose, read_coarse
 from kfloc_ros.nodes.health import make_status
 from kfloc_ros.nodes.initial_pose import InitialPoseError, completed, nearest, read_initial_pose, spread
+from kfloc_ros.nodes.joiner import make_joiner
 from kfloc_ros.nodes.pose_file import FORMAT, PoseFileError, load_pose
 
 pytestmark = pytest.mark.ros
@@ -259,7 +260,7 @@ def test_any_packets_between_the_nodes_are_a_frame_or_refused(fuzz: Fuzz) -> Non
         }  # fmt: skip
         assert messages.keys() == FRAME_TOPICS.keys() | COARSE_TOPICS.keys()
         joined: list[Any] = []
-        joiner = StampJoiner(coarse_is_complete, joined.append)
+        joiner = make_joiner(ALWAYS, joined.append, also="coarse_pose", wanted=has_coarse_pose)
         for topic, message in messages.items():
             message.header.stamp = stamp
             joiner.add(topic, message)
