@@ -61,6 +61,7 @@ class Localizer:
         frame: Frame,
         hints: Sequence[Matrix] = (),
         *,
+        predicted: Matrix | None = None,
         features: BackboneFeatures | None = None,
         times: StageTimes | None = None,
         correct: bool = True,
@@ -71,6 +72,7 @@ class Localizer:
             frame: image of the map's camera.
             hints: further starting poses ``T_map_camera`` (4, 4), such as an operator's guess. The start at which the
                 image looks most like the map is refined.
+            predicted: pose (4, 4) predicted by odometry; None: constant velocity predicts it.
             features: backbone features of the frame; None: compute them.
             times: time spent on the frame so far.
             correct: correct the belief by an accepted pose at once. A place and a node pass False: they first check the
@@ -86,13 +88,13 @@ class Localizer:
             features = self._coarse.extract(frame, times)
 
         # 2. Track: align from the predicted pose alone, while that holds
-        tracked = None if hints else self._refine.track(frame, features, times)
+        tracked = None if hints else self._refine.track(frame, features, times, predicted)
         if tracked is not None:
             self._coarse.skip(frame, features)
             return Localization(frame, features, self._refine.check_camera(frame, features, tracked))
 
         coarse = self.coarse_half(frame, features=features, times=times)  # steps 3 to 5
-        localization = self.refine_half(frame, coarse, hints)  # steps 6 to 8
+        localization = self.refine_half(frame, coarse, hints, predicted)  # steps 6 to 8
         if correct:
             self.correct_belief(frame.stamp_ns, localization.estimate.refined_pose)
         return localization
@@ -128,23 +130,26 @@ class Localizer:
             filtered,
         )
 
-    def refine_half(self, frame: Frame, coarse: CoarseResult, hints: Sequence[Matrix] = ()) -> Localization:
+    def refine_half(
+        self, frame: Frame, coarse: CoarseResult, hints: Sequence[Matrix] = (), predicted: Matrix | None = None
+    ) -> Localization:
         """Refine a coarse pose and judge the result: steps 6 to 8.
 
         Args:
             frame: image of the map's camera.
             coarse: result of the coarse half for the frame.
             hints: further starting poses ``T_map_camera`` (4, 4).
+            predicted: pose (4, 4) predicted by odometry; None: constant velocity predicts it.
 
         Raises:
             FrameError: the image does not have the size of the map's camera.
         """
         times = StageTimes(coarse.timings_ms)
         # 6. Align features with the map's reference views (PixLoc)
-        alignment = self._refine.align(frame, coarse, hints, times)
+        alignment = self._refine.align(frame, coarse, hints, times, predicted)
 
         # 7. Relocalize in the whole map if that failed
-        alignment = self._refine.relocalize(coarse, alignment, times)
+        alignment = self._refine.relocalize(coarse, alignment, times, predicted)
 
         # 8. Judge pose and camera; an accepted pose then corrects the belief (correct_belief)
         estimate = self._refine.judge(frame, coarse, alignment, times)

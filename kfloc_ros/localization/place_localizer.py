@@ -62,12 +62,15 @@ class PlaceLocalizer:
         active = self.guide.active
         return "" if active is None else self.guide.place.submaps[active.number].name
 
-    def process(self, frame: Frame, hints: Sequence[Matrix] = (), *, correct: bool = True) -> Localization:
+    def process(
+        self, frame: Frame, hints: Sequence[Matrix] = (), *, predicted: Matrix | None = None, correct: bool = True
+    ) -> Localization:
         """Localize one frame in the submap that the camera is in.
 
         Args:
             frame: image of the place's camera.
             hints: likely poses ``T_place_camera`` (4, 4), such as an operator's guess.
+            predicted: pose (4, 4) predicted by odometry; None: constant velocity predicts it.
             correct: correct the belief by an accepted pose at once; see :meth:`Localizer.process`.
 
         Returns:
@@ -91,11 +94,12 @@ class PlaceLocalizer:
                     features,
                 ),
             )
-        predicted = guide.predict(frame.stamp_ns)
+        # Between submaps, constant velocity tells jumps; within one, odometry is the better start.
+        expected = guide.predict(frame.stamp_ns)
         localization = choice.submap.localizer.process(
-            frame, choice.hints, features=features, times=times, correct=False
+            frame, choice.hints, predicted=predicted, features=features, times=times, correct=False
         )
-        estimate = guide.update(frame.stamp_ns, features, localization.estimate, predicted)
+        estimate = guide.update(frame.stamp_ns, features, localization.estimate, expected)
         if correct:
             self.correct_belief(frame.stamp_ns, estimate.refined_pose)
         return replace(localization, estimate=estimate)

@@ -71,14 +71,22 @@ class RefineStage:
         """Reference views that poses are aligned with."""
         return self.refiner.references
 
-    def track(self, frame: Frame, features: BackboneFeatures, times: StageTimes) -> PoseEstimate | None:
+    def track(
+        self, frame: Frame, features: BackboneFeatures, times: StageTimes, predicted: Matrix | None = None
+    ) -> PoseEstimate | None:
         """Align from the predicted pose alone, while a track lasts.
+
+        Args:
+            frame: image of the map's camera.
+            features: backbone features of the frame.
+            times: time spent on the frame so far.
+            predicted: pose (4, 4) predicted by odometry; None: constant velocity predicts it.
 
         Returns:
             The estimate; None if the frame needs a coarse pose.
         """
         stamp_ns = frame.stamp_ns
-        predicted = self._motion.predict(stamp_ns)
+        predicted = self._predicted(stamp_ns, predicted)
         if not self._tracks or predicted is None or not self._track.holds:
             return None
         if self._repeats.fault(frame.image, stamp_ns):
@@ -98,7 +106,14 @@ class RefineStage:
         )
         return self._remember(estimate, times)
 
-    def align(self, frame: Frame, coarse: CoarseResult, hints: Sequence[Matrix], times: StageTimes) -> Alignment | None:
+    def align(
+        self,
+        frame: Frame,
+        coarse: CoarseResult,
+        hints: Sequence[Matrix],
+        times: StageTimes,
+        predicted: Matrix | None = None,
+    ) -> Alignment | None:
         """Align from the coarse pose, the predicted pose or a hint, whichever fits the image best.
 
         An alignment without support that is independent of earlier poses is checked by the image's matches.
@@ -113,7 +128,7 @@ class RefineStage:
         if not self._config.refine:
             return None
         features = coarse.features.to(self._device)
-        predicted = self._motion.predict(coarse.stamp_ns)
+        predicted = self._predicted(coarse.stamp_ns, predicted)
         starts = [T for T in (coarse.pose.T_map_camera, predicted, *hints) if T is not None]
         with times.stage("refine"):
             alignment = self.refiner.align(features, starts)
@@ -123,7 +138,9 @@ class RefineStage:
                 alignment = self._examine(alignment, features, self._expected(predicted))
         return alignment
 
-    def relocalize(self, coarse: CoarseResult, alignment: Alignment | None, times: StageTimes) -> Alignment | None:
+    def relocalize(
+        self, coarse: CoarseResult, alignment: Alignment | None, times: StageTimes, predicted: Matrix | None = None
+    ) -> Alignment | None:
         """Search the whole map if the alignment failed.
 
         Returns:
@@ -132,7 +149,7 @@ class RefineStage:
         if alignment is None or alignment.success or self._relocalizer is None:
             return alignment
         features = coarse.features.to(self._device)
-        predicted = self._motion.predict(coarse.stamp_ns)
+        predicted = self._predicted(coarse.stamp_ns, predicted)
         limit = self._relocalizer.settings.near_max_cost
         likely = [T for T in (alignment.T_map_camera, predicted) if T is not None]
         with times.stage("relocalize"):
@@ -201,6 +218,10 @@ class RefineStage:
         self._motion.reset()
         self._follows_pose = False
         self._track.end()
+
+    def _predicted(self, stamp_ns: int, by_odometry: Matrix | None) -> Matrix | None:
+        """Return the pose predicted by odometry, else by constant velocity; None without a recent pose."""
+        return self._motion.predict(stamp_ns) if by_odometry is None else by_odometry
 
     def _expected(self, predicted: Matrix | None) -> Matrix | None:
         """Return the pose at which the camera is expected, if the previous frame had a pose."""

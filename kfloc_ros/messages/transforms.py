@@ -58,6 +58,14 @@ class TransformStore(Protocol):
         """
         ...
 
+    def newest_ns(self, target: str, source: str) -> int:
+        """The newest stamp at which ``lookup`` succeeds; 0 if all transforms on the way are static.
+
+        Raises:
+            TransformUnknownError: no chain of transforms connects the two.
+        """
+        ...
+
     def clear(self) -> None:
         """Forget everything but the static transforms."""
         ...
@@ -206,17 +214,14 @@ class TransformTree:
             edge.track.forget(edge.track.span_ns[1] - int(self._keep_ns))
 
     def lookup(self, target: str, source: str, stamp_ns: int) -> Matrix:
-        target, source = target.lstrip("/"), source.lstrip("/")
-        above_target, above_source = self._ancestors(target), self._ancestors(source)
-        common = next((frame for frame in above_source if frame in above_target), None)
-        if common is None:
-            raise unconnected(target, source, self.frames())
-        up_source = above_source[: above_source.index(common)]
-        up_target = above_target[: above_target.index(common)]
+        up_target, up_source = self._ways_up(target, source)
         if stamp_ns == NEWEST:
-            edges = [self._edges[frame] for frame in (*up_source, *up_target)]
-            stamp_ns = min((edge.track.span_ns[1] for edge in edges if not edge.static), default=NEWEST)
+            stamp_ns = self._newest_ns(*up_target, *up_source)
         return inverse_pose(self._chain(up_target, stamp_ns)) @ self._chain(up_source, stamp_ns)
+
+    def newest_ns(self, target: str, source: str) -> int:
+        up_target, up_source = self._ways_up(target, source)
+        return self._newest_ns(*up_target, *up_source)
 
     def find(self, target: str, source: str, stamp_ns: int) -> Matrix | None:
         """``T_target_source`` (4, 4) at a time, or None where :meth:`lookup` raises."""
@@ -260,6 +265,19 @@ class TransformTree:
         tree = TransformTree(max_gap_s=self._max_gap_s, near_s=self._near_s)
         tree._edges = {child: edge for child, edge in self._edges.items() if edge.static}
         return tree
+
+    def _ways_up(self, target: str, source: str) -> tuple[list[str], list[str]]:
+        """Return the frames below the first common ancestor of two frames, of the target and of the source."""
+        target, source = target.lstrip("/"), source.lstrip("/")
+        above_target, above_source = self._ancestors(target), self._ancestors(source)
+        common = next((frame for frame in above_source if frame in above_target), None)
+        if common is None:
+            raise unconnected(target, source, self.frames())
+        return above_target[: above_target.index(common)], above_source[: above_source.index(common)]
+
+    def _newest_ns(self, *frames: str) -> int:
+        edges = (self._edges[frame] for frame in frames)
+        return min((edge.track.span_ns[1] for edge in edges if not edge.static), default=NEWEST)
 
     def _ancestors(self, frame: str) -> list[str]:
         """A frame and all above it; a circle ends the walk."""

@@ -123,6 +123,6 @@ class RefinerStage:
     def _process(self, messages: Messages) -> None:
         coarse = read_coarse(messages)
         check_camera(coarse.camera, self._localizer.camera)
-        hints = self._output.begin(coarse.camera)
-        localization = self._localizer.refine_half(coarse.camera.frame, coarse.result, hints)
+        starts = self._output.begin(coarse.camera)
+        localization = self._localizer.refine_half(coarse.camera.frame, coarse.result, starts.hints, starts.predicted)
         self._send_back(self._output.publish(coarse.camera, localization))

@@ -3,45 +3,44 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
-from diagnostic_msgs.msg import DiagnosticArray
 from rclpy.node import Node
 
 from kfloc_ros.device import choose_device
 from kfloc_ros.localization.place_localizer import AnyLocalizer, localizer_for
 from kfloc_ros.localization.results import Localization
 from kfloc_ros.maps.place import AnyMap, MapInfo
-from kfloc_ros.nodes import qos
 from kfloc_ros.nodes.camera import ImageReceiver
 from kfloc_ros.nodes.diagnostics import DiagnosticsPublisher, Report
 from kfloc_ros.nodes.handover import CameraFrame, CoarseFrame, CoarsePublisher
 from kfloc_ros.nodes.health import (
-    LEVELS,
     WARN,
     Health,
-    Value,
-    counter_values,
-    estimate_values,
-    make_status,
-    timing_values,
 )
 from kfloc_ros.nodes.initial_pose import InitialPoseInput
 from kfloc_ros.nodes.managed_node import RESET, warm_up
 from kfloc_ros.nodes.parameter_server import ParameterServer
 from kfloc_ros.nodes.pose_file import PosePersistence
-from kfloc_ros.nodes.pose_publisher import Outcome, PosePublisher
+from kfloc_ros.nodes.pose_publisher import PosePublisher
+from kfloc_ros.nodes.status import NO_IMAGES, OFF, StatusPublisher
 from kfloc_ros.nodes.transforms import TransformListener
 from kfloc_ros.nodes.views import Localized, MapPublisher, cell_publisher, overlay_publisher
 from kfloc_ros.nodes.worker import WENT_BACKWARDS, EnableSwitch, TimeWatch
 from kfloc_ros.types import Matrix, PoseEstimate, TrackingState
 from kfloc_ros.visualization.overlay import OverlayPainter
 
-_CHANGE_S = 1.0
-"""Shortest time between two logged changes of state, in seconds."""
+
+@dataclass(frozen=True, eq=False)
+class Starts:
+    """Start poses ``T_map_camera`` (4, 4) of a frame."""
+
+    hints: list[Matrix]
+    """From ``initialpose`` or the saved pose."""
+    predicted: Matrix | None
+    """By odometry from the last pose; None if it is not known."""
 
 
 class PoseOutput:
@@ -59,7 +58,7 @@ class PoseOutput:
         health: Health,
         switch: EnableSwitch,
     ) -> None:
-        self._localizer, self._health = localizer, health
+        self._localizer, self._health, self._switch = localizer, health, switch
         map_frame = parameters.node.map_frame or scene_map.frame_id
         listener = TransformListener(node, health.warn, reliability=parameters.node.tf_reliability)
         self._publisher = PosePublisher(node, parameters, map_frame, listener, health, switch)
@@ -78,9 +77,9 @@ class PoseOutput:
             device=choose_device(options.device),
         )
         self._overlay = overlay_publisher(node, painter, health.warn)
-        self._diagnostics = DiagnosticsPublisher(node, health, switch, scene_map.name, lambda: self._status.report)
+        self._diagnostics = DiagnosticsPublisher(node, health, switch, scene_map.name, self._report)
 
-    def begin(self, camera_frame: CameraFrame) -> list[Matrix]:
+    def begin(self, camera_frame: CameraFrame) -> Starts:
         """Reset if time or a service demands it, and return the start poses of the frame; once per frame."""
         stamp_ns = camera_frame.frame.stamp_ns
         reason = self._watch.reset_reason(stamp_ns)
@@ -89,9 +88,10 @@ class PoseOutput:
         hints: list[Matrix] = []
         if self._initial.waiting is not None:
             hints = self._initial.take(camera_frame.frame_id, stamp_ns, self._publisher.last)
+            self._publisher.allow_jump()
         if not hints and self._persistence is not None:
             hints = self._persistence.take()
-        return hints
+        return Starts(hints, self._publisher.predict(camera_frame.frame_id, stamp_ns))
 
     def publish(self, camera_frame: CameraFrame, localization: Localization) -> PoseEstimate:
         """Publish the result of a frame; in the thread that calls :meth:`begin`.
@@ -106,7 +106,7 @@ class PoseOutput:
         outcome = self._publisher.publish(estimate, camera_frame.frame_id)
         publish_ms = 1e3 * (time.perf_counter() - start)
         if outcome.suspect:
-            estimate = replace(estimate, state=TrackingState.DEGRADED, reason=outcome.transform)
+            estimate = replace(estimate, state=TrackingState.DEGRADED, reason=outcome.suspect)
         if self._persistence is not None:
             self._persistence.offer(estimate)
         if self._localizer.camera_note:
@@ -117,9 +117,22 @@ class PoseOutput:
         self._overlay.offer(Localized(camera_frame, estimate, localization.features))
         return estimate
 
+    def _report(self) -> Report:
+        """Return the report for ``/diagnostics``, which also tells of a second localizer; once a second."""
+        report, rival = self._status.report, self._publisher.rival()
+        if not self._switch.is_on:
+            self._status.send_state(OFF)
+        elif not self._health.receives:
+            self._status.send_state(NO_IMAGES)
+        if not rival:
+            return report
+        self._health.warn(rival)
+        return replace(report, level=max(report.level, WARN), message=rival)
+
     def request_reset(self, reason: str) -> None:
         """Request that the next frame starts without a prior. Thread-safe."""
         self._watch.request_reset(reason)
+        self._publisher.allow_jump()
         if reason == RESET:  # at once: there may never be another frame
             self._publisher.reset_pose()
             if self._persistence is not None:
@@ -144,6 +157,9 @@ class PoseOutput:
 
 class LocalizerStage:
     """Localizer on every frame, in the camera's worker thread."""
+
+    IS_WHOLE: ClassVar[bool] = True
+    """The node needs no other node."""
 
     def __init__(self, node: Node, parameters: ParameterServer, scene_map: AnyMap, switch: EnableSwitch) -> None:
         health = Health(node.get_logger())
@@ -173,90 +189,13 @@ class LocalizerStage:
         self._output.request_reset(reason)
 
     def _process(self, camera_frame: CameraFrame) -> None:
-        localization = self._localizer.process(camera_frame.frame, self._output.begin(camera_frame), correct=False)
+        starts = self._output.begin(camera_frame)
+        localization = self._localizer.process(
+            camera_frame.frame, starts.hints, predicted=starts.predicted, correct=False
+        )
         estimate = self._output.publish(camera_frame, localization)  # the pose first
         self._localizer.correct_belief(estimate.stamp_ns, estimate.refined_pose)
         if localization.coarse is not None:
             coarse = CoarseFrame(camera_frame, localization.coarse)
             self._publish_coarse(coarse)
             self._cells.offer(coarse)
-
-
-class StateLog:
-    """Log of the first pose and of every change of state; at most one change a second, so that it does not flood.
-
-    Args:
-        inform: called with each sentence.
-        clock: steady time in seconds.
-    """
-
-    def __init__(self, map_name: str, inform: Callable[[str], None], clock: Callable[[], float] = time.monotonic):
-        self._map_name, self._inform, self._clock = map_name, inform, clock
-        self._has_pose = False
-        self._state: TrackingState | None = None
-        self._changed_s = -math.inf
-
-    def note_pose(self, T_map_camera: Matrix, latency_ms: float) -> None:
-        """Log the first pose (4, 4)."""
-        if self._has_pose:
-            return
-        self._has_pose = True
-        x, y, z = T_map_camera[:3, 3]
-        self._inform(
-            f"First pose in map '{self._map_name}': the camera is at ({x:.2f}, {y:.2f}, {z:.2f}) m; latency "
-            f"{latency_ms:.0f} ms."
-        )
-
-    def note_state(self, state: TrackingState, reason: str) -> None:
-        """Log the state of a frame if it differs from the last one logged."""
-        now_s = self._clock()
-        if state is self._state or now_s - self._changed_s < _CHANGE_S:
-            return
-        change = state.value if self._state is None else f"{self._state.value} -> {state.value}"
-        self._state, self._changed_s = state, now_s
-        self._inform(f"State {change}" + (f": {reason.rstrip('.')}." if reason else "."))
-
-
-class StatusPublisher:
-    """Publisher of the result of every frame on ``status``."""
-
-    def __init__(self, node: Node, map_name: str, health: Health) -> None:
-        self._map_name, self._health = map_name, health
-        self._log = StateLog(map_name, health.inform)
-        self._publisher = node.create_publisher(DiagnosticArray, "status", qos.results())
-        self.report = Report(WARN, "no frame was processed yet", {"map": map_name, "state": "INITIALIZING"})
-
-    def publish(
-        self, camera_frame: CameraFrame, estimate: PoseEstimate, outcome: Outcome, publish_ms: float, latency_ms: float
-    ) -> None:
-        """Publish the status of one frame."""
-        reason = outcome.pose or outcome.transform or estimate.reason
-        summary: dict[str, Value] = {
-            "map": self._map_name, "state": estimate.state.value, "reason": reason,
-            "published": not outcome.pose, "transform": outcome.transform_text,
-        }  # fmt: skip
-        details = estimate_values(estimate)
-        values: dict[str, Value] = dict(summary)
-        values |= timing_values({**camera_frame.timings_ms, **estimate.timings_ms, "publish": publish_ms})
-        values["latency_ms"] = round(latency_ms, 3)
-        values |= counter_values(camera_frame.counters(self._health.counters))
-        values |= asdict(self._health.rates()) | details
-        level = LEVELS[estimate.state]
-        if outcome.pose or outcome.transform:
-            level = max(level, WARN)
-        message = reason or estimate.state.value
-        self.report = Report(level, message, {**summary, **details})
-        if estimate.T_map_camera is not None and not outcome.pose:
-            self._log.note_pose(estimate.T_map_camera, latency_ms)
-        self._log.note_state(estimate.state, estimate.reason)
-        self._publisher.publish(
-            make_status(
-                estimate.stamp_ns,
-                "localization",
-                values,
-                level=level,
-                message=message,
-                hardware_id=self._map_name,
-                frame_id=camera_frame.frame_id,
-            )
-        )

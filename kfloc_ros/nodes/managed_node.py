@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from rclpy.node import Node
-from std_srvs.srv import SetBool, Trigger
+from std_srvs.srv import Empty, SetBool, Trigger
 
 from kfloc_ros.device import choose_device
 from kfloc_ros.errors import KflocError
@@ -70,7 +70,8 @@ class ManagedNode(LifecycleNode):  # type: ignore[misc]
         self.fault = ""
         """Error of the last failed configuration; empty if none."""
         self.parameters = ParameterServer(self, self._check_reload)
-        self._switches = Services(self, self._switch, lambda: self._stage)
+        is_whole = bool(getattr(build, "IS_WHOLE", False))
+        self._switches = Services(self, self._switch, lambda: self._stage, is_whole=is_whole)
         self._own = {id(entity) for entity in self._entities()}
 
     def apply_pending(self) -> None:
@@ -222,14 +223,22 @@ class _Resettable(Protocol):
 
 
 class Services:
-    """Services of one node, available in every lifecycle state; the response says if there is nothing to do."""
+    """Services of one node, available in every lifecycle state; the response says if there is nothing to do.
 
-    def __init__(self, node: Node, switch: EnableSwitch, stage: Callable[[], _Resettable | None]) -> None:
+    Args:
+        is_whole: the node does everything, so that one call suffices.
+    """
+
+    def __init__(
+        self, node: Node, switch: EnableSwitch, stage: Callable[[], _Resettable | None], *, is_whole: bool = False
+    ) -> None:
         self._switch, self._stage = switch, stage
         self._logger = node.get_logger()
         node.create_service(Trigger, "~/relocalize", lambda _, response: self._request_reset(RELOCALIZE, response))
         node.create_service(Trigger, "~/reset", lambda _, response: self._request_reset(RESET, response))
         node.create_service(SetBool, "~/enable", self._enable)
+        if is_whole:  # by the name and the type that AMCL has, which Nav2's behaviour trees call
+            node.create_service(Empty, "reinitialize_global_localization", self._reinitialize)
 
     def _request_reset(self, reason: str, response: Any) -> Any:
         stage = self._stage()
@@ -240,6 +249,13 @@ class Services:
         off = self._switch.off_reason
         waits = f" once frames are processed again; now {off}" if off else " with the next image"
         return _answer(response, True, f"Reset{waits}.")
+
+    def _reinitialize(self, request: Any, response: Any) -> Any:
+        stage = self._stage()
+        if stage is not None:
+            stage.request_reset(RELOCALIZE)
+            self._logger.info(f"Reset: {RELOCALIZE}.")
+        return response
 
     def _enable(self, request: Any, response: Any) -> Any:
         stage = self._stage()

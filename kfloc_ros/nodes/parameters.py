@@ -19,7 +19,7 @@ from kfloc_ros.errors import ConfigError
 from kfloc_ros.localization.config import LocalizerConfig
 
 MIN_RATE_HZ = 0.1
-"""Lowest rate above 0 of ``transform_rate_hz``: a timer's period has to fit into 64 bits of nanoseconds."""
+"""Lowest rate above 0 that a timer can have: its period has to fit into 64 bits of nanoseconds."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,37 @@ class NodeConfig:
         "limit.",
         low=0.0, high=100.0, live=True,
     )  # fmt: skip
+    max_correction_m_s: float = option(
+        0.0,
+        "Largest speed at which map -> odom moves the base towards a new pose, in m/s; 0: it jumps. It also jumps "
+        "after LOST, after initialpose, ~/relocalize and ~/reset, and if the odometry is set to another place. The "
+        "topic pose is never smoothed.",
+        low=0.0, high=100.0, live=True,
+    )  # fmt: skip
+    max_correction_deg_s: float = option(
+        0.0, "The same for rotations, in deg/s; 0: no limit.", low=0.0, high=3600.0, live=True
+    )
+    planar: bool = option(
+        False,
+        "The robot stands upright on level ground: poses and map -> odom are projected to the ground plane. A pose off "
+        "the plane by more than its covariance allows is DEGRADED. Needs base_frame.",
+        live=True,
+    )  # fmt: skip
+    ground_height: float = option(
+        0.0,
+        "For planar: height of base_frame in the map while the robot stands on the ground, in metres; the map's z axis "
+        "must point up.",
+        low=-10000.0, high=10000.0, live=True,
+    )  # fmt: skip
+    rate_hz: float = option(
+        0.0,
+        f"Rate of odometry/map, the pose carried on between images by odometry, in Hz, at least {MIN_RATE_HZ:g}; 0: "
+        "off. Needs odom_frame -> base_frame on /tf.",
+        low=0.0, high=200.0,
+    )  # fmt: skip
+    use_imu: bool = option(
+        False, "For odometry/map: turn with the angular rate of imu (sensor_msgs/Imu) where odometry is late."
+    )
     transform_timeout: float = option(
         0.1, "Time that a pose waits for the odometry at its image's stamp, in seconds.", low=0.0, high=2.0, live=True
     )
@@ -124,9 +155,12 @@ class NodeConfig:
     path_length: int = option(1000, "Number of poses in path; 0: no path.", low=0, high=100000, live=True)
 
     def __post_init__(self) -> None:
-        if 0.0 < self.transform_rate_hz < MIN_RATE_HZ:
+        for name in ("transform_rate_hz", "rate_hz"):
+            if 0.0 < getattr(self, name) < MIN_RATE_HZ:
+                raise ConfigError(f"'{name}' must be 0 or lie in [{MIN_RATE_HZ:g}, 200], got {getattr(self, name)!r}.")
+        if self.planar and not self.base_frame:
             raise ConfigError(
-                f"'transform_rate_hz' must be 0 or lie in [{MIN_RATE_HZ:g}, 200], got {self.transform_rate_hz!r}."
+                "'planar' needs 'base_frame', such as base_link: the frame of a camera does not stand upright."
             )
         for name in ("map_frame", "base_frame", "odom_frame"):
             if not getattr(self, name).isprintable():

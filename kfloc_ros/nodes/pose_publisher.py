@@ -14,13 +14,16 @@ from geometry_msgs.msg import PoseStamped, PoseWithCovarianceStamped
 from nav_msgs.msg import Path
 from rclpy.node import Node
 
+from kfloc_ros.geometry.lie import inverse_pose
+from kfloc_ros.geometry.planar import planar_pose
 from kfloc_ros.messages.poses import BodyPose, fill_pose, fill_pose_with_covariance, fill_stamp
 from kfloc_ros.messages.transforms import TransformUnknownError
 from kfloc_ros.nodes import qos
 from kfloc_ros.nodes.health import Health
+from kfloc_ros.nodes.odometry_publisher import OdometryPublisher
 from kfloc_ros.nodes.parameter_server import ParameterServer
 from kfloc_ros.nodes.tf_publisher import TfPublisher
-from kfloc_ros.nodes.transforms import TransformListener
+from kfloc_ros.nodes.transforms import KEEP_S, TransformListener
 from kfloc_ros.nodes.worker import EnableSwitch
 from kfloc_ros.types import Matrix, PoseEstimate, TrackingState
 
@@ -41,9 +44,9 @@ class LastPose:
     base_frame: str
     body: BodyPose
 
-    def travelled(self, transforms: _Lookup, odom_frame: str, stamp_ns: int) -> Matrix | None:
-        """Return ``T_then_now`` of the base by odometry, or None if odometry does not know it."""
-        return travelled(transforms, odom_frame, self.base_frame, self.stamp_ns, stamp_ns)
+    def travelled(self, transforms: _Lookup, odom_frame: str, stamp_ns: int, wait_s: float = 0.0) -> Matrix | None:
+        """Return ``T_then_now`` of the base by odometry, or None if odometry does not know it after ``wait_s``."""
+        return travelled(transforms, odom_frame, self.base_frame, self.stamp_ns, stamp_ns, wait_s)
 
     def grown(self, stamp_ns: int, growth: float, T_then_now: Matrix | None = None) -> BodyPose:
         """Return the pose at a later time: moved by ``T_then_now``, with standard deviations ``growth`` m/s and rad/s
@@ -56,16 +59,20 @@ class LastPose:
         return BodyPose(body.T_map_body, body.covariance + np.diag(variances))
 
 
-def travelled(transforms: _Lookup, odom_frame: str, base_frame: str, since_ns: int, until_ns: int) -> Matrix | None:
+def travelled(
+    transforms: _Lookup, odom_frame: str, base_frame: str, since_ns: int, until_ns: int, wait_s: float = 0.0
+) -> Matrix | None:
     """Return ``T_then_now`` of the base frame between two times by odometry, or None if odometry does not know it."""
     try:
         T_then_odom = transforms.lookup(base_frame, odom_frame, since_ns)
-        return T_then_odom @ transforms.lookup(odom_frame, base_frame, until_ns)
+        return T_then_odom @ transforms.lookup(odom_frame, base_frame, until_ns, wait_s)
     except TransformUnknownError:
         return None
 
 
 _PATH_PERIOD_S = 0.5
+_ODOMETRY_WAIT_S = 0.02
+"""Time, in seconds, that an image waits for the odometry that predicts its pose."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +83,10 @@ class Outcome:
     """Reason why no pose was published; empty if one was."""
     transform: str = ""
     """Reason why no transform was broadcast, or what is wrong with it; empty if it is sound or not requested."""
-    suspect: bool = False
-    """The odometry contradicts the pose."""
+    suspect: str = ""
+    """Contradiction between the pose and the odometry or the ground plane; empty if there is none."""
+    deviation_m: float = math.nan
+    """Largest standard deviation of the published position in the map's x-y plane, in metres."""
     tf_mode: str = "none"
     is_repeating: bool = False
     """The last ``map -> odom`` is sent again without a new pose."""
@@ -105,9 +114,10 @@ class PosePublisher:
         health: Health,
         switch: EnableSwitch,
     ) -> None:
-        self._parameters, self._map_frame, self._health = parameters, map_frame, health
+        self._node, self._parameters, self._map_frame, self._health = node, parameters, map_frame, health
         self._listener = listener
         self._transforms = TfPublisher(node, parameters, map_frame, listener, health, switch)
+        self._odometry = OdometryPublisher(node, parameters, map_frame, listener, health, switch)
         self._poses = node.create_publisher(PoseWithCovarianceStamped, "pose", qos.results())
         self._paths = node.create_publisher(Path, "path", qos.results(1))
         self._path: deque[PoseStamped] = deque()
@@ -134,6 +144,7 @@ class PosePublisher:
             except TransformUnknownError as error:
                 self._health.warn(f"No pose is published. {error}")
                 return Outcome(pose=str(error))
+        off_plane, body = self._on_plane(body)
         fault = body.fault()
         if fault:
             self._health.warn(f"A pose is not published: {fault}.")
@@ -142,7 +153,56 @@ class PosePublisher:
         self.last = LastPose(estimate.stamp_ns, base_frame, body)
         self._publish_path(estimate.stamp_ns, body)
         fault = self._transforms.publish(estimate.stamp_ns, body.T_map_body, base_frame)
-        return Outcome(transform=fault, suspect=self._transforms.suspect)
+        if not self._transforms.suspect:
+            self._odometry.fix(estimate.stamp_ns, body, base_frame)
+        deviation_m = math.sqrt(float(np.linalg.eigvalsh(body.covariance[:2, :2])[-1]))
+        return Outcome(
+            transform=fault, suspect=fault if self._transforms.suspect else off_plane, deviation_m=deviation_m
+        )
+
+    def _on_plane(self, body: BodyPose) -> tuple[str, BodyPose]:
+        """Return what is wrong with the pose of a planar robot, and the pose on the ground plane; else it as it is."""
+        config = self._parameters.node
+        if not config.planar or body.fault():
+            return "", body
+        planar = planar_pose(body.T_map_body, body.covariance, config.ground_height)
+        if planar.fault:
+            self._health.warn(f"Off the ground plane: {planar.fault}.")
+        return planar.fault, BodyPose(planar.T_map_base, planar.covariance)
+
+    def predict(self, camera_frame: str, stamp_ns: int) -> Matrix | None:
+        """Return ``T_map_camera`` (4, 4) of a frame as odometry predicts it from the last pose; None without either."""
+        config, last = self._parameters.node, self.last
+        if last is None or not 0 < stamp_ns - last.stamp_ns <= KEEP_S * 1e9:
+            return None
+        if not self._listener.has_odometry(config.odom_frame, last.base_frame, self._map_frame):
+            return None
+        T_then_now = last.travelled(self._listener, config.odom_frame, stamp_ns, _ODOMETRY_WAIT_S)
+        if T_then_now is None:
+            return None
+        try:
+            T_base_camera = inverse_pose(self._listener.lookup(camera_frame, last.base_frame, stamp_ns))
+        except TransformUnknownError:
+            return None
+        return last.body.T_map_body @ T_then_now @ T_base_camera
+
+    def rival(self) -> str:
+        """Return a sentence if another node publishes poses on the same topic; else an empty string."""
+        count = self._node.count_publishers(self._poses.topic_name)
+        if count <= 1:
+            return ""
+        others = {
+            f"{info.node_namespace.rstrip('/')}/{info.node_name}"
+            for info in self._node.get_publishers_info_by_topic(self._poses.topic_name)
+        } - {self._node.get_fully_qualified_name()}
+        return (
+            f"{count - 1} other node(s) ({', '.join(sorted(others)) or 'of the same name'}) also publish on "
+            f"{self._poses.topic_name}: stop the second localizer, or give one of the two a namespace."
+        )
+
+    def allow_jump(self) -> None:
+        """Let ``map -> odom`` go to the next pose at once. Thread-safe."""
+        self._transforms.allow_jump()
 
     def reset(self) -> None:
         """Discard the path and the last pose; worker thread only."""
@@ -153,12 +213,14 @@ class PosePublisher:
         """Discard the last pose and transform. Thread-safe."""
         self.last = None
         self._transforms.reset()
+        self._odometry.reset()
 
     def _publish_lost(self, estimate: PoseEstimate) -> None:
         """Publish a LOST estimate as ``when_lost`` demands."""
         config = self._parameters.node
         if estimate.state is not TrackingState.LOST:
             return
+        self._transforms.allow_jump()
         if config.when_lost == "stop":
             self._transforms.stop()
         elif config.when_lost == "mark" and self.last is not None:

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Publisher of ``/tf``, with a check of poses against the odometry."""
+"""Publisher of ``/tf``: poses as ``map -> odom`` or ``map -> base``, in a sound tree of frames."""
 
 from __future__ import annotations
 
 import threading
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,85 +13,15 @@ import numpy as np
 from rclpy.clock import Clock, ClockType
 from rclpy.node import Node
 
-from kfloc_ros.geometry.lie import inverse_pose, rotation_angle_deg
-from kfloc_ros.messages.transforms import TransformUnknownError
+from kfloc_ros.geometry.lie import inverse_pose
+from kfloc_ros.geometry.planar import planar_map_to_odom
+from kfloc_ros.localization.odometry import CorrectionLimits, OdometryCheck, SteadyCorrection
+from kfloc_ros.messages.transforms import NEWEST, TransformUnknownError
 from kfloc_ros.nodes.health import Health
 from kfloc_ros.nodes.parameter_server import ParameterServer
 from kfloc_ros.nodes.transforms import TransformListener, make_broadcaster, stamped
 from kfloc_ros.nodes.worker import EnableSwitch
 from kfloc_ros.types import Matrix
-
-RECENT_S = 2.0
-"""Time without an agreeing pose, in seconds, after which any pose is accepted: wheels may have slipped meanwhile."""
-DEG_PER_M = 30.0
-"""Rotation, in degrees, that counts as much as a translation of one metre."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Observation:
-    stamp_ns: int
-    T_map_odom: Matrix
-
-
-class OdometryCheck:
-    """Consistency check of poses with the odometry: a pose that jumps is suspect until a second pose agrees with it.
-
-    A single wrong pose therefore never moves the map. A robot that was really moved waits for one more image.
-    """
-
-    def __init__(self) -> None:
-        self._last: _Observation | None = None
-        self._suspect: _Observation | None = None
-
-    def check(self, stamp_ns: int, T_map_base: Matrix, T_odom_base: Matrix, limit_m: float) -> str:
-        """Return the reason why a pose is suspect; empty if it is accepted.
-
-        Args:
-            stamp_ns: stamp of the image.
-            T_map_base: pose estimated from the image.
-            T_odom_base: odometry at the same stamp.
-            limit_m: largest accepted distance between the two, in metres; 0: no limit.
-        """
-        observation = _Observation(stamp_ns, T_map_base @ inverse_pose(T_odom_base))
-        suspect, self._suspect = self._suspect, None
-        if limit_m == 0.0 or not _is_recent(self._last, stamp_ns):
-            self._last = observation
-            return ""
-        assert self._last is not None
-        apart_m, apart_deg = _apart(self._last, T_map_base, T_odom_base)
-        if _within(apart_m, apart_deg, limit_m):
-            self._last = observation
-            return ""
-        if (
-            suspect is not None
-            and _is_recent(suspect, stamp_ns)
-            and _within(*_apart(suspect, T_map_base, T_odom_base), limit_m)
-        ):
-            self._last = observation
-            return ""
-        self._suspect = observation
-        return (
-            f"The pose is {apart_m:.2f} m and {apart_deg:.1f} deg from its prediction by odometry, more than "
-            f"max_odom_jump {limit_m:g} m; a second image has to confirm it."
-        )
-
-    def reset(self) -> None:
-        """Accept the next pose unconditionally."""
-        self._last = self._suspect = None
-
-
-def _is_recent(observation: _Observation | None, stamp_ns: int) -> bool:
-    return observation is not None and 0 < stamp_ns - observation.stamp_ns <= RECENT_S * 1e9
-
-
-def _apart(observation: _Observation, T_map_base: Matrix, T_odom_base: Matrix) -> tuple[float, float]:
-    """Return metres and degrees between a pose and an earlier one moved by odometry."""
-    between = inverse_pose(observation.T_map_odom @ T_odom_base) @ T_map_base
-    return float(np.linalg.norm(between[:3, 3])), rotation_angle_deg(between[:3, :3])
-
-
-def _within(apart_m: float, apart_deg: float, limit_m: float) -> bool:
-    return apart_m <= limit_m and apart_deg <= limit_m * DEG_PER_M
 
 
 class _Parents(Protocol):
@@ -183,7 +114,9 @@ class _Anchor:
     """Last ``T_map_odom``, with its time on the camera's clock and on the node's."""
 
     odom_frame: str
+    base_frame: str
     T_map_odom: Matrix
+    T_odom_base: Matrix
     stamp_ns: int
     node_ns: int
 
@@ -207,7 +140,7 @@ class TfPublisher:
         self._anchor: _Anchor | None = None
         self._sent_ns = 0
         self._stopped = False
-        self._check = OdometryCheck()
+        self._check, self._correction = OdometryCheck(), SteadyCorrection()
         self._lead = StampLead()
         self._lead_was_told = False
         self.suspect = False
@@ -251,11 +184,18 @@ class TfPublisher:
         if reason:
             self.suspect = True
             return self._warn(reason)
-        anchor = _Anchor(odom_frame, T_map_base @ inverse_pose(T_odom_base), stamp_ns, self._clock.now().nanoseconds)
+        T_map_odom = T_map_base @ inverse_pose(T_odom_base)
+        if config.planar:
+            T_map_odom = planar_map_to_odom(T_map_base, T_odom_base)
+        now_ns = self._clock.now().nanoseconds
+        anchor = _Anchor(odom_frame, base_frame, T_map_odom, T_odom_base, stamp_ns, now_ns)
         with self._lock:
-            self._lead.add(stamp_ns, anchor.node_ns)
-            if self._anchor is not None and stamp_ns < self._anchor.stamp_ns:
-                self._sent_ns = 0  # time went backwards
+            self._lead.add(stamp_ns, now_ns)
+            if self._correction.observe(stamp_ns, T_odom_base):
+                self._health.warn(f"The odometry was set to another place, so {self._map_frame} -> {odom_frame} jumps.")
+            if self._anchor is not None and (stamp_ns < self._anchor.stamp_ns or odom_frame != self._anchor.odom_frame):
+                self._sent_ns = 0  # time went backwards, or there is another odometry
+                self._correction.allow_jump()
             self._anchor, self._stopped = anchor, False
             self._send(anchor, max(stamp_ns + self._lead_ns(), self._sent_ns + 1))
         self._tell_lead()
@@ -266,11 +206,17 @@ class TfPublisher:
         with self._lock:
             self._stopped = True
 
+    def allow_jump(self) -> None:
+        """Let ``map -> odom`` go to the next pose at once. Thread-safe."""
+        with self._lock:
+            self._correction.allow_jump()
+
     def reset(self) -> None:
         """Discard the last transform and reset the odometry check."""
         with self._lock:
             self._anchor, self._sent_ns = None, 0
             self._check.reset()
+            self._correction.allow_jump()
 
     def _publish_base(self, stamp_ns: int, T_map_base: Matrix, base_frame: str) -> str:
         fault = tree_fault(self._listener, self._map_frame, base_frame, "map_to_base")
@@ -325,8 +271,14 @@ class TfPublisher:
 
     def _send(self, anchor: _Anchor, stamp_ns: int) -> None:
         self._sent_ns = stamp_ns
+        config, T_odom_base = self._parameters.node, anchor.T_odom_base
+        limits = CorrectionLimits(config.max_correction_m_s, config.max_correction_deg_s)
+        if not limits.are_off:
+            with suppress(TransformUnknownError):  # then the limits apply to the base at the last image
+                T_odom_base = self._listener.lookup(anchor.odom_frame, anchor.base_frame, NEWEST)
+        T_map_odom = self._correction.step(anchor.T_map_odom, T_odom_base, stamp_ns, limits)
         self._listener.note_sent(self._map_frame, anchor.odom_frame, stamp_ns)
-        self._broadcast(stamped(self._map_frame, anchor.odom_frame, stamp_ns, anchor.T_map_odom))
+        self._broadcast(stamped(self._map_frame, anchor.odom_frame, stamp_ns, T_map_odom))
 
     def _lead_ns(self) -> int:
         config = self._parameters.node

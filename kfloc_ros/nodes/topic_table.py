@@ -36,12 +36,20 @@ TOPICS: tuple[Topic, ...] = (
     ),
     Topic("/tf", "tf2_msgs/msg/TFMessage", (LOCALIZER, REFINER), "as set by `tf_mode`; see [Transforms](#transforms)"),
     Topic(
+        "odometry/map", "nav_msgs/msg/Odometry", (LOCALIZER, REFINER),
+        "with `rate_hz`, at that rate: the last pose carried on by odometry, with a growing covariance",
+    ),
+    Topic(
         "path", "nav_msgs/msg/Path", (LOCALIZER, REFINER),
         "while subscribed, with a new pose but at most twice a second; the last `path_length` poses",
     ),
     Topic(
         "status", "diagnostic_msgs/msg/DiagnosticArray", (LOCALIZER, REFINER),
         "for every processed frame, also without a pose; stamp of the image",
+    ),
+    Topic(
+        "localization_state", "std_msgs/msg/String", (LOCALIZER, REFINER),
+        "at every change, and latched: the state, `NO_IMAGES`, or `OFF` while inactive", latched=True,
     ),
     Topic(
         "coarse_pose", "geometry_msgs/msg/PoseWithCovarianceStamped", (LOCALIZER, FILTER),

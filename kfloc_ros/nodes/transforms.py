@@ -60,6 +60,13 @@ class Tf2Buffer:
             raise unconnected(target, source, self.frames()) from error
         return transform_from_message(found.transform)
 
+    def newest_ns(self, target: str, source: str) -> int:
+        target, source = target.lstrip("/"), source.lstrip("/")
+        try:
+            return int(self._core.get_latest_common_time(target, source).nanoseconds)
+        except tf2_ros.TransformException as error:
+            raise unconnected(target, source, self.frames()) from error
+
     def clear(self) -> None:
         self._core.clear()
 
@@ -136,6 +143,25 @@ class TransformListener:
                     if not error.ahead or left_s <= 0:
                         raise
                     self._arrived.wait(left_s)
+
+    def newest(self, target: str, source: str) -> tuple[int, Matrix]:
+        """Return the newest stamp at which ``T_target_source`` (4, 4) is known, in nanoseconds, and the transform.
+
+        The stamp is 0 if all transforms between the frames are static.
+
+        Raises:
+            TransformUnknownError: the frames are not connected.
+        """
+        with self._arrived:
+            stamp_ns = self._store.newest_ns(target, source)
+            return stamp_ns, self._store.lookup(target, source, stamp_ns)
+
+    def has_odometry(self, odom_frame: str, base_frame: str, map_frame: str) -> bool:
+        """Return True if ``odom_frame`` is an ancestor of ``base_frame``, and not through the map."""
+        above = self.above(base_frame)
+        if odom_frame.lstrip("/") not in above:
+            return False
+        return map_frame.lstrip("/") not in above[: above.index(odom_frame.lstrip("/"))]
 
     def parent(self, frame: str) -> str | None:
         """Return the last parent of a frame, or None; one that is not sent any more counts for ``KEEP_S``."""
