@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass
@@ -80,15 +82,21 @@ MAX_LEAD_S = 10.0
 """Limit on latencies and gaps, in seconds, that the stamps of map -> odom cover; longer ones are of other clocks."""
 
 
+_MAX_PERIOD_S = 0.5
+"""A longer time between two transforms, in seconds, is a pause and not a period."""
+
+
 class StampLead:
     """Time that ``map -> odom`` is stamped ahead of its image, so that a lookup at the present time finds it.
 
-    The lead covers the latency of the last poses and two periods of sending, or two typical gaps between poses if
-    transforms are not sent again.
+    The lead covers the latency of the last poses and two periods of sending, as they are on a machine that has other
+    work, or two typical gaps between poses if transforms are not sent again.
     """
 
     def __init__(self) -> None:
         self._latencies_s: deque[float] = deque(maxlen=16)
+        self._periods_s: deque[float] = deque(maxlen=256)
+        self._sent_s = -math.inf
         self._gaps_s: deque[float] = deque(maxlen=16)
         self._last_ns: int | None = None
 
@@ -101,11 +109,19 @@ class StampLead:
             self._gaps_s.append(1e-9 * (stamp_ns - self._last_ns))
         self._last_ns = stamp_ns
 
+    def note_sent(self, now_s: float) -> None:
+        """Add the time at which a transform is sent, on a steady clock in seconds."""
+        if now_s - self._sent_s <= _MAX_PERIOD_S:
+            self._periods_s.append(now_s - self._sent_s)
+        self._sent_s = now_s
+
     def needed_s(self, rate_hz: float) -> float:
         """Return the shortest sufficient lead, in seconds, if transforms are sent again at ``rate_hz`` (0: never)."""
         if not self._latencies_s:
             return 0.0
-        period_s = 1.0 / rate_hz if rate_hz > 0 else float(np.median(self._gaps_s)) if self._gaps_s else 0.0
+        period_s = float(np.median(self._gaps_s)) if self._gaps_s else 0.0
+        if rate_hz > 0:
+            period_s = max(1.0 / rate_hz, max(self._periods_s, default=0.0))
         return max(self._latencies_s) + 2.0 * period_s
 
 
@@ -271,6 +287,7 @@ class TfPublisher:
 
     def _send(self, anchor: _Anchor, stamp_ns: int) -> None:
         self._sent_ns = stamp_ns
+        self._lead.note_sent(time.monotonic())
         config, T_odom_base = self._parameters.node, anchor.T_odom_base
         limits = CorrectionLimits(config.max_correction_m_s, config.max_correction_deg_s)
         if not limits.are_off:

@@ -77,6 +77,17 @@ def test_the_stamps_lie_as_far_ahead_as_the_latency_and_the_period_need() -> Non
     assert lead.needed_s(20.0) == pytest.approx(0.2), "a latency that is over does not count"
 
 
+def test_a_period_that_a_busy_machine_draws_out_counts() -> None:
+    lead = StampLead()
+    lead.add(NOW, NOW + 100 * MS)
+    for sent_s in (0.0, 0.05, 0.1, 0.4, 0.45, 60.0):
+        lead.note_sent(sent_s)
+    assert lead.needed_s(20.0) == pytest.approx(0.1 + 2 * 0.3), "a minute is a pause"
+    for number in range(256):
+        lead.note_sent(60.0 + 0.05 * number)
+    assert lead.needed_s(20.0) == pytest.approx(0.2)
+
+
 def test_clocks_that_differ_are_no_latency() -> None:
     lead = StampLead()
     for stamp_ns in (NOW, NOW + 3600 * 10**9, NOW + 1800 * 10**9):

@@ -20,7 +20,8 @@ CHI2_3_999 = 16.266
 
 NAV2_NODES = {
     "BackUp", "ClearEntireCostmap", "ComputePathToPose", "FollowPath", "GoalCheckerSelector", "GoalUpdated",
-    "PipelineSequence", "RateController", "RecoveryNode", "ReinitializeGlobalLocalization", "RoundRobin", "Spin", "Wait",
+    "PipelineSequence", "RateController", "RecoveryNode", "ReinitializeGlobalLocalization", "RoundRobin", "Spin",
+    "Wait",
 }  # fmt: skip
 """Of nav2_behavior_tree (its nav2_tree_nodes.xml)."""
 BT_NODES = {
@@ -122,6 +123,6 @@ def test_the_gate_lets_planar_poses_in_and_wrong_ones_not() -> None:
         innovation = np.array([*planar.T_map_base[:2, 3], yaw(planar.T_map_base)])
         spread = planar.covariance[np.ix_(kept, kept)] + predicted
         passed.append(np.sqrt(innovation @ np.linalg.solve(spread, innovation)) <= gate)
-        wrong = innovation + [0.3, 0.0, 0.0]
+        wrong = innovation + np.array([0.3, 0.0, 0.0])
         assert np.sqrt(wrong @ np.linalg.solve(spread, wrong)) > gate
     assert np.mean(passed) > 0.995
