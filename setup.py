@@ -56,6 +56,7 @@ setup(
         "tqdm>=4.64",
     ],
     extras_require={
+        "heic": ["pillow-heif>=0.18,<2"],
         "simulation": ["embreex>=4.4"],
         "tensorboard": ["tensorboard>=2.15,<3"],
         "test": ["hypothesis>=6.100", "pytest>=7,<9", "pytest-xdist>=3.5,<4"],

@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -72,8 +72,23 @@ class FrameSource(ABC):
         Raises:
             FrameError: the frame cannot be used, and the source is strict.
         """
+        return self._usable(position, self.__getitem__)
+
+    def recorded(self, position: int) -> Frame:
+        """Return a frame as its own camera took it, where a source brings the images of several to one camera."""
+        return self[position]
+
+    def own_camera(self, position: int) -> Camera:
+        """Return the camera of :meth:`recorded`, without reading the image if the source can."""
+        return self.camera
+
+    def read_recorded(self, position: int) -> Frame | None:
+        """Return :meth:`recorded`, or None like :meth:`read`."""
+        return self._usable(position, self.recorded)
+
+    def _usable(self, position: int, get: Callable[[int], Frame]) -> Frame | None:
         try:
-            return self[position]
+            return get(position)
         except FrameError as error:
             if self.strict:
                 raise
@@ -154,6 +169,14 @@ class DerivedSource(FrameSource):
     def __getitem__(self, position: int) -> Frame:
         position = range(len(self))[position]
         return self.changed(self._source[self.origin(position)], position)
+
+    def recorded(self, position: int) -> Frame:
+        if not self.passes_images_on:
+            return self[position]
+        return self.changed(self._source.recorded(self.origin(position)), position)
+
+    def own_camera(self, position: int) -> Camera:
+        return self._source.own_camera(self.origin(position)) if self.passes_images_on else self.camera
 
     def indices(self) -> Sequence[int]:
         whole = self._source.indices()

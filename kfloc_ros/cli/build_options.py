@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -84,6 +85,11 @@ def provenance_of(args: argparse.Namespace, source: FrameSource, command: str) -
         "frames": args.frames or "all",
         "split": args.split or "none",
     }
+
+
+def words_of(args: argparse.Namespace) -> str:
+    """Return the command line, as typed, so that it can be repeated."""
+    return shlex.join(["kfloc", *args.words])
 
 
 def duration_s(text: str) -> float:

@@ -70,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if module is None:
             parser.print_help()
             return 2
+        args.words = arguments
         code = int(module.run(args))
         sys.stdout.flush()
         return code

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 import time
 from pathlib import Path
@@ -18,16 +17,20 @@ from kfloc_ros.cli.build_options import (
     build_config_from,
     need_poses,
     provenance_of,
+    words_of,
 )
 from kfloc_ros.cli.check import add_no_check, check_first
 from kfloc_ros.cli.map_join import add_join, describe_place
+from kfloc_ros.cli.map_scale import add_scale, add_scale_options, notes_beside, scale_method, scaled_source
 from kfloc_ros.cli.map_tools import add_tools
 from kfloc_ros.cli.tables import describe
+from kfloc_ros.errors import KflocError, SourceError
 
 BUILD_EXAMPLE = """\
 examples:
   kfloc map build 7scenes:/data/redkitchen --split blocks50:train --out maps/kitchen
-  kfloc map build walk.mp4?every=10 --sfm out/walk --sfm-length 0 12 1.50 --out maps/walk
+  kfloc map build photos --sfm out/photos --scale-marker 0.15 --out maps/hall
+  kfloc map build 'walk.mp4?every=10' --sfm out/walk --sfm-length 0 12 1.50 --out maps/walk
 
 A build trains the map's scene-coordinate head, selects reference views, and calibrates on held-out views. The folder is
 written in one step at the end: an interrupted build leaves no files.
@@ -53,7 +56,7 @@ example:
 def add_parser(subparsers: Any) -> None:
     """Register ``kfloc map``."""
     parser = subparsers.add_parser(
-        "map", help="build, update, merge, join, migrate, describe, verify, draw, export, pack and crop maps"
+        "map", help="build, update, scale, merge, join, migrate, describe, verify, draw, export, pack and crop maps"
     )
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     build = actions.add_parser(
@@ -73,15 +76,10 @@ def add_parser(subparsers: Any) -> None:
         "--sfm",
         type=Path,
         metavar="DIR",
-        help="estimate the poses by structure from motion; model and images are written to DIR (as SOURCE: colmap:DIR)",
+        help="estimate the poses by structure from motion; model and images are written to DIR (as SOURCE: "
+        "colmap:DIR), and used again if they are there; scale: by depth or poses, or by an option below",
     )
-    structure.add_argument(
-        "--sfm-length",
-        nargs=3,
-        metavar=("FRAME", "FRAME", "METRES"),
-        help="scale: the distance in metres between the camera positions of two frames, counted from 0 (default: "
-        "from the source's depth, else from its poses)",
-    )
+    add_scale_options(build)
     build.set_defaults(run_action=run_build)
     info = actions.add_parser("info", help="describe a map, or a place and its submaps")
     info.add_argument("map", metavar="MAP", help="map folder, or name of an installed map")
@@ -93,6 +91,7 @@ def add_parser(subparsers: Any) -> None:
     verify.set_defaults(run_action=run_verify)
     add_join(actions)
     add_tools(actions)
+    add_scale(actions)
     _add_kfnet(actions)
 
 
@@ -134,28 +133,46 @@ def run_build(args: argparse.Namespace) -> int:
     from kfloc_ros.mapping.build import build_map, check_free
     from kfloc_ros.mapping.motion_depth import with_depth
     from kfloc_ros.mapping.structure import reconstruct
-    from kfloc_ros.mapping.structure_scale import known_length
+    from kfloc_ros.mapping.structure_scale import SCALE_HELP, UNSCALED, Unscaled
 
-    config = build_config_from(args)
+    config, method = build_config_from(args), scale_method(args)
     frames = open_source_from(args, depth=not args.no_depth)
+    check_free(args.out, overwrite=args.force)
+    notes: dict[str, Any] = {"scale": "of the source's poses", "intrinsics": "given by the source"}
     if args.sfm is not None:
-        check_free(args.out, overwrite=args.force)
-        frames = reconstruct(frames, args.sfm, length=known_length(args.sfm_length), on_progress=StageBars())
+        if frames.camera_is_guess:
+            notes["intrinsics"] = "found from the images"
+        frames = reconstruct(frames, args.sfm, method=method, on_progress=StageBars())
+        notes |= {"poses": "from the images", "model": str(args.sfm), "scale": frames.scale.origin}
     else:
         need_poses(frames)
+        made = notes_beside(args.source)
+        if made is not None and made.scale is not None:
+            notes["scale"] = made.scale.origin
+        if made is not None and (made.scale is None or made.scale.origin == UNSCALED) and method is None:
+            raise SourceError(f"The model '{args.source}' has no scale. {SCALE_HELP}")
+        if method is not None:
+            frames, scale = scaled_source(frames, method)
+            notes["scale"] = scale.origin
         check_first(frames, skip=args.no_check)
+    if isinstance(method, Unscaled):
+        print(f"Warning: the map's scale is {UNSCALED}. `kfloc map scale` can set it.", file=sys.stderr)
     source = with_depth(frames, hide=args.no_depth, device=config.device)
-    command = shlex.join(["kfloc", "map", "build", args.source, "--out", str(args.out)])
-    scene_map = build_map(
-        source,
-        args.out,
-        config,
-        name=args.name,
-        overwrite=args.force,
-        provenance=provenance_of(args, source, command) | ({"poses": "from the images"} if args.sfm else {}),
-        started=started,
-        on_progress=BuildBars(),
-    )
+    try:
+        scene_map = build_map(
+            source,
+            args.out,
+            config,
+            name=args.name,
+            overwrite=args.force,
+            provenance=provenance_of(args, source, words_of(args)) | notes,
+            started=started,
+            on_progress=BuildBars(),
+        )
+    except (KflocError, KeyboardInterrupt):
+        if args.sfm is not None:
+            print(f"The model is kept in '{args.sfm}': the same command goes on from there.", file=sys.stderr)
+        raise
     print(describe(scene_map))
     return 0
 

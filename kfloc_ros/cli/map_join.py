@@ -4,13 +4,19 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kfloc_ros.cli.arguments import add_source_arguments, open_source_from
-from kfloc_ros.cli.build_options import BuildBars, add_build_options, build_config_from, need_poses, provenance_of
+from kfloc_ros.cli.build_options import (
+    BuildBars,
+    add_build_options,
+    build_config_from,
+    need_poses,
+    provenance_of,
+    words_of,
+)
 from kfloc_ros.cli.check import add_no_check, check_first
 from kfloc_ros.errors import MapError
 
@@ -144,7 +150,7 @@ def run_update(args: argparse.Namespace) -> int:
     need_poses(frames)
     check_first(frames, skip=args.no_check)
     source = with_depth(frames, hide=args.no_depth, device=config.device)
-    command = shlex.join(["kfloc", "map", "update", args.map, args.source, "--out", str(args.out)])
+    command = words_of(args)
     options: dict[str, Any] = {
         "same_frame": args.same_frame,
         "provenance": {f"last_update_{k}": value for k, value in provenance_of(args, source, command).items()},

@@ -4,17 +4,17 @@
 from __future__ import annotations
 
 import io
-import struct
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kfloc_ros.datasets.image_headers import HEIC_ENDINGS, ImageHeader, decode_heic, image_header, reads_heic
 from kfloc_ros.errors import FrameError
 from kfloc_ros.files import MAX_FILE_BYTES, MAX_IMAGE_PIXELS, open_plain, read_bytes
 from kfloc_ros.geometry.camera import Camera
@@ -22,71 +22,10 @@ from kfloc_ros.geometry.camera_tensor import CameraTensor
 from kfloc_ros.geometry.distortion import Distortion
 from kfloc_ros.types import Matrix
 
-MAX_JPEG_SEGMENTS = 1000
 NO_MEASUREMENT = 65535
 """Count of a 16-bit depth image that stands for nothing, as 0 does."""
 SIZE_PROBES, TRIED_PATHS = 15, 2000
 _TAIL_BYTES = 64
-_SOF = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-_EXIF_ORIENTATION = 0x0112
-
-
-class ImageHeader(NamedTuple):
-    """What the header of a PNG or JPEG file says."""
-
-    width: int
-    height: int
-    orientation: int = 1
-    """EXIF's number, 1 to 8: how to turn the stored pixels for display; 1: not at all."""
-
-
-def image_header(stream: IO[bytes]) -> ImageHeader | None:
-    """Return the header of a PNG or JPEG; None for anything else, or a damaged one."""
-    start = stream.read(26)
-    if start[:8] == b"\x89PNG\r\n\x1a\n" and len(start) == 26:
-        width, height = struct.unpack(">II", start[16:24])
-        return ImageHeader(width, height)
-    if start[:2] != b"\xff\xd8":
-        return None
-    stream.seek(2)
-    orientation = 1
-    for _ in range(MAX_JPEG_SEGMENTS):
-        marker = stream.read(2)
-        while marker == b"\xff\xff":
-            marker = marker[1:] + stream.read(1)
-        length = stream.read(2)
-        if len(marker) < 2 or marker[0] != 0xFF or marker[1] in (0xD9, 0xDA) or len(length) < 2:
-            return None
-        size = int.from_bytes(length, "big") - 2
-        if marker[1] in _SOF:
-            shape = stream.read(5)
-            if len(shape) < 5:
-                return None
-            height, width = struct.unpack(">HH", shape[1:])
-            return ImageHeader(width, height, orientation)
-        if marker[1] == 0xE1:
-            orientation = _exif_orientation(stream.read(max(size, 0))) or orientation
-        else:
-            stream.seek(max(size, 0), io.SEEK_CUR)
-    return None
-
-
-def _exif_orientation(segment: bytes) -> int:
-    """EXIF's orientation, 1 to 8, or 0 where the segment has none."""
-    tiff = segment[6:]
-    if not segment.startswith(b"Exif\0\0") or tiff[:2] not in (b"II", b"MM"):
-        return 0
-    order = "<" if tiff[:2] == b"II" else ">"
-    try:
-        (first,) = struct.unpack_from(f"{order}I", tiff, 4)
-        (count,) = struct.unpack_from(f"{order}H", tiff, first)
-        for k in range(count):
-            tag, _, _, value = struct.unpack_from(f"{order}HHIH", tiff, first + 2 + 12 * k)
-            if tag == _EXIF_ORIENTATION:
-                return value if 1 <= value <= 8 else 0
-    except struct.error:
-        return 0
-    return 0
 
 
 def image_fault(path: Path, size: tuple[int, int] | None = None) -> str:
@@ -102,8 +41,11 @@ def image_fault(path: Path, size: tuple[int, int] | None = None) -> str:
             whole = header is None or _is_whole(stream)
     except OSError as error:
         return f"'{path}' cannot be read: {error.strerror}."
+    if header is None and path.suffix.lower() in HEIC_ENDINGS and not reads_heic():
+        return f"'{path}' is a HEIC photo, which is read with `pip install pillow-heif`."
     if header is None:
-        return "" if path.suffix.lower() not in (".png", ".jpg", ".jpeg") else f"'{path}' is not a readable image."
+        checked = path.suffix.lower() in (".png", ".jpg", ".jpeg", *HEIC_ENDINGS)
+        return f"'{path}' is not a readable image." if checked else ""
     if not whole:
         return f"'{path}' is cut off: its end is missing."
     return _size_fault(path, header, size)
@@ -123,7 +65,10 @@ def _is_whole(stream: IO[bytes]) -> bool:
     """Whether a PNG or JPEG file has its last mark; a few programs write other things behind it."""
     start = stream.tell()
     stream.seek(0)
-    mark = b"IEND" if stream.read(1) == b"\x89" else b"\xff\xd9"
+    kind = stream.read(8)
+    if kind[4:] == b"ftyp":  # HEIC has no last mark; its decoder tells
+        return True
+    mark = b"IEND" if kind[:1] == b"\x89" else b"\xff\xd9"
     stream.seek(0, io.SEEK_END)
     stream.seek(max(start, stream.tell() - _TAIL_BYTES))
     if mark in stream.read(_TAIL_BYTES):
@@ -132,7 +77,7 @@ def _is_whole(stream: IO[bytes]) -> bool:
     return mark in stream.read(MAX_FILE_BYTES)
 
 
-def read_image(path: Path, size: tuple[int, int] | None = None) -> NDArray[np.uint8]:
+def read_image(path: Path, size: tuple[int, int] | None = None, *, upright: bool = False) -> NDArray[np.uint8]:
     """Return an image (H, W, 3), RGB, of the pixels as they are stored.
 
     EXIF's orientation is for display, and calibrations and poses are of the stored pixels. It is followed only where
@@ -141,6 +86,7 @@ def read_image(path: Path, size: tuple[int, int] | None = None) -> NDArray[np.ui
     Args:
         path: of the image.
         size: width and height of the camera that took it; None: any.
+        upright: turn the pixels as EXIF's orientation says, always.
 
     Raises:
         FrameError: the file cannot be read, is no whole image, too large, or of another size.
@@ -148,9 +94,14 @@ def read_image(path: Path, size: tuple[int, int] | None = None) -> NDArray[np.ui
     header, encoded = _encoded(path)
     if header is not None and (fault := _size_fault(path, header, size)):
         raise FrameError(fault)
+    if encoded[4:8] == b"ftyp" and header is not None:
+        return decode_heic(path, encoded)
     bgr = _decode(path, encoded, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
     rgb = bgr[..., ::-1]
-    found = (bgr.shape[1], bgr.shape[0])
+    if upright and header is not None:
+        rgb = _turned(rgb, header.orientation)
+        header = header._replace(orientation=1)
+    found = (rgb.shape[1], rgb.shape[0])
     if size is not None and found != size:
         if header is None or found[::-1] != size:
             raise FrameError(_size_fault(path, ImageHeader(*found), size))
@@ -159,9 +110,13 @@ def read_image(path: Path, size: tuple[int, int] | None = None) -> NDArray[np.ui
 
 
 def _turned(image: NDArray[Any], orientation: int) -> NDArray[Any]:
-    """The image for display, given an orientation of 5 to 8, which swap its sides."""
+    """The image for display, given its orientation; 5 to 8 swap the sides."""
     swapped = image.transpose(1, 0, 2)
-    return {5: swapped, 6: swapped[:, ::-1], 7: swapped[::-1, ::-1], 8: swapped[::-1]}[orientation]
+    turned = {
+        2: image[:, ::-1], 3: image[::-1, ::-1], 4: image[::-1],
+        5: swapped, 6: swapped[:, ::-1], 7: swapped[::-1, ::-1], 8: swapped[::-1],
+    }  # fmt: skip
+    return turned.get(orientation, image)
 
 
 def read_depth_m(path: Path, unit_m: float) -> NDArray[np.float32]:
@@ -192,6 +147,8 @@ def _encoded(path: Path) -> tuple[ImageHeader | None, bytes]:
     header = image_header(stream)
     if header is not None and not _is_whole(stream):
         raise FrameError(f"'{path}' is cut off: its end is missing.")
+    if header is None and path.suffix.lower() in HEIC_ENDINGS and not reads_heic():
+        raise FrameError(f"'{path}' is a HEIC photo, which is read with `pip install pillow-heif`.")
     return header, encoded
 
 

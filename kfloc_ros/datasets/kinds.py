@@ -128,9 +128,9 @@ def _is_seven_scenes(root: Path) -> bool:
 
 
 def _is_image_folder(root: Path) -> bool:
-    from kfloc_ros.datasets.pictures import image_files
+    from kfloc_ros.datasets.pictures import has_image_files
 
-    return bool(image_files(root)) and not (_is_seven_scenes(root) or (root / "image_list.txt").is_file())
+    return has_image_files(root) and not (_is_seven_scenes(root) or (root / "image_list.txt").is_file())
 
 
 def _is_video(path: Path) -> bool:
@@ -188,7 +188,8 @@ KINDS = {
         _is_bag,
     ),
     "images": SourceKind(
-        "a folder of images without poses (find them with --sfm), and camera.txt if the camera is known",
+        "a folder of images without poses, sub-folders included (find poses with --sfm), and camera.txt if the camera "
+        "is known",
         _images,
         _is_image_folder,
     ),
@@ -220,11 +221,19 @@ def detect_kind(path: str) -> str:
         choices = ", ".join(f"{name}:{path}" for name in found)
         raise SourceError(f"'{path}' can be read as several kinds of SOURCE; name one: {choices}.")
     inside = [child.name for child in _listed(folder) if _kinds_of(child)]
+    if inside and all(_are_photos(folder / name) for name in inside):
+        return "images"
     hint = f"Did you mean '{folder / inside[0]}'? " if inside else ""
     raise SourceError(
         f"The kind of '{path}' is not recognised. {hint}Name the kind as KIND:PATH; `kfloc sources` lists the kinds "
         "and the files that each expects."
     )
+
+
+def _are_photos(folder: Path) -> bool:
+    from kfloc_ros.datasets.pictures import has_photos_only
+
+    return has_photos_only(folder) and _kinds_of(folder) == ["images"]
 
 
 def _kinds_of(path: Path) -> list[str]:

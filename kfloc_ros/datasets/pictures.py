@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import logging
+import math
+import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,11 +14,12 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from kfloc_ros.datasets.derived import FRAME_PERIOD_NS
+from kfloc_ros.datasets.derived import FRAME_PERIOD_NS, recordings, stamps_with_gaps
+from kfloc_ros.datasets.image_headers import HEIC_ENDINGS, header_of, reads_heic
 from kfloc_ros.datasets.images import usual_size
 from kfloc_ros.datasets.posed_images import CALIBRATION_FILE, PosedImage, PosedImages, natural_key, read_calibration
 from kfloc_ros.errors import FrameError, SourceError
-from kfloc_ros.files import MAX_IMAGE_PIXELS
+from kfloc_ros.files import MAX_IMAGE_PIXELS, check_count
 from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.types import Frame
@@ -24,30 +28,46 @@ LOG = logging.getLogger(__name__)
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg")
 MAX_VIDEO_FRAMES = 100_000_000
 VIDEO_ENDINGS = (".mp4", ".mov", ".avi", ".mkv", ".webm")
+FILM_DIAGONAL_MM = math.hypot(36, 24)
 GUESSED_FOCAL = 1.2
 """Focal length in longer sides, before it is known better; COLMAP's own first guess."""
 
 
 class ImageFolder(PosedImages):
-    """The images of one folder, by name, taken with one camera.
+    """The images in a folder and its sub-folders, by name.
 
-    The camera is that of ``camera.txt`` (see :func:`~kfloc_ros.datasets.posed_images.read_calibration`); without that
-    file it is a guess, which structure from motion replaces.
+    The camera is that of ``camera.txt`` (see :func:`~kfloc_ros.datasets.posed_images.read_calibration`), and pixels are
+    those stored in the files. Without that file, images are turned upright as EXIF says, images of the same size and
+    EXIF focal length count as of one camera, and cameras are guesses, which structure from motion replaces.
 
     Raises:
         SourceError: no image, or a damaged ``camera.txt``.
     """
 
     def __init__(self, root: Path) -> None:
-        files = sorted(image_files(root), key=lambda path: natural_key(path.name))
+        files = image_files(root)
         if not files:
-            raise SourceError(f"There is no image ({', '.join(IMAGE_ENDINGS)}) in '{root}'.")
+            raise SourceError(f"There is no image ({', '.join(IMAGE_ENDINGS)}) in '{root}'. {_heic_sentence(root)}")
+        if sentence := _heic_sentence(root):
+            LOG.warning("%s They are left out.", sentence)
         self._is_guess = not (root / CALIBRATION_FILE).is_file()
-        camera = guessed_camera(*usual_size(files)) if self._is_guess else read_calibration(root / CALIBRATION_FILE)
+        if self._is_guess:
+            cameras = _guessed_cameras(files)
+        else:
+            cameras = [read_calibration(root / CALIBRATION_FILE)] * len(files)
+        names = [path.relative_to(root).with_suffix("").as_posix() for path in files]
         super().__init__(
             root.resolve().name,
-            [PosedImage(path, path.stem, (k + 1) * FRAME_PERIOD_NS, camera, None) for k, path in enumerate(files)],
+            [
+                PosedImage(path, name, stamp_ns, camera, None, upright=self._is_guess)
+                for path, name, stamp_ns, camera in zip(
+                    files, names, stamps_with_gaps([path.parent for path in files]), cameras, strict=True
+                )
+            ],
         )
+
+    def sequences(self) -> Sequence[int]:
+        return recordings([image.path.parent for image in self._images])
 
     @property
     def camera_is_guess(self) -> bool:
@@ -142,13 +162,70 @@ class VideoFile(FrameSource):
 
 
 def image_files(root: Path) -> list[Path]:
-    """The images right in a folder."""
-    return [path for path in root.iterdir() if path.suffix.lower() in IMAGE_ENDINGS] if root.is_dir() else []
+    """The images in a folder and its sub-folders, in natural order; hidden and linked folders are left out.
+
+    Raises:
+        SourceError: there are more than can be looked at in some seconds.
+    """
+    endings = (*IMAGE_ENDINGS, *(HEIC_ENDINGS if reads_heic() else ()))
+    return _files_below(root, endings)
 
 
-def guessed_camera(width: int, height: int) -> Camera:
-    """Return a pinhole camera for images of a size of which nothing else is known."""
+def has_image_files(root: Path) -> bool:
+    """Return true if there is an image right in a folder."""
+    endings = (*IMAGE_ENDINGS, *HEIC_ENDINGS)
+    return root.is_dir() and any(path.suffix.lower() in endings for path in root.iterdir())
+
+
+def has_photos_only(root: Path) -> bool:
+    """Return true if the images right in a folder are of kinds that cameras write, and never those of depth."""
+    found = {path.suffix.lower() for path in root.iterdir()} if root.is_dir() else set()
+    return bool(found & {".jpg", ".jpeg", *HEIC_ENDINGS}) and ".png" not in found
+
+
+def _files_below(root: Path, endings: Sequence[str]) -> list[Path]:
+    found: list[Path] = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))]
+        found += [Path(folder) / name for name in names if Path(name).suffix.lower() in endings and name[0] != "."]
+        check_count(len(found), root)
+    return sorted(found, key=lambda path: [natural_key(part) for part in path.relative_to(root).parts])
+
+
+def _heic_sentence(root: Path) -> str:
+    """Return what to do about HEIC photos in a folder that cannot be read; empty if there are none."""
+    count = 0 if reads_heic() else len(_files_below(root, HEIC_ENDINGS))
+    if not count:
+        return ""
+    return (
+        f"'{root}' has {count} HEIC photos, which are read with `pip install pillow-heif`; or export them as JPEG "
+        "(iPhone: Settings, Camera, Formats, Most Compatible)."
+    )
+
+
+def _guessed_cameras(files: Sequence[Path]) -> list[Camera]:
+    """Return a guess for each image, by its size when upright and its EXIF focal length."""
+    headers = [header_of(path) for path in files]
+    told = [None if h is None or h.width * h.height == 0 else (*h.upright_size, h.focal_35mm) for h in headers]
+    if not any(told):
+        return [guessed_camera(*usual_size(files))] * len(files)
+    usual = Counter(filter(None, told)).most_common(1)[0][0]
+    kinds = [usual if kind is None else kind for kind in told]
+    made = {kind: guessed_camera(*kind) for kind in set(kinds)}
+    return [made[kind] for kind in kinds]
+
+
+def guessed_camera(width: int, height: int, focal_35mm: int = 0) -> Camera:
+    """Return a pinhole camera for images of a size.
+
+    Args:
+        width: of the images.
+        height: of the images.
+        focal_35mm: EXIF's focal length, of the same angle of view over the diagonal (43.3 mm on film); 0: not known.
+    """
     focal = GUESSED_FOCAL * max(width, height)
+    if focal_35mm:
+        focal = focal_35mm * math.hypot(width, height) / FILM_DIAGONAL_MM
     return Camera(width, height, focal, focal, (width - 1) / 2, (height - 1) / 2)
 
 

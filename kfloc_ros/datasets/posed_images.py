@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kfloc_ros.datasets.derived import recordings
+from kfloc_ros.datasets.image_headers import is_turned
 from kfloc_ros.datasets.images import image_fault, image_size, read_depth_m, read_image, register_depth
 from kfloc_ros.errors import FrameError, SourceError
 from kfloc_ros.files import read_bytes, read_text
@@ -39,6 +40,8 @@ class PosedImage:
     camera: Camera
     T_map_camera: Matrix | None
     depth_path: Path | None = None
+    upright: bool = False
+    """True if the camera is that of the image turned as EXIF's orientation says."""
 
 
 @dataclass(frozen=True)
@@ -88,14 +91,21 @@ class PosedImages(FrameSource):
 
     def __getitem__(self, position: int) -> Frame:
         index = range(len(self._images))[position]
-        image = self._images[index]
-        rgb = read_image(image.path, (image.camera.width, image.camera.height))
-        depth_m = self._depth(image)
+        frame = self.recorded(index)
         adapter = self.adapter(index)
-        if adapter is not None:
-            rgb = adapter(rgb)
-            depth_m = None if depth_m is None else adapter.nearest(depth_m)
-        return Frame(rgb, self._camera, image.stamp_ns, index, image.name, depth_m, image.T_map_camera)
+        if adapter is None:
+            return frame
+        depth_m = None if frame.depth_m is None else adapter.nearest(frame.depth_m)
+        return replace(frame, image=adapter(frame.image), camera=self._camera, depth_m=depth_m)
+
+    def recorded(self, position: int) -> Frame:
+        index = range(len(self._images))[position]
+        image = self._images[index]
+        rgb = read_image(image.path, (image.camera.width, image.camera.height), upright=image.upright)
+        return Frame(rgb, image.camera, image.stamp_ns, index, image.name, self._depth(image), image.T_map_camera)
+
+    def own_camera(self, position: int) -> Camera:
+        return self._images[position].camera
 
     def fault(self, position: int) -> str:
         image = self._images[position]
@@ -117,7 +127,9 @@ class PosedImages(FrameSource):
 
     def encoded_image(self, position: int) -> bytes | None:
         image = self._images[position]
-        return encoded_jpeg(image.path, self._camera) if image.camera == self._camera else None
+        if image.camera != self._camera or (image.upright and is_turned(image.path)):
+            return None
+        return encoded_jpeg(image.path, self._camera)
 
     @cached_property
     def _adapters(self) -> dict[Camera, ImageAdapter]:

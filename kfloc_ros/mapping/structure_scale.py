@@ -1,32 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scale of a reconstruction, which images alone do not determine.
 
-It is computed from depth images, from approximate poses (odometry, another tracker), or from one measured length.
+It is computed from depth images, from approximate poses (odometry, another tracker), from one measured length, or as in
+``measured_scale.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from kfloc_ros.errors import SourceError
-from kfloc_ros.features.backbone import Backbone
 from kfloc_ros.frames import DerivedSource, FrameSource
 from kfloc_ros.geometry.camera import Camera, ImageAdapter
 from kfloc_ros.geometry.lie import Matrix, inverse_pose
-from kfloc_ros.mapping.views import map_camera
-from kfloc_ros.relocalization.retrieval import QueryCells, Vocabulary, reliable_cells
+from kfloc_ros.mapping.measured_scale import PosedViews, Scale
 from kfloc_ros.types import Frame
 
 DEPTH_VIEWS = 30
 MIN_DEPTH_PAIRS = 200
 MIN_BASELINE_M = 0.05
+UNSCALED = "unknown: lengths are in units of the model"
 Array = NDArray[np.float64]
+
+
+class ScaleMethod(Protocol):
+    """Origin of the scale: refuses what cannot work before the reconstruction, and measures after it."""
+
+    def check(self, source: FrameSource) -> None:
+        """Raise SourceError if the scale cannot come from there."""
+        ...
+
+    def measure(self, views: PosedViews) -> Scale:
+        """Return the metres per unit of the model, or raise SourceError."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -36,6 +48,36 @@ class KnownLength:
     first: int
     second: int
     metres: float
+
+    def check(self, source: FrameSource) -> None:
+        """Refuse frames that do not exist.
+
+        Raises:
+            SourceError: a frame does not exist, both are the same, or the length is not positive.
+        """
+        indices = set(source.indices())
+        for frame in (self.first, self.second):
+            if frame not in indices:
+                raise SourceError(f"--sfm-length names frame {frame}, and '{source.name}' has no such frame.")
+        if self.first == self.second or not 0 < self.metres < float("inf"):
+            raise SourceError("The measured length must be positive, and between two different positions.")
+
+    def measure(self, views: PosedViews) -> Scale:
+        """Return the scale.
+
+        Raises:
+            SourceError: a frame has no pose, or both have the same position.
+        """
+        centres = []
+        for frame in (self.first, self.second):
+            T = views.poses.get(views.positions.get(frame, -1))
+            if T is None:
+                raise SourceError(f"Frame {frame} of the measured length could not be placed; choose another frame.")
+            centres.append(T[:3, 3])
+        apart = float(np.linalg.norm(centres[0] - centres[1]))
+        if not (self.metres > 0 and apart > 1e-9):
+            raise SourceError("The measured length must be positive, and between two different positions.")
+        return Scale(self.metres / apart, f"{self.metres:g} m between frames {self.first} and {self.second}")
 
 
 def known_length(words: Sequence[str] | None) -> KnownLength | None:
@@ -52,41 +94,56 @@ def known_length(words: Sequence[str] | None) -> KnownLength | None:
         raise SourceError(f"--sfm-length takes two frame numbers and metres, not '{' '.join(words)}'.") from error
 
 
-def metres_per_unit(
-    source: FrameSource, poses: Mapping[int, Matrix], points: Mapping[int, Array], length: KnownLength | None
-) -> float:
-    """Return the metres per unit of the model.
+SCALE_HELP = (
+    "Images alone do not give the scale. Add --scale-object (length of an object seen in two images; `kfloc map "
+    "measure SOURCE` makes a page that yields its words by clicks), --scale-marker METRES (printed ArUco or AprilTag "
+    "markers), --scale-height METRES (of the camera above the floor), --sfm-length FRAME FRAME METRES (between the "
+    "camera's positions in two images), or --unscaled (`kfloc map scale` can set it later)."
+)
 
-    Args:
-        source: source whose depth or poses give the scale if no length is given.
-        poses: ``T_model_camera`` by position.
-        points: (N, 3) points of the model observed by each image, by position.
-        length: measured length.
 
-    Raises:
-        SourceError: the scale is unknown, or a frame of the length has no pose.
-    """
-    if length is not None:
-        return _scale_from_length(poses, length, len(source))
-    scale = _scale_from_depth(source, poses, points)
-    if scale is None:
+@dataclass(frozen=True)
+class FromSource:
+    """Scale from the source's depth images, else from its poses, of which only distances are used."""
+
+    def check(self, source: FrameSource) -> None:
+        """Refuse a source without depth and poses.
+
+        Raises:
+            SourceError: it has neither.
+        """
+        probes = np.unique(np.linspace(0, len(source) - 1, min(5, len(source))).astype(int)).tolist()
+        frames = [frame for position in probes if (frame := source.read(position)) is not None]
+        posed = sum(source.pose(position) is not None for position in range(len(source)) if not source.fault(position))
+        if posed < 2 and not any(frame.depth_m is not None for frame in frames):
+            raise SourceError(f"'{source.name}' has neither depth nor poses. {SCALE_HELP}")
+
+    def measure(self, views: PosedViews) -> Scale:
+        """Return the scale.
+
+        Raises:
+            SourceError: depth and poses do not give it.
+        """
+        source, poses = views.source, views.poses
+        scale = _scale_from_depth(source, poses, views.points)
+        if scale is not None:
+            return Scale(scale, "the depth images")
         scale = scale_from_poses(poses, {k: T for k in poses if (T := source.pose(k)) is not None})
-    if scale is None:
-        raise SourceError(
-            f"Images alone do not give the scale: '{source.name}' has neither depth nor poses. Measure the distance "
-            "between the camera positions of two frames and pass --sfm-length FRAME FRAME METRES."
-        )
-    return scale
+        if scale is None:
+            raise SourceError(f"Depth and poses of '{source.name}' do not give the scale. {SCALE_HELP}")
+        return Scale(scale, "the distances between the source's poses")
 
 
-def _scale_from_length(poses: Mapping[int, Matrix], length: KnownLength, count: int) -> float:
-    for frame in (length.first, length.second):
-        if frame not in poses:
-            raise SourceError(f"Frame {frame} of the measured length has no pose among the {count} images.")
-    apart = float(np.linalg.norm(poses[length.first][:3, 3] - poses[length.second][:3, 3]))
-    if not (length.metres > 0 and apart > 1e-9):
-        raise SourceError("The measured length must be positive, and between two different positions.")
-    return length.metres / apart
+@dataclass(frozen=True)
+class Unscaled:
+    """No scale: the model keeps its unit."""
+
+    def check(self, source: FrameSource) -> None:
+        """Accept every source."""
+
+    def measure(self, views: PosedViews) -> Scale:
+        """Return a factor of 1."""
+        return Scale(1.0, UNSCALED)
 
 
 def _scale_from_depth(source: FrameSource, poses: Mapping[int, Matrix], points: Mapping[int, Array]) -> float | None:
@@ -133,7 +190,9 @@ class ReconstructedSource(DerivedSource):
         source: source of the images; its own poses are ignored.
         poses: ``T_map_camera`` by position; images that were not registered have none.
         points: (N, 3) points in the map frame observed by each image, by position.
-        camera: estimated camera, if the source's camera was a guess.
+        cameras: estimated cameras of the images as recorded, by position, if the source's camera was a guess. Images of
+            other cameras are brought to the camera that most of them have.
+        scale: metres per unit of the model and their origin, which was applied.
     """
 
     passes_images_on = True
@@ -143,11 +202,17 @@ class ReconstructedSource(DerivedSource):
         source: FrameSource,
         poses: Mapping[int, Matrix],
         points: Mapping[int, NDArray[np.float64]],
-        camera: Camera | None = None,
+        cameras: Mapping[int, Camera] | None = None,
+        scale: Scale | None = None,
     ) -> None:
         super().__init__(source)
-        self._poses, self._points = poses, points
-        self._camera = camera or source.camera
+        self._poses, self._points, self._cameras = poses, points, dict(cameras or {})
+        self.scale = scale or Scale(1.0, UNSCALED)
+        kinds = Counter(self._cameras.values())
+        self._is_of_several = len(kinds) > 1
+        usual = kinds.most_common(1)[0][0] if kinds else source.camera
+        self._camera = usual.pinhole() if self._is_of_several else usual
+        self._adapters: dict[Camera, ImageAdapter] = {}
 
     @property
     def camera(self) -> Camera:
@@ -157,53 +222,25 @@ class ReconstructedSource(DerivedSource):
     def camera_is_guess(self) -> bool:
         return False
 
+    def __getitem__(self, position: int) -> Frame:
+        if not self._is_of_several:
+            return super().__getitem__(position)
+        frame = self.recorded(position)
+        adapter = self._adapters.get(frame.camera)
+        if adapter is None:
+            adapter = self._adapters.setdefault(frame.camera, ImageAdapter(frame.camera, self._camera))
+        depth_m = None if frame.depth_m is None else adapter.nearest(frame.depth_m)
+        return replace(frame, image=adapter(frame.image), depth_m=depth_m, camera=self._camera)
+
+    def encoded_image(self, position: int) -> bytes | None:
+        return None if self._is_of_several else super().encoded_image(position)
+
     def changed(self, frame: Frame, position: int) -> Frame:
-        return replace(frame, camera=self._camera, T_map_camera=self._poses.get(position))
+        camera = frame.camera if self._is_of_several else self._camera
+        return replace(frame, camera=self._cameras.get(position, camera), T_map_camera=self._poses.get(position))
 
     def pose(self, position: int) -> Matrix | None:
         return self._poses.get(position)
 
     def visible_points(self, position: int) -> NDArray[np.float64] | None:
         return self._points.get(position)
-
-
-BLOCK_ROWS = 512
-
-
-def similar_pairs(
-    images: Iterable[NDArray[np.uint8]], camera: Camera, backbone: Backbone, *, partners: int, min_apart: int
-) -> list[tuple[int, int]]:
-    """Return pairs of the most similar images that are at least ``min_apart`` apart in the sequence.
-
-    Args:
-        images: RGB (H, W, 3), in order, of a pinhole camera; read once.
-        camera: camera of the images.
-        backbone: network whose features describe the images.
-        partners: largest number of partners per image.
-        min_apart: smallest distance in the sequence; nearer images are matched elsewhere.
-
-    Returns:
-        Sorted pairs (i, j), i < j, each once.
-    """
-    adapter = ImageAdapter(camera, map_camera(camera))
-    cells = [_described(reliable_cells(backbone.extract(adapter(image)))) for image in images]
-    if len(cells) <= min_apart:
-        return []
-    vocabulary = Vocabulary.learn(torch.cat([c.features for c in cells]).float())
-    rows = torch.stack([vocabulary.describe(c.features.float(), c.weight.float()) for c in cells])
-    rows = F.normalize(rows - rows.mean(dim=0), dim=1)
-    place = torch.arange(len(rows), device=rows.device)
-    found: set[tuple[int, int]] = set()
-    for start in range(0, len(rows), BLOCK_ROWS):
-        block = place[start : start + BLOCK_ROWS]
-        similarity = rows[block] @ rows.t()
-        similarity[(place[None] - block[:, None]).abs() < min_apart] = -torch.inf
-        best = similarity.topk(min(partners, len(rows)), dim=1)
-        for i, values, others in zip(block.tolist(), best.values.tolist(), best.indices.tolist(), strict=True):
-            found.update((min(i, j), max(i, j)) for v, j in zip(values, others, strict=True) if v > 0)
-    return sorted(found)
-
-
-def _described(cells: QueryCells) -> QueryCells:
-    """Return descriptors in half precision, since thousands of images are in memory at once."""
-    return QueryCells(cells.features.half(), cells.weight.half())

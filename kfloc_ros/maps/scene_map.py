@@ -17,7 +17,7 @@ from kfloc_ros.errors import FrameError, MapError, WeightsError
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import Matrix
 from kfloc_ros.kfnet.reference.networks import ReferenceNetworks, describe_networks, pack_networks, unpack_networks
-from kfloc_ros.kfnet.scoordnet import Head, RoughnessScale, ensemble_of, heads_of, transformed_head
+from kfloc_ros.kfnet.scoordnet import Head, RoughnessScale, ensemble_of, heads_of, transformed_head, with_variance_scale
 from kfloc_ros.maps.files import (
     MAX_REFERENCES_BYTES,
     appearing,
@@ -239,6 +239,35 @@ def in_frame(scene_map: SceneMap, T: Matrix, frame_id: str) -> SceneMap:
         kfnet=None if scene_map.kfnet is None else scene_map.kfnet.transformed(T),
         references=transformed(scene_map.references, T),
         bounds_m=_box(scene_map.bounds_m, T),
+    )
+
+
+def scaled_map(scene_map: SceneMap, factor: float) -> SceneMap:
+    """Return a map whose lengths are multiplied by a factor: points, poses, the head's output and its variances.
+
+    Raises:
+        MapError: the factor is not a positive number, or the map has networks of KFNet.
+    """
+    if not (math.isfinite(factor) and 1e-6 <= factor <= 1e6):
+        raise MapError(f"A map can be scaled by a factor from 1e-6 to 1e6, not by {factor!r}.")
+    if scene_map.kfnet is not None:
+        raise MapError("A map with KFNet's networks cannot be scaled; scale the map without them, and add them after.")
+    S = np.diag([factor, factor, factor, 1.0])
+    references = transformed(scene_map.references, S)
+    T_map_camera = scene_map.references.T_map_camera.copy()
+    T_map_camera[:, :3, 3] *= factor
+    calibration, roughness = scene_map.calibration, scene_map.calibration.roughness
+    if roughness is not None:
+        roughness = replace(roughness, usual_m=roughness.usual_m * factor)
+    heads = [with_variance_scale(transformed_head(head, S), factor**2) for head in heads_of(scene_map.head)]
+    return replace(
+        scene_map,
+        head=ensemble_of(heads).eval(),
+        references=ReferenceViews(references.ids, T_map_camera, references.views),
+        calibration=replace(
+            calibration, process_floor_m2=calibration.process_floor_m2 * factor**2, roughness=roughness
+        ),
+        bounds_m=_box(scene_map.bounds_m, S),
     )
 
 

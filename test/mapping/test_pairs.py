@@ -9,7 +9,7 @@ import pytest
 from kfloc_ros.features.backbone import Backbone
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import make_pose, so3_exp
-from kfloc_ros.mapping.structure_scale import similar_pairs
+from kfloc_ros.mapping.structure_solver import similar_pairs
 
 CAMERA = Camera(160, 128, 130.0, 130.0, 79.5, 63.5)
 

@@ -17,7 +17,7 @@ from kfloc_ros.datasets.posed_images import write_calibration
 from kfloc_ros.errors import SourceError
 from kfloc_ros.frames import FrameSource, Selection
 from kfloc_ros.geometry.lie import make_pose, so3_exp
-from kfloc_ros.mapping import structure
+from kfloc_ros.mapping import structure_solver
 from kfloc_ros.mapping.structure import reconstruct
 from kfloc_ros.mapping.structure_scale import KnownLength, ReconstructedSource, known_length, scale_from_poses
 from kfloc_ros.types import Frame
@@ -91,7 +91,7 @@ def test_poses_are_found_and_the_depth_makes_them_metric(walk, found) -> None:
 def test_of_many_images_those_between_find_their_place_among_the_others(
     walk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(structure, "KEY_IMAGES", 5)
+    monkeypatch.setattr(structure_solver, "KEY_IMAGES", 5)
     shares: list[float] = []
     source = reconstruct(walk, tmp_path / "walk", on_progress=lambda stage, share: shares.append(share))
     assert [k for k in range(len(source)) if source.pose(k) is not None] == list(range(10))
@@ -123,7 +123,8 @@ def test_too_few_images_and_a_folder_that_is_there_are_refused(walk, tmp_path: P
         reconstruct(walk, tmp_path)
     with pytest.raises(SourceError, match=r"could be registered"):
         reconstruct(Selection(walk, [0, 1, 2]), tmp_path / "few")
-    assert not any(tmp_path.iterdir())  # nothing half done is left behind
+    assert [path.name for path in tmp_path.iterdir()] == ["few"]  # a model that was made is kept
+    assert len(open_source(f"colmap:{tmp_path / 'few'}")) == 3
 
 
 def test_the_scale_comes_from_other_poses_wherever_their_frame_is(walk) -> None:

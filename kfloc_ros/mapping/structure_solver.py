@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: Apache-2.0
+"""COLMAP's features, matching and incremental mapping of a source's images, by pycolmap."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+
+from kfloc_ros.errors import SourceError
+from kfloc_ros.features.backbone import Backbone
+from kfloc_ros.frames import FrameSource
+from kfloc_ros.geometry.camera import Camera, ImageAdapter
+from kfloc_ros.geometry.colmap import camera_to_colmap
+from kfloc_ros.mapping.views import map_camera
+from kfloc_ros.relocalization.retrieval import QueryCells, Vocabulary, reliable_cells
+
+EXHAUSTIVE_IMAGES = 120
+"""Number of images up to which every pair is matched; longer sequences match neighbours, near and in doubling steps."""
+OVERLAP = 10
+SIMILAR_IMAGES = 10
+"""Number of similar, distant images that each image of a longer sequence is matched with in addition."""
+KEY_IMAGES = 240
+"""Number of evenly spaced images that are adjusted together in a longer sequence; the others are registered to them."""
+LAST_ITERATIONS = 30
+"""Iterations of the final adjustment of all images: two to three seconds each for 650 images."""
+MIN_REGISTERED = 8
+LOG_ERRORS = 2
+"""COLMAP's log level (glog's ERROR): lower levels would flood the progress bars."""
+
+
+def solve(source: FrameSource, folder: Path, names: Sequence[str], on_progress: Callable[[str, float], None]) -> Any:
+    """Return COLMAP's largest model of the images in ``folder/images``; its other files are removed.
+
+    Raises:
+        SourceError: no two images could be registered.
+        RuntimeError, ValueError: from COLMAP.
+    """
+    import pycolmap
+
+    pycolmap.logging.minloglevel = max(pycolmap.logging.minloglevel, LOG_ERRORS)
+    images, database, models = folder / "images", folder / "database.db", folder / "models"
+    on_progress("finding features", 0.0)
+    for camera, own in _by_camera(source, images, names).items():
+        reader = pycolmap.ImageReaderOptions()
+        if source.camera_is_guess:
+            focal = (camera.fx + camera.fy) / 2
+            reader.camera_model = "SIMPLE_RADIAL"
+            reader.camera_params = f"{focal},{camera.cx + 0.5},{camera.cy + 0.5},0"
+        else:
+            reader.camera_model, parameters = camera_to_colmap(camera)
+            reader.camera_params = ",".join(map(str, parameters))
+        pycolmap.extract_features(
+            database, images, image_names=own, camera_mode=pycolmap.CameraMode.SINGLE, reader_options=reader
+        )
+    on_progress("matching", 0.0)
+    _match(database, images, names, source.camera.pinhole(), on_progress)
+    model = _largest_model(database, images, models, names, source, on_progress)
+    shutil.rmtree(models, ignore_errors=True)
+    database.unlink()
+    return model
+
+
+def _by_camera(source: FrameSource, images: Path, names: Sequence[str]) -> dict[Camera, list[str]]:
+    """Return the names of the written images by their cameras."""
+    found: dict[Camera, list[str]] = {}
+    for position, name in enumerate(names):
+        if (images / name).is_file():
+            camera = source.own_camera(position) if source.camera_is_guess else source.camera.pinhole()
+            found.setdefault(camera, []).append(name)
+    return found
+
+
+def write_images(source: FrameSource, images: Path, on_progress: Callable[[str, float], None]) -> list[str]:
+    """Write the images for COLMAP: as recorded if their cameras are guesses, else without distortion.
+
+    Returns:
+        A name for every position, also of images that cannot be read.
+
+    Raises:
+        SourceError: an image cannot be written.
+    """
+    adapter = ImageAdapter(source.camera, source.camera.pinhole())
+    names = []
+    for position in range(len(source)):
+        names.append(f"{position:06d}.png")
+        frame = source.read_recorded(position) if source.camera_is_guess else source.read(position)
+        if frame is None:  # COLMAP uses only the images that exist
+            continue
+        image = frame.image if source.camera_is_guess else adapter(frame.image)
+        bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
+        if not cv2.imwrite(str(images / names[-1]), bgr):
+            raise SourceError(f"'{images / names[-1]}' cannot be written.")
+        on_progress("writing images", (position + 1) / len(source))
+    return names
+
+
+def _match(
+    database: Path, images: Path, names: Sequence[str], camera: Camera, on_progress: Callable[[str, float], None]
+) -> None:
+    import pycolmap
+
+    if len(names) <= EXHAUSTIVE_IMAGES:
+        pycolmap.match_exhaustive(database)
+        return
+    pairing = pycolmap.SequentialPairingOptions()
+    pairing.overlap, pairing.quadratic_overlap = OVERLAP, True
+    pycolmap.match_sequential(database, pairing_options=pairing)
+    on_progress("matching again", 0.0)
+    _match_similar(database, images, names, camera)
+
+
+def _match_similar(database: Path, images: Path, names: Sequence[str], camera: Camera) -> None:
+    """Match distant images that look similar, to close loops."""
+    import pycolmap
+
+    names = [name for name in names if (images / name).is_file()]
+    read = (_fitted(_read_image(images / name), camera) for name in names)
+    pairs = similar_pairs(read, camera, Backbone(), partners=SIMILAR_IMAGES, min_apart=OVERLAP + 1)
+    listed = database.with_name("pairs.txt")
+    listed.write_text("".join(f"{names[i]} {names[j]}\n" for i, j in pairs))
+    pairing = pycolmap.ImportedPairingOptions()
+    pairing.match_list_path = listed
+    pycolmap.match_image_pairs(database, pairing_options=pairing)
+    listed.unlink()
+
+
+def _fitted(image: NDArray[np.uint8], camera: Camera) -> NDArray[np.uint8]:
+    """Return an image in the size of a camera, cropped around its middle; likeness is all that it is needed for."""
+    height, width = image.shape[:2]
+    size = max(camera.width / width, camera.height / height)
+    if size == 1 and (width, height) == (camera.width, camera.height):
+        return image
+    large = cv2.resize(image, (max(round(width * size), camera.width), max(round(height * size), camera.height)))
+    left, top = (large.shape[1] - camera.width) // 2, (large.shape[0] - camera.height) // 2
+    return np.asarray(large[top : top + camera.height, left : left + camera.width], dtype=np.uint8)
+
+
+def _read_image(path: Path) -> NDArray[np.uint8]:
+    bgr = cv2.imread(str(path), cv2.IMREAD_COLOR)
+    if bgr is None:
+        raise SourceError(f"'{path}' cannot be read.")
+    return np.ascontiguousarray(bgr[..., ::-1])
+
+
+def _largest_model(
+    database: Path,
+    images: Path,
+    out: Path,
+    names: Sequence[str],
+    source: FrameSource,
+    on_progress: Callable[[str, float], None],
+) -> Any:
+    """Return the model with the most registered images.
+
+    Of a long recording, every n-th image is first registered and adjusted. The images in between are then registered to
+    that model, and all are adjusted once. Repeated adjustment of all images takes hours.
+    """
+    placed = 2
+
+    def next_image() -> None:
+        nonlocal placed
+        placed += 1
+        on_progress("placing images", min(1.0, placed / len(names)))
+
+    key_names = list(names[:: math.ceil(len(names) / KEY_IMAGES)])
+    model = _incremental(database, images, out / "key", key_names, source.camera_is_guess, None, next_image)
+    if len(key_names) < len(names) and model is not None:
+        standing = out / "standing"
+        standing.mkdir()
+        model.write(standing)
+        placed = int(model.num_reg_images())
+        model = _incremental(database, images, out / "all", list(names), False, standing, next_image) or model
+        on_progress("adjusting all", 0.0)
+        _adjust(model, refine_camera=source.camera_is_guess)
+        on_progress("adjusting all", 1.0)
+    if model is None:
+        raise SourceError(
+            "No two of the images could be registered: they overlap too little, or the camera only turned on the "
+            "spot. Record while moving sideways."
+        )
+    return model
+
+
+def _incremental(
+    database: Path,
+    images: Path,
+    out: Path,
+    names: list[str],
+    refine_camera: bool,
+    standing: Path | None,
+    next_image: Callable[[], None],
+) -> Any:
+    """Return COLMAP's largest model of some of the images, or None; a ``standing`` model is extended and kept fixed."""
+    import pycolmap
+
+    out.mkdir(parents=True)
+    options = pycolmap.IncrementalPipelineOptions()
+    options.ba_refine_focal_length = options.ba_refine_extra_params = refine_camera
+    options.mapper.abs_pose_refine_focal_length = options.mapper.abs_pose_refine_extra_params = refine_camera
+    options.ba_refine_principal_point = False
+    options.min_model_size = MIN_REGISTERED
+    options.image_names = names
+    options.fix_existing_frames = standing is not None
+    models = pycolmap.incremental_mapping(
+        database, images, out, options, input_path=standing or "", next_image_callback=next_image
+    )
+    return max(models.values(), key=lambda model: int(model.num_reg_images()), default=None)
+
+
+def _adjust(model: Any, *, refine_camera: bool) -> None:
+    """Adjust all poses, points and, if it was estimated, the camera of a model together."""
+    import pycolmap
+
+    options = pycolmap.BundleAdjustmentOptions()
+    options.refine_focal_length = options.refine_extra_params = refine_camera
+    options.refine_principal_point = False
+    options.print_summary = False
+    options.ceres.solver_options.max_num_iterations = LAST_ITERATIONS
+    pycolmap.bundle_adjustment(model, options)
+
+
+BLOCK_ROWS = 512
+
+
+def similar_pairs(
+    images: Iterable[NDArray[np.uint8]], camera: Camera, backbone: Backbone, *, partners: int, min_apart: int
+) -> list[tuple[int, int]]:
+    """Return pairs of the most similar images that are at least ``min_apart`` apart in the sequence.
+
+    Args:
+        images: RGB (H, W, 3), in order, of a pinhole camera; read once.
+        camera: camera of the images.
+        backbone: network whose features describe the images.
+        partners: largest number of partners per image.
+        min_apart: smallest distance in the sequence; nearer images are matched elsewhere.
+
+    Returns:
+        Sorted pairs (i, j), i < j, each once.
+    """
+    adapter = ImageAdapter(camera, map_camera(camera))
+    cells = [_described(reliable_cells(backbone.extract(adapter(image)))) for image in images]
+    if len(cells) <= min_apart:
+        return []
+    vocabulary = Vocabulary.learn(torch.cat([c.features for c in cells]).float())
+    rows = torch.stack([vocabulary.describe(c.features.float(), c.weight.float()) for c in cells])
+    rows = F.normalize(rows - rows.mean(dim=0), dim=1)
+    place = torch.arange(len(rows), device=rows.device)
+    found: set[tuple[int, int]] = set()
+    for start in range(0, len(rows), BLOCK_ROWS):
+        block = place[start : start + BLOCK_ROWS]
+        similarity = rows[block] @ rows.t()
+        similarity[(place[None] - block[:, None]).abs() < min_apart] = -torch.inf
+        best = similarity.topk(min(partners, len(rows)), dim=1)
+        for i, values, others in zip(block.tolist(), best.values.tolist(), best.indices.tolist(), strict=True):
+            found.update((min(i, j), max(i, j)) for v, j in zip(values, others, strict=True) if v > 0)
+    return sorted(found)
+
+
+def _described(cells: QueryCells) -> QueryCells:
+    """Return descriptors in half precision, since thousands of images are in memory at once."""
+    return QueryCells(cells.features.half(), cells.weight.half())
