@@ -85,7 +85,7 @@ def measure(source: list[str], budget_s: float, options: list[str], out: Path) -
     budget = ["--budget", f"{budget_s:g}s", "--out", str(scene_map), "--force"]
     memory_gb = kfloc("map", "build", *source, "--split", "blocks50:train", *options, *budget)
     build_s = time.monotonic() - start
-    kfloc("localize", *source, "--split", "blocks50:test", "--map", str(scene_map), "--out", str(out))
+    kfloc("localize", *source, "--force", "--split", "blocks50:test", "--map", str(scene_map), "--out", str(out))
     summary = json.loads((out / "summary.json").read_text())
     metres = summary["median_translation_m"]
     return Row(

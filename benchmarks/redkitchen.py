@@ -155,14 +155,14 @@ class Benchmark:
 
     def _offline(self, name: str, *options: str) -> dict[str, Any]:
         out = self._out / name
-        kfloc("localize", *self._test, "--map", str(self._map), "--out", str(out), *options)
+        kfloc("localize", *self._test, "--force", "--map", str(self._map), "--out", str(out), *options)
         return read_summary(out)
 
     def _replay(self, name: str, options: list[str]) -> list[Row]:
         bag, out = self._out / "test_bag", self._out / name
         if not (bag / "metadata.yaml").is_file():
             kfloc("bag", "make", *self._test, "--no-depth", "--out", str(bag))
-        kfloc("replay", str(bag), "--map", str(self._map), "--out", str(out), *options)
+        kfloc("replay", str(bag), "--force", "--map", str(self._map), "--out", str(out), *options)
         if not (self._out / "localize" / "frames.csv").is_file():
             self._offline("localize")
         summary = read_summary(out)

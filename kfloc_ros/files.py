@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 import os
 import re
@@ -165,6 +166,38 @@ def _array(data: bytes) -> NDArray[Any]:
     if announced != len(data) - stream.tell():
         raise ValueError(f"it announces {announced} bytes and holds {len(data) - stream.tell()}")
     return np.asarray(np.load(io.BytesIO(data), allow_pickle=False))
+
+
+def read_json(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> Any:
+    """Return the content of a plain JSON file.
+
+    Raises:
+        OSError: see :func:`read_bytes`.
+        ValueError: it is no JSON, or nested too deeply.
+    """
+    try:
+        return json.loads(read_text(path, max_bytes))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def hdf5_values(dataset: Any, path: Path, taken: int = 0) -> NDArray[Any]:
+    """Return the values of a data set of an HDF5 file, whose size is checked before memory is taken.
+
+    Args:
+        dataset: of h5py.
+        path: file that it is in.
+        taken: bytes that were read from the file before.
+
+    Raises:
+        ValueError: it is larger than what the file can hold, lies in another file, or is no array of numbers.
+    """
+    limit = FREE_BYTES + MAX_RATIO * path.stat().st_size
+    if getattr(dataset, "dtype", None) is None or dataset.dtype.kind not in "fiu" or dataset.external:
+        raise ValueError(f"'{dataset.name}' is no array of numbers in this file")
+    if taken + dataset.size * dataset.dtype.itemsize > limit:
+        raise ValueError(f"'{dataset.name}' unpacks to more than {limit} bytes")
+    return np.asarray(dataset[()])
 
 
 def check_tensor_list(start: bytes) -> None:

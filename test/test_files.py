@@ -20,7 +20,8 @@ import pytest
 from kfloc_ros.datasets import open_source
 from kfloc_ros.datasets.images import image_fault, image_size, read_depth_m, read_image
 from kfloc_ros.errors import FrameError, KflocError, SourceError
-from kfloc_ros.files import MAX_IMAGE_PIXELS, inside, number, read_array, read_arrays, read_bytes
+from kfloc_ros.files import MAX_IMAGE_PIXELS, inside, number, read_array, read_arrays, read_bytes, read_json
+from kfloc_ros.pixloc.hloc.files import read_descriptors
 
 
 @pytest.fixture(autouse=True)
@@ -229,3 +230,32 @@ def test_a_list_of_more_frames_than_can_be_looked_at_is_refused_at_once(tmp_path
     (tmp_path / "transforms.json").write_text('{"fl_x":60,"frames":[' + ",".join([frame] * 250_000) + "]}")
     with pytest.raises(SourceError, match="more than the 200000 allowed"):
         open_source(f"{kind}:{tmp_path}")
+
+
+def test_an_hdf5_file_that_claims_more_than_it_holds_is_refused(tmp_path: Path) -> None:
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(tmp_path / "good.h5", "w") as file:
+        file["db/1.jpg/global_descriptor"] = np.arange(4.0)
+    assert read_descriptors(tmp_path / "good.h5")["db/1.jpg"].tolist() == [0.0, 1.0, 2.0, 3.0]
+    with h5py.File(tmp_path / "large.h5", "w") as file:  # a terabyte of the fill value
+        file.create_dataset("1.jpg/global_descriptor", shape=(10**6, 10**6), dtype="u1", chunks=(1024, 1024))
+    with h5py.File(tmp_path / "many.h5", "w") as file:
+        for k in range(8):
+            file.create_dataset(f"{k}.jpg/global_descriptor", shape=(1000, 1000), dtype="f4", chunks=(100, 100))
+    with h5py.File(tmp_path / "text.h5", "w") as file:
+        file["1.jpg/global_descriptor"] = "words"
+    (tmp_path / "raw").write_bytes(bytes(80))
+    with h5py.File(tmp_path / "outside.h5", "w") as file:
+        file.create_dataset("1.jpg/global_descriptor", (10,), "f8", external=[(str(tmp_path / "raw"), 0, 80)])
+    (tmp_path / "damaged.h5").write_bytes((tmp_path / "good.h5").read_bytes()[:900])
+    before = reset_peak()
+    for name in ("large", "many", "text", "outside", "damaged"):
+        with pytest.raises(SourceError, match="cannot be read"):
+            read_descriptors(tmp_path / f"{name}.h5")
+    assert peak_bytes() - before < 2e8
+
+
+def test_json_that_is_nested_too_deeply_is_a_value_error(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="nested too deeply"):
+        read_json(tmp_path / "a.json")

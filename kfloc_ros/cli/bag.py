@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from kfloc_ros.cli.arguments import add_source_arguments, need_camera, open_source_from
@@ -71,13 +70,12 @@ def run(args: argparse.Namespace) -> int:
 
 def run_make(args: argparse.Namespace) -> int:
     """Run ``kfloc bag make``; return 0 when the bag is complete."""
-    from tqdm import tqdm
-
     from kfloc_ros.bags.writer import write_bag
+    from kfloc_ros.cli.progress import progress_bar
 
     source = open_source_from(args, depth=not args.no_depth)
     need_camera(source)
-    with tqdm(total=len(source), unit="frame", disable=args.quiet or not sys.stderr.isatty()) as bar:
+    with progress_bar(total=len(source), unit="frame", disable=args.quiet) as bar:
         report = write_bag(
             source, args.out, depth=not args.no_depth, force=args.force, progress=lambda done: bar.update(done - bar.n)
         )

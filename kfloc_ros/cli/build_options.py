@@ -1,21 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options and progress bars of a map build, shared by ``kfloc map build`` and ``kfloc map update``."""
+"""Options of a map build, shared by ``kfloc map build`` and ``kfloc map update``."""
 
 from __future__ import annotations
 
 import argparse
 import re
 import shlex
-import sys
 from typing import TYPE_CHECKING, Any
 
 from kfloc_ros.errors import SourceError
 
 if TYPE_CHECKING:
-    from tqdm import tqdm
-
     from kfloc_ros.frames import FrameSource
-    from kfloc_ros.mapping.build import BuildProgress, MapBuildConfig
+    from kfloc_ros.mapping.build import MapBuildConfig
 
 BUDGET = "budget_s"
 UNITS_S = {"": 1.0, "s": 1.0, "min": 60.0, "h": 3600.0}
@@ -98,41 +95,3 @@ def duration_s(text: str) -> float:
     if match is None or float(match[1]) <= 0:
         raise argparse.ArgumentTypeError(f"'{text}' is not a duration; write 5min, 90s or 1h")
     return float(match[1]) * UNITS_S[match[2]]
-
-
-TITLES = {"read": "reading views", "train": "training head", "calibrate": "calibrating", "place": "placing"}
-DONE = "done"
-
-
-class StageBars:
-    """Progress bars, one per stage, titled by ``TITLES`` or by the stage's name."""
-
-    def __init__(self) -> None:
-        self._bars: dict[str, tqdm[Any]] = {}
-
-    def __call__(self, stage: str, share_done: float, text: str = "") -> None:
-        """Update the bar of a stage; a new stage completes the others."""
-        from tqdm import tqdm
-
-        if stage not in self._bars:
-            for bar in self._bars.values():
-                bar.update(bar.total - bar.n)
-                bar.close()
-            if stage == DONE:
-                return
-            layout = "{desc:16} {percentage:3.0f}%|{bar:24}| {elapsed}, {remaining} left{postfix}"
-            self._bars[stage] = tqdm(total=1.0, desc=TITLES.get(stage, stage), bar_format=layout, file=sys.stderr)
-        bar = self._bars[stage]
-        bar.set_postfix_str(text, refresh=False)
-        bar.update(share_done - bar.n)
-
-
-class BuildBars:
-    """Progress bars of a build."""
-
-    def __init__(self) -> None:
-        self._bars = StageBars()
-
-    def __call__(self, progress: BuildProgress) -> None:
-        """Update the bar of the build's current stage."""
-        self._bars(progress.stage, progress.share_done, progress.text)

@@ -10,8 +10,8 @@ from pathlib import Path
 DESCRIPTION = """\
 Compare two result folders of `kfloc localize` or `kfloc replay`, metric by metric.
 
-Other differences between the two are listed as well: results for different frames, ground truth or machines are not
-comparable.
+If the runs have different frames, the figures are of the frames that both have. Other differences are listed:
+results for different ground truth or machines are not comparable.
 """
 
 EPILOG = """\
@@ -49,21 +49,26 @@ def run(args: argparse.Namespace) -> int:
         compare_page,
         compare_rows,
         differences,
+        on_common_frames,
         parse_requirement,
-        read_summary,
         with_changes,
     )
 
     requirements = [parse_requirement(text) for text in args.require]
-    first, second = read_summary(args.first), read_summary(args.second)
+    common = on_common_frames((args.first, args.second))
+    first, second = common.first, common.second
     marks = {1: "better", -1: "worse", 0: ""}
     rows = [(r.name, r.first, r.second, r.change, marks[r.verdict]) for r in compare_rows(first, second)]
     print(format_table(rows, header=("", str(args.first), str(args.second), "change", "")))
+    if common.note:
+        print(f"\n{common.note}")
     others = differences(first, second)
     print("\nOther differences: " + ("; ".join(others) if others else "nothing") + ".")
     if args.html is not None:
         args.html.parent.mkdir(parents=True, exist_ok=True)
-        args.html.write_text(compare_page((str(args.first), str(args.second)), first, second), encoding="utf-8")
+        args.html.write_text(
+            compare_page((str(args.first), str(args.second)), first, second, common.note), encoding="utf-8"
+        )
     figures = with_changes(first, second)
     failures = [failure for item in requirements if (failure := item.failure(figures))]
     for failure in failures:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -62,8 +61,7 @@ def run(args: argparse.Namespace) -> int:
     """Run ``kfloc coordinates``; return 0."""
     source = open_source_from(args, depth=False)
 
-    from tqdm import tqdm
-
+    from kfloc_ros.cli.progress import progress_bar
     from kfloc_ros.localization.config import LocalizerConfig
     from kfloc_ros.maps.format import resolve_map
     from kfloc_ros.maps.scene_map import SceneMap
@@ -71,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     scene_map = SceneMap.load(resolve_map(args.map))
     config = LocalizerConfig(device=args.device, filter=not args.no_filter, recursion=args.recursion)
     written = export_coordinates(source, scene_map, config, args.out, flow=args.flow, truth=args.gt_out)
-    count = sum(1 for _ in tqdm(written, total=len(source), unit="frame", disable=not sys.stderr.isatty()))
+    count = sum(1 for _ in progress_bar(written, total=len(source), unit="frame"))
     print(f"{args.out}: {count} coordinate maps")
     return 0
 

@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     make.append(["bag", "make", plan.localizing, "--out", str(bags[1]), "--force", "--no-depth"])
     build = ["map", "build", f"bag:{bags[0]}", "--out", str(out / "map"), "--name", "demo room", "--force"]
     build += ["--train-seconds", str(plan.train_seconds)]
-    replay = ["replay", str(bags[1]), "--map", str(out / "map"), "--out", str(out / "live")]
+    replay = ["replay", str(bags[1]), "--map", str(out / "map"), "--out", str(out / "live"), "--force"]
     replay += ["--separate"] if args.separate else []
 
     with _step(1, "Render two walks through the room into two rosbags"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +80,7 @@ def run(args: argparse.Namespace) -> int:
 
 def run_eval(args: argparse.Namespace) -> int:
     """Run ``kfloc kfnet eval``; print the figures."""
-    from tqdm import tqdm
-
+    from kfloc_ros.cli.progress import progress_bar
     from kfloc_ros.datasets.posed_images import read_calibration
     from kfloc_ros.datasets.scenes import find_scene
     from kfloc_ros.device import choose_device
@@ -97,7 +95,7 @@ def run_eval(args: argparse.Namespace) -> int:
     evaluation = evaluation_of(args.stage, networks, folder.size, nis_test=args.nis)
     args.output.mkdir(parents=True, exist_ok=True)
     done = evaluation.run(folder, args.output)
-    count = sum(1 for _ in tqdm(done, total=len(folder), unit="image", disable=not sys.stderr.isatty()))
+    count = sum(1 for _ in progress_bar(done, total=len(folder), unit="image"))
     camera = args.input / "camera.txt"
     if args.stage != "oflownet" and camera.is_file():  # for `kfloc pnp`
         entries = [{"map": f"coord_{i}.npy", "index": i} for i in range(count)]

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -55,15 +54,15 @@ def run(args: argparse.Namespace) -> int:
     need_poses(source)
 
     import numpy as np
-    from tqdm import tqdm
 
+    from kfloc_ros.cli.progress import progress_bar
     from kfloc_ros.datasets.labels import write_kfnet_folder
     from kfloc_ros.mapping.motion_depth import MotionDepth, MotionDepthSettings, with_depth
 
     every_view = MotionDepthSettings(max_views=len(source))
     source = with_depth(source, hide=args.no_depth, device=args.device, settings=every_view)
     written = write_kfnet_folder(source, args.out, full_resolution=not args.eighth, absolute=args.absolute)
-    bar = tqdm(written, total=len(source), unit="frame", disable=not sys.stderr.isatty())
+    bar = progress_bar(written, total=len(source), unit="frame")
     known = [float(np.mean(frame.depth_m > 0)) for frame in bar if frame.depth_m is not None]
     origin = "depth from motion" if isinstance(source, MotionDepth) else "measured depth"
     print(f"{args.out}: {len(known)} labelled images of {len(source)}, {np.mean(known):.0%} of the pixels ({origin})")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kfloc_ros.cli.arguments import add_recursion_argument, add_source_arguments, need_camera, open_source_from
+from kfloc_ros.errors import SourceError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,6 +47,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add_source_arguments(parser)
     parser.add_argument("--map", required=True, metavar="DIR", help="map or place folder, or the name of a shipped map")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the results")
+    parser.add_argument("--force", action="store_true", help="replace the results of another run in OUT")
     parser.add_argument(
         "--no-filter", action="store_true", help="localize each frame independently, without the filter"
     )
@@ -77,13 +79,12 @@ def run(args: argparse.Namespace) -> int:
     need_camera(source)
 
     # Imported late, so that a mistyped SOURCE is reported before torch is loaded.
-    from tqdm import tqdm
-
+    from kfloc_ros.cli.progress import progress_bar
     from kfloc_ros.cli.tables import summary_table
     from kfloc_ros.device import choose_device, describe_hardware, limit_threads
     from kfloc_ros.evaluation.offline import localize_source
     from kfloc_ros.evaluation.report import command_line
-    from kfloc_ros.evaluation.results import write_results
+    from kfloc_ros.evaluation.results import result_folder, write_results
     from kfloc_ros.evaluation.summary import RunInfo
     from kfloc_ros.localization.config import LocalizerConfig
     from kfloc_ros.localization.place_localizer import localizer_for
@@ -104,50 +105,55 @@ def run(args: argparse.Namespace) -> int:
     map_path = resolve_map(args.map)
     localizer = localizer_for(load_map(map_path), config)
 
-    records: list[FrameRecord] = []
-    interrupted = False
-    start = time.perf_counter()
-    with tqdm(total=len(source), unit="frame", disable=args.quiet or not sys.stderr.isatty()) as bar:
-        try:
-            for record in localize_source(localizer, source):
-                records.append(record)
-                bar.set_postfix_str(record.state, refresh=False)
-                bar.update()
-        except KeyboardInterrupt:
-            interrupted = True
-    info = RunInfo(
-        kind="localize",
-        command=command_line(sys.argv[1:]),
-        map=str(map_path),
-        source=args.source,
-        poses=args.poses,
-        split=args.split,
-        frames=args.frames,
-        hardware=describe_hardware(device),
-        received=len(records),
-        processed=len(records),
-        dropped=0,
-        duration_s=time.perf_counter() - start,
-        interrupted=interrupted,
-        options={
-            "device": device,
-            "filter": config.filter,
-            "recursion": config.recursion,
-            "refine": config.refine,
-            "tracking": config.tracking,
-        },
-    )
-    if interrupted and not records:
-        raise KeyboardInterrupt
-    place = {index: position for position, index in enumerate(source.indices())}
+    with result_folder(args.out, force=args.force):
+        records: list[FrameRecord] = []
+        interrupted = False
+        start = time.perf_counter()
+        with progress_bar(total=len(source), unit="frame", disable=args.quiet) as bar:
+            try:
+                for record in localize_source(localizer, source):
+                    records.append(record)
+                    bar.set_postfix_str(record.state, refresh=False)
+                    bar.update()
+            except KeyboardInterrupt:
+                interrupted = True
+        info = RunInfo(
+            kind="localize",
+            command=command_line(args.words),
+            map=str(map_path),
+            source=args.source,
+            poses=args.poses,
+            split=args.split,
+            frames=args.frames,
+            hardware=describe_hardware(device),
+            received=len(records),
+            processed=len(records),
+            dropped=0,
+            duration_s=time.perf_counter() - start,
+            interrupted=interrupted,
+            left_out=len(source.left_out),
+            left_out_first=next(iter(source.left_out.values()), ""),
+            options={
+                "device": device,
+                "filter": config.filter,
+                "recursion": config.recursion,
+                "refine": config.refine,
+                "tracking": config.tracking,
+            },
+        )
+        if interrupted and not records:
+            raise KeyboardInterrupt
+        if not records:
+            raise SourceError(f"No frame of '{source.name}' can be used. The first: {info.left_out_first}")
+        place = {index: position for position, index in enumerate(source.indices())}
 
-    def images_of(worst: Sequence[FrameRecord]) -> dict[int, NDArray[np.uint8]]:
-        return {record.stamp_ns: source[place[record.index]].image for record in worst}
+        def images_of(worst: Sequence[FrameRecord]) -> dict[int, NDArray[np.uint8]]:
+            return {record.stamp_ns: source[place[record.index]].image for record in worst}
 
-    summary = write_results(args.out, records, info, images_of=images_of)
+        summary = write_results(args.out, records, info, images_of=images_of)
     if not args.quiet:
         print(summary_table(summary))
-        print(f"\nResults: {args.out / 'report.html'}")
+        print(f"\nResults: {args.out / 'report.html'}; poses: {args.out / 'frames.csv'} (a line an image, by name)")
     if localizer.camera_note:
         print(f"The camera does not fit: {localizer.camera_note}.", file=sys.stderr)
     if interrupted:

@@ -11,8 +11,6 @@ from typing import Any
 
 from kfloc_ros.cli.arguments import add_source_arguments, open_source_from
 from kfloc_ros.cli.build_options import (
-    BuildBars,
-    StageBars,
     add_build_options,
     build_config_from,
     need_poses,
@@ -23,6 +21,7 @@ from kfloc_ros.cli.check import add_no_check, check_first
 from kfloc_ros.cli.map_join import add_join, describe_place
 from kfloc_ros.cli.map_scale import add_scale, add_scale_options, notes_beside, scale_method, scaled_source
 from kfloc_ros.cli.map_tools import add_tools
+from kfloc_ros.cli.progress import BuildBars, StageBars, progress_bar
 from kfloc_ros.cli.tables import describe
 from kfloc_ros.errors import KflocError, SourceError
 
@@ -209,8 +208,6 @@ def run_kfnet(args: argparse.Namespace) -> int:
 
     from dataclasses import replace
 
-    from tqdm import tqdm
-
     from kfloc_ros.kfnet.reference.networks import ReferenceNetworks
     from kfloc_ros.kfnet.reference.weights import load_oflownet, load_scoordnet
     from kfloc_ros.mapping.build import check_free
@@ -223,7 +220,7 @@ def run_kfnet(args: argparse.Namespace) -> int:
     made = with_networks(SceneMap.load(resolve_map(args.map)), networks)
     noted = {"kfnet": f"{args.scoordnet.name}, {args.oflownet.name}, not calibrated"}
     if source is not None:
-        with tqdm(total=100, unit="%", disable=not sys.stderr.isatty()) as bar:
+        with progress_bar(total=100, unit="%") as bar:
 
             def show(share: float, text: str) -> None:
                 bar.set_postfix_str(text, refresh=False)

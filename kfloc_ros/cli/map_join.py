@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from kfloc_ros.cli.arguments import add_source_arguments, open_source_from
 from kfloc_ros.cli.build_options import (
-    BuildBars,
     add_build_options,
     build_config_from,
     need_poses,
@@ -18,6 +17,7 @@ from kfloc_ros.cli.build_options import (
     words_of,
 )
 from kfloc_ros.cli.check import add_no_check, check_first
+from kfloc_ros.cli.progress import BuildBars
 from kfloc_ros.errors import MapError
 
 if TYPE_CHECKING:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -169,8 +168,7 @@ def _run_part(
     args: argparse.Namespace, data_set: DataSet, part: str, paths: Paths, options: RunOptions
 ) -> dict[str, Matrix]:
     """Localize one part's queries and write the results; return the poses by the names in the results."""
-    from tqdm import tqdm
-
+    from kfloc_ros.cli.progress import progress_bar
     from kfloc_ros.pixloc.hloc.files import read_descriptors, read_hloc_log, read_pairs, result_name, write_poses
     from kfloc_ros.pixloc.hloc.layouts import queries_of
     from kfloc_ros.pixloc.hloc.plan import Planner
@@ -197,9 +195,9 @@ def _run_part(
     make = planner.from_pose if args.from_poses else planner.from_retrieval
     plans = {name: make(name) for name in names}
     label = f"{args.data_set} {part}".strip()
-    silent = args.quiet or not sys.stderr.isatty()
+    silent = args.quiet
     cache = Path(str(args.cache).replace(f"{{{data_set.part_name or 'part'}}}", part)) if args.cache else None
-    with tqdm(desc=f"{label}: references", unit="image", disable=silent) as bar:
+    with progress_bar(desc=f"{label}: references", unit="image", disable=silent) as bar:
 
         def show(done: int, total: int, _: str) -> None:
             bar.total = total
@@ -214,7 +212,7 @@ def _run_part(
     poses: dict[str, Matrix] = {}
     entries: dict[str, Any] = {}
     success = 0
-    progress = tqdm(total=len(plans), desc=f"{label}: queries", unit="query", disable=silent)
+    progress = progress_bar(total=len(plans), desc=f"{label}: queries", unit="query", disable=silent)
     try:
         for result in run_queries(refiner, queries, plans, paths.query_images):
             if result.T_map_camera is not None:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +67,7 @@ def add_parser(actions: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the scenes that do not exist yet."""
-    from tqdm import tqdm
-
+    from kfloc_ros.cli.progress import progress_bar
     from kfloc_ros.datasets.colmap import find_model
     from kfloc_ros.training.preprocess import (
         preprocess_cmu,
@@ -88,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     names = args.scenes or sorted(path.name for path in root.iterdir() if path.is_dir())
     out = args.root / KINDS[args.kind]
     made = 0
-    for name in tqdm(names, unit="scene", disable=not sys.stderr.isatty()):
+    for name in progress_bar(names, unit="scene"):
         path = out / f"{name}.npz"
         if path.is_file():
             print(f"{path}: exists already")

@@ -7,7 +7,6 @@ import argparse
 import json
 import math
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -65,8 +64,7 @@ def run(args: argparse.Namespace) -> int:
     """Run ``kfloc pnp``; return 1 if no pose was found."""
     from dataclasses import replace
 
-    from tqdm import tqdm
-
+    from kfloc_ros.cli.progress import progress_bar
     from kfloc_ros.errors import SourceError
     from kfloc_ros.evaluation.metrics import accuracy, pose_error
     from kfloc_ros.kfnet.pnp import PnpSettings
@@ -91,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
     job = PnpJob(description, PnpSettings(max_error_px=args.max_error_px), args.min_confidence)
     args.out.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    bar = tqdm(total=len(maps), unit="map", disable=not sys.stderr.isatty())
+    bar = progress_bar(total=len(maps), unit="map")
     entries: list[dict[str, Any]] = []
     errors = []
     with bar:

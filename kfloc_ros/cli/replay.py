@@ -43,6 +43,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("bag", metavar="BAG", type=Path, help="rosbag2 folder, such as one of `kfloc bag make`")
     parser.add_argument("--map", required=True, metavar="DIR", help="map folder, or the name of a shipped map")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the results")
+    parser.add_argument("--force", action="store_true", help="replace the results of another run in OUT")
     _add_playing(parser.add_argument_group("playback"))
     _add_topics(parser.add_argument_group("topics and ground truth"))
     parser.add_argument(
@@ -119,12 +120,12 @@ def _add_topics(group: argparse._ArgumentGroup) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run ``kfloc replay``; return 0 when done, 1 if a requirement is not met, 130 when interrupted."""
-    from tqdm import tqdm
-
+    from kfloc_ros.cli.progress import progress_bar
     from kfloc_ros.cli.tables import summary_table
     from kfloc_ros.errors import ConfigError
     from kfloc_ros.evaluation.compare import parse_requirement
     from kfloc_ros.evaluation.report import command_line
+    from kfloc_ros.evaluation.results import result_folder
     from kfloc_ros.replay.config import ReplayConfig
 
     if args.offline:
@@ -158,21 +159,22 @@ def run(args: argparse.Namespace) -> int:
         patience_s=args.patience,
         domain_id=args.domain_id,
     )
-    if not args.no_check:
-        check_bag(args)
-    with tqdm(unit="frame", disable=args.quiet or not sys.stderr.isatty()) as bar:
+    with result_folder(args.out, force=args.force):
+        if not args.no_check:
+            check_bag(args)
+        with progress_bar(unit="frame", disable=args.quiet) as bar:
 
-        def progress(text: str, done: int, total: int) -> None:
-            bar.set_description_str(text, refresh=False)
-            bar.total, bar.n = total, done
-            bar.refresh()
+            def progress(text: str, done: int, total: int) -> None:
+                bar.set_description_str(text, refresh=False)
+                bar.total, bar.n = total, done
+                bar.refresh()
 
-        summary = replay(config, command=command_line(sys.argv[1:]), progress=progress)
+            summary = replay(config, command=command_line(args.words), progress=progress)
     if not args.quiet:
         print(_what_was_played(summary.run.options, summary.run.poses))
         print(summary_table(summary))
         logs = "" if args.offline else f"; logs of the nodes: {args.out / 'logs'}"
-        print(f"\nResults: {args.out / 'report.html'}{logs}")
+        print(f"\nResults: {args.out / 'report.html'}; poses: {args.out / 'frames.csv'}{logs}")
     if summary.run.interrupted:
         print("Interrupted; the results cover the played part.", file=sys.stderr)
         return 130

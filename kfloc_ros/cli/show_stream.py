@@ -4,15 +4,14 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from tqdm import tqdm
 
 from kfloc_ros.cli.arguments import open_source_from
+from kfloc_ros.cli.progress import progress_bar
 from kfloc_ros.errors import DrawingError
 from kfloc_ros.localization.config import LocalizerConfig
 from kfloc_ros.localization.localizer import Localizer
@@ -32,7 +31,7 @@ Item = TypeVar("Item")
 
 def progress(items: Iterable[Item], total: int, unit: str = "frame") -> Iterable[Item]:
     """Yield the items, with a progress bar if stderr is a terminal."""
-    bar: Iterable[Item] = tqdm(items, total=total, unit=unit, disable=not sys.stderr.isatty())
+    bar: Iterable[Item] = progress_bar(items, total=total, unit=unit)
     return bar
 
 

@@ -23,6 +23,8 @@ def format_table(rows: Sequence[Sequence[str]], *, header: Sequence[str] | None 
 def summary_table(summary: Summary) -> str:
     """Return the accuracy and timing tables of a run."""
     rows = accuracy_rows(summary)
+    if not summary.accuracy.frames:
+        return _table_without_truth(summary)
     scope = "processed frames" if summary.run.kind == "replay" else "frames"
     accuracy = format_table(
         rows, header=(f"{summary.run.source}, ground truth: {summary.run.poses}", "final pose", "coarse")
@@ -36,6 +38,18 @@ def summary_table(summary: Summary) -> str:
     if summary.run.transform is not None:
         lines.append(f"map -> camera on TF at the images' times: median {transform_text(summary.run.transform)}.")
     return "\n".join(lines)
+
+
+def _table_without_truth(summary: Summary) -> str:
+    left_out = [("left out, unusable", str(summary.run.left_out))] if summary.run.left_out else []
+    played = [("played", str(summary.frames_played))] if summary.played is not None else []
+    rows = [*played, ("frames", str(summary.frames)), ("with a pose", str(summary.localized)), *left_out]
+    return "\n".join(
+        [
+            f"{summary.run.source} has no ground truth: no error is known.",
+            format_table([*rows, *timing_rows(summary)]),
+        ]
+    )
 
 
 def describe(scene_map: Any) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,15 +105,14 @@ def run_training(
     continued: Path | None = None,
 ) -> int:
     """Train with a progress bar and print the result; return 0, or 130 when interrupted."""
-    from tqdm import tqdm
-
+    from kfloc_ros.cli.progress import progress_bar
     from kfloc_ros.device import choose_device
     from kfloc_ros.training.distributed import processes, rank
     from kfloc_ros.training.loop import train
 
     with (
         processes(choose_device(args.device)) as device,
-        tqdm(unit="step", disable=rank() != 0 or not sys.stderr.isatty()) as bar,
+        progress_bar(unit="step", disable=rank() != 0) as bar,
     ):
 
         def show(progress: TrainProgress) -> None:

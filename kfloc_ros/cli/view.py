@@ -73,15 +73,14 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _run_results(args: argparse.Namespace, folder: Path) -> int:
-    import json
-
+    from kfloc_ros.files import read_json
     from kfloc_ros.maps.format import resolve_map
     from kfloc_ros.maps.scene_map import SceneMap
     from kfloc_ros.visualization.rerun_views import begin, view_results
 
     try:
-        made_with = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["map"]
-    except (ValueError, KeyError, TypeError) as error:
+        made_with = read_json(folder / "summary.json")["map"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise SourceError(f"'{folder / 'summary.json'}' is damaged: {error}") from error
     scene_map = SceneMap.load(resolve_map(args.map or str(made_with)))
     with begin(folder.name, scene_map, args.save) as recording:
@@ -91,8 +90,7 @@ def _run_results(args: argparse.Namespace, folder: Path) -> int:
 
 
 def _run_source(args: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
+    from kfloc_ros.cli.progress import progress_bar
     from kfloc_ros.datasets import SOURCE_KINDS, open_source
 
     if args.map is None:
@@ -111,7 +109,7 @@ def _run_source(args: argparse.Namespace) -> int:
     count = 0
     with (
         begin(f"{source.name} in {scene_map.name}", scene_map, args.save) as recording,
-        tqdm(total=len(source), unit="frame", disable=args.quiet or not sys.stderr.isatty()) as bar,
+        progress_bar(total=len(source), unit="frame", disable=args.quiet) as bar,
     ):
         for estimate in view_source(recording, scene_map, localizer, source):
             count += 1

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import csv
 import difflib
-import json
+import io
 import math
 import operator
 import re
@@ -13,8 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from kfloc_ros.errors import ConfigError, SourceError
+from kfloc_ros.evaluation.offline import FrameRecord
 from kfloc_ros.evaluation.page import document, escape, table
+from kfloc_ros.evaluation.summary import RunInfo, summarize
+from kfloc_ros.files import read_json, read_text
+from kfloc_ros.geometry.lie import make_pose, quaternion_to_matrix
+from kfloc_ros.messages.tum import read_tum
+from kfloc_ros.types import Matrix
 
 FIGURES: tuple[tuple[str, str, float, str, int], ...] = (
     ("frames", "frames", 1, "", 0),
@@ -39,6 +48,10 @@ FIGURES: tuple[tuple[str, str, float, str, int], ...] = (
 """Path in summary.json, name, factor and unit for display, and sense: more is better (1), worse (-1) or neither (0)."""
 
 
+MAX_SUMMARY_BYTES = 10_000_000
+DESCRIPTION_KEYS = ("kind", "source", "poses", "split", "frame_selection", "map", "kfloc_version", "hardware")
+
+
 @dataclass(frozen=True)
 class Row:
     """Figure of two runs, as text."""
@@ -59,7 +72,7 @@ def read_summary(folder: Path) -> dict[str, Any]:
     """
     path = folder / "summary.json" if folder.is_dir() else folder
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path, MAX_SUMMARY_BYTES)
     except FileNotFoundError:
         raise SourceError(
             f"'{folder}' has no summary.json; it is not a result folder, or its run did not end."
@@ -69,6 +82,95 @@ def read_summary(folder: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise SourceError(f"'{path}' is not a summary of this package.")
     return content
+
+
+@dataclass(frozen=True)
+class Common:
+    """Two runs, reduced to the frames that both have."""
+
+    first: Mapping[str, Any]
+    second: Mapping[str, Any]
+    note: str
+    """Sentence on the frames that were compared; empty if both runs have the same frames."""
+
+
+NOT_OF_COMMON_FRAMES = ("throughput_hz", "dropped", "consistency", "coarse", "played")
+"""Entries of a summary that cannot be computed for a part of the frames."""
+SAME_TRUTH_M = 0.5
+"""Distance between the truths of two runs from which on a stamp does not stand for the same frame."""
+
+
+def on_common_frames(folders: tuple[Path, Path]) -> Common:
+    """Return the summaries of two result folders, computed over their common frames if the frames differ.
+
+    Frames are the same if their stamps are, and the truths, where both have one, are less than 0.5 m apart.
+
+    Raises:
+        SourceError: a folder has no results, or the runs have no frame in common.
+    """
+    summaries = [read_summary(folder) for folder in folders]
+    if not all((folder / "frames.csv").is_file() for folder in folders):
+        return Common(summaries[0], summaries[1], "")
+    records = [read_records(folder) for folder in folders]
+    stamps = [{record.stamp_ns: record for record in run} for run in records]
+    common = stamps[0].keys() & stamps[1].keys()
+    apart = [
+        float(np.linalg.norm(a.truth[:3, 3] - b.truth[:3, 3]))
+        for stamp in common
+        if (a := stamps[0][stamp]).truth is not None and (b := stamps[1][stamp]).truth is not None
+    ]
+    if not common or (apart and np.median(apart) > SAME_TRUTH_M):
+        raise SourceError(
+            f"'{folders[0]}' and '{folders[1]}' have no frame in common, so they cannot be compared: "
+            f"{summaries[0].get('source')} and {summaries[1].get('source')}."
+        )
+    if len(common) == len(stamps[0]) == len(stamps[1]):
+        return Common(summaries[0], summaries[1], "")
+    parts = []
+    for summary, run in zip(summaries, records, strict=True):
+        chosen = [record for record in run if record.stamp_ns in common]
+        info = RunInfo(
+            summary.get("kind", ""), "", "", "", "", None, None, {}, len(chosen), len(chosen), 0, duration_s=math.nan
+        )
+        figures = summarize(chosen, info).to_dict()
+        kept = {key: value for key, value in figures.items() if key in summary and key not in NOT_OF_COMMON_FRAMES}
+        told = {key: summary.get(key) for key in (*DESCRIPTION_KEYS, "options")}
+        parts.append({**kept, **told})
+    note = (
+        f"The runs have different frames, {len(stamps[0])} and {len(stamps[1])}: all figures are of the {len(common)} "
+        "that both have."
+    )
+    return Common(parts[0], parts[1], note)
+
+
+def read_records(folder: Path) -> list[FrameRecord]:
+    """Return the records of a result folder from ``frames.csv`` and ``groundtruth.tum``; covariances are left out.
+
+    Raises:
+        SourceError: a file is missing or damaged.
+    """
+    path = folder / "frames.csv"
+    try:
+        truth = read_tum(folder / "groundtruth.tum") if (folder / "groundtruth.tum").is_file() else {}
+        rows = list(csv.DictReader(io.StringIO(read_text(path))))
+        return [_record(row, truth) for row in rows]
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+        raise SourceError(f"'{path}' is damaged: {error}. Run the command again.") from error
+
+
+def _record(row: Mapping[str, str], truth: Mapping[int, Matrix]) -> FrameRecord:
+    pose = [float(row[name]) for name in ("tx_m", "ty_m", "tz_m", "qx", "qy", "qz", "qw") if row[name]]
+    stamp_ns = int(row["stamp_ns"])
+    return FrameRecord(
+        int(row["index"]),
+        stamp_ns,
+        truth.get(stamp_ns),
+        make_pose(quaternion_to_matrix(pose[3:]), pose[:3]) if len(pose) == 7 else None,
+        state=row["state"],
+        reason=row["reason"],
+        latency_ms=float(row["latency_ms"]) if row["latency_ms"] else None,
+        processed=row["processed"] == "1",
+    )
 
 
 def compare_rows(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[Row]:
@@ -99,7 +201,7 @@ def with_changes(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[st
 def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
     """Return other differences that make figures incomparable: map, source, truth, hardware, options."""
     found = []
-    for key in ("kind", "source", "poses", "split", "frame_selection", "map", "kfloc_version", "hardware", "options"):
+    for key in (*DESCRIPTION_KEYS, "options"):
         a, b = first.get(key), second.get(key)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             parts = [k for k in dict.fromkeys([*a, *b]) if a.get(k) != b.get(k) and not isinstance(a.get(k), Mapping)]
@@ -109,8 +211,8 @@ def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str
     return found
 
 
-def compare_page(names: tuple[str, str], first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
-    """Return the comparison as one HTML page."""
+def compare_page(names: tuple[str, str], first: Mapping[str, Any], second: Mapping[str, Any], note: str = "") -> str:
+    """Return the comparison as one HTML page, with a note on top."""
     css = {1: "good", -1: "bad", 0: ""}
     rows = [
         (escape(r.name), escape(r.first), escape(r.second), f'<span class="{css[r.verdict]}">{escape(r.change)}</span>')
@@ -118,7 +220,8 @@ def compare_page(names: tuple[str, str], first: Mapping[str, Any], second: Mappi
     ]
     a, b = (escape(name) for name in names)
     others = "".join(f"<li>{escape(text)}</li>" for text in differences(first, second)) or "<li>nothing</li>"
-    parts = [f"<h1>{a} and {b}</h1>", table(rows, ("", a, b, "change"), raw=True)]
+    head = [f"<h1>{a} and {b}</h1>", *([f'<p class="bad">{escape(note)}</p>'] if note else [])]
+    parts = [*head, table(rows, ("", a, b, "change"), raw=True)]
     return document(f"{names[0]} and {names[1]}", [*parts, "<h2>What else differs</h2>", f"<ul>{others}</ul>"])
 
 

@@ -56,6 +56,8 @@ class FrameRecord:
     """Offline: time in the localizer. Replay: wall time from the image's publication to the pose's arrival."""
     tracked: bool = False
     """True if the frame was aligned from the predicted pose alone, so that it has no coarse pose."""
+    name: str = ""
+    """Name of the image; empty if it has none."""
     processed: bool = True
     """False for a frame that was played but not answered by the nodes (dropped or lost)."""
 
@@ -88,6 +90,7 @@ def record_of(frame: Frame, estimate: PoseEstimate, *, latency_ms: float, rectif
         timings_ms={"rectify": rectify_ms, **estimate.timings_ms},
         latency_ms=latency_ms,
         tracked=estimate.tracked,
+        name=frame.name,
     )
 
 

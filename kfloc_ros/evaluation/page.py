@@ -14,7 +14,14 @@ from numpy.typing import NDArray
 
 from kfloc_ros.evaluation.metrics import pose_error
 from kfloc_ros.evaluation.offline import FrameRecord
-from kfloc_ros.evaluation.report import CAPTIONS, accuracy_rows, consistency_rows, streaming_rows, timing_rows
+from kfloc_ros.evaluation.report import (
+    CAPTIONS,
+    accuracy_rows,
+    consistency_rows,
+    streaming_rows,
+    timing_rows,
+    verdict_lines,
+)
 from kfloc_ros.evaluation.summary import Summary
 
 ImagesOf = Callable[[Sequence[FrameRecord]], Mapping[int, NDArray[np.uint8]]]
@@ -31,6 +38,7 @@ td + td { font-variant-numeric: tabular-nums; }
 code { background: #f1f4f7; padding: .1rem .3rem; overflow-wrap: anywhere; }
 img { max-width: 100%; height: auto; } figure { margin: 1rem 0; } figcaption { color: #5a6b7b; font-size: .85rem; }
 .frames { display: grid; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); gap: 1rem; }
+.verdict { list-style: none; padding: .6rem 1rem; background: #f1f4f7; font-size: 1.05rem; }
 .bad { color: #b3261e; } .good { color: #1b6e3c; }
 """
 
@@ -57,8 +65,8 @@ def page_text(
     facts += [("options", escape(", ".join(f"{key} {value}" for key, value in run.options.items()) or "defaults"))]
     facts += [("hardware", escape(", ".join(f"{k} {v}" for k, v in run.hardware.items() if v is not None)))]
     parts = [f"<h1>{kind}: {escape(run.source)}</h1>"]
-    if run.interrupted:
-        parts.append('<p class="bad">Interrupted: the figures cover the part that was done.</p>')
+    verdict = "".join(f'<li class="{css}">{escape(text)}</li>' for css, text in verdict_lines(summary))
+    parts.append(f'<ul class="verdict">{verdict}</ul>')
     parts += [table(facts, raw=True), "<h2>Accuracy</h2>", table(accuracy_rows(summary), ("", "final pose", "coarse"))]
     parts += ["<h2>As a stream</h2>", table(streaming_rows(summary))]
     parts += ["<h2>Time</h2>", table(timing_rows(summary))]

@@ -12,7 +12,7 @@ from kfloc_ros.evaluation.offline import FrameRecord
 from kfloc_ros.evaluation.summary import Summary
 
 CAPTIONS = {
-    "trajectory.png": "Camera positions seen from above.",
+    "trajectory.png": "Camera positions seen from above: start, direction, and error along the path.",
     "error.png": "Error of every frame; the band is twice the error that the covariance claims.",
     "recall.png": "Share of frames within x cm and x degrees.",
     "latency.png": "Stage times, and how the latency is distributed.",
@@ -22,8 +22,11 @@ CAPTIONS = {
 def accuracy_rows(summary: Summary) -> list[tuple[str, str, str]]:
     """Return rows (figure, final pose, coarse pose) of the main table."""
     final, coarse = summary.accuracy, summary.coarse
+    played = "" if summary.played is None else f" answered of {summary.frames_played} played"
+    left_out = [("left out, unusable", str(summary.run.left_out), "")] if summary.run.left_out else []
     rows = [
-        ("frames", f"{summary.frames}, {final.frames} with truth", ""),
+        ("frames", f"{summary.frames}{played}, {final.frames} with truth", ""),
+        *left_out,
         ("localized", f"{summary.localized}", f"{summary.coarse_localized}"),
         ("median position error", _cm(final.median_translation_m), _cm(coarse.median_translation_m)),
         ("median rotation error", _deg(final), _deg(coarse)),
@@ -32,6 +35,51 @@ def accuracy_rows(summary: Summary) -> list[tuple[str, str, str]]:
         label = "within " + name.replace("cm_", " cm, ").replace("deg", " deg")
         rows.append((label, _percent(final.recall[name]), _percent(coarse.recall[name])))
     return rows
+
+
+GOOD_SHARE, BAD_SHARE, ANSWERED_SHARE = 0.9, 0.5, 0.9
+
+
+def verdict_lines(summary: Summary) -> list[tuple[str, str]]:
+    """Return (``good``, ``bad`` or an empty text, sentence) on what matters most, for the top of a report."""
+    run, stream = summary.run, summary.streaming
+    lines = [("bad", "Interrupted: the figures cover the part that was done.")] if run.interrupted else []
+    whole = summary.played if summary.played is not None else summary.accuracy
+    if whole.frames:
+        share = whole.recall["5cm_5deg"]
+        what = "played, answered or not," if summary.played is not None else "with ground truth"
+        lines.append((
+            "good" if share >= GOOD_SHARE else "bad" if share < BAD_SHARE else "",
+            f"{_percent(share)} of the {whole.frames} frames {what} are within 5 cm and 5 deg; median error "
+            f"{_cm(summary.accuracy.median_translation_m)}, {_deg(summary.accuracy)}.",
+        ))  # fmt: skip
+    else:
+        lines.append(("", f"There is no ground truth: {summary.localized} of {summary.frames} frames have a pose, "
+                      f"{summary.states.get('TRACKING', 0)} are TRACKING; no error is known."))  # fmt: skip
+    missed = unanswered(summary)
+    if missed:
+        total = summary.frames + missed
+        lines.append(("bad" if summary.frames < ANSWERED_SHARE * total else "",
+                      f"{missed} of {total} frames played got no answer: {run.dropped} were dropped for a newer "
+                      "one, the rest came before the nodes were ready or never arrived."))  # fmt: skip
+    if run.left_out:
+        lines.append(("bad", f"{run.left_out} frames of the source could not be used and are in no figure. The first: "
+                      f"{run.left_out_first}"))  # fmt: skip
+    if summary.accuracy.frames:
+        wrong = round(stream.false_ok * summary.accuracy.frames) if math.isfinite(stream.false_ok) else 0
+        told = f"{wrong} TRACKING poses are" if wrong else "No TRACKING pose is"
+        lines.append(("bad" if wrong else "good", f"{told} more than 10 cm off."))
+    if math.isfinite(stream.time_to_first_pose_s):
+        lines.append(("", f"The first TRACKING pose came {stream.time_to_first_pose_s:.2f} s after the first frame; "
+                      f"{_percent(stream.availability)} of all frames are TRACKING."))  # fmt: skip
+    else:
+        lines.append(("bad", "No frame is TRACKING."))
+    return lines
+
+
+def unanswered(summary: Summary) -> int:
+    """Return the number of frames played that got no answer; 0 for a run that is no replay."""
+    return 0 if summary.played is None else summary.frames_played - summary.frames
 
 
 def timing_rows(summary: Summary) -> list[tuple[str, str]]:
@@ -97,7 +145,8 @@ def report_text(summary: Summary, records: Sequence[FrameRecord], pictures: Sequ
     lines = [
         f"# {'Replay through the live nodes' if run.kind == 'replay' else 'Localization'}: {run.source}",
         "",
-        *(["**Interrupted: the figures cover the part that was done.**", ""] if run.interrupted else []),
+        *(f"- **{text}**" for _, text in verdict_lines(summary)),
+        "",
         f"- Command: `{run.command}`",
         f"- Map: `{run.map}`",
         f"- Truth: {run.poses}; split: {run.split or 'all'}; frames: {run.frames or 'all'}",

@@ -130,6 +130,10 @@ class RunInfo:
     duration_s: float
     """Wall time from the first frame's start to the last frame's end."""
     interrupted: bool = False
+    left_out: int = 0
+    """Frames of the source that could not be used; they are in no other figure."""
+    left_out_first: str = ""
+    """Reason of the first one."""
     transform: Accuracy | None = None
     """Accuracy of the camera's pose on TF at the images' times, for a replay with a base frame."""
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -158,6 +162,8 @@ class Summary:
     latency_ms: Mapping[str, float]
     stage_ms: Mapping[str, float]
     throughput_hz: float
+    frames_played: int = 0
+    """Replay only: frames played, with or without truth; a replay leaves out none."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of ``summary.json``; numbers that JSON cannot represent (infinity, NaN) are null."""
@@ -167,6 +173,7 @@ class Summary:
             "kfloc_version": __version__,
             "frames": self.frames,
             "frames_without_truth": self.frames_without_truth,
+            **({"frames_played": self.frames_played} if self.run.kind == "replay" else {}),
             "localized": self.localized,
             **_accuracy_dict(self.accuracy),
             "coarse": {"localized": self.coarse_localized, **_accuracy_dict(self.coarse)},
@@ -214,6 +221,7 @@ def summarize(records: Sequence[FrameRecord], run: RunInfo) -> Summary:
         latency_ms=percentiles(latencies),
         stage_ms=stage_medians(processed),
         throughput_hz=run.processed / run.duration_s if run.duration_s > 0 else math.nan,
+        frames_played=len(records) if run.kind == "replay" else 0,
     )
 
 

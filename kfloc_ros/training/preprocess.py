@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from kfloc_ros.datasets.images import read_depth_m
 from kfloc_ros.errors import FrameError, SourceError
-from kfloc_ros.files import inside, read_array, read_arrays, read_text
+from kfloc_ros.files import hdf5_values, inside, open_plain, read_array, read_arrays, read_text
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.colmap import camera_from_colmap
 from kfloc_ros.geometry.lie import Matrix, inverse_pose, make_pose, quaternion_to_matrix
@@ -273,7 +273,7 @@ def read_depth(folder: Path, name: str, camera: Camera) -> NDArray[np.float32]:
             continue
         try:
             depth = np.asarray(read(path), dtype=np.float32)
-        except (OSError, ValueError, KeyError, FrameError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, FrameError) as error:
             raise SourceError(f"The depth image '{path}' cannot be read: {error}") from error
         if depth.shape != (camera.height, camera.width):
             raise SourceError(f"The depth image '{path}' is not {camera.width}x{camera.height} as its image is.")
@@ -286,8 +286,10 @@ def _read_h5(path: Path) -> Any:
         h5py = importlib.import_module("h5py")
     except ImportError as error:
         raise SourceError(f"'{path}' needs h5py: pip install h5py.") from error
-    with h5py.File(path) as file:
-        return file["depth"][()]
+    with open_plain(path) as stream, h5py.File(stream, "r") as file:
+        if not isinstance(file.get("depth", getlink=True), h5py.HardLink):
+            raise ValueError("it has no 'depth' of its own")
+        return hdf5_values(file["depth"], path)
 
 
 def write_scene(path: Path, scene: Mapping[str, Any]) -> None:

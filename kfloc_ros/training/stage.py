@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from kfloc_ros.errors import WeightsError
+from kfloc_ros.files import read_json
 from kfloc_ros.frames import FrameSource, Selection
 
 BEST_FILE = "best.json"
@@ -78,7 +79,7 @@ class Best:
         if not path.is_file():
             return cls(folder)
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = read_json(path)
             return cls(folder, float(values["loss"]), int(values["step"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise WeightsError(f"'{path}' is damaged ({error}); remove it, and the best is looked for anew.") from error

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from kfloc_ros.errors import WeightsError
+from kfloc_ros.files import read_json
 
 STATE_FILE = "state.json"
 LOG_FILE = "log.jsonl"
@@ -100,7 +101,7 @@ def load_state(
     if not path.is_file():
         return None
     try:
-        state = json.loads(path.read_text(encoding="utf-8"))
+        state = read_json(path)
         if state["version"] != FORMAT_VERSION:
             raise WeightsError(f"'{path}' has version {state['version']}; this installation reads {FORMAT_VERSION}.")
         saved = dict(state["config"])

@@ -6,6 +6,7 @@ from __future__ import annotations
 import html.parser
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,15 +21,15 @@ from kfloc_ros.evaluation.summary import RunInfo
 from kfloc_ros.geometry.lie import make_pose
 
 
-def make_records() -> list[FrameRecord]:
-    """Eight frames, 4 mm off; frame 3 fails."""
+def make_records(fails: int = 3) -> list[FrameRecord]:
+    """Eight frames, 4 mm off; one fails."""
     return [
         FrameRecord(
             index=i,
             stamp_ns=10**18 + i * 10**8,
             truth=np.eye(4),
-            estimate=None if i == 3 else make_pose(np.eye(3), [0.004, 0, 0]),
-            state="LOST" if i == 3 else "TRACKING",
+            estimate=None if i == fails else make_pose(np.eye(3), [0.004, 0, 0]),
+            state="LOST" if i == fails else "TRACKING",
             covariance=1e-5 * np.eye(6),
             latency_ms=100.0,
         )
@@ -46,7 +47,7 @@ def make_run(source: str = "7scenes:x", split: str = "blocks50:test") -> RunInfo
 @pytest.fixture
 def two_runs(tmp_path: Path) -> tuple[str, str]:
     write_results(tmp_path / "a", make_records(), make_run(), plots=False)
-    write_results(tmp_path / "b", make_records()[4:], make_run(split="other"), plots=False)
+    write_results(tmp_path / "b", make_records(fails=-1), make_run(split="other"), plots=False)
     return str(tmp_path / "a"), str(tmp_path / "b")
 
 
@@ -58,6 +59,35 @@ def test_figures_changes_and_other_differences_are_printed(
     assert "within 5 cm, 5 deg" in said and "better" in said
     assert "split: blocks50:test / other" in said
     assert "within 5 cm, 5 deg" in (tmp_path / "c.html").read_text()
+
+
+def test_of_different_frames_those_are_compared_that_both_have(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = [str(tmp_path / name) for name in "abc"]
+    write_results(tmp_path / "a", make_records(), make_run(), plots=False)
+    write_results(tmp_path / "b", make_records()[4:], make_run(), plots=False)  # without the one that fails
+    assert main(["compare", *folders[:2], "--html", str(tmp_path / "c.html")]) == 0
+    said = capsys.readouterr().out
+    assert "different frames, 8 and 4: all figures are of the 4 that both have" in said
+    assert "better" not in said and "worse" not in said
+    row = next(line for line in said.splitlines() if line.startswith("within 5 cm, 5 deg"))
+    assert row.split()[5:] == ["100", "%", "100", "%", "+0", "%"]
+    assert "all figures are of the 4" in (tmp_path / "c.html").read_text()
+
+    elsewhere = [replace(r, truth=make_pose(np.eye(3), [9.0, 0, 0]), estimate=None) for r in make_records()]
+    write_results(tmp_path / "c", elsewhere, make_run(source="7scenes:y"), plots=False)
+    assert main(["compare", folders[0], folders[2]]) == 2
+    assert "no frame in common" in capsys.readouterr().err
+    (tmp_path / "b" / "frames.csv").write_text("index,stamp_ns\n1,x\n")
+    assert main(["compare", *folders[:2]]) == 2
+    assert "is damaged" in capsys.readouterr().err
+
+
+def test_a_summary_that_is_nested_too_deeply_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "summary.json").write_text("[" * 100_000 + "]" * 100_000)
+    assert main(["compare", str(tmp_path), str(tmp_path)]) == 2
+    assert "nested too deeply" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
+from matplotlib.quiver import Quiver
 
+from kfloc_ros.cli.tables import summary_table
 from kfloc_ros.device import describe_hardware
-from kfloc_ros.errors import SourceError
+from kfloc_ros.errors import ConfigError, SourceError
 from kfloc_ros.evaluation.offline import FrameRecord
-from kfloc_ros.evaluation.results import frames_csv, write_results
+from kfloc_ros.evaluation.plots import draw_trajectory
+from kfloc_ros.evaluation.report import accuracy_rows, verdict_lines
+from kfloc_ros.evaluation.results import frames_csv, result_folder, write_results
 from kfloc_ros.evaluation.summary import RunInfo, summarize
 from kfloc_ros.geometry.lie import make_pose, so3_exp
 from kfloc_ros.messages.tum import read_tum, tum_text
@@ -158,3 +163,76 @@ def test_no_truth_and_no_pose_still_give_a_folder(tmp_path: Path) -> None:
     write_results(tmp_path, [FrameRecord(0, 0, None)], make_run(received=1, processed=1))
     assert (tmp_path / "summary.json").exists()
     assert not (tmp_path / "recall.png").exists()
+
+
+def test_results_of_another_run_are_not_overwritten_silently(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with result_folder(out, force=False):
+        assert out.is_dir()
+        with pytest.raises(ConfigError, match="Another run is writing"), result_folder(out, force=True):
+            raise AssertionError
+    assert not out.exists()  # nothing was written
+    with result_folder(out, force=False):
+        write_results(out, make_records(), make_run())
+    with pytest.raises(ConfigError, match="results of another run"), result_folder(out, force=False):
+        raise AssertionError
+    with result_folder(out, force=True):
+        write_results(out, make_records(), make_run(), plots=False)
+    assert not list(out.glob("*.png")) and not (out / ".running").exists()
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ConfigError, match="is a file"), result_folder(tmp_path / "file", force=True):
+        raise AssertionError
+
+
+def verdict(records: list[FrameRecord], **changes) -> dict[str, str]:
+    return {text: css for css, text in verdict_lines(summarize(records, make_run(**changes)))}
+
+
+def test_the_verdict_of_a_replay_counts_the_frames_without_an_answer() -> None:
+    records = make_records()
+    for k in (0, 1, 2):
+        records[k] = FrameRecord(k, records[k].stamp_ns, pose(k), processed=False)
+    said = verdict(records, kind="replay", processed=5, dropped=2)
+    assert any(text.startswith("42.9 % of the 7 frames played, answered or not,") for text in said)
+    assert any(css == "bad" and text.startswith("3 of 8 frames played got no answer") for text, css in said.items())
+    assert said["No TRACKING pose is more than 10 cm off."] == "good"
+    summary = summarize(records, make_run(kind="replay", processed=5, dropped=2))
+    assert accuracy_rows(summary)[0][1] == "5 answered of 8 played, 4 with truth"
+
+
+def test_the_verdict_names_what_is_wrong_and_what_was_left_out(tmp_path: Path) -> None:
+    wrong = [FrameRecord(k, k, pose(k), pose(k, 0.3), state="TRACKING") for k in range(4)]
+    said = verdict(wrong, left_out=3, left_out_first="'a.png' is cut off.", interrupted=True)
+    assert set(said.values()) == {"bad", ""}
+    text = " ".join(said)
+    assert "0.0 % of the 4 frames" in text and "4 TRACKING poses are more than 10 cm off" in text
+    assert "3 frames of the source could not be used" in text and "'a.png' is cut off." in text
+    assert "Interrupted" in text
+    write_results(tmp_path, wrong, make_run(left_out=3, left_out_first="<b>"), plots=False)
+    assert json.loads((tmp_path / "summary.json").read_text())["left_out"] == 3
+    page = (tmp_path / "report.html").read_text()
+    assert page.index('class="verdict"') < page.index("<h2>Accuracy") and "<b>" not in page
+
+
+def test_a_run_without_truth_tells_poses_and_no_dashes() -> None:
+    records = [FrameRecord(k, k, None, pose(k), state="TRACKING", name=f"IMG_{k}.jpg") for k in range(3)]
+    text = summary_table(summarize(records, make_run()))
+    assert "no ground truth" in text and "with a pose" in text and "median position error" not in text
+    rows = list(csv.DictReader(frames_csv(records).splitlines()))
+    assert [row["name"] for row in rows] == ["IMG_0.jpg", "IMG_1.jpg", "IMG_2.jpg"] and rows[2]["tx_m"]
+
+
+def test_the_path_is_drawn_with_start_direction_and_error() -> None:
+    records = make_records()
+    records[1] = FrameRecord(1, records[1].stamp_ns, pose(1), processed=False)
+    figure = Figure()
+    assert draw_trajectory(figure, records)
+    axes, bar = figure.axes
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+        "truth", "estimate", "no pose: 1", "dropped: 1", "start",
+    ]  # fmt: skip
+    assert bar.get_ylabel() == "position error [cm]"
+    scatter = next(item for item in axes.collections if item.get_array() is not None and len(item.get_array()) == 5)
+    np.testing.assert_allclose(np.asarray(scatter.get_array()), 0.4)
+    arrows = next(item for item in axes.collections if isinstance(item, Quiver))
+    assert (np.asarray(arrows.U) > 0.99).all()  # the camera moves along x

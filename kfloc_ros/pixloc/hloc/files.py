@@ -24,7 +24,7 @@ from safetensors.numpy import load_file
 
 from kfloc_ros.errors import FrameError, SourceError
 from kfloc_ros.evaluation.metrics import FAILURE, pose_error, recall
-from kfloc_ros.files import check_tensor_file, read_arrays, read_bytes, read_text
+from kfloc_ros.files import check_tensor_file, hdf5_values, open_plain, read_arrays, read_bytes, read_text
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.colmap import camera_from_parameters
 from kfloc_ros.geometry.lie import Matrix, inverse_pose, make_pose, matrix_to_quaternion, quaternion_to_matrix
@@ -248,7 +248,7 @@ def read_descriptors(path: Path) -> dict[str, NDArray[np.float64]]:
             found = _read_hdf5(path)
         else:
             raise SourceError(f"Global descriptors are .h5, .npz or .safetensors, not '{path.name}'.")
-    except (OSError, ValueError, KeyError, SafetensorError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, zipfile.BadZipFile) as error:
         raise SourceError(f"The global descriptors '{path}' cannot be read: {error}") from error
     return {name: np.asarray(vector, dtype=np.float64).reshape(-1) for name, vector in found.items()}
 
@@ -262,11 +262,15 @@ def _read_hdf5(path: Path) -> dict[str, Any]:
             f"Reading '{path.name}' needs h5py; install it with `pip install h5py`, or convert the file to .npz."
         ) from error
     found: dict[str, Any] = {}
+    taken = 0
 
     def visit(name: str, item: Any) -> None:
+        nonlocal taken
         if isinstance(item, h5py.Dataset) and name.rpartition("/")[2] == "global_descriptor":
-            found[name.rpartition("/")[0]] = item[()]
+            values = hdf5_values(item, path, taken)
+            taken += values.nbytes
+            found[name.rpartition("/")[0]] = values
 
-    with h5py.File(path, "r") as file:
+    with open_plain(path) as stream, h5py.File(stream, "r") as file:
         file.visititems(visit)
     return found

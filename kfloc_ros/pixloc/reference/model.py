@@ -67,10 +67,10 @@ class PixLocConfig:
         Raises:
             ValueError: the text is not such a configuration.
         """
-        values: dict[str, Any] = json.loads(text)
         try:
+            values: dict[str, Any] = json.loads(text)
             return cls(extractor=UNetConfig(**_tuples(values.pop("extractor"))), **_tuples(values))
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"the configuration is incomplete or has unknown entries: {error}") from error
 
 
