@@ -129,7 +129,7 @@ def run_build(args: argparse.Namespace) -> int:
     """Run ``kfloc map build``; return 0."""
     started = time.monotonic()
 
-    from kfloc_ros.mapping.build import build_map, check_free
+    from kfloc_ros.mapping.build import build_map, check_free, weaknesses
     from kfloc_ros.mapping.motion_depth import with_depth
     from kfloc_ros.mapping.structure import reconstruct
     from kfloc_ros.mapping.structure_scale import SCALE_HELP, UNSCALED, Unscaled
@@ -173,6 +173,8 @@ def run_build(args: argparse.Namespace) -> int:
             print(f"The model is kept in '{args.sfm}': the same command goes on from there.", file=sys.stderr)
         raise
     print(describe(scene_map))
+    for sentence in weaknesses(scene_map):
+        print(f"Warning: {sentence}", file=sys.stderr)
     return 0
 
 

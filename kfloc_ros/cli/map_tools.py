@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from kfloc_ros.mapping.picture import Coverage
 
 MAP_HELP = "folder of a map or a place, or name of an installed one"
@@ -76,7 +79,13 @@ def run_export(args: argparse.Namespace) -> int:
 def run_view(args: argparse.Namespace) -> int:
     """Run ``kfloc map view``; return 0."""
     from kfloc_ros.mapping.export import write_new_file
-    from kfloc_ros.mapping.picture import floor_coverage, picture_from_above, picture_of_coverage, up_axis
+    from kfloc_ros.mapping.picture import (
+        floor_coverage,
+        path_errors_m,
+        picture_from_above,
+        picture_of_coverage,
+        up_axis,
+    )
     from kfloc_ros.maps.format import resolve_map
     from kfloc_ros.maps.place import each_map, load_map
 
@@ -85,7 +94,9 @@ def run_view(args: argparse.Namespace) -> int:
         coverages = []
         for submap, scene_map in each_map(known):
             coverages.append(floor_coverage(scene_map, *up_axis(known)))
-            print(f"{submap}: " * bool(submap) + _describe_coverage(coverages[-1]))
+            along_cm = 100 * path_errors_m(scene_map)
+            text = f"{_describe_coverage(coverages[-1])} {_describe_path(along_cm)}"
+            print(f"{submap}: " * bool(submap) + text)
         picture = picture_of_coverage(known, coverages)
     else:
         picture = picture_from_above(known)
@@ -98,11 +109,23 @@ def _describe_coverage(coverage: Coverage) -> str:
 
     covered = coverage.share > 0
     if not covered.any():
-        return "No horizontal view at the height of the recording is covered."
+        return "No place around the recording is covered."
     area_m2, share = covered.sum() * coverage.step_m**2, 100 * coverage.share[covered].mean()
     return (
         f"{area_m2:.1f} m2 are covered, on average in {share:.0f} % of the directions, with a median expected error "
         f"of {100 * np.nanmedian(coverage.error_m):.1f} cm."
+    )
+
+
+def _describe_path(along_cm: NDArray[np.float64]) -> str:
+    import numpy as np
+
+    known = along_cm[np.isfinite(along_cm)]
+    if not len(known):
+        return "No view of the recorded path has enough points to be localized."
+    return (
+        f"On the recorded path, {len(known)} of {len(along_cm)} views can be localized, with a median expected error "
+        f"of {np.median(known):.1f} cm."
     )
 
 

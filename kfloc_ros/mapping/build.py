@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from kfloc_ros import __version__
@@ -20,6 +22,7 @@ from kfloc_ros.errors import MapError
 from kfloc_ros.features.backbone import Backbone, find_weights
 from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import Camera
+from kfloc_ros.geometry.lie import rotation_angle_deg
 from kfloc_ros.kfnet.scoordnet import SCoordNet
 from kfloc_ros.mapping.calibration import calibrate
 from kfloc_ros.mapping.mapping_pass import MappingPass, MappingPassSettings, describe_left_out, mapping_pass_over
@@ -31,6 +34,12 @@ from kfloc_ros.maps.format import DESCRIPTION
 from kfloc_ros.maps.scene_map import Calibration, SceneMap
 
 MIN_CALIBRATION_VIEWS = 3
+ABSURD_COVARIANCE_SCALE = 300.0
+"""Limit on the calibrated scale of aligned poses' covariances. Measured: 0.5 to 44 in maps of right data, 834 where
+depth was read five times too small."""
+FEW_REFERENCES = 4
+ALIKE_M, ALIKE_DEG = 0.25, 20.0
+"""Extent of the reference views below which they count as alike."""
 
 
 @dataclass(frozen=True)
@@ -161,6 +170,7 @@ def make_map(
 
     Raises:
         SourceError: too few views with depth and pose, or a time budget that is too short.
+        MapError: depth, poses and images contradict each other.
     """
     config = config or MapBuildConfig()
     start = time.monotonic()
@@ -203,8 +213,45 @@ def make_map(
         on_progress(BuildProgress("calibrate", share, text))
 
     finished = calibrate(draft, held_out, config.device, calibrating)
+    _check_sane(finished.calibration)
     finished = dataclasses.replace(finished, references=mapping_pass.all_references)
     return MadeMap(finished, [held.view for held in mapping_pass.held_out])
+
+
+def _check_sane(calibration: Calibration) -> None:
+    """Refuse a map whose held-out views contradict it.
+
+    Raises:
+        MapError: the alignment's errors are far larger than its residuals allow.
+    """
+    scale = calibration.refined_covariance_scale
+    if scale > ABSURD_COVARIANCE_SCALE:
+        raise MapError(
+            "The map is not written, because it contradicts itself: on views that it was not made from, the errors of "
+            f"aligned poses are {math.sqrt(scale):.0f} times as large as its points allow. The likely cause is depth "
+            "in another unit than the poses, or poses of another camera or time. `kfloc check SOURCE` measures these "
+            "and names the source's option, such as depth_scale=5."
+        )
+
+
+def weaknesses(scene_map: SceneMap) -> list[str]:
+    """Return sentences on what makes a new map weak: few reference views, or views that are all alike."""
+    T = scene_map.references.T_map_camera
+    count = len(T)
+    if count < FEW_REFERENCES:
+        views = "reference view" if count == 1 else "reference views"
+        return [
+            f"The map has only {count} {views}: it localizes cameras near them only. Record more of the place, while "
+            "moving."
+        ]
+    extent_m = float(np.linalg.norm(np.ptp(T[:, :3, 3], axis=0)))
+    turned_deg = max(rotation_angle_deg(T[0, :3, :3].T @ other[:3, :3]) for other in T)
+    if extent_m < ALIKE_M and turned_deg < ALIKE_DEG:
+        return [
+            f"All {count} reference views are alike: within {100 * extent_m:.0f} cm and {turned_deg:.0f} deg. The map "
+            "localizes cameras near them only. Record more of the place, while moving."
+        ]
+    return []
 
 
 def _train(

@@ -8,6 +8,7 @@ distribution, and the acceptance threshold such that good alignments pass.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -50,6 +51,8 @@ MAX_MIRRORED = 20
 RATIO_LIMITS = 0.1, 0.5
 GOOD_M, GOOD_DEG = 0.10, 5.0
 """Position and rotation errors below which an alignment is good."""
+NEAR_M, NEAR_DEG = 0.05, 5.0
+"""Errors below which a held-out view counts as localized in the description of the map."""
 WRONG_START = make_pose(so3_exp(np.array([0.0, 0.5, 0.0])), np.array([0.5, 0.0, 0.0]))
 """Pose relative to a view from which the alignment cannot converge: its result is wrong."""
 
@@ -73,13 +76,22 @@ def calibrate(
     found = calibrate_measurement(draft.head.to(target), Backbone(device=target), held_out)
     draft.head.to("cpu")
     calibration = replace(draft.calibration, measurement_variance_scale=found.variance_scale, roughness=found.roughness)
-    pairs = [i for i in range(1, len(views)) if views[i].index - views[i - 1].index <= 2]
+    pairs = neighbours(held_out)
     if pairs:
         on_progress(0.5, "flow")
         calibration = calibrate_flow(calibration, features, truth, pairs)
     on_progress(0.6, "poses")
-    calibration = _calibrate_poses(replace(draft, calibration=calibration), views, stamps_ns, device)
-    return replace(draft, calibration=calibration)
+    calibration, quality = _calibrate_poses(replace(draft, calibration=calibration), views, stamps_ns, device)
+    return replace(draft, calibration=calibration, provenance={**draft.provenance, "held_out": quality})
+
+
+def neighbours(held_out: Sequence[HeldOut]) -> list[int]:
+    """Return the views that follow their predecessor in the same recording, at most one frame between them."""
+    return [
+        i
+        for i, (before, held) in enumerate(itertools.pairwise(held_out), start=1)
+        if held.recording == before.recording and 0 < held.view.index - before.view.index <= 2
+    ]
 
 
 def _coarse_features(
@@ -170,33 +182,37 @@ def _propagate(
     )
 
 
-def _calibrate_poses(draft: SceneMap, views: Sequence[View], stamps_ns: Sequence[int], device: str) -> Calibration:
-    """Run the localizer and fit the covariance scales and the acceptance threshold.
+def _calibrate_poses(
+    draft: SceneMap, views: Sequence[View], stamps_ns: Sequence[int], device: str
+) -> tuple[Calibration, str]:
+    """Run the localizer and fit the covariance scales and the acceptance threshold; also return the accuracy as text.
 
     The threshold is midway between the 95th percentile of the costs of good alignments and the 5th percentile of wrong
     ones. Query views differ more from the references than held-out mapping views do, so the threshold must not be close
     to the good ones.
     """
     localizer = Localizer(draft, LocalizerConfig(device=device, camera_check="off"))
-    coarse, refined, costs, ratios = [], [], [], []
+    coarse, refined, costs, ratios, errors = [], [], [], [], []
     for view, stamp in zip(views, stamps_ns, strict=True):
         estimate = localizer.process(Frame(view.image, view.camera, stamp, view.index)).estimate
         if estimate.coarse is not None and estimate.coarse.success:
             coarse.append(mahalanobis(view.T_map_camera, estimate.coarse.T_map_camera, estimate.coarse.covariance))
             if _is_good(view.T_map_camera, estimate.coarse.T_map_camera):
                 ratios.append(estimate.coarse.inlier_ratio)
+        errors.append(_error(view.T_map_camera, estimate.T_map_camera))
         alignment = estimate.alignment
         if alignment is not None and alignment.success and _is_good(view.T_map_camera, alignment.T_map_camera):
             refined.append(mahalanobis(view.T_map_camera, alignment.T_map_camera, alignment.covariance))
             costs.append(alignment.final_cost)
     draft.head.to("cpu")
-    return replace(
+    found = replace(
         draft.calibration,
         coarse_covariance_scale=median_scale(coarse),
         refined_covariance_scale=median_scale(refined),
         max_alignment_cost=_threshold(costs, _wrong_costs(draft, views, device)),
         min_inlier_ratio=_ratio_threshold(ratios, _mirrored_ratios(draft, views, stamps_ns, device)),
     )
+    return found, _accuracy(errors)
 
 
 def _wrong_costs(draft: SceneMap, views: Sequence[View], device: str) -> list[float]:
@@ -240,11 +256,28 @@ def _threshold(good: Sequence[float], wrong: Sequence[float]) -> float:
     return max((highest + lowest) / 2, highest)
 
 
-def _is_good(T_true: Matrix, T: Matrix | None) -> bool:
+def _error(T_true: Matrix, T: Matrix | None) -> tuple[float, float]:
+    """Return the position error in metres and the rotation error in degrees; infinite without a pose."""
     if T is None:
-        return False
+        return math.inf, math.inf
     error = pose_tangent_error(T, T_true)
-    return bool(np.linalg.norm(error[:3]) < GOOD_M and np.degrees(np.linalg.norm(error[3:])) < GOOD_DEG)
+    return float(np.linalg.norm(error[:3])), float(np.degrees(np.linalg.norm(error[3:])))
+
+
+def _is_good(T_true: Matrix, T: Matrix | None) -> bool:
+    metres, degrees = _error(T_true, T)
+    return metres < GOOD_M and degrees < GOOD_DEG
+
+
+def _accuracy(errors: Sequence[tuple[float, float]]) -> str:
+    """Return the accuracy on held-out views, for ``kfloc map info``."""
+    good = sum(metres < NEAR_M and degrees < NEAR_DEG for metres, degrees in errors)
+    text = f"{good} of {len(errors)} views within {100 * NEAR_M:g} cm and {NEAR_DEG:g} deg"
+    posed = np.array([error for error in errors if math.isfinite(error[0])])
+    if not len(posed):
+        return text
+    metres, degrees = np.median(posed, axis=0)
+    return f"{text}, median {100 * metres:.1f} cm, {degrees:.2f} deg"
 
 
 def mahalanobis(T_true: Matrix, T: Matrix | None, covariance: NDArray[np.float64] | None) -> float:

@@ -139,7 +139,7 @@ def mapping_pass_over(
     def reference_points(view: View, features: BackboneFeatures) -> ReferencePoints:
         return extract_reference_points(features, view.depth_m, camera, view.T_map_camera, settings.points_per_view)
 
-    reading = _Reading(source, time_budget)
+    reading, recordings = _Reading(source, time_budget), source.sequences()
     for position, frame in checks.passing(iter(reading)):
         view = _view(frame, adapter)
         if view is None:
@@ -151,7 +151,7 @@ def mapping_pass_over(
         features = backbone.extract(view.image)
         run = reading.held_out.get(position)
         if run is not None:
-            held_out.append(HeldOut(view, frame.stamp_ns, run))
+            held_out.append(HeldOut(view, frame.stamp_ns, run, recordings[position]))
             held_out_points.append(reference_points(view, features))
             continue
         buffer.add(sample_cells(view, features, IDENTITY, limit, rng))

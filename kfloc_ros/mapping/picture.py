@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kfloc_ros.geometry.lie import Matrix, inverse_pose, make_pose
+from kfloc_ros.geometry.lie import Matrix, inverse_pose, make_pose, so3_exp
 from kfloc_ros.pixloc.cost import project, projection_jacobian
 from kfloc_ros.pixloc.references import ReferencePoints, view_distances
 
@@ -116,10 +116,12 @@ def picture_of_coverage(known: AnyMap, coverages: Sequence[Coverage]) -> bytes:
         for (x, y), step in zip(places_m[covered][:, [plan.right, plan.ahead]], step_m[covered].tolist(), strict=True)
     ]
     plan.axes.add_collection(PatchCollection(squares, facecolors=colours, linewidths=0))
-    T = known.references.T_map_camera
-    plan.axes.plot(
-        T[:, plan.right, 3], T[:, plan.ahead, 3], ".", color="#1a237e", markersize=2.0, label="reference views"
-    )
+    along_cm = [(part.references.T_map_camera, 100 * path_errors_m(part)) for _, part in each_map(known)]
+    T = np.concatenate([poses for poses, _ in along_cm])
+    plan.axes.scatter(
+        T[:, plan.right, 3], T[:, plan.ahead, 3], c=shades.to_rgba(np.concatenate([error for _, error in along_cm])),
+        s=14, edgecolors="black", linewidths=0.4, label="recorded path (reference views)", zorder=3,
+    )  # fmt: skip
     plan.draw_borders()
     plan.axes.set_title(f"{known.name}: expected accuracy (fainter: in fewer directions)")
     plan.figure.legend(loc="outside lower center", ncols=2, frameon=False)
@@ -197,6 +199,7 @@ multiplied by the root of the map's ``refined_covariance_scale``.
 """
 GROWTH_PER_M = 8.0
 """Growth of the error with the distance to the nearest view."""
+METRES_PER_DEG = 0.02
 HEADINGS = 8
 MAX_CELLS = 2500
 
@@ -206,7 +209,7 @@ class Coverage:
     """Expected accuracy on a grid over the floor plan."""
 
     places_m: NDArray[np.float64]
-    """(N, 3) camera centres, at the mean height of the recording."""
+    """(N, 3) camera centres, drawn at the usual height of the recording."""
     step_m: float
     share: NDArray[np.float64]
     """(N,) share of the directions, all around, in which a pose is expected."""
@@ -214,10 +217,18 @@ class Coverage:
     """(N,) expected position error: the median over these directions; NaN where there are none."""
 
 
-def expected_error_m(scene_map: SceneMap, T_map_camera: Matrix) -> float:
-    """Return the expected position error of a pose (4, 4) in metres; NaN where no pose is expected."""
+def expected_error_m(scene_map: SceneMap, T_map_camera: Matrix, without: int | None = None) -> float:
+    """Return the expected position error of a pose (4, 4) in metres; NaN where no pose is expected.
+
+    Args:
+        scene_map: the map.
+        T_map_camera: the pose.
+        without: position of a reference view to leave out.
+    """
     references = scene_map.references
     distances = view_distances(references.T_map_camera, T_map_camera)
+    if without is not None:
+        distances[without] = np.inf
     nearest = np.argsort(distances, kind="stable")[:NUM_REFERENCES]
     if distances[nearest[0]] > REACH_M:
         return float("nan")
@@ -235,7 +246,10 @@ def expected_error_m(scene_map: SceneMap, T_map_camera: Matrix) -> float:
 
 
 def floor_coverage(scene_map: SceneMap, up_axis: int, up_sign: float, step_m: float = 0.1) -> Coverage:
-    """Return the coverage of the floor plan around the reference views, for a level camera at their usual height.
+    """Return the coverage of the floor plan around the reference views.
+
+    At each place and heading, the camera has the height and the tilt of the reference view that is nearest to it there,
+    turned about the vertical: a recording that looks down is judged as such.
 
     Args:
         scene_map: the map.
@@ -243,29 +257,62 @@ def floor_coverage(scene_map: SceneMap, up_axis: int, up_sign: float, step_m: fl
         up_sign: 1 if the axis points up, -1 if down.
         step_m: step of the grid; larger for a large place.
     """
-    centres = scene_map.references.T_map_camera[:, :3, 3]
+    references = scene_map.references.T_map_camera
+    centres = references[:, :3, 3]
     flat = [k for k in range(3) if k != up_axis]
     low, high = centres[:, flat].min(axis=0) - REACH_M, centres[:, flat].max(axis=0) + REACH_M
     step_m = max(step_m, float(np.sqrt(np.prod(high - low) / MAX_CELLS)))
     grid = np.stack(np.meshgrid(*(np.arange(a, b + step_m, step_m) for a, b in zip(low, high, strict=True))), axis=-1)
     places = np.full((grid.size // 2, 3), np.median(centres[:, up_axis]))
     places[:, flat] = grid.reshape(-1, 2)
-    near = np.linalg.norm(places[:, None, flat] - centres[None][:, :, flat], axis=2).min(axis=1) < REACH_M
+    apart = np.linalg.norm(places[:, None, flat] - centres[None][:, :, flat], axis=2)
+    headings = np.array([heading_rad(T, up_axis, up_sign) for T in references])
     errors = np.full((len(places), HEADINGS), np.nan)
-    for place in np.flatnonzero(near):
-        for heading in range(HEADINGS):
-            T = level_pose(places[place], 2 * np.pi * heading / HEADINGS, up_axis, up_sign)
-            errors[place, heading] = expected_error_m(scene_map, T)
+    for place in np.flatnonzero(apart.min(axis=1) < REACH_M):
+        for k in range(HEADINGS):
+            turn = 2 * np.pi * k / HEADINGS - headings
+            turn = np.angle(np.exp(1j * turn))
+            view = int((apart[place] + METRES_PER_DEG * np.degrees(np.abs(turn))).argmin())
+            T = turned_about_vertical(references[view], turn[view], up_axis, up_sign)
+            T[flat, 3] = places[place, flat]
+            errors[place, k] = expected_error_m(scene_map, T)
     found = np.isfinite(errors)
     median = np.array([np.median(row[ok]) if ok.any() else np.nan for row, ok in zip(errors, found, strict=True)])
     return Coverage(places, step_m, found.mean(axis=1), median)
 
 
+def path_errors_m(scene_map: SceneMap) -> NDArray[np.float64]:
+    """Return the expected error (N,) at each reference view's pose by the other views, as on the path between them."""
+    return np.array([expected_error_m(scene_map, T, k) for k, T in enumerate(scene_map.references.T_map_camera)])
+
+
+def heading_rad(T_map_camera: Matrix, up_axis: int, up_sign: float) -> float:
+    """Return the heading of a camera, as in :func:`level_pose`; of one that looks straight down, of its image's top."""
+    first, second = _floor_directions(up_axis, up_sign)
+    ahead = T_map_camera[:3, 2]
+    if np.hypot(ahead @ first, ahead @ second) < 1e-3:
+        ahead = -T_map_camera[:3, 1]
+    return float(np.arctan2(ahead @ second, ahead @ first))
+
+
+def turned_about_vertical(T_map_camera: Matrix, angle_rad: float, up_axis: int, up_sign: float) -> Matrix:
+    """Return a pose (4, 4) turned in its place about the vertical, towards larger headings."""
+    first, second = _floor_directions(up_axis, up_sign)
+    return make_pose(so3_exp(angle_rad * np.cross(first, second)) @ T_map_camera[:3, :3], T_map_camera[:3, 3])
+
+
+def _floor_directions(up_axis: int, up_sign: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the directions of the headings 0 and 90 degrees."""
+    down, first = np.zeros(3), np.zeros(3)
+    down[up_axis] = -up_sign
+    first[(up_axis + 1) % 3] = 1.0
+    return first, np.cross(down, first)
+
+
 def level_pose(place: NDArray[np.float64], heading_rad: float, up_axis: int, up_sign: float) -> Matrix:
     """Return the pose (4, 4) of a level camera at a position, with its image upright."""
+    first, second = _floor_directions(up_axis, up_sign)
     down = np.zeros(3)
     down[up_axis] = -up_sign
-    first = np.zeros(3)
-    first[(up_axis + 1) % 3] = 1.0
-    ahead = np.cos(heading_rad) * first + np.sin(heading_rad) * np.cross(down, first)
+    ahead = np.cos(heading_rad) * first + np.sin(heading_rad) * second
     return make_pose(np.stack([np.cross(down, ahead), down, ahead], axis=1), place)

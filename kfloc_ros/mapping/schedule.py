@@ -40,6 +40,8 @@ class HeldOut:
     stamp_ns: int
     run: int
     """Number of the run; views of one run are consecutive."""
+    recording: int = 0
+    """Number of its recording; views of different recordings are no neighbours in time."""
 
 
 def inner_half(held_out: Sequence[HeldOut]) -> list[bool]:
