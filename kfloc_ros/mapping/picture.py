@@ -156,9 +156,10 @@ class _FloorPlan:
         self.axes.set(xlabel=f"{AXES[self.right]} [m]", ylabel=f"{AXES[self.ahead]} [m]")
 
     def draw_borders(self) -> None:
-        """Draw the box of the map dashed, or of each submap with its name in the upper left corner."""
+        """Draw the box of the map dashed, or of each submap with its name in the upper left corner, and a scale bar."""
         from matplotlib.patches import Rectangle
 
+        self._draw_scale()
         for number, (label, name, bounds_m) in enumerate(self.boxes):
             (x, y), (x1, y1) = (np.array(corner)[[self.right, self.ahead]] for corner in bounds_m)
             style: dict[str, Any] = {
@@ -170,6 +171,15 @@ class _FloorPlan:
             if name:
                 box = {"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 1.5}
                 self.axes.text(x, y1, f" {name}", color=style["color"], va="top", fontweight="bold", bbox=box)
+
+    def _draw_scale(self) -> None:
+        """Draw a bar of a round length, about a fifth of the picture, in the lower left corner."""
+        (left, right), (bottom, top) = self.axes.get_xlim(), self.axes.get_ylim()
+        length = max(step for power in range(-3, 5) for step in (10.0**power, 2 * 10.0**power, 5 * 10.0**power)
+                     if step <= max(0.25 * (right - left), 0.001))  # fmt: skip
+        x, y = left + 0.03 * (right - left), bottom + 0.03 * (top - bottom)
+        self.axes.plot([x, x + length], [y, y], color="black", linewidth=3, solid_capstyle="butt", zorder=5)
+        self.axes.annotate(f"{length:g} m", (x, y), (0, 4), textcoords="offset points", fontsize=9, zorder=5)
 
     def png(self) -> bytes:
         """Return the picture as PNG."""

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kfloc_ros.visualization.cells import CellPicture, Scale, flow_wheel, palette
+from kfloc_ros.features.backbone import COARSE_STRIDE
+from kfloc_ros.visualization.cells import MAX_FLOW_CELLS, CellPicture, Scale, flow_wheel, palette
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,6 +24,8 @@ SEPARATOR = "   |   "
 QUIET = "#666666"
 ARROW_LENGTHENING = 2.0
 """Factor on the length of arrows, since motion between frames is short."""
+ARROW_KEY_PX = 10.0
+"""Motion that the arrow in the key stands for."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,10 +125,11 @@ class Sheet:
         image.set_data(np.full((2, 2, 3), 235, np.uint8) if panel.rgb is None else panel.rgb)
         self._texts[k].set_text(panel.nothing if panel.rgb is None else "")
         if self._quivers[k] is not None:
-            self._quivers[k].remove()
+            for artist in self._quivers[k]:
+                artist.remove()
             self._quivers[k] = None
         if panel.arrows is not None and len(panel.arrows.places):
-            self._quivers[k] = axes.quiver(
+            arrows = axes.quiver(
                 *panel.arrows.places.T,
                 *panel.arrows.vectors.T,
                 angles="xy",
@@ -137,6 +141,11 @@ class Sheet:
                 headlength=3.5,
                 headaxislength=3.0,
             )
+            key = axes.quiverkey(
+                arrows, 0.08, 0.05, ARROW_KEY_PX, f"{ARROW_KEY_PX:g} px", labelpos="E", coordinates="axes",
+                fontproperties={"size": 8},
+            )  # fmt: skip
+            self._quivers[k] = (arrows, key)
 
 
 def add_scale(figure: Any, axes: Any, scale: Scale) -> None:
@@ -165,3 +174,7 @@ def _add_wheel(axes: Any) -> None:
     inset.imshow(flow_wheel())
     inset.set_xticks([])
     inset.set_yticks([])
+    inset.text(
+        1.05, 0.06, f"rim: {MAX_FLOW_CELLS * COARSE_STRIDE:g} px", transform=inset.transAxes, fontsize=7,
+        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.0},
+    )  # fmt: skip

@@ -67,9 +67,37 @@ function frustum(pose, depth) {
 const extent = new THREE.Vector3(...data.map.size), middle = new THREE.Vector3(...data.map.low).addScaledVector(extent, 0.5);
 const size = Math.max(extent.length(), 0.5);
 const symbol = 0.022 * size;
+
+/** Floor grid below the map with cells of a round length, and the axes of the map frame. */
+const cell = [0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50].find((step) => size / step < 20) || 100;
+const axis = data.up.findIndex((v) => v !== 0), flat = [0, 1, 2].filter((k) => k !== axis);
+const heights = [data.map.low[axis], data.map.low[axis] + data.map.size[axis]].map((v) => v * data.up[axis]).sort((a, b) => a - b);
+function grid() {
+  const ends = [], low = [], high = [];
+  for (const k of flat) {
+    low[k] = Math.floor(data.map.low[k] / cell) * cell;
+    high[k] = Math.ceil((data.map.low[k] + data.map.size[k]) / cell) * cell;
+  }
+  for (const [k, other] of [flat, [...flat].reverse()]) {
+    for (let v = low[k]; v <= high[k] + cell / 2; v += cell) {
+      for (const end of [low[other], high[other]]) {
+        const point = [0, 0, 0];
+        point[axis] = heights[0] * data.up[axis];
+        point[k] = v;
+        point[other] = end;
+        ends.push(...point);
+      }
+    }
+  }
+  return linesOf(ends, 0x3a4652, 0.8);
+}
+const axes = [[cell, 0, 0], [0, cell, 0], [0, 0, cell]].map((end, k) => linesOf([0, 0, 0, ...end], [0xe53935, 0x43a047, 0x1e88e5][k]));
+
 const layers = {
+  grid: { text: `floor grid, ${cell} m`, colour: "#3a4652", objects: [grid()] },
+  axes: { text: `map frame, ${cell} m: x red, y green, z blue`, colour: "#e53935", objects: axes },
   scene: { text: "points of the frames", colour: "#c9a27a", objects: [cloudOf(data.scene, 0.004 * size)] },
-  map: { text: "map points, by height", colour: "#2fb47c", objects: [cloudOf(data.map, 0.002 * size)] },
+  map: { text: `map points, by height (${heights.map((v) => v.toFixed(1)).join(" to ")} m)`, colour: "#2fb47c", objects: [cloudOf(data.map, 0.002 * size)] },
   references: { text: "reference views", colour: "#56616d",
     objects: [linesOf(data.references.flatMap((pose) => frustum(pose, 0.5 * symbol)), COLOURS.references, 0.6)] },
   used: { text: "reference views used", colour: "#ffc400", objects: [] },
