@@ -68,8 +68,8 @@ def scale_method(args: argparse.Namespace) -> ScaleMethod | None:
     Raises:
         SourceError: the words of an option have another form.
     """
-    from kfloc_ros.mapping.measured_scale import CameraHeight, MarkerSize, object_length
-    from kfloc_ros.mapping.structure_scale import Unscaled, known_length
+    from kfloc_ros.mapping.measured_scale import CameraHeight, MarkerSize
+    from kfloc_ros.mapping.structure_scale import Unscaled, known_length, object_length
 
     if args.scale_object is not None:
         return object_length(args.scale_object)

@@ -6,7 +6,6 @@ Each method first checks a source before minutes of work (``check``), then measu
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -316,31 +315,6 @@ def height_above_floor(points: Array, centres: Array) -> float | None:
     heights = (centres - inside.mean(axis=0)) @ normal
     height = float(np.median(heights))
     return height if height > 3 * near else None
-
-
-def object_length(words: Sequence[str]) -> ObjectLength:
-    """Parse ``METRES IMAGE:X,Y,X,Y IMAGE:X,Y,X,Y`` from a command line.
-
-    Raises:
-        SourceError: the words have another form.
-    """
-    number = r"(-?\d+(?:\.\d*)?)"
-    form = re.compile(rf"(\d+):{number},{number},{number},{number}")
-    matches = [form.fullmatch(word.strip()) for word in words[1:]]
-    try:
-        metres = float(words[0])
-    except (IndexError, ValueError):
-        metres = float("nan")
-    if not 0 < metres < float("inf") or len(matches) < 2 or None in matches:
-        raise SourceError(
-            "--scale-object takes the object's length in metres, and for two or more images the number and the pixels "
-            f"of both ends, such as 0.60 3:100,200,340,210 9:80,220,330,215, and not '{' '.join(words)}'. "
-            "`kfloc map measure SOURCE` writes a page that yields them by clicks."
-        )
-    values = [(int(m[1]), [float(m[k]) for k in range(2, 6)]) for m in matches if m is not None]
-    if len({index for index, _ in values}) < len(values):
-        raise SourceError("--scale-object names an image twice.")
-    return ObjectLength(metres, tuple(ImageEnds(index, ((v[0], v[1]), (v[2], v[3]))) for index, v in values))
 
 
 def upright(poses: Mapping[int, Matrix]) -> Matrix:

@@ -7,6 +7,7 @@ It is computed from depth images, from approximate poses (odometry, another trac
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from kfloc_ros.errors import SourceError
 from kfloc_ros.frames import DerivedSource, FrameSource
 from kfloc_ros.geometry.camera import Camera, ImageAdapter
 from kfloc_ros.geometry.lie import Matrix, inverse_pose
-from kfloc_ros.mapping.measured_scale import PosedViews, Scale
+from kfloc_ros.mapping.measured_scale import ImageEnds, ObjectLength, PosedViews, Scale
 from kfloc_ros.types import Frame
 
 DEPTH_VIEWS = 30
@@ -92,6 +93,31 @@ def known_length(words: Sequence[str] | None) -> KnownLength | None:
         return KnownLength(int(words[0]), int(words[1]), float(words[2]))
     except (ValueError, IndexError) as error:
         raise SourceError(f"--sfm-length takes two frame numbers and metres, not '{' '.join(words)}'.") from error
+
+
+def object_length(words: Sequence[str]) -> ObjectLength:
+    """Parse ``METRES IMAGE:X,Y,X,Y IMAGE:X,Y,X,Y`` from a command line.
+
+    Raises:
+        SourceError: the words have another form.
+    """
+    number = r"(-?\d+(?:\.\d*)?)"
+    form = re.compile(rf"(\d+):{number},{number},{number},{number}")
+    matches = [form.fullmatch(word.strip()) for word in words[1:]]
+    try:
+        metres = float(words[0])
+    except (IndexError, ValueError):
+        metres = float("nan")
+    if not 0 < metres < float("inf") or len(matches) < 2 or None in matches:
+        raise SourceError(
+            "--scale-object takes the object's length in metres, and for two or more images the number and the pixels "
+            f"of both ends, such as 0.60 3:100,200,340,210 9:80,220,330,215, and not '{' '.join(words)}'. "
+            "`kfloc map measure SOURCE` writes a page that yields them by clicks."
+        )
+    values = [(int(m[1]), [float(m[k]) for k in range(2, 6)]) for m in matches if m is not None]
+    if len({index for index, _ in values}) < len(values):
+        raise SourceError("--scale-object names an image twice.")
+    return ObjectLength(metres, tuple(ImageEnds(index, ((v[0], v[1]), (v[2], v[3]))) for index, v in values))
 
 
 SCALE_HELP = (

@@ -26,10 +26,9 @@ from kfloc_ros.mapping.measured_scale import (
     MarkerSize,
     PosedViews,
     find_markers,
-    object_length,
 )
 from kfloc_ros.mapping.structure import read_notes, reconstruct
-from kfloc_ros.mapping.structure_scale import KnownLength
+from kfloc_ros.mapping.structure_scale import KnownLength, object_length
 from kfloc_ros.types import Frame
 
 CAMERA = Camera(640, 480, 520.0, 520.0, 319.5, 239.5, "plumb_bob", (-0.1, 0.02, 0.0, 0.0))
