@@ -14,6 +14,7 @@ Run the localizer over SOURCE in a map and draw its intermediate results.
   cells       scene coordinates: coloured point clouds per frame and of all frames (PLY), and pictures
   filter      noise of measurement, process and posterior, NIS and flow, side by side
   flow        motion of the cells since the previous frame, without uncertain flow
+  trajectory  truth and estimate of a result folder in two colours, beside the images
   confidence  reliability of the features
   alignment   one frame: the map's points over the image before and after the alignment, and its steps
   basin       basin of convergence of the alignment
@@ -26,6 +27,7 @@ EPILOG = """\
 examples:
   kfloc show filter 7scenes:DIR --frames 150:200 --map maps/kitchen --out out/filter
   kfloc show cells out/coordinates --out out/cells           # files of `kfloc coordinates`, or of the original KFNet
+  kfloc show trajectory out/kitchen --out out/video          # result folder of `kfloc localize`
   kfloc show alignment 7scenes:DIR --frame 160 --map maps/kitchen --out out/alignment --offset-m 0.15
   kfloc show html 7scenes:DIR --frames 150:200:5 --map maps/kitchen --out out/page
 
@@ -37,26 +39,43 @@ VERBS = {
         "scene coordinates as coloured point clouds",
         "Scene coordinates of every frame: OUT/cells/<frame>.ply with x y z, the image's colours and sigma. All\n"
         "frames together: OUT/cloud.ply and a picture of it. Pictures: image, coordinates, noise, the cloud so far.\n"
-        "SOURCE can also be a folder of coord_<i>.npy in KFNet's format. It needs no --map; as it has no images, its\n"
-        "points are coloured by their standard deviation.",
+        "SOURCE can also be a folder of coord_<i>.npy in KFNet's format, one such file, or a list of them. They need\n"
+        "no --map. Their points are coloured by their standard deviation, or with --images by the images.",
         "examples:\n"
         "  kfloc show cells 7scenes:DIR --frames 150:200 --map maps/kitchen --out out/cells\n"
-        "  kfloc show cells out/coordinates --out out/cells\n",
+        "  kfloc show cells out/coordinates --out out/cells --images fire/test/image_list.txt --step 10\n"
+        "  kfloc show cells coord_12.npy --out out/one --thres 20\n",
     ),
     "filter": (
         "noise, NIS and flow of the filter",
         "Six pictures per frame. Upper row: the image; the standard deviation of the measurement; the normalized\n"
         "innovation squared (white at the threshold, red where prior and measurement contradict each other).\n"
         "Lower row: the backward flow; the process noise of the prediction; the standard deviation of the posterior.\n"
-        "Colours are the same in every frame and run. Grey: no valid value.",
+        "Colours are the same in every frame and run. Grey: no valid value. With --inverse, noise is drawn as KFNet\n"
+        "draws it: bright where sure.",
         "example:\n  kfloc show filter 7scenes:DIR --frames 150:200 --map maps/kitchen --out out/filter\n",
     ),
     "flow": (
         "motion of the image's cells",
         "Two pictures per frame: arrows from the previous to the current position of the cells, and the backward\n"
         "flow in colours (key in the corner). Flow that fails its test, or whose standard deviation is above\n"
-        "0.9 cells, is omitted.",
-        "example:\n  kfloc show flow 7scenes:DIR --frames 150:200 --map maps/kitchen --out out/flow\n",
+        "0.9 cells, is omitted.\n"
+        "SOURCE can also be a folder of <a>_<b>_flow.npy in KFNet's format, one such file, or a list of them, without\n"
+        "--map. With --images (a list, a folder, or two images), arrows lead from the cells of image a to where\n"
+        "they lie in image b, over the two images.",
+        "examples:\n"
+        "  kfloc show flow 7scenes:DIR --frames 150:200 --map maps/kitchen --out out/flow\n"
+        "  kfloc show flow out/flows --images fire/test/image_list.txt --out out/flow\n"
+        "  kfloc show flow 8_7_flow.npy --images 8.png 7.png --out out/flow --thres 100\n",
+    ),
+    "trajectory": (
+        "truth and estimate of a result folder, beside the images",
+        "A video of a result folder of `kfloc localize`, `kfloc replay` or `kfloc pnp`: the image, and the plan from\n"
+        "above with the true path in green and the estimated one in red, with the frame's error. The images are of\n"
+        "the SOURCE that was localized, if it is still there; --source or --images names others.",
+        "examples:\n"
+        "  kfloc show trajectory out/kitchen --out out/video\n"
+        "  kfloc show trajectory out/poses --gt test/pose_list.txt --images test/image_list.txt --out out/video\n",
     ),
     "confidence": (
         "reliability of the features",
@@ -94,7 +113,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Register ``kfloc show`` and its verbs."""
     parser = subparsers.add_parser(
         "show",
-        help="draw intermediate results: cells, filter, flow, confidence, alignment, basin, a page",
+        help="draw results: cells, filter, flow, confidence, trajectory, alignment, basin, a page",
         description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -112,11 +131,42 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def _add_arguments(name: str, verb: argparse.ArgumentParser) -> None:
-    add_source_arguments(verb)
-    verb.add_argument("--map", required=name != "cells", metavar="DIR", help="map folder, or the name of a shipped map")
+    if name == "trajectory":
+        verb.add_argument("result", type=Path, metavar="RESULT", help="result folder")
+        verb.add_argument("--source", metavar="SOURCE", help="frames with the images (default: named by the result)")
+        verb.add_argument("--gt", type=Path, metavar="LIST", help="for `kfloc pnp`: list of the true pose files")
+    else:
+        add_source_arguments(verb)
+        needed = name not in ("cells", "flow")
+        verb.add_argument("--map", required=needed, metavar="DIR", help="map folder, or the name of a shipped map")
     verb.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write to")
     verb.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="device of the networks")
-    if name in ("cells", "filter", "flow", "confidence"):
+    if name in ("cells", "flow", "trajectory"):
+        verb.add_argument(
+            "--images",
+            type=Path,
+            nargs="+",
+            metavar="PATH",
+            help="with files: list or folder of their images, or images",
+        )
+        verb.add_argument(
+            "--step", type=_count, default=1, metavar="N", help="with files: draw every N-th (default: 1)"
+        )
+    if name in ("cells", "flow"):
+        limit = verb.add_mutually_exclusive_group()
+        usual = "0.05 for files, else 0.1" if name == "cells" else "0.01 for files"
+        limit.add_argument(
+            "--max-sigma",
+            type=_positive,
+            metavar="M",
+            help=f"omit points with a larger standard deviation (default: {usual})",
+        )
+        limit.add_argument(
+            "--thres", dest="max_sigma", type=_confidence, metavar="C", help="the same as KFNet's 1/sigma, in 1/m"
+        )
+    if name in ("cells", "filter"):
+        verb.add_argument("--inverse", action="store_true", help="draw noise bright where sure, as KFNet does")
+    if name in ("cells", "filter", "flow", "confidence", "trajectory"):
         group = verb.add_argument_group("output")
         group.add_argument("--no-pictures", action="store_true", help="write only the video")
         group.add_argument("--no-video", action="store_true", help="write only the pictures")
@@ -134,11 +184,7 @@ def _add_arguments(name: str, verb: argparse.ArgumentParser) -> None:
     if name == "cells":
         verb.add_argument("--no-filter", action="store_true", help="use the measurements only, without filtering")
         verb.add_argument(
-            "--max-sigma",
-            type=_positive,
-            default=0.1,
-            metavar="M",
-            help="omit points with a larger standard deviation (default: 0.1)",
+            "--rotate", type=_angle, default=0.0, metavar="DEG", help="with files: rotate the points about the x axis"
         )
         verb.add_argument(
             "--voxel",
@@ -192,6 +238,7 @@ def run(args: argparse.Namespace) -> int:
         "filter": show_stream.filter_sheets,
         "flow": show_stream.flow,
         "confidence": show_stream.confidence,
+        "trajectory": show_stream.trajectory,
         "alignment": show_alignment.alignment,
         "basin": show_alignment.basin,
         "html": show_alignment.page,
@@ -216,6 +263,14 @@ def _not_negative(text: str) -> float:
     if not 0.0 <= value < 1e6:
         raise argparse.ArgumentTypeError(f"'{text}' is not a number from 0 on")
     return value
+
+
+def _angle(text: str) -> float:
+    return _not_negative(text.removeprefix("-")) * (-1.0 if text.startswith("-") else 1.0)
+
+
+def _confidence(text: str) -> float:
+    return 1.0 / _positive(text)
 
 
 def _numbers(text: str) -> tuple[float, ...]:

@@ -91,7 +91,7 @@ class Scale:
     low: float
     high: float
     palette: str = "viridis"
-    """``viridis``, ``turbo`` or ``balance`` (blue, white in the middle, red)."""
+    """``viridis``, ``turbo``, ``grey`` or ``balance`` (blue, white in the middle, red)."""
     logarithmic: bool = False
     ticks: tuple[float, ...] = ()
     """Numbers to write beside the colours; empty: chosen by the drawing function."""
@@ -114,6 +114,8 @@ class Scale:
 
 
 SIGMA = Scale("standard deviation per axis [cm]", 0.5, 100.0, logarithmic=True, ticks=(0.5, 1, 2, 5, 10, 20, 50, 100))
+CERTAINTY = Scale("1 / standard deviation [1/m]", 1.0, 200.0, "grey", True, ticks=(1, 2, 5, 10, 20, 50, 100, 200))
+"""Noise as KFNet draws it: bright where sure."""
 RELIABILITY = Scale("reliability", 0.0, 1.0, "viridis", ticks=(0, 0.25, 0.5, 0.75, 1))
 
 
@@ -132,11 +134,22 @@ class CellPicture:
         return np.asarray(cv2.resize(self.rgb, (width, height), interpolation=cv2.INTER_NEAREST), dtype=np.uint8)
 
 
-def sigma_picture(title: str, variance: torch.Tensor | None, valid: torch.Tensor | None = None) -> CellPicture | None:
-    """Return the picture of standard deviations in cm from variances (h, w) in square metres; None if none is valid."""
+def sigma_picture(
+    title: str, variance: torch.Tensor | None, valid: torch.Tensor | None = None, scale: Scale = SIGMA
+) -> CellPicture | None:
+    """Return the picture of standard deviations from variances (h, w) in square metres; None if there are none.
+
+    Args:
+        title: title of the picture.
+        variance: (h, w) square metres.
+        valid: (h, w) bool; other cells are grey.
+        scale: :data:`SIGMA` (cm), or :data:`CERTAINTY` for their inverse.
+    """
     if variance is None:
         return None
-    return CellPicture(title, SIGMA.rgb(100.0 * np.sqrt(_numbers(variance, valid))), SIGMA)
+    sigma_m = np.sqrt(_numbers(variance, valid))
+    values = 1.0 / np.maximum(sigma_m, 1e-6) if scale is CERTAINTY else 100.0 * sigma_m
+    return CellPicture(title, scale.rgb(values), scale)
 
 
 def nis_scale(threshold: float = kalman.NIS_THRESHOLD_95) -> Scale:
@@ -230,6 +243,8 @@ def palette(name: str) -> NDArray[np.uint8]:
     known = {"viridis": cv2.COLORMAP_VIRIDIS, "turbo": cv2.COLORMAP_TURBO}
     if name in known:
         return np.ascontiguousarray(np.asarray(cv2.applyColorMap(steps, known[name])).reshape(256, 3)[:, ::-1])
+    if name == "grey":
+        return np.repeat(steps, 3, axis=1)
     stops = np.array(
         [[33, 70, 160], [120, 170, 220], [245, 245, 245], [235, 140, 105], [165, 20, 30]], dtype=np.float64
     )

@@ -16,6 +16,7 @@ from kfloc_ros.types import Frame, SceneCoordinates
 from kfloc_ros.visualization.cells import (
     RELIABILITY,
     SIGMA,
+    Scale,
     coordinates_picture,
     flow_picture,
     nis_picture,
@@ -51,16 +52,16 @@ def caption(source: str, frame: Frame, coarse: CoarseResult) -> str:
     return SEPARATOR.join(parts)
 
 
-def filter_panels(frame: Frame, coarse: CoarseResult, nis_threshold: float) -> list[Panel]:
-    """Return six panels: the image, measurement, NIS; flow, process, posterior."""
+def filter_panels(frame: Frame, coarse: CoarseResult, nis_threshold: float, noise: Scale = SIGMA) -> list[Panel]:
+    """Return six panels: the image, measurement, NIS; flow, process, posterior; noise on a scale of its own."""
     filtered = coarse.filtered or Filtered(_posterior(coarse), coarse.filter)
     measurement, prior, posterior = coarse.measurement, filtered.prior, filtered.posterior
     both = None if prior is None or measurement is None else prior.valid & measurement.valid
-    process = None if prior is None else sigma_picture("", prior.process_variance, prior.valid)
-    measured = None if measurement is None else sigma_picture("", measurement.variance, measurement.valid)
+    process = None if prior is None else sigma_picture("", prior.process_variance, prior.valid, noise)
+    measured = None if measurement is None else sigma_picture("", measurement.variance, measurement.valid, noise)
     return [
         Panel("image", frame.image),
-        panel_of("measurement noise (SCoordNet)", measured, SIGMA, "not known"),
+        panel_of("measurement noise (SCoordNet)", measured, noise, "not known"),
         panel_of(
             "NIS: red contradicts the prior",
             nis_picture(filtered.nis, both, nis_threshold),
@@ -68,8 +69,8 @@ def filter_panels(frame: Frame, coarse: CoarseResult, nis_threshold: float) -> l
             FRESH,
         ),
         flow_panel(frame, filtered.flow, posterior.stride),
-        panel_of("process noise of the prediction", process, SIGMA, FRESH),
-        panel_of("posterior noise", sigma_picture("", posterior.variance, posterior.valid), SIGMA, ""),
+        panel_of("process noise of the prediction", process, noise, FRESH),
+        panel_of("posterior noise", sigma_picture("", posterior.variance, posterior.valid, noise), noise, ""),
     ]
 
 
@@ -114,7 +115,11 @@ def flow_arrows(flow: Flow, stride: int, pixel_offset: float) -> Arrows:
 
 
 def cell_panels(
-    frame: Frame, coarse: CoarseResult, bounds_m: Sequence[Sequence[float]], from_above: NDArray[np.uint8]
+    frame: Frame,
+    coarse: CoarseResult,
+    bounds_m: Sequence[Sequence[float]],
+    from_above: NDArray[np.uint8],
+    noise: Scale = SIGMA,
 ) -> list[Panel]:
     """Return four panels: the image, its scene coordinates, their noise, and all scene coordinates so far from
     above.
@@ -124,7 +129,7 @@ def cell_panels(
         Panel("image", frame.image),
         Panel("scene coordinates: x, y, z as red, green, blue", coordinates_picture(posterior, bounds_m).rgb),
         Panel("all frames so far, from above", from_above),
-        panel_of("posterior noise", sigma_picture("", posterior.variance, posterior.valid), SIGMA, ""),
+        panel_of("posterior noise", sigma_picture("", posterior.variance, posterior.valid, noise), noise, ""),
     ]
 
 
