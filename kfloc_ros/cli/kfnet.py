@@ -72,6 +72,56 @@ def add_parser(subparsers: Any) -> None:
     evaluate.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="device of the networks")
     evaluate.set_defaults(run_action=run_eval)
 
+    _add_report(actions)
+
+
+REPORT = """\
+Compare one-shot with filtered localization as in KFNet's paper, from result folders: per scene and as means over the
+scenes that have both, in Markdown. Rows of different ground truth stand apart, and each names its own.
+
+RESULT is a folder of `kfloc localize` (with --no-filter: one-shot) or `kfloc replay`, of `kfloc pnp`, or of `kfloc
+kfnet eval` (errors of scene coordinates against labels). If a folder does not say which of the two it is, put
+one-shot: or filtered: before its name.
+"""
+
+REPORT_EXAMPLE = """\
+examples:
+  kfloc localize 7scenes:DIR@test --map maps/fire --no-filter --out out/fire_one
+  kfloc localize 7scenes:DIR@test --map maps/fire --out out/fire_kf
+  kfloc kfnet report out/fire_one out/fire_kf out/chess_one out/chess_kf --out report.md
+  kfloc kfnet report out/kf one-shot:out/poses_m filtered:out/poses_kf
+"""
+
+
+def _add_report(actions: Any) -> None:
+    report = actions.add_parser(
+        "report",
+        help="one-shot against filtered, per scene and as means",
+        description=REPORT,
+        epilog=REPORT_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    report.add_argument("results", nargs="+", metavar="RESULT", help="result folder, or METHOD:FOLDER")
+    report.add_argument("--out", type=Path, metavar="FILE", help="also write the report to this file (.md)")
+    report.set_defaults(run_action=run_report)
+
+
+def run_report(args: argparse.Namespace) -> int:
+    """Run ``kfloc kfnet report``; print the tables."""
+    from kfloc_ros.evaluation.kfnet_report import METHODS, read_results, report_text
+
+    results = []
+    for word in args.results:
+        method, _, path = word.partition(":")
+        known = method in METHODS
+        results += read_results(Path(path if known else word), method if known else None)
+    text = report_text(results)
+    print(text, end="")
+    if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(text)
+    return 0
+
 
 def run(args: argparse.Namespace) -> int:
     """Run the selected action; return the exit code."""
