@@ -205,7 +205,8 @@ def _run_part(
 
         positions = [view for plan in plans.values() for view in plan.views]
         store = gather_views(
-            model.to(device), scene, positions, paths.reference_images, view_settings(options), cache=cache,
+            model.to(device), scene, positions, paths.reference_images,
+            view_settings(options, device), cache=cache,
             on_progress=show,
         )  # fmt: skip
     refiner = ReferenceRefiner(model, scene, store, options.settings())

@@ -53,7 +53,10 @@ def add_parser(actions: Any) -> None:
     group.add_argument("--images", type=Path, metavar="DIR", help="folder of the model's images")
     group.add_argument("--weights", type=Path, metavar="FILE", help="PixLoc model written by `kfloc convert`")
     group.add_argument(
-        "--cache", type=Path, metavar="FILE", help="cache file of reference features, for further images"
+        "--cache",
+        type=Path,
+        metavar="FILE",
+        help="file of the references' features, for further images; none: no file (default: below ~/.cache/kfloc_ros)",
     )
     group.add_argument(
         "--tries", type=int, default=3, metavar="N", help="number of similar images to start from (default: 3)"
@@ -158,6 +161,31 @@ def _in_map(args: argparse.Namespace, image: NDArray[np.uint8]) -> _Answer:
     )  # fmt: skip
 
 
+class _Bars:
+    """Progress bars, one for each kind of work that is reported in turn."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._what = ""
+
+    def __call__(self, done: int, total: int, what: str) -> None:
+        from kfloc_ros.cli.progress import progress_bar
+
+        if not total:
+            return
+        if self._bar is None or what != self._what or done < self._bar.n:
+            self.__exit__()
+            self._bar, self._what = progress_bar(total=total, desc=what, unit="image"), what
+        self._bar.update(done - self._bar.n)
+
+    def __enter__(self) -> _Bars:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
 def _in_model(args: argparse.Namespace, image: NDArray[np.uint8]) -> _Answer:
     """Localize in a COLMAP model by PixLoc's network."""
     import numpy as np
@@ -165,9 +193,8 @@ def _in_model(args: argparse.Namespace, image: NDArray[np.uint8]) -> _Answer:
     from kfloc_ros.device import choose_device
     from kfloc_ros.errors import ConfigError
     from kfloc_ros.pixloc.hloc.options import run_options
-    from kfloc_ros.pixloc.hloc.run import gather_views, localize_picture, view_settings
+    from kfloc_ros.pixloc.hloc.run import PictureLocalizer, default_cache, view_settings
     from kfloc_ros.pixloc.reference.checkpoint import load_weights
-    from kfloc_ros.pixloc.reference.refiner import ReferenceRefiner
     from kfloc_ros.pixloc.reference.views import read_scene
     from kfloc_ros.visualization.alignment import draw_moved_points
 
@@ -175,12 +202,15 @@ def _in_model(args: argparse.Namespace, image: NDArray[np.uint8]) -> _Answer:
         raise ConfigError("--weights requires --images, the folder of the COLMAP model's images.")
     if args.tries < 1:
         raise ConfigError(f"--tries takes 1 or more, got {args.tries}.")
-    options = run_options("7scenes", from_poses=False, words=args.overrides)
+    options = run_options("7scenes", from_poses=False, words=["precision=auto", *args.overrides])
     model, scene = load_weights(args.weights).to(choose_device(args.device)), read_scene(Path(args.map))
     camera = _camera(args, image, scene.images[0].camera)
-    store = gather_views(model, scene, range(len(scene.images)), args.images, view_settings(options), cache=args.cache)
-    refiner = ReferenceRefiner(model, scene, store, options.settings())
-    results = list(localize_picture(refiner, image, camera, tries=args.tries))
+    cache = args.cache or default_cache(scene, model, view_settings(options, choose_device(args.device)))
+    with _Bars() as bars:
+        localizer = PictureLocalizer(
+            model, scene, args.images, options, cache=None if str(cache) == "none" else cache, on_progress=bars
+        )
+        results = list(localizer.localize(image, camera, tries=args.tries))
     best = max(results, key=lambda r: (r.success, r.score.value))
     rows = np.unique(np.concatenate([scene.images[k].point_rows for k in best.views]))
     picture = draw_moved_points(image, camera, scene.points[rows], best.T_map_camera_init, best.T_map_camera)

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from kfloc_ros.device import computes_bfloat16
 from kfloc_ros.features.backbone import COARSE_CHANNELS, COARSE_STRIDE, CONTEXT_CHANNELS, BackboneFeatures
 from kfloc_ros.geometry.lie import Matrix
 from kfloc_ros.types import SceneCoordinates
@@ -247,9 +248,4 @@ def quick_matmul(device: torch.device) -> AbstractContextManager[object]:
     It is three times as fast on a CPU with native bfloat16. The error is about 4 mm in a scene coordinate, whose own
     error is 2 cm or more.
     """
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported()
-    else:
-        capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-        native = bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-    return torch.autocast(device.type, dtype=torch.bfloat16) if native else nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16) if computes_bfloat16(device) else nullcontext()

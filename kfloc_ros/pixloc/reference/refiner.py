@@ -18,11 +18,11 @@ from kfloc_ros.geometry.lie import Matrix, inverse_pose
 from kfloc_ros.geometry.tensors import Pose
 from kfloc_ros.pixloc.reference.cost import FeatureCost, FeatureMap, NormalEquations, Score, pose_covariance, score_of
 from kfloc_ros.pixloc.reference.losses import RobustLoss
-from kfloc_ros.pixloc.reference.model import PixLocModel
+from kfloc_ros.pixloc.reference.model import PixLocModel, extract
 from kfloc_ros.pixloc.reference.solver import Method, SolverSettings, from_recentred, minimize, recentre
 from kfloc_ros.pixloc.reference.two_view import LevelObserver, in_world
 from kfloc_ros.pixloc.reference.unet import FeaturePyramid
-from kfloc_ros.pixloc.reference.views import ReferenceScene, ViewFeatures, ViewStore, fingerprint_of
+from kfloc_ros.pixloc.reference.views import ReferenceScene, ViewFeatures, ViewSettings, ViewStore, fingerprint_of
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,21 @@ class _References:
     confidences: tuple[torch.Tensor, ...]
 
 
+class ImagePyramids:
+    """Features of one image by image scale, extracted when first asked for and then kept."""
+
+    def __init__(self, model: PixLocModel, settings: ViewSettings, image: NDArray[np.uint8]) -> None:
+        self._model, self._settings, self.image = model, settings, image
+        self._at: dict[int, tuple[FeaturePyramid, float]] = {}
+
+    def at(self, image_scale: int) -> tuple[FeaturePyramid, float]:
+        """Return the features at an image scale, and the scale of their camera."""
+        if image_scale not in self._at:
+            prepared = self._settings.size.prepare(self.image, image_scale)
+            self._at[image_scale] = extract(self._model, prepared.pixels, half=self._settings.half), prepared.scale
+        return self._at[image_scale]
+
+
 class ReferenceRefiner:
     """Aligner of images with a map's reference images.
 
@@ -153,7 +168,7 @@ class ReferenceRefiner:
     @torch.inference_mode()
     def refine(
         self,
-        image: NDArray[np.uint8],
+        image: NDArray[np.uint8] | ImagePyramids,
         camera: Camera,
         T_map_camera: Matrix,
         views: Sequence[int],
@@ -164,7 +179,7 @@ class ReferenceRefiner:
         """Refine the pose of one image; a failure is a result with its reason, not an error.
 
         Args:
-            image: (H, W, 3) RGB.
+            image: (H, W, 3) RGB, or its features from :meth:`describe`, if it is aligned more than once.
             camera: camera of the image, any model.
             T_map_camera: pose to start from, (4, 4).
             views: positions of reference images, best first; the first ``num_dbs`` are used.
@@ -174,20 +189,24 @@ class ReferenceRefiner:
         """
         chosen = tuple(dict.fromkeys(views))[: self.settings.num_dbs]
         run = _Query(self, chosen, T_map_camera, observer)
+        described = image if isinstance(image, ImagePyramids) else self.describe(image)
         for scale in self.settings.multiscale:
             views_at = {v: self.store.views[v, scale] for v in chosen if (v, scale) in self.store.views}
             references = self._assemble(views_at, only_rows)
             count = len(references.points)
             if count < self.settings.min_points_opt:
                 return run.failed(f"only {count} points of the {len(chosen)} reference images can be used", count)
-            prepared = self.store.settings.size.prepare(image, scale)
-            pyramid: FeaturePyramid = self.model.extractor(prepared.pixels.to(self.device))
+            pyramid, image_scale = described.at(scale)
             if not self.settings.use_confidences:
                 pyramid = replace(pyramid, confidences=tuple(map(torch.ones_like, pyramid.confidences)))
-            scaled = CameraTensor.from_camera(camera).scale(prepared.scale).to(self.device)[None]
+            scaled = CameraTensor.from_camera(camera).scale(image_scale).to(self.device)[None]
             if reason := run.align(pyramid, scaled, references):
                 return run.failed(reason, count)
         return run.finished()
+
+    def describe(self, image: NDArray[np.uint8]) -> ImagePyramids:
+        """Return the features of an image (H, W, 3), extracted when they are needed."""
+        return ImagePyramids(self.model, self.store.settings, image)
 
     def _assemble(
         self,

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +23,8 @@ from kfloc_ros.geometry.colmap import camera_from_colmap, read_model
 from kfloc_ros.geometry.lie import Matrix, make_pose
 from kfloc_ros.geometry.tensors import Pose
 from kfloc_ros.pixloc.reference.cost import FeatureMap
-from kfloc_ros.pixloc.reference.model import PixLocModel
-from kfloc_ros.pixloc.reference.unet import ImageSize
+from kfloc_ros.pixloc.reference.model import PixLocModel, extract
+from kfloc_ros.pixloc.reference.unet import FeaturePyramid, ImageSize
 
 FORMAT, FORMAT_VERSION = "kfloc_pixloc_views", 1
 _HALF_MAX = torch.finfo(torch.float16).max
@@ -57,6 +59,8 @@ class ViewSettings:
     pad: int = 2
     legacy: bool = False
     """See :func:`kfloc_ros.geometry.distortion.distort`."""
+    half: bool = False
+    """The network computes in half precision."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,13 +72,15 @@ class ViewStore:
     settings: ViewSettings
     fingerprint: str
     """Fingerprint of the model that extracted the features."""
+    scene: str = ""
+    """Fingerprint of the scene; empty: unknown."""
 
     def to(self, device: torch.device | str) -> ViewStore:
         """Return the store on another device."""
-        return ViewStore({k: v.to(device) for k, v in self.views.items()}, self.settings, self.fingerprint)
+        return replace(self, views={k: v.to(device) for k, v in self.views.items()})
 
     def save(self, path: Path) -> None:
-        """Write one safetensors file."""
+        """Write one safetensors file, whole or not at all."""
         tensors: dict[str, torch.Tensor] = {}
         for (position, scale), view in self.views.items():
             prefix = f"{position}.{scale}."
@@ -87,10 +93,13 @@ class ViewStore:
             "version": str(FORMAT_VERSION),
             "settings": json.dumps(asdict(self.settings)),
             "fingerprint": self.fingerprint,
+            "scene": self.scene,
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, path, metadata)
-        path.chmod(0o644)  # safetensors makes it private
+        partial = path.with_name(f".{path.name}.partial")
+        save_file(tensors, partial, metadata)
+        partial.chmod(0o644)  # safetensors makes it private
+        os.replace(partial, path)
 
     @classmethod
     def load(cls, path: Path) -> ViewStore:
@@ -106,7 +115,11 @@ class ViewStore:
                 raise MapError(f"'{path}' does not hold reference features of version {FORMAT_VERSION}.")
             values = json.loads(metadata["settings"])
             settings = ViewSettings(
-                ImageSize(**values["size"]), tuple(values["image_scales"]), values["pad"], values["legacy"]
+                ImageSize(**values["size"]),
+                tuple(values["image_scales"]),
+                values["pad"],
+                values["legacy"],
+                bool(values.get("half", False)),
             )
             tensors = load_file(path)
             views = {}
@@ -120,13 +133,24 @@ class ViewStore:
                 )
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise MapError(f"The reference features '{path}' cannot be read: {error}") from error
-        return cls(views, settings, metadata.get("fingerprint", ""))
+        return cls(views, settings, metadata.get("fingerprint", ""), metadata.get("scene", ""))
 
 
 def fingerprint_of(model: PixLocModel) -> str:
     """Return a text that differs between models whose features must not be mixed."""
     total = sum((p.double().sum() * (k + 1) for k, p in enumerate(model.extractor.state_dict().values())), 0.0)
     return f"{model.config.extractor.encoder}:{float(total):.9e}"
+
+
+def fingerprint_of_scene(scene: ReferenceScene) -> str:
+    """Return a text that differs between scenes whose features must not be mixed."""
+    digest = hashlib.sha256(np.ascontiguousarray(scene.points).tobytes())
+    for image in scene.images:
+        digest.update(image.name.encode())
+        digest.update(np.ascontiguousarray(image.T_camera_map).tobytes())
+        digest.update(np.ascontiguousarray(image.point_rows).tobytes())
+        digest.update(repr(image.camera).encode())
+    return digest.hexdigest()[:16]
 
 
 def build_views(
@@ -153,7 +177,6 @@ def build_views(
     return ViewStore(views, settings, fingerprint_of(model))
 
 
-@torch.inference_mode()
 def extract_view(
     model: PixLocModel,
     scene: ReferenceScene,
@@ -163,20 +186,46 @@ def extract_view(
     image_scale: int = 1,
 ) -> ViewFeatures:
     """Sample an image's features at the points that it observes; points outside at any level are dropped."""
-    view = scene.images[position]
-    device = next(model.parameters()).device
-    prepared = settings.size.prepare(image, image_scale)
-    pyramid = model.extractor(prepared.pixels.to(device))
+    return extract_views(model, scene, [position], [image], settings, image_scale)[0]
+
+
+@torch.inference_mode()
+def extract_views(
+    model: PixLocModel,
+    scene: ReferenceScene,
+    positions: Sequence[int],
+    images: Sequence[NDArray[np.uint8]],
+    settings: ViewSettings,
+    image_scale: int = 1,
+) -> list[ViewFeatures]:
+    """Sample the features of images of one size in one pass of the network; see :func:`extract_view`."""
+    prepared = [settings.size.prepare(image, image_scale) for image in images]
+    pyramid = extract(model, torch.cat([p.pixels for p in prepared]), half=settings.half)
+    return [
+        _sampled(scene.images[position], scene.points, pyramid, k, prepared[k].scale, settings)
+        for k, position in enumerate(positions)
+    ]
+
+
+def _sampled(
+    view: ReferenceImage,
+    scene_points: NDArray[np.float64],
+    pyramid: FeaturePyramid,
+    number: int,
+    image_scale: float,
+    settings: ViewSettings,
+) -> ViewFeatures:
+    """Return the features of one image of a batch at its points."""
+    device = pyramid.features[0].device
     rows = torch.from_numpy(view.point_rows)
-    camera = CameraTensor.from_camera(view.camera).scale(prepared.scale)
-    points = Pose.from_4x4mat(view.T_camera_map).transform(scene.points[view.point_rows])
+    camera = CameraTensor.from_camera(view.camera).scale(image_scale)
+    points = Pose.from_4x4mat(view.T_camera_map).transform(scene_points[view.point_rows])
     valid = torch.ones(1, len(rows), dtype=torch.bool, device=device)
     sampled = []
     for features, confidence, stride in zip(pyramid.features, pyramid.confidences, pyramid.strides, strict=True):
         uv, seen = camera.scale(1 / stride).world2image(points, legacy=settings.legacy)
-        values, inside = FeatureMap.with_confidence(features, confidence).sample(
-            uv[None].to(device, features.dtype), settings.pad
-        )
+        maps = FeatureMap.with_confidence(features[number : number + 1], confidence[number : number + 1])
+        values, inside = maps.sample(uv[None].to(device, features.dtype), settings.pad)
         valid = valid & inside & seen.to(device)
         sampled.append(values[0])
     keep = valid[0]
