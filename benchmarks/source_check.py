@@ -28,6 +28,8 @@ from kfloc_ros.mapping.source_check import SourceCheck, check_source
 from studies.mistakes import MISTAKES, Mistake
 
 KEPT_FRAMES = 160
+IN_FRAMES = ("offset", "rolling_shutter")
+"""Kinds whose values are told in frames there and in seconds by the check."""
 
 
 def hololens(root: Path) -> FrameSource:
@@ -59,12 +61,12 @@ def verdict(check: SourceCheck, mistake: Mistake) -> str:
 def expected(check: SourceCheck, mistake: Mistake) -> float:
     """Return the value of a mistake; offsets are told in frames there and in seconds by the check."""
     assert mistake.value is not None
-    return mistake.value / check.figures["rate_hz"] if mistake.kind == "offset" else mistake.value
+    return mistake.value / check.figures["rate_hz"] if mistake.kind in IN_FRAMES else mistake.value
 
 
 def limit(check: SourceCheck, mistake: Mistake) -> float:
     """Return how far from it the value may be."""
-    return mistake.tolerance / check.figures["rate_hz"] if mistake.kind == "offset" else mistake.tolerance
+    return mistake.tolerance / check.figures["rate_hz"] if mistake.kind in IN_FRAMES else mistake.tolerance
 
 
 def rows(name: str, source: FrameSource, is_video: bool) -> Iterator[tuple[str, str, str]]:

@@ -117,6 +117,27 @@ def bent(camera: Camera, k1: float) -> Callable[[Frame], Frame]:
     return change
 
 
+class RowByRow(DerivedSource):
+    """Images whose rows were exposed one after the other: stripes of neighbouring frames, from top to bottom.
+
+    Args:
+        source: frames that follow each other fast.
+        frames: number of frames that an image is made of.
+    """
+
+    def __init__(self, source: FrameSource, frames: int) -> None:
+        super().__init__(source)
+        self._frames = frames
+
+    def changed(self, frame: Frame, position: int) -> Frame:
+        image = frame.image.copy()
+        edges = np.linspace(0, len(image), self._frames + 1).astype(int)
+        for k in range(self._frames):
+            other = min(max(position + k - self._frames // 2, 0), len(self) - 1)
+            image[edges[k] : edges[k + 1]] = self._source[other].image[edges[k] : edges[k + 1]]
+        return replace(frame, image=image)
+
+
 def undistorted_twice(source: FrameSource, k1: float) -> FrameSource:
     """Return a source whose images are rectified, while its calibration tells a distortion."""
     return Wrong(
@@ -164,6 +185,8 @@ MISTAKES: Sequence[Mistake] = (
     Mistake("poses in feet", lambda s: Wrong(s, pose=scaled(1 / 0.3048)), "pose_unit", 0.3048, 0.03, "depth"),
     Mistake("focal length x 1.2", lambda s: Wrong(s, camera=resized_camera(1.2)), "focal", 1 / 1.2, 0.03),
     Mistake("focal length x 0.85", lambda s: Wrong(s, camera=resized_camera(0.85)), "focal", 1 / 0.85, 0.03),
+    Mistake("fy x 0.88", lambda s: Wrong(s, camera=lambda c: replace(c, fy=c.fy * 0.88)), "aspect", 1 / 0.88, 0.03),
+    Mistake("rolling shutter of 5 frames", lambda s: RowByRow(s, 5), "rolling_shutter", 5.0, 1.5, "video"),
     Mistake("calibration of half the size", lambda s: Wrong(s, camera=lambda c: replace(
         c, fx=c.fx / 2, fy=c.fy / 2, cx=c.cx / 2, cy=c.cy / 2)), "calibration", 2.0, 0.1),
     Mistake("principal point off by 12 %", lambda s: Wrong(s, camera=lambda c: replace(

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 LINE_PERIOD_S = 20.0
 """Shortest time between two lines of progress in a log file; shorter work leaves none."""
-LINE = "{desc}{percentage:3.0f} %, {n_fmt} of {total_fmt} {unit}, {elapsed} elapsed, {remaining} left{postfix}"
+LINE = "{desc}{percentage:3.0f} %, {unit} {n_fmt} of {total_fmt}, {elapsed} elapsed, {remaining} left{postfix}"
 TITLES = {"read": "reading views", "train": "training head", "calibrate": "calibrating", "place": "placing"}
 DONE = "done"
 

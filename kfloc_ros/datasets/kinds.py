@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,9 @@ from pathlib import Path
 from kfloc_ros.datasets.seven_scenes import split_part
 from kfloc_ros.errors import SourceError
 from kfloc_ros.frames import FrameSource
+
+MANY = 5000
+"""Entries of a folder that are looked at for a name that was meant."""
 
 
 @dataclass(frozen=True)
@@ -240,10 +244,10 @@ def _kinds_of(path: Path) -> list[str]:
     return [name for name, kind in KINDS.items() if kind.recognise(path)]
 
 
-def _listed(folder: Path) -> list[Path]:
+def _listed(folder: Path, most: int = 50) -> list[Path]:
     """Return the first entries of a folder, by name; empty for a file or an unreadable folder."""
     try:
-        return sorted(folder.iterdir())[:50]
+        return sorted(itertools.islice(folder.iterdir(), MANY))[:most]
     except OSError:
         return []
 
@@ -259,7 +263,7 @@ def _missing(path: str, folder: Path) -> str:
             else f"A SOURCE is written KIND:PATH; kinds: {', '.join(KINDS)}."
         )
         return f"There is no kind of SOURCE '{prefix}'. {hint} `kfloc sources` lists the kinds."
-    near = difflib.get_close_matches(folder.name, [child.name for child in _listed(folder.parent)], n=1)
+    near = difflib.get_close_matches(folder.name, [child.name for child in _listed(folder.parent, MANY)], n=1)
     hint = f"Did you mean '{folder.parent / near[0]}'? " if near else ""
     return (
         f"There is nothing at '{folder}'. {hint}A SOURCE is written KIND:PATH or PATH; `kfloc sources` lists the kinds."

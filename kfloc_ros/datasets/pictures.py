@@ -148,8 +148,10 @@ class VideoFile(FrameSource):
     def __getitem__(self, position: int) -> Frame:
         index = range(len(self))[position]
         number = self._numbers[index]
-        stamp_ns = (number + 1) * self._period_ns
-        return Frame(self._read(number), self._camera, stamp_ns, index, f"{self.name}-{number}")
+        return Frame(self._read(number), self._camera, self.stamp_ns(index), index, f"{self.name}-{number}")
+
+    def stamp_ns(self, position: int) -> int:
+        return (self._numbers[position] + 1) * self._period_ns
 
     def _read(self, number: int) -> NDArray[np.uint8]:
         if number != self._next:

@@ -22,11 +22,15 @@ from kfloc_ros.types import Matrix
 
 Array = NDArray[np.float64]
 
-PARAMETERS = ("turn_x", "turn_y", "turn_z", "lever_x", "lever_y", "lever_z", "offset", "log_focal", "cx", "cy", "k1")
-"""Of :class:`Model`: radians, pose units, frames, log of a factor, and shares of the focal length."""
+PARAMETERS = (
+    "turn_x", "turn_y", "turn_z", "lever_x", "lever_y", "lever_z", "offset", "log_focal", "cx", "cy", "k1",
+    "log_aspect", "readout",
+)  # fmt: skip
+"""Of :class:`Model`: radians, pose units, frames, log of a factor, shares of the focal length, k1, log of the factor of
+fy by that of fx, and the frames between the exposures of the first and the last row."""
 TURN, LEVER, MOUNT = (0, 1, 2), (3, 4, 5), (0, 1, 2, 3, 4, 5)
-OFFSET, FOCAL, CENTRE, BENDING = (6,), (7,), (8, 9), (10,)
-STEPS = np.array([1e-4] * 3 + [1e-4] * 3 + [1e-2, 1e-4, 1e-4, 1e-4, 1e-4])
+OFFSET, FOCAL, CENTRE, BENDING, ASPECT, READOUT = (6,), (7,), (8, 9), (10,), (11,), (12,)
+STEPS = np.array([1e-4] * 3 + [1e-4] * 3 + [1e-2, 1e-4, 1e-4, 1e-4, 1e-4, 1e-4, 1e-2])
 """Of numerical derivatives; those of the lever are multiplied by the usual baseline."""
 CAUCHY_PX = 1.0
 
@@ -55,6 +59,11 @@ class Model:
         return float(self.values[6])
 
     @property
+    def readout(self) -> float:
+        """Frames between the exposures of the first and the last row; poses are those of the middle row."""
+        return float(self.values[12])
+
+    @property
     def focal_factor(self) -> float:
         """Right focal length by the given one."""
         return float(np.exp(self.values[7]))
@@ -78,7 +87,9 @@ class Observations:
         self._rays = {flat: [normalised(camera.pinhole() if flat else camera, x) for x in pixels] for flat in (0, 1)}
         self.focal_px = (camera.fx + camera.fy) / 2 / max(max(camera.width, camera.height) / WORKING_SIDE_PX, 1.0)
         """Focal length in the working images, in which residuals are told."""
+        self._rows = [(x[:, 1] + 0.5) / camera.height - 0.5 for x in pixels]
         self._relative: dict[tuple[bool, float], tuple[Matrix, NDArray[np.bool_]]] = {}
+        self._speeds: dict[tuple[bool, float], Matrix] = {}
         lengths = np.linalg.norm(self.relative(Model())[0][:, :3, 3], axis=1)
         known = lengths[self.relative(Model())[1]]
         self.baseline = float(np.median(known)) if len(known) and np.median(known) > 0 else 1.0
@@ -86,10 +97,10 @@ class Observations:
 
     def rays(self, model: Model) -> tuple[Array, Array]:
         """(N, 3) directions of the matched points in both images, z = 1."""
-        log_focal, cx, cy, k1 = model.values[7:]
+        log_focal, cx, cy, k1, log_aspect = model.values[7:12]
         found = []
         for xy in self._rays[int(model.pinhole)]:
-            moved = (xy - (cx, cy)) * np.exp(-log_focal)
+            moved = (xy - (cx, cy)) * np.exp((-log_focal, -log_focal - log_aspect))
             moved = moved * (1 + k1 * (moved**2).sum(1, keepdims=True))
             found.append(np.concatenate([moved, np.ones((len(moved), 1))], axis=1))
         return found[0], found[1]
@@ -121,16 +132,55 @@ class Observations:
         x, y = self.rays(model)
         t = motions[:, :3, 3]
         length = np.linalg.norm(t, axis=1, keepdims=True)
-        t = t / np.maximum(length, 1e-12)
-        zero = np.zeros(len(t))
-        cross = np.array([[zero, -t[:, 2], t[:, 1]], [t[:, 2], zero, -t[:, 0]], [-t[:, 1], t[:, 0], zero]])
-        E = (cross.transpose(2, 0, 1) @ motions[:, :3, :3])[self.pair_of]
-        line, back = np.einsum("nij,nj->ni", E, x), np.einsum("nji,nj->ni", E, y)
+        if model.readout:
+            x, y, moved = self._at_middle_row(model, motions, x, y)
+            back = np.cross(moved / np.maximum(np.linalg.norm(moved, axis=1, keepdims=True), 1e-12), y)
+            E = motions[:, :3, :3][self.pair_of]
+            line = np.cross(moved / np.maximum(np.linalg.norm(moved, axis=1, keepdims=True), 1e-12),
+                            np.einsum("nij,nj->ni", E, x))  # fmt: skip
+            back = -np.einsum("nji,nj->ni", E, back)
+        else:
+            t = t / np.maximum(length, 1e-12)
+            zero = np.zeros(len(t))
+            cross = np.array([[zero, -t[:, 2], t[:, 1]], [t[:, 2], zero, -t[:, 0]], [-t[:, 1], t[:, 0], zero]])
+            E = (cross.transpose(2, 0, 1) @ motions[:, :3, :3])[self.pair_of]
+            line, back = np.einsum("nij,nj->ni", E, x), np.einsum("nji,nj->ni", E, y)
         square = (line[:, :2] ** 2).sum(1) + (back[:, :2] ** 2).sum(1)
         found = (y * line).sum(1) / np.sqrt(np.maximum(square, 1e-18))
         good = known & (length[:, 0] > 1e-4 * self.baseline)
         focal = self.focal_px * model.focal_factor
         return np.asarray(np.where(good[self.pair_of], found * focal, np.nan))
+
+    def _at_middle_row(self, model: Model, motions: Matrix, x: Array, y: Array) -> tuple[Array, Array, Array]:
+        """Directions (N, 3) as seen when the middle rows were exposed, and the way (N, 3) between the cameras."""
+        T = model.T_body_camera
+        speeds = inverse_pose(T) @ self._body_speed(model.inverted, model.offset) @ T
+        moved = motions[self.pair_of][:, :3, 3]
+        turned = []
+        for side, rays in enumerate((x, y)):
+            late = model.readout * self._rows[side]
+            speed = speeds[side][self.pair_of]
+            axis = late[:, None] * _rotation_vectors(speed[:, :3, :3]) / 2
+            way = late[:, None] * speed[:, :3, 3] / 2
+            bent = rays + np.cross(axis, rays) + np.cross(axis, np.cross(axis, rays)) / 2
+            turned.append(bent / bent[:, 2:])
+            moved = moved + (np.einsum("nij,nj->ni", motions[self.pair_of][:, :3, :3], way) if side == 0 else -way)
+        return turned[0], turned[1], moved
+
+    def _body_speed(self, inverted: bool, offset: float) -> Matrix:
+        """(2, K, 4, 4) motions of the body from a frame before to a frame after both views; none where unknown."""
+        key = (inverted, offset)
+        if key not in self._speeds:
+            if len(self._speeds) > 64:
+                self._speeds.clear()
+            found = np.tile(np.eye(4), (2, len(self.pairs), 1, 1))
+            for k, pair in enumerate(self.pairs):
+                for side, view in enumerate((pair.first, pair.second)):
+                    before, after = (self.poses.at(view.position, offset + step) for step in (-1.0, 1.0))
+                    if before is not None and after is not None:
+                        found[side, k] = before @ inverse_pose(after) if inverted else inverse_pose(before) @ after
+            self._speeds[key] = found
+        return self._speeds[key]
 
     def per_pair(self, model: Model) -> Array:
         """(K,) median absolute residual of each pair in pixels; NaN where a pose is missing."""
@@ -245,6 +295,13 @@ def cost(r: Array) -> float:
     """Return the mean Cauchy cost of residuals in pixels; infinite if too few are known."""
     good = np.isfinite(r)
     return float(np.log1p((r[good] / CAUCHY_PX) ** 2).mean()) if good.sum() > 50 else np.inf
+
+
+def _rotation_vectors(R: Array) -> Array:
+    """Return rotation vectors (N, 3) of small rotations (N, 3, 3)."""
+    skew = np.stack([R[:, 2, 1] - R[:, 1, 2], R[:, 0, 2] - R[:, 2, 0], R[:, 1, 0] - R[:, 0, 1]], axis=1) / 2
+    sine = np.linalg.norm(skew, axis=1, keepdims=True)
+    return np.asarray(skew * np.where(sine > 1e-9, np.arcsin(np.clip(sine, 0, 1)) / np.maximum(sine, 1e-9), 1.0))
 
 
 def normalised(camera: Camera, pixels: Array) -> Array:

@@ -14,11 +14,13 @@ import numpy as np
 
 from kfloc_ros.geometry.lie import rotation_angle_deg
 from kfloc_ros.mapping.check_geometry import (
+    ASPECT,
     BENDING,
     CENTRE,
     FOCAL,
     MOUNT,
     OFFSET,
+    READOUT,
     TURN,
     Array,
     Fit,
@@ -37,6 +39,8 @@ BETTER, MOST, MOST_OF_OFFSET = 0.9, 0.75, 0.6
 WORSE, FEW = 1.25, 0.15
 """A cause must bring most pairs to the first share or below, and no more than few above the second. In a pair without
 acceleration, for instance, poses of another time fit as well."""
+LARGE_DROP, LARGE_GAIN, LARGE_MOST, LARGE_FEW = 0.5, 0.7, 0.7, 0.2
+"""Weaker limits for a wrong lens if the cost falls by so much: then inaccurate poses hide what is left of it."""
 MIN_DROP = 0.12
 """Least fall of the mean Cauchy cost."""
 PARAMETER_COST = 0.012
@@ -47,6 +51,7 @@ MAX_CAUSES = 3
 MIN_PAIRS = 7
 
 MIN_OFFSET_FRAMES, MAX_OFFSET_FRAMES = 0.4, 6.0
+MIN_READOUT_FRAMES, MAX_READOUT_FRAMES = 0.2, 6.0
 MIN_FOCAL, MIN_CENTRE, MIN_BENDING, MIN_TURN_DEG = 0.03, 0.03, 0.04, 3.0
 """Least size of a mistake: factor less 1, share of the focal length, k1, degrees; see :func:`least`."""
 NOISE_PX = 0.3
@@ -60,8 +65,8 @@ class Cause:
     """One explanation, and how well it does."""
 
     kind: str
-    """``inverted``, ``axes``, ``mount``, ``offset``, ``focal``, ``centre``, ``calibration``, ``distortion`` or
-    ``pinhole``."""
+    """``inverted``, ``axes``, ``mount``, ``offset``, ``focal``, ``centre``, ``calibration``, ``aspect``,
+    ``distortion``, ``pinhole`` or ``rolling_shutter``."""
     fit: Fit
     before_px: float
     """Median distance of the matches from their epipolar lines without it, in the working images."""
@@ -134,6 +139,8 @@ def _explains(cause: Cause, observed: Observations, base: Model, e0: Array) -> b
     better, worse = (e1[both] < BETTER * e0[both]).mean(), (e1[both] > WORSE * e0[both] + 0.1).mean()
     most = MOST_OF_OFFSET if cause.kind == "offset" else MOST
     explained = cause.after_px < GAIN * cause.before_px and better >= most and worse <= FEW
+    if cause.kind in ("focal", "calibration", "distortion") and cause.drop > LARGE_DROP:
+        explained = cause.after_px < LARGE_GAIN * cause.before_px and better >= LARGE_MOST and worse <= LARGE_FEW
     return explained and is_large(cause, base)
 
 
@@ -148,6 +155,10 @@ def is_large(cause: Cause, base: Model) -> bool:
     sure = np.abs(values) > SIGMAS * sigma
     if cause.kind == "offset":
         return bool(sure[6]) and MIN_OFFSET_FRAMES < abs(values[6]) < MAX_OFFSET_FRAMES
+    if cause.kind == "rolling_shutter":
+        return bool(sure[12]) and MIN_READOUT_FRAMES < abs(values[12]) < MAX_READOUT_FRAMES
+    if cause.kind == "aspect":
+        return bool(sure[11]) and abs(values[11]) > least(MIN_FOCAL, cause)
     if cause.kind == "mount":
         R = cause.fit.model.T_body_camera[:3, :3]  # near whole quarter turns, those and no others are meant
         return min(rotation_angle_deg(axes.T @ R) for axes in rotations()) > least(MIN_TURN_DEG, cause)
@@ -170,13 +181,16 @@ def _candidates(observed: Observations, base: Model, taken: set[str]) -> list[tu
         grid = np.arange(-5.0, 5.5, 1.0)
         costs = [cost(observed.residuals(base.changed(OFFSET, [k]))) for k in grid]
         found.append(("offset", 1, fit(observed, base.changed(OFFSET, [grid[int(np.argmin(costs))]]), OFFSET)))
-    calibrated = taken & {"focal", "calibration", "centre", "distortion", "pinhole"}
+    if "rolling_shutter" not in taken:
+        found.append(("rolling_shutter", 1, fit(observed, base, READOUT)))
+    calibrated = taken & {"focal", "calibration", "centre", "aspect", "distortion", "pinhole"}
     if not calibrated:
         if not observed.camera.is_pinhole and observed.camera.distortion_model != "equidistant":
             found.append(("pinhole", 0, Fit(replace(base, pinhole=True), none)))
         start = _focal_start(observed, base)
         found.append(("focal", 1, fit(observed, start, FOCAL)))
         found.append(("centre", 2, fit(observed, base, CENTRE)))
+        found.append(("aspect", 2, fit(observed, start, (*FOCAL, *ASPECT))))
         found.append(("calibration", 3, fit(observed, start, (*FOCAL, *CENTRE))))
         found.append(("distortion", 2, fit(observed, base, (*FOCAL, *BENDING))))
     return found

@@ -13,10 +13,11 @@ from kfloc_ros.datasets.source_options import MOUNTS
 from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import matrix_to_quaternion, rotation_angle_deg
+from kfloc_ros.mapping.check_depth import DepthClock, DepthPlace, DepthUnit, depth_clock, depth_place, depth_unit
 from kfloc_ros.mapping.check_geometry import Model, Observations, normalised
 from kfloc_ros.mapping.check_hypotheses import MIN_CENTRE, MIN_FOCAL, MIN_PAIRS, Cause, find_causes
 from kfloc_ros.mapping.check_pairs import Pair, PairFinder, Poses
-from kfloc_ros.mapping.check_recording import DepthPlace, DepthUnit, ImageFacts, depth_place, depth_unit, image_facts
+from kfloc_ros.mapping.check_recording import ImageFacts, image_facts
 from kfloc_ros.types import Matrix
 
 ERROR, WARNING = "error", "warning"
@@ -31,7 +32,7 @@ NEAR = 0.12
 """Of the logarithm, within which a factor is taken for one that is usual."""
 POSE_UNITS = {0.001: "millimetres", 0.01: "centimetres", 0.0254: "inches", 0.3048: "feet"}
 DEPTH_FACTORS = (5.0, 0.2, 1000.0, 0.001, 10.0, 0.1)
-CALIBRATION_KINDS = ("focal", "centre", "calibration", "distortion", "pinhole")
+CALIBRATION_KINDS = ("focal", "centre", "calibration", "aspect", "distortion", "pinhole")
 MIN_DELAY_FRAMES = 2
 MIN_SHIFT = 0.02
 """Least shift of the depth, as a share of the image's width, that is told."""
@@ -133,6 +134,12 @@ def check_source(source: FrameSource, *, pairs: int = 16) -> SourceCheck:
         place = depth_place(finder.views, observed, model)
         if place is not None:
             findings += _place_findings(place, source.camera, period_s)
+        factor = 1.0 if unit is None else unit.factor
+        clock = depth_clock(finder.views, observed, model, factor)
+        if clock is not None:
+            figures["depth_disagreement"] = round(clock.before, 4)
+            if not any(finding.kind == "depth_clock" for finding in findings):
+                findings += _clock_findings(clock, period_s)
     return SourceCheck(source.name, tuple(findings), figures, tuple(notes), tuple(posed), observed, model)
 
 
@@ -196,10 +203,21 @@ def _told(
         side = "ahead of" if seconds < 0 else "behind"
         text = f"The poses run {abs(seconds):.3f} s ({abs(own.offset):.1f} frames) {side} the images"
         return "offset", text, f"pose_offset_s={seconds:.3f}", seconds
+    if cause.kind == "rolling_shutter":
+        seconds = own.readout * period_s
+        rows = "first to the last" if seconds > 0 else "last to the first"
+        text = f"The camera exposes row by row (rolling shutter): {abs(seconds):.3f} s from the {rows} row"
+        return "rolling_shutter", text, "", seconds
     fitted = fitted_camera(model, camera)
     words = f"camera={camera_words(fitted)}"
     if cause.kind == "pinhole":
         return "pinhole", "The images are rectified already, and the calibration tells a distortion", words, None
+    if cause.kind == "aspect":
+        text = (
+            f"The focal lengths that fit the images are {fitted.fx:.0f} (fx) and {fitted.fy:.0f} (fy) pixels, and not "
+            f"{camera.fx:.0f} and {camera.fy:.0f}"
+        )
+        return "aspect", text, words, float(np.exp(own.values[11]))
     if cause.kind == "distortion" and abs(own.values[10]) > abs(own.values[7]):
         k1 = fitted.distortion[0] if fitted.distortion else 0.0
         text = f"The images are distorted otherwise than the calibration says (k1 about {k1:.2f})"
@@ -217,10 +235,10 @@ def _told(
 
 def fitted_camera(model: Model, camera: Camera) -> Camera:
     """Return the camera that a model says, its distortion as ``plumb_bob``."""
-    log_focal, cx, cy, k1 = model.values[7:]
+    log_focal, cx, cy, k1, log_aspect = model.values[7:12]
     factor = float(np.exp(log_focal))
     known = camera.pinhole() if model.pinhole else camera
-    fx, fy = known.fx * factor, known.fy * factor
+    fx, fy = known.fx * factor, known.fy * factor * float(np.exp(log_aspect))
     centre = known.cx + cx * known.fx, known.cy + cy * known.fy
     if k1 == 0:
         return Camera(known.width, known.height, fx, fy, *centre, known.distortion_model, known.distortion)
@@ -297,6 +315,18 @@ def _place_findings(place: DepthPlace, camera: Camera, period_s: float) -> list[
         text = f"The depth lies {dx:.0f} pixels right and {dy:.0f} down of where the colour image shows the same edges"
         return [Finding("depth_shift", WARNING, f"{text}: it is not registered to the colour camera.", value=dx)]
     return []
+
+
+def _clock_findings(clock: DepthClock, period_s: float) -> list[Finding]:
+    if not clock.clear or abs(clock.delay_frames) < MIN_DELAY_FRAMES:
+        return []
+    text = (
+        f"The depth images are those of about {abs(clock.delay_frames):.0f} frames "
+        f"{'later' if clock.delay_frames > 0 else 'earlier'} ({abs(clock.delay_frames) * period_s:.3f} s): with the "
+        f"poses of that time, depth of two views differs by {100 * clock.after:.1f} %, and by "
+        f"{100 * clock.before:.1f} % with those of the images"
+    )
+    return [Finding("depth_clock", WARNING, f"{text}.", value=clock.delay_frames * period_s)]
 
 
 def _image_findings(facts: ImageFacts) -> list[Finding]:

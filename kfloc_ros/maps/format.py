@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -88,10 +89,15 @@ def read_description(folder: Path, *formats: str) -> dict[str, Any]:
     path = folder / DESCRIPTION
     try:
         if not folder.is_dir():
+            beside = [path.parent.name for path in folder.absolute().parent.glob(f"*/{DESCRIPTION}")]
+            near = difflib.get_close_matches(folder.name, beside, n=1)
+            if near:
+                raise MapError(f"There is no map folder '{folder}'. Did you mean '{folder.parent / near[0]}'?")
             way_out = f"Build one with `kfloc map build SOURCE --out {folder}`."
             raise MapError(f"There is no map folder '{folder}'. {way_out}")
         if not path.is_file():
-            raise MapError(f"'{folder}' is not a map: it has no {DESCRIPTION}.")
+            way_out = f"If it is a recording, `kfloc map build {folder} --out MAP` makes a map of it."
+            raise MapError(f"'{folder}' is not a map: it has no {DESCRIPTION}. {way_out}")
         if path.is_symlink():
             raise MapError(f"'{path}' is a link to another file; a map must contain its files. Copy the file there.")
         if path.stat().st_size > MAX_DESCRIPTION_BYTES:
@@ -197,4 +203,7 @@ def resolve_map(name_or_path: str) -> Path:
         if (folder / name_or_path / DESCRIPTION).is_file():
             return folder / name_or_path
     places = ", ".join(f"'{folder}'" for folder in [Path.cwd(), *searched])
-    raise MapError(f"There is no map '{name_or_path}' in {places}. Give a folder, or set KFLOC_MAPS.")
+    installed = [path.parent.name for folder in searched if folder.is_dir() for path in folder.glob(f"*/{DESCRIPTION}")]
+    near = difflib.get_close_matches(name_or_path, installed, n=1)
+    hint = f"Did you mean '{near[0]}'? " if near else ""
+    raise MapError(f"There is no map '{name_or_path}' in {places}. {hint}Give a folder, or set KFLOC_MAPS.")

@@ -12,13 +12,16 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 
 from kfloc_ros.cli.main import main
+from kfloc_ros.cli.map_scale import scaled_source
 from kfloc_ros.datasets import open_source
-from kfloc_ros.errors import SourceError
+from kfloc_ros.errors import MapError, SourceError
 from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import inverse_pose, make_pose, so3_exp
+from kfloc_ros.kfnet.scoordnet import INPUT_CHANNELS, heads_of
 from kfloc_ros.mapping import structure
 from kfloc_ros.mapping.measure_page import measure_page
 from kfloc_ros.mapping.measured_scale import (
@@ -29,6 +32,7 @@ from kfloc_ros.mapping.measured_scale import (
 )
 from kfloc_ros.mapping.structure import read_notes, reconstruct
 from kfloc_ros.mapping.structure_scale import KnownLength, object_length
+from kfloc_ros.maps.scene_map import SceneMap, scaled_map
 from kfloc_ros.types import Frame
 
 CAMERA = Camera(640, 480, 520.0, 520.0, 319.5, 239.5, "plumb_bob", (-0.1, 0.02, 0.0, 0.0))
@@ -189,6 +193,45 @@ def test_the_page_shows_the_images_and_yields_the_words(drawn: Drawn) -> None:
         measure_page(drawn, [3])
 
 
+def test_a_map_is_scaled_in_all_its_lengths(room_map: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scene_map = SceneMap.load(room_map)
+    assert main(["map", "scale", str(room_map), "--factor", "2.5", "--out", str(tmp_path / "m")]) == 0
+    assert re.search(r"scale +a factor of 2.5", capsys.readouterr().out)
+    made = SceneMap.load(tmp_path / "m")
+    np.testing.assert_allclose(
+        made.references.T_map_camera[:, :3, 3], 2.5 * scene_map.references.T_map_camera[:, :3, 3]
+    )
+    np.testing.assert_array_equal(made.references.T_map_camera[:, :3, :3], scene_map.references.T_map_camera[:, :3, :3])
+    np.testing.assert_allclose(np.array(made.bounds_m), 2.5 * np.array(scene_map.bounds_m))
+    np.testing.assert_allclose(made.references.views[3].points, 2.5 * scene_map.references.views[3].points, rtol=1e-6)
+    noise = torch.randn(5, INPUT_CHANNELS, generator=torch.Generator().manual_seed(0))
+    inputs = heads_of(scene_map.head)[0].input_mean + 0.01 * noise
+    exact = scaled_map(scene_map, 2.5)  # a folder has half precision
+    (mean, log_b), (scaled, log_scaled) = (heads_of(m.head)[0](inputs) for m in (scene_map, exact))
+    torch.testing.assert_close(scaled, 2.5 * mean, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(log_scaled, log_b + np.log(2.5), rtol=1e-4, atol=1e-4)
+    assert made.calibration.process_floor_m2 == pytest.approx(2.5**2 * scene_map.calibration.process_floor_m2)
+    with pytest.raises(MapError, match="by a factor"):
+        scaled_map(scene_map, float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "either --factor or one of"),
+        (["--factor", "2", "--unscaled"], "either --factor or one of"),
+        (["--scale-marker", "0.2"], "A SOURCE is missing"),
+        (["--factor", "-1"], "not a positive number"),
+        (["--scale-height", "1", "--scale-marker", "2"], "not allowed with"),
+    ],
+)
+def test_what_cannot_scale_a_map_is_refused(
+    room_map: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], said: str
+) -> None:
+    assert main(["map", "scale", str(room_map), *words, "--out", str(tmp_path / "m")]) == 2
+    assert said in capsys.readouterr().err and not (tmp_path / "m").exists()
+
+
 class Photos:
     """Photos of the room, of a camera that moves sideways, in a folder."""
 
@@ -239,7 +282,13 @@ def test_photos_become_a_model_whose_scale_can_come_before_or_after(
     np.testing.assert_allclose(distances(half), distances(found) / 2, atol=1e-6)
     with pytest.raises(SourceError, match=r"The model is kept in .*repeat the command"):
         reconstruct(source, tmp_path / "sfm", method=object_length(["1", "0:5,5,9,9", "9:300,200,9,200"]))
-    np.testing.assert_allclose(distances(open_source(f"colmap:{tmp_path / 'sfm'}")), distances(half), atol=1e-6)
+    model = f"colmap:{tmp_path / 'sfm'}"
+    np.testing.assert_allclose(distances(open_source(model)), distances(half), atol=1e-6)
+    other, scale = scaled_source(open_source(model), KnownLength(0, 9, length))  # as `map build colmap:DIR` takes it
+    np.testing.assert_allclose(distances(other), distances(found), atol=1e-6)
+    assert scale.origin == f"{length:g} m between frames 0 and 9"
+    with pytest.raises(SourceError, match="has depth and poses"):
+        scaled_source(open_source("sim:map-quick", frames="0:3"), KnownLength(0, 2, 1.0))
     with pytest.raises(SourceError, match="not a model of these images"):
         reconstruct(open_source(f"images:{photos.folder / 'first'}"), tmp_path / "sfm")
     (tmp_path / "sfm" / "model.json").write_text(json.dumps({"source": "photos"}))

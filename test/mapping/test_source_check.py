@@ -15,20 +15,20 @@ from textured_room import ROOM_CAMERA, Room
 
 from kfloc_ros.datasets.derived import Remembered
 from kfloc_ros.datasets.source_options import parse_options, split_options, with_options
-from kfloc_ros.frames import FrameSource
+from kfloc_ros.frames import FrameSource, Selection
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import make_pose, rotation_angle_deg, so3_exp
+from kfloc_ros.mapping.check_depth import depth_place
 from kfloc_ros.mapping.check_geometry import Model, Observations
 from kfloc_ros.mapping.check_page import write_page
 from kfloc_ros.mapping.check_pairs import PairFinder, Poses, View
-from kfloc_ros.mapping.check_recording import depth_place
 from kfloc_ros.mapping.source_check import SourceCheck, check_source, fitted_camera
 from kfloc_ros.types import Frame, Matrix
 from studies.mistakes import MISTAKES, MOUNTING, Mistake, Wrong, scaled
 
 PAIRS = 12
-NO_EDGES = ("depth_shift", "depth_clock")
-"""Kinds that need steps of the depth, of which the room's inside has none."""
+NOT_HERE = ("depth_shift", "rolling_shutter")
+"""Kinds that need steps of the depth, of which the room's inside has none, or a steadier camera."""
 
 pytestmark = pytest.mark.thorough
 
@@ -83,12 +83,12 @@ def test_a_good_source_has_no_findings(good: SourceCheck) -> None:
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("item", [item for item in MISTAKES if item.kind not in NO_EDGES], ids=lambda item: item.name)
+@pytest.mark.parametrize("item", [item for item in MISTAKES if item.kind not in NOT_HERE], ids=lambda item: item.name)
 def test_each_mistake_is_found_with_its_value(walk: FrameSource, item: Mistake) -> None:
     check = check_source(item.make(walk), pairs=PAIRS)
     assert [finding.kind for finding in check.findings] == [item.kind]
     finding = check.findings[0]
-    assert finding.severity == "error" or item.kind in ("distortion", "pinhole")
+    assert finding.severity == "error" or item.kind in ("aspect", "distortion", "pinhole", "depth_clock")
     if item.value is not None:
         scale = 0.1 if item.kind == "offset" else 1.0  # frames to seconds
         assert finding.value == pytest.approx(item.value * scale, abs=item.tolerance * scale)
@@ -107,6 +107,33 @@ def test_the_words_of_a_finding_mend_the_source(walk: FrameSource, name: str) ->
     assert path == "DIR" and options
     mended = check_source(with_options(wrong, options), pairs=PAIRS)
     assert mended.findings == () and mended.figures["epipolar_px"] < 0.5
+
+
+class Rolling(Walk):
+    """The same with a camera that exposes its rows over 0.6 frames; poses are those of the middle row."""
+
+    READOUT, STRIPES = 0.6, 8
+
+    def __getitem__(self, position: int) -> Frame:
+        frame = super().__getitem__(position)
+        image, edges = frame.image.copy(), np.linspace(0, len(frame.image), self.STRIPES + 1).astype(int)
+        for k in range(self.STRIPES):
+            later = position + self.READOUT * ((k + 0.5) / self.STRIPES - 0.5)
+            image[edges[k] : edges[k + 1]] = self._room.view(self.pose(later), position).image[edges[k] : edges[k + 1]]
+        return replace(frame, image=image)
+
+
+def test_a_rolling_shutter_is_told_with_its_time() -> None:
+    findings = check_source(Remembered(Rolling(), 70), pairs=PAIRS).findings
+    assert [finding.kind for finding in findings] == ["rolling_shutter"]
+    assert findings[0].value == pytest.approx(0.06, abs=0.012) and "first to the last row" in findings[0].text
+
+
+def test_gaps_of_a_recording_are_counted(walk: FrameSource) -> None:
+    check = check_source(Selection(walk, [*range(30), *range(55, 70)]), pairs=PAIRS)
+    assert check.figures["gaps"] == 1 and check.figures["longest_gap_s"] == pytest.approx(2.6)
+    told = next(finding for finding in check.findings if finding.kind == "gaps")
+    assert "1 gap, the longest of 2.6 s" in told.text and told.value == pytest.approx(25 / 70, abs=0.01)
 
 
 def test_the_mounting_is_told_with_its_lever(walk: FrameSource) -> None:
