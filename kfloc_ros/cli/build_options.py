@@ -67,7 +67,8 @@ def need_poses(source: FrameSource) -> None:
     if source.camera_is_guess or all(source.pose(position) is None for position in range(len(source))):
         raise SourceError(
             f"'{source.name}' has images without poses. `kfloc map build ... --sfm DIR` estimates them and writes "
-            "them to DIR, which is then the source colmap:DIR."
+            "them to DIR, which is then the source colmap:DIR; without depth, it also needs a scale, such as "
+            "--scale-marker."
         )
 
 

@@ -88,6 +88,7 @@ def run(args: argparse.Namespace) -> int:
     from kfloc_ros.evaluation.summary import RunInfo
     from kfloc_ros.localization.config import LocalizerConfig
     from kfloc_ros.localization.place_localizer import localizer_for
+    from kfloc_ros.mapping.structure_scale import UNSCALED
     from kfloc_ros.maps.format import resolve_map
     from kfloc_ros.maps.place import load_map
 
@@ -103,7 +104,8 @@ def run(args: argparse.Namespace) -> int:
         loaded_submaps=args.loaded_submaps,
     )
     map_path = resolve_map(args.map)
-    localizer = localizer_for(load_map(map_path), config)
+    loaded = load_map(map_path)
+    localizer, provenance = localizer_for(loaded, config), loaded.provenance
 
     with result_folder(args.out, force=args.force):
         records: list[FrameRecord] = []
@@ -154,6 +156,8 @@ def run(args: argparse.Namespace) -> int:
     if not args.quiet:
         print(summary_table(summary))
         print(f"\nResults: {args.out / 'report.html'}; poses: {args.out / 'frames.csv'} (a line an image, by name)")
+    if provenance.get("scale") == UNSCALED:
+        print(f"The scale of the map is {UNSCALED} (see kfloc map scale).", file=sys.stderr)
     if localizer.camera_note:
         print(f"The camera does not fit: {localizer.camera_note}.", file=sys.stderr)
     if interrupted:
