@@ -22,6 +22,9 @@ from kfloc_ros.types import CoarsePose, Matrix, SceneCoordinates
 REMEMBERED_POSES = 8
 """Number of frames within which a refined pose may arrive late."""
 
+MIN_COVER = 0.7
+"""Smallest share of valid cells of a belief that covers a frame."""
+
 FlowFunction = Callable[[torch.Tensor, torch.Tensor], Flow]
 """Backward flow from the features (C, h, w) of the current and of the previous frame."""
 
@@ -63,6 +66,11 @@ class SceneCoordinateFilter:
         self._confirmed_ns, self._poses = None, {}
         self._contradictions = 0
 
+    @property
+    def last_pose(self) -> Matrix | None:
+        """Coarse pose ``T_map_camera`` of the last frame that had one since the reset, with all corrections applied."""
+        return next(reversed(self._poses.values()), None)
+
     def accept_pose(self, pose: CoarsePose) -> None:
         """Take note of the pose computed from the last posterior; no pose, or one with few inliers, resets the filter.
 
@@ -102,6 +110,13 @@ class SceneCoordinateFilter:
         self._belief = onto_rays(self._belief, camera, self._poses[self._stamp_ns])
         self._confirmed_ns = stamp_ns
         self._contradictions = 0  # a refined pose confirms the belief, so the measurement was bad
+
+    def covers(self, stamp_ns: int) -> bool:
+        """Return true if a frame at this time meets a confirmed belief over most cells; a gap in time resets it."""
+        self._check_time(stamp_ns)
+        if self._belief is None or self._confirmed_ns is None:
+            return False
+        return float(self._belief.valid.float().mean()) >= MIN_COVER
 
     def step(self, stamp_ns: int, features: torch.Tensor, measurement: SceneCoordinates) -> Filtered:
         """Fuse the measurement of a frame with the belief propagated from the previous frame.

@@ -223,7 +223,7 @@ def _metres_per_cell_squared(mean: torch.Tensor) -> torch.Tensor:
 
 
 def fuse(prior: Prior, measurement: SceneCoordinates, settings: FilterSettings) -> Filtered:
-    """Apply the Kalman update and the NIS test where the prior is valid; elsewhere take the measurement."""
+    """Apply the Kalman update and the NIS test where prior and measurement are valid; elsewhere take the valid one."""
     update = kalman.update(
         prior.mean, prior.variance, measurement.mean, measurement.variance, settings.error_correlation
     )
@@ -245,7 +245,13 @@ def fuse(prior: Prior, measurement: SceneCoordinates, settings: FilterSettings) 
         if report.rejected_ratio <= settings.max_rejected_ratio:  # else the image is bad, whatever its variances
             keep_prior &= prior.variance < measurement.variance
         mean, variance = torch.where(keep_prior, prior.mean, mean), torch.where(keep_prior, prior.variance, variance)
-    belief = replace(measurement, mean=mean, variance=variance)
+    unmeasured = prior.valid & ~measurement.valid
+    belief = replace(
+        measurement,
+        mean=torch.where(unmeasured, prior.mean, mean),
+        variance=torch.where(unmeasured, prior.variance, variance),
+        valid=measurement.valid | prior.valid,
+    )
     if mode is not NisMode.OUTPUT_ONLY:
         return Filtered(belief, report, prior=prior, nis=update.nis)
     emitted = torch.where(agree, update.mean, measurement.mean)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiled loops of the filter: cost volume, inputs of the flow network, and propagation along the flow.
+"""Compiled loops of the filter: cost volume, inputs of the flow network, propagation along the flow, and PnP.
 
-:mod:`kfloc_ros.kfnet.flow`, :mod:`kfloc_ros.kfnet.flow_network` and :mod:`kfloc_ros.kfnet.fusion` have the equations,
-and the torch path of each.
+:mod:`kfloc_ros.kfnet.flow`, :mod:`kfloc_ros.kfnet.flow_network`, :mod:`kfloc_ros.kfnet.fusion` and
+:mod:`kfloc_ros.kfnet.pnp` have the equations, and the torch or NumPy path of each.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from kfloc_ros.compiled import loop
 
 Floats = NDArray[np.float32]
+Doubles = NDArray[np.float64]
 Flags = NDArray[np.bool_]
 Integers = NDArray[np.int64]
 
@@ -248,3 +249,35 @@ def warp(
             if valid[v0 + 1, u0 + 1]:
                 share += w11
             whole[i, j] = share > np.float32(0.999)
+
+
+@loop
+def ray_equations(
+    points: Doubles, tangents: Doubles, sigma_m: Doubles, T: Doubles, sigma_per_m: float
+) -> tuple[Doubles, Doubles]:
+    """Return H (6, 6) and g (6,) of points (N, 3) and ray tangents (N, 2, 3); see :mod:`kfloc_ros.kfnet.pnp`."""
+    H, g, J = np.zeros((6, 6)), np.zeros(6), np.empty(6)
+    for n in range(len(points)):
+        X, Y, Z = points[n, 0], points[n, 1], points[n, 2]
+        z = T[2, 0] * X + T[2, 1] * Y + T[2, 2] * Z + T[2, 3]
+        if not z > 0.05:
+            continue
+        x = T[0, 0] * X + T[0, 1] * Y + T[0, 2] * Z + T[0, 3]
+        y = T[1, 0] * X + T[1, 1] * Y + T[1, 2] * Z + T[1, 3]
+        variance = sigma_m[n] ** 2 + (sigma_per_m * z) ** 2
+        a, b = tangents[n, 0], tangents[n, 1]
+        e, f = a[0] * x + a[1] * y + a[2] * z, b[0] * x + b[1] * y + b[2] * z
+        weight = 1.0 / ((1.0 + (e * e + f * f) / (4.0 * variance)) * variance)
+        for side in range(2):
+            t, error = tangents[n, side], e if side == 0 else f
+            J[0], J[1], J[2] = t[0], t[1], t[2]
+            J[3], J[4], J[5] = y * t[2] - z * t[1], z * t[0] - x * t[2], x * t[1] - y * t[0]
+            for i in range(6):
+                w = weight * J[i]
+                g[i] += w * error
+                for j in range(i + 1):
+                    H[i, j] += w * J[j]
+    for i in range(6):
+        for j in range(i):
+            H[j, i] = H[i, j]
+    return H, g

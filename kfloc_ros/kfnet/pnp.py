@@ -7,12 +7,13 @@ weighted by its variance in pixels; the last linear system of the refinement giv
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import poselib
 from numpy.typing import NDArray
 
+from kfloc_ros import compiled
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.covariance import map_frame_covariance
 from kfloc_ros.geometry.lie import Matrix, inverse_pose, make_pose
@@ -66,26 +67,42 @@ def choose_cells(coordinates: SceneCoordinates, settings: PnpSettings) -> Corres
 
 
 def agreeing_share(coordinates: SceneCoordinates, camera: Camera, T_map_camera: Matrix, settings: PnpSettings) -> float:
-    """Return the share of the most certain cells whose points project near their cells from a pose."""
-    cells = choose_cells(coordinates, settings)
+    """Return the share of the most certain cells whose points project near their cells from a pose.
+
+    If a part of the cells is valid, that part of the largest number is taken, so that the choice is as strict.
+    """
+    part = float(coordinates.valid.float().mean())
+    cells = choose_cells(coordinates, replace(settings, max_cells=max(round(part * settings.max_cells), 1)))
     if len(cells.pixels) < settings.min_inliers:
         return 0.0
-    back = inverse_pose(T_map_camera)
-    x, y, z = (cells.points @ back[:3, :3].T + back[:3, 3]).T
+    return float(_agreeing(cells, camera, inverse_pose(T_map_camera), settings).mean())
+
+
+def _agreeing(cells: Correspondences, camera: Camera, T_camera_map: Matrix, settings: PnpSettings) -> NDArray[np.bool_]:
+    """Return (N,) bool: a cell's point projects within the inlier threshold of the cell."""
+    x, y, z = (cells.points @ T_camera_map[:3, :3].T + T_camera_map[:3, 3]).T
     in_front = z > 0
     z = np.where(in_front, z, 1.0)
-    shown = np.stack([camera.fx * x / z + camera.cx, camera.fy * y / z + camera.cy], axis=1)
-    near = np.linalg.norm(shown - cells.pixels, axis=1) <= settings.max_error_px
-    return float(np.mean(near & in_front))
+    u, v = camera.fx * x / z + camera.cx - cells.pixels[:, 0], camera.fy * y / z + camera.cy - cells.pixels[:, 1]
+    return np.asarray(in_front & (u * u + v * v <= settings.max_error_px**2))
 
 
-def solve_pnp(coordinates: SceneCoordinates, camera: Camera, settings: PnpSettings) -> CoarsePose:
+MAJORITY = 0.6
+"""Share of the cells that must agree with a pose near the expected one, so that RANSAC is not needed: no other pose can
+then have as many inliers."""
+
+
+def solve_pnp(
+    coordinates: SceneCoordinates, camera: Camera, settings: PnpSettings, expected: Matrix | None = None
+) -> CoarsePose:
     """Solve for the coarse pose of a scene-coordinate map.
 
     Args:
         coordinates: scene coordinates, map frame.
         camera: pinhole camera of the image.
         settings: settings of PnP.
+        expected: pose ``T_map_camera`` (4, 4) of a frame just before. If most cells agree with a pose near it, that is
+            the pose with the most inliers, and RANSAC is left out.
 
     Returns:
         The pose; ``success`` and ``reason`` tell if it is usable.
@@ -93,28 +110,57 @@ def solve_pnp(coordinates: SceneCoordinates, camera: Camera, settings: PnpSettin
     cells = choose_cells(coordinates, settings)
     if len(cells.pixels) < settings.min_inliers:
         return _failure(f"only {len(cells.pixels)} cells are certain enough for PnP", 0, 0.0)
-    pose, info = poselib.estimate_absolute_pose(
-        cells.pixels,
-        cells.points,
-        {
-            "model": "PINHOLE",
-            "width": camera.width,
-            "height": camera.height,
-            "params": [camera.fx, camera.fy, camera.cx, camera.cy],
-        },
-        {"max_reproj_error": settings.max_error_px, "max_iterations": 1000, "min_iterations": 50, "seed": 0},
-        {},
-    )
-    inliers = np.asarray(info["inliers"], dtype=bool)
+    found = None if expected is None else _majority(cells, camera, settings, inverse_pose(expected))
+    start, inliers = found or _ransac(cells, camera, settings)
     count, ratio = int(inliers.sum()), float(inliers.mean())
     if count < settings.min_inliers or ratio < settings.min_inlier_ratio:
         return _failure(f"PnP found {count} inliers of {len(inliers)} cells", count, ratio)
     inlier_cells = Correspondences(cells.pixels[inliers], cells.points[inliers], cells.sigma_m[inliers])
-    T_camera_map, information = _refine(make_pose(pose.R, pose.t), inlier_cells, camera, settings)
+    T_camera_map, information = _refine(start, inlier_cells, camera, settings)
     covariance = map_frame_covariance(information, T_camera_map)
     if covariance is None:
         return _failure("the PnP system is degenerate", count, ratio)
     return CoarsePose(True, "", inverse_pose(T_camera_map), covariance * settings.covariance_scale, count, ratio)
+
+
+def _majority(
+    cells: Correspondences, camera: Camera, settings: PnpSettings, T_camera_map: Matrix
+) -> tuple[Matrix, NDArray[np.bool_]] | None:
+    """Return the pose near an expected one, and (N,) bool, its inliers, if most cells agree with it.
+
+    It is refined as RANSAC refines its best one: first by a loss as wide as the inlier threshold, since a narrow one
+    would keep the expected pose by the few cells that agree with it by chance.
+    """
+    wide = replace(settings, pixel_sigma_px=settings.max_error_px)
+    T, _ = _refine(T_camera_map, cells, camera, wide)
+    inliers = _agreeing(cells, camera, T, settings)
+    if float(inliers.mean()) < MAJORITY:
+        return None
+    start = poselib.CameraPose()
+    start.R, start.t = T[:3, :3], T[:3, 3]
+    loss = {"loss_type": "TRUNCATED", "loss_scale": settings.max_error_px, "max_iterations": 8, "step_tol": 1e-5}
+    pose, _ = poselib.refine_absolute_pose(cells.pixels, cells.points, start, _camera_dict(camera), loss)
+    T = make_pose(pose.R, pose.t)
+    inliers = _agreeing(cells, camera, T, settings)
+    return (T, inliers) if float(inliers.mean()) >= MAJORITY else None
+
+
+def _camera_dict(camera: Camera) -> dict[str, object]:
+    """Return a camera as PoseLib takes it."""
+    parameters = [camera.fx, camera.fy, camera.cx, camera.cy]
+    return {"model": "PINHOLE", "width": camera.width, "height": camera.height, "params": parameters}
+
+
+def _ransac(cells: Correspondences, camera: Camera, settings: PnpSettings) -> tuple[Matrix, NDArray[np.bool_]]:
+    """Return the pose ``T_camera_map`` with the most inliers, and (N,) bool, the inliers."""
+    pose, info = poselib.estimate_absolute_pose(
+        cells.pixels,
+        cells.points,
+        _camera_dict(camera),
+        {"max_reproj_error": settings.max_error_px, "max_iterations": 1000, "min_iterations": 50, "seed": 0},
+        {},
+    )
+    return make_pose(pose.R, pose.t), np.asarray(info["inliers"], dtype=bool)
 
 
 def _failure(reason: str, count: int, ratio: float) -> CoarsePose:
@@ -122,6 +168,8 @@ def _failure(reason: str, count: int, ratio: float) -> CoarsePose:
 
 
 REFINE_ITERATIONS = 15
+NEAR_M = 0.05
+"""Smallest depth of a point that counts."""
 
 
 def _refine(T: Matrix, cells: Correspondences, camera: Camera, settings: PnpSettings) -> tuple[Matrix, Matrix]:
@@ -132,17 +180,15 @@ def _refine(T: Matrix, cells: Correspondences, camera: Camera, settings: PnpSett
     noise in a 3 m room).
     """
     tangents = _ray_tangents(cells.pixels, camera)
+    sigma_per_m = settings.pixel_sigma_px / camera.fx
+    normal_equations = _ray_equations
+    if compiled.is_available():
+        from kfloc_ros.kfnet import kernels
+
+        normal_equations = kernels.ray_equations
     H = np.zeros((6, 6))
     for _ in range(REFINE_ITERATIONS):
-        P = cells.points @ T[:3, :3].T + T[:3, 3]
-        depth_m = np.maximum(P[:, 2], 0.05)
-        variance = cells.sigma_m**2 + (settings.pixel_sigma_px / camera.fx * depth_m) ** 2
-        error = np.einsum("nij,nj->ni", tangents, P)
-        weight = (P[:, 2] > 0.05) / (1.0 + (error**2).sum(1) / (4.0 * variance)) / variance
-        J = np.concatenate([tangents, np.cross(P[:, None], tangents)], axis=2)
-        JW = (J * weight[:, None, None]).reshape(-1, 6)
-        H = JW.T @ J.reshape(-1, 6)
-        g = JW.T @ error.reshape(-1)
+        H, g = normal_equations(cells.points, tangents, cells.sigma_m, T, sigma_per_m)
         try:
             delta = -np.linalg.solve(H + 1e-9 * np.diag(np.diag(H)), g)
         except np.linalg.LinAlgError:
@@ -151,6 +197,24 @@ def _refine(T: Matrix, cells: Correspondences, camera: Camera, settings: PnpSett
         if np.abs(delta).max() < 1e-5:
             break
     return T, H
+
+
+def _ray_equations(
+    points: NDArray[np.float64],
+    tangents: NDArray[np.float64],
+    sigma_m: NDArray[np.float64],
+    T: Matrix,
+    sigma_per_m: float,
+) -> tuple[Matrix, Matrix]:
+    """Return H (6, 6) and g (6,) of the whitened point-to-ray distances over a left perturbation (dt, dw) of T."""
+    P = points @ T[:3, :3].T + T[:3, 3]
+    depth_m = np.maximum(P[:, 2], NEAR_M)
+    variance = sigma_m**2 + (sigma_per_m * depth_m) ** 2
+    error = np.einsum("nij,nj->ni", tangents, P)
+    weight = (P[:, 2] > NEAR_M) / (1.0 + (error**2).sum(1) / (4.0 * variance)) / variance
+    J = np.concatenate([tangents, np.cross(P[:, None], tangents)], axis=2)
+    JW = (J * weight[:, None, None]).reshape(-1, 6)
+    return JW.T @ J.reshape(-1, 6), JW.T @ error.reshape(-1)
 
 
 def _ray_tangents(pixels: NDArray[np.float64], camera: Camera) -> NDArray[np.float64]:

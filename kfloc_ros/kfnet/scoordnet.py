@@ -74,19 +74,36 @@ class SCoordNet(nn.Module):
         return out[..., :3] + self.centre, out[..., 3].clamp(math.log(MIN_SCALE_M), math.log(MAX_SCALE_M))
 
     @torch.inference_mode()
-    def measure(self, features: BackboneFeatures, variance_scale: float = 1.0) -> SceneCoordinates:
+    def measure(
+        self, features: BackboneFeatures, variance_scale: float = 1.0, cells: torch.Tensor | None = None
+    ) -> SceneCoordinates:
         """Return scene coordinates of the first image of a batch.
 
         Args:
             features: backbone features of one image.
             variance_scale: from the map's calibration on views that the head was not trained on.
+            cells: (h, w) bool, the cells to measure; the others are invalid. None: all.
         """
         inputs = head_input(features)[0]
         with quick_matmul(inputs.device):
-            mean, log_scale = self(inputs)
+            mean, log_scale = self(inputs if cells is None else inputs[cells])
         variance = variance_scale * laplace_variance(log_scale)
         valid = torch.isfinite(mean).all(-1) & torch.isfinite(variance)
-        return SceneCoordinates(mean.permute(2, 0, 1).contiguous(), variance, valid, COARSE_STRIDE)
+        return _on_grid(mean, variance, valid, cells)
+
+
+def _on_grid(
+    mean: torch.Tensor, variance: torch.Tensor, valid: torch.Tensor, cells: torch.Tensor | None
+) -> SceneCoordinates:
+    """Return scene coordinates of all cells (h, w), or of the cells (h, w) that are true and were measured in order."""
+    if cells is not None:
+        points = mean.new_zeros(*cells.shape, 3)
+        spread = variance.new_full(cells.shape, 4.0 * MAX_SCALE_M**2)
+        points[cells], spread[cells] = mean, variance
+        measured = torch.zeros_like(cells)
+        measured[cells] = valid
+        mean, variance, valid = points, spread, measured
+    return SceneCoordinates(mean.permute(2, 0, 1).contiguous(), variance, valid, COARSE_STRIDE)
 
 
 def laplace_variance(log_scale: torch.Tensor) -> torch.Tensor:
@@ -121,22 +138,22 @@ class SCoordNetEnsemble(nn.Module):
         self.heads = nn.ModuleList(heads)
 
     @torch.inference_mode()
-    def measure(self, features: BackboneFeatures, variance_scale: float = 1.0) -> SceneCoordinates:
-        """Return scene coordinates of the first image of a batch, by each cell's most certain head."""
+    def measure(
+        self, features: BackboneFeatures, variance_scale: float = 1.0, cells: torch.Tensor | None = None
+    ) -> SceneCoordinates:
+        """Return scene coordinates of the first image of a batch, by each cell's most certain head.
+
+        The arguments are those of :meth:`SCoordNet.measure`.
+        """
         inputs = head_input(features)[0]
         with quick_matmul(inputs.device):
-            outputs = [head(inputs) for head in self.heads]
+            outputs = [head(inputs if cells is None else inputs[cells]) for head in self.heads]
         mean = torch.stack([m for m, _ in outputs])
         variance = variance_scale * laplace_variance(torch.stack([log_scale for _, log_scale in outputs]))
         usable = torch.isfinite(mean).all(-1) & torch.isfinite(variance)
         most_certain = torch.where(usable, variance, torch.inf).argmin(dim=0, keepdim=True)
         best = mean.gather(0, most_certain[..., None].expand(1, *mean.shape[1:]))[0]
-        return SceneCoordinates(
-            best.permute(2, 0, 1).contiguous(),
-            variance.gather(0, most_certain)[0],
-            usable.gather(0, most_certain)[0],
-            COARSE_STRIDE,
-        )
+        return _on_grid(best, variance.gather(0, most_certain)[0], usable.gather(0, most_certain)[0], cells)
 
 
 Head = SCoordNet | SCoordNetEnsemble
@@ -214,9 +231,17 @@ class MeasurementCalibration(Protocol):
     def roughness(self) -> RoughnessScale | None: ...
 
 
-def measure(head: Head, features: BackboneFeatures, calibration: MeasurementCalibration) -> SceneCoordinates:
-    """Return scene coordinates of the first image of a batch, with calibrated variances."""
-    measured = head.measure(features, calibration.measurement_variance_scale)
+def measure(
+    head: Head,
+    features: BackboneFeatures,
+    calibration: MeasurementCalibration,
+    cells: torch.Tensor | None = None,
+) -> SceneCoordinates:
+    """Return scene coordinates of the first image of a batch, with calibrated variances; see :meth:`SCoordNet.measure`.
+
+    Cells of one colour of a chessboard are enough for the roughness.
+    """
+    measured = head.measure(features, calibration.measurement_variance_scale, cells)
     return measured if calibration.roughness is None else calibration.roughness.applied(measured)
 
 

@@ -45,6 +45,8 @@ class CoarseStage:
         self._networks = networks_of(scene_map, device)
         self._use_filter = config.filter
         self._corrects = config.filter and config.pose_feedback and recursion_of(scene_map, config) == "robust"
+        self._alternates = config.filter and config.alternate_cells and recursion_of(scene_map, config) == "robust"
+        self._colour = 0
         self._skipped: tuple[Frame, BackboneFeatures] | None = None
         self._filter = SceneCoordinateFilter(filter_settings(scene_map, config, self._networks), self._networks.flow)
         self._pnp = pnp_settings(config, self._networks.stride, calibration.coarse_covariance_scale)
@@ -58,9 +60,18 @@ class CoarseStage:
         return extract_features(frame, self.camera, self._backbone, times)
 
     def measure(self, frame: Frame, features: BackboneFeatures, times: StageTimes) -> SceneCoordinates:
-        """Regress a scene coordinate and its variance for every cell (KFNet's measurement system)."""
+        """Regress a scene coordinate and its variance for every cell (KFNet's measurement system).
+
+        Where a belief that refined poses confirm covers the frame, half of the cells are measured, the colours of a
+        chessboard in turns, and the belief carries the other half.
+        """
         with times.stage("measure"):
-            return self._networks.measure(frame, features)
+            cells = None
+            if self._alternates and self._filter.covers(frame.stamp_ns):
+                self._colour = 1 - self._colour
+                h, w = features.coarse.shape[2:]
+                cells = chessboard(h, w, self._colour, features.coarse.device)
+            return self._networks.measure(frame, features, cells)
 
     def fuse(
         self, frame: Frame, features: BackboneFeatures, measurement: SceneCoordinates, times: StageTimes
@@ -83,7 +94,8 @@ class CoarseStage:
     def solve(self, filtered: Filtered, times: StageTimes) -> CoarsePose:
         """Solve RANSAC-PnP on the filtered scene coordinates; the filter takes note of the pose."""
         with times.stage("pnp"):
-            pose = solve_pnp(filtered.posterior, self.camera, self._pnp)
+            expected = self._filter.last_pose if self._use_filter else None
+            pose = solve_pnp(filtered.posterior, self.camera, self._pnp, expected)
         self._filter.accept_pose(pose)
         return pose
 
@@ -112,6 +124,11 @@ class CoarseStage:
 
     def _step(self, frame: Frame, features: BackboneFeatures, measurement: SceneCoordinates) -> Filtered:
         return self._filter.step(frame.stamp_ns, self._networks.flow_features(frame, features), measurement)
+
+
+def chessboard(h: int, w: int, colour: int, device: torch.device) -> torch.Tensor:
+    """Return (h, w) bool: the cells of colour 0 or 1."""
+    return (torch.arange(h, device=device)[:, None] + torch.arange(w, device=device)) % 2 == colour
 
 
 def extract_features(frame: Frame, camera: Camera, backbone: Backbone, times: StageTimes) -> BackboneFeatures:
@@ -162,8 +179,11 @@ class CoarseNetworks(Protocol):
     stride: int
     """Pixels of the map's camera per cell."""
 
-    def measure(self, frame: Frame, features: BackboneFeatures) -> SceneCoordinates:
-        """Return scene coordinates of a frame; cells are in pixels of the map's camera."""
+    def measure(self, frame: Frame, features: BackboneFeatures, cells: torch.Tensor | None = None) -> SceneCoordinates:
+        """Return scene coordinates of a frame; cells are in pixels of the map's camera.
+
+        ``cells`` (h, w) bool are needed; None: all. A network that takes the image as a whole measures all.
+        """
         ...
 
     def flow_features(self, frame: Frame, features: BackboneFeatures) -> torch.Tensor:
@@ -216,8 +236,8 @@ class FastNetworks:
         self.flow = chosen.flow
         self.process_scale, self.process_floor_m2 = chosen.process_scale, chosen.process_floor_m2
 
-    def measure(self, frame: Frame, features: BackboneFeatures) -> SceneCoordinates:
-        return measure(self._head, features, self._calibration)
+    def measure(self, frame: Frame, features: BackboneFeatures, cells: torch.Tensor | None = None) -> SceneCoordinates:
+        return measure(self._head, features, self._calibration, cells)
 
     def flow_features(self, frame: Frame, features: BackboneFeatures) -> torch.Tensor:
         return features.coarse[0]
@@ -237,7 +257,7 @@ class ReferencePair:
         self.flow: FlowFunction = networks.oflownet.flow
         self.process_scale, self.process_floor_m2 = calibration.process_scale, calibration.process_floor_m2
 
-    def measure(self, frame: Frame, features: BackboneFeatures) -> SceneCoordinates:
+    def measure(self, frame: Frame, features: BackboneFeatures, cells: torch.Tensor | None = None) -> SceneCoordinates:
         measured = self._networks.scoordnet.measure(self._adapter(frame.image), self._variance_scale)
         first = (measured.pixel_offset + 0.5) * self._times - 0.5  # pixel centres have whole numbers
         return replace(measured, stride=self.stride, first_pixel=first)

@@ -27,6 +27,10 @@ class LocalizerConfig:
         "auto", "Device of the networks; auto takes a GPU if there is one.", choices=("auto", "cpu", "cuda")
     )
     filter: bool = option(True, "Filter scene coordinates over time (Kalman filter along the optical flow).")
+    alternate_cells: bool = option(
+        True,
+        "While refined poses confirm the filter, measure every other cell, in turns: half the time of SCoordNet.",
+    )
     pose_feedback: bool = option(True, "Correct the filter's scene coordinates by accepted refined poses.")
     recursion: str = option(
         "auto",

@@ -76,3 +76,14 @@ def test_one_head_stays_one_and_sizes_must_agree() -> None:
     assert len(heads_of(ensemble_of([head(1), head(2)]))) == 2
     with pytest.raises(ValueError, match="same size"):
         SCoordNetEnsemble([head(1), SCoordNet(width=8, blocks=1)])
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_some_cells_alone_are_measured_as_among_all(count: int) -> None:
+    heads = ensemble_of([head(k) for k in range(count)])
+    cells = (torch.arange(4)[:, None] + torch.arange(6)) % 2 == 0
+    whole, part = heads.measure(features()), heads.measure(features(), cells=cells)
+    assert torch.equal(part.valid, cells) and part.mean.shape == whole.mean.shape
+    assert torch.allclose(part.mean[:, cells], whole.mean[:, cells], atol=2e-2)  # bfloat16 depends on the batch
+    assert torch.allclose(part.variance[cells], whole.variance[cells], rtol=1e-2)
+    assert torch.isfinite(part.mean).all() and (part.variance[~cells] > 100).all()

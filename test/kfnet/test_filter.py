@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.kfnet.filter import SceneCoordinateFilter
 from kfloc_ros.kfnet.flow import Flow
 from kfloc_ros.kfnet.fusion import FilterSettings, NisMode, Prior, fuse, warp
@@ -260,3 +261,27 @@ def test_reference_network_drives_the_same_filter() -> None:
         step = recursion.step(FRAME_NS, seen, plane(0.02, 1))
     assert torch.isfinite(step.posterior.mean).all()
     assert step.report.prior_ratio > 0.5
+
+
+def test_cells_without_a_measurement_keep_the_prior_and_cells_without_a_prior_the_measurement() -> None:
+    board = (torch.arange(H)[:, None] + torch.arange(W)) % 2 == 0
+    left = torch.arange(W).expand(H, W) < W // 2
+    prior = Prior(wall(1.0, 0.1).mean, torch.full((H, W), 0.1**2), left)
+    posterior = fuse(prior, replace(wall(1.01, 0.1), valid=board), SETTINGS).posterior
+    assert torch.equal(posterior.valid, board | left)
+    assert (posterior.mean[0][left & ~board] == 1.0).all() and (posterior.mean[0][~left & board] == 1.01).all()
+    fused = posterior.mean[0][left & board]
+    assert ((fused > 1.0) & (fused < 1.01)).all()
+    assert (posterior.variance[left & ~board] == prior.variance[0, 0]).all()
+
+
+def test_a_belief_covers_a_frame_while_refined_poses_confirm_it() -> None:
+    camera = Camera(8 * W, 8 * H, 400.0, 400.0, 4.0 * W, 4.0 * H)
+    recursion = SceneCoordinateFilter(SETTINGS)
+    assert not recursion.covers(0)
+    recursion.step(0, features(), plane(0.0, 0))
+    recursion.accept_pose(CoarsePose(True, "", torch.eye(4).double().numpy(), None, 100, 1.0))
+    assert not recursion.covers(FRAME_NS)
+    recursion.correct_belief(0, camera, torch.eye(4).double().numpy())
+    assert recursion.covers(FRAME_NS)
+    assert not recursion.covers(40 * FRAME_NS)  # a gap

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,9 @@ import torch
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.covariance import map_frame_covariance, move_covariance, pose_tangent_error
 from kfloc_ros.geometry.lie import inverse_pose, make_pose, so3_exp
-from kfloc_ros.kfnet.pnp import PnpSettings, solve_pnp
+from kfloc_ros.kfnet import kernels
+from kfloc_ros.kfnet.pnp import PnpSettings, _ray_equations, _ray_tangents, agreeing_share, solve_pnp
+from kfloc_ros.pixloc.optimizer import left_update
 from kfloc_ros.types import SceneCoordinates
 
 CAMERA = Camera(640, 480, 525.0, 525.0, 320.0, 240.0)
@@ -102,3 +106,40 @@ def test_a_lever_arm_turns_rotation_into_translation() -> None:
 def test_singular_information_gives_no_covariance() -> None:
     assert map_frame_covariance(np.diag([1.0, 1, 1, 1, 1, 0]), np.eye(4)) is None
     assert map_frame_covariance(np.full((6, 6), np.nan), np.eye(4)) is None
+
+
+def test_most_cells_near_an_expected_pose_give_the_pose_of_ransac() -> None:
+    cells = room(0.03, 0, outliers=0.2)
+    near = left_update(TRUTH, np.array([0.05, -0.03, 0.04, 0.03, -0.02, 0.04]))
+    searched, followed = (solve_pnp(cells, CAMERA, PnpSettings(), expected=T) for T in (None, near))
+    assert followed.success and abs(followed.inlier_ratio - searched.inlier_ratio) < 0.02
+    apart = pose_tangent_error(followed.T_map_camera, searched.T_map_camera)
+    assert np.linalg.norm(apart[:3]) < 1e-3 and np.degrees(np.linalg.norm(apart[3:])) < 0.02
+
+
+@pytest.mark.parametrize("outliers", [0.2, 0.6])
+def test_a_wrong_expected_pose_or_a_minority_is_left_to_ransac(outliers: float) -> None:
+    cells = room(0.03, 0, outliers=outliers)
+    elsewhere = make_pose(so3_exp([0.0, 2.5, 0.0]), [4.0, 1.0, 0.0]) @ TRUTH
+    searched, misled = (solve_pnp(cells, CAMERA, PnpSettings(), expected=T) for T in (None, elsewhere))
+    assert misled.T_map_camera == pytest.approx(searched.T_map_camera, abs=1e-9)
+    assert misled.inlier_count == searched.inlier_count
+
+
+def test_a_chessboard_of_cells_is_chosen_from_as_strictly_as_all() -> None:
+    cells = room(0.03, 0, outliers=0.4)
+    cells.variance[:, 40:] *= 100.0  # half of the cells are certain, and all of those are taken, or half of them
+    board = (torch.arange(60)[:, None] + torch.arange(80)) % 2 == 0
+    settings = PnpSettings(max_cells=2400)
+    share = agreeing_share(cells, CAMERA, TRUTH, settings)
+    half = agreeing_share(replace(cells, valid=board), CAMERA, TRUTH, settings)
+    assert half == pytest.approx(share, abs=0.03) and 0.5 < share < 0.7
+
+
+def test_compiled_normal_equations_agree_with_numpy() -> None:
+    rng = np.random.default_rng(0)
+    points, sigma = rng.normal([0.0, 0.0, 1.0], 1.0, (80, 3)), 0.01 + 0.1 * rng.random(80)  # some behind the camera
+    tangents = _ray_tangents(rng.random((80, 2)) * [640, 480], CAMERA)
+    given = points, tangents, sigma, make_pose(so3_exp([0.1, 0.2, 0.0]), [0.1, 0.0, 0.2]), 0.004
+    for compiled, expected in zip(kernels.ray_equations(*given), _ray_equations(*given), strict=True):
+        assert np.allclose(compiled, expected, rtol=1e-9, atol=1e-9 * np.abs(expected).max())

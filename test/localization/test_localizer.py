@@ -69,6 +69,15 @@ def test_the_covariance_is_symmetric_positive_and_of_the_errors_size(scene_map: 
         assert sigma_m < 0.2
 
 
+def test_measuring_every_other_cell_changes_poses_by_less_than_their_errors(scene_map: SceneMap, room) -> None:
+    frames = [room[i] for i in range(8)]
+    halves = localize(scene_map, frames)
+    whole = localize(scene_map, frames, alternate_cells=False)
+    moved = [np.linalg.norm(a.T_map_camera[:3, 3] - b.T_map_camera[:3, 3]) for a, b in zip(halves, whole, strict=True)]
+    assert moved[0] == 0.0 and max(moved) > 0.0  # the first frame is measured whole
+    assert max(moved) < 0.002
+
+
 def test_the_filter_is_used_from_the_second_frame_and_not_after_a_gap(scene_map: SceneMap, room) -> None:
     frames = [room[0], room[1], room[2], replace(room[3], stamp_ns=room[3].stamp_ns + 10_000_000_000)]
     shares = [e.filter.prior_ratio for e in localize(scene_map, frames)]
