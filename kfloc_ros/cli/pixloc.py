@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from kfloc_ros.cli import pixloc_localize, pixloc_preprocess
 from kfloc_ros.cli.arguments import OverridesParser
+from kfloc_ros.cli.pixloc_show import PixLocPictures, add_show_arguments
 
 if TYPE_CHECKING:
     import torch
@@ -125,6 +126,7 @@ def _add_run(actions: Any) -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="device of the network")
     parser.add_argument("--quiet", action="store_true", help="no progress")
     parser.add_argument("--verbose", action="store_true", help="print a line for every query")
+    add_show_arguments(parser)
     parser.set_defaults(run_action=run_benchmark)
 
 
@@ -169,11 +171,13 @@ def _run_part(
 ) -> dict[str, Matrix]:
     """Localize one part's queries and write the results; return the poses by the names in the results."""
     from kfloc_ros.cli.progress import progress_bar
+    from kfloc_ros.files import inside
     from kfloc_ros.pixloc.hloc.files import read_descriptors, read_hloc_log, read_pairs, result_name, write_poses
     from kfloc_ros.pixloc.hloc.layouts import queries_of
     from kfloc_ros.pixloc.hloc.plan import Planner
-    from kfloc_ros.pixloc.hloc.run import gather_views, log_entry, run_queries, view_settings
+    from kfloc_ros.pixloc.hloc.run import gather_views, log_entry, read_image, run_queries, view_settings
     from kfloc_ros.pixloc.reference.refiner import ReferenceRefiner
+    from kfloc_ros.pixloc.reference.two_view import AlignmentTrace
     from kfloc_ros.pixloc.reference.views import read_scene
 
     model, device = _model(args)
@@ -213,9 +217,19 @@ def _run_part(
     poses: dict[str, Matrix] = {}
     entries: dict[str, Any] = {}
     success = 0
+    traces: dict[str, AlignmentTrace] = {}
+    pictures = None
+    if args.show is not None:
+        folder = args.show / part if part else args.show
+        pictures = PixLocPictures(folder, label, scene, paths.reference_images, refiner.solver.loss, args.codec)
+
+    def watcher(name: str) -> AlignmentTrace:
+        traces[name] = AlignmentTrace()
+        return traces[name]
+
     progress = progress_bar(total=len(plans), desc=f"{label}: queries", unit="query", disable=silent)
     try:
-        for result in run_queries(refiner, queries, plans, paths.query_images):
+        for result in run_queries(refiner, queries, plans, paths.query_images, watcher if pictures else None):
             if result.T_map_camera is not None:
                 poses[result_name(result.name, keep_parent=data_set.keep_parent)] = result.T_map_camera
             entries[result.name] = log_entry(result, scene)
@@ -223,6 +237,10 @@ def _run_part(
             if args.verbose:
                 entry = entries[result.name]
                 print(f"{result.name}: {entry['reason'] or 'aligned'}, score {entry.get('score', 0.0):.2f}", flush=True)
+            if pictures is not None and (trace := traces.pop(result.name, None)) is not None and result.refinement:
+                camera = queries[result.name]
+                image = read_image(inside(paths.query_images, result.name), camera)
+                pictures.add(result.name, image, camera, trace, result.refinement.views, result.reason)
             progress.update()
     finally:
         progress.close()
@@ -234,6 +252,8 @@ def _run_part(
         }
         Path(f"{paths.results}_logs.json").write_text(json.dumps(log, indent=1) + "\n")
     print(f"{label}: {success} of {len(plans)} queries aligned, {len(poses)} poses in {paths.results}", flush=True)
+    for line in pictures.close() if pictures is not None else ():
+        print(line)
     for reason, count in _common_reasons(entries)[:3]:
         print(f"  {count} not aligned: {reason}")
     return poses

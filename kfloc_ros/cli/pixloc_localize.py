@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kfloc_ros.cli.pixloc_show import PixLocPictures, add_show_arguments
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -61,6 +63,7 @@ def add_parser(actions: Any) -> None:
     group.add_argument(
         "--tries", type=int, default=3, metavar="N", help="number of similar images to start from (default: 3)"
     )
+    add_show_arguments(group)
     parser.set_defaults(run_action=run)
 
 
@@ -71,6 +74,8 @@ def run(args: argparse.Namespace) -> int:
 
     image = read_image(args.image)
     if args.weights is None:
+        if args.show is not None:
+            raise ConfigError("--show is of PixLoc's network; `kfloc show html` and `alignment` draw those of a map.")
         if args.overrides:
             raise ConfigError(f"Options such as '{args.overrides[0]}' apply only to a COLMAP model with --weights.")
         answer = _in_map(args, image)
@@ -195,6 +200,8 @@ def _in_model(args: argparse.Namespace, image: NDArray[np.uint8]) -> _Answer:
     from kfloc_ros.pixloc.hloc.options import run_options
     from kfloc_ros.pixloc.hloc.run import PictureLocalizer, default_cache, view_settings
     from kfloc_ros.pixloc.reference.checkpoint import load_weights
+    from kfloc_ros.pixloc.reference.losses import RobustLoss
+    from kfloc_ros.pixloc.reference.two_view import AlignmentTrace
     from kfloc_ros.pixloc.reference.views import read_scene
     from kfloc_ros.visualization.alignment import draw_moved_points
 
@@ -210,8 +217,15 @@ def _in_model(args: argparse.Namespace, image: NDArray[np.uint8]) -> _Answer:
         localizer = PictureLocalizer(
             model, scene, args.images, options, cache=None if str(cache) == "none" else cache, on_progress=bars
         )
-        results = list(localizer.localize(image, camera, tries=args.tries))
+        traces = [AlignmentTrace() for _ in range(args.tries)]
+        observer = traces.__getitem__ if args.show is not None else None
+        results = list(localizer.localize(image, camera, tries=args.tries, observer=observer))
     best = max(results, key=lambda r: (r.success, r.score.value))
+    if args.show is not None:
+        loss = RobustLoss.parse(options.settings().loss or model.config.loss)
+        pictures = PixLocPictures(args.show, f"{args.image.name} in {args.map}", scene, args.images, loss, args.codec)
+        pictures.add(args.image.name, image, camera, traces[results.index(best)], best.views, best.reason)
+        print("\n".join(pictures.close()))
     rows = np.unique(np.concatenate([scene.images[k].point_rows for k in best.views]))
     picture = draw_moved_points(image, camera, scene.points[rows], best.T_map_camera_init, best.T_map_camera)
     names = [scene.images[k].name for k in best.views]

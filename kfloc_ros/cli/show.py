@@ -80,8 +80,10 @@ VERBS = {
     "confidence": (
         "reliability of the features",
         "Two pictures per frame: the image, and over it the backbone's reliability, the weight of an alignment's "
-        "points.",
-        "example:\n  kfloc show confidence 7scenes:DIR --frames 150:200 --map maps/kitchen --out out/confidence\n",
+        "points. With --weights, and no --map: the confidences of PixLoc's network at its levels, and their mean.",
+        "examples:\n"
+        "  kfloc show confidence 7scenes:DIR --frames 150:200 --map maps/kitchen --out out/confidence\n"
+        "  kfloc show confidence 7scenes:DIR --weights pixloc_megadepth.safetensors --out out/confidence\n",
     ),
     "alignment": (
         "steps of one alignment",
@@ -137,7 +139,7 @@ def _add_arguments(name: str, verb: argparse.ArgumentParser) -> None:
         verb.add_argument("--gt", type=Path, metavar="LIST", help="for `kfloc pnp`: list of the true pose files")
     else:
         add_source_arguments(verb)
-        needed = name not in ("cells", "flow")
+        needed = name not in ("cells", "flow", "confidence")
         verb.add_argument("--map", required=needed, metavar="DIR", help="map folder, or the name of a shipped map")
     verb.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write to")
     verb.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="device of the networks")
@@ -163,6 +165,11 @@ def _add_arguments(name: str, verb: argparse.ArgumentParser) -> None:
         )
         limit.add_argument(
             "--thres", dest="max_sigma", type=_confidence, metavar="C", help="the same as KFNet's 1/sigma, in 1/m"
+        )
+    if name == "confidence":
+        verb.add_argument("--weights", type=Path, metavar="FILE", help="model of PixLoc, instead of a map")
+        verb.add_argument(
+            "--resize", type=_count, default=1024, metavar="PX", help="longer side of PixLoc's images (default: 1024)"
         )
     if name in ("cells", "filter"):
         verb.add_argument("--inverse", action="store_true", help="draw noise bright where sure, as KFNet does")

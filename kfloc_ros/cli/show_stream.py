@@ -84,7 +84,33 @@ def flow(args: argparse.Namespace) -> list[str]:
 
 def confidence(args: argparse.Namespace) -> list[str]:
     """Run ``kfloc show confidence``; return the lines to print."""
+    if args.weights is not None:
+        return _published_confidence(args)
+    if args.map is None:
+        raise DrawingError("Give a map with --map DIR, or a model of PixLoc with --weights FILE.")
     return _sheets(args, 2, lambda s: confidence_panels(s.frame, s.coarse))
+
+
+def _published_confidence(args: argparse.Namespace) -> list[str]:
+    """Draw the confidences of PixLoc's network for every frame of the source."""
+    from kfloc_ros.device import choose_device, computes_bfloat16
+    from kfloc_ros.pixloc.reference.checkpoint import load_weights
+    from kfloc_ros.pixloc.reference.model import extract
+    from kfloc_ros.pixloc.reference.unet import ImageSize
+    from kfloc_ros.visualization.pixloc import confidence_panels
+
+    source, device = open_source_from(args, depth=False), choose_device(args.device)
+    model, size = load_weights(args.weights).to(device), ImageSize(args.resize)
+    half = device.type == "cuda" or computes_bfloat16(device)
+    sheet = Sheet(3, source.camera.width, source.camera.height)
+    with series_of(args) as series:
+        for frame in progress((source.read(k) for k in range(len(source))), len(source)):
+            if frame is not None:
+                prepared = size.prepare(frame.image)
+                found = extract(model, prepared.pixels, half=half)
+                panels = confidence_panels(frame.image, found.confidences, found.strides, prepared.scale)
+                series.add(frame.index, sheet.draw(f"{source.name}, frame {frame.index}", panels))
+    return series.written
 
 
 def _sheets(

@@ -186,6 +186,12 @@ def draw_moved_points(
 
 def _visible_pixels(camera: Camera, points: NDArray[np.float64], T_map_camera: Matrix) -> NDArray[np.float64]:
     """Return the pixels (M, 2) of the points in view."""
+    pixels = project_points(camera, points, T_map_camera)
+    return pixels[np.isfinite(pixels).all(axis=1)]
+
+
+def project_points(camera: Camera, points: NDArray[np.float64], T_map_camera: Matrix) -> NDArray[np.float64]:
+    """Return the pixels (N, 2) of map points (N, 3); NaN where they are out of view."""
     local = torch.from_numpy((points - T_map_camera[:3, 3]) @ T_map_camera[:3, :3])
     projection = CameraTensor.from_camera(camera).world2image(local)
-    return np.asarray(projection.points[projection.valid].numpy(), dtype=np.float64)
+    return np.where(projection.valid.numpy()[:, None], projection.points.numpy(), np.nan).astype(np.float64)

@@ -72,10 +72,10 @@ class LocalizationPage:
             "index": frame.index,
             "state": estimate.state.value,
             "reason": estimate.reason,
-            "image": _jpeg(frame.image, self._scale),
-            "coarse": _pose(view.coarse.pose.T_map_camera),
-            "pose": _pose(estimate.T_map_camera),
-            "truth": _pose(frame.T_map_camera),
+            "image": jpeg(frame.image, self._scale),
+            "coarse": pose_rows(view.coarse.pose.T_map_camera),
+            "pose": pose_rows(estimate.T_map_camera),
+            "truth": pose_rows(frame.T_map_camera),
             "references": [self._map.references.ids.index(ident) for ident in ids],
             "steps": [_step(step, steps[-1].T_map_camera, frame.T_map_camera) for step in steps],
             "residuals": self._residuals(view.coarse.features, steps, ids),
@@ -100,17 +100,17 @@ class LocalizationPage:
             "title": f"{self._source} in {self._map.name}",
             "up": [sign if k == axis else 0 for k in range(3)],
             "camera": [camera.width, camera.height, camera.fx, camera.fy, camera.cx, camera.cy],
-            "map": _packed(cloud),
-            "scene": _packed(Cloud(scene.points[thinned], scene.colours[thinned])),
-            "references": [_pose(T) for T in views.T_map_camera],
+            "map": packed(cloud),
+            "scene": packed(Cloud(scene.points[thinned], scene.colours[thinned])),
+            "references": [pose_rows(T) for T in views.T_map_camera],
             "reference_ids": list(views.ids),
-            "points": [_packed_points(view.points.cpu().numpy()) for view in views.views],
+            "points": [packed_points(view.points.cpu().numpy()) for view in views.views],
             "residual_steps": RESIDUAL_STEPS,
             "frames": self._frames,
         }
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(_page(data), encoding="utf-8")
+            path.write_text(page_text(data), encoding="utf-8")
         except OSError as error:
             raise DrawingError(f"The page '{path}' cannot be written: {error.strerror}.") from error
         return path
@@ -124,11 +124,12 @@ class LocalizationPage:
         for step in steps:
             residuals, in_view = reproject_all(features, points, step.T_map_camera, self._map.camera)
             values = torch.where(in_view, (residuals * RESIDUAL_STEPS).round().clamp(0, UNSEEN - 1), UNSEEN)
-            rows.append(_text(values.to(torch.uint8).cpu().numpy()))
+            rows.append(bytes_text(values.to(torch.uint8).cpu().numpy()))
         return rows
 
 
-def _page(data: dict[str, Any]) -> str:
+def page_text(data: dict[str, Any]) -> str:
+    """Return the page of some data; :class:`LocalizationPage` says what is in them."""
     folder = resources.files("kfloc_ros.visualization") / "web"
     text = (folder / "viewer.html").read_text(encoding="utf-8")
     # "</" would end the script element that contains the data
@@ -145,11 +146,12 @@ def _page(data: dict[str, Any]) -> str:
     return text
 
 
-def _packed(cloud: Cloud) -> dict[str, Any]:
-    return {**_packed_points(cloud.points), "colours": _text(np.ascontiguousarray(cloud.colours, dtype=np.uint8))}
+def packed(cloud: Cloud) -> dict[str, Any]:
+    """Return a cloud (N, 3) for the page."""
+    return {**packed_points(cloud.points), "colours": bytes_text(np.ascontiguousarray(cloud.colours, dtype=np.uint8))}
 
 
-def _packed_points(points: NDArray[np.floating]) -> dict[str, Any]:
+def packed_points(points: NDArray[np.floating]) -> dict[str, Any]:
     """Return points (N, 3) as 16-bit integers between two corners."""
     points = np.asarray(points, dtype=np.float64).reshape(-1, 3)
     if not len(points):
@@ -157,14 +159,15 @@ def _packed_points(points: NDArray[np.floating]) -> dict[str, Any]:
     low, high = points.min(axis=0), points.max(axis=0)
     size = np.maximum(high - low, 1e-6)
     steps = np.rint((points - low) / size * 65535).astype("<u2")
-    return {"low": low.tolist(), "size": size.tolist(), "points": _text(steps)}
+    return {"low": low.tolist(), "size": size.tolist(), "points": bytes_text(steps)}
 
 
-def _text(values: NDArray[Any]) -> str:
+def bytes_text(values: NDArray[Any]) -> str:
+    """Return an array as base64."""
     return base64.b64encode(values.tobytes()).decode("ascii")
 
 
-def _pose(T: Matrix | None) -> list[float] | None:
+def pose_rows(T: Matrix | None) -> list[float] | None:
     """Return the upper three rows of a pose, or None."""
     return None if T is None else [round(float(v), 7) for v in T[:3].reshape(-1)]
 
@@ -172,7 +175,7 @@ def _pose(T: Matrix | None) -> list[float] | None:
 def _step(step: AlignmentStep, end: Matrix, truth: Matrix | None) -> dict[str, Any]:
     away = offset_between(step.T_map_camera, end)
     entry: dict[str, Any] = {
-        "pose": _pose(step.T_map_camera),
+        "pose": pose_rows(step.T_map_camera),
         "cost": round(step.cost, 5) if np.isfinite(step.cost) else None,
         "stride": step.stride,
         "cm": round(100 * away.metres, 3),
@@ -184,7 +187,8 @@ def _step(step: AlignmentStep, end: Matrix, truth: Matrix | None) -> dict[str, A
     return entry
 
 
-def _jpeg(image: NDArray[np.uint8], scale: float) -> str:
+def jpeg(image: NDArray[np.uint8], scale: float) -> str:
+    """Return an RGB image (H, W, 3), made smaller, as JPEG in base64."""
     size = (max(round(image.shape[1] * scale), 1), max(round(image.shape[0] * scale), 1))
     small = cv2.resize(image, size, interpolation=cv2.INTER_AREA) if scale < 1.0 else image
     _, data = cv2.imencode(".jpg", np.ascontiguousarray(small[..., ::-1]), [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])

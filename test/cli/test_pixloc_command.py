@@ -214,11 +214,26 @@ def test_an_experiment_in_the_originals_folders(
         "experiment": "mine", "features": {"preprocessing": {"resize": 160}}, "refinement": {"multiscale": [1]},
         "optimizer": {"lambda_": 0.0},
     }))  # fmt: skip
-    words = ["--conf", "run.yaml", "--scenes", "heads", "--device", "cpu", "--quiet", "--verbose", *QUICK]
+    words = [
+        "--conf",
+        "run.yaml",
+        "--scenes",
+        "heads",
+        "--device",
+        "cpu",
+        "--quiet",
+        "--verbose",
+        "--show",
+        "shown",
+        *QUICK,
+    ]
     assert main(["pixloc", "run", "7Scenes", *words]) == 0
     said = capsys.readouterr().out
     assert "no effect here: optimizer.lambda_" in said and "seq/p.jpg: aligned, score 0." in said
     tree.check(tmp_path / "outputs" / "results" / "pixloc_7scenes_heads.txt", ["seq/p.jpg", "seq/q.jpg"])
+    shown = tmp_path / "shown" / "heads"
+    assert {path.name for path in (shown / "alignment").iterdir()} >= {"seq_p.png", "seq_p.mp4", "seq_q.png"}
+    assert (shown / "confidence.mp4").is_file() and (shown / "alignment.html").is_file()
     assert main(["pixloc", "run", "7Scenes", "--weights", str(weights), *words, "experiment=mine"]) == 2
     assert "omit one" in capsys.readouterr().err
 
@@ -303,6 +318,13 @@ def test_a_picture_of_ones_own_in_a_colmap_model(
     assert main(["pixloc", "localize", str(tmp_path / "images" / "own.jpg"), *words]) == 0
     found = json.loads(values.read_text())
     T = np.array(found["T_map_camera"])
+    assert np.linalg.norm(T[:3, 3] - TRUTH["p"][:3, 3]) < 0.01
+    shown = tmp_path / "shown"
+    assert main(["pixloc", "localize", str(tmp_path / "images" / "own.jpg"), *words, "--show", str(shown)]) == 0
+    assert cv2.imread(str(shown / "alignment" / "own.png")).shape[0] > 360
+    video = cv2.VideoCapture(str(shown / "alignment" / "own.mp4"))
+    assert video.get(cv2.CAP_PROP_FRAME_COUNT) >= 9
+    assert "/*DATA*/" not in (shown / "alignment.html").read_text()
     assert np.linalg.norm(T[:3, 3] - TRUTH["p"][:3, 3]) < 0.01
     assert capsys.readouterr().out.startswith("own.jpg ")
     drawn = cv2.imread(str(picture))

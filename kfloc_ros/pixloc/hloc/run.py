@@ -168,9 +168,21 @@ def _chunks(
 
 
 def run_queries(
-    refiner: ReferenceRefiner, queries: Mapping[str, Camera], plans: Mapping[str, Plan], images: Path
+    refiner: ReferenceRefiner,
+    queries: Mapping[str, Camera],
+    plans: Mapping[str, Plan],
+    images: Path,
+    observer: Callable[[str], LevelObserver] | None = None,
 ) -> Iterator[QueryResult]:
-    """Align query after query; an error of one query is its reason and does not end the run."""
+    """Align query after query; an error of one query is its reason and does not end the run.
+
+    Args:
+        refiner: of the references.
+        queries: cameras by name.
+        plans: plans by name, in the order of the run.
+        images: folder of the queries.
+        observer: returns the observer of a query by its name.
+    """
     for name, plan in plans.items():
         T = plan.T_map_camera
         if plan.reason or T is None:
@@ -178,7 +190,8 @@ def run_queries(
             continue
         try:
             image = read_image(inside(images, name), queries[name])
-            found = refiner.refine(image, queries[name], T, plan.views, only_rows=plan.rows_of)
+            watcher = None if observer is None else observer(name)
+            found = refiner.refine(image, queries[name], T, plan.views, only_rows=plan.rows_of, observer=watcher)
         except KflocError as error:
             yield QueryResult(name, T, False, str(error), plan)
             continue

@@ -20,7 +20,7 @@ from kfloc_ros.pixloc.reference.cost import FeatureCost, FeatureMap, NormalEquat
 from kfloc_ros.pixloc.reference.losses import RobustLoss
 from kfloc_ros.pixloc.reference.model import PixLocModel, extract
 from kfloc_ros.pixloc.reference.solver import Method, SolverSettings, from_recentred, minimize, recentre
-from kfloc_ros.pixloc.reference.two_view import LevelObserver, in_world
+from kfloc_ros.pixloc.reference.two_view import AlignmentTrace, LevelObserver, in_world
 from kfloc_ros.pixloc.reference.unet import FeaturePyramid
 from kfloc_ros.pixloc.reference.views import ReferenceScene, ViewFeatures, ViewSettings, ViewStore, fingerprint_of
 
@@ -98,6 +98,7 @@ class _References:
     """Points of all chosen images, with their features at every level."""
 
     points: torch.Tensor
+    rows: torch.Tensor
     features: tuple[torch.Tensor, ...]
     confidences: tuple[torch.Tensor, ...]
 
@@ -185,7 +186,7 @@ class ReferenceRefiner:
             views: positions of reference images, best first; the first ``num_dbs`` are used.
             only_rows: rows of the scene's points to use, such as those that were matched, for all images or for each by
                 its position (default: all).
-            observer: called after every iteration; its poses are T_camera_map.
+            observer: called after every iteration; its poses are T_camera_map. An :class:`AlignmentTrace` keeps all.
         """
         chosen = tuple(dict.fromkeys(views))[: self.settings.num_dbs]
         run = _Query(self, chosen, T_map_camera, observer)
@@ -199,6 +200,9 @@ class ReferenceRefiner:
             pyramid, image_scale = described.at(scale)
             if not self.settings.use_confidences:
                 pyramid = replace(pyramid, confidences=tuple(map(torch.ones_like, pyramid.confidences)))
+            if isinstance(observer, AlignmentTrace):
+                T_now = run.T.inv().matrix_numpy()[0]
+                observer.begin(T_now, scale, image_scale, pyramid, references.rows)
             scaled = CameraTensor.from_camera(camera).scale(image_scale).to(self.device)[None]
             if reason := run.align(pyramid, scaled, references):
                 return run.failed(reason, count)
@@ -229,10 +233,10 @@ class ReferenceRefiner:
             confidence = torch.cat([none[:, 0], *(view.confidences[level][keep].float() for view, keep in kept)])
             confidences.append(confidence if self.settings.use_confidences else torch.ones_like(confidence))
         if not self.settings.average_observations:
-            return _References(self._points[rows], tuple(features), tuple(confidences))
+            return _References(self._points[rows], rows, tuple(features), tuple(confidences))
         unique, group = torch.unique(rows, return_inverse=True)
         pairs = [_averaged(f, c, group, len(unique)) for f, c in zip(features, confidences, strict=True)]
-        return _References(self._points[unique], tuple(f for f, _ in pairs), tuple(c for _, c in pairs))
+        return _References(self._points[unique], unique, tuple(f for f, _ in pairs), tuple(c for _, c in pairs))
 
     def _listed(self, rows: NDArray[np.int64]) -> torch.Tensor:
         """Return (P,) bool: the points of some rows."""
@@ -269,6 +273,7 @@ class _Query:
         self.iterations: list[int] = []
         self.end: NormalEquations | None = None
         self.point_count = 0
+        self.last_level = 0
 
     def align(self, pyramid: FeaturePyramid, camera: CameraTensor, references: _References) -> str:
         """Align through the levels, coarse to fine; return the reason of a failure, or an empty string."""
@@ -295,7 +300,7 @@ class _Query:
             if bool(result.failed[0]):
                 return f"too few reference points stayed in view at stride {pyramid.strides[level]}"
             T = result.T
-            self.end = cost.linearize(T, solver.loss)
+            self.end, self.last_level = cost.linearize(T, solver.loss), level
         self.T = from_recentred(T, local.origin)
         return ""
 
@@ -307,6 +312,8 @@ class _Query:
     def finished(self) -> Refinement:
         settings = self.refiner.settings
         assert self.end is not None
+        if isinstance(self.observer, AlignmentTrace):
+            self.observer.end(self.last_level, self.end)
         score = score_of(self.end, self.refiner.solver.loss, self.point_count)
         covariance = pose_covariance(self.end, self.T)
         T_map_camera = self.T.inv().matrix_numpy()[0]

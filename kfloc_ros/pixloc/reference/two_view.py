@@ -6,12 +6,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 
 from kfloc_ros.geometry.camera_tensor import CameraTensor
+from kfloc_ros.geometry.lie import Matrix
 from kfloc_ros.geometry.tensors import Pose
-from kfloc_ros.pixloc.reference.cost import FeatureCost, FeatureMap
+from kfloc_ros.pixloc.reference.cost import FeatureCost, FeatureMap, NormalEquations
 from kfloc_ros.pixloc.reference.losses import RobustLoss
 from kfloc_ros.pixloc.reference.model import PixLocConfig, PixLocModel
 from kfloc_ros.pixloc.reference.solver import Iteration, SolverSettings, from_recentred, minimize, recentre
@@ -19,6 +22,64 @@ from kfloc_ros.pixloc.reference.unet import FeaturePyramid
 
 LevelObserver = Callable[[int, Iteration], None]
 """Observer called with the level (0 is the finest) and the iteration."""
+
+
+@dataclass(frozen=True, eq=False)
+class TraceStep:
+    """Pose of an alignment, with the cost of every reference point there."""
+
+    T_map_camera: Matrix
+    image_scale: int
+    stride: int
+    """Image pixels per cell of the level, at full image size."""
+    rows: NDArray[np.int64]
+    """(N,) rows of the scene's points."""
+    costs: NDArray[np.float32]
+    """(N,) robust costs; NaN where out of view."""
+
+    @property
+    def cost(self) -> float:
+        """Mean cost of the points in view; NaN without any."""
+        seen = np.isfinite(self.costs)
+        return float(self.costs[seen].mean()) if seen.any() else float("nan")
+
+
+class AlignmentTrace:
+    """Observer that keeps every step of an alignment by the reference family's refiner, and the confidences."""
+
+    def __init__(self) -> None:
+        self.steps: list[TraceStep] = []
+        self.confidences: tuple[torch.Tensor, ...] = ()
+        """(1, 1, h, w) each, fine to coarse, at the last image scale."""
+        self.strides: tuple[int, ...] = ()
+        self.camera_scale = 1.0
+        """Scale of the network's last image."""
+        self._scale = 1
+        self._rows: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
+        self._T: Matrix | None = None
+
+    def begin(
+        self, T_map_camera: Matrix, image_scale: int, camera_scale: float, pyramid: FeaturePyramid, rows: torch.Tensor
+    ) -> None:
+        """Note the start of an image scale: the pose, the image's features, and the rows of the points."""
+        self._T, self._scale, self.camera_scale = T_map_camera, image_scale, camera_scale
+        self.confidences, self.strides = pyramid.confidences, pyramid.strides
+        self._rows = rows.cpu().numpy()
+
+    def __call__(self, level: int, iteration: Iteration) -> None:
+        """Add the state before an iteration."""
+        self._add(level, iteration.at)
+        self._T = iteration.T.inv().matrix_numpy()[0]
+
+    def end(self, level: int, at: NormalEquations) -> None:
+        """Add the state after the last iteration."""
+        self._add(level, at)
+
+    def _add(self, level: int, at: NormalEquations) -> None:
+        assert self._T is not None
+        costs = torch.where(at.valid[0], at.cost[0], torch.nan).float().cpu().numpy()
+        stride = self._scale * self.strides[level]
+        self.steps.append(TraceStep(self._T, self._scale, stride, self._rows, costs))
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,8 +2,9 @@
 // Plays a localization: a scene in 3-D (three.js), the image of a frame with the map's points over it, two sliders.
 // Data: see page.py. A pose is the upper three rows of T_map_camera; cameras look along z, y is down.
 
+const PAGE = document.documentElement.outerHTML;
 const data = JSON.parse(document.getElementById("data").textContent);
-const [WIDTH, HEIGHT, FX, FY, CX, CY] = data.camera;
+const cameraOf = (f) => f.camera || data.camera; // width, height, fx, fy, cx, cy, and k1, k2, p1, p2 if the lens distorts
 const COLOURS = { coarse: 0xef6c00, pose: 0x35a7ff, truth: 0x9aa5b1, used: 0xffc400, references: 0x56616d, way: 0x35a7ff };
 const el = (id) => document.getElementById(id);
 const up = new THREE.Vector3(...data.up);
@@ -12,6 +13,7 @@ const bytes = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
 
 /** Points as a Float32Array, from 16-bit integers between two corners. */
 function unpack(cloud) {
+  if (cloud.xyz) return Float32Array.from(cloud.xyz.flat());
   const steps = new Uint16Array(bytes(cloud.points).buffer);
   const points = new Float32Array(steps.length);
   for (let i = 0; i < steps.length; i++) points[i] = cloud.low[i % 3] + (cloud.size[i % 3] * steps[i]) / 65535;
@@ -43,7 +45,7 @@ const orbit = new THREE.OrbitControls(eye, renderer.domElement);
 function cloudOf(cloud, size) {
   const geometry = new THREE.BufferGeometry();
   geometry.setAttribute("position", new THREE.BufferAttribute(unpack(cloud), 3));
-  geometry.setAttribute("color", new THREE.BufferAttribute(bytes(cloud.colours), 3, true));
+  geometry.setAttribute("color", new THREE.BufferAttribute(typeof cloud.colours === "string" ? bytes(cloud.colours) : Uint8Array.from(cloud.colours.flat()), 3, true));
   return new THREE.Points(geometry, new THREE.PointsMaterial({ size, vertexColors: true, sizeAttenuation: true }));
 }
 
@@ -56,7 +58,8 @@ function linesOf(positions, colour, opacity = 1) {
 const toMap = (pose, p) => [0, 1, 2].map((r) => pose[4 * r] * p[0] + pose[4 * r + 1] * p[1] + pose[4 * r + 2] * p[2] + pose[4 * r + 3]);
 
 /** Line ends of a camera symbol: a pyramid from the centre to the image plane. */
-function frustum(pose, depth) {
+function frustum(pose, depth, camera = data.camera) {
+  const [WIDTH, HEIGHT, FX, FY, CX, CY] = camera;
   const corner = (u, v) => toMap(pose, [((u - CX) / FX) * depth, ((v - CY) / FY) * depth, depth]);
   const c = [corner(0, 0), corner(WIDTH, 0), corner(WIDTH, HEIGHT), corner(0, HEIGHT)], o = toMap(pose, [0, 0, 0]);
   const ends = [];
@@ -132,6 +135,9 @@ const pictures = new Map();
 const points = new Map();
 const frame = () => data.frames[frameNumber];
 const stepOf = (f, k) => f.steps[Math.min(k, f.steps.length - 1)];
+const strides = [...new Set(data.frames.flatMap((f) => f.steps.map((s) => s.stride)))].sort((a, b) => b - a);
+const STRIDE_COLOURS = ["#35a7ff", "#ef9c3c", "#66bb6a", "#ba68c8", "#ffee58", "#ef5350"];
+const strideColour = (stride) => STRIDE_COLOURS[strides.indexOf(stride) % STRIDE_COLOURS.length];
 const poseNow = () => (frame().steps.length ? stepOf(frame(), stepNumber).pose : frame().pose || frame().coarse);
 
 function referencePoints(view) {
@@ -142,7 +148,7 @@ function referencePoints(view) {
 function pictureOf(f) {
   if (!pictures.has(f)) {
     const image = new Image();
-    image.src = "data:image/jpeg;base64," + f.image;
+    image.src = f.image.startsWith("data:") ? f.image : "data:image/jpeg;base64," + f.image;
     pictures.set(f, image.decode().then(() => image));
   }
   return pictures.get(f);
@@ -150,6 +156,11 @@ function pictureOf(f) {
 
 /** Where the points of the frame's reference views are seen from a pose, with their residuals at a step. */
 function* projected(f, step) {
+  const [WIDTH, HEIGHT, FX, FY, CX, CY, k1 = 0, k2 = 0, p1 = 0, p2 = 0] = cameraOf(f);
+  if (f.points2d) {
+    for (const [x, y] of f.points2d[Math.min(step, f.points2d.length - 1)] || []) yield [x * WIDTH, y * HEIGHT, 0.4];
+    return;
+  }
   const pose = stepOf(f, step).pose, residuals = bytes(f.residuals[Math.min(step, f.residuals.length - 1)]);
   let k = 0;
   for (const view of f.references) {
@@ -158,17 +169,21 @@ function* projected(f, step) {
       if (residuals[k] === 255) continue;
       const d = [p[i] - pose[3], p[i + 1] - pose[7], p[i + 2] - pose[11]];
       const [x, y, z] = [0, 1, 2].map((c) => pose[c] * d[0] + pose[4 + c] * d[1] + pose[8 + c] * d[2]);
-      if (z > 0.05) yield [(FX * x) / z + CX, (FY * y) / z + CY, residuals[k] / data.residual_steps];
+      if (z <= 0.05) continue;
+      const [a, b] = [x / z, y / z], r2 = a * a + b * b, radial = 1 + k1 * r2 + k2 * r2 * r2;
+      const u = a * radial + 2 * p1 * a * b + p2 * (r2 + 2 * a * a), v = b * radial + 2 * p2 * a * b + p1 * (r2 + 2 * b * b);
+      yield [FX * u + CX, FY * v + CY, residuals[k] / data.residual_steps];
     }
   }
 }
 
 async function paint(canvas, text, f, step, name) {
+  if (!f.image) { text.textContent = "no image"; return; }
   const image = await pictureOf(f);
   if (f !== frame()) return;
   canvas.width = image.naturalWidth;
   canvas.height = image.naturalHeight;
-  const context = canvas.getContext("2d"), scale = image.naturalWidth / WIDTH;
+  const context = canvas.getContext("2d"), scale = image.naturalWidth / cameraOf(f)[0];
   context.drawImage(image, 0, 0);
   if (!f.steps.length) { text.textContent = f.reason || "not aligned"; return; }
   context.fillStyle = "rgba(20,24,29,0.3)";
@@ -181,7 +196,7 @@ async function paint(canvas, text, f, step, name) {
     context.fill();
   }
   const median = drawn.length ? drawn[drawn.length >> 1][2].toFixed(2) : "-";
-  text.textContent = `${name}: median residual ${median}, ${drawn.length} points`;
+  text.textContent = `${name}: ${f.points2d ? "" : `median residual ${median}, `}${drawn.length} points`;
 }
 
 function curve(f) {
@@ -201,10 +216,15 @@ function curve(f) {
     c.beginPath(); c.moveTo(left, y(v)); c.lineTo(w - 8, y(v)); c.stroke();
     c.fillText(v.toFixed(2), 4, y(v) + 4);
   }
-  c.fillText("cost by step (blue: coarse level, orange: fine level)", left, h - 3);
+  let at = left;
+  for (const [text, colour] of [["cost by step, px per cell:", "#a9b5c1"], ...strides.map((s) => [String(s), strideColour(s)])]) {
+    c.fillStyle = colour;
+    c.fillText(text, at, h - 3);
+    at += c.measureText(text).width + 8;
+  }
   f.steps.forEach((s, k) => {
     if (s.cost === null) return;
-    c.fillStyle = s.stride === 8 ? "#35a7ff" : "#ef9c3c";
+    c.fillStyle = strideColour(s.stride);
     c.beginPath(); c.arc(x(k), y(s.cost), k === stepNumber ? 5.5 : 3, 0, 7); c.fill();
   });
 }
@@ -235,7 +255,8 @@ function lookThrough(pose) {
   eye.position.copy(at([0, 0, 0]));
   eye.up.copy(at([0, -1, 0]).sub(eye.position));
   orbit.target.copy(at([0, 0, 1.5]));
-  eye.fov = (360 / Math.PI) * Math.atan(HEIGHT / 2 / FY);
+  const camera = cameraOf(frame());
+  eye.fov = (360 / Math.PI) * Math.atan(camera[1] / 2 / camera[3]);
 }
 
 function lookAtAll() {
@@ -259,7 +280,7 @@ function show() {
     const before = k && all[k - 1].pose;
     if (before && g.pose) way.push(before[3], before[7], before[11], g.pose[3], g.pose[7], g.pose[11]);
   });
-  refill("pose", [...(pose ? [linesOf(frustum(pose, symbol), COLOURS.pose)] : []), linesOf(way, COLOURS.way)]);
+  refill("pose", [...(pose ? [linesOf(frustum(pose, symbol, cameraOf(f)), COLOURS.pose)] : []), linesOf(way, COLOURS.way)]);
   const trail = [];
   for (let k = 1; k <= stepNumber; k++) {
     const [a, b] = [f.steps[k - 1].pose, f.steps[k].pose];
@@ -310,6 +331,105 @@ el("play").onclick = () => {
   if (timer) { clearInterval(timer); timer = null; } else timer = setInterval(advance, 180);
   el("play").textContent = timer ? "stop" : "play";
 };
+if (data.residual_text) el("residual-text").textContent = data.residual_text;
+
+/** Record the steps of the frame as they are drawn in 3-D; the browser saves a WebM file. */
+let recorder = null;
+function record() {
+  if (recorder) { recorder.stop(); return; }
+  if (!window.MediaRecorder || !renderer.domElement.captureStream) { el("said").textContent = "this browser cannot record"; return; }
+  const kind = ["video/webm;codecs=vp9", "video/webm;codecs=vp8", "video/webm"].find((k) => MediaRecorder.isTypeSupported(k));
+  if (!kind) { el("said").textContent = "this browser writes no WebM"; return; }
+  if (timer) el("play").onclick();
+  const parts = [];
+  recorder = new MediaRecorder(renderer.domElement.captureStream(30), { mimeType: kind, videoBitsPerSecond: 8e6 });
+  recorder.ondataavailable = (event) => parts.push(event.data);
+  const beat = setInterval(() => {
+    if (stepNumber < frame().steps.length - 1) goto(frameNumber, stepNumber + 1);
+    else { clearInterval(beat); setTimeout(() => recorder && recorder.stop(), 700); }
+  }, 120);
+  recorder.onstop = () => {
+    clearInterval(beat);
+    recorder = null;
+    el("record").textContent = "record video";
+    const blob = new Blob(parts, { type: "video/webm" }), link = document.createElement("a");
+    link.href = URL.createObjectURL(blob);
+    link.download = `${data.title.replace(/[^\w.-]+/g, "_")}_${frame().index}.webm`;
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 60000);
+    document.body.dataset.recorded = blob.size;
+    el("said").textContent = `${link.download}, ${Math.round(blob.size / 1000)} kB`;
+  };
+  recorder.start(200);
+  el("record").textContent = "stop recording";
+  goto(frameNumber, 0);
+}
+el("record").onclick = record;
+
+/** Show other data: this page again, with them in it. */
+function restart(other) {
+  if (timer) clearInterval(timer);
+  const text = JSON.stringify(other).replace(/<\//g, "<\\/");
+  const html = PAGE.replace(/(<script id="data"[^>]*>)[\s\S]*?(<\/script>)/, (_, before, after) => before + text + after);
+  renderer.dispose();
+  document.open();
+  document.write(`<!doctype html>${html}`);
+  document.close();
+}
+
+/** Pose, the upper three rows of T_map_camera, of PixLoc's [[qw, qx, qy, qz], [tx, ty, tz]], world to camera. */
+function poseOf([[w, x, y, z], t]) {
+  const n = Math.hypot(w, x, y, z), [a, b, c, d] = [w / n, x / n, y / n, z / n];
+  const R = [
+    [1 - 2 * (c * c + d * d), 2 * (b * c - a * d), 2 * (b * d + a * c)],
+    [2 * (b * c + a * d), 1 - 2 * (b * b + d * d), 2 * (c * d - a * b)],
+    [2 * (b * d - a * c), 2 * (c * d + a * b), 1 - 2 * (b * b + c * c)],
+  ];
+  return [0, 1, 2].flatMap((k) => [R[0][k], R[1][k], R[2][k], -(R[0][k] * t[0] + R[1][k] * t[1] + R[2][k] * t[2])]);
+}
+
+/** Data of this page from dump.json and dump_p2d.json of the original PixLoc's viewer. */
+function fromDump(dump, p2d, images) {
+  const corners = dump.camera.query, width = 640, f = width / (corners[2][0] - corners[0][0]);
+  const camera = [width, f * (corners[2][1] - corners[0][1]), f, f, -corners[0][0] * f, -corners[0][1] * f];
+  const poses = dump.T.query.map(poseOf), last = poses[poses.length - 1], xyz = dump.p3d.xyz;
+  const bounds = [0, 1, 2].map((k) => xyz.reduce(([low, high], p) => [Math.min(low, p[k]), Math.max(high, p[k])], [Infinity, -Infinity]));
+  const corner = { low: bounds.map((b) => b[0]), size: bounds.map((b) => Math.max(b[1] - b[0], 1e-6)) };
+  const down = [1, 5, 9].map((k) => last[k]), most = down.reduce((best, v, k) => (Math.abs(v) > Math.abs(down[best]) ? k : best), 0);
+  const away = (p) => ({
+    cm: 100 * Math.hypot(...[3, 7, 11].map((k) => p[k] - last[k])),
+    deg: (180 / Math.PI) * Math.acos(Math.min(Math.max((p.reduce((s, v, k) => s + (k % 4 < 3 ? v * last[k] : 0), 0) - 1) / 2, -1), 1)),
+  });
+  const points2d = p2d ? p2d.query : dump.p2d && dump.p2d.query ? poses.map((_, k) => (k === poses.length - 1 ? dump.p2d.query : [])) : null;
+  return {
+    title: "PixLoc's dump", up: [0, 1, 2].map((k) => (k === most ? -Math.sign(down[k]) : 0)), camera, residual_steps: 1,
+    map: { ...corner, xyz, colours: dump.p3d.colors }, scene: { ...corner, xyz: [], colours: [] },
+    references: dump.T.refs.map(poseOf), reference_ids: dump.T.refs.map((_, k) => (dump.image && dump.image.refs ? dump.image.refs[k] : k)),
+    points: dump.T.refs.map(() => ({ xyz: [] })),
+    frames: [{ index: 0, state: `${poses.length} steps`, reason: "", image: images[dump.image && dump.image.query] || "", coarse: poses[0],
+      pose: last, truth: null, references: dump.T.refs.map((_, k) => k), points2d: points2d || poses.map(() => []),
+      residuals: [], steps: poses.map((pose) => ({ pose, cost: null, stride: 1, ...away(pose) })) }],
+  };
+}
+
+async function openFiles(files) {
+  const found = [], images = {};
+  try {
+    for (const file of files) {
+      if (/\.json$/i.test(file.name)) found.push(JSON.parse(await file.text()));
+      else images[file.name] = await new Promise((done) => { const r = new FileReader(); r.onload = () => done(r.result); r.readAsDataURL(file); });
+    }
+    const own = found.find((json) => json.frames && json.camera), dump = found.find((json) => json.T && json.p3d);
+    if (!own && !dump) throw new Error("neither frames and camera (this page's data) nor T and p3d (PixLoc's dump.json) are in it");
+    restart(own || fromDump(dump, found.find((json) => json.query && json.masks), images));
+  } catch (error) {
+    el("said").textContent = `cannot be shown: ${error.message}`;
+  }
+}
+el("open").onclick = () => el("files").click();
+el("files").onchange = () => openFiles([...el("files").files]);
+addEventListener("dragover", (event) => event.preventDefault());
+addEventListener("drop", (event) => { event.preventDefault(); openFiles([...event.dataTransfer.files]); });
 el("follow").onclick = () => { follows = true; el("follow").classList.add("on"); show(); };
 el("home").onclick = () => { follows = false; el("follow").classList.remove("on"); lookAtAll(); show(); };
 orbit.addEventListener("change", draw);
