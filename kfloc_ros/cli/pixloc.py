@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from kfloc_ros.cli import pixloc_localize, pixloc_preprocess
 from kfloc_ros.cli.arguments import OverridesParser
-from kfloc_ros.cli.pixloc_show import PixLocPictures, add_show_arguments
 
 if TYPE_CHECKING:
     import torch
@@ -126,7 +125,7 @@ def _add_run(actions: Any) -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="device of the network")
     parser.add_argument("--quiet", action="store_true", help="no progress")
     parser.add_argument("--verbose", action="store_true", help="print a line for every query")
-    add_show_arguments(parser)
+    pixloc_localize.add_show_arguments(parser)
     parser.set_defaults(run_action=run_benchmark)
 
 
@@ -171,6 +170,7 @@ def _run_part(
 ) -> dict[str, Matrix]:
     """Localize one part's queries and write the results; return the poses by the names in the results."""
     from kfloc_ros.cli.progress import progress_bar
+    from kfloc_ros.cli.show_alignment import PixLocPictures
     from kfloc_ros.files import inside
     from kfloc_ros.pixloc.hloc.files import read_descriptors, read_hloc_log, read_pairs, result_name, write_poses
     from kfloc_ros.pixloc.hloc.layouts import queries_of

@@ -9,8 +9,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kfloc_ros.cli.pixloc_show import PixLocPictures, add_show_arguments
-
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -65,6 +63,19 @@ def add_parser(actions: Any) -> None:
     )
     add_show_arguments(group)
     parser.set_defaults(run_action=run)
+
+
+def add_show_arguments(parser: argparse._ActionsContainer) -> None:
+    """Add --show and --codec."""
+    parser.add_argument(
+        "--show", type=Path, metavar="DIR",
+        help="draw into this folder: the network's confidences, every alignment as a picture (start, end, reference) "
+        "and as an animation, and alignment.html with its steps in 3-D",
+    )  # fmt: skip
+    parser.add_argument(
+        "--codec", choices=("vp9", "mpeg4"), default="vp9",
+        help="codec of the animations: vp9 plays in browsers; mpeg4 is written 30 times faster",
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
@@ -195,6 +206,7 @@ def _in_model(args: argparse.Namespace, image: NDArray[np.uint8]) -> _Answer:
     """Localize in a COLMAP model by PixLoc's network."""
     import numpy as np
 
+    from kfloc_ros.cli.show_alignment import PixLocPictures
     from kfloc_ros.device import choose_device
     from kfloc_ros.errors import ConfigError
     from kfloc_ros.pixloc.hloc.options import run_options

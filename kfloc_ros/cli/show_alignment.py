@@ -1,22 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``kfloc show alignment|basin|html``: pictures and pages of the refinement."""
+"""``kfloc show alignment|basin|html`` and ``kfloc pixloc ... --show``: pictures and pages of the refinement."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kfloc_ros.cli.arguments import open_source_from
 from kfloc_ros.cli.show_stream import closed, open_recording, progress
-from kfloc_ros.errors import DrawingError, SourceError
+from kfloc_ros.errors import DrawingError, FrameError, SourceError
+from kfloc_ros.files import inside
+from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import Matrix
 from kfloc_ros.localization.config import LocalizerConfig
 from kfloc_ros.localization.localizer import Localizer
 from kfloc_ros.mapping.picture import up_axis
 from kfloc_ros.maps.format import resolve_map
 from kfloc_ros.maps.scene_map import SceneMap
+from kfloc_ros.pixloc.hloc.run import read_image
+from kfloc_ros.pixloc.reference.losses import RobustLoss
+from kfloc_ros.pixloc.reference.two_view import AlignmentTrace
+from kfloc_ros.pixloc.reference.views import ReferenceScene
 from kfloc_ros.types import Alignment
 from kfloc_ros.visualization.alignment import alignment_panels, moved, steps_picture, summary
 from kfloc_ros.visualization.basin import (
@@ -30,10 +38,11 @@ from kfloc_ros.visualization.basin import (
     write_trials,
 )
 from kfloc_ros.visualization.page import LocalizationPage
+from kfloc_ros.visualization.pixloc import AlignmentPictures, PixLocPage, confidence_panels
 from kfloc_ros.visualization.rerun_views import log_alignment
 from kfloc_ros.visualization.sheet import Sheet
 from kfloc_ros.visualization.stream import View, watch
-from kfloc_ros.visualization.video import write_picture
+from kfloc_ros.visualization.video import PictureSeries, Video, write_picture
 
 
 def alignment(args: argparse.Namespace) -> list[str]:
@@ -140,3 +149,84 @@ def page(args: argparse.Namespace) -> list[str]:
         made.add(view)
     path = made.write(args.out / "localization.html")
     return [f"{path}: {made.count} frames, {path.stat().st_size / 1e6:.1f} MB; open it in any browser"]
+
+
+MAX_PAGE_FRAMES = 50
+"""Alignments in a page; each takes about 0.2 MB."""
+FPS = 12.0
+
+
+class PixLocPictures:
+    """Writer of the pictures of several alignments in one scene.
+
+    Args:
+        out: folder.
+        title: title of the page.
+        scene: points and images.
+        images: folder of the references.
+        loss: robust loss of the alignments.
+        codec: codec of the animations.
+    """
+
+    def __init__(
+        self, out: Path, title: str, scene: ReferenceScene, images: Path, loss: RobustLoss, codec: str = "vp9"
+    ) -> None:
+
+        self._out, self._scene, self._images, self._codec = out, scene, images, codec
+        self._page = PixLocPage(title, scene, loss)
+        self._confidences = PictureSeries(out, "confidence", fps=5.0, codec=codec)
+        self._sheet: Sheet | None = None
+        self._references: dict[int, NDArray[np.uint8] | None] = {}
+        self._count = 0
+        self.written: list[str] = []
+        """Description of the files written."""
+
+    def add(
+        self,
+        name: str,
+        image: NDArray[np.uint8],
+        camera: Camera,
+        trace: AlignmentTrace,
+        views: tuple[int, ...],
+        reason: str = "",
+    ) -> None:
+        """Draw the alignment of an image (H, W, 3) by its trace; one that did not start is left out."""
+
+        if not trace.steps:
+            return
+        if self._sheet is None:
+            self._sheet = Sheet(3, image.shape[1], image.shape[0])
+        panels = confidence_panels(image, trace.confidences, trace.strides, trace.camera_scale)
+        self._confidences.add(self._count, self._sheet.draw(name, panels))
+        references = {k: self._reference(k) for k in views}
+        first = next(((k, picture) for k, picture in references.items() if picture is not None), None)
+        if first is not None:
+            drawn = AlignmentPictures(image, camera, self._scene, trace, (first[1], first[0]))
+            stem = name.replace("/", "_").rpartition(".")[0] or name
+            write_picture(self._out / "alignment" / f"{stem}.png", drawn.ends())
+            with Video(self._out / "alignment" / f"{stem}.mp4", FPS, self._codec) as video:
+                for picture in drawn.animation():
+                    video.add(picture)
+            if self._count < MAX_PAGE_FRAMES:
+                self._page.add(name, image, camera, trace, references, kept=drawn.kept(), reason=reason)
+        self._count += 1
+
+    def _reference(self, position: int) -> NDArray[np.uint8] | None:
+
+        if position not in self._references:
+            try:
+                image = self._scene.images[position]
+                self._references[position] = read_image(inside(self._images, image.name), image.camera)
+            except (FrameError, SourceError):
+                self._references[position] = None
+        return self._references[position]
+
+    def close(self) -> list[str]:
+        """Finish the files; return their description."""
+        self._confidences.close()
+        written = list(self._confidences.written)
+        if self._count:
+            written.append(f"{self._out / 'alignment'}: {self._count} alignments, .png and .mp4")
+            page = self._page.write(self._out / "alignment.html")
+            written.append(f"{page}: {page.stat().st_size / 1e6:.1f} MB; open it in any browser")
+        return written
