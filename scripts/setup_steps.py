@@ -70,7 +70,12 @@ class Setup:
             wheels = digest(files / "ros.txt", files / "underlay.txt")
             steps += [
                 Step("ros", "ROS 2 from its wheels", wheels, lambda: self._pip_file("ros.txt", "-r", "underlay.txt")),
-                Step("underlay", "tf2_msgs on top of it", digest(wheels, plan.root / "underlay"), self._build_underlay),
+                Step(
+                    "underlay",
+                    "tf2_msgs and kfloc_msgs on top of it",
+                    digest(wheels, plan.root / "underlay"),
+                    self._build_underlay,
+                ),
             ]
         if plan.dev:
             steps.append(Step("dev", "Test tools", digest(files / "dev.txt"), lambda: self._pip_file("dev.txt")))
@@ -182,9 +187,10 @@ class Setup:
         python_include, numpy_include = self._runner.command([plan.python, "-c", ask]).split("\n")[-3:-1]
         work = plan.venv / ".kfloc" / "underlay"
         shutil.rmtree(work, ignore_errors=True)
-        # colcon ignores the original on purpose, so a copy is built.
+        # colcon ignores the original of tf2_msgs on purpose, so copies are built.
         visible = shutil.ignore_patterns("COLCON_IGNORE")
-        shutil.copytree(plan.root / "underlay" / "tf2_msgs", work / "src", ignore=visible)
+        for name in ("tf2_msgs", "kfloc_msgs"):
+            shutil.copytree(plan.root / "underlay" / name, work / "src" / name, ignore=visible)
         prefix = str(plan.venv)
         env = {
             **{key: value for key, value in os.environ.items() if key not in ("COLCON_PREFIX_PATH", "PYTHONPATH")},
@@ -205,7 +211,9 @@ class Setup:
                 env, work,
             )  # fmt: skip
         except CommandFailed as error:
-            raise SetupError(f"Building tf2_msgs failed; what the compiler said is in {self._runner.log}.") from error
+            raise SetupError(
+                f"Building tf2_msgs and kfloc_msgs failed; what the compiler said is in {self._runner.log}."
+            ) from error
         shutil.rmtree(work, ignore_errors=True)
 
     # -- the package ----------------------------------------------------------------------------------------------

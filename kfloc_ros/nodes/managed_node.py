@@ -20,6 +20,8 @@ from kfloc_ros.localization.config import LocalizerConfig
 from kfloc_ros.localization.place_localizer import localizer_for
 from kfloc_ros.maps.format import resolve_map
 from kfloc_ros.maps.place import AnyMap, load_map, single_map
+from kfloc_ros.nodes import qos
+from kfloc_ros.nodes.localize_action import localize_action
 from kfloc_ros.nodes.parameter_server import ParameterServer
 from kfloc_ros.nodes.parameters import NodeConfig
 from kfloc_ros.nodes.pose_file import check_replaceable, pose_path
@@ -72,6 +74,7 @@ class ManagedNode(LifecycleNode):  # type: ignore[misc]
         self.parameters = ParameterServer(self, self._check_reload)
         is_whole = bool(getattr(build, "IS_WHOLE", False))
         self._switches = Services(self, self._switch, lambda: self._stage, is_whole=is_whole)
+        self._action = localize_action(self, self._switch, self._switches.start_anew) if is_whole else None
         self._own = {id(entity) for entity in self._entities()}
 
     def apply_pending(self) -> None:
@@ -95,6 +98,8 @@ class ManagedNode(LifecycleNode):  # type: ignore[misc]
         """End the stage and the node."""
         self._switch.active = False
         self._tear_down()
+        if self._action is not None:
+            self._action.close()
         self.destroy_node()
 
     def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
@@ -234,11 +239,17 @@ class Services:
     ) -> None:
         self._switch, self._stage = switch, stage
         self._logger = node.get_logger()
-        node.create_service(Trigger, "~/relocalize", lambda _, response: self._request_reset(RELOCALIZE, response))
-        node.create_service(Trigger, "~/reset", lambda _, response: self._request_reset(RESET, response))
-        node.create_service(SetBool, "~/enable", self._enable)
+        for name, reason in (("~/relocalize", RELOCALIZE), ("~/reset", RESET)):
+
+            def reset(request: Any, response: Any, reason: str = reason) -> Any:
+                return self._request_reset(reason, response)
+
+            node.create_service(Trigger, name, reset, qos_profile=qos.services())
+        node.create_service(SetBool, "~/enable", self._enable, qos_profile=qos.services())
         if is_whole:  # by the name and the type that AMCL has, which Nav2's behaviour trees call
-            node.create_service(Empty, "reinitialize_global_localization", self._reinitialize)
+            node.create_service(
+                Empty, "reinitialize_global_localization", self._reinitialize, qos_profile=qos.services()
+            )
 
     def _request_reset(self, reason: str, response: Any) -> Any:
         stage = self._stage()
@@ -250,11 +261,17 @@ class Services:
         waits = f" once frames are processed again; now {off}" if off else " with the next image"
         return _answer(response, True, f"Reset{waits}.")
 
+    def start_anew(self, forget: bool = False) -> str:
+        """Reset the stage and return the reset's reason; empty if the node is not configured."""
+        stage, reason = self._stage(), RESET if forget else RELOCALIZE
+        if stage is None:
+            return ""
+        stage.request_reset(reason)
+        self._logger.info(f"Reset: {reason}.")
+        return reason
+
     def _reinitialize(self, request: Any, response: Any) -> Any:
-        stage = self._stage()
-        if stage is not None:
-            stage.request_reset(RELOCALIZE)
-            self._logger.info(f"Reset: {RELOCALIZE}.")
+        self.start_anew()
         return response
 
     def _enable(self, request: Any, response: Any) -> Any:

@@ -54,6 +54,11 @@ def results(depth: int = 10, reliability: str = "reliable") -> QoSProfile:
     return QoSProfile(history=HistoryPolicy.KEEP_LAST, depth=depth, reliability=_reliability(reliability))
 
 
+def services() -> QoSProfile:
+    """Return the profile of services, whose queue holds the calls of a hundred callers at once."""
+    return QoSProfile(history=HistoryPolicy.KEEP_LAST, depth=1000, reliability=ReliabilityPolicy.RELIABLE)
+
+
 def static_transforms() -> QoSProfile:
     """Return the profile of ``/tf_static``, which includes messages from before the subscription."""
     return QoSProfile(

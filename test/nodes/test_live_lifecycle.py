@@ -117,7 +117,10 @@ def test_what_it_listens_to_and_offers_is_what_is_documented(world: Any) -> None
     assert {name: kinds[0] for name, kinds in heard.items() if name not in of_rclpy} == expected
     services = dict(node.get_service_names_and_types_by_node("localizer", "/"))
     ours = {name: kinds[0] for name, kinds in services.items() if kinds[0].startswith("std_srvs/")}
-    expected = {name.replace("~", "/localizer"): kind for name, kind in documented("## Services").items()}
+    listed = documented("## Services")
+    expected = {
+        name.replace("~", "/localizer") if name[0] == "~" else f"/{name}": kind for name, kind in listed.items()
+    }
     assert ours == {name: kind.replace("/", "/srv/") for name, kind in expected.items()}
 
 
