@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``kfloc map export|view|pack|unpack|crop``: tools for an existing map or place."""
+"""``kfloc map export|view|pack|unpack|crop|align``: tools for an existing map or place."""
 
 from __future__ import annotations
 
@@ -12,6 +12,22 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from kfloc_ros.mapping.picture import Coverage
+
+ALIGN = """\
+Find how an occupancy grid (map_server, slam_toolbox) lies to a map, and write the map in the grid's frame, so that
+`map` is the same frame for Nav2 and for the localizer. The map's points on upright surfaces are laid on the grid's
+occupied cells, and its views on free ones. The map is leveled, too: its floor becomes z = 0, z points up.
+
+If the grid fits in several ways, such as an empty rectangular room, nothing is written: give two points that you know
+in both, --pair twice, with the map's coordinates as `kfloc map view` shows them. Look at the picture in any case.
+"""
+
+ALIGN_EXAMPLES = """\
+examples:
+  kfloc map align maps/hall nav2/hall.yaml --out maps/hall_aligned
+  kfloc map align maps/hall nav2/hall.yaml --heights 0.1 0.6 --out maps/hall_aligned
+  kfloc map align maps/hall nav2/hall.yaml --pair 0 0 1.2 -3.4 --pair 8.5 2 9.6 -1.1 --out maps/hall_aligned
+"""
 
 MAP_HELP = "folder of a map or a place, or name of an installed one"
 
@@ -62,6 +78,39 @@ def add_tools(actions: Any) -> None:
     )
     crop.add_argument("--force", action="store_true", help="replace an existing map")
     crop.set_defaults(run_action=run_crop)
+
+    align = actions.add_parser(
+        "align",
+        help="lay a map on an occupancy grid of Nav2, and write it in the grid's frame",
+        description=ALIGN,
+        epilog=ALIGN_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    align.add_argument("map", metavar="MAP", help="folder of a map, or name of an installed one")
+    align.add_argument("grid", type=Path, metavar="GRID", help="yaml file of the grid")
+    align.add_argument("--out", type=Path, required=True, metavar="DIR", help="map folder to write")
+    align.add_argument(
+        "--picture", type=Path, default=None, metavar="PNG", help="picture to write (default: DIR with .png)"
+    )
+    align.add_argument(
+        "--heights",
+        type=float,
+        nargs=2,
+        default=(0.1, 2.0),
+        metavar=("LOW", "HIGH"),
+        help="heights above the floor of the points that are compared, in metres (default: 0.1 2.0)",
+    )
+    align.add_argument(
+        "--pair",
+        type=float,
+        nargs=4,
+        action="append",
+        default=[],
+        metavar=("X", "Y", "GX", "GY"),
+        help="a point by its coordinates in the map and in the grid's frame, in metres; twice or more",
+    )
+    align.add_argument("--force", action="store_true", help="replace an existing map and picture")
+    align.set_defaults(run_action=run_align)
 
 
 def run_export(args: argparse.Namespace) -> int:
@@ -167,4 +216,47 @@ def run_crop(args: argparse.Namespace) -> int:
     part = crop_map(whole, low, high)
     folder = part.save(args.out, overwrite=args.force)
     print(f"{len(part.references.ids)} of {len(whole.references.ids)} reference views are in '{folder}'.")
+    return 0
+
+
+def run_align(args: argparse.Namespace) -> int:
+    """Run ``kfloc map align``; return 0, or 1 if no alignment is believed."""
+    from dataclasses import replace
+
+    from kfloc_ros.errors import MapError
+    from kfloc_ros.mapping.export import write_new_file
+    from kfloc_ros.mapping.grid_alignment import align_by_hand, align_with_grid, picture_of_alignment
+    from kfloc_ros.mapping.occupancy_grid import read_grid
+    from kfloc_ros.maps.format import resolve_map
+    from kfloc_ros.maps.place import Place, load_map
+    from kfloc_ros.maps.scene_map import in_frame
+
+    picture: Path = args.picture or args.out.with_name(f"{args.out.name}.png")
+    for path in (args.out, picture):
+        if path.exists() and not args.force:
+            raise MapError(f"'{path}' exists; pass --force to replace it or give another name.")
+    known = load_map(resolve_map(args.map))
+    if isinstance(known, Place):
+        raise MapError(
+            f"'{known.name}' is a place. Align its submaps one by one, and combine them again by `kfloc map place`."
+        )
+    grid = read_grid(args.grid)
+    if args.pair:
+        found = align_by_hand(known, grid, [tuple(pair) for pair in args.pair])
+    else:
+        found = align_with_grid(known, grid, *args.heights)
+    picture.unlink(missing_ok=True)
+    written = write_new_file(picture, picture_of_alignment(known, grid, found))
+    print(
+        f"{100 * found.share:.0f} % of the map's points on upright surfaces are on occupied cells of '{args.grid}', "
+        f"and {100 * found.free_share:.0f} % of its views over free ones; see '{written}'."
+    )
+    if found.fault:
+        print(f"No map was written: {found.fault}. Give two points that you know in both: --pair, twice.")
+        return 1
+    T = found.T_grid_map
+    aligned = in_frame(known, T, "map")
+    text = f"to {grid.name}: " + " ".join(f"{value:.6g}" for value in T[:3].reshape(-1))
+    aligned = replace(aligned, provenance={**known.provenance, "aligned": text}, path=None)
+    print(f"Written to '{aligned.save(args.out, overwrite=args.force)}'.")
     return 0
