@@ -11,6 +11,7 @@ An argument that is given overrides the parameter file; an empty one does not.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +27,7 @@ PACKAGE = "kfloc_ros"
 DEMO_MAP = "demo_room"
 """Map shipped with the package, for a first launch without arguments."""
 YES_NO = ("true", "false")
+DISCOVERY_VARIABLE = "ROS_AUTOMATIC_DISCOVERY_RANGE"
 FASTDDS_VARIABLES = ("FASTDDS_DEFAULT_PROFILES_FILE", "FASTRTPS_DEFAULT_PROFILES_FILE")
 
 
@@ -63,6 +65,8 @@ ARGUMENTS = (
     Argument("odom_frame", "", "TF frame of the odometry; empty: as in the parameter file.", parameter=str),
     Argument("tf_mode", "", "map_to_odom: broadcast map -> odom (REP-105, with odometry); map_to_base: map -> base; "
                             "empty: as in the parameter file.", ("", "map_to_odom", "map_to_base", "none"), str),
+    Argument("discovery", "", "local: nodes of this machine only; network: also those of the local network; empty: "
+                              "as ROS_AUTOMATIC_DISCOVERY_RANGE says, and local without it.", ("", "local", "network")),
     Argument("respawn", "false", "Restart a node that has ended by itself.", YES_NO),
     Argument("log_level", "info", "Lowest severity of the nodes' log messages.",
              ("debug", "info", "warn", "error", "fatal")),
@@ -89,6 +93,9 @@ def start(context: LaunchContext) -> list[LaunchDescriptionEntity]:
     if not any(name in context.environment for name in FASTDDS_VARIABLES):
         actions.append(SetEnvironmentVariable(FASTDDS_VARIABLES[0], str(share / "config" / "fastdds.xml")))
 
+    if discovery := discovery_range(given["discovery"], context.environment):
+        actions.append(SetEnvironmentVariable(DISCOVERY_VARIABLE, discovery))
+
     parameters = [given["params_file"] or str(share / "config" / "localizer.yaml"), overrides(given)]
     executables = ("localizer",) if given["composed"] == "true" else ("camera_node", "filter_node", "refiner_node")
     for executable in executables:
@@ -109,6 +116,13 @@ def start(context: LaunchContext) -> list[LaunchDescriptionEntity]:
     if given["rviz"] == "true":
         actions.append(rviz(given, share))
     return actions
+
+
+def discovery_range(asked: str, environment: Mapping[str, str]) -> str:
+    """Return the value of ``ROS_AUTOMATIC_DISCOVERY_RANGE`` to set; empty if the user's own remains."""
+    if asked:
+        return "LOCALHOST" if asked == "local" else "SUBNET"
+    return "" if DISCOVERY_VARIABLE in environment or "ROS_LOCALHOST_ONLY" in environment else "LOCALHOST"
 
 
 def with_demo_map(given: dict[str, str]) -> dict[str, str]:

@@ -2,7 +2,8 @@
 """Set-up of the environment .venv and its content; does nothing if nothing has changed.
 
 KFLOC_TORCH=cuda installs PyTorch's CUDA build instead of the CPU one. KFLOC_TORCH_INDEX gives a package index for
-PyTorch, in addition to pip's own. If a ROS 2 installation is sourced, it is used instead of the ROS wheels.
+PyTorch, in addition to pip's own. KFLOC_ROS_WHEELS names the distribution of the ROS wheels, kilted (the default, the
+newest) or jazzy. If a ROS 2 installation is sourced, it is used instead of the ROS wheels.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from setup_machine import check_compiler, check_disk, check_python, check_wheels_fit, sourced_ros
 from setup_progress import CommandFailed, Runner, SetupError
-from setup_steps import Plan, Setup
+from setup_steps import WHEELS, Plan, Setup
 
 
 def main() -> int:
@@ -53,7 +54,10 @@ def _set_up(root: Path, *, dev: bool) -> None:
     torch = os.environ.get("KFLOC_TORCH") or runner.stamp("torch_choice") or "cpu"
     if torch not in ("cpu", "cuda"):
         raise SetupError(f"KFLOC_TORCH is '{torch}'; it may be cpu (the default) or cuda.")
-    plan = Plan(root, sourced_ros(), torch, dev or bool(runner.stamp("dev")))
+    wheels = os.environ.get("KFLOC_ROS_WHEELS") or runner.stamp("wheels_choice") or next(iter(WHEELS))
+    if wheels not in WHEELS:
+        raise SetupError(f"KFLOC_ROS_WHEELS is '{wheels}'; it may be {' or '.join(WHEELS)}.")
+    plan = Plan(root, sourced_ros(), torch, dev or bool(runner.stamp("dev")), wheels)
     setup = Setup(plan, runner)
     pending = runner.pending(setup.steps())
     if not pending:
@@ -65,10 +69,11 @@ def _set_up(root: Path, *, dev: bool) -> None:
     if any(step.name in ("torch", "base", "ros") for step in pending):
         check_disk(root, torch)
     started_s = time.monotonic()
-    which = f"the ROS 2 installation {plan.ros}" if plan.ros else "ROS 2 Kilted from wheels"
+    which = f"the ROS 2 installation {plan.ros}" if plan.ros else f"ROS 2 {plan.wheels.capitalize()} from wheels"
     print(f"Setting up {plan.venv} with {which}", flush=True)
     runner.run(pending)
     runner.set_stamp("torch_choice", torch)
+    runner.set_stamp("wheels_choice", wheels)
     print(f"Ready after {time.monotonic() - started_s:.0f} s: {plan.venv / 'bin' / 'kfloc'}", flush=True)
 
 

