@@ -95,7 +95,7 @@ class RecordingWatch:
 
     def __init__(self, settings: WatchSettings | None = None) -> None:
         self._settings = settings or WatchSettings()
-        self._orb = cv2.ORB_create(nfeatures=500)
+        self._orb = cv2.ORB.create(nfeatures=500)
         self._matcher = cv2.BFMatcher(cv2.NORM_HAMMING, crossCheck=True)
         self._counts = _Counts()
         self._usual: deque[float] = deque(maxlen=150)
