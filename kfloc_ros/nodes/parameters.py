@@ -98,9 +98,7 @@ class NodeConfig:
     )  # fmt: skip
     max_correction_m_s: float = option(
         0.0,
-        "Largest speed at which map -> odom moves the base towards a new pose, in m/s; 0: it jumps. It also jumps "
-        "after LOST, after initialpose, ~/relocalize and ~/reset, and if the odometry is set to another place. The "
-        "topic pose is never smoothed.",
+        "Largest speed at which map -> odom moves the base to a new pose, in m/s; 0: it jumps, as after LOST.",
         low=0.0, high=100.0, live=True,
     )  # fmt: skip
     max_correction_deg_s: float = option(
@@ -108,25 +106,20 @@ class NodeConfig:
     )
     planar: bool = option(
         False,
-        "The robot stands upright on level ground: poses and map -> odom are projected to the ground plane. A pose off "
-        "the plane by more than its covariance allows is DEGRADED. Needs base_frame.",
+        "Project poses and map -> odom to the ground plane; a pose off it is DEGRADED. Needs base_frame.",
         live=True,
     )  # fmt: skip
     ground_height: float = option(
         0.0,
-        "For planar: height of base_frame in the map while the robot stands on the ground, in metres; the map's z axis "
-        "must point up.",
+        "For planar: height of base_frame in the map, whose z axis points up, in metres.",
         low=-10000.0, high=10000.0, live=True,
     )  # fmt: skip
     rate_hz: float = option(
         0.0,
-        f"Rate of odometry/map, the pose carried on between images by odometry, in Hz, at least {MIN_RATE_HZ:g}; 0: "
-        "off. Needs odom_frame -> base_frame on /tf.",
+        f"Rate of odometry/map, the pose between images by odometry, in Hz, at least {MIN_RATE_HZ:g}; 0: off.",
         low=0.0, high=200.0,
     )  # fmt: skip
-    use_imu: bool = option(
-        False, "For odometry/map: turn with the angular rate of imu (sensor_msgs/Imu) where odometry is late."
-    )
+    use_imu: bool = option(False, "For odometry/map: turn by the angular rates on imu where odometry is late.")
     transform_timeout: float = option(
         0.1, "Time that a pose waits for the odometry at its image's stamp, in seconds.", low=0.0, high=2.0, live=True
     )
