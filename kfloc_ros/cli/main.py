@@ -19,7 +19,10 @@ from kfloc_ros.errors import KflocError
 
 
 class Command(NamedTuple):
-    """Subcommand: a module with ``add_parser(subparsers)`` and ``run(args) -> int``, and its help."""
+    """Subcommand: a module with ``add_parser(subparsers)`` and ``run(args) -> int``, and its help.
+
+    A second subcommand of a module has its parser from ``add_NAME_parser(subparsers)``.
+    """
 
     module: str
     help: str
@@ -31,7 +34,7 @@ COMMANDS = {
     "sources": Command("kfloc_ros.cli.sources", "list the kinds of SOURCE that commands read"),
     "download": Command("kfloc_ros.cli.download", "download public data sets and weights into their layout"),
     "check": Command("kfloc_ros.cli.check", "find mistakes in a source's poses, calibration and depth by its images"),
-    "record": Command("kfloc_ros.cli.record", "record a running camera for a map, with help while walking"),
+    "record": Command("kfloc_ros.cli.bag", "record a running camera for a map, with help while walking"),
     "bag": Command("kfloc_ros.cli.bag", "write a source as a rosbag2, or list the content of one"),
     "replay": Command("kfloc_ros.cli.replay", "play a bag to the live ROS 2 nodes and evaluate their poses"),
     "compare": Command("kfloc_ros.cli.compare", "compare two result folders"),
@@ -103,7 +106,7 @@ def build_parser(selected: str = "", module: ModuleType | None = None) -> argpar
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND")
     for name, command in COMMANDS.items():
         if name == selected and module is not None:
-            module.add_parser(subparsers)
+            getattr(module, f"add_{name}_parser", module.add_parser)(subparsers)
         else:
             subparsers.add_parser(name, help=command.help, add_help=False)
     return parser

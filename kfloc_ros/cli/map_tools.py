@@ -225,11 +225,11 @@ def run_align(args: argparse.Namespace) -> int:
 
     from kfloc_ros.errors import MapError
     from kfloc_ros.mapping.export import write_new_file
-    from kfloc_ros.mapping.grid_alignment import align_by_hand, align_with_grid, picture_of_alignment
-    from kfloc_ros.mapping.occupancy_grid import read_grid
+    from kfloc_ros.mapping.grid_alignment import align_by_hand, align_with_grid, read_grid
     from kfloc_ros.maps.format import resolve_map
     from kfloc_ros.maps.place import Place, load_map
     from kfloc_ros.maps.scene_map import in_frame
+    from kfloc_ros.visualization.overlay import picture_on_grid
 
     picture: Path = args.picture or args.out.with_name(f"{args.out.name}.png")
     for path in (args.out, picture):
@@ -246,7 +246,11 @@ def run_align(args: argparse.Namespace) -> int:
     else:
         found = align_with_grid(known, grid, *args.heights)
     picture.unlink(missing_ok=True)
-    written = write_new_file(picture, picture_of_alignment(known, grid, found))
+    T = found.T_grid_map
+    walls, views = (
+        points @ T[:3, :3].T + T[:3, 3] for points in (found.wall_points, known.references.T_map_camera[:, :3, 3])
+    )
+    written = write_new_file(picture, picture_on_grid(grid, walls, views, f"{known.name} on {grid.name}"))
     print(
         f"{100 * found.share:.0f} % of the map's points on upright surfaces are on occupied cells of '{args.grid}', "
         f"and {100 * found.free_share:.0f} % of its views over free ones; see '{written}'."
@@ -254,7 +258,6 @@ def run_align(args: argparse.Namespace) -> int:
     if found.fault:
         print(f"No map was written: {found.fault}. Give two points that you know in both: --pair, twice.")
         return 1
-    T = found.T_grid_map
     aligned = in_frame(known, T, "map")
     text = f"to {grid.name}: " + " ".join(f"{value:.6g}" for value in T[:3].reshape(-1))
     aligned = replace(aligned, provenance={**known.provenance, "aligned": text}, path=None)

@@ -5,19 +5,24 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
+import yaml
 from numpy.typing import NDArray
 
 from kfloc_ros.errors import SourceError
+from kfloc_ros.files import MAX_IMAGE_PIXELS, read_bytes, read_text
 from kfloc_ros.geometry.lie import Matrix, inverse_pose, make_pose, so3_exp
-from kfloc_ros.mapping.occupancy_grid import OccupancyGrid, picture_on_grid
 from kfloc_ros.mapping.picture import floor_axes, up_axis
+from kfloc_ros.mapping.registration import level, reference_points
 from kfloc_ros.maps.scene_map import SceneMap
 
 Array = NDArray[np.float64]
+MAX_GRID_BYTES = 300_000_000
+MAX_SIDE = 20_000
 _NEAR_M = 0.10
 """A map point this near to an occupied cell counts as on a wall."""
 _SHARP_M = 0.03
@@ -36,6 +41,19 @@ MAX_STRETCH = 0.05
 
 
 @dataclass(frozen=True, eq=False)
+class OccupancyGrid:
+    """Occupancy grid as map_server reads it."""
+
+    occupied: NDArray[np.bool_]
+    """(H, W); row 0 is at the bottom, column 0 on the left."""
+    free: NDArray[np.bool_]
+    resolution_m: float
+    T_map_grid: Matrix
+    """(4, 4) pose of the corner of cell (0, 0) in nav2's map frame: the yaml's ``origin``."""
+    name: str = ""
+
+
+@dataclass(frozen=True, eq=False)
 class GridAlignment:
     """Way in which a map lies to a grid."""
 
@@ -51,55 +69,40 @@ class GridAlignment:
     """(N, 3) points that were compared, in the map's frame."""
 
 
-def level(scene_map: SceneMap) -> Matrix:
-    """Return the rigid motion (4, 4) that makes a map's floor the plane z = 0, with z up.
+def read_grid(path: Path) -> OccupancyGrid:
+    """Read a grid of map_server: a yaml file, and the image that it names.
 
-    The floor is the plane with the most points among those whose normal is within 20 degrees of the mean upward
-    direction of the images, and below the cameras. Without such a plane the mean direction counts, and the lowest
-    points.
+    Raises:
+        SourceError: a file is missing, too large or damaged, or a value is invalid.
     """
-    T, points = scene_map.references.T_map_camera, _points(scene_map)
-    up = -T[:, :3, 1].mean(axis=0)
-    up = up / np.linalg.norm(up)
-    below = points[(points @ up) < np.median(T[:, :3, 3] @ up) - 0.3]
-    normal, offset = up, float(np.quantile(points @ up, 0.02))
-    if len(below) >= 30:
-        normal, offset = _floor(below, up, offset)
-    axis = np.cross(normal, [0.0, 0.0, 1.0])
-    size = float(np.linalg.norm(axis))
-    angle = math.atan2(size, normal[2])
-    turn = so3_exp(axis / size * angle if size > 1e-12 else [angle, 0.0, 0.0])
-    return make_pose(turn, [0.0, 0.0, -offset])
-
-
-def _floor(points: Array, up: Array, lowest: float) -> tuple[Array, float]:
-    """Return normal (3,) and offset of the floor by RANSAC, refined by least squares."""
-    rng = np.random.default_rng(0)
-    best: tuple[int, Array, float] = (0, up, lowest)
-    for _ in range(400):
-        a, b, c = points[rng.choice(len(points), 3, replace=False)]
-        normal = np.cross(b - a, c - a)
-        length = float(np.linalg.norm(normal))
-        if length < 1e-6:
-            continue
-        normal = normal / length * (np.sign(normal @ up) or 1.0)
-        if normal @ up < math.cos(math.radians(20.0)):
-            continue
-        heights = (points - a) @ normal
-        # The floor is low: a table with as many points has others below it.
-        count = int((np.abs(heights) < 0.03).sum()) - 2 * int((heights < -0.1).sum())
-        if count > best[0]:
-            best = count, normal, float(a @ normal)
-    count, normal, offset = best
-    near = points[np.abs(points @ normal - offset) < 0.04]
-    if count < 20 or len(near) < 20:
-        return up, lowest
-    center = near.mean(axis=0)
-    fitted = np.linalg.svd(near - center)[2][2]
-    fitted = fitted * (np.sign(fitted @ up) or 1.0)
-    if fitted @ up < math.cos(math.radians(20.0)):
-        return normal, offset
-    return fitted, float(center @ fitted)
+    try:
+        given = yaml.safe_load(read_text(path, 1_000_000))
+        if not isinstance(given, dict):
+            raise ValueError("it is no mapping of names to values")
+        resolution_m = float(given["resolution"])
+        x, y, turn = (float(value) for value in given["origin"])
+        occupied_above, free_below = (float(given[f"{name}_thresh"]) for name in ("occupied", "free"))
+        negate, image = bool(int(given.get("negate", 0))), str(given["image"])
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, RecursionError) as error:
+        what = f"it has no '{error.args[0]}'" if isinstance(error, KeyError) else str(error)
+        raise SourceError(f"'{path}' is no occupancy grid of map_server: {what}.") from error
+    numbers = [resolution_m, x, y, turn, occupied_above, free_below]
+    if not (np.isfinite(numbers).all() and 1e-3 <= resolution_m <= 10.0 and np.abs(numbers).max() < 1e7):
+        raise SourceError(f"'{path}' has a resolution (0.001 to 10 m), an origin or a threshold out of range.")
+    picture = path.parent / image
+    try:
+        data = read_bytes(picture, MAX_GRID_BYTES)
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_GRAYSCALE) if data else None
+    except (OSError, cv2.error) as error:
+        raise SourceError(f"The image of the grid, '{picture}', cannot be read: {error}.") from error
+    if pixels is None or pixels.size > MAX_IMAGE_PIXELS or max(pixels.shape) > MAX_SIDE:
+        raise SourceError(f"The image of the grid, '{picture}', is no image of at most {MAX_SIDE} pixels a side.")
+    share = pixels[::-1].astype(np.float64) / 255.0
+    probability = share if negate else 1.0 - share
+    occupied, free = probability > occupied_above, probability < free_below
+    if occupied.sum() < 20:
+        raise SourceError(f"The grid '{path}' has {int(occupied.sum())} occupied cells, which are no walls.")
+    return OccupancyGrid(occupied, free, resolution_m, make_pose(so3_exp([0, 0, turn]), [x, y, 0.0]), path.name)
 
 
 def align_with_grid(scene_map: SceneMap, grid: OccupancyGrid, low_m: float = 0.1, high_m: float = 2.0) -> GridAlignment:
@@ -118,7 +121,7 @@ def align_with_grid(scene_map: SceneMap, grid: OccupancyGrid, low_m: float = 0.1
         SourceError: too few points are at these heights.
     """
     T_level = level(scene_map)
-    leveled = _moved(_points(scene_map), T_level)
+    leveled = _moved(reference_points(scene_map), T_level)
     leveled = leveled[(leveled[:, 2] >= low_m) & (leveled[:, 2] <= high_m)]
     if len(leveled) < 50:
         raise SourceError(
@@ -182,7 +185,7 @@ def align_by_hand(
     R = so3_exp([0.0, 0.0, turn])
     shift = theirs.mean(axis=0) - (R[:2, :2] @ ours.mean(axis=0))
     T = make_pose(R, [*shift, 0.0]) @ T_level
-    leveled = _moved(_points(scene_map), T_level)
+    leveled = _moved(reference_points(scene_map), T_level)
     leveled = leveled[(leveled[:, 2] >= 0.1) & (leveled[:, 2] <= 2.0)]
     walls = _upright(leveled) if len(leveled) else leveled[:, :2]
     views = _moved(scene_map.references.T_map_camera[:, :3, 3], T_level)[:, :2]
@@ -281,24 +284,9 @@ class _Fitter:
         return values
 
 
-def picture_of_alignment(scene_map: SceneMap, grid: OccupancyGrid, alignment: GridAlignment) -> bytes:
-    """Return a PNG of the grid with the map's wall points and views on it."""
-    T = alignment.T_grid_map
-    title = (
-        f"{scene_map.name} on {grid.name}: {100 * alignment.share:.0f} % of the points on occupied cells, "
-        f"{100 * alignment.free_share:.0f} % of the views over free ones"
-    )
-    views = _moved(scene_map.references.T_map_camera[:, :3, 3], T)
-    return picture_on_grid(grid, _moved(alignment.wall_points, T), views, title)
-
-
 def _raised(walls: Array) -> Array:
     """Return planar points (N, 2) as points at a height of one metre (N, 3)."""
     return np.column_stack([walls, np.ones(len(walls))])
-
-
-def _points(scene_map: SceneMap) -> Array:
-    return np.concatenate([view.points.double().cpu().numpy() for view in scene_map.references.views])
 
 
 def _moved(points: Array, T: Matrix) -> Array:

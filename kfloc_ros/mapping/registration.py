@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Registration of two maps: reference points are matched by features, and a rigid motion is fitted.
+"""Registration of two maps: reference points are matched by features, and a rigid motion is fitted; leveling.
 
 No images are needed. Reference points of two sessions are rarely the same point, only near each other on the same
 surface, so that single pairs differ by centimetres; thousands of pairs from many views determine the motion to
@@ -8,6 +8,7 @@ millimetres.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,7 +17,8 @@ import torch
 from numpy.typing import NDArray
 
 from kfloc_ros.errors import MapError
-from kfloc_ros.geometry.lie import Matrix, make_pose
+from kfloc_ros.geometry.lie import Matrix, make_pose, so3_exp
+from kfloc_ros.maps.scene_map import SceneMap
 from kfloc_ros.pixloc.references import ReferencePoints, ReferenceViews
 from kfloc_ros.relocalization.retrieval import ReferenceIndex
 
@@ -152,3 +154,59 @@ def average_pose(motions: Sequence[Matrix], centre: NDArray[np.float64]) -> Matr
     R = U @ np.diag([1.0, 1.0, np.linalg.det(U @ Vt)]) @ Vt
     moved = np.median([T[:3, :3] @ centre + T[:3, 3] for T in motions], axis=0)
     return make_pose(R, moved - R @ centre)
+
+
+def reference_points(scene_map: SceneMap) -> Points:
+    """Return all reference points (N, 3) of a map."""
+    return np.concatenate([view.points.double().cpu().numpy() for view in scene_map.references.views])
+
+
+def level(scene_map: SceneMap) -> Matrix:
+    """Return the rigid motion (4, 4) that makes a map's floor the plane z = 0, with z up.
+
+    The floor is the plane with the most points among those whose normal is within 20 degrees of the mean upward
+    direction of the images, and below the cameras. Without such a plane the mean direction counts, and the lowest
+    points.
+    """
+    T, points = scene_map.references.T_map_camera, reference_points(scene_map)
+    up = -T[:, :3, 1].mean(axis=0)
+    up = up / np.linalg.norm(up)
+    below = points[(points @ up) < np.median(T[:, :3, 3] @ up) - 0.3]
+    normal, offset = up, float(np.quantile(points @ up, 0.02))
+    if len(below) >= 30:
+        normal, offset = _floor(below, up, offset)
+    axis = np.cross(normal, [0.0, 0.0, 1.0])
+    size = float(np.linalg.norm(axis))
+    angle = math.atan2(size, normal[2])
+    turn = so3_exp(axis / size * angle if size > 1e-12 else [angle, 0.0, 0.0])
+    return make_pose(turn, [0.0, 0.0, -offset])
+
+
+def _floor(points: Points, up: Points, lowest: float) -> tuple[Points, float]:
+    """Return normal (3,) and offset of the floor by RANSAC, refined by least squares."""
+    rng = np.random.default_rng(0)
+    best: tuple[int, Points, float] = (0, up, lowest)
+    for _ in range(400):
+        a, b, c = points[rng.choice(len(points), 3, replace=False)]
+        normal = np.cross(b - a, c - a)
+        length = float(np.linalg.norm(normal))
+        if length < 1e-6:
+            continue
+        normal = normal / length * (np.sign(normal @ up) or 1.0)
+        if normal @ up < math.cos(math.radians(20.0)):
+            continue
+        heights = (points - a) @ normal
+        # The floor is low: a table with as many points has others below it.
+        count = int((np.abs(heights) < 0.03).sum()) - 2 * int((heights < -0.1).sum())
+        if count > best[0]:
+            best = count, normal, float(a @ normal)
+    count, normal, offset = best
+    near = points[np.abs(points @ normal - offset) < 0.04]
+    if count < 20 or len(near) < 20:
+        return up, lowest
+    center = near.mean(axis=0)
+    fitted = np.linalg.svd(near - center)[2][2]
+    fitted = fitted * (np.sign(fitted @ up) or 1.0)
+    if fitted @ up < math.cos(math.radians(20.0)):
+        return normal, offset
+    return fitted, float(center @ fitted)

@@ -2,7 +2,7 @@
 """``sensor_msgs/Image`` and ``CompressedImage`` to RGB arrays and back, with NumPy and OpenCV alone.
 
 Nothing here imports ROS: a message is whatever has the fields of the ROS message, so that the
-conversions are tested without it and do not depend on a working ``cv_bridge``. ``nodes/images.py`` uses that where it
+conversions are tested without it and do not depend on a working ``cv_bridge``. ``nodes/adapters.py`` uses that where it
 is installed.
 """
 

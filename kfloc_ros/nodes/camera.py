@@ -20,10 +20,10 @@ from kfloc_ros.messages.camera_info import camera_from_info, check_view
 from kfloc_ros.messages.images import decode_compressed
 from kfloc_ros.messages.poses import StampGuard, stamp_to_ns
 from kfloc_ros.nodes import qos
+from kfloc_ros.nodes.adapters import decode
 from kfloc_ros.nodes.diagnostics import DiagnosticsPublisher, Report
 from kfloc_ros.nodes.handover import CameraFrame, FramePublisher
 from kfloc_ros.nodes.health import Health
-from kfloc_ros.nodes.images import decode
 from kfloc_ros.nodes.parameter_server import ParameterServer
 from kfloc_ros.nodes.worker import EnableSwitch, LatestQueue, TimeWatch
 from kfloc_ros.types import Frame

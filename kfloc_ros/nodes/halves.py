@@ -14,6 +14,7 @@ from kfloc_ros.errors import FrameError
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.localization.localizer import Localizer
 from kfloc_ros.maps.place import AnyMap, single_map
+from kfloc_ros.nodes.adapters import Messages
 from kfloc_ros.nodes.diagnostics import DiagnosticsPublisher, Report
 from kfloc_ros.nodes.handover import (
     CameraFrame,
@@ -27,7 +28,6 @@ from kfloc_ros.nodes.handover import (
     read_frame,
 )
 from kfloc_ros.nodes.health import Health
-from kfloc_ros.nodes.joiner import Messages
 from kfloc_ros.nodes.localizer_stage import PoseOutput
 from kfloc_ros.nodes.managed_node import warm_up
 from kfloc_ros.nodes.parameter_server import ParameterServer

@@ -29,6 +29,7 @@ from kfloc_ros.messages.poses import (
     stamp_to_ns,
 )
 from kfloc_ros.nodes import qos
+from kfloc_ros.nodes.adapters import Messages, decode, encode, make_joiner, subscribe
 from kfloc_ros.nodes.health import (
     Counters,
     Value,
@@ -41,8 +42,6 @@ from kfloc_ros.nodes.health import (
     timing_values,
     whole,
 )
-from kfloc_ros.nodes.images import decode, encode
-from kfloc_ros.nodes.joiner import Messages, make_joiner, subscribe
 from kfloc_ros.types import CoarsePose, FilterReport, Frame, Matrix, PoseEstimate
 
 

@@ -14,7 +14,7 @@ from kfloc_ros.localization.place_localizer import AnyLocalizer, localizer_for
 from kfloc_ros.localization.results import Localization
 from kfloc_ros.maps.place import AnyMap, MapInfo
 from kfloc_ros.nodes.camera import ImageReceiver
-from kfloc_ros.nodes.diagnostics import DiagnosticsPublisher, Report
+from kfloc_ros.nodes.diagnostics import NO_IMAGES, OFF, DiagnosticsPublisher, Report, StatusPublisher
 from kfloc_ros.nodes.handover import CameraFrame, CoarseFrame, CoarsePublisher
 from kfloc_ros.nodes.health import (
     WARN,
@@ -25,7 +25,6 @@ from kfloc_ros.nodes.managed_node import RESET, warm_up
 from kfloc_ros.nodes.parameter_server import ParameterServer
 from kfloc_ros.nodes.pose_file import PosePersistence
 from kfloc_ros.nodes.pose_publisher import PosePublisher
-from kfloc_ros.nodes.status import NO_IMAGES, OFF, StatusPublisher
 from kfloc_ros.nodes.transforms import TransformListener
 from kfloc_ros.nodes.views import Localized, MapPublisher, cell_publisher, overlay_publisher
 from kfloc_ros.nodes.worker import WENT_BACKWARDS, EnableSwitch, TimeWatch

@@ -12,7 +12,7 @@ from rclpy.clock import Clock, ClockType
 from rclpy.node import Node
 from sensor_msgs.msg import Imu
 
-from kfloc_ros.geometry.planar import planar_pose
+from kfloc_ros.geometry.covariance import planar_pose
 from kfloc_ros.localization.odometry import CarriedPose, DeadReckoning
 from kfloc_ros.messages.poses import BodyPose, fill_pose_with_covariance, fill_stamp, stamp_to_ns
 from kfloc_ros.messages.transforms import NEWEST, TransformUnknownError

@@ -14,8 +14,8 @@ from geometry_msgs.msg import PoseStamped, PoseWithCovarianceStamped
 from nav_msgs.msg import Path
 from rclpy.node import Node
 
+from kfloc_ros.geometry.covariance import planar_pose
 from kfloc_ros.geometry.lie import inverse_pose
-from kfloc_ros.geometry.planar import planar_pose
 from kfloc_ros.messages.poses import BodyPose, fill_pose, fill_pose_with_covariance, fill_stamp
 from kfloc_ros.messages.transforms import TransformUnknownError
 from kfloc_ros.nodes import qos

@@ -12,7 +12,9 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import rclpy
+from numpy.typing import ArrayLike
 from rclpy.exceptions import ROSInterruptException
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.lifecycle import TransitionCallbackReturn
@@ -21,9 +23,15 @@ from rclpy.signals import SignalHandlerOptions
 
 from kfloc_ros.device import limit_threads
 from kfloc_ros.errors import KflocError
-from kfloc_ros.messages.poses import use_quaternions
+from kfloc_ros.geometry.lie import make_pose
+from kfloc_ros.messages.poses import Quaternions, use_quaternions
 from kfloc_ros.nodes.managed_node import Build, ManagedNode
-from kfloc_ros.nodes.quaternions import ros_quaternions
+from kfloc_ros.types import Matrix
+
+try:
+    import tf_transformations
+except ImportError:  # it, or transforms3d, which it wraps
+    tf_transformations = None
 
 _MAX_FAILURES = 100
 """Number of consecutive failed callbacks that end the node."""
@@ -111,3 +119,18 @@ def signals_set() -> Iterator[threading.Event]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def ros_quaternions(package: Any = tf_transformations) -> Quaternions:
+    """Return the conversions of ``tf_transformations``, with the sign w >= 0, or our own where it is not installed."""
+    if package is None:
+        return Quaternions()
+
+    def from_matrix(R: Matrix) -> Matrix:
+        q = np.asarray(package.quaternion_from_matrix(make_pose(R, np.zeros(3))), dtype=np.float64)
+        return q if q[3] >= 0 else -q
+
+    def to_matrix(xyzw: ArrayLike) -> Matrix:
+        return np.asarray(package.quaternion_matrix(xyzw), dtype=np.float64)[:3, :3]
+
+    return Quaternions(from_matrix, to_matrix)

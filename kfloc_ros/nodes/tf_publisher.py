@@ -15,8 +15,8 @@ import numpy as np
 from rclpy.clock import Clock, ClockType
 from rclpy.node import Node
 
+from kfloc_ros.geometry.covariance import planar_map_to_odom
 from kfloc_ros.geometry.lie import inverse_pose
-from kfloc_ros.geometry.planar import planar_map_to_odom
 from kfloc_ros.localization.odometry import CorrectionLimits, OdometryCheck, SteadyCorrection
 from kfloc_ros.messages.transforms import NEWEST, TransformUnknownError
 from kfloc_ros.nodes.health import Health

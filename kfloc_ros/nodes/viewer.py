@@ -30,8 +30,8 @@ from kfloc_ros.errors import KflocError
 from kfloc_ros.messages.clouds import read_cloud
 from kfloc_ros.messages.poses import pose_from_message, stamp_to_ns
 from kfloc_ros.nodes import qos
+from kfloc_ros.nodes.adapters import decode
 from kfloc_ros.nodes.health import read_values
-from kfloc_ros.nodes.images import decode
 from kfloc_ros.nodes.runtime import signals_set
 from kfloc_ros.visualization.rerun import Recording
 from kfloc_ros.visualization.rerun_views import (

@@ -21,8 +21,8 @@ from kfloc_ros.maps.place import MapInfo
 from kfloc_ros.messages.clouds import fill_cloud
 from kfloc_ros.messages.poses import fill_stamp
 from kfloc_ros.nodes import qos
+from kfloc_ros.nodes.adapters import encode
 from kfloc_ros.nodes.handover import CameraFrame, CoarseFrame
-from kfloc_ros.nodes.images import encode
 from kfloc_ros.nodes.worker import EnableSwitch, LatestWorker
 from kfloc_ros.types import PoseEstimate
 from kfloc_ros.visualization.cells import flow_view, noise_view

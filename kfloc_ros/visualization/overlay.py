@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 
 import cv2
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 from kfloc_ros.features.backbone import Backbone, BackboneFeatures
 from kfloc_ros.geometry.camera import Camera
+from kfloc_ros.mapping.grid_alignment import OccupancyGrid
 from kfloc_ros.pixloc.references import ReferencePoints, ReferenceViews
 from kfloc_ros.pixloc.residuals import Reprojection, reproject
 from kfloc_ros.types import PoseEstimate, TrackingState
@@ -117,3 +119,38 @@ class OverlayPainter:
         if self._backbone is None:
             self._backbone = Backbone(device=self._device)
         return self._backbone.extract(image)
+
+
+def picture_on_grid(grid: OccupancyGrid, walls: NDArray[np.float64], views: NDArray[np.float64], title: str) -> bytes:
+    """Return a PNG of a grid with a map's wall points and the places of its views, in nav2's map frame.
+
+    Args:
+        grid: the grid.
+        walls: (N, 3) points in nav2's map frame, metres.
+        views: (M, 3) positions of cameras.
+        title: of the picture.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.transforms import Affine2D
+
+    height, width = grid.occupied.shape
+    shades = np.where(grid.occupied, 0.0, np.where(grid.free, 1.0, 0.75))
+    figure = Figure(figsize=(9.0, max(4.0, min(14.0, 9.0 * height / width))), layout="constrained")
+    axes = figure.add_subplot()
+    extent = (0.0, width * grid.resolution_m, 0.0, height * grid.resolution_m)
+    placed = Affine2D(grid.T_map_grid[np.ix_([0, 1, 3], [0, 1, 3])]) + axes.transData
+    axes.imshow(shades, cmap="gray", origin="lower", extent=extent, transform=placed, vmin=0, vmax=1)
+    axes.scatter(walls[:, 0], walls[:, 1], s=1.5, c="#d84315", linewidths=0, label="points of the map")
+    axes.scatter(views[:, 0], views[:, 1], s=6, c="#1565c0", linewidths=0, label="its views")
+    corners = np.array([[x, y, 0.0, 1.0] for x in extent[:2] for y in extent[2:]]) @ grid.T_map_grid.T
+    shown = np.concatenate([corners[:, :2], walls[:, :2], views[:, :2]])
+    axes.set_xlim(shown[:, 0].min(), shown[:, 0].max())
+    axes.set_ylim(shown[:, 1].min(), shown[:, 1].max())
+    axes.set_aspect("equal")
+    axes.set_xlabel("x [m]")
+    axes.set_ylabel("y [m]")
+    axes.set_title(title)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=120)
+    return stream.getvalue()

@@ -6,8 +6,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from kfloc_ros.geometry.covariance import planar_map_to_odom, planar_pose, yaw
 from kfloc_ros.geometry.lie import inverse_pose, make_pose, so3_exp
-from kfloc_ros.geometry.planar import planar_map_to_odom, planar_pose, yaw
 from kfloc_ros.types import Matrix
 
 SIGMAS = np.array([0.01, 0.02, 0.03, 0.01, 0.02, 0.005])

@@ -9,8 +9,8 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from kfloc_ros.geometry.covariance import planar_map_to_odom, planar_pose
 from kfloc_ros.geometry.lie import inverse_pose, make_pose, rotation_angle_deg, so3_exp
-from kfloc_ros.geometry.planar import planar_map_to_odom, planar_pose
 from kfloc_ros.localization.odometry import CorrectionLimits, SteadyCorrection
 from kfloc_ros.messages.transforms import TransformTree
 from kfloc_ros.simulation.render import Renderer

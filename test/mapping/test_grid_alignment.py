@@ -14,8 +14,8 @@ import pytest
 from kfloc_ros.cli.main import main
 from kfloc_ros.errors import SourceError
 from kfloc_ros.geometry.lie import inverse_pose, make_pose, rotation_angle_deg, so3_exp
-from kfloc_ros.mapping.grid_alignment import align_by_hand, align_with_grid, level
-from kfloc_ros.mapping.occupancy_grid import read_grid
+from kfloc_ros.mapping.grid_alignment import align_by_hand, align_with_grid, read_grid
+from kfloc_ros.mapping.registration import level
 from kfloc_ros.maps.format import resolve_map
 from kfloc_ros.maps.scene_map import SceneMap, in_frame
 from kfloc_ros.simulation.faces import Face

@@ -8,8 +8,8 @@ import pytest
 
 pytest.importorskip("rclpy", reason="rclpy is not installed: `make setup` brings it, or source a ROS 2 installation")
 
+from kfloc_ros.nodes.diagnostics import StateLog
 from kfloc_ros.nodes.pose_publisher import Outcome
-from kfloc_ros.nodes.status import StateLog
 from kfloc_ros.types import TrackingState
 
 

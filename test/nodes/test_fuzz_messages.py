@@ -34,10 +34,10 @@ from kfloc_ros.messages.features import fill_coarse, fill_fine
 from kfloc_ros.messages.images import _LAYOUTS, ENCODINGS, MAX_SIDE_PX, decode_compressed, decode_image, fill_image
 from kfloc_ros.messages.poses import StampGuard, fill_stamp, pose_from_message, stamp_to_ns
 from kfloc_ros.messages.transforms import TransformTree, TransformUnknownError
+from kfloc_ros.nodes.adapters import make_joiner
 from kfloc_ros.nodes.handover import ALWAYS, COARSE_TOPICS, FRAME_TOPICS, has_coarse_pose, read_coarse
 from kfloc_ros.nodes.health import make_status
 from kfloc_ros.nodes.initial_pose import InitialPoseError, completed, nearest, read_initial_pose, spread
-from kfloc_ros.nodes.joiner import make_joiner
 from kfloc_ros.nodes.pose_file import FORMAT, PoseFileError, load_pose
 
 pytestmark = pytest.mark.ros

@@ -25,9 +25,8 @@ from kfloc_ros.errors import FrameError
 from kfloc_ros.geometry.lie import rotation_angle_deg, so3_exp
 from kfloc_ros.messages.images import ENCODINGS, decode_image
 from kfloc_ros.messages.poses import Quaternions, fill_pose, pose_from_message, use_quaternions
-from kfloc_ros.nodes.images import ImageBridge
-from kfloc_ros.nodes.joiner import MAX_INCOMPLETE, FilterJoiner, Joiner, StampJoiner
-from kfloc_ros.nodes.quaternions import ros_quaternions
+from kfloc_ros.nodes.adapters import MAX_INCOMPLETE, FilterJoiner, ImageBridge, Joiner, StampJoiner
+from kfloc_ros.nodes.runtime import ros_quaternions
 
 pytestmark = pytest.mark.ros
 

@@ -110,8 +110,8 @@ def test_filters_take_the_pose_on_the_plane_and_gate_it() -> None:
 
 def test_the_gate_lets_planar_poses_in_and_wrong_ones_not() -> None:
     """The Mahalanobis distance as robot_localization computes it, of poses that planar makes."""
+    from kfloc_ros.geometry.covariance import planar_pose, yaw
     from kfloc_ros.geometry.lie import make_pose, so3_exp
-    from kfloc_ros.geometry.planar import planar_pose, yaw
 
     gate = load("robot_localization.yaml")["ekf_filter_node_map"]["ros__parameters"]["pose0_rejection_threshold"]
     rng, kept = np.random.default_rng(1), [0, 1, 5]
