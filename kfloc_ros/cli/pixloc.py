@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from kfloc_ros.types import Matrix
 
 NAMES = ("7scenes", "cambridge", "aachen", "cmu", "robotcar")
-EXPERIMENT_FILES = ("pixloc_best.safetensors", "pixloc.safetensors", "checkpoint_best.tar")
-"""Weights in the folder of a training, of this package or the original, the first preferred."""
 PATHS = {
     "reference_sfm": "COLMAP model of the references",
     "query_list": "queries with intrinsics: name MODEL w h params",
@@ -279,8 +277,8 @@ def _weights(args: argparse.Namespace, conf: dict[str, Any]) -> Path | None:
         ConfigError: both are given.
         WeightsError: the experiment has no weights.
     """
-    from kfloc_ros.cli.train_run import experiment_folder
-    from kfloc_ros.errors import ConfigError, WeightsError
+    from kfloc_ros.cli.train_run import experiment_weights
+    from kfloc_ros.errors import ConfigError
     from kfloc_ros.pixloc.hloc.options import PUBLISHED
 
     names = [word.partition("=")[2] for word in args.overrides if word.startswith("experiment=")]
@@ -291,13 +289,7 @@ def _weights(args: argparse.Namespace, conf: dict[str, Any]) -> Path | None:
     if args.weights is not None or args.eval_only:
         return args.weights  # type: ignore[no-any-return]
     name = str(names[-1] if names else in_file or PUBLISHED[args.data_set])
-    folder = experiment_folder(name)
-    for file in EXPERIMENT_FILES:
-        if (folder / file).is_file():
-            return folder / file
-    raise WeightsError(
-        f"There are no weights in '{folder}' ({', '.join(EXPERIMENT_FILES)}); give --weights FILE or experiment=NAME."
-    )
+    return experiment_weights(name)
 
 
 def _existing(paths: Paths) -> dict[str, Matrix]:

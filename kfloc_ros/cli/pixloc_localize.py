@@ -51,7 +51,7 @@ def add_parser(actions: Any) -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="device of the networks")
     group = parser.add_argument_group("with a COLMAP model")
     group.add_argument("--images", type=Path, metavar="DIR", help="folder of the model's images")
-    group.add_argument("--weights", type=Path, metavar="FILE", help="PixLoc model written by `kfloc convert`")
+    group.add_argument("--weights", type=Path, metavar="FILE", help="PixLoc model; or experiment=NAME")
     group.add_argument(
         "--cache",
         type=Path,
@@ -80,10 +80,17 @@ def add_show_arguments(parser: argparse._ActionsContainer) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run ``kfloc pixloc localize``; return 1 if no pose was found."""
+    from kfloc_ros.cli.train_run import experiment_weights
     from kfloc_ros.errors import ConfigError
     from kfloc_ros.pixloc.hloc.run import read_image
 
     image = read_image(args.image)
+    experiments = [word.partition("=")[2] for word in args.overrides if word.startswith("experiment=")]
+    if experiments:
+        if args.weights is not None:
+            raise ConfigError("--weights and experiment=NAME both give weights; omit one of them.")
+        args.weights = experiment_weights(experiments[-1])
+        args.overrides = [word for word in args.overrides if not word.startswith("experiment=")]
     if args.weights is None:
         if args.show is not None:
             raise ConfigError("--show is of PixLoc's network; `kfloc show html` and `alignment` draw those of a map.")

@@ -70,9 +70,10 @@ VERBS = {
     ),
     "trajectory": (
         "truth and estimate of a result folder, beside the images",
-        "A video of a result folder of `kfloc localize`, `kfloc replay` or `kfloc pnp`: the image, and the plan from\n"
-        "above with the true path in green and the estimated one in red, with the frame's error. The images are of\n"
-        "the SOURCE that was localized, if it is still there; --source or --images names others.",
+        "A video of a result folder of `kfloc localize`, `kfloc replay` or `kfloc pnp`, or of the file of `kfloc\n"
+        "pixloc run`: the image, and the plan from above with the true path in green and the estimated one in red,\n"
+        "with the frame's error. The images are of the SOURCE that was localized, if it is still there; --source or\n"
+        "--images names others.",
         "examples:\n"
         "  kfloc show trajectory out/kitchen --out out/video\n"
         "  kfloc show trajectory out/poses --gt test/pose_list.txt --images test/image_list.txt --out out/video\n",
@@ -134,7 +135,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def _add_arguments(name: str, verb: argparse.ArgumentParser) -> None:
     if name == "trajectory":
-        verb.add_argument("result", type=Path, metavar="RESULT", help="result folder")
+        verb.add_argument("result", type=Path, metavar="RESULT", help="result folder, or file of `kfloc pixloc run`")
         verb.add_argument("--source", metavar="SOURCE", help="frames with the images (default: named by the result)")
         verb.add_argument("--gt", type=Path, metavar="LIST", help="for `kfloc pnp`: list of the true pose files")
     else:

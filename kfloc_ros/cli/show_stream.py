@@ -197,7 +197,7 @@ def trajectory(args: argparse.Namespace) -> list[str]:
     track = read_track(args.result, args.gt)
     name = args.source or track.source
     if args.images or not name:
-        files = find_images(args.images or ())
+        files = find_images(args.images) if args.images else track.images
 
         def image_of(index: int) -> NDArray[np.uint8] | None:
             return read_image(files[index]) if index < len(files) else None

@@ -8,7 +8,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kfloc_ros.errors import ConfigError
+from kfloc_ros.errors import ConfigError, WeightsError
 from kfloc_ros.files import read_text
 
 if TYPE_CHECKING:
@@ -87,6 +87,26 @@ def experiment_folder(name: str) -> Path:
     if not name or name != Path(name).name or name.startswith("."):
         raise ConfigError(f"The name of an experiment must not be a path, got '{name}'; use --out for paths.")
     return TRAININGS / name
+
+
+EXPERIMENT_FILES = ("pixloc_best.safetensors", "pixloc.safetensors", "checkpoint_best.tar")
+"""Weights in the folder of a training, of this package or the original, the first preferred."""
+
+
+def experiment_weights(name: str) -> Path:
+    """Return the file of PixLoc's weights of a training by its name.
+
+    Raises:
+        ConfigError: the name is empty or a path.
+        WeightsError: the training has no weights.
+    """
+    folder = experiment_folder(name)
+    for file in EXPERIMENT_FILES:
+        if (folder / file).is_file():
+            return folder / file
+    raise WeightsError(
+        f"There are no weights in '{folder}' ({', '.join(EXPERIMENT_FILES)}); give --weights FILE or experiment=NAME."
+    )
 
 
 def describe_options(config_type: type) -> str:

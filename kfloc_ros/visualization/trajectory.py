@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -17,8 +18,10 @@ from kfloc_ros.errors import FrameError, SourceError
 from kfloc_ros.evaluation.compare import read_summary
 from kfloc_ros.evaluation.metrics import pose_error
 from kfloc_ros.files import read_text
+from kfloc_ros.geometry.lie import inverse_pose
 from kfloc_ros.kfnet.reference.files import read_list, read_pose
 from kfloc_ros.messages.tum import read_tum
+from kfloc_ros.pixloc.reference.views import read_scene
 from kfloc_ros.types import Matrix
 
 TRUTH_COLOUR, ESTIMATE_COLOUR = (46, 125, 50), (211, 47, 47)
@@ -55,18 +58,22 @@ class Track:
     """SOURCE that was localized, if the folder names it."""
     poses: str = "file"
     """Ground truth that was chosen."""
+    images: Sequence[Path] = ()
+    """Images of the frames, if the result names them."""
 
 
 def read_track(folder: Path, truth_list: Path | None = None) -> Track:
-    """Read the poses of a result folder of ``kfloc localize``, ``kfloc replay`` or ``kfloc pnp``.
+    """Read the poses of a result of ``kfloc localize``, ``replay``, ``pnp`` or ``pixloc run``.
 
     Args:
-        folder: result folder.
+        folder: result folder, or the file of poses of ``kfloc pixloc run``.
         truth_list: for ``kfloc pnp``: list of true pose files, as its ``--gt``.
 
     Raises:
         SourceError: it is no result folder, or is damaged.
     """
+    if folder.is_file():
+        return _pixloc_track(folder)
     if (folder / "poses.json").is_file() and not (folder / "summary.json").is_file():
         return _pnp_track(folder, truth_list)
     summary = read_summary(folder)
@@ -94,6 +101,35 @@ def _pnp_track(folder: Path, truth_list: Path | None) -> Track:
     except (OSError, KeyError, ValueError, TypeError, FrameError) as error:
         raise SourceError(f"The result folder '{folder}' is damaged: {error}") from error
     return Track(folder.name, frames)
+
+
+def _pixloc_track(path: Path) -> Track:
+    """Return the poses of PixLoc's queries, with truth and images where the log beside the file says they are."""
+    log = path.with_name(f"{path.name}_logs.json")
+    try:
+        content = json.loads(read_text(log))
+        queries, paths = content["localization"], content["paths"]
+        frames = [
+            TrackFrame(k, None, None if T is None else np.array(T, dtype=np.float64).reshape(4, 4), _state(entry))
+            for k, entry in enumerate(queries.values())
+            for T in (entry.get("T_map_camera") or entry["T_map_camera_init"],)
+        ]
+        truth = _truth_of(Path(str(paths.get("ground_truth", ""))))
+        frames = [replace(frame, truth=truth.get(name)) for frame, name in zip(frames, queries, strict=True)]
+        images = [Path(str(paths["query_images"])) / name for name in queries]
+    except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
+        raise SourceError(f"'{path}' has no log of `kfloc pixloc run` beside it, or it is damaged: {error}") from error
+    return Track(path.stem, frames, images=images)
+
+
+def _state(entry: Mapping[str, Any]) -> str:
+    return "aligned" if entry["success"] else f"not aligned: {entry['reason']}"
+
+
+def _truth_of(model: Path) -> dict[str, Matrix]:
+    if not model.name or not model.is_dir():
+        return {}
+    return {image.name: inverse_pose(image.T_camera_map) for image in read_scene(model).images}
 
 
 class Plan:

@@ -26,6 +26,7 @@ from kfloc_ros.pixloc.hloc.files import read_poses
 from kfloc_ros.pixloc.hloc.layouts import DATA_SETS
 from kfloc_ros.pixloc.reference.model import save_model
 from kfloc_ros.types import Matrix
+from kfloc_ros.visualization.trajectory import read_track
 from studies.parity import formula_model
 
 pytestmark = pytest.mark.thorough
@@ -205,6 +206,8 @@ def test_an_experiment_in_the_originals_folders(
     monkeypatch.chdir(tmp_path)
     tree = Tree(tmp_path / "datasets" / "7Scenes", "7scenes", "heads")
     tree.write_queries()
+    write_model(tree.at("ground_truth"), tree.truth)
+    tree.write("truth_list", "".join(f"{name}\n" for name in tree.truth))
     assert main(["pixloc", "run", "7Scenes", "--scenes", "heads", "--quiet"]) == 2
     assert "no weights in 'outputs/training/pixloc_megadepth'" in capsys.readouterr().err
     folder = tmp_path / "outputs" / "training" / "mine"
@@ -231,10 +234,14 @@ def test_an_experiment_in_the_originals_folders(
     said = capsys.readouterr().out
     assert "no effect here: optimizer.lambda_" in said and "seq/p.jpg: aligned, score 0." in said
     tree.check(tmp_path / "outputs" / "results" / "pixloc_7scenes_heads.txt", ["seq/p.jpg", "seq/q.jpg"])
+    track = read_track(tmp_path / "outputs" / "results" / "pixloc_7scenes_heads.txt")
+    assert [path.name for path in track.images] == ["p.jpg", "q.jpg"] and track.frames[0].state == "aligned"
+    assert np.allclose(track.frames[0].truth, TRUTH["p"], atol=1e-6)
     shown = tmp_path / "shown" / "heads"
     assert {path.name for path in (shown / "alignment").iterdir()} >= {"seq_p.png", "seq_p.mp4", "seq_q.png"}
     assert (shown / "confidence.mp4").is_file() and (shown / "alignment.html").is_file()
-    assert main(["pixloc", "run", "7Scenes", "--weights", str(weights), *words, "experiment=mine"]) == 2
+    words = [*words, "experiment=mine"]
+    assert main(["pixloc", "run", "7Scenes", "--weights", str(weights), *words]) == 2
     assert "omit one" in capsys.readouterr().err
 
 

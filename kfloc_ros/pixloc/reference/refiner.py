@@ -196,7 +196,9 @@ class ReferenceRefiner:
             references = self._assemble(views_at, only_rows)
             count = len(references.points)
             if count < self.settings.min_points_opt:
-                return run.failed(f"only {count} points of the {len(chosen)} reference images can be used", count)
+                few = f"only {count} points of the {len(chosen)} reference images can be used at image scale {scale}"
+                hint = "; a larger resize, or a smaller pad or multiscale, leaves more" if not count else ""
+                return run.failed(few + hint, count)
             pyramid, image_scale = described.at(scale)
             if not self.settings.use_confidences:
                 pyramid = replace(pyramid, confidences=tuple(map(torch.ones_like, pyramid.confidences)))
