@@ -58,6 +58,8 @@ setup(
     extras_require={
         "heic": ["pillow-heif>=0.18,<2"],
         "notebooks": ["ipykernel>=6", "jupyterlab>=4", "nbclient>=0.8", "nbformat>=5.7"],
+        "onnx": ["onnx>=1.15", "onnxruntime>=1.17"],
+        "openvino": ["openvino>=2024.1"],
         "simulation": ["embreex>=4.4"],
         "tensorboard": ["tensorboard>=2.15,<3"],
         "test": ["hypothesis>=6.100", "pytest>=7,<9", "pytest-xdist>=3.5,<4"],

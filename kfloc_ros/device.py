@@ -50,7 +50,7 @@ def describe_hardware(device: str = "cpu") -> dict[str, str | int | float | None
     """Return processor, usable cores, memory, versions and, if ``device`` is a GPU, its name."""
     gpu = torch.cuda.get_device_name(0) if device.startswith("cuda") and torch.cuda.is_available() else None
     return {
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "gpu": gpu,
@@ -61,7 +61,8 @@ def describe_hardware(device: str = "cpu") -> dict[str, str | int | float | None
     }
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """Return the processor's name."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text().splitlines():

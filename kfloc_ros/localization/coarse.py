@@ -41,7 +41,7 @@ class CoarseStage:
         calibration = scene_map.calibration
         self.camera = scene_map.camera
         """Pinhole camera that every frame must have."""
-        self._backbone = backbone or Backbone(device=device)
+        self._backbone = backbone or Backbone(device=device, runtime=config.runtime)
         self._networks = networks_of(scene_map, device)
         self._use_filter = config.filter
         self._corrects = config.filter and config.pose_feedback and recursion_of(scene_map, config) == "robust"
@@ -50,6 +50,11 @@ class CoarseStage:
         self._skipped: tuple[Frame, BackboneFeatures] | None = None
         self._filter = SceneCoordinateFilter(filter_settings(scene_map, config, self._networks), self._networks.flow)
         self._pnp = pnp_settings(config, self._networks.stride, calibration.coarse_covariance_scale)
+
+    @property
+    def runtime_note(self) -> str:
+        """Run-time of the backbone with the reason for it; empty on a GPU."""
+        return self._backbone.runtime_note
 
     def extract(self, frame: Frame, times: StageTimes) -> BackboneFeatures:
         """Run the backbone on a frame.

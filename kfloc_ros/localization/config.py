@@ -26,6 +26,12 @@ class LocalizerConfig:
     device: str = option(
         "auto", "Device of the networks; auto takes a GPU if there is one.", choices=("auto", "cpu", "cuda")
     )
+    runtime: str = option(
+        "auto",
+        "Run-time of the backbone on a processor. torch: float32, the reference; openvino, onnxruntime: if installed; "
+        "auto: the fastest of them, in bfloat16 where that is native, measured once and remembered.",
+        choices=("auto", "torch", "openvino", "onnxruntime"),
+    )
     filter: bool = option(True, "Filter scene coordinates over time (Kalman filter along the optical flow).")
     alternate_cells: bool = option(
         True,

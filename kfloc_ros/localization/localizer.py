@@ -52,6 +52,11 @@ class Localizer:
         return self._refine.refiner
 
     @property
+    def runtime_note(self) -> str:
+        """Run-time of the backbone with the reason for it; empty on a GPU."""
+        return self._coarse.runtime_note
+
+    @property
     def camera_note(self) -> str:
         """Sentence on a camera that does not fit the images; empty if it fits."""
         return self._refine.camera_note

@@ -70,7 +70,7 @@ class PlaceGuide:
         search: PlaceSearchSettings | None = None,
         settings: GuideSettings | None = None,
     ) -> None:
-        self.place, self.backbone = place, Backbone(device=choose_device(config.device))
+        self.place, self.backbone = place, Backbone(device=choose_device(config.device), runtime=config.runtime)
         self.active: LoadedSubmap | None = None
         """Submap that the camera is in; None if it is not known."""
         self.cache = SubmapCache(

@@ -52,6 +52,11 @@ class PlaceLocalizer:
         return self.guide.place.references if active is None else active.localizer.references
 
     @property
+    def runtime_note(self) -> str:
+        """Run-time of the backbone with the reason for it; empty on a GPU."""
+        return self.guide.backbone.runtime_note
+
+    @property
     def camera_note(self) -> str:
         """Sentence on a camera that does not fit the images of the present submap; empty if it fits."""
         return "" if self.guide.active is None else self.guide.active.localizer.camera_note

@@ -175,6 +175,8 @@ class StatusPublisher:
         values["latency_ms"] = round(latency_ms, 3)
         values |= counter_values(camera_frame.counters(self._health.counters))
         values |= asdict(self._health.rates()) | details
+        if self._health.runtime:
+            values["runtime"] = self._health.runtime
         level = LEVELS[estimate.state]
         if outcome.pose or outcome.transform:
             level = max(level, WARN)

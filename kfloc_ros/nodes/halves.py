@@ -29,7 +29,7 @@ from kfloc_ros.nodes.handover import (
 )
 from kfloc_ros.nodes.health import Health
 from kfloc_ros.nodes.localizer_stage import PoseOutput
-from kfloc_ros.nodes.managed_node import warm_up
+from kfloc_ros.nodes.managed_node import tell_runtime, warm_up
 from kfloc_ros.nodes.parameter_server import ParameterServer
 from kfloc_ros.nodes.views import cell_publisher
 from kfloc_ros.nodes.worker import EnableSwitch, LatestQueue, TimeWatch
@@ -46,6 +46,7 @@ class FilterStage:
         self._health = Health(node.get_logger())
         warm_up(scene_map, parameters.localizer)
         self._localizer = Localizer(scene_map, parameters.localizer)
+        tell_runtime(self._health, self._localizer.runtime_note)
         map_frame = parameters.node.map_frame or scene_map.frame_id
         self._publish = CoarsePublisher(node, map_frame, lambda: self._health.counters, for_refiner=True)
         self._cells = cell_publisher(node, map_frame, self._health.warn)

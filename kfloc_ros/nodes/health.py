@@ -82,6 +82,8 @@ class Health:
         self._latencies_ms: deque[float] = deque(maxlen=_WINDOW)
         self._last_logged: dict[str, float] = {}
         self._last_fault = ""
+        self.runtime = ""
+        """Run-time of the backbone, if this node has one."""
 
     @property
     def counters(self) -> Counters:

@@ -21,7 +21,7 @@ from kfloc_ros.nodes.health import (
     Health,
 )
 from kfloc_ros.nodes.initial_pose import InitialPoseInput
-from kfloc_ros.nodes.managed_node import RESET, warm_up
+from kfloc_ros.nodes.managed_node import RESET, tell_runtime, warm_up
 from kfloc_ros.nodes.parameter_server import ParameterServer
 from kfloc_ros.nodes.pose_file import PosePersistence
 from kfloc_ros.nodes.pose_publisher import PosePublisher
@@ -164,6 +164,7 @@ class LocalizerStage:
         health = Health(node.get_logger())
         warm_up(scene_map, parameters.localizer)
         self._localizer = localizer_for(scene_map, parameters.localizer)
+        tell_runtime(health, self._localizer.runtime_note)
         map_frame = parameters.node.map_frame or scene_map.frame_id
         self._publish_coarse = CoarsePublisher(node, map_frame, lambda: health.counters, for_refiner=False)
         self._output = PoseOutput(node, parameters, scene_map, self._localizer, health, switch)

@@ -22,6 +22,7 @@ from kfloc_ros.maps.format import resolve_map
 from kfloc_ros.maps.place import AnyMap, load_map, single_map
 from kfloc_ros.nodes import qos
 from kfloc_ros.nodes.localize_action import localize_action
+from kfloc_ros.nodes.health import Health
 from kfloc_ros.nodes.parameter_server import ParameterServer
 from kfloc_ros.nodes.parameters import NodeConfig
 from kfloc_ros.nodes.pose_file import check_replaceable, pose_path
@@ -303,3 +304,10 @@ def warm_up(scene_map: AnyMap, config: LocalizerConfig) -> None:
     for stamp_ns in (1, 2):  # the second frame has a prior, if the first one produced a belief
         views = localizer.references.T_map_camera[:1]  # a pose to align from, which noise does not give
         localizer.process(Frame(image=image, camera=camera, stamp_ns=stamp_ns), list(views))
+
+
+def tell_runtime(health: Health, note: str) -> None:
+    """Log which run-time computes the backbone, and why; ``status`` says it too."""
+    health.runtime = note
+    if note:
+        health.inform(f"Backbone: {note}.")
