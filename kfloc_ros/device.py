@@ -1,15 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Choice of the device and the threads of networks, and description of the machine."""
+"""Choice of the device and the threads of networks, compiled loops, and description of the machine."""
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import logging
 import os
 import platform
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
 from kfloc_ros.errors import ConfigError
+
+LOG = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def choose_device(name: str) -> torch.device:
@@ -44,6 +56,74 @@ def limit_threads() -> None:
     """
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(min(max((os.cpu_count() or 1) // 2, 1), MAX_THREADS))
+
+
+# A stage of a frame is hundreds of operations on small tensors, whose calls take longer than their arithmetic; a
+# compiled loop makes one call of them. Beside every loop there is a torch path, its reference. Numba keeps the machine
+# code on disk (beside the module, or in the user's cache folder), so a machine compiles once, in seconds. It looks at
+# the processor, so a copied cache is compiled anew where it must be.
+
+FAST_MATH = {"reassoc", "nsz", "arcp", "contract"}
+"""Sums may be reordered, so that they use the processor's vectors; NaN and infinity keep their meaning."""
+
+_switched_off = False
+
+
+@cache
+def has_numba() -> bool:
+    """Return true if Numba is installed and works; if not, log the consequence once."""
+    if os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0"):
+        LOG.warning("NUMBA_DISABLE_JIT is set: inner loops run in torch, and a frame takes about half as long again.")
+        return False
+    reason = "is not installed"
+    if importlib.util.find_spec("numba") is not None:
+        try:
+            importlib.import_module("numba")
+            return True
+        except Exception as error:  # such as a NumPy that it does not support
+            reason = f"cannot be loaded ({error})"
+    LOG.warning(
+        "Numba %s: inner loops run in torch, and a frame takes about half as long again. `pip install numba` helps.",
+        reason,
+    )
+    return False
+
+
+def runs_compiled(*tensors: torch.Tensor) -> bool:
+    """Return true if compiled loops can take these tensors: float32 on the CPU, without gradients."""
+    return (
+        not _switched_off
+        and all(t.device.type == "cpu" and t.dtype == torch.float32 and not t.requires_grad for t in tensors)
+        and has_numba()
+    )
+
+
+@contextmanager
+def torch_only() -> Iterator[None]:
+    """Run the torch path of every loop within this context; for comparisons."""
+    global _switched_off
+    before, _switched_off = _switched_off, True
+    try:
+        yield
+    finally:
+        _switched_off = before
+
+
+def compiled_loop(function: Callable[P, R]) -> Callable[P, R]:
+    """Compile a function with Numba on its first call, without the interpreter's lock, and keep the code on disk.
+
+    Without Numba the function is returned as it is; :func:`runs_compiled` keeps callers from calling it.
+    """
+    if not has_numba():
+        return function
+    import numba
+
+    options: dict[str, Any] = {"nogil": True, "fastmath": FAST_MATH, "error_model": "numpy"}
+    try:
+        compiled: Callable[P, R] = numba.njit(cache=True, **options)(function)
+    except RuntimeError:  # no folder for the code can be written: compile in every process
+        compiled = numba.njit(**options)(function)
+    return compiled
 
 
 def describe_hardware(device: str = "cpu") -> dict[str, str | int | float | None]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kfloc_ros import compiled
+from kfloc_ros.device import compiled_loop, has_numba, runs_compiled, torch_only
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import make_pose, so3_exp
 from kfloc_ros.kfnet.flow import Flow, cost_window
@@ -20,7 +20,7 @@ from kfloc_ros.kfnet.fusion import warp
 from kfloc_ros.pixloc.cost import FeatureImage, RobustLoss, linearize
 from kfloc_ros.types import SceneCoordinates
 
-needs_numba = pytest.mark.skipif(not compiled.is_available(), reason="Numba is not installed")
+needs_numba = pytest.mark.skipif(not has_numba(), reason="Numba is not installed")
 CAMERA = Camera(160, 128, 140.0, 145.0, 80.0, 63.0)
 
 
@@ -42,7 +42,7 @@ def test_normal_equations_agree_with_torch(offsets: np.ndarray | None) -> None:
     pose = make_pose(so3_exp([0.05, -0.03, 0.02]), [0.02, -0.01, 0.05])
     given = (level(), points, features, confidence, pose, CAMERA, RobustLoss(0.5), offsets)
     quick = linearize(*given)
-    with compiled.torch_only():
+    with torch_only():
         reference = linearize(*given)
     assert 50 < quick.valid_count == reference.valid_count < 450
     assert quick.cost == pytest.approx(reference.cost, rel=1e-5)
@@ -57,7 +57,7 @@ def test_samples_agree_with_torch_inside_outside_and_at_the_border() -> None:
     uv = torch.rand(300, 2) * torch.tensor([50.0, 40.0]) - 5
     uv = torch.cat([uv, torch.tensor([[0.0, 0.0], [39.0, 31.0], [39.0, 0.0], [0.5, 31.0]])])
     rows, inside = image.sample(uv)
-    with compiled.torch_only():
+    with torch_only():
         expected, expected_inside = image.sample(uv)
     assert torch.equal(inside, expected_inside) and 0 < int(inside.sum()) < len(uv)
     assert torch.allclose(rows, expected, atol=1e-5)
@@ -73,7 +73,7 @@ def test_flow_agrees_with_torch(size: tuple[int, int]) -> None:
     before, now = (F.normalize(world[:, 2 : 2 + h, k : k + w], dim=0) for k in (0, 2))
     network = shipped_flow_network(torch.device("cpu"))
     window, flow = cost_window(now, before), network.flow(now, before)
-    with compiled.torch_only():
+    with torch_only():
         expected_window, expected = cost_window(now, before), network.flow(now, before)
     assert torch.equal(window.base, expected_window.base) and torch.equal(window.inside, expected_window.inside)
     assert torch.equal(window.at_edge, expected_window.at_edge)
@@ -94,7 +94,7 @@ def test_warped_belief_agrees_with_torch(blend_sigma: bool) -> None:
     offset = 6 * torch.randn(2, 20, 30, generator=generator)
     flow = Flow(offset, torch.full((20, 30), 0.1), torch.ones(20, 30, dtype=torch.bool))
     prior = warp(belief, flow, 0.5, 1e-4, blend_sigma=blend_sigma)
-    with compiled.torch_only():
+    with torch_only():
         expected = warp(belief, flow, 0.5, 1e-4, blend_sigma=blend_sigma)
     assert torch.equal(prior.valid, expected.valid) and 0 < int(prior.valid.sum()) < 600
     assert torch.allclose(prior.mean, expected.mean, atol=1e-4)
@@ -105,23 +105,23 @@ def test_without_numba_the_torch_path_serves_and_says_so_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(sys.modules, "numba", None)
-    compiled.is_available.cache_clear()
+    has_numba.cache_clear()
     try:
         with caplog.at_level(logging.WARNING):
-            assert not compiled.serves(torch.zeros(1))
-            assert not compiled.serves(torch.zeros(1))
+            assert not runs_compiled(torch.zeros(1))
+            assert not runs_compiled(torch.zeros(1))
             rows, _ = level().sample(torch.tensor([[1.0, 1.0]]))
         assert torch.isfinite(rows).all()
         assert [record.message for record in caplog.records if "numba" in record.message.lower()] == [
             "Numba is not installed: inner loops run in torch, and a frame takes about half as long again. "
             "`pip install numba` helps."
         ]
-        assert compiled.loop(len) is len
+        assert compiled_loop(len) is len
     finally:
-        compiled.is_available.cache_clear()
+        has_numba.cache_clear()
 
 
 def test_only_plain_tensors_are_served() -> None:
-    assert not compiled.serves(torch.zeros(1, dtype=torch.float64))
-    assert not compiled.serves(torch.zeros(1, requires_grad=True))
-    assert not compiled.serves(torch.zeros(1, device="meta"))
+    assert not runs_compiled(torch.zeros(1, dtype=torch.float64))
+    assert not runs_compiled(torch.zeros(1, requires_grad=True))
+    assert not runs_compiled(torch.zeros(1, device="meta"))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from kfloc_ros import compiled
+from kfloc_ros.device import runs_compiled
 
 SEARCH_RADIUS = 4
 """Search radius in cells of stride 16: displacements of up to 64 pixels between frames."""
@@ -74,7 +74,7 @@ def window_offsets(device: torch.device | str = "cpu") -> torch.Tensor:
 def cost_window(current: torch.Tensor, previous: torch.Tensor) -> CostWindow:
     """Return the cost volume of L2-normalised features (C, h, w) of two frames at stride 8."""
     C, h, w = current.shape
-    if compiled.serves(current, previous):
+    if runs_compiled(current, previous):
         return _compiled_cost_window(current, previous)
     base, at_edge = _search(current, previous)
     offsets = window_offsets(current.device)

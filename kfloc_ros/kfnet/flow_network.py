@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from kfloc_ros import compiled
+from kfloc_ros.device import runs_compiled
 from kfloc_ros.errors import WeightsError
 from kfloc_ros.kfnet.filter import FlowFunction
 from kfloc_ros.kfnet.flow import WINDOW_CELLS, CostWindow, Flow, backward_flow, cost_window, ends_inside, window_offsets
@@ -142,7 +142,7 @@ class FlowNetwork(nn.Module):
     def flow(self, current: torch.Tensor, previous: torch.Tensor) -> Flow:
         """Return the flow from L2-normalised backbone features (C, h, w) of two frames."""
         window = cost_window(current, previous)
-        read = self._read(window) if compiled.serves(window.scores) else self([window])
+        read = self._read(window) if runs_compiled(window.scores) else self([window])
         offset = read.offset[0]
         valid = (read.visible[0] > 0) & ends_inside(offset) & ~window.at_edge
         return Flow(offset, laplace_variance(read.log_scale[0]), valid, window.at_edge)

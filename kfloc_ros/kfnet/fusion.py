@@ -9,7 +9,7 @@ from enum import Enum
 import torch
 import torch.nn.functional as F
 
-from kfloc_ros import compiled
+from kfloc_ros.device import runs_compiled
 from kfloc_ros.kfnet import kalman
 from kfloc_ros.kfnet.flow import Flow
 from kfloc_ros.types import FilterReport, SceneCoordinates
@@ -157,7 +157,7 @@ def warp(
         blend_sigma: interpolate standard deviations instead of variances.
     """
     uncertainty = belief.variance.sqrt() if blend_sigma else belief.variance
-    along = _along_flow if compiled.serves(belief.mean, belief.variance, flow.offset) else _along_flow_in_torch
+    along = _along_flow if runs_compiled(belief.mean, belief.variance, flow.offset) else _along_flow_in_torch
     mean, carried, spread, whole = along(belief, uncertainty, flow.offset)
     process = flow.process_variance_m2
     if process is None:

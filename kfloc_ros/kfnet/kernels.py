@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from kfloc_ros.compiled import loop
+from kfloc_ros.device import compiled_loop
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
@@ -18,7 +18,7 @@ Flags = NDArray[np.bool_]
 Integers = NDArray[np.int64]
 
 
-@loop
+@compiled_loop
 def pooled(cells: Floats) -> Floats:
     """Return unit features (rows, columns, C) of 2x2 blocks of cells (h, w, C); the last block may be smaller."""
     h, w, channels = cells.shape
@@ -40,7 +40,7 @@ def pooled(cells: Floats) -> Floats:
     return out
 
 
-@loop
+@compiled_loop
 def search(current: Floats, previous: Floats, radius: int) -> tuple[Integers, Integers]:
     """Return the displacements x and y (rows, columns) at which 3x3 neighbourhoods of unit features match best.
 
@@ -76,7 +76,7 @@ def search(current: Floats, previous: Floats, radius: int) -> tuple[Integers, In
     return best_x, best_y
 
 
-@loop
+@compiled_loop
 def window_scores(
     current: Floats, previous: Floats, base: Integers, radius: int, scores: Floats, inside: Flags
 ) -> None:
@@ -106,7 +106,7 @@ def window_scores(
                     k += 1
 
 
-@loop
+@compiled_loop
 def cell_inputs(scores: Floats, inside: Flags, inputs: Floats, relative: Floats) -> None:
     """Write the inputs (n, 2 k + 2) of the flow network's first half, and scores less their best (n, k).
 
@@ -132,7 +132,7 @@ def cell_inputs(scores: Floats, inside: Flags, inputs: Floats, relative: Floats)
         inputs[n, 2 * size + 1] = total / np.float32(size)
 
 
-@loop
+@compiled_loop
 def neighbour_inputs(flow: Floats, state: Floats, side: int, limit: float, inputs: Floats) -> None:
     """Write the inputs (h w, side^2 (2 + s)) of the flow network's second half; the border repeats.
 
@@ -160,7 +160,7 @@ def neighbour_inputs(flow: Floats, state: Floats, side: int, limit: float, input
                     at += 2 + states
 
 
-@loop
+@compiled_loop
 def neighbour_mean(flow: Floats, weights: Floats, correction: Floats, side: int, offset: Floats) -> None:
     """Write the flow (2, h, w): the weighted mean of the neighbours' flows, plus half a correction.
 
@@ -189,7 +189,7 @@ def neighbour_mean(flow: Floats, weights: Floats, correction: Floats, side: int,
             offset[1, i, j] = own_y + y_sum + np.float32(0.5) * correction[n, 1]
 
 
-@loop
+@compiled_loop
 def warp(
     mean: Floats,
     uncertainty: Floats,
@@ -251,7 +251,7 @@ def warp(
             whole[i, j] = share > np.float32(0.999)
 
 
-@loop
+@compiled_loop
 def ray_equations(
     points: Doubles, tangents: Doubles, sigma_m: Doubles, T: Doubles, sigma_per_m: float
 ) -> tuple[Doubles, Doubles]:

@@ -13,7 +13,7 @@ import numpy as np
 import poselib
 from numpy.typing import NDArray
 
-from kfloc_ros import compiled
+from kfloc_ros.device import has_numba
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.covariance import map_frame_covariance
 from kfloc_ros.geometry.lie import Matrix, inverse_pose, make_pose
@@ -182,7 +182,7 @@ def _refine(T: Matrix, cells: Correspondences, camera: Camera, settings: PnpSett
     tangents = _ray_tangents(cells.pixels, camera)
     sigma_per_m = settings.pixel_sigma_px / camera.fx
     normal_equations = _ray_equations
-    if compiled.is_available():
+    if has_numba():
         from kfloc_ros.kfnet import kernels
 
         normal_equations = kernels.ray_equations

@@ -21,8 +21,8 @@ from kfloc_ros.localization.place_localizer import localizer_for
 from kfloc_ros.maps.format import resolve_map
 from kfloc_ros.maps.place import AnyMap, load_map, single_map
 from kfloc_ros.nodes import qos
-from kfloc_ros.nodes.localize_action import localize_action
 from kfloc_ros.nodes.health import Health
+from kfloc_ros.nodes.localize_action import localize_action
 from kfloc_ros.nodes.parameter_server import ParameterServer
 from kfloc_ros.nodes.parameters import NodeConfig
 from kfloc_ros.nodes.pose_file import check_replaceable, pose_path

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from kfloc_ros import compiled
+from kfloc_ros.device import runs_compiled
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import Matrix
 
@@ -82,7 +82,7 @@ class FeatureImage:
         The rows are those of :attr:`table`; a position outside takes the nearest one inside.
         """
         uv = uv.float()
-        if compiled.serves(self.features, self.confidence, uv):
+        if runs_compiled(self.features, self.confidence, uv):
             from kfloc_ros.pixloc import kernels
 
             rows = torch.empty(len(uv), 3 * self.channels + 1)
@@ -201,7 +201,7 @@ def linearize(
         offsets: (5,) ``OFFSETS`` of the camera, which then are five more unknowns; None: the pose alone.
     """
     model, size = Intrinsics.of(camera, image.stride, offsets), POSE if offsets is None else POSE + len(OFFSETS)
-    if compiled.serves(image.features, image.confidence, points, features, confidence):
+    if runs_compiled(image.features, image.confidence, points, features, confidence):
         from kfloc_ros.pixloc import kernels
 
         total, losses, count, H, g = kernels.normal_equations(

@@ -8,13 +8,13 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from kfloc_ros.compiled import loop
+from kfloc_ros.device import compiled_loop
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 
 
-@loop
+@compiled_loop
 def normal_equations(
     image: Floats,
     trust: Floats,
@@ -115,7 +115,7 @@ def normal_equations(
     return weights, losses, count, H, g
 
 
-@loop
+@compiled_loop
 def sample(image: Floats, trust: Floats, uv: Floats, rows_out: Floats, inside: NDArray[np.bool_]) -> None:
     """Write rows (N, 3 C + 1), features, their central differences and confidence, at cell positions uv (N, 2).
 

@@ -17,8 +17,7 @@ from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.camera_tensor import CameraTensor
 from kfloc_ros.geometry.lie import Matrix, make_pose, rotation_angle_deg, so3_exp
 from kfloc_ros.maps.scene_map import SceneMap
-from kfloc_ros.pixloc.references import ReferencePoints
-from kfloc_ros.pixloc.residuals import Reprojection, reproject
+from kfloc_ros.pixloc.references import ReferencePoints, Reprojection, reproject
 from kfloc_ros.types import Alignment, Frame
 from kfloc_ros.visualization.cells import Scale
 from kfloc_ros.visualization.filter import faded

@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 from kfloc_ros.features.backbone import Backbone, BackboneFeatures
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.mapping.grid_alignment import OccupancyGrid
-from kfloc_ros.pixloc.references import ReferencePoints, ReferenceViews
-from kfloc_ros.pixloc.residuals import Reprojection, reproject
+from kfloc_ros.pixloc.references import ReferencePoints, ReferenceViews, Reprojection, reproject
 from kfloc_ros.types import PoseEstimate, TrackingState
 from kfloc_ros.visualization.cells import Scale
 

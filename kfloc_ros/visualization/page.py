@@ -26,7 +26,7 @@ from kfloc_ros.geometry.lie import Matrix
 from kfloc_ros.mapping.picture import up_axis
 from kfloc_ros.maps.scene_map import SceneMap
 from kfloc_ros.messages.clouds import Cloud
-from kfloc_ros.pixloc.residuals import reproject_all
+from kfloc_ros.pixloc.references import reproject_all
 from kfloc_ros.types import AlignmentStep
 from kfloc_ros.visualization.alignment import offset_between, reference_points
 from kfloc_ros.visualization.clouds import cell_cloud, map_cloud, merged, precise_points
