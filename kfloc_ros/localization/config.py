@@ -28,14 +28,13 @@ class LocalizerConfig:
     )
     runtime: str = option(
         "auto",
-        "Run-time of the backbone on a processor. torch: float32, the reference; openvino, onnxruntime: if installed; "
-        "auto: the fastest of them, in bfloat16 where that is native, measured once and remembered.",
+        "Run-time of the backbone on a CPU. torch: float32; auto: the fastest that is installed, measured once.",
         choices=("auto", "torch", "openvino", "onnxruntime"),
     )
     filter: bool = option(True, "Filter scene coordinates over time (Kalman filter along the optical flow).")
     alternate_cells: bool = option(
         True,
-        "While refined poses confirm the filter, measure every other cell, in turns: half the time of SCoordNet.",
+        "Measure every other cell while refined poses confirm the filter; faster.",
     )
     pose_feedback: bool = option(True, "Correct the filter's scene coordinates by accepted refined poses.")
     recursion: str = option(
