@@ -7,14 +7,17 @@ light is then a weighted sum, so lamps can be switched during a recording.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from kfloc_ros.compiled import is_available, loop
 from kfloc_ros.errors import SourceError
 from kfloc_ros.simulation.atlas import TextureAtlas, pack
 from kfloc_ros.simulation.faces import Face
@@ -23,40 +26,89 @@ from kfloc_ros.simulation.room import door_faces, lights, own_faces, room
 Array = NDArray[np.float32]
 
 
+_EDGE = -1e-7
+"""Barycentric coordinate down to which a point counts as inside of a triangle: rays must not slip between two."""
+_NEAREST_M = 1e-6
+
+
+@loop
+def _first_triangles(origins: Array, directions: Array, triangles: Array, reach_m: float) -> tuple[Any, Any]:
+    """Return index (n,), -1 for none, and distance (n,) of the first triangle of each ray, by Moeller and Trumbore."""
+    found = np.full(len(origins), -1, np.int64)
+    distances = np.full(len(origins), reach_m, np.float64)
+    for i in range(len(origins)):
+        ox, oy, oz = origins[i, 0], origins[i, 1], origins[i, 2]
+        dx, dy, dz = directions[i, 0], directions[i, 1], directions[i, 2]
+        for k in range(len(triangles)):
+            ax, ay, az = triangles[k, 0, 0], triangles[k, 0, 1], triangles[k, 0, 2]
+            bx, by, bz = triangles[k, 1, 0] - ax, triangles[k, 1, 1] - ay, triangles[k, 1, 2] - az
+            cx, cy, cz = triangles[k, 2, 0] - ax, triangles[k, 2, 1] - ay, triangles[k, 2, 2] - az
+            px, py, pz = dy * cz - dz * cy, dz * cx - dx * cz, dx * cy - dy * cx
+            det = bx * px + by * py + bz * pz
+            if abs(det) < 1e-12:
+                continue
+            tx, ty, tz = ox - ax, oy - ay, oz - az
+            u = (tx * px + ty * py + tz * pz) / det
+            if u < _EDGE or u > 1.0 - _EDGE:
+                continue
+            qx, qy, qz = ty * bz - tz * by, tz * bx - tx * bz, tx * by - ty * bx
+            v = (dx * qx + dy * qy + dz * qz) / det
+            if v < _EDGE or u + v > 1.0 - _EDGE:
+                continue
+            t = (cx * qx + cy * qy + cz * qz) / det
+            if _NEAREST_M < t < distances[i]:
+                distances[i], found[i] = t, k
+    return found, distances
+
+
 class RayCaster:
-    """Caster of rays at a set of faces.
+    """Caster of rays at a set of faces, by Embree; where it is not installed (there is none for ARM), by compiled loops.
 
     Args:
         faces: the faces.
+        embree: use Embree; None: if it is installed.
 
     Raises:
-        SourceError: Embree is not installed.
+        SourceError: neither Embree nor Numba is installed.
     """
 
-    def __init__(self, faces: Sequence[Face]) -> None:
-        try:
-            from embreex.mesh_construction import TriangleMesh
-            from embreex.rtcore_scene import EmbreeScene
-        except ImportError as error:
-            raise SourceError(
-                "The simulated room needs the Embree ray caster; install it with `pip install embreex`."
-            ) from error
+    def __init__(self, faces: Sequence[Face], *, embree: bool | None = None) -> None:
         triangles = [face.triangles() for face in faces]
         self._face_of = np.repeat(np.arange(len(faces)), [len(t) for t in triangles]).astype(np.int32)
-        self._scene = EmbreeScene()
-        TriangleMesh(self._scene, np.concatenate(triangles).astype(np.float32))
+        self._triangles = np.concatenate(triangles)
+        self._scene: Any = None
+        if embree is None:
+            embree = importlib.util.find_spec("embreex") is not None
+        if embree:
+            from embreex.mesh_construction import TriangleMesh
+            from embreex.rtcore_scene import EmbreeScene
+
+            self._scene = EmbreeScene()
+            TriangleMesh(self._scene, self._triangles.astype(np.float32))
+        elif not is_available():
+            raise SourceError("The simulated room needs a ray caster; install one with `pip install embreex` or numba.")
 
     def hit_face(self, origin: NDArray[np.float64], directions: Array) -> NDArray[np.int32]:
         """Return the index of the face that each ray (n, 3) from ``origin`` (3,) hits first; -1 for none."""
-        origins = np.broadcast_to(origin.astype(np.float32), directions.shape)
-        triangle = self._scene.run(np.ascontiguousarray(origins), np.ascontiguousarray(directions, np.float32))
+        origins = np.ascontiguousarray(np.broadcast_to(origin.astype(np.float32), directions.shape))
+        directions = np.ascontiguousarray(directions, np.float32)
+        if self._scene is None:
+            triangle, _ = self._cast(origins, directions, np.inf)
+        else:
+            triangle = self._scene.run(origins, directions)
         return np.where(triangle >= 0, self._face_of[triangle], -1).astype(np.int32)
 
     def distance(self, origins: Array, directions: Array, reach_m: float) -> Array:
         """Return the distance along unit rays (n, 3) from ``origins`` (n, 3) to the first face, at most ``reach_m``."""
+        if self._scene is None:
+            return np.asarray(self._cast(origins, directions, reach_m)[1], np.float32)
         limits = np.full(len(origins), reach_m, np.float32)
         result = self._scene.run(origins, directions, dists=limits, output=1)
         return np.where(result["primID"] >= 0, result["tfar"], np.float32(reach_m)).astype(np.float32)
+
+    def _cast(self, origins: Array, directions: Array, reach_m: float) -> tuple[Any, Any]:
+        exact = np.ascontiguousarray(origins, np.float64), np.ascontiguousarray(directions, np.float64)
+        return _first_triangles(*exact, self._triangles, float(reach_m))
 
 
 LUXELS_PER_M = 16.0
@@ -206,7 +258,7 @@ def build_room(seed: int = 0, texels_per_m: float = TEXELS_PER_M) -> Scene:
         texels_per_m: resolution of the pictures.
 
     Raises:
-        SourceError: the ray caster is not installed.
+        SourceError: no ray caster is installed.
     """
     faces = room()
     same = np.arange(len(faces))
@@ -225,7 +277,7 @@ def build_rooms(rooms: Sequence[RoomInBuilding], seed: int = 0, texels_per_m: fl
         texels_per_m: resolution of the pictures.
 
     Raises:
-        SourceError: the ray caster is not installed.
+        SourceError: no ray caster is installed.
     """
     shell = room(doorways=True)
     own, (east, west) = own_faces(shell), door_faces(shell)

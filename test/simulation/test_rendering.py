@@ -13,7 +13,8 @@ from kfloc_ros.datasets import open_source
 from kfloc_ros.errors import SourceError
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import inverse_pose, rotation_angle_deg
-from kfloc_ros.simulation.room import HALF_X_M, HALF_Y_M, HEIGHT_M
+from kfloc_ros.simulation.room import HALF_X_M, HALF_Y_M, HEIGHT_M, room
+from kfloc_ros.simulation.scene import RayCaster
 from kfloc_ros.simulation.source import RECORDINGS, SimulatedSource
 from kfloc_ros.types import Frame, Matrix
 
@@ -134,3 +135,19 @@ def test_stamps_are_regular_and_the_source_can_be_opened_by_name() -> None:
     assert whole[4].stamp_ns - whole[3].stamp_ns == pytest.approx(1e9 / 15, abs=1)
     with pytest.raises(SourceError, match="localize-quick"):
         open_source("sim:kitchen")
+
+
+def test_compiled_loops_cast_rays_as_embree_does() -> None:
+    pytest.importorskip("numba", reason="Numba is not installed")
+    faces = room()
+    ours, embree = RayCaster(faces, embree=False), RayCaster(faces, embree=True)
+    rng = np.random.default_rng(2)
+    directions = rng.normal(size=(4000, 3))
+    directions = (directions / np.linalg.norm(directions, axis=1)[:, None]).astype(np.float32)
+    origin = np.array([0.2, -0.3, 1.5])
+    same = ours.hit_face(origin, directions) == embree.hit_face(origin, directions)
+    assert same.mean() > 0.998, "but for rays along edges, and surfaces that lie on each other"
+    origins = np.broadcast_to(origin.astype(np.float32), directions.shape).copy()
+    for reach_m in (0.7, 50.0):
+        gap = ours.distance(origins, directions, reach_m) - embree.distance(origins, directions, reach_m)
+        assert np.quantile(np.abs(gap), 0.998) < 1e-4
