@@ -62,7 +62,7 @@ def _first_triangles(origins: Array, directions: Array, triangles: Array, reach_
 
 
 class RayCaster:
-    """Caster of rays at a set of faces, by Embree; where it is not installed (there is none for ARM), by compiled loops.
+    """Caster of rays at a set of faces, by Embree; where it is not installed, as on ARM, by compiled loops.
 
     Args:
         faces: the faces.
