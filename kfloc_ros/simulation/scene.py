@@ -24,6 +24,7 @@ from kfloc_ros.simulation.faces import Face
 from kfloc_ros.simulation.room import door_faces, lights, own_faces, room
 
 Array = NDArray[np.float32]
+Exact = NDArray[np.float64]
 
 
 _EDGE = -1e-7
@@ -32,7 +33,7 @@ _NEAREST_M = 1e-6
 
 
 @loop
-def _first_triangles(origins: Array, directions: Array, triangles: Array, reach_m: float) -> tuple[Any, Any]:
+def _first_triangles(origins: Exact, directions: Exact, triangles: Exact, reach_m: float) -> tuple[Any, Any]:
     """Return index (n,), -1 for none, and distance (n,) of the first triangle of each ray, by Moeller and Trumbore."""
     found = np.full(len(origins), -1, np.int64)
     distances = np.full(len(origins), reach_m, np.float64)
