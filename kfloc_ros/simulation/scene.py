@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from kfloc_ros.compiled import is_available, loop
+from kfloc_ros.device import compiled_loop, has_numba
 from kfloc_ros.errors import SourceError
 from kfloc_ros.simulation.atlas import TextureAtlas, pack
 from kfloc_ros.simulation.faces import Face
@@ -32,7 +32,7 @@ _EDGE = -1e-7
 _NEAREST_M = 1e-6
 
 
-@loop
+@compiled_loop
 def _first_triangles(origins: Exact, directions: Exact, triangles: Exact, reach_m: float) -> tuple[Any, Any]:
     """Return index (n,), -1 for none, and distance (n,) of the first triangle of each ray, by Moeller and Trumbore."""
     found = np.full(len(origins), -1, np.int64)
@@ -86,7 +86,7 @@ class RayCaster:
 
             self._scene = EmbreeScene()
             TriangleMesh(self._scene, self._triangles.astype(np.float32))
-        elif not is_available():
+        elif not has_numba():
             raise SourceError("The simulated room needs a ray caster; install one with `pip install embreex` or numba.")
 
     def hit_face(self, origin: NDArray[np.float64], directions: Array) -> NDArray[np.int32]:
