@@ -17,7 +17,7 @@ from kfloc_ros.errors import ConfigError
 from kfloc_ros.pixloc.reference.cost import FeatureMap
 from kfloc_ros.pixloc.reference.model import PixLocConfig, PixLocModel, save_model
 from kfloc_ros.pixloc.reference.two_view import align_two_views, training_settings
-from kfloc_ros.pixloc.reference.unet import UNetConfig
+from kfloc_ros.pixloc.reference.unet import ENCODERS, UNetConfig
 from kfloc_ros.training.loop import LoopConfig, Schedule
 from kfloc_ros.training.pixloc_losses import GnNetLoss, gnnet_loss, two_view_loss
 from kfloc_ros.training.pixloc_samples import PairRule, Pairs, together
@@ -46,7 +46,7 @@ class PixLocTrainConfig(LoopConfig):
     validation_pairs: int = option(60, "Pairs of the held-out part that are looked at, always the same.", low=1)
     snapshot_every: int = option(500, "Steps between checkpoints; one is also written at the end.", low=1)
     log_every: int = option(20, "Steps between lines of the log.", low=1)
-    encoder: str = option("vgg16", "Of a network without --weights.", choices=("vgg16", "vgg19"))
+    encoder: str = option("vgg16", "Of a network without --weights.", choices=ENCODERS)
     decoder: str = option("64,64,64,32", "Of a network without --weights: channels of its blocks.")
     output_scales: str = option("0,2,4", "Of a network without --weights: exponents of the strides, fine to coarse.")
     output_dim: str = option("32,128,128", "Of a network without --weights: channels of its maps, fine to coarse.")

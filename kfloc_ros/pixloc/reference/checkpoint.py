@@ -20,7 +20,7 @@ import torch
 
 from kfloc_ros.errors import ConfigError, WeightsError
 from kfloc_ros.pixloc.reference.model import PixLocConfig, PixLocModel, load_model
-from kfloc_ros.pixloc.reference.unet import ENCODERS, UNetConfig
+from kfloc_ros.pixloc.reference.unet import BASIC, ENCODERS, RESNETS, VGGS, UNetConfig
 
 DEPRECATED = frozenset({
     "lambda_", "learned_damping", "verbose", "sqrt_diag_damping", "bound_confidence", "no_conditions",
@@ -163,17 +163,27 @@ def _config(state: Mapping[str, Any], conf: Mapping[str, Any]) -> tuple[PixLocCo
 
 def _encoder(state: Mapping[str, Any], named: Any) -> str:
     """Return the encoder that the state dict fits; the configuration must agree."""
-    pattern = re.compile(r"extractor\.encoder\.2\.\d+\.weight")
-    count = sum(bool(pattern.fullmatch(name)) for name in state)
-    shown = next((name for name, counts in ENCODERS.items() if counts[2] == count), None)
+    convolutions = sum(bool(re.fullmatch(r"extractor\.encoder\.2\.\d+\.weight", name)) for name in state)
+    blocks = tuple(
+        sum(name.startswith(prefix) and name.endswith(".conv1.weight") for name in state) for prefix in _LAYERS
+    )
+    is_basic = not any(name.endswith(".conv3.weight") for name in state)
+    shown = next((name for name, counts in VGGS.items() if counts[2] == convolutions), None)
+    if any(blocks):
+        shown = next((name for name, n in RESNETS.items() if n == blocks and (name in BASIC) == is_basic), None)
     if shown is None:
         kind = f" (it names '{named}')" if named else ""
         raise ConfigError(
-            f"its encoder is none of {', '.join(ENCODERS)}{kind}: block 2 has {count} convolutions, not 3 or 4."
+            f"its encoder is none of {', '.join(ENCODERS)}{kind}: block 2 has {convolutions} convolutions, and its "
+            f"layers {blocks} residual blocks."
         )
     if named is not None and named != shown:
         raise ConfigError(f"it names the encoder '{named}', but its entries are those of {shown}.")
     return shown
+
+
+_LAYERS = tuple(f"extractor.encoder.{part}." for part in ("2.0.1", "3.0", "4.0"))
+"""Beginnings of the parameters' names in a ResNet's layers."""
 
 
 def _integers(values: Any, default: tuple[int, ...]) -> tuple[int, ...]:

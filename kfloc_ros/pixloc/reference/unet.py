@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PixLoc's feature extractor: a U-Net on a VGG encoder, with one confidence map for each feature map.
+"""PixLoc's feature extractor: a U-Net on a VGG or ResNet encoder, with a confidence map for each feature map.
 
 It follows the description of Sarlin et al., "Back to the Feature" (CVPR 2021); the names of the parameters are those of
 the published checkpoints. Nothing is downloaded: a network without a checkpoint has random weights.
@@ -19,10 +19,18 @@ from torch import nn
 
 from kfloc_ros.errors import ConfigError, FrameError
 
-ENCODERS: Mapping[str, tuple[int, ...]] = {"vgg16": (2, 2, 3, 3, 3), "vgg19": (2, 2, 4, 4, 4)}
+VGGS: Mapping[str, tuple[int, ...]] = {"vgg16": (2, 2, 3, 3, 3), "vgg19": (2, 2, 4, 4, 4)}
 """Number of convolutions in each of the five blocks; a max pooling opens every block but the first."""
+RESNETS: Mapping[str, tuple[int, ...]] = {
+    "resnet18": (2, 2, 2), "resnet34": (3, 4, 6), "resnet50": (3, 4, 6), "resnet101": (3, 4, 23),
+}  # fmt: skip
+"""Number of residual blocks in each of the three layers that are used; the first block of the U-Net is the image."""
+BASIC = ("resnet18", "resnet34")
+"""ResNets of two convolutions a block; the original takes the widths of the others for theirs, which cannot run."""
+ENCODERS = (*VGGS, *RESNETS)
 
 BLOCK_CHANNELS = (64, 128, 256, 512, 512)
+RESNET_CHANNELS, BASIC_CHANNELS = (3, 64, 256, 512, 1024), (3, 64, 64, 128, 256)
 DEEPEST_STRIDE = 2 ** (len(BLOCK_CHANNELS) - 1)
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
@@ -48,6 +56,8 @@ class UNetConfig:
     def __post_init__(self) -> None:
         if self.encoder not in ENCODERS:
             raise ConfigError(f"Unknown encoder '{self.encoder}'; known: {', '.join(ENCODERS)}.")
+        if self.average_pooling and self.encoder in RESNETS:
+            raise ConfigError(f"The encoder '{self.encoder}' has no poolings between its blocks to be averaged.")
         deepest = len(BLOCK_CHANNELS) - 1
         if not 0 < len(self.decoder) <= deepest:
             raise ConfigError(f"The decoder must have between 1 and {deepest} blocks, got {len(self.decoder)}.")
@@ -69,10 +79,17 @@ class UNetConfig:
         """Image pixels per cell of every output, fine to coarse."""
         return tuple(2**scale for scale in self.output_scales)
 
+    @property
+    def block_channels(self) -> tuple[int, ...]:
+        """Channels of the encoder's blocks, from stride 1 to stride 16."""
+        if self.encoder in VGGS:
+            return BLOCK_CHANNELS
+        return BASIC_CHANNELS if self.encoder in BASIC else RESNET_CHANNELS
+
     def channels_at(self, scale: int) -> int:
         """Return the input channels of an output scale's head: the encoder's at the deepest, else the decoder's."""
         deepest = len(BLOCK_CHANNELS) - 1
-        return BLOCK_CHANNELS[-1] if scale == deepest else self.decoder[deepest - 1 - scale]
+        return self.block_channels[-1] if scale == deepest else self.decoder[deepest - 1 - scale]
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +111,7 @@ class FeaturePyramid:
 
 
 class UNet(nn.Module):
-    """VGG encoder, bilinear decoder with skip connections, a linear head and a confidence head per scale."""
+    """VGG or ResNet encoder, bilinear decoder with skip connections, a linear head and a confidence head per scale."""
 
     mean: torch.Tensor
     std: torch.Tensor
@@ -102,10 +119,11 @@ class UNet(nn.Module):
     def __init__(self, config: UNetConfig | None = None) -> None:
         super().__init__()
         self.config = config = config or UNetConfig()
-        self.encoder = nn.ModuleList(_encoder_blocks(config))
+        is_vgg = config.encoder in VGGS
+        self.encoder = nn.ModuleList(_encoder_blocks(config) if is_vgg else _resnet_blocks(config.encoder))
         self.decoder = nn.ModuleList()
-        below = BLOCK_CHANNELS[-1]
-        for out, skip in zip(config.decoder, reversed(BLOCK_CHANNELS[:-1]), strict=False):
+        below = config.block_channels[-1]
+        for out, skip in zip(config.decoder, reversed(config.block_channels[:-1]), strict=False):
             self.decoder.append(_DecoderBlock(below + skip, out))
             below = out
         widths = [config.channels_at(scale) for scale in config.output_scales]
@@ -172,7 +190,7 @@ class _DecoderBlock(nn.Module):
 def _encoder_blocks(config: UNetConfig) -> list[nn.Sequential]:
     blocks: list[nn.Sequential] = []
     channels = 3
-    for index, (count, out) in enumerate(zip(ENCODERS[config.encoder], BLOCK_CHANNELS, strict=True)):
+    for index, (count, out) in enumerate(zip(VGGS[config.encoder], BLOCK_CHANNELS, strict=True)):
         layers: list[nn.Module] = []
         if index:
             layers.append(nn.AvgPool2d(2) if config.average_pooling else nn.MaxPool2d(2))
@@ -181,6 +199,54 @@ def _encoder_blocks(config: UNetConfig) -> list[nn.Sequential]:
             channels = out
         blocks.append(nn.Sequential(*layers))
     return blocks
+
+
+class _Residual(nn.Module):
+    """Residual block of a ResNet (He et al., CVPR 2016), with the parameters' usual names.
+
+    Args:
+        channels_in: of the input.
+        width: of the inner convolutions.
+        out: of the output; ``width`` for a basic block, four times as many for a bottleneck.
+        stride: of the block.
+    """
+
+    def __init__(self, channels_in: int, width: int, out: int, stride: int) -> None:
+        super().__init__()
+        is_basic = out == width
+        size, stride1 = (3, stride) if is_basic else (1, 1)
+        self.conv1 = nn.Conv2d(channels_in, width, size, stride1, size // 2, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, 1 if is_basic else stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        if not is_basic:
+            self.conv3 = nn.Conv2d(width, out, 1, bias=False)
+            self.bn3 = nn.BatchNorm2d(out)
+        self.downsample = None
+        if stride != 1 or channels_in != out:
+            self.downsample = nn.Sequential(nn.Conv2d(channels_in, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        if hasattr(self, "conv3"):
+            y = self.bn3(self.conv3(F.relu(y)))
+        return torch.as_tensor(F.relu(y + (x if self.downsample is None else self.downsample(x))))
+
+
+def _resnet_blocks(name: str) -> list[nn.Module]:
+    """Return image, stem, and three layers, nested as the original names their parameters."""
+    layers: list[nn.Sequential] = []
+    channels, expansion = 64, 1 if name in BASIC else 4
+    for number, count in enumerate(RESNETS[name]):
+        width = 64 * 2**number
+        blocks = []
+        for place in range(count):
+            blocks.append(_Residual(channels, width, expansion * width, 2 if number and not place else 1))
+            channels = expansion * width
+        layers.append(nn.Sequential(*blocks))
+    stem = nn.Sequential(nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU(inplace=True))
+    second = nn.Sequential(nn.MaxPool2d(3, 2, 1), layers[0])
+    return [nn.Identity(), *(nn.Sequential(block) for block in (stem, second, *layers[1:]))]
 
 
 RESIZE_BY = ("max", "max_force")

@@ -81,9 +81,10 @@ def test_old_numpy_names_and_the_old_file_layout_are_read(tmp_path: Path) -> Non
     assert read_checkpoint(path).model.config.extractor.encoder == "vgg16"
 
 
-def test_the_encoder_is_seen_without_a_configuration(tmp_path: Path) -> None:
-    path = write(tmp_path / "c.tar", "vgg16", lambda content: content.pop("conf"))
-    assert read_checkpoint(path).model.config.extractor.encoder == "vgg16"
+@pytest.mark.parametrize("encoder", ["vgg16", "resnet18", "resnet34", "resnet50", "resnet101"])
+def test_the_encoder_is_seen_without_a_configuration(encoder: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "c.tar", encoder, lambda content: content.pop("conf"))
+    assert read_checkpoint(path).model.config.extractor.encoder == encoder
 
 
 def test_one_damping_for_all_levels(tmp_path: Path) -> None:

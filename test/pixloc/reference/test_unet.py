@@ -19,6 +19,34 @@ def test_as_large_as_published(encoder: str, parameters: int, entries: int) -> N
     assert len(net.state_dict()) + damping == entries
 
 
+@pytest.mark.parametrize(
+    ("encoder", "encoder_parameters"),
+    [("resnet18", 2_782_784), ("resnet34", 8_170_304), ("resnet50", 8_543_296), ("resnet101", 27_535_424)],
+)
+def test_residual_encoders_have_the_parameters_of_their_layers_and_their_names(
+    encoder: str, encoder_parameters: int
+) -> None:
+    with torch.device("meta"):
+        net = UNet(UNetConfig(encoder))
+    # Of torchvision's networks without layer4 and the classifier, which the original cuts off.
+    assert sum(p.numel() for p in net.encoder.parameters()) == encoder_parameters
+    names = set(net.state_dict())
+    assert {"encoder.1.0.0.weight", "encoder.1.0.1.running_var", "encoder.2.0.1.0.conv1.weight",
+            "encoder.3.0.0.downsample.0.weight", "encoder.4.0.1.bn2.bias"} <= names  # fmt: skip
+    assert ("encoder.4.0.1.conv3.weight" in names) == (encoder in ("resnet50", "resnet101"))
+
+
+@pytest.mark.parametrize("encoder", ["resnet18", "resnet50"])
+def test_residual_encoders_have_the_strides_of_the_others(encoder: str) -> None:
+    net = UNet(UNetConfig(encoder, output_dim=(4, 8, 8))).train()
+    out = net(torch.rand(2, 3, 64, 48))
+    assert [tuple(f.shape) for f in out.features] == [(2, 4, 64, 48), (2, 8, 16, 12), (2, 8, 4, 3)]
+    (sum(f.square().mean() for f in out.features) + sum(c.mean() for c in out.confidences)).backward()
+    assert [name for name, p in net.named_parameters() if p.grad is None] == []
+    with pytest.raises(ConfigError, match="no poolings"):
+        UNetConfig(encoder, average_pooling=True)
+
+
 def test_maps_end_at_the_last_whole_cell_of_stride_16() -> None:
     net = UNet().eval()
     with torch.inference_mode():
