@@ -12,7 +12,7 @@ from kfloc_ros.bags.reader import BagReader
 from kfloc_ros.bags.stream import BagStream, ReplayRange
 from kfloc_ros.bags.topics import ODOMETRY, POSE_TYPES, TF_TYPES, Option, Topic, choose_transforms, choose_truth
 from kfloc_ros.errors import SourceError
-from kfloc_ros.messages.poses import pose_from_message, stamp_to_ns, transform_from_message
+from kfloc_ros.messages.poses import pose_from_message, read_tum, stamp_to_ns, transform_from_message
 from kfloc_ros.messages.transforms import (
     NEWEST,
     PoseTrack,
@@ -20,7 +20,6 @@ from kfloc_ros.messages.transforms import (
     TransformUnknownError,
     jumps_to_and_fro,
 )
-from kfloc_ros.messages.tum import read_tum
 from kfloc_ros.types import Matrix
 
 

@@ -51,7 +51,7 @@ def _cambridge(path: str, poses: str, depth: bool) -> FrameSource:
 
 
 def _deeploc(path: str, poses: str, depth: bool) -> FrameSource:
-    from kfloc_ros.datasets.deeploc import DeepLoc
+    from kfloc_ros.datasets.cambridge import DeepLoc
 
     return DeepLoc(*split_part(path))
 
@@ -72,6 +72,52 @@ def _tum(path: str, poses: str, depth: bool) -> FrameSource:
     from kfloc_ros.datasets.tum import TumSequence
 
     return TumSequence(Path(path), depth=depth)
+
+
+def _openloris(path: str, poses: str, depth: bool) -> FrameSource:
+    from kfloc_ros.datasets.tum import OpenLorisSequence
+
+    return OpenLorisSequence(Path(path), depth=depth)
+
+
+def _euroc(path: str, poses: str, depth: bool) -> FrameSource:
+    from kfloc_ros.datasets.capture import EurocSequence
+
+    folder, camera = _choice(path, "sensor")
+    return EurocSequence(folder, camera or "cam0")
+
+
+def _rio10(path: str, poses: str, depth: bool) -> FrameSource:
+    from kfloc_ros.datasets.seven_scenes import Rio10Sequence
+
+    return Rio10Sequence(Path(path), depth=depth)
+
+
+def _indoor6(path: str, poses: str, depth: bool) -> FrameSource:
+    from kfloc_ros.datasets.scannet import Indoor6Scene, indoor6_part
+
+    return Indoor6Scene(*indoor6_part(path))
+
+
+def _capture(path: str, poses: str, depth: bool) -> FrameSource:
+    from kfloc_ros.datasets.capture import CaptureSession
+
+    text, sensor = _choice(path, "sensor")
+    name = str(text).removesuffix("@queries")
+    return CaptureSession(Path(name), sensor, queries=name != str(text), depth=depth)
+
+
+def _choice(path: str, word: str) -> tuple[Path, str]:
+    """Return folder and choice of ``PATH?word=choice``.
+
+    Raises:
+        SourceError: what follows the path is another word.
+    """
+    folder, mark, text = path.partition("?")
+    name, _, value = text.partition("=")
+    if mark and (name != word or not value):
+        raise SourceError(f"After the path '{folder}' comes ?{word}=NAME; '{text}' is not of that form.")
+    return Path(folder), value
 
 
 def _transforms(path: str, poses: str, depth: bool) -> FrameSource:
@@ -128,13 +174,20 @@ def _is_colmap(root: Path) -> bool:
 
 
 def _is_seven_scenes(root: Path) -> bool:
-    return _has("frame-*.color.*")(root) or _has("seq-*/frame-*.color.*")(root)
+    found = _has("frame-*.color.*")(root) or _has("seq-*/frame-*.color.*")(root)
+    return found and not _is_rio10(root)
+
+
+def _is_rio10(root: Path) -> bool:
+    return _has("frame-*.rendered.depth.png")(root)
 
 
 def _is_image_folder(root: Path) -> bool:
     from kfloc_ros.datasets.pictures import has_image_files
 
-    return has_image_files(root) and not (_is_seven_scenes(root) or (root / "image_list.txt").is_file())
+    return has_image_files(root) and not (
+        _is_seven_scenes(root) or _is_rio10(root) or (root / "image_list.txt").is_file()
+    )
 
 
 def _is_video(path: Path) -> bool:
@@ -181,6 +234,32 @@ KINDS = {
     "colmap": SourceKind("a folder with a COLMAP model and its images", _colmap, _is_colmap),
     "tum": SourceKind(
         "a TUM RGB-D sequence: rgb.txt, depth.txt, groundtruth.txt", _tum, _has("rgb.txt", "groundtruth.txt")
+    ),
+    "openloris": SourceKind(
+        "an OpenLORIS-Scene sequence: color.txt, aligned_depth.txt, groundtruth.txt, sensors.yaml, trans_matrix.yaml",
+        _openloris,
+        _has("color.txt", "sensors.yaml"),
+    ),
+    "euroc": SourceKind(
+        "a EuRoC sequence with mav0/; DIR?sensor=cam1 for another camera than cam0",
+        _euroc,
+        lambda root: _has("mav0/cam0")(root) or _has("cam0/data.csv")(root),
+    ),
+    "rio10": SourceKind(
+        "a RIO10 sequence with frame-000000.color.jpg, .pose.txt, .rendered.depth.png, and intrinsics.txt above it",
+        _rio10,
+        _is_rio10,
+    ),
+    "indoor6": SourceKind(
+        "an Indoor-6 scene with images/*.color.jpg, .pose.txt, .intrinsics.txt; @train, @val or @test for its split",
+        _indoor6,
+        _has("images/*.intrinsics.txt"),
+    ),
+    "capture": SourceKind(
+        "a session of LaMAR or CroCoDL with sensors.txt, images.txt and raw_data/; DIR@queries for queries.txt; "
+        "DIR?sensor=ID if there are several cameras",
+        _capture,
+        _has("sensors.txt", "images.txt"),
     ),
     "transforms": SourceKind(
         "a transforms.json of nerfstudio or instant-ngp, or its folder", _transforms, _is_transforms

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""7-Scenes sequences: Kinect v1 colour and depth with KinectFusion ("D-SLAM") or SfM poses."""
+"""7-Scenes sequences: Kinect v1 colour and depth with KinectFusion ("D-SLAM") or SfM poses; and RIO10's, like them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,15 @@ import numpy as np
 
 from kfloc_ros.datasets.derived import Sequences
 from kfloc_ros.datasets.images import image_fault, read_depth_m, read_image, register_depth, usual_size
-from kfloc_ros.datasets.posed_images import CALIBRATION_FILE, encoded_jpeg, pose_of_row, read_calibration
+from kfloc_ros.datasets.posed_images import (
+    CALIBRATION_FILE,
+    DepthFiles,
+    PosedImage,
+    PosedImages,
+    encoded_jpeg,
+    pose_of_row,
+    read_calibration,
+)
 from kfloc_ros.datasets.scenes import SEVEN_SCENES
 from kfloc_ros.errors import FrameError, SourceError
 from kfloc_ros.files import number, read_text
@@ -232,3 +240,88 @@ def _lines(path: Path) -> list[str]:
         return [line for line in read_text(path).splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise SourceError(f"The list '{path}' cannot be read: {error}.") from error
+
+
+RIO10_PERIOD_NS = 100_000_000
+RIO10_WIDTH_PX = 540
+"""Width of the images that the intrinsics are of; rendered depth is smaller."""
+RIO10_DEPTH_UNIT_M = 0.001
+
+
+class Rio10Sequence(PosedImages):
+    """One sequence, such as ``seq02_01``: ``frame-000000.color.jpg``, ``.pose.txt``, ``.rendered.depth.png``.
+
+    ``intrinsics.txt`` (``seq02_01 fx fy cx cy`` a line) lies in the folder or in one of the two above it. The hidden
+    test sequences have no poses. There are no stamps; 10 Hz is assumed.
+
+    Raises:
+        SourceError: there are no images, or the intrinsics are missing or damaged.
+    """
+
+    def __init__(self, root: Path, *, depth: bool = True) -> None:
+        name = root.resolve().name
+        colors = sorted([*root.glob("frame-*.color.jpg"), *root.glob("frame-*.color.png")])
+        if not colors:
+            raise SourceError(f"'{root}' has no frame-*.color.jpg; name the folder of one sequence, such as seq02_01.")
+        camera = _rio10_camera(root, name, colors)
+        images: list[PosedImage] = []
+        self._pose_files: list[Path] = []
+        for path in colors:
+            stem = path.name.split(".")[0]
+            digits = re.search(r"\d{1,9}", stem)
+            depth_path, pose = root / f"{stem}.rendered.depth.png", root / f"{stem}.pose.txt"
+            self._pose_files.append(pose)
+            images.append(
+                PosedImage(
+                    path,
+                    f"{name}/{stem}",
+                    (1 + (int(digits[0]) if digits else len(images))) * RIO10_PERIOD_NS,
+                    camera,
+                    _pose_of(pose),
+                    depth_path if depth_path.is_file() else None,
+                )
+            )
+        super().__init__(name, images, depth=DepthFiles(RIO10_DEPTH_UNIT_M) if depth else None)
+
+    def fault(self, position: int) -> str:
+        return super().fault(position) or pose_fault(self._pose_files[position])
+
+
+def rio10_intrinsics(path: Path) -> dict[str, tuple[float, float, float, float]]:
+    """Return fx, fy, cx, cy in pixels by the name of the sequence.
+
+    Raises:
+        SourceError: the file cannot be read, or a line is not a name and four numbers.
+    """
+    found: dict[str, tuple[float, float, float, float]] = {}
+    try:
+        for line in read_text(path).splitlines():
+            if line.strip() and not line.startswith("#"):
+                name, *words = line.split()
+                fx, fy, cx, cy = (float(word) for word in words)
+                found[name] = (fx, fy, cx, cy)
+    except (OSError, ValueError) as error:
+        raise SourceError(f"'{path}' does not hold lines 'sequence fx fy cx cy': {error}") from error
+    return found
+
+
+def _rio10_camera(root: Path, name: str, images: Sequence[Path]) -> Camera:
+    resolved = root.resolve()
+    files = [folder / "intrinsics.txt" for folder in (resolved, *resolved.parents[:2])]
+    path = next((path for path in files if path.is_file()), None)
+    if path is None:
+        raise SourceError(f"There is no intrinsics.txt in '{root}' or above it; RIO10 brings it.")
+    known = rio10_intrinsics(path)
+    if name not in known:
+        raise SourceError(f"'{path}' has no line for the sequence '{name}'.")
+    try:
+        return Camera(*usual_size(images), *known[name])
+    except FrameError as error:
+        raise SourceError(f"'{path}' has intrinsics of '{name}' that are none: {error}") from error
+
+
+def _pose_of(path: Path) -> Matrix | None:
+    try:
+        return read_pose(path) if path.exists() else None
+    except FrameError:  # told by the source's fault()
+        return None

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import IO, Any
 from urllib.parse import unquote, urljoin, urlsplit
 
-from kfloc_ros.datasets.archives import check_space, is_archive, unpack
 from kfloc_ros.datasets.downloads import Asset
 from kfloc_ros.errors import DownloadError
+from kfloc_ros.files import check_space, is_archive, unpack
 
 CHUNK_BYTES = 1 << 18
 MAX_ATTEMPTS = 5

@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TUM RGB-D sequences: ``rgb.txt``, ``depth.txt`` and ``groundtruth.txt``, tied together by their time stamps."""
+"""TUM RGB-D and OpenLORIS sequences: lists of images, depth images and poses, tied together by their time stamps."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
 
 from kfloc_ros.datasets.posed_images import (
     CALIBRATION_FILE,
@@ -14,13 +19,18 @@ from kfloc_ros.datasets.posed_images import (
     PosedImages,
     pose_of_row,
     read_calibration,
+    usable_pose,
 )
-from kfloc_ros.errors import SourceError
+from kfloc_ros.errors import FrameError, SourceError
 from kfloc_ros.files import check_count, inside, number, read_text
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.messages.transforms import PoseTrack, nearest_stamp
+from kfloc_ros.types import Matrix
 
 DEPTH_UNIT_M = 1 / 5000
+LORIS_DEPTH_UNIT_M = 1 / 1000
+MAX_YAML_BYTES = 1_000_000
+LORIS_CAMERA, LORIS_BASE = "d400_color_optical_frame", "base_link"
 DEPTH_TOLERANCE_NS = 20_000_000
 LINES_PER_FRAME = 10
 """At most: a motion capture system tells poses more often than a camera images."""
@@ -46,16 +56,86 @@ class TumSequence(PosedImages):
     """
 
     def __init__(self, root: Path, *, depth: bool = True) -> None:
-        camera = _camera(root)
-        depths = sorted(_read_files(root, "depth.txt")) if depth and (root / "depth.txt").is_file() else []
-        depth_stamps = [stamp for stamp, _ in depths]
-        track = _read_track(root / "groundtruth.txt") if (root / "groundtruth.txt").is_file() else PoseTrack([], [])
-        images = []
-        for stamp, path in sorted(_read_files(root, "rgb.txt")):
-            match = nearest_stamp(depth_stamps, stamp, DEPTH_TOLERANCE_NS)
-            depth_path = None if match is None else depths[match][1]
-            images.append(PosedImage(path, path.stem, stamp, camera, track.at(stamp), depth_path))
+        images = _images(root, "rgb.txt", "depth.txt" if depth else "", _camera(root))
         super().__init__(root.resolve().name, images, depth=DepthFiles(DEPTH_UNIT_M) if depth else None)
+
+
+class OpenLorisSequence(PosedImages):
+    """One OpenLORIS-Scene sequence: ``color.txt``, ``aligned_depth.txt``, ``groundtruth.txt``.
+
+    The camera is ``d400_color_optical_frame`` of ``sensors.yaml``. The poses are those of ``base_link``, moved to the
+    camera by ``trans_matrix.yaml``.
+
+    Raises:
+        SourceError: a file is missing or damaged.
+    """
+
+    def __init__(self, root: Path, *, depth: bool = True) -> None:
+        camera = _loris_camera(root / "sensors.yaml")
+        T_base_camera = _loris_mount(root / "trans_matrix.yaml")
+        images = _images(root, "color.txt", "aligned_depth.txt" if depth else "", camera, T_base_camera)
+        super().__init__(root.resolve().name, images, depth=DepthFiles(LORIS_DEPTH_UNIT_M) if depth else None)
+
+
+def _images(
+    root: Path, colors: str, depth_list: str, camera: Camera, T_body_camera: Matrix | None = None
+) -> list[PosedImage]:
+    """Return the images of a list, with the nearest depth image and the pose at each stamp."""
+    depths = sorted(_read_files(root, depth_list)) if depth_list and (root / depth_list).is_file() else []
+    depth_stamps = [stamp for stamp, _ in depths]
+    path = root / "groundtruth.txt"
+    track = _read_track(path, T_body_camera) if path.is_file() else PoseTrack([], [])
+    images = []
+    for stamp, path in sorted(_read_files(root, colors)):
+        match = nearest_stamp(depth_stamps, stamp, DEPTH_TOLERANCE_NS)
+        depth_path = None if match is None else depths[match][1]
+        images.append(PosedImage(path, path.stem, stamp, camera, track.at(stamp), depth_path))
+    return images
+
+
+def _loris_yaml(path: Path) -> Mapping[str, Any]:
+    """Return YAML as OpenCV writes it: with a first line and tags of its own."""
+    try:
+        text = read_text(path, MAX_YAML_BYTES).replace("!!opencv-matrix", "")
+        found = yaml.safe_load(re.sub(r"\A%YAML[^\n]*\n(---[^\n]*\n)?", "", text))
+        if not isinstance(found, dict):
+            raise ValueError("it holds no names")
+        return found
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise SourceError(f"'{path}' is no YAML of OpenLORIS: {' '.join(str(error).split())[:200]}.") from error
+
+
+def _loris_camera(path: Path) -> Camera:
+    node = _loris_yaml(path).get(LORIS_CAMERA)
+    if node is None:
+        raise SourceError(f"'{path}' does not describe the camera '{LORIS_CAMERA}'.")
+    try:
+        fx, cx, fy, cy = (float(value) for value in node["intrinsics"]["data"])  # in this order
+        return Camera(int(node["width"]), int(node["height"]), fx, fy, cx, cy)
+    except (KeyError, TypeError, ValueError, FrameError) as error:
+        raise SourceError(f"The camera '{LORIS_CAMERA}' in '{path}' cannot be used: {error}.") from error
+
+
+def _loris_mount(path: Path) -> Matrix:
+    """Return ``T_base_camera`` along the chain of transforms from ``base_link`` to the camera."""
+    edges: dict[str, tuple[str, Matrix]] = {}
+    try:
+        for item in _loris_yaml(path)["trans_matrix"]:
+            T = usable_pose(np.array([float(value) for value in item["matrix"]["data"]]).reshape(4, 4))
+            if T is None:
+                raise ValueError("a matrix is no pose")
+            edges[str(item["child_frame"])] = (str(item["parent_frame"]), T)
+    except (KeyError, TypeError, ValueError) as error:
+        raise SourceError(f"'{path}' does not hold a list trans_matrix of transforms: {error}.") from error
+    T_found, frame = np.eye(4), LORIS_CAMERA
+    for _ in range(len(edges) + 1):
+        if frame == LORIS_BASE:
+            return np.asarray(T_found)
+        if frame not in edges:
+            break
+        frame, T = edges[frame]
+        T_found = T @ T_found
+    raise SourceError(f"'{path}' does not connect '{LORIS_BASE}' with '{LORIS_CAMERA}'.")
 
 
 def _camera(root: Path) -> Camera:
@@ -99,7 +179,7 @@ def _read_files(root: Path, name: str) -> list[tuple[int, Path]]:
     return [(_stamp_ns(row[0], path), inside(root, row[1])) for row in rows]
 
 
-def _read_track(path: Path) -> PoseTrack:
+def _read_track(path: Path, T_body_camera: Matrix | None = None) -> PoseTrack:
     stamps, poses = [], []
     for row in _rows(path):
         try:
@@ -110,5 +190,5 @@ def _read_track(path: Path) -> PoseTrack:
         stamp = _stamp_ns(row[0], path)
         if pose is not None:  # between its neighbours the track says nothing if they are too far apart
             stamps.append(stamp)
-            poses.append(pose)
+            poses.append(pose if T_body_camera is None else pose @ T_body_camera)
     return PoseTrack(stamps, poses)

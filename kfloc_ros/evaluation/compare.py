@@ -22,7 +22,7 @@ from kfloc_ros.evaluation.page import document, escape, table
 from kfloc_ros.evaluation.summary import RunInfo, summarize
 from kfloc_ros.files import read_json, read_text
 from kfloc_ros.geometry.lie import make_pose, quaternion_to_matrix
-from kfloc_ros.messages.tum import read_tum
+from kfloc_ros.messages.poses import read_tum
 from kfloc_ros.types import Matrix
 
 FIGURES: tuple[tuple[str, str, float, str, int], ...] = (

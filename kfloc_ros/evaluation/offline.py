@@ -6,12 +6,16 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from kfloc_ros.datasets import open_source
 from kfloc_ros.errors import FrameError
-from kfloc_ros.frames import FrameSource
+from kfloc_ros.frames import FrameSource, Selection
 from kfloc_ros.geometry.camera import ImageAdapter
-from kfloc_ros.localization.place_localizer import AnyLocalizer
+from kfloc_ros.localization.config import LocalizerConfig
+from kfloc_ros.localization.place_localizer import AnyLocalizer, localizer_for
 from kfloc_ros.localization.results import Localization
+from kfloc_ros.maps.place import load_map
 from kfloc_ros.types import Frame, Matrix, PoseEstimate, TrackingState
 
 STATISTICS = {
@@ -92,6 +96,36 @@ def record_of(frame: Frame, estimate: PoseEstimate, *, latency_ms: float, rectif
         tracked=estimate.tracked,
         name=frame.name,
     )
+
+
+@dataclass(frozen=True)
+class Recording:
+    """One recording of a source, to be localized by a localizer of its own."""
+
+    source: str
+    poses: str
+    frames: str | None
+    split: str | None
+    strict: bool
+    number: int
+    """As :meth:`FrameSource.sequences` numbers it."""
+    map: Path
+    config: LocalizerConfig
+
+
+def localize_recording(recording: Recording) -> tuple[list[FrameRecord], str]:
+    """Return the records of one recording, and the localizer's note on its camera.
+
+    Raises:
+        SourceError: an image cannot be read.
+    """
+    source = open_source(
+        recording.source, poses=recording.poses, frames=recording.frames, split=recording.split, depth=False,
+        strict=recording.strict,
+    )  # fmt: skip
+    positions = [position for position, number in enumerate(source.sequences()) if number == recording.number]
+    localizer = localizer_for(load_map(recording.map), recording.config)
+    return list(localize_source(localizer, Selection(source, positions))), localizer.camera_note
 
 
 @dataclass(frozen=True, eq=False)

@@ -27,7 +27,7 @@ from kfloc_ros.evaluation.plots import PICTURES, write_plots
 from kfloc_ros.evaluation.report import report_text
 from kfloc_ros.evaluation.summary import RunInfo, Summary, finite, summarize
 from kfloc_ros.geometry.lie import matrix_to_quaternion
-from kfloc_ros.messages.tum import tum_text
+from kfloc_ros.messages.poses import tum_text
 from kfloc_ros.types import Matrix
 
 LOCK = ".running"

@@ -31,8 +31,7 @@ from tf2_msgs.msg import TFMessage
 from kfloc_ros.bags.stream import BagEvent, BagStream, ReplayRange
 from kfloc_ros.bags.truth import BagTransforms, Edge, TransformEvent
 from kfloc_ros.errors import KflocError
-from kfloc_ros.messages.poses import fill_stamp
-from kfloc_ros.messages.tum import read_tum
+from kfloc_ros.messages.poses import fill_stamp, read_tum
 from kfloc_ros.nodes import qos
 from kfloc_ros.nodes.transforms import stamped
 from kfloc_ros.replay.recorder import Recorder, TruthPath

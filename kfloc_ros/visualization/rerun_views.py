@@ -21,7 +21,7 @@ from kfloc_ros.localization.localizer import Localizer
 from kfloc_ros.localization.results import Localization
 from kfloc_ros.mapping.picture import up_axis
 from kfloc_ros.maps.scene_map import SceneMap
-from kfloc_ros.messages.tum import read_tum
+from kfloc_ros.messages.poses import read_tum
 from kfloc_ros.pixloc.references import reproject
 from kfloc_ros.types import Alignment, Frame, Matrix, PoseEstimate
 from kfloc_ros.visualization.alignment import by_residual, reference_points

@@ -20,7 +20,7 @@ from kfloc_ros.evaluation.metrics import pose_error
 from kfloc_ros.files import read_text
 from kfloc_ros.geometry.lie import inverse_pose
 from kfloc_ros.kfnet.reference.files import read_list, read_pose
-from kfloc_ros.messages.tum import read_tum
+from kfloc_ros.messages.poses import read_tum
 from kfloc_ros.pixloc.reference.views import read_scene
 from kfloc_ros.types import Matrix
 

@@ -15,7 +15,7 @@ from kfloc_ros.bags.truth import at_stamps, read_truth
 from kfloc_ros.bags.writer import write_bag
 from kfloc_ros.errors import SourceError
 from kfloc_ros.geometry.lie import inverse_pose, make_pose, so3_exp
-from kfloc_ros.messages.tum import tum_text
+from kfloc_ros.messages.poses import tum_text
 
 
 @pytest.fixture(scope="module")

@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 
 from kfloc_ros.cli.main import main
-from kfloc_ros.datasets.archives import unpack
 from kfloc_ros.datasets.downloads import COLLECTIONS, Asset, assets_of, mirrored
 from kfloc_ros.datasets.transfer import fetch_file, listed_files, obtain
 from kfloc_ros.errors import DownloadError
+from kfloc_ros.files import unpack
 
 CONTENT = bytes(range(256)) * 4000
 

@@ -21,7 +21,7 @@ from kfloc_ros.evaluation.report import accuracy_rows, verdict_lines
 from kfloc_ros.evaluation.results import frames_csv, result_folder, write_results
 from kfloc_ros.evaluation.summary import RunInfo, summarize
 from kfloc_ros.geometry.lie import make_pose, so3_exp
-from kfloc_ros.messages.tum import read_tum, tum_text
+from kfloc_ros.messages.poses import read_tum, tum_text
 
 
 def pose(i: int, shift_m: float = 0.0) -> np.ndarray:
