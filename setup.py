@@ -56,6 +56,7 @@ setup(
         "tqdm>=4.64",
     ],
     extras_require={
+        "cluster": ["distributed>=2024.1"],
         "heic": ["pillow-heif>=0.18,<2"],
         "notebooks": ["ipykernel>=6", "jupyterlab>=4", "nbclient>=0.8", "nbformat>=5.7"],
         "onnx": ["onnx>=1.15", "onnxruntime>=1.17"],

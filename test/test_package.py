@@ -125,7 +125,7 @@ def test_algorithm_names_no_ros_module() -> None:
 
 
 LAYERS = (
-    "errors config device files", "geometry", "types frames", "features", "messages", "bags", "pixloc",
+    "errors config device files jobs", "geometry", "types frames", "features", "messages", "bags", "pixloc",
     "pixloc/reference", "kfnet", "kfnet/reference", "relocalization", "maps", "localization", "simulation", "datasets",
     "evaluation", "mapping", "pixloc/hloc", "training", "visualization", "nodes", "replay", "cli",
 )  # fmt: skip

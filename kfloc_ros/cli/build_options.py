@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options of a map build, shared by ``kfloc map build`` and ``kfloc map update``."""
+"""Options of a map build, shared by ``kfloc map build``, ``update`` and ``place``, and the build of a submap."""
 
 from __future__ import annotations
 
 import argparse
 import re
 import shlex
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kfloc_ros.cli.check import check_first
 from kfloc_ros.errors import SourceError
 
 if TYPE_CHECKING:
@@ -96,3 +99,34 @@ def duration_s(text: str) -> float:
     if match is None or float(match[1]) <= 0:
         raise argparse.ArgumentTypeError(f"'{text}' is not a duration; write 5min, 90s or 1h")
     return float(match[1]) * UNITS_S[match[2]]
+
+
+@dataclass(frozen=True)
+class Submap:
+    """Submap to be built by one worker."""
+
+    source: str
+    out: Path
+    config: MapBuildConfig
+    no_depth: bool
+    no_check: bool
+    command: str
+
+
+def build_submap(submap: Submap) -> Path:
+    """Build the map of a submap from its recording; return its folder.
+
+    Raises:
+        SourceError: the recording cannot be mapped.
+        MapError: the folder cannot be written.
+    """
+    from kfloc_ros.datasets import open_source
+    from kfloc_ros.mapping.build import build_map
+    from kfloc_ros.mapping.motion_depth import with_depth
+
+    frames = open_source(submap.source, depth=not submap.no_depth)
+    need_poses(frames)
+    check_first(frames, skip=submap.no_check)
+    source = with_depth(frames, hide=submap.no_depth, device=submap.config.device)
+    build_map(source, submap.out, submap.config, provenance={"command": submap.command})
+    return submap.out

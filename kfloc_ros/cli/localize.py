@@ -7,10 +7,11 @@ import argparse
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kfloc_ros.cli.arguments import add_recursion_argument, add_source_arguments, need_camera, open_source_from
 from kfloc_ros.errors import SourceError
+from kfloc_ros.jobs import add_jobs_arguments, run_parts, workers_from
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from kfloc_ros.evaluation.offline import FrameRecord
+    from kfloc_ros.frames import FrameSource
+    from kfloc_ros.jobs import Workers
+    from kfloc_ros.localization.config import LocalizerConfig
 
 DESCRIPTION = """\
 Localize every frame of SOURCE in a map, offline, and evaluate the poses against the source's ground truth.
@@ -32,6 +36,10 @@ examples:
   kfloc localize 7scenes:DIR --poses sfm --split blocks50:test --map maps/kitchen --out out/kitchen
   kfloc localize bag:out/room_bag --map maps/room --out out/room --no-filter
   kfloc localize sim:building-3-localize --map maps/building --out out/building_3
+  kfloc localize 7scenes:DIR@test --map maps/chess --out out/chess --jobs 2
+
+With --jobs or --scheduler, each recording of SOURCE is localized by a localizer of its own, with one thread. The
+results are the same for any number of jobs, and on a cluster of like processors.
 """
 
 
@@ -70,6 +78,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         default="warn",
         help="check of the calibration by the images; correct: localize with the camera that fits (default: warn)",
     )
+    parser.add_argument(
+        "--submit",
+        choices=("rio10", "lamar", "mapfree"),
+        metavar="FORM",
+        help="also write OUT/results_FORM.txt as a benchmark takes it: rio10, lamar (and CroCoDL) or mapfree",
+    )
+    add_jobs_arguments(parser, "recordings, each by a localizer of its own,")
     parser.add_argument("--quiet", action="store_true", help="print only errors")
 
 
@@ -105,20 +120,26 @@ def run(args: argparse.Namespace) -> int:
     )
     map_path = resolve_map(args.map)
     loaded = load_map(map_path)
-    localizer, provenance = localizer_for(loaded, config), loaded.provenance
+    provenance, workers = loaded.provenance, workers_from(args)
+    localizer = None if workers else localizer_for(loaded, config)
+    notes: list[str] = []
 
     with result_folder(args.out, force=args.force):
         records: list[FrameRecord] = []
         interrupted = False
         start = time.perf_counter()
         with progress_bar(total=len(source), unit="frame", disable=args.quiet) as bar:
-            try:
-                for record in localize_source(localizer, source):
-                    records.append(record)
-                    bar.set_postfix_str(record.state, refresh=False)
-                    bar.update()
-            except KeyboardInterrupt:
-                interrupted = True
+            if workers is not None:
+                records, notes = _in_parts(args, source, map_path, config, workers, bar)
+            elif localizer is not None:
+                try:
+                    for record in localize_source(localizer, source):
+                        records.append(record)
+                        bar.set_postfix_str(record.state, refresh=False)
+                        bar.update()
+                except KeyboardInterrupt:
+                    interrupted = True
+                notes = [localizer.camera_note]
         info = RunInfo(
             kind="localize",
             command=command_line(args.words),
@@ -153,14 +174,39 @@ def run(args: argparse.Namespace) -> int:
             return {record.stamp_ns: source[place[record.index]].image for record in worst}
 
         summary = write_results(args.out, records, info, images_of=images_of)
+    if args.submit:
+        from kfloc_ros.evaluation.trajectories import submission
+
+        (args.out / f"results_{args.submit}.txt").write_text(submission(records, args.submit), encoding="utf-8")
     if not args.quiet:
         print(summary_table(summary))
         print(f"\nResults: {args.out / 'report.html'}; poses: {args.out / 'frames.csv'} (a line an image, by name)")
     if provenance.get("scale") == UNSCALED:
         print(f"The scale of the map is {UNSCALED} (see kfloc map scale).", file=sys.stderr)
-    if localizer.camera_note:
-        print(f"The camera does not fit: {localizer.camera_note}.", file=sys.stderr)
+    for note in dict.fromkeys(filter(None, notes)):
+        print(f"The camera does not fit: {note}.", file=sys.stderr)
     if interrupted:
         print(f"Interrupted; the results cover the first {len(records)} of {len(source)} frames.", file=sys.stderr)
         return 130
     return 0
+
+
+def _in_parts(
+    args: argparse.Namespace, source: FrameSource, map_path: Path, config: LocalizerConfig, workers: Workers, bar: Any
+) -> tuple[list[FrameRecord], list[str]]:
+    """Return the records of all recordings in the order of the source, and the notes on their cameras."""
+    from kfloc_ros.evaluation.offline import Recording, localize_recording
+
+    numbers = list(source.sequences())
+    parts = [
+        Recording(
+            args.source, args.poses, args.frames, args.split, args.strict, number, map_path.absolute(), config
+        )
+        for number in dict.fromkeys(numbers)
+    ]  # fmt: skip
+    found = run_parts(
+        localize_recording, parts, workers, on_done=lambda part: bar.update(numbers.count(parts[part].number))
+    )
+    place = {index: position for position, index in enumerate(source.indices())}
+    records = sorted((record for part, _ in found for record in part), key=lambda record: place[record.index])
+    return records, [note for _, note in found]

@@ -38,6 +38,7 @@ COMMANDS = {
     "bag": Command("kfloc_ros.cli.bag", "write a source as a rosbag2, or list the content of one"),
     "replay": Command("kfloc_ros.cli.replay", "play a bag to the live ROS 2 nodes and evaluate their poses"),
     "compare": Command("kfloc_ros.cli.compare", "compare two result folders"),
+    "evaluate": Command("kfloc_ros.cli.evaluate", "judge any trajectory file against its truth"),
     "convert": Command("kfloc_ros.cli.convert", "convert published weights of KFNet and PixLoc"),
     "labels": Command("kfloc_ros.cli.labels", "write scene-coordinate labels in KFNet's format"),
     "kfnet": Command("kfloc_ros.cli.kfnet", "evaluate KFNet's networks on a folder in KFNet's format"),

@@ -1,24 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``kfloc map update|merge|migrate|place``: adds recordings to a map and combines maps."""
+"""``kfloc map update|merge|migrate|place``: adds recordings to a map, merges maps, and makes places of several."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import re
+import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kfloc_ros.cli.arguments import add_source_arguments, open_source_from
 from kfloc_ros.cli.build_options import (
+    Submap,
     add_build_options,
     build_config_from,
+    build_submap,
     need_poses,
     provenance_of,
     words_of,
 )
 from kfloc_ros.cli.check import add_no_check, check_first
-from kfloc_ros.cli.progress import BuildBars
+from kfloc_ros.cli.progress import BuildBars, progress_bar
 from kfloc_ros.errors import MapError
+from kfloc_ros.jobs import add_jobs_arguments, run_parts, workers_from
 
 if TYPE_CHECKING:
     from kfloc_ros.geometry.lie import Matrix
@@ -43,18 +49,6 @@ Merge two maps into one. The second map is registered to the first by matching t
 skips the registration for maps that already have a common frame, such as neighbouring rooms of one building.
 
 `kfloc map place` combines maps without merging them, and adds a map to a place.
-"""
-PLACE = """\
-Combine several maps, the submaps, into a place. The maps are copied; each submap has the name of its folder. A place is
-used like a map (`kfloc localize SOURCE --map PLACE`, map:=PLACE), and poses are in the place's frame. The maps must
-have a common frame, such as a building's, or --at gives the pose of a submap's frame. All maps must have the same
-camera. If a MAP is itself a place, all its submaps are added at their poses: a map is added to a place this way, and
-two places are combined.
-"""
-PLACE_EXAMPLE = """\
-examples:
-  kfloc map place maps/hall maps/kitchen maps/attic --at attic 0 0 3.1 0 0 0 1 --out maps/house
-  kfloc map place maps/house maps/cellar --out maps/house --force
 """
 
 
@@ -96,27 +90,7 @@ def add_join(actions: Any) -> None:
     )
     migrate.add_argument("--force", action="store_true", help="replace an existing map")
     migrate.set_defaults(run_action=run_migrate)
-
-    place = actions.add_parser(
-        "place",
-        help="combine several maps into a place, whose submaps are loaded on demand",
-        description=PLACE,
-        epilog=PLACE_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    place.add_argument("maps", nargs="+", metavar="MAP", help="folder of a map or a place, or name of an installed one")
-    place.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the place to write")
-    place.add_argument("--name", default="", help="name of the place (default: name of the folder)")
-    place.add_argument(
-        "--at",
-        nargs=8,
-        action="append",
-        default=[],
-        metavar=("SUBMAP", "X", "Y", "Z", "QX", "QY", "QZ", "QW"),
-        help="pose of a submap's frame in the place's frame: metres and a quaternion; can be repeated",
-    )
-    place.add_argument("--force", action="store_true", help="replace an existing place")
-    place.set_defaults(run_action=run_place)
+    add_place(actions)
 
 
 def _add_common(parser: argparse.ArgumentParser, what: str) -> None:
@@ -229,20 +203,100 @@ def _counts(before: Any, after: Any, out: Path) -> str:
     return f"'{out}' has {views[1]} reference views (before: {views[0]}) and {heads[1]} heads (before: {heads[0]})."
 
 
+PLACE = """\
+Combine several maps, the submaps, into a place. The maps are copied; each submap has the name of its folder. A place is
+used like a map (`kfloc localize SOURCE --map PLACE`, map:=PLACE), and poses are in the place's frame. The maps must
+have a common frame, such as a building's, or --at gives the pose of a submap's frame. All maps must have the same
+camera. If a MAP is itself a place, all its submaps are added at their poses: a map is added to a place this way, and
+two places are combined.
+
+NAME=SOURCE in place of a MAP builds a submap from a recording. With --jobs or --scheduler, submaps are built at the
+same time, one thread each; --train-steps makes each the same to the bit wherever it is built. --parts DIR keeps the
+submaps, so that an interrupted command goes on from there.
+"""
+PLACE_EXAMPLE = """\
+examples:
+  kfloc map place maps/hall maps/kitchen maps/attic --at attic 0 0 3.1 0 0 0 1 --out maps/house
+  kfloc map place maps/house maps/cellar --out maps/house --force
+  kfloc map place hall=bag:hall_bag kitchen=bag:kitchen_bag --out maps/house --train-steps 4000 --jobs 2
+"""
+
+
+def add_place(actions: Any) -> None:
+    """Register ``kfloc map place``."""
+    place = actions.add_parser(
+        "place",
+        help="combine several maps into a place, whose submaps are loaded on demand",
+        description=PLACE,
+        epilog=PLACE_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    place.add_argument(
+        "maps", nargs="+", metavar="MAP",
+        help="folder of a map or a place, name of an installed one, or NAME=SOURCE to build one",
+    )  # fmt: skip
+    place.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the place to write")
+    place.add_argument("--name", default="", help="name of the place (default: name of the folder)")
+    place.add_argument(
+        "--at",
+        nargs=8,
+        action="append",
+        default=[],
+        metavar=("SUBMAP", "X", "Y", "Z", "QX", "QY", "QZ", "QW"),
+        help="pose of a submap's frame in the place's frame: metres and a quaternion; can be repeated",
+    )
+    place.add_argument("--force", action="store_true", help="replace an existing place")
+    group = place.add_argument_group("submaps that are built")
+    group.add_argument("--parts", type=Path, metavar="DIR", help="folder that keeps them; existing ones are used again")
+    add_jobs_arguments(group, "submaps")
+    add_no_check(place)
+    add_build_options(place)
+    place.set_defaults(run_action=run_place)
+
+
 def run_place(args: argparse.Namespace) -> int:
     """Run ``kfloc map place``; return 0."""
-    from kfloc_ros.mapping.place_making import make_place
-    from kfloc_ros.maps.format import resolve_map
+    from kfloc_ros.mapping.place_making import check_free_for_place, make_place
 
     motions: dict[str, Matrix] = {}
     for name, *numbers in args.at:
         if name in motions:
             raise MapError(f"--at is given twice for the submap '{name}'.")
         motions[name] = read_motion(name, numbers)
-    folders = [resolve_map(name) for name in args.maps]
-    place = make_place(folders, args.out, name=args.name, T_place_submaps=motions, overwrite=args.force)
+    check_free_for_place(args.out, overwrite=args.force)
+    with contextlib.ExitStack() as stack:
+        if args.parts is None and any(is_to_build(word) for word in args.maps):
+            args.out.absolute().parent.mkdir(parents=True, exist_ok=True)
+            args.parts = Path(
+                stack.enter_context(tempfile.TemporaryDirectory(prefix=".parts.", dir=args.out.absolute().parent))
+            )
+        folders = _built_or_named(args)
+        place = make_place(folders, args.out, name=args.name, T_place_submaps=motions, overwrite=args.force)
     print(describe_place(place))
     return 0
+
+
+def is_to_build(word: str) -> bool:
+    """Return True for ``NAME=SOURCE``."""
+    return bool(re.match(r"[A-Za-z0-9_-]+=.", word)) and not Path(word).exists()
+
+
+def _built_or_named(args: argparse.Namespace) -> list[Path]:
+    """Return the folders of all maps, in order; those to be built are built first."""
+    from kfloc_ros.maps.format import resolve_map
+
+    config = build_config_from(args)
+    wanted: dict[str, Submap] = {}
+    for word in filter(is_to_build, args.maps):
+        name, _, source = word.partition("=")
+        if name in wanted:
+            raise MapError(f"Two submaps are named '{name}'.")
+        out = args.parts.absolute() / name
+        wanted[name] = Submap(source, out, config, args.no_depth, args.no_check, words_of(args))
+    missing = [submap for submap in wanted.values() if not (submap.out / "map.yaml").is_file()]
+    with progress_bar(total=len(missing), unit="submap", desc="building") as bar:
+        run_parts(build_submap, missing, workers_from(args), on_done=lambda part: bar.update())
+    return [wanted[word.partition("=")[0]].out if is_to_build(word) else resolve_map(word) for word in args.maps]
 
 
 def read_motion(name: str, numbers: list[str]) -> Matrix:

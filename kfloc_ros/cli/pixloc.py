@@ -7,11 +7,13 @@ import argparse
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kfloc_ros.cli import pixloc_localize, pixloc_preprocess
 from kfloc_ros.cli.arguments import OverridesParser
+from kfloc_ros.jobs import add_jobs_arguments, call, run_parts, workers_from
 
 if TYPE_CHECKING:
     import torch
@@ -121,6 +123,7 @@ def _add_run(actions: Any) -> None:
     for name, text in PATHS.items():
         paths.add_argument(f"--{name.replace('_', '-')}", type=Path, metavar="PATH", help=text)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="device of the network")
+    add_jobs_arguments(parser, "scenes, slices or conditions")
     parser.add_argument("--quiet", action="store_true", help="no progress")
     parser.add_argument("--verbose", action="store_true", help="print a line for every query")
     pixloc_localize.add_show_arguments(parser)
@@ -147,14 +150,25 @@ def run_benchmark(args: argparse.Namespace) -> int:
     usual = ORIGINAL_NAMES[args.data_set]
     args.dataset = args.dataset or DATASETS / usual
     args.dumps = args.dumps or (DUMPS / usual if (DUMPS / usual).is_dir() else args.dataset)
+    if args.scheduler:  # a worker's folder may be another
+        for name in ("weights", "dataset", "dumps", "eval_dir", *PATHS):
+            setattr(args, name, (path := getattr(args, name)) and path.absolute())
     parts = choose_parts(data_set, args.parts)
     given = {name: getattr(args, name) for name in PATHS}
     every = {part: paths_of(data_set, part, args.dataset, args.dumps, args.eval_dir, given) for part in parts}
     if len({paths.results for paths in every.values()}) < len(parts):
         raise ConfigError(f"--results is one file for {len(parts)} parts; put {{{data_set.part_name}}} into its name.")
+    workers = None if args.eval_only else workers_from(args)
+    found: dict[str, dict[str, Matrix]] = {}
+    if workers is not None:
+        work = [partial(_run_part, args, data_set, part, paths, options) for part, paths in every.items()]
+        found = dict(zip(every, run_parts(call, work, workers), strict=True))
     localized = 0
     for part, paths in every.items():
-        poses = _existing(paths) if args.eval_only else _run_part(args, data_set, part, paths, options)
+        if args.eval_only:
+            poses = _existing(paths)
+        else:
+            poses = found[part] if workers else _run_part(args, data_set, part, paths, options)
         localized += len(poses)
         if data_set.evaluated:
             print(f"{part}: {_figures(paths, poses, args.skip)}", flush=True)

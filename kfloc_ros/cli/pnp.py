@@ -11,6 +11,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from kfloc_ros.jobs import add_jobs_arguments, run_parts, workers_from
+
+MAPS_PER_PART = 8
+
 DESCRIPTION = """\
 Compute the camera pose of every coordinate map (coord_<i>.npy: h x w x 4 float32, world coordinates in metres and
 1/sigma) of a folder or a list file. Writes OUT/pose_<i>.txt (4x4, camera to world; nan if there is no pose),
@@ -50,14 +54,7 @@ def add_parser(subparsers: Any) -> None:
         help=f"ignore cells with a smaller 1/sigma, in 1/m (default: {MIN_CONFIDENCE_PER_M:g}; 0 uses all)",
     )
     parser.add_argument("--max-error-px", type=float, default=10.0, metavar="PX", help="inlier threshold (default: 10)")
-    parser.add_argument(
-        "--jobs",
-        "--thread_num",
-        type=int,
-        default=os.cpu_count() or 1,
-        metavar="N",
-        help="number of processes (default: number of cores)",
-    )
+    add_jobs_arguments(parser, "maps", jobs=os.cpu_count() or 1)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -70,12 +67,13 @@ def run(args: argparse.Namespace) -> int:
     from kfloc_ros.kfnet.pnp import PnpSettings
     from kfloc_ros.kfnet.reference.files import (
         PnpJob,
+        PnpPart,
         find_maps,
         parse_camera,
         read_description,
         read_list,
         read_pose,
-        solve_files,
+        solve_part,
         write_pose,
     )
 
@@ -89,26 +87,28 @@ def run(args: argparse.Namespace) -> int:
     job = PnpJob(description, PnpSettings(max_error_px=args.max_error_px), args.min_confidence)
     args.out.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    bar = progress_bar(total=len(maps), unit="map")
+    parts = [PnpPart(tuple(maps[i : i + MAPS_PER_PART]), job) for i in range(0, len(maps), MAPS_PER_PART)]
+    with progress_bar(total=len(maps), unit="map") as bar:
+        poses = run_parts(
+            solve_part, parts, workers_from(args), on_done=lambda number: bar.update(len(parts[number].paths))
+        )
     entries: list[dict[str, Any]] = []
     errors = []
-    with bar:
-        for i, pose in enumerate(solve_files(maps, job, min(args.jobs, len(maps)))):
-            bar.update()
-            write_pose(args.out / f"pose_{i}.txt", pose.T_map_camera)
-            entry: dict[str, Any] = {
-                "map": str(maps[i]),
-                "success": pose.success,
-                "reason": pose.reason,
-                "inliers": pose.inlier_count,
-                "inlier_ratio": pose.inlier_ratio,
-            }
-            truth = truths[i] if truths is not None else None
-            if truth is not None:
-                error = pose_error(pose.T_map_camera, truth)
-                errors.append(error)
-                entry["translation_m"], entry["rotation_deg"] = _finite(error.translation_m), error.rotation_deg
-            entries.append(entry)
+    for i, pose in enumerate(pose for found in poses for pose in found):
+        write_pose(args.out / f"pose_{i}.txt", pose.T_map_camera)
+        entry: dict[str, Any] = {
+            "map": str(maps[i]),
+            "success": pose.success,
+            "reason": pose.reason,
+            "inliers": pose.inlier_count,
+            "inlier_ratio": pose.inlier_ratio,
+        }
+        truth = truths[i] if truths is not None else None
+        if truth is not None:
+            error = pose_error(pose.T_map_camera, truth)
+            errors.append(error)
+            entry["translation_m"], entry["rotation_deg"] = _finite(error.translation_m), error.rotation_deg
+        entries.append(entry)
     solved = sum(entry["success"] for entry in entries)
     content: dict[str, Any] = {"maps": len(maps), "solved": solved, "seconds": time.perf_counter() - start}
     print(f"{solved} of {len(maps)} poses in {content['seconds']:.1f} s: {args.out}")

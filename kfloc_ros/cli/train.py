@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kfloc_ros.cli import train_pixloc
+from kfloc_ros.cli import train_run
 from kfloc_ros.cli.arguments import OverridesParser, add_source_arguments, open_source_from
 from kfloc_ros.cli.build_options import need_poses
 from kfloc_ros.cli.train_run import add_run_arguments, choose_folder, conf_words, describe_options, run_training
@@ -95,14 +95,14 @@ def add_parser(subparsers: Any) -> None:
                 stage.add_argument(
                     f"--{network}", type=Path, metavar="FILE", required=name == "kfnet", help="initial weights"
                 )
-    train_pixloc.add_stages(stages)
+    train_run.add_stages(stages)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run ``kfloc train``; return 0, or 130 when interrupted."""
     choose_folder(args)
-    if args.stage in train_pixloc.STAGES:
-        return train_pixloc.run(args)
+    if args.stage in train_run.NETWORKS:
+        return train_run.run(args)
     if args.stage == "oflownet" and args.family == "fast":
         return _run_fast_flow(args)
     if args.source is None:

@@ -273,6 +273,13 @@ def test_cmu_makes_its_queries_and_one_file_to_submit(
     together = tmp_path / "pixloc_CMU_slice2-3.txt"
     assert str(together) in capsys.readouterr().out
     assert [line.split()[0] for line in together.read_text().splitlines()] == ["img_1_c0_p.jpg", "img_1_c0_q.jpg"] * 2
+    before = at_once = together.read_text()
+    words += ["--eval_dir", str(tmp_path / "jobs"), "--jobs"]
+    for jobs in ("1", "2"):
+        assert main(["pixloc", "run", *words, jobs, "--slices", "2-3", "--device", "cpu", *QUICK]) == 0
+        again = (tmp_path / "jobs" / together.name).read_text()
+        assert again == (before if jobs == "1" else at_once)
+        at_once = again
 
 
 def test_robotcar_with_inlier_ranking(tmp_path: Path, weights: Path) -> None:

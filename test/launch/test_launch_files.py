@@ -91,12 +91,13 @@ def test_camera_topics_are_remapped_for_both_transports() -> None:
     assert "camera_info:=/camera/info" in words
 
 
-def test_dds_profile_is_set_unless_the_user_has_one() -> None:
+def test_dds_profile_is_set_unless_the_user_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
     _, actions = entities("localize.launch.py")
     assert any(isinstance(action, SetEnvironmentVariable) for action in actions)
     description = load(str(LAUNCH / "localize.launch.py"))
     context = LaunchContext()
-    context.environment["FASTRTPS_DEFAULT_PROFILES_FILE"] = "mine.xml"
+    # The context's environment is that of this process, which the next test's nodes inherit.
+    monkeypatch.setenv("FASTRTPS_DEFAULT_PROFILES_FILE", "mine.xml")
     for entity in description.entities:
         actions = entity.execute(context) or []
     assert not any(isinstance(action, SetEnvironmentVariable) for action in actions)

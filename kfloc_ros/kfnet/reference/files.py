@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -281,24 +279,21 @@ def solve_file(path: Path, job: PnpJob) -> CoarsePose:
     return solve_pnp(confident_part(coordinates, job.min_confidence), camera, job.settings)
 
 
-def solve_files(paths: Sequence[Path], job: PnpJob, processes: int) -> Iterator[CoarsePose]:
-    """Yield poses in the order of the files.
+@dataclass(frozen=True)
+class PnpPart:
+    """Some coordinate maps of a job, for one worker."""
+
+    paths: tuple[Path, ...]
+    job: PnpJob
+
+
+def solve_part(part: PnpPart) -> list[CoarsePose]:
+    """Return the poses of some coordinate maps.
 
     Raises:
         SourceError: a file is not a coordinate map.
     """
-    if processes <= 1:
-        yield from (solve_file(path, job) for path in paths)
-        return
-    context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
-    with ProcessPoolExecutor(processes, mp_context=context, initializer=_one_thread) as pool:
-        yield from pool.map(solve_file, paths, [job] * len(paths), chunksize=8)
-
-
-def _one_thread() -> None:
-    import torch
-
-    torch.set_num_threads(1)
+    return [solve_file(path, part.job) for path in part.paths]
 
 
 def parse_camera(numbers: Sequence[float]) -> Camera:

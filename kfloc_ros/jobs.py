@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One executor for work that falls into independent parts: here, in processes, or on an existing Dask cluster.
+
+A part is computed with one thread wherever it runs, so that the results are the same to the bit (on processors of one
+kind). If a worker is lost, its part is computed again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from kfloc_ros.errors import ConfigError
+
+if TYPE_CHECKING:
+    import argparse
+
+P = TypeVar("P")
+R = TypeVar("R")
+
+MAX_LOSSES = 3
+"""Number of workers lost in a row, without a part finished in between, that ends the work."""
+CONNECT_S = 20.0
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Where parts are computed."""
+
+    jobs: int = 1
+    """Processes on this machine; 1: this process."""
+    scheduler: str = ""
+    """Address of a Dask scheduler, such as ``tcp://host:8786``; it has priority."""
+
+
+def add_jobs_arguments(parser: argparse.ArgumentParser, what: str, *, jobs: int | None = None) -> None:
+    """Add ``--jobs`` and ``--scheduler``; :func:`workers_from` reads them.
+
+    Args:
+        parser: the parser.
+        what: the parts, for the help.
+        jobs: default of ``--jobs``; None: the option is off.
+    """
+    names = ("--jobs", "--thread_num") if jobs else ("--jobs",)
+    parser.add_argument(
+        *names, type=int, default=jobs, metavar="N",
+        help=f"compute {what} in N processes, one thread each" + (f" (default: {jobs})" if jobs else ""),
+    )  # fmt: skip
+    parser.add_argument(
+        "--scheduler", default="", metavar="ADDRESS",
+        help=f"compute {what} on a Dask cluster with this scheduler, such as tcp://host:8786; its workers need this "
+        "package and the same paths (pip install 'kfloc_ros[cluster]')",
+    )  # fmt: skip
+
+
+def workers_from(args: argparse.Namespace) -> Workers | None:
+    """Return the workers of ``--jobs`` and ``--scheduler``, or None if neither is given.
+
+    Raises:
+        ConfigError: the number of processes is not positive.
+    """
+    if args.jobs is not None and args.jobs < 1:
+        raise ConfigError(f"--jobs takes 1 or more, got {args.jobs}.")
+    if args.jobs is None and not args.scheduler:
+        return None
+    return Workers(args.jobs or 1, args.scheduler)
+
+
+def call(work: Callable[[], R]) -> R:
+    """Return what a function of no arguments does, such as a ``functools.partial`` of a module's function."""
+    return work()
+
+
+def run_parts(
+    task: Callable[[P], R],
+    parts: Sequence[P],
+    workers: Workers | None = None,
+    *,
+    on_done: Callable[[int], None] = lambda part: None,
+) -> list[R]:
+    """Return ``task(part)`` of every part, in their order.
+
+    Args:
+        task: function of a module, without side effects but files of its own part; it may be called again for a part.
+        parts: arguments; like the results, they travel between processes.
+        workers: where to compute; by default in this process.
+        on_done: called with the number of each part that is finished.
+
+    Raises:
+        ConfigError: workers end again and again, or the cluster cannot be reached.
+        Exception: what ``task`` raised, of the first part that failed.
+    """
+    workers = workers or Workers()
+    if workers.scheduler:
+        return _on_cluster(task, parts, workers.scheduler, on_done)
+    if workers.jobs <= 1 or len(parts) <= 1:
+        results = []
+        for number, part in enumerate(parts):
+            results.append(_with_one_thread(task, part))
+            on_done(number)
+        return results
+    return _in_processes(task, parts, min(workers.jobs, len(parts)), on_done)
+
+
+def _with_one_thread(task: Callable[[P], R], part: P) -> R:
+    """Return the result of a part, computed with one thread of torch; the number before is restored."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return task(part)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _prepare() -> None:
+    """Leave Ctrl-C to the main process, which ends the workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _in_processes(
+    task: Callable[[P], R], parts: Sequence[P], processes: int, on_done: Callable[[int], None]
+) -> list[R]:
+    found: dict[int, R] = {}
+    losses = 0
+    context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
+    while len(found) < len(parts):
+        before = len(found)
+        pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_prepare)
+        try:
+            waiting: dict[Future[R], int] = {
+                pool.submit(_with_one_thread, task, part): number
+                for number, part in enumerate(parts)
+                if number not in found
+            }
+            while waiting:
+                for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                    number = waiting.pop(future)
+                    found[number] = future.result()
+                    on_done(number)
+        except BrokenProcessPool as error:
+            losses = 1 if len(found) > before else losses + 1
+            if losses >= MAX_LOSSES:
+                raise ConfigError(
+                    f"{losses} worker processes in a row were ended by the system, with {len(found)} of {len(parts)} "
+                    "parts done; memory may be short. Use a smaller --jobs."
+                ) from error
+        finally:
+            _end(pool)
+    return [found[number] for number in range(len(parts))]
+
+
+def _end(pool: ProcessPoolExecutor) -> None:
+    """End a pool without waiting for the parts that are being computed."""
+    processes: Iterable[Any] = list((getattr(pool, "_processes", None) or {}).values())
+    pool.shutdown(wait=False, cancel_futures=True)
+    for process in processes:
+        with contextlib.suppress(OSError, ValueError):
+            os.kill(process.pid, signal.SIGTERM)
+
+
+def _on_cluster(task: Callable[[P], R], parts: Sequence[P], address: str, on_done: Callable[[int], None]) -> list[R]:
+    try:
+        from distributed import Client, as_completed
+    except ImportError:
+        raise ConfigError("--scheduler needs Dask: pip install 'kfloc_ros[cluster]'.") from None
+    try:
+        client = Client(address, timeout=CONNECT_S, set_as_default=False)
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"The scheduler '{address}' cannot be reached: {' '.join(str(error).split())}.") from error
+    with client:
+        futures = [client.submit(_with_one_thread, task, part, pure=False) for part in parts]
+        numbers = {future.key: number for number, future in enumerate(futures)}
+        try:
+            for future in as_completed(futures, loop=client.loop):
+                if future.status == "error":
+                    break
+                on_done(numbers[future.key])
+            return [future.result() for future in futures]
+        except Exception as error:
+            if type(error).__name__ == "KilledWorker":
+                raise ConfigError(f"Workers of the cluster are lost again and again: {error}.") from error
+            raise
+        finally:
+            client.cancel(futures)

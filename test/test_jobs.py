@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The executor: the same results here, in processes and on a Dask cluster; a lost worker's part is done again."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import parts as work
+import pytest
+
+from kfloc_ros.errors import ConfigError, SourceError
+from kfloc_ros.jobs import Workers, run_parts
+
+HELPERS = Path(work.__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def _path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let workers find the helpers and this checkout."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HELPERS), str(HELPERS.parents[1])]))
+
+
+@pytest.fixture
+def cluster() -> Iterator[Any]:
+    distributed = pytest.importorskip("distributed", reason="Dask is not installed: pip install 'kfloc_ros[cluster]'")
+    with distributed.LocalCluster(
+        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None, protocol="tcp"
+    ) as found:
+        yield found
+
+
+def folder(root: Path, name: str) -> Path:
+    (root / name).mkdir()
+    return root / name
+
+
+def parts_of(root: Path, name: str, **odd: Any) -> list[work.Part]:
+    place = folder(root, name)
+    return [work.Part(n, place, **(odd if n == 1 else {})) for n in range(4)]
+
+
+def kill_worker_of(part: work.Part) -> threading.Thread:
+    """Kill the process that computes a part as soon as it does."""
+
+    def run() -> None:
+        until_s = time.monotonic() + 30.0
+        while time.monotonic() < until_s:
+            for path in part.folder.glob(f"{part.number}-0-*"):
+                os.kill(int(path.name.rsplit("-", 1)[1]), signal.SIGKILL)
+                return
+            time.sleep(0.02)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    return thread
+
+
+def times_computed(part: work.Part) -> int:
+    return len(list(part.folder.glob(f"{part.number}-*")))
+
+
+def test_parts_in_this_process_come_in_order_with_one_thread(tmp_path: Path) -> None:
+    done: list[int] = []
+    found = run_parts(work.compute, parts_of(tmp_path, "here"), on_done=done.append)
+    assert [number for number, _, _ in found] == [0, 1, 2, 3] == done
+    assert {threads for _, _, threads in found} == {1}
+    assert run_parts(work.compute, []) == []
+
+
+@pytest.mark.thorough
+def test_a_killed_process_costs_its_part_once_more_and_nothing_else(tmp_path: Path) -> None:
+    expected = run_parts(work.compute, parts_of(tmp_path, "here"))
+    parts = parts_of(tmp_path, "processes", dies=True)
+    killer = kill_worker_of(parts[1])
+    done: list[int] = []
+    assert run_parts(work.compute, parts, Workers(2), on_done=done.append) == expected
+    killer.join()
+    assert sorted(done) == [0, 1, 2, 3]
+    assert times_computed(parts[1]) == 2
+
+
+@pytest.mark.thorough
+def test_an_error_of_a_part_is_raised_and_workers_that_always_end_are_told(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="Part 1 cannot"):
+        run_parts(work.compute, parts_of(tmp_path, "fails", fails=True), Workers(2))
+    parts = parts_of(tmp_path, "ends")
+    with pytest.raises(ConfigError, match="3 worker processes in a row"):
+        run_parts(work.end_at_once, parts, Workers(2))
+
+
+@pytest.mark.thorough
+def test_a_cluster_gives_the_same_and_survives_the_loss_of_a_worker(tmp_path: Path, cluster: Any) -> None:
+    expected = run_parts(work.compute, parts_of(tmp_path, "here"))
+    parts = parts_of(tmp_path, "cluster", dies=True)
+    killer = kill_worker_of(parts[1])
+    done: list[int] = []
+    assert run_parts(work.compute, parts, Workers(scheduler=cluster.scheduler_address), on_done=done.append) == expected
+    killer.join()
+    assert sorted(done) == [0, 1, 2, 3]
+    assert times_computed(parts[1]) == 2
+    failing = parts_of(tmp_path, "fails", fails=True)
+    with pytest.raises(SourceError, match="Part 1 cannot"):
+        run_parts(work.compute, failing, Workers(scheduler=cluster.scheduler_address))
+
+
+def test_an_address_without_a_scheduler_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("distributed", reason="Dask is not installed: pip install 'kfloc_ros[cluster]'")
+    monkeypatch.setattr("kfloc_ros.jobs.CONNECT_S", 0.5)
+    for address in ("tcp://127.0.0.1:9", "nonsense://x"):
+        with pytest.raises(ConfigError, match="cannot be reached"):
+            run_parts(work.compute, parts_of(tmp_path, address.split(":")[0]), Workers(scheduler=address))
