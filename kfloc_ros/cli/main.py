@@ -48,6 +48,7 @@ COMMANDS = {
     "train": Command("kfloc_ros.cli.train", "train KFNet's and PixLoc's networks"),
     "pixloc": Command("kfloc_ros.cli.pixloc", "run PixLoc on benchmark data sets or on one image"),
     "view": Command("kfloc_ros.cli.view", "show localization, live or recorded, in the Rerun viewer"),
+    "bench": Command("kfloc_ros.cli.bench", "measure how fast this machine localizes"),
     "demo": Command("kfloc_ros.cli.demo", "run the whole pipeline on a rendered room"),
 }
 

@@ -271,6 +271,11 @@ def _cache_file() -> Path:
     return Path(base) / "kfloc_ros" / "runtimes.json"
 
 
+def forget() -> None:
+    """Forget the times that were measured before, such as on a machine that was busy then."""
+    _cache_file().unlink(missing_ok=True)
+
+
 def _key(among: list[Runtime]) -> str:
     """Return what the measured times depend on, as text."""
     names = sorted({PACKAGES[runtime.name] for runtime in among} | {"torch"})

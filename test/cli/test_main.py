@@ -20,7 +20,7 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(name in text for name in cli.COMMANDS)
 
 
-@pytest.mark.parametrize("command", ["map build", "localize", "bag make", "replay", "view", "demo"])
+@pytest.mark.parametrize("command", ["map build", "localize", "bag make", "replay", "view", "demo", "bench"])
 def test_every_command_explains_itself_with_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([*command.split(), "--help"]) == 0
     assert f"kfloc {command}" in capsys.readouterr().out.split("\n", 1)[1]
