@@ -256,6 +256,7 @@ def _run_part(
             progress.update()
     finally:
         progress.close()
+        drawn = pictures.close() if pictures is not None else []
         write_poses(paths.results, poses)
         log = {
             "paths": {key: str(value) for key, value in asdict(paths).items() if value is not None},
@@ -264,7 +265,7 @@ def _run_part(
         }
         Path(f"{paths.results}_logs.json").write_text(json.dumps(log, indent=1) + "\n")
     print(f"{label}: {success} of {len(plans)} queries aligned, {len(poses)} poses in {paths.results}", flush=True)
-    for line in pictures.close() if pictures is not None else ():
+    for line in drawn:
         print(line)
     for reason, count in _common_reasons(entries)[:3]:
         print(f"  {count} not aligned: {reason}")

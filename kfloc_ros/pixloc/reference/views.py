@@ -138,8 +138,10 @@ class ViewStore:
 
 def fingerprint_of(model: PixLocModel) -> str:
     """Return a text that differs between models whose features must not be mixed."""
-    total = sum((p.double().sum() * (k + 1) for k, p in enumerate(model.extractor.state_dict().values())), 0.0)
-    return f"{model.config.extractor.encoder}:{float(total):.9e}"
+    digest = hashlib.sha256()  # of the values, since a sum depends on the order in which threads add
+    for value in model.extractor.state_dict().values():
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return f"{model.config.extractor.encoder}:{digest.hexdigest()[:16]}"
 
 
 def fingerprint_of_scene(scene: ReferenceScene) -> str:

@@ -69,7 +69,7 @@ function frustum(pose, depth, camera = data.camera) {
 
 const extent = new THREE.Vector3(...data.map.size), middle = new THREE.Vector3(...data.map.low).addScaledVector(extent, 0.5);
 const size = Math.max(extent.length(), 0.5);
-const symbol = 0.022 * size;
+let symbol = 0.022 * size;
 
 /** Floor grid below the map with cells of a round length, and the axes of the map frame. */
 const cell = [0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50].find((step) => size / step < 20) || 100;
@@ -369,6 +369,7 @@ el("record").onclick = record;
 /** Show other data: this page again, with them in it. */
 function restart(other) {
   if (timer) clearInterval(timer);
+  if (turning) turn();
   const text = JSON.stringify(other).replace(/<\//g, "<\\/");
   const html = PAGE.replace(/(<script id="data"[^>]*>)[\s\S]*?(<\/script>)/, (_, before, after) => before + text + after);
   renderer.dispose();
@@ -435,7 +436,27 @@ el("home").onclick = () => { follows = false; el("follow").classList.remove("on"
 orbit.addEventListener("change", draw);
 orbit.addEventListener("start", () => { follows = false; el("follow").classList.remove("on"); });
 addEventListener("resize", resize);
+/** Keys of PixLoc's viewer: play, rotate, size of points and of cameras, start and end of the alignment. */
+let turning = null;
+function turn() {
+  if (turning) { clearInterval(turning); turning = null; orbit.autoRotate = false; return; }
+  orbit.autoRotate = true;
+  orbit.autoRotateSpeed = 3;
+  turning = setInterval(() => { orbit.update(); draw(); }, 33);
+}
+function resizePoints(factor) {
+  scene.traverse((object) => { if (object.isPoints) object.material.size *= factor; });
+  draw();
+}
+const KEYS = {
+  p: () => el("play").onclick(), r: turn, v: record, "+": () => resizePoints(1.25), "-": () => resizePoints(0.8),
+  "]": () => { symbol *= 1.25; show(); }, "[": () => { symbol *= 0.8; show(); },
+  i: () => goto(frameNumber, 0), o: () => goto(frameNumber), a: () => { layers.pose.group.visible = !layers.pose.group.visible; draw(); },
+  h: () => { el("hint").hidden = !el("hint").hidden; },
+};
 addEventListener("keydown", (event) => {
+  if (event.ctrlKey || event.metaKey || event.altKey) return;
+  if (KEYS[event.key]) { KEYS[event.key](); return; }
   const move = { ArrowRight: [0, 1], ArrowLeft: [0, -1], ArrowUp: [1, 0], ArrowDown: [-1, 0] }[event.key];
   if (!move || event.target.type === "range") return;
   event.preventDefault();
