@@ -3,18 +3,23 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from kfloc_ros.datasets import open_source
-from kfloc_ros.errors import FrameError
+from kfloc_ros.errors import FrameError, SourceError
+from kfloc_ros.features.backbone import BackboneFeatures
 from kfloc_ros.frames import FrameSource, Selection
 from kfloc_ros.geometry.camera import ImageAdapter
 from kfloc_ros.localization.config import LocalizerConfig
+from kfloc_ros.localization.localizer import Localizer
 from kfloc_ros.localization.place_localizer import AnyLocalizer, localizer_for
-from kfloc_ros.localization.results import Localization
+from kfloc_ros.localization.results import Localization, StageTimes
 from kfloc_ros.maps.place import load_map
 from kfloc_ros.types import Frame, Matrix, PoseEstimate, TrackingState
 
@@ -152,31 +157,88 @@ def localize_source(localizer: AnyLocalizer, source: FrameSource) -> Iterator[Fr
         yield record_of(item.frame, item.estimate, latency_ms=item.latency_ms, rectify_ms=item.rectify_ms)
 
 
-def localize_frames(localizer: AnyLocalizer, source: FrameSource) -> Iterator[LocalizedFrame]:
+def localize_frames(
+    localizer: AnyLocalizer, source: FrameSource, *, ahead: bool | None = None
+) -> Iterator[LocalizedFrame]:
     """Localize frame after frame: the run that ``localize`` writes and that ``show`` and ``view`` draw.
 
     A frame that the localizer refuses is ``LOST`` with the reason; the localizer itself resets where stamps jump.
+
+    Args:
+        localizer: localizer of a map or a place.
+        source: frames.
+        ahead: compute the features of the next frame in a second thread while one is localized. The results are the
+            same. None: where there is a second core, and one map on a processor.
 
     Raises:
         SourceError: an image cannot be read.
     """
     adapter = ImageAdapter(source.camera, localizer.camera)
-    for frame in source:
+    if ahead is None:
+        ahead = len(os.sched_getaffinity(0)) > 1
+    extract = localizer.extract_ahead if ahead and isinstance(localizer, Localizer) and localizer.on_cpu else None
+
+    def prepared(frame: Frame) -> _Prepared:
         start = time.perf_counter()
+        adapted = Frame(
+            image=adapter(frame.image),
+            camera=adapter.target,
+            stamp_ns=frame.stamp_ns,
+            index=frame.index,
+            name=frame.name,
+            T_map_camera=frame.T_map_camera,
+            source_camera=frame.camera,
+        )
+        rectify_ms = 1e3 * (time.perf_counter() - start)
+        times = StageTimes()
+        features = None if extract is None else extract(adapted, times)
+        return _Prepared(adapted, features, times, rectify_ms, 1e3 * (time.perf_counter() - start))
+
+    def localized(frame: Frame, work: Callable[[], _Prepared]) -> LocalizedFrame:
+        start, before_ms, rectify_ms = time.perf_counter(), 0.0, 0.0
         try:
-            adapted = Frame(
-                image=adapter(frame.image),
-                camera=adapter.target,
-                stamp_ns=frame.stamp_ns,
-                index=frame.index,
-                name=frame.name,
-                T_map_camera=frame.T_map_camera,
-                source_camera=frame.camera,
-            )
-            rectify_ms = 1e3 * (time.perf_counter() - start)
-            localization = localizer.process(adapted)
+            given = work()
+            if extract is not None:  # what was waited for was done beside the frame before
+                start, before_ms = time.perf_counter(), given.spent_ms
+            rectify_ms = given.rectify_ms
+            if isinstance(localizer, Localizer):
+                localization = localizer.process(given.frame, features=given.features, times=given.times)
+            else:
+                localization = localizer.process(given.frame)
             estimate = localization.estimate
         except FrameError as error:
             localization, rectify_ms = None, 0.0
             estimate = PoseEstimate(frame.stamp_ns, TrackingState.LOST, str(error))
-        yield LocalizedFrame(frame, estimate, localization, 1e3 * (time.perf_counter() - start), rectify_ms)
+        latency_ms = before_ms + 1e3 * (time.perf_counter() - start)
+        return LocalizedFrame(frame, estimate, localization, latency_ms, rectify_ms)
+
+    if extract is None:
+        for frame in source:
+            yield localized(frame, partial(prepared, frame))
+        return
+    with ThreadPoolExecutor(1, "features") as pool:
+        waiting: tuple[Frame, Future[_Prepared]] | None = None
+        try:
+            for frame in source:
+                # images are read in this thread: what reads a bag may belong to the thread that opened it
+                following = frame, pool.submit(prepared, frame)
+                if waiting is not None:
+                    yield localized(waiting[0], waiting[1].result)
+                waiting = following
+        except SourceError:  # the frames before it are localized first
+            if waiting is not None:
+                yield localized(waiting[0], waiting[1].result)
+            raise
+        if waiting is not None:
+            yield localized(waiting[0], waiting[1].result)
+
+
+@dataclass(frozen=True, eq=False)
+class _Prepared:
+    """Frame of the map's camera, with its features if they were computed ahead."""
+
+    frame: Frame
+    features: BackboneFeatures | None
+    times: StageTimes
+    rectify_ms: float
+    spent_ms: float

@@ -52,6 +52,11 @@ class CoarseStage:
         self._pnp = pnp_settings(config, self._networks.stride, calibration.coarse_covariance_scale)
 
     @property
+    def on_cpu(self) -> bool:
+        """True if the networks run on the processor."""
+        return self._backbone.device.type == "cpu"
+
+    @property
     def runtime_note(self) -> str:
         """Run-time of the backbone with the reason for it; empty on a GPU."""
         return self._backbone.runtime_note

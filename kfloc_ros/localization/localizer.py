@@ -52,6 +52,11 @@ class Localizer:
         return self._refine.refiner
 
     @property
+    def on_cpu(self) -> bool:
+        """True if the networks run on the processor."""
+        return self._coarse.on_cpu
+
+    @property
     def runtime_note(self) -> str:
         """Run-time of the backbone with the reason for it; empty on a GPU."""
         return self._coarse.runtime_note
@@ -60,6 +65,17 @@ class Localizer:
     def camera_note(self) -> str:
         """Sentence on a camera that does not fit the images; empty if it fits."""
         return self._refine.camera_note
+
+    def extract_ahead(self, frame: Frame, times: StageTimes) -> BackboneFeatures | None:
+        """Compute the features of a later frame for :meth:`process`, in another thread, while this one is processed.
+
+        Returns:
+            The features; None if the image may be corrected first, which depends on earlier frames.
+
+        Raises:
+            FrameError: the image does not have the size of the map's camera.
+        """
+        return None if self._refine.corrects_camera else self._coarse.extract(frame, times)
 
     def process(
         self,

@@ -59,7 +59,8 @@ class RefineStage:
         self._judgement = JudgementSettings(min_inlier_ratio=calibration.min_inlier_ratio)
         self._repeats = RepeatGuard(config.max_repeat_s)
         self._camera_check = CameraCheck(scene_map.camera) if config.camera_check != "off" and config.refine else None
-        self._corrects_camera = config.camera_check == "correct"
+        self.corrects_camera = config.camera_check == "correct"
+        """True if images may be converted to a fitted camera."""
         self._correction: Correction | None = None
         self._applies_correction = False
         """True once images pass through :meth:`corrected`; the halves and places never correct, they only warn."""
@@ -181,7 +182,7 @@ class RefineStage:
 
     def corrected(self, frame: Frame) -> Frame:
         """Return a frame with its image converted to the map's camera, if a fitted camera replaces the given one."""
-        self._applies_correction = self._corrects_camera
+        self._applies_correction = self.corrects_camera
         return frame if self._correction is None else self._correction.apply(frame)
 
     def check_camera(self, frame: Frame, features: BackboneFeatures, estimate: PoseEstimate) -> PoseEstimate:
