@@ -320,8 +320,9 @@ def test_mistakes_are_named(
 
 
 def test_a_picture_of_ones_own_in_a_colmap_model(
-    tmp_path: Path, weights: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     references = {f"{name}.jpg": T for name, T in REFERENCES.items()}
     write_model(tmp_path / "sparse", references)
     for name, T in {**references, "own.jpg": TRUTH["p"]}.items():

@@ -75,10 +75,19 @@ BATCH_PIXELS = 4_000_000
 
 
 def default_cache(scene: ReferenceScene, model: PixLocModel, settings: ViewSettings) -> Path:
-    """Return the usual file for cached features of a scene by a model: below ``XDG_CACHE_HOME``, or ``~/.cache``."""
+    """Return the usual file for cached features of a scene by a model: below ``XDG_CACHE_HOME``, or ``~/.cache``.
+
+    A damaged file is removed, since it can be made again.
+    """
     root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     text = f"{fingerprint_of_scene(scene)} {fingerprint_of(model)} {settings}"
-    return Path(root) / "kfloc_ros" / "pixloc" / f"{hashlib.sha256(text.encode()).hexdigest()[:20]}.safetensors"
+    path = Path(root) / "kfloc_ros" / "pixloc" / f"{hashlib.sha256(text.encode()).hexdigest()[:20]}.safetensors"
+    if path.is_file():
+        try:
+            ViewStore.load(path)
+        except MapError:
+            path.unlink()
+    return path
 
 
 def gather_views(

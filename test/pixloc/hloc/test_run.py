@@ -98,7 +98,23 @@ def test_an_interrupted_extraction_keeps_what_it_has(
     moved = ReferenceScene(scene.points + 1, scene.point_ids, scene.track_lengths, scene.images)
     with pytest.raises(MapError, match="another model, scene"):
         gather_views(model, moved, [0], images, settings, cache=cache)
-    assert default_cache(scene, model, settings) != default_cache(moved, model, settings)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    usual = default_cache(scene, model, settings)
+    assert usual != default_cache(moved, model, settings) and usual.is_relative_to(tmp_path)
+    usual.parent.mkdir(parents=True)
+    usual.write_bytes(cache.read_bytes())
+    assert default_cache(scene, model, settings).is_file()
+    usual.write_bytes(cache.read_bytes()[:200])
+    assert not default_cache(scene, model, settings).is_file()  # damaged: it is made again
+
+
+@pytest.mark.parametrize(("device", "sizes"), [("cpu", [1] * 10), ("cuda", [5, 5])])
+def test_a_gpu_gets_images_of_one_size_together(scene: ReferenceScene, device: str, sizes: list[int]) -> None:
+    settings = view_settings(run_options("7scenes", from_poses=False, words=["multiscale=2,1"]), torch.device("cpu"))
+    items = [(k, scale) for k in range(5) for scale in (2, 1)]
+    chunks = list(run._chunks(scene, items, settings, torch.device(device)))
+    assert [len(chunk.positions) for chunk in chunks] == sizes
+    assert sorted((k, chunk.scale) for chunk in chunks for k in chunk.positions) == sorted(items)
 
 
 def test_half_precision_changes_features_little(model: PixLocModel) -> None:
