@@ -85,7 +85,7 @@ class DiskLightGlue:
             known = np.isfinite(view.points[pairs[:, 1], 0])
             pixels.append(query.pixels[pairs[known, 0]].double().numpy())
             points.append(view.points[pairs[known, 1]])
-        return _solve(np.concatenate(pixels), np.concatenate(points), self._map.camera)
+        return solve(np.concatenate(pixels), np.concatenate(points), self._map.camera)
 
     def _view(self, position: int) -> MappedView:
         if position not in self._seen:
@@ -93,7 +93,7 @@ class DiskLightGlue:
             assert frame.depth_m is not None
             keypoints = self._extract(self._adapter(frame.image))
             depth_m = self._adapter.nearest(frame.depth_m)
-            points = _lift(keypoints.pixels.double().numpy(), depth_m, self._map.camera)
+            points = lift(keypoints.pixels.double().numpy(), depth_m, self._map.camera)
             T = self._map.references.T_map_camera[position]
             self._seen[position] = MappedView(keypoints, points @ T[:3, :3].T + T[:3, 3])
         return self._seen[position]
@@ -114,7 +114,7 @@ class DiskLightGlue:
         return np.asarray(result["matches"][0].numpy(), dtype=np.int64)
 
 
-def _lift(pixels: NDArray[np.float64], depth_m: NDArray[np.float32], camera: Camera) -> NDArray[np.float64]:
+def lift(pixels: NDArray[np.float64], depth_m: NDArray[np.float32], camera: Camera) -> NDArray[np.float64]:
     """Return (N, 3) points in the camera's frame; NaN without depth."""
     u, v = (np.clip(np.round(pixels[:, k]).astype(np.int64), 0, depth_m.shape[1 - k] - 1) for k in (0, 1))
     z = np.where(depth_m[v, u] > 0, depth_m[v, u], np.nan).astype(np.float64)
@@ -122,7 +122,7 @@ def _lift(pixels: NDArray[np.float64], depth_m: NDArray[np.float32], camera: Cam
     return np.stack([x * z, y * z, z], axis=1)
 
 
-def _solve(pixels: NDArray[np.float64], points: NDArray[np.float64], camera: Camera) -> Matrix | None:
+def solve(pixels: NDArray[np.float64], points: NDArray[np.float64], camera: Camera) -> Matrix | None:
     if len(pixels) < MIN_INLIERS:
         return None
     pinhole = {"model": "PINHOLE", "width": camera.width, "height": camera.height}

@@ -123,6 +123,9 @@ class Alignment:
     valid_ratio: float
     iterations: int
     reference_ids: tuple[int, ...]
+    support: float = 0.0
+    """Support by the reference points' own matches: standard deviations of the number of agreeing points above that of
+    a wrong place."""
     steps: tuple[AlignmentStep, ...] = ()
     """Start and accepted poses of every level, in order."""
 

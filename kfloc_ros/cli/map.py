@@ -7,7 +7,7 @@ import argparse
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kfloc_ros.cli.arguments import add_source_arguments, open_source_from
 from kfloc_ros.cli.build_options import (
@@ -21,9 +21,12 @@ from kfloc_ros.cli.check import add_no_check, check_first
 from kfloc_ros.cli.map_join import add_join, describe_place
 from kfloc_ros.cli.map_scale import add_scale, add_scale_options, notes_beside, scale_method, scaled_source
 from kfloc_ros.cli.map_tools import add_tools
-from kfloc_ros.cli.progress import BuildBars, StageBars, progress_bar
+from kfloc_ros.cli.progress import DONE, BuildBars, StageBars, progress_bar
 from kfloc_ros.cli.tables import describe
 from kfloc_ros.errors import KflocError, SourceError
+
+if TYPE_CHECKING:
+    from kfloc_ros.frames import FrameSource
 
 BUILD_EXAMPLE = """\
 examples:
@@ -69,6 +72,12 @@ def add_parser(subparsers: Any) -> None:
     build.add_argument("--name", default="", help="name of the map (default: name of the folder)")
     build.add_argument("--force", action="store_true", help="replace an existing map")
     add_build_options(build)
+    build.add_argument(
+        "--adjust-poses",
+        action="store_true",
+        help="adjust the source's poses to its images, by matches between views of different times: for poses of a "
+        "tracking camera or of odometry, which drift by a degree or a centimetre until a place is seen again",
+    )
     add_no_check(build)
     structure = build.add_argument_group("poses from images alone (structure from motion)")
     structure.add_argument(
@@ -157,6 +166,8 @@ def run_build(args: argparse.Namespace) -> int:
     if isinstance(method, Unscaled):
         print(f"Warning: the map's scale is {UNSCALED}. `kfloc map scale` can set it.", file=sys.stderr)
     source = with_depth(frames, hide=args.no_depth, device=config.device)
+    if args.adjust_poses:
+        source = _adjusted(source, config.device, notes)
     try:
         scene_map = build_map(
             source,
@@ -176,6 +187,26 @@ def run_build(args: argparse.Namespace) -> int:
     for sentence in weaknesses(scene_map):
         print(f"Warning: {sentence}", file=sys.stderr)
     return 0
+
+
+def _adjusted(source: FrameSource, device: str, notes: dict[str, Any]) -> FrameSource:
+    """Return the source with poses adjusted to its images, and note by how much they disagreed."""
+    from kfloc_ros.device import choose_device
+    from kfloc_ros.features.backbone import Backbone
+    from kfloc_ros.mapping.pose_adjustment import AdjustedPoses, adjust_poses
+    from kfloc_ros.mapping.views import map_camera
+
+    bars, backbone = StageBars(), Backbone(device=choose_device(device))
+    camera = map_camera(source.camera)
+    adjustment = adjust_poses(source, camera, backbone, lambda share: bars("adjust", share))
+    bars(DONE, 1.0)
+    if adjustment is None:
+        notes["poses_adjusted"] = "no: no part of the recording is seen twice"
+        print("The poses are not adjusted: no part of the recording is seen twice.", file=sys.stderr)
+        return source
+    notes["poses_adjusted"] = adjustment.text
+    print(f"Poses: {adjustment.text}", file=sys.stderr)
+    return AdjustedPoses(source, adjustment.T_map_camera)
 
 
 def run_info(args: argparse.Namespace) -> int:

@@ -17,7 +17,13 @@ if TYPE_CHECKING:
 LINE_PERIOD_S = 20.0
 """Shortest time between two lines of progress in a log file; shorter work leaves none."""
 LINE = "{desc}{percentage:3.0f} %, {unit} {n_fmt} of {total_fmt}, {elapsed} elapsed, {remaining} left{postfix}"
-TITLES = {"read": "reading views", "train": "training head", "calibrate": "calibrating", "place": "placing"}
+TITLES = {
+    "adjust": "adjusting poses",
+    "read": "reading views",
+    "train": "training head",
+    "calibrate": "calibrating",
+    "place": "placing",
+}
 DONE = "done"
 
 

@@ -131,8 +131,10 @@ class RefineStage:
         features = coarse.features.to(self._device)
         predicted = self._predicted(coarse.stamp_ns, predicted)
         starts = [T for T in (coarse.pose.T_map_camera, predicted, *hints) if T is not None]
+        # a map's limit is calibrated on its own recording; what costs more must have other evidence
+        limit = None if self._relocalizer is None else self._relocalizer.settings.near_max_cost
         with times.stage("refine"):
-            alignment = self.refiner.align(features, starts)
+            alignment = self.refiner.align(features, starts, max_cost=limit)
             if self._tracks:
                 alignment = self._check(alignment, coarse.pose, features)
             if alignment.success and not self._is_supported(alignment, coarse, features):
@@ -241,9 +243,12 @@ class RefineStage:
     def _is_supported(self, alignment: Alignment, coarse: CoarseResult, features: BackboneFeatures) -> bool:
         """Return true if evidence that is independent of earlier poses supports an alignment.
 
-        The coarse pose is such evidence. If refined poses have corrected its belief, it is not independent; then only
-        this frame's own measurement or its matches count.
+        Enough reference points that find themselves there are such evidence. So is the coarse pose; but if refined
+        poses have corrected its belief, it is not independent, and only this frame's own measurement or its matches
+        count.
         """
+        if alignment.support >= self.refiner.settings.certain_support:
+            return True
         if not agrees(alignment, coarse.pose):
             return False
         if not coarse.filter.confirmed:
@@ -259,8 +264,10 @@ class RefineStage:
     def _examine(self, alignment: Alignment, features: BackboneFeatures, expected: Matrix | None) -> Alignment:
         """Check an alignment that the coarse pose does not support, by the image's matches and the motion."""
 
+        limit = None if self._relocalizer is None else self._relocalizer.settings.near_max_cost
+
         def align(starts: Sequence[Matrix]) -> Alignment:
-            return self.refiner.align(features, starts)
+            return self.refiner.align(features, starts, max_cost=limit)
 
         if len(alignment.reference_ids) > self._config.num_references:  # few points in view; other views may show more
             alignment = realigned(align, alignment)

@@ -12,6 +12,7 @@ from kfloc_ros.device import compiled_loop
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
+Booleans = NDArray[np.bool_]
 
 
 @compiled_loop
@@ -116,7 +117,7 @@ def normal_equations(
 
 
 @compiled_loop
-def sample(image: Floats, trust: Floats, uv: Floats, rows_out: Floats, inside: NDArray[np.bool_]) -> None:
+def sample(image: Floats, trust: Floats, uv: Floats, rows_out: Floats, inside: Booleans) -> None:
     """Write rows (N, 3 C + 1), features, their central differences and confidence, at cell positions uv (N, 2).
 
     A position outside takes the nearest one inside, and ``inside`` (N,) is false there.
@@ -151,3 +152,91 @@ def sample(image: Floats, trust: Floats, uv: Floats, rows_out: Floats, inside: N
         out[3 * channels] = (
             w00 * trust[v0, u0] + w10 * trust[v0, u0 + 1] + w01 * trust[v0 + 1, u0] + w11 * trust[v0 + 1, u0 + 1]
         )
+
+
+@compiled_loop
+def best_cells(
+    image: Floats, features: Floats, at: Floats, radius: int, place: Floats, similarity: Floats, at_border: Booleans
+) -> None:
+    """Write, for every point, the place (N, 2) of the most similar cell around ``at`` (N, 2), and its cosine (N,).
+
+    ``at_border`` (N,) is true where that cell lies at the border of the searched window. The search takes cells outside
+    the image as the nearest ones inside; places between cells come from parabolas through the neighbours' cosines.
+    """
+    rows, columns, channels = image.shape
+    side = 2 * radius + 1
+    window = np.empty((side, side), np.float32)
+    for n in range(len(at)):
+        u0, v0 = int(np.rint(at[n, 0])) - radius, int(np.rint(at[n, 1])) - radius
+        wanted = features[n]
+        best, best_row, best_column = np.float32(-2.0), 0, 0
+        for i in range(side):
+            v = min(max(v0 + i, 0), rows - 1)
+            for j in range(side):
+                cell = image[v, min(max(u0 + j, 0), columns - 1)]
+                cosine = np.float32(0.0)
+                for c in range(channels):
+                    cosine += cell[c] * wanted[c]
+                window[i, j] = cosine
+                if cosine > best:
+                    best, best_row, best_column = cosine, i, j
+        i, j = min(max(best_row, 1), side - 2), min(max(best_column, 1), side - 2)
+        bend_u = window[i, j - 1] - 2.0 * window[i, j] + window[i, j + 1]
+        bend_v = window[i - 1, j] - 2.0 * window[i, j] + window[i + 1, j]
+        du = 0.5 * (window[i, j - 1] - window[i, j + 1]) / bend_u if bend_u < -1e-6 else 0.0
+        dv = 0.5 * (window[i - 1, j] - window[i + 1, j]) / bend_v if bend_v < -1e-6 else 0.0
+        place[n, 0] = u0 + best_column + min(max(du, -0.5), 0.5)
+        place[n, 1] = v0 + best_row + min(max(dv, -0.5), 0.5)
+        similarity[n] = best
+        at_border[n] = i != best_row or j != best_column
+
+
+@compiled_loop
+def match_equations(
+    pixels: Doubles,
+    points: Doubles,
+    weights: Doubles,
+    T: Doubles,
+    intrinsics: Doubles,
+    scale_px: float,
+    near_m: float,
+    squared: Doubles,
+) -> tuple[Doubles, Doubles]:
+    """Return H (6, 6) and g (6,) of reprojection errors with the loss of Geman and McClure; write squared errors (N,).
+
+    Args:
+        pixels: (N, 2) places of the points in the image.
+        points: (N, 3) metres.
+        weights: (N,)
+        T: (4, 4) ``T_camera_map``.
+        intrinsics: fx, fy, cx, cy in pixels.
+        scale_px: scale of the loss.
+        near_m: smallest depth; nearer points have no weight.
+        squared: (N,) squared errors, written, px^2.
+    """
+    fx, fy, cx, cy = intrinsics
+    H, g = np.zeros((6, 6)), np.zeros(6)
+    J_u, J_v = np.zeros(6), np.zeros(6)
+    for n in range(len(points)):
+        X, Y, Z = points[n]
+        z = T[2, 0] * X + T[2, 1] * Y + T[2, 2] * Z + T[2, 3]
+        in_front = z > near_m
+        z = max(z, near_m)
+        x = (T[0, 0] * X + T[0, 1] * Y + T[0, 2] * Z + T[0, 3]) / z
+        y = (T[1, 0] * X + T[1, 1] * Y + T[1, 2] * Z + T[1, 3]) / z
+        e_u, e_v = fx * x + cx - pixels[n, 0], fy * y + cy - pixels[n, 1]
+        squared[n] = e_u * e_u + e_v * e_v
+        if not in_front:
+            continue
+        root = 1.0 + squared[n] / (scale_px * scale_px)
+        w = weights[n] / (root * root)
+        J_u[0], J_u[2], J_u[3], J_u[4], J_u[5] = fx / z, -fx * x / z, -fx * x * y, fx * (1.0 + x * x), -fx * y
+        J_v[1], J_v[2], J_v[3], J_v[4], J_v[5] = fy / z, -fy * y / z, -fy * (1.0 + y * y), fy * x * y, fy * x
+        for i in range(6):
+            g[i] += w * (J_u[i] * e_u + J_v[i] * e_v)
+            for j in range(i + 1):
+                H[i, j] += w * (J_u[i] * J_u[j] + J_v[i] * J_v[j])
+    for i in range(6):
+        for j in range(i):
+            H[j, i] = H[i, j]
+    return H, g

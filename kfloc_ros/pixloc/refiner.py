@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from kfloc_ros.geometry.lie import Matrix, inverse_pose, make_pose, rotation_ang
 from kfloc_ros.pixloc.camera_fit import CameraFit, FitLevel, fit_camera
 from kfloc_ros.pixloc.cost import FeatureImage, Linearization, RobustLoss, linearize
 from kfloc_ros.pixloc.optimizer import LevelResult, StopRule, minimize
+from kfloc_ros.pixloc.point_matching import SEARCH_CELLS, WIDE_SEARCH_CELLS, MatchedPose, fit_pose, search_points
 from kfloc_ros.pixloc.references import ReferencePoints, ReferenceViews
 from kfloc_ros.types import Alignment, AlignmentStep
 
@@ -37,6 +39,11 @@ class RefinerSettings:
     """Largest number of starting poses that are refined, one after another until one succeeds."""
     max_cost: float = 1.0
     """Largest accepted mean robust cost at the finest level; calibrated when a map is built."""
+    certain_support: float = 3.0
+    """Support by the points' own matches, in standard deviations, from which a pose is certain."""
+    max_supported_cost: float = 0.28
+    """Largest accepted cost of a certain pose. Right poses cost more than the map's limit where lighting or content
+    have changed; the cost of unrelated images is 0.29 and more, in every map."""
     max_correction_m: float = 0.5
     max_correction_deg: float = 15.0
     """A result further than either limit from its start is rejected."""
@@ -93,8 +100,11 @@ class Refiner:
         promising = sorted((c for c in candidates if c.valid_count >= self.settings.min_points), key=lambda c: c.cost)
         limit = self.settings.max_cost if max_cost is None else max_cost
         first = self._descend(promising[0], limit)
-        others = (self._descend(c, limit) for c in promising[1 : self.settings.max_tries] if not first.success)
-        return next((other for other in others if other.success), first)
+        tried = promising[: self.settings.max_tries]
+        others = itertools.chain(
+            (self._descend(c, limit) for c in tried[1:]), (self._descend(c, limit, WIDE_SEARCH_CELLS) for c in tried)
+        )
+        return first if first.success else next((other for other in others if other.success), first)
 
     @torch.inference_mode()
     def fit_camera(self, features: BackboneFeatures, T_map_camera: Matrix) -> FittedCamera | None:
@@ -145,10 +155,23 @@ class Refiner:
             level.image, candidate.points, level.features, level.confidence, T_camera_local, self.camera, loss
         )
 
-    def _descend(self, candidate: _Candidate, max_cost: float) -> Alignment:
+    def _match(self, candidate: _Candidate, search_cells: int) -> MatchedPose | None:
+        """Return the pose near the start that the points' own matches agree with."""
+        points, (coarse, fine) = candidate.points, candidate.levels
+        images, features = (coarse.image, fine.image), (coarse.features, fine.features)
+        start = candidate.T_camera_local
+        matches = search_points(images, points, features, coarse.confidence, start, self.camera, search_cells)
+        return fit_pose(matches, points, start, self.camera)
+
+    def _descend(self, candidate: _Candidate, max_cost: float, search_cells: int = SEARCH_CELLS) -> Alignment:
         T, iterations = candidate.T_camera_local, 0
         results: list[LevelResult] = []
-        for level in candidate.levels:
+        levels: tuple[FitLevel, ...] = candidate.levels
+        matched = self._match(candidate, search_cells)
+        if matched is not None:  # within a pixel or two: the fine level is enough, without the points that contradict
+            fine = candidate.levels[-1]
+            T, levels = matched.T_camera_local, (replace(fine, confidence=fine.confidence * matched.agreement),)
+        for level in levels:
 
             def at(pose: Matrix, level: FitLevel = level) -> Linearization:
                 return self._linearize(candidate, level, pose)
@@ -156,10 +179,16 @@ class Refiner:
             result = minimize(at, T, StopRule(self.settings.max_iterations))
             T, iterations = result.T_camera_map, iterations + result.iterations
             results.append(result)
-        return self._judge(candidate, results, iterations, max_cost)
+        if matched is not None:  # cost and information of all points, so that changed content counts against the pose
+            results[-1] = replace(results[-1], end=self._linearize(candidate, candidate.levels[-1], T))
+        return self._judge(candidate, results, iterations, max_cost, 0.0 if matched is None else matched.support)
 
-    def _judge(self, candidate: _Candidate, results: list[LevelResult], iterations: int, max_cost: float) -> Alignment:
+    def _judge(
+        self, candidate: _Candidate, results: list[LevelResult], iterations: int, max_cost: float, support: float
+    ) -> Alignment:
         end, s = results[-1], self.settings
+        if support >= s.certain_support:
+            max_cost = max(max_cost, s.max_supported_cost)
         T_local_camera = inverse_pose(end.T_camera_map)
         T_map_camera = candidate.in_map(end.T_camera_map)
         valid_ratio = end.end.valid_count / max(len(candidate.points), 1)
@@ -186,9 +215,10 @@ class Refiner:
             valid_ratio=valid_ratio,
             iterations=iterations,
             reference_ids=candidate.reference_ids,
+            support=support,
             steps=tuple(
                 AlignmentStep(candidate.in_map(pose), step_cost, round(level.image.stride))
-                for level, result in zip(candidate.levels, results, strict=True)
+                for level, result in zip(candidate.levels[-len(results) :], results, strict=True)
                 for pose, step_cost in zip(result.poses, result.costs, strict=True)
             ),
         )

@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Benchmark of a second visit: a recording localized in the map of another recording of the place, beside peers.
+
+The localizer runs over the whole SOURCE in order. The peers see single frames (every --every-th): SIFT or DISK +
+LightGlue matches with the reference views that the map's index retrieves, the depth of these views, and PnP. The table
+has the localizer on all frames, and everyone on the peers' frames. "wrong" is the share of frames whose pose is claimed
+(TRACKING, by the localizer) and is more than 10 cm or 10 degrees off. If the truth is not exact, --truth-sigma gives
+its standard deviations, which are added to the covariance for NEES.
+
+    python benchmarks/second_visit.py scannet:DATA/d435_office/test --mapped scannet:DATA/d435_office/map --map MAP \\
+        --truth-sigma 0.02 1.0
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from sift_pnp import SiftPnp
+from tqdm import tqdm
+
+from kfloc_ros.cli.arguments import add_source_arguments, open_source_from
+from kfloc_ros.cli.tables import format_table
+from kfloc_ros.datasets import open_source
+from kfloc_ros.errors import KflocError, SourceError
+from kfloc_ros.evaluation.offline import localize_frames
+from kfloc_ros.features.backbone import Backbone, BackboneFeatures
+from kfloc_ros.frames import FrameSource
+from kfloc_ros.geometry.camera import ImageAdapter
+from kfloc_ros.geometry.covariance import pose_tangent_error
+from kfloc_ros.geometry.lie import Matrix, rotation_angle_deg
+from kfloc_ros.localization.config import LocalizerConfig
+from kfloc_ros.localization.localizer import Localizer
+from kfloc_ros.maps.format import resolve_map
+from kfloc_ros.maps.scene_map import SceneMap
+
+RECALLS = ((0.02, 2.0), (0.05, 5.0), (0.10, 10.0), (0.25, 10.0))
+WRONG_M, WRONG_DEG = 0.10, 10.0
+
+
+class Matcher(Protocol):
+    """Localizer of single images."""
+
+    def locate(self, image: NDArray[np.uint8], features: BackboneFeatures) -> Matrix | None:
+        """Return ``T_map_camera``, or None."""
+        ...
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Pose of one frame, judged."""
+
+    away_m: float
+    """Infinite without a pose."""
+    away_deg: float
+    claimed: bool
+    time_ms: float
+    searched: bool = False
+    nees: float = float("nan")
+
+
+@dataclass(frozen=True)
+class Row:
+    """Figures of one method over frames."""
+
+    method: str
+    frames: int
+    pose_given: float
+    recalls: Mapping[str, float]
+    median_m: float
+    median_deg: float
+    wrong: float
+    searched: float
+    median_nees: float
+    median_ms: float
+
+
+def main() -> int:
+    """Run the benchmark and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_source_arguments(parser)
+    parser.add_argument("--map", required=True, metavar="MAP", help="map folder or name")
+    parser.add_argument("--mapped", required=True, metavar="SOURCE", help="recording of the map, with depth")
+    parser.add_argument("--mapped-split", metavar="SPLIT", help="part of it that the map was made of")
+    parser.add_argument("--peers", nargs="*", choices=("sift", "disk"), default=["sift"], help="default: sift")
+    parser.add_argument("--every", type=int, default=4, help="frames between two of the peers' (default: 4)")
+    parser.add_argument("--views", type=int, default=5, help="views that peers retrieve (default: 5)")
+    parser.add_argument("--keypoints", type=int, default=2048, help="of each image, by peers (default: 2048)")
+    parser.add_argument("--truth-sigma", type=float, nargs=2, default=(0.0, 0.0), metavar=("M", "DEG"))
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows as JSON")
+    args = parser.parse_args()
+    try:
+        source, scene_map = open_source_from(args, depth=False), SceneMap.load(resolve_map(args.map))
+        own = localizer_answers(source, scene_map, *args.truth_sigma)
+        rows = [row("kfloc, all frames", list(own.values()))]
+        chosen = list(own)[:: args.every]
+        rows.append(row("kfloc, frames of the peers", [own[p] for p in chosen]))
+        for name in args.peers:
+            mapped = open_source(args.mapped, poses=args.poses, split=args.mapped_split)
+            rows.append(row(*peer_answers(name, source, scene_map, mapped, chosen, args)))
+    except KflocError as error:
+        print(error, file=sys.stderr)
+        return 2
+    names = [f"{100 * m:.0f} cm/{deg:.0f} deg" for m, deg in RECALLS]
+    header = ["method", "frames", "pose", *names, "median", "wrong", "searched", "NEES", "ms a frame"]
+    print(format_table([cells(r) for r in rows], header=header))
+    if args.json is not None:
+        args.json.write_text(json.dumps([asdict(r) for r in rows], indent=1))
+    return 0
+
+
+def localizer_answers(
+    source: FrameSource, scene_map: SceneMap, truth_sigma_m: float, truth_sigma_deg: float
+) -> dict[int, Answer]:
+    """Return the localizer's answers by the position of the frame, over the whole source in order."""
+    truth_variance = np.diag([truth_sigma_m**2] * 3 + [np.deg2rad(truth_sigma_deg) ** 2] * 3)
+    localizer = Localizer(scene_map, LocalizerConfig())
+    positions = {index: position for position, index in enumerate(source.indices())}
+    answers = {}
+    for localized in tqdm(localize_frames(localizer, source), total=len(source), desc="localizing", unit="frame"):
+        frame, estimate = localized.frame, localized.estimate
+        truth = source.pose(positions[frame.index])
+        if truth is None:
+            continue
+        nees = float("nan")
+        if estimate.T_map_camera is not None and estimate.covariance is not None:
+            error = pose_tangent_error(estimate.T_map_camera, truth)
+            nees = float(error @ np.linalg.solve(estimate.covariance + truth_variance, error))
+        answers[positions[frame.index]] = Answer(
+            *_away(estimate.T_map_camera, truth),
+            claimed=estimate.state.value == "TRACKING",
+            time_ms=estimate.timings_ms.get("total", float("nan")),
+            searched="relocalize" in estimate.timings_ms,
+            nees=nees,
+        )
+    return answers
+
+
+def peer_answers(
+    name: str,
+    source: FrameSource,
+    scene_map: SceneMap,
+    mapped: FrameSource,
+    positions: Sequence[int],
+    args: argparse.Namespace,
+) -> tuple[str, list[Answer]]:
+    """Return a peer's name and its answers.
+
+    Raises:
+        SourceError: the mapped source has no depth.
+        WeightsError: the peer's packages are not installed.
+    """
+    if mapped[0].depth_m is None:
+        raise SourceError(f"The peers need depth, and '{args.mapped}' has none.")
+    matcher: Matcher
+    if name == "sift":
+        title, matcher = "SIFT + PnP", SiftPnp(scene_map, mapped, views=args.views, keypoints=args.keypoints)
+    else:
+        from disk_lightglue import DiskLightGlue
+
+        title, matcher = (
+            "DISK + LightGlue",
+            DiskLightGlue(scene_map, mapped, views=args.views, keypoints=args.keypoints),
+        )
+    backbone, adapter = Backbone(), ImageAdapter(source.camera, scene_map.camera)
+    answers = []
+    for position in tqdm(positions, desc=title, unit="frame"):
+        frame = source.read(position)
+        if frame is None or frame.T_map_camera is None:
+            continue
+        image = adapter(frame.image)
+        start = time.perf_counter()
+        T = matcher.locate(image, backbone.extract(image))
+        answers.append(Answer(*_away(T, frame.T_map_camera), T is not None, 1e3 * (time.perf_counter() - start)))
+    return title, answers
+
+
+def row(method: str, answers: Sequence[Answer]) -> Row:
+    """Return the figures of a method."""
+    away_m, away_deg = (np.array([getattr(a, key) for a in answers]) for key in ("away_m", "away_deg"))
+    given = np.isfinite(away_m)
+    wrong = np.array([a.claimed for a in answers]) & given & ((away_m > WRONG_M) | (away_deg > WRONG_DEG))
+    nees = [a.nees for a in answers if np.isfinite(a.nees)]
+    return Row(
+        method=method,
+        frames=len(answers),
+        pose_given=float(given.mean()),
+        recalls={f"{m}_{deg}": float(np.mean((away_m < m) & (away_deg < deg))) for m, deg in RECALLS},
+        median_m=float(np.median(away_m[given])) if given.any() else float("nan"),
+        median_deg=float(np.median(away_deg[given])) if given.any() else float("nan"),
+        wrong=float(wrong.mean()),
+        searched=float(np.mean([a.searched for a in answers])),
+        median_nees=float(np.median(nees)) if nees else float("nan"),
+        median_ms=float(np.median([a.time_ms for a in answers])),
+    )
+
+
+def cells(r: Row) -> list[str]:
+    """Return the row as text."""
+    shares = [f"{100 * v:.1f} %" for v in (r.pose_given, *r.recalls.values())]
+    median = f"{100 * r.median_m:.2f} cm, {r.median_deg:.2f} deg"
+    rest = [f"{100 * r.wrong:.1f} %", f"{100 * r.searched:.1f} %", f"{r.median_nees:.1f}", f"{r.median_ms:.0f}"]
+    return [r.method, str(r.frames), *shares, median, *rest]
+
+
+def _away(T: Matrix | None, truth: Matrix) -> tuple[float, float]:
+    if T is None:
+        return float("inf"), float("inf")
+    return float(np.linalg.norm(T[:3, 3] - truth[:3, 3])), rotation_angle_deg(T[:3, :3].T @ truth[:3, :3])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

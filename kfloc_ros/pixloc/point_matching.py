@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Matches of reference points near a pose: every point searches the image for itself; a robust fit gives the pose.
+
+An alignment descends from its start into the nearest local minimum of the summed feature differences. Content that has
+changed since the map was made, and points on depth edges, pull it away by centimetres. A point that searches its own
+neighbourhood finds itself wherever the start was, or contradicts the others and loses its weight.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kfloc_ros.device import has_numba, runs_compiled
+from kfloc_ros.geometry.camera import Camera
+from kfloc_ros.geometry.lie import Matrix
+from kfloc_ros.pixloc.cost import NEAR_M, FeatureImage, project, projection_jacobian
+from kfloc_ros.pixloc.optimizer import left_update
+
+SEARCH_CELLS = 3
+"""Half side of the searched window in cells of the coarse level (24 px)."""
+WIDE_SEARCH_CELLS = 6
+"""Half side of the window for a second try (48 px)."""
+FINE_CELLS = 2
+"""Half side of the window in cells of the fine level, around the place found at the coarse level."""
+MIN_SIMILARITY = 0.6
+"""Smallest cosine of coarse features of a match."""
+SCALES_PX = (12.0, 6.0, 3.0)
+"""Scales of the redescending loss, one after another; the last one is the noise of a match."""
+STEPS_PER_SCALE = 6
+CONVERGED = 1e-6
+"""Largest step, in metres and radians, after which a scale has converged."""
+MIN_MATCHES = 30
+AGREEING_PX = 8.0
+"""Largest error of a match that agrees with a pose: one cell."""
+
+AGREEING_BY_CHANCE = 0.3
+"""Share of found points that agree with the pose fitted to them at a wrong place.
+
+Measured on four maps (demo room, RedKitchen, d435_office), with mirrored images, images of another room and poses
+elsewhere in the map: the median is 0.25 to 0.30."""
+POINTS_PER_INDEPENDENT_ONE = 4.0
+"""Number of points that count as one independent observation, since points of several views show the same corners."""
+
+
+@dataclass(frozen=True, eq=False)
+class PointMatches:
+    """Places in an image where reference points were found."""
+
+    pixels: torch.Tensor
+    """(N, 2) pixels."""
+    weights: torch.Tensor
+    """(N,) cosine of the features times the point's confidence; 0 for points that were not found."""
+
+
+@dataclass(frozen=True, eq=False)
+class MatchedPose:
+    """Pose that most matches agree with."""
+
+    T_camera_local: Matrix
+    agreement: torch.Tensor
+    """(N,) in (0, 1): weight of each reference point, small where it contradicts the pose, 0 where it was not found."""
+    found_count: int
+    agreeing_count: int
+
+    @property
+    def support(self) -> float:
+        """Support of the pose by the points: standard deviations of their number above that of a wrong place."""
+        expected = AGREEING_BY_CHANCE * self.found_count
+        variance = POINTS_PER_INDEPENDENT_ONE * expected * (1 - AGREEING_BY_CHANCE)
+        return (self.agreeing_count - expected) / math.sqrt(max(variance, 1e-9))
+
+
+def search_points(
+    images: Sequence[FeatureImage],
+    points: torch.Tensor,
+    features: Sequence[torch.Tensor],
+    confidence: torch.Tensor,
+    T_camera_local: Matrix,
+    camera: Camera,
+    search_cells: int = SEARCH_CELLS,
+) -> PointMatches:
+    """Search every reference point around its projection: the most similar coarse cell, then the most similar fine one.
+
+    Places between cells come from a parabola through the neighbours' similarities.
+
+    Args:
+        images: coarse and fine level of the image.
+        points: (N, 3) metres, in the local frame.
+        features: coarse and fine reference features of the points, each (N, C).
+        confidence: (N,) confidence of the points.
+        T_camera_local: pose at which the points are projected, (4, 4).
+        camera: pinhole camera of the image.
+        search_cells: half side of the searched window in cells of the coarse level.
+    """
+    coarse, fine = images
+    at, _, in_front = project(points, torch.from_numpy(T_camera_local).to(points), camera, coarse.stride)
+    u, v = at.unbind(-1)
+    inside = in_front & (u > 0) & (u < coarse.width - 1) & (v > 0) & (v < coarse.height - 1)
+    at = torch.where(inside[:, None], at, 0.0)
+    found, similarity, at_border = best_cells(coarse, features[0], at, search_cells)
+    pixels = (found + 0.5) * coarse.stride - 0.5
+    found, _, _ = best_cells(fine, features[1], (pixels + 0.5) / fine.stride - 0.5, FINE_CELLS)
+    pixels = (found + 0.5) * fine.stride - 0.5
+    is_match = inside & ~at_border & (similarity > MIN_SIMILARITY)
+    return PointMatches(pixels, confidence * similarity.clamp(min=0.0) * is_match)
+
+
+def fit_pose(matches: PointMatches, points: torch.Tensor, T_camera_local: Matrix, camera: Camera) -> MatchedPose | None:
+    """Fit the pose near a given one to matches, by Gauss-Newton with the loss of Geman and McClure.
+
+    Args:
+        matches: matches of the points.
+        points: (N, 3) metres, in the local frame.
+        T_camera_local: pose to start from, (4, 4).
+        camera: pinhole camera of the image.
+
+    Returns:
+        None if there are too few matches, or they do not fix the pose.
+    """
+    used = matches.weights > 0
+    found_count = int(used.sum())
+    if found_count < MIN_MATCHES:
+        return None
+    pixels, chosen, weights = (
+        values[used].double().cpu().numpy() for values in (matches.pixels, points, matches.weights)
+    )
+    T, squared = T_camera_local, np.zeros(found_count)
+    for scale_px in SCALES_PX:
+        for _ in range(STEPS_PER_SCALE):
+            H, g = match_equations(pixels, chosen, weights, T, camera, scale_px, squared)
+            step = _solve(H, g)
+            if step is None:
+                return None
+            T = left_update(T, step)
+            if np.abs(step).max() < CONVERGED:
+                break
+    agreement = torch.zeros_like(matches.weights)
+    agreement[used] = torch.from_numpy(1 / (1 + squared / AGREEING_PX**2) ** 2).to(agreement)
+    return MatchedPose(T, agreement, found_count, int((squared < AGREEING_PX**2).sum()))
+
+
+def best_cells(
+    image: FeatureImage, features: torch.Tensor, at: torch.Tensor, radius: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the most similar places (N, 2) around cells, their cosines (N,), and (N,) bool, at the window's border.
+
+    Args:
+        image: feature level.
+        features: (N, C) wanted features.
+        at: (N, 2) cells around which to search.
+        radius: half side of the searched window in cells, at least 1.
+    """
+    if runs_compiled(image.features, features, at):
+        from kfloc_ros.pixloc import kernels
+
+        place, similarity = torch.empty(len(at), 2), torch.empty(len(at))
+        at_border = torch.empty(len(at), dtype=torch.bool)
+        wanted, around = features.contiguous().numpy(), at.contiguous().numpy()
+        outputs = (place.numpy(), similarity.numpy(), at_border.numpy())
+        kernels.best_cells(image.features.numpy(), wanted, around, radius, *outputs)
+        return place, similarity, at_border
+    side = 2 * radius + 1
+    centre = at.round().long()
+    span = torch.arange(-radius, radius + 1, device=at.device)
+    u = (centre[:, 0, None] + span).clamp(0, image.width - 1)
+    v = (centre[:, 1, None] + span).clamp(0, image.height - 1)
+    cells = image.features[v[:, :, None], u[:, None, :]].reshape(len(at), side * side, image.channels)
+    cosines = torch.bmm(cells, features[:, :, None])[:, :, 0]
+    best, index = cosines.max(dim=1)
+    row, column = index // side, index % side
+    window, n = cosines.reshape(-1, side, side), torch.arange(len(at), device=at.device)
+    i, j = row.clamp(1, side - 2), column.clamp(1, side - 2)
+    du = _vertex(window[n, i, j - 1], window[n, i, j], window[n, i, j + 1])
+    dv = _vertex(window[n, i - 1, j], window[n, i, j], window[n, i + 1, j])
+    place = centre + torch.stack([column, row], dim=1) - radius + torch.stack([du, dv], dim=1)
+    return place, best, (row != i) | (column != j)
+
+
+def match_equations(
+    pixels: NDArray[np.float64],
+    points: NDArray[np.float64],
+    weights: NDArray[np.float64],
+    T_camera_local: Matrix,
+    camera: Camera,
+    scale_px: float,
+    squared: NDArray[np.float64],
+) -> tuple[Matrix, NDArray[np.float64]]:
+    """Return H (6, 6) and g (6,) of the matches over the left perturbation (dt, dw); write squared errors (N,), px^2.
+
+    Args:
+        pixels: (N, 2) places of the points in the image.
+        points: (N, 3) metres, in the local frame.
+        weights: (N,) weights of the matches.
+        T_camera_local: pose, (4, 4).
+        camera: pinhole camera of the image.
+        scale_px: scale of the loss of Geman and McClure.
+        squared: (N,) written.
+    """
+    if has_numba():
+        from kfloc_ros.pixloc import kernels
+
+        intrinsics = np.array([camera.fx, camera.fy, camera.cx, camera.cy])
+        T = np.ascontiguousarray(T_camera_local, dtype=np.float64)
+        H, g = kernels.match_equations(pixels, points, weights, T, intrinsics, scale_px, NEAR_M, squared)
+        return H, g
+    at, P, in_front = project(torch.from_numpy(points), torch.from_numpy(T_camera_local), camera, 1.0)
+    J = projection_jacobian(P, camera, 1.0).numpy()
+    error_px = at.numpy() - pixels
+    squared[:] = (error_px**2).sum(axis=1)
+    weight = weights * in_front.numpy() / (1 + squared / scale_px**2) ** 2
+    JW = (J * weight[:, None, None]).reshape(-1, 6)
+    return JW.T @ J.reshape(-1, 6), JW.T @ error_px.reshape(-1)
+
+
+def _vertex(before: torch.Tensor, middle: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """Return the offset of the vertex of parabolas through three equidistant values, at most half a cell."""
+    bend = before - 2 * middle + after
+    return torch.where(bend < -1e-6, 0.5 * (before - after) / bend.clamp(max=-1e-6), 0.0).clamp(-0.5, 0.5)
+
+
+def _solve(H: Matrix, g: NDArray[np.float64]) -> NDArray[np.float64] | None:
+    """Return the Gauss-Newton step (dt, dw), or None if the matches do not fix the pose."""
+    try:
+        step = np.asarray(-np.linalg.solve(H + 1e-6 * np.diag(np.diag(H)) + 1e-9 * np.eye(6), g), dtype=np.float64)
+    except np.linalg.LinAlgError:
+        return None
+    return step if np.isfinite(step).all() else None

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tests of matches of reference points near a pose."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kfloc_ros.device import has_numba, torch_only
+from kfloc_ros.geometry.camera import Camera
+from kfloc_ros.geometry.lie import inverse_pose, make_pose, rotation_angle_deg, so3_exp
+from kfloc_ros.pixloc.cost import FeatureImage, project
+from kfloc_ros.pixloc.point_matching import PointMatches, best_cells, fit_pose, match_equations, search_points
+
+CAMERA = Camera(320, 256, 260.0, 260.0, 159.5, 127.5)
+rng = np.random.default_rng(3)
+
+
+def level(channels: int, stride: int, seed: int) -> FeatureImage:
+    """Smooth random unit features, so that neighbours look alike and places between cells mean something."""
+    generator = torch.Generator().manual_seed(seed)
+    height, width = CAMERA.height // stride, CAMERA.width // stride
+    rough = torch.randn(1, channels, height // 2, width // 2, generator=generator)
+    smooth = F.interpolate(rough, (height, width), mode="bicubic", align_corners=True)[0]
+    return FeatureImage.from_maps(F.normalize(smooth, dim=0), torch.ones(height, width), stride)
+
+
+def scene(count: int = 300) -> tuple[torch.Tensor, np.ndarray]:
+    """Points in front of a camera, and its pose."""
+    T_camera_map = make_pose(so3_exp(np.array([0.02, -0.03, 0.01])), np.array([0.05, 0.02, -0.03]))
+    at = rng.uniform([20, 20], [300, 236], (count, 2))
+    depth = rng.uniform(1.0, 4.0, count)
+    camera_points = np.column_stack(
+        [(at[:, 0] - CAMERA.cx) / CAMERA.fx * depth, (at[:, 1] - CAMERA.cy) / CAMERA.fy * depth, depth]
+    )
+    T = inverse_pose(T_camera_map)
+    return torch.from_numpy(camera_points @ T[:3, :3].T + T[:3, 3]).float(), T_camera_map
+
+
+def features_at(image: FeatureImage, points: torch.Tensor, T_camera_map: np.ndarray) -> torch.Tensor:
+    uv, _, _ = project(points, torch.from_numpy(T_camera_map).float(), CAMERA, image.stride)
+    rows, _ = image.sample(uv)
+    return F.normalize(rows[:, : image.channels], dim=1)
+
+
+def off_by(T: np.ndarray, metres: float, degrees: float) -> np.ndarray:
+    turn = np.deg2rad(degrees) * np.array([0.6, 0.0, 0.8])
+    return make_pose(so3_exp(turn), np.array([metres, 0.0, 0.0])) @ T
+
+
+def error(T: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
+    between = inverse_pose(truth) @ T
+    return float(np.linalg.norm(between[:3, 3])), rotation_angle_deg(between[:3, :3])
+
+
+@pytest.mark.parametrize("changed_share", [0.0, 0.5])
+def test_points_find_themselves_though_half_of_the_content_has_changed(changed_share: float) -> None:
+    images = (level(64, 8, 1), level(24, 4, 2))
+    points, truth = scene()
+    changed = torch.from_numpy(rng.random(len(points)) < changed_share)
+    other = (level(64, 8, 3), level(24, 4, 4))
+    features = [
+        torch.where(changed[:, None], features_at(o, points, truth), features_at(image, points, truth))
+        for image, o in zip(images, other, strict=True)
+    ]
+    start = off_by(truth, 0.05, 1.5)
+    matches = search_points(images, points, features, torch.ones(len(points)), start, CAMERA)
+    fitted = fit_pose(matches, points, start, CAMERA)
+    assert fitted is not None
+    metres, degrees = error(fitted.T_camera_local, truth)
+    assert metres < 0.01
+    assert degrees < 0.3
+    assert fitted.support > 3.0
+    assert float(fitted.agreement[~changed].median()) > 0.8
+
+
+def test_an_unrelated_image_gives_no_support() -> None:
+    points, truth = scene()
+    features = [features_at(image, points, truth) for image in (level(64, 8, 1), level(24, 4, 2))]
+    matches = search_points(
+        (level(64, 8, 5), level(24, 4, 6)), points, features, torch.ones(len(points)), truth, CAMERA
+    )
+    fitted = fit_pose(matches, points, truth, CAMERA)
+    assert fitted is None or fitted.support < 3.0
+
+
+def test_too_few_matches_give_no_pose() -> None:
+    points, truth = scene(20)
+    matches = PointMatches(torch.zeros(20, 2), torch.ones(20))
+    assert fit_pose(matches, points, truth, CAMERA) is None
+
+
+@pytest.mark.skipif(not has_numba(), reason="Numba is not installed; there is nothing to compare")
+def test_compiled_loops_equal_torch() -> None:
+    image, points = level(64, 8, 7), scene(100)
+    wanted = features_at(image, *points)
+    at = torch.from_numpy(rng.uniform(-3, 45, (100, 2))).float()
+    fast = best_cells(image, wanted, at, 3)
+    with torch_only():
+        slow = best_cells(image, wanted, at, 3)
+    for a, b in zip(fast, slow, strict=True):
+        assert torch.allclose(a.float(), b.float(), atol=1e-3)
+
+
+def test_equations_are_the_gradient_of_the_robust_cost() -> None:
+    points, T = scene(50)
+    X, weights = points.double().numpy(), rng.uniform(0.5, 1.0, 50)
+    pixels = rng.uniform(0, 250, (50, 2))
+    squared = np.zeros(50)
+
+    def cost(delta: np.ndarray) -> float:
+        match_equations(pixels, X, weights, make_pose(so3_exp(delta[3:]), delta[:3]) @ T, CAMERA, 40.0, squared)
+        return float((weights * squared / (1 + squared / 40.0**2)).sum()) / 2
+
+    _, g = match_equations(pixels, X, weights, T, CAMERA, 40.0, squared)
+    numeric = np.array([(cost(1e-5 * e) - cost(-1e-5 * e)) / 2e-5 for e in np.eye(6)])
+    assert np.allclose(g, numeric, rtol=1e-3, atol=1e-2 * np.abs(numeric).max())
