@@ -41,7 +41,7 @@ class CoarseStage:
         calibration = scene_map.calibration
         self.camera = scene_map.camera
         """Pinhole camera that every frame must have."""
-        self._backbone = backbone or Backbone(device=device, runtime=config.runtime)
+        self.backbone = backbone or Backbone(device=device, runtime=config.runtime)
         self._networks = networks_of(scene_map, device)
         self._use_filter = config.filter
         self._corrects = config.filter and config.pose_feedback and recursion_of(scene_map, config) == "robust"
@@ -59,7 +59,7 @@ class CoarseStage:
     @property
     def runtime_note(self) -> str:
         """Run-time of the backbone with the reason for it; empty on a GPU."""
-        return self._backbone.runtime_note
+        return self.backbone.runtime_note
 
     def extract(self, frame: Frame, times: StageTimes) -> BackboneFeatures:
         """Run the backbone on a frame.
@@ -67,7 +67,7 @@ class CoarseStage:
         Raises:
             FrameError: the image does not have the size of the map's camera.
         """
-        return extract_features(frame, self.camera, self._backbone, times)
+        return extract_features(frame, self.camera, self.backbone, times)
 
     def measure(self, frame: Frame, features: BackboneFeatures, times: StageTimes) -> SceneCoordinates:
         """Regress a scene coordinate and its variance for every cell (KFNet's measurement system).

@@ -62,6 +62,11 @@ class Localizer:
         return self._coarse.runtime_note
 
     @property
+    def backbone(self) -> Backbone:
+        """Backbone, for other localizers to share."""
+        return self._coarse.backbone
+
+    @property
     def camera_note(self) -> str:
         """Sentence on a camera that does not fit the images; empty if it fits."""
         return self._refine.camera_note

@@ -48,6 +48,7 @@ class ImageReceiver:
     Args:
         camera: pinhole camera of the map; images are undistorted and scaled to it.
         output: called with each frame; its exceptions are counted and logged here.
+        name: name of the camera in a rig, which precedes its topics; empty: the only camera.
         on_failure: called with a reason after an internal error, so that the stages reset.
     """
 
@@ -60,6 +61,7 @@ class ImageReceiver:
         switch: EnableSwitch,
         output: Callable[[CameraFrame], None],
         on_failure: Callable[[str], None] = lambda reason: None,
+        name: str = "",
     ) -> None:
         self._clock, self._parameters, self._health = node.get_clock(), parameters, health
         self._target, self._output = camera, output
@@ -68,18 +70,19 @@ class ImageReceiver:
         self._info_came = threading.Event()
         self._adapter = ImageAdapter(camera, camera)
         self._index = 0
-        self._queue = LatestQueue("camera", health, switch, parameters, self._process, on_failure)
+        prefix = f"{name}/" if name else ""
+        self._queue = LatestQueue(f"camera {name}".strip(), health, switch, parameters, self._process, on_failure)
         self._stamps = StampGuard(parameters.localizer.max_gap_s)
         self._watch = TimeWatch(node, on_jump=self._on_jump)
 
         config = parameters.node
         profile = qos.newest(config.image_reliability)
         info_profile = qos.newest(config.camera_info_reliability, config.camera_info_durability)
-        self._info_topic = node.resolve_topic_name("camera_info")
+        self._info_topic = node.resolve_topic_name(f"{prefix}camera_info")
         parameter_names = "camera_info_reliability or camera_info_durability"
         events = qos.on_mismatch(self._info_topic, parameter_names, health.warn)
-        node.create_subscription(CameraInfo, "camera_info", self._on_info, info_profile, event_callbacks=events)
-        topic, kind = node.resolve_topic_name("image"), Image
+        node.create_subscription(CameraInfo, self._info_topic, self._on_info, info_profile, event_callbacks=events)
+        topic, kind = node.resolve_topic_name(f"{prefix}image"), Image
         if config.image_transport == "compressed":
             # As image_transport does: the suffix is appended to the remapped name, so that remapping `image` is
             # enough.

@@ -17,9 +17,9 @@ STAGES = {
     "camera_node": ("kfloc_ros.nodes.camera", "CameraStage"),
     "filter_node": ("kfloc_ros.nodes.halves", "FilterStage"),
     "refiner_node": ("kfloc_ros.nodes.halves", "RefinerStage"),
-    "localizer": ("kfloc_ros.nodes.localizer_stage", "LocalizerStage"),
+    "localizer": ("kfloc_ros.nodes.localizer_stage", "localizer_stage"),
 }
-"""Module and class of the stage of each node."""
+"""Module of the stage of each node, and what makes it."""
 
 MAX_COMPRESSED_PIXELS = 100_000_000
 """Limit on the size of a compressed image, in pixels."""

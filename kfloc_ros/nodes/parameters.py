@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from kfloc_ros.localization.config import LocalizerConfig
 MIN_RATE_HZ = 0.1
 """Lowest rate above 0 that a timer can have: its period has to fit into 64 bits of nanoseconds."""
 
+MAX_CAMERAS = 8
+
 
 @dataclass(frozen=True)
 class NodeConfig:
@@ -33,6 +36,14 @@ class NodeConfig:
         "",
         "TF frame whose pose is published; empty: the frame_id of the images. "
         "If it is another frame, /tf_static must connect the two.",
+    )
+    cameras: str = option(
+        "",
+        "Names of the cameras of a rig, separated by commas, with topics NAME/image and NAME/camera_info; needs "
+        "base_frame. Empty: one camera.",
+    )
+    rig_window_s: float = option(
+        0.05, "Images of a rig within this time are localized together, in seconds.", low=0.001, high=1.0, live=True
     )
     image_transport: str = option(
         "raw", "raw: sensor_msgs/Image on image; compressed: CompressedImage on image/compressed.",
@@ -80,8 +91,7 @@ class NodeConfig:
     )  # fmt: skip
     transform_tolerance: float = option(
         0.3,
-        "map -> odom is stamped at least this long after the image, in seconds; longer if the latency and two periods "
-        "of sending need it, so that it can be looked up at the present time.",
+        "map -> odom is stamped at least this long after the image, in seconds; longer if latency and period need it.",
         low=0.0, high=10.0, live=True,
     )  # fmt: skip
     transform_rate_hz: float = option(
@@ -92,8 +102,7 @@ class NodeConfig:
     max_odom_jump: float = option(
         0.0,
         "Limit on the distance between a pose and its prediction by odometry, in metres (1 m counts as 30 degrees), "
-        "for tf_mode map_to_odom. A pose beyond it is DEGRADED and not broadcast until a second pose agrees; 0: no "
-        "limit.",
+        "for tf_mode map_to_odom; 0: no limit.",
         low=0.0, high=100.0, live=True,
     )  # fmt: skip
     max_correction_m_s: float = option(
@@ -125,8 +134,8 @@ class NodeConfig:
     )
     when_lost: str = option(
         "hold",
-        "While LOST: hold keeps sending the last map -> odom; stop stops sending it, so that consumers notice; mark "
-        "does as hold and publishes the last pose on pose with a growing covariance.",
+        "While LOST: hold keeps sending the last map -> odom; stop stops; mark also publishes the last pose, with a "
+        "growing covariance.",
         choices=("hold", "stop", "mark"), live=True,
     )  # fmt: skip
     lost_after_s: float = option(
@@ -155,9 +164,21 @@ class NodeConfig:
             raise ConfigError(
                 "'planar' needs 'base_frame', such as base_link: the frame of a camera does not stand upright."
             )
+        names = self.camera_names
+        if not all(re.fullmatch(r"[A-Za-z][A-Za-z0-9_]{0,63}", name) for name in names) or len(set(names)) < len(names):
+            raise ConfigError(f"'cameras' must be different names of letters, digits and _, got {self.cameras!r}.")
+        if len(names) > MAX_CAMERAS:
+            raise ConfigError(f"'cameras' may have {MAX_CAMERAS} names, got {len(names)}.")
+        if names and not self.base_frame:
+            raise ConfigError("'cameras' needs 'base_frame', such as base_link: the pose is that of the rig's body.")
         for name in ("map_frame", "base_frame", "odom_frame"):
             if not getattr(self, name).isprintable():
                 raise ConfigError(f"'{name}' must be a name in printable characters, got {getattr(self, name)!r}.")
+
+    @property
+    def camera_names(self) -> tuple[str, ...]:
+        """Names of the cameras of a rig; none for a single camera."""
+        return tuple(name.strip() for name in self.cameras.split(",")) if self.cameras.strip() else ()
 
 
 CONFIG_TYPES: tuple[type, ...] = (NodeConfig, LocalizerConfig)

@@ -186,6 +186,21 @@ class PosePublisher:
             return None
         return last.body.T_map_body @ T_then_now @ T_base_camera
 
+    def mount(self, camera_frame: str, stamp_ns: int) -> Matrix:
+        """Return ``T_base_camera`` (4, 4) of a camera.
+
+        Raises:
+            TransformUnknownError: TF does not connect the two.
+        """
+        return self._listener.lookup(self._parameters.node.base_frame, camera_frame, stamp_ns)
+
+    def motion(self, since_ns: int, until_ns: int) -> Matrix | None:
+        """Return ``T_then_now`` (4, 4) of the base by odometry, or None where it is not known."""
+        config = self._parameters.node
+        if not self._listener.has_odometry(config.odom_frame, config.base_frame, self._map_frame):
+            return None
+        return travelled(self._listener, config.odom_frame, config.base_frame, since_ns, until_ns)
+
     def rival(self) -> str:
         """Return a sentence if another node publishes poses on the same topic; else an empty string."""
         count = self._node.count_publishers(self._poses.topic_name)
