@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``kfloc coordinates``: export of the filter's scene coordinates in KFNet's file formats."""
+"""``kfloc coordinates`` and ``kfloc labels``: scene coordinates of the filter and of a source in KFNet's formats."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from kfloc_ros.cli.arguments import add_recursion_argument, add_source_arguments, open_source_from
+from kfloc_ros.cli.build_options import need_poses
 from kfloc_ros.device import choose_device
 from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import ImageAdapter
@@ -55,9 +56,15 @@ def add_parser(subparsers: Any) -> None:
         "--gt-out", type=Path, metavar="DIR", help="write the true poses and gt_list.txt to this folder"
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="device of the networks")
+    parser.set_defaults(action=run_coordinates)
 
 
 def run(args: argparse.Namespace) -> int:
+    """Run ``kfloc coordinates`` or ``kfloc labels``; return 0."""
+    return int(args.action(args))
+
+
+def run_coordinates(args: argparse.Namespace) -> int:
     """Run ``kfloc coordinates``; return 0."""
     source = open_source_from(args, depth=False)
 
@@ -143,3 +150,63 @@ class _FlowWriter:
         s = self._settings
         prior = warp(belief, flow, s.process_scale, s.process_floor_m2, blend_sigma=s.blend_sigma)
         write_flow(self._out, i, i - 1, flow.offset, prior.variance)
+
+
+LABELS = """\
+Write a source with poses as a training folder of the original KFNet: image_list.txt, label_list.txt (raw float32
+H x W x 4: x, y, z in metres and a mask), transform.txt, and in addition camera.txt and pose_list.txt. The folder can be
+used as the SOURCE kfnet:OUT. If the source has no depth (such as a COLMAP model), depth is estimated from the motion
+between the views and the points of the reconstruction; pixels without depth are masked out.
+"""
+
+LABELS_EXAMPLES = """\
+examples:
+  kfloc labels 7scenes:DIR --split blocks50:train --eighth --out out/labels
+  kfloc labels colmap:DIR --out out/labels
+  kfloc map build kfnet:out/labels --out maps/kitchen
+"""
+
+
+def add_labels_parser(subparsers: Any) -> None:
+    """Register ``kfloc labels``."""
+    parser = subparsers.add_parser(
+        "labels",
+        help="write scene-coordinate labels in KFNet's format",
+        description=LABELS,
+        epilog=LABELS_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_source_arguments(parser)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
+    parser.add_argument(
+        "--eighth", action="store_true", help="labels of every eighth pixel in both directions: 1/64 of the size"
+    )
+    parser.add_argument(
+        "--absolute", action="store_true", help="write absolute paths in the lists, as the original KFNet expects"
+    )
+    parser.add_argument(
+        "--no-depth", action="store_true", help="estimate depth from the views' motion, even if the source has depth"
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="device for depth estimation")
+    parser.set_defaults(action=run_labels)
+
+
+def run_labels(args: argparse.Namespace) -> int:
+    """Run ``kfloc labels``; return 0."""
+    source = open_source_from(args, depth=not args.no_depth)
+    need_poses(source)
+
+    import numpy as np
+
+    from kfloc_ros.cli.progress import progress_bar
+    from kfloc_ros.datasets.labels import write_kfnet_folder
+    from kfloc_ros.mapping.motion_depth import MotionDepth, MotionDepthSettings, with_depth
+
+    every_view = MotionDepthSettings(max_views=len(source))
+    source = with_depth(source, hide=args.no_depth, device=args.device, settings=every_view)
+    written = write_kfnet_folder(source, args.out, full_resolution=not args.eighth, absolute=args.absolute)
+    bar = progress_bar(written, total=len(source), unit="frame")
+    known = [float(np.mean(frame.depth_m > 0)) for frame in bar if frame.depth_m is not None]
+    origin = "depth from motion" if isinstance(source, MotionDepth) else "measured depth"
+    print(f"{args.out}: {len(known)} labelled images of {len(source)}, {np.mean(known):.0%} of the pixels ({origin})")
+    return 0

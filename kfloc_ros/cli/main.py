@@ -40,7 +40,7 @@ COMMANDS = {
     "compare": Command("kfloc_ros.cli.compare", "compare two result folders"),
     "evaluate": Command("kfloc_ros.cli.evaluate", "judge any trajectory file against its truth"),
     "convert": Command("kfloc_ros.cli.convert", "convert published weights of KFNet and PixLoc"),
-    "labels": Command("kfloc_ros.cli.labels", "write scene-coordinate labels in KFNet's format"),
+    "labels": Command("kfloc_ros.cli.coordinates", "write scene-coordinate labels in KFNet's format"),
     "kfnet": Command("kfloc_ros.cli.kfnet", "evaluate KFNet's networks on a folder in KFNet's format"),
     "coordinates": Command("kfloc_ros.cli.coordinates", "write scene-coordinate maps in KFNet's format"),
     "pnp": Command("kfloc_ros.cli.pnp", "compute camera poses from scene-coordinate maps in KFNet's format"),

@@ -54,7 +54,7 @@ class CoarseStage:
     @property
     def on_cpu(self) -> bool:
         """True if the networks run on the processor."""
-        return self._backbone.device.type == "cpu"
+        return self.backbone.device.type == "cpu"
 
     @property
     def runtime_note(self) -> str:
