@@ -146,6 +146,10 @@ class PoseEstimate:
     alignment: Alignment | None = None
     tracked: bool = False
     """True if the frame was aligned from the predicted pose alone; it then has no coarse pose."""
+    confidence: float | None = None
+    """Probability that the errors are below 10 cm and 5 deg; None without a pose, or if refinement is off."""
+    evidence: Mapping[str, float] = field(default_factory=dict)
+    """Values that the confidence depends on; see ``localization/judgement.py``."""
     timings_ms: Mapping[str, float] = field(default_factory=dict)
     """Milliseconds per stage, in the order run: backbone, measure, filter, pnp, refine, and their sum, total."""
 

@@ -189,7 +189,7 @@ def _exposed(gain: float, gamma: float, noise: float) -> Paint:
 def _jpeg(quality: int) -> Paint:
     def paint(image: Image, other: Image, rng: np.random.Generator) -> Image:
         _, data = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, quality])
-        return _image(cv2.imdecode(data, cv2.IMREAD_COLOR))
+        return _image(np.asarray(cv2.imdecode(data, cv2.IMREAD_COLOR)))
 
     return paint
 
@@ -213,7 +213,7 @@ def _dirt(spots: int) -> Paint:
             cv2.circle(mask, at, int(w * rng.uniform(0.03, 0.1)), 1.0, -1)
         mask = cv2.GaussianBlur(mask, (0, 0), w / 60)[..., None] * 0.85
         veil = cv2.GaussianBlur(image, (0, 0), w / 30) * 0.7 + 25
-        return np.clip(image * (1 - mask) + veil * mask, 0, 255).astype(np.uint8)
+        return _image(np.clip(image * (1 - mask) + veil * mask, 0, 255))
 
     return paint
 
@@ -222,7 +222,7 @@ def _glare(image: Image, other: Image, rng: np.random.Generator) -> Image:
     h, w = image.shape[:2]
     u, v = np.meshgrid(np.arange(w) - rng.uniform(0, w), np.arange(h) - rng.uniform(0, h / 2))
     light = 255 * np.exp(-(u * u + v * v) / (2 * (0.25 * w) ** 2)) + 35
-    return np.clip(image + light[..., None], 0, 255).astype(np.uint8)
+    return _image(np.clip(image + light[..., None], 0, 255))
 
 
 def _mirrored(image: Image, other: Image, rng: np.random.Generator) -> Image:

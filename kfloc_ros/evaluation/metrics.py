@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pose errors, recall, medians and consistency of covariances. Definitions: ``docs/reference/evaluation.md``.
+"""Pose errors, recall, consistency of covariances, reliability of confidences; see ``docs/reference/evaluation.md``.
 
 A frame without an estimate is a failure: its error is (infinite metres, 180 degrees). A frame without truth is left
 out. Recall counts errors strictly below both thresholds.
@@ -12,17 +12,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kfloc_ros.evaluation.offline import FrameRecord
 from kfloc_ros.geometry.covariance import pose_tangent_error
 from kfloc_ros.geometry.lie import rotation_angle_deg
-from kfloc_ros.types import Matrix
+from kfloc_ros.types import Matrix, TrackingState
 
 RECALL_THRESHOLDS: Mapping[str, tuple[float, float]] = {
     "1cm_1deg": (0.01, 1.0),
     "2cm_2deg": (0.02, 2.0),
     "5cm_5deg": (0.05, 5.0),
+    "10cm_1deg": (0.1, 1.0),
     "25cm_2deg": (0.25, 2.0),
+    "100cm_5deg": (1.0, 5.0),
 }
 """Name, metres and degrees of each recall figure."""
 
@@ -153,3 +156,106 @@ def _median(values: Sequence[float]) -> float:
     ordered = sorted(values)
     low, high = ordered[(len(ordered) - 1) // 2], ordered[len(ordered) // 2]
     return low if low == high else (low + high) / 2
+
+
+RIGHT_M, RIGHT_DEG = 0.10, 5.0
+"""Errors below which a pose is right; the confidence is the probability of it."""
+CATASTROPHIC_M, CATASTROPHIC_DEG = 0.5, 10.0
+"""A TRACKING pose with an error of at least either is catastrophic."""
+BINS = 10
+_CURVE_POINTS = 21
+
+
+@dataclass(frozen=True)
+class ReliabilityBin:
+    """Frames with a confidence in one interval."""
+
+    low: float
+    high: float
+    frames: int
+    mean_confidence: float
+    right_share: float
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """Confidence and covariance against errors."""
+
+    frames: int
+    """Frames with truth, pose and confidence."""
+    right_share: float
+    calibration_error: float
+    """Mean distance of confidence and share of right poses over the bins, weighted by frames."""
+    confidence_auroc: float | None
+    """Probability that a right pose has a higher confidence than a wrong one; None if all are right, or all wrong."""
+    sigma_auroc: float | None
+    """Likewise, of a smaller standard deviation of the position."""
+    precision_area: float
+    """Area below the precision over the share of frames that are kept, most confident first."""
+    risk_coverage_area: float
+    """Area below the share of wrong poses over the share of frames that are kept, most confident first."""
+    risk_coverage: tuple[tuple[float, float], ...]
+    """Points (share of frames kept, share of wrong poses among them)."""
+    catastrophic_share: float
+    """Share of the frames whose pose is TRACKING with an error of at least 0.5 m or 10 deg."""
+    bins: tuple[ReliabilityBin, ...]
+    """Bins with frames, by confidence."""
+
+
+def reliability(records: Sequence[FrameRecord]) -> Reliability | None:
+    """Compare confidences with errors; None if no record has truth, pose and confidence."""
+    known = [r for r in records if r.truth is not None and r.estimate is not None and "confidence" in r.stats]
+    if not known:
+        return None
+    confidence = np.array([r.stats["confidence"] for r in known], dtype=np.float64)
+    errors = [pose_error(r.estimate, r.truth) for r in known if r.truth is not None]
+    right = np.array([e.translation_m < RIGHT_M and e.rotation_deg < RIGHT_DEG for e in errors])
+    catastrophic = [
+        r.state == TrackingState.TRACKING.value
+        and (e.translation_m >= CATASTROPHIC_M or e.rotation_deg >= CATASTROPHIC_DEG)
+        for r, e in zip(known, errors, strict=True)
+    ]
+    sigma = np.array([math.inf if r.covariance is None else math.sqrt(np.trace(r.covariance[:3, :3])) for r in known])
+    wrong_first = np.cumsum(~right[np.argsort(-confidence, kind="stable")]) / np.arange(1, len(right) + 1)
+    kept = np.linspace(0.0, 1.0, _CURVE_POINTS)[1:]
+    curve = tuple((float(c), float(wrong_first[max(math.ceil(c * len(right) - 1e-9), 1) - 1])) for c in kept)
+    bins = _bins(confidence, right)
+    return Reliability(
+        frames=len(known),
+        right_share=float(right.mean()),
+        calibration_error=sum(b.frames * abs(b.mean_confidence - b.right_share) for b in bins) / len(known),
+        confidence_auroc=auroc(confidence, right),
+        sigma_auroc=auroc(-sigma, right),
+        precision_area=float(1.0 - wrong_first.mean()),
+        risk_coverage_area=float(wrong_first.mean()),
+        risk_coverage=curve,
+        catastrophic_share=float(np.mean(catastrophic)),
+        bins=bins,
+    )
+
+
+def auroc(scores: NDArray[np.float64], right: NDArray[np.bool_]) -> float | None:
+    """Return the area under the ROC curve of scores that are high for right poses; None if only one kind is there.
+
+    This is the probability that a right pose scores higher than a wrong one, with equal scores counted half.
+    """
+    positives, negatives = scores[right], scores[~right]
+    if not len(positives) or not len(negatives):
+        return None
+    order = np.sort(negatives)
+    below = np.searchsorted(order, positives, side="left")
+    equal = np.searchsorted(order, positives, side="right") - below
+    return float((below + 0.5 * equal).sum() / (len(positives) * len(negatives)))
+
+
+def _bins(confidence: NDArray[np.float64], right: NDArray[np.bool_]) -> tuple[ReliabilityBin, ...]:
+    number = np.minimum((confidence * BINS).astype(int), BINS - 1)
+    found = []
+    for k in np.unique(number):
+        mine = number == k
+        found.append(
+            ReliabilityBin(
+                k / BINS, (k + 1) / BINS, int(mine.sum()), float(confidence[mine].mean()), float(right[mine].mean())
+            )
+        )
+    return tuple(found)

@@ -17,6 +17,7 @@ from kfloc_ros.features.backbone import BackboneFeatures
 from kfloc_ros.frames import FrameSource, Selection
 from kfloc_ros.geometry.camera import ImageAdapter
 from kfloc_ros.localization.config import LocalizerConfig
+from kfloc_ros.localization.judgement import EVIDENCE
 from kfloc_ros.localization.localizer import Localizer
 from kfloc_ros.localization.place_localizer import AnyLocalizer, localizer_for
 from kfloc_ros.localization.results import Localization, StageTimes
@@ -33,11 +34,13 @@ STATISTICS = {
     "alignment_final_cost": "alignment_final_cost",
     "alignment_valid_ratio": "alignment_valid_ratio",
     "alignment_iterations": "alignment_iterations",
+    "confidence": "confidence",
+    **{name: name for name in EVIDENCE},
 }
 """Statistics of the stages by their names in records, with their keys in the nodes' ``status``."""
 STAGES = (
-    "decode", "rectify", "backbone", "measure", "filter", "pnp", "refine", "relocalize", "change_over", "publish",
-    "total",
+    "decode", "rectify", "backbone", "measure", "filter", "pnp", "refine", "relocalize", "check", "change_over",
+    "publish", "total",
 )  # fmt: skip
 """Stages in the order of their work, as named in ``timings_ms``; no run has times of all."""
 
@@ -86,6 +89,8 @@ def record_of(frame: Frame, estimate: PoseEstimate, *, latency_ms: float, rectif
         stats["alignment_final_cost"] = estimate.alignment.final_cost
         stats["alignment_valid_ratio"] = estimate.alignment.valid_ratio
         stats["alignment_iterations"] = estimate.alignment.iterations
+    if estimate.confidence is not None:
+        stats |= {"confidence": estimate.confidence, **estimate.evidence}
     return FrameRecord(
         index=frame.index,
         stamp_ns=frame.stamp_ns,

@@ -18,6 +18,7 @@ from kfloc_ros.evaluation.report import (
     CAPTIONS,
     accuracy_rows,
     consistency_rows,
+    reliability_rows,
     streaming_rows,
     timing_rows,
     verdict_lines,
@@ -73,6 +74,9 @@ def page_text(
     rows = consistency_rows(summary)
     if rows:
         parts += ["<h2>Covariance</h2>", table(rows, ("", "measured", "right"))]
+    trust = reliability_rows(summary)
+    if trust:
+        parts += ["<h2>Confidence</h2>", table(trust)]
     parts += ["<h2>Pictures</h2>", *(_figure(folder / name, CAPTIONS[name]) for name in pictures)]
     parts += _worst_frames(records, images_of)
     return document(f"{kind}: {run.source}", parts)

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from kfloc_ros.evaluation.metrics import pose_error, pose_errors, recall
+from kfloc_ros.evaluation.metrics import Reliability, pose_error, pose_errors, recall, reliability
 from kfloc_ros.evaluation.offline import FrameRecord
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-PICTURES = ("trajectory.png", "error.png", "recall.png", "latency.png")
+PICTURES = ("trajectory.png", "error.png", "recall.png", "latency.png", "reliability.png")
 ARROWS = 12
 """Number of arrows that show the direction along a path."""
 WORST_SHOWN_CM = 10.0
@@ -36,7 +36,8 @@ def write_plots(out: Path, records: Sequence[FrameRecord]) -> list[str]:
     from matplotlib.figure import Figure
 
     names = []
-    for name, draw in zip(PICTURES, (draw_trajectory, draw_error, draw_recall, draw_latency), strict=True):
+    drawn = (draw_trajectory, draw_error, draw_recall, draw_latency, draw_reliability)
+    for name, draw in zip(PICTURES, drawn, strict=True):
         figure = Figure(figsize=(8, 4.5), layout="constrained")
         if not draw(figure, records):
             continue
@@ -204,6 +205,33 @@ def draw_latency(figure: Figure, records: Sequence[FrameRecord]) -> bool:
     right.set(xlabel="latency [ms]", ylabel="frames below [%]", ylim=(0, 101))
     right.grid(alpha=0.25)
     return True
+
+
+def draw_reliability(figure: Figure, records: Sequence[FrameRecord]) -> bool:
+    """Draw the share of right poses over the confidence, and the share of wrong ones over the frames that are kept."""
+    result = reliability([r for r in records if r.processed])
+    if result is None:
+        return False
+    left, right = figure.subplots(1, 2)
+    left.plot([0, 100], [0, 100], color="#999999", linewidth=0.7, linestyle=":")
+    confidences, shares = ([100 * v for v in values] for values in zip(*_points(result), strict=True))
+    left.plot(confidences, shares, color=FINAL, marker="o")
+    for item, x, y in zip(result.bins, confidences, shares, strict=True):
+        left.annotate(str(item.frames), (x, y), textcoords="offset points", xytext=(0, 6), fontsize=7, ha="center")
+    left.set(xlabel="confidence [%]", ylabel="poses within 10 cm, 5 deg [%]", xlim=(0, 101), ylim=(0, 108))
+    left.set_title("Reliability (with the number of frames)")
+    left.grid(alpha=0.25)
+    kept, risk = zip(*result.risk_coverage, strict=True)
+    right.plot([100 * v for v in kept], [100 * v for v in risk], color=FINAL)
+    right.set(xlabel="frames kept, most confident first [%]", ylabel="wrong poses among them [%]", xlim=(0, 101))
+    right.set_ylim(bottom=0)
+    right.set_title("Risk and coverage")
+    right.grid(alpha=0.25)
+    return True
+
+
+def _points(result: Reliability) -> list[tuple[float, float]]:
+    return [(item.mean_confidence, item.right_share) for item in result.bins]
 
 
 def _centre(pose: NDArray[np.float64] | None) -> NDArray[np.float64]:

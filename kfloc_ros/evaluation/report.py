@@ -16,6 +16,7 @@ CAPTIONS = {
     "error.png": "Error of every frame; the band is twice the error that the covariance claims.",
     "recall.png": "Share of frames within x cm and x degrees.",
     "latency.png": "Stage times, and how the latency is distributed.",
+    "reliability.png": "Confidence against the share of right poses; wrong poses among the frames that are kept.",
 }
 
 
@@ -179,6 +180,7 @@ def report_text(summary: Summary, records: Sequence[FrameRecord], pictures: Sequ
         *(f"| {name} | {value} |" for name, value in timing_rows(summary)),
         "",
         *_consistency_lines(summary),
+        *_reliability_lines(summary),
         *_worst_lines(records),
     ]
     if pictures:
@@ -239,6 +241,34 @@ def _consistency_lines(summary: Summary) -> list[str]:
         *rows,
         "",
     ]
+
+
+def reliability_rows(summary: Summary) -> list[tuple[str, str]]:
+    """Return rows (figure, value) on the confidence; empty without one."""
+    result = summary.reliability
+    if result is None:
+        return []
+
+    def shown(area: float | None) -> str:
+        return "all poses are right, or all wrong" if area is None else f"{area:.3f}"
+
+    return [
+        ("poses with errors below 10 cm and 5 deg", _percent(result.right_share)),
+        ("mean distance of confidence and share of right poses", _percent(result.calibration_error)),
+        ("AUROC of the confidence", shown(result.confidence_auroc)),
+        ("AUROC of the standard deviation of the position", shown(result.sigma_auroc)),
+        ("area under precision by confidence", f"{result.precision_area:.3f}"),
+        ("area under the risk-coverage curve", f"{result.risk_coverage_area:.4f}"),
+        ("TRACKING with 50 cm or 10 deg of error, or more", _percent(result.catastrophic_share)),
+    ]
+
+
+def _reliability_lines(summary: Summary) -> list[str]:
+    rows = reliability_rows(summary)
+    if not rows:
+        return []
+    table = [f"| {name} | {value} |" for name, value in rows]
+    return ["## Confidence", "", "| | |", "|---|---|", *table, ""]
 
 
 def _worst_lines(records: Sequence[FrameRecord]) -> list[str]:

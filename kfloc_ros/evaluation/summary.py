@@ -19,11 +19,13 @@ from kfloc_ros import __version__
 from kfloc_ros.evaluation.metrics import (
     Accuracy,
     Consistency,
+    Reliability,
     accuracy,
     consistency,
     percentiles,
     pose_error,
     pose_errors,
+    reliability,
 )
 from kfloc_ros.evaluation.offline import FrameRecord
 from kfloc_ros.types import TrackingState
@@ -155,6 +157,7 @@ class Summary:
     played: Accuracy | None
     """Replay only: accuracy over every frame played; a frame without an answer is a failure."""
     consistency: Consistency | None
+    reliability: Reliability | None
     streaming: Streaming
     states: Mapping[str, int]
     tracking_but_wrong: int
@@ -179,6 +182,7 @@ class Summary:
             "coarse": {"localized": self.coarse_localized, **_accuracy_dict(self.coarse)},
             "played": None if self.played is None else _played_dict(self.played),
             "consistency": None if self.consistency is None else asdict(self.consistency),
+            "reliability": None if self.reliability is None else asdict(self.reliability),
             "streaming": asdict(self.streaming),
             "states": dict(self.states),
             "tracking_but_wrong": self.tracking_but_wrong,
@@ -215,6 +219,7 @@ def summarize(records: Sequence[FrameRecord], run: RunInfo) -> Summary:
         coarse=accuracy(pose_errors(with_truth, coarse=True)),
         played=accuracy(pose_errors(records)) if run.kind == "replay" else None,
         consistency=consistency(with_truth),
+        reliability=reliability(with_truth),
         streaming=streaming(records),
         states=dict(Counter(record.state for record in processed)),
         tracking_but_wrong=wrong,

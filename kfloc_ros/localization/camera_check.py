@@ -2,7 +2,7 @@
 """Check of the calibration by the images: focal length, principal point and distortion.
 
 A wrong calibration moves poses by centimetres while their covariances stay at millimetres. Every few frames the pose
-and the camera are fitted together (:mod:`kfloc_ros.pixloc.camera_fit`); the fits of the last frames are combined.
+and the camera are fitted together (:mod:`kfloc_ros.pixloc.image_check`); the fits of the last frames are combined.
 
 Fits of neighbouring frames have similar errors, and with few or flat points they scatter more than their information
 suggests. The combined covariance is therefore scaled by the observed scatter, and the usual accuracy of calibrations is
@@ -21,10 +21,15 @@ from numpy.typing import NDArray
 from kfloc_ros.geometry.camera import Camera, ImageAdapter
 from kfloc_ros.geometry.covariance import pose_tangent_error
 from kfloc_ros.geometry.lie import Matrix, inverse_pose
-from kfloc_ros.pixloc.camera_fit import CameraFit
 from kfloc_ros.pixloc.cost import OFFSETS
+from kfloc_ros.pixloc.image_check import CameraFit, CameraScore
 from kfloc_ros.pixloc.refiner import FittedCamera
-from kfloc_ros.types import Frame, PoseEstimate, TrackingState
+from kfloc_ros.types import Frame, PoseEstimate
+
+CHI2_5_99, CHI2_5_999 = 15.086, 20.515
+"""99 % and 99.9 % quantiles of the chi-square distribution with 5 degrees of freedom."""
+MIN_SCATTER = 0.1
+"""Smallest observed scatter of fits, relative to their information, that is believed."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +50,14 @@ class CameraCheckSettings:
     """Factor on the combined variance, since neighbouring frames see the same points."""
     shift_share: float = 0.3
     """Share of the distance between the aligned pose and that of the fitted camera, added in all directions."""
+    fit_scale: float = 4.0
+    """Scale of the covariance of the fit to one image: neighbouring residuals share errors. Right images of four maps
+    needed 0.3 to 5.3."""
     sigmas: float = 3.0
     """Largest offset, in standard deviations of fit and tolerance together."""
     tolerance: tuple[float, ...] = (0.005, 0.005, 0.0035, 0.0035, 0.012)
     """Standard deviations of usual calibrations: relative to the focal length, the aspect ratio, and the image's width
-    for the principal point; absolute for k1."""
+    for the principal point; absolute for k1. The option ``calibration_error`` scales them together."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,15 +78,22 @@ class CameraCheck:
     Args:
         camera: pinhole camera of the map, to which images are converted.
         settings: rate of the fits, and conditions under which a camera is wrong.
+        calibration_error: usual relative error of a focal length; scales the tolerances.
     """
 
-    def __init__(self, camera: Camera, settings: CameraCheckSettings | None = None) -> None:
+    def __init__(
+        self, camera: Camera, settings: CameraCheckSettings | None = None, calibration_error: float = 0.005
+    ) -> None:
         self._camera, self._settings = camera, settings or CameraCheckSettings()
+        tolerance = np.array(self._settings.tolerance) * (1.0, 1.0, camera.width, camera.width, 1.0)
+        self._tolerance = np.diag((tolerance * calibration_error / self._settings.tolerance[0]) ** 2)
         self._fits: deque[CameraFit] = deque(maxlen=self._settings.window)
         self._made = 0
         self._frames = 0
         self._fitted: FittedCamera | None = None
         self._shift = np.eye(4)
+        self._combined: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None
+        """Combined offsets (5,) and their covariance (5, 5) by the observed scatter."""
         self.verdict: CameraVerdict | None = None
 
     def count_frame(self) -> bool:
@@ -103,26 +118,62 @@ class CameraCheck:
         self._fitted, self._shift = fitted, inverse_pose(T_aligned) @ fitted.T_map_camera
         self.verdict = self._judged()
 
+    def chi2(self, offsets: NDArray[np.float64], covariance: NDArray[np.float64]) -> float:
+        """Return the squared Mahalanobis length of offsets (5,) with covariance (5, 5) of one image, with tolerance."""
+        total = self._settings.fit_scale * covariance + self._tolerance
+        return float(offsets @ np.linalg.solve(total, offsets))
+
+    def chi2_of(self, fit: CameraFit) -> float | None:
+        """Return :meth:`chi2` of a fit; None if it does not determine the camera."""
+        covariance = _covariance_of(fit.information)
+        return None if covariance is None else self.chi2(fit.offsets, covariance)
+
+    def verdict_of(self, fit: CameraFit) -> CameraVerdict:
+        """Return the verdict on the fit to one image: the offset that contradicts the camera most."""
+        covariance = _covariance_of(fit.information)
+        covariance = np.zeros_like(self._tolerance) if covariance is None else self._settings.fit_scale * covariance
+        ratio = np.abs(fit.offsets) / np.sqrt(np.diag(covariance + self._tolerance))
+        return CameraVerdict(fit.offsets, covariance, int(np.argmax(ratio)))
+
+    def moments(self, score: CameraScore | None) -> NDArray[np.float64]:
+        """Return the second moments (5, 5) of the camera's offsets about the camera that is used.
+
+        A Gaussian prior, the usual accuracy of calibrations, is combined with the fits so far, or with this image's
+        score until there are enough. The focal length's part always counts. Offsets count as far as they are
+        significant (a positive-part shrinkage, as of James and Stein, with the 99 % quantile of the chi-square
+        distribution): a camera that the images do not contradict must not make every covariance too large.
+        """
+        combined = self._combined
+        if combined is not None:
+            offsets, covariance = combined
+        elif score is not None:
+            offsets, covariance = score.offsets, self._settings.fit_scale * score.covariance
+        else:
+            return self._tolerance
+        gain = self._tolerance @ np.linalg.inv(self._tolerance + covariance)
+        mean, left = gain @ offsets, self._tolerance - gain @ self._tolerance
+        share = max(0.0, 1.0 - CHI2_5_99 / max(float(offsets @ np.linalg.solve(covariance, offsets)), 1e-9))
+        focal = np.zeros_like(left)
+        focal[0, 0] = left[0, 0]
+        second = share * np.outer(mean, mean) + focal + share * (left - focal)
+        return np.asarray(0.5 * (second + second.T))
+
     def widened(self, estimate: PoseEstimate) -> PoseEstimate:
         """Return an estimate whose covariance also covers the pose of the fitted camera.
 
         The distance to that pose was measured on an earlier frame, so a share of it is added in all directions.
         """
-        T, covariance, fitted = estimate.T_map_camera, estimate.covariance, self._fitted
-        if T is None or covariance is None or fitted is None:
+        T, fitted = estimate.T_map_camera, self._fitted
+        if T is None or fitted is None:
             return estimate
-        error = pose_tangent_error(T @ self._shift, T)
-        share = self._settings.shift_share**2
-        around = np.repeat([share * error[:3] @ error[:3], share * error[3:] @ error[3:]], 3)
         turn = np.kron(np.eye(2), T[:3, :3] @ fitted.T_map_camera[:3, :3].T)
-        fit_covariance = turn @ fitted.covariance @ turn.T
-        wider = covariance + np.outer(error, error) + np.diag(around) + fit_covariance
-        return replace(estimate, covariance=0.5 * (wider + wider.T))
+        moved = pose_tangent_error(T @ self._shift, T)
+        return widened(estimate, moved, turn @ fitted.covariance @ turn.T, self._settings.shift_share)
 
     def reset(self) -> None:
         """Drop all fits, such as after a correction of the camera."""
         self._fits.clear()
-        self.verdict = None
+        self.verdict = self._combined = None
 
     def _judged(self) -> CameraVerdict | None:
         s = self._settings
@@ -137,10 +188,9 @@ class CameraCheck:
         errors = offsets - combined
         scatter = np.einsum("ni,nij,nj->n", errors, weights, errors).sum()
         scatter /= len(OFFSETS) * (len(self._fits) - 1)
+        self._combined = combined, covariance * max(float(scatter), MIN_SCATTER)
         covariance = covariance * max(1.0, scatter) * s.correlation_factor
-        width = self._camera.width
-        tolerance = np.array(s.tolerance) * (1.0, 1.0, width, width, 1.0)
-        ratio = np.abs(combined) / np.sqrt(np.diag(covariance) + tolerance**2)
+        ratio = np.abs(combined) / np.sqrt(np.diag(covariance + self._tolerance))
         worst = int(np.argmax(ratio))
         return CameraVerdict(combined, covariance, worst if ratio[worst] > s.sigmas else None)
 
@@ -201,10 +251,26 @@ def sentence(verdict: CameraVerdict, given: Camera | None, camera: Camera) -> st
     return f"the images fit a radial distortion that differs from {source} by k1 = {c[4]:+.3f}"
 
 
-def is_checked(estimate: PoseEstimate) -> bool:
-    """Return true if a frame's pose is good enough to fit the camera."""
-    alignment = estimate.alignment
-    return estimate.state is TrackingState.TRACKING and alignment is not None and alignment.success
+def sentence_on_one_image(verdict: CameraVerdict, given: Camera | None, camera: Camera) -> str:
+    """Return a sentence on an image that fits the map with another camera only; arguments as :func:`sentence`."""
+    fits = sentence(verdict, given, camera).replace("the images fit", "this image fits", 1)
+    return f"{fits}: it may show a print of the room, or parts that moved, or the calibration is wrong"
+
+
+def widened(estimate: PoseEstimate, moved: NDArray[np.float64], covariance: Matrix, share: float = 0.3) -> PoseEstimate:
+    """Return an estimate whose covariance also covers another pose.
+
+    Args:
+        estimate: estimate with a covariance; one without is returned as it is.
+        moved: (6,) tangent error between the poses.
+        covariance: (6, 6) covariance of the other pose.
+        share: share of the distance that is added in all directions.
+    """
+    if estimate.covariance is None:
+        return estimate
+    around = share**2 * np.repeat([moved[:3] @ moved[:3], moved[3:] @ moved[3:]], 3)
+    wider = estimate.covariance + np.outer(moved, moved) + np.diag(around) + covariance
+    return replace(estimate, covariance=0.5 * (wider + wider.T))
 
 
 def _covariance_of(information: NDArray[np.float64]) -> NDArray[np.float64] | None:
@@ -213,3 +279,31 @@ def _covariance_of(information: NDArray[np.float64]) -> NDArray[np.float64] | No
     except np.linalg.LinAlgError:
         return None
     return covariance if np.isfinite(covariance).all() and (np.diag(covariance) > 0).all() else None
+
+
+class RepeatGuard:
+    """Detector of a camera that repeats its last image with new stamps.
+
+    Args:
+        limit_s: time after which a repeated image is no new image; 0: never.
+    """
+
+    def __init__(self, limit_s: float) -> None:
+        self._limit_s = limit_s
+        self._image: NDArray[np.uint8] | None = None
+        self._since_ns = self._stamp_ns = 0
+
+    def fault(self, image: NDArray[np.uint8], stamp_ns: int) -> str:
+        """Return the reason why an image (H, W, 3) is a repeated one, or an empty string; equal for all calls of one
+        stamp.
+        """
+        if self._limit_s == 0.0:
+            return ""
+        repeated = self._image is not None and stamp_ns >= self._stamp_ns and np.array_equal(image, self._image)
+        if not repeated:
+            self._image, self._since_ns = image, stamp_ns
+        self._stamp_ns = stamp_ns
+        repeated_s = 1e-9 * (stamp_ns - self._since_ns)
+        if repeated_s <= self._limit_s:
+            return ""
+        return f"the camera repeats one image, byte for byte, for {repeated_s:.1f} s (max_repeat_s {self._limit_s:g})"

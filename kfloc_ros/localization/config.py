@@ -66,15 +66,20 @@ class LocalizerConfig:
     )
     camera_check: str = option(
         "warn",
-        "Check of the calibration by the images. warn: if focal length, principal point or distortion do not fit, "
-        "poses are DEGRADED, with a larger covariance and the reason; correct: localize with a fitted camera "
-        "(one process and one map only; otherwise as warn); off: no check.",
+        "Check of the camera by the images. warn: poses of a camera that does not fit are DEGRADED; correct: a fitted "
+        "camera replaces it (one process and one map only); off: none.",
         choices=("off", "warn", "correct"),
+    )
+    calibration_error_percent: float = option(
+        0.5,
+        "Usual calibration error, in percent of the focal length; covariances include it unless images show better.",
+        low=0.01,
+        high=10.0,
     )
     max_repeat_s: float = option(
         1.0,
-        "Longest time, in seconds, that the camera may repeat one image, byte for byte, before the state is LOST; "
-        "0: no limit. Set 0 for a simulated camera without noise.",
+        "Longest time, in seconds, that one image may be repeated byte for byte before the state is LOST; 0 (for "
+        "noiseless simulated cameras): no limit.",
         low=0.0,
         high=3600.0,
     )

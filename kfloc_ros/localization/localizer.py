@@ -117,7 +117,7 @@ class Localizer:
         tracked = None if hints else self._refine.track(frame, features, times, predicted)
         if tracked is not None:
             self._coarse.skip(frame, features)
-            return Localization(frame, features, self._refine.check_camera(frame, features, tracked))
+            return Localization(frame, features, self._refine.check(frame, features, tracked))
 
         coarse = self.coarse_half(frame, features=features, times=times)  # steps 3 to 5
         localization = self.refine_half(frame, coarse, hints, predicted)  # steps 6 to 8
@@ -179,7 +179,7 @@ class Localizer:
 
         # 8. Judge pose and camera; an accepted pose then corrects the belief (correct_belief)
         estimate = self._refine.judge(frame, coarse, alignment, times)
-        estimate = self._refine.check_camera(frame, coarse.features, estimate)
+        estimate = self._refine.check(frame, coarse.features, estimate)
         return Localization(frame, coarse.features, estimate, coarse)
 
     def correct_belief(self, stamp_ns: int, T_map_camera: Matrix | None) -> None:

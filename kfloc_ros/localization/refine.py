@@ -9,10 +9,10 @@ from dataclasses import replace
 from kfloc_ros.device import choose_device
 from kfloc_ros.features.backbone import BackboneFeatures
 from kfloc_ros.kfnet.pnp import agreeing_share
-from kfloc_ros.localization.camera_check import CameraCheck, Correction, is_checked, sentence
+from kfloc_ros.localization.camera_check import RepeatGuard
 from kfloc_ros.localization.coarse import check_frame, pnp_settings
 from kfloc_ros.localization.config import LocalizerConfig
-from kfloc_ros.localization.judgement import JudgementSettings, RepeatGuard, judge
+from kfloc_ros.localization.judgement import JudgementSettings, PoseCheck, judge
 from kfloc_ros.localization.results import CoarseResult, StageTimes
 from kfloc_ros.localization.tracking import ConstantVelocity, Track, TrackSettings, agrees
 from kfloc_ros.maps.scene_map import SceneMap
@@ -58,14 +58,16 @@ class RefineStage:
         """True if the previous frame had a pose, so that this one is expected near the predicted pose."""
         self._judgement = JudgementSettings(min_inlier_ratio=calibration.min_inlier_ratio)
         self._repeats = RepeatGuard(config.max_repeat_s)
-        self._camera_check = CameraCheck(scene_map.camera) if config.camera_check != "off" and config.refine else None
         self.corrects_camera = config.camera_check == "correct"
         """True if images may be converted to a fitted camera."""
-        self._correction: Correction | None = None
-        self._applies_correction = False
-        """True once images pass through :meth:`corrected`; the halves and places never correct, they only warn."""
-        self.camera_note = ""
+        self._check = PoseCheck(
+            self.refiner, scene_map.camera, config.camera_check, 0.01 * config.calibration_error_percent
+        )
+
+    @property
+    def camera_note(self) -> str:
         """Sentence on a camera that does not fit the images; empty if it fits."""
+        return self._check.camera_note
 
     @property
     def references(self) -> ReferenceViews:
@@ -136,7 +138,7 @@ class RefineStage:
         with times.stage("refine"):
             alignment = self.refiner.align(features, starts, max_cost=limit)
             if self._tracks:
-                alignment = self._check(alignment, coarse.pose, features)
+                alignment = self._compare(alignment, coarse.pose, features)
             if alignment.success and not self._is_supported(alignment, coarse, features):
                 alignment = self._examine(alignment, features, self._expected(predicted))
         return alignment
@@ -184,37 +186,20 @@ class RefineStage:
 
     def corrected(self, frame: Frame) -> Frame:
         """Return a frame with its image converted to the map's camera, if a fitted camera replaces the given one."""
-        self._applies_correction = self.corrects_camera
-        return frame if self._correction is None else self._correction.apply(frame)
+        return self._check.corrected(frame)
 
-    def check_camera(self, frame: Frame, features: BackboneFeatures, estimate: PoseEstimate) -> PoseEstimate:
-        """Check the camera by the images, every few frames.
+    def check(self, frame: Frame, features: BackboneFeatures, estimate: PoseEstimate) -> PoseEstimate:
+        """Check a pose by the whole image: the camera, moved parts, and what is missing.
 
         Returns:
-            The estimate; DEGRADED with a larger covariance if the camera does not fit the last images.
+            The estimate with its confidence; DEGRADED with a larger covariance if the image contradicts it.
         """
-        check, T = self._camera_check, estimate.T_map_camera
-        if check is None or T is None or not is_checked(estimate):
+        if not self._config.refine:
             return estimate
-        if check.count_frame():
-            times = StageTimes(estimate.timings_ms)
-            with times.stage("camera"):
-                fitted = self.refiner.fit_camera(features.to(self._device), T)
-                if fitted is not None:
-                    check.add(fitted, T)
-            estimate = replace(estimate, timings_ms=times.with_total())
-        verdict = check.verdict
-        if verdict is None or verdict.wrong is None:
-            if self._correction is None:
-                self.camera_note = ""
-            return estimate
-        self.camera_note = sentence(verdict, frame.source_camera, self._camera)
-        estimate = replace(check.widened(estimate), state=TrackingState.DEGRADED, reason=self.camera_note)
-        if self._applies_correction:
-            self._correction = Correction.of(self._camera, verdict.offsets, self._correction)
-            self.camera_note += "; localizing with the camera that fits"
-            check.reset()
-        return estimate
+        checked = self._check.check(frame, features.to(self._device), estimate)
+        if checked.state is not estimate.state:
+            self._track.end()
+        return checked
 
     def reset(self) -> None:
         """Reset the motion model and the track; the next frame starts from its coarse pose alone."""
@@ -230,7 +215,7 @@ class RefineStage:
         """Return the pose at which the camera is expected, if the previous frame had a pose."""
         return predicted if self._follows_pose else None
 
-    def _check(self, alignment: Alignment, coarse: CoarsePose, features: BackboneFeatures) -> Alignment:
+    def _compare(self, alignment: Alignment, coarse: CoarsePose, features: BackboneFeatures) -> Alignment:
         """Return the alignment if it agrees with the coarse pose, else the better of it and the coarse pose's."""
         if self._track.check(alignment, coarse) or coarse.T_map_camera is None:
             return alignment

@@ -288,6 +288,8 @@ def read_timings(values: Mapping[str, str]) -> dict[str, float]:
 def estimate_values(estimate: PoseEstimate) -> dict[str, Value]:
     """Return the results of the stages for one frame as named values."""
     values: dict[str, Value] = {"tracked": estimate.tracked}
+    if estimate.confidence is not None:
+        values |= {"confidence": estimate.confidence, **estimate.evidence}
     if estimate.coarse is not None:
         values["inliers"] = estimate.coarse.inlier_count
         values["inlier_ratio"] = estimate.coarse.inlier_ratio

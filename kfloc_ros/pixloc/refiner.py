@@ -15,8 +15,16 @@ from kfloc_ros.features.backbone import COARSE_STRIDE, FINE_STRIDE, BackboneFeat
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.covariance import map_frame_covariance
 from kfloc_ros.geometry.lie import Matrix, inverse_pose, make_pose, rotation_angle_deg
-from kfloc_ros.pixloc.camera_fit import CameraFit, FitLevel, fit_camera
 from kfloc_ros.pixloc.cost import FeatureImage, Linearization, RobustLoss, linearize
+from kfloc_ros.pixloc.image_check import (
+    BlockMatch,
+    CameraFit,
+    CameraScore,
+    FitLevel,
+    fit_camera,
+    match_blocks,
+    score_camera,
+)
 from kfloc_ros.pixloc.optimizer import LevelResult, StopRule, minimize
 from kfloc_ros.pixloc.point_matching import SEARCH_CELLS, WIDE_SEARCH_CELLS, MatchedPose, fit_pose, search_points
 from kfloc_ros.pixloc.references import ReferencePoints, ReferenceViews
@@ -59,6 +67,18 @@ class FittedCamera:
     T_map_camera: Matrix
     covariance: Matrix
     """(6, 6) covariance of the pose, which includes what is not known of the camera."""
+
+
+@dataclass(frozen=True, eq=False)
+class Inspection:
+    """Comparison of a whole image with the map at an aligned pose."""
+
+    blocks: BlockMatch | None
+    """None if too few reference points are in view."""
+    camera: CameraScore | None
+    """Offsets of the camera that the residuals suggest; None if they do not determine them."""
+    sensitivity: Matrix | None
+    """(6, 5) change of the pose, in the order of its covariance, by the offsets of the camera."""
 
 
 class Refiner:
@@ -125,6 +145,20 @@ class Refiner:
             return None
         return FittedCamera(fit, candidate.in_map(fit.T_camera_local), covariance * self.settings.covariance_scale)
 
+    @torch.inference_mode()
+    def inspect(self, features: BackboneFeatures, T_map_camera: Matrix) -> Inspection:
+        """Compare the whole image with the map at an aligned pose (4, 4)."""
+        candidate = self._prepare(query_levels(features), T_map_camera)
+        T = candidate.T_camera_local
+        references = ReferencePoints.concatenate([self.references.views[k] for k in candidate.positions])
+        blocks = match_blocks(features.coarse[0], candidate.points, references, T, self.camera)
+        loss = RobustLoss(self.settings.loss_scale)
+        score = score_camera(candidate.levels[-1], candidate.points, T, self.camera, loss)
+        if score is None:
+            return Inspection(blocks, None, None)
+        turn = -np.kron(np.eye(2), T[:3, :3].T)  # as in map_frame_covariance
+        return Inspection(blocks, score, turn @ score.sensitivity)
+
     def _prepare(self, images: tuple[FeatureImage, FeatureImage], T_map_camera: Matrix) -> _Candidate:
         chosen = self.references.overlapping(T_map_camera, self.camera, self.settings.num_references)
         views = [self.references.views[k] for k in chosen]
@@ -139,6 +173,7 @@ class Refiner:
             points=points.points - torch.from_numpy(origin).to(points.points),
             levels=self._levels(images, points, confidence),
             reference_ids=tuple(self.references.ids[k] for k in chosen),
+            positions=tuple(chosen),
         )
         at = self._linearize(candidate, candidate.levels[0], candidate.T_camera_local)
         candidate.cost, candidate.valid_count = at.cost, at.valid_count
@@ -233,6 +268,8 @@ class _Candidate:
     points: torch.Tensor
     levels: tuple[FitLevel, FitLevel]
     reference_ids: tuple[int, ...]
+    positions: tuple[int, ...]
+    """Positions of the reference views."""
     cost: float = float("inf")
     valid_count: int = 0
 

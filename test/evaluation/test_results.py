@@ -82,7 +82,7 @@ def test_summary_json_has_the_agreed_keys_and_is_strict_json(tmp_path: Path) -> 
     assert summary["frames_without_truth"] == 1
     assert summary["localized"] == 7
     assert summary["median_translation_m"] == pytest.approx(0.004)
-    assert set(summary["recall"]) == {"1cm_1deg", "2cm_2deg", "5cm_5deg", "25cm_2deg"}
+    assert set(summary["recall"]) == {"1cm_1deg", "2cm_2deg", "5cm_5deg", "10cm_1deg", "25cm_2deg", "100cm_5deg"}
     assert summary["recall"]["1cm_1deg"] == pytest.approx(6 / 7)
     assert summary["coarse"]["recall"]["2cm_2deg"] == 0.0
     assert summary["coarse"]["recall"]["5cm_5deg"] == 1.0

@@ -15,7 +15,7 @@ from kfloc_ros.localization.camera_check import CameraCheck, CameraVerdict, Corr
 from kfloc_ros.localization.config import LocalizerConfig
 from kfloc_ros.localization.localizer import Localizer
 from kfloc_ros.maps.scene_map import SceneMap
-from kfloc_ros.pixloc.camera_fit import CameraFit
+from kfloc_ros.pixloc.image_check import CameraFit
 from kfloc_ros.pixloc.refiner import FittedCamera
 from kfloc_ros.types import PoseEstimate, TrackingState
 

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Check of poses by the whole image: what contradicts a pose is said, and a pose without contradiction stays."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kfloc_ros.geometry.camera import Camera
+from kfloc_ros.localization.camera_check import CameraCheck
+from kfloc_ros.localization.config import LocalizerConfig
+from kfloc_ros.localization.judgement import EVIDENCE, confidence_of
+from kfloc_ros.localization.localizer import Localizer
+from kfloc_ros.maps.scene_map import SceneMap
+from kfloc_ros.pixloc.image_check import CameraScore
+from kfloc_ros.types import PoseEstimate, TrackingState
+
+CAMERA = Camera(640, 480, 500.0, 500.0, 320.0, 240.0)
+
+
+def localized(room_map: Any, room: Any, change: Any, **options: Any) -> list[PoseEstimate]:
+    localizer = Localizer(SceneMap.load(room_map), LocalizerConfig(device="cpu", **options))
+    estimates = []
+    for k in range(0, 24, 4):
+        localizer.reset("each frame for itself")
+        frame = room[k]
+        estimates.append(localizer.process(replace(frame, image=change(frame.image))).estimate)
+    return estimates
+
+
+def with_its_middle_moved(image: np.ndarray) -> np.ndarray:
+    h, w = image.shape[:2]
+    out, part = image.copy(), image[h // 5 : 4 * h // 5, w // 5 : 4 * w // 5]
+    shift = w // 12
+    out[h // 5 : 4 * h // 5, w // 5 + shift : 4 * w // 5 + shift] = part
+    return out
+
+
+@pytest.mark.thorough
+def test_good_images_are_tracking_and_confident(room_map: Any, room: Any) -> None:
+    estimates = localized(room_map, room, lambda image: image)
+    assert {e.state for e in estimates} == {TrackingState.TRACKING}
+    assert min(e.confidence or 0.0 for e in estimates) > 0.8
+    assert all(set(e.evidence) <= set(EVIDENCE) for e in estimates)
+
+
+@pytest.mark.thorough
+def test_a_part_that_moved_is_said_and_lowers_the_confidence(room_map: Any, room: Any) -> None:
+    good = localized(room_map, room, lambda image: image)
+    moved = localized(room_map, room, with_its_middle_moved)
+    tracking = [e for e in moved if e.state is TrackingState.TRACKING]
+    assert len(tracking) <= 1
+    assert all(e.reason for e in moved if e.state is TrackingState.DEGRADED)
+    for before, after in zip(good, moved, strict=True):
+        if after.confidence is not None and after.state is TrackingState.DEGRADED:
+            assert after.confidence < (before.confidence or 0.0)
+            assert after.covariance is not None and before.covariance is not None
+            assert np.trace(after.covariance) > np.trace(before.covariance)
+
+
+def test_evidence_against_a_pose_lowers_its_confidence() -> None:
+    usual = confidence_of({})
+    worse = {"cost_ratio": 1.0, "missing_share": 0.6, "moved_share": 0.3, "camera_score": 4.0, "sigma_score": 1.0}
+    assert 0.9 < usual < 1.0
+    assert all(confidence_of({name: value}) < usual for name, value in worse.items())
+    assert confidence_of(worse) < 0.1
+    assert 0.0 <= confidence_of({"camera_score": 1e6}) < 1e-6
+
+
+def test_a_camera_that_is_not_known_counts_less_the_more_images_confirm_it() -> None:
+    check = CameraCheck(CAMERA)
+    before = check.moments(None)
+    confirmed = check.moments(CameraScore(np.zeros(5), np.diag([1e-6] * 2 + [0.01] * 2 + [1e-6]), np.zeros((6, 5))))
+    assert np.sqrt(before[0, 0]) == pytest.approx(0.005)
+    assert confirmed[0, 0] < 0.2 * before[0, 0]
+    assert np.trace(confirmed) < 0.01 * np.trace(before)
+
+
+def test_an_offset_that_the_images_show_counts_in_full() -> None:
+    check = CameraCheck(CAMERA)
+    shown = np.array([0.01, 0.0, 0.0, 0.0, 0.0])
+    moments = check.moments(CameraScore(shown, np.diag([1e-8] * 5), np.zeros((6, 5))))
+    assert np.sqrt(moments[0, 0]) == pytest.approx(0.01, rel=0.05)
+
+
+def test_the_usual_error_of_calibrations_is_an_option() -> None:
+    better = CameraCheck(CAMERA, calibration_error=0.001).moments(None)
+    assert np.sqrt(better[0, 0]) == pytest.approx(0.001)

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Comparison block by block, on random features: what matches, what is displaced, and what is not there."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from kfloc_ros.geometry.camera import Camera
+from kfloc_ros.pixloc.image_check import COLUMNS, ROWS, BlockMatch, match_blocks
+from kfloc_ros.pixloc.references import ReferencePoints
+
+CAMERA = Camera(640, 480, 500.0, 500.0, 319.5, 239.5)
+DEPTH_M = 2.0
+
+
+def features(seed: int = 0) -> torch.Tensor:
+    """(16, 60, 80) smooth unit features."""
+    noise = torch.randn(1, 16, 60, 80, generator=torch.Generator().manual_seed(seed))
+    return F.normalize(F.avg_pool2d(noise, 3, stride=1, padding=1)[0], dim=0)
+
+
+def matched(shown: torch.Tensor, known: torch.Tensor) -> BlockMatch | None:
+    """Reference points at the centres of cells, with the features of ``known``, in an image with those of ``shown``."""
+    row, column = (i.reshape(-1) for i in torch.meshgrid(torch.arange(1, 59, 2), torch.arange(1, 79, 2), indexing="ij"))
+    u, v = 8 * column + 3.5, 8 * row + 3.5
+    points = torch.stack([(u - CAMERA.cx) / CAMERA.fx, (v - CAMERA.cy) / CAMERA.fy, torch.ones_like(u)], 1) * DEPTH_M
+    wanted = known[:, row, column].T
+    references = ReferencePoints(points, wanted, wanted[:, :8], torch.ones(len(points)))
+    return match_blocks(shown, points, references, np.eye(4), CAMERA)
+
+
+def test_the_same_image_matches_everywhere() -> None:
+    result = matched(features(), features())
+    assert result is not None and result.blocks == ROWS * COLUMNS
+    assert result.matching_share == 1.0 and result.moved == 0
+
+
+def test_a_displaced_part_is_found_with_its_displacement() -> None:
+    shown, known = features(), features()
+    shown[:, 10:50, 25:65] = known[:, 7:47, 20:60]  # moved by 5 cells to the right and 3 down
+    result = matched(shown, known)
+    assert result is not None and result.moved >= 8
+    assert np.abs(np.subtract(result.moved_px, (40.0, 24.0))).max() <= 8.0
+    assert result.moved_depth_m == DEPTH_M
+    assert 0.4 < result.matching_share < 0.8
+
+
+def test_what_is_covered_is_missing_but_not_displaced() -> None:
+    shown, known = features(), features()
+    shown[:, :, 30:60] = features(1)[:, :, 30:60]
+    result = matched(shown, known)
+    assert result is not None and result.moved <= 1 and 0.4 < result.matching_share < 0.8
+
+
+def test_too_few_points_in_view_are_not_compared() -> None:
+    known = features()
+    behind = torch.tensor([[0.0, 0.0, -1.0]]).repeat(100, 1)
+    wanted = known[:, 0, :1].T.repeat(100, 1)
+    references = ReferencePoints(behind, wanted, wanted[:, :8], torch.ones(100))
+    assert match_blocks(known, behind, references, np.eye(4), CAMERA) is None
