@@ -10,7 +10,7 @@ never its C x 6 Jacobian.
 from __future__ import annotations
 
 import math
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -177,6 +177,10 @@ class Intrinsics:
         cx, cy = (camera.cx + dx + 0.5) / stride - 0.5, (camera.cy + dy + 0.5) / stride - 0.5
         return cls(fx / stride, fy / stride, cx, cy, k1, 1.0 / stride)
 
+    def as_array(self) -> Matrix:
+        """Return the fields in their order, (6,)."""
+        return np.array([self.fx, self.fy, self.cx, self.cy, self.k1, self.cells_per_px])
+
 
 def linearize(
     image: FeatureImage,
@@ -211,7 +215,7 @@ def linearize(
             features.contiguous().numpy(),
             confidence.contiguous().numpy(),
             np.ascontiguousarray(T_camera_map, dtype=np.float64),
-            np.array(astuple(model)),
+            model.as_array(),
             loss.scale,
             NEAR_M,
             size,

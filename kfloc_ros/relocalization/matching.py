@@ -80,7 +80,11 @@ class ImageMatches:
             view, grid = self._references.views[position], self.features.coarse[0].float()
             w = grid.shape[2]
             similarity = view.coarse.to(grid) @ grid.reshape(len(grid), -1)
-            value, cell = similarity.max(dim=1)
+            if similarity.device.type == "cpu":  # a tenth of the time of torch's
+                cell = torch.from_numpy(similarity.numpy().argmax(axis=1))
+            else:
+                cell = similarity.argmax(dim=1)
+            value = similarity.gather(1, cell[:, None])[:, 0]
             best_point = similarity[:, cell].argmax(dim=0)
             kept = best_point == torch.arange(len(cell), device=cell.device)
             chosen = cell[kept].cpu().numpy()
