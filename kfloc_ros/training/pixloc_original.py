@@ -115,7 +115,9 @@ ORIGINAL_KEYS: Mapping[str, Rule] = {
     "model.optimizer.freeze_batch_normalization": Idle("it has none"),
     "model.optimizer.num_iters": Sets.one("iterations"),
     "model.optimizer.pad": Sets.one("pad"),
-    "model.optimizer.interpolation.mode": Fixed(("linear",), "no other interpolation is here"),
+    "model.optimizer.interpolation.mode": Fixed(
+        ("linear",), "the original trains with no other; runs can (interpolation=cubic)"
+    ),
     "model.optimizer.interpolation.pad": Sets.one("pad"),
     "model.optimizer.lambda_": Idle("the damping is learned"),
     "model.optimizer.verbose": Idle("the log says what is told"),

@@ -77,6 +77,7 @@ class RunOptions:
     jacobi_scaling: str = option("model", "Scale the columns of the Jacobian; model: as trained.", choices=FROM_MODEL)
     normalize_descriptors: str = option("model", "Features of unit length; model: as trained.", choices=FROM_MODEL)
     compute_uncertainty: bool = option(True, "Weigh residuals by the network's confidences.")
+    interpolation: str = option("linear", "Of feature maps; cubic: Keys' convolution.", choices=("linear", "cubic"))
     dt_stop_criteria: float = option(5e-3, "Step at which a level stops, in metres.", low=0.0, high=1e3)
     dR_stop_criteria: float = option(5e-2, "And its angle, in degrees.", low=0.0, high=180.0)
     grad_stop_criteria: float = option(1e-4, "Norm of the gradient at which a level stops.", low=0.0, high=1e6)
@@ -111,6 +112,7 @@ class RunOptions:
             loss="" if self.loss_fn == "model" else self.loss_fn,
             jacobi_scaling=_of_model(self.jacobi_scaling),
             normalize_features=_of_model(self.normalize_descriptors),
+            cubic=self.interpolation == "cubic",
             use_confidences=self.compute_uncertainty,
             stop_step_m=self.dt_stop_criteria,
             stop_step_deg=self.dR_stop_criteria,
@@ -170,7 +172,7 @@ ORIGINAL_KEYS: Mapping[str, Rule] = {
     "optimizer.name": Sets(_method),
     "optimizer.num_iters": Sets.one("num_iters"),
     "optimizer.pad": Sets.one("pad"),
-    "optimizer.interpolation.mode": Fixed(("linear",), "no published model interpolates otherwise"),
+    "optimizer.interpolation.mode": Sets.one("interpolation"),
     "optimizer.interpolation.pad": Sets.one("pad"),
     "optimizer.loss_fn": Sets.one("loss_fn"),
     "optimizer.jacobi_scaling": Sets.one("jacobi_scaling"),

@@ -65,7 +65,9 @@ def read_image(path: Path, camera: Camera | None = None) -> NDArray[np.uint8]:
 def view_settings(options: RunOptions, device: torch.device) -> ViewSettings:
     """Return the settings of the reference features for a run on a device."""
     settings = options.settings()
-    return ViewSettings(options.image_size(), settings.multiscale, settings.pad, settings.legacy, options.half(device))
+    return ViewSettings(
+        options.image_size(), settings.multiscale, settings.pad, settings.legacy, options.half(device), settings.cubic
+    )
 
 
 SAVE_PERIOD_S = 60.0

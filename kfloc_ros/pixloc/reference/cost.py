@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Feature-metric cost of the published PixLoc: batched bilinear sampling with image gradients, normal equations."""
+"""Feature-metric cost of the published PixLoc: batched sampling with image gradients, normal equations."""
 
 from __future__ import annotations
 
@@ -51,38 +51,66 @@ class FeatureMap:
     batch: int
     height: int
     width: int
+    cubic: bool = False
+    """Sample by cubic convolution (Keys, 1981; a = -0.5), which needs a cell more at the border, not bilinearly."""
 
     @classmethod
-    def from_maps(cls, maps: torch.Tensor) -> FeatureMap:
+    def from_maps(cls, maps: torch.Tensor, *, cubic: bool = False) -> FeatureMap:
         """Return the layout of maps (B, C, H, W)."""
         B, C, H, W = maps.shape
-        return cls(maps.permute(0, 2, 3, 1).reshape(B * H * W, C), B, H, W)
+        return cls(maps.permute(0, 2, 3, 1).reshape(B * H * W, C), B, H, W, cubic)
 
     @classmethod
-    def with_confidence(cls, features: torch.Tensor, confidence: torch.Tensor) -> FeatureMap:
+    def with_confidence(cls, features: torch.Tensor, confidence: torch.Tensor, *, cubic: bool = False) -> FeatureMap:
         """Return the layout of features (B, C, H, W) with a confidence (B, 1, H, W) as the last channel."""
-        return cls.from_maps(torch.cat([features, confidence], dim=1))
+        return cls.from_maps(torch.cat([features, confidence], dim=1), cubic=cubic)
 
     def inside(self, uv: torch.Tensor, pad: int) -> torch.Tensor:
         """Return (B, N) bool: cells uv (B, N, 2) lie ``pad`` cells or more from the border; false for NaN."""
+        pad += self.cubic
         last = uv.new_tensor([self.width - 1 - pad, self.height - 1 - pad])
         return ((uv >= pad) & (uv <= last)).all(-1)
 
     def sample(self, uv: torch.Tensor, pad: int = 0) -> Samples:
         """Return values at cell positions (B, N, 2); outside, those of the border."""
-        return Samples(self._bilinear(uv), self.inside(uv, pad))
+        return Samples(self._cubic(uv)[0] if self.cubic else self._bilinear(uv), self.inside(uv, pad))
 
     def sample_with_gradient(self, uv: torch.Tensor, pad: int = 1) -> GradientSamples:
         """Return values and central differences over one cell to either side, at cell positions (B, N, 2).
 
         PixLoc minimises along this gradient: it is smoother than the interpolant's own derivative, so the basin is
-        wider.
+        wider. With ``cubic``, it is the interpolant's own.
         """
+        if self.cubic:
+            return GradientSamples(*self._cubic(uv), self.inside(uv, pad))
         offsets = uv.new_tensor(_OFFSETS)
         B, N = uv.shape[:2]
         around = self._bilinear((uv[:, :, None] + offsets).reshape(B, N * len(offsets), 2)).reshape(B, N, 5, -1)
         here, right, left, below, above = around.unbind(2)
         return GradientSamples(here, (right - left) / 2, (below - above) / 2, self.inside(uv, pad))
+
+    def _cubic(self, uv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return values and their derivatives by u and v, (B, N, C) each."""
+        B, N = uv.shape[:2]
+        u, v = torch.nan_to_num(uv).unbind(-1)
+        u, v = u.clamp(0, self.width - 1), v.clamp(0, self.height - 1)
+        u0, v0 = u.detach().floor(), v.detach().floor()
+        around = torch.arange(-1, 3, device=uv.device)
+        columns = (u0[..., None].long() + around).clamp(0, self.width - 1)
+        rows = (v0[..., None].long() + around).clamp(0, self.height - 1)
+        first = torch.arange(B, device=uv.device)[:, None, None, None] * (self.height * self.width)
+        cells = (first + rows[..., :, None] * self.width + columns[..., None, :]).reshape(-1, 16)
+        (along_u, slope_u), (along_v, slope_v) = _keys(u - u0), _keys(v - v0)
+        found = [
+            F.embedding_bag(
+                cells,
+                self.table,
+                per_sample_weights=(down[..., :, None] * across[..., None, :]).reshape(-1, 16).to(self.table),
+                mode="sum",
+            ).reshape(B, N, -1)
+            for down, across in ((along_v, along_u), (along_v, slope_u), (slope_v, along_u))
+        ]
+        return found[0], found[1], found[2]
 
     def _bilinear(self, uv: torch.Tensor) -> torch.Tensor:
         B, N = uv.shape[:2]
@@ -100,6 +128,14 @@ class FeatureMap:
             corners.reshape(-1, 4), self.table, per_sample_weights=weights.reshape(-1, 4).to(self.table), mode="sum"
         )
         return rows.reshape(B, N, -1)
+
+
+def _keys(t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the weights (..., 4) of the four cells around a place ``t`` in [0, 1) past the second; their slopes."""
+    t2, t3, one = t * t, t * t * t, torch.ones_like(t)
+    weights = [-t3 + 2 * t2 - t, 3 * t3 - 5 * t2 + 2 * one, -3 * t3 + 4 * t2 + t, t3 - t2]
+    slopes = [-3 * t2 + 4 * t - one, 9 * t2 - 10 * t, -9 * t2 + 8 * t + one, 3 * t2 - 2 * t]
+    return torch.stack(weights, dim=-1) / 2, torch.stack(slopes, dim=-1) / 2
 
 
 @dataclass(frozen=True, eq=False)

@@ -58,6 +58,8 @@ class ReferenceRefinerSettings:
     """None: as the model was trained."""
     normalize_features: bool | None = None
     """Features of unit length; None: as the model was trained."""
+    cubic: bool = False
+    """Interpolate feature maps by cubic convolution, not bilinearly."""
     use_confidences: bool = True
     """Weigh residuals by the network's confidences."""
     stop_step_m: float = 5e-3
@@ -288,7 +290,7 @@ class _Query:
             if self.refiner.normalizes:
                 query, features = F.normalize(query, dim=1), F.normalize(features, dim=-1)
             cost = FeatureCost(
-                query=FeatureMap.with_confidence(query, pyramid.confidences[level]),
+                query=FeatureMap.with_confidence(query, pyramid.confidences[level], cubic=self.refiner.settings.cubic),
                 camera=camera.scale(1.0 / pyramid.strides[level]),
                 points=local.points,
                 features=features[None],

@@ -61,6 +61,8 @@ class ViewSettings:
     """See :func:`kfloc_ros.geometry.distortion.distort`."""
     half: bool = False
     """The network computes in half precision."""
+    cubic: bool = False
+    """Feature maps are interpolated by cubic convolution."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,6 +122,7 @@ class ViewStore:
                 values["pad"],
                 values["legacy"],
                 bool(values.get("half", False)),
+                bool(values.get("cubic", False)),
             )
             tensors = load_file(path)
             views = {}
@@ -226,7 +229,9 @@ def _sampled(
     sampled = []
     for features, confidence, stride in zip(pyramid.features, pyramid.confidences, pyramid.strides, strict=True):
         uv, seen = camera.scale(1 / stride).world2image(points, legacy=settings.legacy)
-        maps = FeatureMap.with_confidence(features[number : number + 1], confidence[number : number + 1])
+        maps = FeatureMap.with_confidence(
+            features[number : number + 1], confidence[number : number + 1], cubic=settings.cubic
+        )
         values, inside = maps.sample(uv[None].to(device, features.dtype), settings.pad)
         valid = valid & inside & seen.to(device)
         sampled.append(values[0])

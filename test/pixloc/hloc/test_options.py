@@ -44,6 +44,7 @@ def test_words_override_the_file_and_both_take_either_program_s_names() -> None:
     [
         ("optimizer.loss_fn=huber", {"loss": "huber"}),
         ("optimizer.jacobi_scaling=true", {"jacobi_scaling": True}),
+        ("optimizer.interpolation.mode=cubic", {"cubic": True}),
         ("optimizer.name=classic_optimizer", {"method": Method.CLASSIC}),
         ("optimizer.dt_stop_criteria=0.001", {"stop_step_m": 0.001}),
         ("optimizer.dR_stop_criteria=0.01", {"stop_step_deg": 0.01}),
@@ -64,7 +65,6 @@ def test_the_originals_words_reach_the_refiner(word: str, expected: dict[str, An
     [
         ("features.conf.encoder=vgg16", "as it was trained"),
         ("features.name=s2dnet", "no other network"),
-        ("optimizer.interpolation.mode=cubic", "interpolates otherwise"),
         ("optimizer.damping.log_range=[-3, 3]", "learned within this range"),
         ("optimizer.sqrt_diag_damping=true", "the original refuses it"),
         ("optimizer.name=other", "learned_optimizer, classic_optimizer"),

@@ -65,6 +65,25 @@ def test_the_gradient_is_the_central_difference_of_the_samples() -> None:
     assert torch.allclose(found.du, (field.sample(uv + step).values - field.sample(uv - step).values) / 2)
 
 
+def test_cubic_samples_are_cubic_convolution_with_its_own_gradient() -> None:
+    maps = smooth_maps(2, 3, 20, 30).double()
+    field = FeatureMap.from_maps(maps, cubic=True)
+    uv = (torch.rand(2, 40, 2, dtype=torch.float64) * torch.tensor([25.0, 15.0]) + 2).requires_grad_()
+    values, du, dv, inside = field.sample_with_gradient(uv, pad=1)
+    assert inside.all()
+    whole = torch.stack(torch.meshgrid(torch.arange(3.0, 9.0), torch.arange(4.0, 7.0), indexing="xy"), -1)
+    at_cells = field.sample(whole.reshape(1, -1, 2).expand(2, -1, 2).double()).values
+    assert torch.allclose(at_cells, maps[:, :, 4:7, 3:9].flatten(2).mT)
+    for channel in range(3):
+        (slope,) = torch.autograd.grad(values[..., channel].sum(), uv, retain_graph=True)
+        assert torch.allclose(slope, torch.stack([du[..., channel], dv[..., channel]], -1))
+    line = FeatureMap.from_maps(torch.arange(30.0).expand(1, 1, 20, 30), cubic=True)  # a plane is reproduced
+    assert torch.allclose(line.sample(uv[:1].detach().float()).values[..., 0], uv[:1, :, 0].detach().float(), atol=1e-4)
+    edge = torch.tensor([[[1.5, 9.0], [2.0, 9.0], [27.0, 9.0], [27.5, 9.0], [-3.0, 40.0], [torch.nan, 9.0]]])
+    assert line.inside(edge, 1)[0].tolist() == [False, True, True, False, False, False]
+    assert line.sample(edge).values.isfinite().all()
+
+
 @pytest.mark.parametrize("pad", [0, 1, 3])
 def test_the_border_is_not_used(pad: int) -> None:
     field = FeatureMap.from_maps(torch.rand(1, 2, 20, 30))

@@ -91,8 +91,8 @@ def errors(T: Matrix | None) -> tuple[float, float]:
 @pytest.mark.parametrize(
     "change",
     [{}, {"average_observations": True}, {"multiscale": (2, 1), "num_dbs": 2}, {"layer_indices": (0, 1)},
-     {"method": Method.FIXED, "num_iters": 60}],
-    ids=["plain", "averaged", "multiscale", "two levels", "learned damping"],
+     {"method": Method.FIXED, "num_iters": 60}, {"cubic": True}],
+    ids=["plain", "averaged", "multiscale", "two levels", "learned damping", "cubic"],
 )  # fmt: skip
 def test_refines_far_from_the_origin(model: PixLocModel, store: ViewStore, change: dict[str, object]) -> None:
     refiner = ReferenceRefiner(model, scene(), store, replace(QUICK, **change))  # type: ignore[arg-type]
