@@ -74,6 +74,8 @@ class Measured:
     """Largest resident memory of the process so far."""
     processor_ms: float = 0.0
     """Mean processor time of a frame, all threads."""
+    processor_ratio: float = 0.0
+    """The same over that of a float32 pass; other work on the machine changes it less."""
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -183,16 +185,17 @@ def measure_frames(localizer: Any, frames: Sequence[Frame], device: str) -> Meas
         backbone.extract(frame.image)
         localizer.process(frame)
     localizer.reset("the measurement starts")
-    passes, totals, processor = [], [], []
+    passes, totals, processor, pass_processor = [], [], [], []
     stages: dict[str, float] = {}
     errors: list[tuple[float, float]] = []
     for number, frame in enumerate(frames):
         if number % BACKBONE_PERIOD == 0:
             synchronize()
-            start = time.perf_counter()
+            start, busy = time.perf_counter(), time.process_time()
             backbone.extract(frame.image)
             synchronize()
             passes.append(1e3 * (time.perf_counter() - start))
+            pass_processor.append(1e3 * (time.process_time() - busy))
         start, busy = time.perf_counter(), time.process_time()
         estimate = localizer.process(frame).estimate
         synchronize()
@@ -225,7 +228,8 @@ def measure_frames(localizer: Any, frames: Sequence[Frame], device: str) -> Meas
         median_cm=medians[0],
         median_deg=medians[1],
         memory_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        processor_ms=sum(processor) / len(frames),
+        processor_ms=statistics.mean(processor),
+        processor_ratio=statistics.mean(processor) / statistics.mean(pass_processor),
     )
 
 
@@ -259,7 +263,16 @@ def as_text(report: dict[str, Any]) -> str:
 
 def table(rows: dict[str, Any]) -> str:
     """Return the figures of several runs as a Markdown table."""
-    head = ["run", "float32 pass, ms", "frame, ms", "p95, ms", "frame / pass", "p95 / pass", "processor, ms"]
+    head = [
+        "run",
+        "float32 pass, ms",
+        "frame, ms",
+        "p95, ms",
+        "frame / pass",
+        "p95 / pass",
+        "processor, ms",
+        "processor / pass",
+    ]
     first = next(iter(rows.values()))
     head += ["median, cm", "median, deg", *(f"{name}, %" for name in first["within_percent"])]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
