@@ -263,27 +263,15 @@ def as_text(report: dict[str, Any]) -> str:
 
 def table(rows: dict[str, Any]) -> str:
     """Return the figures of several runs as a Markdown table."""
-    head = [
-        "run",
-        "float32 pass, ms",
-        "frame, ms",
-        "p95, ms",
-        "frame / pass",
-        "p95 / pass",
-        "processor, ms",
-        "processor / pass",
-    ]
+    head = ["run", "float32 pass, ms", "frame, ms", "p95, ms", "processor, ms"]
+    head += ["frame / pass", "p95 / pass", "processor / pass"]
     first = next(iter(rows.values()))
     head += ["median, cm", "median, deg", *(f"{name}, %" for name in first["within_percent"])]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for name, row in rows.items():
-        values = [row[key] for key in ("backbone_float32_ms", "frame_ms", "frame_p95_ms", "ratio", "ratio_p95")]
-        cells = [
-            name,
-            *(f"{v:.1f}" for v in values[:3]),
-            *(f"{v:.2f}" for v in values[3:]),
-            f"{row['processor_ms']:.1f}",
-        ]
+        times = [row[key] for key in ("backbone_float32_ms", "frame_ms", "frame_p95_ms", "processor_ms")]
+        ratios = [row[key] for key in ("ratio", "ratio_p95", "processor_ratio")]
+        cells = [name, *(f"{v:.1f}" for v in times), *(f"{v:.2f}" for v in ratios)]
         cells += ["-" if v is None else f"{v:.3f}" for v in (row["median_cm"], row["median_deg"])]
         lines.append(f"| {' | '.join([*cells, *(format(v, '.1f') for v in row['within_percent'].values())])} |")
     stages = sorted({stage for row in rows.values() for stage in row["stages_ms"]} - {"total"})

@@ -27,6 +27,8 @@ def test_times_ratios_and_errors_of_the_same_frames_are_told(
         assert {"backbone", "refine"} <= set(row["stages_ms"]) and row["memory_mib"] > 50
     text = as_text(json.loads(json.dumps(report)))
     assert "processor: " in text and "| 1 threads, tracking |" in text and "measured now" in text
+    widths = {line.count("|") for line in text.splitlines() if line.startswith(("| run", "| 1 threads, default | "))}
+    assert len(widths) == 2  # of the two tables
     assert (tmp_path / "kfloc_ros" / "runtimes.json").is_file()
 
 
