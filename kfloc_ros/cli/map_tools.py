@@ -34,11 +34,13 @@ MAP_HELP = "folder of a map or a place, or name of an installed one"
 
 def add_tools(actions: Any) -> None:
     """Register the actions below ``kfloc map``."""
-    export = actions.add_parser("export", help="export a map or a place as a COLMAP model or a PLY point cloud")
+    export = actions.add_parser(
+        "export", help="export a map or a place as a COLMAP model, a PLY point cloud or ONNX networks"
+    )
     export.add_argument("map", metavar="MAP", help=MAP_HELP)
-    export.add_argument("--to", choices=("colmap", "ply"), required=True, help="format")
+    export.add_argument("--to", choices=("colmap", "ply", "onnx"), required=True, help="format")
     export.add_argument(
-        "--out", type=Path, required=True, metavar="PATH", help="folder (colmap) or file (ply) to write"
+        "--out", type=Path, required=True, metavar="PATH", help="folder (colmap, onnx) or file (ply) to write"
     )
     export.set_defaults(run_action=run_export)
 
@@ -115,12 +117,12 @@ def add_tools(actions: Any) -> None:
 
 def run_export(args: argparse.Namespace) -> int:
     """Run ``kfloc map export``; return 0."""
-    from kfloc_ros.mapping.export import export_colmap, export_ply
+    from kfloc_ros.mapping.export import export_colmap, export_onnx, export_ply
     from kfloc_ros.maps.format import resolve_map
     from kfloc_ros.maps.place import load_map
 
     known = load_map(resolve_map(args.map))
-    write = export_colmap if args.to == "colmap" else export_ply
+    write = {"colmap": export_colmap, "ply": export_ply, "onnx": export_onnx}[args.to]
     print(f"Exported to '{write(known, args.out)}'.")
     return 0
 

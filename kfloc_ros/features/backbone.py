@@ -159,7 +159,7 @@ class Backbone(nn.Module):
     def forward(self, images: torch.Tensor) -> BackboneFeatures:
         """Return features of grey images (B, 1, H, W), any scale of intensity; H and W are multiples of 32."""
         if self.runtime == REFERENCE or len(images) != 1 or images.device.type != "cpu":
-            return BackboneFeatures(*self._grids(images))
+            return BackboneFeatures(*self.grids(images))
         size = (images.shape[2], images.shape[3])
         if size not in self._engines:
             self._engines[size] = shared_engine(self._source, ChannelsLast(self), self.runtime, size)
@@ -167,7 +167,7 @@ class Backbone(nn.Module):
         coarse, fine, context = (grid.permute(0, 3, 1, 2) for grid in (coarse, fine, context))
         return BackboneFeatures(coarse, fine, context, reliability[..., 0])
 
-    def _grids(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def grids(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the fields of :class:`BackboneFeatures`, float32; the layers compute in the weights' precision."""
         var, mean = torch.var_mean(images, dim=(2, 3), keepdim=True, correction=0)
         x = ((images - mean) * (var + _BATCH_NORM_EPS).rsqrt()).to(self.skip1.weight.dtype)
@@ -220,5 +220,5 @@ class ChannelsLast(nn.Module):
         self.backbone = backbone
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        coarse, fine, context, reliability = self.backbone._grids(images)
+        coarse, fine, context, reliability = self.backbone.grids(images)
         return (*(grid.permute(0, 2, 3, 1).contiguous() for grid in (coarse, fine, context)), reliability[..., None])
