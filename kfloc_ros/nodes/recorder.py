@@ -101,7 +101,11 @@ def record(plan: RecordingPlan, out: Path, say: Callable[[str], None]) -> Record
                     if now_s - told_s < 3.0:
                         continue
                     told_s, report = now_s, recorder.report()
-                    say(progress_line(report))
+                    silent = [topic.name for topic in chosen[:2] if not recorder.counts[topic.name]]
+                    if silent:
+                        say(f"Nothing has come on {silent[0]}. Is the camera running, or is another topic meant?")
+                    else:
+                        say(progress_line(report))
                     if plan.stop_when_enough and report.is_enough:
                         break
                     if plan.duration_s and now_s - started_s >= plan.duration_s:
