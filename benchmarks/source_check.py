@@ -27,7 +27,7 @@ from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.mapping.source_check import SourceCheck, check_source
 from studies.mistakes import MISTAKES, Mistake
 
-KEPT_FRAMES = 160
+KEPT_FRAMES, FAST_HZ = 160, 24.0
 IN_FRAMES = ("offset", "rolling_shutter")
 """Kinds whose values are told in frames there and in seconds by the check."""
 
@@ -76,9 +76,10 @@ def rows(name: str, source: FrameSource, is_video: bool) -> Iterator[tuple[str, 
     check = check_source(kept)
     seconds = time.process_time() - started
     yield "none", "FALSE ALARM" if check.findings else "good", f"{seconds:.1f} s  {told(check)}"
-    has_depth = "depth_known" in check.figures
+    has = {"": True, "depth": "depth_known" in check.figures, "video": is_video}
+    has["fast"] = is_video and check.figures["rate_hz"] > FAST_HZ
     for mistake in MISTAKES:
-        if (mistake.needs == "depth" and not has_depth) or (mistake.needs == "video" and not is_video):
+        if not has[mistake.needs]:
             continue
         check = check_source(mistake.make(kept))
         yield mistake.name, verdict(check, mistake), told(check)

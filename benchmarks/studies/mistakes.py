@@ -72,7 +72,7 @@ class Mistake:
     value: float | None = None
     tolerance: float = 0.0
     needs: str = ""
-    """``depth`` or ``video``, if it can only be seen with depth or in images that follow each other."""
+    """``depth``, ``video`` or ``fast``, if it needs depth, images that follow each other, or 25 of them a second."""
 
 
 def scaled(factor: float) -> Callable[[Matrix], Matrix]:
@@ -186,7 +186,7 @@ MISTAKES: Sequence[Mistake] = (
     Mistake("focal length x 1.2", lambda s: Wrong(s, camera=resized_camera(1.2)), "focal", 1 / 1.2, 0.03),
     Mistake("focal length x 0.85", lambda s: Wrong(s, camera=resized_camera(0.85)), "focal", 1 / 0.85, 0.03),
     Mistake("fy x 0.88", lambda s: Wrong(s, camera=lambda c: replace(c, fy=c.fy * 0.88)), "aspect", 1 / 0.88, 0.03),
-    Mistake("rolling shutter of 5 frames", lambda s: RowByRow(s, 5), "rolling_shutter", 5.0, 1.5, "video"),
+    Mistake("rolling shutter of 5 frames", lambda s: RowByRow(s, 5), "rolling_shutter", 5.0, 1.5, "fast"),
     Mistake("calibration of half the size", lambda s: Wrong(s, camera=lambda c: replace(
         c, fx=c.fx / 2, fy=c.fy / 2, cx=c.cx / 2, cy=c.cy / 2)), "calibration", 2.0, 0.1),
     Mistake("principal point off by 12 %", lambda s: Wrong(s, camera=lambda c: replace(

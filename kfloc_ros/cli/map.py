@@ -146,6 +146,8 @@ def run_build(args: argparse.Namespace) -> int:
     config, method = build_config_from(args), scale_method(args)
     frames = open_source_from(args, depth=not args.no_depth)
     check_free(args.out, overwrite=args.force)
+    if args.scale_marker is not None:
+        print("Looking for markers in the images ...", file=sys.stderr)
     notes: dict[str, Any] = {"scale": "of the source's poses", "intrinsics": "given by the source"}
     if args.sfm is not None:
         if frames.camera_is_guess:

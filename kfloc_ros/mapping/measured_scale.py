@@ -28,6 +28,8 @@ MAX_REPROJECTION = 0.02
 """Largest distance between a point's pixel and its triangulated place, as a share of the focal length."""
 MARKER_IMAGES = 200
 """Largest number of images that are searched for markers."""
+MARKER_SIDE_PX = 1600
+"""Longer side of the images that markers are searched in; larger images are made smaller."""
 MAX_UNEQUAL = 0.15
 """Largest difference between the four sides of a marker, as a share of their mean."""
 DICTIONARIES = ("APRILTAG_36h11", "4X4_50", "5X5_100", "6X6_250", "7X7_1000", "ARUCO_ORIGINAL")
@@ -173,8 +175,13 @@ class Marker:
 
 
 def find_markers(image: NDArray[np.uint8]) -> list[Marker]:
-    """Return the ArUco and AprilTag markers in an RGB image (H, W, 3)."""
+    """Return the ArUco and AprilTag markers in an RGB image (H, W, 3); large images are searched at a smaller size."""
     grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+    scale = max(max(grey.shape) / MARKER_SIDE_PX, 1.0)
+    if scale > 1:
+        size = (round(grey.shape[1] / scale), round(grey.shape[0] / scale))
+        grey = cv2.resize(grey, size, interpolation=cv2.INTER_AREA)
+    ratio = np.array([image.shape[1] / grey.shape[1], image.shape[0] / grey.shape[0]])
     parameters = cv2.aruco.DetectorParameters()
     parameters.cornerRefinementMethod = cv2.aruco.CORNER_REFINE_SUBPIX
     found = []
@@ -183,7 +190,9 @@ def find_markers(image: NDArray[np.uint8]) -> list[Marker]:
         corners, numbers, _ = cv2.aruco.ArucoDetector(dictionary, parameters).detectMarkers(grey)
         if numbers is not None:
             found += [
-                Marker(f"{name}:{int(number)}", np.asarray(corner, dtype=np.float64).reshape(4, 2))
+                Marker(
+                    f"{name}:{int(number)}", (np.asarray(corner, dtype=np.float64).reshape(4, 2) + 0.5) * ratio - 0.5
+                )
                 for number, corner in zip(np.ravel(numbers), corners, strict=True)
             ]
     return found

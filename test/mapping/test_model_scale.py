@@ -159,6 +159,9 @@ def test_pixels_that_are_not_of_one_point_and_views_without_parallax_are_refused
 
 def test_a_printed_marker_gives_the_scale(views: PosedViews) -> None:
     assert {marker.name for marker in find_markers(views.source[2].image)} == {"APRILTAG_36h11:7"}
+    large = find_markers(cv2.resize(views.source[2].image, (2560, 1920), interpolation=cv2.INTER_CUBIC))
+    small = find_markers(views.source[2].image)
+    np.testing.assert_allclose((large[0].corners_px + 0.5) / 4 - 0.5, small[0].corners_px, atol=0.3)
     method = MarkerSize(MARKER_M)
     method.check(views.source)
     assert method.measure(views).metres_per_unit == pytest.approx(UNIT, rel=0.01)
