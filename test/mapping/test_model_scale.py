@@ -297,3 +297,25 @@ def test_photos_become_a_model_whose_scale_can_come_before_or_after(
     (tmp_path / "sfm" / "model.json").write_text(json.dumps({"source": "photos"}))
     with pytest.raises(SourceError, match="damaged"):
         reconstruct(source, tmp_path / "sfm")
+
+
+@pytest.mark.thorough
+def test_portrait_and_landscape_photos_become_one_model_of_two_cameras(room, tmp_path: Path) -> None:
+    poses = []
+    for k in range(12):
+        R = so3_exp(np.array([0.02 * np.sin(k), 0.05 * np.cos(2.0 * k), 0.0]))
+        T = make_pose(R, [-0.9 + 0.17 * k, 0.05 * np.sin(k), -0.8])
+        poses.append(T)
+        sideways = make_pose(so3_exp(np.array([0.0, 0.0, np.pi / 2])), np.zeros(3))
+        image = np.rot90(room.view(T @ sideways, k).image, -1) if k % 2 else room.view(T, k).image
+        cv2.imwrite(str(tmp_path / f"{k}.png"), np.ascontiguousarray(image[..., ::-1]))
+    source = open_source(f"images:{tmp_path}")
+    assert {source.own_camera(k).width for k in range(12)} == {320, 256}
+    found = reconstruct(source, tmp_path / "sfm", method=KnownLength(0, 11, 0.17 * 11))
+    centres = np.stack([T[:3, 3] for T in poses])
+    assert np.abs(distances(found) - np.linalg.norm(centres[:, None] - centres[None], axis=2)).max() < 0.05
+    own = {(camera.width, round(camera.fx, -1)) for k in range(12) for camera in [found.recorded(k).camera]}
+    assert len(own) == 2 and all(abs(fx - 260) <= 20 for _, fx in own)
+    assert found[3].image.shape[:2] == (found.camera.height, found.camera.width) and found[3].camera == found.camera
+    turned = found.pose(0)[:3, :3].T @ found.pose(1)[:3, :3]  # upright, whichever way the camera was held
+    assert np.degrees(np.arccos((np.trace(turned) - 1) / 2)) < 15
