@@ -48,8 +48,8 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run ``kfloc check``; 1 if there is an error among the findings."""
-    from kfloc_ros.mapping.check_page import write_page
     from kfloc_ros.mapping.source_check import check_source
+    from kfloc_ros.mapping.source_pages import write_page
 
     check = check_source(open_source_from(args), pairs=args.pairs)
     print(report(check))

@@ -203,7 +203,7 @@ def _measured(scene_map: SceneMap, args: argparse.Namespace, method: ScaleMethod
 def run_measure(args: argparse.Namespace) -> int:
     """Run ``kfloc map measure``; return 0."""
     from kfloc_ros.mapping.export import write_new_file
-    from kfloc_ros.mapping.measure_page import measure_page
+    from kfloc_ros.mapping.source_pages import measure_page
 
     page = measure_page(open_source_from(args, depth=False), args.images)
     print(f"Written to '{write_new_file(args.out, page.encode())}'. Open it in a browser.")

@@ -10,8 +10,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from kfloc_ros.geometry.lie import inverse_pose, rotation_angle_deg
-from kfloc_ros.mapping.check_geometry import Array, Model, Observations, normalised
+from kfloc_ros.geometry.lie import inverse_pose
+from kfloc_ros.mapping.check_geometry import Array, Model, Observations
 from kfloc_ros.mapping.check_pairs import REACH, View
 
 MIN_POINTS = 12
@@ -27,15 +27,6 @@ MIN_PEAK = 6.0
 MIN_EDGE_VIEWS = 10
 MIN_LEVEL, MIN_GAIN = 1.2, 1.5
 """Mean height of the views' correlations at a delay, in standard deviations, and by that without delay."""
-
-
-CLOCK_PAIRS, CLOCK_POINTS = 40, 600
-"""Largest number of pairs of depth images, and of points of each, that the clock is measured with."""
-CLOCK_ANGLE_DEG, CLOCK_SHARE = 40.0, 0.5
-"""Largest angle between two views, and their largest distance as a share of the depth."""
-MIN_CLOCK_PAIRS = 8
-CLOCK_GAIN, CLOCK_MOST = 0.8, 0.65
-"""Disagreement of depth images at a delay by that without, and the share of pairs that it must be less in."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,110 +199,3 @@ def _moved_px(
     motion = then @ inverse_pose(now) if model.inverted else inverse_pose(then) @ now
     point = (inverse_pose(T) @ motion @ T @ np.array([0, 0, far, 1.0]))[:3]
     return np.asarray(point[:2] / point[2]) if point[2] > 0.1 * far else None
-
-
-@dataclass(frozen=True, eq=False)
-class DepthClock:
-    """Poses that depth images agree with best among themselves."""
-
-    delay_frames: float
-    """Frames after an image at which its depth was taken."""
-    before: float
-    """Median disagreement of depth seen from two views, as a share of it, with the poses of the images."""
-    after: float
-    """The same with the poses at the delay."""
-    clear: bool
-
-
-def depth_clock(views: Sequence[View], observed: Observations, model: Model, factor: float) -> DepthClock | None:
-    """Return at which delay depth images of different views agree; None if too few pairs of views tell.
-
-    Depth of two views that overlap and move differently agrees only with the poses of the time that it was taken at.
-
-    Args:
-        views: with depth.
-        observed: poses.
-        model: how the poses are to be read.
-        factor: metres of the poses by a metre of depth.
-    """
-    seen = [view for view in views if view.frame.depth_m is not None]
-    pairs = _clock_pairs(seen, observed, model, factor)
-    delays = np.arange(-REACH, REACH + 1)
-    rows = [_disagreements(seen[i], seen[j], observed, model, factor, delays) for i, j in pairs]
-    table = np.array([row for row in rows if np.isfinite(row).all()]).reshape(-1, len(delays))
-    if len(table) < MIN_CLOCK_PAIRS:
-        return None
-    usual = np.median(table, axis=0)
-    best, now = int(usual.argmin()), int(np.flatnonzero(delays == 0)[0])
-    better = float((table[:, best] < 0.95 * table[:, now]).mean())
-    inside = 0 < best < len(delays) - 1
-    clear = inside and usual[best] < CLOCK_GAIN * usual[now] and better >= CLOCK_MOST
-    return DepthClock(float(delays[best]), float(usual[now]), float(usual[best]), bool(clear))
-
-
-def _clock_pairs(views: Sequence[View], observed: Observations, model: Model, factor: float) -> list[tuple[int, int]]:
-    """Pairs of views that overlap, those first whose relative pose changes most within the delays tried."""
-    poses = [[_camera_pose(view, observed, model, step) for step in (-4.0, 0.0, 4.0)] for view in views]
-    usual = [factor * _usual_depth(view) for view in views]
-    found = []
-    for i, first in enumerate(poses):
-        for j in range(i + 1, len(views)):
-            known = [T for T in (*first, *poses[j]) if T is not None]
-            if len(known) < 6:
-                continue
-            a, b = known[:3], known[3:]
-            far = usual[i]
-            apart = inverse_pose(a[1]) @ b[1]
-            if not far > 0 or np.linalg.norm(apart[:3, 3]) > CLOCK_SHARE * far:
-                continue
-            if rotation_angle_deg(apart[:3, :3]) > CLOCK_ANGLE_DEG:
-                continue
-            change = [inverse_pose(a[k]) @ b[k] for k in (0, 2)]
-            moved = inverse_pose(change[0]) @ change[1]
-            size = np.linalg.norm(moved[:3, 3]) / far + np.radians(rotation_angle_deg(moved[:3, :3]))
-            found.append((float(size), i, j))
-    return [(i, j) for _, i, j in sorted(found, reverse=True)[:CLOCK_PAIRS]]
-
-
-def _usual_depth(view: View) -> float:
-    depth = view.frame.depth_m
-    values = depth[::8, ::8] if depth is not None else np.zeros(0)
-    return float(np.median(values[values > 0])) if (values > 0).any() else 0.0
-
-
-def _camera_pose(view: View, observed: Observations, model: Model, delay: float) -> Array | None:
-    """Pose of the optical camera some frames after a view."""
-    T = observed.poses.at(view.position, model.offset + delay)
-    return None if T is None else (inverse_pose(T) if model.inverted else T) @ model.T_body_camera
-
-
-def _disagreements(
-    first: View, second: View, observed: Observations, model: Model, factor: float, delays: NDArray[np.int_]
-) -> Array:
-    """Median difference of the second view's depth from the first's moved there, as a share, at each delay."""
-    camera = observed.camera.pinhole() if model.pinhole else observed.camera
-    depth, other = first.frame.depth_m, second.frame.depth_m
-    result = np.full(len(delays), np.nan)
-    if depth is None or other is None:
-        return result
-    v, u = np.nonzero(depth > 0)
-    some = np.random.default_rng(0).permutation(len(u))[:CLOCK_POINTS]
-    u, v = u[some], v[some]
-    rays = normalised(camera, np.stack([u, v], axis=1).astype(np.float64))
-    points = np.column_stack([rays, np.ones(len(rays))]) * (factor * depth[v, u])[:, None]
-    for k, delay in enumerate(delays.tolist()):
-        a, b = (_camera_pose(view, observed, model, float(delay)) for view in (first, second))
-        if a is None or b is None:
-            return result
-        T = inverse_pose(b) @ a
-        moved = points @ T[:3, :3].T + T[:3, 3]
-        moved = moved[moved[:, 2] > 1e-3]
-        x, y = np.rint(camera.distort(moved[:, :2] / moved[:, 2:])).T
-        inside = (x >= 0) & (y >= 0) & (x < camera.width) & (y < camera.height)
-        measured = factor * other[y[inside].astype(int), x[inside].astype(int)]
-        near = np.abs(measured / moved[inside, 2] - 1)[measured > 0]
-        near = near[near < 0.3]  # else another surface is in front
-        if len(near) < CLOCK_POINTS // 6:
-            return result
-        result[k] = np.median(near)
-    return result

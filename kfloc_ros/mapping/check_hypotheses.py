@@ -139,7 +139,7 @@ def _explains(cause: Cause, observed: Observations, base: Model, e0: Array) -> b
     better, worse = (e1[both] < BETTER * e0[both]).mean(), (e1[both] > WORSE * e0[both] + 0.1).mean()
     most = MOST_OF_OFFSET if cause.kind == "offset" else MOST
     explained = cause.after_px < GAIN * cause.before_px and better >= most and worse <= FEW
-    if cause.kind in ("focal", "calibration", "distortion") and cause.drop > LARGE_DROP:
+    if cause.kind in ("focal", "calibration", "aspect") and cause.drop > LARGE_DROP:
         explained = cause.after_px < LARGE_GAIN * cause.before_px and better >= LARGE_MOST and worse <= LARGE_FEW
     return explained and is_large(cause, base)
 

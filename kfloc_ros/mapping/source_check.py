@@ -13,7 +13,8 @@ from kfloc_ros.datasets.source_options import MOUNTS
 from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import matrix_to_quaternion, rotation_angle_deg
-from kfloc_ros.mapping.check_depth import DepthClock, DepthPlace, DepthUnit, depth_clock, depth_place, depth_unit
+from kfloc_ros.mapping.check_depth import DepthPlace, DepthUnit, depth_place, depth_unit
+from kfloc_ros.mapping.check_depth_views import DepthClock, DepthShift, depth_clock, depth_shift
 from kfloc_ros.mapping.check_geometry import Model, Observations, normalised
 from kfloc_ros.mapping.check_hypotheses import MIN_CENTRE, MIN_FOCAL, MIN_PAIRS, Cause, find_causes
 from kfloc_ros.mapping.check_pairs import Pair, PairFinder, Poses
@@ -140,6 +141,9 @@ def check_source(source: FrameSource, *, pairs: int = 16) -> SourceCheck:
             figures["depth_disagreement"] = round(clock.before, 4)
             if not any(finding.kind == "depth_clock" for finding in findings):
                 findings += _clock_findings(clock, period_s)
+        moved = None if causes else depth_shift(finder.views, observed, model, factor)
+        if moved is not None and not any(finding.kind in ("depth_shift", "depth_clock") for finding in findings):
+            findings += _shift_findings(moved, source.camera)
     return SourceCheck(source.name, tuple(findings), figures, tuple(notes), tuple(posed), observed, model)
 
 
@@ -317,16 +321,16 @@ def _place_findings(place: DepthPlace, camera: Camera, period_s: float) -> list[
     return []
 
 
+def _shift_findings(shift: DepthShift, camera: Camera) -> list[Finding]:
+    if not shift.clear or np.hypot(*shift.shift_px) < MIN_SHIFT * camera.width:
+        return []
+    return [Finding("depth_shift", WARNING, shift.sentence(), value=shift.shift_px[0])]
+
+
 def _clock_findings(clock: DepthClock, period_s: float) -> list[Finding]:
     if not clock.clear or abs(clock.delay_frames) < MIN_DELAY_FRAMES:
         return []
-    text = (
-        f"The depth images are those of about {abs(clock.delay_frames):.0f} frames "
-        f"{'later' if clock.delay_frames > 0 else 'earlier'} ({abs(clock.delay_frames) * period_s:.3f} s): with the "
-        f"poses of that time, depth of two views differs by {100 * clock.after:.1f} %, and by "
-        f"{100 * clock.before:.1f} % with those of the images"
-    )
-    return [Finding("depth_clock", WARNING, f"{text}.", value=clock.delay_frames * period_s)]
+    return [Finding("depth_clock", WARNING, clock.sentence(period_s), value=clock.delay_frames * period_s)]
 
 
 def _image_findings(facts: ImageFacts) -> list[Finding]:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
+from kfloc_ros.datasets.pictures import GUESSED_FOCAL
 from kfloc_ros.errors import SourceError
 from kfloc_ros.features.backbone import Backbone
 from kfloc_ros.frames import FrameSource
@@ -54,7 +55,9 @@ def solve(source: FrameSource, folder: Path, names: Sequence[str], on_progress: 
         if source.camera_is_guess:
             focal = (camera.fx + camera.fy) / 2
             reader.camera_model = "SIMPLE_RADIAL"
-            reader.camera_params = f"{focal},{camera.cx + 0.5},{camera.cy + 0.5},0"
+            if focal != GUESSED_FOCAL * max(camera.width, camera.height):
+                # From EXIF. COLMAP takes a focal length that is given for nearly right; a mere guess must not be given.
+                reader.camera_params = f"{focal},{camera.cx + 0.5},{camera.cy + 0.5},0"
         else:
             reader.camera_model, parameters = camera_to_colmap(camera)
             reader.camera_params = ",".join(map(str, parameters))

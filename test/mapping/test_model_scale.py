@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from photos import photo
 
 from kfloc_ros.cli.main import main
 from kfloc_ros.cli.map_scale import scaled_source
@@ -23,13 +24,13 @@ from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import inverse_pose, make_pose, so3_exp
 from kfloc_ros.kfnet.scoordnet import INPUT_CHANNELS, heads_of
 from kfloc_ros.mapping import structure
-from kfloc_ros.mapping.measure_page import measure_page
 from kfloc_ros.mapping.measured_scale import (
     CameraHeight,
     MarkerSize,
     PosedViews,
     find_markers,
 )
+from kfloc_ros.mapping.source_pages import measure_page
 from kfloc_ros.mapping.structure import read_notes, reconstruct
 from kfloc_ros.mapping.structure_scale import KnownLength, object_length
 from kfloc_ros.maps.scene_map import SceneMap, scaled_map
@@ -235,6 +236,10 @@ def test_what_cannot_scale_a_map_is_refused(
     assert said in capsys.readouterr().err and not (tmp_path / "m").exists()
 
 
+FOCAL_35MM = 27
+"""Of the room's camera, in whole millimetres as EXIF has it."""
+
+
 class Photos:
     """Photos of the room, of a camera that moves sideways, in a folder."""
 
@@ -247,7 +252,7 @@ class Photos:
             self.poses.append(frame.T_map_camera)
             part = folder / ("first" if k < count // 2 else "second")
             part.mkdir(parents=True, exist_ok=True)
-            cv2.imwrite(str(part / f"photo{k}.jpg"), frame.image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 97])
+            photo(part / f"photo{k}.jpg", frame.image, 1, FOCAL_35MM)
 
     def distances(self) -> np.ndarray:
         centres = np.stack([T[:3, 3] for T in self.poses])
@@ -308,7 +313,7 @@ def test_portrait_and_landscape_photos_become_one_model_of_two_cameras(room, tmp
         poses.append(T)
         sideways = make_pose(so3_exp(np.array([0.0, 0.0, np.pi / 2])), np.zeros(3))
         image = np.rot90(room.view(T @ sideways, k).image, -1) if k % 2 else room.view(T, k).image
-        cv2.imwrite(str(tmp_path / f"{k}.png"), np.ascontiguousarray(image[..., ::-1]))
+        photo(tmp_path / f"{k}.jpg", image, 1, FOCAL_35MM)
     source = open_source(f"images:{tmp_path}")
     assert {source.own_camera(k).width for k in range(12)} == {320, 256}
     found = reconstruct(source, tmp_path / "sfm", method=KnownLength(0, 11, 0.17 * 11))

@@ -20,9 +20,9 @@ from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import make_pose, rotation_angle_deg, so3_exp
 from kfloc_ros.mapping.check_depth import depth_place
 from kfloc_ros.mapping.check_geometry import Model, Observations
-from kfloc_ros.mapping.check_page import write_page
 from kfloc_ros.mapping.check_pairs import PairFinder, Poses, View
 from kfloc_ros.mapping.source_check import SourceCheck, check_source, fitted_camera
+from kfloc_ros.mapping.source_pages import write_page
 from kfloc_ros.types import Frame, Matrix
 from studies.mistakes import MISTAKES, MOUNTING, Mistake, Wrong, scaled
 

@@ -1,20 +1,72 @@
 # SPDX-License-Identifier: Apache-2.0
-"""HTML page on which the ends of an object are clicked in images; it yields the words of ``--scale-object``."""
+"""HTML pages of a source: its check, and the one on which an object's ends are clicked for ``--scale-object``."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from kfloc_ros.errors import SourceError
-from kfloc_ros.evaluation.page import document, embedded, escape
+from kfloc_ros.evaluation.page import document, embedded, escape, table
 from kfloc_ros.frames import FrameSource
+from kfloc_ros.mapping.check_geometry import Model, Observations
+from kfloc_ros.mapping.source_check import SourceCheck
+
+SHOWN_PAIRS = 4
+SHOWN_POINTS = 12
+PAIR_WIDTH_PX = 420
+AS_GIVEN, MENDED = (230, 80, 60), (40, 190, 90)
+
+
+def write_page(check: SourceCheck, path: Path) -> None:
+    """Write the page; it needs nothing beside it."""
+    rows = [(f.severity, f.text, f.words) for f in check.findings] or [("", "No mistake was found.", "")]
+    parts = [f"<h1>Check of {escape(check.name)}</h1>", table(rows, ("", "finding", "option"))]
+    if check.words:
+        parts.append(f"<p>With all of them: <code>SOURCE{escape(check.words)}</code></p>")
+    parts += [f"<p>{escape(note)}</p>" for note in check.notes]
+    parts += ["<h2>Figures</h2>", table([(name, f"{value:g}") for name, value in check.figures.items()])]
+    if check.observed is not None:
+        parts.append("<h2>Pairs</h2><p>Points of the left image and their epipolar lines in the right one, by the "
+                     "source as it is given (red), and as the findings say (green, if there are any). A line passes "
+                     "through its point if poses and calibration are right.</p>")  # fmt: skip
+        count = len(check.observed.pairs)
+        for k in np.unique(np.linspace(0, count - 1, min(SHOWN_PAIRS, count)).astype(int)).tolist():
+            pair = check.observed.pairs[k]
+            picture = embedded(_jpeg(_drawn(check.observed, k, check.model)), "jpeg")
+            caption = f"frames {pair.first.frame.index} and {pair.second.frame.index}"
+            parts.append(f'<figure><img src="{picture}" alt="{caption}"><figcaption>{caption}</figcaption></figure>')
+    path.write_text(document(f"Check of {check.name}", parts), encoding="utf-8")
+
+
+def _drawn(observed: Observations, k: int, model: Model) -> NDArray[np.uint8]:
+    """Both images of a pair side by side, RGB."""
+    pair = observed.pairs[k]
+    height, width = pair.first.grey.shape
+    scale = PAIR_WIDTH_PX / width
+    size = (PAIR_WIDTH_PX, max(round(height * scale), 1))
+    images = [cv2.cvtColor(cv2.resize(v.grey, size), cv2.COLOR_GRAY2RGB) for v in (pair.first, pair.second)]
+    scale = PAIR_WIDTH_PX / pair.first.frame.camera.width
+    rows = np.flatnonzero(observed.pair_of == k)
+    some = np.unique(np.linspace(0, len(rows) - 1, min(SHOWN_POINTS, len(rows))).astype(int))
+    readings = [(Model(), AS_GIVEN)] + ([(model, MENDED)] if observed.differs(model) else [])
+    for reading, colour in readings:
+        for i in some:
+            line = observed.epipolar_line(reading, k, int(rows[i])) * scale
+            cv2.polylines(images[1], [np.rint(line).astype(np.int32)], False, colour, 1, cv2.LINE_AA)
+    for image, pixels in zip(images, pair.pixels, strict=True):
+        for i in some:
+            x, y = (round(float(v)) for v in pixels[i] * scale)
+            cv2.circle(image, (x, y), 4, (255, 210, 0), 1, cv2.LINE_AA)
+    return np.concatenate(images, axis=1)
+
 
 PAGE_IMAGES = 16
-WIDTH_PX = 1600
+PAGE_WIDTH_PX = 1600
 """Width of the images in the page; clicks are told in pixels of the full images."""
 
 _STYLE = """<style>
@@ -98,7 +150,7 @@ def measure_page(source: FrameSource, indices: Sequence[int] | None = None) -> s
         if frame is None:
             continue
         height, width = frame.image.shape[:2]
-        picture = embedded(_jpeg(frame.image), "jpeg")
+        picture = embedded(_jpeg(_fitted(frame.image), 88), "jpeg")
         views.append(
             f'<figure><figcaption>image {frame.index} ({escape(frame.name)})</figcaption><div class="view" '
             f'data-n="{frame.index}" data-w="{width}" data-h="{height}"><img src="{picture}" '
@@ -120,9 +172,14 @@ def measure_page(source: FrameSource, indices: Sequence[int] | None = None) -> s
     return document(f"Scale of {source.name}", parts)
 
 
-def _jpeg(image: NDArray[np.uint8]) -> bytes:
-    height, width = image.shape[:2]
-    if width > WIDTH_PX:
-        image = np.asarray(cv2.resize(image, (WIDTH_PX, max(round(height * WIDTH_PX / width), 1))), dtype=np.uint8)
-    _, data = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 88])
+def _jpeg(image: NDArray[np.uint8], quality: int = 82) -> bytes:
+    _, data = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])
     return bytes(data)
+
+
+def _fitted(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    height, width = image.shape[:2]
+    if width <= PAGE_WIDTH_PX:
+        return image
+    size = (PAGE_WIDTH_PX, max(round(height * PAGE_WIDTH_PX / width), 1))
+    return np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA), dtype=np.uint8)
