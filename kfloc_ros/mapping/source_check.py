@@ -136,7 +136,8 @@ def check_source(source: FrameSource, *, pairs: int = 16) -> SourceCheck:
         if place is not None:
             findings += _place_findings(place, source.camera, period_s)
         factor = 1.0 if unit is None else unit.factor
-        clock = depth_clock(finder.views, observed, model, factor)
+        calibrated = any(cause.kind in CALIBRATION_KINDS for cause in causes)  # then depth disagrees for that reason
+        clock = None if calibrated else depth_clock(finder.views, observed, model, factor)
         if clock is not None:
             figures["depth_disagreement"] = round(clock.before, 4)
             if not any(finding.kind == "depth_clock" for finding in findings):

@@ -21,7 +21,7 @@ from kfloc_ros.datasets import open_source
 from kfloc_ros.errors import MapError, SourceError
 from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import Camera
-from kfloc_ros.geometry.lie import inverse_pose, make_pose, so3_exp
+from kfloc_ros.geometry.lie import inverse_pose, make_pose, rotation_angle_deg, so3_exp
 from kfloc_ros.kfnet.scoordnet import INPUT_CHANNELS, heads_of
 from kfloc_ros.mapping import structure
 from kfloc_ros.mapping.measured_scale import (
@@ -307,20 +307,23 @@ def test_photos_become_a_model_whose_scale_can_come_before_or_after(
 @pytest.mark.thorough
 def test_portrait_and_landscape_photos_become_one_model_of_two_cameras(room, tmp_path: Path) -> None:
     poses = []
-    for k in range(12):
-        R = so3_exp(np.array([0.02 * np.sin(k), 0.05 * np.cos(2.0 * k), 0.0]))
-        T = make_pose(R, [-0.9 + 0.17 * k, 0.05 * np.sin(k), -0.8])
+    for k in range(16):
+        R = so3_exp(np.array([0.12 * np.sin(1.7 * k), 0.3 * np.sin(0.9 * k), 0.0]))
+        T = make_pose(R, [-0.9 + 0.12 * k, 0.2 * np.sin(1.3 * k), -0.8 + 0.4 * np.sin(0.7 * k)])
         poses.append(T)
         sideways = make_pose(so3_exp(np.array([0.0, 0.0, np.pi / 2])), np.zeros(3))
         image = np.rot90(room.view(T @ sideways, k).image, -1) if k % 2 else room.view(T, k).image
         photo(tmp_path / f"{k}.jpg", image, 1, FOCAL_35MM)
     source = open_source(f"images:{tmp_path}")
-    assert {source.own_camera(k).width for k in range(12)} == {320, 256}
-    found = reconstruct(source, tmp_path / "sfm", method=KnownLength(0, 11, 0.17 * 11))
+    assert {source.own_camera(k).width for k in range(16)} == {320, 256}
     centres = np.stack([T[:3, 3] for T in poses])
+    length = float(np.linalg.norm(centres[15] - centres[0]))
+    found = reconstruct(source, tmp_path / "sfm", method=KnownLength(0, 15, length))
     assert np.abs(distances(found) - np.linalg.norm(centres[:, None] - centres[None], axis=2)).max() < 0.05
-    own = {(camera.width, round(camera.fx, -1)) for k in range(12) for camera in [found.recorded(k).camera]}
+    own = {(camera.width, round(camera.fx, -1)) for k in range(16) for camera in [found.recorded(k).camera]}
     assert len(own) == 2 and all(abs(fx - 260) <= 20 for _, fx in own)
     assert found[3].image.shape[:2] == (found.camera.height, found.camera.width) and found[3].camera == found.camera
-    turned = found.pose(0)[:3, :3].T @ found.pose(1)[:3, :3]  # upright, whichever way the camera was held
-    assert np.degrees(np.arccos((np.trace(turned) - 1) / 2)) < 15
+    for k in range(1, 16):  # upright, whichever way the camera was held
+        turned = found.pose(0)[:3, :3].T @ found.pose(k)[:3, :3]
+        true = poses[0][:3, :3].T @ poses[k][:3, :3]
+        assert rotation_angle_deg(turned.T @ true) < 3
