@@ -45,6 +45,14 @@ def computes_bfloat16(device: torch.device) -> bool:
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
+def prefers_int8(device: torch.device) -> bool:
+    """Return True if a processor has instructions for products in int8 (VNNI), and none in bfloat16."""
+    if device.type != "cpu" or computes_bfloat16(device):
+        return False
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(capabilities.get("avx512_vnni") or capabilities.get("avx_vnni"))
+
+
 MAX_THREADS = 4
 
 

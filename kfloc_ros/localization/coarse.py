@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from kfloc_ros.device import choose_device
+from kfloc_ros.device import choose_device, prefers_int8
 from kfloc_ros.errors import FrameError
 from kfloc_ros.features.backbone import COARSE_STRIDE, Backbone, BackboneFeatures
 from kfloc_ros.geometry.camera import Camera, ImageAdapter
@@ -18,7 +18,7 @@ from kfloc_ros.kfnet.flow_network import flow_of
 from kfloc_ros.kfnet.fusion import NO_PRIOR, Filtered, FilterSettings
 from kfloc_ros.kfnet.pnp import PnpSettings, solve_pnp
 from kfloc_ros.kfnet.reference.networks import ReferenceNetworks
-from kfloc_ros.kfnet.scoordnet import measure
+from kfloc_ros.kfnet.scoordnet import measure, quantized
 from kfloc_ros.localization.config import LocalizerConfig
 from kfloc_ros.localization.results import StageTimes
 from kfloc_ros.maps.scene_map import SceneMap
@@ -42,7 +42,7 @@ class CoarseStage:
         self.camera = scene_map.camera
         """Pinhole camera that every frame must have."""
         self.backbone = backbone or Backbone(device=device, runtime=config.runtime)
-        self._networks = networks_of(scene_map, device)
+        self._networks = networks_of(scene_map, device, exact=config.runtime == "torch")
         self._use_filter = config.filter
         self._corrects = config.filter and config.pose_feedback and recursion_of(scene_map, config) == "robust"
         self._alternates = config.filter and config.alternate_cells and recursion_of(scene_map, config) == "robust"
@@ -201,15 +201,16 @@ class CoarseNetworks(Protocol):
         ...
 
 
-def networks_of(scene_map: SceneMap, device: torch.device) -> CoarseNetworks:
+def networks_of(scene_map: SceneMap, device: torch.device, *, exact: bool = False) -> CoarseNetworks:
     """Return the networks that a map was trained with.
 
     Args:
         scene_map: map of the scene.
         device: device of the networks.
+        exact: never compute in int8.
     """
     if scene_map.kfnet is None:
-        return FastNetworks(scene_map, device)
+        return FastNetworks(scene_map, device, exact=exact)
     return ReferencePair(scene_map, scene_map.kfnet, device)
 
 
@@ -239,8 +240,9 @@ class FastNetworks:
 
     stride = COARSE_STRIDE
 
-    def __init__(self, scene_map: SceneMap, device: torch.device) -> None:
-        self._head = scene_map.head.to(device)
+    def __init__(self, scene_map: SceneMap, device: torch.device, *, exact: bool = False) -> None:
+        head = scene_map.head.to(device)
+        self._head = quantized(head) if prefers_int8(device) and not exact else head
         self._calibration = scene_map.calibration
         chosen = flow_of(scene_map.calibration, device)
         self.flow = chosen.flow

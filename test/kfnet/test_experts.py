@@ -9,12 +9,14 @@ import torch
 
 from kfloc_ros.features.backbone import BackboneFeatures
 from kfloc_ros.geometry.lie import make_pose, so3_exp
+from kfloc_ros.kfnet import scoordnet
 from kfloc_ros.kfnet.scoordnet import (
     SCoordNet,
     SCoordNetEnsemble,
     ensemble_of,
     head_input,
     heads_of,
+    quantized,
     transformed_head,
     with_variance_scale,
 )
@@ -87,3 +89,18 @@ def test_some_cells_alone_are_measured_as_among_all(count: int) -> None:
     assert torch.allclose(part.mean[:, cells], whole.mean[:, cells], atol=2e-2)  # bfloat16 depends on the batch
     assert torch.allclose(part.variance[cells], whole.variance[cells], rtol=1e-2)
     assert torch.isfinite(part.mean).all() and (part.variance[~cells] > 100).all()
+
+
+@pytest.mark.skipif("x86" not in torch.backends.quantized.supported_engines, reason="int8 layers for x86 only")
+@pytest.mark.parametrize("count", [1, 2])
+def test_hidden_layers_in_int8_change_points_little_and_leave_the_head_as_it_was(
+    count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scoordnet, "computes_bfloat16", lambda device: False)  # as where int8 is preferred
+    exact = ensemble_of([head(k, -2.0 - k) for k in range(count)])
+    before = exact.measure(features())
+    quick = quantized(exact).measure(features())
+    spread = before.mean.std()
+    assert 0 < (quick.mean - before.mean).norm(dim=0).median() < 0.02 * spread
+    assert torch.allclose(quick.variance.log(), before.variance.log(), atol=0.1)
+    assert torch.equal(exact.measure(features()).mean, before.mean)
