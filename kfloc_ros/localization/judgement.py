@@ -161,7 +161,7 @@ EVIDENCE = tuple(_WEIGHTS)
 """Names of the values that the confidence depends on; see :func:`confidence_of`."""
 
 
-def confidence_of(evidence: Mapping[str, float]) -> float:
+def confidence_of(evidence: Mapping[str, float], odds: float = 1.0) -> float:
     """Return the probability that a pose is right: errors below 10 cm and 5 deg.
 
     The model is logistic in the evidence.
@@ -171,8 +171,13 @@ def confidence_of(evidence: Mapping[str, float]) -> float:
             limit. ``missing_share``: blocks that do not match. ``moved_share``: blocks that agree on a displacement.
             ``camera_score``: log(1 + chi-square) of the camera's offsets. ``sigma_score``: log of the standard
             deviation relative to 10 cm or 5 deg. ``coarse_score``: log(1 + chi-square) of coarse and refined pose.
+        odds: factor on the odds, from the map's calibration.
     """
-    total = _BIAS + sum(weight * (evidence.get(k, _MEANS[k]) - _MEANS[k]) for k, weight in _WEIGHTS.items())
+    total = (
+        _BIAS
+        + math.log(odds)
+        + sum(weight * (evidence.get(k, _MEANS[k]) - _MEANS[k]) for k, weight in _WEIGHTS.items())
+    )
     return 1.0 / (1.0 + math.exp(-max(min(total, 30.0), -30.0)))
 
 
@@ -184,6 +189,7 @@ class PoseCheck:
         camera: pinhole camera of the map.
         mode: ``off``, ``warn`` or ``correct``; see ``LocalizerConfig.camera_check``.
         calibration_error: usual relative error of a focal length.
+        confidence_odds: factor on the odds that a pose is right, from the map's calibration.
         settings: rate and conditions of the camera's check; None: the defaults.
     """
 
@@ -193,8 +199,10 @@ class PoseCheck:
         camera: Camera,
         mode: str,
         calibration_error: float,
+        confidence_odds: float = 1.0,
         settings: CameraCheckSettings | None = None,
     ) -> None:
+        self._odds = confidence_odds
         self._refiner, self._camera, self._corrects_camera = refiner, camera, mode == "correct"
         self._cameras = None if mode == "off" else CameraCheck(camera, settings, calibration_error)
         self._correction: Correction | None = None
@@ -227,7 +235,9 @@ class PoseCheck:
                 checked, chi2 = self._check_camera(frame, features, estimate, inspection)
                 estimate = _check_parts(checked, inspection.blocks, self._camera)
             evidence = self._evidence(estimate, inspection, chi2)
-        return replace(estimate, evidence=evidence, confidence=confidence_of(evidence), timings_ms=times.with_total())
+        return replace(
+            estimate, evidence=evidence, confidence=confidence_of(evidence, self._odds), timings_ms=times.with_total()
+        )
 
     def _check_camera(
         self, frame: Frame, features: BackboneFeatures, estimate: PoseEstimate, inspection: Inspection

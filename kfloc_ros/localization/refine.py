@@ -61,7 +61,11 @@ class RefineStage:
         self.corrects_camera = config.camera_check == "correct"
         """True if images may be converted to a fitted camera."""
         self._check = PoseCheck(
-            self.refiner, scene_map.camera, config.camera_check, 0.01 * config.calibration_error_percent
+            self.refiner,
+            scene_map.camera,
+            config.camera_check,
+            0.01 * config.calibration_error_percent,
+            calibration.confidence_odds,
         )
 
     @property

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -48,6 +49,8 @@ measured maps, which have 0.06 to 0.15.
 MIN_WRONG = 5
 MAX_MIRRORED = 20
 """Limit on mirrored views that are localized."""
+MAX_CONFIDENCE_VIEWS = 8
+"""Limit on held-out views that the confidence is calibrated on, each four times."""
 RATIO_LIMITS = 0.1, 0.5
 GOOD_M, GOOD_DEG = 0.10, 5.0
 """Position and rotation errors below which an alignment is good."""
@@ -82,6 +85,9 @@ def calibrate(
         calibration = calibrate_flow(calibration, features, truth, pairs)
     on_progress(0.6, "poses")
     calibration, quality = _calibrate_poses(replace(draft, calibration=calibration), views, stamps_ns, device)
+    on_progress(0.9, "confidence")
+    odds = _confidence_odds(replace(draft, calibration=calibration), views, device)
+    calibration = replace(calibration, confidence_odds=odds)
     return replace(draft, calibration=calibration, provenance={**draft.provenance, "held_out": quality})
 
 
@@ -213,6 +219,54 @@ def _calibrate_poses(
         min_inlier_ratio=_ratio_threshold(ratios, _mirrored_ratios(draft, views, stamps_ns, device)),
     )
     return found, _accuracy(errors)
+
+
+def _confidence_odds(draft: SceneMap, views: Sequence[View], device: str) -> float:
+    """Return the factor on the odds of right poses, from held-out views as they are, and dark, blurred, or changed."""
+    localizer = Localizer(draft, LocalizerConfig(device=device))
+    confidences, rights = [], []
+    for i, view in enumerate(views[:: max(len(views) // MAX_CONFIDENCE_VIEWS, 1)]):
+        for k, image in enumerate((view.image, *_treated(view.image))):
+            localizer.reset("each image for itself")
+            stamp_ns = 10**10 * (1 + 10 * i + k)
+            estimate = localizer.process(Frame(image, view.camera, stamp_ns, view.index)).estimate
+            if estimate.confidence is not None:
+                confidences.append(estimate.confidence)
+                rights.append(_is_good(view.T_map_camera, estimate.T_map_camera))
+    draft.head.to("cpu")
+    return odds_factor(confidences, rights)
+
+
+def _treated(image: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], ...]:
+    """Return an image dark, blurred, and with its middle displaced."""
+    h, w = image.shape[:2]
+    dark = np.asarray(255.0 * (image / 255.0) ** 5, dtype=np.uint8)
+    blurred = np.asarray(cv2.GaussianBlur(image, (0, 0), w / 100), dtype=np.uint8)
+    moved = image.copy()
+    moved[h // 5 : 4 * h // 5, w // 5 + w // 12 : 4 * w // 5 + w // 12] = image[
+        h // 5 : 4 * h // 5, w // 5 : 4 * w // 5
+    ]
+    return dark, blurred, moved
+
+
+def odds_factor(confidences: Sequence[float], rights: Sequence[bool]) -> float:
+    """Return the factor on the odds of confidences at which they fit what was right best.
+
+    The logarithm has a standard normal prior, so a few images change little; without any, the factor is 1.
+    """
+    if not confidences:
+        return 1.0
+    share = np.clip(np.asarray(confidences, dtype=np.float64), 1e-6, 1.0 - 1e-6)
+    logit, right = np.log(share / (1.0 - share)), np.asarray(rights, dtype=np.float64)
+    shift = 0.0
+    for _ in range(50):
+        found = 1.0 / (1.0 + np.exp(-(logit + shift)))
+        slope, curvature = (right - found).sum() - shift, (found * (1.0 - found)).sum() + 1.0
+        step = float(np.clip(slope / curvature, -1.0, 1.0))
+        shift += step
+        if abs(step) < 1e-9:
+            break
+    return math.exp(shift)
 
 
 def _wrong_costs(draft: SceneMap, views: Sequence[View], device: str) -> list[float]:

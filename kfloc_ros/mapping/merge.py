@@ -103,6 +103,7 @@ def _calibration(a: Calibration, b: Calibration) -> Calibration:
         max_alignment_cost=max(a.max_alignment_cost, b.max_alignment_cost),
         min_inlier_ratio=max(a.min_inlier_ratio, b.min_inlier_ratio),
         learned_process_scale=None if None in learned else max(scale for scale in learned if scale is not None),
+        confidence_odds=min(a.confidence_odds, b.confidence_odds),
         roughness=_roughness(a.roughness, b.roughness),
     )
 

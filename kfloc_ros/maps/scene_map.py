@@ -48,6 +48,8 @@ from kfloc_ros.maps.format import (
 )
 from kfloc_ros.pixloc.references import ReferenceViews
 
+LATER = "confidence_odds"
+"""Value that maps of earlier versions lack; they have the default."""
 ROUGHNESS = "roughness"
 
 
@@ -68,6 +70,8 @@ class Calibration:
     """
     learned_process_scale: float | None = None
     """Like ``process_scale``, for the flow network; None if the map was calibrated without it."""
+    confidence_odds: float = 1.0
+    """Factor on the odds that a pose is right, relative to the shipped model of the confidence."""
     roughness: RoughnessScale | None = None
     """Growth of the head's variance away from the mapped views; None if it does not grow."""
 
@@ -204,7 +208,7 @@ def _described(calibration: Calibration) -> dict[str, Any]:
 
 def _calibration(description: Mapping[str, Any]) -> Calibration:
     roughness = RoughnessScale(**description[ROUGHNESS]) if ROUGHNESS in description else None
-    if missing := {item.name for item in fields(Calibration)} - {ROUGHNESS} - set(description["calibration"]):
+    if missing := {item.name for item in fields(Calibration)} - {ROUGHNESS, LATER} - set(description["calibration"]):
         raise ValueError(f"its calibration lacks {', '.join(sorted(missing))}")
     return Calibration(**description["calibration"], roughness=roughness)
 
