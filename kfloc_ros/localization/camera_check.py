@@ -26,8 +26,8 @@ from kfloc_ros.pixloc.image_check import CameraFit, CameraScore
 from kfloc_ros.pixloc.refiner import FittedCamera
 from kfloc_ros.types import Frame, PoseEstimate
 
-CHI2_5_99, CHI2_5_999 = 15.086, 20.515
-"""99 % and 99.9 % quantiles of the chi-square distribution with 5 degrees of freedom."""
+CHI2_5_99 = 15.086
+"""99 % quantile of the chi-square distribution with 5 degrees of freedom."""
 MIN_SCATTER = 0.1
 """Smallest observed scatter of fits, relative to their information, that is believed."""
 
@@ -152,7 +152,9 @@ class CameraCheck:
             return self._tolerance
         gain = self._tolerance @ np.linalg.inv(self._tolerance + covariance)
         mean, left = gain @ offsets, self._tolerance - gain @ self._tolerance
-        share = max(0.0, 1.0 - CHI2_5_99 / max(float(offsets @ np.linalg.solve(covariance, offsets)), 1e-9))
+        share = 1.0  # until there are enough fits, nothing shows that the camera is right
+        if combined is not None:
+            share = max(0.0, 1.0 - CHI2_5_99 / max(float(offsets @ np.linalg.solve(covariance, offsets)), 1e-9))
         focal = np.zeros_like(left)
         focal[0, 0] = left[0, 0]
         second = share * np.outer(mean, mean) + focal + share * (left - focal)

@@ -23,9 +23,9 @@ import numpy as np
 from kfloc_ros.features.backbone import BackboneFeatures
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.covariance import pose_tangent_error
-from kfloc_ros.geometry.lie import Matrix, inverse_pose, rotation_angle_deg
+from kfloc_ros.geometry.lie import inverse_pose, rotation_angle_deg
 from kfloc_ros.localization.camera_check import (
-    CHI2_5_999,
+    CHI2_5_99,
     CameraCheck,
     CameraCheckSettings,
     Correction,
@@ -132,7 +132,7 @@ def _weakness(coarse: CoarsePose, settings: JudgementSettings) -> str:
     )
 
 
-SUSPICIOUS_CHI2, SUSPICIOUS_SHARE = 4.0, 0.8
+SUSPICIOUS_CHI2, SUSPICIOUS_SHARE = 6.0, 0.75
 """The camera is fitted to an image whose residuals suggest an offset beyond the first (chi-square, 5 degrees of
 freedom), or of which less than the second share of blocks matches; other images are fitted every few frames."""
 MOVED_BLOCKS, MOVED_SHARE = 4, 0.08
@@ -140,23 +140,9 @@ MOVED_BLOCKS, MOVED_SHARE = 4, 0.08
 GOOD_M, GOOD_DEG = 0.10, 5.0
 """Errors below which a pose is right, in the meaning of its confidence."""
 
-_MEANS = {
-    "cost_ratio": 0.55,
-    "missing_share": 0.12,
-    "moved_share": 0.02,
-    "camera_score": 1.0,
-    "sigma_score": -2.0,
-    "coarse_score": 0.7,
-}
-_WEIGHTS = {
-    "cost_ratio": -2.0,
-    "missing_share": -2.0,
-    "moved_share": -8.0,
-    "camera_score": -1.2,
-    "sigma_score": -1.5,
-    "coarse_score": -0.4,
-}
-_BIAS = 3.5
+_MEANS = {"cost_ratio": 0.84, "missing_share": 0.16, "camera_score": 2.45, "sigma_score": -0.74}
+_WEIGHTS = {"cost_ratio": -0.71, "missing_share": -2.12, "camera_score": -0.78, "sigma_score": -0.98}
+_BIAS = 1.55
 EVIDENCE = tuple(_WEIGHTS)
 """Names of the values that the confidence depends on; see :func:`confidence_of`."""
 
@@ -164,13 +150,12 @@ EVIDENCE = tuple(_WEIGHTS)
 def confidence_of(evidence: Mapping[str, float], odds: float = 1.0) -> float:
     """Return the probability that a pose is right: errors below 10 cm and 5 deg.
 
-    The model is logistic in the evidence.
+    The model is a logistic regression on treated frames of three maps; see ``docs/results/trust.md``.
 
     Args:
         evidence: values by name; one that is not known counts as the mean. ``cost_ratio``: cost relative to the map's
-            limit. ``missing_share``: blocks that do not match. ``moved_share``: blocks that agree on a displacement.
-            ``camera_score``: log(1 + chi-square) of the camera's offsets. ``sigma_score``: log of the standard
-            deviation relative to 10 cm or 5 deg. ``coarse_score``: log(1 + chi-square) of coarse and refined pose.
+            limit. ``missing_share``: blocks that do not match. ``camera_score``: log(1 + chi-square) of the camera's
+            offsets. ``sigma_score``: log of the standard deviation relative to 10 cm or 5 deg.
         odds: factor on the odds, from the map's calibration.
     """
     total = (
@@ -230,8 +215,11 @@ class PoseCheck:
         with times.stage("check"):
             inspection = self._refiner.inspect(features, T)
             chi2: float | None = None
-            is_aligned = alignment is not None and alignment.success
-            if is_aligned and estimate.state is TrackingState.TRACKING:
+            if alignment is not None and alignment.success and estimate.state is TrackingState.TRACKING:
+                excess = alignment.final_cost / self._refiner.settings.max_cost
+                if excess > 1.0 and estimate.covariance is not None:  # matches alone support it: a bad image
+                    scale = JudgementSettings.unrefined_scale * excess**2
+                    estimate = replace(estimate, covariance=scale * estimate.covariance)
                 checked, chi2 = self._check_camera(frame, features, estimate, inspection)
                 estimate = _check_parts(checked, inspection.blocks, self._camera)
             evidence = self._evidence(estimate, inspection, chi2)
@@ -269,7 +257,7 @@ class PoseCheck:
             return estimate, chi2
         if self._correction is None:
             self.camera_note = ""
-        if fitted is not None and chi2 is not None and chi2 > CHI2_5_999:
+        if fitted is not None and chi2 is not None and chi2 > CHI2_5_99:
             return self._contradicted(frame, estimate, fitted, cameras), chi2
         if inspection.sensitivity is not None and estimate.covariance is not None:
             S = inspection.sensitivity
@@ -290,29 +278,18 @@ class PoseCheck:
     def _evidence(self, estimate: PoseEstimate, inspection: Inspection, chi2: float | None) -> dict[str, float]:
         """Return the values that the confidence depends on; see :func:`confidence_of`."""
         evidence: dict[str, float] = {}
-        alignment, coarse, blocks = estimate.alignment, estimate.coarse, inspection.blocks
+        alignment, blocks = estimate.alignment, inspection.blocks
         if alignment is not None:
             evidence["cost_ratio"] = min(alignment.final_cost / self._refiner.settings.max_cost, 2.0)
         if blocks is not None:
             evidence["missing_share"] = 1.0 - blocks.matching_share
-            evidence["moved_share"] = blocks.moved_share
         if chi2 is not None:
             evidence["camera_score"] = math.log1p(chi2)
         if estimate.covariance is not None:
             variance = np.diag(estimate.covariance)
             sigma = max(math.sqrt(variance[:3].sum()) / GOOD_M, math.degrees(math.sqrt(variance[3:].sum())) / GOOD_DEG)
             evidence["sigma_score"] = float(np.clip(math.log(max(sigma, 1e-6)), -5.0, 3.0))
-        if alignment is not None and coarse is not None:
-            evidence["coarse_score"] = _disagreement(alignment.T_map_camera, coarse.T_map_camera, coarse.covariance)
         return evidence
-
-
-def _disagreement(refined: Matrix | None, coarse: Matrix | None, covariance: Matrix | None) -> float:
-    """Return log(1 + chi-square) between a refined and a coarse pose; that of a large one without both."""
-    if refined is None or coarse is None or covariance is None:
-        return 4.0
-    error = pose_tangent_error(coarse, refined)
-    return min(math.log1p(max(float(error @ np.linalg.solve(covariance, error)), 0.0)), 8.0)
 
 
 def _check_parts(estimate: PoseEstimate, blocks: BlockMatch | None, camera: Camera) -> PoseEstimate:

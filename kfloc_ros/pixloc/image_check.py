@@ -36,7 +36,7 @@ COLUMNS, ROWS = 8, 6
 """Blocks over the image."""
 REACH = 12
 """Largest displacement, in coarse cells."""
-MAX_POINTS = 360
+MAX_POINTS = 300
 """Points that are compared, spread over those in view."""
 BLOCK_POINTS = 4
 """Smallest number of points of a block that is compared."""
@@ -44,7 +44,7 @@ MIN_BLOCKS = 6
 SIMILAR = 0.75
 """Similarity of a block that matches for certain."""
 CLEAR_SHARE = 0.85
-"""Share of such blocks from which displacements are not searched."""
+"""Share of such blocks from which displacements are not searched at all."""
 MATCHING_GAP, MIN_SIMILARITY = 0.03, 0.6
 """A block that is less similar matches if no displacement gains more than the first, and if it is at least as similar
 as the second, which unrelated features reach somewhere in their surroundings."""
@@ -263,11 +263,14 @@ def match_blocks(
     similar = known & (here > SIMILAR)
     if similar.sum() >= CLEAR_SHARE * blocks:
         return BlockMatch(blocks, int(similar.sum()), 0, (0.0, 0.0), 0.0)
-    similarity = (wanted @ cells.float().reshape(C, -1)).reshape(-1, h, w)
-    around = mean(_surroundings(similarity, column, row)).cpu()
-    moved = _moved_part(around, here, known)
+    open_blocks = known & ~similar  # a block that is similar here is not displaced
+    of_open = torch.from_numpy(open_blocks).to(block.device)[block]
+    similarity = (wanted[of_open] @ cells.float().reshape(C, -1)).reshape(-1, h, w)
+    mean = _BlockMean(block[of_open], references.confidence[seen][of_open])
+    around = mean(_surroundings(similarity, column[of_open], row[of_open])).cpu()
+    moved = _moved_part(around, here, open_blocks)
     best = around.flatten(1).max(1).values.numpy()
-    matching = similar | (known & (here > MIN_SIMILARITY) & (best - here <= MATCHING_GAP))
+    matching = similar | (open_blocks & (here > MIN_SIMILARITY) & (best - here <= MATCHING_GAP))
     if moved is None:
         return BlockMatch(blocks, int(matching.sum()), 0, (0.0, 0.0), 0.0)
     depth = P[seen, 2][torch.from_numpy(moved.part).to(block.device)[block]]

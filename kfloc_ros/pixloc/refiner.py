@@ -148,10 +148,9 @@ class Refiner:
     @torch.inference_mode()
     def inspect(self, features: BackboneFeatures, T_map_camera: Matrix) -> Inspection:
         """Compare the whole image with the map at an aligned pose (4, 4)."""
-        candidate = self._prepare(query_levels(features), T_map_camera)
+        candidate = self._prepare(query_levels(features), T_map_camera, with_cost=False)
         T = candidate.T_camera_local
-        references = ReferencePoints.concatenate([self.references.views[k] for k in candidate.positions])
-        blocks = match_blocks(features.coarse[0], candidate.points, references, T, self.camera)
+        blocks = match_blocks(features.coarse[0], candidate.points, candidate.references, T, self.camera)
         loss = RobustLoss(self.settings.loss_scale)
         score = score_camera(candidate.levels[-1], candidate.points, T, self.camera, loss)
         if score is None:
@@ -159,7 +158,9 @@ class Refiner:
         turn = -np.kron(np.eye(2), T[:3, :3].T)  # as in map_frame_covariance
         return Inspection(blocks, score, turn @ score.sensitivity)
 
-    def _prepare(self, images: tuple[FeatureImage, FeatureImage], T_map_camera: Matrix) -> _Candidate:
+    def _prepare(
+        self, images: tuple[FeatureImage, FeatureImage], T_map_camera: Matrix, *, with_cost: bool = True
+    ) -> _Candidate:
         chosen = self.references.overlapping(T_map_camera, self.camera, self.settings.num_references)
         views = [self.references.views[k] for k in chosen]
         points = ReferencePoints.concatenate(views)
@@ -173,10 +174,11 @@ class Refiner:
             points=points.points - torch.from_numpy(origin).to(points.points),
             levels=self._levels(images, points, confidence),
             reference_ids=tuple(self.references.ids[k] for k in chosen),
-            positions=tuple(chosen),
+            references=points,
         )
-        at = self._linearize(candidate, candidate.levels[0], candidate.T_camera_local)
-        candidate.cost, candidate.valid_count = at.cost, at.valid_count
+        if with_cost:
+            at = self._linearize(candidate, candidate.levels[0], candidate.T_camera_local)
+            candidate.cost, candidate.valid_count = at.cost, at.valid_count
         return candidate
 
     def _levels(
@@ -268,8 +270,7 @@ class _Candidate:
     points: torch.Tensor
     levels: tuple[FitLevel, FitLevel]
     reference_ids: tuple[int, ...]
-    positions: tuple[int, ...]
-    """Positions of the reference views."""
+    references: ReferencePoints
     cost: float = float("inf")
     valid_count: int = 0
 
