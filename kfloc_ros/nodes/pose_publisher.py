@@ -203,16 +203,17 @@ class PosePublisher:
 
     def rival(self) -> str:
         """Return a sentence if another node publishes poses on the same topic; else an empty string."""
-        count = self._node.count_publishers(self._poses.topic_name)
+        topic = self._node.resolve_topic_name("pose")
+        count = self._node.count_publishers(topic)
         if count <= 1:
             return ""
         others = {
             f"{info.node_namespace.rstrip('/')}/{info.node_name}"
-            for info in self._node.get_publishers_info_by_topic(self._poses.topic_name)
+            for info in self._node.get_publishers_info_by_topic(topic)
         } - {self._node.get_fully_qualified_name()}
         return (
             f"{count - 1} other node(s) ({', '.join(sorted(others)) or 'of the same name'}) also publish on "
-            f"{self._poses.topic_name}: stop the second localizer, or give one of the two a namespace."
+            f"{topic}: stop the second localizer, or give one of the two a namespace."
         )
 
     def allow_jump(self) -> None:
