@@ -85,7 +85,7 @@ def test_what_does_not_look_like_the_map_is_tried_until_the_time_is_over(world: 
     from builtin_interfaces.msg import Duration
 
     grey = type(room[4])(np.full_like(room[4].image, 90), room.camera, 0)
-    answer = caller.result(caller.send(timeout=Duration(sec=12)), grey)
+    answer = caller.result(caller.send(timeout=Duration(sec=20)), grey)
     assert answer.status == 6 and not answer.result.found, "STATUS_ABORTED"
     assert "not found in time" in answer.result.reason
     assert {item.stage for item in caller.feedback} == {"tried"} and caller.feedback[-1].reason
