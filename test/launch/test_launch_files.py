@@ -103,6 +103,15 @@ def test_dds_profile_is_set_unless_the_user_has_one(monkeypatch: pytest.MonkeyPa
     assert not any(isinstance(action, SetEnvironmentVariable) for action in actions)
 
 
+def test_discovery_stays_on_this_machine_unless_the_user_says_otherwise() -> None:
+    module = python_of("localize.launch.py")
+    assert module.discovery_range("", {}) == "LOCALHOST"
+    assert module.discovery_range("", {"ROS_AUTOMATIC_DISCOVERY_RANGE": "SUBNET"}) == ""
+    assert module.discovery_range("", {"ROS_LOCALHOST_ONLY": "0"}) == ""
+    assert module.discovery_range("network", {"ROS_AUTOMATIC_DISCOVERY_RANGE": "OFF"}) == "SUBNET"
+    assert module.discovery_range("local", {}) == "LOCALHOST"
+
+
 def test_replay_passes_its_arguments_on() -> None:
     context, actions = entities(
         "replay.launch.py", bag="b", map="m", out="o", composed="false", truth="/pose", require="frames>=1 dropped<=2",
