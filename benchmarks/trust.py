@@ -26,7 +26,7 @@ import numpy as np
 from kfloc_ros.cli.tables import format_table
 from kfloc_ros.datasets import open_source
 from kfloc_ros.errors import KflocError, SourceError
-from kfloc_ros.evaluation.metrics import pose_error
+from kfloc_ros.evaluation.metrics import auroc, pose_error
 from kfloc_ros.features.backbone import Backbone
 from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import ImageAdapter
@@ -75,6 +75,13 @@ class Outcome:
             return False
         far = self.error_m > MAX_M or self.error_deg > MAX_DEG or (self.nees is not None and self.nees > MAX_NEES)
         return far or not self.has_pose
+
+    @property
+    def is_right(self) -> bool:
+        """True if there is a pose within 10 cm and 5 deg of the truth."""
+        if self.error_m is None or self.error_deg is None:
+            return False
+        return self.has_pose and self.error_m < MAX_M and self.error_deg < MAX_DEG
 
     @property
     def false_ok(self) -> bool:
@@ -160,7 +167,16 @@ def summarize(outcomes: Sequence[Outcome]) -> dict[str, object]:
         "median_nees": medians,
         "clean_inside_one_sigma": float(np.mean(inside)) if inside else None,
         "median_ms": _median(o.total_ms for o in clean),
+        **_areas([o for o in outcomes if o.error_m is not None]),
     }
+
+
+def _areas(posed: Sequence[Outcome]) -> dict[str, float | None]:
+    """Return how well confidence and standard deviation tell right poses from wrong ones."""
+    right = np.array([o.is_right for o in posed], dtype=bool)
+    confidence = np.array([o.confidence if o.confidence is not None else 0.0 for o in posed])
+    sigma = np.array([o.sigma_m if o.sigma_m is not None else np.inf for o in posed])
+    return {"confidence_auroc": auroc(confidence, right), "sigma_auroc": auroc(-sigma, right)}
 
 
 def _localize(
