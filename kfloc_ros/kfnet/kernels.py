@@ -144,20 +144,29 @@ def neighbour_inputs(flow: Floats, state: Floats, side: int, limit: float, input
         inputs: written: for each neighbour its flow relative to the cell's own, and its state.
     """
     h, w, states = state.shape
-    reach, high = side // 2, np.float32(limit)
+    reach, high, width = side // 2, np.float32(limit), 2 + states
+    cells = np.empty((h, w, width), dtype=np.float32)  # so that a neighbour is one run of memory
+    cells[..., :2], cells[..., 2:] = flow, state
     for i in range(h):
         for j in range(w):
-            out, at = inputs[i * w + j], 0
-            own_x, own_y = flow[i, j, 0], flow[i, j, 1]
+            out = inputs[i * w + j]
+            own_x, own_y = cells[i, j, 0], cells[i, j, 1]
+            at = 0
             for dy in range(-reach, reach + 1):
-                y = min(max(i + dy, 0), h - 1)
-                for dx in range(-reach, reach + 1):
-                    x = min(max(j + dx, 0), w - 1)
-                    out[at] = min(max(flow[y, x, 0] - own_x, -high), high)
-                    out[at + 1] = min(max(flow[y, x, 1] - own_y, -high), high)
-                    for s in range(states):
-                        out[at + 2 + s] = state[y, x, s]
-                    at += 2 + states
+                row = cells[min(max(i + dy, 0), h - 1)]
+                if j >= reach and j + reach < w:
+                    flat = row[j - reach : j + reach + 1].reshape(side * width)
+                    for k in range(side * width):
+                        out[at + k] = flat[k]
+                else:
+                    for dx in range(-reach, reach + 1):
+                        x = min(max(j + dx, 0), w - 1)
+                        for k in range(width):
+                            out[at + (dx + reach) * width + k] = row[x, k]
+                at += side * width
+            for k in range(0, at, width):
+                out[k] = min(max(out[k] - own_x, -high), high)
+                out[k + 1] = min(max(out[k + 1] - own_y, -high), high)
 
 
 @compiled_loop
