@@ -21,9 +21,9 @@ from kfloc_ros.geometry.lie import make_pose
 pytestmark = pytest.mark.ros
 
 
-def start(world: Any, *words: str) -> subprocess.Popen[str]:
+def start(environment: dict[str, str], *words: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "kfloc_ros.cli", "record", *words]
-    return subprocess.Popen(command, env=world.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def test_a_bag_has_the_right_topics_and_is_whole_after_ctrl_c(
@@ -38,7 +38,7 @@ def test_a_bag_has_the_right_topics_and_is_whole_after_ctrl_c(
     for name, profile in (("tf", results(100)), ("tf_static", static_transforms())):
         harness._publishers[name] = harness.node.create_publisher(TFMessage, f"/{name}", profile)
     harness.send_transform("base", "camera", 0, make_pose(np.eye(3), [0.1, 0, 0]), static=True)
-    process = start(world, "--out", str(out), "--wait", "30", "--image", "/image")
+    process = start(world.environment, "--out", str(out), "--wait", "30", "--image", "/image")
     harness.wait(harness.listens, 60.0)
     harness.spin(4.0)
     sent = 0
@@ -62,8 +62,9 @@ def test_a_bag_has_the_right_topics_and_is_whole_after_ctrl_c(
 
 
 def test_without_a_camera_the_topics_are_asked_for(new_world: Callable[[], Any], tmp_path: Path) -> None:
-    world = new_world()
-    process = start(world, "--out", str(tmp_path / "bag"), "--wait", "1")
+    environment = new_world().environment  # in whose domain a camera is announced, so that it must be another
+    environment = {**environment, "ROS_DOMAIN_ID": str((int(environment["ROS_DOMAIN_ID"]) + 1) % 100)}
+    process = start(environment, "--out", str(tmp_path / "bag"), "--wait", "1")
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 2 and "kfloc: " in said and "Traceback" not in said, said
     assert not (tmp_path / "bag").exists()
