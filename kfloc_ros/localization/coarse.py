@@ -130,7 +130,7 @@ class CoarseStage:
     def reset(self, reason: str) -> None:
         """Reset the belief and all that was carried over from earlier frames."""
         self._filter.reset(reason)
-        self._skipped = None
+        self._skipped, self._colour = None, 0
 
     def _step(self, frame: Frame, features: BackboneFeatures, measurement: SceneCoordinates) -> Filtered:
         return self._filter.step(frame.stamp_ns, self._networks.flow_features(frame, features), measurement)
