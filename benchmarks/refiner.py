@@ -17,12 +17,12 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from speed import worktree
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 STRETCHES = 4
@@ -67,22 +67,6 @@ def main() -> int:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(content, indent=1) + "\n")
     return 0
-
-
-@contextmanager
-def worktree(commit: str | None) -> Iterator[Path | None]:
-    """Yield the repository at a commit, in a temporary folder."""
-    if commit is None:
-        yield None
-        return
-    with tempfile.TemporaryDirectory(prefix="kfloc_refiner_") as folder:
-        path = Path(folder) / "earlier"
-        git = ["git", "-C", str(REPOSITORY), "worktree"]
-        subprocess.run([*git, "add", "--detach", "--quiet", str(path), commit], check=True)
-        try:
-            yield path
-        finally:
-            subprocess.run([*git, "remove", "--force", str(path)], check=True)
 
 
 def start(args: argparse.Namespace, root: Path, mode: str) -> subprocess.Popen[str]:

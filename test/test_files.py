@@ -16,6 +16,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from limits import peak_bytes, reset_peak
 
 from kfloc_ros.datasets import open_source
 from kfloc_ros.datasets.images import image_fault, image_size, read_depth_m, read_image
@@ -29,16 +30,6 @@ def within_seconds() -> Iterator[None]:
     start = time.process_time()
     yield
     assert time.process_time() - start < 10
-
-
-def peak_bytes() -> int:
-    text = Path("/proc/self/status").read_text()
-    return 1024 * int(next(line for line in text.splitlines() if line.startswith("VmHWM")).split()[1])
-
-
-def reset_peak() -> int:
-    Path("/proc/self/clear_refs").write_text("5")
-    return peak_bytes()
 
 
 def png(width: int, height: int, bits: int = 8) -> bytes:

@@ -137,10 +137,8 @@ class RefineStage:
         features = coarse.features.to(self._device)
         predicted = self._predicted(coarse.stamp_ns, predicted)
         starts = [T for T in (coarse.pose.T_map_camera, predicted, *hints) if T is not None]
-        # a map's limit is calibrated on its own recording; what costs more must have other evidence
-        limit = None if self._relocalizer is None else self._relocalizer.settings.near_max_cost
         with times.stage("refine"):
-            alignment = self.refiner.align(features, starts, max_cost=limit)
+            alignment = self._align_costly(features, starts)
             if self._tracks:
                 alignment = self._compare(alignment, coarse.pose, features)
             if alignment.success and not self._is_supported(alignment, coarse, features):
@@ -159,12 +157,11 @@ class RefineStage:
             return alignment
         features = coarse.features.to(self._device)
         predicted = self._predicted(coarse.stamp_ns, predicted)
-        limit = self._relocalizer.settings.near_max_cost
         likely = [T for T in (alignment.T_map_camera, predicted) if T is not None]
         with times.stage("relocalize"):
             found = self._relocalizer.find(
                 features,
-                lambda starts: self.refiner.align(features, starts, max_cost=limit),
+                lambda starts: self._align_costly(features, starts),
                 self._expected(predicted),
                 likely,
             )
@@ -211,6 +208,14 @@ class RefineStage:
         self._follows_pose = False
         self._track.end()
 
+    def _align_costly(self, features: BackboneFeatures, starts: Sequence[Matrix]) -> Alignment:
+        """Align, also at a cost above the map's limit; the caller asks for other evidence, if the search can give it.
+
+        The map's limit is calibrated on its own recording, and right poses of another visit cost more.
+        """
+        limit = None if self._relocalizer is None else self._relocalizer.settings.near_max_cost
+        return self.refiner.align(features, starts, max_cost=limit)
+
     def _predicted(self, stamp_ns: int, by_odometry: Matrix | None) -> Matrix | None:
         """Return the pose predicted by odometry, else by constant velocity; None without a recent pose."""
         return self._motion.predict(stamp_ns) if by_odometry is None else by_odometry
@@ -253,10 +258,8 @@ class RefineStage:
     def _examine(self, alignment: Alignment, features: BackboneFeatures, expected: Matrix | None) -> Alignment:
         """Check an alignment that the coarse pose does not support, by the image's matches and the motion."""
 
-        limit = None if self._relocalizer is None else self._relocalizer.settings.near_max_cost
-
         def align(starts: Sequence[Matrix]) -> Alignment:
-            return self.refiner.align(features, starts, max_cost=limit)
+            return self._align_costly(features, starts)
 
         if len(alignment.reference_ids) > self._config.num_references:  # few points in view; other views may show more
             alignment = realigned(align, alignment)

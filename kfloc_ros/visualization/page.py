@@ -26,6 +26,7 @@ from kfloc_ros.geometry.lie import Matrix
 from kfloc_ros.mapping.picture import up_axis
 from kfloc_ros.maps.scene_map import SceneMap
 from kfloc_ros.messages.clouds import Cloud
+from kfloc_ros.pixloc.reference.two_view import TraceStep
 from kfloc_ros.pixloc.references import reproject_all
 from kfloc_ros.types import AlignmentStep
 from kfloc_ros.visualization.alignment import offset_between, reference_points
@@ -77,7 +78,7 @@ class LocalizationPage:
             "pose": pose_rows(estimate.T_map_camera),
             "truth": pose_rows(frame.T_map_camera),
             "references": [self._map.references.ids.index(ident) for ident in ids],
-            "steps": [_step(step, steps[-1].T_map_camera, frame.T_map_camera) for step in steps],
+            "steps": [step_entry(step, steps[-1].T_map_camera, frame.T_map_camera) for step in steps],
             "residuals": self._residuals(view.coarse.features, steps, ids),
         }
         self._frames.append(entry)
@@ -172,11 +173,12 @@ def pose_rows(T: Matrix | None) -> list[float] | None:
     return None if T is None else [round(float(v), 7) for v in T[:3].reshape(-1)]
 
 
-def _step(step: AlignmentStep, end: Matrix, truth: Matrix | None) -> dict[str, Any]:
+def step_entry(step: AlignmentStep | TraceStep, end: Matrix, truth: Matrix | None) -> dict[str, Any]:
+    """Return the page's entry of a pose on the way of an alignment to its end."""
     away = offset_between(step.T_map_camera, end)
     entry: dict[str, Any] = {
         "pose": pose_rows(step.T_map_camera),
-        "cost": round(step.cost, 5) if np.isfinite(step.cost) else None,
+        "cost": round(step.cost, 6) if np.isfinite(step.cost) else None,
         "stride": step.stride,
         "cm": round(100 * away.metres, 3),
         "deg": round(away.degrees, 4),

@@ -32,6 +32,7 @@ from kfloc_ros.visualization.page import (
     packed_points,
     page_text,
     pose_rows,
+    step_entry,
 )
 from kfloc_ros.visualization.sheet import Panel
 
@@ -228,7 +229,7 @@ class PixLocPage:
             "pose": pose_rows(steps[-1].T_map_camera),
             "truth": pose_rows(truth),
             "references": views,
-            "steps": [_step(step, steps[-1], truth) for step in steps],
+            "steps": [step_entry(step, steps[-1].T_map_camera, truth) for step in steps],
             "residuals": [self._residuals(step, views) for step in steps],
         })  # fmt: skip
 
@@ -289,21 +290,6 @@ class PixLocPage:
             points.append(inner[keep])
             colours.append(picture[v.clip(0, picture.shape[0] - 1), u.clip(0, picture.shape[1] - 1)])
         return Cloud(np.concatenate(points).astype(np.float32), np.concatenate(colours))
-
-
-def _step(step: TraceStep, last: TraceStep, truth: Matrix | None) -> dict[str, Any]:
-    away = offset_between(step.T_map_camera, last.T_map_camera)
-    entry: dict[str, Any] = {
-        "pose": pose_rows(step.T_map_camera),
-        "cost": round(step.cost, 6) if np.isfinite(step.cost) else None,
-        "stride": step.stride,
-        "cm": round(100 * away.metres, 3),
-        "deg": round(away.degrees, 4),
-    }
-    if truth is not None:
-        error = offset_between(step.T_map_camera, truth)
-        entry |= {"error_cm": round(100 * error.metres, 2), "error_deg": round(error.degrees, 3)}
-    return entry
 
 
 def _camera_numbers(camera: Camera) -> list[float]:

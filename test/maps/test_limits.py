@@ -18,6 +18,7 @@ import pytest
 import torch
 import yaml
 from closets import closet
+from limits import peak_bytes, reset_peak
 from safetensors.torch import save_file
 
 from kfloc_ros.errors import MapError
@@ -38,17 +39,6 @@ def within_seconds() -> Iterator[None]:
     start = time.process_time()
     yield
     assert time.process_time() - start < 10
-
-
-def peak_bytes() -> int:
-    """The most memory that this process has held since it was last reset."""
-    text = Path("/proc/self/status").read_text()
-    return 1024 * int(next(line for line in text.splitlines() if line.startswith("VmHWM")).split()[1])
-
-
-def reset_peak() -> int:
-    Path("/proc/self/clear_refs").write_text("5")
-    return peak_bytes()
 
 
 def relisted(folder: Path, name: str, **changes: object) -> None:
