@@ -34,6 +34,8 @@ KEY_IMAGES = 240
 LAST_ITERATIONS = 30
 """Iterations of the final adjustment of all images: two to three seconds each for 650 images."""
 MIN_REGISTERED = 8
+RANDOM_SEED = 0
+"""Of COLMAP's random samples, so that the same images give the same model."""
 LOG_ERRORS = 2
 """COLMAP's log level (glog's ERROR): lower levels would flood the progress bars."""
 
@@ -112,13 +114,22 @@ def _match(
     import pycolmap
 
     if len(names) <= EXHAUSTIVE_IMAGES:
-        pycolmap.match_exhaustive(database)
+        pycolmap.match_exhaustive(database, verification_options=_verification())
         return
     pairing = pycolmap.SequentialPairingOptions()
     pairing.overlap, pairing.quadratic_overlap = OVERLAP, True
-    pycolmap.match_sequential(database, pairing_options=pairing)
+    pycolmap.match_sequential(database, pairing_options=pairing, verification_options=_verification())
     on_progress("matching again", 0.0)
     _match_similar(database, images, names, camera)
+
+
+def _verification() -> Any:
+    """Return COLMAP's options of the geometry of a pair."""
+    import pycolmap
+
+    options = pycolmap.TwoViewGeometryOptions()
+    options.ransac.random_seed = RANDOM_SEED
+    return options
 
 
 def _match_similar(database: Path, images: Path, names: Sequence[str], camera: Camera) -> None:
@@ -132,7 +143,7 @@ def _match_similar(database: Path, images: Path, names: Sequence[str], camera: C
     listed.write_text("".join(f"{names[i]} {names[j]}\n" for i, j in pairs))
     pairing = pycolmap.ImportedPairingOptions()
     pairing.match_list_path = listed
-    pycolmap.match_image_pairs(database, pairing_options=pairing)
+    pycolmap.match_image_pairs(database, pairing_options=pairing, verification_options=_verification())
     listed.unlink()
 
 
@@ -211,6 +222,7 @@ def _incremental(
     options.mapper.abs_pose_refine_focal_length = options.mapper.abs_pose_refine_extra_params = refine_camera
     options.ba_refine_principal_point = False
     options.min_model_size = MIN_REGISTERED
+    options.random_seed = options.mapper.random_seed = options.triangulation.random_seed = RANDOM_SEED
     options.image_names = names
     options.fix_existing_frames = standing is not None
     models = pycolmap.incremental_mapping(

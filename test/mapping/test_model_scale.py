@@ -241,14 +241,15 @@ FOCAL_35MM = 27
 
 
 class Photos:
-    """Photos of the room, of a camera that moves sideways, in a folder."""
+    """Photos of the room in a folder; the camera moves sideways, turns and comes nearer: its focal length is fixed."""
 
     def __init__(self, room, folder: Path, count: int = 10) -> None:
         self.folder = folder
         self.poses = []
         for k in range(count):
-            R = so3_exp(np.array([0.02 * np.sin(k), 0.05 * np.cos(2.0 * k), 0.0]))
-            frame = room.view(make_pose(R, [-0.9 + 0.2 * k, 0.05 * np.sin(k), -0.8]), k)
+            R = so3_exp(np.array([0.12 * np.sin(1.7 * k), 0.3 * np.sin(0.9 * k), 0.0]))
+            T = make_pose(R, [-0.9 + 0.2 * k, 0.2 * np.sin(1.3 * k), -0.8 + 0.4 * np.sin(0.7 * k)])
+            frame = room.view(T, k)
             self.poses.append(frame.T_map_camera)
             part = folder / ("first" if k < count // 2 else "second")
             part.mkdir(parents=True, exist_ok=True)
