@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shutil
 import sys
@@ -16,7 +17,9 @@ from setup_progress import CommandFailed, Runner, SetupError, Step, digest
 TYPE_HASH = "RIHS01_e369d0f05a23ae52508854b66f6aa0437f3449d652e8cbf22d5abe85d020f087"
 """Type hash of the official tf2_msgs/msg/TFMessage: with another hash, /tf would not reach other ROS 2 systems."""
 
-LIBRARIES = "cv2, matplotlib, numpy, poselib, pycolmap, rosbags, safetensors, torch, tqdm, yaml, kfloc_ros"
+LIBRARIES = "cv2, matplotlib, numpy, rosbags, safetensors, torch, tqdm, yaml, kfloc_ros"
+WITHOUT_ARM_WHEELS = "poselib, pycolmap"
+"""Libraries without wheels for Linux on ARM; the package does without them there."""
 
 WHEELS = {"kilted": ("ros.txt", "underlay.txt"), "jazzy": ("ros_jazzy.txt", "underlay_jazzy.txt")}
 """Distributions that there are wheels of, newest first, with their requirements and those of the underlay."""
@@ -262,7 +265,8 @@ class Setup:
 
     def _check(self) -> None:
         """Import the installed packages; with the wheels, also check a node and the type hash of /tf."""
-        libraries = f"import {LIBRARIES}"
+        there = platform.machine() == "x86_64"
+        libraries = f"import {LIBRARIES}" + (f", {WITHOUT_ARM_WHEELS}" if there else "")
         probes = [libraries, "import rclpy, sensor_msgs.msg, tf2_msgs.msg" if self._plan.ros else TRY_ROS]
         for probe in probes:
             try:

@@ -60,7 +60,6 @@ def test_the_example_of_poses_and_cameras_runs() -> None:
 
 @pytest.mark.thorough
 def test_the_example_of_the_readme_runs() -> None:
-    pytest.importorskip("embreex", reason="embreex, the ray caster, is not installed")
     code = re.search(r"```python\n(.*?)```", between(README, "example"), re.DOTALL)
     assert code is not None
     done = subprocess.run(

@@ -89,6 +89,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output (such as `head`) has exited: redirect stdout so that the exit is silent.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except ModuleNotFoundError as error:
+        library = (error.name or "").partition(".")[0]
+        if os.environ.get("KFLOC_DEBUG") or library in ("", "kfloc_ros"):
+            raise
+        note = " It has no wheel for Linux on ARM." if library == "pycolmap" else ""
+        print(
+            f"kfloc: the library '{library}' is not installed, which this needs: pip install {library}.{note}",
+            file=sys.stderr,
+        )
+        return 2
     except (KflocError, OSError) as error:
         if os.environ.get("KFLOC_DEBUG"):
             raise

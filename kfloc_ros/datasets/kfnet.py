@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import poselib
 from numpy.typing import NDArray
 
 from kfloc_ros.datasets.derived import recordings, stamps_with_gaps
@@ -24,7 +23,8 @@ from kfloc_ros.datasets.twelve_scenes import read_sequences
 from kfloc_ros.errors import SourceError
 from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import Camera
-from kfloc_ros.geometry.lie import inverse_pose, make_pose
+from kfloc_ros.geometry.lie import inverse_pose
+from kfloc_ros.kfnet.pnp import absolute_pose
 from kfloc_ros.kfnet.reference.files import (
     DEFAULT_CAMERA,
     STRIDE,
@@ -174,21 +174,9 @@ def pose_of_label(label: LabelMap, camera: Camera) -> Matrix | None:
         return None
     pixels = STRIDE * np.stack([cols, rows], axis=1).astype(np.float64)
     points = label.points[::step, ::step][rows, cols].astype(np.float64)
-    pose, info = poselib.estimate_absolute_pose(
-        pixels,
-        points,
-        {
-            "model": "PINHOLE",
-            "width": camera.width,
-            "height": camera.height,
-            "params": [camera.fx, camera.fy, camera.cx, camera.cy],
-        },
-        {"max_reproj_error": POSE_MAX_ERROR_PX, "max_iterations": 500, "min_iterations": 20, "seed": 0},
-        {},
-    )
-    if int(np.sum(info["inliers"])) < MIN_LABELS:
-        return None
-    return inverse_pose(make_pose(pose.R, pose.t))
+    limits = {"max_iterations": 500, "min_iterations": 20}
+    T_camera_map, inliers = absolute_pose(pixels, points, camera, POSE_MAX_ERROR_PX, **limits)
+    return inverse_pose(T_camera_map) if inliers.sum() >= MIN_LABELS else None
 
 
 def depth_of_label(label: LabelMap, T_map_camera: Matrix, camera: Camera) -> NDArray[np.float32]:

@@ -3,14 +3,16 @@
 
 RANSAC is PoseLib's LO-RANSAC, whose inlier count does not use the variances. Its result is refined here with every cell
 weighted by its variance in pixels; the last linear system of the refinement gives the covariance.
+
+PoseLib has no wheel for Linux on ARM. Where it is not installed, OpenCV's USAC does the same, with other samples.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import cv2
 import numpy as np
-import poselib
 from numpy.typing import NDArray
 
 from kfloc_ros.device import has_numba
@@ -19,6 +21,11 @@ from kfloc_ros.geometry.covariance import map_frame_covariance
 from kfloc_ros.geometry.lie import Matrix, inverse_pose, make_pose
 from kfloc_ros.pixloc.optimizer import left_update
 from kfloc_ros.types import CoarsePose, SceneCoordinates
+
+try:
+    import poselib
+except ImportError:
+    poselib = None
 
 
 @dataclass(frozen=True)
@@ -80,11 +87,18 @@ def agreeing_share(coordinates: SceneCoordinates, camera: Camera, T_map_camera: 
 
 def _agreeing(cells: Correspondences, camera: Camera, T_camera_map: Matrix, settings: PnpSettings) -> NDArray[np.bool_]:
     """Return (N,) bool: a cell's point projects within the inlier threshold of the cell."""
-    x, y, z = (cells.points @ T_camera_map[:3, :3].T + T_camera_map[:3, 3]).T
+    return _near(cells.pixels, cells.points, T_camera_map, camera, settings.max_error_px)
+
+
+def _near(
+    pixels: NDArray[np.float64], points: NDArray[np.float64], T: Matrix, camera: Camera, max_error_px: float
+) -> NDArray[np.bool_]:
+    """Return (N,) bool: a point projects near its pixel from a pose ``T_camera_points``."""
+    x, y, z = (points @ T[:3, :3].T + T[:3, 3]).T
     in_front = z > 0
     z = np.where(in_front, z, 1.0)
-    u, v = camera.fx * x / z + camera.cx - cells.pixels[:, 0], camera.fy * y / z + camera.cy - cells.pixels[:, 1]
-    return np.asarray(in_front & (u * u + v * v <= settings.max_error_px**2))
+    u, v = camera.fx * x / z + camera.cx - pixels[:, 0], camera.fy * y / z + camera.cy - pixels[:, 1]
+    return np.asarray(in_front & (u * u + v * v <= max_error_px**2))
 
 
 MAJORITY = 0.6
@@ -136,11 +150,7 @@ def _majority(
     inliers = _agreeing(cells, camera, T, settings)
     if float(inliers.mean()) < MAJORITY:
         return None
-    start = poselib.CameraPose()
-    start.R, start.t = T[:3, :3], T[:3, 3]
-    loss = {"loss_type": "TRUNCATED", "loss_scale": settings.max_error_px, "max_iterations": 8, "step_tol": 1e-5}
-    pose, _ = poselib.refine_absolute_pose(cells.pixels, cells.points, start, _camera_dict(camera), loss)
-    T = make_pose(pose.R, pose.t)
+    T = _polished(cells.pixels, cells.points, T, camera, settings.max_error_px)
     inliers = _agreeing(cells, camera, T, settings)
     return (T, inliers) if float(inliers.mean()) >= MAJORITY else None
 
@@ -153,20 +163,101 @@ def _camera_dict(camera: Camera) -> dict[str, object]:
 
 def _ransac(cells: Correspondences, camera: Camera, settings: PnpSettings) -> tuple[Matrix, NDArray[np.bool_]]:
     """Return the pose ``T_camera_map`` with the most inliers, and (N,) bool, the inliers."""
-    pose, info = poselib.estimate_absolute_pose(
-        cells.pixels,
-        cells.points,
-        _camera_dict(camera),
-        {"max_reproj_error": settings.max_error_px, "max_iterations": 1000, "min_iterations": 50, "seed": 0},
-        {},
-    )
+    limits = {"max_iterations": 1000, "min_iterations": 50}
+    return absolute_pose(cells.pixels, cells.points, camera, settings.max_error_px, **limits)
+
+
+def absolute_pose(
+    pixels: NDArray[np.float64],
+    points: NDArray[np.float64],
+    camera: Camera,
+    max_error_px: float,
+    *,
+    max_iterations: int,
+    min_iterations: int | None = None,
+) -> tuple[Matrix, NDArray[np.bool_]]:
+    """Return the pose ``T_camera_points`` (4, 4) with the most inliers by LO-RANSAC, and (N,) bool, the inliers.
+
+    The same arguments give the same pose.
+
+    Args:
+        pixels: (N, 2)
+        points: (N, 3) metres, of a frame near the camera.
+        camera: pinhole camera.
+        max_error_px: inlier threshold of the reprojection error.
+        max_iterations, min_iterations: limits on the samples that are tried; None: PoseLib's.
+    """
+    if poselib is None:
+        return _absolute_pose_by_opencv(pixels, points, camera, max_error_px, max_iterations)
+    options = {"max_reproj_error": max_error_px, "max_iterations": max_iterations, "seed": 0}
+    if min_iterations is not None:
+        options["min_iterations"] = min_iterations
+    pose, info = poselib.estimate_absolute_pose(pixels, points, _camera_dict(camera), options, {})
     return make_pose(pose.R, pose.t), np.asarray(info["inliers"], dtype=bool)
+
+
+def _absolute_pose_by_opencv(
+    pixels: NDArray[np.float64], points: NDArray[np.float64], camera: Camera, max_error_px: float, max_iterations: int
+) -> tuple[Matrix, NDArray[np.bool_]]:
+    none = np.eye(4), np.zeros(len(points), dtype=bool)
+    if len(points) < MINIMAL_POINTS:
+        return none
+    usac = cv2.UsacParams()
+    usac.threshold, usac.maxIterations, usac.confidence, usac.randomGeneratorState = (
+        max_error_px,
+        max_iterations,
+        0.9999,
+        0,
+    )
+    usac.score, usac.loMethod = cv2.SCORE_METHOD_MSAC, cv2.LOCAL_OPTIM_INNER_AND_ITER_LO
+    try:
+        success, _, rotation, translation, _ = cv2.solvePnPRansac(points, pixels, camera.K, None, params=usac)
+    except cv2.error:  # of points without a solution, such as on a line
+        return none
+    if not success or not (np.isfinite(rotation).all() and np.isfinite(translation).all()):
+        return none
+    T = _polished_by_opencv(pixels, points, _pose_of(rotation, translation), camera, max_error_px)
+    return T, _near(pixels, points, T, camera, max_error_px)
+
+
+def _polished(
+    pixels: NDArray[np.float64], points: NDArray[np.float64], T: Matrix, camera: Camera, max_error_px: float
+) -> Matrix:
+    """Return the pose near T with the smallest truncated reprojection error."""
+    if poselib is None:
+        return _polished_by_opencv(pixels, points, T, camera, max_error_px)
+    start = poselib.CameraPose()
+    start.R, start.t = T[:3, :3], T[:3, 3]
+    loss = {"loss_type": "TRUNCATED", "loss_scale": max_error_px, "max_iterations": 8, "step_tol": 1e-5}
+    pose, _ = poselib.refine_absolute_pose(pixels, points, start, _camera_dict(camera), loss)
+    return make_pose(pose.R, pose.t)
+
+
+def _polished_by_opencv(
+    pixels: NDArray[np.float64], points: NDArray[np.float64], T: Matrix, camera: Camera, max_error_px: float
+) -> Matrix:
+    for _ in range(3):
+        inliers = _near(pixels, points, T, camera, max_error_px)
+        if inliers.sum() < MINIMAL_POINTS:
+            break
+        rotation, _ = cv2.Rodrigues(T[:3, :3])
+        found = cv2.solvePnPRefineLM(points[inliers], pixels[inliers], camera.K, None, rotation, T[:3, 3:].copy())
+        if not all(np.isfinite(item).all() for item in found):
+            break
+        T = _pose_of(*found)
+    return T
+
+
+def _pose_of(rotation: NDArray[np.float64], translation: NDArray[np.float64]) -> Matrix:
+    return make_pose(np.asarray(cv2.Rodrigues(rotation)[0], dtype=np.float64), np.ravel(translation))
 
 
 def _failure(reason: str, count: int, ratio: float) -> CoarsePose:
     return CoarsePose(False, reason, None, None, count, ratio)
 
 
+MINIMAL_POINTS = 6
+"""Points that OpenCV needs for a pose."""
 REFINE_ITERATIONS = 15
 NEAR_M = 0.05
 """Smallest depth of a point that counts."""

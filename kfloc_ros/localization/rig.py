@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-import poselib
 
 from kfloc_ros.geometry.covariance import pose_tangent_error
 from kfloc_ros.geometry.lie import inverse_pose, make_pose, so3_exp
@@ -20,6 +19,11 @@ from kfloc_ros.localization.tracking import CHI2_6_999, ConstantVelocity
 from kfloc_ros.maps.scene_map import SceneMap
 from kfloc_ros.messages.poses import BodyPose
 from kfloc_ros.types import Frame, Matrix, PoseEstimate, TrackingState
+
+try:
+    import poselib
+except ImportError:  # no wheel for Linux on ARM
+    poselib = None
 
 MOUNT_SIGMA_M, MOUNT_SIGMA_RAD = 0.005, 0.004
 """Standard deviations of the cameras' mounts, which every pose of a camera shares."""
@@ -189,7 +193,9 @@ class RigLocalizer:
     def _solve_together(
         self, views: Sequence[RigView], moved: Sequence[Matrix], found: dict[int, Localization]
     ) -> Matrix | None:
-        """Return ``T_map_base`` that the scene coordinates of all cameras have in common, or None."""
+        """Return ``T_map_base`` that the scene coordinates of all cameras have in common, or None; by PoseLib alone."""
+        if poselib is None:
+            return None
         pixels, points, mounts, cameras = [], [], [], []
         settings = pnp_settings(self._config, 8)
         for k, localization in found.items():

@@ -9,14 +9,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import poselib
 import torch
 from numpy.typing import NDArray
 
 from kfloc_ros.features.backbone import BackboneFeatures
 from kfloc_ros.features.lighterglue import LighterGlue
 from kfloc_ros.geometry.camera import Camera
-from kfloc_ros.geometry.lie import Matrix, inverse_pose, is_farther, make_pose
+from kfloc_ros.geometry.lie import Matrix, inverse_pose, is_farther
+from kfloc_ros.kfnet.pnp import absolute_pose
 from kfloc_ros.pixloc.references import ReferenceViews
 from kfloc_ros.relocalization.decision import RelocalizationSettings, choose, distinct, has_more_support, is_near
 from kfloc_ros.relocalization.evidence import VERIFYING_VIEWS, Align, Evidence
@@ -260,15 +260,13 @@ class StartingPoses:
         points = np.concatenate([m.points for m in parts])
         if len(pixels) < min_inliers:
             return None
-        camera = {"model": "PINHOLE", "width": self._camera.width, "height": self._camera.height}
-        camera["params"] = [self._camera.fx, self._camera.fy, self._camera.cx, self._camera.cy]
-        ransac = {"max_reproj_error": self._settings.max_error_px, "max_iterations": 3000, "seed": 0}
         # RANSAC near the group, for precision: a map may lie kilometres from its own origin
         origin = points.mean(axis=0)
-        pose, info = poselib.estimate_absolute_pose(pixels, points - origin, camera, ransac, {})
-        inlier_cells = {tuple(p) for p in pixels[np.asarray(info["inliers"], dtype=bool)]}
+        limit_px = self._settings.max_error_px
+        T_camera_local, inliers = absolute_pose(pixels, points - origin, self._camera, limit_px, max_iterations=3000)
+        inlier_cells = {tuple(p) for p in pixels[inliers]}
         if len(inlier_cells) < min_inliers:
             return None
-        T_map_camera = inverse_pose(make_pose(pose.R, pose.t))
+        T_map_camera = inverse_pose(T_camera_local)
         T_map_camera[:3, 3] += origin
         return _Hypothesis(T_map_camera, len(inlier_cells))

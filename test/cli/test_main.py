@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -96,3 +97,26 @@ def test_output_into_a_closed_pipe_is_silent() -> None:
         f"'{sys.executable}' -c \"{code}\" | true", shell=True, capture_output=True, text=True, check=False
     )
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.thorough
+def test_without_the_libraries_that_lack_arm_wheels_images_are_localized(tmp_path: Path) -> None:
+    """PoseLib, pycolmap and embreex have no wheels for Linux on ARM."""
+    hidden = "import sys; sys.modules.update(poselib=None, pycolmap=None, embreex=None)"
+    run = f"{hidden}; from kfloc_ros.cli.main import main; raise SystemExit(main(sys.argv[1:]))"
+    words = ["localize", "sim:localize-quick", "--frames", "4:6", "--map", "demo_room", "--out", str(tmp_path / "out")]
+    done = subprocess.run([sys.executable, "-c", run, *words, "--quiet"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "frames.csv").read_text(encoding="utf-8").count("TRACKING") == 2
+
+
+def test_a_library_that_is_not_installed_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(args: object) -> int:
+        raise ModuleNotFoundError("No module named 'pycolmap'", name="pycolmap")
+
+    monkeypatch.delenv("KFLOC_DEBUG", raising=False)
+    monkeypatch.setattr("kfloc_ros.cli.sources.run", run)
+    assert cli.main(["sources"]) == 2
+    assert "'pycolmap' is not installed" in capsys.readouterr().err

@@ -12,7 +12,7 @@ import torch
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.covariance import map_frame_covariance, move_covariance, pose_tangent_error
 from kfloc_ros.geometry.lie import inverse_pose, make_pose, so3_exp
-from kfloc_ros.kfnet import kernels
+from kfloc_ros.kfnet import kernels, pnp
 from kfloc_ros.kfnet.pnp import PnpSettings, _ray_equations, _ray_tangents, agreeing_share, solve_pnp
 from kfloc_ros.pixloc.optimizer import left_update
 from kfloc_ros.types import SceneCoordinates
@@ -36,7 +36,17 @@ def room(sigma_m: float, seed: int, outliers: float = 0.0) -> SceneCoordinates:
     return SceneCoordinates(mean, variance, torch.ones(60, 80, dtype=torch.bool), 8)
 
 
-def test_noisy_map_with_outliers() -> None:
+@pytest.fixture(params=["PoseLib", "OpenCV"])
+def solver(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The library that RANSAC is of: OpenCV where PoseLib has no wheel."""
+    if request.param == "OpenCV":
+        monkeypatch.setattr(pnp, "poselib", None)
+    elif pnp.poselib is None:
+        pytest.skip("PoseLib has no wheel for this machine")
+    return str(request.param)
+
+
+def test_noisy_map_with_outliers(solver: str) -> None:
     result = solve_pnp(room(0.03, 0, outliers=0.4), CAMERA, PnpSettings())
     assert result.success
     error = pose_tangent_error(result.T_map_camera, TRUTH)
@@ -45,7 +55,14 @@ def test_noisy_map_with_outliers() -> None:
     assert 0.4 < result.inlier_ratio < 0.8
 
 
-def test_hopeless_maps_are_refused_with_a_reason() -> None:
+def test_points_without_a_pose_give_no_inliers_and_no_error(solver: str) -> None:
+    pixels = np.random.default_rng(0).uniform(0, 480, (12, 2))
+    for points in (np.zeros((12, 3)), np.outer(np.arange(12.0), [0.0, 0.1, 0.2]), np.ones((3, 3))):
+        _, inliers = pnp.absolute_pose(pixels[: len(points)], points, CAMERA, 2.0, max_iterations=100)
+        assert inliers.shape == (len(points),) and inliers.sum() < 6
+
+
+def test_hopeless_maps_are_refused_with_a_reason(solver: str) -> None:
     noise = solve_pnp(room(1.5, 0), CAMERA, PnpSettings(max_sigma_m=10.0))
     assert not noise.success
     assert "inliers" in noise.reason

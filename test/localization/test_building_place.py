@@ -25,7 +25,6 @@ ROOMS = (1, 2, 3)
 
 @pytest.fixture(scope="module")
 def building(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    pytest.importorskip("embreex", reason="embreex, the ray caster, is not installed")
     root: Path = tmp_path_factory.mktemp("building")
     config = MapBuildConfig(train_seconds=120.0, train_steps=60, augmentations=0, device="cpu")
     for room in ROOMS:

@@ -58,7 +58,6 @@ def base_pose(number: int) -> Matrix:
 @pytest.fixture(scope="module")
 def pictures() -> Iterator[list[list[Frame]]]:
     """Images of the three cameras at 12 places."""
-    pytest.importorskip("embreex", reason="embreex, the ray caster, is not installed")
     from kfloc_ros.simulation.render import Renderer
     from kfloc_ros.simulation.scene import build_room
     from kfloc_ros.simulation.sensor import Sensor

@@ -28,7 +28,6 @@ from kfloc_ros.types import Frame
 
 CAMERA = Camera(96, 64, 70.0, 70.0, 47.5, 31.5)
 COARSE = 10.0
-pytest.importorskip("embreex", reason="embreex, the ray caster, is not installed")
 
 
 def points_of(frame: Frame) -> np.ndarray:
