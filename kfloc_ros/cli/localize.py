@@ -37,6 +37,8 @@ examples:
   kfloc localize bag:out/room_bag --map maps/room --out out/room --no-filter
   kfloc localize sim:building-3-localize --map maps/building --out out/building_3
   kfloc localize 7scenes:DIR@test --map maps/chess --out out/chess --jobs 2
+  kfloc localize bag:out/monday --map maps/room --out out/monday --collect out/lacking
+  kfloc map update maps/room out/lacking --out maps/room_2
 
 With --jobs or --scheduler, each recording of SOURCE is localized by a localizer of its own, with one thread. The
 results are the same for any number of jobs, and on a cluster of like processors.
@@ -84,20 +86,28 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="FORM",
         help="also write OUT/results_FORM.txt as a benchmark takes it: rio10, lamar (and CroCoDL) or mapfree",
     )
+    parser.add_argument(
+        "--collect",
+        type=Path,
+        metavar="DIR",
+        help="write poor frames whose poses are confirmed by the frames around them to DIR, a source for `kfloc map "
+        "update`; at most 500 MB",
+    )
     add_jobs_arguments(parser, "recordings, each by a localizer of its own,")
     parser.add_argument("--quiet", action="store_true", help="print only errors")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run ``kfloc localize``; return 0 when done, 130 when interrupted."""
-    source = open_source_from(args, depth=False)
+    source = open_source_from(args, depth=args.collect is not None)
     need_camera(source)
 
     # Imported late, so that a mistyped SOURCE is reported before torch is loaded.
     from kfloc_ros.cli.progress import progress_bar
     from kfloc_ros.cli.tables import summary_table
     from kfloc_ros.device import choose_device, describe_hardware, limit_threads
-    from kfloc_ros.evaluation.offline import localize_source
+    from kfloc_ros.evaluation.collection import Collection, cost_limit
+    from kfloc_ros.evaluation.offline import localize_frames
     from kfloc_ros.evaluation.report import command_line
     from kfloc_ros.evaluation.results import result_folder, write_results
     from kfloc_ros.evaluation.summary import RunInfo
@@ -121,7 +131,10 @@ def run(args: argparse.Namespace) -> int:
     map_path = resolve_map(args.map)
     loaded = load_map(map_path)
     provenance, workers = loaded.provenance, workers_from(args)
+    if args.collect is not None and workers:
+        raise SourceError("--collect follows one localizer from frame to frame; omit --jobs and --scheduler.")
     localizer = None if workers else localizer_for(loaded, config)
+    collection = None if args.collect is None else Collection(args.collect, max_cost=cost_limit(loaded))
     notes: list[str] = []
 
     with result_folder(args.out, force=args.force):
@@ -133,9 +146,11 @@ def run(args: argparse.Namespace) -> int:
                 records, notes = _in_parts(args, source, map_path, config, workers, bar)
             elif localizer is not None:
                 try:
-                    for record in localize_source(localizer, source):
-                        records.append(record)
-                        bar.set_postfix_str(record.state, refresh=False)
+                    for item in localize_frames(localizer, source):
+                        records.append(item.record)
+                        if collection is not None:
+                            collection.offer(item.frame, item.estimate)
+                        bar.set_postfix_str(records[-1].state, refresh=False)
                         bar.update()
                 except KeyboardInterrupt:
                     interrupted = True
@@ -181,6 +196,8 @@ def run(args: argparse.Namespace) -> int:
     if not args.quiet:
         print(summary_table(summary))
         print(f"\nResults: {args.out / 'report.html'}; poses: {args.out / 'frames.csv'} (a line an image, by name)")
+    if collection is not None:
+        print(collection.text, file=sys.stderr)
     if provenance.get("scale") == UNSCALED:
         print(f"The scale of the map is {UNSCALED} (see kfloc map scale).", file=sys.stderr)
     for note in dict.fromkeys(filter(None, notes)):

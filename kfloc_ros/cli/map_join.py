@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 UPDATE = """\
 Add a recording to MAP. The recording is mapped by itself and registered by localizing some of its views in MAP. It adds
 a scene-coordinate head of its own, which leaves the existing heads unchanged, and reference views that extend the
-coverage or replace older ones.
+coverage or replace older ones. Points of older views that its images do not show any more are retired, and what has
+changed is printed. Views in another light stay, and each image is aligned with the views that it looks like.
 
 In a place, one submap is updated: that of --submap, or the one in which the recording's images localize (with
 --same-frame: whose views are nearest to the recording's poses). The other submaps are copied.
@@ -41,7 +42,7 @@ In a place, one submap is updated: that of --submap, or the one in which the rec
 UPDATE_EXAMPLE = """\
 examples:
   kfloc map update maps/kitchen bag:out/second_visit --out maps/kitchen --force --budget 3min
-  kfloc map update maps/kitchen 7scenes:DIR --same-frame --out maps/kitchen_2
+  kfloc map update maps/kitchen 7scenes:DIR --same-frame --out maps/kitchen_2 --changes out/changes
   kfloc map update maps/house bag:out/visit --submap attic --out maps/house --force
 """
 MERGE = """\
@@ -68,6 +69,9 @@ def add_join(actions: Any) -> None:
         "--submap",
         metavar="NAME",
         help="for a place: the submap to add to (default: the one in which the recording localizes)",
+    )
+    update.add_argument(
+        "--changes", type=Path, metavar="DIR", help="write changes.png (from above) and changes.csv (a line a view)"
     )
     add_build_options(update)
     add_no_check(update)
@@ -108,8 +112,9 @@ def run_update(args: argparse.Namespace) -> int:
     started = time.monotonic()
 
     from kfloc_ros.mapping.build import check_free
+    from kfloc_ros.mapping.changes import write_changes
     from kfloc_ros.mapping.motion_depth import with_depth
-    from kfloc_ros.mapping.place_editing import submap_of, update_place
+    from kfloc_ros.mapping.place_making import submap_of, update_place
     from kfloc_ros.mapping.update import update_map
     from kfloc_ros.maps.format import SUBMAPS, resolve_map
     from kfloc_ros.maps.place import Place, load_map
@@ -140,10 +145,9 @@ def run_update(args: argparse.Namespace) -> int:
         before, out = known, args.out
         updated = update_map(known, source, config, **options)
         updated.scene_map.save(args.out, overwrite=args.force)
-    placed = updated.placement
-    if placed is not None:
-        where = "by its own poses, moved into the map's frame" if placed.moved else "by its own poses, unchanged"
-        print(f"Registered by {placed.agreeing} of {placed.tried} views that agree, {where}.")
+    print(updated.text)
+    if args.changes is not None:
+        write_changes(args.changes, before, updated.changes)
     print(_counts(before, updated.scene_map, out))
     return 0
 

@@ -202,7 +202,7 @@ def run_unpack(args: argparse.Namespace) -> int:
 def run_crop(args: argparse.Namespace) -> int:
     """Run ``kfloc map crop``; return 0."""
     from kfloc_ros.mapping.merge import crop_map
-    from kfloc_ros.mapping.place_editing import crop_place
+    from kfloc_ros.mapping.place_making import crop_place
     from kfloc_ros.maps.format import resolve_map
     from kfloc_ros.maps.place import Place, load_map
 

@@ -23,6 +23,7 @@ TITLES = {
     "train": "training head",
     "calibrate": "calibrating",
     "place": "placing",
+    "compare": "comparing",
 }
 DONE = "done"
 

@@ -151,6 +151,11 @@ class LocalizedFrame:
     """Time from the decoded image to the pose: adapting the image to the map's camera, and localizing."""
     rectify_ms: float
 
+    @property
+    def record(self) -> FrameRecord:
+        """Record of the frame."""
+        return record_of(self.frame, self.estimate, latency_ms=self.latency_ms, rectify_ms=self.rectify_ms)
+
 
 def localize_source(localizer: AnyLocalizer, source: FrameSource) -> Iterator[FrameRecord]:
     """Yield one record a frame, in order; see :func:`localize_frames`.
@@ -159,7 +164,7 @@ def localize_source(localizer: AnyLocalizer, source: FrameSource) -> Iterator[Fr
         SourceError: an image cannot be read.
     """
     for item in localize_frames(localizer, source):
-        yield record_of(item.frame, item.estimate, latency_ms=item.latency_ms, rectify_ms=item.rectify_ms)
+        yield item.record
 
 
 def localize_frames(

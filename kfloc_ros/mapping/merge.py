@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -32,12 +32,20 @@ Corner = tuple[float, float, float]
 
 
 def merge_maps(
-    older: SceneMap, newer: SceneMap, T_older_newer: Matrix, *, spacing_m: float, max_points: int, name: str = ""
+    older: SceneMap,
+    newer: SceneMap,
+    T_older_newer: Matrix,
+    *,
+    spacing_m: float,
+    max_points: int,
+    name: str = "",
+    look_different: Collection[int] = (),
 ) -> SceneMap:
     """Merge two maps, in the frame and for the camera of the older one.
 
     The heads are stored side by side, each with its own calibration. Reference views of the newer map come first, and
-    those of the older one join where no newer view is near: where a place has changed, the newer map is right.
+    those of the older one join where no newer view is near, or where the place looked different, such as in another
+    light. Every view keeps its session.
 
     Args:
         older: map that keeps its frame.
@@ -46,6 +54,7 @@ def merge_maps(
         spacing_m: see ``MapBuildConfig.reference_spacing_m``.
         max_points: limit on reference points.
         name: name of the result; by default the older map's.
+        look_different: ids of the older map's views that stay beside newer ones.
 
     Raises:
         MapError: cameras or heads do not match, or there are too many heads.
@@ -60,7 +69,8 @@ def merge_maps(
             f"The result would have {len(heads)} heads, more than the limit of {MAX_HEADS}. Build one map of all "
             "recordings."
         )
-    references = _join(older.references, transformed(newer.references, T_older_newer), spacing_m, max_points)
+    moved = transformed(newer.references, T_older_newer)
+    references = _join(older.references, moved, spacing_m, max_points, look_different)
     return SceneMap(
         name=name or older.name,
         frame_id=older.frame_id,
@@ -79,15 +89,21 @@ def _own_heads(scene_map: SceneMap) -> list[SCoordNet]:
     return [with_variance_scale(head, scale) for head in heads_of(scene_map.head)]
 
 
-def _join(older: ReferenceViews, newer: ReferenceViews, spacing_m: float, max_points: int) -> ReferenceViews:
+def _join(
+    older: ReferenceViews, newer: ReferenceViews, spacing_m: float, max_points: int, look_different: Collection[int]
+) -> ReferenceViews:
     collector = ReferenceCollector(spacing_m, max_points)
     offset = max(older.ids, default=-1) + 1
+    later = max(older.sessions, default=0) + 1
+    sessions = {ident: older.session_of(k) for k, ident in enumerate(older.ids)}
+    sessions |= {ident + offset: newer.session_of(k) + later for k, ident in enumerate(newer.ids)}
     for ident, T, view in zip(newer.ids, newer.T_map_camera, newer.views, strict=True):
         collector.add(ident + offset, T, view)
     for ident, T, view in zip(older.ids, older.T_map_camera, older.views, strict=True):
-        if collector.extends_coverage(T):
+        if ident in look_different or collector.extends_coverage(T):
             collector.add(ident, T, view)
-    return collector.views()
+    joined = collector.views()
+    return replace(joined, sessions=tuple(sessions[ident] for ident in joined.ids))
 
 
 def _calibration(a: Calibration, b: Calibration) -> Calibration:
@@ -178,28 +194,26 @@ def crop_map(scene_map: SceneMap, low_m: Sequence[float], high_m: Sequence[float
     if any(not a < b for a, b in zip(low_m, high_m, strict=True)):
         raise MapError(f"The box must have its smallest corner first, got {tuple(low_m)} and {tuple(high_m)}.")
     low, high = torch.tensor(low_m), torch.tensor(high_m)
-    selected: list[int] = []
+    kept: list[int] = []
     views: list[ReferencePoints] = []
     for position, view in enumerate(scene_map.references.views):
         inside = ((view.points >= low) & (view.points <= high)).all(dim=1)
         if int(inside.sum()) >= MIN_POINTS:
-            selected.append(position)
-            views.append(
-                ReferencePoints(view.points[inside], view.coarse[inside], view.fine[inside], view.confidence[inside])
-            )
-    if not selected:
+            kept.append(position)
+            views.append(view.selected(inside))
+    if not kept:
         extent = " to ".join(str(tuple(round(v, 2) for v in corner)) for corner in scene_map.bounds_m)
         raise NothingInside(f"No reference view has {MIN_POINTS} points in the box; the map reaches from {extent} m.")
     a, b = scene_map.bounds_m
-    ids = tuple(scene_map.references.ids[k] for k in selected)
+    references = replace(scene_map.references.selected(kept), views=tuple(views))
     box = " ".join(f"{v:g}" for v in (*low_m, *high_m))
     return replace(
         scene_map,
-        references=ReferenceViews(ids, scene_map.references.T_map_camera[selected], tuple(views)),
+        references=references,
         bounds_m=(
             (max(a[0], low_m[0]), max(a[1], low_m[1]), max(a[2], low_m[2])),
             (min(b[0], high_m[0]), min(b[1], high_m[1]), min(b[2], high_m[2])),
         ),
-        provenance={**scene_map.provenance, "cropped_to_m": box, "references": len(ids)},
+        provenance={**scene_map.provenance, "cropped_to_m": box, "references": len(references.ids)},
         path=None,
     )

@@ -90,6 +90,11 @@ class MotionDepth(DerivedSource):
     def camera(self) -> Camera:
         return self._camera
 
+    @property
+    def images(self) -> FrameSource:
+        """The views without this depth."""
+        return self._source
+
     def pose(self, position: int) -> Matrix | None:
         return self._poses.get(position)
 

@@ -52,7 +52,7 @@ def picture_from_above(known: AnyMap) -> bytes:
     Raises:
         MapError: a submap cannot be read.
     """
-    plan = _FloorPlan(known)
+    plan = FloorPlan(known)
     axis, sign = plan.up
     points, height = plan.points, plan.sign * plan.points[:, axis]
     order = np.argsort(height)
@@ -98,7 +98,7 @@ def picture_of_coverage(known: AnyMap, coverages: Sequence[Coverage]) -> bytes:
     from matplotlib.colors import Normalize
     from matplotlib.patches import Rectangle
 
-    plan = _FloorPlan(known)
+    plan = FloorPlan(known)
     points = plan.points
     plan.axes.scatter(points[:, plan.right], points[:, plan.ahead], s=0.5, c="#bbbbbb", linewidths=0, rasterized=True)
     share = np.concatenate([item.share for item in coverages])
@@ -129,7 +129,7 @@ def picture_of_coverage(known: AnyMap, coverages: Sequence[Coverage]) -> bytes:
     return plan.png()
 
 
-class _FloorPlan:
+class FloorPlan:
     """Floor plan of a map or a place, to scale."""
 
     def __init__(self, known: AnyMap) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Update of a map: maps a recording by itself, registers it by localizing its views in the map, and merges it."""
+"""Update of a map: maps a recording, registers it by localizing its views, finds what has changed, and merges it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,17 @@ from typing import Any
 
 import numpy as np
 
+from kfloc_ros.device import choose_device
 from kfloc_ros.errors import MapError
+from kfloc_ros.features.backbone import Backbone
 from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.lie import Matrix, inverse_pose, rotation_angle_deg
 from kfloc_ros.localization.config import LocalizerConfig
 from kfloc_ros.localization.localizer import Localizer
 from kfloc_ros.mapping.build import BuildProgress, MapBuildConfig, Report, make_map
+from kfloc_ros.mapping.changes import Changes, find_changes
 from kfloc_ros.mapping.merge import check_families, merge_maps
+from kfloc_ros.mapping.motion_depth import MotionDepth
 from kfloc_ros.mapping.registration import average_pose
 from kfloc_ros.mapping.views import View
 from kfloc_ros.maps.scene_map import SceneMap
@@ -47,11 +51,22 @@ class Placement:
 
 @dataclass(frozen=True, eq=False)
 class Updated:
-    """Map with a recording added, and the registration of the recording."""
+    """Map with a recording added, the registration of the recording, and what it shows to have changed."""
 
     scene_map: SceneMap
     placement: Placement | None
     """None if the caller declared the frames to be the same."""
+    changes: Changes
+    """Points and views of the older map that the recording contradicts; they are not in the new map."""
+
+    @property
+    def text(self) -> str:
+        """Sentences on the registration and the changes."""
+        placed, lines = self.placement, [self.changes.summary()]
+        if placed is not None:
+            where = "by its own poses, moved into the map's frame" if placed.moved else "by its own poses, unchanged"
+            lines.insert(0, f"Registered by {placed.agreeing} of {placed.tried} views that agree, {where}.")
+        return "\n".join(lines)
 
 
 def update_map(
@@ -64,7 +79,7 @@ def update_map(
     started: float | None = None,
     on_progress: Report = lambda progress: None,
 ) -> Updated:
-    """Add a recording to a map; the map's own heads are unchanged.
+    """Add a recording to a map, and retire the reference points that it contradicts; the map's heads are unchanged.
 
     Args:
         scene_map: map to add to.
@@ -85,14 +100,25 @@ def update_map(
     made = make_map(source, config, camera=scene_map.camera, started=started, on_progress=on_progress)
     on_progress(BuildProgress("place", 0.0))
     placement = None if same_frame else place_views(scene_map, made.held_out, config.device)
+    T_map_session = np.eye(4) if placement is None else placement.T_map_session
+    on_progress(BuildProgress("compare", 0.0))
+    changes = find_changes(
+        scene_map.references,
+        scene_map.camera,
+        source.images if isinstance(source, MotionDepth) else source,
+        T_map_session,
+        Backbone(device=choose_device(config.device)),
+        lambda share: on_progress(BuildProgress("compare", share)),
+    )
     merged = merge_maps(
-        scene_map,
+        replace(scene_map, references=changes.references),
         made.scene_map,
-        np.eye(4) if placement is None else placement.T_map_session,
+        T_map_session,
         spacing_m=config.reference_spacing_m,
         max_points=config.max_points,
+        look_different=changes.look_different(),
     )
-    return Updated(replace(merged, provenance={**merged.provenance, **(provenance or {})}), placement)
+    return Updated(replace(merged, provenance={**merged.provenance, **(provenance or {})}), placement, changes)
 
 
 def place_views(scene_map: SceneMap, views: Sequence[View], device: str) -> Placement:

@@ -232,6 +232,7 @@ def pack_references(references: ReferenceViews) -> dict[str, torch.Tensor]:
     """Return the views' stored tensors, concatenated."""
     everything = ReferencePoints.concatenate(references.views)
     counts = [len(view) for view in references.views]
+    sessions = {"sessions": torch.tensor(references.sessions, dtype=torch.int64)} if references.sessions else {}
     return {
         "ids": torch.tensor(references.ids, dtype=torch.int64),
         "T_map_camera": torch.from_numpy(references.T_map_camera.copy()),
@@ -240,6 +241,7 @@ def pack_references(references: ReferenceViews) -> dict[str, torch.Tensor]:
         "coarse": _quantize(everything.coarse),
         "fine": _quantize(everything.fine),
         "confidence": everything.confidence.half().contiguous(),
+        **sessions,
     }
 
 
@@ -283,4 +285,8 @@ def unpack_references(tensors: Mapping[str, torch.Tensor]) -> ReferenceViews:
     turned = R @ R.transpose(0, 2, 1) - np.eye(3)
     if not (np.abs(turned).max() < 1e-2 and (np.linalg.det(R) > 0).all() and (poses[:, 3] == [0, 0, 0, 1]).all()):
         raise ValueError("the reference poses are not rigid poses")
-    return ReferenceViews(tuple(int(i) for i in tensors["ids"].tolist()), poses, views)
+    sessions = tensors.get("sessions", tensors["ids"][:0])
+    fits = sessions.dtype == torch.int64 and tuple(sessions.shape) in ((0,), (len(views),))
+    if not fits or bool((sessions < 0).any()):
+        raise ValueError("the sessions do not match the reference views")
+    return ReferenceViews(tuple(tensors["ids"].tolist()), poses, views, tuple(sessions.tolist()))

@@ -267,7 +267,7 @@ def scaled_map(scene_map: SceneMap, factor: float) -> SceneMap:
     return replace(
         scene_map,
         head=ensemble_of(heads).eval(),
-        references=ReferenceViews(references.ids, T_map_camera, references.views),
+        references=replace(references, T_map_camera=T_map_camera),
         calibration=replace(
             calibration, process_floor_m2=calibration.process_floor_m2 * factor**2, roughness=roughness
         ),
@@ -287,4 +287,4 @@ def transformed(references: ReferenceViews, T: Matrix) -> ReferenceViews:
     for view in references.views:
         points = view.points.double().numpy() @ T[:3, :3].T + T[:3, 3]
         views.append(replace(view, points=view.points.new_tensor(points)))
-    return ReferenceViews(references.ids, T @ references.T_map_camera, tuple(views))
+    return replace(references, T_map_camera=T @ references.T_map_camera, views=tuple(views))

@@ -32,7 +32,7 @@ from kfloc_ros.nodes.parameter_server import ParameterServer
 from kfloc_ros.nodes.pose_file import PosePersistence
 from kfloc_ros.nodes.pose_publisher import PosePublisher
 from kfloc_ros.nodes.transforms import TransformListener
-from kfloc_ros.nodes.views import Localized, MapPublisher, cell_publisher, overlay_publisher
+from kfloc_ros.nodes.views import Collecting, Localized, MapPublisher, cell_publisher, overlay_publisher
 from kfloc_ros.nodes.worker import WENT_BACKWARDS, EnableSwitch, LatestWorker, TimeWatch, reported_error
 from kfloc_ros.types import Matrix, PoseEstimate, TrackingState
 from kfloc_ros.visualization.overlay import OverlayPainter
@@ -174,6 +174,7 @@ class LocalizerStage:
         self._publish_coarse = CoarsePublisher(node, map_frame, lambda: health.counters, for_refiner=False)
         self._output = PoseOutput(node, parameters, scene_map, self._localizer, health, switch)
         self._cells = cell_publisher(node, map_frame, health.warn)
+        self._collecting = Collecting(parameters.node, scene_map, health.warn)
         # The camera comes last: once its subscriptions are visible, everything else is ready.
         self._camera = ImageReceiver(
             node, parameters, self._localizer.camera, health, switch, self._process, on_failure=self._localizer.reset
@@ -188,6 +189,7 @@ class LocalizerStage:
         self._camera.stop()
         self._cells.stop()
         self._output.stop()
+        self._collecting.stop()
 
     def request_reset(self, reason: str) -> None:
         self._camera.reset()
@@ -200,6 +202,7 @@ class LocalizerStage:
         )
         estimate = self._output.publish(camera_frame, localization)  # the pose first
         self._localizer.correct_belief(estimate.stamp_ns, estimate.refined_pose)
+        self._collecting.offer(camera_frame.frame, estimate)
         if localization.coarse is not None:
             coarse = CoarseFrame(camera_frame, localization.coarse)
             self._publish_coarse(coarse)

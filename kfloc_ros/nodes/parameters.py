@@ -154,6 +154,12 @@ class NodeConfig:
     pose_file_period_s: float = option(
         2.0, "Period at which the last pose is saved, in seconds.", low=0.1, high=3600.0, live=True
     )
+    collect_dir: str = option(
+        "",
+        "Folder to which frames that the map lacks are written, with confirmed poses: a source for kfloc map update. "
+        "Empty: none.",
+    )
+    collect_mb: float = option(500.0, "Limit on the size of collect_dir, in megabytes.", low=1.0, high=100_000.0)
     path_length: int = option(1000, "Number of poses in path; 0: no path.", low=0, high=100000, live=True)
 
     def __post_init__(self) -> None:

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Visualization topics: made only for subscribers, in a thread of their own, so that no pose waits for a picture."""
+"""Visualization topics, made only for subscribers, and collected frames: in threads of their own; no pose waits."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -15,16 +16,18 @@ from rclpy.node import Node
 from sensor_msgs.msg import Image, PointCloud2, PointField
 from visualization_msgs.msg import Marker, MarkerArray
 
+from kfloc_ros.evaluation.collection import Collection, cost_limit
 from kfloc_ros.features.backbone import BackboneFeatures
 from kfloc_ros.localization.results import CoarseResult
-from kfloc_ros.maps.place import MapInfo
+from kfloc_ros.maps.place import AnyMap, MapInfo
 from kfloc_ros.messages.clouds import fill_cloud
 from kfloc_ros.messages.poses import fill_stamp
 from kfloc_ros.nodes import qos
 from kfloc_ros.nodes.adapters import encode
 from kfloc_ros.nodes.handover import CameraFrame, CoarseFrame
+from kfloc_ros.nodes.parameters import NodeConfig
 from kfloc_ros.nodes.worker import EnableSwitch, LatestWorker
-from kfloc_ros.types import PoseEstimate
+from kfloc_ros.types import Frame, PoseEstimate
 from kfloc_ros.visualization.cells import flow_view, noise_view
 from kfloc_ros.visualization.clouds import FRUSTUM_DEPTH_M, camera_symbols, cell_cloud, map_cloud
 from kfloc_ros.visualization.overlay import OverlayPainter
@@ -138,6 +141,45 @@ def overlay_publisher(
         return message
 
     return VisualizationPublisher(node, "overlay", {"overlay": View(Image, overlay)}, warn)
+
+
+class Collecting:
+    """Writer of frames that the map lacks to ``collect_dir``; does nothing if that is empty.
+
+    Args:
+        parameters: options of the node.
+        scene_map: map or place of the localizer.
+        warn: called with a sentence when nothing more is collected.
+
+    Raises:
+        SourceError: ``collect_dir`` contains something else.
+    """
+
+    def __init__(self, parameters: NodeConfig, scene_map: AnyMap, warn: Callable[[str], None]) -> None:
+        self._warn, self._worker = warn, None
+        if not parameters.collect_dir:
+            return
+        folder = Path(parameters.collect_dir).expanduser()
+        self._collection = Collection(folder, max_mb=parameters.collect_mb, max_cost=cost_limit(scene_map))
+        self._worker = LatestWorker[tuple[Frame, PoseEstimate]]("collect", self._offer, self._on_error)
+
+    def offer(self, frame: Frame, estimate: PoseEstimate) -> None:
+        """Queue a localized frame; one that is not written in time is left out."""
+        if self._worker is not None:
+            self._worker.submit((frame, estimate))
+
+    def stop(self) -> None:
+        """Finish the current frame and end the thread."""
+        if self._worker is not None:
+            self._worker.stop()
+
+    def _offer(self, item: tuple[Frame, PoseEstimate]) -> None:
+        self._collection.offer(*item)
+        if self._collection.problem:
+            self._warn(f"No more frames are collected: {self._collection.problem}.")
+
+    def _on_error(self, error: Exception) -> None:
+        self._warn(f"A frame could not be collected: {type(error).__name__}: {error}")
 
 
 _PERIOD_S = 0.5

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
@@ -16,6 +16,7 @@ from kfloc_ros.features.backbone import COARSE_STRIDE, FINE_STRIDE, BackboneFeat
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import Matrix, make_pose
 from kfloc_ros.pixloc.cost import NEAR_M, FeatureImage, project
+from kfloc_ros.pixloc.point_matching import SEARCH_CELLS, best_cells
 
 METRES_PER_RADIAN = 1.2
 """Weight of a change of direction against a change of place when views are compared (about 2 cm a degree)."""
@@ -31,6 +32,8 @@ ENOUGH_IN_VIEW = 450
 """Points in view that constrain a pose well in every direction; with fewer, further views add theirs."""
 MAX_VIEWS = 10
 """Largest number of views, further ones included."""
+LIKENESS_POINTS = 64
+"""Points of a view that are compared with the image to tell how much it looks like the view's session."""
 
 CANDIDATE_STEP_PX = 4
 BORDER_PX = 12
@@ -60,6 +63,14 @@ class ReferencePoints:
             self.points.to(device), self.coarse.to(device), self.fine.to(device), self.confidence.to(device)
         )
 
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return points, coarse and fine features, and confidences."""
+        return self.points, self.coarse, self.fine, self.confidence
+
+    def selected(self, chosen: torch.Tensor) -> ReferencePoints:
+        """Return the points of a mask (N,) or of indices."""
+        return ReferencePoints(*(values[chosen] for values in self.tensors()))
+
     @classmethod
     def concatenate(cls, parts: Sequence[ReferencePoints]) -> ReferencePoints:
         """Return the points of several views as one set."""
@@ -80,10 +91,22 @@ class ReferenceViews:
     T_map_camera: NDArray[np.float64]
     """(K, 4, 4)"""
     views: tuple[ReferencePoints, ...]
+    sessions: tuple[int, ...] = ()
+    """Session in which each view was recorded, counted from 0; empty if all are of one session."""
+
+    def session_of(self, position: int) -> int:
+        """Return the session of a view."""
+        return self.sessions[position] if self.sessions else 0
+
+    def selected(self, positions: Sequence[int]) -> ReferenceViews:
+        """Return some of the views."""
+        ids, views = tuple(self.ids[k] for k in positions), tuple(self.views[k] for k in positions)
+        sessions = tuple(self.sessions[k] for k in positions) if self.sessions else ()
+        return ReferenceViews(ids, self.T_map_camera[list(positions)], views, sessions)
 
     def to(self, device: torch.device) -> ReferenceViews:
         """Return the views with their points on another device."""
-        return ReferenceViews(self.ids, self.T_map_camera, tuple(view.to(device) for view in self.views))
+        return replace(self, views=tuple(view.to(device) for view in self.views))
 
     def nearest(self, T_map_camera: Matrix, count: int) -> list[int]:
         """Return positions of the views nearest to a pose, nearest first."""
@@ -104,6 +127,51 @@ class ReferenceViews:
         better. If the nearest have enough points in view, the result is that of :meth:`nearest`.
         """
         return self._overlapping(T_map_camera, camera, count)[0]
+
+    def alike(self, image: FeatureImage, T_map_camera: Matrix, camera: Camera, count: int) -> list[int]:
+        """Return the views of :meth:`overlapping`, of the sessions that an image looks like.
+
+        If the nearest views are of one session, the result is that of :meth:`overlapping`. Otherwise, they are ordered
+        by the mean similarity of their points to the most similar cells near the projections: views of another light,
+        or of content that has changed, come last.
+
+        Args:
+            image: coarse level of the image.
+            T_map_camera: pose, (4, 4), as good as a start of an alignment.
+            camera: pinhole camera of the image.
+            count: number of views.
+        """
+        near = self.nearest(T_map_camera, max(count, CONSIDERED_VIEWS))
+        if len({self.session_of(k) for k in near}) < 2:
+            return self.overlapping(T_map_camera, camera, count)
+        in_view = self._in_view(T_map_camera, camera, near)
+        enough = [share >= MIN_IN_VIEW for share in self._shares(near, in_view)]
+        likeness = self._likeness(image, T_map_camera, camera, near)
+        order = sorted(range(len(near)), key=lambda k: (not enough[k], -likeness[k]))
+        chosen = order[:count]
+        for k in order[count:MAX_VIEWS]:
+            if not in_view[k] or sum(in_view[j] for j in chosen) >= ENOUGH_IN_VIEW:
+                break
+            chosen.append(k)
+        return [near[k] for k in chosen]
+
+    def _likeness(
+        self, image: FeatureImage, T_map_camera: Matrix, camera: Camera, positions: Sequence[int]
+    ) -> list[float]:
+        """Return each view's mean cosine of its points in the image with the most similar cells near them."""
+        parts = [self.views[k] for k in positions]
+        steps = [max(1, -(-len(p) // LIKENESS_POINTS)) for p in parts]
+        parts = [p.selected(torch.arange(0, len(p), n)) for p, n in zip(parts, steps, strict=True)]
+        points = ReferencePoints.concatenate(parts)
+        local = points.points - torch.from_numpy(T_map_camera[:3, 3].copy()).to(points.points)
+        T_camera_local = torch.from_numpy(make_pose(T_map_camera[:3, :3].T, np.zeros(3))).to(local)
+        at, _, in_front = project(local, T_camera_local, camera, image.stride)
+        inside = in_front & (at > 0).all(1) & (at[:, 0] < image.width - 1) & (at[:, 1] < image.height - 1)
+        _, cosine, _ = best_cells(image, points.coarse, torch.where(inside[:, None], at, 0.0), SEARCH_CELLS)
+        counts = [len(p) for p in parts]
+        sums = [float(part.sum()) for part in torch.split(cosine * inside, counts)]
+        numbers = [int(part.sum()) for part in torch.split(inside, counts)]
+        return [total / max(number, 1) for total, number in zip(sums, numbers, strict=True)]
 
     def _overlapping(self, T_map_camera: Matrix, camera: Camera, count: int) -> tuple[list[int], list[int]]:
         """Return the best views, and the further views that add points."""
@@ -244,65 +312,3 @@ def _spread(uv: torch.Tensor, score: torch.Tensor, count: int) -> torch.Tensor:
     turn = np.empty(len(key), dtype=np.int64)
     turn[by_bucket] = rank
     return order[torch.from_numpy(np.argsort(turn, kind="stable")[:count])]
-
-
-@dataclass(frozen=True, eq=False)
-class Reprojection:
-    """Reference points in view, in no particular order."""
-
-    pixels: NDArray[np.float32]
-    """(N, 2) projected positions."""
-    residuals: NDArray[np.float32]
-    """(N,) length of the difference between a point's unit feature and the image's: 0 for equal, 1 and more for
-    unlike."""
-    confidences: NDArray[np.float32]
-    """(N,) weight of the points in the alignment: the reference's reliability times the image's."""
-
-
-def reproject(
-    features: BackboneFeatures, points: ReferencePoints, T_map_camera: Matrix, camera: Camera
-) -> Reprojection:
-    """Project reference points into an image and compare features at the fine level, the last one of the alignment.
-
-    Args:
-        features: backbone features of the image.
-        points: points of one or several reference views, on the features' device.
-        T_map_camera: pose of the image, (4, 4).
-        camera: pinhole camera of the image.
-    """
-    comparison = _compare(features, points, T_map_camera, camera)
-    in_view = comparison.in_view
-    parts = (comparison.pixels, comparison.residuals, comparison.confidences)
-    return Reprojection(*(values[in_view].cpu().numpy() for values in parts))
-
-
-def reproject_all(
-    features: BackboneFeatures, points: ReferencePoints, T_map_camera: Matrix, camera: Camera
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return residuals (N,) and (N,) bool, in view, of all points in their order; see :func:`reproject`."""
-    comparison = _compare(features, points, T_map_camera, camera)
-    return comparison.residuals, comparison.in_view
-
-
-@dataclass(frozen=True, eq=False)
-class _Comparison:
-    pixels: torch.Tensor
-    residuals: torch.Tensor
-    confidences: torch.Tensor
-    in_view: torch.Tensor
-
-
-def _compare(features: BackboneFeatures, points: ReferencePoints, T_map_camera: Matrix, camera: Camera) -> _Comparison:
-    confidence = F.interpolate(features.reliability[:1][None].float(), features.fine.shape[-2:], mode="bilinear")[0, 0]
-    image = FeatureImage.from_maps(features.fine[0].float(), confidence, FINE_STRIDE)
-    # coordinates relative to the camera: float32 is not exact enough far from the map's origin
-    origin = torch.from_numpy(T_map_camera[:3, 3].copy()).to(points.points)
-    T_camera_local = torch.from_numpy(make_pose(T_map_camera[:3, :3].T, np.zeros(3))).to(points.points)
-    cells, _, in_front = project(points.points - origin, T_camera_local, camera, FINE_STRIDE)
-    rows, inside = image.sample(cells)
-    return _Comparison(
-        pixels=(cells + 0.5) * FINE_STRIDE - 0.5,
-        residuals=(rows[:, : image.channels] - points.fine).norm(dim=1),
-        confidences=points.confidence * rows[:, -1],
-        in_view=inside & in_front,
-    )

@@ -161,7 +161,7 @@ class Refiner:
     def _prepare(
         self, images: tuple[FeatureImage, FeatureImage], T_map_camera: Matrix, *, with_cost: bool = True
     ) -> _Candidate:
-        chosen = self.references.overlapping(T_map_camera, self.camera, self.settings.num_references)
+        chosen = self.references.alike(images[0], T_map_camera, self.camera, self.settings.num_references)
         views = [self.references.views[k] for k in chosen]
         points = ReferencePoints.concatenate(views)
         nearness = self.references.nearness(T_map_camera, chosen)

@@ -8,7 +8,7 @@ light is then a weighted sum, so lamps can be switched during a recording.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -19,8 +19,7 @@ from numpy.typing import NDArray
 
 from kfloc_ros.device import compiled_loop, has_numba
 from kfloc_ros.errors import SourceError
-from kfloc_ros.simulation.atlas import TextureAtlas, pack
-from kfloc_ros.simulation.faces import Face
+from kfloc_ros.simulation.faces import Face, TextureAtlas, pack
 from kfloc_ros.simulation.room import door_faces, lights, own_faces, room
 
 Array = NDArray[np.float32]
@@ -261,10 +260,17 @@ def build_room(seed: int = 0, texels_per_m: float = TEXELS_PER_M) -> Scene:
     Raises:
         SourceError: no ray caster is installed.
     """
-    faces = room()
+    return scene_of(room(), seed, texels_per_m)
+
+
+def scene_of(faces: Sequence[Face], seed: int, texels_per_m: float, others: Mapping[int, int] | None = None) -> Scene:
+    """Return a scene of faces, lit by the room's lights; ``others`` has seeds of other pictures, by face."""
     same = np.arange(len(faces))
     caster = RayCaster(faces)
-    return _scene(faces, caster, _paintings(faces, seed, texels_per_m), same, _baked(faces, caster, seed), same)
+    pictures = _paintings(faces, seed, texels_per_m)
+    for i, other in (others or {}).items():
+        pictures[i] = _paint(faces[i], (seed, i, other), texels_per_m)
+    return _scene(faces, caster, pictures, same, _baked(faces, caster, seed), same)
 
 
 def build_rooms(rooms: Sequence[RoomInBuilding], seed: int = 0, texels_per_m: float = TEXELS_PER_M) -> Scene:

@@ -5,29 +5,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
 from kfloc_ros.errors import SourceError
 from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import Camera
-from kfloc_ros.simulation.render import Illumination, Renderer
+from kfloc_ros.simulation.conditions import LIGHTS, Conditions, DirtyLens, People, changed_room
+from kfloc_ros.simulation.render import Illumination, Renderer, Sensor, SensorModel
 from kfloc_ros.simulation.scene import TEXELS_PER_M, Scene, build_room
-from kfloc_ros.simulation.sensor import Sensor
 from kfloc_ros.simulation.trajectory import Pace, Route, Trajectory, orbit
 from kfloc_ros.types import Frame, Matrix
 
 CAMERA = Camera(640, 480, 525.0, 525.0, 319.5, 239.5)
 
-DAY = Illumination(
-    west_lamp=(0.50, 0.47, 0.42), east_lamp=(0.50, 0.47, 0.42), window=(0.34, 0.38, 0.46), ambient=(0.44, 0.44, 0.43)
-)
+DAY = LIGHTS["day"]
 DUSK = Illumination(
     west_lamp=(0.54, 0.49, 0.41), east_lamp=(0.54, 0.49, 0.41), window=(0.15, 0.18, 0.26), ambient=(0.36, 0.35, 0.34)
 )
 _DUSK_ONE_LAMP = replace(DUSK, west_lamp=(0.04, 0.04, 0.03), ambient=(0.25, 0.25, 0.25))
 _SWITCH_SHARE, _SWITCH_S = 0.45, 0.25
 IDENTITY: Matrix = np.eye(4)
+AS_RECORDED = Conditions()
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,7 @@ class RecordedSource(FrameSource):
         noise_seed: seed of the sensor noise.
         camera: pinhole camera.
         T_scene_route: pose of the route's frame in the scene, (4, 4).
+        conditions: light, people, lens and exposure; changed content is the scene's.
     """
 
     def __init__(
@@ -136,14 +137,17 @@ class RecordedSource(FrameSource):
         noise_seed: tuple[int, int],
         camera: Camera = CAMERA,
         T_scene_route: Matrix = IDENTITY,
+        conditions: Conditions = AS_RECORDED,
     ) -> None:
         self.name = name
+        self._conditions = conditions
         self._recording, self._scene, self._camera = recording, scene, camera
         self._noise_seed, self._T = noise_seed, T_scene_route
         # Every recording has its own shake, even if two have the same route.
         self.trajectory = Trajectory(recording.route(walk_seed), recording.pace, walk_seed + recording.shake)
         self._count = int(self.trajectory.duration_s * recording.rate_hz)
-        self._studio: tuple[Renderer, Sensor] | None = None
+        self._renderer: Renderer | None = None
+        self._sensors: dict[SensorModel, Sensor] = {}
 
     @property
     def camera(self) -> Camera:
@@ -163,15 +167,20 @@ class RecordedSource(FrameSource):
 
     def __getitem__(self, position: int) -> Frame:
         index = range(self._count)[position]
-        renderer, sensor = self._prepared()
         time_s = index / self._recording.rate_hz
+        sensor = self._sensor_at(time_s)
         half_s = sensor.model.exposure_s / 2
         T_start, T_middle, T_end = (self._pose_at(time_s + dt) for dt in (-half_s, 0.0, half_s))
-        light = self._recording.light(time_s, self.trajectory.duration_s)
-        rendering = renderer.render(T_middle, light)
+        light = LIGHTS.get(self._conditions.light) or self._recording.light(time_s, self.trajectory.duration_s)
+        if self._renderer is None:
+            self._renderer = Renderer(self._scene(), self._camera)
+        rendering = self._renderer.render(T_middle, light)
+        if self._conditions.people:
+            rendering = self._people.draw(rendering, T_middle, time_s, light)
         rng = np.random.default_rng((*self._noise_seed, index))
+        image = sensor.expose(rendering, T_start, T_middle, T_end, rng)
         return Frame(
-            image=sensor.expose(rendering, T_start, T_middle, T_end, rng),
+            image=self._lens.over(image) if self._conditions.dirt else image,
             camera=self._camera,
             stamp_ns=self.stamp_ns(index),
             index=index,
@@ -183,10 +192,19 @@ class RecordedSource(FrameSource):
     def _pose_at(self, time_s: float) -> Matrix:
         return self._T @ self.trajectory.pose(time_s)
 
-    def _prepared(self) -> tuple[Renderer, Sensor]:
-        if self._studio is None:
-            self._studio = (Renderer(self._scene(), self._camera), Sensor(self._camera))
-        return self._studio
+    def _sensor_at(self, time_s: float) -> Sensor:
+        model = self._conditions.sensor_at(time_s)
+        if model not in self._sensors:
+            self._sensors[model] = Sensor(self._camera, model)
+        return self._sensors[model]
+
+    @cached_property
+    def _people(self) -> People:
+        return People(self._conditions.people, self._camera, self._conditions.change)
+
+    @cached_property
+    def _lens(self) -> DirtyLens:
+        return DirtyLens(self._conditions.dirt, self._camera, self._conditions.change)
 
 
 class SimulatedSource(RecordedSource):
@@ -198,6 +216,7 @@ class SimulatedSource(RecordedSource):
         seed: seed of pictures, routes, shake and noise. Both recordings need the same seed to show the same room.
         camera: pinhole camera.
         texels_per_m: resolution of the room's pictures.
+        conditions: what is different from the recording as it is.
 
     Raises:
         SourceError: the recording is unknown.
@@ -211,6 +230,7 @@ class SimulatedSource(RecordedSource):
         *,
         camera: Camera = CAMERA,
         texels_per_m: float = TEXELS_PER_M,
+        conditions: Conditions = AS_RECORDED,
     ) -> None:
         name = f"{which}-quick" if quick else which
         if name not in RECORDINGS:
@@ -219,20 +239,28 @@ class SimulatedSource(RecordedSource):
         super().__init__(
             name,
             recording,
-            lambda: build_room(seed, texels_per_m),
+            lambda: _room(seed, texels_per_m, conditions),
             walk_seed=seed,
             noise_seed=(seed, recording.start_ns),
             camera=camera,
+            conditions=conditions,
         )
 
     @classmethod
     def from_name(cls, name: str) -> SimulatedSource:
-        """Return the recording of a SOURCE such as ``sim:map-quick``, given without its ``sim:``.
+        """Return the recording of a SOURCE such as ``sim:map-quick?light=night``, given without its ``sim:``.
 
         Raises:
-            SourceError: the recording is unknown.
+            SourceError: the recording is unknown, or an option cannot be used.
         """
+        name, _, words = name.partition("?")
         which, dash, rest = name.partition("-")
         if name not in RECORDINGS:
             raise SourceError(f"There is no simulated recording '{name}'; there are: {', '.join(RECORDINGS)}.")
-        return cls(which, quick=bool(dash and rest))
+        return cls(which, quick=bool(dash and rest), conditions=Conditions.parse(words))
+
+
+def _room(seed: int, texels_per_m: float, conditions: Conditions) -> Scene:
+    if not (conditions.moved or conditions.exchanged):
+        return build_room(seed, texels_per_m)
+    return changed_room(seed, texels_per_m, conditions.moved, conditions.exchanged, conditions.change)

@@ -17,11 +17,11 @@ from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.camera_tensor import CameraTensor
 from kfloc_ros.geometry.lie import Matrix, make_pose, rotation_angle_deg, so3_exp
 from kfloc_ros.maps.scene_map import SceneMap
-from kfloc_ros.pixloc.references import ReferencePoints, Reprojection, reproject
+from kfloc_ros.pixloc.references import ReferencePoints
 from kfloc_ros.types import Alignment, Frame
 from kfloc_ros.visualization.cells import Scale
 from kfloc_ros.visualization.filter import faded
-from kfloc_ros.visualization.overlay import REFERENCE_WIDTH_PX, RESIDUAL, draw_points
+from kfloc_ros.visualization.overlay import REFERENCE_WIDTH_PX, RESIDUAL, Reprojection, draw_points, reproject
 from kfloc_ros.visualization.sheet import Panel
 
 CONFIDENCE = Scale("weight of the point", 0.01, 1.0, "viridis", logarithmic=True, ticks=(0.01, 0.03, 0.1, 0.3, 1))

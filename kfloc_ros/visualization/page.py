@@ -27,10 +27,10 @@ from kfloc_ros.mapping.picture import up_axis
 from kfloc_ros.maps.scene_map import SceneMap
 from kfloc_ros.messages.clouds import Cloud
 from kfloc_ros.pixloc.reference.two_view import TraceStep
-from kfloc_ros.pixloc.references import reproject_all
 from kfloc_ros.types import AlignmentStep
 from kfloc_ros.visualization.alignment import offset_between, reference_points
 from kfloc_ros.visualization.clouds import cell_cloud, map_cloud, merged, precise_points
+from kfloc_ros.visualization.overlay import reproject_all
 from kfloc_ros.visualization.stream import View
 
 MAX_MAP_POINTS, MAX_SCENE_POINTS = 60_000, 60_000

@@ -22,12 +22,11 @@ from kfloc_ros.localization.results import Localization
 from kfloc_ros.mapping.picture import up_axis
 from kfloc_ros.maps.scene_map import SceneMap
 from kfloc_ros.messages.poses import read_tum
-from kfloc_ros.pixloc.references import reproject
 from kfloc_ros.types import Alignment, Frame, Matrix, PoseEstimate
 from kfloc_ros.visualization.alignment import by_residual, reference_points
 from kfloc_ros.visualization.cells import flow_picture, flow_view, nis_picture, noise_view, sigma_picture
 from kfloc_ros.visualization.clouds import FRUSTUM_DEPTH_M, camera_symbols, cell_cloud, map_cloud
-from kfloc_ros.visualization.overlay import OverlayPainter
+from kfloc_ros.visualization.overlay import OverlayPainter, reproject
 from kfloc_ros.visualization.rerun import Recording
 from kfloc_ros.visualization.stream import View
 

@@ -13,9 +13,8 @@ from kfloc_ros.geometry.covariance import planar_map_to_odom, planar_pose
 from kfloc_ros.geometry.lie import inverse_pose, make_pose, rotation_angle_deg, so3_exp
 from kfloc_ros.localization.odometry import CorrectionLimits, SteadyCorrection
 from kfloc_ros.messages.transforms import TransformTree
-from kfloc_ros.simulation.render import Renderer
+from kfloc_ros.simulation.render import Renderer, Sensor
 from kfloc_ros.simulation.scene import build_room
-from kfloc_ros.simulation.sensor import Sensor
 from kfloc_ros.simulation.source import CAMERA, DAY
 from kfloc_ros.simulation.trajectory import look_at
 from kfloc_ros.types import Frame, Matrix

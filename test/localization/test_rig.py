@@ -58,9 +58,8 @@ def base_pose(number: int) -> Matrix:
 @pytest.fixture(scope="module")
 def pictures() -> Iterator[list[list[Frame]]]:
     """Images of the three cameras at 12 places."""
-    from kfloc_ros.simulation.render import Renderer
+    from kfloc_ros.simulation.render import Renderer, Sensor
     from kfloc_ros.simulation.scene import build_room
-    from kfloc_ros.simulation.sensor import Sensor
     from kfloc_ros.simulation.source import CAMERA, DAY
 
     renderer, sensor = Renderer(build_room(), CAMERA), Sensor(CAMERA)

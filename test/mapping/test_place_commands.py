@@ -17,8 +17,7 @@ from closets import CAMERA, MOTION, closet, files_below
 from kfloc_ros.cli.main import main
 from kfloc_ros.errors import MapError
 from kfloc_ros.frames import FrameSource
-from kfloc_ros.mapping.place_editing import submap_of
-from kfloc_ros.mapping.place_making import make_place
+from kfloc_ros.mapping.place_making import make_place, submap_of
 from kfloc_ros.maps.format import DESCRIPTION, SUBMAPS
 from kfloc_ros.maps.place import Place, verify_place
 from kfloc_ros.maps.scene_map import SceneMap

@@ -7,8 +7,7 @@ import numpy as np
 
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import make_pose, so3_exp
-from kfloc_ros.simulation.render import Rendering
-from kfloc_ros.simulation.sensor import Sensor, SensorModel
+from kfloc_ros.simulation.render import Rendering, Sensor, SensorModel
 
 CAMERA = Camera(96, 64, 80.0, 80.0, 47.5, 31.5)
 STILL = np.eye(4)

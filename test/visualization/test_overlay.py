@@ -13,9 +13,9 @@ import pytest
 from kfloc_ros.features.backbone import Backbone, BackboneFeatures
 from kfloc_ros.geometry.lie import make_pose, so3_exp
 from kfloc_ros.maps.scene_map import SceneMap
-from kfloc_ros.pixloc.references import ReferencePoints, reproject
+from kfloc_ros.pixloc.references import ReferencePoints
 from kfloc_ros.types import PoseEstimate, TrackingState
-from kfloc_ros.visualization.overlay import OverlayPainter, draw_overlay
+from kfloc_ros.visualization.overlay import OverlayPainter, draw_overlay, reproject
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Collection of poor frames: with confirmed poses only, bounded, and a source that `kfloc map update` reads."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from textured_room import Room
+
+from kfloc_ros.datasets import open_source
+from kfloc_ros.errors import SourceError
+from kfloc_ros.evaluation.collection import Collection
+from kfloc_ros.geometry.lie import make_pose
+from kfloc_ros.types import Alignment, Frame, Matrix, PoseEstimate, TrackingState
+
+ALIGNED = Alignment(True, "", np.eye(4), np.eye(6), 0.2, 0.1, 1.0, 3, (0,))
+STEP_NS = 100_000_000
+
+
+def frame_at(number: int) -> Frame:
+    frame = Room(40).at(3.0 * number, number)
+    return replace(frame, stamp_ns=10**9 + number * STEP_NS)
+
+
+def estimate_of(frame: Frame, confidence: float | None = 0.95, T: Matrix | None = None) -> PoseEstimate:
+    if confidence is None:
+        return PoseEstimate(frame.stamp_ns, TrackingState.LOST, "lost")
+    pose = frame.T_map_camera if T is None else T
+    return PoseEstimate(
+        frame.stamp_ns, TrackingState.TRACKING, "", pose, np.eye(6), alignment=ALIGNED, confidence=confidence
+    )
+
+
+def moved(T: Matrix, metres: float) -> Matrix:
+    return T @ make_pose(np.eye(3), [metres, 0.0, 0.0])
+
+
+def test_poor_frames_between_certain_ones_become_a_source(tmp_path: Path) -> None:
+    collection = Collection(tmp_path / "lacking")
+    frames = [frame_at(k) for k in range(8)]
+    for k, frame in enumerate(frames):
+        collection.offer(frame, estimate_of(frame, 0.5 if k in (2, 5) else 0.95))
+    assert collection.count == 2 and "2 poor frames" in collection.text
+    source = open_source(str(tmp_path / "lacking"))
+    by_stamp = {source.stamp_ns(k): source[k] for k in range(len(source))}
+    assert set(by_stamp) >= {frames[2].stamp_ns, frames[5].stamp_ns}
+    for frame in frames:
+        if frame.stamp_ns in by_stamp:
+            written = by_stamp[frame.stamp_ns]
+            assert (written.image == frame.image).all() and written.camera == frame.camera
+            assert written.depth_m is not None and np.abs(written.depth_m - frame.depth_m).max() < 2e-4
+            assert np.abs(written.T_map_camera - frame.T_map_camera).max() < 1e-6
+
+
+def test_a_pose_that_the_frames_around_it_contradict_is_not_collected(tmp_path: Path) -> None:
+    collection = Collection(tmp_path / "c")
+    for k in range(12):
+        frame = frame_at(k)
+        wrong = 4 <= k < 10  # for longer than a path is trusted
+        T = moved(frame.T_map_camera, 0.5) if wrong else None
+        collection.offer(frame, estimate_of(frame, 0.5 if wrong else 0.95, T))
+    assert collection.count == 0 and not (tmp_path / "c").exists()
+    assert "No poor frame" in collection.text
+
+
+@pytest.mark.parametrize(("gap", "count"), [(2, 2), (7, 0)])
+def test_frames_without_a_pose_are_bridged_over_short_gaps_only(tmp_path: Path, gap: int, count: int) -> None:
+    collection = Collection(tmp_path / "c")
+    frames = [frame_at(k) for k in range(3 + gap)]
+    for k, frame in enumerate(frames):
+        collection.offer(frame, estimate_of(frame, None if 1 <= k <= gap else 0.95))
+    assert collection.count == count
+
+
+def test_time_that_jumps_confirms_nothing(tmp_path: Path) -> None:
+    collection = Collection(tmp_path / "c")
+    for number, confidence in ((5, 0.95), (6, 0.5), (1, 0.95), (2, 0.5), (60, 0.95)):
+        frame = frame_at(number)
+        collection.offer(frame, estimate_of(frame, confidence))
+    assert collection.count == 0
+
+
+def test_the_folder_stays_within_its_limit_and_is_continued(tmp_path: Path) -> None:
+    def collect(folder: Path, first: int, max_mb: float = 500.0) -> Collection:
+        collection = Collection(folder, max_mb=max_mb)
+        for k in range(first, first + 9):
+            frame = frame_at(k)
+            collection.offer(frame, estimate_of(frame, 0.5 if k % 2 else 0.95))
+        return collection
+
+    small = collect(tmp_path / "small", 0, max_mb=0.3)
+    size = sum(path.stat().st_size for path in (tmp_path / "small").rglob("*") if path.is_file())
+    assert small.problem and size < 0.31e6 and small.count >= 1
+    folder = tmp_path / "c"
+    first = collect(folder, 0)
+    length = len(open_source(str(folder)))
+    collect(folder, 20)
+    assert first.count and len(open_source(str(folder))) > length
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "letter.txt").write_text("hello")
+    with pytest.raises(SourceError, match="no collection"):
+        Collection(tmp_path / "other")
