@@ -280,7 +280,8 @@ KINDS = {
     "sim": SourceKind(
         "the rendered room of the demo: sim:map, sim:localize, or the shorter sim:map-quick, sim:localize-quick; "
         "a building of ten rooms like it: sim:building-K to map room K, sim:building-K-localize, and through its doors "
-        "sim:building-walk-K-L",
+        "sim:building-walk-K-L. Other light and content of the demo's room: sim:localize?light=evening&moved=0.3, "
+        "with light (day, evening, night), moved, exchanged, dirt (0 to 1), people, exposure (stops), change (seed)",
         _sim,
         lambda path: False,
     ),

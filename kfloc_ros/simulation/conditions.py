@@ -185,9 +185,9 @@ def _extent(faces: Sequence[Face]) -> NDArray[np.float64]:
 def _motion(
     extent: NDArray[np.float64], others: Sequence[NDArray[np.float64]], name: str, rng: np.random.Generator
 ) -> Matrix:
-    """Return a motion (4, 4) of a piece of furniture; the last one tried if none is free of collisions."""
+    """Return a motion (4, 4) of a piece of furniture inside the room; the last one if none is free of collisions."""
     centre = np.append(extent.mean(axis=0), 0.0)
-    T = np.eye(4)
+    found = np.eye(4)
     reach = np.array([HALF_X_M, HALF_Y_M]) - 0.005
     for _ in range(TRIES):
         step = np.zeros(3)
@@ -202,10 +202,11 @@ def _motion(
         T = make_pose(R, centre + step - R @ centre)
         half = np.abs(R[:2, :2]) @ (extent[1] - extent[0]) / 2
         low, high = centre[:2] + step[:2] - half, centre[:2] + step[:2] + half
-        inside = (low > -reach).all() and (high < reach).all()
-        if inside and not any((low < o[1]).all() and (high > o[0]).all() for o in others):
-            break
-    return T
+        if (low > -reach).all() and (high < reach).all():
+            found = T
+            if not any((low < o[1]).all() and (high > o[0]).all() for o in others):
+                break
+    return found
 
 
 def _moved(face: Face, T: Matrix) -> Face:
