@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from textured_room import Room
 
+from kfloc_ros.cli.main import main
 from kfloc_ros.datasets import open_source
 from kfloc_ros.errors import SourceError
+from kfloc_ros.evaluation import collection
 from kfloc_ros.evaluation.collection import Collection
 from kfloc_ros.geometry.lie import make_pose
 from kfloc_ros.types import Alignment, Frame, Matrix, PoseEstimate, TrackingState
@@ -39,11 +41,11 @@ def moved(T: Matrix, metres: float) -> Matrix:
 
 
 def test_poor_frames_between_certain_ones_become_a_source(tmp_path: Path) -> None:
-    collection = Collection(tmp_path / "lacking")
+    collecting = Collection(tmp_path / "lacking")
     frames = [frame_at(k) for k in range(8)]
     for k, frame in enumerate(frames):
-        collection.offer(frame, estimate_of(frame, 0.5 if k in (2, 5) else 0.95))
-    assert collection.count == 2 and "2 poor frames" in collection.text
+        collecting.offer(frame, estimate_of(frame, 0.5 if k in (2, 5) else 0.95))
+    assert collecting.count == 2 and "2 poor frames" in collecting.text
     source = open_source(str(tmp_path / "lacking"))
     by_stamp = {source.stamp_ns(k): source[k] for k in range(len(source))}
     assert set(by_stamp) >= {frames[2].stamp_ns, frames[5].stamp_ns}
@@ -56,40 +58,40 @@ def test_poor_frames_between_certain_ones_become_a_source(tmp_path: Path) -> Non
 
 
 def test_a_pose_that_the_frames_around_it_contradict_is_not_collected(tmp_path: Path) -> None:
-    collection = Collection(tmp_path / "c")
+    collecting = Collection(tmp_path / "c")
     for k in range(12):
         frame = frame_at(k)
         wrong = 4 <= k < 10  # for longer than a path is trusted
         T = moved(frame.T_map_camera, 0.5) if wrong else None
-        collection.offer(frame, estimate_of(frame, 0.5 if wrong else 0.95, T))
-    assert collection.count == 0 and not (tmp_path / "c").exists()
-    assert "No poor frame" in collection.text
+        collecting.offer(frame, estimate_of(frame, 0.5 if wrong else 0.95, T))
+    assert collecting.count == 0 and not (tmp_path / "c").exists()
+    assert "No poor frame" in collecting.text
 
 
 @pytest.mark.parametrize(("gap", "count"), [(2, 2), (7, 0)])
 def test_frames_without_a_pose_are_bridged_over_short_gaps_only(tmp_path: Path, gap: int, count: int) -> None:
-    collection = Collection(tmp_path / "c")
+    collecting = Collection(tmp_path / "c")
     frames = [frame_at(k) for k in range(3 + gap)]
     for k, frame in enumerate(frames):
-        collection.offer(frame, estimate_of(frame, None if 1 <= k <= gap else 0.95))
-    assert collection.count == count
+        collecting.offer(frame, estimate_of(frame, None if 1 <= k <= gap else 0.95))
+    assert collecting.count == count
 
 
 def test_time_that_jumps_confirms_nothing(tmp_path: Path) -> None:
-    collection = Collection(tmp_path / "c")
+    collecting = Collection(tmp_path / "c")
     for number, confidence in ((5, 0.95), (6, 0.5), (1, 0.95), (2, 0.5), (60, 0.95)):
         frame = frame_at(number)
-        collection.offer(frame, estimate_of(frame, confidence))
-    assert collection.count == 0
+        collecting.offer(frame, estimate_of(frame, confidence))
+    assert collecting.count == 0
 
 
 def test_the_folder_stays_within_its_limit_and_is_continued(tmp_path: Path) -> None:
     def collect(folder: Path, first: int, max_mb: float = 500.0) -> Collection:
-        collection = Collection(folder, max_mb=max_mb)
+        collecting = Collection(folder, max_mb=max_mb)
         for k in range(first, first + 9):
             frame = frame_at(k)
-            collection.offer(frame, estimate_of(frame, 0.5 if k % 2 else 0.95))
-        return collection
+            collecting.offer(frame, estimate_of(frame, 0.5 if k % 2 else 0.95))
+        return collecting
 
     small = collect(tmp_path / "small", 0, max_mb=0.3)
     size = sum(path.stat().st_size for path in (tmp_path / "small").rglob("*") if path.is_file())
@@ -103,3 +105,21 @@ def test_the_folder_stays_within_its_limit_and_is_continued(tmp_path: Path) -> N
     (tmp_path / "other" / "letter.txt").write_text("hello")
     with pytest.raises(SourceError, match="no collection"):
         Collection(tmp_path / "other")
+
+
+def test_localize_collects_what_the_map_lacks(room_map: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    recording = Collection(tmp_path / "recording")
+    for k in range(9):
+        frame = replace(Room(40).at(1.5 * k, k), stamp_ns=10**9 + k * STEP_NS)
+        recording.offer(frame, estimate_of(frame, 0.5 if k % 2 else 0.95))
+    words = ["localize", str(tmp_path / "recording"), "--map", str(room_map), "--device", "cpu", "--quiet"]
+    lacking = ["--collect", str(tmp_path / "lacking")]
+    assert main([*words, "--out", str(tmp_path / "a"), *lacking]) == 0
+    assert "No poor frame" in capsys.readouterr().err and not (tmp_path / "lacking").exists()
+    monkeypatch.setattr(collection, "POOR_CONFIDENCE", 0.97)  # between the confidences of this recording
+    monkeypatch.setattr(collection, "CERTAIN_CONFIDENCE", 0.97)
+    assert main([*words, "--out", str(tmp_path / "b"), *lacking]) == 0
+    told = capsys.readouterr().err
+    assert ("collected in" in told) == (tmp_path / "lacking" / "rgb.txt").is_file()
+    assert main([*words, "--out", str(tmp_path / "c"), *lacking, "--jobs", "2"]) == 2
+    assert "omit --jobs" in capsys.readouterr().err
