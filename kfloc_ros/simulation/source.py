@@ -146,7 +146,6 @@ class RecordedSource(FrameSource):
         # Every recording has its own shake, even if two have the same route.
         self.trajectory = Trajectory(recording.route(walk_seed), recording.pace, walk_seed + recording.shake)
         self._count = int(self.trajectory.duration_s * recording.rate_hz)
-        self._renderer: Renderer | None = None
         self._sensors: dict[SensorModel, Sensor] = {}
 
     @property
@@ -172,8 +171,6 @@ class RecordedSource(FrameSource):
         half_s = sensor.model.exposure_s / 2
         T_start, T_middle, T_end = (self._pose_at(time_s + dt) for dt in (-half_s, 0.0, half_s))
         light = LIGHTS.get(self._conditions.light) or self._recording.light(time_s, self.trajectory.duration_s)
-        if self._renderer is None:
-            self._renderer = Renderer(self._scene(), self._camera)
         rendering = self._renderer.render(T_middle, light)
         if self._conditions.people:
             rendering = self._people.draw(rendering, T_middle, time_s, light)
@@ -191,6 +188,10 @@ class RecordedSource(FrameSource):
 
     def _pose_at(self, time_s: float) -> Matrix:
         return self._T @ self.trajectory.pose(time_s)
+
+    @cached_property
+    def _renderer(self) -> Renderer:
+        return Renderer(self._scene(), self._camera)
 
     def _sensor_at(self, time_s: float) -> Sensor:
         model = self._conditions.sensor_at(time_s)

@@ -90,7 +90,7 @@ def test_the_same_frame_is_rendered_the_same_and_the_next_one_differs() -> None:
 
 def test_the_lamp_goes_out_during_the_second_recording() -> None:
     recording = source("localize")
-    renderer, _ = recording._prepared()
+    renderer = recording._renderer
     T = recording[100].T_map_camera
     assert T is not None
     duration = recording.trajectory.duration_s
