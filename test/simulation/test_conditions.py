@@ -14,7 +14,6 @@ from kfloc_ros.simulation.room import HALF_X_M, HALF_Y_M, HEIGHT_M, room
 from kfloc_ros.simulation.source import SimulatedSource
 from kfloc_ros.types import Frame
 
-pytest.importorskip("embreex", reason="the simulator's ray caster is not installed")
 
 SMALL = Camera(160, 120, 131.25, 131.25, 79.5, 59.5)
 PEOPLE_AT = 95
@@ -90,7 +89,7 @@ def test_sources_are_named_and_refused_with_a_reason() -> None:
     source = open_source("sim:localize-quick?light=evening&moved=0.3&change=2")
     assert len(source) == len(open_source("sim:localize-quick"))
     for words, reason in (
-        ("ligth=day", "no option 'ligth=day'"), ("light=noon", "day, evening, night"), ("moved=2", "0 to 1"),
+        ("colour=red", "no option 'colour=red'"), ("light=noon", "day, evening, night"), ("moved=2", "0 to 1"),
         ("people=1.5", "number of people"), ("dirt=x", "0 to 1"), ("moved=0.1&moved=0.2", "twice"),
         ("exposure=nan", "stops"),
     ):  # fmt: skip
