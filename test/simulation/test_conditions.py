@@ -14,7 +14,6 @@ from kfloc_ros.simulation.room import HALF_X_M, HALF_Y_M, HEIGHT_M, room
 from kfloc_ros.simulation.source import SimulatedSource
 from kfloc_ros.types import Frame
 
-
 SMALL = Camera(160, 120, 131.25, 131.25, 79.5, 59.5)
 PEOPLE_AT = 95
 """Frame of the recording with people in view."""
