@@ -58,7 +58,7 @@ def describe(scene_map: Any) -> str:
 
     camera, c = scene_map.camera, scene_map.calibration
     low, high = scene_map.bounds_m
-    points = sum(len(view) for view in scene_map.references.views)
+    points, sessions = sum(len(view) for view in scene_map.references.views), _sessions(scene_map.references.sessions)
     size = " x ".join(f"{b - a:.1f}" for a, b in zip(low, high, strict=True))
     rows = {
         "map": f"{scene_map.name} ({scene_map.path}, {scene_map.size_bytes() / 1e6:.1f} MB)",
@@ -68,7 +68,7 @@ def describe(scene_map: Any) -> str:
             f"{camera.width}x{camera.height}, f {camera.fx:.1f} {camera.fy:.1f}, c {camera.cx:.1f} {camera.cy:.1f} px"
         ),
         "extent": f"{size} m",
-        "references": f"{len(scene_map.references.ids)} views, {points} points",
+        "references": f"{len(scene_map.references.ids)} views, {points} points{sessions}",
         "heads": f"{len(heads_of(scene_map.head))}, of {scene_map.head.blocks} blocks of {scene_map.head.width}",
         "calibration": (
             f"variance x{c.measurement_variance_scale:.2f}, flow temperature {c.flow_temperature:g}, process "
@@ -81,6 +81,12 @@ def describe(scene_map: Any) -> str:
     }
     width = max(map(len, rows))
     return "\n".join(f"{key:<{width}}  {value}" for key, value in rows.items())
+
+
+def _sessions(sessions: Sequence[int]) -> str:
+    """Return the number of views of each session as text; empty if there is one."""
+    counts = [f"{sessions.count(k)}" for k in sorted(set(sessions))]
+    return f"; of {len(counts)} sessions: {', '.join(counts)} views" if len(counts) > 1 else ""
 
 
 def _flow(learned_process_scale: float | None) -> dict[str, str]:

@@ -174,8 +174,9 @@ class Collecting:
             self._worker.stop()
 
     def _offer(self, item: tuple[Frame, PoseEstimate]) -> None:
+        told = self._collection.problem
         self._collection.offer(*item)
-        if self._collection.problem:
+        if self._collection.problem and not told:
             self._warn(f"No more frames are collected: {self._collection.problem}.")
 
     def _on_error(self, error: Exception) -> None:

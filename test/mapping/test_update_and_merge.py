@@ -79,6 +79,10 @@ def test_views_of_both_are_there_where_they_add_coverage(scene_map, updated) -> 
     views = updated.scene_map.references
     old = len(scene_map.references.ids)
     assert len(views.ids) > old / 2 and len(set(views.ids)) == len(views.ids)
+    assert set(views.sessions) == {0, 1} and len(views.sessions) == len(views.ids)
+    seen = [view for view in updated.changes.views if view.images]
+    assert seen and sum(view.contradicted for view in seen) < 0.1 * sum(view.points for view in seen)
+    assert "Registered by" in updated.text and "older views were seen again" in updated.text
     low, high = updated.scene_map.bounds_m
     assert all(a <= b for a, b in zip(low, scene_map.bounds_m[0], strict=True))
     assert all(a >= b for a, b in zip(high, scene_map.bounds_m[1], strict=True))

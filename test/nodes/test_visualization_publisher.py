@@ -4,13 +4,21 @@
 from __future__ import annotations
 
 import threading
+import time
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from textured_room import ROOM_MAP, Room
 
 pytest.importorskip("rclpy", reason="rclpy is not installed: `make setup` brings it, or source a ROS 2 installation")
 
-from kfloc_ros.nodes.views import View, VisualizationPublisher
+from kfloc_ros.maps.scene_map import SceneMap
+from kfloc_ros.nodes.parameters import NodeConfig
+from kfloc_ros.nodes.views import Collecting, View, VisualizationPublisher
+from kfloc_ros.types import Alignment, PoseEstimate, TrackingState
 
 pytestmark = pytest.mark.ros
 
@@ -91,3 +99,26 @@ def _wait(condition: Any) -> None:
             return
         event.wait(0.01)
     raise AssertionError("not in time")
+
+
+def test_frames_that_the_map_lacks_are_collected_only_when_asked_for(tmp_path: Path) -> None:
+    scene_map, warnings = SceneMap.load(ROOM_MAP), list[str]()
+    folder = tmp_path / "lacking"
+    off = Collecting(NodeConfig(), scene_map, warnings.append)
+    on = Collecting(NodeConfig(collect_dir=str(folder), collect_mb=1.0), scene_map, warnings.append)
+    aligned = Alignment(True, "", np.eye(4), np.eye(6), 0.2, 0.1, 1.0, 3, (0,))
+    for k in range(9):
+        frame = replace(Room(40).at(3.0 * k, k), stamp_ns=10**9 + k * 100_000_000)
+        confidence = 0.5 if k % 2 else 0.95
+        estimate = PoseEstimate(
+            frame.stamp_ns, TrackingState.TRACKING, "", frame.T_map_camera, np.eye(6), alignment=aligned,
+            confidence=confidence,
+        )  # fmt: skip
+        off.offer(frame, estimate)
+        on.offer(frame, estimate)
+        time.sleep(0.1)  # as a camera: one that is not written in time is left out
+    off.stop()
+    on.stop()
+    assert (folder / "rgb.txt").is_file() and [path.name for path in tmp_path.iterdir()] == ["lacking"]
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    assert size < 1.1e6 and (not warnings or "limit of 1 MB" in warnings[0])
