@@ -5,7 +5,8 @@ The localizer runs over the whole SOURCE in order. The peers see single frames (
 LightGlue matches with the reference views that the map's index retrieves, the depth of these views, and PnP. The table
 has the localizer on all frames, and everyone on the peers' frames. "wrong" is the share of frames whose pose is claimed
 (TRACKING, by the localizer) and is more than 10 cm or 10 degrees off. If the truth is not exact, --truth-sigma gives
-its standard deviations, which are added to the covariance for NEES.
+its standard deviations, which are added to the covariance for NEES. --other-maps adds a row for the localizer with each
+of them, such as the map after an update.
 
     python benchmarks/second_visit.py scannet:DATA/d435_office/test --mapped scannet:DATA/d435_office/map --map MAP \\
         --truth-sigma 0.02 1.0
@@ -88,8 +89,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_source_arguments(parser)
     parser.add_argument("--map", required=True, metavar="MAP", help="map folder or name")
-    parser.add_argument("--mapped", required=True, metavar="SOURCE", help="recording of the map, with depth")
+    parser.add_argument("--mapped", metavar="SOURCE", help="recording of the map, with depth, for the peers")
     parser.add_argument("--mapped-split", metavar="SPLIT", help="part of it that the map was made of")
+    parser.add_argument("--other-maps", nargs="*", default=[], metavar="MAP", help="maps to compare with")
     parser.add_argument("--peers", nargs="*", choices=("sift", "disk"), default=["sift"], help="default: sift")
     parser.add_argument("--every", type=int, default=4, help="frames between two of the peers' (default: 4)")
     parser.add_argument("--views", type=int, default=5, help="views that peers retrieve (default: 5)")
@@ -97,12 +99,17 @@ def main() -> int:
     parser.add_argument("--truth-sigma", type=float, nargs=2, default=(0.0, 0.0), metavar=("M", "DEG"))
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows as JSON")
     args = parser.parse_args()
+    if args.peers and args.mapped is None:
+        parser.error("the peers need --mapped; without peers, give --peers alone")
     try:
         source, scene_map = open_source_from(args, depth=False), SceneMap.load(resolve_map(args.map))
         own = localizer_answers(source, scene_map, *args.truth_sigma)
         rows = [row("kfloc, all frames", list(own.values()))]
         chosen = list(own)[:: args.every]
         rows.append(row("kfloc, frames of the peers", [own[p] for p in chosen]))
+        for name in args.other_maps:
+            other = localizer_answers(source, SceneMap.load(resolve_map(name)), *args.truth_sigma)
+            rows.append(row(f"kfloc, {Path(name).name}", list(other.values())))
         for name in args.peers:
             mapped = open_source(args.mapped, poses=args.poses, split=args.mapped_split)
             rows.append(row(*peer_answers(name, source, scene_map, mapped, chosen, args)))

@@ -2,8 +2,9 @@
 """Collection of poor frames with good poses: what a map lacks, as a source for its next update.
 
 A frame is poor if its pose is not certain: DEGRADED or LOST, of low confidence, or of a higher alignment cost than the
-map's own views. Its pose is good if the certain frames around it confirm it: it lies on their path. A short gap without
-a pose is bridged by that path. The frames are written as a TUM sequence in the map's frame, which ``kfloc map update``
+map's own views. Its pose is good if the certain frames around it confirm it: it lies on their path, or where odometry
+from the first of them expects it. A short gap without a pose is bridged by that path, a longer one by odometry that
+arrives at the second. The frames are written as a TUM sequence in the map's frame, which ``kfloc map update``
 reads as it is, with some of the certain frames, which connect them.
 """
 
@@ -20,7 +21,7 @@ import numpy as np
 from kfloc_ros.datasets.posed_images import CALIBRATION_FILE, read_calibration, write_calibration
 from kfloc_ros.errors import SourceError
 from kfloc_ros.geometry.camera import Camera
-from kfloc_ros.geometry.lie import Matrix, interpolate, rotation_angle_deg
+from kfloc_ros.geometry.lie import Matrix, interpolate, inverse_pose, rotation_angle_deg
 from kfloc_ros.maps.files import appearing_file
 from kfloc_ros.maps.place import AnyMap
 from kfloc_ros.maps.scene_map import SceneMap
@@ -47,6 +48,8 @@ DEPTH_UNITS_PER_M = 5000.0
 class _Seen:
     frame: Frame
     estimate: PoseEstimate
+    expected: Matrix | None
+    """Pose by odometry from the last certain frame; None if it is not known."""
 
 
 class Collection:
@@ -66,6 +69,8 @@ class Collection:
     def __init__(self, folder: Path, *, max_mb: float = 500.0, max_cost: float = float("inf")) -> None:
         self._folder, self._limit_bytes, self._max_cost = folder, 1e6 * max_mb, max_cost
         self._last: _Seen | None = None
+        self._posed: tuple[Matrix, Matrix | None] | None = None
+        """Pose of the last frame that had one, and its pose by odometry from the last certain frame."""
         self._waiting: deque[_Seen] = deque(maxlen=MAX_WAITING)
         self._poses: list[Matrix] = []
         self._stamps: set[str] = set()
@@ -94,16 +99,23 @@ class Collection:
             self._stamps = {line.split()[0] for line in lists[0].read_text().splitlines() if line.strip()}
         self._bytes = sum(path.stat().st_size for path in self._folder.rglob("*") if path.is_file())
 
-    def offer(self, frame: Frame, estimate: PoseEstimate) -> None:
+    def offer(self, frame: Frame, estimate: PoseEstimate, predicted: Matrix | None = None) -> None:
         """Take note of a localized frame, and write the frames that it confirms.
 
         Args:
             frame: image of any camera; its depth is written, too.
             estimate: its result.
+            predicted: pose (4, 4) predicted by odometry from the last frame with a pose; None if it is not known.
         """
         if self.problem:
             return
-        seen = _Seen(frame, estimate)
+        expected = None
+        if predicted is not None and self._posed is not None and self._posed[1] is not None:
+            expected = self._posed[1] @ inverse_pose(self._posed[0]) @ predicted
+        seen = _Seen(frame, estimate, expected)
+        if estimate.T_map_camera is not None:
+            certain = self._is_certain(estimate)
+            self._posed = (estimate.T_map_camera, estimate.T_map_camera if certain else expected)
         if self._last is not None and not 0 < estimate.stamp_ns - self._last.estimate.stamp_ns < 1e9 * MAX_GAP_S:
             self._last = None
             self._waiting.clear()
@@ -131,13 +143,15 @@ class Collection:
         first, last = before.estimate, after.estimate
         assert first.T_map_camera is not None and last.T_map_camera is not None
         gap_s = 1e-9 * (last.stamp_ns - first.stamp_ns)
+        odometry = after.expected is not None and _is_near(after.expected, last.T_map_camera)
         found = False
         for seen in self._waiting:
             share = (seen.estimate.stamp_ns - first.stamp_ns) / (last.stamp_ns - first.stamp_ns)
             path = interpolate(first.T_map_camera, last.T_map_camera, share)
             T = seen.estimate.T_map_camera
-            if T is None or not _is_near(T, path):
-                T = path if gap_s <= BRIDGED_S else None
+            expected = seen.expected if odometry else None
+            if T is None or not _is_near(T, path if expected is None else expected):
+                T = expected if expected is not None else path if gap_s <= BRIDGED_S else None
             if T is not None and self._write(seen.frame, seen.estimate.stamp_ns, T):
                 found = True
                 self.count += 1

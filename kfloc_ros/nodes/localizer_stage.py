@@ -202,7 +202,7 @@ class LocalizerStage:
         )
         estimate = self._output.publish(camera_frame, localization)  # the pose first
         self._localizer.correct_belief(estimate.stamp_ns, estimate.refined_pose)
-        self._collecting.offer(camera_frame.frame, estimate)
+        self._collecting.offer(camera_frame.frame, estimate, starts.predicted)
         if localization.coarse is not None:
             coarse = CoarseFrame(camera_frame, localization.coarse)
             self._publish_coarse(coarse)

@@ -27,7 +27,7 @@ from kfloc_ros.nodes.adapters import encode
 from kfloc_ros.nodes.handover import CameraFrame, CoarseFrame
 from kfloc_ros.nodes.parameters import NodeConfig
 from kfloc_ros.nodes.worker import EnableSwitch, LatestWorker
-from kfloc_ros.types import Frame, PoseEstimate
+from kfloc_ros.types import Frame, Matrix, PoseEstimate
 from kfloc_ros.visualization.cells import flow_view, noise_view
 from kfloc_ros.visualization.clouds import FRUSTUM_DEPTH_M, camera_symbols, cell_cloud, map_cloud
 from kfloc_ros.visualization.overlay import OverlayPainter
@@ -161,19 +161,19 @@ class Collecting:
             return
         folder = Path(parameters.collect_dir).expanduser()
         self._collection = Collection(folder, max_mb=parameters.collect_mb, max_cost=cost_limit(scene_map))
-        self._worker = LatestWorker[tuple[Frame, PoseEstimate]]("collect", self._offer, self._on_error)
+        self._worker = LatestWorker[tuple[Frame, PoseEstimate, Matrix | None]]("collect", self._offer, self._on_error)
 
-    def offer(self, frame: Frame, estimate: PoseEstimate) -> None:
-        """Queue a localized frame; one that is not written in time is left out."""
+    def offer(self, frame: Frame, estimate: PoseEstimate, predicted: Matrix | None = None) -> None:
+        """Queue a localized frame with its prediction by odometry; one that is not written in time is left out."""
         if self._worker is not None:
-            self._worker.submit((frame, estimate))
+            self._worker.submit((frame, estimate, predicted))
 
     def stop(self) -> None:
         """Finish the current frame and end the thread."""
         if self._worker is not None:
             self._worker.stop()
 
-    def _offer(self, item: tuple[Frame, PoseEstimate]) -> None:
+    def _offer(self, item: tuple[Frame, PoseEstimate, Matrix | None]) -> None:
         told = self._collection.problem
         self._collection.offer(*item)
         if self._collection.problem and not told:

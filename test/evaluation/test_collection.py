@@ -15,7 +15,7 @@ from kfloc_ros.datasets import open_source
 from kfloc_ros.errors import SourceError
 from kfloc_ros.evaluation import collection
 from kfloc_ros.evaluation.collection import Collection
-from kfloc_ros.geometry.lie import make_pose
+from kfloc_ros.geometry.lie import inverse_pose, make_pose
 from kfloc_ros.types import Alignment, Frame, Matrix, PoseEstimate, TrackingState
 
 ALIGNED = Alignment(True, "", np.eye(4), np.eye(6), 0.2, 0.1, 1.0, 3, (0,))
@@ -75,6 +75,19 @@ def test_frames_without_a_pose_are_bridged_over_short_gaps_only(tmp_path: Path, 
     for k, frame in enumerate(frames):
         collecting.offer(frame, estimate_of(frame, None if 1 <= k <= gap else 0.95))
     assert collecting.count == count
+
+
+def test_odometry_bridges_a_long_gap_if_it_arrives_at_the_next_certain_pose(tmp_path: Path) -> None:
+    for drift_m, count in ((0.0, 7), (0.3, 0)):
+        collecting = Collection(tmp_path / f"{drift_m}")
+        frames, last = [frame_at(k) for k in range(9)], None
+        for k, frame in enumerate(frames):
+            truth = frame.T_map_camera
+            assert truth is not None
+            predicted = None if last is None else last @ inverse_pose(frames[0].T_map_camera) @ moved(truth, drift_m)
+            collecting.offer(frame, estimate_of(frame, None if 1 <= k <= 7 else 0.95), predicted)
+            last = truth if k == 0 else last
+        assert collecting.count == count
 
 
 def test_time_that_jumps_confirms_nothing(tmp_path: Path) -> None:
