@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,8 +17,7 @@ from kfloc_ros.frames import FrameSource, Selection
 from kfloc_ros.geometry.camera import ImageAdapter
 from kfloc_ros.localization.config import LocalizerConfig
 from kfloc_ros.localization.judgement import EVIDENCE
-from kfloc_ros.localization.localizer import Localizer
-from kfloc_ros.localization.place_localizer import AnyLocalizer, localizer_for
+from kfloc_ros.localization.place_localizer import AnyLocalizer, extractor_ahead, localizer_for
 from kfloc_ros.localization.results import Localization, StageTimes
 from kfloc_ros.maps.place import load_map
 from kfloc_ros.types import Frame, Matrix, PoseEstimate, TrackingState
@@ -178,15 +176,13 @@ def localize_frames(
         localizer: localizer of a map or a place.
         source: frames.
         ahead: compute the features of the next frame in a second thread while one is localized. The results are the
-            same. None: where there is a second core, and one map on a processor.
+            same. None: on a processor with a second core.
 
     Raises:
         SourceError: an image cannot be read.
     """
     adapter = ImageAdapter(source.camera, localizer.camera)
-    if ahead is None:
-        ahead = len(os.sched_getaffinity(0)) > 1
-    extract = localizer.extract_ahead if ahead and isinstance(localizer, Localizer) and localizer.on_cpu else None
+    extract = extractor_ahead(localizer, ahead)
 
     def prepared(frame: Frame) -> _Prepared:
         start = time.perf_counter()
@@ -211,10 +207,7 @@ def localize_frames(
             if extract is not None:  # what was waited for was done beside the frame before
                 start, before_ms = time.perf_counter(), given.spent_ms
             rectify_ms = given.rectify_ms
-            if isinstance(localizer, Localizer):
-                localization = localizer.process(given.frame, features=given.features, times=given.times)
-            else:
-                localization = localizer.process(given.frame)
+            localization = localizer.process(given.frame, features=given.features, times=given.times)
             estimate = localization.estimate
         except FrameError as error:
             localization, rectify_ms = None, 0.0

@@ -127,6 +127,30 @@ class CoarseStage:
         if self._corrects:
             self._filter.correct_belief(stamp_ns, self.camera, T_map_camera)
 
+    def warm_up(self, frame: Frame) -> None:
+        """Run the steps of two frames before a wall, 2 m away, and reset.
+
+        A frame of noise has no pose, and what follows a pose would be compiled when the first image arrives.
+        """
+        times = StageTimes()
+        features = self.extract(frame, times)
+        for stamp_ns in (frame.stamp_ns, frame.stamp_ns + 1):
+            frame = replace(frame, stamp_ns=stamp_ns)
+            measured = self.measure(frame, features, times)
+            _, h, w = measured.mean.shape
+            offset = measured.pixel_offset
+            u = torch.arange(w) * measured.stride + offset - self.camera.cx
+            v = torch.arange(h) * measured.stride + offset - self.camera.cy
+            wall = torch.stack([*torch.meshgrid(2.0 * u / self.camera.fx, 2.0 * v / self.camera.fy, indexing="xy"),
+                                torch.full((h, w), 2.0)])  # fmt: skip
+            known = replace(
+                measured, mean=wall.to(measured.mean), variance=torch.full_like(measured.variance, 1e-4),
+                valid=torch.ones_like(measured.valid),
+            )  # fmt: skip
+            self.solve(self.fuse(frame, features, known, times), times)
+            self.correct_belief(stamp_ns, np.eye(4))
+        self.reset("warm-up")
+
     def reset(self, reason: str) -> None:
         """Reset the belief and all that was carried over from earlier frames."""
         self._filter.reset(reason)

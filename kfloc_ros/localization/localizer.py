@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from kfloc_ros.features.backbone import Backbone, BackboneFeatures
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.localization.coarse import CoarseStage
@@ -192,6 +194,17 @@ class Localizer:
         if T_map_camera is not None:
             self._coarse.correct_belief(stamp_ns, T_map_camera)
 
+    def warm_up(self) -> None:
+        """Run everything once, on noise, and reset, so that no image waits for it.
+
+        The first pass of a network selects its kernels, and the first call of a compiled loop compiles it or reads it
+        from the disk; both take several times as long as a frame.
+        """
+        frame = noise(self.camera)
+        self.process(frame, list(self.references.T_map_camera[:1]))  # a pose to align from, which noise does not give
+        self._coarse.warm_up(frame)
+        self.reset("warm-up")
+
     def reset(self, reason: str) -> None:
         """Reset the filter, the motion model and the track.
 
@@ -200,3 +213,9 @@ class Localizer:
         """
         self._coarse.reset(reason)
         self._refine.reset()
+
+
+def noise(camera: Camera) -> Frame:
+    """Return a frame of noise."""
+    image = np.random.default_rng(0).integers(0, 256, (camera.height, camera.width, 3), dtype=np.uint8)
+    return Frame(image=image, camera=camera, stamp_ns=1)

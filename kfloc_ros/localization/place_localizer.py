@@ -3,15 +3,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from kfloc_ros.features.backbone import BackboneFeatures
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.kfnet.fusion import NO_PRIOR
 from kfloc_ros.localization.coarse import extract_features
 from kfloc_ros.localization.config import LocalizerConfig
 from kfloc_ros.localization.judgement import JudgementSettings, judge
-from kfloc_ros.localization.localizer import Localizer
+from kfloc_ros.localization.localizer import Localizer, noise
 from kfloc_ros.localization.place_guide import GuideSettings, PlaceGuide
 from kfloc_ros.localization.place_search import PlaceSearchSettings
 from kfloc_ros.localization.results import CoarseResult, Localization, StageTimes
@@ -67,8 +69,28 @@ class PlaceLocalizer:
         active = self.guide.active
         return "" if active is None else self.guide.place.submaps[active.number].name
 
+    @property
+    def on_cpu(self) -> bool:
+        """True if the networks run on the processor."""
+        return self.guide.backbone.device.type == "cpu"
+
+    def extract_ahead(self, frame: Frame, times: StageTimes) -> BackboneFeatures:
+        """Compute the features of a later frame for :meth:`process`, in another thread, while this one is processed.
+
+        Raises:
+            FrameError: the image does not have the size of the place's camera.
+        """
+        return extract_features(frame, self.camera, self.guide.backbone, times)
+
     def process(
-        self, frame: Frame, hints: Sequence[Matrix] = (), *, predicted: Matrix | None = None, correct: bool = True
+        self,
+        frame: Frame,
+        hints: Sequence[Matrix] = (),
+        *,
+        predicted: Matrix | None = None,
+        features: BackboneFeatures | None = None,
+        times: StageTimes | None = None,
+        correct: bool = True,
     ) -> Localization:
         """Localize one frame in the submap that the camera is in.
 
@@ -76,6 +98,8 @@ class PlaceLocalizer:
             frame: image of the place's camera.
             hints: likely poses ``T_place_camera`` (4, 4), such as an operator's guess.
             predicted: pose (4, 4) predicted by odometry; None: constant velocity predicts it.
+            features: backbone features of the frame; None: compute them.
+            times: time spent on the frame so far.
             correct: correct the belief by an accepted pose at once; see :meth:`Localizer.process`.
 
         Returns:
@@ -85,8 +109,9 @@ class PlaceLocalizer:
             FrameError: the image does not have the size of the place's camera.
             MapError: a submap cannot be loaded.
         """
-        guide, times = self.guide, StageTimes()
-        features = extract_features(frame, self.camera, guide.backbone, times)
+        guide, times = self.guide, times or StageTimes()
+        if features is None:
+            features = extract_features(frame, self.camera, guide.backbone, times)
         choice = guide.choose(frame.stamp_ns, features, hints, times)
         if choice.submap is None:
             return self._nowhere(
@@ -114,6 +139,13 @@ class PlaceLocalizer:
         if self.guide.active is not None:
             self.guide.active.localizer.correct_belief(stamp_ns, T_place_camera)
 
+    def warm_up(self) -> None:
+        """Run everything once, on noise, and reset, so that no image waits for it."""
+        self.process(noise(self.camera), list(self.references.T_map_camera[:1]))
+        if self.guide.active is not None:
+            self.guide.active.localizer.warm_up()
+        self.reset("warm-up")
+
     def reset(self, reason: str) -> None:
         """Reset all that was carried over from earlier frames, and the choice of the submap."""
         del reason
@@ -138,3 +170,17 @@ AnyLocalizer = Localizer | PlaceLocalizer
 def localizer_for(known: SceneMap | Place, config: LocalizerConfig | None = None) -> AnyLocalizer:
     """Return the localizer of a map or of a place."""
     return PlaceLocalizer(known, config) if isinstance(known, Place) else Localizer(known, config)
+
+
+def extractor_ahead(
+    localizer: AnyLocalizer, ahead: bool | None = None
+) -> Callable[[Frame, StageTimes], BackboneFeatures | None] | None:
+    """Return what computes the features of the next frame while one is processed; None where that does not pay.
+
+    Args:
+        localizer: localizer of a map or of a place.
+        ahead: compute them ahead; None: on a processor with a second core.
+    """
+    if ahead is None:
+        ahead = len(os.sched_getaffinity(0)) > 1
+    return localizer.extract_ahead if ahead and localizer.on_cpu else None

@@ -13,19 +13,17 @@ from rclpy.node import Node
 
 from kfloc_ros.device import choose_device
 from kfloc_ros.errors import FrameError
+from kfloc_ros.features.backbone import BackboneFeatures
 from kfloc_ros.geometry.lie import inverse_pose
-from kfloc_ros.localization.place_localizer import AnyLocalizer, localizer_for
-from kfloc_ros.localization.results import Localization
+from kfloc_ros.localization.place_localizer import AnyLocalizer, extractor_ahead, localizer_for
+from kfloc_ros.localization.results import Localization, StageTimes
 from kfloc_ros.localization.rig import RigLocalizer, RigView
 from kfloc_ros.maps.place import AnyMap, MapInfo, single_map
 from kfloc_ros.messages.transforms import TransformUnknownError
 from kfloc_ros.nodes.camera import ImageReceiver
 from kfloc_ros.nodes.diagnostics import NO_IMAGES, OFF, DiagnosticsPublisher, Report, StatusPublisher
 from kfloc_ros.nodes.handover import CameraFrame, CoarseFrame, CoarsePublisher
-from kfloc_ros.nodes.health import (
-    WARN,
-    Health,
-)
+from kfloc_ros.nodes.health import WARN, Health
 from kfloc_ros.nodes.initial_pose import InitialPoseInput
 from kfloc_ros.nodes.managed_node import RESET, tell_runtime, warm_up
 from kfloc_ros.nodes.parameter_server import ParameterServer
@@ -33,7 +31,7 @@ from kfloc_ros.nodes.pose_file import PosePersistence
 from kfloc_ros.nodes.pose_publisher import PosePublisher
 from kfloc_ros.nodes.transforms import TransformListener
 from kfloc_ros.nodes.views import Collecting, Localized, MapPublisher, cell_publisher, overlay_publisher
-from kfloc_ros.nodes.worker import WENT_BACKWARDS, EnableSwitch, LatestWorker, TimeWatch, reported_error
+from kfloc_ros.nodes.worker import WENT_BACKWARDS, EnableSwitch, LatestQueue, LatestWorker, TimeWatch, reported_error
 from kfloc_ros.types import Matrix, PoseEstimate, TrackingState
 from kfloc_ros.visualization.overlay import OverlayPainter
 
@@ -162,31 +160,46 @@ class PoseOutput:
             self._persistence.stop()
 
 
+@dataclass(frozen=True, eq=False)
+class _Prepared:
+    """Frame with its features, which the camera's thread computed beside the frame before."""
+
+    camera_frame: CameraFrame
+    features: BackboneFeatures | None
+    times: StageTimes
+
+
 class LocalizerStage:
-    """Localizer on every frame, in the camera's worker thread."""
+    """Localizer on every frame, in a thread of its own; the camera's thread decodes the next one meanwhile.
+
+    On a processor with a second core, that thread also computes its features. The results are the same.
+    """
 
     def __init__(self, node: Node, parameters: ParameterServer, scene_map: AnyMap, switch: EnableSwitch) -> None:
         health = Health(node.get_logger())
         warm_up(scene_map, parameters.localizer)
         self._localizer = localizer_for(scene_map, parameters.localizer)
+        self._extract = extractor_ahead(self._localizer)
         tell_runtime(health, self._localizer.runtime_note)
         map_frame = parameters.node.map_frame or scene_map.frame_id
         self._publish_coarse = CoarsePublisher(node, map_frame, lambda: health.counters, for_refiner=False)
         self._output = PoseOutput(node, parameters, scene_map, self._localizer, health, switch)
         self._cells = cell_publisher(node, map_frame, health.warn)
         self._collecting = Collecting(parameters.node, scene_map, health.warn)
+        self._queue = LatestQueue("localizer", health, switch, parameters, self._process, self._localizer.reset)
+        self._jumps = TimeWatch(node, on_jump=self._queue.discard)
         # The camera comes last: once its subscriptions are visible, everything else is ready.
-        self._camera = ImageReceiver(
-            node, parameters, self._localizer.camera, health, switch, self._process, on_failure=self._localizer.reset
-        )
+        self._camera = ImageReceiver(node, parameters, self._localizer.camera, health, switch, self._prepare)
 
     def pause(self) -> None:
         self._camera.pause()
+        self._queue.pause()
         self._cells.pause()
         self._output.pause()
 
     def stop(self) -> None:
         self._camera.stop()
+        self._queue.stop()
         self._cells.stop()
         self._output.stop()
         self._collecting.stop()
@@ -195,11 +208,18 @@ class LocalizerStage:
         self._camera.reset()
         self._output.request_reset(reason)
 
-    def _process(self, camera_frame: CameraFrame) -> None:
+    def _prepare(self, camera_frame: CameraFrame) -> None:
+        times = StageTimes()
+        features = None if self._extract is None else self._extract(camera_frame.frame, times)
+        self._queue.hand_over(_Prepared(camera_frame, features, times))
+
+    def _process(self, prepared: _Prepared) -> None:
+        camera_frame = prepared.camera_frame
         starts = self._output.begin(camera_frame)
         localization = self._localizer.process(
-            camera_frame.frame, starts.hints, predicted=starts.predicted, correct=False
-        )
+            camera_frame.frame, starts.hints, predicted=starts.predicted, features=prepared.features,
+            times=prepared.times, correct=False,
+        )  # fmt: skip
         estimate = self._output.publish(camera_frame, localization)  # the pose first
         self._localizer.correct_belief(estimate.stamp_ns, estimate.refined_pose)
         self._collecting.offer(camera_frame.frame, estimate, starts.predicted)

@@ -8,7 +8,6 @@ import traceback
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from rclpy.node import Node
@@ -27,7 +26,6 @@ from kfloc_ros.nodes.parameter_server import ParameterServer
 from kfloc_ros.nodes.parameters import NodeConfig
 from kfloc_ros.nodes.pose_file import check_replaceable, pose_path
 from kfloc_ros.nodes.worker import EnableSwitch, reported_error
-from kfloc_ros.types import Frame
 
 SUCCESS, FAILURE = TransitionCallbackReturn.SUCCESS, TransitionCallbackReturn.FAILURE
 
@@ -292,18 +290,8 @@ def _answer(response: Any, success: bool, message: str) -> Any:
 
 
 def warm_up(scene_map: AnyMap, config: LocalizerConfig) -> None:
-    """Run a frame of noise through a temporary localizer.
-
-    The first pass of a network selects its kernels, and the first call of a compiled loop compiles it or reads it from
-    the disk; both take several times as long as a frame. The process keeps them. The localizer is temporary, so that no
-    state is carried over.
-    """
-    camera = scene_map.camera
-    image = np.random.default_rng(0).integers(0, 256, (camera.height, camera.width, 3), dtype=np.uint8)
-    localizer = localizer_for(scene_map, config)
-    for stamp_ns in (1, 2):  # the second frame has a prior, if the first one produced a belief
-        views = localizer.references.T_map_camera[:1]  # a pose to align from, which noise does not give
-        localizer.process(Frame(image=image, camera=camera, stamp_ns=stamp_ns), list(views))
+    """Run all steps in a temporary localizer; the process keeps what was loaded and compiled for them."""
+    localizer_for(scene_map, config).warm_up()
 
 
 def tell_runtime(health: Health, note: str) -> None:

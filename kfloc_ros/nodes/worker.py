@@ -74,17 +74,29 @@ class LatestWorker(Generic[ItemT]):
             self._condition.notify_all()
         return overwritten
 
+    def hand_over(self, item: ItemT, patience_s: float) -> bool:
+        """Queue an item and wait until the worker takes it, at most ``patience_s``; return True if it overwrote one.
+
+        A thread that prepares items thus stays one item ahead, and prepares a newer one where the worker is held up.
+        """
+        overwritten = self.submit(item)
+        with self._condition:
+            self._condition.wait_for(lambda: self._item is not item or self._stopping, patience_s)
+        return overwritten
+
     def discard(self) -> bool:
         """Discard the waiting item; return True if there was one."""
         with self._condition:
             waiting = self._item is not None
             self._item = None
+            self._condition.notify_all()
         return waiting
 
     def pause(self) -> None:
         """Discard the waiting item and wait until the current one is done; not from the worker's own thread."""
         with self._condition:
             self._item = None
+            self._condition.notify_all()
             self._condition.wait_for(lambda: not self._working)
 
     def stop(self) -> None:
@@ -102,6 +114,7 @@ class LatestWorker(Generic[ItemT]):
                     return
                 item, self._item = self._item, None
                 self._working = True
+                self._condition.notify_all()
             assert item is not None
             try:
                 self._handle(item)
@@ -111,6 +124,10 @@ class LatestWorker(Generic[ItemT]):
                 with self._condition:
                     self._working = False
                     self._condition.notify_all()
+
+
+HAND_OVER_S = 0.1
+"""Time, in seconds, for which a prepared item waits before a newer one is prepared in its place."""
 
 
 class LatestQueue(Generic[ItemT]):
@@ -140,6 +157,11 @@ class LatestQueue(Generic[ItemT]):
             return
         self._health.count("received")
         if self._worker.submit(item):
+            self._health.count("dropped")
+
+    def hand_over(self, item: ItemT) -> None:
+        """Queue an item that another queue received, and wait until it is taken, at most ``HAND_OVER_S``."""
+        if self._worker.hand_over(item, HAND_OVER_S):
             self._health.count("dropped")
 
     def discard(self) -> None:

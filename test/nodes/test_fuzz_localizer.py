@@ -104,6 +104,9 @@ class AtOnce:
             self._on_error(error)
         return False
 
+    def hand_over(self, item: Any, patience_s: float) -> bool:
+        return self.submit(item)
+
     def discard(self) -> bool:
         return False
 

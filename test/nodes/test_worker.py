@@ -102,6 +102,49 @@ def test_a_pause_ends_with_the_item_in_work_and_forgets_the_one_that_waits() -> 
         worker.stop()
 
 
+def test_an_item_handed_over_waits_until_it_is_taken_or_a_newer_one_is_due() -> None:
+    begun, may_end, seen = threading.Event(), threading.Event(), []
+
+    def handle(item: int) -> None:
+        seen.append(item)
+        begun.set()
+        assert may_end.wait(PATIENCE_S)
+
+    worker = LatestWorker("test", handle, _fail)
+    try:
+        assert not worker.hand_over(0, PATIENCE_S)
+        assert begun.wait(PATIENCE_S) and seen == [0]
+        assert not worker.hand_over(1, 0.01), "the worker is held up: the item waits, its maker goes on"
+        assert worker.hand_over(2, 0.01), "a newer item takes its place"
+        threading.Timer(0.05, may_end.set).start()
+        assert worker.hand_over(3, PATIENCE_S)
+        _wait(lambda: seen == [0, 3])
+    finally:
+        may_end.set()
+        worker.stop()
+
+
+def test_a_pause_lets_go_of_who_hands_over() -> None:
+    begun, may_end = threading.Event(), threading.Event()
+
+    def handle(item: int) -> None:
+        begun.set()
+        assert may_end.wait(PATIENCE_S)
+
+    worker = LatestWorker("test", handle, _fail)
+    try:
+        worker.submit(0)
+        assert begun.wait(PATIENCE_S)
+        maker = threading.Thread(target=worker.hand_over, args=(1, 100.0))
+        maker.start()
+        _wait(worker.discard)
+        maker.join(PATIENCE_S)
+        assert not maker.is_alive()
+    finally:
+        may_end.set()
+        worker.stop()
+
+
 def _wait(condition: Callable[[], bool]) -> None:
     waiting = threading.Event()
     for _ in range(500):
