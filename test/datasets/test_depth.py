@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from kfloc_ros.datasets import images
 from kfloc_ros.datasets.images import register_depth
 from kfloc_ros.geometry.camera import Camera, ImageAdapter
 from kfloc_ros.geometry.camera_tensor import CameraTensor
@@ -44,3 +45,13 @@ def test_rays_far_outside_of_the_lens_do_not_come_back_into_the_image() -> None:
     v, u = np.mgrid[:120, :160]
     outer = np.hypot((u - wide.cx) / wide.fx, (v - wide.cy) / wide.fy) > 1.2
     assert not register_depth(np.where(outer, 1.0, 0.0).astype(np.float32), wide, lens, np.eye(4)).any()
+
+
+def test_the_compiled_loop_gives_what_numpy_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    depth = np.where(rng.random((120, 160)) < 0.8, rng.uniform(0.3, 4.0, (120, 160)), 0.0).astype(np.float32)
+    T = np.eye(4)
+    T[:3, 3] = 0.05, -0.02, 0.01
+    compiled = register_depth(depth, PINHOLE, BARREL, T)
+    monkeypatch.setattr(images, "has_numba", lambda: False)
+    np.testing.assert_array_equal(compiled, register_depth(depth, PINHOLE, BARREL, T))
