@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -23,7 +22,7 @@ from kfloc_ros.simulation.faces import Face, box, prism
 from kfloc_ros.simulation.render import Illumination, Renderer, Rendering, SensorModel
 from kfloc_ros.simulation.room import HALF_X_M, HALF_Y_M, room
 from kfloc_ros.simulation.scene import Scene, scene_of
-from kfloc_ros.simulation.textures import cloth, plain
+from kfloc_ros.simulation.textures import Painter, Picture, cloth, plain
 
 LIGHTS: Mapping[str, Illumination] = {
     "day": Illumination(
@@ -72,7 +71,7 @@ MAX_PEOPLE = 6
 OPTIONS = {
     "light": f"{', '.join(LIGHTS)}; without it the recording's own, in which a lamp goes out",
     "moved": "share of the pieces of furniture that stand elsewhere, 0 to 1",
-    "exchanged": "share of posters, screens, books and packages that are others, 0 to 1",
+    "exchanged": "share of posters, screens, books, packages and furniture that are others, 0 to 1",
     "people": f"number of people who walk around, 0 to {MAX_PEOPLE}",
     "dirt": "dirt on the lens, 0 to 1",
     "exposure": f"steps of the exposure every {SWITCH_S} s, in stops, 0 to 4",
@@ -221,6 +220,30 @@ def exchanged_faces(faces: Sequence[Face], share: float, seed: int) -> set[int]:
     return {prints[k] for k in order[: round(share * len(prints))]}
 
 
+def _covered(faces: Sequence[Face], share: float, seed: int) -> tuple[list[Face], set[int]]:
+    """Return the faces with a share of the furniture in other colours, and the indices of that furniture's faces."""
+    rng = np.random.default_rng((seed, 75))
+    order = rng.permutation(len(FURNITURE))
+    channels = [rng.permutation(3) for _ in FURNITURE]
+    gains = rng.uniform(0.6, 1.3, len(FURNITURE))
+    pieces = set(order[: round(share * len(FURNITURE))].tolist())
+    made, covered = list(faces), set()
+    for i, face in enumerate(faces):
+        k = _piece(face)
+        if k in pieces and _painter(face) not in PRINTS:
+            made[i] = replace(face, painter=_recoloured(face.painter, channels[k], float(gains[k])))
+            covered.add(i)
+    return made, covered
+
+
+def _recoloured(painter: Painter, channels: NDArray[np.int64], gain: float) -> Painter:
+    def paint(rng: np.random.Generator, width: int, height: int, texels_per_m: float) -> Picture:
+        picture = gain * painter(rng, width, height, texels_per_m)[..., channels]
+        return np.asarray(np.clip(picture, 0, 255), np.uint8)
+
+    return paint
+
+
 def _painter(face: Face) -> str:
     """Return the name of the function that made a face's painter."""
     return str(getattr(face.painter, "__qualname__", "")).partition(".")[0]
@@ -240,9 +263,10 @@ def changed_room(seed: int, texels_per_m: float, moved: float, exchanged: float,
     Raises:
         SourceError: no ray caster is installed.
     """
-    faces = changed_faces(room(), moved, change)
-    others = dict.fromkeys(exchanged_faces(faces, exchanged, change), 1000 + change)
-    return scene_of(faces, seed, texels_per_m, others)
+    prints = exchanged_faces(room(), exchanged, change)
+    faces, covered = _covered(room(), exchanged, change)
+    faces = changed_faces(faces, moved, change)
+    return scene_of(faces, seed, texels_per_m, dict.fromkeys(prints | covered, 1000 + change))
 
 
 class People:
@@ -304,33 +328,3 @@ def _person(rng: np.random.Generator, swing: float) -> Scene:
         *prism((0.0, 0.0, 1.43), 0.1, 0.27, plain(skin, 0.05), plain(hair, 0.05), corners=10),
     ]
     return scene_of(faces, int(rng.integers(2**31)), 120.0)
-
-
-class DirtyLens:
-    """Smears and specks on the lens, out of focus.
-
-    Args:
-        amount: 0 to 1; 1 covers about half of the image.
-        camera: camera of the images.
-        seed: seed of the dirt.
-    """
-
-    def __init__(self, amount: float, camera: Camera, seed: int) -> None:
-        rng = np.random.default_rng((seed, 74))
-        cover = np.zeros((camera.height, camera.width), np.float32)
-        for number in range(60):
-            centre = rng.uniform(0, 1, 2) * (camera.width, camera.height)
-            axes = rng.uniform(0.015, 0.09, 2) * camera.width
-            angle, strength = float(rng.uniform(0, 180)), float(rng.uniform(0.5, 1.0))
-            if number < round(60 * amount):
-                spot = ((int(centre[0]), int(centre[1])), (int(axes[0]) + 1, int(axes[1]) + 1))
-                cv2.ellipse(cover, *spot, angle, 0, 360, strength, -1)
-        blur = camera.width / 60
-        self._cover = 0.9 * cv2.GaussianBlur(cover, (0, 0), blur)[..., None]
-        self._spread = camera.width / 25
-
-    def over(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Return an image (H, W, 3) as seen through the dirt: scattered light, some of it lost."""
-        values = image.astype(np.float32)
-        scattered = 0.75 * cv2.GaussianBlur(values, (0, 0), self._spread)
-        return np.asarray(np.rint(values + self._cover * (scattered - values)), np.uint8)

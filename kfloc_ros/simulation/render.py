@@ -308,3 +308,33 @@ class Sensor:
             ends.append((camera.fx * x / w, camera.fy * y / w))
         path_x, path_y = ((end - start).reshape(z.shape) for start, end in zip(*ends, strict=True))
         return path_x.astype(np.float32), path_y.astype(np.float32)
+
+
+class DirtyLens:
+    """Smears and specks on the lens, out of focus.
+
+    Args:
+        amount: 0 to 1; 1 covers about half of the image.
+        camera: camera of the images.
+        seed: seed of the dirt.
+    """
+
+    def __init__(self, amount: float, camera: Camera, seed: int) -> None:
+        rng = np.random.default_rng((seed, 74))
+        cover = np.zeros((camera.height, camera.width), np.float32)
+        for number in range(60):
+            centre = rng.uniform(0, 1, 2) * (camera.width, camera.height)
+            axes = rng.uniform(0.015, 0.09, 2) * camera.width
+            angle, strength = float(rng.uniform(0, 180)), float(rng.uniform(0.5, 1.0))
+            if number < round(60 * amount):
+                spot = ((int(centre[0]), int(centre[1])), (int(axes[0]) + 1, int(axes[1]) + 1))
+                cv2.ellipse(cover, *spot, angle, 0, 360, strength, -1)
+        blur = camera.width / 60
+        self._cover = 0.9 * cv2.GaussianBlur(cover, (0, 0), blur)[..., None]
+        self._spread = camera.width / 25
+
+    def over(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Return an image (H, W, 3) as seen through the dirt: scattered light, some of it lost."""
+        values = image.astype(np.float32)
+        scattered = 0.75 * cv2.GaussianBlur(values, (0, 0), self._spread)
+        return np.asarray(np.rint(values + self._cover * (scattered - values)), np.uint8)

@@ -12,8 +12,8 @@ import numpy as np
 from kfloc_ros.errors import SourceError
 from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import Camera
-from kfloc_ros.simulation.conditions import LIGHTS, Conditions, DirtyLens, People, changed_room
-from kfloc_ros.simulation.render import Illumination, Renderer, Sensor, SensorModel
+from kfloc_ros.simulation.conditions import LIGHTS, Conditions, People, changed_room
+from kfloc_ros.simulation.render import DirtyLens, Illumination, Renderer, Sensor, SensorModel
 from kfloc_ros.simulation.scene import TEXELS_PER_M, Scene, build_room
 from kfloc_ros.simulation.trajectory import Pace, Route, Trajectory, orbit
 from kfloc_ros.types import Frame, Matrix
