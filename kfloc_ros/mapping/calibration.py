@@ -76,7 +76,7 @@ def calibrate(
     truth = [true_coordinates(view, (f.shape[1], f.shape[2])) for view, f in zip(views, features, strict=True)]
     on_progress(0.3, "measurement")
     target = choose_device(device)
-    found = calibrate_measurement(draft.head.to(target), Backbone(device=target), held_out)
+    found = calibrate_measurement(draft.head.to(target), Backbone(device=target, runtime="auto"), held_out)
     draft.head.to("cpu")
     calibration = replace(draft.calibration, measurement_variance_scale=found.variance_scale, roughness=found.roughness)
     pairs = neighbours(held_out)
@@ -103,7 +103,7 @@ def neighbours(held_out: Sequence[HeldOut]) -> list[int]:
 def _coarse_features(
     views: Sequence[View], device: str, on_progress: Callable[[float, str], None]
 ) -> list[torch.Tensor]:
-    backbone = Backbone(device=choose_device(device))
+    backbone = Backbone(device=choose_device(device), runtime="auto")
     features = []
     for i, view in enumerate(views):
         on_progress(0.3 * i / len(views), "features")
@@ -272,7 +272,7 @@ def odds_factor(confidences: Sequence[float], rights: Sequence[bool]) -> float:
 def _wrong_costs(draft: SceneMap, views: Sequence[View], device: str) -> list[float]:
     """Return the costs of alignments that converged to a wrong pose."""
     target = choose_device(device)
-    backbone = Backbone(device=target)
+    backbone = Backbone(device=target, runtime="auto")
     settings = RefinerSettings(max_cost=math.inf)
     refiner = Refiner(draft.references.to(target), draft.camera, settings)
     wrong = []

@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,13 +18,14 @@ from kfloc_ros.features.backbone import COARSE_STRIDE, Backbone, BackboneFeature
 from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import Camera, ImageAdapter
 from kfloc_ros.kfnet.scoordnet import INPUT_CHANNELS
-from kfloc_ros.mapping.depth_checks import DEPTH, UNREADABLE, DepthChecks
+from kfloc_ros.mapping.depth_checks import DEPTH, UNREADABLE, CheckedFrame, DepthChecks
 from kfloc_ros.mapping.schedule import HeldOut, HoldOut, TimeBudget
 from kfloc_ros.mapping.views import (
     IDENTITY,
     Cells,
     ReferenceCollector,
     View,
+    joined,
     random_similarity,
     sample_cells,
     warp_image,
@@ -34,6 +38,8 @@ MIN_CELLS = 5_000
 MAX_CELLS = 5_000_000
 """Limit on cells in the training buffer (2 GB); of long sources, fewer cells per view are used."""
 MIN_CELLS_PER_VIEW = 64
+HELD_OUT_CELLS = 64
+"""Number of cells of a held-out view that are kept."""
 MIN_DEPTH_SHARE = 0.05
 
 
@@ -57,6 +63,8 @@ class MappingPass:
     all_references: ReferenceViews
     """References including the held-out views, which join after calibration so that the map has no gap there."""
     held_out: list[HeldOut]
+    held_out_cells: Cells
+    """Some cells of every held-out view, to tell when training stops helping."""
     used: int
     left_out: Mapping[str, int]
     """Number of frames that failed a check, by reason."""
@@ -123,45 +131,60 @@ def mapping_pass_over(
     Raises:
         SourceError: too few views with depth and pose.
     """
-    rng = np.random.default_rng(settings.seed)
     copies = 1 + settings.augmentations
     grid_cells = (camera.width // COARSE_STRIDE) * (camera.height // COARSE_STRIDE)
     limit = max(MIN_CELLS_PER_VIEW, MAX_CELLS // (len(source) * copies))
-    buffer = CellBuffer(min(MAX_CELLS, len(source) * copies * min(limit, grid_cells)), rng)
+    capacity = min(MAX_CELLS, len(source) * copies * min(limit, grid_cells))
+    buffer = CellBuffer(capacity, np.random.default_rng(settings.seed))
     collector = ReferenceCollector(settings.reference_spacing_m, settings.max_points)
     adapter = ImageAdapter(source.camera, camera)
     checks = DepthChecks()
     held_out: list[HeldOut] = []
     held_out_points: list[ReferencePoints] = []
+    held_out_cells: list[Cells] = []
     used = passes = 0
     start = time.monotonic()
 
-    def reference_points(view: View, features: BackboneFeatures) -> ReferencePoints:
-        return extract_reference_points(features, view.depth_m, camera, view.T_map_camera, settings.points_per_view)
+    def reference_points(taken: _Taken) -> ReferencePoints:
+        view = taken.view
+        return extract_reference_points(
+            taken.features, view.depth_m, camera, view.T_map_camera, settings.points_per_view
+        )
 
     reading, recordings = _Reading(source, time_budget), source.sequences()
-    for position, frame in checks.passing(iter(reading)):
+
+    def take(position: int, frame: Frame) -> _Taken | None:
         view = _view(frame, adapter)
         if view is None:
+            return None
+        features = backbone.extract(view.image)
+        rng = np.random.default_rng((settings.seed, position))  # of its own: threads finish in any order
+        is_held_out = position in reading.held_out
+        cells = [sample_cells(view, features, IDENTITY, HELD_OUT_CELLS if is_held_out else limit, rng)]
+        if not is_held_out:
+            for _ in range(settings.augmentations):
+                similarity = random_similarity(camera, rng)
+                augmented = backbone.extract(warp_image(view.image, similarity))
+                cells.append(sample_cells(view, augmented, similarity, limit, rng))
+        return _Taken(view, features, cells)
+
+    for (position, frame), taken in _beside(take, checks.passing(iter(reading))):
+        if taken is None:
             checks.left_out[DEPTH] += 1
             continue
         on_view(position)
         used += 1
-        passes += 1
-        features = backbone.extract(view.image)
+        passes += len(taken.cells)
         run = reading.held_out.get(position)
         if run is not None:
-            held_out.append(HeldOut(view, frame.stamp_ns, run, recordings[position]))
-            held_out_points.append(reference_points(view, features))
+            held_out.append(HeldOut(taken.view, frame.stamp_ns, run, recordings[position]))
+            held_out_points.append(reference_points(taken))
+            held_out_cells += taken.cells
             continue
-        buffer.add(sample_cells(view, features, IDENTITY, limit, rng))
-        for _ in range(settings.augmentations):
-            similarity = random_similarity(camera, rng)
-            augmented = backbone.extract(warp_image(view.image, similarity))
-            buffer.add(sample_cells(view, augmented, similarity, limit, rng))
-            passes += 1
-        if collector.extends_coverage(view.T_map_camera):
-            collector.add(view.index, view.T_map_camera, reference_points(view, features))
+        for cells in taken.cells:
+            buffer.add(cells)
+        if collector.extends_coverage(taken.view.T_map_camera):
+            collector.add(taken.view.index, taken.view.T_map_camera, reference_points(taken))
     if source.left_out:
         checks.left_out[UNREADABLE] += len(source.left_out)
     if used < MIN_VIEWS or not len(collector) or len(buffer) < MIN_CELLS:
@@ -178,11 +201,46 @@ def mapping_pass_over(
         references,
         collector.views(),
         held_out,
+        joined(held_out_cells),
         used,
         dict(checks.left_out),
         reading.unread,
         (time.monotonic() - start) / max(passes, 1),
     )
+
+
+@dataclass(frozen=True, eq=False)
+class _Taken:
+    """What one view gives."""
+
+    view: View
+    features: BackboneFeatures
+    cells: list[Cells]
+    """Of the view and of its augmented copies."""
+
+
+def _beside(
+    take: Callable[[int, Frame], _Taken | None], frames: Iterable[CheckedFrame]
+) -> Iterator[tuple[CheckedFrame, _Taken | None]]:
+    """Yield each frame with what it gives, in order; as many threads as there are cores work a few frames ahead.
+
+    Frames are read in the caller's thread: what reads a bag may belong to the thread that opened it.
+    """
+    threads = len(os.sched_getaffinity(0))
+    with ThreadPoolExecutor(threads, "views") as pool:
+        waiting: deque[tuple[CheckedFrame, Future[_Taken | None]]] = deque()
+        try:
+            for item in frames:
+                waiting.append((item, pool.submit(take, item.position, item.frame)))
+                if len(waiting) > threads + 1:
+                    first, taken = waiting.popleft()
+                    yield first, taken.result()
+            while waiting:
+                first, taken = waiting.popleft()
+                yield first, taken.result()
+        finally:
+            for _, taken in waiting:
+                taken.cancel()
 
 
 class _Reading:

@@ -25,15 +25,22 @@ from kfloc_ros.mapping.views import map_camera
 from kfloc_ros.relocalization.retrieval import QueryCells, Vocabulary, reliable_cells
 
 EXHAUSTIVE_IMAGES = 120
-"""Number of images up to which every pair is matched; longer sequences match neighbours, near and in doubling steps."""
+"""Number of images up to which every pair is matched; of longer sequences, each image is matched with those ``STEPS``
+later and with similar ones."""
+STEPS = (1, 2, 3, 5, 8, 13, 21, 34, 55)
 OVERLAP = 10
-SIMILAR_IMAGES = 10
+SIMILAR_IMAGES = 5
 """Number of similar, distant images that each image of a longer sequence is matched with in addition."""
 KEY_IMAGES = 240
-"""Number of evenly spaced images that are adjusted together in a longer sequence; the others are registered to them."""
+"""Number of images above which all are placed at once by global mapping. Where that fails, this many evenly spaced ones
+are placed one after the other, and the others are registered to them."""
+GLOBAL_SHARE = 0.95
+"""Smallest share of the images that global mapping must place."""
 LAST_ITERATIONS = 30
 """Iterations of the final adjustment of all images: two to three seconds each for 650 images."""
 MIN_REGISTERED = 8
+MATCHED_AT_ONCE = 1000
+"""Number of pairs that are matched before progress is told."""
 RANDOM_SEED = 0
 """Of COLMAP's random samples, so that the same images give the same model."""
 LOG_ERRORS = 2
@@ -116,11 +123,20 @@ def _match(
     if len(names) <= EXHAUSTIVE_IMAGES:
         pycolmap.match_exhaustive(database, verification_options=_verification())
         return
-    pairing = pycolmap.SequentialPairingOptions()
-    pairing.overlap, pairing.quadratic_overlap = OVERLAP, True
-    pycolmap.match_sequential(database, pairing_options=pairing, verification_options=_verification())
-    on_progress("matching again", 0.0)
-    _match_similar(database, images, names, camera)
+    names = [name for name in names if (images / name).is_file()]
+    read = (_fitted(_read_image(images / name), camera) for name in names)
+    backbone = Backbone(runtime="auto")
+    similar = similar_pairs(read, camera, backbone, partners=SIMILAR_IMAGES, min_apart=OVERLAP + 1)
+    near = [(i, i + step) for step in STEPS for i in range(len(names) - step)]
+    pairs = sorted({*near, *similar})
+    listed, pairing = database.with_name("pairs.txt"), pycolmap.ImportedPairingOptions()
+    pairing.match_list_path = listed
+    for start in range(0, len(pairs), MATCHED_AT_ONCE):
+        part = pairs[start : start + MATCHED_AT_ONCE]
+        listed.write_text("".join(f"{names[i]} {names[j]}\n" for i, j in part))
+        pycolmap.match_image_pairs(database, pairing_options=pairing, verification_options=_verification())
+        on_progress("matching", (start + len(part)) / len(pairs))
+    listed.unlink()
 
 
 def _verification() -> Any:
@@ -130,21 +146,6 @@ def _verification() -> Any:
     options = pycolmap.TwoViewGeometryOptions()
     options.ransac.random_seed = RANDOM_SEED
     return options
-
-
-def _match_similar(database: Path, images: Path, names: Sequence[str], camera: Camera) -> None:
-    """Match distant images that look similar, to close loops."""
-    import pycolmap
-
-    names = [name for name in names if (images / name).is_file()]
-    read = (_fitted(_read_image(images / name), camera) for name in names)
-    pairs = similar_pairs(read, camera, Backbone(), partners=SIMILAR_IMAGES, min_apart=OVERLAP + 1)
-    listed = database.with_name("pairs.txt")
-    listed.write_text("".join(f"{names[i]} {names[j]}\n" for i, j in pairs))
-    pairing = pycolmap.ImportedPairingOptions()
-    pairing.match_list_path = listed
-    pycolmap.match_image_pairs(database, pairing_options=pairing, verification_options=_verification())
-    listed.unlink()
 
 
 def _fitted(image: NDArray[np.uint8], camera: Camera) -> NDArray[np.uint8]:
@@ -175,9 +176,17 @@ def _largest_model(
 ) -> Any:
     """Return the model with the most registered images.
 
-    Of a long recording, every n-th image is first registered and adjusted. The images in between are then registered to
-    that model, and all are adjusted once. Repeated adjustment of all images takes hours.
+    The images of a long recording are placed at once. Where that fails, every n-th image is first registered and
+    adjusted. The images in between are then registered to that model, and all are adjusted once. Repeated adjustment of
+    all images takes hours.
     """
+    there = sum((images / name).is_file() for name in names)
+    if there > KEY_IMAGES:
+        on_progress("placing images at once", 0.0)
+        model = _global(database, images, out / "global", source.camera_is_guess)
+        if model is not None and int(model.num_reg_images()) >= GLOBAL_SHARE * there:
+            on_progress("placing images at once", 1.0)
+            return model
     placed = 2
 
     def next_image() -> None:
@@ -202,6 +211,29 @@ def _largest_model(
             "spot. Record while moving sideways."
         )
     return model
+
+
+def _global(database: Path, images: Path, out: Path, refine_camera: bool) -> Any:
+    """Return COLMAP's model of all images by global mapping (GLOMAP), or None.
+
+    All rotations are averaged first, then positions and points are found together, and all are adjusted.
+    """
+    import pycolmap
+
+    out.mkdir(parents=True)
+    if refine_camera:
+        database = Path(shutil.copy(database, out / "database.db"))  # what follows changes it
+        pycolmap.calibrate_view_graph(database, pycolmap.ViewGraphCalibrationOptions(random_seed=RANDOM_SEED))
+    options = pycolmap.GlobalPipelineOptions()
+    options.random_seed = options.mapper.random_seed = RANDOM_SEED
+    options.min_model_size, options.multiple_models = MIN_REGISTERED, False
+    adjustment = options.mapper.bundle_adjustment
+    adjustment.refine_focal_length = adjustment.refine_extra_params = refine_camera
+    try:
+        models = pycolmap.global_mapping(database, images, out, options)
+    except RuntimeError:
+        return None
+    return max(models.values(), key=lambda model: int(model.num_reg_images()), default=None)
 
 
 def _incremental(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from kfloc_ros.features.backbone import COARSE_STRIDE, SIZE_MULTIPLE, BackboneFeatures
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import Matrix, inverse_pose
-from kfloc_ros.kfnet.scoordnet import head_input
+from kfloc_ros.kfnet.scoordnet import INPUT_CHANNELS, head_input
 from kfloc_ros.pixloc.references import ReferencePoints, ReferenceViews, smooth_depth_mask, view_distances
 from kfloc_ros.types import SceneCoordinates
 
@@ -55,6 +56,12 @@ class Cells:
     """(N, 192) half"""
     coordinates: torch.Tensor
     """(N, 3) float, metres, map frame"""
+
+
+def joined(parts: Sequence[Cells]) -> Cells:
+    """Return the samples of all parts."""
+    empty = Cells(torch.empty(0, INPUT_CHANNELS, dtype=torch.float16), torch.empty(0, 3))
+    return Cells(torch.cat([p.inputs for p in (empty, *parts)]), torch.cat([p.coordinates for p in (empty, *parts)]))
 
 
 def random_similarity(camera: Camera, rng: np.random.Generator) -> NDArray[np.float64]:

@@ -88,10 +88,14 @@ def test_poses_are_found_and_the_depth_makes_them_metric(walk, found) -> None:
     assert found[4].depth_m is not None and found.visible_points(4).shape[0] > 50
 
 
-def test_of_many_images_those_between_find_their_place_among_the_others(
-    walk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("at_once", [True, False])
+def test_many_images_are_placed_at_once_or_those_between_find_their_place_among_the_others(
+    walk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: bool
 ) -> None:
     monkeypatch.setattr(structure_solver, "KEY_IMAGES", 5)
+    monkeypatch.setattr(structure_solver, "EXHAUSTIVE_IMAGES", 5)
+    if not at_once:
+        monkeypatch.setattr(structure_solver, "_global", lambda *given: None)
     shares: list[float] = []
     source = reconstruct(walk, tmp_path / "walk", on_progress=lambda stage, share: shares.append(share))
     assert [k for k in range(len(source)) if source.pose(k) is not None] == list(range(10))
