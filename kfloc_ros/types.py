@@ -146,6 +146,8 @@ class PoseEstimate:
     alignment: Alignment | None = None
     tracked: bool = False
     """True if the frame was aligned from the predicted pose alone; it then has no coarse pose."""
+    tentative: bool = False
+    """True for a first pose that waits for others which agree: ``map -> odom`` must not follow it yet."""
     confidence: float | None = None
     """Probability that the errors are below 10 cm and 5 deg; None without a pose, or if refinement is off."""
     evidence: Mapping[str, float] = field(default_factory=dict)

@@ -32,7 +32,7 @@ def level(channels: int = 24) -> FeatureImage:
 
 
 @needs_numba
-@pytest.mark.parametrize("offsets", [None, np.zeros(5), np.array([0.05, -0.02, 3.0, -2.0, 0.08])])
+@pytest.mark.parametrize("offsets", [None, np.zeros(6), np.array([0.05, -0.02, 3.0, -2.0, 0.08, 0.03])])
 def test_normal_equations_agree_with_torch(offsets: np.ndarray | None) -> None:
     """Points at and beyond the border and behind the camera included."""
     generator = torch.Generator().manual_seed(0)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -75,6 +76,7 @@ def describe(scene_map: Any) -> str:
             f"x{c.process_scale:.2f}, alignment cost <= {c.max_alignment_cost:.3f}, inlier ratio >= "
             f"{c.min_inlier_ratio:.2f}"
         ),
+        "own error": f"{100 * c.own_error_m:.1f} cm, {math.degrees(c.own_error_rad):.2f} deg on each axis (sigma)",
         **_flow(c.learned_process_scale),
         **_rough_views(c.roughness),
         **{key.replace("_", " "): str(value) for key, value in scene_map.provenance.items()},

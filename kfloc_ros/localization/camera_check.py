@@ -2,7 +2,7 @@
 """Check of the calibration by the images: focal length, principal point and distortion.
 
 A wrong calibration moves poses by centimetres while their covariances stay at millimetres. Every few frames the pose
-and the camera are fitted together (:mod:`kfloc_ros.pixloc.image_check`); the fits of the last frames are combined.
+and the camera are fitted together (:mod:`kfloc_ros.pixloc.camera_fit`); the fits of the last frames are combined.
 
 Fits of neighbouring frames have similar errors, and with few or flat points they scatter more than their information
 suggests. The combined covariance is therefore scaled by the observed scatter, and the usual accuracy of calibrations is
@@ -21,13 +21,18 @@ from numpy.typing import NDArray
 from kfloc_ros.geometry.camera import Camera, ImageAdapter
 from kfloc_ros.geometry.covariance import pose_tangent_error
 from kfloc_ros.geometry.lie import Matrix, inverse_pose
+from kfloc_ros.pixloc.camera_fit import CameraFit, CameraScore
 from kfloc_ros.pixloc.cost import OFFSETS
-from kfloc_ros.pixloc.image_check import CameraFit, CameraScore
 from kfloc_ros.pixloc.refiner import FittedCamera
 from kfloc_ros.types import Frame, PoseEstimate
 
-CHI2_5_99 = 15.086
-"""99 % quantile of the chi-square distribution with 5 degrees of freedom."""
+CHI2_6_95, CHI2_6_99, CHI2_6_999 = 12.592, 16.812, 22.458
+"""Quantiles of the chi-square distribution with 6 degrees of freedom."""
+SAME_CAMERA, SAME_WITHIN = 0.1, 1e-4
+"""Share of a calibration's usual error that remains between images of one calibration; largest difference of the
+intrinsics relative to the image's size of what counts as one calibration."""
+SHEARED = np.array([0.0, 1.0, 0.0, 0.0, 0.0, 1.0])
+"""Offsets that look like the shear of a rolling shutter: ratio fy/fx in a pitch, skew in a yaw."""
 MIN_SCATTER = 0.1
 """Smallest observed scatter of fits, relative to their information, that is believed."""
 
@@ -50,12 +55,9 @@ class CameraCheckSettings:
     """Factor on the combined variance, since neighbouring frames see the same points."""
     shift_share: float = 0.3
     """Share of the distance between the aligned pose and that of the fitted camera, added in all directions."""
-    fit_scale: float = 4.0
-    """Scale of the covariance of the fit to one image: neighbouring residuals share errors. Right images of four maps
-    needed 0.3 to 5.3."""
     sigmas: float = 3.0
     """Largest offset, in standard deviations of fit and tolerance together."""
-    tolerance: tuple[float, ...] = (0.005, 0.005, 0.0035, 0.0035, 0.012)
+    tolerance: tuple[float, ...] = (0.005, 0.005, 0.0035, 0.0035, 0.012, 0.005)
     """Standard deviations of usual calibrations: relative to the focal length, the aspect ratio, and the image's width
     for the principal point; absolute for k1. The option ``calibration_error`` scales them together."""
 
@@ -65,9 +67,9 @@ class CameraVerdict:
     """Combined fits, and their contradiction of the camera, if any."""
 
     offsets: NDArray[np.float64]
-    """(5,) offsets as in :class:`CameraFit`."""
+    """(6,) offsets as in :class:`CameraFit`."""
     covariance: NDArray[np.float64]
-    """(5, 5) covariance of the offsets, without the tolerance."""
+    """(6, 6) covariance of the offsets, without the tolerance."""
     wrong: int | None
     """Index of the offset that contradicts the camera most; None: the camera fits."""
 
@@ -79,22 +81,33 @@ class CameraCheck:
         camera: pinhole camera of the map, to which images are converted.
         settings: rate of the fits, and conditions under which a camera is wrong.
         calibration_error: usual relative error of a focal length; scales the tolerances.
+        fit_scale: factor on the covariance of the fit to one image, from the map's calibration.
     """
 
     def __init__(
-        self, camera: Camera, settings: CameraCheckSettings | None = None, calibration_error: float = 0.005
+        self,
+        camera: Camera,
+        settings: CameraCheckSettings | None = None,
+        calibration_error: float = 0.005,
+        fit_scale: float = 4.0,
     ) -> None:
+        self._fit_scale = fit_scale
         self._camera, self._settings = camera, settings or CameraCheckSettings()
-        tolerance = np.array(self._settings.tolerance) * (1.0, 1.0, camera.width, camera.width, 1.0)
+        tolerance = np.array(self._settings.tolerance) * (1.0, 1.0, camera.width, camera.width, 1.0, 1.0)
         self._tolerance = np.diag((tolerance * calibration_error / self._settings.tolerance[0]) ** 2)
         self._fits: deque[CameraFit] = deque(maxlen=self._settings.window)
         self._made = 0
+        self._shear_rad = 0.0
         self._frames = 0
         self._fitted: FittedCamera | None = None
         self._shift = np.eye(4)
         self._combined: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None
-        """Combined offsets (5,) and their covariance (5, 5) by the observed scatter."""
+        """Combined offsets (6,) and their covariance (6, 6) by the observed scatter."""
         self.verdict: CameraVerdict | None = None
+
+    def expect_shear(self, turn_rad: float) -> None:
+        """Allow for the shear of this image by a rolling shutter that turns by an angle while it reads."""
+        self._shear_rad = turn_rad
 
     def count_frame(self) -> bool:
         """Count a frame; return True if it is to be fitted."""
@@ -119,8 +132,9 @@ class CameraCheck:
         self.verdict = self._judged()
 
     def chi2(self, offsets: NDArray[np.float64], covariance: NDArray[np.float64]) -> float:
-        """Return the squared Mahalanobis length of offsets (5,) with covariance (5, 5) of one image, with tolerance."""
-        total = self._settings.fit_scale * covariance + self._tolerance
+        """Return the squared Mahalanobis length of offsets (6,) with covariance (6, 6) of one image, with tolerance."""
+        shear = np.diag(self._shear_rad**2 * SHEARED)
+        total = self._fit_scale * covariance + self._tolerance + shear
         return float(offsets @ np.linalg.solve(total, offsets))
 
     def chi2_of(self, fit: CameraFit) -> float | None:
@@ -131,34 +145,52 @@ class CameraCheck:
     def verdict_of(self, fit: CameraFit) -> CameraVerdict:
         """Return the verdict on the fit to one image: the offset that contradicts the camera most."""
         covariance = _covariance_of(fit.information)
-        covariance = np.zeros_like(self._tolerance) if covariance is None else self._settings.fit_scale * covariance
+        covariance = np.zeros_like(self._tolerance) if covariance is None else self._fit_scale * covariance
         ratio = np.abs(fit.offsets) / np.sqrt(np.diag(covariance + self._tolerance))
         return CameraVerdict(fit.offsets, covariance, int(np.argmax(ratio)))
 
-    def moments(self, score: CameraScore | None) -> NDArray[np.float64]:
-        """Return the second moments (5, 5) of the camera's offsets about the camera that is used.
+    def moments(self, score: CameraScore | None, given: Camera | None = None) -> NDArray[np.float64]:
+        """Return the second moments (6, 6) of the camera's offsets about the camera that is used.
 
         A Gaussian prior, the usual accuracy of calibrations, is combined with the fits so far, or with this image's
         score until there are enough. The focal length's part always counts. Offsets count as far as they are
         significant (a positive-part shrinkage, as of James and Stein, with the 99 % quantile of the chi-square
         distribution): a camera that the images do not contradict must not make every covariance too large.
+
+        If the images come with the calibration that the map was made with, its error is in the map as well, and moves
+        poses little; the prior is then narrower.
+
+        Args:
+            score: score of this image.
+            given: camera of the image before conversion to the map's; None: the map's own.
         """
+        tolerance = self._tolerance * (SAME_CAMERA**2 if self._is_same(given) else 1.0)
         combined = self._combined
         if combined is not None:
             offsets, covariance = combined
         elif score is not None:
-            offsets, covariance = score.offsets, self._settings.fit_scale * score.covariance
+            offsets, covariance = score.offsets, self._fit_scale * score.covariance
         else:
-            return self._tolerance
-        gain = self._tolerance @ np.linalg.inv(self._tolerance + covariance)
-        mean, left = gain @ offsets, self._tolerance - gain @ self._tolerance
+            return tolerance
+        gain = tolerance @ np.linalg.inv(tolerance + covariance)
+        mean, left = gain @ offsets, tolerance - gain @ tolerance
         share = 1.0  # until there are enough fits, nothing shows that the camera is right
         if combined is not None:
-            share = max(0.0, 1.0 - CHI2_5_99 / max(float(offsets @ np.linalg.solve(covariance, offsets)), 1e-9))
+            share = max(0.0, 1.0 - CHI2_6_99 / max(float(offsets @ np.linalg.solve(covariance, offsets)), 1e-9))
+        known = self.verdict.covariance if self.verdict is not None and combined is not None else covariance
+        careful = tolerance - tolerance @ np.linalg.solve(tolerance + known, tolerance)
         focal = np.zeros_like(left)
         focal[0, 0] = left[0, 0]
-        second = share * np.outer(mean, mean) + focal + share * (left - focal)
+        second = share * (np.outer(mean, mean) + careful) + (1.0 - share) * focal
         return np.asarray(0.5 * (second + second.T))
+
+    def _is_same(self, given: Camera | None) -> bool:
+        """Return true if a camera has the focal length and the principal point of the map's."""
+        if given is None:
+            return True
+        c = self._camera
+        of_map, of_images = ([k.fx / k.width, k.fy / k.height, k.cx / k.width, k.cy / k.height] for k in (c, given))
+        return bool(np.allclose(of_map, of_images, rtol=0.0, atol=SAME_WITHIN))
 
     def widened(self, estimate: PoseEstimate) -> PoseEstimate:
         """Return an estimate whose covariance also covers the pose of the fitted camera.
@@ -206,10 +238,10 @@ class Correction:
 
     @classmethod
     def of(cls, camera: Camera, offsets: NDArray[np.float64], before: Correction | None) -> Correction:
-        """Return the correction for a camera with offsets (5,), in addition to one already applied to the images."""
+        """Return the correction for a camera with offsets (6,), in addition to one already applied to the images."""
         if before is not None:
             scale = math.exp(before.offsets[0])
-            offsets = before.offsets + offsets * (1.0, 1.0, scale, scale, 1.0)
+            offsets = before.offsets + offsets * (1.0, 1.0, scale, scale, 1.0, 1.0)
         scale = math.exp(offsets[0])
         fitted = Camera(
             camera.width,
@@ -250,6 +282,8 @@ def sentence(verdict: CameraVerdict, given: Camera | None, camera: Camera) -> st
             f"the images fit a principal point of ({x:.0f}, {y:.0f}) px, "
             f"{source} says ({known.cx:.0f}, {known.cy:.0f}) px"
         )
+    if verdict.wrong == 5:
+        return f"the images fit a skew of {c[5]:+.3f}, as a rolling shutter makes in a turn; {source} says 0"
     return f"the images fit a radial distortion that differs from {source} by k1 = {c[4]:+.3f}"
 
 

@@ -76,6 +76,18 @@ class LocalizerConfig:
         low=0.01,
         high=10.0,
     )
+    first_fix_agreement: int = option(
+        2,
+        "First poses after LOST that must agree before they move map -> odom, if their confidence is below 0.7.",
+        low=1,
+        high=20,
+    )
+    rolling_shutter_readout_s: float = option(
+        0.0,
+        "Readout time of a rolling shutter, in seconds, for covariances; 0: none.",
+        low=0.0,
+        high=0.2,
+    )
     max_repeat_s: float = option(
         1.0,
         "Longest time, in seconds, that one image may be repeated byte for byte before the state is LOST; 0 (for "

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Judgement of a frame: state and pose from coarse pose and alignment, checked by the whole image; confidence.
 
-An alignment fits the points that it sees, whatever the reason for their positions. Three things speak against its pose
+An alignment fits the points that it sees, whatever the reason for their positions. Four things speak against its pose
 where the residuals alone do not:
 
 - the image fits the map only with another camera: a wrong calibration, or a print of the room somewhere else;
 - a connected part of the image agrees on a displacement: that part moved, or the pose is that of the moved part;
+- blocks of the image are displaced, here by more and there by less: the pose is a compromise between two groups;
 - much of what the map has in view is not seen.
 
-What is not known of the camera enlarges the covariance: the pose changes with the offsets of the camera by the
-alignment's own Jacobian, and the offsets are known as well as calibrations usually are and as the images tell.
+What is not known of the camera enlarges the covariance, by the alignment's own Jacobian.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.covariance import pose_tangent_error
 from kfloc_ros.geometry.lie import inverse_pose, rotation_angle_deg
 from kfloc_ros.localization.camera_check import (
-    CHI2_5_99,
+    CHI2_6_95,
+    CHI2_6_999,
     CameraCheck,
     CameraCheckSettings,
     Correction,
@@ -34,12 +35,10 @@ from kfloc_ros.localization.camera_check import (
     widened,
 )
 from kfloc_ros.localization.results import StageTimes
+from kfloc_ros.localization.tracking import FirstPoses
 from kfloc_ros.pixloc.image_check import BlockMatch
 from kfloc_ros.pixloc.refiner import FittedCamera, Inspection, Refiner
 from kfloc_ros.types import Alignment, CoarsePose, FilterReport, Frame, PoseEstimate, TrackingState
-
-CHI2_6_999 = 22.458
-"""99.9 % quantile of the chi-square distribution with 6 degrees of freedom."""
 
 
 @dataclass(frozen=True)
@@ -133,16 +132,18 @@ def _weakness(coarse: CoarsePose, settings: JudgementSettings) -> str:
 
 
 SUSPICIOUS_CHI2, SUSPICIOUS_SHARE = 6.0, 0.75
-"""The camera is fitted to an image whose residuals suggest an offset beyond the first (chi-square, 5 degrees of
+"""The camera is fitted to an image whose residuals suggest an offset beyond the first (chi-square, 6 degrees of
 freedom), or of which less than the second share of blocks matches; other images are fitted every few frames."""
-MOVED_BLOCKS, MOVED_SHARE = 4, 0.08
-"""Blocks, and share of the blocks, that agree on a displacement where a part has moved."""
+MAX_MOTION_S = 0.5
+"""Longest time between two poses, in seconds, from which a motion is computed."""
 GOOD_M, GOOD_DEG = 0.10, 5.0
 """Errors below which a pose is right, in the meaning of its confidence."""
+LEAST_CONFIDENCE = 0.5
+"""Confidence below which a pose is not TRACKING: it is more likely wrong than right."""
 
-_MEANS = {"cost_ratio": 0.84, "missing_share": 0.16, "camera_score": 2.45, "sigma_score": -0.74}
-_WEIGHTS = {"cost_ratio": -0.71, "missing_share": -2.12, "camera_score": -0.78, "sigma_score": -0.98}
-_BIAS = 1.55
+_MEANS = {"cost_ratio": 0.81, "missing_share": 0.13, "camera_score": 2.47, "sigma_score": -1.0, "shift_score": 1.22}
+_WEIGHTS = {"cost_ratio": -0.6, "missing_share": -0.5, "camera_score": -0.72, "sigma_score": -1.59, "shift_score": -0.4}
+_BIAS = 3.44
 EVIDENCE = tuple(_WEIGHTS)
 """Names of the values that the confidence depends on; see :func:`confidence_of`."""
 
@@ -150,12 +151,13 @@ EVIDENCE = tuple(_WEIGHTS)
 def confidence_of(evidence: Mapping[str, float], odds: float = 1.0) -> float:
     """Return the probability that a pose is right: errors below 10 cm and 5 deg.
 
-    The model is a logistic regression on treated frames of three maps; see ``docs/results/trust.md``.
+    The model is a logistic regression on treated frames of four maps; see ``docs/results/trust.md``.
 
     Args:
         evidence: values by name; one that is not known counts as the mean. ``cost_ratio``: cost relative to the map's
             limit. ``missing_share``: blocks that do not match. ``camera_score``: log(1 + chi-square) of the camera's
-            offsets. ``sigma_score``: log of the standard deviation relative to 10 cm or 5 deg.
+            offsets. ``sigma_score``: log of the standard deviation relative to 10 cm or 5 deg. ``shift_score``: log(1 +
+            ``shift_chi2``).
         odds: factor on the odds, from the map's calibration.
     """
     total = (
@@ -175,6 +177,9 @@ class PoseCheck:
         mode: ``off``, ``warn`` or ``correct``; see ``LocalizerConfig.camera_check``.
         calibration_error: usual relative error of a focal length.
         confidence_odds: factor on the odds that a pose is right, from the map's calibration.
+        fit_scale: factor on the covariance of cameras fitted to an image, from the map's calibration.
+        first_fix_agreement: number of first poses that must agree; see ``LocalizerConfig``.
+        readout_s: time from the first row of an image to the last one, of a rolling shutter.
         settings: rate and conditions of the camera's check; None: the defaults.
     """
 
@@ -185,11 +190,15 @@ class PoseCheck:
         mode: str,
         calibration_error: float,
         confidence_odds: float = 1.0,
+        fit_scale: float = 4.0,
+        first_fix_agreement: int = 1,
+        readout_s: float = 0.0,
         settings: CameraCheckSettings | None = None,
     ) -> None:
-        self._odds = confidence_odds
+        self._odds, self._first_poses = confidence_odds, FirstPoses(first_fix_agreement)
+        self._readout_s, self._last = readout_s, (0, np.eye(4))
         self._refiner, self._camera, self._corrects_camera = refiner, camera, mode == "correct"
-        self._cameras = None if mode == "off" else CameraCheck(camera, settings, calibration_error)
+        self._cameras = None if mode == "off" else CameraCheck(camera, settings, calibration_error, fit_scale)
         self._correction: Correction | None = None
         self._applies_correction = False
         """True once images pass through :meth:`corrected`; the halves and places never correct, they only warn."""
@@ -202,38 +211,72 @@ class PoseCheck:
         return frame if self._correction is None else self._correction.apply(frame)
 
     def check(self, frame: Frame, features: BackboneFeatures, estimate: PoseEstimate) -> PoseEstimate:
-        """Check a pose.
-
-        Returns:
-            The estimate with its confidence. It is DEGRADED, with a larger covariance and the reason, if the image
-            contradicts it.
-        """
+        """Return the estimate with its confidence; DEGRADED with a larger covariance if the image contradicts it."""
         T, alignment = estimate.T_map_camera, estimate.alignment
         if T is None:
             return estimate
         times = StageTimes(estimate.timings_ms)
         with times.stage("check"):
             inspection = self._refiner.inspect(features, T)
+            estimate, turn_rad = self._rolled(estimate, inspection.blocks)
             chi2: float | None = None
             if alignment is not None and alignment.success and estimate.state is TrackingState.TRACKING:
                 excess = alignment.final_cost / self._refiner.settings.max_cost
                 if excess > 1.0 and estimate.covariance is not None:  # matches alone support it: a bad image
                     scale = JudgementSettings.unrefined_scale * excess**2
                     estimate = replace(estimate, covariance=scale * estimate.covariance)
-                checked, chi2 = self._check_camera(frame, features, estimate, inspection)
-                estimate = _check_parts(checked, inspection.blocks, self._camera)
+                checked, chi2 = self._check_camera(frame, features, estimate, inspection, turn_rad)
+                estimate = _check_blocks(checked, inspection.blocks, self._camera)
             evidence = self._evidence(estimate, inspection, chi2)
-        return replace(
-            estimate, evidence=evidence, confidence=confidence_of(evidence, self._odds), timings_ms=times.with_total()
-        )
+            confidence = confidence_of(evidence, self._odds)
+            estimate = self._waiting(estimate, confidence)
+        return replace(estimate, evidence=evidence, confidence=confidence, timings_ms=times.with_total())
+
+    def reset(self) -> None:
+        """Forget earlier poses, not the camera; the next pose is a first one."""
+        self._first_poses.reset()
+        self._last = (0, np.eye(4))
+
+    def _rolled(self, estimate: PoseEstimate, blocks: BlockMatch | None) -> tuple[PoseEstimate, float]:
+        """Return the estimate with a covariance that includes the motion during the readout, and that as an angle, rad.
+
+        Poses of rows are spread evenly over the motion: a variance of a twelfth of its square, in all directions.
+        """
+        T, depth_m = estimate.T_map_camera, max(blocks.depth_m if blocks is not None else 1.0, 0.1)
+        assert T is not None
+        (last_ns, last), self._last = self._last, (estimate.stamp_ns, T)
+        elapsed_s = 1e-9 * (estimate.stamp_ns - last_ns)
+        if self._readout_s == 0.0 or not 0.0 < elapsed_s <= MAX_MOTION_S:
+            return estimate, 0.0
+        moved = pose_tangent_error(last, T) * self._readout_s / elapsed_s
+        turn_rad = float(np.linalg.norm(moved[3:]) + np.linalg.norm(moved[:3]) / depth_m)
+        if estimate.covariance is not None:
+            spread = np.repeat([(turn_rad * depth_m) ** 2, turn_rad**2], 3) / 12.0
+            estimate = replace(estimate, covariance=estimate.covariance + np.diag(spread))
+        return estimate, turn_rad
+
+    def _waiting(self, estimate: PoseEstimate, confidence: float) -> PoseEstimate:
+        """Return the estimate; DEGRADED if it is unlikely, and tentative while others have to agree with it first."""
+        T = estimate.T_map_camera
+        assert T is not None
+        if confidence < LEAST_CONFIDENCE and estimate.state is TrackingState.TRACKING:
+            reason = f"everything together, the pose is right with a probability of only {confidence:.2f}"
+            estimate = replace(estimate, state=TrackingState.DEGRADED, reason=reason)
+        missing = self._first_poses.missing(estimate.stamp_ns, T, confidence)
+        if missing == 0:
+            return estimate
+        waits = f"a first pose with a confidence of {confidence:.2f} waits for {missing} more that agree"
+        reason = "; ".join(filter(None, (estimate.reason, waits)))
+        return replace(estimate, state=TrackingState.DEGRADED, reason=reason, tentative=True)
 
     def _check_camera(
-        self, frame: Frame, features: BackboneFeatures, estimate: PoseEstimate, inspection: Inspection
+        self, frame: Frame, features: BackboneFeatures, estimate: PoseEstimate, inspection: Inspection, turn_rad: float
     ) -> tuple[PoseEstimate, float | None]:
         """Return the estimate, and the chi-square of the offsets of the camera in this image."""
         cameras, T = self._cameras, estimate.T_map_camera
         if cameras is None or T is None:
             return estimate, None
+        cameras.expect_shear(turn_rad)
         score, fitted = inspection.camera, None
         chi2 = None if score is None else cameras.chi2(score.offsets, score.covariance)
         is_suspicious = chi2 is not None and chi2 > SUSPICIOUS_CHI2
@@ -257,23 +300,25 @@ class PoseCheck:
             return estimate, chi2
         if self._correction is None:
             self.camera_note = ""
-        if fitted is not None and chi2 is not None and chi2 > CHI2_5_99:
-            return self._contradicted(frame, estimate, fitted, cameras), chi2
+        if fitted is not None and chi2 is not None and chi2 > CHI2_6_95:
+            return self._contradicted(frame, estimate, fitted, cameras, certain=chi2 > CHI2_6_999), chi2
         if inspection.sensitivity is not None and estimate.covariance is not None:
             S = inspection.sensitivity
-            wider = estimate.covariance + S @ cameras.moments(inspection.camera) @ S.T
+            wider = estimate.covariance + S @ cameras.moments(inspection.camera, frame.source_camera) @ S.T
             estimate = replace(estimate, covariance=0.5 * (wider + wider.T))
         return estimate, chi2
 
     def _contradicted(
-        self, frame: Frame, estimate: PoseEstimate, fitted: FittedCamera, cameras: CameraCheck
+        self, frame: Frame, estimate: PoseEstimate, fitted: FittedCamera, cameras: CameraCheck, *, certain: bool
     ) -> PoseEstimate:
-        """Return the estimate of an image that fits the map with another camera only."""
-        reason = sentence_on_one_image(cameras.verdict_of(fitted.fit), frame.source_camera, self._camera)
+        """Return the estimate of an image that fits the map better with another camera; DEGRADED if that is certain."""
         T = estimate.T_map_camera
         assert T is not None
-        moved = pose_tangent_error(T, fitted.T_map_camera)
-        return replace(widened(estimate, moved, fitted.covariance), state=TrackingState.DEGRADED, reason=reason)
+        both = widened(estimate, pose_tangent_error(T, fitted.T_map_camera), fitted.covariance)
+        if not certain:
+            return both
+        reason = sentence_on_one_image(cameras.verdict_of(fitted.fit), frame.source_camera, self._camera)
+        return replace(both, state=TrackingState.DEGRADED, reason=reason)
 
     def _evidence(self, estimate: PoseEstimate, inspection: Inspection, chi2: float | None) -> dict[str, float]:
         """Return the values that the confidence depends on; see :func:`confidence_of`."""
@@ -283,6 +328,7 @@ class PoseCheck:
             evidence["cost_ratio"] = min(alignment.final_cost / self._refiner.settings.max_cost, 2.0)
         if blocks is not None:
             evidence["missing_share"] = 1.0 - blocks.matching_share
+            evidence["shift_score"] = math.log1p(blocks.shift_chi2)
         if chi2 is not None:
             evidence["camera_score"] = math.log1p(chi2)
         if estimate.covariance is not None:
@@ -292,21 +338,12 @@ class PoseCheck:
         return evidence
 
 
-def _check_parts(estimate: PoseEstimate, blocks: BlockMatch | None, camera: Camera) -> PoseEstimate:
-    """Return the estimate; DEGRADED, with a covariance that includes both poses, if a part is displaced."""
-    if blocks is None or blocks.moved < max(MOVED_BLOCKS, MOVED_SHARE * blocks.blocks):
+def _check_blocks(estimate: PoseEstimate, blocks: BlockMatch | None, camera: Camera) -> PoseEstimate:
+    """Return the estimate with a covariance that includes what displaces blocks; DEGRADED if they contradict it."""
+    if blocks is None:
         return estimate
-    if blocks.matching_share > 1.0 - MOVED_SHARE or estimate.state is not TrackingState.TRACKING:
+    if estimate.covariance is not None:
+        estimate = replace(estimate, covariance=estimate.covariance + np.diag(blocks.variances(camera)))
+    if not blocks.fault or estimate.state is not TrackingState.TRACKING:
         return estimate
-    right, down = blocks.moved_px
-    turn_rad = math.hypot(right / camera.fx, down / camera.fy)
-    covariance = estimate.covariance
-    if covariance is not None:
-        # the pose of the displaced part is this far away, by turning or by moving
-        other = np.repeat([(turn_rad * blocks.moved_depth_m) ** 2, turn_rad**2], 3)
-        covariance = covariance + np.diag(other)
-    reason = (
-        f"{100 * blocks.moved_share:.0f} % of the image, as one part, is displaced by {right:+.0f} px right and "
-        f"{down:+.0f} px down, while {100 * blocks.matching_share:.0f} % match: something has moved"
-    )
-    return replace(estimate, state=TrackingState.DEGRADED, reason=reason, covariance=covariance)
+    return replace(estimate, state=TrackingState.DEGRADED, reason=blocks.fault)

@@ -14,7 +14,12 @@ from kfloc_ros.geometry.lie import Matrix, interpolate, inverse_pose, make_pose,
 from kfloc_ros.messages.poses import BodyPose
 
 RECENT_S = 2.0
-"""Time without an agreeing pose, in seconds, after which any pose is accepted: wheels may have slipped meanwhile."""
+"""Time without any pose, in seconds, after which any pose is accepted: wheels may have slipped meanwhile."""
+HOLD_S = 10.0
+"""Time, in seconds, over which small steps away from the odometry add up, and after which poses that went on
+contradicting it are accepted."""
+SLIP_PER_M = 0.05
+"""Error of odometry, in metres per metre driven, that is no contradiction."""
 DEG_PER_M = 30.0
 """Rotation, in degrees, that counts as much as a translation of one metre."""
 
@@ -23,17 +28,23 @@ DEG_PER_M = 30.0
 class _Observation:
     stamp_ns: int
     T_map_odom: Matrix
+    driven_m: float
 
 
 class OdometryCheck:
-    """Consistency check of poses with the odometry: a pose that jumps is suspect until a second pose agrees with it.
+    """Consistency check of poses with the odometry.
 
-    A single wrong pose therefore never moves the map. A robot that was really moved waits for one more image.
+    A pose that jumps is suspect until a second pose agrees with it: a single wrong pose never moves the map, and a
+    robot that was really moved waits for one more image. Poses are also compared with those of the last ten seconds,
+    so that small steps add up: a camera that shows an old image while the robot drives on is suspect for as long.
     """
 
     def __init__(self) -> None:
-        self._last: _Observation | None = None
+        self._accepted: deque[_Observation] = deque()
+        self._seen: _Observation | None = None
         self._suspect: _Observation | None = None
+        self._creeping: _Observation | None = None
+        self._odometry: Matrix | None = None
 
     def check(self, stamp_ns: int, T_map_base: Matrix, T_odom_base: Matrix, limit_m: float) -> str:
         """Return the reason why a pose is suspect; empty if it is accepted.
@@ -44,36 +55,60 @@ class OdometryCheck:
             T_odom_base: odometry at the same stamp.
             limit_m: largest accepted distance between the two, in metres; 0: no limit.
         """
-        observation = _Observation(stamp_ns, T_map_base @ inverse_pose(T_odom_base))
+        before, self._odometry = self._odometry, T_odom_base
+        step_m = 0.0 if before is None else float(np.linalg.norm(T_odom_base[:3, 3] - before[:3, 3]))
+        driven_m = step_m + (0.0 if self._seen is None else self._seen.driven_m)
+        now = _Observation(stamp_ns, T_map_base @ inverse_pose(T_odom_base), driven_m)
+        seen, self._seen = self._seen, now
         suspect, self._suspect = self._suspect, None
-        if limit_m == 0.0 or not _is_recent(self._last, stamp_ns):
-            self._last = observation
-            return ""
-        assert self._last is not None
-        apart_m, apart_deg = _apart(self._last, T_map_base, T_odom_base)
-        if _within(apart_m, apart_deg, limit_m):
-            self._last = observation
-            return ""
-        if (
-            suspect is not None
-            and _is_recent(suspect, stamp_ns)
-            and _within(*_apart(suspect, T_map_base, T_odom_base), limit_m)
-        ):
-            self._last = observation
-            return ""
-        self._suspect = observation
+        if limit_m == 0.0 or not _is_within_s(seen, stamp_ns, RECENT_S) or not self._accepted:
+            return self._restart(now)
+        if not _is_within_s(self._accepted[-1], stamp_ns, HOLD_S):
+            return self._restart(now)
+        while not _is_within_s(self._accepted[0], stamp_ns, HOLD_S):
+            self._accepted.popleft()
+
+        def agrees(other: _Observation | None) -> bool:
+            return other is not None and _within(*_apart(other, T_map_base, T_odom_base), limit_m)
+
+        if agrees(self._accepted[-1]):
+            oldest = self._accepted[0]
+            allowed_m = limit_m + SLIP_PER_M * (driven_m - oldest.driven_m)
+            if _within(*_apart(oldest, T_map_base, T_odom_base), allowed_m):
+                self._accepted.append(now)
+                self._creeping = None
+                return ""
+        elif not agrees(self._creeping):
+            if agrees(suspect):
+                return self._restart(now)
+            self._suspect = now
+            apart_m, apart_deg = _apart(self._accepted[-1], T_map_base, T_odom_base)
+            return (
+                f"The pose is {apart_m:.2f} m and {apart_deg:.1f} deg from its prediction by odometry, more than "
+                f"max_odom_jump {limit_m:g} m; a second image has to confirm it."
+            )
+        self._creeping, oldest = now, self._accepted[0]
+        apart_m, apart_deg = _apart(oldest, T_map_base, T_odom_base)
         return (
-            f"The pose is {apart_m:.2f} m and {apart_deg:.1f} deg from its prediction by odometry, more than "
-            f"max_odom_jump {limit_m:g} m; a second image has to confirm it."
+            f"In {1e-9 * (stamp_ns - oldest.stamp_ns):.1f} s the poses have moved away from the odometry by "
+            f"{apart_m:.2f} m and {apart_deg:.1f} deg in small steps, more than max_odom_jump {limit_m:g} m allows; "
+            "the wheels slip, or the camera shows an old image or another place."
         )
 
     def reset(self) -> None:
         """Accept the next pose unconditionally."""
-        self._last = self._suspect = None
+        self._accepted.clear()
+        self._seen = self._suspect = self._creeping = self._odometry = None
+
+    def _restart(self, observation: _Observation) -> str:
+        self._accepted.clear()
+        self._accepted.append(observation)
+        self._creeping = None
+        return ""
 
 
-def _is_recent(observation: _Observation | None, stamp_ns: int) -> bool:
-    return observation is not None and 0 < stamp_ns - observation.stamp_ns <= RECENT_S * 1e9
+def _is_within_s(observation: _Observation | None, stamp_ns: int, limit_s: float) -> bool:
+    return observation is not None and 0 < stamp_ns - observation.stamp_ns <= limit_s * 1e9
 
 
 def _apart(observation: _Observation, T_map_base: Matrix, T_odom_base: Matrix) -> tuple[float, float]:

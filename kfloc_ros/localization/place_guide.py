@@ -12,11 +12,10 @@ from kfloc_ros.device import choose_device
 from kfloc_ros.features.backbone import Backbone, BackboneFeatures
 from kfloc_ros.geometry.lie import Matrix, inverse_pose, rotation_angle_deg
 from kfloc_ros.localization.config import LocalizerConfig
-from kfloc_ros.localization.place_memory import PlaceMemory
-from kfloc_ros.localization.place_search import LoadedSubmap, PlaceSearch, PlaceSearchSettings
+from kfloc_ros.localization.place_search import LoadedSubmap, PlaceMemory, PlaceSearch, PlaceSearchSettings
 from kfloc_ros.localization.results import StageTimes
 from kfloc_ros.localization.submap_cache import SubmapCache
-from kfloc_ros.localization.tracking import ConstantVelocity
+from kfloc_ros.localization.tracking import ConstantVelocity, Rivals
 from kfloc_ros.maps.place import Place
 from kfloc_ros.types import Alignment, PoseEstimate, TrackingState
 
@@ -85,6 +84,8 @@ class PlaceGuide:
         self.had_pose = False
         """True if an earlier frame had a pose."""
         self._memory = PlaceMemory()
+        self.rivals = Rivals()
+        """Submaps that look like the present one, and what the images since the search say of them."""
 
     def predict(self, stamp_ns: int) -> Matrix | None:
         """Return the pose that the motion model predicts, or None without a recent pose."""
@@ -121,7 +122,9 @@ class PlaceGuide:
             alignment = self._memory.confirm(stamp_ns, found)
         if not alignment.success or alignment.T_map_camera is None:
             return Choice(None, reason=alignment.reason)
-        return Choice(self._enter(found.submap), (alignment.T_map_camera,))
+        choice = Choice(self._enter(found.submap), (alignment.T_map_camera,))
+        self.rivals.begin(alignment.T_map_camera, found.rivals)
+        return choice
 
     def update(
         self, stamp_ns: int, features: BackboneFeatures, estimate: PoseEstimate, predicted: Matrix | None
@@ -145,6 +148,7 @@ class PlaceGuide:
         if self.active is not None:
             estimate = self._recover(features, estimate, predicted)
             estimate = self._consider_neighbour(features, estimate, predicted)
+            estimate = self._weigh_rivals(features, estimate)
         if estimate.T_map_camera is not None:
             self._motion.observe(stamp_ns, estimate.T_map_camera)
             self.had_pose = True
@@ -159,12 +163,14 @@ class PlaceGuide:
         self.active = None
         self._motion.reset()
         self._memory.reset()
+        self.rivals.end()
         self._pause = 0
 
     def _enter(self, number: int) -> LoadedSubmap:
         """Make a submap the active one."""
         submap = self.cache.get(number)
         submap.enter()
+        self.rivals.end()
         self.active = submap
         self._pause = self._settings.pause_frames
         return submap
@@ -230,6 +236,28 @@ class PlaceGuide:
             if weak:
                 estimate = _with_alignment(estimate, alignment)
         return estimate
+
+    def _weigh_rivals(self, features: BackboneFeatures, estimate: PoseEstimate) -> PoseEstimate:
+        """Return the estimate; DEGRADED while images fit a rival better, whose pose it is once they decide for it."""
+        T, own = estimate.T_map_camera, estimate.alignment
+        if self.active is None or T is None or own is None or not own.success:
+            return estimate
+        name, times = self.place.submaps[self.active.number].name, StageTimes(estimate.timings_ms)
+        with times.stage("change_over"):
+            decided = self.rivals.weigh(T, own.final_cost, lambda n, start: self.cache.get(n).align(features, [start]))
+        if decided is not None:
+            number, alignment = decided
+            self._enter(number)
+            self._motion.reset()
+            self._memory.reset()
+            self._start_from_motion = True
+            estimate = _with_alignment(estimate, alignment)
+        rival = self.rivals.likelier if decided is None else decided[0]
+        if rival is None:
+            return replace(estimate, timings_ms=times.with_total())
+        other = self.place.submaps[rival].name
+        reason = f"the images since the search fit '{other}' better than '{name}'"
+        return replace(estimate, state=TrackingState.DEGRADED, reason=reason, timings_ms=times.with_total())
 
     def _is_better(self, alignment: Alignment, estimate: PoseEstimate, *, weak: bool) -> bool:
         if not alignment.success or alignment.covariance is None:

@@ -45,6 +45,8 @@ class RefineStage:
                 num_references=config.num_references,
                 max_cost=min(calibration.max_alignment_cost, UNRELATED_COST),
                 covariance_scale=calibration.refined_covariance_scale,
+                own_error_m=calibration.own_error_m,
+                own_error_rad=calibration.own_error_rad,
             ),
         )
         """Aligner of poses; it has no state."""
@@ -66,6 +68,9 @@ class RefineStage:
             config.camera_check,
             0.01 * config.calibration_error_percent,
             calibration.confidence_odds,
+            fit_scale=calibration.camera_fit_scale,
+            first_fix_agreement=config.first_fix_agreement,
+            readout_s=config.rolling_shutter_readout_s,
         )
 
     @property
@@ -207,6 +212,7 @@ class RefineStage:
         self._motion.reset()
         self._follows_pose = False
         self._track.end()
+        self._check.reset()
 
     def _align_costly(self, features: BackboneFeatures, starts: Sequence[Matrix]) -> Alignment:
         """Align, also at a cost above the map's limit; the caller asks for other evidence, if the search can give it.

@@ -254,8 +254,9 @@ class RigLocalizer:
         state = TrackingState.TRACKING if tracks and not disputed else TrackingState.DEGRADED
         at_camera = joint.moved(views[reference].T_base_camera)
         estimate = replace(
-            own.estimate, state=state, reason=reason, T_map_camera=at_camera.T_map_body, covariance=at_camera.covariance
-        )
+            own.estimate, state=state, reason=reason, T_map_camera=at_camera.T_map_body,
+            covariance=at_camera.covariance, tentative=own.estimate.tentative and not tracks,
+        )  # fmt: skip
         self._had_pose = True
         self._motion.observe(views[reference].frame.stamp_ns, joint.T_map_body)
         return RigLocalization(

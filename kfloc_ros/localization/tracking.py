@@ -1,14 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tracking from frame to frame without a coarse pose: the motion model, and the conditions for relying on it."""
+"""Motion from frame to frame: prediction, tracking without a coarse pose, first poses that wait, places alike."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from kfloc_ros.geometry.covariance import pose_tangent_error
-from kfloc_ros.geometry.lie import Matrix, inverse_pose, jumped, make_pose, rotation_angle_deg, so3_exp, so3_log
+from kfloc_ros.geometry.lie import (
+    Matrix,
+    inverse_pose,
+    is_farther,
+    jumped,
+    make_pose,
+    rotation_angle_deg,
+    so3_exp,
+    so3_log,
+)
 from kfloc_ros.types import Alignment, CoarsePose
 
 CHI2_6_999 = 22.458
@@ -124,3 +134,115 @@ def agrees(alignment: Alignment, coarse: CoarsePose) -> bool:
     error = pose_tangent_error(coarse.T_map_camera, alignment.T_map_camera)
     covariance = coarse.covariance if alignment.covariance is None else coarse.covariance + alignment.covariance
     return bool(error @ np.linalg.solve(covariance, error) <= CHI2_6_999)
+
+
+CERTAIN_CONFIDENCE = 0.7
+"""Confidence from which a first pose counts without others that agree."""
+FIRST_POSES_S = 5.0
+"""Longest time between poses of one chain, in seconds."""
+AGREE_M, AGREE_DEG = 0.25, 15.0
+SPEED_M_S, SPEED_DEG_S = 2.0, 90.0
+MAX_AGREE_M, MAX_AGREE_DEG = 1.0, 90.0
+"""Two poses of a chain differ at most by the first, plus the way at the second, and never by more than the third."""
+
+
+class FirstPoses:
+    """Chain of poses since the last one that contradicted them; the first ones are tentative.
+
+    Args:
+        needed: number of agreeing poses from which all are committed; 1: every pose is.
+    """
+
+    def __init__(self, needed: int) -> None:
+        self._needed = needed
+        self._last: tuple[int, Matrix] | None = None
+        self._count = 0
+
+    def missing(self, stamp_ns: int, T_map_camera: Matrix, confidence: float) -> int:
+        """Add a pose (4, 4); return the number of agreeing poses that it still lacks, 0 if it is committed."""
+        last, self._last = self._last, (stamp_ns, T_map_camera)
+        if last is None or not self._agree(last, stamp_ns, T_map_camera):
+            self._count = 0
+        self._count = self._needed if confidence >= CERTAIN_CONFIDENCE else min(self._count + 1, self._needed)
+        return self._needed - self._count
+
+    def reset(self) -> None:
+        """Begin a new chain with the next pose."""
+        self._last, self._count = None, 0
+
+    @staticmethod
+    def _agree(last: tuple[int, Matrix], stamp_ns: int, T: Matrix) -> bool:
+        elapsed_s = 1e-9 * (stamp_ns - last[0])
+        if not 0.0 < elapsed_s <= FIRST_POSES_S:
+            return False
+        limit_m = min(AGREE_M + SPEED_M_S * elapsed_s, MAX_AGREE_M)
+        return not is_farther(last[1], T, limit_m, min(AGREE_DEG + SPEED_DEG_S * elapsed_s, MAX_AGREE_DEG))
+
+
+@dataclass(frozen=True)
+class RivalSettings:
+    """Conditions under which images decide between a submap and another one that looks like it."""
+
+    apart_m: float = 0.1
+    apart_deg: float = 5.0
+    """An image counts if its view differs from the last one that counted by more than either limit."""
+    margin: float = 1.25
+    """Ratio of the costs of two submaps at which an image counts as one, for or against; no image counts more."""
+    refuted: float = 3.0
+    """Images, counted so, from which a rival is dropped."""
+    taken_over: float = -2.0
+    """Images from which the rival is the place."""
+
+
+class Rivals:
+    """Submaps that fitted the first image too, with the evidence of the images since, for and against each of them."""
+
+    def __init__(self, settings: RivalSettings | None = None) -> None:
+        self._settings = settings or RivalSettings()
+        self._moves: dict[int, Matrix] = {}
+        self._evidence: dict[int, float] = {}
+        self._view: Matrix | None = None
+
+    def begin(self, chosen: Matrix, rivals: Sequence[tuple[int, Alignment]]) -> None:
+        """Begin with the pose (4, 4) of the first image in the chosen submap, and its alignments in others."""
+        self.end()
+        for submap, alignment in rivals:
+            if alignment.T_map_camera is not None:
+                self._moves[submap] = alignment.T_map_camera @ inverse_pose(chosen)
+                self._evidence[submap] = 0.0
+
+    def end(self) -> None:
+        """Drop all rivals."""
+        self._moves, self._evidence, self._view = {}, {}, None
+
+    def weigh(self, T: Matrix, cost: float, align: Callable[[int, Matrix], Alignment]) -> tuple[int, Alignment] | None:
+        """Count an image for or against every rival.
+
+        Args:
+            T: pose (4, 4) of the image in the chosen submap.
+            cost: cost of its alignment there.
+            align: returns the alignment in a submap from a starting pose.
+
+        Returns:
+            The rival that the images have decided for, with the image's alignment there; None: they have not.
+        """
+        s = self._settings
+        if not self._moves or (self._view is not None and not is_farther(self._view, T, s.apart_m, s.apart_deg)):
+            return None
+        self._view = T
+        for submap, move in list(self._moves.items()):
+            found = align(submap, move @ T)
+            ratio = found.final_cost / max(cost, 1e-9) if found.success else s.margin
+            self._evidence[submap] += float(np.clip(np.log(max(ratio, 1e-9)) / np.log(s.margin), -1.0, 1.0))
+            if self._evidence[submap] >= s.refuted:
+                del self._moves[submap], self._evidence[submap]
+            elif self._evidence[submap] <= s.taken_over and found.success:
+                self.end()
+                return submap, found
+        return None
+
+    @property
+    def likelier(self) -> int | None:
+        """Submap that the images so far fit better than the chosen one; None if there is none."""
+        worst = min(self._evidence, key=lambda submap: self._evidence[submap], default=None)
+        return worst if worst is not None and self._evidence[worst] < 0.0 else None

@@ -26,6 +26,7 @@ from kfloc_ros.geometry.lie import rotation_angle_deg
 from kfloc_ros.kfnet.scoordnet import SCoordNet
 from kfloc_ros.mapping.calibration import calibrate
 from kfloc_ros.mapping.mapping_pass import MappingPass, MappingPassSettings, describe_left_out, mapping_pass_over
+from kfloc_ros.mapping.pose_calibration import ABSURD_COVARIANCE_SCALE
 from kfloc_ros.mapping.scene_head import HeadProgress, HeadTraining, train_head
 from kfloc_ros.mapping.schedule import HeldOut, TimeBudget
 from kfloc_ros.mapping.views import View, map_camera
@@ -34,12 +35,11 @@ from kfloc_ros.maps.format import DESCRIPTION
 from kfloc_ros.maps.scene_map import Calibration, SceneMap
 
 MIN_CALIBRATION_VIEWS = 3
-ABSURD_COVARIANCE_SCALE = 300.0
-"""Limit on the calibrated scale of aligned poses' covariances. Measured: 0.5 to 44 in maps of right data, 834 where
-depth was read five times too small."""
 FEW_REFERENCES = 4
 ALIKE_M, ALIKE_DEG = 0.25, 20.0
 """Extent of the reference views below which they count as alike."""
+LARGE_OWN_ERROR_M, LARGE_OWN_ERROR_DEG = 0.02, 0.6
+"""Own errors of a map, on each axis, that are worth a sentence."""
 
 
 @dataclass(frozen=True)
@@ -238,7 +238,7 @@ def _check_sane(calibration: Calibration) -> None:
 
 
 def weaknesses(scene_map: SceneMap) -> list[str]:
-    """Return sentences on what makes a new map weak: few reference views, or views that are all alike."""
+    """Return sentences on what makes a new map weak: few or like reference views, or views that disagree."""
     T = scene_map.references.T_map_camera
     count = len(T)
     if count < FEW_REFERENCES:
@@ -253,6 +253,12 @@ def weaknesses(scene_map: SceneMap) -> list[str]:
         return [
             f"All {count} reference views are alike: within {100 * extent_m:.0f} cm and {turned_deg:.0f} deg. The map "
             "localizes cameras near them only. Record more of the place, while moving."
+        ]
+    own_m, own_deg = scene_map.calibration.own_error_m, math.degrees(scene_map.calibration.own_error_rad)
+    if own_m > LARGE_OWN_ERROR_M or own_deg > LARGE_OWN_ERROR_DEG:
+        return [
+            f"The poses of the map's views disagree: {100 * own_m:.1f} cm and {own_deg:.1f} deg on each axis. If they "
+            "are of a tracking camera or of odometry, --adjust-poses corrects them."
         ]
     return []
 

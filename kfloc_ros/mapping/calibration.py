@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Calibration of a map on held-out views, which are neither in its head's training data nor in its references.
 
-Every quantity is chosen such that the localizer's statements match measured errors: variances such that 68 % of errors
-are inside one sigma, pose covariances such that the median squared Mahalanobis error is that of its chi-square
-distribution, and the acceptance threshold such that good alignments pass.
+Every quantity is chosen such that the localizer's statements match measured errors: here the variances of a head and of
+the flow such that 68 % of errors are inside one sigma; see :mod:`kfloc_ros.mapping.pose_calibration` for poses.
+
+Views far from the mapped ones are not available when a map is built. But a head is equally inaccurate in views that are
+rotated and zoomed beyond its training augmentation, and their true coordinates are known: they calibrate the growth of
+its variance with roughness.
 """
 
 from __future__ import annotations
@@ -21,43 +24,38 @@ from numpy.typing import NDArray
 
 from kfloc_ros.device import choose_device
 from kfloc_ros.features.backbone import Backbone
-from kfloc_ros.geometry.covariance import pose_tangent_error
-from kfloc_ros.geometry.lie import Matrix, make_pose, so3_exp
 from kfloc_ros.kfnet.filter import FlowFunction
 from kfloc_ros.kfnet.flow import backward_flow
 from kfloc_ros.kfnet.flow_network import LEARNED_FLOOR_M2, shipped_flow_network
 from kfloc_ros.kfnet.fusion import warp
+from kfloc_ros.kfnet.scoordnet import Head, RoughnessScale, roughness_m
 from kfloc_ros.localization.config import LocalizerConfig
 from kfloc_ros.localization.localizer import Localizer
-from kfloc_ros.mapping.measurement_calibration import MIN_ERRORS, ONE_SIGMA, calibrate_measurement, squared_quantile
-from kfloc_ros.mapping.schedule import HeldOut
-from kfloc_ros.mapping.views import View, true_coordinates
+from kfloc_ros.mapping.pose_calibration import ONE_SIGMA, calibrate_poses, is_good
+from kfloc_ros.mapping.schedule import HeldOut, inner_half
+from kfloc_ros.mapping.views import IDENTITY, View, similarity, true_coordinates, warp_image
 from kfloc_ros.maps.scene_map import Calibration, SceneMap
-from kfloc_ros.pixloc.cost import RobustLoss
-from kfloc_ros.pixloc.refiner import Refiner, RefinerSettings
-from kfloc_ros.types import Frame, SceneCoordinates
+from kfloc_ros.types import Frame, Matrix, SceneCoordinates
 
-CHI2_6_MEDIAN = 5.348
 TEMPERATURES = (0.005, 0.01, 0.02, 0.04, 0.08)
 LEAST_SCALE = 1e-3
 """Smallest scale of process noise; its inverse is the largest."""
 USUAL_LEARNED_SCALE = 0.15
 """Scale of the learned flow's process noise if a map has no neighbouring views to measure it on: the largest value of
-the
-measured maps, which have 0.06 to 0.15.
-"""
-MIN_WRONG = 5
-MAX_MIRRORED = 20
-"""Limit on mirrored views that are localized."""
+the measured maps, which have 0.06 to 0.15."""
+MIN_ERRORS = 100
 MAX_CONFIDENCE_VIEWS = 8
 """Limit on held-out views that the confidence is calibrated on, each four times."""
-RATIO_LIMITS = 0.1, 0.5
-GOOD_M, GOOD_DEG = 0.10, 5.0
-"""Position and rotation errors below which an alignment is good."""
-NEAR_M, NEAR_DEG = 0.05, 5.0
-"""Errors below which a held-out view counts as localized in the description of the map."""
-WRONG_START = make_pose(so3_exp(np.array([0.0, 0.5, 0.0])), np.array([0.5, 0.0, 0.0]))
-"""Pose relative to a view from which the alignment cannot converge: its result is wrong."""
+TURNS = ((30.0, 1.0), (60.0, 1.0), (-45.0, 0.7), (0.0, 0.6))
+"""Roll in degrees, and pixels of the view per pixel of the rotated image; training uses up to 20 degrees and 0.75 to
+1.3."""
+MAX_TURNED = 12
+"""Number of views that are rotated, each in all these ways; a quarter of the held-out views at most."""
+MAX_POWER = 6.0
+LEAST_POWER = 0.01
+BISECTIONS = 20
+MAX_RATIOS = 3000
+"""Limit on ratios per view: sufficient, and quick to sort."""
 
 
 def calibrate(
@@ -71,7 +69,7 @@ def calibrate(
     draft = replace(draft, calibration=usual)
     if not held_out:
         return draft
-    views, stamps_ns = [held.view for held in held_out], [held.stamp_ns for held in held_out]
+    views = [held.view for held in held_out]
     features = _coarse_features(views, device, on_progress)
     truth = [true_coordinates(view, (f.shape[1], f.shape[2])) for view, f in zip(views, features, strict=True)]
     on_progress(0.3, "measurement")
@@ -84,9 +82,9 @@ def calibrate(
         on_progress(0.5, "flow")
         calibration = calibrate_flow(calibration, features, truth, pairs)
     on_progress(0.6, "poses")
-    calibration, quality = _calibrate_poses(replace(draft, calibration=calibration), views, stamps_ns, device)
+    calibration, quality = calibrate_poses(replace(draft, calibration=calibration), held_out, device)
     on_progress(0.9, "confidence")
-    odds = _confidence_odds(replace(draft, calibration=calibration), views, device)
+    odds = confidence_odds(replace(draft, calibration=calibration), views, device)
     calibration = replace(calibration, confidence_odds=odds)
     return replace(draft, calibration=calibration, provenance={**draft.provenance, "held_out": quality})
 
@@ -188,40 +186,123 @@ def _propagate(
     )
 
 
-def _calibrate_poses(
-    draft: SceneMap, views: Sequence[View], stamps_ns: Sequence[int], device: str
-) -> tuple[Calibration, str]:
-    """Run the localizer and fit the covariance scales and the acceptance threshold; also return the accuracy as text.
+@dataclass(frozen=True, eq=False)
+class MeasuredView:
+    """Predictions of a head for one view, compared with the truth."""
 
-    The threshold is midway between the 95th percentile of the costs of good alignments and the 5th percentile of wrong
-    ones. Query views differ more from the references than held-out mapping views do, so the threshold must not be close
-    to the good ones.
+    roughness_m: float
+    ratios: torch.Tensor
+    """(n,) |error| / sigma of cells, per axis, with the head's sigma."""
+    run: int
+    """Number of the run that the view was held out in."""
+
+
+@dataclass(frozen=True)
+class MeasurementScale:
+    """Scale of variances at which 68 % of the axis errors are inside one sigma."""
+
+    variance_scale: float
+    roughness: RoughnessScale | None
+    """None if rotated views do not need it or could not be measured."""
+
+
+def calibrate_measurement(head: Head, backbone: Backbone, held_out: Sequence[HeldOut]) -> MeasurementScale:
+    """Measure the held-out views as they are, and some of them rotated.
+
+    Of each run, the inner half is used, where trained views are far.
+
+    Args:
+        head: head of the map, on the backbone's device.
+        backbone: feature network.
+        held_out: views that the head was not trained on.
     """
-    localizer = Localizer(draft, LocalizerConfig(device=device, camera_check="off"))
-    coarse, refined, costs, ratios, errors = [], [], [], [], []
-    for view, stamp in zip(views, stamps_ns, strict=True):
-        estimate = localizer.process(Frame(view.image, view.camera, stamp, view.index)).estimate
-        if estimate.coarse is not None and estimate.coarse.success:
-            coarse.append(mahalanobis(view.T_map_camera, estimate.coarse.T_map_camera, estimate.coarse.covariance))
-            if _is_good(view.T_map_camera, estimate.coarse.T_map_camera):
-                ratios.append(estimate.coarse.inlier_ratio)
-        errors.append(_error(view.T_map_camera, estimate.T_map_camera))
-        alignment = estimate.alignment
-        if alignment is not None and alignment.success and _is_good(view.T_map_camera, alignment.T_map_camera):
-            refined.append(mahalanobis(view.T_map_camera, alignment.T_map_camera, alignment.covariance))
-            costs.append(alignment.final_cost)
-    draft.head.to("cpu")
-    found = replace(
-        draft.calibration,
-        coarse_covariance_scale=median_scale(coarse),
-        refined_covariance_scale=median_scale(refined),
-        max_alignment_cost=_threshold(costs, _wrong_costs(draft, views, device)),
-        min_inlier_ratio=_ratio_threshold(ratios, _mirrored_ratios(draft, views, stamps_ns, device)),
-    )
-    return found, _accuracy(errors)
+    chosen = [held for held, inner in zip(held_out, inner_half(held_out), strict=True) if inner]
+    usual = [_measured(head, backbone, held, IDENTITY) for held in chosen]
+    count = min(MAX_TURNED, -(-len(chosen) // len(TURNS)))
+    to_turn = [chosen[k] for k in np.linspace(0, len(chosen) - 1, count).round().astype(int)]
+    turned = [
+        _measured(head, backbone, held, similarity(held.view.camera, np.radians(angle_deg), zoom))
+        for held in to_turn
+        for angle_deg, zoom in TURNS
+    ]
+    return scale_of(usual, turned)
 
 
-def _confidence_odds(draft: SceneMap, views: Sequence[View], device: str) -> float:
+def _measured(head: Head, backbone: Backbone, held: HeldOut, turn: Matrix) -> MeasuredView:
+    view: View = held.view
+    measured = head.measure(backbone.extract(view.image if turn is IDENTITY else warp_image(view.image, turn)))
+    h, w = measured.variance.shape
+    truth = true_coordinates(view, (h, w), turn)
+    error = (measured.mean.cpu() - truth.mean).abs() / measured.variance.cpu().sqrt()
+    ratios = error[:, truth.valid & measured.valid.cpu()].reshape(-1)
+    return MeasuredView(float(roughness_m(measured)), ratios[:: max(1, len(ratios) // MAX_RATIOS)], held.run)
+
+
+def scale_of(usual: Sequence[MeasuredView], turned: Sequence[MeasuredView]) -> MeasurementScale:
+    """Return the factor on variances of usual views, and the power of roughness that fits the rotated ones.
+
+    Args:
+        usual: views as they are.
+        turned: rotated views of any roughness, unknown to the head.
+    """
+    plain = scale_of_worse_runs(_by_run(usual, None))
+    known = [view.roughness_m for view in usual if np.isfinite(view.roughness_m)]
+    far = sum(len(view.ratios) for view in turned if np.isfinite(view.roughness_m))
+    if not known or far < MIN_ERRORS:
+        return MeasurementScale(plain, None)
+    usual_m = max(float(np.median(known)), 1e-6)
+
+    def evaluate(power: float) -> tuple[float, float]:
+        """Return the factor for usual views, and the share of the rotated views' errors inside one sigma."""
+        roughness = RoughnessScale(usual_m, power)
+        scale = scale_of_worse_runs(_by_run(usual, roughness))
+        return scale, float((torch.cat(_whitened(turned, roughness)).square() < scale).float().mean())
+
+    if evaluate(LEAST_POWER)[1] >= ONE_SIGMA:
+        return MeasurementScale(plain, None)
+    low, high = LEAST_POWER, MAX_POWER
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if evaluate(middle)[1] < ONE_SIGMA else (low, middle)
+    return MeasurementScale(evaluate(high)[0], RoughnessScale(usual_m, high))
+
+
+def _whitened(views: Sequence[MeasuredView], roughness: RoughnessScale | None) -> list[torch.Tensor]:
+    if roughness is None:
+        return [view.ratios for view in views]
+    return [view.ratios / roughness.factor(torch.tensor(view.roughness_m)).sqrt() for view in views]
+
+
+def _by_run(views: Sequence[MeasuredView], roughness: RoughnessScale | None) -> list[torch.Tensor]:
+    runs: dict[int, list[torch.Tensor]] = {}
+    for view, ratios in zip(views, _whitened(views, roughness), strict=True):
+        runs.setdefault(view.run, []).append(ratios)
+    return [torch.cat(run) for run in runs.values()]
+
+
+def scale_of_worse_runs(ratios: Sequence[torch.Tensor]) -> float:
+    """Return the variance factor that puts 68 % of the errors, per axis, inside one sigma in the worse runs.
+
+    A head's accuracy differs more between places than within one, and a query can be farther from the training data
+    than any held-out view: the factor of all runs together would be too optimistic.
+
+    Args:
+        ratios: (n,) |error| / sigma for each run of held-out views.
+    """
+    enough = [run for run in ratios if len(run) >= MIN_ERRORS]
+    ordered = sorted(enough, key=lambda run: squared_quantile(run, default=1.0))
+    return squared_quantile(torch.cat(ordered[len(ordered) // 2 :]), default=1.0) if ordered else 1.0
+
+
+def squared_quantile(ratios: torch.Tensor, default: float) -> float:
+    """Return the square of the 68 % quantile of |error| / sigma: the factor by which the variance is too small."""
+    if len(ratios) < MIN_ERRORS:
+        return default
+    step = max(1, len(ratios) // 1_000_000)  # torch.quantile accepts at most 16 million values
+    return float(np.clip(float(torch.quantile(ratios[::step], ONE_SIGMA)) ** 2, 1e-3, 1e3))
+
+
+def confidence_odds(draft: SceneMap, views: Sequence[View], device: str) -> float:
     """Return the factor on the odds of right poses, from held-out views as they are, and dark, blurred, or changed."""
     localizer = Localizer(draft, LocalizerConfig(device=device))
     confidences, rights = [], []
@@ -232,7 +313,7 @@ def _confidence_odds(draft: SceneMap, views: Sequence[View], device: str) -> flo
             estimate = localizer.process(Frame(image, view.camera, stamp_ns, view.index)).estimate
             if estimate.confidence is not None:
                 confidences.append(estimate.confidence)
-                rights.append(_is_good(view.T_map_camera, estimate.T_map_camera))
+                rights.append(is_good(view.T_map_camera, estimate.T_map_camera))
     draft.head.to("cpu")
     return odds_factor(confidences, rights)
 
@@ -267,83 +348,3 @@ def odds_factor(confidences: Sequence[float], rights: Sequence[bool]) -> float:
         if abs(step) < 1e-9:
             break
     return math.exp(shift)
-
-
-def _wrong_costs(draft: SceneMap, views: Sequence[View], device: str) -> list[float]:
-    """Return the costs of alignments that converged to a wrong pose."""
-    target = choose_device(device)
-    backbone = Backbone(device=target, runtime="auto")
-    settings = RefinerSettings(max_cost=math.inf)
-    refiner = Refiner(draft.references.to(target), draft.camera, settings)
-    wrong = []
-    for view in views:
-        alignment = refiner.align(backbone.extract(view.image), [view.T_map_camera @ WRONG_START])
-        if alignment.success and not _is_good(view.T_map_camera, alignment.T_map_camera):
-            wrong.append(alignment.final_cost)
-    return wrong
-
-
-def _mirrored_ratios(draft: SceneMap, views: Sequence[View], stamps_ns: Sequence[int], device: str) -> list[float]:
-    """Return inlier ratios of coarse poses of mirrored views: they look similar to the map, but are not in it."""
-    localizer = Localizer(draft, LocalizerConfig(device=device, filter=False))
-    ratios = []
-    for i in range(0, len(views), max(len(views) // MAX_MIRRORED, 1)):
-        image = np.ascontiguousarray(views[i].image[:, ::-1])
-        ratios.append(localizer.coarse_half(Frame(image, views[i].camera, stamps_ns[i])).pose.inlier_ratio)
-    draft.head.to("cpu")
-    return ratios
-
-
-def _ratio_threshold(good: Sequence[float], wrong: Sequence[float]) -> float:
-    """Return the threshold midway between the inlier ratios of good and wrong coarse poses, without 5 % of each set."""
-    if len(good) < MIN_WRONG or len(wrong) < MIN_WRONG:
-        return Calibration().min_inlier_ratio
-    return float(np.clip((np.quantile(good, 0.05) + np.quantile(wrong, 0.95)) / 2, *RATIO_LIMITS))
-
-
-def _threshold(good: Sequence[float], wrong: Sequence[float]) -> float:
-    unrelated = float(RobustLoss(RefinerSettings().loss_scale).value(torch.tensor(2.0)))  # of orthogonal features
-    if not good:
-        return unrelated
-    highest = float(np.quantile(good, 0.95))
-    lowest = float(np.quantile(wrong, 0.05)) if len(wrong) >= MIN_WRONG else unrelated
-    return max((highest + lowest) / 2, highest)
-
-
-def _error(T_true: Matrix, T: Matrix | None) -> tuple[float, float]:
-    """Return the position error in metres and the rotation error in degrees; infinite without a pose."""
-    if T is None:
-        return math.inf, math.inf
-    error = pose_tangent_error(T, T_true)
-    return float(np.linalg.norm(error[:3])), float(np.degrees(np.linalg.norm(error[3:])))
-
-
-def _is_good(T_true: Matrix, T: Matrix | None) -> bool:
-    metres, degrees = _error(T_true, T)
-    return metres < GOOD_M and degrees < GOOD_DEG
-
-
-def _accuracy(errors: Sequence[tuple[float, float]]) -> str:
-    """Return the accuracy on held-out views, for ``kfloc map info``."""
-    good = sum(metres < NEAR_M and degrees < NEAR_DEG for metres, degrees in errors)
-    text = f"{good} of {len(errors)} views within {100 * NEAR_M:g} cm and {NEAR_DEG:g} deg"
-    posed = np.array([error for error in errors if math.isfinite(error[0])])
-    if not len(posed):
-        return text
-    metres, degrees = np.median(posed, axis=0)
-    return f"{text}, median {100 * metres:.1f} cm, {degrees:.2f} deg"
-
-
-def mahalanobis(T_true: Matrix, T: Matrix | None, covariance: NDArray[np.float64] | None) -> float:
-    """Return the squared Mahalanobis length of a pose error (NEES)."""
-    if T is None or covariance is None:
-        return float("nan")
-    error = pose_tangent_error(T, T_true)
-    return float(error @ np.linalg.solve(covariance, error))
-
-
-def median_scale(squared: Sequence[float]) -> float:
-    finite = np.asarray(squared)[np.isfinite(squared)] if len(squared) else np.zeros(0)
-    if len(finite) < 5:
-        return 1.0
-    return float(np.clip(np.median(finite) / CHI2_6_MEDIAN, 1e-3, 1e6))

@@ -120,6 +120,9 @@ def _calibration(a: Calibration, b: Calibration) -> Calibration:
         min_inlier_ratio=max(a.min_inlier_ratio, b.min_inlier_ratio),
         learned_process_scale=None if None in learned else max(scale for scale in learned if scale is not None),
         confidence_odds=min(a.confidence_odds, b.confidence_odds),
+        own_error_m=max(a.own_error_m, b.own_error_m),
+        own_error_rad=max(a.own_error_rad, b.own_error_rad),
+        camera_fit_scale=max(a.camera_fit_scale, b.camera_fit_scale),
         roughness=_roughness(a.roughness, b.roughness),
     )
 

@@ -48,8 +48,8 @@ from kfloc_ros.maps.format import (
 )
 from kfloc_ros.pixloc.references import ReferenceViews
 
-LATER = "confidence_odds"
-"""Value that maps of earlier versions lack; they have the default."""
+LATER = frozenset({"confidence_odds", "own_error_m", "own_error_rad", "camera_fit_scale"})
+"""Values that maps of earlier versions lack; they have the defaults."""
 ROUGHNESS = "roughness"
 
 
@@ -72,6 +72,12 @@ class Calibration:
     """Like ``process_scale``, for the flow network; None if the map was calibrated without it."""
     confidence_odds: float = 1.0
     """Factor on the odds that a pose is right, relative to the shipped model of the confidence."""
+    own_error_m: float = 1e-4
+    own_error_rad: float = 1e-4
+    """Standard deviations, on each axis, of the map's own error: its views disagree by these with poses aligned with
+    other views, such as those of another pass through the place."""
+    camera_fit_scale: float = 4.0
+    """Factor on the covariance of cameras that are fitted to an image; neighbouring residuals share errors."""
     roughness: RoughnessScale | None = None
     """Growth of the head's variance away from the mapped views; None if it does not grow."""
 
@@ -208,7 +214,7 @@ def _described(calibration: Calibration) -> dict[str, Any]:
 
 def _calibration(description: Mapping[str, Any]) -> Calibration:
     roughness = RoughnessScale(**description[ROUGHNESS]) if ROUGHNESS in description else None
-    if missing := {item.name for item in fields(Calibration)} - {ROUGHNESS, LATER} - set(description["calibration"]):
+    if missing := {item.name for item in fields(Calibration)} - {ROUGHNESS} - LATER - set(description["calibration"]):
         raise ValueError(f"its calibration lacks {', '.join(sorted(missing))}")
     return Calibration(**description["calibration"], roughness=roughness)
 

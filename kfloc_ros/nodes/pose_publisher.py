@@ -152,6 +152,8 @@ class PosePublisher:
         self._publish_pose(estimate.stamp_ns, body)
         self.last = LastPose(estimate.stamp_ns, base_frame, body)
         self._publish_path(estimate.stamp_ns, body)
+        if estimate.tentative:
+            return Outcome(transform=estimate.reason, suspect=estimate.reason)
         fault = self._transforms.publish(estimate.stamp_ns, body.T_map_body, base_frame)
         if not self._transforms.suspect:
             self._odometry.fix(estimate.stamp_ns, body, base_frame)

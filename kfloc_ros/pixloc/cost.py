@@ -128,9 +128,9 @@ class Linearization:
     cost: float
     """Confidence-weighted mean robust cost over valid points; infinite if none is valid."""
     H: Matrix
-    """(6, 6) Gauss-Newton matrix over (dt, dw), weights normalised to sum to one; (11, 11) with the camera."""
+    """(6, 6) Gauss-Newton matrix over (dt, dw), weights normalised to sum to one; (12, 12) with the camera."""
     g: Matrix
-    """(6,) or (11,) gradient of half the cost."""
+    """(6,) or (12,) gradient of half the cost."""
     valid_count: int
     weight_sum: float
 
@@ -153,33 +153,35 @@ def projection_jacobian(P: torch.Tensor, camera: Camera, stride: float) -> torch
 
 
 POSE = 6
-OFFSETS = ("log focal length", "log aspect ratio", "principal point x", "principal point y", "k1")
-"""Offsets c of a camera: fx' = fx exp(c0), fy' = fy exp(c0 + c1), cx' = cx + c2, cy' = cy + c3, and x' = x (1 + c4
-|x|^2) before projection."""
+OFFSETS = ("log focal length", "log aspect ratio", "principal point x", "principal point y", "k1", "skew")
+"""Offsets c of a camera: fx' = fx exp(c0), fy' = fy exp(c0 + c1), cx' = cx + c2, cy' = cy + c3, and before projection
+x' = x (1 + c4 |x|^2), then x'' = x' + c5 y', y'' = y'. A rolling shutter in a turn about the vertical axis makes a
+skew."""
 
 
 @dataclass(frozen=True)
 class Intrinsics:
-    """Camera in cells of a feature level, with the first term of radial distortion."""
+    """Camera in cells of a feature level, with the first term of radial distortion, and a skew."""
 
     fx: float
     fy: float
     cx: float
     cy: float
     k1: float
+    skew: float
     cells_per_px: float
 
     @classmethod
     def of(cls, camera: Camera, stride: float, offsets: NDArray[np.float64] | None = None) -> Intrinsics:
-        """Return a pinhole camera with ``OFFSETS`` (5,), at a level's stride."""
-        focal, aspect, dx, dy, k1 = (0.0,) * 5 if offsets is None else (float(c) for c in offsets)
+        """Return a pinhole camera with ``OFFSETS`` (6,), at a level's stride."""
+        focal, aspect, dx, dy, k1, skew = (0.0,) * len(OFFSETS) if offsets is None else (float(c) for c in offsets)
         fx, fy = camera.fx * math.exp(focal), camera.fy * math.exp(focal + aspect)
         cx, cy = (camera.cx + dx + 0.5) / stride - 0.5, (camera.cy + dy + 0.5) / stride - 0.5
-        return cls(fx / stride, fy / stride, cx, cy, k1, 1.0 / stride)
+        return cls(fx / stride, fy / stride, cx, cy, k1, skew, 1.0 / stride)
 
     def as_array(self) -> Matrix:
-        """Return the fields in their order, (6,)."""
-        return np.array([self.fx, self.fy, self.cx, self.cy, self.k1, self.cells_per_px])
+        """Return the fields in their order, (7,)."""
+        return np.array([self.fx, self.fy, self.cx, self.cy, self.k1, self.skew, self.cells_per_px])
 
 
 def linearize(
@@ -202,7 +204,7 @@ def linearize(
         T_camera_map: pose (4, 4) that maps points of that frame to the camera frame.
         camera: pinhole camera of the query.
         loss: robust loss.
-        offsets: (5,) ``OFFSETS`` of the camera, which then are five more unknowns; None: the pose alone.
+        offsets: (6,) ``OFFSETS`` of the camera, which then are six more unknowns; None: the pose alone.
     """
     model, size = Intrinsics.of(camera, image.stride, offsets), POSE if offsets is None else POSE + len(OFFSETS)
     if runs_compiled(image.features, image.confidence, points, features, confidence):
@@ -245,7 +247,8 @@ def _linearize_in_torch(
     z = P[:, 2].clamp(min=NEAR_M)
     x, y = P[:, 0] / z, P[:, 1] / z
     bend = 1.0 + model.k1 * (x * x + y * y)
-    uv = torch.stack([model.fx * x * bend + model.cx, model.fy * y * bend + model.cy], dim=1)
+    u = model.fx * x * bend + model.cx + model.skew * model.fx * y * bend
+    uv = torch.stack([u, model.fy * y * bend + model.cy], dim=1)
     rows, inside = image.sample(uv)
     C = image.channels
     residual = rows[:, :C] - features
@@ -264,7 +267,7 @@ def _linearize_in_torch(
 
 
 def _jacobian(x: torch.Tensor, y: torch.Tensor, z: torch.Tensor, model: Intrinsics) -> torch.Tensor:
-    """Return the derivative (N, 2, 11) of the cell position by the left perturbation (dt, dw) and the offsets.
+    """Return the derivative (N, 2, 12) of the cell position by the left perturbation (dt, dw) and the offsets.
 
     Args:
         x, y: (N,) normalised image coordinates.
@@ -277,9 +280,10 @@ def _jacobian(x: torch.Tensor, y: torch.Tensor, z: torch.Tensor, model: Intrinsi
     along, across, up = bend + 2 * k1 * x * x, 2 * k1 * x * y, bend + 2 * k1 * y * y
     dx = torch.stack([1 / z, zero, -x / z, -x * y, 1 + x * x, -y], dim=1)
     dy = torch.stack([zero, 1 / z, -y / z, -(1 + y * y), x * y, x], dim=1)
-    row_u = fx * (along[:, None] * dx + across[:, None] * dy)
     row_v = fy * (across[:, None] * dx + up[:, None] * dy)
+    row_u = fx * (along[:, None] * dx + across[:, None] * dy) + model.skew * fx / fy * row_v
     step = model.cells_per_px * one
-    camera_u = torch.stack([fx * x * bend, zero, step, zero, fx * x * r2], dim=1)
-    camera_v = torch.stack([fy * y * bend, fy * y * bend, zero, step, fy * y * r2], dim=1)
+    skewed_x, skewed_y = x + model.skew * y, fx * y * bend
+    camera_u = torch.stack([fx * skewed_x * bend, zero, step, zero, fx * skewed_x * r2, skewed_y], dim=1)
+    camera_v = torch.stack([fy * y * bend, fy * y * bend, zero, step, fy * y * r2, zero], dim=1)
     return torch.stack([torch.cat([row_u, camera_u], dim=1), torch.cat([row_v, camera_v], dim=1)], dim=1)

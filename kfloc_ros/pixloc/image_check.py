@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of an aligned pose by the whole image: the camera fitted together with the pose, and the map block by block.
-
-Hundreds of points overdetermine a pose, so the same residuals also constrain the focal length, the principal point and
-the first term of radial distortion. The cost is that of :mod:`kfloc_ros.pixloc.cost`, with the camera's ``OFFSETS`` as
-five more columns of the Jacobian, and a weak Gaussian prior on them.
+"""Check of an aligned pose by the whole image, block by block.
 
 An alignment sees a few pixels around each point. Block by block, every reference point in view is compared with the
 cells around its projection, and the similarities of the points of one block are averaged, displacement by displacement.
 A block matches if no other displacement is clearly better than none. Blocks that touch each other and agree on one
 displacement are a part of the scene that moved, or the pose is that of the moved part.
+
+Closer by, every point searches the cells around its projection for itself, and each block has the median displacement
+of its points. At a right pose these medians are noise of a pixel or two. A wrong camera, a rolling shutter, parts that
+moved a little, or a pose between two groups of points leave displacements that whole blocks agree on.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import cv2
@@ -23,15 +24,11 @@ from numpy.typing import NDArray
 
 from kfloc_ros.features.backbone import COARSE_STRIDE
 from kfloc_ros.geometry.camera import Camera
-from kfloc_ros.geometry.lie import Matrix, make_pose, so3_exp
-from kfloc_ros.pixloc.cost import OFFSETS, POSE, FeatureImage, RobustLoss, linearize, project
+from kfloc_ros.geometry.lie import Matrix
+from kfloc_ros.pixloc.cost import FeatureImage, project
+from kfloc_ros.pixloc.point_matching import best_cells
 from kfloc_ros.pixloc.references import ReferencePoints
 
-PRIOR_SIGMA = np.array([0.15, 0.1, 20.0, 20.0, 0.15])
-"""Standard deviations of the prior; pixels of the map's camera for the principal point."""
-MAX_ITERATIONS = 12
-"""Largest number of iterations per level."""
-MIN_POINTS = 60
 COLUMNS, ROWS = 8, 6
 """Blocks over the image."""
 REACH = 12
@@ -45,156 +42,30 @@ SIMILAR = 0.75
 """Similarity of a block that matches for certain."""
 CLEAR_SHARE = 0.85
 """Share of such blocks from which displacements are not searched at all."""
+SHIFT_CELLS = 4
+"""Half side of the window in which every point searches for itself, in coarse cells."""
+MATCHED, MATCHED_GAP = 0.6, 0.02
+"""A point is found if it is as similar as the first; further than a cell away, it is more similar by the second."""
+MAX_SHIFT_PX = 24.0
+"""Displacement of a block that counts most."""
+SHIFTED_PX = 4.0
+"""Displacement of a block that noise does not explain."""
+SHIFT_NOISE_PX = 0.7
+"""Smallest standard deviation of a block's median displacement."""
+MAX_SHIFT_CHI2 = 25.0
+"""Largest squared displacement of a block, relative to its variance, that counts."""
+MOVED_BLOCKS, MOVED_SHARE = 4, 0.08
+"""Blocks, and share of the blocks, that agree on a displacement where a part has moved."""
+USUAL_SHIFT_CHI2 = 2.0
+"""``shift_chi2`` that noise explains; the part of the displacements beyond it enlarges the covariance."""
+SHIFTED_CHI2, SHIFTED_SHARE, SHIFTED_RMS_PX = 6.0, 0.25, 8.5
+"""``shift_chi2``, share of displaced blocks, and ``shift_px`` from which an image contradicts its pose."""
 MATCHING_GAP, MIN_SIMILARITY = 0.03, 0.6
 """A block that is less similar matches if no displacement gains more than the first, and if it is at least as similar
 as the second, which unrelated features reach somewhere in their surroundings."""
 MOVED_GAP, MOVED_SIMILARITY, MOVED_NEARLY = 0.08, 0.75, 0.03
 """A displaced block is more similar than without the displacement by the first, similar by the second, and no other
 displacement is better by more than the third."""
-
-
-@dataclass(frozen=True, eq=False)
-class CameraFit:
-    """Camera and pose that fit one image best."""
-
-    offsets: NDArray[np.float64]
-    """(5,) offsets from the map's camera; see the module's docstring."""
-    information: NDArray[np.float64]
-    """(5, 5) information of the offsets, with the pose marginalised, without the prior."""
-    T_camera_local: Matrix
-    """Pose (4, 4) that maps points of their given frame to the camera frame."""
-    pose_information: NDArray[np.float64]
-    """(6, 6) information of the left perturbation (dt, dw) of the pose, with the camera marginalised."""
-    cost: float
-
-
-@dataclass(frozen=True, eq=False)
-class FitLevel:
-    """Feature level of an image with the reference features of the same level."""
-
-    image: FeatureImage
-    features: torch.Tensor
-    """(N, C)"""
-    confidence: torch.Tensor
-    """(N,)"""
-
-
-@dataclass(frozen=True, eq=False)
-class _System:
-    """Normal equations (11, 11) of pose and camera, scaled to information."""
-
-    cost: float
-    H: NDArray[np.float64]
-    g: NDArray[np.float64]
-    valid_count: int
-
-
-def fit_camera(
-    levels: tuple[FitLevel, ...], points: torch.Tensor, T_camera_local: Matrix, camera: Camera, loss: RobustLoss
-) -> CameraFit | None:
-    """Fit pose and camera together, coarse level first.
-
-    Args:
-        levels: coarse to fine.
-        points: (N, 3) reference points, in a frame near the camera, since float32 is exact enough only near its origin.
-        T_camera_local: pose to start from, (4, 4), which maps points of that frame to the camera frame.
-        camera: pinhole camera of the map, to which the image was converted.
-        loss: robust loss of the alignment.
-
-    Returns:
-        The fit; None if too few points are in view.
-    """
-    T, offsets = T_camera_local, np.zeros(len(OFFSETS))
-    system: _System | None = None
-    for level in levels:
-        system = _linearize(level, points, T, camera, offsets, loss)
-        if system.valid_count < MIN_POINTS:
-            return None
-        damping = 1e-3
-        for _ in range(MAX_ITERATIONS):
-            step = _step(system, offsets, damping)
-            T_new = make_pose(so3_exp(step[3:POSE]), step[:3]) @ T
-            new_offsets = offsets + step[POSE:]
-            new = _linearize(level, points, T_new, camera, new_offsets, loss)
-            if new.cost < system.cost and 3 * new.valid_count >= 2 * system.valid_count:
-                gain = (system.cost - new.cost) / max(system.cost, 1e-12)
-                T, offsets, system, damping = T_new, new_offsets, new, max(damping / 10, 1e-7)
-                if gain < 1e-5:
-                    break
-            else:
-                damping *= 10
-                if damping > 1e3:
-                    break
-    if system is None or not np.isfinite(offsets).all():
-        return None
-    H = system.H
-    try:
-        information = H[POSE:, POSE:] - H[POSE:, :POSE] @ np.linalg.solve(H[:POSE, :POSE], H[:POSE, POSE:])
-    except np.linalg.LinAlgError:
-        return None
-    full = H.copy()
-    full[POSE:, POSE:] += np.diag(PRIOR_SIGMA**-2)
-    of_pose = full[:POSE, :POSE] - full[:POSE, POSE:] @ np.linalg.solve(full[POSE:, POSE:], full[POSE:, :POSE])
-    return CameraFit(offsets, 0.5 * (information + information.T), T, of_pose, system.cost)
-
-
-@dataclass(frozen=True, eq=False)
-class CameraScore:
-    """Offsets that one Gauss-Newton step from an aligned pose suggests, and what offsets do to the pose."""
-
-    offsets: NDArray[np.float64]
-    """(5,) offsets; those of a large mistake are too small."""
-    covariance: NDArray[np.float64]
-    """(5, 5) covariance of the offsets."""
-    sensitivity: NDArray[np.float64]
-    """(6, 5) derivative of the left perturbation (dt, dw) of the pose by the offsets."""
-
-
-def score_camera(
-    level: FitLevel, points: torch.Tensor, T_camera_local: Matrix, camera: Camera, loss: RobustLoss
-) -> CameraScore | None:
-    """Return the score of the camera at an aligned pose, from the residuals of one level; None if it is not determined.
-
-    This is one linearization, a tenth of :func:`fit_camera`; arguments as there.
-    """
-    system = _linearize(level, points, T_camera_local, camera, np.zeros(len(OFFSETS)), loss)
-    if system.valid_count < MIN_POINTS:
-        return None
-    H, g = system.H, system.g
-    try:
-        by_camera = np.linalg.solve(H[:POSE, :POSE], H[:POSE, POSE:])
-        by_pose = np.linalg.solve(H[:POSE, :POSE], g[:POSE])
-        covariance = np.asarray(np.linalg.inv(H[POSE:, POSE:] - H[POSE:, :POSE] @ by_camera), dtype=np.float64)
-    except np.linalg.LinAlgError:
-        return None
-    offsets = -covariance @ (g[POSE:] - H[POSE:, :POSE] @ by_pose)
-    if not np.isfinite(offsets).all() or not (np.diag(covariance) > 0).all():
-        return None
-    symmetric = np.asarray(0.5 * (covariance + covariance.T), dtype=np.float64)
-    return CameraScore(offsets, symmetric, np.asarray(-by_camera, dtype=np.float64))
-
-
-def _step(system: _System, offsets: NDArray[np.float64], damping: float) -> NDArray[np.float64]:
-    """Return the damped Gauss-Newton step of pose and offsets under the prior."""
-    H, g = system.H.copy(), system.g.copy()
-    H[np.diag_indices_from(H)] += damping * np.diag(system.H) + 1e-9
-    precision = PRIOR_SIGMA**-2
-    H[POSE:, POSE:] += np.diag(precision)
-    g[POSE:] += precision * offsets
-    return np.asarray(-np.linalg.solve(H, g))
-
-
-def _linearize(
-    level: FitLevel,
-    points: torch.Tensor,
-    T: Matrix,
-    camera: Camera,
-    offsets: NDArray[np.float64],
-    loss: RobustLoss,
-) -> _System:
-    at = linearize(level.image, points, level.features, level.confidence, T, camera, loss, offsets)
-    scale = at.valid_count / max(at.cost, 1e-9)  # to information, as for the pose alone
-    return _System(at.cost, scale * at.H, scale * at.g, at.valid_count)
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,6 +82,53 @@ class BlockMatch:
     """Displacement of that part, right and down."""
     moved_depth_m: float
     """Median depth of that part."""
+    shift_px: float = 0.0
+    """Root mean square of the blocks' median displacements, see the module's docstring."""
+    shift_chi2: float = 0.0
+    """Mean square of these displacements relative to their standard deviations; about 1 at a right pose."""
+    shifted: int = 0
+    """Blocks that are displaced by more than a few pixels and twice their standard deviation."""
+    depth_m: float = 0.0
+    """Median depth of the points in view."""
+
+    @property
+    def shifted_share(self) -> float:
+        """Share of the blocks that are displaced."""
+        return self.shifted / self.blocks
+
+    @property
+    def has_moved_part(self) -> bool:
+        """True if a part of the image is displaced as one."""
+        is_large = self.moved >= max(MOVED_BLOCKS, MOVED_SHARE * self.blocks)
+        return is_large and self.matching_share <= 1.0 - MOVED_SHARE
+
+    @property
+    def fault(self) -> str:
+        """Contradiction between the image and its pose as a sentence; empty if there is none."""
+        if self.has_moved_part:
+            right, down = self.moved_px
+            return (
+                f"{100 * self.moved_share:.0f} % of the image, as one part, is displaced by {right:+.0f} px right and "
+                f"{down:+.0f} px down, while {100 * self.matching_share:.0f} % match: something has moved"
+            )
+        if self.shift_chi2 < SHIFTED_CHI2 or self.shifted_share < SHIFTED_SHARE or self.shift_px < SHIFTED_RMS_PX:
+            return ""
+        return (
+            f"{100 * self.shifted_share:.0f} % of the image is displaced, by {self.shift_px:.0f} px in the root mean "
+            "square over the image: something has moved, or the image is distorted"
+        )
+
+    def variances(self, camera: Camera) -> NDArray[np.float64]:
+        """Return the variances (6,) of the pose, m^2 and rad^2, that cover the displacements: by turning, by moving."""
+        variances = np.zeros(6)
+        if self.has_moved_part:
+            right, down = self.moved_px
+            turn_rad = math.hypot(right / camera.fx, down / camera.fy)
+            variances += np.repeat([(turn_rad * self.moved_depth_m) ** 2, turn_rad**2], 3)
+        if self.shift_chi2 > USUAL_SHIFT_CHI2:
+            turn_rad = self.shift_px * math.sqrt(1.0 - USUAL_SHIFT_CHI2 / self.shift_chi2) / camera.fx
+            variances += np.repeat([(turn_rad * self.depth_m) ** 2, turn_rad**2], 3)
+        return variances
 
     @property
     def matching_share(self) -> float:
@@ -224,7 +142,7 @@ class BlockMatch:
 
 
 def match_blocks(
-    cells: torch.Tensor,
+    image: FeatureImage,
     points: torch.Tensor,
     references: ReferencePoints,
     T_camera_local: Matrix,
@@ -233,7 +151,7 @@ def match_blocks(
     """Compare an image with reference points at a pose.
 
     Args:
-        cells: (C, h, w) coarse unit features of the image.
+        image: coarse unit features of the image.
         points: (N, 3) reference points in a frame near the camera, metres.
         references: the same points with their coarse features and confidence.
         T_camera_local: pose (4, 4) that maps points of that frame to the camera frame.
@@ -242,7 +160,7 @@ def match_blocks(
     Returns:
         None if too few blocks have points in view.
     """
-    C, h, w = cells.shape
+    h, w, C = image.features.shape
     at, P, in_front = project(points, torch.from_numpy(T_camera_local).to(points), camera, COARSE_STRIDE)
     column, row = at.round().long().unbind(1)
     seen = torch.nonzero(in_front & (column >= 0) & (column < w) & (row >= 0) & (row < h))[:, 0]
@@ -259,22 +177,26 @@ def match_blocks(
         return None
     mean = _BlockMean(block, references.confidence[seen])
     wanted = references.coarse[seen]
-    here = mean(_here(cells, wanted, column, row)).flatten(1).max(1).values.cpu().numpy()
+    here_of_points = _here(image.features, wanted, column, row)
+    here = mean(here_of_points).flatten(1).max(1).values.cpu().numpy()
+    found = _shifts(image, wanted, at[seen], here_of_points.flatten(1).max(1).values, block)
+    shifts = (*found, float(P[seen, 2].median()))
     similar = known & (here > SIMILAR)
     if similar.sum() >= CLEAR_SHARE * blocks:
-        return BlockMatch(blocks, int(similar.sum()), 0, (0.0, 0.0), 0.0)
+        return BlockMatch(blocks, int(similar.sum()), 0, (0.0, 0.0), 0.0, *shifts)
     open_blocks = known & ~similar  # a block that is similar here is not displaced
     of_open = torch.from_numpy(open_blocks).to(block.device)[block]
-    similarity = (wanted[of_open] @ cells.float().reshape(C, -1)).reshape(-1, h, w)
+    similarity = (wanted[of_open] @ image.features.reshape(-1, C).T).reshape(-1, h, w)
     mean = _BlockMean(block[of_open], references.confidence[seen][of_open])
     around = mean(_surroundings(similarity, column[of_open], row[of_open])).cpu()
     moved = _moved_part(around, here, open_blocks)
     best = around.flatten(1).max(1).values.numpy()
     matching = similar | (open_blocks & (here > MIN_SIMILARITY) & (best - here <= MATCHING_GAP))
     if moved is None:
-        return BlockMatch(blocks, int(matching.sum()), 0, (0.0, 0.0), 0.0)
+        return BlockMatch(blocks, int(matching.sum()), 0, (0.0, 0.0), 0.0, *shifts)
     depth = P[seen, 2][torch.from_numpy(moved.part).to(block.device)[block]]
-    return BlockMatch(blocks, int(matching.sum()), int(moved.part.sum()), moved.shift_px, float(depth.median()))
+    part, depth_m = int(moved.part.sum()), float(depth.median())
+    return BlockMatch(blocks, int(matching.sum()), part, moved.shift_px, depth_m, *shifts)
 
 
 class _BlockMean:
@@ -295,13 +217,64 @@ class _BlockMean:
         return mean.index_add_(0, self._block, values * self._weight[:, None, None])
 
 
+def _shifts(
+    image: FeatureImage, wanted: torch.Tensor, at: torch.Tensor, here: torch.Tensor, block: torch.Tensor
+) -> tuple[float, float, int]:
+    """Return ``shift_px``, ``shift_chi2`` and ``shifted`` of a :class:`BlockMatch`; zeros if few blocks are found.
+
+    Args:
+        image: coarse unit features of the image.
+        wanted: (N, C) features of the points.
+        at: (N, 2) cells at which they are projected.
+        here: (N,) their similarity at these cells and next to them.
+        block: (N,) their blocks.
+    """
+    found, similarity, at_border = best_cells(image, wanted, at, SHIFT_CELLS)
+    shift = ((found - at) * image.stride).cpu().numpy()
+    near, best = here.cpu().numpy(), similarity.cpu().numpy()
+    is_near = np.abs(shift).max(axis=1) <= 1.5 * image.stride
+    is_found = ~at_border.cpu().numpy() & (best > MATCHED) & (is_near | (best > near + MATCHED_GAP))
+    stays = ~is_found & (near > MATCHED) & (near >= best - MATCHED_GAP)
+    shift[stays] = 0.0
+    used = is_found | stays
+    shift, blocks = shift[used], block.cpu().numpy()[used]
+    count, median = _block_medians(shift, blocks)
+    _, spread = _block_medians(np.abs(shift - median[blocks]), blocks)
+    is_known = count >= BLOCK_POINTS
+    if is_known.sum() < MIN_BLOCKS:
+        return 0.0, 0.0, 0
+    length = np.hypot(*median[is_known].T)
+    # points of several views share corners: half of them count
+    sigma = 1.25 * 1.4826 * np.hypot(*spread[is_known].T) / np.sqrt(0.5 * count[is_known])
+    sigma = np.maximum(sigma, SHIFT_NOISE_PX)
+    chi2 = np.minimum((length / sigma) ** 2, MAX_SHIFT_CHI2).mean()
+    shifted = (length > SHIFTED_PX) & (length > 2.0 * sigma)
+    rms_px = np.sqrt((np.minimum(length, MAX_SHIFT_PX) ** 2).mean())
+    return float(rms_px), float(chi2), int(shifted.sum())
+
+
+def _block_medians(
+    values: NDArray[np.float32], block: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Return the numbers (blocks,) and the medians (blocks, 2) of values (N, 2) in each block; 0 for empty blocks."""
+    count = np.bincount(block, minlength=ROWS * COLUMNS)
+    order = np.argsort(block, kind="stable")
+    rank = np.arange(len(block)) - np.repeat(np.cumsum(count) - count, count)
+    table = np.full((ROWS * COLUMNS, max(int(count.max(initial=0)), 1), 2), np.inf)
+    table[block[order], rank] = values[order]
+    table.sort(axis=1)
+    rows, last = np.arange(ROWS * COLUMNS), np.maximum(count - 1, 0)
+    medians = 0.5 * (table[rows, last // 2] + table[rows, np.minimum(count // 2, last)])
+    return count, np.where((count > 0)[:, None], medians, 0.0)
+
+
 def _here(cells: torch.Tensor, wanted: torch.Tensor, column: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
-    """Return the similarities (N, 3, 3) of points to their own cell and its neighbours."""
-    _, h, w = cells.shape
+    """Return the similarities (N, 3, 3) of points to the cells (h, w, C) at and around their own."""
+    h, w, _ = cells.shape
     step = torch.arange(-1, 2, device=row.device)
     rows = (row[:, None] + step).clamp(0, h - 1)[:, :, None]
     columns = (column[:, None] + step).clamp(0, w - 1)[:, None, :]
-    near = cells.permute(1, 2, 0)[rows, columns].float()
+    near = cells[rows, columns]
     return torch.einsum("nijc,nc->nij", near, wanted)
 
 

@@ -37,13 +37,13 @@ def normal_equations(
         features: (N, C) reference features.
         confidence: (N,) of the points.
         T: (4, 4) ``T_camera_map``.
-        intrinsics: fx, fy, cx, cy in cells, k1, cells per pixel.
+        intrinsics: fx, fy, cx, cy in cells, k1, skew, cells per pixel.
         loss_scale: scale of the robust loss.
         near_m: smallest depth.
-        size: 6 for the pose, 11 for pose and camera.
+        size: 6 for the pose, 12 for pose and camera.
     """
     rows, columns, channels = image.shape
-    fx, fy, cx, cy, k1, step = intrinsics
+    fx, fy, cx, cy, k1, skew, step = intrinsics
     c2 = 2.0 * loss_scale * loss_scale
     H, g = np.zeros((size, size)), np.zeros(size)
     J_u, J_v = np.zeros(size), np.zeros(size)
@@ -57,7 +57,7 @@ def normal_equations(
         y = (T[1, 0] * X + T[1, 1] * Y + T[1, 2] * Z + T[1, 3]) / z
         r2 = x * x + y * y
         bend = 1.0 + k1 * r2
-        u, v = fx * x * bend + cx, fy * y * bend + cy
+        u, v = fx * x * bend + cx + skew * fx * y * bend, fy * y * bend + cy
         if not (u >= 0.0 and v >= 0.0 and u <= columns - 1.0 and v <= rows - 1.0):
             continue
         u0, v0 = min(int(u), columns - 2), min(int(v), rows - 2)
@@ -104,6 +104,11 @@ def normal_equations(
         if size > 6:
             J_u[6], J_u[8], J_u[10] = fx * x * bend, step, fx * x * r2
             J_v[6], J_v[7], J_v[9], J_v[10] = fy * y * bend, fy * y * bend, step, fy * y * r2
+            J_u[11] = fx * y * bend
+            for i in range(6):
+                J_u[i] += skew * fx / fy * J_v[i]
+            J_u[6] += skew * fx * y * bend
+            J_u[10] += skew * fx * y * r2
         s_uu, s_uv, s_vv, s_u, s_v = w * uu, w * uv, w * vv, w * ur, w * vr
         for i in range(size):
             t_u, t_v = J_u[i] * s_uu + J_v[i] * s_uv, J_u[i] * s_uv + J_v[i] * s_vv

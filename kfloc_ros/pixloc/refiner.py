@@ -15,16 +15,9 @@ from kfloc_ros.features.backbone import COARSE_STRIDE, FINE_STRIDE, BackboneFeat
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.covariance import map_frame_covariance
 from kfloc_ros.geometry.lie import Matrix, inverse_pose, make_pose, rotation_angle_deg
+from kfloc_ros.pixloc.camera_fit import CameraFit, CameraScore, FitLevel, fit_camera, score_camera
 from kfloc_ros.pixloc.cost import FeatureImage, Linearization, RobustLoss, linearize
-from kfloc_ros.pixloc.image_check import (
-    BlockMatch,
-    CameraFit,
-    CameraScore,
-    FitLevel,
-    fit_camera,
-    match_blocks,
-    score_camera,
-)
+from kfloc_ros.pixloc.image_check import BlockMatch, match_blocks
 from kfloc_ros.pixloc.optimizer import LevelResult, StopRule, minimize
 from kfloc_ros.pixloc.point_matching import SEARCH_CELLS, WIDE_SEARCH_CELLS, MatchedPose, fit_pose, search_points
 from kfloc_ros.pixloc.references import ReferencePoints, ReferenceViews
@@ -57,6 +50,14 @@ class RefinerSettings:
     """A result further than either limit from its start is rejected."""
     covariance_scale: float = 1.0
     """Scale of the covariance, from the map's calibration; neighbouring residuals share errors."""
+    own_error_m: float = 0.0
+    own_error_rad: float = 0.0
+    """Standard deviations of the map's own error, on each axis, from its calibration."""
+
+    def pose_covariance(self, of_points: Matrix) -> Matrix:
+        """Return the covariance (6, 6) of a pose, given that by the points alone."""
+        own = np.repeat([self.own_error_m**2, self.own_error_rad**2], 3)
+        return np.asarray(self.covariance_scale * of_points + np.diag(own))
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,14 +144,14 @@ class Refiner:
         covariance = None if fit is None else map_frame_covariance(fit.pose_information, fit.T_camera_local)
         if fit is None or covariance is None:
             return None
-        return FittedCamera(fit, candidate.in_map(fit.T_camera_local), covariance * self.settings.covariance_scale)
+        return FittedCamera(fit, candidate.in_map(fit.T_camera_local), self.settings.pose_covariance(covariance))
 
     @torch.inference_mode()
     def inspect(self, features: BackboneFeatures, T_map_camera: Matrix) -> Inspection:
         """Compare the whole image with the map at an aligned pose (4, 4)."""
         candidate = self._prepare(query_levels(features), T_map_camera, with_cost=False)
         T = candidate.T_camera_local
-        blocks = match_blocks(features.coarse[0], candidate.points, candidate.references, T, self.camera)
+        blocks = match_blocks(candidate.levels[0].image, candidate.points, candidate.references, T, self.camera)
         loss = RobustLoss(self.settings.loss_scale)
         score = score_camera(candidate.levels[-1], candidate.points, T, self.camera, loss)
         if score is None:
@@ -255,7 +256,7 @@ class Refiner:
             success=not reason,
             reason=reason,
             T_map_camera=T_map_camera,
-            covariance=None if covariance is None else covariance * s.covariance_scale,
+            covariance=None if covariance is None else s.pose_covariance(covariance),
             initial_cost=results[0].start.cost,
             final_cost=cost,
             valid_ratio=valid_ratio,

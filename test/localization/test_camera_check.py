@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from kfloc_ros.geometry.camera import Camera, ImageAdapter
-from kfloc_ros.localization.camera_check import CameraCheck, CameraVerdict, Correction, sentence
+from kfloc_ros.localization.camera_check import CHI2_6_999, CameraCheck, CameraVerdict, Correction, sentence
 from kfloc_ros.localization.config import LocalizerConfig
 from kfloc_ros.localization.localizer import Localizer
 from kfloc_ros.maps.scene_map import SceneMap
-from kfloc_ros.pixloc.image_check import CameraFit
+from kfloc_ros.pixloc.camera_fit import CameraFit
 from kfloc_ros.pixloc.refiner import FittedCamera
 from kfloc_ros.types import PoseEstimate, TrackingState
 
@@ -86,8 +86,8 @@ def test_halves_that_cannot_correct_only_warn(scene_map: SceneMap, room: Any) ->
 
 
 def fit(offsets: tuple[float, ...], focal_sigma: float = 0.003) -> FittedCamera:
-    sigma = np.array([focal_sigma, 0.002, 1.0, 1.0, 0.005])
-    found = CameraFit(np.array(offsets), np.diag(sigma**-2.0), np.eye(4), np.eye(6), 0.1)
+    sigma = np.array([focal_sigma, 0.002, 1.0, 1.0, 0.005, 0.002])
+    found = CameraFit(np.pad(offsets, (0, 6 - len(offsets))), np.diag(sigma**-2.0), np.eye(4), np.eye(6), 0.1)
     return FittedCamera(found, np.eye(4), 1e-4 * np.eye(6))
 
 
@@ -116,6 +116,7 @@ def test_a_few_fits_and_fits_of_few_points_decide_nothing() -> None:
         ((0.0, 0.05, 0.0, 0.0, 0.0), "ratio fy/fx of 1.051, camera_info says 1.000"),
         ((0.0, 0.0, 12.0, 0.0, 0.0), "principal point of (344, 240) px, camera_info says (320, 240) px"),
         ((0.0, 0.0, 0.0, 0.0, 0.1), "k1 = +0.100"),
+        ((0.0, 0.0, 0.0, 0.0, 0.0, 0.04), "a skew of +0.040, as a rolling shutter"),
     ],
 )
 def test_the_sentence_names_both_values(offsets: tuple[float, ...], words: str) -> None:
@@ -127,7 +128,14 @@ def test_the_sentence_names_both_values(offsets: tuple[float, ...], words: str) 
 
 def test_corrections_add_up() -> None:
     camera = Camera(640, 480, 500.0, 500.0, 320.0, 240.0)
-    first = Correction.of(camera, np.array([math.log(1.1), 0.0, 5.0, 0.0, 0.0]), None)
-    second = Correction.of(camera, np.array([math.log(1.02), 0.0, 0.0, 0.0, 0.01]), first)
+    first = Correction.of(camera, np.array([math.log(1.1), 0.0, 5.0, 0.0, 0.0, 0.0]), None)
+    second = Correction.of(camera, np.array([math.log(1.02), 0.0, 0.0, 0.0, 0.01, 0.0]), first)
     assert second.adapter.source.fx == pytest.approx(500.0 * 1.1 * 1.02)
     assert second.adapter.source.distortion[0] == pytest.approx(0.01)
+
+
+def test_a_map_whose_fits_scatter_doubts_a_camera_less() -> None:
+    camera, offset = Camera(640, 480, 500.0, 500.0, 320.0, 240.0), np.array([0.05, 0.0, 0.0, 0.0, 0.0, 0.0])
+    of_one_image = np.diag(np.array([0.006, 0.002, 1.0, 1.0, 0.005, 0.002]) ** 2)
+    sure, unsure = CameraCheck(camera, fit_scale=1.0), CameraCheck(camera, fit_scale=16.0)
+    assert sure.chi2(offset, of_one_image) > CHI2_6_999 > unsure.chi2(offset, of_one_image)

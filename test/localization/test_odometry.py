@@ -64,6 +64,25 @@ def test_after_a_while_or_a_jump_back_or_without_a_limit_anything_is_believed() 
     assert not doubt(check, 4, 20.0)
 
 
+def test_small_steps_add_up_and_no_second_pose_confirms_them() -> None:
+    check, shown = OdometryCheck(), T_MAP_ODOM @ odometry(1)  # a camera that shows one image while the robot drives on
+    said = [check.check(n * STEP_NS, shown, odometry(n), 0.5) for n in range(1, 101)]
+    first = next(n for n, sentence in enumerate(said) if sentence)
+    assert 3 < first < 12 and all(said[first:])
+    assert "away from the odometry" in said[first] and "small steps" in said[first]
+
+
+def test_poses_that_go_on_contradicting_the_odometry_are_believed_after_ten_seconds() -> None:
+    check, shown = OdometryCheck(), T_MAP_ODOM @ odometry(1)
+    said = [check.check(n * STEP_NS, shown, odometry(min(n, 20)), 0.5) for n in range(1, 140)]
+    assert said[60] and not said[-1]
+
+
+def test_slow_drift_of_the_odometry_over_a_long_way_is_no_contradiction() -> None:
+    check = OdometryCheck()
+    assert not any(doubt(check, number, x_m=0.002 * number) for number in range(1, 200))
+
+
 LIMITS = CorrectionLimits(0.2, 10.0)
 PERIOD_NS = 50_000_000
 

@@ -295,3 +295,25 @@ def test_a_place_moves_with_its_folder(two_rooms: Place, tmp_path: Path, room) -
 
     moved = Place.load(shutil.copytree(two_rooms.path, tmp_path / "elsewhere"))
     assert localizer_of(moved).process(at(room[9], 0)).estimate.state is TrackingState.TRACKING
+
+
+def test_two_rooms_alike_are_told_apart_by_the_images_after_the_first_look(make: Make, room, other_room) -> None:
+    """The first look is in the wrong one of two rooms that share two thirds of their pictures."""
+    half = copy.copy(room)
+    half._textures = [texture.copy() for texture in room._textures]
+    for texture in half._textures:
+        part = slice(texture.shape[0] // 3, 2 * texture.shape[0] // 3)
+        texture[part] = texture[part, ::-1]
+    views = range(0, 32, 4)
+    place = make({"twin": FAR}, own=[room[k] for k in views], twin=[half[k] for k in views])
+    localizer = localizer_of(place)
+    first = localizer.process(at(room[2], 0), [room[2].T_map_camera]).estimate
+    assert localizer.submap == "own" and first.T_map_camera is not None and first.alignment is not None
+    twin = replace(first.alignment, T_map_camera=FAR @ first.T_map_camera)
+    localizer.guide.rivals.begin(first.T_map_camera, [(place.index.submap.max(), twin)])
+    estimates = [localizer.process(at(half[k], number)).estimate for number, k in enumerate(range(3, 30), start=1)]
+    assert localizer.submap == "twin"
+    assert estimates[-1].state is TrackingState.TRACKING
+    assert away_m(estimates[-1], FAR @ half[29].T_map_camera) < 0.05
+    told = [e for e in estimates if "fit 'twin' better than 'own'" in e.reason]
+    assert told and all(e.state is TrackingState.DEGRADED for e in told)

@@ -15,10 +15,12 @@ from kfloc_ros.localization.config import LocalizerConfig
 from kfloc_ros.localization.judgement import EVIDENCE, confidence_of
 from kfloc_ros.localization.localizer import Localizer
 from kfloc_ros.maps.scene_map import SceneMap
-from kfloc_ros.pixloc.image_check import CameraScore
+from kfloc_ros.pixloc.camera_fit import CameraScore
 from kfloc_ros.types import PoseEstimate, TrackingState
 
 CAMERA = Camera(640, 480, 500.0, 500.0, 320.0, 240.0)
+OTHER = replace(CAMERA, fx=505.0, fy=505.0)
+"""Camera of another calibration than the map's."""
 
 
 def localized(room_map: Any, room: Any, change: Any, **options: Any) -> list[PoseEstimate]:
@@ -73,20 +75,46 @@ def test_evidence_against_a_pose_lowers_its_confidence() -> None:
 
 def test_a_camera_that_is_not_known_counts_less_the_more_images_confirm_it() -> None:
     check = CameraCheck(CAMERA)
-    before = check.moments(None)
-    confirmed = check.moments(CameraScore(np.zeros(5), np.diag([1e-6] * 2 + [0.01] * 2 + [1e-6]), np.zeros((6, 5))))
+    before = check.moments(None, OTHER)
+    score = CameraScore(np.zeros(6), np.diag([1e-6] * 2 + [0.01] * 2 + [1e-6] * 2), np.zeros((6, 6)))
+    confirmed = check.moments(score, OTHER)
     assert np.sqrt(before[0, 0]) == pytest.approx(0.005)
     assert confirmed[0, 0] < 0.2 * before[0, 0]
     assert np.trace(confirmed) < 0.01 * np.trace(before)
 
 
+def test_the_calibration_that_the_map_was_made_with_counts_less() -> None:
+    check = CameraCheck(CAMERA)
+    half = Camera(320, 240, 250.0, 250.0, 160.0, 120.0)
+    same, other = (check.moments(None, given)[0, 0] for given in (half, OTHER))
+    assert same == check.moments(None)[0, 0] and same < 0.1 * other
+
+
 def test_an_offset_that_the_images_show_counts_in_full() -> None:
     check = CameraCheck(CAMERA)
-    shown = np.array([0.01, 0.0, 0.0, 0.0, 0.0])
-    moments = check.moments(CameraScore(shown, np.diag([1e-8] * 5), np.zeros((6, 5))))
+    shown = np.array([0.01, 0.0, 0.0, 0.0, 0.0, 0.0])
+    moments = check.moments(CameraScore(shown, np.diag([1e-8] * 6), np.zeros((6, 6))), OTHER)
     assert np.sqrt(moments[0, 0]) == pytest.approx(0.01, rel=0.05)
 
 
 def test_the_usual_error_of_calibrations_is_an_option() -> None:
-    better = CameraCheck(CAMERA, calibration_error=0.001).moments(None)
+    better = CameraCheck(CAMERA, calibration_error=0.001).moments(None, OTHER)
     assert np.sqrt(better[0, 0]) == pytest.approx(0.001)
+
+
+@pytest.mark.thorough
+def test_the_readout_of_a_rolling_shutter_widens_poses_of_a_camera_that_moves(room_map: Any, room: Any) -> None:
+    def last_covariance(readout_s: float) -> np.ndarray:
+        localizer = Localizer(
+            SceneMap.load(room_map), LocalizerConfig(device="cpu", rolling_shutter_readout_s=readout_s)
+        )
+        for k in range(3):
+            estimate = localizer.process(room[k]).estimate
+        assert estimate.state is TrackingState.TRACKING and estimate.covariance is not None
+        return estimate.covariance
+
+    still, rolling = last_covariance(0.0), last_covariance(0.03)
+    assert (np.linalg.eigvalsh(rolling - still) > 0.0).all()
+    moved = room[2].T_map_camera[:3, 3] - room[1].T_map_camera[:3, 3]
+    step_s = 1e-9 * (room[2].stamp_ns - room[1].stamp_ns)
+    assert (rolling - still)[0, 0] >= (0.03 * np.linalg.norm(moved) / step_s) ** 2 / 13

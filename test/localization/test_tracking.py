@@ -13,7 +13,7 @@ from kfloc_ros.evaluation.offline import FrameRecord
 from kfloc_ros.geometry.lie import make_pose, so3_exp
 from kfloc_ros.localization.config import LocalizerConfig
 from kfloc_ros.localization.localizer import Localizer
-from kfloc_ros.localization.tracking import ConstantVelocity, Track, TrackSettings
+from kfloc_ros.localization.tracking import ConstantVelocity, FirstPoses, Rivals, Track, TrackSettings
 from kfloc_ros.maps.scene_map import SceneMap
 from kfloc_ros.types import Alignment, CoarsePose, PoseEstimate, TrackingState
 
@@ -163,3 +163,65 @@ def test_a_jump_is_no_motion_that_goes_on() -> None:
     motion.observe(200_000_000, moved(5.0))
     predicted = motion.predict(300_000_000)
     assert predicted is not None and np.allclose(predicted, moved(5.0))
+
+
+def missing(first: FirstPoses, number: int, x_m: float = 0.0, confidence: float = 0.5) -> int:
+    return first.missing(number * 10**8, moved(x_m), confidence)
+
+
+def test_first_poses_wait_for_others_that_agree() -> None:
+    first = FirstPoses(3)
+    assert [missing(first, n, 0.1 * n) for n in range(5)] == [2, 1, 0, 0, 0]
+    assert missing(first, 5, 4.0) == 2, "a pose somewhere else begins anew"
+    assert missing(first, 6, 4.1) == 1 and missing(first, 100, 4.1) == 2, "too long ago"
+    first.reset()
+    assert missing(first, 101, 4.1) == 2
+
+
+def test_a_certain_first_pose_waits_for_none_and_one_is_enough_if_asked() -> None:
+    first = FirstPoses(2)
+    assert missing(first, 0, confidence=0.95) == 0 and missing(first, 1, 0.1) == 0
+    assert missing(FirstPoses(1), 0, confidence=0.1) == 0
+
+
+FAR = make_pose(so3_exp([0.0, 0.0, 1.0]), [30.0, 0.0, 0.0])
+
+
+def weighed(rivals: Rivals, costs: list[tuple[float, float]], step_m: float = 0.2) -> list[int | None]:
+    """Submaps that took over, image by image, for costs in the chosen submap and in its rival."""
+    taken = []
+    for n, (own, other) in enumerate(costs):
+        T = moved(step_m * n)
+
+        def align(submap: int, start: np.ndarray, T: np.ndarray = T, other: float = other) -> Alignment:
+            assert submap == 7 and np.allclose(start, FAR @ T)
+            return aligned(start, other, "" if other < 0.25 else "too costly")
+
+        found = rivals.weigh(T, own, align)
+        taken.append(None if found is None else found[0])
+    return taken
+
+
+def begun() -> Rivals:
+    rivals = Rivals()
+    rivals.begin(moved(-1.0), [(7, aligned(FAR @ moved(-1.0), 0.11))])
+    return rivals
+
+
+def test_images_that_fit_a_rival_better_decide_for_it_and_not_at_the_first_look() -> None:
+    rivals = begun()
+    assert weighed(rivals, [(0.20, 0.10)]) == [None] and rivals.likelier == 7
+    assert weighed(begun(), [(0.20, 0.10)] * 3) == [None, 7, None]
+    mixed = begun()
+    assert weighed(mixed, [(0.20, 0.10), (0.10, 0.20), (0.10, 0.20)]) == [None] * 3 and mixed.likelier is None
+
+
+def test_a_rival_that_the_images_refute_is_dropped() -> None:
+    rivals = begun()
+    assert weighed(rivals, [(0.10, 0.30)] * 3) == [None] * 3
+    assert weighed(rivals, [(0.30, 0.10)] * 5) == [None] * 5 and rivals.likelier is None
+
+
+def test_images_of_one_view_count_once() -> None:
+    rivals = begun()
+    assert weighed(rivals, [(0.20, 0.10)] * 5, step_m=0.01) == [None] * 5 and rivals.likelier == 7

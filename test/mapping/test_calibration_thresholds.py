@@ -9,7 +9,7 @@ import pytest
 
 from kfloc_ros.localization.config import LocalizerConfig
 from kfloc_ros.localization.localizer import Localizer
-from kfloc_ros.mapping.calibration import RATIO_LIMITS, _ratio_threshold
+from kfloc_ros.mapping.pose_calibration import RATIO_LIMITS, _ratio_threshold
 from kfloc_ros.maps.scene_map import Calibration, SceneMap
 from kfloc_ros.types import Frame, TrackingState
 

@@ -106,6 +106,8 @@ def test_a_turn_about_the_vertical_adds_to_the_heading_and_keeps_the_tilt(axis: 
 def test_maps_of_few_or_alike_views_are_said_to_be_weak(scene_map) -> None:
     references = scene_map.references
     assert weaknesses(scene_map) == []
+    drifting = replace(scene_map, calibration=replace(scene_map.calibration, own_error_rad=0.015))
+    assert "disagree: " in weaknesses(drifting)[0] and "0.9 deg" in weaknesses(drifting)[0]
 
     def part(count: int, poses: np.ndarray) -> SceneMap:
         return replace(scene_map, references=ReferenceViews(references.ids[:count], poses, references.views[:count]))

@@ -8,8 +8,13 @@ import torch
 import torch.nn.functional as F
 
 from kfloc_ros.kfnet.flow_network import LEARNED_FLOOR_M2
-from kfloc_ros.mapping.calibration import TEMPERATURES, USUAL_LEARNED_SCALE, PropagationErrors, calibrate_flow
-from kfloc_ros.mapping.measurement_calibration import ONE_SIGMA
+from kfloc_ros.mapping.calibration import (
+    ONE_SIGMA,
+    TEMPERATURES,
+    USUAL_LEARNED_SCALE,
+    PropagationErrors,
+    calibrate_flow,
+)
 from kfloc_ros.maps.scene_map import Calibration
 from kfloc_ros.types import SceneCoordinates
 

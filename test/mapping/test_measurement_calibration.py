@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from kfloc_ros.features.backbone import BackboneFeatures
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.kfnet.scoordnet import SCoordNet
-from kfloc_ros.mapping.measurement_calibration import (
+from kfloc_ros.mapping.calibration import (
     MAX_TURNED,
     ONE_SIGMA,
     TURNS,

@@ -10,7 +10,15 @@ import torch.nn.functional as F
 
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import make_pose, so3_exp, so3_exp_torch
-from kfloc_ros.pixloc.cost import FeatureImage, RobustLoss, linearize, project, projection_jacobian
+from kfloc_ros.pixloc.cost import (
+    FeatureImage,
+    Intrinsics,
+    RobustLoss,
+    _jacobian,
+    linearize,
+    project,
+    projection_jacobian,
+)
 from kfloc_ros.pixloc.optimizer import StopRule, left_update, minimize
 
 CAMERA = Camera(160, 128, 140.0, 145.0, 80.0, 63.0)
@@ -42,6 +50,28 @@ def test_projection_jacobian_agrees_with_autograd() -> None:
     expected = torch.autograd.functional.jacobian(projected, torch.zeros(6, dtype=torch.float64))
     _, P, _ = project(points, T, CAMERA, 4.0)
     assert torch.allclose(projection_jacobian(P, CAMERA, 4.0), expected, atol=1e-9)
+
+
+def test_jacobian_by_the_camera_agrees_with_autograd() -> None:
+    points, pose = scene(20)
+    T, offsets = torch.from_numpy(pose), torch.tensor([0.05, -0.02, 3.0, -2.0, 0.08, 0.03], dtype=torch.float64)
+
+    def projected(delta: torch.Tensor) -> torch.Tensor:
+        moved = torch.eye(4, dtype=torch.float64)
+        moved = torch.cat([torch.cat([so3_exp_torch(delta[3:6]), delta[:3, None]], dim=1), moved[3:]])
+        x, y, z = (points @ (moved @ T)[:3, :3].T + (moved @ T)[:3, 3]).unbind(1)
+        focal, aspect, cx, cy, k1, skew = (offsets + delta[6:]).unbind()
+        x, y = x / z, y / z
+        bend = 1 + k1 * (x * x + y * y)
+        u = CAMERA.fx * focal.exp() * (x + skew * y) * bend + CAMERA.cx + cx
+        v = CAMERA.fy * (focal + aspect).exp() * y * bend + CAMERA.cy + cy
+        return (torch.stack([u, v], dim=1) + 0.5) / 4.0 - 0.5
+
+    expected = torch.autograd.functional.jacobian(projected, torch.zeros(12, dtype=torch.float64))
+    _, P, _ = project(points, T, CAMERA, 4.0)
+    z = P[:, 2]
+    found = _jacobian(P[:, 0] / z, P[:, 1] / z, z, Intrinsics.of(CAMERA, 4.0, offsets.numpy()))
+    assert torch.allclose(found, expected, atol=1e-9)
 
 
 def test_sampling_agrees_with_grid_sample() -> None:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from kfloc_ros.geometry.camera import Camera
+from kfloc_ros.pixloc.cost import FeatureImage
 from kfloc_ros.pixloc.image_check import COLUMNS, ROWS, BlockMatch, match_blocks
 from kfloc_ros.pixloc.references import ReferencePoints
 
@@ -21,6 +22,10 @@ def features(seed: int = 0) -> torch.Tensor:
     return F.normalize(F.avg_pool2d(noise, 3, stride=1, padding=1)[0], dim=0)
 
 
+def image_of(shown: torch.Tensor) -> FeatureImage:
+    return FeatureImage.from_maps(shown, torch.ones(shown.shape[1:]), 8)
+
+
 def matched(shown: torch.Tensor, known: torch.Tensor) -> BlockMatch | None:
     """Reference points at the centres of cells, with the features of ``known``, in an image with those of ``shown``."""
     row, column = (i.reshape(-1) for i in torch.meshgrid(torch.arange(1, 59, 2), torch.arange(1, 79, 2), indexing="ij"))
@@ -28,13 +33,22 @@ def matched(shown: torch.Tensor, known: torch.Tensor) -> BlockMatch | None:
     points = torch.stack([(u - CAMERA.cx) / CAMERA.fx, (v - CAMERA.cy) / CAMERA.fy, torch.ones_like(u)], 1) * DEPTH_M
     wanted = known[:, row, column].T
     references = ReferencePoints(points, wanted, wanted[:, :8], torch.ones(len(points)))
-    return match_blocks(shown, points, references, np.eye(4), CAMERA)
+    return match_blocks(image_of(shown), points, references, np.eye(4), CAMERA)
 
 
 def test_the_same_image_matches_everywhere() -> None:
     result = matched(features(), features())
     assert result is not None and result.blocks == ROWS * COLUMNS
     assert result.matching_share == 1.0 and result.moved == 0
+    assert result.shift_px < 2.0 and result.shifted == 0
+
+
+def test_a_part_that_moved_a_little_shifts_its_blocks() -> None:
+    shown, known = features(), features()
+    shown[:, 10:50, 23:63] = known[:, 10:50, 20:60]  # by 3 cells
+    result = matched(shown, known)
+    assert result is not None and 12 <= result.shifted <= 30
+    assert 10.0 < result.shift_px < 24.0 and result.shift_chi2 > 5.0
 
 
 def test_a_displaced_part_is_found_with_its_displacement() -> None:
@@ -59,4 +73,4 @@ def test_too_few_points_in_view_are_not_compared() -> None:
     behind = torch.tensor([[0.0, 0.0, -1.0]]).repeat(100, 1)
     wanted = known[:, 0, :1].T.repeat(100, 1)
     references = ReferencePoints(behind, wanted, wanted[:, :8], torch.ones(100))
-    assert match_blocks(known, behind, references, np.eye(4), CAMERA) is None
+    assert match_blocks(image_of(known), behind, references, np.eye(4), CAMERA) is None

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from kfloc_ros.geometry.lie import make_pose, so3_exp
-from kfloc_ros.localization.place_memory import PlaceMemory
-from kfloc_ros.localization.place_search import SearchResult
+from kfloc_ros.localization.place_search import PlaceMemory, SearchResult
 from kfloc_ros.pixloc.refiner import failed_alignment
 from kfloc_ros.types import Alignment, Matrix
 

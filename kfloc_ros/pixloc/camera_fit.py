@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Camera fitted together with the pose of one image.
+
+Hundreds of points overdetermine a pose, so the same residuals also constrain the focal length, the principal point, the
+first term of radial distortion, and a skew. The cost is that of :mod:`kfloc_ros.pixloc.cost`, with the camera's
+``OFFSETS`` as six more columns of the Jacobian, and a weak Gaussian prior on them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kfloc_ros.geometry.camera import Camera
+from kfloc_ros.geometry.lie import Matrix, make_pose, so3_exp
+from kfloc_ros.pixloc.cost import OFFSETS, POSE, FeatureImage, RobustLoss, linearize
+
+PRIOR_SIGMA = np.array([0.15, 0.1, 20.0, 20.0, 0.15, 0.1])
+"""Standard deviations of the prior; pixels of the map's camera for the principal point."""
+MAX_ITERATIONS = 12
+"""Largest number of iterations per level."""
+MIN_POINTS = 60
+
+
+@dataclass(frozen=True, eq=False)
+class CameraFit:
+    """Camera and pose that fit one image best."""
+
+    offsets: NDArray[np.float64]
+    """(6,) offsets from the map's camera; see the module's docstring."""
+    information: NDArray[np.float64]
+    """(6, 6) information of the offsets, with the pose marginalised, without the prior."""
+    T_camera_local: Matrix
+    """Pose (4, 4) that maps points of their given frame to the camera frame."""
+    pose_information: NDArray[np.float64]
+    """(6, 6) information of the left perturbation (dt, dw) of the pose, with the camera marginalised."""
+    cost: float
+
+
+@dataclass(frozen=True, eq=False)
+class FitLevel:
+    """Feature level of an image with the reference features of the same level."""
+
+    image: FeatureImage
+    features: torch.Tensor
+    """(N, C)"""
+    confidence: torch.Tensor
+    """(N,)"""
+
+
+@dataclass(frozen=True, eq=False)
+class _System:
+    """Normal equations (12, 12) of pose and camera, scaled to information."""
+
+    cost: float
+    H: NDArray[np.float64]
+    g: NDArray[np.float64]
+    valid_count: int
+
+
+def fit_camera(
+    levels: tuple[FitLevel, ...], points: torch.Tensor, T_camera_local: Matrix, camera: Camera, loss: RobustLoss
+) -> CameraFit | None:
+    """Fit pose and camera together, coarse level first.
+
+    Args:
+        levels: coarse to fine.
+        points: (N, 3) reference points, in a frame near the camera, since float32 is exact enough only near its origin.
+        T_camera_local: pose to start from, (4, 4), which maps points of that frame to the camera frame.
+        camera: pinhole camera of the map, to which the image was converted.
+        loss: robust loss of the alignment.
+
+    Returns:
+        The fit; None if too few points are in view.
+    """
+    T, offsets = T_camera_local, np.zeros(len(OFFSETS))
+    system: _System | None = None
+    for level in levels:
+        system = _linearize(level, points, T, camera, offsets, loss)
+        if system.valid_count < MIN_POINTS:
+            return None
+        damping = 1e-3
+        for _ in range(MAX_ITERATIONS):
+            step = _step(system, offsets, damping)
+            T_new = make_pose(so3_exp(step[3:POSE]), step[:3]) @ T
+            new_offsets = offsets + step[POSE:]
+            new = _linearize(level, points, T_new, camera, new_offsets, loss)
+            if new.cost < system.cost and 3 * new.valid_count >= 2 * system.valid_count:
+                gain = (system.cost - new.cost) / max(system.cost, 1e-12)
+                T, offsets, system, damping = T_new, new_offsets, new, max(damping / 10, 1e-7)
+                if gain < 1e-5:
+                    break
+            else:
+                damping *= 10
+                if damping > 1e3:
+                    break
+    if system is None or not np.isfinite(offsets).all():
+        return None
+    H = system.H
+    try:
+        information = H[POSE:, POSE:] - H[POSE:, :POSE] @ np.linalg.solve(H[:POSE, :POSE], H[:POSE, POSE:])
+    except np.linalg.LinAlgError:
+        return None
+    full = H.copy()
+    full[POSE:, POSE:] += np.diag(PRIOR_SIGMA**-2)
+    of_pose = full[:POSE, :POSE] - full[:POSE, POSE:] @ np.linalg.solve(full[POSE:, POSE:], full[POSE:, :POSE])
+    return CameraFit(offsets, 0.5 * (information + information.T), T, of_pose, system.cost)
+
+
+@dataclass(frozen=True, eq=False)
+class CameraScore:
+    """Offsets that one Gauss-Newton step from an aligned pose suggests, and what offsets do to the pose."""
+
+    offsets: NDArray[np.float64]
+    """(6,) offsets; those of a large mistake are too small."""
+    covariance: NDArray[np.float64]
+    """(6, 6) covariance of the offsets."""
+    sensitivity: NDArray[np.float64]
+    """(6, 6) derivative of the left perturbation (dt, dw) of the pose by the offsets."""
+
+
+def score_camera(
+    level: FitLevel, points: torch.Tensor, T_camera_local: Matrix, camera: Camera, loss: RobustLoss
+) -> CameraScore | None:
+    """Return the score of the camera at an aligned pose, from the residuals of one level; None if it is not determined.
+
+    This is one linearization, a tenth of :func:`fit_camera`; arguments as there.
+    """
+    system = _linearize(level, points, T_camera_local, camera, np.zeros(len(OFFSETS)), loss)
+    if system.valid_count < MIN_POINTS:
+        return None
+    H, g = system.H, system.g
+    try:
+        by_camera = np.linalg.solve(H[:POSE, :POSE], H[:POSE, POSE:])
+        by_pose = np.linalg.solve(H[:POSE, :POSE], g[:POSE])
+        covariance = np.asarray(np.linalg.inv(H[POSE:, POSE:] - H[POSE:, :POSE] @ by_camera), dtype=np.float64)
+    except np.linalg.LinAlgError:
+        return None
+    offsets = -covariance @ (g[POSE:] - H[POSE:, :POSE] @ by_pose)
+    if not np.isfinite(offsets).all() or not (np.diag(covariance) > 0).all():
+        return None
+    symmetric = np.asarray(0.5 * (covariance + covariance.T), dtype=np.float64)
+    return CameraScore(offsets, symmetric, np.asarray(-by_camera, dtype=np.float64))
+
+
+def _step(system: _System, offsets: NDArray[np.float64], damping: float) -> NDArray[np.float64]:
+    """Return the damped Gauss-Newton step of pose and offsets under the prior."""
+    H, g = system.H.copy(), system.g.copy()
+    H[np.diag_indices_from(H)] += damping * np.diag(system.H) + 1e-9
+    precision = PRIOR_SIGMA**-2
+    H[POSE:, POSE:] += np.diag(precision)
+    g[POSE:] += precision * offsets
+    return np.asarray(-np.linalg.solve(H, g))
+
+
+def _linearize(
+    level: FitLevel,
+    points: torch.Tensor,
+    T: Matrix,
+    camera: Camera,
+    offsets: NDArray[np.float64],
+    loss: RobustLoss,
+) -> _System:
+    at = linearize(level.image, points, level.features, level.confidence, T, camera, loss, offsets)
+    scale = at.valid_count / max(at.cost, 1e-9)  # to information, as for the pose alone
+    return _System(at.cost, scale * at.H, scale * at.g, at.valid_count)

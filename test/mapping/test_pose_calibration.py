@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Covariance of a map's poses: from errors of held-out views, and from what passes through the place disagree by."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from kfloc_ros.mapping.pose_calibration import (
+    ABSURD_COVARIANCE_SCALE,
+    LEAST_OWN_ERROR,
+    PoseCovariance,
+    PoseErrors,
+    camera_fit_scale,
+)
+from kfloc_ros.maps.scene_map import Calibration
+
+BY_POINTS = np.diag([0.001**2] * 3 + [0.0005**2] * 3)
+
+
+def errors(count: int, scale: float, own_m: float, own_rad: float, seed: int = 0) -> PoseErrors:
+    """Errors of poses whose covariance by the points is too small by a scale, in a map with an error of its own."""
+    covariance = scale * BY_POINTS + np.diag([own_m**2] * 3 + [own_rad**2] * 3)
+    drawn = np.random.default_rng(seed).multivariate_normal(np.zeros(6), covariance, count)
+    repeated = np.repeat(BY_POINTS[None], count, axis=0)
+    return PoseErrors(drawn, repeated)
+
+
+NONE = errors(0, 1.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize(("scale", "own_m", "own_rad"), [(4.0, 0.0, 0.0), (1.0, 0.005, 0.004), (50.0, 0.0, 0.01)])
+def test_the_covariance_covers_as_many_errors_as_it_says(scale: float, own_m: float, own_rad: float) -> None:
+    found = PoseCovariance.of(errors(60, scale, own_m, own_rad), NONE)
+    fresh = errors(2000, scale, own_m, own_rad, seed=1)
+    for sigma, axes in ((found.own_error_m, slice(0, 3)), (found.own_error_rad, slice(3, 6))):
+        assert fresh.covered(found.scale, sigma, axes) == pytest.approx(0.68, abs=0.07)
+
+
+def test_other_passes_show_the_error_that_neighbours_share() -> None:
+    near = errors(60, 2.0, 0.0, 0.0)
+    found = PoseCovariance.of(near, errors(20, 2.0, 0.01, 0.015))
+    assert found.own_error_m == pytest.approx(0.01, rel=0.3) and found.own_error_rad == pytest.approx(0.015, rel=0.3)
+    alike = PoseCovariance.of(near, errors(20, 2.0, 0.0, 0.0, seed=3))
+    assert alike.own_error_m < 0.001 and alike.own_error_rad < 0.001
+
+
+def test_few_errors_and_absurd_ones_are_no_error_of_the_map() -> None:
+    assert PoseCovariance.of(errors(3, 9.0, 0.0, 0.0), NONE) == PoseCovariance(1.0, LEAST_OWN_ERROR, LEAST_OWN_ERROR)
+    absurd = PoseCovariance.of(errors(60, 5000.0, 0.0, 0.0), NONE)
+    assert absurd.scale > ABSURD_COVARIANCE_SCALE and absurd.own_error_m == LEAST_OWN_ERROR
+
+
+def test_cameras_that_scatter_are_believed_less() -> None:
+    lengths = np.random.default_rng(0).chisquare(6, 400)
+    assert camera_fit_scale(3.0 * lengths) == pytest.approx(3.0, rel=0.2)
+    assert camera_fit_scale(np.append(lengths, 40.0 * lengths[:80])) > 3.0, "right cameras in the tail stay right"
+    assert camera_fit_scale([]) == Calibration().camera_fit_scale
