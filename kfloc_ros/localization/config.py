@@ -66,32 +66,31 @@ class LocalizerConfig:
     )
     camera_check: str = option(
         "warn",
-        "Check of the camera by the images. warn: poses of a camera that does not fit are DEGRADED; correct: a fitted "
-        "camera replaces it (one process and one map only); off: none.",
+        "Check of the camera by the images. warn: poses of one that does not fit are DEGRADED; correct: a fitted one "
+        "replaces it (one process, one map); off: none.",
         choices=("off", "warn", "correct"),
     )
     calibration_error_percent: float = option(
         0.5,
-        "Usual calibration error, in percent of the focal length; covariances include it unless images show better.",
+        "Usual calibration error, in percent of the focal length, for covariances.",
         low=0.01,
         high=10.0,
     )
     first_fix_agreement: int = option(
         2,
-        "First poses after LOST that must agree before they move map -> odom, if their confidence is below 0.7.",
+        "First poses after LOST that must agree before map -> odom moves, unless confidence is 0.7.",
         low=1,
         high=20,
     )
     rolling_shutter_readout_s: float = option(
         0.0,
-        "Readout time of a rolling shutter, in seconds, for covariances; 0: none.",
+        "Readout time of a rolling shutter, in seconds; 0: none.",
         low=0.0,
         high=0.2,
     )
     max_repeat_s: float = option(
         1.0,
-        "Longest time, in seconds, that one image may be repeated byte for byte before the state is LOST; 0 (for "
-        "noiseless simulated cameras): no limit.",
+        "Time, in seconds, after which a camera that repeats one image byte for byte is LOST; 0: never.",
         low=0.0,
         high=3600.0,
     )
