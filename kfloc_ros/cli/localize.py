@@ -66,6 +66,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--tracking", action="store_true", help="align from the predicted pose while that succeeds; faster"
     )
+    parser.add_argument(
+        "--use-depth",
+        action="store_true",
+        help="measure the depth images of SOURCE, too: they correct poses and refuse those that they contradict",
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="device of the networks")
     parser.add_argument(
         "--loaded-submaps",
@@ -99,7 +104,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Run ``kfloc localize``; return 0 when done, 130 when interrupted."""
-    source = open_source_from(args, depth=args.collect is not None)
+    source = open_source_from(args, depth=args.use_depth or args.collect is not None)
     need_camera(source)
 
     # Imported late, so that a mistyped SOURCE is reported before torch is loaded.
@@ -126,6 +131,7 @@ def run(args: argparse.Namespace) -> int:
         refine=not args.no_refine,
         tracking=args.tracking,
         camera_check=args.camera_check,
+        use_depth=args.use_depth,
         loaded_submaps=args.loaded_submaps,
     )
     map_path = resolve_map(args.map)
@@ -177,6 +183,7 @@ def run(args: argparse.Namespace) -> int:
                 "recursion": config.recursion,
                 "refine": config.refine,
                 "tracking": config.tracking,
+                **({"use_depth": True} if config.use_depth else {}),
             },
         )
         if interrupted and not records:

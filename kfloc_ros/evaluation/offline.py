@@ -128,8 +128,8 @@ def localize_recording(recording: Recording) -> tuple[list[FrameRecord], str]:
         SourceError: an image cannot be read.
     """
     source = open_source(
-        recording.source, poses=recording.poses, frames=recording.frames, split=recording.split, depth=False,
-        strict=recording.strict,
+        recording.source, poses=recording.poses, frames=recording.frames, split=recording.split,
+        depth=recording.config.use_depth, strict=recording.strict,
     )  # fmt: skip
     positions = [position for position, number in enumerate(source.sequences()) if number == recording.number]
     localizer = localizer_for(load_map(recording.map), recording.config)
@@ -192,6 +192,7 @@ def localize_frames(
             stamp_ns=frame.stamp_ns,
             index=frame.index,
             name=frame.name,
+            depth_m=None if frame.depth_m is None else adapter.nearest(frame.depth_m),
             T_map_camera=frame.T_map_camera,
             source_camera=frame.camera,
         )

@@ -20,6 +20,7 @@ from kfloc_ros.kfnet.pnp import PnpSettings, solve_pnp
 from kfloc_ros.kfnet.reference.networks import ReferenceNetworks
 from kfloc_ros.kfnet.scoordnet import measure, quantized
 from kfloc_ros.localization.config import LocalizerConfig
+from kfloc_ros.localization.depth import of_coarse
 from kfloc_ros.localization.results import StageTimes
 from kfloc_ros.maps.scene_map import SceneMap
 from kfloc_ros.types import CoarsePose, FilterReport, Frame, Matrix, SceneCoordinates
@@ -43,7 +44,7 @@ class CoarseStage:
         """Pinhole camera that every frame must have."""
         self.backbone = backbone or Backbone(device=device, runtime=config.runtime)
         self._networks = networks_of(scene_map, device, exact=config.runtime == "torch")
-        self._use_filter = config.filter
+        self._use_filter, self._uses_depth = config.filter, config.use_depth
         self._corrects = config.filter and config.pose_feedback and recursion_of(scene_map, config) == "robust"
         self._alternates = config.filter and config.alternate_cells and recursion_of(scene_map, config) == "robust"
         self._colour = 0
@@ -101,11 +102,13 @@ class CoarseStage:
                 self._skipped = None
             return self._step(frame, features, measurement)
 
-    def solve(self, filtered: Filtered, times: StageTimes) -> CoarsePose:
+    def solve(self, frame: Frame, filtered: Filtered, times: StageTimes) -> CoarsePose:
         """Solve RANSAC-PnP on the filtered scene coordinates; the filter takes note of the pose."""
         with times.stage("pnp"):
             expected = self._filter.last_pose if self._use_filter else None
             pose = solve_pnp(filtered.posterior, self.camera, self._pnp, expected)
+            if self._uses_depth and frame.depth_m is not None:
+                pose = of_coarse(frame.depth_m, filtered.posterior, pose, self.camera, self._pnp)
         self._filter.accept_pose(pose)
         return pose
 
@@ -177,7 +180,7 @@ def extract_features(frame: Frame, camera: Camera, backbone: Backbone, times: St
 
 
 def check_frame(frame: Frame, camera: Camera) -> None:
-    """Refuse an image that does not belong to the map's camera.
+    """Refuse an image, or a depth image, that does not belong to the map's camera.
 
     Raises:
         FrameError: wrong size, type or channels.
@@ -189,6 +192,11 @@ def check_frame(frame: Frame, camera: Camera) -> None:
         raise FrameError(
             f"The image is {image.shape[1]}x{image.shape[0]}, but the map's camera is {camera.width}x{camera.height}; "
             "bring it there with an ImageAdapter."
+        )
+    if frame.depth_m is not None and frame.depth_m.shape != image.shape[:2]:
+        raise FrameError(
+            f"The depth image is {frame.depth_m.shape[::-1]} pixels large, and its image {image.shape[1::-1]}: depth "
+            "must be registered to the image."
         )
 
 

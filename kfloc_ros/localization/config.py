@@ -88,6 +88,10 @@ class LocalizerConfig:
         low=0.0,
         high=0.2,
     )
+    use_depth: bool = option(
+        False,
+        "Measure the depth of the images, where there is one: corrects poses, and refuses those that it contradicts.",
+    )
     max_repeat_s: float = option(
         1.0,
         "Time, in seconds, after which a camera that repeats one image byte for byte is LOST; 0: never.",

@@ -146,7 +146,7 @@ class Localizer:
         filtered = self._coarse.fuse(frame, features, measurement, times)
 
         # 5. Coarse pose by RANSAC-PnP
-        pose = self._coarse.solve(filtered, times)
+        pose = self._coarse.solve(frame, filtered, times)
         return CoarseResult(
             frame.stamp_ns,
             pose,
@@ -177,7 +177,7 @@ class Localizer:
         alignment = self._refine.align(frame, coarse, hints, times, predicted)
 
         # 7. Relocalize in the whole map if that failed
-        alignment = self._refine.relocalize(coarse, alignment, times, predicted)
+        alignment = self._refine.relocalize(frame, coarse, alignment, times, predicted)
 
         # 8. Judge pose and camera; an accepted pose then corrects the belief (correct_belief)
         estimate = self._refine.judge(frame, coarse, alignment, times)

@@ -12,6 +12,7 @@ from kfloc_ros.kfnet.pnp import agreeing_share
 from kfloc_ros.localization.camera_check import RepeatGuard
 from kfloc_ros.localization.coarse import check_frame, pnp_settings
 from kfloc_ros.localization.config import LocalizerConfig
+from kfloc_ros.localization.depth import DepthCheck
 from kfloc_ros.localization.judgement import JudgementSettings, PoseCheck, judge
 from kfloc_ros.localization.results import CoarseResult, StageTimes
 from kfloc_ros.localization.tracking import ConstantVelocity, Track, TrackSettings, agrees
@@ -50,6 +51,7 @@ class RefineStage:
             ),
         )
         """Aligner of poses; it has no state."""
+        self._depth = DepthCheck(self.refiner, scene_map.camera)
         self._config = config
         self._camera = scene_map.camera
         self._motion = ConstantVelocity(config.max_gap_s)
@@ -104,7 +106,7 @@ class RefineStage:
         if self._repeats.fault(frame.image, stamp_ns):
             return None
         with times.stage("refine"):
-            alignment = self.refiner.align(features, [predicted])
+            alignment = self._by_depth(frame, features, self.refiner.align(features, [predicted]))
         if self._track.contradiction(alignment, predicted):
             return None
         estimate = PoseEstimate(
@@ -148,10 +150,15 @@ class RefineStage:
                 alignment = self._compare(alignment, coarse.pose, features)
             if alignment.success and not self._is_supported(alignment, coarse, features):
                 alignment = self._examine(alignment, features, self._expected(predicted))
-        return alignment
+            return self._by_depth(frame, features, alignment)
 
     def relocalize(
-        self, coarse: CoarseResult, alignment: Alignment | None, times: StageTimes, predicted: Matrix | None = None
+        self,
+        frame: Frame,
+        coarse: CoarseResult,
+        alignment: Alignment | None,
+        times: StageTimes,
+        predicted: Matrix | None = None,
     ) -> Alignment | None:
         """Search the whole map if the alignment failed.
 
@@ -170,6 +177,7 @@ class RefineStage:
                 self._expected(predicted),
                 likely,
             )
+            found = self._by_depth(frame, features, found)
         if found.success:
             return found
         return replace(alignment, reason=f"{alignment.reason}; searched the map: {found.reason}")
@@ -184,6 +192,8 @@ class RefineStage:
             had_pose=self._had_pose,
             settings=self._judgement,
         )
+        if self._config.use_depth:
+            estimate = self._depth.of_estimate(frame.depth_m, coarse.features.to(self._device), estimate)
         repeated = self._repeats.fault(frame.image, frame.stamp_ns)
         if repeated:
             state = TrackingState.LOST if self._had_pose else TrackingState.INITIALIZING
@@ -221,6 +231,10 @@ class RefineStage:
         """
         limit = None if self._relocalizer is None else self._relocalizer.settings.near_max_cost
         return self.refiner.align(features, starts, max_cost=limit)
+
+    def _by_depth(self, frame: Frame, features: BackboneFeatures, alignment: Alignment) -> Alignment:
+        """Return the alignment, corrected or refused by the frame's depth, if depth is used."""
+        return self._depth.of_alignment(frame.depth_m, features, alignment) if self._config.use_depth else alignment
 
     def _predicted(self, stamp_ns: int, by_odometry: Matrix | None) -> Matrix | None:
         """Return the pose predicted by odometry, else by constant velocity; None without a recent pose."""

@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from rclpy.node import Node
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 
@@ -17,7 +20,7 @@ from kfloc_ros.errors import FrameError
 from kfloc_ros.geometry.camera import Camera, ImageAdapter
 from kfloc_ros.maps.place import MapInfo
 from kfloc_ros.messages.camera_info import camera_from_info, check_view
-from kfloc_ros.messages.images import decode_compressed
+from kfloc_ros.messages.images import decode_compressed, decode_depth_message
 from kfloc_ros.messages.poses import StampGuard, stamp_to_ns
 from kfloc_ros.nodes import qos
 from kfloc_ros.nodes.adapters import decode
@@ -34,12 +37,77 @@ _AHEAD_S = 0.5
 """Stamps further in the future than this, in seconds, cause a warning."""
 
 
+_DEPTH_APART_S, _DEPTH_WAIT_S, _KEPT_DEPTHS = 0.02, 0.05, 8
+"""Depth of an image: largest difference of the stamps, wait for it, in seconds, and number of kept messages."""
+
+
 @dataclass(frozen=True, eq=False)
 class _Arrival:
     """Image message with its time of receipt."""
 
     message: Any
     receipt_unix_ns: int
+
+
+class DepthReceiver:
+    """Receiver of depth images that are registered to the colour image, for the image of about the same time.
+
+    Args:
+        prefix: name of the camera in a rig, with a slash; empty: the only camera.
+    """
+
+    def __init__(self, node: Node, parameters: ParameterServer, health: Health, prefix: str) -> None:
+        self._health, self._messages = health, deque[Any](maxlen=_KEPT_DEPTHS)
+        self._arrived, self._expected = threading.Condition(), True
+        config = parameters.node
+        self._compressed = config.image_transport == "compressed"
+        self._topic, kind = node.resolve_topic_name(f"{prefix}depth"), Image
+        if self._compressed:
+            self._topic, kind = f"{self._topic}/compressedDepth", CompressedImage
+        profile = qos.newest(config.image_reliability)
+        events = qos.on_mismatch(self._topic, "image_reliability", health.warn)
+        node.create_subscription(kind, self._topic, self._on_depth, profile, event_callbacks=events)
+
+    def near(self, stamp_ns: int, frame_id: str, adapter: ImageAdapter) -> NDArray[np.float32] | None:
+        """Return the depth (H, W) of an image's time, of the adapter's target; None if there is none.
+
+        The worker waits a moment for the depth image, unless none came for the image before either.
+        """
+        with self._arrived:
+            found = self._arrived.wait_for(lambda: self._nearest(stamp_ns), _DEPTH_WAIT_S if self._expected else 0.0)
+        self._expected = found is not None
+        if found is None:
+            self._health.warn(
+                f"No depth image on '{self._topic}' is within {1e3 * _DEPTH_APART_S:.0f} ms of an image; the images "
+                "are localized without depth."
+            )
+            return None
+        own_frame = found.header.frame_id.lstrip("/")
+        if "" not in (own_frame, frame_id) and own_frame != frame_id:
+            self._health.warn(
+                f"The depth images on '{self._topic}' are of the frame '{own_frame}', the images of '{frame_id}': they "
+                "are not used. Publish depth that is registered to the colour image, such as aligned_depth_to_color."
+            )
+            return None
+        try:
+            return adapter.nearest(decode_depth_message(found, self._compressed))
+        except FrameError as error:
+            self._health.warn(
+                f"A depth image on '{self._topic}' is not used, which must have the image's size. {error}"
+            )
+            return None
+
+    def _on_depth(self, message: Any) -> None:
+        with self._arrived:
+            self._messages.append(message)
+            self._expected = True
+            self._arrived.notify_all()
+
+    def _nearest(self, stamp_ns: int) -> Any:
+        """Return the message that is nearest in time, or None."""
+        apart_ns = {id(message): abs(stamp_to_ns(message.header.stamp) - stamp_ns) for message in self._messages}
+        nearest = min(self._messages, key=lambda message: apart_ns[id(message)], default=None)
+        return nearest if nearest is not None and apart_ns[id(nearest)] <= 1e9 * _DEPTH_APART_S else None
 
 
 class ImageReceiver:
@@ -82,6 +150,7 @@ class ImageReceiver:
         parameter_names = "camera_info_reliability or camera_info_durability"
         events = qos.on_mismatch(self._info_topic, parameter_names, health.warn)
         node.create_subscription(CameraInfo, self._info_topic, self._on_info, info_profile, event_callbacks=events)
+        self._depth = DepthReceiver(node, parameters, health, prefix) if parameters.localizer.use_depth else None
         topic, kind = node.resolve_topic_name(f"{prefix}image"), Image
         if config.image_transport == "compressed":
             # As image_transport does: the suffix is appended to the remapped name, so that remapping `image` is
@@ -135,8 +204,12 @@ class ImageReceiver:
         image = self._decode(message)
         decoded = time.perf_counter()
         adapter = self._adapter_for(image.shape[1], image.shape[0])
-        self._check_frame(message.header.frame_id.lstrip("/"))
-        frame = Frame(adapter(image), self._target, stamp_ns, self._index, source_camera=adapter.source)
+        frame_id = message.header.frame_id.lstrip("/")
+        self._check_frame(frame_id)
+        depth_m = None if self._depth is None else self._depth.near(stamp_ns, frame_id, adapter)
+        frame = Frame(
+            adapter(image), self._target, stamp_ns, self._index, depth_m=depth_m, source_camera=adapter.source
+        )
         timings = {"decode": 1e3 * (decoded - start), "rectify": 1e3 * (time.perf_counter() - decoded)}
         self._index += 1
         self._output(CameraFrame(frame, message.header.frame_id, arrival.receipt_unix_ns, timings))

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 
 from kfloc_ros.errors import FrameError, MapError
@@ -163,3 +164,81 @@ def test_a_change_that_needs_a_reload_is_checked_before_it_is_accepted(node: Nod
     assert asked == ["nowhere", "kitchen", "kitchen"], "what does not change anything reloads nothing"
     refused = node.set_parameters([Parameter("autostart", value=False)])[0]
     assert not refused.successful and "read-only" in refused.reason
+
+
+class DepthWorld:
+    """An image receiver that uses depth."""
+
+    def __init__(self, room: Any) -> None:
+        self.context = rclpy.Context()
+        rclpy.init(context=self.context, domain_id=7)
+        arguments = ["--ros-args", "-p", "use_depth:=true"]
+        self.node = Node(
+            "camera_test",
+            context=self.context,
+            cli_args=arguments,
+            automatically_declare_parameters_from_overrides=True,
+        )
+        self.health, self.seen, self.room = Listening(self.node), [], room
+        switch = EnableSwitch(active=True)
+        parameters = ParameterServer(self.node)
+        self.receiver = ImageReceiver(self.node, parameters, room.camera, self.health, switch, self.seen.append)
+        self.receiver._on_info(fill_info(CameraInfo(), room.camera))
+
+    def depth(self, stamp_ns: int, depth_m: Any, frame_id: str = "lens") -> None:
+        message = Image(height=depth_m.shape[0], width=depth_m.shape[1], step=4 * depth_m.shape[1], encoding="32FC1")
+        message.data = depth_m.astype(np.float32).tobytes()
+        fill_stamp(message.header.stamp, stamp_ns)
+        message.header.frame_id = frame_id
+        assert self.receiver._depth is not None
+        self.receiver._depth._on_depth(message)
+
+    def image(self, stamp_ns: int, number: int) -> Any:
+        message = fill_image(Image(), self.room[number].image)
+        fill_stamp(message.header.stamp, stamp_ns)
+        message.header.frame_id = "lens"
+        count = len(self.seen)
+        self.receiver._on_image(message)
+        wait(lambda: len(self.seen) == count + 1)
+        return self.seen[-1].frame
+
+    def close(self) -> None:
+        self.receiver.stop()
+        self.node.destroy_node()
+        self.context.try_shutdown()
+
+
+@pytest.fixture
+def depth_world(monkeypatch: pytest.MonkeyPatch, room: Any) -> Iterator[DepthWorld]:
+    monkeypatch.setenv("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
+    world = DepthWorld(room)
+    yield world
+    world.close()
+
+
+def test_an_image_gets_the_depth_of_its_time(depth_world: DepthWorld, room: Any) -> None:
+    now = time.time_ns()
+    for k in range(4):
+        depth_world.depth(now + k * 33_000_000, np.full_like(room[0].depth_m, 1.0 + k))
+    assert (depth_world.image(now + 66_000_000 + 9_000_000, 1).depth_m == 3.0).all(), "9 ms apart"
+    assert depth_world.image(now + 500_000_000, 2).depth_m is None, "none is within 20 ms"
+    assert any("localized without depth" in sentence for sentence in depth_world.health.said)
+
+
+def test_depth_that_comes_after_its_image_is_awaited_a_moment(depth_world: DepthWorld, room: Any) -> None:
+    now = time.time_ns()
+    late = threading.Timer(0.02, lambda: depth_world.depth(now, room[1].depth_m))
+    late.start()
+    frame = depth_world.image(now, 1)
+    late.join()
+    assert np.array_equal(frame.depth_m, room[1].depth_m)
+
+
+def test_depth_that_is_not_registered_is_not_used_and_told(depth_world: DepthWorld, room: Any) -> None:
+    now = time.time_ns()
+    depth_world.depth(now, room[1].depth_m, frame_id="infrared_lens")
+    assert depth_world.image(now, 1).depth_m is None
+    depth_world.depth(now + 100_000_000, room[1].depth_m[::2, ::2])
+    assert depth_world.image(now + 100_000_000, 2).depth_m is None
+    said = " ".join(depth_world.health.said)
+    assert "registered to the colour image" in said and "must have the image's size" in said
