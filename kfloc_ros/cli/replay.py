@@ -126,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
     from kfloc_ros.evaluation.compare import parse_requirement
     from kfloc_ros.evaluation.report import command_line
     from kfloc_ros.evaluation.results import result_folder
-    from kfloc_ros.replay.config import ReplayConfig
+    from kfloc_ros.replay.recording import ReplayConfig
 
     if args.offline:
         from kfloc_ros.replay.offline import run_offline as replay

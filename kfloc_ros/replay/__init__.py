@@ -11,8 +11,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kfloc_ros.replay.config import ReplayConfig
     from kfloc_ros.replay.offline import run_offline
+    from kfloc_ros.replay.recording import ReplayConfig
     from kfloc_ros.replay.session import run_replay
 
 __all__ = ["ReplayConfig", "run_offline", "run_replay"]

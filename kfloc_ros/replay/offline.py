@@ -27,7 +27,7 @@ from kfloc_ros.maps.format import resolve_map
 from kfloc_ros.maps.place import load_map
 from kfloc_ros.messages.camera_info import camera_from_info, check_view
 from kfloc_ros.messages.poses import StampGuard
-from kfloc_ros.replay.config import ReplayConfig
+from kfloc_ros.replay.recording import ReplayConfig
 from kfloc_ros.types import Frame, Matrix, PoseEstimate, TrackingState
 
 WENT_BACKWARDS = "time went backwards"

@@ -25,10 +25,9 @@ from kfloc_ros.evaluation.results import write_results
 from kfloc_ros.evaluation.summary import RunInfo, Summary
 from kfloc_ros.maps.format import read_description, resolve_map
 from kfloc_ros.messages.poses import tum_text
-from kfloc_ros.replay.config import ReplayConfig
 from kfloc_ros.replay.evaluate import active_seconds, replay_counts, replay_records, transform_accuracy, wall_seconds
 from kfloc_ros.replay.processes import ProcessSet, check_ros, ros_environment
-from kfloc_ros.replay.recording import Recording
+from kfloc_ros.replay.recording import Recording, ReplayConfig
 
 Progress = Callable[[str, int, int], None]
 """Called with what is going on, images played so far, and images in all."""
