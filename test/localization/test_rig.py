@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -125,3 +127,23 @@ def test_three_cameras_are_never_worse_than_the_best_single_one(demo: SceneMap, 
     print(f"within 10 cm, 4 deg: rig {recalls[0]:.2f}, cameras {recalls[1:]}; medians {np.median(errors, axis=0)}")
     assert recalls[0] >= recalls[1:].max()
     assert np.median(errors[:, 0]) <= 1.1 * np.median(errors[:, 1:], axis=0).min()
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("print_m", [None, 0.8, 1.2])
+def test_a_second_camera_beside_the_first_tells_a_print_from_the_room(
+    room: Any, room_map: Path, print_m: float | None
+) -> None:
+    """What is 2.4 m away in the map hangs as a flat print before the cameras: the images are too far apart."""
+    baseline_m = 0.2
+    rig = RigLocalizer(SceneMap.load(room_map), LocalizerConfig(device="cpu", max_repeat_s=0.0), 2)
+    left = room[3]
+    right = room.view(left.T_map_camera @ make_pose(np.eye(3), [baseline_m, 0.0, 0.0]), 3)
+    if print_m is not None:
+        shift_px = round(left.camera.fx * baseline_m / print_m)
+        image = np.concatenate([left.image[:, shift_px:], np.full_like(left.image[:, :shift_px], 90)], axis=1)
+        right = Frame(image, left.camera, left.stamp_ns, 3)
+    mounts = [np.eye(4), make_pose(np.eye(3), [baseline_m, 0.0, 0.0])]
+    result = rig.process([RigView(k, frame, T) for k, (frame, T) in enumerate(zip((left, right), mounts, strict=True))])
+    state = result.localization.estimate.state
+    assert (state is TrackingState.TRACKING) == (print_m is None), result.localization.estimate.reason
