@@ -150,7 +150,7 @@ class CoarseStage:
                 measured, mean=wall.to(measured.mean), variance=torch.full_like(measured.variance, 1e-4),
                 valid=torch.ones_like(measured.valid),
             )  # fmt: skip
-            self.solve(self.fuse(frame, features, known, times), times)
+            self.solve(frame, self.fuse(frame, features, known, times), times)
             self.correct_belief(stamp_ns, np.eye(4))
         self.reset("warm-up")
 

@@ -237,11 +237,12 @@ def _pairs(
     u = np.clip(np.rint(pixels[:, 0]).astype(np.int64)[:, None, None] + step[None, :], 0, columns - 1)
     around = depth_m[v, u].reshape(len(points), step.size**2).astype(np.float64)
     measured = np.isfinite(around) & (around > 0.0)
-    gap = np.where(measured, np.abs(around - known_m[:, None]), np.inf)
-    best = gap.argmin(axis=1) if len(points) else np.zeros(0, np.int64)
-    has = measured.sum(axis=1) >= MIN_MEASURED
-    around, nearest = around[has], around[np.arange(len(points)), best][has]
-    low, middle, high = np.nanquantile(np.where(measured[has], around, np.nan), [0.1, 0.5, 0.9], axis=1)
+    count = measured.sum(axis=1)
+    has = np.flatnonzero(count >= MIN_MEASURED)
+    gap = np.where(measured, np.abs(around - known_m[:, None]), np.inf)[has]
+    nearest = around[has, gap.argmin(axis=1)] if len(has) else np.zeros(0)
+    ordered = np.sort(np.where(measured, around, np.inf)[has], axis=1)
+    low, middle, high = (ordered[np.arange(len(has)), ((count[has] - 1) * q).astype(int)] for q in (0.1, 0.5, 0.9))
     depth = np.where(high - low <= EDGE_LOG * middle, middle, nearest)
     sigma = np.hypot(SIGMA_M + SIGMA_PER_M2 * depth**2, np.broadcast_to(map_sigma_m, known_m.shape)[has])
     return DepthPairs(points[has], depth, sigma, np.log(depth / known_m[has]))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from kfloc_ros.geometry.covariance import pose_tangent_error
-from kfloc_ros.geometry.lie import inverse_pose, make_pose, so3_exp
+from kfloc_ros.geometry.lie import inverse_pose, make_pose, rotation_angle_deg, so3_exp
 from kfloc_ros.kfnet.pnp import choose_cells
 from kfloc_ros.localization.coarse import pnp_settings
 from kfloc_ros.localization.config import LocalizerConfig
@@ -27,6 +27,8 @@ except ImportError:  # no wheel for Linux on ARM
 
 MOUNT_SIGMA_M, MOUNT_SIGMA_RAD = 0.005, 0.004
 """Standard deviations of the cameras' mounts, which every pose of a camera shares."""
+OBJECTION_M, OBJECTION_DEG = 0.05, 3.0
+"""A camera objects to the rig's pose if its image fits the map further away than either, beyond its covariance."""
 _WEIGHT = {TrackingState.TRACKING: 1.0, TrackingState.DEGRADED: 0.2}
 
 
@@ -224,6 +226,31 @@ class RigLocalizer:
             return None
         return inverse_pose(make_pose(pose.R, pose.t))
 
+    def _objections(
+        self, views: Sequence[RigView], found: dict[int, Localization], joint: BodyPose, moved: Sequence[Matrix]
+    ) -> dict[int, BodyPose]:
+        """Return the base's poses by cameras whose images fit the map elsewhere, of those with a doubtful pose alone.
+
+        The covariance of such a pose includes its doubt, so that it never contradicts the others; that of its alignment
+        does not. Two cameras beside each other so measure depth: a print of the place is at another distance.
+        """
+        objections = {}
+        for k, localization in found.items():
+            estimate, alignment = localization.estimate, localization.estimate.alignment
+            if estimate.state is not TrackingState.DEGRADED or alignment is None or not alignment.success:
+                continue
+            if alignment.support < self.localizers[0].refiner.settings.certain_support:
+                continue
+            alone = replace(estimate, T_map_camera=alignment.T_map_camera, covariance=alignment.covariance)
+            candidate = self._candidate(k, views, moved, alone)
+            if candidate is None or _agree(candidate.body, joint):
+                continue
+            between = inverse_pose(joint.T_map_body) @ candidate.body.T_map_body
+            apart_m = float(np.linalg.norm(between[:3, 3]))
+            if apart_m > OBJECTION_M or rotation_angle_deg(between[:3, :3]) > OBJECTION_DEG:
+                objections[k] = candidate.body
+        return objections
+
     def _result(
         self,
         views: Sequence[RigView],
@@ -251,8 +278,19 @@ class RigLocalizer:
             reason = f"camera {views[rivals[0].position].camera} sees another place than the others"
         elif not tracks:
             reason = next(every[k].estimate.reason for k in members)
-        state = TrackingState.TRACKING if tracks and not disputed else TrackingState.DEGRADED
+        covariance = joint.covariance
+        objections = {} if disputed else self._objections(views, found, joint, moved)
+        if objections and len(objections) >= sum(item.state is TrackingState.TRACKING for item in group):
+            k, body = next(iter(objections.items()))
+            error = pose_tangent_error(joint.T_map_body, body.T_map_body)
+            disputed, covariance = True, joint.covariance + np.outer(error, error)
+            reason = (
+                f"the image of camera {views[k].camera} fits the map, but not from where its mount puts the camera: a "
+                "print of the place, or the mount, the calibration or the scale of the map is wrong"
+            )
+        joint = BodyPose(joint.T_map_body, covariance)
         at_camera = joint.moved(views[reference].T_base_camera)
+        state = TrackingState.TRACKING if tracks and not disputed else TrackingState.DEGRADED
         estimate = replace(
             own.estimate, state=state, reason=reason, T_map_camera=at_camera.T_map_body,
             covariance=at_camera.covariance, tentative=own.estimate.tentative and not tracks,

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import array
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -187,7 +188,7 @@ class DepthWorld:
 
     def depth(self, stamp_ns: int, depth_m: Any, frame_id: str = "lens") -> None:
         message = Image(height=depth_m.shape[0], width=depth_m.shape[1], step=4 * depth_m.shape[1], encoding="32FC1")
-        message.data = depth_m.astype(np.float32).tobytes()
+        message.data = array.array("B", depth_m.astype(np.float32).tobytes())
         fill_stamp(message.header.stamp, stamp_ns)
         message.header.frame_id = frame_id
         assert self.receiver._depth is not None
