@@ -90,7 +90,7 @@ class LocalizerConfig:
     )
     use_depth: bool = option(
         False,
-        "Measure the depth of the images, where there is one: corrects poses, and refuses those that it contradicts.",
+        "Use depth images: they correct poses, and refuse those that they contradict.",
     )
     max_repeat_s: float = option(
         1.0,
