@@ -39,10 +39,9 @@ class LocalizerConfig:
     pose_feedback: bool = option(True, "Correct the filter's scene coordinates by accepted refined poses.")
     recursion: str = option(
         "auto",
-        "Recursion of the filter. robust: correlated errors, the value of lower variance where prior and measurement "
-        "contradict each other, resets, pose feedback; published: KFNet's Kalman update, reset only by a gap or a step "
-        "back in time; published_nis: the same, with the measurement in the output where it fails the NIS test; auto: "
-        "published for maps with converted KFNet weights, else robust.",
+        "Recursion of the filter. robust: this package's; published: KFNet's Kalman update, reset only by a gap or a "
+        "step back in time; published_nis: the same, with its NIS test on the output; auto: published for maps with "
+        "converted KFNet weights, else robust.",
         choices=("auto", "robust", "published", "published_nis"),
     )
     refine: bool = option(True, "Refine the coarse pose by feature alignment with the map's reference views.")
