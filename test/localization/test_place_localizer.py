@@ -317,3 +317,17 @@ def test_two_rooms_alike_are_told_apart_by_the_images_after_the_first_look(make:
     assert away_m(estimates[-1], FAR @ half[29].T_map_camera) < 0.05
     told = [e for e in estimates if "fit 'twin' better than 'own'" in e.reason]
     assert told and all(e.state is TrackingState.DEGRADED for e in told)
+
+
+def test_after_a_lift_the_other_floor_is_found(make: Make, room, other_room) -> None:
+    """Two storeys, one above the other: rooms of the same ground plan. In the lift the camera sees a door."""
+    up = make_pose(np.eye(3), [0.0, 0.0, 3.1])
+    floors = {name: [source[k] for k in range(0, 32, 4)] for name, source in (("low", room), ("high", other_room))}
+    localizer = localizer_of(make({"high": up}, **floors))
+    below = localizer.process(at(room[9], 0)).estimate
+    assert localizer.submap == "low" and away_m(below, room[9].T_map_camera) < 0.03
+    for number in range(1, 4):
+        door = replace(room[9], image=np.full_like(room[9].image, 40 + number))
+        assert localizer.process(at(door, number)).estimate.T_map_camera is None
+    above = [localizer.process(at(other_room[k], 40 + k)).estimate for k in (9, 10)]
+    assert localizer.submap == "high" and away_m(above[-1], up @ other_room[10].T_map_camera) < 0.03

@@ -126,3 +126,14 @@ def test_the_gate_lets_planar_poses_in_and_wrong_ones_not() -> None:
         wrong = innovation + np.array([0.3, 0.0, 0.0])
         assert np.sqrt(wrong @ np.linalg.solve(spread, wrong)) > gate
     assert np.mean(passed) > 0.995
+
+
+def test_gnss_joins_the_filter_that_has_the_poses() -> None:
+    gnss, ekf = load("gnss.yaml"), load("robot_localization.yaml")
+    filtered = "ekf_filter_node_map"
+    added, values = gnss[filtered]["ros__parameters"], ekf[filtered]["ros__parameters"]
+    assert not set(added) & set(values), "the file adds a source and changes none"
+    assert added["odom1_config"] == [True, True] + 13 * [False]
+    assert added["odom1_rejection_threshold"] == pytest.approx(np.sqrt(-2 * np.log(0.001)), abs=0.01)
+    navsat = gnss["navsat_transform"]["ros__parameters"]
+    assert navsat["use_odometry_yaw"] and navsat["wait_for_datum"] and len(navsat["datum"]) == 3
