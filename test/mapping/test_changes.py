@@ -11,15 +11,19 @@ import pytest
 import torch
 from textured_room import HALF_SIZE_M, ROOM_CAMERA, TEXTURE_PX_PER_M, Room
 
+from kfloc_ros.cli.main import main
 from kfloc_ros.errors import MapError
+from kfloc_ros.evaluation.collection import Collection
 from kfloc_ros.features.backbone import Backbone
 from kfloc_ros.geometry.camera import Camera
+from kfloc_ros.mapping import update
+from kfloc_ros.mapping.build import MadeMap
 from kfloc_ros.mapping.changes import Changes, find_changes, write_changes
 from kfloc_ros.mapping.merge import merge_maps
 from kfloc_ros.maps.scene_map import SceneMap
 from kfloc_ros.pixloc.references import ReferencePoints, ReferenceViews
 from kfloc_ros.pixloc.refiner import query_levels
-from kfloc_ros.types import Frame
+from kfloc_ros.types import Alignment, Frame, PoseEstimate, TrackingState
 
 WALL = 5
 """Texture of the wall that the camera looks at: z > 0."""
@@ -130,3 +134,23 @@ def test_an_image_is_aligned_with_the_session_that_it_looks_like(scene_map: Scen
     assert {two.session_of(k) for k in chosen} == {1}
     same = own.alike(image, frame.T_map_camera, scene_map.camera, 3)
     assert same == own.overlapping(frame.T_map_camera, scene_map.camera, 3)
+
+
+def test_an_update_from_the_command_line_tells_what_has_changed(
+    room_map: Path, scene_map: SceneMap, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    recording = Collection(tmp_path / "recording")
+    for k in range(24):
+        frame = replace(ChangedRoom(24, changed=True)[k], stamp_ns=10**9 + k * 100_000_000)
+        aligned = Alignment(True, "", frame.T_map_camera, np.eye(6), 0.2, 0.1, 1.0, 3, (0,))
+        estimate = PoseEstimate(frame.stamp_ns, TrackingState.TRACKING, "", frame.T_map_camera, alignment=aligned)
+        recording.offer(frame, replace(estimate, confidence=0.5 if k % 2 else 0.95))
+    # the map of the recording itself takes minutes, and has tests of its own
+    monkeypatch.setattr(update, "make_map", lambda *args, **options: MadeMap(scene_map, []))
+    words = ["map", "update", str(room_map), str(tmp_path / "recording"), "--same-frame", "--no-check"]
+    told = tmp_path / "told"
+    assert main([*words, "--out", str(tmp_path / "new"), "--changes", str(told), "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "older views were seen again" in out and "contradicted" in out and "reference views (before: 10)" in out
+    assert {path.name for path in told.iterdir()} == {"changes.png", "changes.csv"}
+    assert set(SceneMap.load(tmp_path / "new").references.sessions) <= {0, 1}
