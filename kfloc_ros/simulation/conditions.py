@@ -49,9 +49,9 @@ FURNITURE = (
     ("south chair", (-0.2, -1.05, 0.0), (0.45, -0.45, 1.0)),
     ("table", (-0.6, -0.62, 0.02), (0.8, 0.62, 1.1)),
     ("rug", (-1.1, -0.95, 0.003), (1.3, 0.85, 0.019)),
-    ("sofa", (-1.6, -2.0, 0.02), (0.78, -1.2, 0.95)),
+    ("sofa", (-1.6, -2.0, 0.05), (0.78, -1.2, 0.95)),
     ("boxes", (0.75, -2.0, 0.02), (1.4, -1.3, 0.9)),
-    ("desk", (1.8, -1.92, 0.02), (2.47, -0.55, 1.35)),
+    ("desk", (1.8, -1.95, 0.02), (2.41, -0.55, 1.35)),
     ("shelf", (-2.0, 1.62, 0.05), (-0.7, 1.99, 2.3)),
     ("sideboard", (-0.25, 1.5, 0.05), (1.4, 1.99, 1.2)),
 )
@@ -187,7 +187,8 @@ def _motion(
     """Return a motion (4, 4) of a piece of furniture inside the room; the last one if none is free of collisions."""
     centre = np.append(extent.mean(axis=0), 0.0)
     found = np.eye(4)
-    reach = np.array([HALF_X_M, HALF_Y_M]) - 0.005
+    reach = np.array([HALF_X_M, HALF_Y_M])
+    lowest, highest = np.minimum(extent[0], -reach), np.maximum(extent[1], reach)  # some touch their wall
     for _ in range(TRIES):
         step = np.zeros(3)
         if name in AGAINST_A_WALL:
@@ -201,7 +202,7 @@ def _motion(
         T = make_pose(R, centre + step - R @ centre)
         half = np.abs(R[:2, :2]) @ (extent[1] - extent[0]) / 2
         low, high = centre[:2] + step[:2] - half, centre[:2] + step[:2] + half
-        if (low > -reach).all() and (high < reach).all():
+        if (low >= lowest - 1e-9).all() and (high <= highest + 1e-9).all():
             found = T
             if not any((low < o[1]).all() and (high > o[0]).all() for o in others):
                 break
