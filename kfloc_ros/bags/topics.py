@@ -47,9 +47,9 @@ TOPIC_TYPES = {
 DEPTH_UNIT_M = 1e-3
 """Depth images are 16-bit PNG in millimetres, 0 where unknown (REP-118)."""
 
-_TRANSPORTS = ("compressed", "compressedDepth", "zstd")
+_TRANSPORTS = ("compressed", "compressedDepth", "zstd", "ffmpeg", "theora")
 """What image_transport puts behind the name of a topic whose images it compresses."""
-_RECTIFIED = {"rect", "rectified"}
+_RECTIFIED, _RAW = {"rect", "rectified", "undistorted"}, "raw"
 _WORD = re.compile(r"[A-Z]?[a-z]+")
 
 Option = Callable[[str], str]
@@ -77,8 +77,14 @@ class Topic:
 
     @property
     def is_rectified(self) -> bool:
-        """Whether its images are rectified, as image_proc names them: ``image_rect``, ``image_rect_color``."""
-        return not _RECTIFIED.isdisjoint(word.lower() for word in _WORD.findall(self.base.rpartition("/")[2]))
+        """Whether its images are rectified, by its name: ``image_rect``, ``image_rect_color``, ``rect/image``.
+
+        The last part of the name counts; the others, if it does not say ``raw``.
+        """
+        space, _, last = self.base.rpartition("/")
+        words = {word.lower() for word in _WORD.findall(last)}
+        parents = set(space.lower().split("/"))
+        return bool(words & _RECTIFIED) or (_RAW not in words and bool(parents & _RECTIFIED))
 
 
 @dataclass(frozen=True)

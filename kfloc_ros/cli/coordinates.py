@@ -199,7 +199,7 @@ def run_labels(args: argparse.Namespace) -> int:
     import numpy as np
 
     from kfloc_ros.cli.progress import progress_bar
-    from kfloc_ros.datasets.labels import write_kfnet_folder
+    from kfloc_ros.datasets.kfnet import write_kfnet_folder
     from kfloc_ros.mapping.motion_depth import MotionDepth, MotionDepthSettings, with_depth
 
     every_view = MotionDepthSettings(max_views=len(source))

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kfloc_ros.datasets.derived import recordings
-from kfloc_ros.datasets.image_headers import is_turned
+from kfloc_ros.datasets.image_headers import header_of, is_turned
 from kfloc_ros.datasets.images import image_fault, image_size, read_depth_m, read_image, register_depth
 from kfloc_ros.errors import FrameError, SourceError
 from kfloc_ros.files import read_bytes, read_text
@@ -26,6 +26,8 @@ from kfloc_ros.types import Frame, Matrix
 
 CALIBRATION_FILE = "camera.txt"
 MAX_POSITION_M = 1e8
+SAME_SHAPE = 0.03
+"""Logarithm of the largest ratio of the shapes of a depth image and its image: ScanNet's are 640x480 and 1296x968."""
 RESIZED, RESIZED_AGREE = 1.2, 0.1
 """From this factor on between principal point and middle, alike in both directions, images count as resized."""
 
@@ -112,6 +114,9 @@ class PosedImages(FrameSource):
         found = image_fault(image.path, (image.camera.width, image.camera.height))
         if not found and self._depth_files is not None and image.depth_path is not None:
             found = image_fault(image.depth_path)
+            header = None if found or self._depth_files.camera is not None else header_of(image.depth_path)
+            if header is not None:
+                found = _shape_fault(image, (header.width, header.height))
         return found
 
     def pose(self, position: int) -> Matrix | None:
@@ -145,9 +150,22 @@ class PosedImages(FrameSource):
                 raise FrameError(f"'{image.depth_path}' has not the size of its camera.")
             return register_depth(depth_m, files.camera, image.camera, np.eye(4))
         size = (image.camera.width, image.camera.height)
+        if fault := _shape_fault(image, (depth_m.shape[1], depth_m.shape[0])):
+            raise FrameError(fault)
         if depth_m.shape != size[::-1]:
             depth_m = np.asarray(cv2.resize(depth_m, size, interpolation=cv2.INTER_NEAREST), dtype=np.float32)
         return depth_m
+
+
+def _shape_fault(image: PosedImage, size: tuple[int, int]) -> str:
+    """A sentence if a depth image has another shape than its image, whose pixels are then not its own; else empty."""
+    width, height = image.camera.width, image.camera.height
+    if abs(np.log(size[0] / size[1] * height / width)) < SAME_SHAPE:
+        return ""
+    return (
+        f"'{image.depth_path}' is {size[0]}x{size[1]} and its image {width}x{height}: depth of another shape is not "
+        "registered to the colour camera. Register it, or take the depth away."
+    )
 
 
 def check_centre(camera: Camera, where: str) -> None:

@@ -8,6 +8,7 @@ The map frame is the file's own world, after whatever rotation and scale the pro
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 from contextlib import suppress
@@ -47,6 +48,9 @@ LENS_KEY = re.compile(r"(k|p|s|b)\d|ftheta_\w+|latlong|ortho\w*|equirect\w*|skew
 """Keys that say something about a lens; those that a model does not have may only be zero or false."""
 
 
+LOG = logging.getLogger(__name__)
+
+
 class TransformsFile(PosedImages):
     """The frames of a ``transforms.json``, in the order of their file names.
 
@@ -69,20 +73,30 @@ class TransformsFile(PosedImages):
             raise SourceError(f"'{path}' is not JSON: {error}") from error
         if not isinstance(content, dict) or not isinstance(content.get("frames"), list):
             raise SourceError(f"'{path}' has no list 'frames': it is not a transforms.json.")
+        faults: list[str] = []
         try:
             check_count(len(content["frames"]), path)
             frames = sorted(content["frames"], key=lambda frame: natural_key(str(frame["file_path"])))
             stamps = stamps_with_gaps([Path(frame["file_path"]).parent for frame in frames])
             unit_m = _depth_unit_m(content)
-            size = usual_size([_file(path.parent, frame) for frame in frames]) if "w" not in content else (0, 0)
+            size = (
+                usual_size([_file(path.parent, frame) for frame in frames])
+                if not {"w", "h"} <= content.keys()
+                else (0, 0)
+            )
             images = [
-                _image(path.parent, content, frame, stamp, size) for frame, stamp in zip(frames, stamps, strict=True)
+                _image(path.parent, content, frame, stamp, size, faults)
+                for frame, stamp in zip(frames, stamps, strict=True)
             ]
         except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError, FrameError) as error:
             raise SourceError(
                 f"'{path}' has a frame that cannot be used: {type(error).__name__} ({error}); every frame needs "
                 "'file_path' and a 4x4 'transform_matrix'."
             ) from error
+        if faults and all(image.T_map_camera is None for image in images):
+            raise SourceError(faults[0])
+        if faults:
+            LOG.warning("%d of %d frames of '%s' have no pose. %s", len(faults), len(images), path, faults[0])
         super().__init__(path.resolve().parent.name, images, depth=DepthFiles(unit_m) if depth else None)
 
 
@@ -113,19 +127,30 @@ def _file(folder: Path, frame: dict[str, Any]) -> Path:
 
 
 def _image(
-    folder: Path, content: dict[str, Any], frame: dict[str, Any], stamp_ns: int, size: tuple[int, int]
+    folder: Path,
+    content: dict[str, Any],
+    frame: dict[str, Any],
+    stamp_ns: int,
+    size: tuple[int, int],
+    faults: list[str],
 ) -> PosedImage:
+    """The image of a frame; a pose that is none is left out and told in ``faults``."""
     name, image = str(frame["file_path"]), _file(folder, frame)
     if FOCAL.intersection(frame):  # a camera of its own
         with suppress(FrameError):  # told by the source's fault()
             size = image_size(image)
     depth = frame.get("depth_file_path") or frame.get("depth_path")
+    T_map_camera = None
+    try:
+        T_map_camera = _pose(frame.get("transform_matrix"), name)
+    except SourceError as error:
+        faults.append(str(error))
     return PosedImage(
         path=image,
         name=Path(name).as_posix().removeprefix("./"),
         stamp_ns=stamp_ns,
         camera=_camera({**content, **frame}, size),
-        T_map_camera=_pose(frame["transform_matrix"], name),
+        T_map_camera=T_map_camera,
         depth_path=inside(folder, str(depth)) if depth else None,
     )
 
@@ -177,6 +202,8 @@ def _lens(values: dict[str, Any]) -> tuple[str, tuple[float, ...]]:
 
 def _pose(rows: Any, name: str) -> Matrix | None:
     """T_map_camera (4, 4); None where a number is not finite (also ``null``)."""
+    if rows is None:
+        raise SourceError(f"The frame '{name}' has no transform_matrix.")
     T = np.asarray(rows, dtype=np.float64)
     if T.shape not in ((4, 4), (3, 4)):
         raise SourceError(f"The transform_matrix of '{name}' is not a 4x4 matrix.")

@@ -166,12 +166,11 @@ def _delay(
     they are there, and by which factor higher than without delay."""
     camera, depths = observed.camera, np.concatenate([d for pair in observed.pairs for d in pair.depths_m])
     far = float(np.nanmedian(depths))
-    T = model.T_body_camera
     heights = {}
     for delay in range(-REACH, REACH + 1):
         values = []
         for view, surface in zip(views, surfaces, strict=True):
-            moved = _moved_px(view, delay, observed, model, T, far)
+            moved = moved_px(view, delay, observed, model, far)
             if moved is None:
                 continue
             middle = surface.shape[0] // 2
@@ -188,10 +187,9 @@ def _delay(
     return float(best), heights[best], heights[best] / max(heights[0], 1e-6)
 
 
-def _moved_px(
-    view: View, delay: int, observed: Observations, model: Model, T: Array, far: float
-) -> NDArray[np.float64] | None:
-    """Where the middle of the scene moves in the image until some frames later, on the plane z = 1."""
+def moved_px(view: View, delay: int, observed: Observations, model: Model, far: float) -> NDArray[np.float64] | None:
+    """Return where the middle of the scene moves in the image until some frames later, on the plane z = 1."""
+    T = model.T_body_camera
     now = observed.poses.at(view.position, model.offset)
     then = observed.poses.at(view.position, model.offset + delay)
     if now is None or then is None:

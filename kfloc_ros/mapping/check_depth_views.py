@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from kfloc_ros.geometry.lie import inverse_pose, rotation_angle_deg
-from kfloc_ros.mapping.check_geometry import Array, Model, Observations, normalised
-from kfloc_ros.mapping.check_pairs import REACH, View
+from kfloc_ros.mapping.check_camera import Corrected, LooseFit, fit_camera
+from kfloc_ros.mapping.check_depth import moved_px
+from kfloc_ros.mapping.check_geometry import READOUT, Array, Model, Observations, normalised
+from kfloc_ros.mapping.check_pairs import REACH, Pair, View, depth_at
 
 CLOCK_PAIRS, CLOCK_POINTS = 40, 600
 """Largest number of pairs of depth images, and of points of each, that the clock is measured with."""
@@ -26,6 +28,10 @@ CLOCK_GAIN, CLOCK_MOST = 0.8, 0.65
 """Disagreement of depth images at a delay by that without, and the share of pairs that it must be less in."""
 
 
+MATCHES_GAIN, MATCHES_SIGMAS = 0.92, 2.0
+"""Cost of the matches with depth moved, by that of now, and standard errors of its change over pairs."""
+
+
 @dataclass(frozen=True, eq=False)
 class DepthClock:
     """Poses that depth images agree with best among themselves."""
@@ -37,14 +43,21 @@ class DepthClock:
     after: float
     """The same with the poses at the delay."""
     clear: bool
+    measure: str = ""
+    """What ``before`` and ``after`` are, if not the disagreement."""
 
     def sentence(self, period_s: float) -> str:
         """Return what is wrong, given the seconds from frame to frame."""
         side = "later" if self.delay_frames > 0 else "earlier"
-        return (
+        text = (
             f"The depth images are those of about {abs(self.delay_frames):.0f} frames {side} "
-            f"({abs(self.delay_frames) * period_s:.3f} s): with the poses of that time, depth of two views differs by "
-            f"{100 * self.after:.1f} %, and by {100 * self.before:.1f} % with those of the images."
+            f"({abs(self.delay_frames) * period_s:.3f} s): "
+        )
+        if self.measure:
+            return f"{text}then, {self.measure} is {self.after:.2f}, and {self.before:.2f} at the time of the images."
+        return (
+            f"{text}with the poses of that time, depth of two views differs by {100 * self.after:.1f} %, and by "
+            f"{100 * self.before:.1f} % with those of the images."
         )
 
 
@@ -85,10 +98,17 @@ class DepthShift:
     """Median disagreement of depth seen from two views, as a share of it, without a shift."""
     after: float
     clear: bool
+    measure: str = ""
+    """What ``before`` and ``after`` are, if not the disagreement."""
 
     def sentence(self) -> str:
         """Return what is wrong."""
         dx, dy = self.shift_px
+        if self.measure:
+            return (
+                f"The depth lies {dx:.0f} pixels right and {dy:.0f} down of where it belongs, and is not registered to "
+                f"the colour camera: there, {self.measure} is {self.after:.2f}, and {self.before:.2f} as it is."
+            )
         return (
             f"The depth lies {dx:.0f} pixels right and {dy:.0f} down of where it belongs, and is not registered to the "
             f"colour camera: there, depth of two views differs by {100 * self.after:.1f} %, and by "
@@ -128,6 +148,72 @@ def depth_shift(views: Sequence[View], observed: Observations, model: Model, fac
     clear = len(table) >= MIN_SHIFT_PAIRS and inside and usual[best] < min(SHIFT_GAIN * usual[zero], MAX_SHIFTED)
     clear = clear and better >= SHIFT_MOST
     return DepthShift((float(shift[0]), float(shift[1])), float(usual[zero]), float(usual[best]), bool(clear))
+
+
+def depth_by_matches(observed: Observations, model: Model, factor: float) -> DepthClock | DepthShift | None:
+    """Return the delay or the shift of depth at which matches fit best, poses being corrected; None if there is none.
+
+    For poses that are too inaccurate to compare depth of different views by them.
+
+    Args:
+        observed: matches and poses.
+        model: how the poses are to be read.
+        factor: metres of the poses by a metre of depth.
+    """
+    camera, depths = observed.camera, np.concatenate([d for pair in observed.pairs for d in pair.depths_m])
+    if np.isfinite(depths).sum() < CLOCK_POINTS:
+        return None
+    far, size = float(np.nanmedian(depths)), np.array([camera.fx, camera.fy])
+
+    def later(delay: float) -> LooseFit:
+        def move(view: View) -> Array:
+            moved = moved_px(view, int(delay), observed, model, far)
+            return np.zeros(2) if moved is None else moved * size
+
+        return _with_depth_moved(observed, model, factor, move)
+
+    def shifted(right: float, down: float) -> LooseFit:
+        return _with_depth_moved(observed, model, factor, lambda view: np.array([right, down]))
+
+    now = shifted(0.0, 0.0)
+    step = SHIFT_SHARE / 4 * camera.width
+    across = {k: now if k == 0 else shifted(k * step, 0.0) for k in range(-3, 4)}
+    x = step * _lowest(across)
+    down = {k: shifted(x, k * step) for k in range(-3, 4)}
+    y = step * _lowest(down)
+    delays = {k: now if k == 0 else later(k) for k in range(-REACH, REACH + 1, 2)}
+    coarse = min(delays, key=lambda k: delays[k].cost)
+    delays |= {k: later(k) for k in (coarse - 1, coarse + 1) if abs(k) <= REACH}
+    delay = min(delays, key=lambda k: delays[k].cost)
+    moved, late = shifted(x, y), delays[delay]
+    found = late if late.cost < moved.cost else moved
+    gains = np.log(np.maximum(now.pair_costs, 1e-6) / np.maximum(found.pair_costs, 1e-6))
+    is_sure = gains.mean() > MATCHES_SIGMAS * gains.std() / np.sqrt(len(gains))
+    if found.cost > MATCHES_GAIN * now.cost or not is_sure:
+        return None
+    if found is late:
+        return DepthClock(float(delay), now.cost, late.cost, True, "the cost of matches with depth")
+    return DepthShift((x, y), now.cost, moved.cost, True, "the cost of matches with depth")
+
+
+def _with_depth_moved(observed: Observations, model: Model, factor: float, move: Callable[[View], Array]) -> LooseFit:
+    """The fit of the poses, the depth of each match being taken some pixels beside it."""
+
+    def depths(pair: Pair, side: int) -> Array:
+        view = (pair.first, pair.second)[side]
+        return depth_at(view.frame.depth_m, pair.pixels[side] + move(view))
+
+    both = [np.concatenate([depths(pair, side) for pair in observed.pairs]) for side in (0, 1)]
+    return fit_camera(Corrected(observed, model, factor, both), model, READOUT)
+
+
+def _lowest(fits: Mapping[int, LooseFit]) -> float:
+    """Place of the lowest cost on a grid, by a parabola through its neighbours."""
+    best = min(fits, key=lambda k: fits[k].cost)
+    if best - 1 not in fits or best + 1 not in fits:
+        return float(best)
+    low, middle, high = (fits[k].cost for k in (best - 1, best, best + 1))
+    return best + 0.5 * (low - high) / max(low - 2 * middle + high, 1e-9)
 
 
 def _shift_table(

@@ -87,7 +87,7 @@ class Observations:
         self._rays = {flat: [normalised(camera.pinhole() if flat else camera, x) for x in pixels] for flat in (0, 1)}
         self.focal_px = (camera.fx + camera.fy) / 2 / max(max(camera.width, camera.height) / WORKING_SIDE_PX, 1.0)
         """Focal length in the working images, in which residuals are told."""
-        self._rows = [(x[:, 1] + 0.5) / camera.height - 0.5 for x in pixels]
+        self.rows = [(x[:, 1] + 0.5) / camera.height - 0.5 for x in pixels]
         self._relative: dict[tuple[bool, float], tuple[Matrix, NDArray[np.bool_]]] = {}
         self._speeds: dict[tuple[bool, float], Matrix] = {}
         lengths = np.linalg.norm(self.relative(Model())[0][:, :3, 3], axis=1)
@@ -145,11 +145,17 @@ class Observations:
             cross = np.array([[zero, -t[:, 2], t[:, 1]], [t[:, 2], zero, -t[:, 0]], [-t[:, 1], t[:, 0], zero]])
             E = (cross.transpose(2, 0, 1) @ motions[:, :3, :3])[self.pair_of]
             line, back = np.einsum("nij,nj->ni", E, x), np.einsum("nji,nj->ni", E, y)
-        square = (line[:, :2] ** 2).sum(1) + (back[:, :2] ** 2).sum(1)
-        found = (y * line).sum(1) / np.sqrt(np.maximum(square, 1e-18))
+        scale = self.focal_px * model.focal_factor * np.array([1.0, np.exp(model.values[11])])
+        square = ((line[:, :2] / scale) ** 2).sum(1) + ((back[:, :2] / scale) ** 2).sum(1)
+        found = (y * line).sum(1) / np.sqrt(np.maximum(square, 1e-30))
         good = known & (length[:, 0] > 1e-4 * self.baseline)
-        focal = self.focal_px * model.focal_factor
-        return np.asarray(np.where(good[self.pair_of], found * focal, np.nan))
+        return np.asarray(np.where(good[self.pair_of], found, np.nan))
+
+    def turns(self, model: Model) -> Array:
+        """(2, K, 3) rotation vectors of the camera from a frame before to a frame after both views."""
+        T = model.T_body_camera
+        speeds = inverse_pose(T) @ self._body_speed(model.inverted, model.offset) @ T
+        return np.stack([rotation_vectors(speed[:, :3, :3]) for speed in speeds])
 
     def _at_middle_row(self, model: Model, motions: Matrix, x: Array, y: Array) -> tuple[Array, Array, Array]:
         """Directions (N, 3) as seen when the middle rows were exposed, and the way (N, 3) between the cameras."""
@@ -158,9 +164,9 @@ class Observations:
         moved = motions[self.pair_of][:, :3, 3]
         turned = []
         for side, rays in enumerate((x, y)):
-            late = model.readout * self._rows[side]
+            late = model.readout * self.rows[side]
             speed = speeds[side][self.pair_of]
-            axis = late[:, None] * _rotation_vectors(speed[:, :3, :3]) / 2
+            axis = late[:, None] * rotation_vectors(speed[:, :3, :3]) / 2
             way = late[:, None] * speed[:, :3, 3] / 2
             bent = rays + np.cross(axis, rays) + np.cross(axis, np.cross(axis, rays)) / 2
             turned.append(bent / bent[:, 2:])
@@ -274,7 +280,7 @@ def fit(observed: Observations, start: Model, free: Sequence[int], iterations: i
         H = H + 1e-12 * np.trace(H) * np.eye(len(index))
         groups = np.stack([np.bincount(observed.pair_of, gradients[:, i]) for i in range(len(index))], axis=1)
         for _ in range(5):
-            change = -np.linalg.solve(H + damping * np.diag(np.diag(H)), gradients.sum(0))
+            change = -np.linalg.pinv(H + damping * np.diag(np.diag(H))) @ gradients.sum(0)  # zero without residuals
             trial = start.changed(index, values + change)
             new = observed.residuals(trial)
             if cost(new) < before:
@@ -297,7 +303,7 @@ def cost(r: Array) -> float:
     return float(np.log1p((r[good] / CAUCHY_PX) ** 2).mean()) if good.sum() > 50 else np.inf
 
 
-def _rotation_vectors(R: Array) -> Array:
+def rotation_vectors(R: Array) -> Array:
     """Return rotation vectors (N, 3) of small rotations (N, 3, 3)."""
     skew = np.stack([R[:, 2, 1] - R[:, 1, 2], R[:, 0, 2] - R[:, 2, 0], R[:, 1, 0] - R[:, 0, 1]], axis=1) / 2
     sine = np.linalg.norm(skew, axis=1, keepdims=True)
@@ -309,3 +315,24 @@ def normalised(camera: Camera, pixels: Array) -> Array:
     coefficients = np.array(camera.distortion or (0.0,) * 4)
     undistort = cv2.fisheye.undistortPoints if camera.distortion_model == "equidistant" else cv2.undistortPoints
     return np.asarray(undistort(pixels[:, None], camera.K, coefficients), dtype=np.float64).reshape(-1, 2)
+
+
+def fitted_camera(model: Model, camera: Camera) -> Camera:
+    """Return the camera that a model says, its distortion as ``plumb_bob``."""
+    log_focal, cx, cy, k1, log_aspect = model.values[7:12]
+    factor = float(np.exp(log_focal))
+    known = camera.pinhole() if model.pinhole else camera
+    fx, fy = known.fx * factor, known.fy * factor * float(np.exp(log_aspect))
+    centre = known.cx + cx * known.fx, known.cy + cy * known.fy
+    if k1 == 0:
+        return Camera(known.width, known.height, fx, fy, *centre, known.distortion_model, known.distortion)
+    # Pixels along the diagonal, where they are seen from, and the coefficients that bend those directions there.
+    share = np.linspace(0.05, 1.0, 40)
+    corner = np.hypot(known.width / 2, known.height / 2)
+    pixels = np.array(centre) + share[:, None] * corner * np.array([0.8, 0.6])
+    xy = np.linalg.norm((normalised(known, pixels) - (cx, cy)) * (known.fx / fx, known.fy / fy), axis=1)
+    xy = xy * (1 + k1 * xy**2)
+    bent = np.linalg.norm((pixels - np.array(centre)) / (fx, fy), axis=1)
+    A = np.stack([xy**3, xy**5], axis=1)
+    k = np.linalg.lstsq(A, bent - xy, rcond=None)[0]
+    return Camera(known.width, known.height, fx, fy, *centre, "plumb_bob", (float(k[0]), float(k[1]), 0.0, 0.0))

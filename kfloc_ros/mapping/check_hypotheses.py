@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from kfloc_ros.geometry.lie import rotation_angle_deg
+from kfloc_ros.mapping.check_camera import CAMERA, CameraFound, find_camera
 from kfloc_ros.mapping.check_geometry import (
     ASPECT,
     BENDING,
@@ -40,13 +41,15 @@ WORSE, FEW = 1.25, 0.15
 """A cause must bring most pairs to the first share or below, and no more than few above the second. In a pair without
 acceleration, for instance, poses of another time fit as well."""
 LARGE_DROP, LARGE_GAIN, LARGE_MOST, LARGE_FEW = 0.5, 0.7, 0.7, 0.2
-"""Weaker limits for a wrong lens if the cost falls by so much: then inaccurate poses hide what is left of it."""
+"""Weaker limits for a mounting or a wrong lens if the cost falls by so much: inaccurate poses hide the rest."""
 MIN_DROP = 0.12
 """Least fall of the mean Cauchy cost."""
 PARAMETER_COST = 0.012
 """Added to the cost for every parameter, so that of equal explanations the simpler one is taken."""
 NOISE_COST = 0.06
 """Added to it, times the cost that remains: poses that are inaccurate let every parameter explain a little."""
+LOOSE_PX = 1.0
+"""Poses whose epipolar lines pass the matches this far away, whatever is mended, are corrected for the calibration."""
 MAX_CAUSES = 3
 MIN_PAIRS = 7
 
@@ -58,6 +61,8 @@ NOISE_PX = 0.3
 """Distance from the epipolar lines, with the mistake mended, at which the least sizes are doubled; they grow to four
 times at most."""
 SIGMAS = 5.0
+LENS_KINDS = ("focal", "centre", "calibration", "aspect", "distortion", "pinhole")
+CAMERA_KINDS = (*LENS_KINDS, "rolling_shutter")
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +79,8 @@ class Cause:
     drop: float
     rivals: tuple[str, ...] = ()
     """Other kinds that explain nearly as much."""
+    camera: CameraFound | None = None
+    """The fit of the camera, if poses were corrected in it."""
 
 
 def rotations() -> list[Matrix]:
@@ -101,7 +108,24 @@ def find_causes(observed: Observations) -> tuple[Model, list[Cause]]:
         causes.append(cause)
         taken.add(cause.kind)
         model = cause.fit.model
+    if len(observed.pairs) >= MIN_PAIRS and np.nanmedian(observed.per_pair(model)) > LOOSE_PX:
+        return _with_corrected_poses(observed, model, causes)
     return model, causes
+
+
+def _with_corrected_poses(observed: Observations, model: Model, causes: list[Cause]) -> tuple[Model, list[Cause]]:
+    """The same where poses are inaccurate: what is wrong with the camera is told by a fit that corrects them."""
+    base = replace(model, pinhole=False).changed(CAMERA, np.zeros(len(CAMERA)))
+    found = find_camera(observed, base, _focal_start(observed, base))
+    if not found.is_trusted:
+        return model, causes
+    kept = [cause for cause in causes if cause.kind not in CAMERA_KINDS]
+    if not found.kind:
+        return base, kept
+    fitted = found.found.fit
+    gain = found.given.cost - found.found.cost
+    told = Cause(found.kind, fitted, found.given.residual_px, found.found.residual_px, gain, camera=found)
+    return fitted.model, [*kept, told]
 
 
 def _best_cause(observed: Observations, base: Model, taken: set[str]) -> Cause | None:
@@ -139,7 +163,7 @@ def _explains(cause: Cause, observed: Observations, base: Model, e0: Array) -> b
     better, worse = (e1[both] < BETTER * e0[both]).mean(), (e1[both] > WORSE * e0[both] + 0.1).mean()
     most = MOST_OF_OFFSET if cause.kind == "offset" else MOST
     explained = cause.after_px < GAIN * cause.before_px and better >= most and worse <= FEW
-    if cause.kind in ("focal", "calibration", "aspect") and cause.drop > LARGE_DROP:
+    if cause.kind in ("mount", "focal", "calibration", "aspect") and cause.drop > LARGE_DROP:
         explained = cause.after_px < LARGE_GAIN * cause.before_px and better >= LARGE_MOST and worse <= LARGE_FEW
     return explained and is_large(cause, base)
 
@@ -183,8 +207,7 @@ def _candidates(observed: Observations, base: Model, taken: set[str]) -> list[tu
         found.append(("offset", 1, fit(observed, base.changed(OFFSET, [grid[int(np.argmin(costs))]]), OFFSET)))
     if "rolling_shutter" not in taken:
         found.append(("rolling_shutter", 1, fit(observed, base, READOUT)))
-    calibrated = taken & {"focal", "calibration", "centre", "aspect", "distortion", "pinhole"}
-    if not calibrated:
+    if not taken & set(LENS_KINDS):
         if not observed.camera.is_pinhole and observed.camera.distortion_model != "equidistant":
             found.append(("pinhole", 0, Fit(replace(base, pinhole=True), none)))
         start = _focal_start(observed, base)

@@ -14,9 +14,17 @@ from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import matrix_to_quaternion, rotation_angle_deg
 from kfloc_ros.mapping.check_depth import DepthPlace, DepthUnit, depth_place, depth_unit
-from kfloc_ros.mapping.check_depth_views import DepthClock, DepthShift, depth_clock, depth_shift
-from kfloc_ros.mapping.check_geometry import Model, Observations, normalised
-from kfloc_ros.mapping.check_hypotheses import MIN_CENTRE, MIN_FOCAL, MIN_PAIRS, Cause, find_causes
+from kfloc_ros.mapping.check_depth_views import DepthClock, DepthShift, depth_by_matches, depth_clock, depth_shift
+from kfloc_ros.mapping.check_geometry import Model, Observations, fitted_camera
+from kfloc_ros.mapping.check_hypotheses import (
+    LENS_KINDS,
+    LOOSE_PX,
+    MIN_CENTRE,
+    MIN_FOCAL,
+    MIN_PAIRS,
+    Cause,
+    find_causes,
+)
 from kfloc_ros.mapping.check_pairs import Pair, PairFinder, Poses
 from kfloc_ros.mapping.check_recording import ImageFacts, image_facts
 from kfloc_ros.types import Matrix
@@ -33,7 +41,7 @@ NEAR = 0.12
 """Of the logarithm, within which a factor is taken for one that is usual."""
 POSE_UNITS = {0.001: "millimetres", 0.01: "centimetres", 0.0254: "inches", 0.3048: "feet"}
 DEPTH_FACTORS = (5.0, 0.2, 1000.0, 0.001, 10.0, 0.1)
-CALIBRATION_KINDS = ("focal", "centre", "calibration", "aspect", "distortion", "pinhole")
+DEPTH_PLACE_KINDS = ("depth_shift", "depth_clock")
 MIN_DELAY_FRAMES = 2
 MIN_SHIFT = 0.02
 """Least shift of the depth, as a share of the image's width, that is told."""
@@ -136,15 +144,21 @@ def check_source(source: FrameSource, *, pairs: int = 16) -> SourceCheck:
         if place is not None:
             findings += _place_findings(place, source.camera, period_s)
         factor = 1.0 if unit is None else unit.factor
-        calibrated = any(cause.kind in CALIBRATION_KINDS for cause in causes)  # then depth disagrees for that reason
+        calibrated = any(cause.kind in LENS_KINDS for cause in causes)  # then depth disagrees for that reason
         clock = None if calibrated else depth_clock(finder.views, observed, model, factor)
         if clock is not None:
             figures["depth_disagreement"] = round(clock.before, 4)
             if not any(finding.kind == "depth_clock" for finding in findings):
                 findings += _clock_findings(clock, period_s)
         moved = None if causes else depth_shift(finder.views, observed, model, factor)
-        if moved is not None and not any(finding.kind in ("depth_shift", "depth_clock") for finding in findings):
+        if moved is not None and not any(finding.kind in DEPTH_PLACE_KINDS for finding in findings):
             findings += _shift_findings(moved, source.camera)
+        if left > LOOSE_PX and not calibrated and not any(finding.kind in DEPTH_PLACE_KINDS for finding in findings):
+            by_matches = depth_by_matches(observed, model, factor)
+            if isinstance(by_matches, DepthClock):
+                findings += _clock_findings(by_matches, period_s)
+            elif by_matches is not None:
+                findings += _shift_findings(by_matches, source.camera)
     return SourceCheck(source.name, tuple(findings), figures, tuple(notes), tuple(posed), observed, model)
 
 
@@ -160,13 +174,21 @@ def _pose_findings(
     causes: Sequence[Cause], model: Model, camera: Camera, period_s: float, mirrored: bool
 ) -> list[Finding]:
     found = []
-    calibrated = [cause for cause in causes if cause.kind in CALIBRATION_KINDS]
+    calibrated = [cause for cause in causes if cause.kind in LENS_KINDS]
     for cause in causes:
         sure = cause.before_px > BEYOND_DOUBT_PX and cause.after_px < BEYOND_DOUBT_SHARE * cause.before_px
         proof = (
             f"with that, matched points lie {cause.after_px:.2f} pixels from their epipolar lines in the median, "
             f"and {cause.before_px:.2f} without"
         )
+        if cause.camera is not None:
+            sure = cause.camera.is_certain
+            proof = (
+                f"fitted to the images together with corrections of the inaccurate poses (of about "
+                f"{cause.camera.found.turn_deg:.1f} degrees from view to view)"
+            )
+            focal = cause.fit.sigma[7]
+            proof += f", the focal length to {100 * focal:.1f} %" if np.isfinite(focal) else ""
         kind, text, words, value = _told(cause, model, camera, period_s, mirrored)
         if cause in calibrated[:-1]:
             words = ""  # the last one's camera has all of it
@@ -223,7 +245,7 @@ def _told(
             f"{camera.fx:.0f} and {camera.fy:.0f}"
         )
         return "aspect", text, words, float(np.exp(own.values[11]))
-    if cause.kind == "distortion" and abs(own.values[10]) > abs(own.values[7]):
+    if cause.kind == "distortion" and (cause.camera is not None or abs(own.values[10]) > abs(own.values[7])):
         k1 = fitted.distortion[0] if fitted.distortion else 0.0
         text = f"The images are distorted otherwise than the calibration says (k1 about {k1:.2f})"
         return "distortion", text, words, k1
@@ -236,27 +258,6 @@ def _told(
         text += f"; the principal point is {centre}"
         return "calibration", text, words, own.focal_factor
     return "focal", text, words, own.focal_factor
-
-
-def fitted_camera(model: Model, camera: Camera) -> Camera:
-    """Return the camera that a model says, its distortion as ``plumb_bob``."""
-    log_focal, cx, cy, k1, log_aspect = model.values[7:12]
-    factor = float(np.exp(log_focal))
-    known = camera.pinhole() if model.pinhole else camera
-    fx, fy = known.fx * factor, known.fy * factor * float(np.exp(log_aspect))
-    centre = known.cx + cx * known.fx, known.cy + cy * known.fy
-    if k1 == 0:
-        return Camera(known.width, known.height, fx, fy, *centre, known.distortion_model, known.distortion)
-    # Pixels along the diagonal, where they are seen from, and the coefficients that bend those directions there.
-    share = np.linspace(0.05, 1.0, 40)
-    corner = np.hypot(known.width / 2, known.height / 2)
-    pixels = np.array(centre) + share[:, None] * corner * np.array([0.8, 0.6])
-    xy = np.linalg.norm(normalised(known, pixels) - (cx, cy), axis=1) / factor
-    xy = xy * (1 + k1 * xy**2)
-    bent = np.linalg.norm((pixels - np.array(centre)) / (fx, fy), axis=1)
-    A = np.stack([xy**3, xy**5], axis=1)
-    k = np.linalg.lstsq(A, bent - xy, rcond=None)[0]
-    return Camera(known.width, known.height, fx, fy, *centre, "plumb_bob", (float(k[0]), float(k[1]), 0.0, 0.0))
 
 
 def camera_words(camera: Camera) -> str:

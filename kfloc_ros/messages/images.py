@@ -163,8 +163,10 @@ def _made_of(format_text: str) -> tuple[str, str]:
 
     It writes ``rgb8; jpeg compressed bgr8``; for an image that was compressed as it was, the last word is missing.
     """
-    encoding, separator, codec = format_text.partition(";")
-    return (encoding.strip(), codec.partition("compressed")[2].strip()) if separator else ("", "")
+    encoding, separator, codec = format_text.lower().partition(";")
+    if not separator and not encoding.strip().startswith("bayer_"):  # the name of a codec
+        return "", ""
+    return encoding.strip(), codec.partition("compressed")[2].strip()
 
 
 def _mosaic_of(format_text: str) -> _Layout | None:
@@ -221,31 +223,46 @@ def decode_depth_message(message: Any, compressed: bool) -> NDArray[np.float32]:
         FrameError: the message holds no depth image.
     """
     if compressed:
-        data = np.frombuffer(bytes(message.data), np.uint8)
-        packed = "compressedDepth" in message.format
-        raw = cv2.imdecode(data[COMPRESSED_DEPTH_HEADER:] if packed else data, cv2.IMREAD_UNCHANGED)
-        if raw is None or raw.dtype != np.uint16 or raw.ndim != 2:
-            raise FrameError(f"A depth image with the format '{message.format}' is not a 16-bit PNG.")
-        if packed and message.format.startswith("32FC1"):
-            a, b = struct.unpack("<2f", bytes(message.data[4:12]))  # as compressed_depth_image_transport quantizes
-            depth = np.where(raw > 0, a / np.maximum(raw.astype(np.float32) - b, 1e-6), 0)
-            return np.asarray(depth, dtype=np.float32)
-        return _metres(raw)
+        return _compressed_depth(bytes(message.data), str(message.format))
     if message.encoding not in DEPTH_ENCODINGS:
         raise FrameError(f"The encoding '{message.encoding}' is not one of depth: {', '.join(DEPTH_ENCODINGS)}.")
     single = message.encoding == "32FC1"
     kind = np.dtype(np.float32 if single else np.uint16).newbyteorder(">" if message.is_bigendian else "<")
     data = np.frombuffer(bytes(message.data), np.uint8)
-    if data.size != message.height * message.step or message.step < message.width * kind.itemsize:
+    width, height, row_bytes = int(message.width), int(message.height), int(message.width) * kind.itemsize
+    step = int(message.step) or row_bytes
+    if min(width, height) < 1 or step < row_bytes or data.size < step * (height - 1) + row_bytes:
         raise FrameError(
-            f"A depth image of {message.width}x{message.height} in '{message.encoding}' with rows of {message.step} "
-            f"bytes has {data.size} bytes."
+            f"A depth image of {width}x{height} in '{message.encoding}' with rows of {step} bytes has {data.size} "
+            "bytes."
         )
-    rows = data.reshape(message.height, message.step)
-    values = np.ascontiguousarray(rows[:, : message.width * kind.itemsize]).view(kind).astype(np.float32)
-    if not single:
-        return _metres(values)
-    return np.asarray(np.where(np.isfinite(values) & (values > 0), values, 0), dtype=np.float32)
+    rows = np.lib.stride_tricks.as_strided(data, (height, row_bytes), (step, 1))  # the last padding may be missing
+    values = np.ascontiguousarray(rows).view(kind).astype(np.float32)
+    return _known_metres(values) if single else _metres(values)
+
+
+def _compressed_depth(data: bytes, format_text: str) -> NDArray[np.float32]:
+    """Depth of a PNG, behind the header of compressed_depth_image_transport if the format says so."""
+    packed = "compressedDepth" in format_text
+    header, picture = (data[:COMPRESSED_DEPTH_HEADER], data[COMPRESSED_DEPTH_HEADER:]) if packed else (b"", data)
+    try:
+        raw = cv2.imdecode(np.frombuffer(picture, np.uint8), cv2.IMREAD_UNCHANGED) if picture else None
+    except cv2.error:
+        raw = None
+    if raw is None or raw.dtype != np.uint16 or raw.ndim != 2 or _is_cut_off(picture):
+        whole = "" if not _is_cut_off(picture) else "; its end is missing"
+        raise FrameError(f"A depth image with the format '{format_text}' is not a 16-bit PNG{whole}.")
+    if packed and format_text.startswith("32FC1"):
+        a, b = struct.unpack("<2f", header[4:])  # as compressed_depth_image_transport quantizes
+        if not (np.isfinite(a) and np.isfinite(b) and a > 0):
+            raise FrameError(f"A depth image with the format '{format_text}' has the scale {a} and {b} in its header.")
+        return _known_metres(np.where(raw > b, a / np.maximum(raw.astype(np.float32) - b, 1e-6), 0) * (raw > 0))
+    return _metres(raw)
+
+
+def _known_metres(values: NDArray[Any]) -> NDArray[np.float32]:
+    """Depth of floats: what is not finite or not positive is unknown."""
+    return np.where(np.isfinite(values) & (values > 0), values, 0).astype(np.float32)
 
 
 def _metres(millimetres: NDArray[Any]) -> NDArray[np.float32]:

@@ -76,6 +76,7 @@ def rectify(k: int, said: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "rectified"),
     [("image_rect", True), ("image_rect_color", True), ("image_rectified", True), ("imageRect", True),
+     ("image_undistorted", True), ("rect/image", True), ("rectified/image_color", True), ("rect/image_raw", False),
      ("image_raw", False), ("image_corrected", False), ("direct", False), ("image_unrectified", False)],
 )  # fmt: skip
 def test_a_rectified_topic_follows_p(tmp_path: Path, name: str, transport: str, rectified: bool) -> None:

@@ -13,8 +13,7 @@ import pytest
 
 from kfloc_ros.cli import main as cli
 from kfloc_ros.datasets import open_source
-from kfloc_ros.datasets.kfnet import KfnetFolder
-from kfloc_ros.datasets.labels import scene_points, write_kfnet_folder
+from kfloc_ros.datasets.kfnet import KfnetFolder, scene_points, write_kfnet_folder
 from kfloc_ros.errors import FrameError, SourceError
 from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import Camera

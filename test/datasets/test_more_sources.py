@@ -164,6 +164,34 @@ def test_transforms_json_without_rotations_is_refused(tmp_path: Path) -> None:
             open_source(f"transforms:{root}")
 
 
+@pytest.mark.parametrize("matrix", [None, (2 * np.eye(4)).tolist(), [[1.0]], [[float("nan")] * 4] * 4])
+def test_one_frame_of_transforms_json_without_a_pose_ends_nothing(tmp_path: Path, matrix: object) -> None:
+    root = write_transforms(tmp_path)
+    content = json.loads((root / "transforms.json").read_text())
+    content["frames"][1]["transform_matrix"] = matrix
+    (root / "transforms.json").write_text(json.dumps(content))
+    poses = [open_source(f"transforms:{root}").pose(k) for k in range(len(content["frames"]))]
+    assert sum(pose is None for pose in poses) == 1 and len(poses) > 1
+
+
+def test_depth_of_another_shape_is_not_the_images(tmp_path: Path) -> None:
+    """Depth of half the size is that of the image; depth of a square sensor belongs to other pixels."""
+    root = write_transforms(tmp_path)
+    content = json.loads((root / "transforms.json").read_text())
+    source = open_source(f"transforms:{root}")
+    for frame in content["frames"]:
+        frame["depth_file_path"] = "depth.png"
+    (root / "transforms.json").write_text(json.dumps(content))
+    for size, fits in (((source.camera.height // 2, source.camera.width // 2), True), ((16, 16), False)):
+        cv2.imwrite(str(root / "depth.png"), np.full(size, 2000, np.uint16))
+        if fits:
+            depth_m = open_source(f"transforms:{root}")[0].depth_m
+            assert depth_m is not None and (depth_m == 2.0).all()
+            continue
+        with pytest.raises(SourceError, match="not registered to the colour camera"):
+            open_source(f"transforms:{root}")
+
+
 def write_tum(root: Path) -> Path:
     """Depth is 8 ms late and missing once; poses lie between the images."""
     rgb, depth, truth = ["# color images"], [], ["# timestamp tx ty tz qx qy qz qw"]

@@ -19,12 +19,13 @@ from kfloc_ros.frames import FrameSource, Selection
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import make_pose, rotation_angle_deg, so3_exp
 from kfloc_ros.mapping.check_depth import depth_place
-from kfloc_ros.mapping.check_geometry import Model, Observations
+from kfloc_ros.mapping.check_geometry import Model, Observations, fitted_camera
+from kfloc_ros.mapping.check_hypotheses import LOOSE_PX
 from kfloc_ros.mapping.check_pairs import PairFinder, Poses, View
-from kfloc_ros.mapping.source_check import SourceCheck, check_source, fitted_camera
+from kfloc_ros.mapping.source_check import SourceCheck, check_source
 from kfloc_ros.mapping.source_pages import write_page
 from kfloc_ros.types import Frame, Matrix
-from studies.mistakes import MISTAKES, MOUNTING, Mistake, Wrong, scaled
+from studies.mistakes import MISTAKES, MOUNTING, Mistake, Wrong, resized_camera, scaled
 
 PAIRS = 12
 NOT_HERE = ("depth_shift", "rolling_shutter")
@@ -144,21 +145,39 @@ def test_the_mounting_is_told_with_its_lever(walk: FrameSource) -> None:
     assert rotation_angle_deg(left[:3, :3]) < 0.3 and np.linalg.norm(left[:3, 3]) < 0.02
 
 
-def test_poses_that_are_merely_inaccurate_are_explained_by_no_mistake(walk: FrameSource) -> None:
+def shaken(source: FrameSource) -> FrameSource:
+    """The same with poses that are 0.8 degrees and 1.7 cm off, each for itself."""
     rng = np.random.default_rng(3)
-
-    def shaken(T: Matrix) -> Matrix:
-        return T @ make_pose(so3_exp(rng.normal(0, np.radians(0.8), 3)), rng.normal(0, 0.01, 3))
-
-    fixed = {position: shaken(T) for position in range(len(walk)) if (T := walk.pose(position)) is not None}
+    errors = [make_pose(so3_exp(rng.normal(0, np.radians(0.8), 3)), rng.normal(0, 0.01, 3)) for _ in range(len(source))]
 
     class Shaken(Wrong):
         def pose(self, position: int) -> Matrix | None:
-            return fixed[position]
+            T = super().pose(position)
+            return None if T is None else T @ errors[position]
 
-    check = check_source(Shaken(walk), pairs=PAIRS)
+    return Shaken(source)
+
+
+def test_poses_that_are_merely_inaccurate_are_explained_by_no_mistake(walk: FrameSource) -> None:
+    check = check_source(shaken(walk), pairs=PAIRS)
     assert check.figures["epipolar_px"] > 0.6
     assert [finding for finding in check.findings if finding.kind != "poses"] == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["focal length x 0.85", "fy x 0.88", "principal point off by 12 %", "distortion of -0.25 unknown",
+     "rectified, said to be distorted", "calibration of half the size"],
+)  # fmt: skip
+def test_a_wrong_lens_is_told_where_poses_are_inaccurate(walk: FrameSource, name: str) -> None:
+    """The camera is fitted together with corrections of the poses, which would bias it."""
+    item = mistake(name)
+    check = check_source(shaken(item.make(walk)), pairs=PAIRS)
+    assert check.figures["epipolar_px_mended"] > LOOSE_PX, "else the poses are taken as they are"
+    assert [finding.kind for finding in check.findings] == [item.kind]
+    assert "corrections of the inaccurate poses" in check.findings[0].text
+    if item.value is not None:
+        assert check.findings[0].value == pytest.approx(item.value, abs=item.tolerance)
 
 
 def test_without_poses_nothing_is_claimed_of_them(walk: FrameSource) -> None:
@@ -168,6 +187,18 @@ def test_without_poses_nothing_is_claimed_of_them(walk: FrameSource) -> None:
 
     check = check_source(NoPoses(walk), pairs=PAIRS)
     assert check.findings == () and "have poses" in check.notes[0]
+
+
+def test_a_recording_in_which_few_frames_have_poses_is_checked(walk: FrameSource) -> None:
+    """As of a model in which a part of the images was registered: no pose of another time is known."""
+    used = {view.position for pair in PairFinder(walk, PAIRS).pairs() for view in (pair.first, pair.second)}
+
+    class Few(Wrong):
+        def pose(self, position: int) -> Matrix | None:
+            return super().pose(position) if position in used else None
+
+    findings = check_source(Few(walk, camera=resized_camera(0.85)), pairs=PAIRS).findings
+    assert [finding.kind for finding in findings] == ["focal"]
 
 
 def test_images_that_cannot_be_mapped_are_told(walk: FrameSource) -> None:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from types import SimpleNamespace
 
 import cv2
@@ -205,6 +207,66 @@ def test_the_highest_count_is_no_depth_however_it_is_packed() -> None:
     for packed in packed_depth(counts):
         depth_m = decode_depth_message(packed, not hasattr(packed, "encoding"))
         assert (depth_m[:3] == 0).all() and depth_m[3, 0] == 0 and (depth_m[4:] == 2.0).all()
+
+
+def test_depth_of_floats_packed_into_counts_is_known_where_it_is_positive() -> None:
+    """compressed_depth_image_transport stores a / depth + b in 16 bits."""
+    counts = np.full((6, 8), 2000, np.uint16)
+    counts[0] = 0
+    png = cv2.imencode(".png", counts)[1].tobytes()
+
+    def packed(a: float, b: float) -> SimpleNamespace:
+        data = bytes(4) + np.array([a, b], "<f4").tobytes() + png
+        return SimpleNamespace(format="32FC1; compressedDepth png", data=data)
+
+    depth_m = decode_depth_message(packed(4000.0, 0.0), True)
+    assert (depth_m[0] == 0).all() and (depth_m[1:] == 2.0).all()
+    assert (decode_depth_message(packed(4000.0, 3000.0), True) == 0).all(), "behind the camera is unknown"
+    for a, b in ((np.nan, 0.0), (np.inf, 0.0), (100.0, np.nan), (-1.0, 5.0), (0.0, 0.0)):
+        with pytest.raises(FrameError, match="in its header"):
+            decode_depth_message(packed(a, b), True)
+
+
+@pytest.mark.parametrize("kept", [0, 5, 12, 60])
+def test_packed_depth_that_is_cut_off_is_refused(kept: int) -> None:
+    packed = packed_depth(np.full((6, 8), 2000, np.uint16))[2]
+    packed.data = packed.data[:kept]
+    with pytest.raises(FrameError, match="is not a 16-bit PNG"):
+        decode_depth_message(packed, True)
+
+
+def test_depth_with_more_pixels_than_any_camera_is_refused_before_it_is_unpacked() -> None:
+    rows = zlib.compress(bytes(2_000_000), 9)  # fewer than the header says
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", 30_000, 30_000, 16, 0, 0, 0, 0)), (b"IDAT", rows), (b"IEND", b"")]
+    png = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body)) for name, body in chunks
+    )
+    with pytest.raises(FrameError, match="is not a 16-bit PNG"):
+        decode_depth_message(SimpleNamespace(format="16UC1; compressedDepth png", data=bytes(12) + png), True)
+
+
+@pytest.mark.parametrize("big_endian", [False, True])
+@pytest.mark.parametrize("encoding", ["16UC1", "32FC1"])
+def test_rows_of_depth_may_be_padded_but_the_last(encoding: str, big_endian: bool) -> None:
+    kind = np.dtype("u2" if encoding == "16UC1" else "f4").newbyteorder(">" if big_endian else "<")
+    values = np.full((6, 8), 1500 if encoding == "16UC1" else 1.5, kind)
+    rows = [row.tobytes() for row in values]
+    for padding in (0, 6):
+        step = len(rows[0]) + padding
+        packed = SimpleNamespace(
+            encoding=encoding, height=6, width=8, step=step if padding else 0, is_bigendian=int(big_endian),
+            data=(bytes([77]) * padding).join(rows),
+        )  # fmt: skip
+        assert decode_depth_message(packed, False) == pytest.approx(1.5)
+        packed.data = packed.data[:-1]
+        with pytest.raises(FrameError, match="bytes"):
+            decode_depth_message(packed, False)
+
+
+def test_a_mosaic_is_known_however_its_format_is_written() -> None:
+    data = cv2.imencode(".png", bayer("rggb"))[1].tobytes()
+    for text in ("bayer_rggb8", "BAYER_RGGB8; png compressed", "bayer_rggb8;png"):
+        assert (decode_compressed(SimpleNamespace(format=text, data=data)) == FLAT).all()
 
 
 def test_png_is_exact_and_jpeg_is_near() -> None:

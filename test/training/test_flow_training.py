@@ -15,7 +15,7 @@ import torch
 from kfloc_ros.cli import main as cli
 from kfloc_ros.cli.train import simulated_sources
 from kfloc_ros.datasets.derived import Remembered
-from kfloc_ros.datasets.labels import write_kfnet_folder
+from kfloc_ros.datasets.kfnet import write_kfnet_folder
 from kfloc_ros.errors import SourceError
 from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import Camera

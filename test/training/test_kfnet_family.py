@@ -18,7 +18,7 @@ import yaml
 from kfloc_ros.cli.coordinates import export_coordinates
 from kfloc_ros.cli.main import main
 from kfloc_ros.cli.tables import describe
-from kfloc_ros.datasets.labels import write_kfnet_folder
+from kfloc_ros.datasets.kfnet import write_kfnet_folder
 from kfloc_ros.errors import MapError, WeightsError
 from kfloc_ros.frames import FrameSource, Selection
 from kfloc_ros.geometry.camera import ImageAdapter

@@ -18,7 +18,7 @@ from poster import Poster
 
 from kfloc_ros.cli import main as cli
 from kfloc_ros.config import build_config, parse_overrides
-from kfloc_ros.datasets.labels import write_kfnet_folder
+from kfloc_ros.datasets.kfnet import write_kfnet_folder
 from kfloc_ros.datasets.scenes import find_scene
 from kfloc_ros.errors import ConfigError, SourceError, WeightsError
 from kfloc_ros.geometry.lie import inverse_pose

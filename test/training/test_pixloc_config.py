@@ -14,7 +14,7 @@ from poster import Poster
 
 from kfloc_ros.cli.main import main
 from kfloc_ros.config import build_config, parse_overrides
-from kfloc_ros.datasets.labels import write_kfnet_folder
+from kfloc_ros.datasets.kfnet import write_kfnet_folder
 from kfloc_ros.errors import ConfigError
 from kfloc_ros.pixloc.reference import unet
 from kfloc_ros.pixloc.reference.model import load_model

@@ -12,7 +12,7 @@ import pytest
 
 from kfloc_ros.datasets import open_source
 from kfloc_ros.datasets.derived import Sequences, recordings
-from kfloc_ros.datasets.labels import write_kfnet_folder
+from kfloc_ros.datasets.kfnet import write_kfnet_folder
 from kfloc_ros.frames import FrameSource, Selection
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.training.flow import FlowPairs
