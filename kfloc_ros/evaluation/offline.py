@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,13 +13,12 @@ from pathlib import Path
 
 from kfloc_ros.datasets import open_source
 from kfloc_ros.errors import FrameError, SourceError
-from kfloc_ros.features.backbone import BackboneFeatures
 from kfloc_ros.frames import FrameSource, Selection
 from kfloc_ros.geometry.camera import ImageAdapter
 from kfloc_ros.localization.config import LocalizerConfig
 from kfloc_ros.localization.judgement import EVIDENCE
-from kfloc_ros.localization.place_localizer import AnyLocalizer, extractor_ahead, localizer_for
-from kfloc_ros.localization.results import Localization, StageTimes
+from kfloc_ros.localization.place_localizer import AnyLocalizer, localizer_for, preparer
+from kfloc_ros.localization.results import Ahead, Localization
 from kfloc_ros.maps.place import load_map
 from kfloc_ros.types import Frame, Matrix, PoseEstimate, TrackingState
 
@@ -175,14 +175,14 @@ def localize_frames(
     Args:
         localizer: localizer of a map or a place.
         source: frames.
-        ahead: compute the features of the next frame in a second thread while one is localized. The results are the
+        ahead: run the networks on the next frame in a second thread while one is localized. The results are the
             same. None: on a processor with a second core.
 
     Raises:
         SourceError: an image cannot be read.
     """
     adapter = ImageAdapter(source.camera, localizer.camera)
-    extract = extractor_ahead(localizer, ahead)
+    prepare, waits = preparer(localizer, ahead), threading.Event()
 
     def prepared(frame: Frame) -> _Prepared:
         start = time.perf_counter()
@@ -197,18 +197,19 @@ def localize_frames(
             source_camera=frame.camera,
         )
         rectify_ms = 1e3 * (time.perf_counter() - start)
-        times = StageTimes()
-        features = None if extract is None else extract(adapted, times)
-        return _Prepared(adapted, features, times, rectify_ms, 1e3 * (time.perf_counter() - start))
+        computed = None if prepare is None else prepare(adapted, lambda: not waits.is_set())
+        return _Prepared(adapted, computed, rectify_ms, 1e3 * (time.perf_counter() - start))
 
     def localized(frame: Frame, work: Callable[[], _Prepared]) -> LocalizedFrame:
         start, before_ms, rectify_ms = time.perf_counter(), 0.0, 0.0
         try:
+            waits.set()
             given = work()
-            if extract is not None:  # what was waited for was done beside the frame before
+            waits.clear()
+            if prepare is not None:  # what was waited for was done beside the frame before
                 start, before_ms = time.perf_counter(), given.spent_ms
             rectify_ms = given.rectify_ms
-            localization = localizer.process(given.frame, features=given.features, times=given.times)
+            localization = localizer.process(given.frame, ahead=given.ahead)
             estimate = localization.estimate
         except FrameError as error:
             localization, rectify_ms = None, 0.0
@@ -216,11 +217,11 @@ def localize_frames(
         latency_ms = before_ms + 1e3 * (time.perf_counter() - start)
         return LocalizedFrame(frame, estimate, localization, latency_ms, rectify_ms)
 
-    if extract is None:
+    if prepare is None:
         for frame in source:
             yield localized(frame, partial(prepared, frame))
         return
-    with ThreadPoolExecutor(1, "features") as pool:
+    with ThreadPoolExecutor(1, "ahead") as pool:
         waiting: tuple[Frame, Future[_Prepared]] | None = None
         try:
             for frame in source:
@@ -239,10 +240,9 @@ def localize_frames(
 
 @dataclass(frozen=True, eq=False)
 class _Prepared:
-    """Frame of the map's camera, with its features if they were computed ahead."""
+    """Frame of the map's camera, with what was computed of it ahead."""
 
     frame: Frame
-    features: BackboneFeatures | None
-    times: StageTimes
+    ahead: Ahead | None
     rectify_ms: float
     spent_ms: float

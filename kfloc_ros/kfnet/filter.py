@@ -111,6 +111,11 @@ class SceneCoordinateFilter:
         self._confirmed_ns = stamp_ns
         self._contradictions = 0  # a refined pose confirms the belief, so the measurement was bad
 
+    @property
+    def is_confirmed(self) -> bool:
+        """True if refined poses have confirmed the belief."""
+        return self._confirmed_ns is not None
+
     def covers(self, stamp_ns: int) -> bool:
         """Return true if a frame at this time meets a confirmed belief over most cells; a gap in time resets it."""
         self._check_time(stamp_ns)

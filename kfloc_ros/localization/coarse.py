@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Protocol
 
@@ -21,7 +22,7 @@ from kfloc_ros.kfnet.reference.networks import ReferenceNetworks
 from kfloc_ros.kfnet.scoordnet import measure, quantized
 from kfloc_ros.localization.config import LocalizerConfig
 from kfloc_ros.localization.depth import of_coarse
-from kfloc_ros.localization.results import StageTimes
+from kfloc_ros.localization.results import Ahead, StageTimes
 from kfloc_ros.maps.scene_map import SceneMap
 from kfloc_ros.types import CoarsePose, FilterReport, Frame, Matrix, SceneCoordinates
 
@@ -70,19 +71,42 @@ class CoarseStage:
         """
         return extract_features(frame, self.camera, self.backbone, times)
 
-    def measure(self, frame: Frame, features: BackboneFeatures, times: StageTimes) -> SceneCoordinates:
+    def prepare(self, frame: Frame, measures: Callable[[], bool] = lambda: False) -> Ahead:
+        """Run the backbone, and then, if ``measures()``, the head on the cells that :meth:`measure` is likely to need.
+
+        Raises:
+            FrameError: the image does not have the size of the map's camera.
+        """
+        times = StageTimes()
+        features = self.extract(frame, times)
+        if not measures():
+            return Ahead(times, features)
+        with times.stage("measure"):
+            # By now, the frame before has been measured, and its colour is known.
+            colour = 1 - self._colour if self._alternates and self._filter.is_confirmed else None
+            return Ahead(times, features, self._measured(frame, features, colour), colour)
+
+    def measure(
+        self, frame: Frame, features: BackboneFeatures, times: StageTimes, ahead: Ahead | None = None
+    ) -> SceneCoordinates:
         """Regress a scene coordinate and its variance for every cell (KFNet's measurement system).
 
         Where a belief that refined poses confirm covers the frame, half of the cells are measured, the colours of a
         chessboard in turns, and the belief carries the other half.
         """
         with times.stage("measure"):
-            cells = None
+            colour = None
             if self._alternates and self._filter.covers(frame.stamp_ns):
-                self._colour = 1 - self._colour
-                h, w = features.coarse.shape[2:]
-                cells = chessboard(h, w, self._colour, features.coarse.device)
-            return self._networks.measure(frame, features, cells)
+                self._colour = colour = 1 - self._colour
+            if ahead is not None and ahead.measured is not None and ahead.colour == colour:
+                return ahead.measured
+            return self._measured(frame, features, colour)
+
+    def _measured(self, frame: Frame, features: BackboneFeatures, colour: int | None) -> SceneCoordinates:
+        """Return scene coordinates of the cells of a colour of the chessboard; None: of all."""
+        h, w = features.coarse.shape[2:]
+        cells = None if colour is None else chessboard(h, w, colour, features.coarse.device)
+        return self._networks.measure(frame, features, cells)
 
     def fuse(
         self, frame: Frame, features: BackboneFeatures, measurement: SceneCoordinates, times: StageTimes

@@ -3,16 +3,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from kfloc_ros.features.backbone import Backbone, BackboneFeatures
+from kfloc_ros.features.backbone import Backbone
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.localization.coarse import CoarseStage
 from kfloc_ros.localization.config import LocalizerConfig
 from kfloc_ros.localization.refine import RefineStage
-from kfloc_ros.localization.results import CoarseResult, Localization, StageTimes
+from kfloc_ros.localization.results import Ahead, CoarseResult, Localization, StageTimes
 from kfloc_ros.maps.scene_map import SceneMap
 from kfloc_ros.pixloc.references import ReferenceViews
 from kfloc_ros.pixloc.refiner import Refiner
@@ -73,16 +73,23 @@ class Localizer:
         """Sentence on a camera that does not fit the images; empty if it fits."""
         return self._refine.camera_note
 
-    def extract_ahead(self, frame: Frame, times: StageTimes) -> BackboneFeatures | None:
-        """Compute the features of a later frame for :meth:`process`, in another thread, while this one is processed.
+    def prepare(self, frame: Frame, is_busy: Callable[[], bool] = lambda: True) -> Ahead | None:
+        """Compute what a later frame needs of :meth:`process`, in another thread, while this one is processed.
+
+        Args:
+            frame: the later frame.
+            is_busy: True while this frame is processed; else the scene coordinates are left to :meth:`process`, so that
+                both threads work.
 
         Returns:
-            The features; None if the image may be corrected first, which depends on earlier frames.
+            Features and scene coordinates; None if the image may be corrected first, which depends on earlier frames.
 
         Raises:
             FrameError: the image does not have the size of the map's camera.
         """
-        return None if self._refine.corrects_camera else self._coarse.extract(frame, times)
+        if self._refine.corrects_camera:
+            return None
+        return self._coarse.prepare(frame, lambda: is_busy() and not self._refine.tracks)
 
     def process(
         self,
@@ -90,8 +97,7 @@ class Localizer:
         hints: Sequence[Matrix] = (),
         *,
         predicted: Matrix | None = None,
-        features: BackboneFeatures | None = None,
-        times: StageTimes | None = None,
+        ahead: Ahead | None = None,
         correct: bool = True,
     ) -> Localization:
         """Localize one frame.
@@ -101,19 +107,18 @@ class Localizer:
             hints: further starting poses ``T_map_camera`` (4, 4), such as an operator's guess. The start at which the
                 image looks most like the map is refined.
             predicted: pose (4, 4) predicted by odometry; None: constant velocity predicts it.
-            features: backbone features of the frame; None: compute them.
-            times: time spent on the frame so far.
+            ahead: what :meth:`prepare` returned for the frame; the result is the same without.
             correct: correct the belief by an accepted pose at once. A place and a node pass False: they first check the
                 pose against motion and odometry, then call :meth:`correct_belief`.
 
         Raises:
             FrameError: the image does not have the size of the map's camera.
         """
-        times = times or StageTimes()
         # 1. Features, once a frame
-        if features is None:
-            frame = self._refine.corrected(frame)
-            features = self._coarse.extract(frame, times)
+        if ahead is None:
+            frame, times = self._refine.corrected(frame), StageTimes()
+            ahead = Ahead(times, self._coarse.extract(frame, times))
+        times, features = ahead.times, ahead.features
 
         # 2. Track: align from the predicted pose alone, while that holds
         tracked = None if hints else self._refine.track(frame, features, times, predicted)
@@ -121,26 +126,23 @@ class Localizer:
             self._coarse.skip(frame, features)
             return Localization(frame, features, self._refine.check(frame, features, tracked))
 
-        coarse = self.coarse_half(frame, features=features, times=times)  # steps 3 to 5
+        coarse = self.coarse_half(frame, ahead=ahead)  # steps 3 to 5
         localization = self.refine_half(frame, coarse, hints, predicted)  # steps 6 to 8
         if correct:
             self.correct_belief(frame.stamp_ns, localization.estimate.refined_pose)
         return localization
 
-    def coarse_half(
-        self, frame: Frame, *, features: BackboneFeatures | None = None, times: StageTimes | None = None
-    ) -> CoarseResult:
+    def coarse_half(self, frame: Frame, *, ahead: Ahead | None = None) -> CoarseResult:
         """Compute the coarse pose of a frame: steps 1 and 3 to 5.
 
         Raises:
             FrameError: the image does not have the size of the map's camera.
         """
-        times = times or StageTimes()
-        if features is None:
-            features = self._coarse.extract(frame, times)
+        ahead = self._coarse.prepare(frame) if ahead is None else ahead
+        times, features = ahead.times, ahead.features
 
         # 3. Measure scene coordinates and their variance (SCoordNet)
-        measurement = self._coarse.measure(frame, features, times)
+        measurement = self._coarse.measure(frame, features, times, ahead)
 
         # 4. Carry the belief over by optical flow and fuse (KFNet)
         filtered = self._coarse.fuse(frame, features, measurement, times)

@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from kfloc_ros.features.backbone import BackboneFeatures
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.kfnet.fusion import NO_PRIOR
 from kfloc_ros.localization.coarse import extract_features
@@ -16,7 +15,7 @@ from kfloc_ros.localization.judgement import JudgementSettings, judge
 from kfloc_ros.localization.localizer import Localizer, noise
 from kfloc_ros.localization.place_guide import GuideSettings, PlaceGuide
 from kfloc_ros.localization.place_search import PlaceSearchSettings
-from kfloc_ros.localization.results import CoarseResult, Localization, StageTimes
+from kfloc_ros.localization.results import Ahead, CoarseResult, Localization, StageTimes
 from kfloc_ros.maps.place import Place
 from kfloc_ros.maps.scene_map import SceneMap
 from kfloc_ros.pixloc.references import ReferenceViews
@@ -74,13 +73,17 @@ class PlaceLocalizer:
         """True if the networks run on the processor."""
         return self.guide.backbone.device.type == "cpu"
 
-    def extract_ahead(self, frame: Frame, times: StageTimes) -> BackboneFeatures:
+    def prepare(self, frame: Frame, is_busy: Callable[[], bool] = lambda: True) -> Ahead:
         """Compute the features of a later frame for :meth:`process`, in another thread, while this one is processed.
+
+        Its scene coordinates depend on the submap, which is not known yet.
 
         Raises:
             FrameError: the image does not have the size of the place's camera.
         """
-        return extract_features(frame, self.camera, self.guide.backbone, times)
+        del is_busy
+        times = StageTimes()
+        return Ahead(times, extract_features(frame, self.camera, self.guide.backbone, times))
 
     def process(
         self,
@@ -88,8 +91,7 @@ class PlaceLocalizer:
         hints: Sequence[Matrix] = (),
         *,
         predicted: Matrix | None = None,
-        features: BackboneFeatures | None = None,
-        times: StageTimes | None = None,
+        ahead: Ahead | None = None,
         correct: bool = True,
     ) -> Localization:
         """Localize one frame in the submap that the camera is in.
@@ -98,8 +100,7 @@ class PlaceLocalizer:
             frame: image of the place's camera.
             hints: likely poses ``T_place_camera`` (4, 4), such as an operator's guess.
             predicted: pose (4, 4) predicted by odometry; None: constant velocity predicts it.
-            features: backbone features of the frame; None: compute them.
-            times: time spent on the frame so far.
+            ahead: what :meth:`prepare` returned for the frame; the result is the same without.
             correct: correct the belief by an accepted pose at once; see :meth:`Localizer.process`.
 
         Returns:
@@ -109,9 +110,8 @@ class PlaceLocalizer:
             FrameError: the image does not have the size of the place's camera.
             MapError: a submap cannot be loaded.
         """
-        guide, times = self.guide, times or StageTimes()
-        if features is None:
-            features = extract_features(frame, self.camera, guide.backbone, times)
+        guide, ahead = self.guide, self.prepare(frame) if ahead is None else ahead
+        times, features = ahead.times, ahead.features
         choice = guide.choose(frame.stamp_ns, features, hints, times)
         if choice.submap is None:
             return self._nowhere(
@@ -127,7 +127,7 @@ class PlaceLocalizer:
         # Between submaps, constant velocity tells jumps; within one, odometry is the better start.
         expected = guide.predict(frame.stamp_ns)
         localization = choice.submap.localizer.process(
-            frame, choice.hints, predicted=predicted, features=features, times=times, correct=False
+            frame, choice.hints, predicted=predicted, ahead=ahead, correct=False
         )
         estimate = guide.update(frame.stamp_ns, features, localization.estimate, expected)
         if correct:
@@ -172,15 +172,17 @@ def localizer_for(known: SceneMap | Place, config: LocalizerConfig | None = None
     return PlaceLocalizer(known, config) if isinstance(known, Place) else Localizer(known, config)
 
 
-def extractor_ahead(
-    localizer: AnyLocalizer, ahead: bool | None = None
-) -> Callable[[Frame, StageTimes], BackboneFeatures | None] | None:
-    """Return what computes the features of the next frame while one is processed; None where that does not pay.
+Prepare = Callable[[Frame, Callable[[], bool]], Ahead | None]
+"""See :meth:`Localizer.prepare`."""
+
+
+def preparer(localizer: AnyLocalizer, ahead: bool | None = None) -> Prepare | None:
+    """Return what prepares the next frame while one is processed; None where that does not pay.
 
     Args:
         localizer: localizer of a map or of a place.
-        ahead: compute them ahead; None: on a processor with a second core.
+        ahead: prepare frames; None: on a processor with a second core.
     """
     if ahead is None:
         ahead = len(os.sched_getaffinity(0)) > 1
-    return localizer.extract_ahead if ahead and localizer.on_cpu else None
+    return localizer.prepare if ahead and localizer.on_cpu else None

@@ -56,7 +56,8 @@ class RefineStage:
         self._camera = scene_map.camera
         self._motion = ConstantVelocity(config.max_gap_s)
         self._track = Track(TrackSettings(check_period=config.tracking_check_period))
-        self._tracks = config.tracking and config.refine
+        self.tracks = config.tracking and config.refine
+        """True if frames may be aligned from the predicted pose alone."""
         self._had_pose = False
         self._follows_pose = False
         """True if the previous frame had a pose, so that this one is expected near the predicted pose."""
@@ -101,7 +102,7 @@ class RefineStage:
         """
         stamp_ns = frame.stamp_ns
         predicted = self._predicted(stamp_ns, predicted)
-        if not self._tracks or predicted is None or not self._track.holds:
+        if not self.tracks or predicted is None or not self._track.holds:
             return None
         if self._repeats.fault(frame.image, stamp_ns):
             return None
@@ -146,7 +147,7 @@ class RefineStage:
         starts = [T for T in (coarse.pose.T_map_camera, predicted, *hints) if T is not None]
         with times.stage("refine"):
             alignment = self._align_costly(features, starts)
-            if self._tracks:
+            if self.tracks:
                 alignment = self._compare(alignment, coarse.pose, features)
             if alignment.success and not self._is_supported(alignment, coarse, features):
                 alignment = self._examine(alignment, features, self._expected(predicted))

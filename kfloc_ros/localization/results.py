@@ -40,6 +40,18 @@ class StageTimes:
 
 
 @dataclass(frozen=True, eq=False)
+class Ahead:
+    """What was computed of a frame before its turn, in another thread."""
+
+    times: StageTimes
+    features: BackboneFeatures
+    measured: SceneCoordinates | None = None
+    """Scene coordinates regressed from the frame; None if that may not be needed."""
+    colour: int | None = None
+    """Colour of the chessboard's cells that were measured; None: all cells."""
+
+
+@dataclass(frozen=True, eq=False)
 class CoarseResult:
     """Result of the coarse half, sent from ``filter_node`` to ``refiner_node``."""
 

@@ -13,6 +13,7 @@ from rclpy.node import Node
 from kfloc_ros.errors import FrameError
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.localization.localizer import Localizer
+from kfloc_ros.localization.place_localizer import preparer
 from kfloc_ros.maps.place import AnyMap, single_map
 from kfloc_ros.nodes.adapters import Messages
 from kfloc_ros.nodes.diagnostics import DiagnosticsPublisher, Report
@@ -28,7 +29,7 @@ from kfloc_ros.nodes.handover import (
     read_frame,
 )
 from kfloc_ros.nodes.health import Health
-from kfloc_ros.nodes.localizer_stage import PoseOutput
+from kfloc_ros.nodes.localizer_stage import PoseOutput, Prepared
 from kfloc_ros.nodes.managed_node import tell_runtime, warm_up
 from kfloc_ros.nodes.parameter_server import ParameterServer
 from kfloc_ros.nodes.views import cell_publisher
@@ -51,16 +52,20 @@ class FilterStage:
         self._publish = CoarsePublisher(node, map_frame, lambda: self._health.counters, for_refiner=True)
         self._cells = cell_publisher(node, map_frame, self._health.warn)
         self._watch = TimeWatch(node)
+        self._prepare_ahead = preparer(self._localizer)
         self._queue = LatestQueue("filter", self._health, switch, parameters, self._process, self._localizer.reset)
+        self._frames = LatestQueue("frames", self._health, switch, parameters, self._prepare)
         self._diagnostics = DiagnosticsPublisher(node, self._health, switch, scene_map.name, Report)
         self._feedback = FeedbackQueue(node, self._health.warn)
-        join_frames(node, self._queue.offer)
+        join_frames(node, self._frames.offer)
 
     def pause(self) -> None:
+        self._frames.pause()
         self._queue.pause()
         self._cells.pause()
 
     def stop(self) -> None:
+        self._frames.stop()
         self._queue.stop()
         self._cells.stop()
 
@@ -68,15 +73,21 @@ class FilterStage:
         """Request that the next frame starts without a prior. Thread-safe."""
         self._watch.request_reset(reason)
 
-    def _process(self, messages: Messages) -> None:
+    def _prepare(self, messages: Messages) -> None:
+        """Read a frame and run the networks on it, beside the frame before."""
         camera_frame = read_frame(messages)
         check_camera(camera_frame, self._localizer.camera)
+        ahead = None if self._prepare_ahead is None else self._prepare_ahead(camera_frame.frame, self._queue.is_busy)
+        self._queue.hand_over(Prepared(camera_frame, ahead))
+
+    def _process(self, prepared: Prepared) -> None:
+        camera_frame = prepared.camera_frame
         for refined in self._feedback.take():
             self._localizer.correct_belief(refined.stamp_ns, refined.T_map_camera)
         reason = self._watch.reset_reason(camera_frame.frame.stamp_ns)
         if reason:
             self._localizer.reset(reason)
-        coarse = CoarseFrame(camera_frame, self._localizer.coarse_half(camera_frame.frame))
+        coarse = CoarseFrame(camera_frame, self._localizer.coarse_half(camera_frame.frame, ahead=prepared.ahead))
         self._publish(coarse)
         self._cells.offer(coarse)
         self._health.count_processed(camera_frame.latency_ms())

@@ -13,10 +13,9 @@ from rclpy.node import Node
 
 from kfloc_ros.device import choose_device
 from kfloc_ros.errors import FrameError
-from kfloc_ros.features.backbone import BackboneFeatures
 from kfloc_ros.geometry.lie import inverse_pose
-from kfloc_ros.localization.place_localizer import AnyLocalizer, extractor_ahead, localizer_for
-from kfloc_ros.localization.results import Localization, StageTimes
+from kfloc_ros.localization.place_localizer import AnyLocalizer, localizer_for, preparer
+from kfloc_ros.localization.results import Ahead, Localization
 from kfloc_ros.localization.rig import RigLocalizer, RigView
 from kfloc_ros.maps.place import AnyMap, MapInfo, single_map
 from kfloc_ros.messages.transforms import TransformUnknownError
@@ -161,25 +160,24 @@ class PoseOutput:
 
 
 @dataclass(frozen=True, eq=False)
-class _Prepared:
-    """Frame with its features, which the camera's thread computed beside the frame before."""
+class Prepared:
+    """Frame with what another thread computed of it, beside the frame before."""
 
     camera_frame: CameraFrame
-    features: BackboneFeatures | None
-    times: StageTimes
+    ahead: Ahead | None
 
 
 class LocalizerStage:
     """Localizer on every frame, in a thread of its own; the camera's thread decodes the next one meanwhile.
 
-    On a processor with a second core, that thread also computes its features. The results are the same.
+    On a processor with a second core, that thread also runs the networks on it. The results are the same.
     """
 
     def __init__(self, node: Node, parameters: ParameterServer, scene_map: AnyMap, switch: EnableSwitch) -> None:
         health = Health(node.get_logger())
         warm_up(scene_map, parameters.localizer)
         self._localizer = localizer_for(scene_map, parameters.localizer)
-        self._extract = extractor_ahead(self._localizer)
+        self._prepare_ahead = preparer(self._localizer)
         tell_runtime(health, self._localizer.runtime_note)
         map_frame = parameters.node.map_frame or scene_map.frame_id
         self._publish_coarse = CoarsePublisher(node, map_frame, lambda: health.counters, for_refiner=False)
@@ -209,17 +207,15 @@ class LocalizerStage:
         self._output.request_reset(reason)
 
     def _prepare(self, camera_frame: CameraFrame) -> None:
-        times = StageTimes()
-        features = None if self._extract is None else self._extract(camera_frame.frame, times)
-        self._queue.hand_over(_Prepared(camera_frame, features, times))
+        ahead = None if self._prepare_ahead is None else self._prepare_ahead(camera_frame.frame, self._queue.is_busy)
+        self._queue.hand_over(Prepared(camera_frame, ahead))
 
-    def _process(self, prepared: _Prepared) -> None:
+    def _process(self, prepared: Prepared) -> None:
         camera_frame = prepared.camera_frame
         starts = self._output.begin(camera_frame)
         localization = self._localizer.process(
-            camera_frame.frame, starts.hints, predicted=starts.predicted, features=prepared.features,
-            times=prepared.times, correct=False,
-        )  # fmt: skip
+            camera_frame.frame, starts.hints, predicted=starts.predicted, ahead=prepared.ahead, correct=False
+        )
         estimate = self._output.publish(camera_frame, localization)  # the pose first
         self._localizer.correct_belief(estimate.stamp_ns, estimate.refined_pose)
         self._collecting.offer(camera_frame.frame, estimate, starts.predicted)

@@ -84,6 +84,11 @@ class LatestWorker(Generic[ItemT]):
             self._condition.wait_for(lambda: self._item is not item or self._stopping, patience_s)
         return overwritten
 
+    @property
+    def is_busy(self) -> bool:
+        """True while an item is worked on or waits."""
+        return self._working or self._item is not None
+
     def discard(self) -> bool:
         """Discard the waiting item; return True if there was one."""
         with self._condition:
@@ -146,7 +151,7 @@ class LatestQueue(Generic[ItemT]):
         switch: EnableSwitch,
         parameters: ParameterServer,
         work: Callable[[ItemT], None],
-        on_failure: Callable[[str], None],
+        on_failure: Callable[[str], None] = lambda reason: None,
     ) -> None:
         self._health, self._switch, self._parameters, self._on_failure = health, switch, parameters, on_failure
         self._worker = LatestWorker(name, work, self._on_error)
@@ -158,6 +163,10 @@ class LatestQueue(Generic[ItemT]):
         self._health.count("received")
         if self._worker.submit(item):
             self._health.count("dropped")
+
+    def is_busy(self) -> bool:
+        """Return True while an item is worked on or waits."""
+        return self._worker.is_busy
 
     def hand_over(self, item: ItemT) -> None:
         """Queue an item that another queue received, and wait until it is taken, at most ``HAND_OVER_S``."""
