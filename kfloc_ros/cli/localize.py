@@ -106,6 +106,8 @@ def run(args: argparse.Namespace) -> int:
     """Run ``kfloc localize``; return 0 when done, 130 when interrupted."""
     source = open_source_from(args, depth=args.use_depth or args.collect is not None)
     need_camera(source)
+    if args.use_depth and len(source) and (first := source.read(0)) is not None and first.depth_m is None:
+        raise SourceError(f"'{source.name}' has no depth images: its first frame has none. Leave --use-depth out.")
 
     # Imported late, so that a mistyped SOURCE is reported before torch is loaded.
     from kfloc_ros.cli.progress import progress_bar

@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import cv2
+import numpy as np
 import pytest
 
 from kfloc_ros import __version__
@@ -120,3 +123,20 @@ def test_a_library_that_is_not_installed_is_named(
     monkeypatch.setattr("kfloc_ros.cli.sources.run", run)
     assert cli.main(["sources"]) == 2
     assert "'pycolmap' is not installed" in capsys.readouterr().err
+
+
+@pytest.mark.thorough
+def test_depth_is_used_where_a_source_has_it_and_asked_for_in_vain_where_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["localize", "sim:localize-quick", "--frames", "4:5", "--map", "demo_room", "--use-depth", "--quiet"]
+    assert cli.main([*words, "--out", str(tmp_path / "out")]) == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))
+    assert summary["options"]["use_depth"] is True
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    cv2.imwrite(str(photos / "0.png"), np.full((48, 64, 3), 90, np.uint8))
+    (photos / "camera.txt").write_text("64 48 52 52 31.5 23.5\n", encoding="utf-8")
+    words[1:4] = [f"images:{photos}"]
+    assert cli.main([*words, "--out", str(tmp_path / "other")]) == 2
+    assert "has no depth images" in capsys.readouterr().err
