@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -161,6 +162,20 @@ def test_odometry_predicts_the_next_image(node: Any) -> None:
     expected = at(4.0, 0.05) @ inverse_pose(at(0.1, 0.05)) @ at(5.0, 2.5) @ T_BASE_CAMERA
     assert np.allclose(predicted, expected, atol=1e-6)
     assert publisher.predict("camera", START_NS + 60_000 * MS) is None, "odometry does not reach so far"
+
+
+def test_a_first_pose_that_waits_for_others_moves_no_transform(node: Any) -> None:
+    world = World(node)
+    publisher = world.pose_publisher()
+    world.hear("base", "camera", 0, T_BASE_CAMERA, static=True)
+    for number in range(5):
+        world.hear("odom", "base", START_NS + 100 * MS * number, at(0.0))
+    first = replace(estimate(START_NS + 50 * MS, at(1.0)), tentative=True, reason="waits for 1 more")
+    waiting = publisher.publish(first, "camera")
+    assert waiting.pose == "" and waiting.suspect == "waits for 1 more" and not waiting.is_repeating
+    assert publisher.last is not None, "the pose itself is published"
+    second = publisher.publish(estimate(START_NS + 150 * MS, at(1.0)), "camera")
+    assert second.transform_text == "sound" and second.is_repeating
 
 
 def test_a_second_publisher_of_poses_is_told_in_every_tf_mode(node: Any) -> None:
