@@ -63,13 +63,13 @@ def open_plain(path: Path) -> IO[bytes]:
 
 
 def read_text(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> str:
-    """Return the content of a plain UTF-8 text file.
+    """Return the content of a plain UTF-8 text file, without the mark that Windows programs put before it.
 
     Raises:
         OSError: see :func:`read_bytes`.
         UnicodeDecodeError: it is no UTF-8.
     """
-    return read_bytes(path, max_bytes).decode("utf-8")
+    return read_bytes(path, max_bytes).decode("utf-8-sig")
 
 
 def check_count(count: int, path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from kfloc_ros.bags.truth import other_times
 from kfloc_ros.datasets.posed_images import DepthFiles, PosedImage, PosedImages, pose_of_row, usable_pose
 from kfloc_ros.errors import FrameError, SourceError
 from kfloc_ros.files import check_count, inside, number, read_text
@@ -175,8 +176,12 @@ class EurocSequence(PosedImages):
         rows = rows_of(folder / "data.csv", 2)
         check_count(len(rows), folder / "data.csv")
         track = _track(base / TRUTH / "data.csv", T_body_camera)
+        files = sorted((_stamp_ns(row[0], folder / "data.csv"), row[1]) for row in rows)
+        truth = f"The poses in '{base / TRUTH / 'data.csv'}'"
+        if sentence := other_times(truth, track.span_ns if len(track) else (), [stamp_ns for stamp_ns, _ in files]):
+            raise SourceError(sentence)
         images = []
-        for stamp_ns, name in sorted((_stamp_ns(row[0], folder / "data.csv"), row[1]) for row in rows):
+        for stamp_ns, name in files:
             path = inside(folder / "data", name)
             images.append(PosedImage(path, path.stem, stamp_ns, calibration, track.at(stamp_ns)))
         super().__init__(f"{base.resolve().parent.name}/{camera}", images)

@@ -47,7 +47,8 @@ class ImageFolder(PosedImages):
     def __init__(self, root: Path) -> None:
         files = image_files(root)
         if not files:
-            raise SourceError(f"There is no image ({', '.join(IMAGE_ENDINGS)}) in '{root}'. {_heic_sentence(root)}")
+            what = "is no folder" if not root.is_dir() else f"has no image ({', '.join(IMAGE_ENDINGS)})"
+            raise SourceError(f"'{root}' {what}. {_heic_sentence(root)}".rstrip())
         if sentence := _heic_sentence(root):
             LOG.warning("%s They are left out.", sentence)
         self._is_guess = not (root / CALIBRATION_FILE).is_file()

@@ -21,7 +21,7 @@ from kfloc_ros.errors import FrameError, SourceError
 from kfloc_ros.files import read_bytes, read_text
 from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import DISTORTION_LENGTHS, Camera, ImageAdapter, known_coefficients
-from kfloc_ros.geometry.lie import make_pose, quaternion_to_matrix
+from kfloc_ros.geometry.lie import is_rotation, make_pose, quaternion_to_matrix
 from kfloc_ros.types import Frame, Matrix
 
 CALIBRATION_FILE = "camera.txt"
@@ -232,19 +232,20 @@ def encoded_jpeg(path: Path, camera: Camera) -> bytes | None:
 
 
 def usable_pose(T: Matrix) -> Matrix | None:
-    """Return a pose (4, 4), or None where it is none: not finite, or farther away than anything on Earth."""
-    return T if np.isfinite(T).all() and np.abs(T[:3, 3]).max() < MAX_POSITION_M else None
+    """Return a pose (4, 4); None where it is none: not finite, no rotation, or farther away than anything on Earth."""
+    return T if is_rotation(T[:3, :3]) and np.isfinite(T).all() and np.abs(T[:3, 3]).max() < MAX_POSITION_M else None
 
 
 def pose_of_row(translation: Sequence[float], quaternion_xyzw: Sequence[float]) -> Matrix | None:
-    """Return the pose (4, 4) of a translation and a quaternion in a list; None where a number is not finite.
+    """Return the pose (4, 4) of a translation and a quaternion in a list; None where a number is not finite, or the
+    quaternion is zero, as programs write it where they have no pose.
 
     Raises:
-        ValueError: the numbers are finite and the quaternion has no length, or numbers are missing.
+        ValueError: numbers are missing.
     """
     if len(translation) != 3 or len(quaternion_xyzw) != 4:
         raise ValueError("a pose has a translation of three numbers and a quaternion of four")
-    if not np.isfinite([*translation, *quaternion_xyzw]).all():
+    if not np.isfinite([*translation, *quaternion_xyzw]).all() or np.linalg.norm(quaternion_xyzw) < 1e-6:
         return None
     return usable_pose(make_pose(quaternion_to_matrix(quaternion_xyzw), translation))
 

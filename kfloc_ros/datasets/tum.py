@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from kfloc_ros.bags.truth import other_times
 from kfloc_ros.datasets.posed_images import (
     CALIBRATION_FILE,
     DepthFiles,
@@ -85,8 +86,14 @@ def _images(
     depth_stamps = [stamp for stamp, _ in depths]
     path = root / "groundtruth.txt"
     track = _read_track(path, T_body_camera) if path.is_file() else PoseTrack([], [])
+    files = sorted(_read_files(root, colors))
+    stamps = [stamp for stamp, _ in files]
+    for what, times in ((f"The poses in '{path}'", track.span_ns if len(track) else ()),
+                        (f"The depth images in '{root / depth_list}'", depth_stamps)):  # fmt: skip
+        if sentence := other_times(what, times, stamps):
+            raise SourceError(sentence)
     images = []
-    for stamp, path in sorted(_read_files(root, colors)):
+    for stamp, path in files:
         match = nearest_stamp(depth_stamps, stamp, DEPTH_TOLERANCE_NS)
         depth_path = None if match is None else depths[match][1]
         images.append(PosedImage(path, path.stem, stamp, camera, track.at(stamp), depth_path))

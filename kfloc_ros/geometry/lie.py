@@ -51,6 +51,18 @@ def unit_quaternion(xyzw: ArrayLike) -> Matrix:
     return np.asarray(q / norm)
 
 
+MAX_ROTATION_ERROR = 0.02
+"""Largest difference of ``R^T R`` from the identity for a matrix that a file may call a rotation."""
+
+
+def is_rotation(R: ArrayLike) -> bool:
+    """Return true if a matrix (3, 3) is finite, orthonormal but for rounding, and turns without mirroring."""
+    matrix = np.asarray(R, dtype=np.float64)
+    if not np.isfinite(matrix).all() or np.abs(matrix).max() > 2:
+        return False
+    return bool(np.abs(matrix.T @ matrix - np.eye(3)).max() < MAX_ROTATION_ERROR and np.linalg.det(matrix) > 0)
+
+
 def quaternion_to_matrix(xyzw: ArrayLike) -> Matrix:
     """Return the rotation matrix (3, 3) of a quaternion (x, y, z, w), which is normalised first.
 

@@ -206,6 +206,18 @@ def test_a_damaged_pose_file_is_left_out_and_named(tmp_path: Path, make: Make) -
     assert len(list(source)) == COUNT - 1 and pose.name in source.left_out[BAD]
 
 
+@pytest.mark.parametrize("make", KINDS[:4], ids=lambda make: make.__name__)
+def test_a_matrix_of_zeros_is_no_pose_and_one_that_scales_is_left_out(tmp_path: Path, make: Make) -> None:
+    spec, _, pose = make(tmp_path / "room")
+    assert pose is not None
+    pose.write_text("0 0 0 0\n" * 4)
+    assert [frame.T_map_camera is None for frame in open_source(spec)] == [k == BAD for k in range(COUNT)]
+    for scaled in ("2 0 0 0\n0 2 0 0\n0 0 2 0\n0 0 0 1\n", "1 0 0 0\n0 1 0 0\n0 0 -1 0\n0 0 0 1\n"):
+        pose.write_text(scaled)
+        source = open_source(spec)
+        assert len(list(source)) == COUNT - 1 and "no rotation" in source.left_out[BAD]
+
+
 def test_poses_that_are_none_in_lists_leave_their_frames_without_one(tmp_path: Path) -> None:
     spec, _, _ = cambridge(tmp_path / "cambridge")
     path = tmp_path / "cambridge" / "dataset_test.txt"

@@ -221,6 +221,42 @@ def test_tum_lists_are_tied_by_stamp(tmp_path: Path) -> None:
     np.testing.assert_allclose(frames[0].T_map_camera[:3, 3], (poses()[0] + poses()[1])[:3, 3] / 2, atol=1e-9)
 
 
+@pytest.fixture
+def desk(tmp_path: Path) -> Path:
+    root = tmp_path / "rgbd_dataset_freiburg3_desk"
+    root.mkdir()
+    return write_tum(root)
+
+
+@pytest.mark.parametrize("list_name", ["groundtruth.txt", "depth.txt"])
+def test_tum_lists_of_another_clock_are_told(desk: Path, list_name: str) -> None:
+    """Nanoseconds in one list and seconds in the other would leave every image without a pose, or without depth."""
+    path = desk / list_name
+    lines = [line.split(maxsplit=1) for line in path.read_text().splitlines() if not line.startswith("#")]
+    path.write_text("".join(f"{float(stamp) + 1e6:.6f} {rest}\n" for stamp, rest in lines))
+    with pytest.raises(SourceError, match="of other times than the images"):
+        open_source(f"tum:{desk}")
+
+
+def test_a_list_written_on_windows_is_read(desk: Path) -> None:
+    path = desk / "groundtruth.txt"
+    before = [open_source(f"tum:{desk}").pose(k) for k in range(2)]
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    for k, T in enumerate(before):
+        found = open_source(f"tum:{desk}").pose(k)
+        assert T is not None and found is not None and np.array_equal(T, found)
+
+
+def test_a_quaternion_of_zero_is_no_pose(desk: Path) -> None:
+    """As trackers write it while they are lost."""
+    path = desk / "groundtruth.txt"
+    lines = path.read_text().splitlines()
+    lines[-1] = " ".join([*lines[-1].split()[:4], "0", "0", "0", "0"])
+    path.write_text("\n".join(lines) + "\n")
+    source = open_source(f"tum:{desk}")
+    assert source.pose(0) is not None and source.pose(2) is None
+
+
 def test_tum_needs_a_camera(tmp_path: Path) -> None:
     write_tum(tmp_path)
     with pytest.raises(SourceError, match=r"camera\.txt"):

@@ -247,7 +247,7 @@ def test_euroc_poses_are_interpolated_and_moved_to_the_camera(tmp_path: Path) ->
         (capture, "sessions/query_phone/sensors.txt", "cam0, x, camera, PINHOLE, 64\n"),
         (capture, "sessions/query_phone/images.txt", "now, cam0, a.jpg\n"),
         (capture, "sessions/query_phone/images.txt", "1, cam0, ../../../../etc/passwd\n"),
-        (capture, "sessions/query_phone/trajectories.txt", "1, cam0, 0, 0, 0, 0, 1, 2, 3\n"),
+        (capture, "sessions/query_phone/trajectories.txt", "1, cam0, w, 0, 0, 0, 1, 2, 3\n"),
         (openloris, "sensors.yaml", "%YAML:1.0\nd400_color_optical_frame: { width: 64 }\n"),
         (openloris, "trans_matrix.yaml", "\0\0"),
         (euroc, "V1_01/mav0/cam0/data.csv", "12,\n1e5,b.png\n"),

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from kfloc_ros.errors import FrameError, SourceError
 from kfloc_ros.files import MAX_IMAGE_PIXELS, check_count, inside, number_rows, read_array, read_bytes, read_text
 from kfloc_ros.geometry.camera import Camera
+from kfloc_ros.geometry.lie import is_rotation
 from kfloc_ros.kfnet.pnp import PnpSettings, solve_pnp
 from kfloc_ros.types import CoarsePose, Matrix, SceneCoordinates
 
@@ -193,10 +194,10 @@ def read_list(path: Path, root: Path | None = None) -> list[Path]:
 
 
 def read_pose(path: Path) -> Matrix | None:
-    """Return a 4x4 camera-to-world matrix as 7-Scenes writes it; None where it is not finite.
+    """Return a 4x4 camera-to-world matrix as 7-Scenes writes it; None where it is not finite or all zero.
 
     Raises:
-        FrameError: the file is missing, or does not hold four lines of four numbers.
+        FrameError: the file is missing, or does not hold four lines of four numbers, or no rotation.
     """
     try:
         rows = number_rows(path)
@@ -205,7 +206,11 @@ def read_pose(path: Path) -> Matrix | None:
     if [len(row) for row in rows] != [4, 4, 4, 4]:
         raise FrameError(f"'{path}' does not hold a 4x4 pose but lines of {[len(row) for row in rows][:8]} numbers.")
     T = np.array(rows, dtype=np.float64)
-    return T if np.isfinite(T).all() and np.abs(T[:3, 3]).max() < MAX_POSITION_M else None
+    if not (np.isfinite(T).all() and T[:3, :3].any() and np.abs(T[:3, 3]).max() < MAX_POSITION_M):
+        return None
+    if not is_rotation(T[:3, :3]):
+        raise FrameError(f"'{path}' does not hold a pose: the 3x3 part of its matrix is no rotation.")
+    return T
 
 
 def pose_fault(path: Path) -> str:
