@@ -256,7 +256,9 @@ def _compressed_depth(data: bytes, format_text: str) -> NDArray[np.float32]:
         a, b = struct.unpack("<2f", header[4:])  # as compressed_depth_image_transport quantizes
         if not (np.isfinite(a) and np.isfinite(b) and a > 0):
             raise FrameError(f"A depth image with the format '{format_text}' has the scale {a} and {b} in its header.")
-        return _known_metres(np.where(raw > b, a / np.maximum(raw.astype(np.float32) - b, 1e-6), 0) * (raw > 0))
+        with np.errstate(over="ignore", invalid="ignore"):  # of a header that no camera writes
+            depth = np.where(raw > b, a / np.maximum(raw.astype(np.float32) - b, 1e-6), 0) * (raw > 0)
+        return _known_metres(depth)
     return _metres(raw)
 
 

@@ -31,7 +31,15 @@ from kfloc_ros.geometry.camera import Camera, ImageAdapter
 from kfloc_ros.geometry.lie import make_pose, so3_exp
 from kfloc_ros.messages.camera_info import camera_from_info, fill_info, in_words, shared_view
 from kfloc_ros.messages.features import fill_coarse, fill_fine
-from kfloc_ros.messages.images import _LAYOUTS, ENCODINGS, MAX_SIDE_PX, decode_compressed, decode_image, fill_image
+from kfloc_ros.messages.images import (
+    _LAYOUTS,
+    ENCODINGS,
+    MAX_SIDE_PX,
+    decode_compressed,
+    decode_depth_message,
+    decode_image,
+    fill_image,
+)
 from kfloc_ros.messages.poses import StampGuard, fill_stamp, pose_from_message, stamp_to_ns
 from kfloc_ros.messages.transforms import TransformTree, TransformUnknownError
 from kfloc_ros.nodes.adapters import make_joiner
@@ -106,6 +114,38 @@ def test_any_compressed_image_is_decoded_or_refused(fuzz: Fuzz) -> None:
         assert rgb.ndim == 3 and rgb.shape[2] == 3 and rgb.dtype == np.uint8
 
     fuzz(check, st.one_of(damaged_files(), st.binary(max_size=200)))
+
+
+DEPTH_FILE = cv2.imencode(".png", np.random.default_rng(0).integers(0, 9000, (24, 32), dtype=np.uint16))[1].tobytes()
+
+
+@st.composite
+def depth_messages(draw: st.DrawFn) -> tuple[Any, bool]:
+    """Raw and compressed depth, often right, sometimes anything."""
+    if draw(st.booleans()):
+        message = draw(images())
+        message.encoding = draw(st.sampled_from(["16UC1", "mono16", "32FC1", "rgb8"]))
+        return message, False
+    data = bytearray(draw(st.binary(min_size=12, max_size=12)) + DEPTH_FILE)
+    for _ in range(draw(st.integers(0, 6))):
+        data[draw(st.one_of(st.integers(0, 50), st.integers(0, len(data) - 1)))] = draw(st.integers(0, 255))
+    cut = data[: draw(st.one_of(st.just(len(data)), st.integers(0, len(data))))]
+    words = draw(
+        st.sampled_from(["16UC1; compressedDepth png", "32FC1; compressedDepth", "16UC1; png compressed ", ""])
+    )
+    return CompressedImage(format=words, data=array.array("B", bytes(cut))), True
+
+
+def test_any_depth_image_is_metres_or_refused(fuzz: Fuzz) -> None:
+    def check(given: tuple[Any, bool]) -> None:
+        try:
+            depth_m = decode_depth_message(*given)
+        except FrameError:
+            return
+        assert depth_m.ndim == 2 and depth_m.dtype == np.float32
+        assert np.isfinite(depth_m).all() and (depth_m >= 0).all()
+
+    fuzz(check, depth_messages(), share=2.0)
 
 
 MODELS = st.one_of(st.sampled_from(["", "plumb_bob", "rational_polynomial", "equidistant", "fisheye"]), WORDS)
