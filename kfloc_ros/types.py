@@ -126,6 +126,10 @@ class Alignment:
     support: float = 0.0
     """Support by the reference points' own matches: standard deviations of the number of agreeing points above that of
     a wrong place."""
+    map_support: float = 0.0
+    """The same, by the map's points alone, where points of this session's images were aligned, too."""
+    carried: bool = False
+    """True if the map does not confirm the pose, and points of this session's own images gave it."""
     steps: tuple[AlignmentStep, ...] = ()
     """Start and accepted poses of every level, in order."""
 

@@ -52,6 +52,13 @@ class LocalizerConfig:
         10, "With tracking: frames between two checks by a coarse pose.", low=2, high=1000
     )
     relocalize: bool = option(True, "Search the whole map if the alignment fails or has no start.")
+    carry_s: float = option(
+        5.0,
+        "Longest time, in seconds, that poses are carried on (DEGRADED) with this session's images where the map does "
+        "not show the view; 0: images of this session are not used.",
+        low=0.0,
+        high=3600.0,
+    )
     loaded_submaps: int = option(4, "Submaps of a place (several maps) kept in memory.", low=2, high=1000)
     num_references: int = option(3, "Reference views used in each alignment.", low=1, high=20)
     max_gap_s: float = option(

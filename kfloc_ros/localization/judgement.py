@@ -68,9 +68,10 @@ def judge(
 ) -> PoseEstimate:
     """Return state, reason, pose and covariance of a frame.
 
-    An accepted alignment is TRACKING. If an accepted coarse pose disagrees with it, the state is DEGRADED, and the
-    covariance covers both poses. If there is no accepted alignment, an accepted coarse pose is DEGRADED, with a larger
-    covariance (TRACKING if no alignment was requested). Otherwise there is no pose.
+    An accepted alignment is TRACKING; if it is carried on without the map, DEGRADED. If an accepted coarse pose
+    disagrees with it, the state is DEGRADED, and the covariance covers both poses. If there is no accepted alignment,
+    an accepted coarse pose is DEGRADED, with a larger covariance (TRACKING if no alignment was requested). Otherwise
+    there is no pose.
 
     Args:
         stamp_ns: stamp of the frame.
@@ -83,6 +84,14 @@ def judge(
     common = PoseEstimate(stamp_ns, TrackingState.TRACKING, "", coarse=coarse, filter=report, alignment=alignment)
     weak = _weakness(coarse, settings)
     if alignment is not None and alignment.success and alignment.covariance is not None:
+        if alignment.carried:
+            return replace(
+                common,
+                state=TrackingState.DEGRADED,
+                reason=f"carried on with this session's images: {alignment.reason or 'the map does not confirm it'}",
+                T_map_camera=alignment.T_map_camera,
+                covariance=alignment.covariance,
+            )
         apart = "" if weak else disagreement(alignment, coarse, settings)
         if not apart:
             return replace(common, T_map_camera=alignment.T_map_camera, covariance=alignment.covariance)

@@ -124,7 +124,8 @@ class Localizer:
         tracked = None if hints else self._refine.track(frame, features, times, predicted)
         if tracked is not None:
             self._coarse.skip(frame, features)
-            return Localization(frame, features, self._refine.check(frame, features, tracked))
+            tracked = self._refine.check(frame, features, tracked)
+            return Localization(frame, features, self._refine.learn(features, tracked))
 
         coarse = self.coarse_half(frame, ahead=ahead)  # steps 3 to 5
         localization = self.refine_half(frame, coarse, hints, predicted)  # steps 6 to 8
@@ -175,7 +176,7 @@ class Localizer:
             FrameError: the image does not have the size of the map's camera.
         """
         times = StageTimes(coarse.timings_ms)
-        # 6. Align features with the map's reference views (PixLoc)
+        # 6. Align features with the map's reference views (PixLoc), and with this session's images where these fail
         alignment = self._refine.align(frame, coarse, hints, times, predicted)
 
         # 7. Relocalize in the whole map if that failed
@@ -184,6 +185,7 @@ class Localizer:
         # 8. Judge pose and camera; an accepted pose then corrects the belief (correct_belief)
         estimate = self._refine.judge(frame, coarse, alignment, times)
         estimate = self._refine.check(frame, coarse.features, estimate)
+        estimate = self._refine.learn(coarse.features, estimate)
         return Localization(frame, coarse.features, estimate, coarse)
 
     def correct_belief(self, stamp_ns: int, T_map_camera: Matrix | None) -> None:

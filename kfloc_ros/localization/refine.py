@@ -10,6 +10,7 @@ from kfloc_ros.device import choose_device
 from kfloc_ros.features.backbone import BackboneFeatures
 from kfloc_ros.kfnet.pnp import agreeing_share
 from kfloc_ros.localization.camera_check import RepeatGuard
+from kfloc_ros.localization.carrying import Carrier
 from kfloc_ros.localization.coarse import check_frame, pnp_settings
 from kfloc_ros.localization.config import LocalizerConfig
 from kfloc_ros.localization.depth import DepthCheck
@@ -59,6 +60,7 @@ class RefineStage:
         self.tracks = config.tracking and config.refine
         """True if frames may be aligned from the predicted pose alone."""
         self._had_pose = False
+        self._carrier = Carrier(self.refiner, scene_map.camera, config.carry_s)
         self._follows_pose = False
         """True if the previous frame had a pose, so that this one is expected near the predicted pose."""
         self._judgement = JudgementSettings(min_inlier_ratio=calibration.min_inlier_ratio)
@@ -131,7 +133,8 @@ class RefineStage:
     ) -> Alignment | None:
         """Align from the coarse pose, the predicted pose or a hint, whichever fits the image best.
 
-        An alignment without support that is independent of earlier poses is checked by the image's matches.
+        If the map's points do not settle the pose, points of this session's images are aligned, too. An alignment
+        without support that is independent of earlier poses is checked by the image's matches.
 
         Returns:
             The alignment; None if refinement is off.
@@ -149,6 +152,11 @@ class RefineStage:
             alignment = self._align_costly(features, starts)
             if self.tracks:
                 alignment = self._compare(alignment, coarse.pose, features)
+            if self._carrier.is_settled(alignment):
+                return alignment
+            by_session = self._by_session(alignment, coarse, features, predicted)
+            if by_session is not None:
+                return by_session
             if alignment.success and not self._is_supported(alignment, coarse, features):
                 alignment = self._examine(alignment, features, self._expected(predicted))
             return self._by_depth(frame, features, alignment)
@@ -201,6 +209,15 @@ class RefineStage:
             estimate = replace(estimate, state=state, reason=repeated, T_map_camera=None, covariance=None)
         return self._remember(estimate, times)
 
+    def learn(self, features: BackboneFeatures, estimate: PoseEstimate) -> PoseEstimate:
+        """Learn points of an image with an accepted pose; later images are aligned with them, too."""
+        if not self._config.refine:
+            return estimate
+        times = StageTimes(estimate.timings_ms)
+        with times.stage("learn"):
+            self._carrier.learn(features.to(self._device), estimate, self._config.num_references)
+        return replace(estimate, timings_ms=times.with_total())
+
     def corrected(self, frame: Frame) -> Frame:
         """Return a frame with its image converted to the map's camera, if a fitted camera replaces the given one."""
         return self._check.corrected(frame)
@@ -224,6 +241,7 @@ class RefineStage:
         self._follows_pose = False
         self._track.end()
         self._check.reset()
+        self._carrier.reset()
 
     def _align_costly(self, features: BackboneFeatures, starts: Sequence[Matrix]) -> Alignment:
         """Align, also at a cost above the map's limit; the caller asks for other evidence, if the search can give it.
@@ -255,6 +273,20 @@ class RefineStage:
         self._track.check(other, coarse)
         return other
 
+    def _by_session(
+        self, alignment: Alignment, coarse: CoarseResult, features: BackboneFeatures, predicted: Matrix | None
+    ) -> Alignment | None:
+        """Return the alignment with points of this session's images, too; None if they do not settle the pose."""
+        points = self._carrier.points(coarse.stamp_ns, predicted)
+        if points is None or predicted is None:
+            return None
+        joint = self._carrier.joint(features, coarse.stamp_ns, predicted, points, alignment)
+        if joint is None:
+            return self._carrier.alone(features, coarse.stamp_ns, predicted, points, alignment)
+        if joint.carried and alignment.success and self._is_supported(replace(joint, support=0.0), coarse, features):
+            return replace(joint, carried=False, reason="")
+        return joint
+
     def _is_supported(self, alignment: Alignment, coarse: CoarseResult, features: BackboneFeatures) -> bool:
         """Return true if evidence that is independent of earlier poses supports an alignment.
 
@@ -262,7 +294,7 @@ class RefineStage:
         poses have corrected its belief, it is not independent, and only this frame's own measurement or its matches
         count.
         """
-        if alignment.support >= self.refiner.settings.certain_support:
+        if self.refiner.is_certain(alignment):
             return True
         if not agrees(alignment, coarse.pose):
             return False

@@ -70,10 +70,24 @@ class MatchedPose:
 
     @property
     def support(self) -> float:
-        """Support of the pose by the points: standard deviations of their number above that of a wrong place."""
-        expected = AGREEING_BY_CHANCE * self.found_count
-        variance = POINTS_PER_INDEPENDENT_ONE * expected * (1 - AGREEING_BY_CHANCE)
-        return (self.agreeing_count - expected) / math.sqrt(max(variance, 1e-9))
+        """Support of the pose by all points; see :func:`support_of`."""
+        return support_of(self.found_count, self.agreeing_count)
+
+    def support_by(self, first: int) -> float:
+        """Return the support by the first points alone."""
+        part = self.agreement[:first]
+        return support_of(int((part > 0).sum()), int((part > AGREEMENT_AT_LIMIT).sum()))
+
+
+AGREEMENT_AT_LIMIT = 0.25
+"""Agreement of a match with an error of ``AGREEING_PX``."""
+
+
+def support_of(found: int, agreeing: int) -> float:
+    """Return the support by points: standard deviations of the number that agrees above that of a wrong place."""
+    expected = AGREEING_BY_CHANCE * found
+    variance = POINTS_PER_INDEPENDENT_ONE * expected * (1 - AGREEING_BY_CHANCE)
+    return (agreeing - expected) / math.sqrt(max(variance, 1e-9))
 
 
 def search_points(

@@ -180,6 +180,10 @@ class ReferenceViews:
         numbers = [int(part.sum()) for part in torch.split(inside, counts)]
         return [total / max(number, 1) for total, number in zip(sums, numbers, strict=True)]
 
+    def points_near(self, T_map_camera: Matrix, camera: Camera, count: int) -> ReferencePoints:
+        """Return the points of the views to align a camera with; see :meth:`overlapping`."""
+        return ReferencePoints.concatenate([self.views[k] for k in self.overlapping(T_map_camera, camera, count)])
+
     def _overlapping(
         self, T_map_camera: Matrix, camera: Camera, count: int, among: list[int] | None = None
     ) -> tuple[list[int], list[int]]:
@@ -271,19 +275,41 @@ def extract_reference_points(
 
 def query_points(features: BackboneFeatures, max_points: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return pixels (N, 2) and coarse unit features (N, 64) of an image's points, chosen as in reference views."""
-    device = features.coarse.device
-    h, w = (side * COARSE_STRIDE for side in features.coarse.shape[-2:])
+    coarse = FeatureImage.from_maps(features.coarse[0].float(), features.reliability[0].float(), COARSE_STRIDE)
+    weight = torch.ones(features.fine.shape[-2:], device=features.fine.device)
+    fine = FeatureImage.from_maps(features.fine[0].float(), weight, FINE_STRIDE)
+    uv, coarse_rows, _, _ = choose_points((coarse, fine), max_points)
+    return uv, coarse_rows
+
+
+def choose_points(
+    images: tuple[FeatureImage, FeatureImage], max_points: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Choose points of an image as in reference views, but with no need of a depth.
+
+    Args:
+        images: coarse and fine level of the image.
+        max_points: largest number of points.
+
+    Returns:
+        Pixels (N, 2), coarse (N, 64) and fine (N, 24) unit features, and reliabilities (N,).
+    """
+    coarse, fine = images
+    device = coarse.features.device
+    h, w = (side * COARSE_STRIDE for side in (coarse.height, coarse.width))
     rows, columns = (torch.arange(BORDER_PX, side - BORDER_PX, CANDIDATE_STEP_PX, device=device) for side in (h, w))
     v, u = torch.meshgrid(rows, columns, indexing="ij")
     uv = torch.stack([u.reshape(-1), v.reshape(-1)], dim=1).float()
-    coarse = FeatureImage.from_maps(features.coarse[0].float(), features.reliability[0].float(), COARSE_STRIDE)
-    weight = torch.ones(features.fine.shape[-2:], device=device)
-    fine = FeatureImage.from_maps(features.fine[0].float(), weight, FINE_STRIDE)
     coarse_rows, _ = coarse.sample((uv + 0.5) / COARSE_STRIDE - 0.5)
     fine_rows, _ = fine.sample((uv + 0.5) / FINE_STRIDE - 0.5)
     score = coarse_rows[:, -1] * _corner_strength(fine_rows, fine.channels)
     keep = _spread(uv.cpu(), score.cpu(), max_points).to(device)
-    return uv[keep], F.normalize(coarse_rows[keep, : coarse.channels], dim=1)
+    return (
+        uv[keep],
+        F.normalize(coarse_rows[keep, : coarse.channels], dim=1),
+        F.normalize(fine_rows[keep, : fine.channels], dim=1),
+        coarse_rows[keep, -1],
+    )
 
 
 def smooth_depth_mask(depth_m: NDArray[np.float32]) -> NDArray[np.bool_]:

@@ -96,7 +96,13 @@ class Refiner:
 
     @torch.inference_mode()
     def align(
-        self, features: BackboneFeatures, starts: Sequence[Matrix], *, max_cost: float | None = None
+        self,
+        features: BackboneFeatures,
+        starts: Sequence[Matrix],
+        *,
+        max_cost: float | None = None,
+        further: ReferencePoints | None = None,
+        with_map: bool = True,
     ) -> Alignment:
         """Refine the most promising of several starting poses, and the next one if that fails.
 
@@ -105,6 +111,8 @@ class Refiner:
             starts: starting poses ``T_map_camera`` (4, 4), such as the coarse pose and the predicted one. They are
                 refined in order of their cost at the coarse level.
             max_cost: limit of the final cost; None: that of the settings.
+            further: points beside those of the map, with positions in the map frame.
+            with_map: False: align with the further points alone.
 
         Returns:
             The alignment; a failed one has the reason.
@@ -112,7 +120,7 @@ class Refiner:
         if not starts:
             return failed_alignment("there is no pose to start from")
         images = query_levels(features)
-        candidates = [self._prepare(images, start) for start in starts]
+        candidates = [self._prepare(images, start, further=further, with_map=with_map) for start in starts]
         fullest = max(candidates, key=lambda c: c.valid_count)
         if fullest.valid_count < self.settings.min_points:
             return failed_alignment(
@@ -126,6 +134,10 @@ class Refiner:
             (self._descend(c, limit) for c in tried[1:]), (self._descend(c, limit, WIDE_SEARCH_CELLS) for c in tried)
         )
         return first if first.success else next((other for other in others if other.success), first)
+
+    def is_certain(self, alignment: Alignment) -> bool:
+        """Return true if an accepted alignment is certain by its points' own matches."""
+        return alignment.success and alignment.support >= self.settings.certain_support
 
     @torch.inference_mode()
     def fit_camera(self, features: BackboneFeatures, T_map_camera: Matrix) -> FittedCamera | None:
@@ -160,12 +172,21 @@ class Refiner:
         return Inspection(blocks, score, turn @ score.sensitivity)
 
     def _prepare(
-        self, images: tuple[FeatureImage, FeatureImage], T_map_camera: Matrix, *, with_cost: bool = True
+        self,
+        images: tuple[FeatureImage, FeatureImage],
+        T_map_camera: Matrix,
+        *,
+        with_cost: bool = True,
+        further: ReferencePoints | None = None,
+        with_map: bool = True,
     ) -> _Candidate:
-        chosen = self.references.alike(images[0], T_map_camera, self.camera, self.settings.num_references)
+        count = self.settings.num_references
+        chosen = self.references.alike(images[0], T_map_camera, self.camera, count) if with_map else []
         views = [self.references.views[k] for k in chosen]
+        nearness = self.references.nearness(T_map_camera, chosen) if chosen else []
+        if further is not None:
+            views, nearness = [*views, further], [*nearness, 1.0]
         points = ReferencePoints.concatenate(views)
-        nearness = self.references.nearness(T_map_camera, chosen)
         confidence = torch.cat([view.confidence * w for view, w in zip(views, nearness, strict=True)])
         # coordinates relative to the start: float32 is not exact enough far from the map's origin
         origin = T_map_camera[:3, 3].copy()
@@ -176,6 +197,7 @@ class Refiner:
             levels=self._levels(images, points, confidence),
             reference_ids=tuple(self.references.ids[k] for k in chosen),
             references=points,
+            mapped_count=len(points) - (0 if further is None else len(further)),
         )
         if with_cost:
             at = self._linearize(candidate, candidate.levels[0], candidate.T_camera_local)
@@ -263,6 +285,7 @@ class Refiner:
             iterations=iterations,
             reference_ids=candidate.reference_ids,
             support=support,
+            map_support=0.0 if matched is None else matched.support_by(candidate.mapped_count),
             steps=tuple(
                 AlignmentStep(candidate.in_map(pose), step_cost, round(level.image.stride))
                 for level, result in zip(candidate.levels, results, strict=True)
@@ -281,6 +304,8 @@ class _Candidate:
     levels: tuple[FitLevel, FitLevel]
     reference_ids: tuple[int, ...]
     references: ReferencePoints
+    mapped_count: int
+    """Number of points that are the map's; further ones follow."""
     cost: float = float("inf")
     valid_count: int = 0
 

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Poses where the map does not show the view: carried on with this session's images, said so, and not for ever."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from kfloc_ros.geometry.lie import make_pose, rotation_angle_deg, so3_exp
+from kfloc_ros.localization.config import LocalizerConfig
+from kfloc_ros.localization.localizer import Localizer
+from kfloc_ros.maps.scene_map import SceneMap
+from kfloc_ros.types import Frame, PoseEstimate, TrackingState
+
+STEPS = 32
+TURN_RAD, MOVE_M = 0.05, 0.02
+MAPPED_STEPS = 8
+"""Steps in which the map still shows most of the view."""
+
+
+@pytest.fixture(scope="module")
+def frames(room) -> list[Frame]:
+    """Views of a camera that turns away from what is mapped, moving sideways."""
+    found = []
+    for k in range(STEPS):
+        R = so3_exp(np.array([0.0, 0.5 + TURN_RAD * k, 0.0]))
+        found.append(room.view(make_pose(R, [0.1 - MOVE_M * k, 0.02 * np.sin(k), -0.6]), k))
+    return found
+
+
+def localize(room_map, frames: list[Frame], **options) -> list[PoseEstimate]:
+    localizer = Localizer(SceneMap.load(room_map), LocalizerConfig(device="cpu", **options))
+    return [localizer.process(frame).estimate for frame in frames]
+
+
+def off(estimate: PoseEstimate, frame: Frame) -> tuple[float, float]:
+    assert estimate.T_map_camera is not None
+    between = np.linalg.inv(frame.T_map_camera) @ estimate.T_map_camera
+    return float(np.linalg.norm(between[:3, 3])), rotation_angle_deg(between[:3, :3])
+
+
+@pytest.mark.thorough
+def test_a_camera_that_turns_away_from_the_map_keeps_its_pose_for_a_while(room_map, frames) -> None:
+    without = localize(room_map, frames, carry_s=0.0)
+    assert without[-1].T_map_camera is None and without[-3].T_map_camera is None
+    carried = localize(room_map, frames)
+    assert all(e.T_map_camera is not None for e in carried)
+    same = [np.array_equal(a.T_map_camera, b.T_map_camera) for a, b in zip(carried, without, strict=True)]
+    assert all(same[:MAPPED_STEPS])  # where the map settles the pose, nothing else changes it
+    by_session = [e for e in carried if e.alignment is not None and e.alignment.carried]
+    assert len(by_session) >= 6
+    for estimate in by_session:
+        assert estimate.state is TrackingState.DEGRADED and "this session's images" in estimate.reason
+        assert estimate.refined_pose is None  # neither the filter nor odometry takes it for a pose of the map
+    errors = np.array([off(e, f) for e, f in zip(carried, frames, strict=True)])
+    assert errors[:, 0].max() < 0.08 and errors[:, 1].max() < 1.5
+    sigmas = [np.sqrt(np.trace(e.covariance[:3, :3])) for e in by_session]
+    assert sigmas[-1] > sigmas[0]
+    assert all(error < 3 * sigma for error, sigma in zip(errors[-len(by_session) :, 0], sigmas, strict=True))
+
+
+@pytest.mark.thorough
+def test_it_ends_after_the_time_that_was_given_and_the_map_takes_over_again(room_map, frames) -> None:
+    carried = [e.alignment is not None and e.alignment.carried for e in localize(room_map, frames, carry_s=0.3)]
+    assert 1 <= sum(carried) <= 3 and not carried[-1]
+    turned_back = [replace(f, stamp_ns=(2 * STEPS - k) * 100_000_000) for k, f in enumerate(frames)]
+    estimates = localize(room_map, [*frames, *reversed(turned_back)])
+    assert all(e.T_map_camera is not None for e in estimates)
+    assert estimates[-1].state is TrackingState.TRACKING
+    assert off(estimates[-1], frames[0])[0] < 0.02
+
+
+def test_a_reset_forgets_the_images_of_the_session(room_map, frames) -> None:
+    localizer = Localizer(SceneMap.load(room_map), LocalizerConfig(device="cpu"))
+    for frame in frames[:MAPPED_STEPS]:
+        localizer.process(frame)
+    localizer.reset("a test")
+    assert localizer.process(frames[-1]).estimate.T_map_camera is None
