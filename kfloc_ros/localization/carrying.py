@@ -124,6 +124,8 @@ class Carrier:
     def learn(self, features: BackboneFeatures, estimate: PoseEstimate, count: int) -> None:
         """Learn points of an image with an accepted alignment, and measure the depths of the others in it.
 
+        A tentative first pose teaches nothing: those that have to agree with it must be independent of it.
+
         Args:
             features: backbone features of the image.
             estimate: its pose.
@@ -131,7 +133,7 @@ class Carrier:
         """
         s = self._settings
         alignment, T, stamp_ns = estimate.alignment, estimate.T_map_camera, estimate.stamp_ns
-        if not self._longest_ns or T is None or alignment is None or not alignment.success:
+        if not self._longest_ns or T is None or alignment is None or not alignment.success or estimate.tentative:
             return
         if alignment.covariance is not None and not alignment.carried:
             is_joint = alignment.map_support != alignment.support

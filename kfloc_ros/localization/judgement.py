@@ -68,10 +68,9 @@ def judge(
 ) -> PoseEstimate:
     """Return state, reason, pose and covariance of a frame.
 
-    An accepted alignment is TRACKING; if it is carried on without the map, DEGRADED. If an accepted coarse pose
-    disagrees with it, the state is DEGRADED, and the covariance covers both poses. If there is no accepted alignment,
-    an accepted coarse pose is DEGRADED, with a larger covariance (TRACKING if no alignment was requested). Otherwise
-    there is no pose.
+    An accepted alignment is TRACKING; if carried on without the map, or contradicted by an accepted coarse pose,
+    DEGRADED; in the second case the covariance covers both poses. Without an accepted alignment, an accepted coarse
+    pose is DEGRADED, with a larger covariance (TRACKING if none was requested). Otherwise there is no pose.
 
     Args:
         stamp_ns: stamp of the frame.
@@ -85,22 +84,16 @@ def judge(
     weak = _weakness(coarse, settings)
     if alignment is not None and alignment.success and alignment.covariance is not None:
         if alignment.carried:
-            return replace(
-                common,
-                state=TrackingState.DEGRADED,
-                reason=f"carried on with this session's images: {alignment.reason or 'the map does not confirm it'}",
-                T_map_camera=alignment.T_map_camera,
-                covariance=alignment.covariance,
-            )
-        apart = "" if weak else disagreement(alignment, coarse, settings)
+            reason = f"carried on with this session's images: {alignment.reason or 'the map does not confirm it'}"
+            common = replace(common, state=TrackingState.DEGRADED, reason=reason)
+        apart = "" if weak or alignment.carried else disagreement(alignment, coarse, settings)
         if not apart:
             return replace(common, T_map_camera=alignment.T_map_camera, covariance=alignment.covariance)
         assert alignment.T_map_camera is not None and coarse.T_map_camera is not None
         error = pose_tangent_error(alignment.T_map_camera, coarse.T_map_camera)
         both = alignment.covariance + np.outer(error, error)
-        return replace(
-            common, state=TrackingState.DEGRADED, reason=apart, T_map_camera=alignment.T_map_camera, covariance=both
-        )
+        common = replace(common, state=TrackingState.DEGRADED, reason=apart)
+        return replace(common, T_map_camera=alignment.T_map_camera, covariance=both)
     if not weak:
         state = TrackingState.DEGRADED if alignment is not None else TrackingState.TRACKING
         reason = f"not refined: {alignment.reason}" if alignment is not None else ""
