@@ -73,7 +73,7 @@ def judge(
     pose is DEGRADED, with a larger covariance (TRACKING if none was requested). Otherwise there is no pose.
 
     Args:
-        stamp_ns: stamp of the frame.
+        stamp_ns: of the frame.
         coarse: result of PnP.
         report: report of the filter.
         alignment: result of the alignment; None if refinement is off.
@@ -107,15 +107,14 @@ def judge(
 
 def disagreement(alignment: Alignment, coarse: CoarsePose, settings: JudgementSettings) -> str:
     """Return the contradiction between a refined and a coarse pose as a sentence, or an empty string."""
-    if alignment.T_map_camera is None or coarse.T_map_camera is None:
+    T, coarse_T = alignment.T_map_camera, coarse.T_map_camera
+    if T is None or coarse_T is None or alignment.covariance is None or coarse.covariance is None:
         return ""
-    if alignment.covariance is None or coarse.covariance is None:
-        return ""
-    between = inverse_pose(coarse.T_map_camera) @ alignment.T_map_camera
+    between = inverse_pose(coarse_T) @ T
     apart_m, apart_deg = float(np.linalg.norm(between[:3, 3])), rotation_angle_deg(between[:3, :3])
     if apart_m <= settings.max_disagreement_m and apart_deg <= settings.max_disagreement_deg:
         return ""
-    error = pose_tangent_error(coarse.T_map_camera, alignment.T_map_camera)
+    error = pose_tangent_error(coarse_T, T)
     if error @ np.linalg.solve(alignment.covariance + coarse.covariance, error) <= CHI2_6_999:
         return ""
     return f"the coarse and the refined pose are {apart_m:.2f} m and {apart_deg:.1f} deg apart, and both look right"

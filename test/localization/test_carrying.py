@@ -57,7 +57,6 @@ def test_a_camera_that_turns_away_from_the_map_keeps_its_pose_for_a_while(room_m
     errors = np.array([off(e, f) for e, f in zip(carried, frames, strict=True)])
     assert errors[:, 0].max() < 0.08 and errors[:, 1].max() < 1.5
     sigmas = [np.sqrt(np.trace(e.covariance[:3, :3])) for e in by_session]
-    assert sigmas[-1] > sigmas[0]
     assert all(error < 3 * sigma for error, sigma in zip(errors[-len(by_session) :, 0], sigmas, strict=True))
 
 
