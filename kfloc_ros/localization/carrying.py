@@ -114,9 +114,8 @@ class Carrier:
         """Align with this session's points alone, as :meth:`joint` does; None if the map's points support the pose."""
         if alignment.success and alignment.support >= self._settings.min_map_support:
             return None
-        found = self._refiner.align(
-            features, [predicted], max_cost=self._settings.max_cost, further=points, with_map=False
-        )
+        starts = [predicted] if self._learned is None else [predicted, self._learned[1]]  # or it has not moved on
+        found = self._refiner.align(features, starts, max_cost=self._settings.max_cost, further=points, with_map=False)
         if not self._refiner.is_certain(found):
             return None
         return self._widened(replace(found, carried=True, reason=alignment.reason), stamp_ns)
