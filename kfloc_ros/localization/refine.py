@@ -152,13 +152,12 @@ class RefineStage:
             alignment = self._align_costly(features, starts)
             if self.tracks:
                 alignment = self._compare(alignment, coarse.pose, features)
-            if self._carrier.is_settled(alignment):
-                return alignment
-            by_session = self._by_session(alignment, coarse, features, predicted)
-            if by_session is not None:
-                return by_session
-            if alignment.success and not self._is_supported(alignment, coarse, features):
-                alignment = self._examine(alignment, features, self._expected(predicted))
+            if not self._carrier.is_settled(alignment):
+                by_session = self._by_session(alignment, coarse, features, predicted)
+                if by_session is not None:
+                    alignment = by_session
+                elif alignment.success and not self._is_supported(alignment, coarse, features):
+                    alignment = self._examine(alignment, features, self._expected(predicted))
             return self._by_depth(frame, features, alignment)
 
     def relocalize(
