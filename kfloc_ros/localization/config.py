@@ -54,7 +54,7 @@ class LocalizerConfig:
     relocalize: bool = option(True, "Search the whole map if the alignment fails or has no start.")
     carry_s: float = option(
         5.0,
-        "Longest time, in seconds, that this session's images carry a pose on where the map shows too little; 0: never.",
+        "Longest time, in seconds, that this session's images carry a pose where the map shows too little; 0: never.",
         low=0.0,
         high=3600.0,
     )
