@@ -16,9 +16,9 @@ import torch
 from kfloc_ros.kfnet.scoordnet import SCoordNet, laplace_nll, quick_matmul
 
 WARM_UP_STEPS = 50
-MAX_STEPS = 4000
+MAX_STEPS = 2000
 """Limit on steps where none is given."""
-MIN_STEPS, MIN_STEPS_PER_SECOND = 2000, 12.0
+MIN_STEPS, MIN_STEPS_PER_SECOND = 1500, 12.0
 """Steps that a slow or busy machine makes in any case, within ``MAX_STRETCH`` times the given time, and the same for a
 shorter time, per second: the quality of a map must not depend on other load. Two idle cores make 20 a second."""
 MAX_STRETCH = 2.0

@@ -28,14 +28,15 @@ EXHAUSTIVE_IMAGES = 120
 """Number of images up to which every pair is matched; of longer sequences, each image is matched with those ``STEPS``
 later and with similar ones."""
 STEPS = (1, 2, 3, 5, 8, 13, 21, 34, 55)
-OVERLAP = 10
-SIMILAR_IMAGES = 5
-"""Number of similar, distant images that each image of a longer sequence is matched with in addition."""
+SIMILAR_IMAGES, APART = 4, (4, 56)
+"""Number of similar images that each image is matched with in addition, at least so far from it in the sequence: near
+ones for photos in any order, and as many far ones, which close loops."""
 KEY_IMAGES = 240
 """Number of images above which all are placed at once by global mapping. Where that fails, this many evenly spaced ones
 are placed one after the other, and the others are registered to them."""
-GLOBAL_SHARE = 0.95
-"""Smallest share of the images that global mapping must place."""
+GLOBAL_SHARE, MAX_MEAN_ERROR_PX = 0.95, 2.0
+"""Smallest share of the images that global mapping must place, and largest mean reprojection error. RedKitchen: all
+images, 0.6 px."""
 LAST_ITERATIONS = 30
 """Iterations of the final adjustment of all images: two to three seconds each for 650 images."""
 MIN_REGISTERED = 8
@@ -126,7 +127,7 @@ def _match(
     names = [name for name in names if (images / name).is_file()]
     read = (_fitted(_read_image(images / name), camera) for name in names)
     backbone = Backbone(runtime="auto")
-    similar = similar_pairs(read, camera, backbone, partners=SIMILAR_IMAGES, min_apart=OVERLAP + 1)
+    similar = similar_pairs(read, camera, backbone, partners=SIMILAR_IMAGES, min_apart=APART)
     near = [(i, i + step) for step in STEPS for i in range(len(names) - step)]
     pairs = sorted({*near, *similar})
     listed, pairing = database.with_name("pairs.txt"), pycolmap.ImportedPairingOptions()
@@ -184,7 +185,7 @@ def _largest_model(
     if there > KEY_IMAGES:
         on_progress("placing images at once", 0.0)
         model = _global(database, images, out / "global", source.camera_is_guess)
-        if model is not None and int(model.num_reg_images()) >= GLOBAL_SHARE * there:
+        if model is not None and _is_good(model, there):
             on_progress("placing images at once", 1.0)
             return model
     placed = 2
@@ -211,6 +212,12 @@ def _largest_model(
             "spot. Record while moving sideways."
         )
     return model
+
+
+def _is_good(model: Any, images: int) -> bool:
+    """Return True if a model of global mapping has nearly all images, and its points lie where they are seen."""
+    enough = int(model.num_reg_images()) >= GLOBAL_SHARE * images
+    return enough and float(model.compute_mean_reprojection_error()) <= MAX_MEAN_ERROR_PX
 
 
 def _global(database: Path, images: Path, out: Path, refine_camera: bool) -> Any:
@@ -279,23 +286,23 @@ BLOCK_ROWS = 512
 
 
 def similar_pairs(
-    images: Iterable[NDArray[np.uint8]], camera: Camera, backbone: Backbone, *, partners: int, min_apart: int
+    images: Iterable[NDArray[np.uint8]], camera: Camera, backbone: Backbone, *, partners: int, min_apart: Sequence[int]
 ) -> list[tuple[int, int]]:
-    """Return pairs of the most similar images that are at least ``min_apart`` apart in the sequence.
+    """Return pairs of the most similar images that are at least ``min_apart[0]`` apart, ``min_apart[1]`` apart, ...
 
     Args:
         images: RGB (H, W, 3), in order, of a pinhole camera; read once.
         camera: camera of the images.
         backbone: network whose features describe the images.
-        partners: largest number of partners per image.
-        min_apart: smallest distance in the sequence; nearer images are matched elsewhere.
+        partners: largest number of partners per image, for each distance.
+        min_apart: smallest distances in the sequence, in rising order.
 
     Returns:
         Sorted pairs (i, j), i < j, each once.
     """
     adapter = ImageAdapter(camera, map_camera(camera))
     cells = [_described(reliable_cells(backbone.extract(adapter(image)))) for image in images]
-    if len(cells) <= min_apart:
+    if len(cells) <= min_apart[0]:
         return []
     vocabulary = Vocabulary.learn(torch.cat([c.features for c in cells]).float())
     rows = torch.stack([vocabulary.describe(c.features.float(), c.weight.float()) for c in cells])
@@ -305,10 +312,11 @@ def similar_pairs(
     for start in range(0, len(rows), BLOCK_ROWS):
         block = place[start : start + BLOCK_ROWS]
         similarity = rows[block] @ rows.t()
-        similarity[(place[None] - block[:, None]).abs() < min_apart] = -torch.inf
-        best = similarity.topk(min(partners, len(rows)), dim=1)
-        for i, values, others in zip(block.tolist(), best.values.tolist(), best.indices.tolist(), strict=True):
-            found.update((min(i, j), max(i, j)) for v, j in zip(values, others, strict=True) if v > 0)
+        for apart in min_apart:
+            similarity[(place[None] - block[:, None]).abs() < apart] = -torch.inf
+            best = similarity.topk(min(partners, len(rows)), dim=1)
+            for i, values, others in zip(block.tolist(), best.values.tolist(), best.indices.tolist(), strict=True):
+                found.update((min(i, j), max(i, j)) for v, j in zip(values, others, strict=True) if v > 0)
     return sorted(found)
 
 

@@ -23,10 +23,10 @@ def round_trip(room) -> list[np.ndarray]:
 
 
 def test_images_of_one_place_are_paired_across_the_recording(round_trip) -> None:
-    pairs = similar_pairs(round_trip, CAMERA, Backbone(device="cpu"), partners=1, min_apart=3)
+    pairs = similar_pairs(round_trip, CAMERA, Backbone(device="cpu"), partners=1, min_apart=(3,))
     assert {(k, k + 6) for k in range(6)} <= set(pairs)
     assert pairs == sorted(set(pairs)) and all(j - i >= 3 for i, j in pairs)
 
 
 def test_a_recording_shorter_than_the_distance_has_no_pairs(round_trip) -> None:
-    assert similar_pairs(round_trip[:3], CAMERA, Backbone(device="cpu"), partners=5, min_apart=3) == []
+    assert similar_pairs(round_trip[:3], CAMERA, Backbone(device="cpu"), partners=5, min_apart=(3,)) == []
