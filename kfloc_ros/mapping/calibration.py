@@ -304,7 +304,7 @@ def squared_quantile(ratios: torch.Tensor, default: float) -> float:
 
 def confidence_odds(draft: SceneMap, views: Sequence[View], device: str) -> float:
     """Return the factor on the odds of right poses, from held-out views as they are, and dark, blurred, or changed."""
-    localizer = Localizer(draft, LocalizerConfig(device=device))
+    localizer = Localizer(draft, LocalizerConfig(device=device, carry_s=0.0))
     confidences, rights = [], []
     for i, view in enumerate(views[:: max(len(views) // MAX_CONFIDENCE_VIEWS, 1)]):
         for k, image in enumerate((view.image, *_treated(view.image))):

@@ -151,7 +151,7 @@ def calibrate_poses(draft: SceneMap, held_out: Sequence[HeldOut], device: str) -
     to the good ones.
     """
     views, stamps_ns = [held.view for held in held_out], [held.stamp_ns for held in held_out]
-    localizer = Localizer(draft, LocalizerConfig(device=device, camera_check="off"))
+    localizer = Localizer(draft, LocalizerConfig(device=device, camera_check="off", carry_s=0.0))
     coarse, refined, costs, ratios, errors, cameras, others = [], [], [], [], [], [], []
     for view, stamp in zip(views, stamps_ns, strict=True):
         localization = localizer.process(Frame(view.image, view.camera, stamp, view.index))
