@@ -71,8 +71,15 @@ def read_trajectory(path: Path, form: str = "") -> Trajectory:
         form: key of :data:`FORMS`; empty: found out.
 
     Raises:
-        SourceError: it cannot be read, or its form is not clear.
+        SourceError: it cannot be read, its form is not clear, or it has no pose.
     """
+    found = _read(path, form)
+    if not found.poses:
+        raise SourceError(f"The trajectory '{path}' has no pose: none of its lines has a rotation and finite numbers.")
+    return found
+
+
+def _read(path: Path, form: str) -> Trajectory:
     if path.is_dir() and (path / "trajectory.tum").is_file():
         path = path / "trajectory.tum"
     if path.is_dir():

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from kfloc_ros.replay.session import run_replay
 
 __all__ = ["ReplayConfig", "run_offline", "run_replay"]
-_MODULES = {"ReplayConfig": "config", "run_offline": "offline", "run_replay": "session"}
+_MODULES = {"ReplayConfig": "recording", "run_offline": "offline", "run_replay": "session"}
 
 
 def __getattr__(name: str) -> Any:

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+import kfloc_ros.replay
 from kfloc_ros.errors import RosUnavailableError
 from kfloc_ros.replay import processes as env
 
@@ -41,3 +42,8 @@ def test_without_rclpy_there_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> N
 def test_preparing_a_replay_does_not_import_rclpy() -> None:
     code = "import sys, kfloc_ros.replay, kfloc_ros.cli.replay; sys.exit('rclpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("name", kfloc_ros.replay.__all__)
+def test_names_that_are_imported_late_exist(name: str) -> None:
+    assert callable(getattr(kfloc_ros.replay, name))
