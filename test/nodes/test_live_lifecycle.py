@@ -113,6 +113,7 @@ def test_what_it_listens_to_and_offers_is_what_is_documented(world: Any) -> None
     of_rclpy = {"/parameter_events", "/clock"}
     inputs = documented("### In")
     assert inputs.pop("image/compressed"), "with another image_transport"
+    assert inputs.pop("depth"), "with use_depth"
     expected = {f"/{name.lstrip('/')}": kind.replace("/", "/msg/") for name, kind in inputs.items()}
     assert {name: kinds[0] for name, kinds in heard.items() if name not in of_rclpy} == expected
     services = dict(node.get_service_names_and_types_by_node("localizer", "/"))
