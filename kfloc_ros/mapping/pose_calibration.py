@@ -39,7 +39,9 @@ FREEDOM = 4.0
 MIN_ERRORS = 8
 """Fewest errors that a covariance is fitted to."""
 SIGMA_LIMITS = 1e-5, 0.3
-LEAST_OWN_ERROR = 1e-4
+LEAST_OWN_ERROR_M, LEAST_OWN_ERROR_RAD = 7e-4, 4e-4
+"""Smallest own error of a map. Views held out of a recording lie between its references; those of another walk, even
+in a rendered room without noise, have errors that are larger by this."""
 FIT_SCALE_LIMITS = 0.5, 100.0
 OTHER_PASS_FRAMES, OTHER_PASS_M = 60, 0.25
 """A view of another part of the recording is more frames away than the first, and nearer than the second (a radian
@@ -123,13 +125,13 @@ class PoseCovariance:
             other_passes: errors of views aligned with views of other parts of the recording.
         """
         if len(near.errors) < MIN_ERRORS:
-            return cls(1.0, LEAST_OWN_ERROR, LEAST_OWN_ERROR)
+            return cls(1.0, LEAST_OWN_ERROR_M, LEAST_OWN_ERROR_RAD)
         found: list[tuple[bool, float, PoseCovariance]] = []
         usual = median_scale(
             [float(e @ np.linalg.solve(C, e)) for e, C in zip(near.errors, near.covariances, strict=True)]
         )
         if usual > ABSURD_COVARIANCE_SCALE:
-            return cls(usual, LEAST_OWN_ERROR, LEAST_OWN_ERROR)
+            return cls(usual, LEAST_OWN_ERROR_M, LEAST_OWN_ERROR_RAD)
         for scale in usual * np.geomspace(0.05, 2.0, 24):
             sigma_m, sigma_rad = (near.needed_sigma(scale, axes) for axes in (_POSITION, _ROTATION))
             covered = [near.covered(scale, s, axes) for s, axes in ((sigma_m, _POSITION), (sigma_rad, _ROTATION))]
@@ -140,7 +142,7 @@ class PoseCovariance:
         if len(other_passes.errors) >= MIN_ERRORS:
             needed = (other_passes.needed_sigma(best.scale, axes) for axes in (_POSITION, _ROTATION))
             own = [max(pair) for pair in zip(own, needed, strict=True)]
-        return cls(best.scale, *(max(sigma, LEAST_OWN_ERROR) for sigma in own))
+        return cls(best.scale, max(own[0], LEAST_OWN_ERROR_M), max(own[1], LEAST_OWN_ERROR_RAD))
 
 
 def calibrate_poses(draft: SceneMap, held_out: Sequence[HeldOut], device: str) -> tuple[Calibration, str]:
