@@ -73,15 +73,12 @@ def read_trajectory(path: Path, form: str = "") -> Trajectory:
     Raises:
         SourceError: it cannot be read, its form is not clear, or it has no pose.
     """
-    found = _read(path, form)
-    if not found.poses:
-        raise SourceError(f"The trajectory '{path}' has no pose: none of its lines has a rotation and finite numbers.")
-    return found
+    if (found := _read(path / "trajectory.tum" if (path / "trajectory.tum").is_file() else path, form)).poses:
+        return found
+    raise SourceError(f"The trajectory '{path}' has no pose: none of its lines has a rotation and finite numbers.")
 
 
 def _read(path: Path, form: str) -> Trajectory:
-    if path.is_dir() and (path / "trajectory.tum").is_file():
-        path = path / "trajectory.tum"
     if path.is_dir():
         if form not in ("", "7scenes"):
             raise SourceError(f"'{path}' is a folder, and the form '{form}' is that of a file.")
@@ -95,10 +92,8 @@ def _read(path: Path, form: str) -> Trajectory:
     if form == "tum":
         return Trajectory(form, dict(read_tum(path).items()))
     if form == "lamar":
-        rows = rows_of(path, 9)
-        return Trajectory(
-            form, {f"{row[0]}/{row[1]}": T for row in rows if (T := pose_of_words(row[2:], path)) is not None}
-        )
+        posed = ((f"{row[0]}/{row[1]}", pose_of_words(row[2:], path)) for row in rows_of(path, 9))
+        return Trajectory(form, {name: T for name, T in posed if T is not None})
     return _named(path, lines, form)
 
 
