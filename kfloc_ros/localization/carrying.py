@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -69,56 +70,48 @@ class Carrier:
         """Return true if the map alone settles the pose, so that points of this session's images add nothing."""
         return alignment.success and not alignment.carried and alignment.support >= self._settings.settled_support
 
-    def points(self, stamp_ns: int, predicted: Matrix | None) -> ReferencePoints | None:
-        """Return the points in view from a predicted pose (4, 4); None if there are none, or the time is over."""
-        if predicted is None or self._confirmed is None or not 0 < stamp_ns - self._confirmed[0] <= self._longest_ns:
-            return None
-        return self._points.usable(predicted)
-
-    def joint(
+    def align(
         self,
         features: BackboneFeatures,
         stamp_ns: int,
-        predicted: Matrix,
-        points: ReferencePoints,
+        predicted: Matrix | None,
         alignment: Alignment,
+        is_supported: Callable[[Alignment], bool],
     ) -> Alignment | None:
-        """Align with the map's points and this session's together; None if that does not settle the pose.
+        """Align with the map's points and this session's together, or with this session's alone.
 
-        The alignment counts as carried on if the map's points do not support it.
+        A joint alignment that neither the map's points nor other evidence supports counts as carried on. So does one
+        with the session's points alone; it is tried only where the map's points do not support the pose.
 
         Args:
             features: backbone features of the image.
             stamp_ns: stamp of the image.
-            predicted: predicted pose, (4, 4).
-            points: result of :meth:`points`.
+            predicted: predicted pose, (4, 4), if any.
             alignment: alignment with the map alone.
-        """
-        starts = [T for T in (predicted, alignment.T_map_camera) if T is not None]
-        points = replace(points, confidence=self._settings.session_weight * points.confidence)
-        found = self._refiner.align(features, starts, max_cost=self._settings.max_cost, further=points)
-        if not self._refiner.is_certain(found):
-            return None
-        is_carried = found.map_support < self._settings.min_map_support
-        reason = alignment.reason if is_carried else ""
-        return self._widened(replace(found, carried=is_carried, reason=reason), stamp_ns)
+            is_supported: returns true if evidence beside the points supports an alignment.
 
-    def alone(
-        self,
-        features: BackboneFeatures,
-        stamp_ns: int,
-        predicted: Matrix,
-        points: ReferencePoints,
-        alignment: Alignment,
-    ) -> Alignment | None:
-        """Align with this session's points alone, as :meth:`joint` does; None if the map's points support the pose."""
-        if alignment.success and alignment.support >= self._settings.min_map_support:
+        Returns:
+            The alignment; None if points of this session do not settle the pose.
+        """
+        points = self._points_in_view(stamp_ns, predicted)
+        if predicted is None or points is None:
+            return None
+        s, align = self._settings, self._refiner.align
+        starts = [T for T in (predicted, alignment.T_map_camera) if T is not None]
+        light = replace(points, confidence=s.session_weight * points.confidence)
+        found = align(features, starts, max_cost=s.max_cost, further=light)
+        if self._refiner.is_certain(found):
+            joint = self._widened(found, stamp_ns)
+            if joint.map_support >= s.min_map_support or (alignment.success and is_supported(joint)):
+                return joint
+            return replace(joint, carried=True, reason=alignment.reason)
+        if alignment.success and alignment.support >= s.min_map_support:
             return None
         starts = [predicted] if self._learned is None else [predicted, self._learned[1]]  # or it has not moved on
-        found = self._refiner.align(features, starts, max_cost=self._settings.max_cost, further=points, with_map=False)
+        found = align(features, starts, max_cost=s.max_cost, further=points, with_map=False)
         if not self._refiner.is_certain(found):
             return None
-        return self._widened(replace(found, carried=True, reason=alignment.reason), stamp_ns)
+        return replace(self._widened(found, stamp_ns), carried=True, reason=alignment.reason)
 
     def learn(self, features: BackboneFeatures, estimate: PoseEstimate, count: int) -> None:
         """Learn points of an image with an accepted alignment, and measure the depths of the others in it.
@@ -147,6 +140,12 @@ class Carrier:
         self._learned = stamp_ns, T
         mapped = self._refiner.references.points_near(T, self._camera, count)
         self._points.observe(query_levels(features), T, mapped)
+
+    def _points_in_view(self, stamp_ns: int, predicted: Matrix | None) -> ReferencePoints | None:
+        """Return the points in view from a predicted pose (4, 4); None if there are none, or the time is over."""
+        if predicted is None or self._confirmed is None or not 0 < stamp_ns - self._confirmed[0] <= self._longest_ns:
+            return None
+        return self._points.usable(predicted)
 
     def _widened(self, alignment: Alignment, stamp_ns: int) -> Alignment:
         """Return an alignment with what is not known of its points: the errors of the poses that they come from."""

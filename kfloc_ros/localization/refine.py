@@ -276,15 +276,12 @@ class RefineStage:
         self, alignment: Alignment, coarse: CoarseResult, features: BackboneFeatures, predicted: Matrix | None
     ) -> Alignment | None:
         """Return the alignment with points of this session's images, too; None if they do not settle the pose."""
-        points = self._carrier.points(coarse.stamp_ns, predicted)
-        if points is None or predicted is None:
-            return None
-        joint = self._carrier.joint(features, coarse.stamp_ns, predicted, points, alignment)
-        if joint is None:
-            return self._carrier.alone(features, coarse.stamp_ns, predicted, points, alignment)
-        if joint.carried and alignment.success and self._is_supported(replace(joint, support=0.0), coarse, features):
-            return replace(joint, carried=False, reason="")
-        return joint
+
+        def is_supported(joint: Alignment) -> bool:
+            # its own support includes points of this session, which are not independent of earlier poses
+            return self._is_supported(replace(joint, support=0.0), coarse, features)
+
+        return self._carrier.align(features, coarse.stamp_ns, predicted, alignment, is_supported)
 
     def _is_supported(self, alignment: Alignment, coarse: CoarseResult, features: BackboneFeatures) -> bool:
         """Return true if evidence that is independent of earlier poses supports an alignment.
