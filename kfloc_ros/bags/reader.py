@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -15,11 +16,14 @@ from rosbags.typesys import Stores, get_typestore
 
 from kfloc_ros.bags.topics import IMAGE_TYPES, TF_TYPES, Link, Topic
 from kfloc_ros.errors import FrameError, KflocError, SourceError
+from kfloc_ros.files import open_plain
 from kfloc_ros.messages.images import is_depth
 from kfloc_ros.messages.poses import Header, serialized_header
 
 _DESCRIBED = ("sensor_msgs/", "geometry_msgs/", "nav_msgs/")
 """Packages of messages that begin with a header."""
+_MCAP = b"\x89MCAP0\r\n"
+"""Begin and end of every whole MCAP file."""
 
 
 class Record(NamedTuple):
@@ -55,9 +59,12 @@ class BagReader:
         if not path.exists():
             raise SourceError(f"There is no bag '{path}'.")
         if path.is_dir() and not (path / "metadata.yaml").is_file():
-            raise SourceError(f"'{path}' is not a rosbag2 folder: it has no metadata.yaml.")
-        for file in sorted(path.glob("*.db3")) if path.is_dir() else [path]:
-            _check_whole(file)
+            killed = any(path.glob("*.mcap")) or any(path.glob("*.db3"))
+            way_out = f" Its recorder was killed. Have it written with `ros2 bag reindex {path}`." if killed else ""
+            raise SourceError(f"'{path}' is not a rosbag2 folder: it has no metadata.yaml.{way_out}")
+        for file in sorted([*path.glob("*.db3"), *path.glob("*.mcap")]) if path.is_dir() else [path]:
+            with reading(path):
+                _check_whole(file)
         self.path = path
         with reading(path):
             self._reader = AnyReader([path], default_typestore=get_typestore(Stores.ROS2_JAZZY))
@@ -190,11 +197,16 @@ class BagReader:
 
 
 def _check_whole(database: Path) -> None:
-    """Refuse an SQLite file whose last messages are still beside it: it is read as it is, without them.
+    """Refuse a file whose recorder was killed: an SQLite file is read without its log, an MCAP file not at all.
 
     Raises:
-        SourceError: there is a log that has not been worked in.
+        SourceError: there is a log that has not been worked in, or the file has no end.
     """
+    if database.suffix == ".mcap" and not _has_end(database):
+        raise SourceError(
+            f"'{database}' has no end: its recorder was killed, or it was not copied in whole. Repair it with `mcap "
+            f"recover {database} -o whole.mcap`, put that in its place, and run `ros2 bag reindex {database.parent}`."
+        )
     for ending in ("-wal", "-journal"):
         log = database.with_name(database.name + ending)
         if log.is_file() and log.stat().st_size:
@@ -202,6 +214,15 @@ def _check_whole(database: Path) -> None:
                 f"'{database}' lacks messages that are still in '{log.name}' beside it: its recorder was killed, or it "
                 f"was copied while open. Put them in with `sqlite3 {database} 'PRAGMA wal_checkpoint(TRUNCATE)'`."
             )
+
+
+def _has_end(file: Path) -> bool:
+    """Whether an MCAP file ends as the format says; True if it does not begin so, which the reader tells."""
+    with open_plain(file) as stream:
+        if stream.read(len(_MCAP)) != _MCAP:
+            return True
+        stream.seek(-len(_MCAP), os.SEEK_END)
+        return stream.tell() > 0 and stream.read() == _MCAP
 
 
 @contextmanager

@@ -9,6 +9,7 @@ COLMAP takes their poses. A program that writes text leaves the binary files bes
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from kfloc_ros.geometry.lie import inverse_pose, is_farther, make_pose, quaterni
 PIXEL_SHIFT = 0.5
 """COLMAP's pixel (0, 0) is the corner of the top-left pixel; here it is that pixel's centre."""
 _ZERO = -1
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
 _LAYOUTS: dict[str, tuple[int, str, tuple[int, ...]]] = {
     # number of focal lengths, distortion model, position of each of its coefficients in COLMAP's parameters
@@ -58,7 +60,10 @@ def camera_from_parameters(model: str, width: int, height: int, parameters: Sequ
         FrameError: an unknown model, a wrong number of parameters, or invalid intrinsics.
     """
     if model not in _LAYOUTS:
-        raise FrameError(f"The COLMAP camera model '{model}' is not supported; known: {', '.join(COLMAP_MODELS)}.")
+        raise FrameError(
+            f"The COLMAP camera model '{model}' is not supported; known: {', '.join(COLMAP_MODELS)}. Undistort the "
+            "model and its images to a pinhole camera first (`colmap image_undistorter`)."
+        )
     focal, kind, places = _LAYOUTS[model]
     wanted = focal + 2 + sum(place != _ZERO for place in places)
     if len(parameters) != wanted:
@@ -129,6 +134,8 @@ def read_model(folder: Path) -> Any:
                 open_plain(path).close()
                 if end == ".bin":
                     _COUNTED[name](read_bytes(path))
+                elif name == "cameras":
+                    _check_text_cameras(path)
         model = pycolmap.Reconstruction(str(folder))
     except OSError as error:
         raise SourceError(f"The COLMAP model '{folder}' cannot be read: {error}.") from error
@@ -266,13 +273,38 @@ def _fits(count: int, least_bytes: int, data: bytes, at: int) -> None:
 
 
 def _count_cameras(data: bytes) -> None:
+    """Check that ``cameras.bin`` ends with its last camera: COLMAP repeats the last value for missing ones."""
     (count,), at = struct.unpack_from("<Q", data), 8
     _fits(count, 48, data, at)
+    for _ in range(count):
+        ident, model = struct.unpack_from("<Ii", data, at)
+        at += 24 + 8 * _parameter_count(str(ident), model)
+    if at != len(data):
+        raise ValueError(f"the cameras in cameras.bin take {at} bytes, and it has {len(data)}")
 
 
-def _count_images(data: bytes) -> None:
-    for _ in _images_of_bytes(data):
-        pass
+def _check_text_cameras(path: Path) -> None:
+    """Check number, model, size and parameters of each camera of a ``cameras.txt``."""
+    for camera, *words in _text_rows(path):
+        wanted = _parameter_count(camera, words[0] if words else "")
+        numbers = [word for word in words[1:] if _NUMBER.fullmatch(word)]
+        whole = all(word.isdecimal() for word in (camera, *words[1:3]))
+        if not whole or len(numbers) != len(words) - 1 or len(numbers) != 2 + wanted:
+            raise ValueError(
+                f"in cameras.txt, '{' '.join([camera, *words])}' is not a number, {words[0]}, width and height in "
+                f"whole pixels and {wanted} finite parameters"
+            )
+
+
+def _parameter_count(camera: str, model: str | int) -> int:
+    """Return the number of parameters of a COLMAP model, given by its name or number."""
+    import pycolmap
+
+    known = {name: value for name, value in pycolmap.CameraModelId.__members__.items() if int(value) >= 0}
+    found = known.get(str(model)) or next((value for value in known.values() if int(value) == model), None)
+    if found is None:
+        raise ValueError(f"camera {camera} has the model '{model}', and COLMAP has none of that name or number")
+    return len(pycolmap.Camera.create_from_model_id(1, found, 1.0, 2, 2).params)
 
 
 def _count_points(data: bytes) -> None:
@@ -311,7 +343,7 @@ def _count_frames(data: bytes) -> None:
 
 _COUNTED = {
     "cameras": _count_cameras,
-    "images": _count_images,
+    "images": lambda data: list(_images_of_bytes(data)),
     "points3D": _count_points,
     "rigs": _count_rigs,
     "frames": _count_frames,

@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 import pytest
 from bag_messages import OPTICAL, body_pose, header, image, info, msg, odometry, pose, transforms, write_messages
+from rosbags.rosbag2 import StoragePlugin
 
 from kfloc_ros.bags.stream import BagStream
 from kfloc_ros.bags.truth import BagTransforms, read_truth
@@ -322,6 +323,21 @@ def test_an_sqlite_file_with_messages_still_in_its_log_is_refused(tmp_path: Path
     connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     connection.close()
     assert len(open_source(f"bag:{bag}")) == 1
+
+
+@pytest.mark.parametrize("kept", [8, 0.5, 0.99])
+def test_an_mcap_file_whose_recorder_was_killed_says_how_to_repair_it(tmp_path: Path, kept: float) -> None:
+    bag = write_messages(tmp_path / "bag", camera(), StoragePlugin.MCAP)
+    assert len(open_source(f"bag:{bag}")) == len(open_source(f"bag:{bag / 'bag.mcap'}")) == 3
+    data = (bag / "bag.mcap").read_bytes()
+    (bag / "bag.mcap").write_bytes(data[: kept if isinstance(kept, int) else int(kept * len(data))])
+    for name in (bag, bag / "bag.mcap"):
+        for opened in (lambda name=name: open_source(f"bag:{name}"), lambda name=name: BagStream(name)):
+            with pytest.raises(SourceError, match=r"bag\.mcap' has no end.*mcap recover.*ros2 bag reindex"):
+                opened()
+    (bag / "metadata.yaml").unlink()
+    with pytest.raises(SourceError, match=r"no metadata\.yaml\. Its recorder was killed.*ros2 bag reindex"):
+        open_source(f"bag:{bag}")
 
 
 def test_a_bag_with_fewer_images_than_it_says_is_read_with_a_word(

@@ -100,12 +100,31 @@ def test_zeros_of_a_lens_that_is_not_known_say_nothing(tmp_path: Path) -> None:
     assert source.camera.distortion == (0.1, 0.0, 0.0, 0.0, 0.0)
 
 
-def test_a_colmap_lens_that_is_not_known_is_refused() -> None:
+@pytest.mark.parametrize(
+    "model",
+    ["FOV", "THIN_PRISM_FISHEYE", "RAD_TAN_THIN_PRISM_FISHEYE", "SIMPLE_DIVISION", "DIVISION", "FISHEYE", "EUCM"],
+)
+def test_a_colmap_lens_that_is_not_known_is_refused(model: str) -> None:
     import pycolmap
 
-    camera = pycolmap.Camera(model="THIN_PRISM_FISHEYE", width=64, height=48, params=[60, 60, 32, 24, *[0.1] * 8])
-    with pytest.raises(SourceError, match="THIN_PRISM_FISHEYE"):
+    known = pycolmap.CameraModelId.__members__
+    if model not in known:
+        pytest.skip("this COLMAP does not have the model")
+    camera = pycolmap.Camera.create_from_model_id(1, known[model], 60.0, 64, 48)
+    with pytest.raises(SourceError, match=f"'{model}' is not supported.*Undistort"):
         camera_of(camera)
+
+
+@pytest.mark.parametrize("model", COLMAP_MODELS)
+def test_every_colmap_lens_that_is_known_projects_as_colmap_does(model: str) -> None:
+    import pycolmap
+
+    camera = pycolmap.Camera.create_from_model_id(1, pycolmap.CameraModelId.__members__[model], 60.0, 64, 48)
+    lens = [0.05, -0.02, 0.001, 0.002, 0.01, 0.003, 0.02, 0.001]
+    camera.params = [*camera.params[: 4 - (len(camera.focal_length_idxs()) == 1)], *lens][: len(camera.params)]
+    rays = np.array([[x, y] for x in (-0.45, 0.0, 0.3) for y in (-0.3, 0.0, 0.35)])
+    pixels = np.array([camera.img_from_cam(np.array([*ray, 1.0])) for ray in rays])
+    assert camera_of(camera).distort(rays) == pytest.approx(pixels - 0.5, abs=1e-9)
 
 
 @pytest.mark.parametrize(

@@ -132,6 +132,57 @@ def test_a_file_that_is_cut_off_is_a_sentence(model: pycolmap.Reconstruction, tm
         read_scene(folder)
 
 
+def camera_files(folder: Path, model: int | str, parameters: list[float]) -> Path:
+    """Model of one image, with a camera as no version of COLMAP would write it; binary if the model is a number."""
+    folder.mkdir()
+    values = {"images": "1 1 0 0 0 0 0 0 1 a.png\n\n", "points3D": ""}
+    if isinstance(model, str):
+        values["cameras"] = f"1 {model} 64 48 {' '.join(map(str, parameters))}\n"
+        for name, text in values.items():
+            (folder / f"{name}.txt").write_text(text)
+        return folder
+    (folder / "cameras.bin").write_bytes(struct.pack(f"<QIiQQ{len(parameters)}d", 1, 1, model, 64, 48, *parameters))
+    (folder / "images.bin").write_bytes(struct.pack("<QI7dI", 1, 1, 1, *[0] * 6, 1) + b"a.png\0" + bytes(8))
+    (folder / "points3D.bin").write_bytes(bytes(8))
+    return folder
+
+
+OPENCV = [60.0, 61.0, 32.0, 24.0, 0.05, -0.02, 0.001, 0.002]
+
+
+@pytest.mark.parametrize("model", [4, "OPENCV"])
+@pytest.mark.parametrize("parameters", [OPENCV[:-1], OPENCV[:-2], [*OPENCV, 0.1]], ids=["7", "6", "9"])
+def test_another_number_of_parameters_than_the_lens_has_is_refused(
+    tmp_path: Path, model: int | str, parameters: list[float]
+) -> None:
+    # COLMAP reads a binary camera that is cut off, and repeats the last parameter for those that are missing.
+    with pytest.raises(SourceError, match=r"cameras in cameras\.bin take 96 bytes|and 8 finite parameters"):
+        read_model(camera_files(tmp_path / "m", model, parameters))
+
+
+def test_a_camera_with_all_its_parameters_is_read_from_both(tmp_path: Path) -> None:
+    for model in (4, "OPENCV"):
+        read = read_model(camera_files(tmp_path / str(model), model, OPENCV))
+        assert list(read.cameras[1].params) == OPENCV
+
+
+@pytest.mark.parametrize("model", [-1, 99, 2**31 - 1, "NO_SUCH", "opencv", "4"])
+def test_a_camera_model_that_colmap_does_not_have_is_named(tmp_path: Path, model: int | str) -> None:
+    with pytest.raises(SourceError, match=f"camera 1 has the model '{model}'"):
+        read_model(camera_files(tmp_path / "m", model, OPENCV))
+
+
+@pytest.mark.parametrize("line", ["1 OPENCV 64", "x PINHOLE 64 48 6 6 3 2", "1 PINHOLE 64 48 60,0 60 32 24",
+                                  "1 PINHOLE -64 48 6 6 3 2", "1 PINHOLE 64.5 48 6 6 3 2", "1 PINHOLE 64 48 nan 6 3 2",
+                                  "\ufeff1 PINHOLE 64 48 6 6 3 2"])  # fmt: skip
+def test_a_line_of_cameras_txt_that_is_none_is_shown(tmp_path: Path, line: str) -> None:
+    folder = camera_files(tmp_path / "m", "OPENCV", OPENCV)
+    (folder / "cameras.txt").write_text(f"{line}\n", encoding="utf-8")
+    with pytest.raises(SourceError, match="finite parameters") as said:
+        read_model(folder)
+    assert line in str(said.value)
+
+
 def test_a_pipe_is_no_model(model: pycolmap.Reconstruction, tmp_path: Path) -> None:
     folder = write(model, tmp_path / "m", text=True)
     (folder / "points3D.txt").unlink()

@@ -86,9 +86,11 @@ def image(k: float, frame: str, values: np.ndarray, encoding: str) -> Any:
     )  # fmt: skip
 
 
-def write_messages(path: Path, messages: Iterable[tuple[str, float, Any]]) -> Path:
+def write_messages(
+    path: Path, messages: Iterable[tuple[str, float, Any]], storage: StoragePlugin = StoragePlugin.SQLITE3
+) -> Path:
     """A bag of messages: topic, time in tenths of a second, message."""
-    with Writer(path, version=9, storage_plugin=StoragePlugin.SQLITE3) as writer:
+    with Writer(path, version=9, storage_plugin=storage) as writer:
         connections: dict[str, Any] = {}
         for name, k, message in messages:
             if name not in connections:
