@@ -93,8 +93,15 @@ def _log_factors(T: Array, x: Array, y: Array, depth: Array) -> Array:
         return np.asarray(np.log(triangulated[good] / depth[good]))
 
 
-def depth_place(views: Sequence[View], observed: Observations, model: Model) -> DepthPlace | None:
-    """Return where edges of depth lie on edges of the colour images; None if too few views have both."""
+def depth_place(views: Sequence[View], observed: Observations, model: Model, factor: float) -> DepthPlace | None:
+    """Return where edges of depth lie on edges of the colour images; None if too few views have both.
+
+    Args:
+        views: with depth.
+        observed: matches and poses.
+        model: how the poses are to be read.
+        factor: metres of the poses by a metre of depth.
+    """
     surfaces, used = [], []
     for view in views:
         surface = _correlation(view)
@@ -108,7 +115,8 @@ def depth_place(views: Sequence[View], observed: Observations, model: Model) -> 
     total = np.mean(surfaces, axis=0)
     shift, height = _peak(total)
     clear = height > MIN_PEAK
-    delay, level, gain = _delay(used, surfaces, observed, model, scale)
+    depths = np.concatenate([d for pair in observed.pairs for d in pair.depths_m])
+    delay, level, gain = _delay(used, surfaces, observed, model, scale, factor * float(np.nanmedian(depths)))
     sure = level > MIN_LEVEL and gain > MIN_GAIN
     return DepthPlace((shift[0] * scale, shift[1] * scale), clear, delay, gain, sure, len(used))
 
@@ -160,12 +168,11 @@ def _peak(surface: Array) -> tuple[tuple[float, float], float]:
 
 
 def _delay(
-    views: Sequence[View], surfaces: Sequence[Array], observed: Observations, model: Model, scale: float
+    views: Sequence[View], surfaces: Sequence[Array], observed: Observations, model: Model, scale: float, far: float
 ) -> tuple[float, float, float]:
-    """Delay in frames at which the shifts that the motion predicts meet the views' own correlations best; how high
-    they are there, and by which factor higher than without delay."""
-    camera, depths = observed.camera, np.concatenate([d for pair in observed.pairs for d in pair.depths_m])
-    far = float(np.nanmedian(depths))
+    """Delay in frames at which the shifts that the motion predicts, of points this far in the poses' unit, meet the
+    views' own correlations best; how high they are there, and by which factor higher than without delay."""
+    camera = observed.camera
     heights = {}
     for delay in range(-REACH, REACH + 1):
         values = []
@@ -188,7 +195,15 @@ def _delay(
 
 
 def moved_px(view: View, delay: int, observed: Observations, model: Model, far: float) -> NDArray[np.float64] | None:
-    """Return where the middle of the scene moves in the image until some frames later, on the plane z = 1."""
+    """Return where the middle of the scene moves in the image until some frames later, on the plane z = 1.
+
+    Args:
+        view: the image at the start.
+        delay: frames.
+        observed: poses.
+        model: how the poses are to be read.
+        far: distance of the middle of the scene in the unit of the poses.
+    """
     T = model.T_body_camera
     now = observed.poses.at(view.position, model.offset)
     then = observed.poses.at(view.position, model.offset + delay)

@@ -163,7 +163,7 @@ def depth_by_matches(observed: Observations, model: Model, factor: float) -> Dep
     camera, depths = observed.camera, np.concatenate([d for pair in observed.pairs for d in pair.depths_m])
     if np.isfinite(depths).sum() < CLOCK_POINTS:
         return None
-    far, size = float(np.nanmedian(depths)), np.array([camera.fx, camera.fy])
+    far, size = factor * float(np.nanmedian(depths)), np.array([camera.fx, camera.fy])
 
     def later(delay: float) -> LooseFit:
         def move(view: View) -> Array:

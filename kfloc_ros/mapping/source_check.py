@@ -140,10 +140,10 @@ def check_source(source: FrameSource, *, pairs: int = 16) -> SourceCheck:
             figures["depth_by_poses"] = round(unit.factor, 4)
             figures["median_depth_m"] = round(unit.median_m, 3)
             findings += _unit_findings(unit)
-        place = depth_place(finder.views, observed, model)
+        factor = 1.0 if unit is None else unit.factor
+        place = depth_place(finder.views, observed, model, factor)
         if place is not None:
             findings += _place_findings(place, source.camera, period_s)
-        factor = 1.0 if unit is None else unit.factor
         calibrated = any(cause.kind in LENS_KINDS for cause in causes)  # then depth disagrees for that reason
         clock = None if calibrated else depth_clock(finder.views, observed, model, factor)
         if clock is not None:

@@ -19,6 +19,7 @@ from kfloc_ros.frames import FrameSource, Selection
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import make_pose, rotation_angle_deg, so3_exp
 from kfloc_ros.mapping.check_depth import depth_place
+from kfloc_ros.mapping.check_depth_views import DepthClock, depth_by_matches
 from kfloc_ros.mapping.check_geometry import Model, Observations, fitted_camera
 from kfloc_ros.mapping.check_hypotheses import LOOSE_PX
 from kfloc_ros.mapping.check_pairs import PairFinder, Poses, View
@@ -236,10 +237,33 @@ def test_depth_steps_tell_shift_and_clock(walk: FrameSource) -> None:
         frame = Frame(grey[:1, :1, None].repeat(3, 2), walk.camera, 0, position, depth_m=depth)
         return View(position, frame, grey, np.empty((0, 2)), np.empty((0, 128), np.float32))
 
+    millimetres = Observations(pairs, Poses(Wrong(walk, pose=scaled(1000.0))), walk.camera)
     for dx, dy in ((0, 0), (9, -4)):
-        place = depth_place([view(position, dx, dy) for position in range(10, 30)], observed, Model())
+        views = [view(position, dx, dy) for position in range(10, 30)]
+        place = depth_place(views, observed, Model(), 1.0)
         assert place is not None and place.clear
         assert place.shift_px == pytest.approx((dx, dy), abs=1.5) and not (dx == 0 and place.delay_frames)
+        other = depth_place(views, millimetres, Model(), 1000.0)
+        assert other is not None
+        assert (other.delay_frames, other.gain) == pytest.approx((place.delay_frames, place.gain), rel=1e-3)
+
+
+def test_late_depth_is_told_beside_poses_in_millimetres(walk: FrameSource) -> None:
+    findings = check_source(
+        mistake("poses in millimetres").make(mistake("depth 4 frames late").make(walk)), pairs=PAIRS
+    )
+    told = {finding.kind: finding.value for finding in findings.findings}
+    assert told == {"pose_unit": 0.001, "depth_clock": pytest.approx(-0.4, abs=0.11)}
+
+
+def test_late_depth_by_matches_is_the_same_in_millimetres(walk: FrameSource) -> None:
+    late = Remembered(mistake("depth 4 frames late").make(shaken(walk)), 70)
+    found = []
+    for source, factor in ((late, 1.0), (Wrong(late, pose=scaled(1000.0)), 1000.0)):
+        observed = Observations(list(PairFinder(source, PAIRS).pairs()), Poses(source), source.camera)
+        found.append(depth_by_matches(observed, Model(), factor))
+    assert all(isinstance(clock, DepthClock) for clock in found)
+    assert found[0].delay_frames == found[1].delay_frames
 
 
 def test_page_and_json(tmp_path: Path, walk: FrameSource, good: SourceCheck) -> None:
