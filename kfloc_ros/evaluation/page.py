@@ -18,9 +18,11 @@ from kfloc_ros.evaluation.report import (
     CAPTIONS,
     accuracy_rows,
     consistency_rows,
+    has_truth,
     reliability_rows,
     streaming_rows,
     timing_rows,
+    truth_text,
     verdict_lines,
 )
 from kfloc_ros.evaluation.summary import Summary
@@ -62,13 +64,19 @@ def page_text(
     """
     run = summary.run
     kind = "Replay through the live nodes" if run.kind == "replay" else "Localization"
-    facts = [("command", f"<code>{escape(run.command)}</code>"), ("map", escape(run.map)), ("truth", escape(run.poses))]
+    facts = [("command", f"<code>{escape(run.command)}</code>"), ("map", escape(run.map))]
+    facts += [("truth", escape(truth_text(summary)))]
     facts += [("options", escape(", ".join(f"{key} {value}" for key, value in run.options.items()) or "defaults"))]
     facts += [("hardware", escape(", ".join(f"{k} {v}" for k, v in run.hardware.items() if v is not None)))]
     parts = [f"<h1>{kind}: {escape(run.source)}</h1>"]
     verdict = "".join(f'<li class="{css}">{escape(text)}</li>' for css, text in verdict_lines(summary))
     parts.append(f'<ul class="verdict">{verdict}</ul>')
-    parts += [table(facts, raw=True), "<h2>Accuracy</h2>", table(accuracy_rows(summary), ("", "final pose", "coarse"))]
+    heading = "Accuracy" if has_truth(summary) else "Poses"
+    parts += [
+        table(facts, raw=True),
+        f"<h2>{heading}</h2>",
+        table(accuracy_rows(summary), ("", "final pose", "coarse")),
+    ]
     parts += ["<h2>As a stream</h2>", table(streaming_rows(summary))]
     parts += ["<h2>Time</h2>", table(timing_rows(summary))]
     rows = consistency_rows(summary)

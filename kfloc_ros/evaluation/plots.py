@@ -65,7 +65,8 @@ def draw_trajectory(figure: Figure, records: Sequence[FrameRecord]) -> bool:
     truth = np.array([_centre(r.truth) for r in records])
     estimates = np.array([_centre(r.estimate) for r in processed]).reshape(-1, 3)
     path = _break(records, truth)
-    axes.plot(path[:, a], path[:, b], color=TRUTH, linewidth=3.0, alpha=0.35, label="truth")
+    if np.isfinite(truth).any():
+        axes.plot(path[:, a], path[:, b], color=TRUTH, linewidth=3.0, alpha=0.35, label="truth")
     path = _break(processed, estimates)
     axes.plot(path[:, a], path[:, b], color=FINAL, linewidth=0.6, alpha=0.6, label="estimate")
     error_cm = [np.nan if r.truth is None else 100 * pose_error(r.estimate, r.truth).translation_m for r in processed]

@@ -21,7 +21,7 @@ CAPTIONS = {
 
 
 def accuracy_rows(summary: Summary) -> list[tuple[str, str, str]]:
-    """Return rows (figure, final pose, coarse pose) of the main table."""
+    """Return rows (figure, final pose, coarse pose) of the main table; errors only where there is ground truth."""
     final, coarse = summary.accuracy, summary.coarse
     played = "" if summary.played is None else f" answered of {summary.frames_played} played"
     left_out = [("left out, unusable", str(summary.run.left_out), "")] if summary.run.left_out else []
@@ -29,6 +29,10 @@ def accuracy_rows(summary: Summary) -> list[tuple[str, str, str]]:
         ("frames", f"{summary.frames}{played}, {final.frames} with truth", ""),
         *left_out,
         ("localized", f"{summary.localized}", f"{summary.coarse_localized}"),
+    ]
+    if not has_truth(summary):
+        return rows
+    rows += [
         ("median position error", _cm(final.median_translation_m), _cm(coarse.median_translation_m)),
         ("median rotation error", _deg(final), _deg(coarse)),
     ]
@@ -36,6 +40,16 @@ def accuracy_rows(summary: Summary) -> list[tuple[str, str, str]]:
         label = "within " + name.replace("cm_", " cm, ").replace("deg", " deg")
         rows.append((label, _percent(final.recall[name]), _percent(coarse.recall[name])))
     return rows
+
+
+def has_truth(summary: Summary) -> bool:
+    """Return whether any frame of a run, answered or not, has ground truth."""
+    return bool(summary.accuracy.frames or (summary.played is not None and summary.played.frames))
+
+
+def truth_text(summary: Summary) -> str:
+    """Return which poses were the ground truth."""
+    return summary.run.poses if has_truth(summary) else "none"
 
 
 GOOD_SHARE, BAD_SHARE, ANSWERED_SHARE = 0.9, 0.5, 0.9
@@ -107,11 +121,14 @@ def streaming_rows(summary: Summary) -> list[tuple[str, str]]:
     recovery = " / ".join(_number(result.recovery_s[key], "{:.2f} s") for key in ("p50", "p95"))
     ended = "; lost at the end" if result.lost_at_end else ""
     tf = summary.run.transform
+    wrong = [
+        ("false OK (TRACKING but > 10 cm off)", _percent(result.false_ok)),
+        ("confidently wrong frames", str(result.confidently_wrong)),
+    ]
     return [
         ("availability (TRACKING, of all frames)", _percent(result.availability)),
         ("time to first pose", _number(result.time_to_first_pose_s, "{:.2f} s")),
-        ("false OK (TRACKING but > 10 cm off)", _percent(result.false_ok)),
-        ("confidently wrong frames", str(result.confidently_wrong)),
+        *(wrong if has_truth(summary) else []),
         ("outages; recovery p50 / p95", f"{result.outages}; {recovery}{ended}"),
         *([("map -> camera on TF at the images' times, median", transform_text(tf))] if tf is not None else []),
     ]
@@ -150,7 +167,7 @@ def report_text(summary: Summary, records: Sequence[FrameRecord], pictures: Sequ
         "",
         f"- Command: `{run.command}`",
         f"- Map: `{run.map}`",
-        f"- Truth: {run.poses}; split: {run.split or 'all'}; frames: {run.frames or 'all'}",
+        f"- Truth: {truth_text(summary)}; split: {run.split or 'all'}; frames: {run.frames or 'all'}",
         f"- Options: {', '.join(f'{key} {value}' for key, value in run.options.items()) or 'defaults'}",
         f"- Hardware: {hardware}",
         "",
@@ -162,8 +179,11 @@ def report_text(summary: Summary, records: Sequence[FrameRecord], pictures: Sequ
         "|---|---|---|",
         *(f"| {name} | {final} | {coarse} |" for name, final, coarse in accuracy_rows(summary)),
         "",
-        f"Frames called TRACKING that are 25 cm or 5 degrees off, or worse: {summary.tracking_but_wrong}.",
-        "",
+        *(
+            [f"Frames called TRACKING that are 25 cm or 5 degrees off, or worse: {summary.tracking_but_wrong}.", ""]
+            if has_truth(summary)
+            else []
+        ),
         *_played_lines(summary),
         "## As a stream",
         "",

@@ -200,6 +200,18 @@ def test_the_verdict_of_a_replay_counts_the_frames_without_an_answer() -> None:
     assert accuracy_rows(summary)[0][1] == "5 answered of 8 played, 4 with truth"
 
 
+def test_a_report_without_truth_has_no_rows_of_dashes(tmp_path: Path) -> None:
+    records = [FrameRecord(k, k, None, pose(k), state="TRACKING") for k in range(4)]
+    with result_folder(tmp_path / "out", force=False):
+        write_results(tmp_path / "out", records, make_run(), plots=False)
+    for name in ("report.html", "report.md"):
+        said = (tmp_path / "out" / name).read_text(encoding="utf-8")
+        assert "There is no ground truth: 4 of 4 frames have a pose" in said and "4, 0 with truth" in said
+        for row in ("median position error", "within 5 cm", "false OK", "confidently wrong", "25 cm or 5 degrees"):
+            assert row not in said
+        assert "Truth: none" in said or "<td>truth</td><td>none</td>" in said
+
+
 def test_the_verdict_names_what_is_wrong_and_what_was_left_out(tmp_path: Path) -> None:
     wrong = [FrameRecord(k, k, pose(k), pose(k, 0.3), state="TRACKING") for k in range(4)]
     said = verdict(wrong, left_out=3, left_out_first="'a.png' is cut off.", interrupted=True)
