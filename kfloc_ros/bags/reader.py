@@ -59,8 +59,8 @@ class BagReader:
         if not path.exists():
             raise SourceError(f"There is no bag '{path}'.")
         if path.is_dir() and not (path / "metadata.yaml").is_file():
-            killed = any(path.glob("*.mcap")) or any(path.glob("*.db3"))
-            way_out = f" Its recorder was killed. Have it written with `ros2 bag reindex {path}`." if killed else ""
+            stored = any(path.glob("*.mcap")) or any(path.glob("*.db3"))
+            way_out = f" If its recorder was killed, `ros2 bag reindex {path}` writes it." if stored else ""
             raise SourceError(f"'{path}' is not a rosbag2 folder: it has no metadata.yaml.{way_out}")
         for file in sorted([*path.glob("*.db3"), *path.glob("*.mcap")]) if path.is_dir() else [path]:
             with reading(path):
@@ -217,7 +217,7 @@ def _check_whole(database: Path) -> None:
 
 
 def _has_end(file: Path) -> bool:
-    """Whether an MCAP file ends as the format says; True if it does not begin so, which the reader tells."""
+    """Return whether an MCAP file ends as the format says; true if it does not begin so, which the reader tells."""
     with open_plain(file) as stream:
         if stream.read(len(_MCAP)) != _MCAP:
             return True

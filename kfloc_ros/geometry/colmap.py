@@ -300,11 +300,10 @@ def _parameter_count(camera: str, model: str | int) -> int:
     """Return the number of parameters of a COLMAP model, given by its name or number."""
     import pycolmap
 
-    known = {name: value for name, value in pycolmap.CameraModelId.__members__.items() if int(value) >= 0}
-    found = known.get(str(model)) or next((value for value in known.values() if int(value) == model), None)
-    if found is None:
-        raise ValueError(f"camera {camera} has the model '{model}', and COLMAP has none of that name or number")
-    return len(pycolmap.Camera.create_from_model_id(1, found, 1.0, 2, 2).params)
+    for name, value in pycolmap.CameraModelId.__members__.items():
+        if int(value) >= 0 and model in (name, int(value)):
+            return len(pycolmap.Camera.create_from_model_id(1, value, 1.0, 2, 2).params)
+    raise ValueError(f"camera {camera} has the model '{model}', and COLMAP has none of that name or number")
 
 
 def _count_points(data: bytes) -> None:

@@ -336,7 +336,7 @@ def test_an_mcap_file_whose_recorder_was_killed_says_how_to_repair_it(tmp_path: 
             with pytest.raises(SourceError, match=r"bag\.mcap' has no end.*mcap recover.*ros2 bag reindex"):
                 opened()
     (bag / "metadata.yaml").unlink()
-    with pytest.raises(SourceError, match=r"no metadata\.yaml\. Its recorder was killed.*ros2 bag reindex"):
+    with pytest.raises(SourceError, match=r"no metadata\.yaml\. If its recorder was killed.*ros2 bag reindex"):
         open_source(f"bag:{bag}")
 
 

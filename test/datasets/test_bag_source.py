@@ -91,7 +91,7 @@ def test_a_truncated_storage_file(tmp_path: Path, keep: float) -> None:
     storage = write(tmp_path / "bag") / "bag.mcap"
     data = storage.read_bytes()
     storage.write_bytes(data[: int(keep * len(data))])
-    with pytest.raises(SourceError, match="damaged|has no end"):
+    with pytest.raises(SourceError, match="has no end" if keep else "damaged"):
         RosBag(tmp_path / "bag", {})
 
 
