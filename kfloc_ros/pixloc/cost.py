@@ -246,7 +246,8 @@ def _linearize_in_torch(
     P = points @ T[:3, :3].T + T[:3, 3]
     z = P[:, 2].clamp(min=NEAR_M)
     x, y = P[:, 0] / z, P[:, 1] / z
-    bend = 1.0 + model.k1 * (x * x + y * y)
+    r2 = x * x + y * y
+    bend, grows = 1.0 + model.k1 * r2, 1.0 + 3.0 * model.k1 * r2 > 0.0  # beyond the fold, points are not in view
     u = model.fx * x * bend + model.cx + model.skew * model.fx * y * bend
     uv = torch.stack([u, model.fy * y * bend + model.cy], dim=1)
     rows, inside = image.sample(uv)
@@ -254,7 +255,7 @@ def _linearize_in_torch(
     residual = rows[:, :C] - features
     du, dv = rows[:, C : 2 * C], rows[:, 2 * C : 3 * C]
     squared = (residual * residual).sum(1)
-    valid = inside & (P[:, 2] > NEAR_M)
+    valid = inside & grows & (P[:, 2] > NEAR_M)
     trust = confidence * rows[:, 3 * C] * valid
     weight = trust * loss.weight(squared)
     tensor = torch.stack([(du * du).sum(1), (du * dv).sum(1), (du * dv).sum(1), (dv * dv).sum(1)], dim=1)

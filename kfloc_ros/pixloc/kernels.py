@@ -60,6 +60,8 @@ def normal_equations(
         u, v = fx * x * bend + cx + skew * fx * y * bend, fy * y * bend + cy
         if not (u >= 0.0 and v >= 0.0 and u <= columns - 1.0 and v <= rows - 1.0):
             continue
+        if 1.0 + 3.0 * k1 * r2 <= 0.0:  # beyond the fold of the distortion, which would put it into the image
+            continue
         u0, v0 = min(int(u), columns - 2), min(int(v), rows - 2)
         a, b = u - u0, v - v0
         w00, w10 = np.float32((1.0 - a) * (1.0 - b)), np.float32(a * (1.0 - b))

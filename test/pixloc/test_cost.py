@@ -127,6 +127,19 @@ def test_no_point_in_view_is_an_infinite_cost_not_a_crash() -> None:
     assert at.valid_count == 0
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+def test_points_beyond_the_fold_are_not_in_view(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not compiled:
+        monkeypatch.setattr("kfloc_ros.pixloc.cost.runs_compiled", lambda *tensors: False)
+    offsets = np.array([0.0, 0.0, 0.0, 0.0, -0.06, 0.0])  # folds at a radius of 2.36
+    r = 4.0  # far outside of the image, and r (1 - 0.06 r^2) = 0.16 is inside
+    points = torch.tensor([[0.16, 0.0, 1.0], [r, 0.0, 1.0]])
+    at = linearize(
+        image(), points, torch.randn(2, 8), torch.ones(2), np.eye(4), CAMERA, RobustLoss(0.5), offsets=offsets
+    )
+    assert at.valid_count == 1
+
+
 def test_robust_loss_weight_is_its_derivative() -> None:
     loss = RobustLoss(0.3)
     x = torch.linspace(0, 4, 50, dtype=torch.float64, requires_grad=True)
