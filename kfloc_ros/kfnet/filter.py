@@ -25,6 +25,13 @@ REMEMBERED_POSES = 8
 MIN_COVER = 0.7
 """Smallest share of valid cells of a belief that covers a frame."""
 
+SETTLED_FRAMES = 5
+"""Corrections by refined poses, without a contradiction among them, that settle a belief."""
+SETTLED_S = 0.15
+"""Longest time since the last frame whose refined pose confirmed a settled belief."""
+SETTLED_REJECTED_RATIO = 0.3
+"""Largest share of the prior's cells that may fail the NIS test in a frame of a settled belief."""
+
 FlowFunction = Callable[[torch.Tensor, torch.Tensor], Flow]
 """Backward flow from the features (C, h, w) of the current and of the previous frame."""
 
@@ -59,12 +66,13 @@ class SceneCoordinateFilter:
         self._confirmed_ns: int | None = None
         self._reset_reason = "first frame"
         self._contradictions = 0
+        self._settling = 0
 
     def reset(self, reason: str) -> None:
         """Drop the belief; the next frame starts from its measurement alone."""
         self._belief, self._features, self._reset_reason = None, None, reason
         self._confirmed_ns, self._poses = None, {}
-        self._contradictions = 0
+        self._contradictions, self._settling = 0, 0
 
     @property
     def last_pose(self) -> Matrix | None:
@@ -108,7 +116,9 @@ class SceneCoordinateFilter:
         correction = T_map_camera @ inverse_pose(coarse)
         self._poses = {stamp: correction @ T for stamp, T in self._poses.items() if stamp >= stamp_ns}
         self._belief = onto_rays(self._belief, camera, self._poses[self._stamp_ns])
+        follows = self._confirmed_ns is not None and stamp_ns - self._confirmed_ns <= SETTLED_S * 1e9
         self._confirmed_ns = stamp_ns
+        self._settling = self._settling + 1 if follows else 1
         self._contradictions = 0  # a refined pose confirms the belief, so the measurement was bad
 
     @property
@@ -116,10 +126,19 @@ class SceneCoordinateFilter:
         """True if refined poses have confirmed the belief."""
         return self._confirmed_ns is not None
 
+    def is_settled(self, stamp_ns: int) -> bool:
+        """Return true if refined poses of several frames in a row, up to the latest, have confirmed the belief."""
+        if self._confirmed_ns is None or self._settling < SETTLED_FRAMES:
+            return False
+        return 0 < stamp_ns - self._confirmed_ns <= SETTLED_S * 1e9
+
     def covers(self, stamp_ns: int) -> bool:
-        """Return true if a frame at this time meets a confirmed belief over most cells; a gap in time resets it."""
+        """Return true if a frame at this time meets a confirmed belief over most cells; a gap in time resets it.
+
+        A belief that the frame before contradicted covers nothing.
+        """
         self._check_time(stamp_ns)
-        if self._belief is None or self._confirmed_ns is None:
+        if self._belief is None or self._confirmed_ns is None or self._contradictions:
             return False
         return float(self._belief.valid.float().mean()) >= MIN_COVER
 
@@ -138,6 +157,8 @@ class SceneCoordinateFilter:
             filtered = self._propagate(self._belief, self._flow(features, self._features), measurement)
             if filtered.report.reset_reason:
                 self._confirmed_ns, self._poses = None, {}
+            if filtered.report.reset_reason or filtered.report.rejected_ratio > SETTLED_REJECTED_RATIO:
+                self._settling = 0
             if self._confirmed_ns is not None:
                 filtered = confirmed(filtered, self.settings.confirmed_variance_scale)
         self._belief = filtered.belief or filtered.posterior

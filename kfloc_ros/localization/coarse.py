@@ -22,7 +22,7 @@ from kfloc_ros.kfnet.reference.networks import ReferenceNetworks
 from kfloc_ros.kfnet.scoordnet import measure, quantized
 from kfloc_ros.localization.config import LocalizerConfig
 from kfloc_ros.localization.depth import of_coarse
-from kfloc_ros.localization.results import Ahead, StageTimes
+from kfloc_ros.localization.results import WHOLE, Ahead, CellPart, StageTimes
 from kfloc_ros.maps.scene_map import SceneMap
 from kfloc_ros.types import CoarsePose, FilterReport, Frame, Matrix, SceneCoordinates
 
@@ -48,7 +48,9 @@ class CoarseStage:
         self._use_filter, self._uses_depth = config.filter, config.use_depth
         self._corrects = config.filter and config.pose_feedback and recursion_of(scene_map, config) == "robust"
         self._alternates = config.filter and config.alternate_cells and recursion_of(scene_map, config) == "robust"
-        self._colour = 0
+        self._part = WHOLE
+        """Cells that were measured of the last frame."""
+        self._turn = 0
         self._skipped: tuple[Frame, BackboneFeatures] | None = None
         self._filter = SceneCoordinateFilter(filter_settings(scene_map, config, self._networks), self._networks.flow)
         self._pnp = pnp_settings(config, self._networks.stride, calibration.coarse_covariance_scale)
@@ -82,36 +84,44 @@ class CoarseStage:
         if not measures():
             return Ahead(times, features)
         with times.stage("measure"):
-            # By now, the frame before has been measured, and its colour is known.
-            colour = 1 - self._colour if self._alternates and self._filter.is_confirmed else None
-            return Ahead(times, features, self._measured(frame, features, colour), colour)
+            # By now, the frame before has been measured, and its turn is known.
+            part = self._next_part(frame.stamp_ns) if self._alternates and self._filter.is_confirmed else WHOLE
+            return Ahead(times, features, self._measured(frame, features, part), part)
 
     def measure(
         self, frame: Frame, features: BackboneFeatures, times: StageTimes, ahead: Ahead | None = None
     ) -> SceneCoordinates:
         """Regress a scene coordinate and its variance for every cell (KFNet's measurement system).
 
-        Where a belief that refined poses confirm covers the frame, half of the cells are measured, the colours of a
-        chessboard in turns, and the belief carries the other half.
+        Where a belief that refined poses confirm covers the frame, a part of the cells is measured, and the belief
+        carries the others: half of them, and a quarter once the poses of several frames in a row confirmed it. The
+        parts take turns.
         """
         with times.stage("measure"):
-            colour = None
+            part = WHOLE
             if self._alternates and self._filter.covers(frame.stamp_ns):
-                self._colour = colour = 1 - self._colour
-            if ahead is not None and ahead.measured is not None and ahead.colour == colour:
+                part = self._next_part(frame.stamp_ns)
+                self._turn = part.turn
+            self._part = part
+            if ahead is not None and ahead.measured is not None and ahead.part == part:
                 return ahead.measured
-            return self._measured(frame, features, colour)
+            return self._measured(frame, features, part)
 
-    def _measured(self, frame: Frame, features: BackboneFeatures, colour: int | None) -> SceneCoordinates:
-        """Return scene coordinates of the cells of a colour of the chessboard; None: of all."""
+    def _next_part(self, stamp_ns: int) -> CellPart:
+        """Return the cells to measure where the belief covers the frame."""
+        return CellPart(4 if self._filter.is_settled(stamp_ns) else 2, (self._turn + 1) % 4)
+
+    def _measured(self, frame: Frame, features: BackboneFeatures, part: CellPart) -> SceneCoordinates:
+        """Return scene coordinates of a part of the cells."""
         h, w = features.coarse.shape[2:]
-        cells = None if colour is None else chessboard(h, w, colour, features.coarse.device)
-        return self._networks.measure(frame, features, cells)
+        return self._networks.measure(frame, features, part.mask(h, w, features.coarse.device))
 
     def fuse(
         self, frame: Frame, features: BackboneFeatures, measurement: SceneCoordinates, times: StageTimes
     ) -> Filtered:
         """Propagate the belief from the previous frame and fuse it with the measurement (KFNet's process system).
+
+        A measurement of a part of the cells is completed if the belief proves wrong.
 
         A frame skipped just before is filtered first, so that the belief is one frame old. Tracking mostly ends at a
         bad image, and that image must meet a recent belief.
@@ -124,7 +134,12 @@ class CoarseStage:
                 before, its_features = self._skipped
                 self._step(before, its_features, self._networks.measure(before, its_features))
                 self._skipped = None
-            return self._step(frame, features, measurement)
+            filtered = self._step(frame, features, measurement)
+            reason = filtered.report.reset_reason
+            if not reason or self._part == WHOLE:
+                return filtered
+            self._filter.reset(reason)  # no belief stands for the cells that were left out
+            return self._step(frame, features, self._networks.measure(frame, features))
 
     def solve(self, frame: Frame, filtered: Filtered, times: StageTimes) -> CoarsePose:
         """Solve RANSAC-PnP on the filtered scene coordinates; the filter takes note of the pose."""
@@ -181,15 +196,10 @@ class CoarseStage:
     def reset(self, reason: str) -> None:
         """Reset the belief and all that was carried over from earlier frames."""
         self._filter.reset(reason)
-        self._skipped, self._colour = None, 0
+        self._skipped, self._turn = None, 0
 
     def _step(self, frame: Frame, features: BackboneFeatures, measurement: SceneCoordinates) -> Filtered:
         return self._filter.step(frame.stamp_ns, self._networks.flow_features(frame, features), measurement)
-
-
-def chessboard(h: int, w: int, colour: int, device: torch.device) -> torch.Tensor:
-    """Return (h, w) bool: the cells of colour 0 or 1."""
-    return (torch.arange(h, device=device)[:, None] + torch.arange(w, device=device)) % 2 == colour
 
 
 def extract_features(frame: Frame, camera: Camera, backbone: Backbone, times: StageTimes) -> BackboneFeatures:

@@ -34,7 +34,7 @@ class LocalizerConfig:
     filter: bool = option(True, "Filter scene coordinates over time (Kalman filter along the optical flow).")
     alternate_cells: bool = option(
         True,
-        "Measure every other cell while refined poses confirm the filter; faster.",
+        "Measure half, later a quarter of the cells while refined poses confirm the filter; faster.",
     )
     pose_feedback: bool = option(True, "Correct the filter's scene coordinates by accepted refined poses.")
     recursion: str = option(

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
+
 from kfloc_ros.features.backbone import BackboneFeatures
 from kfloc_ros.kfnet.fusion import Filtered
 from kfloc_ros.types import CoarsePose, FilterReport, Frame, PoseEstimate, SceneCoordinates
@@ -39,6 +41,32 @@ class StageTimes:
         return {**self._ms, "total": sum(self._ms.values())}
 
 
+@dataclass(frozen=True)
+class CellPart:
+    """Part of the cells of an image, spread evenly over it."""
+
+    parts: int
+    """1: all cells; 2: those of a colour of a chessboard; 4: every other cell of every other row."""
+    turn: int
+    """0 to 3. Parts of successive turns have no cell in common; two successive quarters from an even turn make a colour
+    of the chessboard, and four make the whole."""
+
+    def mask(self, h: int, w: int, device: torch.device) -> torch.Tensor | None:
+        """Return (h, w) bool, the cells of the part; None if it is the whole."""
+        if self.parts == 1:
+            return None
+        row, column = torch.arange(h, device=device)[:, None], torch.arange(w, device=device)
+        if self.parts == 2:
+            return (row + column) % 2 == self.turn % 2
+        first_row, first_column = _QUARTERS[self.turn]
+        return (row % 2 == first_row) & (column % 2 == first_column)
+
+
+_QUARTERS = ((0, 0), (1, 1), (0, 1), (1, 0))
+"""Row and column of the first cell of each quarter."""
+WHOLE = CellPart(1, 0)
+
+
 @dataclass(frozen=True, eq=False)
 class Ahead:
     """What was computed of a frame before its turn, in another thread."""
@@ -47,8 +75,8 @@ class Ahead:
     features: BackboneFeatures
     measured: SceneCoordinates | None = None
     """Scene coordinates regressed from the frame; None if that may not be needed."""
-    colour: int | None = None
-    """Colour of the chessboard's cells that were measured; None: all cells."""
+    part: CellPart = WHOLE
+    """Cells that were measured."""
 
 
 @dataclass(frozen=True, eq=False)

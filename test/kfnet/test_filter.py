@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from kfloc_ros.geometry.camera import Camera
-from kfloc_ros.kfnet.filter import SceneCoordinateFilter
+from kfloc_ros.kfnet.filter import SceneCoordinateFilter, onto_rays
 from kfloc_ros.kfnet.flow import Flow
 from kfloc_ros.kfnet.fusion import FilterSettings, NisMode, Prior, fuse, warp
 from kfloc_ros.kfnet.reference.oflownet import ReferenceOFlowNet
@@ -285,3 +285,45 @@ def test_a_belief_covers_a_frame_while_refined_poses_confirm_it() -> None:
     recursion.correct_belief(0, camera, torch.eye(4).double().numpy())
     assert recursion.covers(FRAME_NS)
     assert not recursion.covers(40 * FRAME_NS)  # a gap
+
+
+CAMERA = Camera(8 * W, 8 * H, 400.0, 400.0, 4.0 * W, 4.0 * H)
+HERE = torch.eye(4).double().numpy()
+
+
+def wall_ahead(depth_m: float) -> SceneCoordinates:
+    """A wall seen head-on by ``CAMERA`` at ``HERE``: every point is on the ray of its cell."""
+    mean = torch.zeros(3, H, W)
+    mean[2] = depth_m
+    measured = SceneCoordinates(mean, torch.full((H, W), 0.01), torch.ones(H, W, dtype=torch.bool), 8)
+    return onto_rays(measured, CAMERA, HERE)
+
+
+def test_refined_poses_of_several_frames_in_a_row_settle_a_belief_until_a_frame_contradicts_it() -> None:
+    recursion = SceneCoordinateFilter(SETTINGS)
+
+    def confirm(k: int, depth_m: float = 2.0) -> bool:
+        recursion.step(k * FRAME_NS, features(), wall_ahead(depth_m))
+        recursion.accept_pose(CoarsePose(True, "", HERE, None, 100, 1.0))
+        recursion.correct_belief(k * FRAME_NS, CAMERA, HERE)
+        return recursion.is_settled((k + 1) * FRAME_NS)
+
+    assert [confirm(k) for k in range(6)] == [False] * 4 + [True] * 2
+    assert not recursion.is_settled(11 * FRAME_NS)  # the last pose is too old
+    assert not confirm(6, depth_m=7.0)
+    assert not confirm(7)
+    recursion.reset("a test")
+    assert not confirm(8)
+
+
+def test_a_contradicted_belief_covers_nothing_until_a_refined_pose_confirms_it() -> None:
+    recursion = SceneCoordinateFilter(SETTINGS)
+    for k, depth_m in enumerate((2.0, 2.0, 7.0)):
+        recursion.step(k * FRAME_NS, features(), wall_ahead(depth_m))
+        recursion.accept_pose(CoarsePose(True, "", HERE, None, 100, 1.0))
+        if depth_m == 2.0:
+            recursion.correct_belief(k * FRAME_NS, CAMERA, HERE)
+            assert recursion.covers((k + 1) * FRAME_NS)
+    assert not recursion.covers(3 * FRAME_NS)
+    recursion.correct_belief(2 * FRAME_NS, CAMERA, HERE)
+    assert recursion.covers(3 * FRAME_NS)

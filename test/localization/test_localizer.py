@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -13,9 +14,10 @@ from kfloc_ros.config import build_config
 from kfloc_ros.errors import ConfigError, FrameError
 from kfloc_ros.evaluation.offline import localize_source
 from kfloc_ros.frames import Selection
-from kfloc_ros.geometry.lie import rotation_angle_deg
+from kfloc_ros.geometry.lie import make_pose, rotation_angle_deg, so3_exp
 from kfloc_ros.localization.config import LocalizerConfig
 from kfloc_ros.localization.localizer import Localizer
+from kfloc_ros.localization.results import CellPart
 from kfloc_ros.maps.scene_map import SceneMap
 from kfloc_ros.types import Frame, PoseEstimate, TrackingState
 from kfloc_ros.visualization.stream import watch
@@ -69,13 +71,36 @@ def test_the_covariance_is_symmetric_positive_and_of_the_errors_size(scene_map: 
         assert sigma_m < 0.2
 
 
-def test_measuring_every_other_cell_changes_poses_by_less_than_their_errors(scene_map: SceneMap, room) -> None:
-    frames = [room[i] for i in range(8)]
-    halves = localize(scene_map, frames)
+def test_measuring_parts_of_the_cells_changes_poses_by_less_than_their_errors(scene_map: SceneMap, room) -> None:
+    frames = [room[i] for i in range(12)]
+    parts = localize(scene_map, frames)
     whole = localize(scene_map, frames, alternate_cells=False)
-    moved = [np.linalg.norm(a.T_map_camera[:3, 3] - b.T_map_camera[:3, 3]) for a, b in zip(halves, whole, strict=True)]
+    moved = [np.linalg.norm(a.T_map_camera[:3, 3] - b.T_map_camera[:3, 3]) for a, b in zip(parts, whole, strict=True)]
     assert moved[0] == 0.0 and max(moved) > 0.0  # the first frame is measured whole
     assert max(moved) < 0.002
+
+
+def test_a_quarter_of_the_cells_is_measured_once_settled_and_all_in_the_frame_that_resets(
+    scene_map: SceneMap, room
+) -> None:
+    localizer = Localizer(scene_map, LocalizerConfig(device="cpu"))
+    results = [localizer.process(room[i]).coarse for i in range(9)]
+    shares = [float(result.measurement.valid.float().mean()) for result in results]
+    assert shares == pytest.approx([1.0] + 4 * [0.5] + 4 * [0.25])
+    last = torch.stack([result.measurement.valid for result in results[-4:]])
+    assert (last.sum(0) == 1).all()  # in four frames, every cell once
+
+    turned = room[8].T_map_camera @ make_pose(so3_exp([0.0, math.radians(14), 0.0]), np.zeros(3))
+    localization = localizer.process(replace(room.view(turned), stamp_ns=room[9].stamp_ns))
+    assert "search window" in localization.coarse.filter.reset_reason
+    assert localization.coarse.scene_coordinates.valid.float().mean() > 0.99
+    assert np.linalg.norm(localization.estimate.T_map_camera[:3, 3] - turned[:3, 3]) < 0.03
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_the_parts_of_successive_turns_cover_every_cell_once(parts: int) -> None:
+    masks = [CellPart(parts, turn).mask(15, 20, torch.device("cpu")) for turn in range(parts)]
+    assert (sum(mask.int() for mask in masks) == 1).all()
 
 
 def test_the_filter_is_used_from_the_second_frame_and_not_after_a_gap(scene_map: SceneMap, room) -> None:
