@@ -192,7 +192,7 @@ class BagReader:
             count,
             frame_id=str(first.header.frame_id).lstrip("/") if hasattr(first, "header") else "",
             child_frame_id=str(getattr(first, "child_frame_id", "")).lstrip("/"),
-            is_depth=kind in IMAGE_TYPES and is_depth(first),
+            is_depth=kind in IMAGE_TYPES and is_depth(first, name),
         )
 
 

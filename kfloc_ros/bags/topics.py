@@ -146,7 +146,7 @@ def choose_depth(
         return None
     if named is not None:
         return _named(bag, pictures, named, "depth image")
-    depths = [topic for topic in pictures if topic.is_depth]
+    depths = [topic for topic in pictures if topic.is_depth and topic.base != image.base]
     aligned = [topic for topic in depths if topic.frame_id == image.frame_id]
     choices = _without_copies(aligned or depths, compressed=False)
     return _only(bag, choices, "depth image", option) if choices else None

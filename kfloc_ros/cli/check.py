@@ -122,6 +122,6 @@ def check_bag(args: argparse.Namespace) -> None:
 
 
 def _count(text: str) -> int:
-    if not text.isdigit() or not 8 <= int(text) <= 200:
+    if not text.isdecimal() or len(text) > 9 or not 8 <= int(text) <= 200:
         raise argparse.ArgumentTypeError(f"'{text}' is no number of pairs between 8 and 200")
     return int(text)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -110,10 +111,15 @@ def pose_of_words(words: list[str], path: Path) -> Matrix | None:
         raise SourceError(f"'{path}' has a pose that is not 'qw, qx, qy, qz, tx, ty, tz': {words[:7]}.") from error
 
 
-def _stamp(word: str, path: Path) -> int:
-    if not word.isdigit() or int(word) > 9 * 10**15:
-        raise SourceError(f"'{path}' has a stamp that is no whole number of microseconds: {word[:40]!r}.")
+def stamp_of_word(word: str, most: int, fault: str) -> int:
+    """Return a whole number of at most so much; Python reads other alphabets' digits, and superscripts as digits."""
+    if not re.fullmatch("[0-9]{1,19}", word) or int(word) > most:
+        raise SourceError(f"{fault}: {word[:40]!r}.")
     return int(word)
+
+
+def _stamp(word: str, path: Path) -> int:
+    return stamp_of_word(word, 9 * 10**15, f"'{path}' has a stamp that is no whole number of microseconds")
 
 
 def _cameras(path: Path) -> dict[str, Camera]:
@@ -124,7 +130,7 @@ def _cameras(path: Path) -> dict[str, Camera]:
         try:
             width, height = int(float(row[4])), int(float(row[5]))
             found[row[0]] = camera_from_parameters(row[3], width, height, [float(word) for word in row[6:]])
-        except (IndexError, ValueError, FrameError) as error:
+        except (IndexError, ArithmeticError, ValueError, FrameError) as error:
             raise SourceError(f"The camera '{row[0]}' in '{path}' cannot be used: {error}") from error
     return found
 
@@ -188,9 +194,7 @@ class EurocSequence(PosedImages):
 
 
 def _stamp_ns(word: str, path: Path) -> int:
-    if not word.isdigit() or int(word) > 9 * 10**18:
-        raise SourceError(f"'{path}' has a stamp that is no whole number of nanoseconds: {word[:40]!r}.")
-    return int(word)
+    return stamp_of_word(word, 9 * 10**18, f"'{path}' has a stamp that is no whole number of nanoseconds")
 
 
 def _sensor(path: Path) -> tuple[Camera, Matrix]:
@@ -207,7 +211,16 @@ def _sensor(path: Path) -> tuple[Camera, Matrix]:
         if T is None or not np.allclose(T[:3, :3] @ T[:3, :3].T, np.eye(3), atol=1e-3):
             raise ValueError("T_BS is no pose")
         return Camera(width, height, fx, fy, cx, cy, MODELS[model], known_coefficients(MODELS[model], values)), T
-    except (OSError, KeyError, TypeError, ValueError, yaml.YAMLError, FrameError) as error:
+    except (
+        OSError,
+        KeyError,
+        TypeError,
+        ArithmeticError,
+        ValueError,
+        yaml.YAMLError,
+        FrameError,
+        RecursionError,
+    ) as error:
         detail = " ".join(str(error).split())[:200]
         raise SourceError(f"'{path}' is no description of a EuRoC camera: {detail}") from error
 

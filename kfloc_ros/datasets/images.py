@@ -21,6 +21,7 @@ from kfloc_ros.files import MAX_FILE_BYTES, MAX_IMAGE_PIXELS, open_plain, read_b
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.camera_tensor import CameraTensor
 from kfloc_ros.geometry.distortion import Distortion
+from kfloc_ros.messages.images import decode_file
 from kfloc_ros.types import Matrix
 
 NO_MEASUREMENT = 65535
@@ -97,7 +98,7 @@ def read_image(path: Path, size: tuple[int, int] | None = None, *, upright: bool
         raise FrameError(fault)
     if encoded[4:8] == b"ftyp" and header is not None:
         return decode_heic(path, encoded)
-    bgr = _decode(path, encoded, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+    bgr = _decode(path, encoded, cv2.IMREAD_COLOR)
     rgb = bgr[..., ::-1]
     if upright and header is not None:
         rgb = _turned(rgb, header.orientation)
@@ -154,10 +155,7 @@ def _encoded(path: Path) -> tuple[ImageHeader | None, bytes]:
 
 
 def _decode(path: Path, encoded: bytes, flags: int) -> NDArray[Any]:
-    try:
-        pixels = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags) if encoded else None
-    except cv2.error:  # more pixels than OpenCV was told to take
-        pixels = None
+    pixels = decode_file(encoded, flags)
     if pixels is None:
         raise FrameError(f"'{path}' is not a readable image.")
     return np.asarray(pixels)

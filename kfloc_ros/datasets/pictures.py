@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -240,7 +241,7 @@ def open_video(path: str) -> VideoFile:
     """
     name, _, word = path.partition("?")
     key, _, value = word.partition("=")
-    if word and (key != "every" or not value.isdigit() or int(value) < 1):
+    if word and (key != "every" or not re.fullmatch("[0-9]{1,9}", value) or int(value) < 1):
         raise SourceError(f"'?{word}' after a video is not understood; write ?every=10 for every tenth frame.")
     if not Path(name).is_file():
         raise SourceError(f"There is no file '{name}'.")

@@ -250,6 +250,19 @@ def pose_of_row(translation: Sequence[float], quaternion_xyzw: Sequence[float]) 
     return usable_pose(make_pose(quaternion_to_matrix(quaternion_xyzw), translation))
 
 
+def frame_number(path: Path) -> int:
+    """Return the number in a name such as ``frame-000012.color.png``.
+
+    Raises:
+        SourceError: it has none.
+    """
+    found = re.fullmatch(r"frame-([0-9]{1,9})\.color\.\w+", path.name)
+    if found is None:
+        raise SourceError(f"'{path}' has not a name such as frame-000012.color.png.")
+    return int(found[1])
+
+
 def natural_key(name: str) -> list[tuple[int, int, str]]:
-    """Sorting key that puts ``image_10`` after ``image_9``."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name) if part]
+    """Sorting key that puts ``image_10`` after ``image_9``; longer runs of digits than of a number count as text."""
+    parts = (part for part in re.split(r"([0-9]+)", name) if part)
+    return [(0, int(part), "") if "0" <= part[0] <= "9" and len(part) < 20 else (1, 0, part) for part in parts]

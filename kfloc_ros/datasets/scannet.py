@@ -80,7 +80,10 @@ def _camera(path: Path, images: Sequence[Path]) -> Camera:
     if [len(row) for row in rows] not in ([3, 3, 3], [4, 4, 4, 4]):
         raise SourceError(f"'{path}' does not hold a 3x3 or 4x4 matrix of intrinsics.")
     width, height = usual_size(images)
-    camera = Camera(width, height, rows[0][0], rows[1][1], rows[0][2], rows[1][2])
+    try:
+        camera = Camera(width, height, rows[0][0], rows[1][1], rows[0][2], rows[1][2])
+    except FrameError as error:
+        raise SourceError(f"'{path}' does not hold a camera's intrinsics: {error}") from error
     check_centre(camera, str(path))
     return camera
 
@@ -172,7 +175,7 @@ def _indoor6_camera(path: Path) -> Camera:
         words = read_text(path).split()[:5]
         width, height, f, cx, cy = (float(word) for word in words)
         return camera_from_parameters("SIMPLE_PINHOLE", int(width), int(height), [f, cx, cy])
-    except (OSError, ValueError, FrameError) as error:
+    except (OSError, ArithmeticError, ValueError, FrameError) as error:
         raise SourceError(f"'{path}' does not begin with 'width height f cx cy': {error}") from error
 
 

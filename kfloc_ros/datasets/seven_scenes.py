@@ -20,6 +20,7 @@ from kfloc_ros.datasets.posed_images import (
     PosedImage,
     PosedImages,
     encoded_jpeg,
+    frame_number,
     pose_of_row,
     read_calibration,
 )
@@ -70,11 +71,12 @@ class SevenScenes(FrameSource):
             raise SourceError(f"There is no folder '{root}'.")
         folder = _sequence_folder(root)
         self.name = folder.parent.name if re.fullmatch(r"seq-\d+", folder.name) else folder.name
-        self._color = sorted(folder.glob("frame-*.color.png")) or sorted(folder.glob("frame-*.color.jpg"))
+        self._color = sorted(folder.glob("frame-*.color.png"), key=frame_number)
+        self._color = self._color or sorted(folder.glob("frame-*.color.jpg"), key=frame_number)
         if not self._color:
             raise SourceError(f"'{folder}' has no frame-*.color.png or .jpg.")
         self._with_depth = depth
-        self._indices = [int(path.name[6:12]) for path in self._color]
+        self._indices = [frame_number(path) for path in self._color]
         own = next((p for p in (folder / CALIBRATION_FILE, folder.parent / CALIBRATION_FILE) if p.is_file()), None)
         self._is_kinect = own is None
         if poses == "file":

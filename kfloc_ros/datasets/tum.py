@@ -119,7 +119,7 @@ def _loris_camera(path: Path) -> Camera:
     try:
         fx, cx, fy, cy = (float(value) for value in node["intrinsics"]["data"])  # in this order
         return Camera(int(node["width"]), int(node["height"]), fx, fy, cx, cy)
-    except (KeyError, TypeError, ValueError, FrameError) as error:
+    except (KeyError, TypeError, ArithmeticError, ValueError, FrameError) as error:
         raise SourceError(f"The camera '{LORIS_CAMERA}' in '{path}' cannot be used: {error}.") from error
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from kfloc_ros.datasets.derived import recordings, stamps_with_gaps
 from kfloc_ros.datasets.images import image_fault, read_depth_m, read_image, register_depth
-from kfloc_ros.datasets.posed_images import encoded_jpeg
+from kfloc_ros.datasets.posed_images import encoded_jpeg, frame_number
 from kfloc_ros.errors import FrameError, SourceError
 from kfloc_ros.files import read_text
 from kfloc_ros.frames import FrameSource
@@ -36,14 +36,14 @@ class TwelveScenes(FrameSource):
 
     def __init__(self, root: Path, part: str | None = None, *, depth: bool = True) -> None:
         data = root / "data"
-        images = sorted([*data.glob("frame-*.color.jpg"), *data.glob("frame-*.color.png")])
+        images = sorted([*data.glob("frame-*.color.jpg"), *data.glob("frame-*.color.png")], key=frame_number)
         if not images:
             raise SourceError(f"'{data}' has no frame-*.color.jpg; name the folder of one scene, such as apt1/kitchen.")
         self.name = f"{root.parent.name}/{root.name}"
         self._with_depth = depth
         self._camera, self._depth_camera = read_cameras(root / "info.txt")
         ranges = read_sequences(root / "split.txt")
-        numbers = [int(path.name[6:12]) for path in images]
+        numbers = [frame_number(path) for path in images]
         owner = [next((k for k, r in enumerate(ranges) if n in r), -1) for n in numbers]
         keep = [
             i for i, k in enumerate(owner) if part is None or (k == 0 if part == "test" else k > 0)
@@ -138,9 +138,9 @@ def read_sequences(path: Path) -> list[range]:
         SourceError: missing, or without such lines.
     """
     try:
-        found = re.findall(r"start\s*=\s*(\d+)\s*;\s*end\s*=\s*(\d+)", read_text(path))
-    except OSError as error:
-        raise SourceError(f"The split '{path}' cannot be read: {error.strerror}.") from error
+        found = re.findall(r"start\s*=\s*(\d{1,9})\b\s*;\s*end\s*=\s*(\d{1,9})\b", read_text(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise SourceError(f"The split '{path}' cannot be read: {error}.") from error
     if not found:
         raise SourceError(f"'{path}' has no line like 'sequence0 [frames=357] [start=0 ; end=356]'.")
     return [range(int(start), int(end) + 1) for start, end in found]

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kfloc_ros.errors import FrameError
+from kfloc_ros.files import MAX_IMAGE_PIXELS
 
 DISTORTION_LENGTHS: dict[str, tuple[int, ...]] = {
     "none": (0,),
@@ -20,6 +21,15 @@ DISTORTION_LENGTHS: dict[str, tuple[int, ...]] = {
     "equidistant": (4,),
 }
 """Distortion models of ``sensor_msgs/CameraInfo``, each with its possible numbers of coefficients."""
+
+
+FOCAL_SIDES = (0.05, 100.0)
+"""Focal lengths of cameras, in longer sides of the image: of wide fisheyes, and of small parts of a telephoto image."""
+MAX_CENTRE_SIDES = 20.0
+"""Largest distance of a principal point from the image's middle, in longer sides: that of a small part of an image."""
+BENT, BENT_AT = (0.3, 3.0), 0.25
+"""Factors by which a lens moves a point towards the principal point or away from it, at the second share of the shorter
+side; at most, real lenses move points there by a fifth."""
 
 
 def known_coefficients(model: str, coefficients: Sequence[float]) -> tuple[float, ...]:
@@ -36,9 +46,11 @@ def known_coefficients(model: str, coefficients: Sequence[float]) -> tuple[float
 class Camera:
     """Pinhole intrinsics in pixels; pixel (0, 0) is the centre of the top-left pixel.
 
+    Whatever a camera is read from, its numbers are checked here.
+
     Raises:
-        FrameError: a value is not finite, a size or focal length is not positive, or the
-            distortion model is unknown or has the wrong number of coefficients.
+        FrameError: a value is not finite, a size or focal length is not positive, the distortion model is unknown or
+            has the wrong number of coefficients, or no camera has such numbers.
     """
 
     width: int
@@ -75,6 +87,38 @@ class Camera:
             raise FrameError(
                 f"Distortion model '{self.distortion_model}' takes {lengths} coefficients, got {len(self.distortion)}."
             )
+        if fault := self._absurdity():
+            raise FrameError(f"{fault}, which no camera has: see that its numbers are in order, and in pixels.")
+
+    def _absurdity(self) -> str:
+        """What is wrong with finite numbers that no camera has; empty if nothing is."""
+        side = max(self.width, self.height)
+        size = f"{self.width}x{self.height} pixels"
+        if self.width * self.height > MAX_IMAGE_PIXELS:
+            return f"A camera has {size}, more than the {MAX_IMAGE_PIXELS} allowed"
+        low, high = FOCAL_SIDES
+        if not low * side <= min(self.fx, self.fy) <= max(self.fx, self.fy) <= high * side:
+            return f"A camera of {size} has the focal lengths fx {self.fx:g} and fy {self.fy:g}"
+        if max(abs(self.cx - self.width / 2), abs(self.cy - self.height / 2)) > MAX_CENTRE_SIDES * side:
+            return f"A camera of {size} has the principal point ({self.cx:g}, {self.cy:g})"
+        if any(self.distortion) and not self._bends_little():
+            return f"A camera of {size} has the distortion {self.distortion_model} {list(self.distortion)}"
+        return ""
+
+    def _bends_little(self) -> bool:
+        """Whether the distortion leaves points in the middle part of the image about where they are."""
+        r = BENT_AT * min(self.width, self.height) / max(self.fx, self.fy)
+        if self.distortion_model == "equidistant":
+            angle = math.atan(r)
+            r2 = angle * angle
+            k1, k2, k3, k4 = self.distortion
+            factor = angle / r * (1 + r2 * (k1 + r2 * (k2 + r2 * (k3 + r2 * k4))))
+            return BENT[0] <= factor <= BENT[1]
+        k1, k2, p1, p2, k3, k4, k5, k6 = (*self.distortion, *[0.0] * (8 - len(self.distortion)))
+        r2 = r * r
+        above, below = 1 + r2 * (k1 + r2 * (k2 + r2 * k3)), 1 + r2 * (k4 + r2 * (k5 + r2 * k6))
+        slant = 3 * r * max(abs(p1), abs(p2))
+        return slant <= 1 and below > 0 and BENT[0] * below <= above <= BENT[1] * below
 
     @property
     def K(self) -> NDArray[np.float64]:

@@ -9,9 +9,11 @@ COLMAP takes their poses. A program that writes text leaves the binary files bes
 
 from __future__ import annotations
 
+import logging
 import re
 import struct
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +25,7 @@ from kfloc_ros.files import number, open_plain, read_bytes
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import inverse_pose, is_farther, make_pose, quaternion_to_matrix
 
+LOG = logging.getLogger(__name__)
 PIXEL_SHIFT = 0.5
 """COLMAP's pixel (0, 0) is the corner of the top-left pixel; here it is that pixel's centre."""
 _ZERO = -1
@@ -141,32 +144,33 @@ def read_model(folder: Path) -> Any:
         raise SourceError(f"The COLMAP model '{folder}' cannot be read: {error}.") from error
     except (RuntimeError, ValueError, IndexError, MemoryError, struct.error) as error:
         raise SourceError(f"The COLMAP model '{folder}' is damaged: {error}") from error
-    _check_frames(folder, end, model)
+    stored = dict(_images_of_text(folder) if end == ".txt" else _images_of_bytes(read_bytes(folder / "images.bin")))
+    if (folder / f"frames{end}").is_file() and (name := _differing(model, stored)):
+        raise SourceError(
+            f"In the COLMAP model '{folder}', images{end} and frames{end} hold different poses, for example of "
+            f"'{name}'. If another program changed the model, frames{end} and rigs{end} are the old ones: delete both."
+        )
+    _leave_out_unturned(folder, model, stored)
     if end == ".bin" and all((folder / f"{name}.txt").is_file() for name in NAMES):
         _check_text(folder, model)
     return model
 
 
-def _check_frames(folder: Path, end: str, model: Any) -> None:
-    """Refuse a model in which ``images`` and ``frames`` hold different poses."""
-    if not (folder / f"frames{end}").is_file():
-        return
-    stored = dict(_images_of_text(folder) if end == ".txt" else _images_of_bytes(read_bytes(folder / "images.bin")))
-    if name := _differing(model, stored):
-        raise SourceError(
-            f"In the COLMAP model '{folder}', images{end} and frames{end} hold different poses, for example of "
-            f"'{name}'. If another program changed the model, frames{end} and rigs{end} are the old ones: delete both."
-        )
+def _leave_out_unturned(folder: Path, model: Any, stored: dict[str, Stored]) -> None:
+    """Take the pose from images whose quaternion has no length, which COLMAP reads as no rotation at all."""
+    names = {name for name, image in stored.items() if not any(abs(value) > 1e-6 for value in image.quaternion_wxyz)}
+    for image in [image for image in model.images.values() if str(image.name) in names and image.has_pose]:
+        model.deregister_frame(image.frame_id)
+    if names:
+        said = "%d of %d images of '%s' are left out: their quaternion is zero, such as that of '%s'."
+        LOG.warning(said, len(names), len(stored), folder, min(names))
 
 
 def _check_text(folder: Path, model: Any) -> None:
     """Refuse a binary model beside a text model with other content."""
     try:
         other = _differing(model, dict(_images_of_text(folder)))
-        if not other and (camera := _differing_camera(folder, model)):
-            other = f"camera {camera}"
-        if not other and (point := _differing_point(folder, model)):
-            other = f"point {point}"
+        other = other or _differing_camera(folder, model) or _differing_point(folder, model)
     except (OSError, ValueError, IndexError, OverflowError) as error:
         raise SourceError(f"The text files of the COLMAP model '{folder}' are damaged: {error}") from error
     if other:
@@ -178,8 +182,8 @@ def _check_text(folder: Path, model: Any) -> None:
 
 def _differing(model: Any, stored: dict[str, Stored]) -> str:
     """Return the name of an image whose pose differs from the model's, or that only one has; empty if there is none."""
-    posed = {str(image.name): image for image in model.images.values() if image.has_pose}
-    poses = {name: _matrix(image.cam_from_world().matrix()) for name, image in posed.items()}
+    posed = (image for image in model.images.values() if image.has_pose)
+    poses = {str(image.name): _matrix(image.cam_from_world().matrix()) for image in posed}
     centres = np.array([T[:3, 3] for T in poses.values() if np.isfinite(T).all()]).reshape(-1, 3)
     extent = float(np.linalg.norm(np.ptp(centres, axis=0))) if len(centres) else 0.0
     for name, T in poses.items():
@@ -203,26 +207,22 @@ def _matrix(cam_from_world: Any) -> NDArray[np.float64]:
 def _differing_camera(folder: Path, model: Any) -> str:
     for words in _text_rows(folder / "cameras.txt"):
         if int(words[0]) not in model.cameras:
-            return words[0]
+            return f"camera {words[0]}"
         known = model.cameras[int(words[0])]
-        listed = [float(value) for value in words[2:]]
-        if len(listed) - 2 != len(known.params) or not np.allclose(
-            listed, [known.width, known.height, *known.params], rtol=AGREE_SHARE, atol=1e-6
-        ):
-            return words[0]
+        listed, values = [float(value) for value in words[2:]], [known.width, known.height, *known.params]
+        if len(listed) != len(values) or not np.allclose(listed, values, rtol=AGREE_SHARE, atol=1e-6):
+            return f"camera {words[0]}"
     return ""
 
 
 def _differing_point(folder: Path, model: Any) -> str:
-    for count, words in enumerate(_text_rows(folder / "points3D.txt")):
-        if count >= COMPARED_POINTS:
-            break
+    for words in islice(_text_rows(folder / "points3D.txt"), COMPARED_POINTS):
         ident = int(words[0])
         if ident not in model.points3D:
-            return words[0]
+            return f"point {words[0]}"
         listed, known = np.array([float(value) for value in words[1:4]]), np.asarray(model.points3D[ident].xyz)
         if np.linalg.norm(listed - known) > AGREE_SHARE * max(float(np.linalg.norm(known)), 1e-9):
-            return words[0]
+            return f"point {words[0]}"
     return ""
 
 
@@ -267,7 +267,6 @@ def _images_of_bytes(data: bytes) -> Iterator[tuple[str, Stored]]:
 
 
 def _fits(count: int, least_bytes: int, data: bytes, at: int) -> None:
-    """Check that a number of entries fits the remaining bytes."""
     if count * least_bytes > len(data) - at:
         raise ValueError(f"a file announces {count} entries in {len(data) - at} bytes")
 
@@ -297,7 +296,6 @@ def _check_text_cameras(path: Path) -> None:
 
 
 def _parameter_count(camera: str, model: str | int) -> int:
-    """Return the number of parameters of a COLMAP model, given by its name or number."""
     import pycolmap
 
     for name, value in pycolmap.CameraModelId.__members__.items():

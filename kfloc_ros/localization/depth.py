@@ -79,6 +79,13 @@ class DepthPairs:
         share = float(far.mean())
         if share <= REFUSED_SHARE:
             return ""
+        middle = float(np.median(self.log_ratio))
+        if float(np.median(np.abs(self.log_ratio - middle))) <= SCALE_SPREAD:
+            return (
+                f"the depth contradicts the map: {100 * share:.0f} % of the points that look alike are at another "
+                f"distance, {_factor(middle)} times that in the map: the unit of the depth (16-bit counts are "
+                "millimetres, floats metres) or the scale of the map is wrong"
+            )
         seen_m, known_m = (float(np.median(d[far])) for d in (self.depth_m, self.depth_m * np.exp(-self.log_ratio)))
         return (
             f"the depth contradicts the map: {100 * share:.0f} % of the points that look alike are at another distance "
@@ -98,6 +105,11 @@ class DepthPairs:
             f"by the depth everything is {math.exp(middle):.2f} times as far away as in the map: the scale of the map, "
             "the calibration or the unit of the depth is wrong, or the pose is too near or too far"
         )
+
+
+def _factor(log_ratio: float) -> str:
+    ratio = math.exp(log_ratio)
+    return f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}"
 
 
 class DepthCheck:

@@ -9,6 +9,7 @@ is installed.
 from __future__ import annotations
 
 import array
+import re
 import struct
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -33,6 +34,8 @@ class _Layout(NamedTuple):
     channels: int
     bits: int
     to_rgb: int | None
+    rows: float = 1.0
+    """Rows in memory for each row of the image: 1.5 where rows of two colours follow those of the brightness."""
 
 
 _LAYOUTS: dict[str, _Layout] = {
@@ -51,6 +54,8 @@ _LAYOUTS: dict[str, _Layout] = {
     "uyvy": _Layout(2, 8, cv2.COLOR_YUV2RGB_UYVY),
     "yuv422_yuy2": _Layout(2, 8, cv2.COLOR_YUV2RGB_YUY2),
     "yuyv": _Layout(2, 8, cv2.COLOR_YUV2RGB_YUY2),
+    "nv12": _Layout(1, 8, cv2.COLOR_YUV2RGB_NV12, rows=1.5),
+    "nv21": _Layout(1, 8, cv2.COLOR_YUV2RGB_NV21, rows=1.5),
     # OpenCV names a Bayer pattern by its second row, ROS by its first: rggb is OpenCV's "BG".
     "bayer_rggb8": _Layout(1, 8, cv2.COLOR_BayerBG2RGB),
     "bayer_bggr8": _Layout(1, 8, cv2.COLOR_BayerRG2RGB),
@@ -63,7 +68,9 @@ _LAYOUTS: dict[str, _Layout] = {
 }
 
 ENCODINGS = tuple(_LAYOUTS)
-"""Every encoding that :func:`decode_image` takes. 16-bit values keep their upper eight bits."""
+"""Every encoding that :func:`decode_image` takes. 16-bit values become 8-bit ones by :func:`eight_bits`."""
+_SENSOR_BITS = (8, 10, 12, 14)
+"""Bits of cameras that put their values into the lower part of 16 bits."""
 
 
 PixelReader = Callable[[Any], "NDArray[np.uint8] | NDArray[np.uint16] | None"]
@@ -97,27 +104,37 @@ def decode_image(message: Any, read: PixelReader | None = None) -> Rgb:
             f"An image of {width} pixels in '{message.encoding}' needs {row_bytes} bytes a row, but its step is {step}."
         )
     data = np.frombuffer(message.data, dtype=np.uint8)
+    lines = int(height * layout.rows)
     # The padding of the last row may be missing.
-    needed = step * (height - 1) + row_bytes
+    needed = step * (lines - 1) + row_bytes
     if data.size < needed:
         raise FrameError(
             f"An image of {width}x{height} in '{message.encoding}' needs {needed} bytes, but has {data.size}."
         )
-    pixels = read(message) if read is not None else None
-    if pixels is not None:
-        values = (pixels if pixels.dtype == np.uint8 else pixels >> 8).astype(np.uint8, copy=False)
-        return _to_rgb(values.reshape(height, -1), width, layout._replace(bits=8), False)
-    rows = np.lib.stride_tricks.as_strided(data, (height, row_bytes), (step, 1))
-    return _to_rgb(rows, width, layout, bool(message.is_bigendian))
+    pixels = read(message) if read is not None and layout.rows == 1 else None
+    if pixels is None:
+        pixels = np.ascontiguousarray(np.lib.stride_tricks.as_strided(data, (lines, row_bytes), (step, 1)))
+        if layout.bits == 16:
+            pixels = pixels.view(np.dtype(np.uint16).newbyteorder(">" if message.is_bigendian else "<"))
+    return _to_rgb(eight_bits(pixels).reshape(lines, -1), width, layout)
 
 
-def _to_rgb(rows: NDArray[np.uint8], width: int, layout: _Layout, big_endian: bool) -> Rgb:
-    """RGB of packed rows (H, bytes)."""
-    pixels = np.ascontiguousarray(rows)
-    if layout.bits == 16:
-        # The upper byte is at an even place in big-endian data and at an odd one in little-endian data.
-        pixels = np.ascontiguousarray(pixels[:, (0 if big_endian else 1) :: 2])
-    pixels = pixels.reshape(len(rows), width, layout.channels)
+def eight_bits(values: NDArray[Any]) -> NDArray[np.uint8]:
+    """Return the upper eight bits of 16-bit values, of those that the camera has; 8-bit values as they are.
+
+    Cameras of 8 to 14 bits write them into 16 without a word about it, mostly into the lower ones; eight of
+    sixteen bits would then be nearly black. The camera's bits are those that the largest value of the image needs.
+    """
+    if values.dtype == np.uint8:
+        return values
+    most = int(values.max(initial=0))
+    bits = next((bits for bits in _SENSOR_BITS if most >> bits == 0), 16)
+    return np.asarray(values >> (bits - 8), dtype=np.uint8)
+
+
+def _to_rgb(rows: NDArray[np.uint8], width: int, layout: _Layout) -> Rgb:
+    """RGB of packed rows (H, bytes) of 8-bit values."""
+    pixels = np.ascontiguousarray(rows).reshape(len(rows), width, layout.channels)
     if layout.to_rgb is None:
         return pixels
     try:
@@ -140,22 +157,38 @@ def decode_compressed(message: Any) -> Rgb:
         # OpenCV would fill the missing part with grey and say nothing.
         raise FrameError(f"A compressed image ('{message.format}', {len(data)} bytes) is cut off: its end is missing.")
     mosaic = _mosaic_of(message.format)
-    flags = cv2.IMREAD_COLOR if mosaic is None else cv2.IMREAD_UNCHANGED
-    try:
-        bgr = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), flags | cv2.IMREAD_IGNORE_ORIENTATION)
-    except cv2.error:
-        bgr = None
+    bgr = decode_file(data, cv2.IMREAD_COLOR if mosaic is None else cv2.IMREAD_UNCHANGED)
     if bgr is None:
         raise FrameError(f"A compressed image ('{message.format}', {len(data)} bytes) cannot be decoded.")
     _check_size(bgr.shape[1], bgr.shape[0])
     if mosaic is not None:
         if bgr.ndim == 2 and bgr.dtype in (np.uint8, np.uint16):
-            values = bgr if bgr.dtype == np.uint8 else (bgr >> 8).astype(np.uint8)
-            return _to_rgb(values, values.shape[1], mosaic, False)
-        bgr = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+            return _to_rgb(eight_bits(bgr), bgr.shape[1], mosaic)
+        bgr = decode_file(data, cv2.IMREAD_COLOR)
     if _made_of(message.format)[1].startswith("rgb"):  # compressed without the swap of channels that OpenCV expects
         return np.asarray(bgr, dtype=np.uint8)
     return np.asarray(cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB), dtype=np.uint8)
+
+
+def decode_file(encoded: bytes, flags: int) -> NDArray[Any] | None:
+    """Return the pixels, as OpenCV orders them, of an image file's bytes; None if they are no image it can decode.
+
+    Pixels stay as they are stored, whatever EXIF's orientation says. Colour and grey of 16 bits become 8-bit values by
+    :func:`eight_bits`.
+
+    Args:
+        encoded: content of the file.
+        flags: OpenCV's, such as ``cv2.IMREAD_COLOR``; with ``cv2.IMREAD_UNCHANGED`` 16-bit values stay.
+    """
+    if flags != cv2.IMREAD_UNCHANGED:
+        flags |= cv2.IMREAD_IGNORE_ORIENTATION | cv2.IMREAD_ANYDEPTH
+    try:
+        pixels = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags) if encoded else None
+    except cv2.error:  # more pixels than OpenCV was told to take
+        return None
+    if pixels is None or flags == cv2.IMREAD_UNCHANGED:
+        return pixels
+    return eight_bits(pixels) if pixels.dtype in (np.uint8, np.uint16) else None
 
 
 def _made_of(format_text: str) -> tuple[str, str]:
@@ -212,6 +245,8 @@ def fill_image(message: Any, image: Rgb) -> Any:
 
 
 DEPTH_ENCODINGS = ("16UC1", "mono16", "32FC1")
+NAMES_DEPTH = re.compile(r"depth", re.IGNORECASE)
+"""In the names of topics of depth images."""
 COMPRESSED_DEPTH_HEADER = 12
 _NO_DEPTH = 65535
 
@@ -272,8 +307,13 @@ def _metres(millimetres: NDArray[Any]) -> NDArray[np.float32]:
     return np.where(millimetres == _NO_DEPTH, 0, millimetres.astype(np.float32) * np.float32(1e-3)).astype(np.float32)
 
 
-def is_depth(message: Any) -> bool:
-    """Whether an ``Image`` or ``CompressedImage`` holds depth, by its encoding."""
+def is_depth(message: Any, topic: str) -> bool:
+    """Whether an ``Image`` or ``CompressedImage`` holds depth, by its encoding; ``mono16`` also by its topic's name.
+
+    A few drivers publish depth as ``mono16``, and infrared and other grey cameras of more than 8 bits do, too.
+    """
     if hasattr(message, "encoding"):
-        return str(message.encoding) in DEPTH_ENCODINGS
-    return any(word in message.format for word in ("compressedDepth", *DEPTH_ENCODINGS))
+        found = [str(message.encoding)] if str(message.encoding) in DEPTH_ENCODINGS else []
+    else:
+        found = [word for word in ("compressedDepth", *DEPTH_ENCODINGS) if word in message.format]
+    return bool(found) and (found != ["mono16"] or NAMES_DEPTH.search(topic) is not None)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -28,7 +27,7 @@ from kfloc_ros.bags.topics import Topic, choose_depth, choose_image, choose_info
 from kfloc_ros.bags.writer import BAG_VERSION
 from kfloc_ros.errors import FrameError, KflocError, SourceError
 from kfloc_ros.mapping.recording_watch import RecordingWatch, WatchReport
-from kfloc_ros.messages.images import decode_compressed, decode_image
+from kfloc_ros.messages.images import NAMES_DEPTH, decode_compressed, decode_image
 from kfloc_ros.messages.poses import stamp_to_ns
 from kfloc_ros.messages.transforms import TransformUnknownError
 from kfloc_ros.nodes.runtime import signals_set
@@ -46,7 +45,6 @@ _KINDS: dict[str, type] = {
 """Message types that are recorded; their definitions are those of ROS 2's own packages."""
 _WORLDS = ("map", "odom")
 """TF frames in which the camera's pose is looked for."""
-_DEPTH = re.compile(r"depth", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -190,7 +188,7 @@ def _found(node: Node, executor: SingleThreadedExecutor, plan: RecordingPlan, st
     while True:
         executor.spin_once(timeout_sec=0.1)
         topics = [
-            Topic(name, kinds[0], 1, is_depth=bool(_DEPTH.search(name)))
+            Topic(name, kinds[0], 1, is_depth=bool(NAMES_DEPTH.search(name)))
             for name, kinds in node.get_topic_names_and_types()
             if kinds[0] in _KINDS and node.count_publishers(name)
         ]

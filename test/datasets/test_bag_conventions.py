@@ -231,6 +231,22 @@ def test_a_calibration_of_another_size_is_refused(tmp_path: Path) -> None:
         open_source(f"bag:{write_messages(tmp_path / 'bag', camera(change=halve))}")
 
 
+def test_a_grey_camera_of_16_bits_is_no_depth(tmp_path: Path) -> None:
+    grey = (np.arange(1200).reshape(30, 40) * 3).astype(np.uint16)  # a camera of 12 bits
+
+    def messages(depth: str) -> Iterator[Message]:
+        for k in range(3):
+            yield "/thermal/image_raw", k, image(k, "optical", grey, "mono16")
+            yield "/thermal/camera_info", k, info(k, "optical", 40, 30)
+            if depth:
+                yield depth, k, image(k, "optical", np.full((30, 40), 1500, np.uint16), "mono16")
+
+    frame = open_source(f"bag:{write_messages(tmp_path / 'grey', messages(''))}")[0]
+    assert frame.depth_m is None and frame.image.max() == grey.max() >> 4
+    both = write_messages(tmp_path / "both", messages("/thermal/depth/image"))
+    assert np.allclose(open_source(f"bag:{both}")[0].depth_m, 1.5)
+
+
 def test_an_image_or_depth_that_cannot_be_read_is_that_frames_fault(tmp_path: Path) -> None:
     def messages() -> Iterator[Message]:
         yield from camera()

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 
 from kfloc_ros.datasets import open_source
 from kfloc_ros.datasets.images import read_image
+from kfloc_ros.datasets.posed_images import natural_key
 from kfloc_ros.errors import FrameError, SourceError
 from kfloc_ros.frames import FrameSource
 
@@ -127,6 +129,13 @@ def colmap(root: Path) -> tuple[str, Path, None]:
     return f"colmap:{root}", root / "images" / f"{BAD}.png", None
 
 
+def absurd(root: Path) -> None:
+    """Give a folder a focal length of 1e300 px, or an angle of view of 1e-300, in whatever file it has it."""
+    for path in [*root.rglob("*.txt"), *root.rglob("*.json")]:
+        if path.name in ("camera.txt", "cameras.txt", "info.txt", "intrinsic_color.txt", "transforms.json"):
+            path.write_text(re.sub(r"\b60(\.0)?\b", "1e300", path.read_text()))
+
+
 KINDS = (seven_scenes, twelve_scenes, scannet, kfnet, pictures, tum, transforms, cambridge, deeploc, colmap)
 Make = Callable[[Path], tuple[str, Path, Path | None]]
 
@@ -216,6 +225,58 @@ def test_a_matrix_of_zeros_is_no_pose_and_one_that_scales_is_left_out(tmp_path: 
         pose.write_text(scaled)
         source = open_source(spec)
         assert len(list(source)) == COUNT - 1 and "no rotation" in source.left_out[BAD]
+
+
+@pytest.mark.parametrize("make", [kind for kind in KINDS if kind is not cambridge], ids=lambda make: make.__name__)
+def test_intrinsics_that_no_camera_has_are_refused_by_every_reader(tmp_path: Path, make: Make) -> None:
+    spec, _, _ = make(tmp_path / "room")
+    absurd(tmp_path / "room")
+    with pytest.raises(SourceError, match=r"64x48 pixels has the focal lengths fx 1e\+300.*no camera has"):
+        open_source(spec)
+
+
+@pytest.mark.parametrize("make", [seven_scenes, twelve_scenes, kfnet], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("change", ["crlf", "mark", "comma", "short", "long", "words"])
+def test_pose_files_as_other_systems_write_them(tmp_path: Path, make: Make, change: str) -> None:
+    spec, _, pose = make(tmp_path / "room")
+    assert pose is not None
+    written = {
+        "crlf": POSE.replace("\n", "\r\n"), "mark": "\ufeff" + POSE, "comma": POSE.replace("1", "1,0"),
+        "short": POSE[:16], "long": POSE + "0 0 0 1\n", "words": "no pose\n",
+    }  # fmt: skip
+    pose.write_bytes(written[change].encode())
+    source = open_source(spec)
+    assert len(list(source)) == COUNT - (change not in ("crlf", "mark"))
+
+
+@pytest.mark.parametrize("make", [seven_scenes, twelve_scenes], ids=lambda make: make.__name__)
+def test_names_without_a_number_are_refused_and_short_numbers_are_in_order(tmp_path: Path, make: Make) -> None:
+    spec, victim, _ = make(tmp_path / "room")
+    for k in range(COUNT):
+        for path in victim.parent.glob(f"frame-{k:06d}.*"):
+            path.rename(path.with_name(path.name.replace(f"-{k:06d}", f"-{k + 8}")))
+    split = tmp_path / "room" / "split.txt"
+    split.write_text("sequence0 [frames=4] [start=8 ; end=11]\n")
+    assert [frame.index for frame in open_source(spec)] == [8, 9, 10, 11]
+    image(victim.with_name(victim.name.replace(f"{BAD:06d}", "abcdef")))
+    with pytest.raises(SourceError, match="abcdef"):
+        open_source(spec)
+
+
+@pytest.mark.parametrize("name", ["²", "1" * 5000, "٣"])
+def test_what_python_counts_as_digits_in_names_is_no_number(name: str) -> None:
+    assert natural_key(name) == [(1, 0, name)]
+
+
+def test_a_quaternion_of_colmap_without_length_is_no_pose(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    spec, _, _ = colmap(tmp_path / "room")
+    path = tmp_path / "room" / "sparse" / "images.txt"
+    path.write_text(path.read_text().replace("3 1 0 0 0 2 0 0", "3 0 0 0 0 2 0 0").replace("2 1 0 0 0", "2 0.5 0 0 0"))
+    with caplog.at_level(logging.WARNING):
+        source = open_source(spec)
+    assert [frame.name for frame in source] == ["0.png", "1.png", "3.png"]
+    assert np.allclose(source[1].T_map_camera[:3, :3], np.eye(3))
+    assert "1 of 4 images" in caplog.text and "'2.png'" in caplog.text
 
 
 def test_poses_that_are_none_in_lists_leave_their_frames_without_one(tmp_path: Path) -> None:

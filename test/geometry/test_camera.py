@@ -21,11 +21,34 @@ VALID = {"width": 64, "height": 48, "fx": 50.0, "fy": 50.0, "cx": 31.5, "cy": 23
         ({"width": 0}, "size must be positive"),
         ({"distortion_model": "fov", "distortion": (0.1,)}, "Unknown distortion model"),
         ({"distortion_model": "plumb_bob", "distortion": (0.1,)}, "coefficients"),
+        ({"fx": 1e300}, r"focal lengths fx 1e\+300.*no camera has"),
+        ({"fx": 5000.0, "fy": 1.0}, "focal lengths"),
+        ({"cx": 1e5}, r"principal point \(100000, 23.5\)"),
+        ({"width": 20_000, "height": 20_000, "fx": 2e4, "fy": 2e4}, "more than the 64000000 allowed"),
+        ({"distortion_model": "plumb_bob", "distortion": (1e300, 0.0, 0.0, 0.0)}, "has the distortion plumb_bob"),
+        ({"distortion_model": "plumb_bob", "distortion": (0.0, 0.0, 0.0, 40.0)}, "has the distortion"),
+        ({"distortion_model": "rational_polynomial", "distortion": (0, 0, 0, 0, 0, -40.0, 0, 0)}, "has the distortion"),
+        ({"distortion_model": "equidistant", "distortion": (-1e3, 0.0, 0.0, 0.0)}, "has the distortion"),
     ],
 )
 def test_impossible_cameras_are_refused(change: dict[str, object], message: str) -> None:
     with pytest.raises(FrameError, match=message):
         Camera(**{**VALID, **change})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"fx": 16.0, "fy": 16.0, "distortion_model": "equidistant", "distortion": (0.05, -0.01, 0.0, 0.0)},
+        {"distortion_model": "plumb_bob", "distortion": (-0.4, 0.2, 0.001, -0.002, -0.05)},
+        {"distortion_model": "rational_polynomial", "distortion": (24.0, 14.0, 0.0, 0.0, 0.8, 24.3, 22.0, 4.5)},
+        {"fx": 1500.0, "fy": 1500.0, "distortion_model": "plumb_bob", "distortion": (0.5, 90.0, 0.0, 0.0, -4000.0)},
+        {"fx": 1200.0, "fy": 1200.0, "cx": -700.0, "cy": 500.0},
+    ],
+    ids=["fisheye", "barrel", "time-of-flight", "telephoto", "part of an image"],
+)
+def test_cameras_that_exist_are_taken(change: dict[str, object]) -> None:
+    Camera(**{**VALID, **change})  # type: ignore[arg-type]
 
 
 def test_scaling_keeps_rays() -> None:

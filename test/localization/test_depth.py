@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -71,6 +72,9 @@ def test_what_a_depth_says_against_a_pose_is_a_sentence() -> None:
     larger = plane(TRUTH, 0, scale=1.12)
     assert larger.contradiction == "" and "1.12 times as far away" in larger.scale_fault
     assert "100 % of the points" in plane(TRUTH, 0, scale=1.6).contradiction
+    for unit, factor in ((1000.0, r"(99\d|100\d)"), (5.0, r"(4.9\d|5.0\d)"), (0.2, "0.20")):
+        said = plane(TRUTH, 0, scale=unit).contradiction
+        assert re.search(f" {factor} times that in the map: the unit of the depth", said)
     few = DepthPairs(pairs.points[:9], 3 * pairs.depth_m[:9], pairs.sigma_m[:9], pairs.log_ratio[:9] + np.log(3))
     assert few.contradiction == "" and few.scale_fault == ""
 

@@ -70,7 +70,7 @@ def test_a_description_that_takes_long_to_read_is_refused(folder: Path, entry: s
 @pytest.mark.parametrize(("width", "height"), [(4096, 4096), (4096, 544), (2048, 1056)])
 def test_a_camera_whose_images_take_gigabytes_is_refused(folder: Path, width: int, height: int) -> None:
     description = yaml.safe_load((folder / DESCRIPTION).read_text())
-    description["camera"].update(width=width, height=height)
+    description["camera"].update(width=width, height=height, fx=width, fy=width)
     (folder / DESCRIPTION).write_text(yaml.safe_dump(description))
     with pytest.raises(MapError, match=f"{width}x{height} pixels, more than"):
         SceneMap.load(folder)

@@ -19,6 +19,7 @@ from kfloc_ros.messages.images import (
     decode_depth_message,
     decode_image,
     fill_image,
+    is_depth,
 )
 
 RGB = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
@@ -107,9 +108,64 @@ def test_yuv422(encoding: str, order: str) -> None:
     assert np.abs(decoded.astype(float) - expected).max() <= 2
 
 
+@pytest.mark.parametrize("padding", [0, 8])
+@pytest.mark.parametrize(("encoding", "order"), [("nv12", "uv"), ("nv21", "vu")])
+def test_two_colours_behind_the_brightness(encoding: str, order: str, padding: int) -> None:
+    y, colours = 120, {"u": 90, "v": 170}
+    rows = np.full((9, 8), y, np.uint8)
+    rows[6:] = np.tile([colours[letter] for letter in order], (3, 4))
+    sent = message(encoding, rows, padding=padding)
+    sent.height = 6
+    decoded = decode_image(sent)
+    expected = [
+        1.164 * (y - 16) + 1.596 * 42,
+        1.164 * (y - 16) - 0.813 * 42 + 0.391 * 38,
+        1.164 * (y - 16) - 2.018 * 38,
+    ]
+    assert decoded.shape == (6, 8, 3) and np.abs(decoded.astype(float) - expected).max() <= 2
+    sent.data = sent.data[: 6 * (8 + padding)]
+    with pytest.raises(FrameError, match="needs"):
+        decode_image(sent)
+    sent.height = 5
+    with pytest.raises(FrameError):
+        decode_image(sent)
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+@pytest.mark.parametrize("encoding", ["mono16", "rgb16", "bayer_rggb16"])
+def test_cameras_of_fewer_than_16_bits_are_as_bright_as_others(encoding: str, bits: int) -> None:
+    def scaled(values: NDArray[np.uint8], bits: int) -> NDArray[np.uint16]:
+        return np.asarray(values.astype(np.uint16) << (bits - 8), dtype=np.uint16)
+
+    values = {"mono16": GREY, "rgb16": RGB, "bayer_rggb16": bayer("rggb")}[encoding].copy()
+    values[0, 0] = 255
+    whole = decode_image(message(encoding, scaled(values, 16)))
+    for big_endian in (False, True):
+        assert np.array_equal(decode_image(message(encoding, scaled(values, bits), big_endian=big_endian)), whole)
+    stored = scaled(values, bits)[..., ::-1] if encoding == "rgb16" else scaled(values, bits)
+    data = cv2.imencode(".png", stored)[1].tobytes()
+    told = f"{encoding}; png compressed {'bgr16' if encoding == 'rgb16' else ''}"
+    assert np.array_equal(decode_compressed(SimpleNamespace(format=told, data=data)), whole)
+
+
+@pytest.mark.parametrize(
+    ("said", "topic", "depth"),
+    [
+        ("16UC1", "/camera/image_raw", True),
+        ("32FC1", "/front/image", True),
+        ("mono16", "/camera/depth/image_raw", True),
+        ("mono16", "/thermal/image_raw", False),
+        ("mono8", "/camera/depth/image_raw", False),
+    ],
+)
+def test_grey_images_of_16_bits_are_depth_if_their_topic_says_so(said: str, topic: str, depth: bool) -> None:
+    assert is_depth(SimpleNamespace(encoding=said), topic) is depth
+    assert is_depth(SimpleNamespace(format=f"{said}; png compressed "), topic) is depth
+
+
 def test_every_encoding_is_tested() -> None:
     others = {f"bayer_{p}{b}" for p in ("rggb", "bggr", "gbrg", "grbg") for b in (8, 16)}
-    assert set(ENCODINGS) == CASES.keys() | others | {"yuv422", "uyvy", "yuv422_yuy2", "yuyv"}
+    assert set(ENCODINGS) == CASES.keys() | others | {"yuv422", "uyvy", "yuv422_yuy2", "yuyv", "nv12", "nv21"}
 
 
 def test_the_last_row_needs_no_padding() -> None:

@@ -252,7 +252,7 @@ def find_maps(path: Path) -> list[Path]:
     if not path.is_dir():
         return read_list(path)
     numbered = [(p.stem.removeprefix("coord_"), p) for p in path.glob("coord_*.npy")]
-    maps = [p for _, p in sorted((int(n), p) for n, p in numbered if n.isdigit())]
+    maps = [p for _, p in sorted((int(n), p) for n, p in numbered if n.isdecimal())]
     if not maps:
         raise SourceError(f"The folder '{path}' holds no coord_<i>.npy.")
     return maps
