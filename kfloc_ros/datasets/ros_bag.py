@@ -43,9 +43,6 @@ from kfloc_ros.types import Frame, Matrix
 
 LOG = logging.getLogger(__name__)
 DEPTH_TOLERANCE_NS = 20_000_000
-_SAME_SHARE = 0.005
-"""Calibrations that differ by no more than this share of the image's width are of one camera, such as autofocus moves
-it; the first one counts."""
 WORDS = ("image", "info", "depth", "depth_info", "pose", "tf", "map", "body", "rectified")
 """What may follow a path: topics, the namespace of the transforms, the map's frame, the frame whose pose a pose topic
 tells, and whether the images are rectified (true or false)."""
@@ -191,8 +188,8 @@ class RosBag(FrameSource):
             except FrameError as error:  # such as all zero, before the driver has loaded its calibration
                 fault = fault or error
                 continue
-            camera = camera or found
-            if camera.difference_px(found) > _SAME_SHARE * camera.width:
+            camera = camera or found  # of those that autofocus moves, the first one counts
+            if camera.is_other(found):
                 at_s = 1e-9 * (record.logged_ns - self._reader.start_ns)
                 raise SourceError(
                     f"The camera of '{self._path}' changes: {chosen.name} says {in_words(camera)}, and {at_s:.1f} s "

@@ -27,6 +27,8 @@ FOCAL_SIDES = (0.05, 100.0)
 """Focal lengths of cameras, in longer sides of the image: of wide fisheyes, and of small parts of a telephoto image."""
 MAX_CENTRE_SIDES = 20.0
 """Largest distance of a principal point from the image's middle, in longer sides: that of a small part of an image."""
+SAME_SHARE = 0.005
+"""Calibrations that differ by no more than this share of the image's width are of one camera."""
 BENT, BENT_AT = (0.3, 3.0), 0.25
 """Factors by which a lens moves a point towards the principal point or away from it, at the second share of the shorter
 side; at most, real lenses move points there by a fifth."""
@@ -159,6 +161,10 @@ class Camera:
         else:
             pixels, _ = cv2.projectPoints(rays[:, None], np.zeros(3), np.zeros(3), self.K, np.array(self.distortion))
         return np.asarray(pixels, dtype=np.float64).reshape(-1, 2)
+
+    def is_other(self, other: Camera) -> bool:
+        """Return true if two calibrations are of two cameras, or of another zoom; autofocus moves less."""
+        return self != other and self.difference_px(other) > SAME_SHARE * self.width
 
     def difference_px(self, other: Camera) -> float:
         """Return the largest distance, over the image, between a ray's pixels in two cameras; inf if sizes differ."""

@@ -96,18 +96,25 @@ class CameraCheck:
         tolerance = np.array(self._settings.tolerance) * (1.0, 1.0, camera.width, camera.width, 1.0, 1.0)
         self._tolerance = np.diag((tolerance * calibration_error / self._settings.tolerance[0]) ** 2)
         self._fits: deque[CameraFit] = deque(maxlen=self._settings.window)
-        self._made = 0
-        self._shear_rad = 0.0
-        self._frames = 0
+        self._made, self._shear_rad, self._frames = 0, 0.0, 0
+        self._source: Camera | None = None
         self._fitted: FittedCamera | None = None
         self._shift = np.eye(4)
         self._combined: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None
         """Combined offsets (6,) and their covariance (6, 6) by the observed scatter."""
         self.verdict: CameraVerdict | None = None
 
-    def expect_shear(self, turn_rad: float) -> None:
-        """Allow for the shear of this image by a rolling shutter that turns by an angle while it reads."""
-        self._shear_rad = turn_rad
+    def begin(self, source: Camera | None, turn_rad: float) -> bool:
+        """Begin an image of a camera; return True, and forget the fits so far, if the last one was of another.
+
+        A rolling shutter's shear is allowed for, given the angle by which the camera turns while it reads the image.
+        """
+        self._shear_rad, last, self._source = turn_rad, self._source, source
+        if last is None or source is None or not last.is_other(source):
+            return False
+        self.reset()
+        self._made = self._frames = 0
+        return True
 
     def count_frame(self) -> bool:
         """Count a frame; return True if it is to be fitted."""
@@ -330,9 +337,7 @@ class RepeatGuard:
         self._since_ns = self._stamp_ns = 0
 
     def fault(self, image: NDArray[np.uint8], stamp_ns: int) -> str:
-        """Return the reason why an image (H, W, 3) is a repeated one, or an empty string; equal for all calls of one
-        stamp.
-        """
+        """Return why an image (H, W, 3) is a repeated one, or an empty string; equal for all calls of one stamp."""
         if self._limit_s == 0.0:
             return ""
         repeated = self._image is not None and stamp_ns >= self._stamp_ns and np.array_equal(image, self._image)

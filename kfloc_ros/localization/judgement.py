@@ -277,12 +277,12 @@ class PoseCheck:
         cameras, T = self._cameras, estimate.T_map_camera
         if cameras is None or T is None:
             return estimate, None
-        cameras.expect_shear(turn_rad)
-        score, fitted = inspection.camera, None
+        if cameras.begin(frame.source_camera, turn_rad):
+            self._correction = None
+        score, blocks, fitted = inspection.camera, inspection.blocks, None
         chi2 = None if score is None else cameras.chi2(score.offsets, score.covariance)
-        is_suspicious = chi2 is not None and chi2 > SUSPICIOUS_CHI2
-        if inspection.blocks is not None and inspection.blocks.matching_share < SUSPICIOUS_SHARE:
-            is_suspicious = True
+        is_suspicious = blocks is not None and blocks.matching_share < SUSPICIOUS_SHARE
+        is_suspicious = is_suspicious or (chi2 is not None and chi2 > SUSPICIOUS_CHI2)
         is_due = cameras.count_frame()
         if is_due or is_suspicious:
             fitted = self._refiner.fit_camera(features, T)

@@ -19,7 +19,7 @@ from kfloc_ros.bags.topics import COMPRESSED, RAW, Topic
 from kfloc_ros.errors import FrameError
 from kfloc_ros.geometry.camera import Camera, ImageAdapter
 from kfloc_ros.maps.place import MapInfo
-from kfloc_ros.messages.camera_info import camera_from_info, check_view
+from kfloc_ros.messages.camera_info import camera_from_info, check_view, in_words
 from kfloc_ros.messages.images import decode_compressed, decode_depth_message
 from kfloc_ros.messages.poses import StampGuard, stamp_to_ns
 from kfloc_ros.nodes import qos
@@ -33,6 +33,8 @@ from kfloc_ros.types import Frame
 
 _FIRST_INFO_WAIT_S = 0.5
 """Wait for the first camera_info, in seconds: the first image may arrive shortly before it."""
+_CHANGES, _CHANGES_S = 3, 10.0
+"""Changes of the camera in a time, in seconds, that are no more those of one camera."""
 _AHEAD_S = 0.5
 """Stamps further in the future than this, in seconds, cause a warning."""
 
@@ -134,6 +136,7 @@ class ImageReceiver:
         self._clock, self._parameters, self._health = node.get_clock(), parameters, health
         self._target, self._output = camera, output
         self._camera: Camera | None = None
+        self._changes: deque[float] = deque(maxlen=_CHANGES)
         self._info_frame = ""
         self._info_came = threading.Event()
         self._adapter = ImageAdapter(camera, camera)
@@ -179,10 +182,17 @@ class ImageReceiver:
 
     def _on_info(self, message: Any) -> None:
         try:
-            self._camera = camera_from_info(message, rectified=self._parameters.node.rectified)
+            camera = camera_from_info(message, rectified=self._parameters.node.rectified)
         except FrameError as error:
             self._health.warn(str(error))
             return
+        if self._camera is not None and self._camera.is_other(camera):
+            self._changes.append(time.monotonic())
+            self._health.warn(
+                f"The camera changes: '{self._info_topic}' said {in_words(self._camera)}, and now {in_words(camera)}. "
+                "Did its zoom change, did its driver load a calibration late, or do two drivers publish there?"
+            )
+        self._camera = camera
         self._info_frame = message.header.frame_id.lstrip("/")
         self._info_came.set()
 
@@ -221,6 +231,11 @@ class ImageReceiver:
             raise FrameError(
                 f"No usable camera_info was received on '{self._info_topic}', so images cannot be used. Check that "
                 "the topic is published and that its K is filled in."
+            )
+        if len(self._changes) == _CHANGES and time.monotonic() - self._changes[0] < _CHANGES_S:
+            raise FrameError(
+                f"camera_info on '{self._info_topic}' goes to and fro between cameras, the last of them "
+                f"{in_words(camera)}: images are not used. Do two drivers publish there? Give each a topic of its own."
             )
         if (camera.width, camera.height) != (width, height):
             raise FrameError(

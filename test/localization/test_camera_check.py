@@ -17,7 +17,7 @@ from kfloc_ros.localization.localizer import Localizer
 from kfloc_ros.maps.scene_map import SceneMap
 from kfloc_ros.pixloc.camera_fit import CameraFit
 from kfloc_ros.pixloc.refiner import FittedCamera
-from kfloc_ros.types import PoseEstimate, TrackingState
+from kfloc_ros.types import Frame, PoseEstimate, TrackingState
 
 FRAMES = 24
 
@@ -61,6 +61,23 @@ def test_a_focal_length_that_is_wrong_is_named_and_its_poses_claim_less(scene_ma
     assert last.covariance is not None
     sigma_m = math.sqrt(np.trace(last.covariance[:3, :3]))
     assert error_m(last, room[FRAMES - 1]) < 3 * sigma_m
+
+
+@pytest.mark.thorough
+def test_a_camera_that_changes_within_a_run_is_judged_anew(scene_map: SceneMap, room: Any) -> None:
+    """A driver loads its calibration late, or that of another camera arrives: what was fitted before is of no use."""
+    localizer = Localizer(scene_map, LocalizerConfig(device="cpu", max_repeat_s=0.0))
+    zoomed = replace(room.camera, fx=1.06 * room.camera.fx, fy=1.06 * room.camera.fy)
+    said = []
+    for position in range(24):
+        told = zoomed if 8 <= position < 16 else room.camera
+        image = ImageAdapter(told, scene_map.camera)(room[position].image)
+        frame = Frame(image, scene_map.camera, room[position].stamp_ns, position, source_camera=told)
+        said.append(localizer.process(frame).estimate.reason)
+    assert said[:8] == [""] * 8 and said[17:] == [""] * 7
+    assert all("focal length" in reason for reason in said[11:16])
+    found = float(said[15].split(" of ")[1].split(" px")[0])
+    assert found == pytest.approx(room.camera.fx, rel=0.03)
 
 
 @pytest.mark.thorough

@@ -7,6 +7,7 @@ import array
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -103,6 +104,25 @@ def test_a_camera_info_of_another_camera_is_warned_of(node: Node, room: Any, inf
     finally:
         component.stop()
     assert any("calibration of another camera" in sentence for sentence in health.said) == warned
+
+
+def test_cameras_that_change_are_told_and_two_on_one_topic_are_refused(node: Node, room: Any) -> None:
+    health, seen = Listening(node), []
+    component = ImageReceiver(node, ParameterServer(node), room.camera, health, EnableSwitch(active=True), seen.append)
+    zoomed = replace(room.camera, fx=1.1 * room.camera.fx, fy=1.1 * room.camera.fy)
+    focused = replace(room.camera, fx=1.002 * room.camera.fx)
+    try:
+        for number, camera in enumerate([room.camera, focused, room.camera, zoomed, room.camera, zoomed]):
+            component._on_info(fill_info(CameraInfo(), camera))
+            message = fill_image(Image(), room[number].image)
+            fill_stamp(message.header.stamp, time.time_ns())
+            component._on_image(message)
+            wait(lambda number=number: len(seen) + health.counters.refused == number + 1)
+            assert any("The camera changes" in sentence for sentence in health.said) == (number > 2)
+    finally:
+        component.stop()
+    assert [frame.frame.source_camera for frame in seen] == [room.camera, focused, room.camera, zoomed, room.camera]
+    assert any("goes to and fro between cameras" in sentence for sentence in health.said)
 
 
 @pytest.mark.parametrize(
