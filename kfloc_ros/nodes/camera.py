@@ -234,7 +234,7 @@ class ImageReceiver:
             )
         if len(self._changes) == _CHANGES and time.monotonic() - self._changes[0] < _CHANGES_S:
             raise FrameError(
-                f"camera_info on '{self._info_topic}' goes to and fro between cameras, the last of them "
+                f"camera_info on '{self._info_topic}' changes again and again between cameras, the last of them "
                 f"{in_words(camera)}: images are not used. Do two drivers publish there? Give each a topic of its own."
             )
         if (camera.width, camera.height) != (width, height):

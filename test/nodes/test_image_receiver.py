@@ -122,7 +122,7 @@ def test_cameras_that_change_are_told_and_two_on_one_topic_are_refused(node: Nod
     finally:
         component.stop()
     assert [frame.frame.source_camera for frame in seen] == [room.camera, focused, room.camera, zoomed, room.camera]
-    assert any("goes to and fro between cameras" in sentence for sentence in health.said)
+    assert any("changes again and again between cameras" in sentence for sentence in health.said)
 
 
 @pytest.mark.parametrize(
