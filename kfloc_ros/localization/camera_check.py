@@ -4,9 +4,9 @@
 A wrong calibration moves poses by centimetres while their covariances stay at millimetres. Every few frames the pose
 and the camera are fitted together (:mod:`kfloc_ros.pixloc.camera_fit`); the fits of the last frames are combined.
 
-Fits of neighbouring frames have similar errors, and with few or flat points they scatter more than their information
-suggests. The combined covariance is therefore scaled by the observed scatter, and the usual accuracy of calibrations is
-added as a tolerance, before a camera counts as wrong.
+Fits err with the map's points, more than their information suggests, and fits of one view err alike; see
+:func:`kfloc_ros.pixloc.camera_fit.combine`. The usual accuracy of calibrations is added as a tolerance, before a camera
+counts as wrong. The covariance of poses includes what fits suggest long before that.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from kfloc_ros.geometry.camera import Camera, ImageAdapter
 from kfloc_ros.geometry.covariance import pose_tangent_error
 from kfloc_ros.geometry.lie import Matrix, inverse_pose
-from kfloc_ros.pixloc.camera_fit import CameraFit, CameraScore
+from kfloc_ros.pixloc.camera_fit import CameraFit, CameraScore, combine
 from kfloc_ros.pixloc.cost import OFFSETS
 from kfloc_ros.pixloc.refiner import FittedCamera
 from kfloc_ros.types import Frame, PoseEstimate
@@ -45,14 +45,20 @@ class CameraCheckSettings:
     """(fits, frames between them): four fits on the first frames, then every third frame up to ten."""
     period: int = 15
     """Frames between later fits; a fit takes about a third of a frame's time."""
+    doubt_period: int = 3
+    """The same, while the camera counts as wrong."""
     window: int = 24
     """Number of fits that are combined."""
     min_fits: int = 3
     max_focal_sigma: float = 0.03
     """Largest relative standard deviation of the focal length in a fit that is used; it is exceeded if points are few
     or flat."""
+    sure_focal_sigma: float = 0.008
+    """Relative standard deviation of the combined focal length up to which every frame is fitted, at most ``window``
+    of them."""
     correlation_factor: float = 2.0
-    """Factor on the combined variance, since neighbouring frames see the same points."""
+    """Factor on the variance of combined fits in the covariance of poses, since neighbouring frames see the same
+    points."""
     shift_share: float = 0.3
     """Share of the distance between the aligned pose and that of the fitted camera, added in all directions."""
     sigmas: float = 3.0
@@ -72,6 +78,11 @@ class CameraVerdict:
     """(6, 6) covariance of the offsets, without the tolerance."""
     wrong: int | None
     """Index of the offset that contradicts the camera most; None: the camera fits."""
+
+    @property
+    def focal_sigma(self) -> float:
+        """Relative standard deviation of the focal length."""
+        return math.sqrt(self.covariance[0, 0])
 
 
 class CameraCheck:
@@ -95,13 +106,14 @@ class CameraCheck:
         self._camera, self._settings = camera, settings or CameraCheckSettings()
         tolerance = np.array(self._settings.tolerance) * (1.0, 1.0, camera.width, camera.width, 1.0, 1.0)
         self._tolerance = np.diag((tolerance * calibration_error / self._settings.tolerance[0]) ** 2)
-        self._fits: deque[CameraFit] = deque(maxlen=self._settings.window)
+        self._fits: deque[FittedCamera] = deque(maxlen=self._settings.window)
         self._made, self._shear_rad, self._frames = 0, 0.0, 0
         self._source: Camera | None = None
         self._fitted: FittedCamera | None = None
         self._shift = np.eye(4)
         self._combined: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None
         """Combined offsets (6,) and their covariance (6, 6) by the observed scatter."""
+        self._known = self._tolerance
         self.verdict: CameraVerdict | None = None
 
     def begin(self, source: Camera | None, turn_rad: float) -> bool:
@@ -120,6 +132,10 @@ class CameraCheck:
         """Count a frame; return True if it is to be fitted."""
         s = self._settings
         period = next((frames for fits, frames in s.schedule if self._made < fits), s.period)
+        if self._made < s.window and (self.verdict is None or self.verdict.focal_sigma > s.sure_focal_sigma):
+            period = 1
+        elif self.verdict is not None and self.verdict.wrong is not None:
+            period = min(period, s.doubt_period)
         self._frames += 1
         return self._frames % period == 0
 
@@ -134,7 +150,7 @@ class CameraCheck:
         variance = _covariance_of(fitted.fit.information)
         if variance is None or math.sqrt(variance[0, 0]) > self._settings.max_focal_sigma:
             return
-        self._fits.append(fitted.fit)
+        self._fits.append(fitted)
         self._fitted, self._shift = fitted, inverse_pose(T_aligned) @ fitted.T_map_camera
         self.verdict = self._judged()
 
@@ -184,7 +200,7 @@ class CameraCheck:
         share = 1.0  # until there are enough fits, nothing shows that the camera is right
         if combined is not None:
             share = max(0.0, 1.0 - CHI2_6_99 / max(float(offsets @ np.linalg.solve(covariance, offsets)), 1e-9))
-        known = self.verdict.covariance if self.verdict is not None and combined is not None else covariance
+        known = covariance if combined is None else self._known
         careful = tolerance - tolerance @ np.linalg.solve(tolerance + known, tolerance)
         focal = np.zeros_like(left)
         focal[0, 0] = left[0, 0]
@@ -220,20 +236,23 @@ class CameraCheck:
         s = self._settings
         if len(self._fits) < s.min_fits:
             return None
-        weights = np.stack([fit.information for fit in self._fits])
-        offsets = np.stack([fit.offsets for fit in self._fits])
+        fits = [f.fit for f in self._fits]
+        weights, offsets = np.stack([f.information for f in fits]), np.stack([f.offsets for f in fits])
         covariance = _covariance_of(weights.sum(0))
-        if covariance is None:
+        together = combine(fits, np.stack([f.T_map_camera for f in self._fits]), self._fit_scale)
+        if covariance is None or together is None:
             return None
         combined = covariance @ np.einsum("nij,nj->i", weights, offsets)
         errors = offsets - combined
         scatter = np.einsum("ni,nij,nj->n", errors, weights, errors).sum()
         scatter /= len(OFFSETS) * (len(self._fits) - 1)
         self._combined = combined, covariance * max(float(scatter), MIN_SCATTER)
-        covariance = covariance * max(1.0, scatter) * s.correlation_factor
-        ratio = np.abs(combined) / np.sqrt(np.diag(covariance + self._tolerance))
-        worst = int(np.argmax(ratio))
-        return CameraVerdict(combined, covariance, worst if ratio[worst] > s.sigmas else None)
+        self._known = covariance * max(1.0, scatter) * s.correlation_factor
+        offsets, covariance = together
+        total = covariance + self._tolerance
+        ratio = np.abs(offsets) / np.sqrt(np.diag(total))
+        is_wrong = ratio.max() > s.sigmas or float(offsets @ np.linalg.solve(total, offsets)) > CHI2_6_999
+        return CameraVerdict(offsets, covariance, int(np.argmax(ratio)) if is_wrong else None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -322,29 +341,3 @@ def _covariance_of(information: NDArray[np.float64]) -> NDArray[np.float64] | No
     except np.linalg.LinAlgError:
         return None
     return covariance if np.isfinite(covariance).all() and (np.diag(covariance) > 0).all() else None
-
-
-class RepeatGuard:
-    """Detector of a camera that repeats its last image with new stamps.
-
-    Args:
-        limit_s: time after which a repeated image is no new image; 0: never.
-    """
-
-    def __init__(self, limit_s: float) -> None:
-        self._limit_s = limit_s
-        self._image: NDArray[np.uint8] | None = None
-        self._since_ns = self._stamp_ns = 0
-
-    def fault(self, image: NDArray[np.uint8], stamp_ns: int) -> str:
-        """Return why an image (H, W, 3) is a repeated one, or an empty string; equal for all calls of one stamp."""
-        if self._limit_s == 0.0:
-            return ""
-        repeated = self._image is not None and stamp_ns >= self._stamp_ns and np.array_equal(image, self._image)
-        if not repeated:
-            self._image, self._since_ns = image, stamp_ns
-        self._stamp_ns = stamp_ns
-        repeated_s = 1e-9 * (stamp_ns - self._since_ns)
-        if repeated_s <= self._limit_s:
-            return ""
-        return f"the camera repeats one image, byte for byte, for {repeated_s:.1f} s (max_repeat_s {self._limit_s:g})"

@@ -9,14 +9,13 @@ from dataclasses import replace
 from kfloc_ros.device import choose_device
 from kfloc_ros.features.backbone import BackboneFeatures
 from kfloc_ros.kfnet.pnp import agreeing_share
-from kfloc_ros.localization.camera_check import RepeatGuard
 from kfloc_ros.localization.carrying import Carrier
 from kfloc_ros.localization.coarse import check_frame, pnp_settings
 from kfloc_ros.localization.config import LocalizerConfig
 from kfloc_ros.localization.depth import DepthCheck
 from kfloc_ros.localization.judgement import JudgementSettings, PoseCheck, judge
 from kfloc_ros.localization.results import CoarseResult, StageTimes
-from kfloc_ros.localization.tracking import ConstantVelocity, Track, TrackSettings, agrees
+from kfloc_ros.localization.tracking import ConstantVelocity, RepeatGuard, Track, TrackSettings, agrees
 from kfloc_ros.maps.scene_map import SceneMap
 from kfloc_ros.pixloc.references import ReferenceViews
 from kfloc_ros.pixloc.refiner import Refiner, RefinerSettings

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Motion from frame to frame: prediction, tracking without a coarse pose, first poses that wait, places alike."""
+"""From frame to frame: prediction, tracking without a coarse pose, first poses that wait, places alike, repeats."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kfloc_ros.geometry.covariance import pose_tangent_error
 from kfloc_ros.geometry.lie import (
@@ -246,3 +247,31 @@ class Rivals:
         """Submap that the images so far fit better than the chosen one; None if there is none."""
         worst = min(self._evidence, key=lambda submap: self._evidence[submap], default=None)
         return worst if worst is not None and self._evidence[worst] < 0.0 else None
+
+
+class RepeatGuard:
+    """Detector of a camera that repeats its last image with new stamps.
+
+    Args:
+        limit_s: time after which a repeated image is no new image; 0: never.
+    """
+
+    def __init__(self, limit_s: float) -> None:
+        self._limit_s = limit_s
+        self._image: NDArray[np.uint8] | None = None
+        self._since_ns = self._stamp_ns = 0
+
+    def fault(self, image: NDArray[np.uint8], stamp_ns: int) -> str:
+        """Return the reason why an image (H, W, 3) is a repeated one, or an empty string; equal for all calls of one
+        stamp.
+        """
+        if self._limit_s == 0.0:
+            return ""
+        repeated = self._image is not None and stamp_ns >= self._stamp_ns and np.array_equal(image, self._image)
+        if not repeated:
+            self._image, self._since_ns = image, stamp_ns
+        self._stamp_ns = stamp_ns
+        repeated_s = 1e-9 * (stamp_ns - self._since_ns)
+        if repeated_s <= self._limit_s:
+            return ""
+        return f"the camera repeats one image, byte for byte, for {repeated_s:.1f} s (max_repeat_s {self._limit_s:g})"

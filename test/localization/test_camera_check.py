@@ -15,7 +15,7 @@ from kfloc_ros.localization.camera_check import CHI2_6_999, CameraCheck, CameraV
 from kfloc_ros.localization.config import LocalizerConfig
 from kfloc_ros.localization.localizer import Localizer
 from kfloc_ros.maps.scene_map import SceneMap
-from kfloc_ros.pixloc.camera_fit import CameraFit
+from kfloc_ros.pixloc.camera_fit import CameraFit, combine
 from kfloc_ros.pixloc.refiner import FittedCamera
 from kfloc_ros.types import Frame, PoseEstimate, TrackingState
 
@@ -24,7 +24,9 @@ FRAMES = 24
 
 @pytest.fixture(scope="module")
 def scene_map(room_map: Any) -> SceneMap:
-    return SceneMap.load(room_map)
+    """The room's map, with the scale of fits that the calibration of rendered rooms finds."""
+    loaded = SceneMap.load(room_map)
+    return replace(loaded, calibration=replace(loaded.calibration, camera_fit_scale=0.5))
 
 
 def localized(scene_map: SceneMap, room: Any, told: Camera, **options: Any) -> tuple[Localizer, list[PoseEstimate]]:
@@ -156,3 +158,35 @@ def test_a_map_whose_fits_scatter_doubts_a_camera_less() -> None:
     of_one_image = np.diag(np.array([0.006, 0.002, 1.0, 1.0, 0.005, 0.002]) ** 2)
     sure, unsure = CameraCheck(camera, fit_scale=1.0), CameraCheck(camera, fit_scale=16.0)
     assert sure.chi2(offset, of_one_image) > CHI2_6_999 > unsure.chi2(offset, of_one_image)
+
+
+def poses(count: int, step_m: float) -> np.ndarray:
+    T = np.tile(np.eye(4), (count, 1, 1))
+    T[:, 0, 3] = step_m * np.arange(count)
+    return T
+
+
+def combined(offsets: list[tuple[float, ...]], step_m: float) -> tuple[np.ndarray, np.ndarray]:
+    together = combine([fit(one).fit for one in offsets], poses(len(offsets), step_m), 1.0)
+    assert together is not None
+    return together[0], np.sqrt(np.diag(together[1]))
+
+
+def test_many_images_of_one_view_tell_as_much_as_one() -> None:
+    offsets = (0.02, 0.0, 0.0, 0.0, 0.0)
+    _, once = combined([offsets], 0.0)
+    found, still = combined([offsets] * 20, 0.0)
+    _, moving = combined([offsets] * 20, 2.0)
+    assert found[0] == pytest.approx(0.02)
+    assert np.allclose(still, once) and np.allclose(moving, once / math.sqrt(20.0), rtol=0.05)
+
+
+def test_what_hangs_on_a_single_view_is_not_certain() -> None:
+    right = [(0.0, 0.0, 0.0, 0.0, 0.0)] * 5
+    found, sigma = combined([*right, (0.05, 0.0, 0.0, 0.0, 0.0)], 2.0)
+    assert abs(found[0]) < 2 * sigma[0]
+
+
+def test_an_outlier_among_views_has_little_weight() -> None:
+    found, _ = combined([(0.01, 0.0, 0.0, 0.0, 0.0)] * 8 + [(0.3, 0.0, 0.0, 0.0, 0.0)], 2.0)
+    assert found[0] == pytest.approx(0.01, abs=0.005)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from kfloc_ros.geometry.lie import make_pose, so3_exp
-from kfloc_ros.localization.camera_check import RepeatGuard
 from kfloc_ros.localization.judgement import JudgementSettings, judge
+from kfloc_ros.localization.tracking import RepeatGuard
 from kfloc_ros.types import Alignment, CoarsePose, FilterReport, PoseEstimate, TrackingState
 
 HERE = make_pose(so3_exp([0.1, 0.2, 0.3]), [1.0, 2.0, 3.0])
