@@ -19,6 +19,7 @@ from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import Camera, ImageAdapter
 from kfloc_ros.kfnet.scoordnet import INPUT_CHANNELS
 from kfloc_ros.mapping.depth_checks import DEPTH, UNREADABLE, CheckedFrame, DepthChecks
+from kfloc_ros.mapping.point_evidence import PointEvidence
 from kfloc_ros.mapping.schedule import HeldOut, HoldOut, TimeBudget
 from kfloc_ros.mapping.views import (
     IDENTITY,
@@ -138,7 +139,7 @@ def mapping_pass_over(
     buffer = CellBuffer(capacity, np.random.default_rng(settings.seed))
     collector = ReferenceCollector(settings.reference_spacing_m, settings.max_points)
     adapter = ImageAdapter(source.camera, camera)
-    checks = DepthChecks()
+    checks, evidence = DepthChecks(), PointEvidence(camera)
     held_out: list[HeldOut] = []
     held_out_points: list[ReferencePoints] = []
     held_out_cells: list[Cells] = []
@@ -183,6 +184,7 @@ def mapping_pass_over(
             continue
         for cells in taken.cells:
             buffer.add(cells)
+        evidence.add(taken.view, taken.features)
         if collector.extends_coverage(taken.view.T_map_camera):
             collector.add(taken.view.index, taken.view.T_map_camera, reference_points(taken))
     if source.left_out:
@@ -192,7 +194,11 @@ def mapping_pass_over(
             f"'{source.name}' has {used} usable views with depth and pose out of {len(source)}"
             f"{_reasons(checks.left_out)}; a map needs at least {MIN_VIEWS}, with usable depth in most of the image."
         )
-    references = collector.views()
+    references = evidence.weighed(collector.views())
+    collector.replace(references)
+    if held_out:
+        poses, ids = np.stack([held.view.T_map_camera for held in held_out]), (held.view.index for held in held_out)
+        held_out_points = list(evidence.weighed(ReferenceViews(tuple(ids), poses, tuple(held_out_points))).views)
     for held, points in zip(held_out, held_out_points, strict=True):
         if collector.extends_coverage(held.view.T_map_camera):
             collector.add(held.view.index, held.view.T_map_camera, points)

@@ -193,6 +193,10 @@ class ReferenceCollector:
     def _poses(self) -> Poses:
         return np.stack([T for _, T, _ in self._collected])
 
+    def replace(self, views: ReferenceViews) -> None:
+        """Replace the collected views, such as by the same with other confidences."""
+        self._collected = list(zip(views.ids, views.T_map_camera, views.views, strict=True))
+
     def views(self) -> ReferenceViews:
         """Return the collected views."""
         ids = tuple(index for index, _, _ in self._collected)
