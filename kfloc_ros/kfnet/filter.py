@@ -22,14 +22,14 @@ from kfloc_ros.types import CoarsePose, Matrix, SceneCoordinates
 REMEMBERED_POSES = 8
 """Number of frames within which a refined pose may arrive late."""
 
-MIN_COVER = 0.7
-"""Smallest share of valid cells of a belief that covers a frame."""
+MIN_COVER, SETTLED_COVER = 0.7, 0.5
+"""Smallest share of valid cells of a belief that covers a frame, and of one that is settled."""
 
 SETTLED_FRAMES = 5
 """Corrections by refined poses, without a contradiction among them, that settle a belief."""
-SETTLED_S = 0.15
-"""Longest time since the last frame whose refined pose confirmed a settled belief."""
-SETTLED_REJECTED_RATIO = 0.3
+SETTLED_S = 0.25
+"""Longest time since the last frame whose refined pose confirmed a settled belief, and to the next frame."""
+SETTLED_REJECTED_RATIO = 0.5
 """Largest share of the prior's cells that may fail the NIS test in a frame of a settled belief."""
 
 FlowFunction = Callable[[torch.Tensor, torch.Tensor], Flow]
@@ -126,9 +126,14 @@ class SceneCoordinateFilter:
         """True if refined poses have confirmed the belief."""
         return self._confirmed_ns is not None
 
-    def is_settled(self, stamp_ns: int) -> bool:
-        """Return true if refined poses of several frames in a row, up to the latest, have confirmed the belief."""
-        if self._confirmed_ns is None or self._settling < SETTLED_FRAMES:
+    @property
+    def is_settled(self) -> bool:
+        """True if refined poses of several frames in a row have confirmed the belief, without a contradiction since."""
+        return self._confirmed_ns is not None and self._settling >= SETTLED_FRAMES
+
+    def is_settled_at(self, stamp_ns: int) -> bool:
+        """Return true if the belief is settled, and a pose confirmed it shortly before this time."""
+        if self._confirmed_ns is None or not self.is_settled:
             return False
         return 0 < stamp_ns - self._confirmed_ns <= SETTLED_S * 1e9
 
@@ -140,7 +145,8 @@ class SceneCoordinateFilter:
         self._check_time(stamp_ns)
         if self._belief is None or self._confirmed_ns is None or self._contradictions:
             return False
-        return float(self._belief.valid.float().mean()) >= MIN_COVER
+        least = SETTLED_COVER if self.is_settled else MIN_COVER
+        return float(self._belief.valid.float().mean()) >= least
 
     def step(self, stamp_ns: int, features: torch.Tensor, measurement: SceneCoordinates) -> Filtered:
         """Fuse the measurement of a frame with the belief propagated from the previous frame.

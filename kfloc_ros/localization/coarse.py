@@ -14,7 +14,7 @@ from kfloc_ros.device import choose_device, prefers_int8
 from kfloc_ros.errors import FrameError
 from kfloc_ros.features.backbone import COARSE_STRIDE, Backbone, BackboneFeatures
 from kfloc_ros.geometry.camera import Camera, ImageAdapter
-from kfloc_ros.kfnet.filter import FlowFunction, SceneCoordinateFilter
+from kfloc_ros.kfnet.filter import SETTLED_S, FlowFunction, SceneCoordinateFilter
 from kfloc_ros.kfnet.flow_network import flow_of
 from kfloc_ros.kfnet.fusion import NO_PRIOR, Filtered, FilterSettings
 from kfloc_ros.kfnet.pnp import PnpSettings, solve_pnp
@@ -50,7 +50,7 @@ class CoarseStage:
         self._alternates = config.filter and config.alternate_cells and recursion_of(scene_map, config) == "robust"
         self._part = WHOLE
         """Cells that were measured of the last frame."""
-        self._turn = 0
+        self._turn, self._settled_until_ns = 0, 0
         self._skipped: tuple[Frame, BackboneFeatures] | None = None
         self._filter = SceneCoordinateFilter(filter_settings(scene_map, config, self._networks), self._networks.flow)
         self._pnp = pnp_settings(config, self._networks.stride, calibration.coarse_covariance_scale)
@@ -102,14 +102,17 @@ class CoarseStage:
             if self._alternates and self._filter.covers(frame.stamp_ns):
                 part = self._next_part(frame.stamp_ns)
                 self._turn = part.turn
-            self._part = part
+            self._part, until_ns = part, frame.stamp_ns + round(SETTLED_S * 1e9)
+            self._settled_until_ns = until_ns if self._filter.is_settled_at(frame.stamp_ns) else 0
             if ahead is not None and ahead.measured is not None and ahead.part == part:
                 return ahead.measured
             return self._measured(frame, features, part)
 
     def _next_part(self, stamp_ns: int) -> CellPart:
         """Return the cells to measure where the belief covers the frame."""
-        return CellPart(4 if self._filter.is_settled(stamp_ns) else 2, (self._turn + 1) % 4)
+        # Allowed when the frame before was measured: prepare() runs beside the rest of that frame, and must agree.
+        quarter = stamp_ns <= self._settled_until_ns and self._filter.is_settled
+        return CellPart(4 if quarter else 2, (self._turn + 1) % 4)
 
     def _measured(self, frame: Frame, features: BackboneFeatures, part: CellPart) -> SceneCoordinates:
         """Return scene coordinates of a part of the cells."""
@@ -196,7 +199,7 @@ class CoarseStage:
     def reset(self, reason: str) -> None:
         """Reset the belief and all that was carried over from earlier frames."""
         self._filter.reset(reason)
-        self._skipped, self._turn = None, 0
+        self._skipped, self._turn, self._settled_until_ns = None, 0, 0
 
     def _step(self, frame: Frame, features: BackboneFeatures, measurement: SceneCoordinates) -> Filtered:
         return self._filter.step(frame.stamp_ns, self._networks.flow_features(frame, features), measurement)

@@ -306,10 +306,10 @@ def test_refined_poses_of_several_frames_in_a_row_settle_a_belief_until_a_frame_
         recursion.step(k * FRAME_NS, features(), wall_ahead(depth_m))
         recursion.accept_pose(CoarsePose(True, "", HERE, None, 100, 1.0))
         recursion.correct_belief(k * FRAME_NS, CAMERA, HERE)
-        return recursion.is_settled((k + 1) * FRAME_NS)
+        return recursion.is_settled_at((k + 1) * FRAME_NS)
 
     assert [confirm(k) for k in range(6)] == [False] * 4 + [True] * 2
-    assert not recursion.is_settled(11 * FRAME_NS)  # the last pose is too old
+    assert not recursion.is_settled_at(14 * FRAME_NS)  # the last pose is too old
     assert not confirm(6, depth_m=7.0)
     assert not confirm(7)
     recursion.reset("a test")

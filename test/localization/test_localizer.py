@@ -84,14 +84,14 @@ def test_a_quarter_of_the_cells_is_measured_once_settled_and_all_in_the_frame_th
     scene_map: SceneMap, room
 ) -> None:
     localizer = Localizer(scene_map, LocalizerConfig(device="cpu"))
-    results = [localizer.process(room[i]).coarse for i in range(9)]
+    results = [localizer.process(room[i]).coarse for i in range(10)]
     shares = [float(result.measurement.valid.float().mean()) for result in results]
-    assert shares == pytest.approx([1.0] + 4 * [0.5] + 4 * [0.25])
+    assert shares == pytest.approx([1.0] + 5 * [0.5] + 4 * [0.25])
     last = torch.stack([result.measurement.valid for result in results[-4:]])
     assert (last.sum(0) == 1).all()  # in four frames, every cell once
 
-    turned = room[8].T_map_camera @ make_pose(so3_exp([0.0, math.radians(14), 0.0]), np.zeros(3))
-    localization = localizer.process(replace(room.view(turned), stamp_ns=room[9].stamp_ns))
+    turned = room[9].T_map_camera @ make_pose(so3_exp([0.0, math.radians(14), 0.0]), np.zeros(3))
+    localization = localizer.process(replace(room.view(turned), stamp_ns=room[10].stamp_ns))
     assert "search window" in localization.coarse.filter.reset_reason
     assert localization.coarse.scene_coordinates.valid.float().mean() > 0.99
     assert np.linalg.norm(localization.estimate.T_map_camera[:3, 3] - turned[:3, 3]) < 0.03
@@ -179,3 +179,21 @@ def test_a_frame_of_another_size_is_refused(scene_map: SceneMap, room) -> None:
     frame = room[0]
     with pytest.raises(FrameError, match=str(frame.image.shape[1] // 2)):
         localize(scene_map, [replace(frame, image=np.ascontiguousarray(frame.image[:, ::2]))])
+
+
+def test_cells_measured_beside_the_frame_before_are_those_that_the_frame_needs(scene_map: SceneMap, room) -> None:
+    """Whether a quarter is enough is decided before both threads ask, so no cell is measured twice."""
+    frames = [room[i] for i in range(10)]
+    alone = localize(scene_map, frames)
+    localizer, shares = Localizer(scene_map, LocalizerConfig(device="cpu")), []
+    ahead = localizer.prepare(frames[0])
+    for k, frame in enumerate(frames):
+        coarse = localizer.coarse_half(frame, ahead=ahead)
+        if k + 1 < len(frames):  # beside steps 6 to 8 of this frame
+            ahead = localizer.prepare(frames[k + 1])
+            shares.append(float(ahead.measured.valid.float().mean()))
+        localization = localizer.refine_half(frame, coarse)
+        localizer.correct_belief(frame.stamp_ns, localization.estimate.refined_pose)
+        assert (localization.estimate.T_map_camera == alone[k].T_map_camera).all()
+        if k > 1:
+            assert shares[k - 1] == pytest.approx(float(coarse.measurement.valid.float().mean()))
