@@ -56,6 +56,27 @@ def move_covariance(covariance: Matrix, T_map_camera: Matrix, T_camera_body: Mat
     return np.asarray(A @ covariance @ A.T)
 
 
+def probability_within(covariance: Matrix, metres: float, radians: float) -> float:
+    """Return the smaller of the probabilities of a position and a rotation error below limits, for normal errors.
+
+    The sum of squares of three normal errors is taken as a gamma variable of the same mean and variance
+    (Satterthwaite), and that by the cube-root approximation of Wilson and Hilferty; right to about 0.04.
+
+    Args:
+        covariance: (6, 6) of a pose.
+        metres: limit of the position error's length.
+        radians: limit of the rotation error's angle.
+    """
+    probabilities = []
+    for block, limit in ((covariance[:3, :3], metres), (covariance[3:, 3:], radians)):
+        variances = np.maximum(np.linalg.eigvalsh(block), 1e-18)
+        mean, spread = float(variances.sum()), 2.0 * float((variances**2).sum())
+        ninth = spread / (9.0 * mean**2)
+        score = ((limit**2 / mean) ** (1 / 3) - (1.0 - ninth)) / math.sqrt(ninth)
+        probabilities.append(0.5 * math.erfc(-score / math.sqrt(2.0)))
+    return min(probabilities)
+
+
 def pose_tangent_error(estimate: Matrix, truth: Matrix) -> Matrix:
     """Return the error (dt, dr), (6,), of a pose in the tangent space of its covariance.
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from kfloc_ros.features.backbone import BackboneFeatures
 from kfloc_ros.geometry.camera import Camera
-from kfloc_ros.geometry.covariance import pose_tangent_error
+from kfloc_ros.geometry.covariance import pose_tangent_error, probability_within
 from kfloc_ros.geometry.lie import inverse_pose, rotation_angle_deg
 from kfloc_ros.localization.camera_check import (
     CHI2_6_95,
@@ -161,11 +161,8 @@ def confidence_of(evidence: Mapping[str, float], odds: float = 1.0) -> float:
             ``shift_chi2``).
         odds: factor on the odds, from the map's calibration.
     """
-    total = (
-        _BIAS
-        + math.log(odds)
-        + sum(weight * (evidence.get(k, _MEANS[k]) - _MEANS[k]) for k, weight in _WEIGHTS.items())
-    )
+    weighted = sum(weight * (evidence.get(k, _MEANS[k]) - _MEANS[k]) for k, weight in _WEIGHTS.items())
+    total = _BIAS + math.log(odds) + weighted
     return 1.0 / (1.0 + math.exp(-max(min(total, 30.0), -30.0)))
 
 
@@ -229,7 +226,9 @@ class PoseCheck:
                 checked, chi2 = self._check_camera(frame, features, estimate, inspection, turn_rad)
                 estimate = _check_blocks(checked, inspection.blocks, self._camera)
             evidence = self._evidence(estimate, inspection, chi2)
-            confidence = confidence_of(evidence, self._odds)
+            confidence, C = confidence_of(evidence, self._odds), estimate.covariance
+            if C is not None:  # no more than the covariance itself claims
+                confidence = min(confidence, probability_within(C, GOOD_M, math.radians(GOOD_DEG)))
             estimate = self._waiting(estimate, confidence)
         return replace(estimate, evidence=evidence, confidence=confidence, timings_ms=times.with_total())
 
@@ -261,7 +260,7 @@ class PoseCheck:
         T = estimate.T_map_camera
         assert T is not None
         if confidence < LEAST_CONFIDENCE and estimate.state is TrackingState.TRACKING:
-            reason = f"everything together, the pose is right with a probability of only {confidence:.2f}"
+            reason = f"the pose is within 10 cm and 5 deg with a probability of only {confidence:.2f}"
             estimate = replace(estimate, state=TrackingState.DEGRADED, reason=reason)
         missing = self._first_poses.missing(estimate.stamp_ns, T, confidence)
         if missing == 0:

@@ -63,6 +63,17 @@ def test_a_part_that_moved_is_said_and_lowers_the_confidence(room_map: Any, room
             assert np.trace(after.covariance) > np.trace(before.covariance)
 
 
+def test_a_pose_that_its_covariance_does_not_fix_is_not_tracking(room_map: Any, room: Any) -> None:
+    localizer = Localizer(SceneMap.load(room_map), LocalizerConfig(device="cpu"))
+    good = localizer.process(room[0])
+    assert good.estimate.state is TrackingState.TRACKING and good.estimate.covariance is not None
+    vague = replace(good.estimate, covariance=good.estimate.covariance + np.diag([0.15**2, 0, 0, 0, 0, 0]))
+    checked = localizer._refine.check(room[0], good.features, vague)
+    assert checked.state is TrackingState.DEGRADED and "probability of only 0." in checked.reason
+    assert checked.confidence is not None and checked.confidence < 0.5
+    assert checked.T_map_camera is not None  # it is still given
+
+
 def test_evidence_against_a_pose_lowers_its_confidence() -> None:
     usual = confidence_of({})
     worse = {"cost_ratio": 1.4, "missing_share": 0.6, "camera_score": 4.0, "sigma_score": 1.0}
