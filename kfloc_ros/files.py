@@ -14,16 +14,19 @@ import tarfile
 import tempfile
 import zipfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 import numpy as np
+import yaml
 from numpy.typing import NDArray
 
 from kfloc_ros.errors import DownloadError, SourceError
 
 MAX_FILE_BYTES = 1_000_000_000
 MAX_TEXT_BYTES = 200_000_000
+MAX_YAML_BYTES, MAX_YAML_DEPTH = 1_000_000, 40
 MAX_FRAMES = 200_000
 """Of one list: two hours at 30 Hz."""
 MAX_IMAGE_PIXELS = 64_000_000
@@ -186,6 +189,24 @@ def read_json(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> Any:
         return json.loads(read_text(path, max_bytes))
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def read_yaml(path: Path, edit: Callable[[str], str] = str) -> Any:
+    """Return the content of a plain YAML file, whose text ``edit`` changes before, such as another program's tags.
+
+    Raises:
+        OSError: see :func:`read_bytes`.
+        ValueError: it is no YAML, nested too deeply, or has anchors, with which little text becomes very much.
+    """
+    text, depth, loader = edit(read_text(path, MAX_YAML_BYTES)), 0, getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    try:
+        for event in yaml.parse(text, Loader=loader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_YAML_DEPTH or isinstance(event, yaml.AliasEvent):
+                raise ValueError("it is nested too deeply, or has anchors")
+        return yaml.load(text, Loader=loader)
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())[:200]) from error
 
 
 def hdf5_values(dataset: Any, path: Path, taken: int = 0) -> NDArray[Any]:

@@ -14,14 +14,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
+import lz4.frame
 import numpy as np
 import pytest
+import yaml
+from bag_messages import image, info, write_messages
 from limits import peak_bytes, reset_peak
+from rosbags.rosbag2 import CompressionMode, StoragePlugin, storage_mcap
+from rosbags.rosbag2.errors import ReaderError
 
+from kfloc_ros.bags.reader import MAX_METADATA_BYTES
 from kfloc_ros.datasets import open_source
 from kfloc_ros.datasets.images import image_fault, image_size, read_depth_m, read_image
 from kfloc_ros.errors import FrameError, KflocError, SourceError
-from kfloc_ros.files import MAX_IMAGE_PIXELS, inside, number, read_array, read_arrays, read_bytes, read_json
+from kfloc_ros.files import MAX_IMAGE_PIXELS, inside, number, read_array, read_arrays, read_bytes, read_json, read_yaml
 from kfloc_ros.pixloc.hloc.files import read_descriptors
 
 
@@ -250,3 +256,76 @@ def test_json_that_is_nested_too_deeply_is_a_value_error(tmp_path: Path) -> None
     (tmp_path / "a.json").write_text("[" * 100_000)
     with pytest.raises(ValueError, match="nested too deeply"):
         read_json(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("compression", ["zstd", "lz4"])
+def test_a_chunk_of_a_bag_is_unpacked_to_no_more_than_it_announces(compression: str) -> None:
+    compress = {"zstd": storage_mcap.zstd.compress, "lz4": lz4.frame.compress}[compression]
+    parts = [bytes([k]) * 5000 for k in range(3)]
+    assert storage_mcap.decompress(b"".join(map(compress, parts)), compression, 15_000, 0) == b"".join(parts)
+    data = compress(bytes(300_000_000))
+    before = reset_peak()
+    with pytest.raises(ReaderError, match="size mismatch"):
+        storage_mcap.decompress(data, compression, 1000, 0)
+    assert peak_bytes() - before < 50e6
+
+
+def test_a_chunk_of_a_bag_that_announces_much_more_than_it_holds_is_refused(tmp_path: Path) -> None:
+    def bag_of(width: int, height: int) -> Path:
+        empty = np.zeros((height, width), np.uint8)
+        told = (
+            ("/a/camera_info", 0, info(0, "lens", width, height)),
+            ("/a/image_raw", 0, image(0, "lens", empty, "mono8")),
+        )
+        return write_messages(tmp_path / f"{width}", told, StoragePlugin.MCAP, CompressionMode.STORAGE)
+
+    assert open_source(f"bag:{bag_of(64, 48)}")[0].image.shape == (48, 64, 3)
+    bag = bag_of(8000, 5000)
+    assert sum(path.stat().st_size for path in bag.iterdir()) < 200_000
+    with pytest.raises(SourceError, match="would unpack to 4000"):
+        open_source(f"bag:{bag}")
+
+
+def test_metadata_of_a_bag_that_takes_a_minute_to_read_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "metadata.yaml").write_text("a: {b: [1, 2, 3]}\n" * 200_000)
+    with pytest.raises(SourceError, match=f"more than the {MAX_METADATA_BYTES} allowed"):
+        open_source(f"bag:{tmp_path}")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000,
+        "- " * 100_000,
+        "a: &a [x, x]\nb: [*a, *a]\n",
+        "a: &a {x: 1}\nb:\n  <<: *a\n",
+        "a: 1\n" * 300_000,
+        "a: [",
+    ],
+    ids=["deep", "compact", "anchors", "merged", "long", "cut"],
+)
+def test_yaml_that_grows_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "sensor.yaml"
+    path.write_text(text)
+    with pytest.raises((OSError, ValueError)):
+        read_yaml(path)
+    path.write_text(yaml.safe_dump({"a": [{"b": 1.5}], "c": "d"}))
+    assert read_yaml(path) == {"a": [{"b": 1.5}], "c": "d"}
+
+
+def test_a_jpeg_of_a_thousand_scans_is_refused_and_a_progressive_one_read(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8)
+    whole = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_PROGRESSIVE, 1])[1].tobytes()
+    (tmp_path / "a.jpg").write_bytes(whole)
+    assert read_image(tmp_path / "a.jpg").shape == (48, 64, 3)
+    last = whole[whole.rfind(b"\xff\xda") : -2]
+    (tmp_path / "b.jpg").write_bytes(whole[:-2] + 1000 * last + b"\xff\xd9")
+    with pytest.raises(FrameError, match="not a readable image"):
+        read_image(tmp_path / "b.jpg")
+
+
+def test_another_format_under_the_name_of_a_jpeg_is_refused_unread(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(cv2.imencode(".tiff", np.zeros((30, 40, 3), np.uint16))[1].tobytes())
+    for read in (read_image, image_size):
+        with pytest.raises(FrameError, match="not a readable image"):
+            read(tmp_path / "a.jpg")

@@ -4,19 +4,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
+from lz4.frame import LZ4FrameDecompressor
 from rosbags.highlevel import AnyReader
+from rosbags.rosbag2 import storage_mcap
 from rosbags.typesys import Stores, get_typestore
 
 from kfloc_ros.bags.topics import IMAGE_TYPES, TF_TYPES, Link, Topic
 from kfloc_ros.errors import FrameError, KflocError, SourceError
-from kfloc_ros.files import open_plain
+from kfloc_ros.files import FREE_BYTES, MAX_RATIO, open_plain
 from kfloc_ros.messages.images import is_depth
 from kfloc_ros.messages.poses import Header, serialized_header
 
@@ -24,6 +26,8 @@ _DESCRIBED = ("sensor_msgs/", "geometry_msgs/", "nav_msgs/")
 """Packages of messages that begin with a header."""
 _MCAP = b"\x89MCAP0\r\n"
 """Begin and end of every whole MCAP file."""
+MAX_METADATA_BYTES = 500_000
+"""Of a bag's metadata.yaml; that of three hundred topics has half of it, and its reader takes seconds for it."""
 
 
 class Record(NamedTuple):
@@ -62,6 +66,10 @@ class BagReader:
             stored = any(path.glob("*.mcap")) or any(path.glob("*.db3"))
             way_out = f" If its recorder was killed, `ros2 bag reindex {path}` writes it." if stored else ""
             raise SourceError(f"'{path}' is not a rosbag2 folder: it has no metadata.yaml.{way_out}")
+        if path.is_dir() and (size := (path / "metadata.yaml").stat().st_size) > MAX_METADATA_BYTES:
+            raise SourceError(
+                f"'{path / 'metadata.yaml'}' has {size} bytes, more than the {MAX_METADATA_BYTES} allowed."
+            )
         for file in sorted([*path.glob("*.db3"), *path.glob("*.mcap")]) if path.is_dir() else [path]:
             with reading(path):
                 _check_whole(file)
@@ -223,6 +231,28 @@ def _has_end(file: Path) -> bool:
             return True
         stream.seek(-len(_MCAP), os.SEEK_END)
         return stream.tell() > 0 and stream.read() == _MCAP
+
+
+def _unpacker(make: Callable[[], Any]) -> Callable[[bytes, int], bytes]:
+    """Return a function that unpacks one chunk of MCAP of an announced size, and takes no more memory than that."""
+
+    def unpack(data: bytes, size: int) -> bytes:
+        if size > MAX_RATIO * len(data) + FREE_BYTES:
+            raise ValueError(f"a chunk would unpack to {size} bytes, from {len(data)}")
+        parts: list[bytes] = []
+        left = size + 1
+        while data and left > 0:  # a chunk may be of several frames
+            frame = make()
+            parts.append(frame.decompress(data, max_length=left))
+            left -= len(parts[-1])
+            data = (frame.unused_data or b"") if frame.eof else b""
+        return b"".join(parts)
+
+    return unpack
+
+
+storage_mcap.DECOMPRESSORS["lz4"] = _unpacker(LZ4FrameDecompressor)  # rosbags itself unpacks whatever a chunk holds
+storage_mcap.DECOMPRESSORS["zstd"] = _unpacker(storage_mcap.zstd.ZstdDecompressor)
 
 
 @contextmanager

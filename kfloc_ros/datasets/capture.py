@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from kfloc_ros.bags.truth import other_times
 from kfloc_ros.datasets.posed_images import DepthFiles, PosedImage, PosedImages, pose_of_row, usable_pose
 from kfloc_ros.errors import FrameError, SourceError
-from kfloc_ros.files import check_count, inside, number, read_text
+from kfloc_ros.files import check_count, inside, number, read_text, read_yaml
 from kfloc_ros.geometry.camera import Camera, known_coefficients
 from kfloc_ros.geometry.colmap import camera_from_parameters
 from kfloc_ros.messages.transforms import PoseTrack
@@ -200,7 +199,7 @@ def _stamp_ns(word: str, path: Path) -> int:
 def _sensor(path: Path) -> tuple[Camera, Matrix]:
     """Return camera and ``T_body_camera`` of a ``sensor.yaml``."""
     try:
-        found: Any = yaml.safe_load(read_text(path))
+        found: Any = read_yaml(path)
         width, height = (int(value) for value in found["resolution"])
         fx, fy, cx, cy = (float(value) for value in found["intrinsics"])
         model = str(found["distortion_model"])
@@ -211,16 +210,7 @@ def _sensor(path: Path) -> tuple[Camera, Matrix]:
         if T is None or not np.allclose(T[:3, :3] @ T[:3, :3].T, np.eye(3), atol=1e-3):
             raise ValueError("T_BS is no pose")
         return Camera(width, height, fx, fy, cx, cy, MODELS[model], known_coefficients(MODELS[model], values)), T
-    except (
-        OSError,
-        KeyError,
-        TypeError,
-        ArithmeticError,
-        ValueError,
-        yaml.YAMLError,
-        FrameError,
-        RecursionError,
-    ) as error:
+    except (OSError, KeyError, TypeError, ArithmeticError, ValueError, FrameError) as error:
         detail = " ".join(str(error).split())[:200]
         raise SourceError(f"'{path}' is no description of a EuRoC camera: {detail}") from error
 

@@ -151,6 +151,8 @@ def _encoded(path: Path) -> tuple[ImageHeader | None, bytes]:
         raise FrameError(f"'{path}' is cut off: its end is missing.")
     if header is None and path.suffix.lower() in HEIC_ENDINGS and not reads_heic():
         raise FrameError(f"'{path}' is a HEIC photo, which is read with `pip install pillow-heif`.")
+    if header is None and path.suffix.lower() in (".png", ".jpg", ".jpeg"):  # another format under a wrong name
+        raise FrameError(f"'{path}' is not a readable image.")
     return header, encoded
 
 

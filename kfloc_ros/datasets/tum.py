@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from kfloc_ros.bags.truth import other_times
 from kfloc_ros.datasets.posed_images import (
@@ -23,14 +22,13 @@ from kfloc_ros.datasets.posed_images import (
     usable_pose,
 )
 from kfloc_ros.errors import FrameError, SourceError
-from kfloc_ros.files import check_count, inside, number, read_text
+from kfloc_ros.files import check_count, inside, number, read_text, read_yaml
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.messages.transforms import PoseTrack, nearest_stamp
 from kfloc_ros.types import Matrix
 
 DEPTH_UNIT_M = 1 / 5000
 LORIS_DEPTH_UNIT_M = 1 / 1000
-MAX_YAML_BYTES = 1_000_000
 LORIS_CAMERA, LORIS_BASE = "d400_color_optical_frame", "base_link"
 DEPTH_TOLERANCE_NS = 20_000_000
 LINES_PER_FRAME = 10
@@ -103,13 +101,16 @@ def _images(
 def _loris_yaml(path: Path) -> Mapping[str, Any]:
     """Return YAML as OpenCV writes it: with a first line and tags of its own."""
     try:
-        text = read_text(path, MAX_YAML_BYTES).replace("!!opencv-matrix", "")
-        found = yaml.safe_load(re.sub(r"\A%YAML[^\n]*\n(---[^\n]*\n)?", "", text))
+        found = read_yaml(path, _without_tags)
         if not isinstance(found, dict):
             raise ValueError("it holds no names")
         return found
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+    except (OSError, ValueError) as error:
         raise SourceError(f"'{path}' is no YAML of OpenLORIS: {' '.join(str(error).split())[:200]}.") from error
+
+
+def _without_tags(text: str) -> str:
+    return re.sub(r"\A%YAML[^\n]*\n(---[^\n]*\n)?", "", text.replace("!!opencv-matrix", ""))
 
 
 def _loris_camera(path: Path) -> Camera:

@@ -140,6 +140,9 @@ def read_model(folder: Path) -> Any:
                 elif name == "cameras":
                     _check_text_cameras(path)
         model = pycolmap.Reconstruction(str(folder))
+        observed, known = (image.get_observation_points2D() for image in model.images.values()), set(model.points3D)
+        if not all(known.issuperset(point.point3D_id for point in points) for points in observed):
+            raise ValueError("an image sees a point that the model does not have")
     except OSError as error:
         raise SourceError(f"The COLMAP model '{folder}' cannot be read: {error}.") from error
     except (RuntimeError, ValueError, IndexError, MemoryError, struct.error) as error:
@@ -158,12 +161,11 @@ def read_model(folder: Path) -> Any:
 
 def _leave_out_unturned(folder: Path, model: Any, stored: dict[str, Stored]) -> None:
     """Take the pose from images whose quaternion has no length, which COLMAP reads as no rotation at all."""
-    names = {name for name, image in stored.items() if not any(abs(value) > 1e-6 for value in image.quaternion_wxyz)}
+    names = {name for name, (q, _) in stored.items() if not any(abs(value) > 1e-6 for value in q)}
     for image in [image for image in model.images.values() if str(image.name) in names and image.has_pose]:
         model.deregister_frame(image.frame_id)
     if names:
-        said = "%d of %d images of '%s' are left out: their quaternion is zero, such as that of '%s'."
-        LOG.warning(said, len(names), len(stored), folder, min(names))
+        LOG.warning("%d images of '%s' have a quaternion of zero, such as '%s'.", len(names), folder, min(names))
 
 
 def _check_text(folder: Path, model: Any) -> None:

@@ -10,11 +10,10 @@ from typing import Any
 
 import cv2
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 
 from kfloc_ros.errors import SourceError
-from kfloc_ros.files import MAX_IMAGE_PIXELS, read_bytes, read_text
+from kfloc_ros.files import MAX_IMAGE_PIXELS, read_bytes, read_yaml
 from kfloc_ros.geometry.lie import Matrix, inverse_pose, make_pose, so3_exp
 from kfloc_ros.mapping.picture import floor_axes, up_axis
 from kfloc_ros.mapping.registration import level, reference_points
@@ -76,14 +75,14 @@ def read_grid(path: Path) -> OccupancyGrid:
         SourceError: a file is missing, too large or damaged, or a value is invalid.
     """
     try:
-        given = yaml.safe_load(read_text(path, 1_000_000))
+        given = read_yaml(path)
         if not isinstance(given, dict):
             raise ValueError("it is no mapping of names to values")
         resolution_m = float(given["resolution"])
         x, y, turn = (float(value) for value in given["origin"])
         occupied_above, free_below = (float(given[f"{name}_thresh"]) for name in ("occupied", "free"))
         negate, image = bool(int(given.get("negate", 0))), str(given["image"])
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, RecursionError) as error:
+    except (OSError, KeyError, TypeError, ValueError) as error:
         what = f"it has no '{error.args[0]}'" if isinstance(error, KeyError) else str(error)
         raise SourceError(f"'{path}' is no occupancy grid of map_server: {what}.") from error
     numbers = [resolution_m, x, y, turn, occupied_above, free_below]

@@ -25,6 +25,8 @@ Rgb = NDArray[np.uint8]
 MAX_SIDE_PX = 32_766
 """OpenCV undistorts no larger images."""
 _JPEG_START, _JPEG_SCAN, _JPEG_END = b"\xff\xd8", b"\xff\xda", b"\xff\xd9"
+MAX_SCANS = 24
+"""Of one JPEG; progressive ones have about ten, each of which takes as long as a whole image."""
 _PNG_START = b"\x89PNG\r\n\x1a\n"
 
 
@@ -180,6 +182,8 @@ def decode_file(encoded: bytes, flags: int) -> NDArray[Any] | None:
         encoded: content of the file.
         flags: OpenCV's, such as ``cv2.IMREAD_COLOR``; with ``cv2.IMREAD_UNCHANGED`` 16-bit values stay.
     """
+    if encoded.startswith(_JPEG_START) and encoded.count(_JPEG_SCAN) > MAX_SCANS:
+        return None
     if flags != cv2.IMREAD_UNCHANGED:
         flags |= cv2.IMREAD_IGNORE_ORIENTATION | cv2.IMREAD_ANYDEPTH
     try:

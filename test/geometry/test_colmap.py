@@ -121,6 +121,14 @@ def test_counts_that_a_file_cannot_hold_are_refused_before_memory_is_taken(
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000 and time.monotonic() - start < 5
 
 
+def test_an_image_that_sees_a_point_that_is_missing_is_refused(model: pycolmap.Reconstruction, tmp_path: Path) -> None:
+    folder = write(model, tmp_path / "m", text=True)
+    lines = (folder / "points3D.txt").read_text().splitlines(keepends=True)
+    (folder / "points3D.txt").write_text("".join(lines[:-1]))
+    with pytest.raises(SourceError, match="sees a point that the model does not have"):
+        read_model(folder)
+
+
 @pytest.mark.parametrize("name", ["cameras", "images", "points3D"])
 def test_a_file_that_is_cut_off_is_a_sentence(model: pycolmap.Reconstruction, tmp_path: Path, name: str) -> None:
     folder = write(model, tmp_path / "m")

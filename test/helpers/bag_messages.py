@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rosbags.rosbag2 import StoragePlugin, Writer
+from rosbags.rosbag2 import CompressionFormat, CompressionMode, StoragePlugin, Writer
 from rosbags.typesys import Stores, get_typestore
 
 from kfloc_ros.geometry.lie import make_pose, matrix_to_quaternion, so3_exp
@@ -87,10 +87,15 @@ def image(k: float, frame: str, values: np.ndarray, encoding: str) -> Any:
 
 
 def write_messages(
-    path: Path, messages: Iterable[tuple[str, float, Any]], storage: StoragePlugin = StoragePlugin.SQLITE3
+    path: Path,
+    messages: Iterable[tuple[str, float, Any]],
+    storage: StoragePlugin = StoragePlugin.SQLITE3,
+    packed: CompressionMode = CompressionMode.NONE,
 ) -> Path:
     """A bag of messages: topic, time in tenths of a second, message."""
-    with Writer(path, version=9, storage_plugin=storage) as writer:
+    unopened = Writer(path, version=9, storage_plugin=storage)
+    unopened.set_compression(packed, CompressionFormat.ZSTD)
+    with unopened as writer:
         connections: dict[str, Any] = {}
         for name, k, message in messages:
             if name not in connections:
