@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
-from lz4.frame import LZ4FrameDecompressor
+from lz4.frame import LZ4FrameDecompressor  # type: ignore[import-untyped]  # rosbags needs it
 from rosbags.highlevel import AnyReader
 from rosbags.rosbag2 import storage_mcap
 from rosbags.typesys import Stores, get_typestore
