@@ -35,8 +35,8 @@ MAX_TENSOR_LIST_BYTES = 1_000_000
 MAX_RATIO, FREE_BYTES = 50, 20_000_000
 """An archive may unpack to so many times its size, and so much besides; weights and features hardly shrink."""
 CHUNK_BYTES = 1 << 18
-SPARE_BYTES = 1_000_000_000
-"""Space left free on the disk."""
+SPARE_BYTES = 1_000_000_000  # left free on a disk
+SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _NOT_A_NUMBER = re.compile(r"[-+]?(1\.#(IND|QNAN|SNAN|INF)\d*|nan\(\w+\))", re.IGNORECASE)
 
 
@@ -198,13 +198,13 @@ def read_yaml(path: Path, edit: Callable[[str], str] = str) -> Any:
         OSError: see :func:`read_bytes`.
         ValueError: it is no YAML, nested too deeply, or has anchors, with which little text becomes very much.
     """
-    text, depth, loader = edit(read_text(path, MAX_YAML_BYTES)), 0, getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    text, depth = edit(read_text(path, MAX_YAML_BYTES)), 0
     try:
-        for event in yaml.parse(text, Loader=loader):
+        for event in yaml.parse(text, Loader=SafeLoader):
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > MAX_YAML_DEPTH or isinstance(event, yaml.AliasEvent):
                 raise ValueError("it is nested too deeply, or has anchors")
-        return yaml.load(text, Loader=loader)
+        return yaml.load(text, Loader=SafeLoader)
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())[:200]) from error
 

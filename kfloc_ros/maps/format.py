@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 from kfloc_ros.errors import MapError
 from kfloc_ros.features.backbone import SIZE_MULTIPLE
-from kfloc_ros.files import read_text
+from kfloc_ros.files import SafeLoader, read_text
 from kfloc_ros.geometry.camera import Camera
 
 FORMAT = "kfloc_map"
@@ -48,8 +48,6 @@ MAX_CAMERA_PIXELS = 2_100_000
 most
 640 pixels a side.
 """
-SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-"""Same as ``SafeLoader``, but ten times as fast, if PyYAML was built with it."""
 
 DAMAGE = (
     ArithmeticError,
