@@ -52,7 +52,7 @@ class ImageFolder(PosedImages):
             raise SourceError(f"'{root}' {what}. {_heic_sentence(root)}".rstrip())
         if sentence := _heic_sentence(root):
             LOG.warning("%s They are left out.", sentence)
-        self._is_guess = not (root / CALIBRATION_FILE).is_file()
+        self._is_guess = not os.path.lexists(root / CALIBRATION_FILE)  # a broken link or a pipe there is refused
         if self._is_guess:
             cameras = _guessed_cameras(files)
         else:
@@ -110,7 +110,7 @@ class VideoFile(FrameSource):
             LOG.warning("'%s' says it has %d frames, and only %d can be read; these are used.", path, told, count)
         first = self._read(0)
         calibration = path.with_name(CALIBRATION_FILE)
-        self._is_guess = not calibration.is_file()
+        self._is_guess = not os.path.lexists(calibration)
         height, width = first.shape[:2]
         self._camera = guessed_camera(width, height) if self._is_guess else read_calibration(calibration)
         if (height, width) != (self._camera.height, self._camera.width):

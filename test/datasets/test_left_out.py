@@ -263,6 +263,19 @@ def test_names_without_a_number_are_refused_and_short_numbers_are_in_order(tmp_p
         open_source(spec)
 
 
+@pytest.mark.parametrize("kind", ["pipe", "device", "broken link"])
+def test_a_calibration_that_is_no_file_is_refused_and_not_guessed(tmp_path: Path, kind: str) -> None:
+    spec, _, _ = pictures(tmp_path / "room")
+    path = tmp_path / "room" / "camera.txt"
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero" if kind == "device" else "nothing")
+    with pytest.raises(SourceError, match=r"camera\.txt"):
+        open_source(spec)
+
+
 @pytest.mark.parametrize("name", ["²", "1" * 5000, "٣"])
 def test_what_python_counts_as_digits_in_names_is_no_number(name: str) -> None:
     assert natural_key(name) == [(1, 0, name)]
