@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -26,6 +27,8 @@ from kfloc_ros.types import Frame, Matrix
 
 CALIBRATION_FILE = "camera.txt"
 MAX_POSITION_M = 1e8
+QUATERNION_LENGTHS = 1e-6, 1e6
+"""Of quaternions that a rotation can be told from."""
 SAME_SHAPE = 0.03
 """Logarithm of the largest ratio of the shapes of a depth image and its image: ScanNet's are 640x480 and 1296x968."""
 RESIZED, RESIZED_AGREE = 1.2, 0.1
@@ -237,17 +240,18 @@ def usable_pose(T: Matrix) -> Matrix | None:
 
 
 def pose_of_row(translation: Sequence[float], quaternion_xyzw: Sequence[float]) -> Matrix | None:
-    """Return the pose (4, 4) of a translation and a quaternion in a list; None where a number is not finite, or the
-    quaternion is zero, as programs write it where they have no pose.
+    """Return the pose (4, 4) of a translation and a quaternion in a list; None where a number is not finite or absurd,
+    or the quaternion is zero, as programs write it where they have no pose.
 
     Raises:
         ValueError: numbers are missing.
     """
     if len(translation) != 3 or len(quaternion_xyzw) != 4:
         raise ValueError("a pose has a translation of three numbers and a quaternion of four")
-    if not np.isfinite([*translation, *quaternion_xyzw]).all() or np.linalg.norm(quaternion_xyzw) < 1e-6:
+    low, high = QUATERNION_LENGTHS
+    if not low <= math.hypot(*quaternion_xyzw) <= high or not all(abs(value) < MAX_POSITION_M for value in translation):
         return None
-    return usable_pose(make_pose(quaternion_to_matrix(quaternion_xyzw), translation))
+    return make_pose(quaternion_to_matrix(quaternion_xyzw), translation)
 
 
 def frame_number(path: Path) -> int:

@@ -17,7 +17,7 @@ import pytest
 
 from kfloc_ros.datasets import open_source
 from kfloc_ros.datasets.images import read_image
-from kfloc_ros.datasets.posed_images import natural_key
+from kfloc_ros.datasets.posed_images import natural_key, pose_of_row
 from kfloc_ros.errors import FrameError, SourceError
 from kfloc_ros.frames import FrameSource
 
@@ -261,6 +261,24 @@ def test_names_without_a_number_are_refused_and_short_numbers_are_in_order(tmp_p
     image(victim.with_name(victim.name.replace(f"{BAD:06d}", "abcdef")))
     with pytest.raises(SourceError, match="abcdef"):
         open_source(spec)
+
+
+@pytest.mark.parametrize(
+    ("translation", "quaternion", "posed"),
+    [
+        ((1, 2, 3), (0, 0, 0, 2), True),
+        ((1, 2, 3), (0, 0, 0, 1e300), False),
+        ((1, 2, 3), (0, 0, 0, 1e-9), False),
+        ((1, 2, 1e9), (0, 0, 0, 1), False),
+        ((1, float("nan"), 3), (0, 0, 0, 1), False),
+        ((1, 2, 3), (0, float("inf"), 0, 1), False),
+        ((1, 2, 3), (0, float("nan"), 0, 1), False),
+    ],
+)
+def test_a_row_of_a_list_is_a_pose_or_none(translation: list[float], quaternion: list[float], posed: bool) -> None:
+    T = pose_of_row(translation, quaternion)
+    assert (T is not None) == posed
+    assert T is None or (np.array_equal(T[:3, :3], np.eye(3)) and T[:3, 3].tolist() == list(translation))
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device", "broken link"])
