@@ -62,13 +62,16 @@ def run(args: argparse.Namespace) -> int:
 
 def report(check: SourceCheck) -> str:
     """Return findings, notes and figures as text."""
+    from kfloc_ros.mapping.source_pages import MEANINGS
+
     lines = [f"{finding.severity}: {finding.text}" for finding in check.findings]
     if check.words:
         lines.append(f"To mend: add '{check.words}' to the source (quote it for the shell).")
     lines += [f"note: {note}" for note in check.notes]
     if not lines:
         lines.append(f"No mistake was found in '{check.name}'.")
-    return "\n".join([*lines, "", *(f"{name:<22}{value:g}" for name, value in check.figures.items())])
+    figures = [f"{name:<22}{value:<10g}{MEANINGS.get(name, '')}".rstrip() for name, value in check.figures.items()]
+    return "\n".join([*lines, "", *figures])
 
 
 def add_no_check(parser: argparse.ArgumentParser) -> None:

@@ -20,16 +20,39 @@ SHOWN_PAIRS = 4
 SHOWN_POINTS = 12
 PAIR_WIDTH_PX = 420
 AS_GIVEN, MENDED = (230, 80, 60), (40, 190, 90)
+MEANINGS = {
+    "frames": "frames of the source",
+    "pairs": "pairs of images that were compared",
+    "dark": "share of dark images",
+    "bright": "share of bright images",
+    "blurred": "share of blurred images",
+    "repeated": "share of images equal to the one before",
+    "rate_hz": "images a second",
+    "features": "features an image, median",
+    "depth_known": "share of pixels with depth, median",
+    "seen_twice": "share of the path that is passed again later",
+    "gaps": "pauses in the stamps",
+    "longest_gap_s": "longest pause, seconds",
+    "missing": "share of frames missing in pauses",
+    "epipolar_px": "distance of matches from their epipolar lines, pixels, median",
+    "epipolar_px_mended": "the same with the options that the findings name",
+    "depth_by_poses": "depth over what images and poses say; 1 is right",
+    "median_depth_m": "median depth, metres",
+    "depth_disagreement": "relative difference of depth between images, median",
+}
+"""Meaning of each figure of a check."""
 
 
 def write_page(check: SourceCheck, path: Path) -> None:
     """Write the page; it needs nothing beside it."""
-    rows = [(f.severity, f.text, f.words) for f in check.findings] or [("", "No mistake was found.", "")]
+    nothing = "No mistake was found in what could be checked." if check.notes else "No mistake was found."
+    rows = [(f.severity, f.text, f.words) for f in check.findings] or [("", nothing, "")]
     parts = [f"<h1>Check of {escape(check.name)}</h1>", table(rows, ("", "finding", "option"))]
     if check.words:
         parts.append(f"<p>With all of them: <code>SOURCE{escape(check.words)}</code></p>")
     parts += [f"<p>{escape(note)}</p>" for note in check.notes]
-    parts += ["<h2>Figures</h2>", table([(name, f"{value:g}") for name, value in check.figures.items()])]
+    figures = [(name, f"{value:g}", MEANINGS.get(name, "")) for name, value in check.figures.items()]
+    parts += ["<h2>Figures</h2>", table(figures)]
     if check.observed is not None:
         parts.append("<h2>Pairs</h2><p>Points of the left image and their epipolar lines in the right one, by the "
                      "source as it is given (red), and as the findings say (green, if there are any). A line passes "

@@ -24,7 +24,7 @@ from kfloc_ros.mapping.check_geometry import Model, Observations, fitted_camera
 from kfloc_ros.mapping.check_hypotheses import LOOSE_PX
 from kfloc_ros.mapping.check_pairs import PairFinder, Poses, View
 from kfloc_ros.mapping.source_check import SourceCheck, check_source
-from kfloc_ros.mapping.source_pages import write_page
+from kfloc_ros.mapping.source_pages import MEANINGS, write_page
 from kfloc_ros.types import Frame, Matrix
 from studies.mistakes import MISTAKES, MOUNTING, Mistake, Wrong, resized_camera, scaled
 
@@ -82,6 +82,7 @@ def test_a_good_source_has_no_findings(good: SourceCheck) -> None:
     assert good.findings == () and good.notes == () and good.words == ""
     assert good.figures["epipolar_px"] < 0.3 and abs(good.figures["depth_by_poses"] - 1) < 0.02
     assert abs(good.figures["rate_hz"] - 10) < 0.01
+    assert set(good.figures) <= set(MEANINGS), "every figure is explained"
 
 
 @pytest.mark.thorough
