@@ -39,6 +39,8 @@ halves of
 the recording that overlap well.
 """
 MAX_SCALE_ERROR = 0.05
+FLOOR_BAND_M, FLOOR_NOISE_M, FLOOR_STEPS = 0.04, 0.003, 15
+"""Largest distance of points that the floor is fitted to, their least noise, and steps of the robust fit."""
 Points = NDArray[np.float64]
 
 
@@ -183,7 +185,7 @@ def level(scene_map: SceneMap) -> Matrix:
 
 
 def _floor(points: Points, up: Points, lowest: float) -> tuple[Points, float]:
-    """Return normal (3,) and offset of the floor by RANSAC, refined by least squares."""
+    """Return normal (3,) and offset of the floor by RANSAC, refined by robust least squares."""
     rng = np.random.default_rng(0)
     best: tuple[int, Points, float] = (0, up, lowest)
     for _ in range(400):
@@ -201,12 +203,18 @@ def _floor(points: Points, up: Points, lowest: float) -> tuple[Points, float]:
         if count > best[0]:
             best = count, normal, float(a @ normal)
     count, normal, offset = best
-    near = points[np.abs(points @ normal - offset) < 0.04]
+    near = points[np.abs(points @ normal - offset) < FLOOR_BAND_M]
     if count < 20 or len(near) < 20:
         return up, lowest
-    center = near.mean(axis=0)
-    fitted = np.linalg.svd(near - center)[2][2]
-    fitted = fitted * (np.sign(fitted @ up) or 1.0)
+    fitted, height = normal, offset
+    for _ in range(FLOOR_STEPS):  # a robust fit: the feet of walls and furniture are near the floor, on one side of it
+        squared = (near @ fitted - height) ** 2
+        scale = max(2.0 * float(np.median(squared)), FLOOR_NOISE_M**2)
+        weights = 1.0 / (1.0 + squared / scale) ** 2
+        center = weights @ near / weights.sum()
+        fitted = np.linalg.svd((near - center) * np.sqrt(weights)[:, None], full_matrices=False)[2][2]
+        fitted = fitted * (np.sign(fitted @ up) or 1.0)
+        height = float(center @ fitted)
     if fitted @ up < math.cos(math.radians(20.0)):
         return normal, offset
-    return fitted, float(center @ fitted)
+    return fitted, height
