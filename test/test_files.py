@@ -270,19 +270,30 @@ def test_a_chunk_of_a_bag_is_unpacked_to_no_more_than_it_announces(compression: 
     assert peak_bytes() - before < 50e6
 
 
-def test_a_chunk_of_a_bag_that_announces_much_more_than_it_holds_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("storage", "packed", "said"),
+    [
+        (StoragePlugin.MCAP, CompressionMode.STORAGE, "would unpack to 4000"),
+        (StoragePlugin.SQLITE3, CompressionMode.MESSAGE, "unpacks to more than"),
+        (StoragePlugin.SQLITE3, CompressionMode.FILE, "unpacks to more than"),
+        (StoragePlugin.MCAP, CompressionMode.FILE, "unpacks to more than"),
+    ],
+)
+def test_a_bag_that_unpacks_to_much_more_than_it_holds_is_refused(
+    tmp_path: Path, storage: StoragePlugin, packed: CompressionMode, said: str
+) -> None:
     def bag_of(width: int, height: int) -> Path:
         empty = np.zeros((height, width), np.uint8)
         told = (
             ("/a/camera_info", 0, info(0, "lens", width, height)),
             ("/a/image_raw", 0, image(0, "lens", empty, "mono8")),
         )
-        return write_messages(tmp_path / f"{width}", told, StoragePlugin.MCAP, CompressionMode.STORAGE)
+        return write_messages(tmp_path / f"{width}", told, storage, packed)
 
     assert open_source(f"bag:{bag_of(64, 48)}")[0].image.shape == (48, 64, 3)
     bag = bag_of(8000, 5000)
     assert sum(path.stat().st_size for path in bag.iterdir()) < 200_000
-    with pytest.raises(SourceError, match="would unpack to 4000"):
+    with pytest.raises(SourceError, match=said):
         open_source(f"bag:{bag}")
 
 

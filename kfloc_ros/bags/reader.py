@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
+from types import SimpleNamespace, TracebackType
 from typing import Any, NamedTuple, Self
 
 from lz4.frame import LZ4FrameDecompressor  # type: ignore[import-untyped]  # rosbags needs it
 from rosbags.highlevel import AnyReader
+from rosbags.rosbag2 import reader as rosbag2_reader
 from rosbags.rosbag2 import storage_mcap
 from rosbags.typesys import Stores, get_typestore
 
@@ -22,6 +23,7 @@ from kfloc_ros.files import FREE_BYTES, MAX_RATIO, open_plain
 from kfloc_ros.messages.images import is_depth
 from kfloc_ros.messages.poses import Header, serialized_header
 
+zstd = storage_mcap.zstd
 _DESCRIBED = ("sensor_msgs/", "geometry_msgs/", "nav_msgs/")
 """Packages of messages that begin with a header."""
 _MCAP = b"\x89MCAP0\r\n"
@@ -233,26 +235,66 @@ def _has_end(file: Path) -> bool:
         return stream.tell() > 0 and stream.read() == _MCAP
 
 
+def _limit(packed: int) -> int:
+    """Return the number of bytes that so many packed ones may unpack to."""
+    return MAX_RATIO * packed + FREE_BYTES
+
+
+def _unpacked(make: Callable[[], Any], data: bytes, limit: int) -> bytes:
+    """Return unpacked data, at most ``limit`` and one bytes of them; ``make`` returns a decompressor of one frame."""
+    parts: list[bytes] = []
+    left = limit + 1
+    while data and left > 0:  # there may be several frames
+        frame = make()
+        parts.append(frame.decompress(data, max_length=left))
+        left -= len(parts[-1])
+        data = (frame.unused_data or b"") if frame.eof else b""
+    return b"".join(parts)
+
+
 def _unpacker(make: Callable[[], Any]) -> Callable[[bytes, int], bytes]:
     """Return a function that unpacks one chunk of MCAP of an announced size, and takes no more memory than that."""
 
     def unpack(data: bytes, size: int) -> bytes:
-        if size > MAX_RATIO * len(data) + FREE_BYTES:
+        if size > _limit(len(data)):
             raise ValueError(f"a chunk would unpack to {size} bytes, from {len(data)}")
-        parts: list[bytes] = []
-        left = size + 1
-        while data and left > 0:  # a chunk may be of several frames
-            frame = make()
-            parts.append(frame.decompress(data, max_length=left))
-            left -= len(parts[-1])
-            data = (frame.unused_data or b"") if frame.eof else b""
-        return b"".join(parts)
+        return _unpacked(make, data, size)
 
     return unpack
 
 
-storage_mcap.DECOMPRESSORS["lz4"] = _unpacker(LZ4FrameDecompressor)  # rosbags itself unpacks whatever a chunk holds
-storage_mcap.DECOMPRESSORS["zstd"] = _unpacker(storage_mcap.zstd.ZstdDecompressor)
+def _unpacked_message(data: bytes) -> bytes:
+    message = _unpacked(zstd.ZstdDecompressor, data, _limit(len(data)))
+    if len(message) > _limit(len(data)):
+        raise ValueError(f"a message of {len(data)} bytes unpacks to more than {_limit(len(data))}")
+    return message
+
+
+class _UnpackedFile:
+    """Packed file of a bag, read up to what its size allows."""
+
+    def __init__(self, packed: Any, mode: str) -> None:
+        self._file, self._size = zstd.open(packed, mode), os.fstat(packed.fileno()).st_size
+        self._left = _limit(self._size)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def read(self, size: int) -> bytes:
+        data: bytes = self._file.read(size)
+        self._left -= len(data)
+        if self._left < 0:
+            raise ValueError(f"a file of {self._size} bytes unpacks to more than {_limit(self._size)}")
+        return data
+
+
+# rosbags itself unpacks whatever a chunk, a message or a file holds
+storage_mcap.DECOMPRESSORS["lz4"] = _unpacker(LZ4FrameDecompressor)
+storage_mcap.DECOMPRESSORS["zstd"] = _unpacker(zstd.ZstdDecompressor)
+rosbag2_reader.zstd = SimpleNamespace(open=_UnpackedFile, decompress=_unpacked_message)  # type: ignore[assignment]
 
 
 @contextmanager

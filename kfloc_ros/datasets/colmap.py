@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,11 @@ class ColmapModel(PosedImages):
         model = read_model(folder)
         images_folder = _images_folder(root, folder)
         images = sorted((i for i in model.images.values() if i.has_pose), key=lambda image: natural_key(image.name))
+        if images and not any(os.path.isfile(os.path.join(images_folder, image.name)) for image in images):
+            raise SourceError(
+                f"None of the {len(images)} images of the model '{folder}' is in '{images_folder}'; the first would be "
+                f"'{images[0].name}'."
+            )
         cameras = {key: camera_of(camera) for key, camera in model.cameras.items()}
         stamps = stamps_with_gaps([Path(image.name).parent for image in images])
         super().__init__(

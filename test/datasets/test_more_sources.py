@@ -85,6 +85,14 @@ def test_a_selection_keeps_its_points(tmp_path: Path) -> None:
     assert seen is not None and len(seen) == len(POINTS)
 
 
+def test_a_colmap_model_without_its_images_is_refused_before_it_is_read_in_whole(tmp_path: Path) -> None:
+    room = colmap_text(tmp_path / "room")
+    (room / "images").rename(room / "elsewhere")
+    (room / "images").mkdir()
+    with pytest.raises(SourceError, match=r"None of the 4 images of the model .* is in '.*images'; the first would be"):
+        open_source(f"colmap:{room}")
+
+
 def test_images_of_a_second_colmap_camera_are_brought_to_the_first(tmp_path: Path) -> None:
     source = open_source(f"colmap:{colmap_text(tmp_path / 'room', second_camera=True)}")
     assert source.camera.is_pinhole
