@@ -294,7 +294,7 @@ class _UnpackedFile:
 # rosbags itself unpacks whatever a chunk, a message or a file holds
 storage_mcap.DECOMPRESSORS["lz4"] = _unpacker(LZ4FrameDecompressor)
 storage_mcap.DECOMPRESSORS["zstd"] = _unpacker(zstd.ZstdDecompressor)
-rosbag2_reader.zstd = SimpleNamespace(open=_UnpackedFile, decompress=_unpacked_message)  # type: ignore[assignment]
+rosbag2_reader.zstd = SimpleNamespace(open=_UnpackedFile, decompress=_unpacked_message)
 
 
 @contextmanager
