@@ -150,7 +150,8 @@ def image_message(encoding: str, width: int, height: int, padding: int, big_endi
     size = channels * (2 if encoding.endswith("16") or encoding.startswith(("yuv", "uyvy", "yuyv")) else 1)
     message = Image(encoding=encoding, width=width, height=height, step=width * size + padding)
     message.is_bigendian = int(big_endian)
-    content = np.random.default_rng(seed).integers(0, 256, height * message.step, dtype=np.uint8)
+    rows = height * 3 // 2 if encoding in ("nv12", "nv21") else height  # these have their chroma below the image
+    content = np.random.default_rng(seed).integers(0, 256, rows * message.step, dtype=np.uint8)
     message.data.frombytes(content.tobytes())
     return message
 
