@@ -260,7 +260,7 @@ class PoseCheck:
         T = estimate.T_map_camera
         assert T is not None
         if confidence < LEAST_CONFIDENCE and estimate.state is TrackingState.TRACKING:
-            reason = f"the pose is within 10 cm and 5 deg with a probability of only {confidence:.2f}"
+            reason = f"errors below {100 * GOOD_M:g} cm, {GOOD_DEG:g} deg have a probability of only {confidence:.2f}"
             estimate = replace(estimate, state=TrackingState.DEGRADED, reason=reason)
         missing = self._first_poses.missing(estimate.stamp_ns, T, confidence)
         if missing == 0:

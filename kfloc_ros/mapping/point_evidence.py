@@ -38,7 +38,8 @@ class EvidenceSettings:
     """Smallest distance of these views, see ``view_distances``: an apparent corner stays in place without parallax."""
     scale_px: float = 4.0
     """Error of a match at which it counts a quarter."""
-    prior_found, prior_agreeing = 1.5, 1.0
+    prior_found: float = 1.5
+    prior_agreeing: float = 1.0
     """Matches, and agreeing ones among them, that every point is taken to have had."""
 
 
