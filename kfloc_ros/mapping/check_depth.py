@@ -27,6 +27,10 @@ MIN_PEAK = 6.0
 MIN_EDGE_VIEWS = 10
 MIN_LEVEL, MIN_GAIN = 1.2, 1.5
 """Mean height of the views' correlations at a delay, in standard deviations, and by that without delay."""
+DEPTH_FACTORS = (5.0, 0.2, 1000.0, 0.001, 10.0, 0.1)
+"""Factors between the units that depth images are usually in: metres, millimetres, fifths of a millimetre."""
+NEAREST_M, FURTHEST_M, ROOM_M = 0.18, 40.0, 1.5
+"""Median depths beyond which the unit is in doubt, and the usual one of a room."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +83,17 @@ def depth_unit(observed: Observations, model: Model) -> DepthUnit | None:
     spread = 1.4826 * float(np.median(np.abs(np.array(factors) - middle)))
     depths = np.concatenate([d for pair in observed.pairs for d in pair.depths_m])
     return DepthUnit(float(np.exp(middle)), spread, len(factors), float(np.nanmedian(depths)))
+
+
+def depth_size_doubt(usual_m: float) -> str:
+    """Return a sentence if images are too near or too far for a depth camera; for sources whose unit no pose tells."""
+    if not np.isfinite(usual_m) or NEAREST_M < usual_m < FURTHEST_M:
+        return ""
+    likely = min(DEPTH_FACTORS, key=lambda value: abs(np.log(value * usual_m / ROOM_M)))
+    return (
+        f"The depth is {usual_m:.3g} m in the median, which few depth cameras measure; its unit is probably another. "
+        f"With depth_scale={likely:g} it is {likely * usual_m:.3g} m."
+    )
 
 
 def _log_factors(T: Array, x: Array, y: Array, depth: Array) -> Array:

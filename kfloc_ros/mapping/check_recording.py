@@ -26,6 +26,8 @@ GAP_STEPS = 5.0
 LONGEST_GAP_S = 5.0
 """Longer pauses lie between recordings, and count as this much."""
 MISSING = 0.3
+FASTEST_HZ = 1000.0
+"""No camera whose images make a map is faster: such stamps are no times in seconds."""
 MAX_STAMPS = 20_000
 PATH_FRAMES = 200
 SEEN_AGAIN_SHARE = 0.1
@@ -46,6 +48,8 @@ class ImageFacts:
     """Median number of features of an image."""
     depth_known: float
     """Median share of pixels with depth; NaN without depth."""
+    usual_depth_m: float
+    """Median depth of an image in the median; NaN without depth."""
     seen_twice: float
     """Share of the path that the camera passes again later; NaN without poses."""
     gaps: float
@@ -71,7 +75,13 @@ class ImageFacts:
         ):
             if share > MANY:
                 found.append((kind, f"Of the images looked at, {100 * share:.0f} % are {what}.", share))
-        if self.missing > MISSING:
+        if self.rate_hz > FASTEST_HZ:
+            text = (
+                f"By the stamps, the camera took {self.rate_hz:.0f} images a second. They are no times of "
+                "the images in seconds: neither the order nor the motion of the images can be told from them."
+            )
+            found.append(("stamps", text, self.rate_hz))
+        elif self.missing > MISSING:
             several = "s" if self.gaps > 1 else ""
             text = (
                 f"The recording has {self.gaps:.0f} gap{several}, the longest of {self.longest_gap_s:.1f} s: about "
@@ -87,7 +97,8 @@ def image_facts(source: FrameSource, views: Sequence[View], pairs: Sequence[Pair
     steps = [(p.second.frame.stamp_ns - p.first.frame.stamp_ns) / (p.second.position - p.first.position) for p in pairs]
     period_ns = float(np.median(steps)) if steps else 0.0
     gaps, longest_s, missing = _gaps(source)
-    depths = [float((v.frame.depth_m > 0).mean()) for v in views if v.frame.depth_m is not None]
+    depths = [v.frame.depth_m for v in views if v.frame.depth_m is not None]
+    usual_m = [float(np.median(depth[depth > 0])) for depth in depths if (depth > 0).any()]
     return ImageFacts(
         dark=float(np.mean([grey < DARK for grey in greys])) if greys else 0.0,
         bright=float(np.mean([grey > BRIGHT for grey in greys])) if greys else 0.0,
@@ -95,7 +106,8 @@ def image_facts(source: FrameSource, views: Sequence[View], pairs: Sequence[Pair
         repeated=_repeated(source, views),
         rate_hz=1e9 / period_ns if period_ns > 0 else float("nan"),
         features=float(np.median([len(view.pixels) for view in views])) if views else 0.0,
-        depth_known=float(np.median(depths)) if depths else float("nan"),
+        depth_known=float(np.median([(depth > 0).mean() for depth in depths])) if depths else float("nan"),
+        usual_depth_m=float(np.median(usual_m)) if usual_m else float("nan"),
         seen_twice=_seen_twice(source),
         gaps=gaps,
         longest_gap_s=longest_s,

@@ -13,7 +13,14 @@ from kfloc_ros.datasets.source_options import MOUNTS
 from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import matrix_to_quaternion, rotation_angle_deg
-from kfloc_ros.mapping.check_depth import DepthPlace, DepthUnit, depth_place, depth_unit
+from kfloc_ros.mapping.check_depth import (
+    DEPTH_FACTORS,
+    DepthPlace,
+    DepthUnit,
+    depth_place,
+    depth_size_doubt,
+    depth_unit,
+)
 from kfloc_ros.mapping.check_depth_views import DepthClock, DepthShift, depth_by_matches, depth_clock, depth_shift
 from kfloc_ros.mapping.check_geometry import Model, Observations, fitted_camera
 from kfloc_ros.mapping.check_hypotheses import (
@@ -40,7 +47,6 @@ PLAUSIBLE_DEPTH_M = (0.12, 40.0)
 NEAR = 0.12
 """Of the logarithm, within which a factor is taken for one that is usual."""
 POSE_UNITS = {0.001: "millimetres", 0.01: "centimetres", 0.0254: "inches", 0.3048: "feet"}
-DEPTH_FACTORS = (5.0, 0.2, 1000.0, 0.001, 10.0, 0.1)
 DEPTH_PLACE_KINDS = ("depth_shift", "depth_clock")
 MIN_DELAY_FRAMES = 2
 MIN_SHIFT = 0.02
@@ -120,6 +126,8 @@ def check_source(source: FrameSource, *, pairs: int = 16) -> SourceCheck:
             f"Poses, calibration and depth were not compared with the images: only {min(len(posed), len(found))} pairs "
             f"of neighbouring images {what}, and {MIN_PAIRS} are needed."
         )
+        if doubt := depth_size_doubt(facts.usual_depth_m):
+            findings.append(Finding("depth_size", WARNING, doubt, value=facts.usual_depth_m))
         return SourceCheck(source.name, tuple(findings), figures, tuple(notes), tuple(found))
     observed = Observations(posed, poses, source.camera)
     model, causes = find_causes(observed)

@@ -30,6 +30,7 @@ MEANINGS = {
     "rate_hz": "images a second",
     "features": "features an image, median",
     "depth_known": "share of pixels with depth, median",
+    "usual_depth_m": "median depth of the images, metres",
     "seen_twice": "share of the path that is passed again later",
     "gaps": "pauses in the stamps",
     "longest_gap_s": "longest pause, seconds",

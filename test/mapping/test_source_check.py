@@ -191,6 +191,32 @@ def test_without_poses_nothing_is_claimed_of_them(walk: FrameSource) -> None:
     assert check.findings == () and "have poses" in check.notes[0]
 
 
+def test_a_depth_unit_that_no_pose_tells_is_doubted(walk: FrameSource) -> None:
+    class NoPoses(Wrong):
+        def pose(self, position: int) -> Matrix | None:
+            return None
+
+    def with_depth(factor: float) -> FrameSource:
+        return NoPoses(walk, frame=lambda f: replace(f, depth_m=None if f.depth_m is None else f.depth_m * factor))
+
+    for factor, mended in ((1000, 0.001), (0.05, 10)):
+        (finding,) = check_source(with_depth(factor), pairs=PAIRS).findings
+        assert finding.kind == "depth_size" and f"depth_scale={mended:g} " in finding.text
+    assert not check_source(with_depth(0.3), pairs=PAIRS).findings
+
+
+def test_stamps_that_are_no_seconds_are_told(walk: FrameSource) -> None:
+    class Fast(Wrong):
+        def stamp_ns(self, position: int) -> int:
+            return super().stamp_ns(position) // 1000
+
+        def __getitem__(self, position: int) -> Frame:
+            return replace(super().__getitem__(position), stamp_ns=self.stamp_ns(position))
+
+    finding = next(f for f in check_source(Fast(walk), pairs=PAIRS).findings if f.kind == "stamps")
+    assert "10000 images a second" in finding.text
+
+
 def test_a_recording_in_which_few_frames_have_poses_is_checked(walk: FrameSource) -> None:
     """As of a model in which a part of the images was registered: no pose of another time is known."""
     used = {view.position for pair in PairFinder(walk, PAIRS).pairs() for view in (pair.first, pair.second)}
