@@ -81,8 +81,8 @@ def add_no_check(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def check_first(source: FrameSource, *, skip: bool) -> None:
-    """Check a source before it is worked on; warnings go to stderr.
+def check_first(source: FrameSource, *, skip: bool, use_poses: bool = True) -> None:
+    """Check a source before it is worked on; warnings go to stderr. Poses that are not used are not checked.
 
     Raises:
         SourceError: the images contradict the source beyond doubt.
@@ -91,7 +91,7 @@ def check_first(source: FrameSource, *, skip: bool) -> None:
 
     if skip:
         return
-    check = check_source(source)
+    check = check_source(source, use_poses=use_poses)
     for finding in check.findings:
         if finding.severity != "error":
             print(f"Warning: {finding.text}", file=sys.stderr)

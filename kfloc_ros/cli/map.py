@@ -152,6 +152,7 @@ def run_build(args: argparse.Namespace) -> int:
     if args.sfm is not None:
         if frames.camera_is_guess:
             notes["intrinsics"] = "found from the images"
+        check_first(frames, skip=args.no_check, use_poses=False)
         frames = reconstruct(frames, args.sfm, method=method, on_progress=StageBars())
         notes |= {"poses": "from the images", "model": str(args.sfm), "scale": frames.scale.origin}
     else:

@@ -28,9 +28,10 @@ MIN_EDGE_VIEWS = 10
 MIN_LEVEL, MIN_GAIN = 1.2, 1.5
 """Mean height of the views' correlations at a delay, in standard deviations, and by that without delay."""
 DEPTH_FACTORS = (5.0, 0.2, 1000.0, 0.001, 10.0, 0.1)
-"""Factors between the units that depth images are usually in: metres, millimetres, fifths of a millimetre."""
-NEAREST_M, FURTHEST_M, ROOM_M = 0.18, 40.0, 1.5
-"""Median depths beyond which the unit is in doubt, and the usual one of a room."""
+"""Factors between the units that depth images are usually in, the likelier ones first: metres, millimetres, fifths of a
+millimetre, tenths."""
+DEPTH_CAMERA_M, INDOORS_M = (0.18, 40.0), (0.3, 15.0)
+"""Median depths beyond which the unit is in doubt, and those that images of a room have."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,12 +88,13 @@ def depth_unit(observed: Observations, model: Model) -> DepthUnit | None:
 
 def depth_size_doubt(usual_m: float) -> str:
     """Return a sentence if images are too near or too far for a depth camera; for sources whose unit no pose tells."""
-    if not np.isfinite(usual_m) or NEAREST_M < usual_m < FURTHEST_M:
+    if not np.isfinite(usual_m) or DEPTH_CAMERA_M[0] < usual_m < DEPTH_CAMERA_M[1]:
         return ""
-    likely = min(DEPTH_FACTORS, key=lambda value: abs(np.log(value * usual_m / ROOM_M)))
+    likely = next((value for value in DEPTH_FACTORS if INDOORS_M[0] < value * usual_m < INDOORS_M[1]), None)
+    mended = "" if likely is None else f" With depth_scale={likely:g} it is {likely * usual_m:.3g} m."
     return (
-        f"The depth is {usual_m:.3g} m in the median, which few depth cameras measure; its unit is probably another. "
-        f"With depth_scale={likely:g} it is {likely * usual_m:.3g} m."
+        f"The depth is {usual_m:.3g} m in the median, which few depth cameras measure; its unit is probably another."
+        + mended
     )
 
 

@@ -105,12 +105,13 @@ class SourceCheck:
         }
 
 
-def check_source(source: FrameSource, *, pairs: int = 16) -> SourceCheck:
+def check_source(source: FrameSource, *, pairs: int = 16, use_poses: bool = True) -> SourceCheck:
     """Check a source; some fifty of its frames are read, in some seconds.
 
     Args:
         source: with or without poses and depth.
         pairs: pairs of images to compare at most.
+        use_poses: compare images with poses; without, what images, stamps and depth tell by themselves is checked.
     """
     finder = PairFinder(source, pairs)
     found = list(finder.pairs())
@@ -119,7 +120,7 @@ def check_source(source: FrameSource, *, pairs: int = 16) -> SourceCheck:
     findings = _image_findings(facts)
     notes: list[str] = []
     poses = Poses(source)
-    posed = [p for p in found if poses.at(p.first.position) is not None and poses.at(p.second.position) is not None]
+    posed = [p for p in found if use_poses and all(poses.at(v.position) is not None for v in (p.first, p.second))]
     if len(posed) < MIN_PAIRS:
         what = "have enough points in common" if len(found) < MIN_PAIRS else "have poses"
         notes.append(
