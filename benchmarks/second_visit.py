@@ -8,6 +8,10 @@ has the localizer on all frames, and everyone on the peers' frames. "wrong" is t
 its standard deviations, which are added to the covariance for NEES. --other-maps adds a row for the localizer with each
 of them, such as the map after an update.
 
+One frame that is taken otherwise changes all that follow, so a single run decides little. --runs N localizes N times:
+once with the map as it is, then with 2 % of noise on the confidences of its points. The table has means, and "+-" the
+standard deviation over the runs; the JSON file has both, and every run.
+
     python benchmarks/second_visit.py scannet:DATA/d435_office/test --mapped scannet:DATA/d435_office/map --map MAP \\
         --truth-sigma 0.02 1.0
 """
@@ -19,11 +23,12 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from sift_pnp import SiftPnp
 from tqdm import tqdm
@@ -45,6 +50,8 @@ from kfloc_ros.maps.scene_map import SceneMap
 
 RECALLS = ((0.02, 2.0), (0.05, 5.0), (0.10, 10.0), (0.25, 10.0))
 WRONG_M, WRONG_DEG = 0.10, 10.0
+CONFIDENCE_NOISE = 0.02
+"""Relative standard deviation of the noise on the confidences of a map's points, from the second run on."""
 
 
 class Matcher(Protocol):
@@ -82,6 +89,10 @@ class Row:
     searched: float
     median_nees: float
     median_ms: float
+    spread: Mapping[str, float] = field(default_factory=dict)
+    """Standard deviation over the runs, by the figure; empty for a single run."""
+    runs: Sequence[Row] = ()
+    """Every run; empty for a single one."""
 
 
 def main() -> int:
@@ -96,20 +107,26 @@ def main() -> int:
     parser.add_argument("--every", type=int, default=4, help="frames between two of the peers' (default: 4)")
     parser.add_argument("--views", type=int, default=5, help="views that peers retrieve (default: 5)")
     parser.add_argument("--keypoints", type=int, default=2048, help="of each image, by peers (default: 2048)")
+    parser.add_argument("--runs", type=int, default=1, metavar="N", help="runs of the localizer (default: 1)")
     parser.add_argument("--truth-sigma", type=float, nargs=2, default=(0.0, 0.0), metavar=("M", "DEG"))
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows as JSON")
     args = parser.parse_args()
     if args.peers and args.mapped is None:
         parser.error("the peers need --mapped; without peers, give --peers alone")
+    if args.runs < 1:
+        parser.error("--runs needs at least one run")
     try:
         source, scene_map = open_source_from(args, depth=False), SceneMap.load(resolve_map(args.map))
-        own = localizer_answers(source, scene_map, *args.truth_sigma)
-        rows = [row("kfloc, all frames", list(own.values()))]
-        chosen = list(own)[:: args.every]
-        rows.append(row("kfloc, frames of the peers", [own[p] for p in chosen]))
+        own = [localizer_answers(source, noisy(scene_map, run), *args.truth_sigma) for run in range(args.runs)]
+        rows = [mean_row([row("kfloc, all frames", list(answers.values())) for answers in own])]
+        chosen = list(own[0])[:: args.every]
+        peers_frames = [[answers[p] for p in chosen] for answers in own]
+        rows.append(mean_row([row("kfloc, frames of the peers", answers) for answers in peers_frames]))
         for name in args.other_maps:
-            other = localizer_answers(source, SceneMap.load(resolve_map(name)), *args.truth_sigma)
-            rows.append(row(f"kfloc, {Path(name).name}", list(other.values())))
+            other = SceneMap.load(resolve_map(name))
+            runs = [localizer_answers(source, noisy(other, run), *args.truth_sigma) for run in range(args.runs)]
+            title = f"kfloc, {Path(name).name}"
+            rows.append(mean_row([row(title, list(answers.values())) for answers in runs]))
         for name in args.peers:
             mapped = open_source(args.mapped, poses=args.poses, split=args.mapped_split)
             rows.append(row(*peer_answers(name, source, scene_map, mapped, chosen, args)))
@@ -122,6 +139,19 @@ def main() -> int:
     if args.json is not None:
         args.json.write_text(json.dumps([asdict(r) for r in rows], indent=1))
     return 0
+
+
+def noisy(scene_map: SceneMap, run: int) -> SceneMap:
+    """Return the map for a run: as it is for run 0, else with noise on the confidences of its points."""
+    if run == 0:
+        return scene_map
+    generator = torch.Generator().manual_seed(run)
+
+    def with_noise(confidence: torch.Tensor) -> torch.Tensor:
+        return confidence * (1 + CONFIDENCE_NOISE * torch.randn(len(confidence), generator=generator))
+
+    views = tuple(replace(view, confidence=with_noise(view.confidence)) for view in scene_map.references.views)
+    return replace(scene_map, references=replace(scene_map.references, views=views))
 
 
 def localizer_answers(
@@ -210,12 +240,34 @@ def row(method: str, answers: Sequence[Answer]) -> Row:
     )
 
 
+def mean_row(runs: Sequence[Row]) -> Row:
+    """Return the mean of several runs of one method over the same frames, with their spread."""
+    if len(runs) == 1:
+        return runs[0]
+    first = runs[0]
+    names = [f.name for f in fields(Row) if isinstance(getattr(first, f.name), float)]
+    values = {name: np.array([getattr(r, name) for r in runs]) for name in names}
+    recalls = {key: np.array([r.recalls[key] for r in runs]) for key in first.recalls}
+    return replace(
+        first,
+        **{name: float(v.mean()) for name, v in values.items()},
+        recalls={key: float(v.mean()) for key, v in recalls.items()},
+        spread={key: float(v.std(ddof=1)) for key, v in {**values, **recalls}.items()},
+        runs=tuple(runs),
+    )
+
+
 def cells(r: Row) -> list[str]:
-    """Return the row as text."""
-    shares = [f"{100 * v:.1f} %" for v in (r.pose_given, *r.recalls.values())]
-    median = f"{100 * r.median_m:.2f} cm, {r.median_deg:.2f} deg"
-    rest = [f"{100 * r.wrong:.1f} %", f"{100 * r.searched:.1f} %", f"{r.median_nees:.1f}", f"{r.median_ms:.0f}"]
-    return [r.method, str(r.frames), *shares, median, *rest]
+    """Return the row as text; shares and medians of several runs with their standard deviation."""
+
+    def text(key: str, value: float, unit: str, scale: float, digits: int) -> str:
+        spread = f" +- {scale * r.spread[key]:.{digits}f}" if key in r.spread else ""
+        return f"{scale * value:.{digits}f}{spread} {unit}"
+
+    shares = [text(key, value, "%", 100, 1) for key, value in {"pose_given": r.pose_given, **r.recalls}.items()]
+    median = f"{text('median_m', r.median_m, 'cm', 100, 2)}, {text('median_deg', r.median_deg, 'deg', 1, 2)}"
+    rest = [text(key, getattr(r, key), "%", 100, 1) for key in ("wrong", "searched")]
+    return [r.method, str(r.frames), *shares, median, *rest, f"{r.median_nees:.1f}", f"{r.median_ms:.0f}"]
 
 
 def _away(T: Matrix | None, truth: Matrix) -> tuple[float, float]:
