@@ -44,8 +44,8 @@ class Streaming:
     """Time from the first frame to the first TRACKING one; NaN without one."""
     false_ok: float
     """Share of the processed frames with truth that are TRACKING and more than 10 cm off; NaN without such frames."""
-    confidently_wrong: int
-    """TRACKING frames whose two-sigma radius is below 5 cm and whose error is more than 15 cm."""
+    confidently_wrong: int | None
+    """TRACKING frames whose two-sigma radius is below 5 cm and whose error is more than 15 cm; None without truth."""
     outages: int
     """Runs of processed frames that are not TRACKING, after the first pose."""
     recovery_s: Mapping[str, float]
@@ -59,6 +59,7 @@ def streaming(records: Sequence[FrameRecord]) -> Streaming:
     ok = [is_ok(record) for record in records]
     times_s = elapsed_s(records)
     known = [r for r in records if r.processed and r.truth is not None]
+    sure_and_wrong = sum(is_ok(r) and _two_sigma_m(r) < 0.05 and _error_m(r) > 0.15 for r in known)
     first_s = next((time_s for time_s, good in zip(times_s, ok, strict=True) if good), math.nan)
     began_s: float | None = None
     recoveries: list[float] = []
@@ -76,7 +77,7 @@ def streaming(records: Sequence[FrameRecord]) -> Streaming:
         availability=sum(ok) / len(ok) if ok else math.nan,
         time_to_first_pose_s=first_s,
         false_ok=sum(is_ok(r) and _error_m(r) > FALSE_OK_M for r in known) / len(known) if known else math.nan,
-        confidently_wrong=sum(is_ok(r) and _two_sigma_m(r) < 0.05 and _error_m(r) > 0.15 for r in known),
+        confidently_wrong=sure_and_wrong if known else None,
         outages=len(recoveries) + (began_s is not None),
         recovery_s=percentiles(recoveries),
         lost_at_end=began_s is not None,
@@ -160,8 +161,8 @@ class Summary:
     reliability: Reliability | None
     streaming: Streaming
     states: Mapping[str, int]
-    tracking_but_wrong: int
-    """TRACKING frames whose error is not below 25 cm and 5 deg."""
+    tracking_but_wrong: int | None
+    """TRACKING frames whose error is not below 25 cm and 5 deg; None without truth."""
     latency_ms: Mapping[str, float]
     stage_ms: Mapping[str, float]
     throughput_hz: float
@@ -222,7 +223,7 @@ def summarize(records: Sequence[FrameRecord], run: RunInfo) -> Summary:
         reliability=reliability(with_truth),
         streaming=streaming(records),
         states=dict(Counter(record.state for record in processed)),
-        tracking_but_wrong=wrong,
+        tracking_but_wrong=wrong if with_truth else None,
         latency_ms=percentiles(latencies),
         stage_ms=stage_medians(processed),
         throughput_hz=run.processed / run.duration_s if run.duration_s > 0 else math.nan,

@@ -120,6 +120,11 @@ def test_tracking_but_wrong_counts_confident_errors_only() -> None:
     assert summarize([wrong, admitted], make_run()).tracking_but_wrong == 1
 
 
+def test_wrong_frames_are_unknown_without_truth() -> None:
+    summary = summarize([FrameRecord(0, 0, None, pose(0), state="TRACKING")], make_run()).to_dict()
+    assert summary["tracking_but_wrong"] is None and summary["streaming"]["confidently_wrong"] is None
+
+
 def test_tum_round_trip_keeps_nanoseconds_and_poses(tmp_path: Path) -> None:
     records = make_records()
     path = tmp_path / "trajectory.tum"
