@@ -113,8 +113,8 @@ class Carrier:
             return None
         return replace(self._widened(found, stamp_ns), carried=True, reason=alignment.reason)
 
-    def learn(self, features: BackboneFeatures, estimate: PoseEstimate, count: int) -> None:
-        """Learn points of an image with an accepted alignment, and measure the depths of the others in it.
+    def keep_session_view(self, features: BackboneFeatures, estimate: PoseEstimate, count: int) -> None:
+        """Keep points of an image with an accepted alignment, and measure the depths of the others in it.
 
         A tentative first pose teaches nothing: those that have to agree with it must be independent of it.
 

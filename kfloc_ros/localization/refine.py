@@ -207,13 +207,13 @@ class RefineStage:
             estimate = replace(estimate, state=state, reason=repeated, T_map_camera=None, covariance=None)
         return self._remember(estimate, times)
 
-    def learn(self, features: BackboneFeatures, estimate: PoseEstimate) -> PoseEstimate:
-        """Learn points of an image with an accepted pose; later images are aligned with them, too."""
+    def keep_session_view(self, features: BackboneFeatures, estimate: PoseEstimate) -> PoseEstimate:
+        """Keep an image with an accepted pose as a view of this session, for later images to be aligned with."""
         if not self._config.refine:
             return estimate
         times = StageTimes(estimate.timings_ms)
-        with times.stage("learn"):
-            self._carrier.learn(features.to(self._device), estimate, self._config.num_references)
+        with times.stage("session"):
+            self._carrier.keep_session_view(features.to(self._device), estimate, self._config.num_references)
         return replace(estimate, timings_ms=times.with_total())
 
     def corrected(self, frame: Frame) -> Frame:
