@@ -13,18 +13,19 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kfloc_ros.geometry.camera import Camera, ImageAdapter
+from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.covariance import pose_tangent_error
 from kfloc_ros.geometry.lie import Matrix, inverse_pose
-from kfloc_ros.pixloc.camera_fit import CameraFit, CameraScore, combine
+from kfloc_ros.localization.results import widened
+from kfloc_ros.pixloc.camera_fit import CameraFit, CameraScore, OtherCalibration, combine
 from kfloc_ros.pixloc.cost import OFFSETS
 from kfloc_ros.pixloc.refiner import FittedCamera
-from kfloc_ros.types import Frame, PoseEstimate
+from kfloc_ros.types import PoseEstimate
 
 CHI2_6_95, CHI2_6_99, CHI2_6_999 = 12.592, 16.812, 22.458
 """Quantiles of the chi-square distribution with 6 degrees of freedom."""
@@ -33,6 +34,8 @@ SAME_CAMERA, SAME_WITHIN = 0.1, 1e-4
 intrinsics relative to the image's size of what counts as one calibration."""
 SHEARED = np.array([0.0, 1.0, 0.0, 0.0, 0.0, 1.0])
 """Offsets that look like the shear of a rolling shutter: ratio fy/fx in a pitch, skew in a yaw."""
+CERTAIN = 0.99
+"""Probability from which images are said to be of the map's camera, not of the one that is given."""
 MIN_SCATTER = 0.1
 """Smallest observed scatter of fits, relative to their information, that is believed."""
 
@@ -60,7 +63,7 @@ class CameraCheckSettings:
     """Factor on the variance of combined fits in the covariance of poses, since neighbouring frames see the same
     points."""
     shift_share: float = 0.3
-    """Share of the distance between the aligned pose and that of the fitted camera, added in all directions."""
+    """Share of the distance between the aligned and the fitted camera's pose that is added in all directions."""
     sigmas: float = 3.0
     """Largest offset, in standard deviations of fit and tolerance together."""
     tolerance: tuple[float, ...] = (0.005, 0.005, 0.0035, 0.0035, 0.012, 0.005)
@@ -114,6 +117,7 @@ class CameraCheck:
         self._combined: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None
         """Combined offsets (6,) and their covariance (6, 6) by the observed scatter."""
         self._known = self._tolerance
+        self._other: OtherCalibration | None = None
         self.verdict: CameraVerdict | None = None
 
     def begin(self, source: Camera | None, turn_rad: float) -> bool:
@@ -122,11 +126,13 @@ class CameraCheck:
         A rolling shutter's shear is allowed for, given the angle by which the camera turns while it reads the image.
         """
         self._shear_rad, last, self._source = turn_rad, self._source, source
-        if last is None or source is None or not last.is_other(source):
-            return False
-        self.reset()
-        self._made = self._frames = 0
-        return True
+        is_changed = last is not None and source is not None and last.is_other(source)
+        if is_changed:
+            self.reset()
+            self._made = self._frames = 0
+        if source is not None and (last is None or is_changed):
+            self._other = OtherCalibration.of(source, self._camera)
+        return is_changed
 
     def count_frame(self) -> bool:
         """Count a frame; return True if it is to be fitted."""
@@ -172,7 +178,14 @@ class CameraCheck:
         ratio = np.abs(fit.offsets) / np.sqrt(np.diag(covariance + self._tolerance))
         return CameraVerdict(fit.offsets, covariance, int(np.argmax(ratio)))
 
-    def moments(self, score: CameraScore | None, given: Camera | None = None) -> NDArray[np.float64]:
+    def mapped_verdict(self, fit: CameraFit) -> CameraVerdict | None:
+        """Return the verdict that one image is of the map's camera, not of the given one; None if it is not certain."""
+        covariance = _covariance_of(fit.information)
+        return None if covariance is None else self._mapped(fit.offsets, self._fit_scale * covariance)
+
+    def moments(
+        self, score: CameraScore | None, given: Camera | None = None, fit: CameraFit | None = None
+    ) -> NDArray[np.float64]:
         """Return the second moments (6, 6) of the camera's offsets about the camera that is used.
 
         A Gaussian prior, the usual accuracy of calibrations, is combined with the fits so far, or with this image's
@@ -186,6 +199,7 @@ class CameraCheck:
         Args:
             score: score of this image.
             given: camera of the image before conversion to the map's; None: the map's own.
+            fit: fit to this image, if there is one.
         """
         tolerance = self._tolerance * (SAME_CAMERA**2 if self._is_same(given) else 1.0)
         combined = self._combined
@@ -202,10 +216,28 @@ class CameraCheck:
             share = max(0.0, 1.0 - CHI2_6_99 / max(float(offsets @ np.linalg.solve(covariance, offsets)), 1e-9))
         known = covariance if combined is None else self._known
         careful = tolerance - tolerance @ np.linalg.solve(tolerance + known, tolerance)
-        focal = np.zeros_like(left)
-        focal[0, 0] = left[0, 0]
+        focal = np.diag([left[0, 0], 0.0, 0.0, 0.0, 0.0, 0.0])
         second = share * (np.outer(mean, mean) + careful) + (1.0 - share) * focal
+        if self._other is not None:
+            mapped, alone = self._other.offsets, None if fit is None else _covariance_of(fit.information)
+            if self.verdict is not None:
+                offsets, covariance = self.verdict.offsets, self.verdict.covariance
+            elif fit is not None and alone is not None:
+                offsets, covariance = fit.offsets, self._fit_scale * alone
+            second = second + self._probability_mapped(offsets, covariance) * np.outer(mapped, mapped)
         return np.asarray(0.5 * (second + second.T))
+
+    def _probability_mapped(self, offsets: NDArray[np.float64], covariance: NDArray[np.float64]) -> float:
+        """Return the probability that the images are of the map's camera; 0 if they come with its calibration."""
+        tolerances = self._tolerance, SAME_CAMERA**2 * self._tolerance
+        return 0.0 if self._other is None else self._other.probability(offsets, covariance, *tolerances)
+
+    def _mapped(self, offsets: NDArray[np.float64], covariance: NDArray[np.float64]) -> CameraVerdict | None:
+        """Return the verdict that the images are of the map's camera; None if that is not certain."""
+        if self._other is None or self._probability_mapped(offsets, covariance) < CERTAIN:
+            return None
+        ratio = np.abs(self._other.offsets) / np.sqrt(np.diag(self._tolerance))
+        return CameraVerdict(self._other.offsets, covariance, int(np.argmax(ratio)))
 
     def _is_same(self, given: Camera | None) -> bool:
         """Return true if a camera has the focal length and the principal point of the map's."""
@@ -230,7 +262,7 @@ class CameraCheck:
     def reset(self) -> None:
         """Drop all fits, such as after a correction of the camera."""
         self._fits.clear()
-        self.verdict = self._combined = None
+        self.verdict = self._combined = self._other = None
 
     def _judged(self) -> CameraVerdict | None:
         s = self._settings
@@ -250,40 +282,11 @@ class CameraCheck:
         self._known = covariance * max(1.0, scatter) * s.correlation_factor
         offsets, covariance = together
         total = covariance + self._tolerance
+        if (mapped := self._mapped(offsets, covariance)) is not None:
+            return mapped
         ratio = np.abs(offsets) / np.sqrt(np.diag(total))
         is_wrong = ratio.max() > s.sigmas or float(offsets @ np.linalg.solve(total, offsets)) > CHI2_6_999
         return CameraVerdict(offsets, covariance, int(np.argmax(ratio)) if is_wrong else None)
-
-
-@dataclass(frozen=True, eq=False)
-class Correction:
-    """Fitted camera, and the conversion of its images to the map's camera."""
-
-    offsets: NDArray[np.float64]
-    adapter: ImageAdapter
-
-    @classmethod
-    def of(cls, camera: Camera, offsets: NDArray[np.float64], before: Correction | None) -> Correction:
-        """Return the correction for a camera with offsets (6,), in addition to one already applied to the images."""
-        if before is not None:
-            scale = math.exp(before.offsets[0])
-            offsets = before.offsets + offsets * (1.0, 1.0, scale, scale, 1.0, 1.0)
-        scale = math.exp(offsets[0])
-        fitted = Camera(
-            camera.width,
-            camera.height,
-            camera.fx * scale,
-            camera.fy * scale * math.exp(offsets[1]),
-            camera.cx + offsets[2],
-            camera.cy + offsets[3],
-            "plumb_bob",
-            (offsets[4], 0.0, 0.0, 0.0, 0.0),
-        )
-        return cls(offsets, ImageAdapter(fitted, camera))
-
-    def apply(self, frame: Frame) -> Frame:
-        """Return a frame with its image converted to the map's camera."""
-        return replace(frame, image=self.adapter(frame.image))
 
 
 def sentence(verdict: CameraVerdict, given: Camera | None, camera: Camera) -> str:
@@ -317,22 +320,6 @@ def sentence_on_one_image(verdict: CameraVerdict, given: Camera | None, camera: 
     """Return a sentence on an image that fits the map with another camera only; arguments as :func:`sentence`."""
     fits = sentence(verdict, given, camera).replace("the images fit", "this image fits", 1)
     return f"{fits}: it may show a print of the room, or parts that moved, or the calibration is wrong"
-
-
-def widened(estimate: PoseEstimate, moved: NDArray[np.float64], covariance: Matrix, share: float = 0.3) -> PoseEstimate:
-    """Return an estimate whose covariance also covers another pose.
-
-    Args:
-        estimate: estimate with a covariance; one without is returned as it is.
-        moved: (6,) tangent error between the poses.
-        covariance: (6, 6) covariance of the other pose.
-        share: share of the distance that is added in all directions.
-    """
-    if estimate.covariance is None:
-        return estimate
-    around = share**2 * np.repeat([moved[:3] @ moved[:3], moved[3:] @ moved[3:]], 3)
-    wider = estimate.covariance + np.outer(moved, moved) + np.diag(around) + covariance
-    return replace(estimate, covariance=0.5 * (wider + wider.T))
 
 
 def _covariance_of(information: NDArray[np.float64]) -> NDArray[np.float64] | None:

@@ -1,18 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Results of localizing one frame, and the time spent on it."""
+"""Results of localizing one frame, the time spent on it, and how far an estimate is to be believed."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from kfloc_ros.features.backbone import BackboneFeatures
 from kfloc_ros.kfnet.fusion import Filtered
-from kfloc_ros.types import CoarsePose, FilterReport, Frame, PoseEstimate, SceneCoordinates
+from kfloc_ros.types import CoarsePose, FilterReport, Frame, Matrix, PoseEstimate, SceneCoordinates
 
 
 class StageTimes:
@@ -110,3 +113,49 @@ class Localization:
     def belief(self) -> SceneCoordinates | None:
         """Filtered scene coordinates of the frame, or None."""
         return None if self.coarse is None else self.coarse.scene_coordinates
+
+
+def widened(estimate: PoseEstimate, moved: NDArray[np.float64], covariance: Matrix, share: float = 0.3) -> PoseEstimate:
+    """Return an estimate whose covariance also covers another pose.
+
+    Args:
+        estimate: estimate with a covariance; one without is returned as it is.
+        moved: (6,) tangent error between the poses.
+        covariance: (6, 6) covariance of the other pose.
+        share: share of the distance that is added in all directions.
+    """
+    if estimate.covariance is None:
+        return estimate
+    around = share**2 * np.repeat([moved[:3] @ moved[:3], moved[3:] @ moved[3:]], 3)
+    wider = estimate.covariance + np.outer(moved, moved) + np.diag(around) + covariance
+    return replace(estimate, covariance=0.5 * (wider + wider.T))
+
+
+_EVIDENCE = {
+    "cost_ratio": (0.81, -0.6),
+    "missing_share": (0.13, -0.5),
+    "camera_score": (2.47, -0.72),
+    "sigma_score": (-1.0, -1.59),
+    "shift_score": (1.22, -0.4),
+}
+"""Mean and weight of each value that the confidence depends on."""
+_BIAS = 3.44
+EVIDENCE = tuple(_EVIDENCE)
+"""Names of the values that the confidence depends on; see :func:`confidence_of`."""
+
+
+def confidence_of(evidence: Mapping[str, float], odds: float = 1.0) -> float:
+    """Return the probability that a pose is right: errors below 10 cm and 5 deg.
+
+    The model is a logistic regression on treated frames of four maps; see ``docs/results/trust.md``.
+
+    Args:
+        evidence: values by name; one that is not known counts as the mean. ``cost_ratio``: cost relative to the map's
+            limit. ``missing_share``: blocks that do not match. ``camera_score``: log(1 + chi-square) of the camera's
+            offsets. ``sigma_score``: log of the standard deviation relative to 10 cm or 5 deg. ``shift_score``: log(1 +
+            ``shift_chi2``).
+        odds: factor on the odds, from the map's calibration.
+    """
+    weighted = sum(weight * (evidence.get(k, mean) - mean) for k, (mean, weight) in _EVIDENCE.items())
+    total = _BIAS + math.log(odds) + weighted
+    return 1.0 / (1.0 + math.exp(-max(min(total, 30.0), -30.0)))

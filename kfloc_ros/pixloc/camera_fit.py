@@ -9,17 +9,20 @@ combined.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kfloc_ros.geometry.camera import Camera
+from kfloc_ros.geometry.camera import Camera, ImageAdapter
 from kfloc_ros.geometry.lie import Matrix, make_pose, so3_exp
 from kfloc_ros.pixloc.cost import OFFSETS, POSE, FeatureImage, RobustLoss, linearize
+from kfloc_ros.pixloc.point_matching import PointMatches, fit_pose_and_camera
 from kfloc_ros.pixloc.references import view_distances
+from kfloc_ros.types import Frame
 
 PRIOR_SIGMA = np.array([0.15, 0.1, 20.0, 20.0, 0.15, 0.1])
 """Standard deviations of the prior; pixels of the map's camera for the principal point."""
@@ -38,6 +41,12 @@ FREEDOM, ROBUST_STEPS = 4.0, 6
 """Degrees of freedom of the t distribution of fits, and number of steps in which their weights are found."""
 JACKKNIFE = 0.5
 """Share of the scatter of estimates without one view that is added to the covariance of all."""
+MAPPED_ODDS = 0.25
+"""Prior odds that images with another calibration than the map's come from the camera that the map was made with."""
+MAX_MAPPED_FOCAL, MAX_MAPPED_CENTRE = 0.25, 0.1
+"""Largest differences at which two calibrations may be of one camera: log focal length, share of the image's width."""
+MIN_DIFFERENCE = 1e-3
+"""Difference of two calibrations, as a share of the largest, from which they are not the same."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +86,12 @@ class _System:
 
 
 def fit_camera(
-    levels: tuple[FitLevel, ...], points: torch.Tensor, T_camera_local: Matrix, camera: Camera, loss: RobustLoss
+    levels: tuple[FitLevel, ...],
+    points: torch.Tensor,
+    T_camera_local: Matrix,
+    camera: Camera,
+    loss: RobustLoss,
+    matches: PointMatches | None = None,
 ) -> CameraFit | None:
     """Fit pose and camera together, coarse level first.
 
@@ -87,11 +101,18 @@ def fit_camera(
         T_camera_local: pose to start from, (4, 4), which maps points of that frame to the camera frame.
         camera: pinhole camera of the map, to which the image was converted.
         loss: robust loss of the alignment.
+        matches: places where the points were found; the fit starts from pose and camera by these, if they cost less.
 
     Returns:
         The fit; None if too few points are in view.
     """
     T, offsets = T_camera_local, np.zeros(len(OFFSETS))
+    by_matches = None if matches is None else fit_pose_and_camera(matches, points, T, camera, PRIOR_SIGMA)
+    if by_matches is not None:
+        given = _linearize(levels[-1], points, T, camera, offsets, loss)
+        other = _linearize(levels[-1], points, by_matches[0], camera, by_matches[1], loss)
+        if other.cost < given.cost and 3 * other.valid_count >= 2 * given.valid_count:
+            (T, offsets), levels = by_matches, levels[-1:]
     system: _System | None = None
     for level in levels:
         system = _linearize(level, points, T, camera, offsets, loss)
@@ -161,6 +182,54 @@ def score_camera(
     return CameraScore(offsets, symmetric, np.asarray(-by_camera, dtype=np.float64))
 
 
+@dataclass(frozen=True, eq=False)
+class OtherCalibration:
+    """Two explanations of images that come with another calibration than the map's: another camera, or a wrong one.
+
+    A map and its queries are often of one camera. If their calibrations differ, one of them is wrong; which offsets the
+    images then have is known, and these are told from none by far fewer images than any offsets are.
+    """
+
+    offsets: NDArray[np.float64]
+    """(6,) ``OFFSETS`` of the converted images if they are of the map's camera."""
+
+    @classmethod
+    def of(cls, given: Camera, camera: Camera) -> OtherCalibration | None:
+        """Return the explanations for a given camera and the map's; None if they are equal, or too different."""
+        scale = camera.width / given.width
+        if abs(given.height * scale - camera.height) > 1.0:
+            return None
+        focal, aspect = math.log(camera.fx / (scale * given.fx)), math.log(camera.fy / camera.fx * given.fx / given.fy)
+        dx = math.exp(focal) * (camera.cx + 0.5 - scale * (given.cx + 0.5))
+        dy = math.exp(focal + aspect) * (camera.cy + 0.5 - scale * (given.cy + 0.5))
+        centre = math.hypot(dx, dy) / camera.width
+        size = max(abs(focal) / MAX_MAPPED_FOCAL, abs(aspect) / MAX_MAPPED_FOCAL, centre / MAX_MAPPED_CENTRE)
+        return cls(np.array([focal, aspect, dx, dy, 0.0, 0.0])) if MIN_DIFFERENCE < size < 1.0 else None
+
+    def probability(
+        self,
+        offsets: NDArray[np.float64],
+        covariance: NDArray[np.float64],
+        of_given: NDArray[np.float64],
+        of_mapped: NDArray[np.float64],
+    ) -> float:
+        """Return the probability that the images are of the map's camera, by Bayes' rule.
+
+        Args:
+            offsets: (6,) fitted offsets.
+            covariance: (6, 6) of the fit.
+            of_given: (6, 6) covariance of what calibrations usually are off by.
+            of_mapped: (6, 6) the same, for images of one calibration.
+        """
+        odds = math.log(MAPPED_ODDS)
+        for sign, expected, tolerance in ((-1, 0.0, of_given), (1, self.offsets, of_mapped)):
+            total, error = covariance + tolerance, offsets - expected
+            squared = float(error @ np.linalg.solve(total, error))
+            tails = (FREEDOM + len(OFFSETS)) * math.log1p(squared / FREEDOM)
+            odds -= 0.5 * sign * (tails + float(np.linalg.slogdet(total)[1]))
+        return 1.0 / (1.0 + math.exp(-max(min(odds, 30.0), -30.0)))
+
+
 def _step(system: _System, offsets: NDArray[np.float64], damping: float) -> NDArray[np.float64]:
     """Return the damped Gauss-Newton step of pose and offsets under the prior."""
     H, g = system.H.copy(), system.g.copy()
@@ -228,3 +297,34 @@ def combine(
     except np.linalg.LinAlgError:
         return None
     return (combined, covariance) if np.isfinite(covariance).all() else None
+
+
+@dataclass(frozen=True, eq=False)
+class Correction:
+    """Fitted camera, and the conversion of its images to the map's camera."""
+
+    offsets: NDArray[np.float64]
+    adapter: ImageAdapter
+
+    @classmethod
+    def of(cls, camera: Camera, offsets: NDArray[np.float64], before: Correction | None) -> Correction:
+        """Return the correction for a camera with offsets (6,), in addition to one already applied to the images."""
+        if before is not None:
+            scale = math.exp(before.offsets[0])
+            offsets = before.offsets + offsets * (1.0, 1.0, scale, scale, 1.0, 1.0)
+        scale = math.exp(offsets[0])
+        fitted = Camera(
+            camera.width,
+            camera.height,
+            camera.fx * scale,
+            camera.fy * scale * math.exp(offsets[1]),
+            camera.cx + offsets[2],
+            camera.cy + offsets[3],
+            "plumb_bob",
+            (offsets[4], 0.0, 0.0, 0.0, 0.0),
+        )
+        return cls(offsets, ImageAdapter(fitted, camera))
+
+    def apply(self, frame: Frame) -> Frame:
+        """Return a frame with its image converted to the map's camera."""
+        return replace(frame, image=self.adapter(frame.image))

@@ -152,6 +152,24 @@ def projection_jacobian(P: torch.Tensor, camera: Camera, stride: float) -> torch
     return _jacobian(P[:, 0] / z, P[:, 1] / z, z, Intrinsics.of(camera, stride))[..., :POSE]
 
 
+def projection_derivatives(
+    points: NDArray[np.float64], T_camera_map: Matrix, model: Intrinsics
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]:
+    """Return cell positions (N, 2), their derivative (N, 2, 12) by pose and ``OFFSETS``, and (N,) bool, in view.
+
+    A point behind the camera, or beyond the radius at which the distortion folds, is not in view.
+    """
+    P = torch.from_numpy(points @ T_camera_map[:3, :3].T + T_camera_map[:3, 3])
+    z = P[:, 2].clamp(min=NEAR_M)
+    x, y = P[:, 0] / z, P[:, 1] / z
+    r2 = x * x + y * y
+    bend = 1.0 + model.k1 * r2
+    u = model.fx * (x + model.skew * y) * bend + model.cx
+    at = torch.stack([u, model.fy * y * bend + model.cy], dim=1)
+    in_view = (P[:, 2] > NEAR_M) & (1.0 + 3.0 * model.k1 * r2 > 0.0)
+    return at.numpy(), _jacobian(x, y, z, model).numpy(), in_view.numpy()
+
+
 POSE = 6
 OFFSETS = ("log focal length", "log aspect ratio", "principal point x", "principal point y", "k1", "skew")
 """Offsets c of a camera: fx' = fx exp(c0), fy' = fy exp(c0 + c1), cx' = cx + c2, cy' = cy + c3, and before projection

@@ -58,6 +58,8 @@ MOVED_BLOCKS, MOVED_SHARE = 4, 0.08
 """Blocks, and share of the blocks, that agree on a displacement where a part has moved."""
 USUAL_SHIFT_CHI2 = 2.0
 """``shift_chi2`` that noise explains; the part of the displacements beyond it enlarges the covariance."""
+EXCESS_POWER = 0.75
+"""Power of that part's share: displacements a little beyond noise, as good images of every map have, say little."""
 SHIFTED_CHI2, SHIFTED_SHARE, SHIFTED_RMS_PX = 6.0, 0.25, 8.5
 """``shift_chi2``, share of displaced blocks, and ``shift_px`` from which an image contradicts its pose."""
 MATCHING_GAP, MIN_SIMILARITY = 0.03, 0.6
@@ -119,14 +121,19 @@ class BlockMatch:
         )
 
     def variances(self, camera: Camera) -> NDArray[np.float64]:
-        """Return the variances (6,) of the pose, m^2 and rad^2, that cover the displacements: by turning, by moving."""
+        """Return the variances (6,) of the pose, m^2 and rad^2, that cover the displacements: by turning, by moving.
+
+        The pose is that of a moved part as likely as the part is large among what agrees with either; its displacement
+        is one turn or motion in an unknown direction, so each axis has a third.
+        """
         variances = np.zeros(6)
         if self.has_moved_part:
             right, down = self.moved_px
             turn_rad = math.hypot(right / camera.fx, down / camera.fy)
-            variances += np.repeat([(turn_rad * self.moved_depth_m) ** 2, turn_rad**2], 3)
+            likely = self.moved / (self.moved + self.matching)
+            variances += likely / 3.0 * np.repeat([(turn_rad * self.moved_depth_m) ** 2, turn_rad**2], 3)
         if self.shift_chi2 > USUAL_SHIFT_CHI2:
-            turn_rad = self.shift_px * math.sqrt(1.0 - USUAL_SHIFT_CHI2 / self.shift_chi2) / camera.fx
+            turn_rad = self.shift_px * (1.0 - USUAL_SHIFT_CHI2 / self.shift_chi2) ** EXCESS_POWER / camera.fx
             variances += np.repeat([(turn_rad * self.depth_m) ** 2, turn_rad**2], 3)
         return variances
 

@@ -19,7 +19,16 @@ from numpy.typing import NDArray
 from kfloc_ros.device import has_numba, runs_compiled
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import Matrix
-from kfloc_ros.pixloc.cost import NEAR_M, FeatureImage, project, projection_jacobian
+from kfloc_ros.pixloc.cost import (
+    NEAR_M,
+    OFFSETS,
+    POSE,
+    FeatureImage,
+    Intrinsics,
+    project,
+    projection_derivatives,
+    projection_jacobian,
+)
 from kfloc_ros.pixloc.optimizer import left_update
 
 SEARCH_CELLS = 3
@@ -36,6 +45,14 @@ STEPS_PER_SCALE = 6
 CONVERGED = 1e-6
 """Largest step, in metres and radians, after which a scale has converged."""
 MIN_MATCHES = 30
+MIN_CAMERA_MATCHES, MAX_CAMERA_MATCHES = 60, 300
+"""Fewest matches that a camera is fitted to, and the number from which only a part of them is used."""
+CAMERA_SCALES_PX, STEPS_PER_CAMERA_SCALE = (24.0, 12.0, 6.0), 4
+"""Scales of the loss, and steps for each, if the camera is fitted, too: its mistakes displace points further."""
+SMALL_GAIN = 0.03
+"""Expected decrease of the weighted squared errors, relative to the squared scale, below which no more step is made."""
+MAX_CAMERA_STEP = 1.0
+"""Step in metres or radians that no fit near its start takes."""
 AGREEING_PX = 8.0
 """Largest error of a match that agrees with a pose: one cell."""
 
@@ -157,6 +174,55 @@ def fit_pose(matches: PointMatches, points: torch.Tensor, T_camera_local: Matrix
     agreement = torch.zeros_like(matches.weights)
     agreement[used] = torch.from_numpy(1 / (1 + squared / AGREEING_PX**2) ** 2).to(agreement)
     return MatchedPose(T, agreement, found_count, int((squared < AGREEING_PX**2).sum()))
+
+
+def fit_pose_and_camera(
+    matches: PointMatches,
+    points: torch.Tensor,
+    T_camera_local: Matrix,
+    camera: Camera,
+    prior_sigma: NDArray[np.float64],
+) -> tuple[Matrix, NDArray[np.float64]] | None:
+    """Fit pose and camera to places where points were found, by Gauss-Newton with the loss of Geman and McClure.
+
+    Points find themselves tens of pixels away; the minima of an alignment are nearer.
+
+    Args:
+        matches: places of the points in the image.
+        points: (N, 3) metres, in a frame near the camera.
+        T_camera_local: pose to start from, (4, 4).
+        camera: pinhole camera of the map.
+        prior_sigma: (6,) standard deviations of the prior on the camera's ``OFFSETS``.
+
+    Returns:
+        The pose (4, 4) and the ``OFFSETS`` (6,); None if too few points were found, or they do not fix them.
+    """
+    used = torch.nonzero(matches.weights > 0)[:, 0]
+    if len(used) < MIN_CAMERA_MATCHES:
+        return None
+    used = used[:: max(len(used) // MAX_CAMERA_MATCHES, 1)]
+    pixels, chosen, weights = (v[used].double().cpu().numpy() for v in (matches.pixels, points, matches.weights))
+    T, offsets = T_camera_local, np.zeros(len(OFFSETS))
+    for scale_px in CAMERA_SCALES_PX:
+        for _ in range(STEPS_PER_CAMERA_SCALE):
+            at, J, in_front = projection_derivatives(chosen, T, Intrinsics.of(camera, 1.0, offsets))
+            error = at - pixels
+            weight = weights * in_front / (1.0 + (error**2).sum(axis=1) / scale_px**2) ** 2
+            JW = (J * weight[:, None, None]).reshape(-1, J.shape[2])
+            H, g = JW.T @ J.reshape(-1, J.shape[2]), JW.T @ error.reshape(-1)
+            precision = scale_px**2 * prior_sigma**-2
+            H[POSE:, POSE:] += np.diag(precision)
+            g[POSE:] += precision * offsets
+            try:
+                step = -np.linalg.solve(H + 1e-9 * np.diag(np.diag(H)) + 1e-9 * np.eye(len(H)), g)
+            except np.linalg.LinAlgError:
+                return None
+            if not np.isfinite(step).all() or np.abs(step[:POSE]).max() > MAX_CAMERA_STEP:
+                return None
+            T, offsets = left_update(T, step[:POSE]), offsets + step[POSE:]
+            if -float(g @ step) < SMALL_GAIN * scale_px**2:
+                break
+    return T, offsets
 
 
 def best_cells(

@@ -19,7 +19,14 @@ from kfloc_ros.pixloc.camera_fit import CameraFit, CameraScore, FitLevel, fit_ca
 from kfloc_ros.pixloc.cost import FeatureImage, Linearization, RobustLoss, linearize
 from kfloc_ros.pixloc.image_check import BlockMatch, match_blocks
 from kfloc_ros.pixloc.optimizer import LevelResult, StopRule, minimize
-from kfloc_ros.pixloc.point_matching import SEARCH_CELLS, WIDE_SEARCH_CELLS, MatchedPose, fit_pose, search_points
+from kfloc_ros.pixloc.point_matching import (
+    SEARCH_CELLS,
+    WIDE_SEARCH_CELLS,
+    MatchedPose,
+    PointMatches,
+    fit_pose,
+    search_points,
+)
 from kfloc_ros.pixloc.references import ReferencePoints, ReferenceViews
 from kfloc_ros.types import Alignment, AlignmentStep
 
@@ -152,7 +159,8 @@ class Refiner:
         """
         candidate = self._prepare(query_levels(features), T_map_camera)
         loss = RobustLoss(self.settings.loss_scale)
-        fit = fit_camera(candidate.levels, candidate.points, candidate.T_camera_local, self.camera, loss)
+        matches = self._search(candidate, WIDE_SEARCH_CELLS)
+        fit = fit_camera(candidate.levels, candidate.points, candidate.T_camera_local, self.camera, loss, matches)
         covariance = None if fit is None else map_frame_covariance(fit.pose_information, fit.T_camera_local)
         if fit is None or covariance is None:
             return None
@@ -217,11 +225,13 @@ class Refiner:
 
     def _match(self, candidate: _Candidate, search_cells: int) -> MatchedPose | None:
         """Return the pose near the start that the points' own matches agree with."""
-        points, (coarse, fine) = candidate.points, candidate.levels
+        matches = self._search(candidate, search_cells)
+        return fit_pose(matches, candidate.points, candidate.T_camera_local, self.camera)
+
+    def _search(self, candidate: _Candidate, search_cells: int) -> PointMatches:
+        points, (coarse, fine), start = candidate.points, candidate.levels, candidate.T_camera_local
         images, features = (coarse.image, fine.image), (coarse.features, fine.features)
-        start = candidate.T_camera_local
-        matches = search_points(images, points, features, coarse.confidence, start, self.camera, search_cells)
-        return fit_pose(matches, points, start, self.camera)
+        return search_points(images, points, features, coarse.confidence, start, self.camera, search_cells)
 
     def _descend(self, candidate: _Candidate, max_cost: float, search_cells: int = SEARCH_CELLS) -> Alignment:
         T, iterations = candidate.T_camera_local, 0

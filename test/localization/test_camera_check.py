@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from kfloc_ros.geometry.camera import Camera, ImageAdapter
-from kfloc_ros.localization.camera_check import CHI2_6_999, CameraCheck, CameraVerdict, Correction, sentence
+from kfloc_ros.localization.camera_check import CHI2_6_999, CameraCheck, CameraVerdict, sentence
 from kfloc_ros.localization.config import LocalizerConfig
 from kfloc_ros.localization.localizer import Localizer
 from kfloc_ros.maps.scene_map import SceneMap
-from kfloc_ros.pixloc.camera_fit import CameraFit, combine
+from kfloc_ros.pixloc.camera_fit import CameraFit, CameraScore, Correction, combine
 from kfloc_ros.pixloc.refiner import FittedCamera
 from kfloc_ros.types import Frame, PoseEstimate, TrackingState
 
@@ -127,6 +127,42 @@ def test_fits_that_scatter_more_than_they_claim_decide_nothing() -> None:
 def test_a_few_fits_and_fits_of_few_points_decide_nothing() -> None:
     assert verdict_of([fit((0.1, 0.0, 0.0, 0.0, 0.0))] * 2) is None
     assert verdict_of([fit((0.1, 0.0, 0.0, 0.0, 0.0), focal_sigma=0.1)] * 8) is None
+
+
+def told_and_fitted(offsets: tuple[float, ...]) -> CameraVerdict | None:
+    """The verdict on images whose calibration has a principal point 10 px right of the map's."""
+    camera = Camera(640, 480, 500.0, 500.0, 320.0, 240.0)
+    check = CameraCheck(camera)
+    check.begin(replace(camera, cx=330.0), 0.0)
+    for _ in range(8):
+        check.add(fit(offsets), np.eye(4))
+    return check.verdict
+
+
+def test_images_that_fit_the_maps_own_calibration_better_than_theirs_are_told() -> None:
+    """Fits that would allow any camera still tell one of two calibrations from the other."""
+    found = told_and_fitted((0.0, 0.0, -9.0, 0.0, 0.0))
+    assert found is not None and found.wrong == 2 and found.offsets[2] == pytest.approx(-10.0)
+    other = told_and_fitted((0.0, 0.0, -1.0, 0.0, 0.0))
+    assert other is not None and other.wrong is None
+
+
+def test_a_calibration_that_may_be_wrong_widens_the_covariance_until_images_tell() -> None:
+    camera = Camera(640, 480, 500.0, 500.0, 320.0, 240.0)
+    told, vague = (
+        replace(camera, cx=330.0),
+        replace(fit((0.0,) * 5).fit, information=np.diag([1e4] * 2 + [1e-4] * 2 + [1e4] * 2)),
+    )
+    sharp = replace(vague, information=np.diag([1e6, 1e6, 1.0, 1.0, 1e6, 1e6]))
+
+    def sigma_px(given: Camera, one: CameraFit) -> float:
+        check = CameraCheck(camera)
+        check.begin(given, 0.0)
+        score = CameraScore(one.offsets, np.linalg.inv(one.information), np.eye(6))
+        return math.sqrt(check.moments(score, given, one)[2, 2])
+
+    assert sigma_px(told, vague) > 4.0 > 2.5 > sigma_px(told, sharp)
+    assert sigma_px(replace(camera, cx=320.1), vague) < 2.5
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ import pytest
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.localization.camera_check import CameraCheck
 from kfloc_ros.localization.config import LocalizerConfig
-from kfloc_ros.localization.judgement import EVIDENCE, confidence_of
 from kfloc_ros.localization.localizer import Localizer
+from kfloc_ros.localization.results import EVIDENCE, confidence_of
 from kfloc_ros.maps.scene_map import SceneMap
 from kfloc_ros.pixloc.camera_fit import CameraScore
 from kfloc_ros.types import PoseEstimate, TrackingState
@@ -72,6 +72,16 @@ def test_a_pose_that_its_covariance_does_not_fix_is_not_tracking(room_map: Any, 
     assert checked.state is TrackingState.DEGRADED and "probability of only 0." in checked.reason
     assert checked.confidence is not None and checked.confidence < 0.5
     assert checked.T_map_camera is not None  # it is still given
+
+
+def test_a_pose_that_the_points_own_matches_contradict_is_not_tracking(room_map: Any, room: Any) -> None:
+    localizer = Localizer(SceneMap.load(room_map), LocalizerConfig(device="cpu"))
+    good = localizer.process(room[0])
+    assert good.estimate.alignment is not None
+    unsupported = replace(good.estimate, alignment=replace(good.estimate.alignment, map_support=-0.5))
+    checked = localizer._refine.check(room[0], good.features, unsupported)
+    assert checked.state is TrackingState.DEGRADED and "find themselves" in checked.reason
+    assert checked.T_map_camera is not None
 
 
 def test_evidence_against_a_pose_lowers_its_confidence() -> None:

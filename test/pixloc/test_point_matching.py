@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -11,8 +13,16 @@ import torch.nn.functional as F
 from kfloc_ros.device import has_numba, torch_only
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import inverse_pose, make_pose, rotation_angle_deg, so3_exp
+from kfloc_ros.pixloc.camera_fit import PRIOR_SIGMA
 from kfloc_ros.pixloc.cost import FeatureImage, project
-from kfloc_ros.pixloc.point_matching import PointMatches, best_cells, fit_pose, match_equations, search_points
+from kfloc_ros.pixloc.point_matching import (
+    PointMatches,
+    best_cells,
+    fit_pose,
+    fit_pose_and_camera,
+    match_equations,
+    search_points,
+)
 
 CAMERA = Camera(320, 256, 260.0, 260.0, 159.5, 127.5)
 rng = np.random.default_rng(3)
@@ -117,3 +127,20 @@ def test_equations_are_the_gradient_of_the_robust_cost() -> None:
     _, g = match_equations(pixels, X, weights, T, CAMERA, 40.0, squared)
     numeric = np.array([(cost(1e-5 * e) - cost(-1e-5 * e)) / 2e-5 for e in np.eye(6)])
     assert np.allclose(g, numeric, rtol=1e-3, atol=1e-2 * np.abs(numeric).max())
+
+
+def test_a_camera_that_displaces_points_by_tens_of_pixels_is_found_with_the_pose() -> None:
+    points, truth = scene()
+    zoomed = replace(CAMERA, fx=1.15 * CAMERA.fx, fy=1.15 * CAMERA.fy, cx=CAMERA.cx + 6.0)
+    pixels, _, _ = project(points, torch.from_numpy(truth).float(), zoomed, 1.0)
+    pixels += torch.from_numpy(rng.normal(0.0, 1.0, pixels.shape)).float()
+    pixels[::5] += 40.0  # a fifth is wrong
+    matches = PointMatches(pixels, torch.ones(len(points)))
+    start = off_by(truth, 0.1, 1.0)
+    found = fit_pose_and_camera(matches, points, start, CAMERA, PRIOR_SIGMA)
+    assert found is not None
+    T, offsets = found
+    assert offsets[0] == pytest.approx(np.log(1.15), abs=0.02) and offsets[2] == pytest.approx(6.0, abs=4.0)
+    assert error(T, truth)[0] < 0.5 * error(start, truth)[0]
+    few = PointMatches(pixels[:40], torch.ones(40))
+    assert fit_pose_and_camera(few, points[:40], start, CAMERA, PRIOR_SIGMA) is None
