@@ -127,27 +127,43 @@ def main() -> int:
     parser.add_argument("--first", action="store_true", help="run the first scene only; others lend it foreign images")
     parser.add_argument("--only", help="treatments whose name or group contains this text")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the summary and every frame as JSON")
+    parser.add_argument("--resume", action="store_true", help="keep what --json has, and run only what it has not")
     args = parser.parse_args()
     wanted = [t for t in TREATMENTS if not args.only or args.only in t.name or args.only == t.group]
+    if args.resume and args.json is None:
+        parser.error("--resume needs --json FILE, which has the pieces so far")
     start = time.time()
     try:
+        outcomes = load(args.json) if args.resume and args.json.exists() else []
+        done = {(o.scene, o.treatment) for o in outcomes}
         scenes = [_open(words) for words in args.scene]
         others = [_foreign(scenes, k) for k in range(len(scenes))]
-        outcomes: list[Outcome] = []
         for scene, other in list(zip(scenes, others, strict=True))[: 1 if args.first else None]:
             for treatment in wanted:
+                if (scene.name, treatment.name) in done:
+                    continue
                 outcomes += run(scene, other, treatment, args)
                 if args.json is not None:
-                    args.json.write_text(json.dumps({**summarize(outcomes), "outcomes": [asdict(o) for o in outcomes]}))
+                    text = json.dumps({**summarize(outcomes), "outcomes": [asdict(o) for o in outcomes]})
+                    (part := args.json.with_suffix(".part")).write_text(text)
+                    part.replace(args.json)
                 print(f"\r{scene.name}: {treatment.name:40s} {time.time() - start:.0f} s", end="", file=sys.stderr)
     except KflocError as error:
         print(error, file=sys.stderr)
         return 2
     print(file=sys.stderr)
-    rows, header = _table(outcomes, [scene.name for scene in scenes])
+    rows, header = _table(outcomes, list(dict.fromkeys(o.scene for o in outcomes)))
     print(format_table(rows, header=header))
     print(json.dumps(summarize(outcomes), indent=1))
     return 0
+
+
+def load(path: Path) -> list[Outcome]:
+    """Return the outcomes in a JSON file of this benchmark."""
+    try:
+        return [Outcome(**outcome) for outcome in json.loads(path.read_text())["outcomes"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SourceError(f"{path} is not a result of this benchmark ({error}); give another --json FILE.") from error
 
 
 def run(scene: Scene, other: Sequence[Image], treatment: Treatment, args: argparse.Namespace) -> list[Outcome]:

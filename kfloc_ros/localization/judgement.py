@@ -298,9 +298,10 @@ class PoseCheck:
         """Return the estimate of an image that fits the map better with another camera; DEGRADED if that is certain."""
         T = estimate.T_map_camera
         assert T is not None
-        both = widened(estimate, pose_tangent_error(T, fitted.T_map_camera), fitted.covariance)
-        if certain is None:
-            return both
+        apart = pose_tangent_error(T, fitted.T_map_camera)
+        if certain is None:  # the given camera is still the likely one: how vague the other's pose is does not count
+            return widened(estimate, apart, np.zeros_like(fitted.covariance))
+        both = widened(estimate, apart, fitted.covariance)
         reason = sentence_on_one_image(certain, frame.source_camera, self._camera)
         return replace(both, state=TrackingState.DEGRADED, reason=reason)
 

@@ -45,6 +45,8 @@ MAPPED_ODDS = 0.25
 """Prior odds that images with another calibration than the map's come from the camera that the map was made with."""
 MAX_MAPPED_FOCAL, MAX_MAPPED_CENTRE = 0.25, 0.1
 """Largest differences at which two calibrations may be of one camera: log focal length, share of the image's width."""
+MAX_MAPPED_ASPECT = 0.05
+"""Largest log ratio of the sides of two images of one camera; a map's images may have rounded sides."""
 MIN_DIFFERENCE = 1e-3
 """Difference of two calibrations, as a share of the largest, from which they are not the same."""
 
@@ -196,12 +198,13 @@ class OtherCalibration:
     @classmethod
     def of(cls, given: Camera, camera: Camera) -> OtherCalibration | None:
         """Return the explanations for a given camera and the map's; None if they are equal, or too different."""
-        scale = camera.width / given.width
-        if abs(given.height * scale - camera.height) > 1.0:
+        across, down = camera.width / given.width, camera.height / given.height
+        if abs(math.log(down / across)) > MAX_MAPPED_ASPECT:
             return None
-        focal, aspect = math.log(camera.fx / (scale * given.fx)), math.log(camera.fy / camera.fx * given.fx / given.fy)
-        dx = math.exp(focal) * (camera.cx + 0.5 - scale * (given.cx + 0.5))
-        dy = math.exp(focal + aspect) * (camera.cy + 0.5 - scale * (given.cy + 0.5))
+        focal = math.log(camera.fx / (across * given.fx))
+        aspect = math.log(camera.fy / (down * given.fy)) - focal
+        dx = math.exp(focal) * (camera.cx + 0.5 - across * (given.cx + 0.5))
+        dy = math.exp(focal + aspect) * (camera.cy + 0.5 - down * (given.cy + 0.5))
         centre = math.hypot(dx, dy) / camera.width
         size = max(abs(focal) / MAX_MAPPED_FOCAL, abs(aspect) / MAX_MAPPED_FOCAL, centre / MAX_MAPPED_CENTRE)
         return cls(np.array([focal, aspect, dx, dy, 0.0, 0.0])) if MIN_DIFFERENCE < size < 1.0 else None

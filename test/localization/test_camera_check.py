@@ -15,7 +15,7 @@ from kfloc_ros.localization.camera_check import CHI2_6_999, CameraCheck, CameraV
 from kfloc_ros.localization.config import LocalizerConfig
 from kfloc_ros.localization.localizer import Localizer
 from kfloc_ros.maps.scene_map import SceneMap
-from kfloc_ros.pixloc.camera_fit import CameraFit, CameraScore, Correction, combine
+from kfloc_ros.pixloc.camera_fit import CameraFit, CameraScore, Correction, OtherCalibration, combine
 from kfloc_ros.pixloc.refiner import FittedCamera
 from kfloc_ros.types import Frame, PoseEstimate, TrackingState
 
@@ -163,6 +163,17 @@ def test_a_calibration_that_may_be_wrong_widens_the_covariance_until_images_tell
 
     assert sigma_px(told, vague) > 4.0 > 2.5 > sigma_px(told, sharp)
     assert sigma_px(replace(camera, cx=320.1), vague) < 2.5
+
+
+def test_calibrations_of_images_of_other_sizes_are_compared() -> None:
+    """A map's images have sides that are rounded to whole cells, so each axis has its own scale."""
+    camera = Camera(544, 352, 499.2, 484.5, 271.5, 165.4)
+    full = Camera(1088, 725, 2 * 499.2, 484.5 * 725 / 352, 2 * 272.0 - 0.5, 165.9 * 725 / 352 - 0.5)
+    assert OtherCalibration.of(full, camera) is None  # the same
+    found = OtherCalibration.of(replace(full, fx=1.1 * full.fx, fy=1.1 * full.fy), camera)
+    assert found is not None and found.offsets[:2] == pytest.approx([-math.log(1.1), 0.0], abs=1e-6)
+    assert OtherCalibration.of(replace(full, height=544), camera) is None  # of other sides
+    assert OtherCalibration.of(replace(full, fx=1.4 * full.fx, fy=1.4 * full.fy), camera) is None  # another lens
 
 
 @pytest.mark.parametrize(
