@@ -36,6 +36,9 @@ SHEARED = np.array([0.0, 1.0, 0.0, 0.0, 0.0, 1.0])
 """Offsets that look like the shear of a rolling shutter: ratio fy/fx in a pitch, skew in a yaw."""
 CERTAIN = 0.99
 """Probability from which images are said to be of the map's camera, not of the one that is given."""
+PARTLY_FOUND = 4.0
+"""Factor on the covariance of fits in that probability until it is certain: fits begin at the given camera, and those
+that find only a part of its mistake are too near to it."""
 MIN_SCATTER = 0.1
 """Smallest observed scatter of fits, relative to their information, that is believed."""
 
@@ -224,7 +227,8 @@ class CameraCheck:
                 offsets, covariance = self.verdict.offsets, self.verdict.covariance
             elif fit is not None and alone is not None:
                 offsets, covariance = fit.offsets, self._fit_scale * alone
-            second = second + self._probability_mapped(offsets, covariance) * np.outer(mapped, mapped)
+            share = self._probability_mapped(offsets, PARTLY_FOUND * covariance)
+            second = second + share * np.outer(mapped, mapped)
         return np.asarray(0.5 * (second + second.T))
 
     def _probability_mapped(self, offsets: NDArray[np.float64], covariance: NDArray[np.float64]) -> float:
