@@ -32,7 +32,7 @@ from kfloc_ros.localization.camera_check import (
     sentence,
     sentence_on_one_image,
 )
-from kfloc_ros.localization.results import StageTimes, confidence_of, widened
+from kfloc_ros.localization.results import GOOD_DEG, GOOD_M, StageTimes, confidence_of, fit_score, widened
 from kfloc_ros.localization.tracking import FirstPoses
 from kfloc_ros.pixloc.camera_fit import Correction
 from kfloc_ros.pixloc.image_check import BlockMatch
@@ -136,8 +136,6 @@ SUSPICIOUS_CHI2, SUSPICIOUS_SHARE = 6.0, 0.75
 freedom), or of which less than the second share of blocks matches; other images are fitted every few frames."""
 MAX_MOTION_S = 0.5
 """Longest time between two poses, in seconds, from which a motion is computed."""
-GOOD_M, GOOD_DEG = 0.10, 5.0
-"""Errors below which a pose is right, in the meaning of its confidence."""
 LEAST_SUPPORT = 0.0
 """Support by the points' own matches below which a pose is not TRACKING: fewer agree with it than with wrong poses. Of
 750 such poses on images of four maps, good and treated, 7 have so little, and 3 of these are wrong."""
@@ -197,14 +195,17 @@ class PoseCheck:
             inspection = self._refiner.inspect(features, T)
             estimate, turn_rad = self._rolled(estimate, inspection.blocks)
             chi2: float | None = None
+            fitted: FittedCamera | None = None
             if alignment is not None and alignment.success and estimate.state is TrackingState.TRACKING:
                 excess = alignment.final_cost / self._refiner.settings.max_cost
                 if excess > 1.0 and estimate.covariance is not None:  # matches alone support it: a bad image
                     scale = JudgementSettings.unrefined_scale * excess**2
                     estimate = replace(estimate, covariance=scale * estimate.covariance)
-                checked, chi2 = self._check_camera(frame, features, estimate, inspection, turn_rad)
+                checked, chi2, fitted = self._check_camera(frame, features, estimate, inspection, turn_rad)
                 estimate = _check_support(_check_blocks(checked, inspection.blocks, self._camera), alignment)
             evidence = self._evidence(estimate, inspection, chi2)
+            if fitted is not None:
+                evidence["fit_score"] = fit_score(T, fitted)
             confidence, C = confidence_of(evidence, self._odds), estimate.covariance
             if C is not None:  # no more than the covariance itself claims
                 confidence = min(confidence, probability_within(C, GOOD_M, math.radians(GOOD_DEG)))
@@ -250,11 +251,11 @@ class PoseCheck:
 
     def _check_camera(
         self, frame: Frame, features: BackboneFeatures, estimate: PoseEstimate, inspection: Inspection, turn_rad: float
-    ) -> tuple[PoseEstimate, float | None]:
-        """Return the estimate, and the chi-square of the offsets of the camera in this image."""
+    ) -> tuple[PoseEstimate, float | None, FittedCamera | None]:
+        """Return the estimate, the chi-square of the camera's offsets in this image, and the fit, if one is due."""
         cameras, T = self._cameras, estimate.T_map_camera
         if cameras is None or T is None:
-            return estimate, None
+            return estimate, None, None
         if cameras.begin(frame.source_camera, turn_rad):
             self._correction = None
         score, blocks, fitted = inspection.camera, inspection.blocks, None
@@ -276,7 +277,7 @@ class PoseCheck:
                 self._correction = Correction.of(self._camera, verdict.offsets, self._correction)
                 self.camera_note += "; localizing with the camera that fits"
                 cameras.reset()
-            return estimate, chi2
+            return estimate, chi2, fitted
         if self._correction is None:
             self.camera_note = ""
         if fitted is not None and chi2 is not None:
@@ -284,13 +285,13 @@ class PoseCheck:
             if certain is None and chi2 > CHI2_6_999:
                 certain = cameras.verdict_of(fitted.fit)
             if certain is not None or chi2 > CHI2_6_95:
-                return self._contradicted(frame, estimate, fitted, certain), chi2
+                return self._contradicted(frame, estimate, fitted, certain), chi2, fitted
         if inspection.sensitivity is not None and estimate.covariance is not None:
             S = inspection.sensitivity
             fit = None if fitted is None else fitted.fit
             wider = estimate.covariance + S @ cameras.moments(inspection.camera, frame.source_camera, fit) @ S.T
             estimate = replace(estimate, covariance=0.5 * (wider + wider.T))
-        return estimate, chi2
+        return estimate, chi2, fitted
 
     def _contradicted(
         self, frame: Frame, estimate: PoseEstimate, fitted: FittedCamera, certain: CameraVerdict | None

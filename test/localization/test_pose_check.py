@@ -13,9 +13,10 @@ from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.localization.camera_check import CameraCheck
 from kfloc_ros.localization.config import LocalizerConfig
 from kfloc_ros.localization.localizer import Localizer
-from kfloc_ros.localization.results import EVIDENCE, confidence_of
+from kfloc_ros.localization.results import EVIDENCE, confidence_of, fit_score
 from kfloc_ros.maps.scene_map import SceneMap
-from kfloc_ros.pixloc.camera_fit import CameraScore
+from kfloc_ros.pixloc.camera_fit import CameraFit, CameraScore
+from kfloc_ros.pixloc.refiner import FittedCamera
 from kfloc_ros.types import PoseEstimate, TrackingState
 
 CAMERA = Camera(640, 480, 500.0, 500.0, 320.0, 240.0)
@@ -84,9 +85,23 @@ def test_a_pose_that_the_points_own_matches_contradict_is_not_tracking(room_map:
     assert checked.T_map_camera is not None
 
 
+def test_a_pose_that_moves_far_with_a_free_camera_scores_worse_than_one_that_stays() -> None:
+    T = np.eye(4)
+    near, far = np.eye(4), np.eye(4)
+    near[0, 3], far[0, 3] = 0.005, 0.2
+    sure, vague = 1e-4 * np.eye(6), 0.09 * np.eye(6)
+    assert fit_score(T, fitted(near, sure)) < fit_score(T, fitted(far, vague)) < fit_score(T, fitted(far, sure))
+    assert confidence_of({"fit_score": fit_score(T, fitted(near, sure))}) > confidence_of({}) > 0.5
+    assert confidence_of({"fit_score": fit_score(T, fitted(far, sure))}) < confidence_of({})
+
+
+def fitted(T: np.ndarray, covariance: np.ndarray) -> FittedCamera:
+    return FittedCamera(CameraFit(np.zeros(6), np.eye(6), np.eye(4), np.eye(6), 0.1), T, covariance)
+
+
 def test_evidence_against_a_pose_lowers_its_confidence() -> None:
     usual = confidence_of({})
-    worse = {"cost_ratio": 1.4, "missing_share": 0.6, "camera_score": 4.0, "sigma_score": 1.0}
+    worse = {"cost_ratio": 1.4, "missing_share": 0.6, "camera_score": 4.0, "sigma_score": 1.0, "fit_score": 1.0}
     assert 0.5 < usual < 1.0
     assert all(confidence_of({name: value}) < usual for name, value in worse.items())
     assert confidence_of(worse) < 0.2
