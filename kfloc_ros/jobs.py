@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One executor for work that falls into independent parts: here, in processes, or on an existing Dask cluster.
+"""Executors of work that falls into independent parts: here, in processes, on an existing Dask cluster, or by threads
+that share the pieces of a frame.
 
 A part is computed with one thread wherever it runs, so that the results are the same to the bit (on processors of one
 kind). If a worker is lost, its part is computed again.
@@ -11,6 +12,8 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -107,6 +110,56 @@ def run_parts(
             on_done(number)
         return results
     return _in_processes(task, parts, min(workers.jobs, len(parts)), on_done)
+
+
+class SharedWork:
+    """Pieces of work that threads take, one after the other, until none is left.
+
+    Args:
+        pieces: functions that may run at the same time, in any order.
+    """
+
+    def __init__(self, pieces: Sequence[Callable[[], None]]) -> None:
+        self._left, self._running = list(reversed(pieces)), 0
+        self._error: Exception | None = None
+        self._changed = threading.Condition()
+        self.helped_s = 0.0
+        """Time that :meth:`help` spent on pieces, in seconds."""
+
+    def help(self) -> None:
+        """Run pieces until none is left to take; what one raises is raised by :meth:`finish`."""
+        self._run(helps=True)
+
+    def finish(self) -> None:
+        """Run pieces until none is left to take, and wait for those that other threads run.
+
+        Raises:
+            Exception: what a piece raised, in whatever thread.
+        """
+        self._run(helps=False)
+        with self._changed:
+            self._changed.wait_for(lambda: not self._running)
+        if self._error is not None:
+            raise self._error
+
+    def _run(self, *, helps: bool) -> None:
+        while True:
+            with self._changed:
+                if not self._left:
+                    return
+                piece = self._left.pop()
+                self._running += 1
+            start, error = time.perf_counter(), None
+            try:
+                piece()
+            except Exception as found:
+                error = found
+            with self._changed:
+                self.helped_s += time.perf_counter() - start if helps else 0.0
+                self._running -= 1
+                if error is not None:
+                    self._error, self._left = error, []
+                self._changed.notify_all()
 
 
 def _with_one_thread(task: Callable[[P], R], part: P) -> R:

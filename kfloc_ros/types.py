@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kfloc_ros.errors import FrameError
 from kfloc_ros.geometry.camera import Camera
 
 Matrix = NDArray[np.float64]
@@ -48,6 +49,27 @@ class Frame:
     """Ground truth or mapping pose, (4, 4)."""
     source_camera: Camera | None = None
     """Camera of the image before conversion to the map's, as given by camera_info or the source."""
+
+
+def check_frame(frame: Frame, camera: Camera) -> None:
+    """Refuse an image, or a depth image, that does not belong to the map's camera.
+
+    Raises:
+        FrameError: wrong size, type or channels.
+    """
+    image = frame.image
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise FrameError(f"A frame's image must be (H, W, 3) uint8 RGB, got {image.shape} {image.dtype}.")
+    if image.shape[:2] != (camera.height, camera.width):
+        raise FrameError(
+            f"The image is {image.shape[1]}x{image.shape[0]}, but the map's camera is {camera.width}x{camera.height}; "
+            "bring it there with an ImageAdapter."
+        )
+    if frame.depth_m is not None and frame.depth_m.shape != image.shape[:2]:
+        raise FrameError(
+            f"The depth image is {frame.depth_m.shape[::-1]} pixels large, and its image {image.shape[1::-1]}: depth "
+            "must be registered to the image."
+        )
 
 
 @dataclass(frozen=True, eq=False)

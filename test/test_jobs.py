@@ -15,7 +15,7 @@ import parts as work
 import pytest
 
 from kfloc_ros.errors import ConfigError, SourceError
-from kfloc_ros.jobs import Workers, run_parts
+from kfloc_ros.jobs import SharedWork, Workers, run_parts
 
 HELPERS = Path(work.__file__).parent
 
@@ -115,3 +115,30 @@ def test_an_address_without_a_scheduler_is_told(monkeypatch: pytest.MonkeyPatch,
     for address in ("tcp://127.0.0.1:9", "nonsense://x"):
         with pytest.raises(ConfigError, match="cannot be reached"):
             run_parts(work.compute, parts_of(tmp_path, address.split(":")[0]), Workers(scheduler=address))
+
+
+def test_pieces_are_shared_by_threads_and_each_runs_once() -> None:
+    done, both = [], threading.Barrier(2, timeout=10.0)
+
+    def piece(number: int) -> None:
+        if number < 2:
+            both.wait()  # so that two threads must take one each
+        done.append((number, threading.get_ident()))
+
+    shared = SharedWork([lambda number=number: piece(number) for number in range(5)])
+    helper = threading.Thread(target=shared.help)
+    helper.start()
+    shared.finish()
+    assert sorted(number for number, _ in done) == list(range(5))
+    assert len({thread for _, thread in done}) == 2
+    helper.join()
+    assert shared.helped_s > 0.0
+    shared.finish()
+    assert len(done) == 5
+
+
+def test_what_a_piece_raises_is_raised_where_the_work_is_finished() -> None:
+    shared = SharedWork([lambda: [][0], lambda: None])
+    shared.help()
+    with pytest.raises(IndexError):
+        shared.finish()

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -181,7 +180,7 @@ def localize_frames(
         SourceError: an image cannot be read.
     """
     adapter = ImageAdapter(source.camera, localizer.camera)
-    prepare, waits = preparer(localizer, ahead), threading.Event()
+    prepare = preparer(localizer, ahead)
 
     def prepared(frame: Frame) -> _Prepared:
         start = time.perf_counter()
@@ -196,15 +195,17 @@ def localize_frames(
             source_camera=frame.camera,
         )
         rectify_ms = 1e3 * (time.perf_counter() - start)
-        computed = None if prepare is None else prepare(adapted, lambda: not waits.is_set())
+        computed = None if prepare is None else prepare(adapted)
         return _Prepared(adapted, computed, rectify_ms, 1e3 * (time.perf_counter() - start))
+
+    def help_with(ready: Future[_Prepared]) -> None:
+        if ready.exception() is None and (given := ready.result().ahead) is not None:
+            given.help()
 
     def localized(frame: Frame, work: Callable[[], _Prepared]) -> LocalizedFrame:
         start, before_ms, rectify_ms = time.perf_counter(), 0.0, 0.0
         try:
-            waits.set()
             given = work()
-            waits.clear()
             if prepare is not None:  # what was waited for was done beside the frame before
                 start, before_ms = time.perf_counter(), given.spent_ms
             rectify_ms = given.rectify_ms
@@ -226,6 +227,7 @@ def localize_frames(
             for frame in source:
                 # images are read in this thread: what reads a bag may belong to the thread that opened it
                 following = frame, pool.submit(prepared, frame)
+                pool.submit(help_with, following[1])
                 if waiting is not None:
                     yield localized(waiting[0], waiting[1].result)
                 waiting = following

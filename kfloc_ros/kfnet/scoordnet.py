@@ -11,17 +11,18 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kfloc_ros.device import computes_bfloat16
+from kfloc_ros.device import quick_matmul
 from kfloc_ros.features.backbone import COARSE_CHANNELS, COARSE_STRIDE, CONTEXT_CHANNELS, BackboneFeatures
 from kfloc_ros.geometry.lie import Matrix
+from kfloc_ros.jobs import SharedWork
 from kfloc_ros.types import SceneCoordinates
 
 INPUT_CHANNELS = COARSE_CHANNELS + CONTEXT_CHANNELS
@@ -74,37 +75,11 @@ class SCoordNet(nn.Module):
             out = self.output(h.float())
         return out[..., :3] + self.centre, out[..., 3].clamp(math.log(MIN_SCALE_M), math.log(MAX_SCALE_M))
 
-    @torch.inference_mode()
-    def measure(
-        self, features: BackboneFeatures, variance_scale: float = 1.0, cells: torch.Tensor | None = None
-    ) -> SceneCoordinates:
-        """Return scene coordinates of the first image of a batch.
-
-        Args:
-            features: backbone features of one image.
-            variance_scale: from the map's calibration on views that the head was not trained on.
-            cells: (h, w) bool, the cells to measure; the others are invalid. None: all.
-        """
-        inputs = head_input(features)[0]
+    def regress(self, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what :meth:`forward` returns of cells (n, 192), in the precision that the processor is fast in."""
         with quick_matmul(inputs.device):
-            mean, log_scale = self(inputs if cells is None else inputs[cells])
-        variance = variance_scale * laplace_variance(log_scale)
-        valid = torch.isfinite(mean).all(-1) & torch.isfinite(variance)
-        return _on_grid(mean, variance, valid, cells)
-
-
-def _on_grid(
-    mean: torch.Tensor, variance: torch.Tensor, valid: torch.Tensor, cells: torch.Tensor | None
-) -> SceneCoordinates:
-    """Return scene coordinates of all cells (h, w), or of the cells (h, w) that are true and were measured in order."""
-    if cells is not None:
-        points = mean.new_zeros(*cells.shape, 3)
-        spread = variance.new_full(cells.shape, 4.0 * MAX_SCALE_M**2)
-        points[cells], spread[cells] = mean, variance
-        measured = torch.zeros_like(cells)
-        measured[cells] = valid
-        mean, variance, valid = points, spread, measured
-    return SceneCoordinates(mean.permute(2, 0, 1).contiguous(), variance, valid, COARSE_STRIDE)
+            points, log_scale = self(inputs)
+        return points, log_scale
 
 
 def laplace_variance(log_scale: torch.Tensor) -> torch.Tensor:
@@ -138,23 +113,13 @@ class SCoordNetEnsemble(nn.Module):
             raise ValueError("the heads of one map must have the same size")
         self.heads = nn.ModuleList(heads)
 
-    @torch.inference_mode()
-    def measure(
-        self, features: BackboneFeatures, variance_scale: float = 1.0, cells: torch.Tensor | None = None
-    ) -> SceneCoordinates:
-        """Return scene coordinates of the first image of a batch, by each cell's most certain head.
-
-        The arguments are those of :meth:`SCoordNet.measure`.
-        """
-        inputs = head_input(features)[0]
-        with quick_matmul(inputs.device):
-            outputs = [head(inputs if cells is None else inputs[cells]) for head in self.heads]
-        mean = torch.stack([m for m, _ in outputs])
-        variance = variance_scale * laplace_variance(torch.stack([log_scale for _, log_scale in outputs]))
-        usable = torch.isfinite(mean).all(-1) & torch.isfinite(variance)
-        most_certain = torch.where(usable, variance, torch.inf).argmin(dim=0, keepdim=True)
-        best = mean.gather(0, most_certain[..., None].expand(1, *mean.shape[1:]))[0]
-        return _on_grid(best, variance.gather(0, most_certain)[0], usable.gather(0, most_certain)[0], cells)
+    def regress(self, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return scene coordinates (n, 3) and log b (n,) of cells (n, 192), by each cell's most certain head."""
+        found = [head.regress(inputs) for head in heads_of(self)]
+        mean, log_scale = (torch.stack(items) for items in zip(*found, strict=True))
+        usable = torch.isfinite(mean).all(-1) & torch.isfinite(log_scale)
+        best = torch.where(usable, log_scale, torch.inf).argmin(dim=0, keepdim=True)
+        return mean.gather(0, best[..., None].expand(1, *mean.shape[1:]))[0], log_scale.gather(0, best)[0]
 
 
 Head = SCoordNet | SCoordNetEnsemble
@@ -193,7 +158,7 @@ def transformed_head(head: SCoordNet, T: Matrix) -> SCoordNet:
 
 
 def quantized(head: Head) -> Head:
-    """Return a copy whose residual blocks compute in int8: weights by channel, activations by image.
+    """Return a copy whose residual blocks compute in int8: weights by channel, activations by piece of the image.
 
     It takes half the time of float32 where the processor has instructions for it (VNNI). The error is about 5 mm in a
     scene coordinate, whose own error is 2 cm or more. The first layer stays in float32, since its inputs differ much in
@@ -249,18 +214,113 @@ class MeasurementCalibration(Protocol):
     def roughness(self) -> RoughnessScale | None: ...
 
 
+@dataclass(frozen=True)
+class _Uncalibrated:
+    measurement_variance_scale: float = 1.0
+    roughness: RoughnessScale | None = None
+
+
+UNCALIBRATED = _Uncalibrated()
+"""Calibration that leaves the head's variances as they are."""
+
+PIECE_CELLS = 600
+"""Largest number of cells that are regressed at a time; a thread's cache holds their products."""
+
+
+class CellRegression:
+    """Regression of scene coordinates of the first image of a batch, in pieces that several threads share.
+
+    On a processor a piece never reaches across the four quarters of the cells (every other cell of every other row), so
+    that it is the same whatever else is measured: products in bfloat16 depend on the number of rows.
+
+    Args:
+        head: head of the map.
+        features: backbone features of one image.
+        calibration: of the map, on views that the head was not trained on.
+        cells: (h, w) bool, cells to begin with; None: all.
+    """
+
+    def __init__(
+        self,
+        head: Head,
+        features: BackboneFeatures,
+        calibration: MeasurementCalibration,
+        cells: torch.Tensor | None = None,
+    ) -> None:
+        self._head, self._calibration = head, calibration
+        self._grids = [grid[0].permute(1, 2, 0).flatten(0, 1) for grid in (features.coarse, features.context)]
+        count, (h, w) = len(self._grids[0]), features.coarse.shape[2:]
+        self._mean, self._log_scale = self._grids[0].new_zeros(count, 3), self._grids[0].new_zeros(count)
+        self._begun = torch.zeros(h, w, dtype=torch.bool, device=self._mean.device)
+        self._begin(torch.ones_like(self._begun) if cells is None else cells)
+
+    def help(self) -> None:
+        """Regress pieces until none is left to take; in another thread than :meth:`coordinates`."""
+        self._work.help()
+
+    @property
+    def helped_s(self) -> float:
+        """Time that :meth:`help` spent on the last pieces, in seconds."""
+        return self._work.helped_s
+
+    @torch.inference_mode()
+    def coordinates(self, cells: torch.Tensor | None = None) -> SceneCoordinates:
+        """Return scene coordinates of cells (h, w); those that were not begun are regressed now. None: all cells.
+
+        The other cells are invalid.
+        """
+        self._work.finish()
+        missing = ~self._begun if cells is None else cells & ~self._begun
+        if bool(missing.any()):
+            self._begin(missing)
+            self._work.finish()
+        h, w = self._begun.shape
+        mean = self._mean.clone().reshape(h, w, 3)
+        variance = self._calibration.measurement_variance_scale * laplace_variance(self._log_scale).reshape(h, w)
+        valid = torch.isfinite(mean).all(-1) & torch.isfinite(variance)
+        if cells is not None:
+            others = ~cells
+            mean.masked_fill_(others[..., None], 0.0)
+            variance.masked_fill_(others, 4.0 * MAX_SCALE_M**2)
+            valid &= cells
+        measured = SceneCoordinates(mean.permute(2, 0, 1).contiguous(), variance, valid, COARSE_STRIDE)
+        roughness = self._calibration.roughness
+        return measured if roughness is None else roughness.applied(measured)
+
+    def _begin(self, cells: torch.Tensor) -> None:
+        """Make pieces of cells (h, w) that were not begun before."""
+        self._begun |= cells
+        groups, largest = [cells], len(self._mean)
+        if cells.device.type == "cpu":
+            row, column = (torch.arange(size) % 2 for size in cells.shape)
+            quarter = 2 * row[:, None] + column
+            groups, largest = [cells & (quarter == number) for number in range(4)], PIECE_CELLS
+        indices = [group.flatten().nonzero()[:, 0] for group in groups]
+        pieces = [
+            partial(self._regress, piece)
+            for index in indices
+            if len(index)
+            for piece in index.tensor_split(-(-len(index) // largest))
+        ]
+        self._work = SharedWork(pieces)
+
+    @torch.inference_mode()
+    def _regress(self, index: torch.Tensor) -> None:
+        inputs = torch.cat([grid[index] for grid in self._grids], dim=1)
+        self._mean[index], self._log_scale[index] = self._head.regress(inputs)
+
+
 def measure(
     head: Head,
     features: BackboneFeatures,
-    calibration: MeasurementCalibration,
+    calibration: MeasurementCalibration = UNCALIBRATED,
     cells: torch.Tensor | None = None,
 ) -> SceneCoordinates:
-    """Return scene coordinates of the first image of a batch, with calibrated variances; see :meth:`SCoordNet.measure`.
+    """Return scene coordinates of the first image of a batch, with calibrated variances; see :class:`CellRegression`.
 
     Cells of one colour of a chessboard are enough for the roughness.
     """
-    measured = head.measure(features, calibration.measurement_variance_scale, cells)
-    return measured if calibration.roughness is None else calibration.roughness.applied(measured)
+    return CellRegression(head, features, calibration, cells).coordinates(cells)
 
 
 def roughness_m(measured: SceneCoordinates) -> torch.Tensor:
@@ -283,12 +343,3 @@ def roughness_m(measured: SceneCoordinates) -> torch.Tensor:
     rough = squared.sum(0) / (3 * len(STEPS) * 6)
     usable = measured.valid[r : h - r, r : w - r] & rough.isfinite()
     return rough[usable].sqrt().median() if bool(usable.any()) else rough.new_tensor(math.nan)
-
-
-def quick_matmul(device: torch.device) -> AbstractContextManager[object]:
-    """Return a context in which layers compute in bfloat16 if the processor does so natively, else as usual.
-
-    It is three times as fast on a CPU with native bfloat16. The error is about 4 mm in a scene coordinate, whose own
-    error is 2 cm or more.
-    """
-    return torch.autocast(device.type, dtype=torch.bfloat16) if computes_bfloat16(device) else nullcontext()

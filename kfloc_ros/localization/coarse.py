@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Protocol
 
@@ -11,7 +10,6 @@ import numpy as np
 import torch
 
 from kfloc_ros.device import choose_device, prefers_int8
-from kfloc_ros.errors import FrameError
 from kfloc_ros.features.backbone import COARSE_STRIDE, Backbone, BackboneFeatures
 from kfloc_ros.geometry.camera import Camera, ImageAdapter
 from kfloc_ros.kfnet.filter import SETTLED_S, FlowFunction, SceneCoordinateFilter
@@ -19,12 +17,12 @@ from kfloc_ros.kfnet.flow_network import flow_of
 from kfloc_ros.kfnet.fusion import NO_PRIOR, Filtered, FilterSettings
 from kfloc_ros.kfnet.pnp import PnpSettings, solve_pnp
 from kfloc_ros.kfnet.reference.networks import ReferenceNetworks
-from kfloc_ros.kfnet.scoordnet import measure, quantized
+from kfloc_ros.kfnet.scoordnet import CellRegression, quantized
 from kfloc_ros.localization.config import LocalizerConfig
 from kfloc_ros.localization.depth import of_coarse
-from kfloc_ros.localization.results import WHOLE, Ahead, CellPart, StageTimes
+from kfloc_ros.localization.results import WHOLE, Ahead, CellPart, Measuring, StageTimes, WholeMeasurement
 from kfloc_ros.maps.scene_map import SceneMap
-from kfloc_ros.types import CoarsePose, FilterReport, Frame, Matrix, SceneCoordinates
+from kfloc_ros.types import CoarsePose, FilterReport, Frame, Matrix, SceneCoordinates, check_frame
 
 
 class CoarseStage:
@@ -51,6 +49,8 @@ class CoarseStage:
         self._part = WHOLE
         """Cells that were measured of the last frame."""
         self._turn, self._settled_until_ns = 0, 0
+        self._measuring: Measuring | None = None
+        """Measurement of the last frame."""
         self._skipped: tuple[Frame, BackboneFeatures] | None = None
         self._filter = SceneCoordinateFilter(filter_settings(scene_map, config, self._networks), self._networks.flow)
         self._pnp = pnp_settings(config, self._networks.stride, calibration.coarse_covariance_scale)
@@ -73,20 +73,20 @@ class CoarseStage:
         """
         return extract_features(frame, self.camera, self.backbone, times)
 
-    def prepare(self, frame: Frame, measures: Callable[[], bool] = lambda: False) -> Ahead:
-        """Run the backbone, and then, if ``measures()``, the head on the cells that :meth:`measure` is likely to need.
+    def prepare(self, frame: Frame, *, measures: bool = True) -> Ahead:
+        """Run the backbone, and begin to measure the cells that :meth:`measure` is likely to need if ``measures``.
 
         Raises:
             FrameError: the image does not have the size of the map's camera.
         """
         times = StageTimes()
         features = self.extract(frame, times)
-        if not measures():
+        if not measures:
             return Ahead(times, features)
-        with times.stage("measure"):
-            # By now, the frame before has been measured, and its turn is known.
-            part = self._next_part(frame.stamp_ns) if self._alternates and self._filter.is_confirmed else WHOLE
-            return Ahead(times, features, self._measured(frame, features, part), part)
+        if self._measuring is not None:  # of the frame before: what its turn is must be known
+            self._measuring.help()
+        part = self._next_part(frame.stamp_ns) if self._alternates and self._filter.is_confirmed else WHOLE
+        return Ahead(times, features, self._networks.begin(frame, features, self._cells(features, part)))
 
     def measure(
         self, frame: Frame, features: BackboneFeatures, times: StageTimes, ahead: Ahead | None = None
@@ -104,9 +104,12 @@ class CoarseStage:
                 self._turn = part.turn
             self._part, until_ns = part, frame.stamp_ns + round(SETTLED_S * 1e9)
             self._settled_until_ns = until_ns if self._filter.is_settled_at(frame.stamp_ns) else 0
-            if ahead is not None and ahead.measured is not None and ahead.part == part:
-                return ahead.measured
-            return self._measured(frame, features, part)
+            cells = self._cells(features, part)
+            measuring = ahead.measuring if ahead is not None else None
+            self._measuring = measuring or self._networks.begin(frame, features, cells)
+            measured = self._measuring.coordinates(cells)
+        times.add("measure", self._measuring.helped_s)
+        return measured
 
     def _next_part(self, stamp_ns: int) -> CellPart:
         """Return the cells to measure where the belief covers the frame."""
@@ -114,10 +117,11 @@ class CoarseStage:
         quarter = stamp_ns <= self._settled_until_ns and self._filter.is_settled
         return CellPart(4 if quarter else 2, (self._turn + 1) % 4)
 
-    def _measured(self, frame: Frame, features: BackboneFeatures, part: CellPart) -> SceneCoordinates:
-        """Return scene coordinates of a part of the cells."""
+    @staticmethod
+    def _cells(features: BackboneFeatures, part: CellPart) -> torch.Tensor | None:
+        """Return (h, w) bool, the cells of a part; None: all."""
         h, w = features.coarse.shape[2:]
-        return self._networks.measure(frame, features, part.mask(h, w, features.coarse.device))
+        return part.mask(h, w, features.coarse.device)
 
     def fuse(
         self, frame: Frame, features: BackboneFeatures, measurement: SceneCoordinates, times: StageTimes
@@ -135,14 +139,14 @@ class CoarseStage:
         with times.stage("filter"), torch.inference_mode():
             if self._skipped is not None:
                 before, its_features = self._skipped
-                self._step(before, its_features, self._networks.measure(before, its_features))
+                self._step(before, its_features, self._networks.begin(before, its_features).coordinates())
                 self._skipped = None
             filtered = self._step(frame, features, measurement)
             reason = filtered.report.reset_reason
-            if not reason or self._part == WHOLE:
+            if not reason or self._part == WHOLE or self._measuring is None:
                 return filtered
             self._filter.reset(reason)  # no belief stands for the cells that were left out
-            return self._step(frame, features, self._networks.measure(frame, features))
+            return self._step(frame, features, self._measuring.coordinates())
 
     def solve(self, frame: Frame, filtered: Filtered, times: StageTimes) -> CoarsePose:
         """Solve RANSAC-PnP on the filtered scene coordinates; the filter takes note of the pose."""
@@ -199,7 +203,7 @@ class CoarseStage:
     def reset(self, reason: str) -> None:
         """Reset the belief and all that was carried over from earlier frames."""
         self._filter.reset(reason)
-        self._skipped, self._turn, self._settled_until_ns = None, 0, 0
+        self._skipped, self._measuring, self._turn, self._settled_until_ns = None, None, 0, 0
 
     def _step(self, frame: Frame, features: BackboneFeatures, measurement: SceneCoordinates) -> Filtered:
         return self._filter.step(frame.stamp_ns, self._networks.flow_features(frame, features), measurement)
@@ -214,27 +218,6 @@ def extract_features(frame: Frame, camera: Camera, backbone: Backbone, times: St
     check_frame(frame, camera)
     with times.stage("backbone"):
         return backbone.extract(frame.image)
-
-
-def check_frame(frame: Frame, camera: Camera) -> None:
-    """Refuse an image, or a depth image, that does not belong to the map's camera.
-
-    Raises:
-        FrameError: wrong size, type or channels.
-    """
-    image = frame.image
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        raise FrameError(f"A frame's image must be (H, W, 3) uint8 RGB, got {image.shape} {image.dtype}.")
-    if image.shape[:2] != (camera.height, camera.width):
-        raise FrameError(
-            f"The image is {image.shape[1]}x{image.shape[0]}, but the map's camera is {camera.width}x{camera.height}; "
-            "bring it there with an ImageAdapter."
-        )
-    if frame.depth_m is not None and frame.depth_m.shape != image.shape[:2]:
-        raise FrameError(
-            f"The depth image is {frame.depth_m.shape[::-1]} pixels large, and its image {image.shape[1::-1]}: depth "
-            "must be registered to the image."
-        )
 
 
 def pnp_settings(config: LocalizerConfig, stride: int, covariance_scale: float = 1.0) -> PnpSettings:
@@ -258,8 +241,8 @@ class CoarseNetworks(Protocol):
     stride: int
     """Pixels of the map's camera per cell."""
 
-    def measure(self, frame: Frame, features: BackboneFeatures, cells: torch.Tensor | None = None) -> SceneCoordinates:
-        """Return scene coordinates of a frame; cells are in pixels of the map's camera.
+    def begin(self, frame: Frame, features: BackboneFeatures, cells: torch.Tensor | None = None) -> Measuring:
+        """Begin to measure a frame's scene coordinates; cells are in pixels of the map's camera.
 
         ``cells`` (h, w) bool are needed; None: all. A network that takes the image as a whole measures all.
         """
@@ -317,8 +300,8 @@ class FastNetworks:
         self.flow = chosen.flow
         self.process_scale, self.process_floor_m2 = chosen.process_scale, chosen.process_floor_m2
 
-    def measure(self, frame: Frame, features: BackboneFeatures, cells: torch.Tensor | None = None) -> SceneCoordinates:
-        return measure(self._head, features, self._calibration, cells)
+    def begin(self, frame: Frame, features: BackboneFeatures, cells: torch.Tensor | None = None) -> Measuring:
+        return CellRegression(self._head, features, self._calibration, cells)
 
     def flow_features(self, frame: Frame, features: BackboneFeatures) -> torch.Tensor:
         return features.coarse[0]
@@ -338,7 +321,10 @@ class ReferencePair:
         self.flow: FlowFunction = networks.oflownet.flow
         self.process_scale, self.process_floor_m2 = calibration.process_scale, calibration.process_floor_m2
 
-    def measure(self, frame: Frame, features: BackboneFeatures, cells: torch.Tensor | None = None) -> SceneCoordinates:
+    def begin(self, frame: Frame, features: BackboneFeatures, cells: torch.Tensor | None = None) -> Measuring:
+        return WholeMeasurement(lambda: self._measured(frame))
+
+    def _measured(self, frame: Frame) -> SceneCoordinates:
         measured = self._networks.scoordnet.measure(self._adapter(frame.image), self._variance_scale)
         first = (measured.pixel_offset + 0.5) * self._times - 0.5  # pixel centres have whole numbers
         return replace(measured, stride=self.stride, first_pixel=first)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -73,23 +73,22 @@ class Localizer:
         """Sentence on a camera that does not fit the images; empty if it fits."""
         return self._refine.camera_note
 
-    def prepare(self, frame: Frame, is_busy: Callable[[], bool] = lambda: True) -> Ahead | None:
-        """Compute what a later frame needs of :meth:`process`, in another thread, while this one is processed.
+    def prepare(self, frame: Frame) -> Ahead | None:
+        """Compute the features of a later frame for :meth:`process`, in another thread, while this one is processed.
 
-        Args:
-            frame: the later frame.
-            is_busy: True while this frame is processed; else the scene coordinates are left to :meth:`process`, so that
-                both threads work.
+        ``Ahead.help`` then computes a share of its scene coordinates; what it has not begun by then is left to
+        :meth:`process`, so that both threads work.
 
         Returns:
-            Features and scene coordinates; None if the image may be corrected first, which depends on earlier frames.
+            Features, and scene coordinates to compute; None if the image may be corrected first, which depends on
+            earlier frames.
 
         Raises:
             FrameError: the image does not have the size of the map's camera.
         """
         if self._refine.corrects_camera:
             return None
-        return self._coarse.prepare(frame, lambda: is_busy() and not self._refine.tracks)
+        return self._coarse.prepare(frame, measures=not self._refine.tracks)
 
     def process(
         self,
@@ -139,7 +138,7 @@ class Localizer:
         Raises:
             FrameError: the image does not have the size of the map's camera.
         """
-        ahead = self._coarse.prepare(frame) if ahead is None else ahead
+        ahead = self._coarse.prepare(frame, measures=False) if ahead is None else ahead
         times, features = ahead.times, ahead.features
 
         # 3. Measure scene coordinates and their variance (SCoordNet)

@@ -73,7 +73,7 @@ class PlaceLocalizer:
         """True if the networks run on the processor."""
         return self.guide.backbone.device.type == "cpu"
 
-    def prepare(self, frame: Frame, is_busy: Callable[[], bool] = lambda: True) -> Ahead:
+    def prepare(self, frame: Frame) -> Ahead:
         """Compute the features of a later frame for :meth:`process`, in another thread, while this one is processed.
 
         Its scene coordinates depend on the submap, which is not known yet.
@@ -81,7 +81,6 @@ class PlaceLocalizer:
         Raises:
             FrameError: the image does not have the size of the place's camera.
         """
-        del is_busy
         times = StageTimes()
         return Ahead(times, extract_features(frame, self.camera, self.guide.backbone, times))
 
@@ -172,7 +171,7 @@ def localizer_for(known: SceneMap | Place, config: LocalizerConfig | None = None
     return PlaceLocalizer(known, config) if isinstance(known, Place) else Localizer(known, config)
 
 
-Prepare = Callable[[Frame, Callable[[], bool]], Ahead | None]
+Prepare = Callable[[Frame], Ahead | None]
 """See :meth:`Localizer.prepare`."""
 
 

@@ -10,7 +10,7 @@ from kfloc_ros.device import choose_device
 from kfloc_ros.features.backbone import BackboneFeatures
 from kfloc_ros.kfnet.pnp import agreeing_share
 from kfloc_ros.localization.carrying import Carrier
-from kfloc_ros.localization.coarse import check_frame, pnp_settings
+from kfloc_ros.localization.coarse import pnp_settings
 from kfloc_ros.localization.config import LocalizerConfig
 from kfloc_ros.localization.depth import DepthCheck
 from kfloc_ros.localization.judgement import JudgementSettings, PoseCheck, judge
@@ -21,7 +21,7 @@ from kfloc_ros.pixloc.references import ReferenceViews
 from kfloc_ros.pixloc.refiner import Refiner, RefinerSettings
 from kfloc_ros.relocalization.decision import UNRELATED_COST, realigned
 from kfloc_ros.relocalization.search import Relocalizer
-from kfloc_ros.types import Alignment, CoarsePose, Frame, Matrix, PoseEstimate, TrackingState
+from kfloc_ros.types import Alignment, CoarsePose, Frame, Matrix, PoseEstimate, TrackingState, check_frame
 
 
 class RefineStage:

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from kfloc_ros.features.backbone import BackboneFeatures
 from kfloc_ros.geometry.covariance import pose_tangent_error
+from kfloc_ros.jobs import SharedWork
 from kfloc_ros.kfnet.fusion import Filtered
 from kfloc_ros.pixloc.refiner import FittedCamera
 from kfloc_ros.types import CoarsePose, FilterReport, Frame, Matrix, PoseEstimate, SceneCoordinates
@@ -35,7 +37,11 @@ class StageTimes:
         """Add the time spent inside to a stage."""
         start = time.perf_counter()
         yield
-        self._ms[name] = self._ms.get(name, 0.0) + (time.perf_counter() - start) * 1e3
+        self.add(name, time.perf_counter() - start)
+
+    def add(self, name: str, spent_s: float) -> None:
+        """Add a time that another thread spent, in seconds, to a stage."""
+        self._ms[name] = self._ms.get(name, 0.0) + 1e3 * spent_s
 
     def so_far(self) -> dict[str, float]:
         """Return the times of all stages."""
@@ -72,16 +78,63 @@ _QUARTERS = ((0, 0), (1, 1), (0, 1), (1, 0))
 WHOLE = CellPart(1, 0)
 
 
+class Measuring(Protocol):
+    """Measurement of an image's scene coordinates, which several threads may share."""
+
+    @property
+    def helped_s(self) -> float:
+        """Time that :meth:`help` spent on what was begun last, in seconds."""
+        ...
+
+    def help(self) -> None:
+        """Compute a share of what was begun, in another thread than :meth:`coordinates`."""
+        ...
+
+    def coordinates(self, cells: torch.Tensor | None = None) -> SceneCoordinates:
+        """Return scene coordinates; only the cells (h, w) are needed, begun or not. None: all."""
+        ...
+
+
+class WholeMeasurement:
+    """Measurement by a network that takes the image as a whole, by whichever thread is first.
+
+    Args:
+        measure: returns the scene coordinates of all cells.
+    """
+
+    def __init__(self, measure: Callable[[], SceneCoordinates]) -> None:
+        self._measure, self._found = measure, list[SceneCoordinates]()
+        self._work = SharedWork([lambda: self._found.append(self._measure())])
+
+    @property
+    def helped_s(self) -> float:
+        """Time that :meth:`help` spent, in seconds."""
+        return self._work.helped_s
+
+    def help(self) -> None:
+        """Measure, unless another thread does."""
+        self._work.help()
+
+    def coordinates(self, cells: torch.Tensor | None = None) -> SceneCoordinates:
+        """Return the scene coordinates of all cells, whichever are needed."""
+        del cells
+        self._work.finish()
+        return self._found[0]
+
+
 @dataclass(frozen=True, eq=False)
 class Ahead:
     """What was computed of a frame before its turn, in another thread."""
 
     times: StageTimes
     features: BackboneFeatures
-    measured: SceneCoordinates | None = None
-    """Scene coordinates regressed from the frame; None if that may not be needed."""
-    part: CellPart = WHOLE
-    """Cells that were measured."""
+    measuring: Measuring | None = None
+    """Measurement of the cells that the frame is likely to need; None if there may be no need for one."""
+
+    def help(self) -> None:
+        """Compute a share of the measurement until it is done, also after the frame was handed over."""
+        if self.measuring is not None:
+            self.measuring.help()
 
 
 @dataclass(frozen=True, eq=False)

@@ -28,7 +28,7 @@ from kfloc_ros.kfnet.filter import FlowFunction
 from kfloc_ros.kfnet.flow import backward_flow
 from kfloc_ros.kfnet.flow_network import LEARNED_FLOOR_M2, shipped_flow_network
 from kfloc_ros.kfnet.fusion import warp
-from kfloc_ros.kfnet.scoordnet import Head, RoughnessScale, roughness_m
+from kfloc_ros.kfnet.scoordnet import Head, RoughnessScale, measure, roughness_m
 from kfloc_ros.localization.config import LocalizerConfig
 from kfloc_ros.localization.localizer import Localizer
 from kfloc_ros.mapping.pose_calibration import ONE_SIGMA, calibrate_poses, is_good
@@ -230,7 +230,8 @@ def calibrate_measurement(head: Head, backbone: Backbone, held_out: Sequence[Hel
 
 def _measured(head: Head, backbone: Backbone, held: HeldOut, turn: Matrix) -> MeasuredView:
     view: View = held.view
-    measured = head.measure(backbone.extract(view.image if turn is IDENTITY else warp_image(view.image, turn)))
+    features = backbone.extract(view.image if turn is IDENTITY else warp_image(view.image, turn))
+    measured = measure(head, features)
     h, w = measured.variance.shape
     truth = true_coordinates(view, (h, w), turn)
     error = (measured.mean.cpu() - truth.mean).abs() / measured.variance.cpu().sqrt()

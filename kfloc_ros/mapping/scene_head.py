@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-from kfloc_ros.kfnet.scoordnet import SCoordNet, laplace_nll, quick_matmul
+from kfloc_ros.device import quick_matmul
+from kfloc_ros.kfnet.scoordnet import SCoordNet, laplace_nll
 
 WARM_UP_STEPS = 50
 MAX_STEPS = 2000

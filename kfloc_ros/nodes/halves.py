@@ -77,8 +77,9 @@ class FilterStage:
         """Read a frame and run the networks on it, beside the frame before."""
         camera_frame = read_frame(messages)
         check_camera(camera_frame, self._localizer.camera)
-        ahead = None if self._prepare_ahead is None else self._prepare_ahead(camera_frame.frame, self._queue.is_busy)
-        self._queue.hand_over(Prepared(camera_frame, ahead))
+        ahead = None if self._prepare_ahead is None else self._prepare_ahead(camera_frame.frame)
+        prepared = Prepared(camera_frame, ahead)
+        self._queue.hand_over(prepared, prepared.help)
 
     def _process(self, prepared: Prepared) -> None:
         camera_frame = prepared.camera_frame

@@ -166,6 +166,11 @@ class Prepared:
     camera_frame: CameraFrame
     ahead: Ahead | None
 
+    def help(self) -> None:
+        """Compute a share of the frame's measurement."""
+        if self.ahead is not None:
+            self.ahead.help()
+
 
 class LocalizerStage:
     """Localizer on every frame, in a thread of its own; the camera's thread decodes the next one meanwhile.
@@ -207,8 +212,9 @@ class LocalizerStage:
         self._output.request_reset(reason)
 
     def _prepare(self, camera_frame: CameraFrame) -> None:
-        ahead = None if self._prepare_ahead is None else self._prepare_ahead(camera_frame.frame, self._queue.is_busy)
-        self._queue.hand_over(Prepared(camera_frame, ahead))
+        ahead = None if self._prepare_ahead is None else self._prepare_ahead(camera_frame.frame)
+        prepared = Prepared(camera_frame, ahead)
+        self._queue.hand_over(prepared, prepared.help)
 
     def _process(self, prepared: Prepared) -> None:
         camera_frame = prepared.camera_frame

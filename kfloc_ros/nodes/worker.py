@@ -74,20 +74,21 @@ class LatestWorker(Generic[ItemT]):
             self._condition.notify_all()
         return overwritten
 
-    def hand_over(self, item: ItemT, patience_s: float) -> bool:
-        """Queue an item and wait until the worker takes it, at most ``patience_s``; return True if it overwrote one.
+    def hand_over(self, item: ItemT, patience_s: float, help_with: Callable[[], None] = lambda: None) -> bool:
+        """Queue an item, help with it, and wait until the worker takes it; return True if it overwrote one.
 
         A thread that prepares items thus stays one item ahead, and prepares a newer one where the worker is held up.
+
+        Args:
+            item: the item.
+            patience_s: longest wait, in seconds.
+            help_with: does a share of the work on the item that both threads may do.
         """
         overwritten = self.submit(item)
+        help_with()
         with self._condition:
             self._condition.wait_for(lambda: self._item is not item or self._stopping, patience_s)
         return overwritten
-
-    @property
-    def is_busy(self) -> bool:
-        """True while an item is worked on or waits."""
-        return self._working or self._item is not None
 
     def discard(self) -> bool:
         """Discard the waiting item; return True if there was one."""
@@ -164,13 +165,9 @@ class LatestQueue(Generic[ItemT]):
         if self._worker.submit(item):
             self._health.count("dropped")
 
-    def is_busy(self) -> bool:
-        """Return True while an item is worked on or waits."""
-        return self._worker.is_busy
-
-    def hand_over(self, item: ItemT) -> None:
-        """Queue an item that another queue received, and wait until it is taken, at most ``HAND_OVER_S``."""
-        if self._worker.hand_over(item, HAND_OVER_S):
+    def hand_over(self, item: ItemT, help_with: Callable[[], None] = lambda: None) -> None:
+        """Queue an item that another queue received, help with it, and wait until it is taken: ``HAND_OVER_S``."""
+        if self._worker.hand_over(item, HAND_OVER_S, help_with):
             self._health.count("dropped")
 
     def discard(self) -> None:

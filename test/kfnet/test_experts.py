@@ -3,19 +3,24 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 import torch
 
+from kfloc_ros import device
 from kfloc_ros.features.backbone import BackboneFeatures
 from kfloc_ros.geometry.lie import make_pose, so3_exp
 from kfloc_ros.kfnet import scoordnet
 from kfloc_ros.kfnet.scoordnet import (
+    CellRegression,
     SCoordNet,
     SCoordNetEnsemble,
     ensemble_of,
     head_input,
     heads_of,
+    measure,
     quantized,
     transformed_head,
     with_variance_scale,
@@ -40,8 +45,8 @@ def features() -> BackboneFeatures:
 
 def test_each_cell_is_told_by_its_surest_head() -> None:
     heads = [head(1), head(2)]
-    alone = [h.measure(features()) for h in heads]
-    both = SCoordNetEnsemble(heads).measure(features())
+    alone = [measure(h, features()) for h in heads]
+    both = measure(SCoordNetEnsemble(heads), features())
     first = alone[0].variance <= alone[1].variance
     assert 0 < int(first.sum()) < first.numel()
     torch.testing.assert_close(both.mean, torch.where(first, alone[0].mean, alone[1].mean))
@@ -53,8 +58,8 @@ def test_a_head_that_tells_nonsense_is_not_believed() -> None:
     broken = head(1, log_scale=-6.0)
     with torch.no_grad():
         broken.output.bias[:3] = torch.nan
-    measured = SCoordNetEnsemble([broken, head(2)]).measure(features())
-    torch.testing.assert_close(measured.mean, head(2).measure(features()).mean)
+    measured = measure(SCoordNetEnsemble([broken, head(2)]), features())
+    torch.testing.assert_close(measured.mean, measure(head(2), features()).mean)
     assert measured.valid.all()
 
 
@@ -69,8 +74,8 @@ def test_a_moved_head_tells_the_moved_points() -> None:
 
 
 def test_a_scale_of_the_variance_becomes_part_of_the_head() -> None:
-    scaled = with_variance_scale(head(1), 2.5).measure(features())
-    torch.testing.assert_close(scaled.variance, head(1).measure(features(), 2.5).variance)
+    scaled = measure(with_variance_scale(head(1), 2.5), features())
+    torch.testing.assert_close(scaled.variance, 2.5 * measure(head(1), features()).variance)
 
 
 def test_one_head_stays_one_and_sizes_must_agree() -> None:
@@ -84,11 +89,28 @@ def test_one_head_stays_one_and_sizes_must_agree() -> None:
 def test_some_cells_alone_are_measured_as_among_all(count: int) -> None:
     heads = ensemble_of([head(k) for k in range(count)])
     cells = (torch.arange(4)[:, None] + torch.arange(6)) % 2 == 0
-    whole, part = heads.measure(features()), heads.measure(features(), cells=cells)
+    whole, part = measure(heads, features()), measure(heads, features(), cells=cells)
     assert torch.equal(part.valid, cells) and part.mean.shape == whole.mean.shape
     assert torch.allclose(part.mean[:, cells], whole.mean[:, cells], atol=2e-2)  # bfloat16 depends on the batch
     assert torch.allclose(part.variance[cells], whole.variance[cells], rtol=1e-2)
     assert torch.isfinite(part.mean).all() and (part.variance[~cells] > 100).all()
+
+
+def test_what_threads_regress_in_pieces_is_what_one_regresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scoordnet, "PIECE_CELLS", 2)
+    net, cells = head(1), torch.zeros(4, 6, dtype=torch.bool)
+    cells[1::2, ::2] = True
+    alone = measure(net, features())
+    shared = CellRegression(net, features(), scoordnet.UNCALIBRATED, cells)
+    helpers = [threading.Thread(target=shared.help) for _ in range(3)]
+    for helper in helpers:
+        helper.start()
+    part, whole = shared.coordinates(cells), shared.coordinates()  # completed: the others are regressed, too
+    for helper in helpers:
+        helper.join()
+    assert torch.equal(part.valid, cells) and torch.equal(part.mean[:, cells], alone.mean[:, cells])
+    assert torch.equal(whole.mean, alone.mean) and torch.equal(whole.variance, alone.variance)
+    assert torch.equal(shared.coordinates(cells).mean, part.mean)
 
 
 @pytest.mark.skipif("x86" not in torch.backends.quantized.supported_engines, reason="int8 layers for x86 only")
@@ -96,11 +118,11 @@ def test_some_cells_alone_are_measured_as_among_all(count: int) -> None:
 def test_hidden_layers_in_int8_change_points_little_and_leave_the_head_as_it_was(
     count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scoordnet, "computes_bfloat16", lambda device: False)  # as where int8 is preferred
+    monkeypatch.setattr(device, "computes_bfloat16", lambda device: False)  # as where int8 is preferred
     exact = ensemble_of([head(k, -2.0 - k) for k in range(count)])
-    before = exact.measure(features())
-    quick = quantized(exact).measure(features())
+    before = measure(exact, features())
+    quick = measure(quantized(exact), features())
     spread = before.mean.std()
     assert 0 < (quick.mean - before.mean).norm(dim=0).median() < 0.02 * spread
     assert torch.allclose(quick.variance.log(), before.variance.log(), atol=0.1)
-    assert torch.equal(exact.measure(features()).mean, before.mean)
+    assert torch.equal(measure(exact, features()).mean, before.mean)

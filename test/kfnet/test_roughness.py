@@ -71,7 +71,7 @@ def test_a_measurement_has_the_calibrated_variance() -> None:
     features = BackboneFeatures(
         torch.randn(1, 64, 12, 16), torch.randn(1, 24, 24, 32), torch.randn(1, 128, 12, 16), torch.rand(1, 12, 16)
     )
-    stated = head.measure(features)
+    stated = measure(head, features)
     plain = measure(head, features, Calibration(measurement_variance_scale=2.0))
     torch.testing.assert_close(plain.variance, 2.0 * stated.variance)
     scale = RoughnessScale(usual_m=float(roughness_m(stated)) / 3.0, power=1.0)

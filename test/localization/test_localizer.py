@@ -191,7 +191,8 @@ def test_cells_measured_beside_the_frame_before_are_those_that_the_frame_needs(s
         coarse = localizer.coarse_half(frame, ahead=ahead)
         if k + 1 < len(frames):  # beside steps 6 to 8 of this frame
             ahead = localizer.prepare(frames[k + 1])
-            shares.append(float(ahead.measured.valid.float().mean()))
+            ahead.help()
+            shares.append(float(ahead.measuring._begun.float().mean()))
         localization = localizer.refine_half(frame, coarse)
         localizer.correct_belief(frame.stamp_ns, localization.estimate.refined_pose)
         assert (localization.estimate.T_map_camera == alone[k].T_map_camera).all()

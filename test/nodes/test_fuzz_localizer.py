@@ -94,8 +94,6 @@ class OpenNode(Node):
 class AtOnce:
     """A worker that works in the caller's thread."""
 
-    is_busy = True
-
     def __init__(self, name: str, handle: Callable[[Any], None], on_error: Callable[[Exception], None]) -> None:
         self._handle, self._on_error = handle, on_error
 
@@ -106,7 +104,8 @@ class AtOnce:
             self._on_error(error)
         return False
 
-    def hand_over(self, item: Any, patience_s: float) -> bool:
+    def hand_over(self, item: Any, patience_s: float, help_with: Callable[[], None]) -> bool:
+        help_with()
         return self.submit(item)
 
     def discard(self) -> bool:
