@@ -107,9 +107,8 @@ class CoarseStage:
             cells = self._cells(features, part)
             measuring = ahead.measuring if ahead is not None else None
             self._measuring = measuring or self._networks.begin(frame, features, cells)
-            measured = self._measuring.coordinates(cells)
-        times.add("measure", self._measuring.helped_s)
-        return measured
+            times.add("measure", self._measuring.helped_s)  # before this frame's turn
+            return self._measuring.coordinates(cells)
 
     def _next_part(self, stamp_ns: int) -> CellPart:
         """Return the cells to measure where the belief covers the frame."""
