@@ -230,8 +230,7 @@ def calibrate_measurement(head: Head, backbone: Backbone, held_out: Sequence[Hel
 
 def _measured(head: Head, backbone: Backbone, held: HeldOut, turn: Matrix) -> MeasuredView:
     view: View = held.view
-    features = backbone.extract(view.image if turn is IDENTITY else warp_image(view.image, turn))
-    measured = measure(head, features)
+    measured = measure(head, backbone.extract(view.image if turn is IDENTITY else warp_image(view.image, turn)))
     h, w = measured.variance.shape
     truth = true_coordinates(view, (h, w), turn)
     error = (measured.mean.cpu() - truth.mean).abs() / measured.variance.cpu().sqrt()
