@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.util
 import logging
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import torch
+from torch import nn
 
 from kfloc_ros.errors import ConfigError
 
@@ -52,6 +54,46 @@ def quick_matmul(device: torch.device) -> AbstractContextManager[object]:
     error is 2 cm or more.
     """
     return torch.autocast(device.type, dtype=torch.bfloat16) if computes_bfloat16(device) else nullcontext()
+
+
+class PackedLinear(nn.Module):
+    """Linear layer of a processor with bfloat16, whose weights are converted and packed once, not at every call.
+
+    The results are those of the layer within :func:`quick_matmul`.
+
+    Raises:
+        AttributeError, RuntimeError: this torch has no such layer.
+    """
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        weight = layer.weight.detach().to(torch.bfloat16)
+        self._weight: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
+        self._bias = layer.bias.detach().to(torch.bfloat16)
+        self.forward(torch.zeros(1, layer.in_features))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Return the layer's output (n, out), bfloat16, of inputs (n, in)."""
+        linear: Callable[..., torch.Tensor] = torch.ops.mkldnn._linear_pointwise
+        return linear(inputs.to(torch.bfloat16), self._weight, self._bias, "none", [], "")
+
+
+N = TypeVar("N", bound=nn.Module)
+
+
+def with_packed_layers(network: N, names: set[str]) -> N:
+    """Return a copy with the named linear layers packed; the network itself on a device without bfloat16."""
+    device = next(network.parameters()).device
+    if device.type != "cpu" or not computes_bfloat16(device):
+        return network
+    result = copy.deepcopy(network).eval()
+    try:
+        for name, layer in list(result.named_modules()):
+            if name in names and isinstance(layer, nn.Linear):
+                result.set_submodule(name, PackedLinear(layer))
+    except (AttributeError, RuntimeError):  # of a torch without such a layer
+        return network
+    return result
 
 
 def prefers_int8(device: torch.device) -> bool:

@@ -16,10 +16,9 @@ from functools import partial
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from kfloc_ros.device import quick_matmul
+from kfloc_ros.device import quick_matmul, with_packed_layers
 from kfloc_ros.features.backbone import COARSE_CHANNELS, COARSE_STRIDE, CONTEXT_CHANNELS, BackboneFeatures
 from kfloc_ros.geometry.lie import Matrix
 from kfloc_ros.jobs import SharedWork
@@ -67,9 +66,9 @@ class SCoordNet(nn.Module):
 
     def forward(self, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return scene coordinates (..., 3) in metres, map frame, and log b (...), of cells (..., 192)."""
-        h = F.relu(self.input((inputs - self.input_mean) * self.input_scale))
+        h = self.input((inputs - self.input_mean) * self.input_scale).relu_()
         for first, second in zip(self.first, self.second, strict=True):
-            h = F.relu(h + second(F.relu(first(h))))
+            h = (h + second(first(h).relu_())).relu_()
         # the last layer stays in float32: bfloat16 would round a coordinate at 3 m to a centimetre
         with torch.autocast(h.device.type, enabled=False):
             out = self.output(h.float())
@@ -155,6 +154,11 @@ def transformed_head(head: SCoordNet, T: Matrix) -> SCoordNet:
         result.output.bias[:3] = (R @ head.output.bias[:3].double()).float()
         result.centre.copy_((R @ head.centre.double() + t).float())
     return result
+
+
+def packed(head: Head) -> Head:
+    """Return a copy whose hidden layers are packed for products in bfloat16; the head itself without bfloat16."""
+    return with_packed_layers(head, {name for name, _ in head.named_modules() if not name.endswith("output")})
 
 
 def quantized(head: Head) -> Head:

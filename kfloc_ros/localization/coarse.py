@@ -17,7 +17,7 @@ from kfloc_ros.kfnet.flow_network import flow_of
 from kfloc_ros.kfnet.fusion import NO_PRIOR, Filtered, FilterSettings
 from kfloc_ros.kfnet.pnp import PnpSettings, solve_pnp
 from kfloc_ros.kfnet.reference.networks import ReferenceNetworks
-from kfloc_ros.kfnet.scoordnet import CellRegression, quantized
+from kfloc_ros.kfnet.scoordnet import CellRegression, packed, quantized
 from kfloc_ros.localization.config import LocalizerConfig
 from kfloc_ros.localization.depth import of_coarse
 from kfloc_ros.localization.results import WHOLE, Ahead, CellPart, Measuring, StageTimes, WholeMeasurement
@@ -293,7 +293,7 @@ class FastNetworks:
 
     def __init__(self, scene_map: SceneMap, device: torch.device, *, exact: bool = False) -> None:
         head = scene_map.head.to(device)
-        self._head = quantized(head) if prefers_int8(device) and not exact else head
+        self._head = quantized(head) if prefers_int8(device) and not exact else packed(head)
         self._calibration = scene_map.calibration
         chosen = flow_of(scene_map.calibration, device)
         self.flow = chosen.flow

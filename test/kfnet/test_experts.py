@@ -21,6 +21,7 @@ from kfloc_ros.kfnet.scoordnet import (
     head_input,
     heads_of,
     measure,
+    packed,
     quantized,
     transformed_head,
     with_variance_scale,
@@ -111,6 +112,18 @@ def test_what_threads_regress_in_pieces_is_what_one_regresses(monkeypatch: pytes
     assert torch.equal(part.valid, cells) and torch.equal(part.mean[:, cells], alone.mean[:, cells])
     assert torch.equal(whole.mean, alone.mean) and torch.equal(whole.variance, alone.variance)
     assert torch.equal(shared.coordinates(cells).mean, part.mean)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_packed_layers_change_no_point(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    heads = ensemble_of([head(k, -2.0 - k) for k in range(count)])
+    quick, before = packed(heads), measure(heads, features())
+    assert (quick is heads) != device.computes_bfloat16(torch.device("cpu"))
+    after = measure(quick, features())
+    torch.testing.assert_close(after.mean, before.mean, atol=2e-3, rtol=0.0)
+    torch.testing.assert_close(after.variance, before.variance, atol=0.0, rtol=2e-3)
+    monkeypatch.setattr(device, "computes_bfloat16", lambda device: False)
+    assert packed(heads) is heads
 
 
 @pytest.mark.skipif("x86" not in torch.backends.quantized.supported_engines, reason="int8 layers for x86 only")
