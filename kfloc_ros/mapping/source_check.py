@@ -159,7 +159,8 @@ def check_source(source: FrameSource, *, pairs: int = 16, use_poses: bool = True
             figures["depth_disagreement"] = round(clock.before, 4)
             if not any(finding.kind == "depth_clock" for finding in findings):
                 findings += _clock_findings(clock, period_s)
-        moved = None if causes else depth_shift(finder.views, observed, model, factor)
+        on_edges = place is not None and place.clear  # edges in the images tell a shift more finely than depth alone
+        moved = None if causes or on_edges else depth_shift(finder.views, observed, model, factor)
         if moved is not None and not any(finding.kind in DEPTH_PLACE_KINDS for finding in findings):
             findings += _shift_findings(moved, source.camera)
         if left > LOOSE_PX and not calibrated and not any(finding.kind in DEPTH_PLACE_KINDS for finding in findings):
