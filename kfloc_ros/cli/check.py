@@ -81,8 +81,11 @@ def add_no_check(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def check_first(source: FrameSource, *, skip: bool, use_poses: bool = True) -> None:
+def check_first(source: FrameSource, *, skip: bool, use_poses: bool = True) -> SourceCheck | None:
     """Check a source before it is worked on; warnings go to stderr. Poses that are not used are not checked.
+
+    Returns:
+        The check; None if it is skipped.
 
     Raises:
         SourceError: the images contradict the source beyond doubt.
@@ -90,7 +93,7 @@ def check_first(source: FrameSource, *, skip: bool, use_poses: bool = True) -> N
     from kfloc_ros.mapping.source_check import check_source
 
     if skip:
-        return
+        return None
     check = check_source(source, use_poses=use_poses)
     for finding in check.findings:
         if finding.severity != "error":
@@ -99,6 +102,7 @@ def check_first(source: FrameSource, *, skip: bool, use_poses: bool = True) -> N
         text = " ".join(finding.text for finding in check.errors)
         mend = f" Add '{check.words}' to the source." if check.words else ""
         raise SourceError(f"'{check.name}' contradicts itself. {text}{mend} {NO_CHECK} goes on all the same.")
+    return check
 
 
 def check_bag(args: argparse.Namespace) -> None:

@@ -139,11 +139,11 @@ def run_build(args: argparse.Namespace) -> int:
     started = time.monotonic()
 
     from kfloc_ros.mapping.build import build_map, check_free, weaknesses
-    from kfloc_ros.mapping.motion_depth import with_depth
+    from kfloc_ros.mapping.motion_depth import MotionDepth, poses_doubt, with_depth
     from kfloc_ros.mapping.structure import reconstruct
     from kfloc_ros.mapping.structure_scale import SCALE_HELP, UNSCALED, Unscaled
 
-    config, method = build_config_from(args), scale_method(args)
+    config, method, check = build_config_from(args), scale_method(args), None
     frames = open_source_from(args, depth=not args.no_depth)
     check_free(args.out, overwrite=args.force)
     if args.scale_marker is not None:
@@ -165,10 +165,13 @@ def run_build(args: argparse.Namespace) -> int:
         if method is not None:
             frames, scale = scaled_source(frames, method)
             notes["scale"] = scale.origin
-        check_first(frames, skip=args.no_check)
+        check = check_first(frames, skip=args.no_check)
     if isinstance(method, Unscaled):
         print(f"Warning: the map's scale is {UNSCALED}. `kfloc map scale` can set it.", file=sys.stderr)
     source = with_depth(frames, hide=args.no_depth, device=config.device)
+    epipolar_px = 0.0 if check is None else check.figures.get("epipolar_px_mended", 0.0)
+    if isinstance(source, MotionDepth) and (doubt := poses_doubt(epipolar_px, frames.camera)):
+        print(f"Warning: {doubt}", file=sys.stderr)
     if args.adjust_poses:
         source = _adjusted(source, config.device, notes)
     try:

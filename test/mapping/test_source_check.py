@@ -23,6 +23,7 @@ from kfloc_ros.mapping.check_depth_views import DepthClock, depth_by_matches
 from kfloc_ros.mapping.check_geometry import Model, Observations, fitted_camera
 from kfloc_ros.mapping.check_hypotheses import LOOSE_PX
 from kfloc_ros.mapping.check_pairs import PairFinder, Poses, View
+from kfloc_ros.mapping.motion_depth import poses_doubt
 from kfloc_ros.mapping.source_check import SourceCheck, check_source
 from kfloc_ros.mapping.source_pages import MEANINGS, write_page
 from kfloc_ros.types import Frame, Matrix
@@ -82,6 +83,7 @@ def test_a_good_source_has_no_findings(good: SourceCheck) -> None:
     assert good.findings == () and good.notes == () and good.words == ""
     assert good.figures["epipolar_px"] < 0.3 and abs(good.figures["depth_by_poses"] - 1) < 0.02
     assert abs(good.figures["rate_hz"] - 10) < 0.01
+    assert poses_doubt(good.figures["epipolar_px"], ROOM_CAMERA) == ""
     assert set(good.figures) <= set(MEANINGS), "every figure is explained"
 
 
@@ -163,6 +165,7 @@ def shaken(source: FrameSource) -> FrameSource:
 def test_poses_that_are_merely_inaccurate_are_explained_by_no_mistake(walk: FrameSource) -> None:
     check = check_source(shaken(walk), pairs=PAIRS)
     assert check.figures["epipolar_px"] > 0.6
+    assert "too inaccurate for depth from motion" in poses_doubt(check.figures["epipolar_px"], walk.camera)
     assert [finding for finding in check.findings if finding.kind != "poses"] == []
 
 
