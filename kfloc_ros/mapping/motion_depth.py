@@ -196,7 +196,8 @@ def poses_doubt(epipolar_px: float, camera: Camera) -> str:
     return (
         f"The poses are too inaccurate for depth from motion: matched points lie {epipolar_px:.1f} pixels from their "
         f"epipolar lines in the median, and {allowed_px:.1f} are allowed. In this map, poses may be wrong by a "
-        "decimetre and not look it. `--sfm DIR` computes poses from the images; it takes only the scale from the source."
+        "decimetre and not look it. `--sfm DIR` computes poses from the images, and takes only the scale from the "
+        "source."
     )
 
 
