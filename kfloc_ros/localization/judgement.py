@@ -139,6 +139,8 @@ MAX_MOTION_S = 0.5
 LEAST_SUPPORT = 0.0
 """Support by the points' own matches below which a pose is not TRACKING: fewer agree with it than with wrong poses. Of
 750 such poses on images of four maps, good and treated, 7 have so little, and 3 of these are wrong."""
+FEW_BLOCKS = 7
+"""Number of matching blocks of the image, of 48, below which a pose is not TRACKING if most others do not match."""
 LEAST_CONFIDENCE = 0.5
 """Confidence below which a pose is not TRACKING: it is more likely wrong than right."""
 
@@ -202,7 +204,8 @@ class PoseCheck:
                     scale = JudgementSettings.unrefined_scale * excess**2
                     estimate = replace(estimate, covariance=scale * estimate.covariance)
                 checked, chi2, fitted = self._check_camera(frame, features, estimate, inspection, turn_rad)
-                estimate = _check_support(_check_blocks(checked, inspection.blocks, self._camera), alignment)
+                checked = _check_blocks(checked, inspection.blocks, self._camera)
+                estimate = _check_support(checked, alignment, inspection.blocks)
             evidence = self._evidence(estimate, inspection, chi2)
             if fitted is not None:
                 evidence["fit_score"] = fit_score(T, fitted)
@@ -335,9 +338,13 @@ def _check_blocks(estimate: PoseEstimate, blocks: BlockMatch | None, camera: Cam
     return replace(estimate, state=TrackingState.DEGRADED, reason=blocks.fault)
 
 
-def _check_support(estimate: PoseEstimate, alignment: Alignment) -> PoseEstimate:
-    """Return the estimate; DEGRADED if the points' own matches speak against it."""
-    if alignment.map_support >= LEAST_SUPPORT or estimate.state is not TrackingState.TRACKING:
+def _check_support(estimate: PoseEstimate, alignment: Alignment, blocks: BlockMatch | None) -> PoseEstimate:
+    """Return the estimate; DEGRADED if the points' own matches speak against it, or little of the image is for it."""
+    if estimate.state is not TrackingState.TRACKING:
         return estimate
-    reason = "no more points find themselves where the pose has them than at a wrong pose"
-    return replace(estimate, state=TrackingState.DEGRADED, reason=reason)
+    reason = ""
+    if alignment.map_support < LEAST_SUPPORT:
+        reason = "no more points find themselves where the pose has them than at a wrong pose"
+    elif blocks is not None and blocks.matching < FEW_BLOCKS and blocks.matching_share < 0.5:
+        reason = f"only {blocks.matching} parts of the image match the map at the pose, and {blocks.blocks} should"
+    return replace(estimate, state=TrackingState.DEGRADED, reason=reason) if reason else estimate

@@ -16,7 +16,8 @@ from kfloc_ros.localization.localizer import Localizer
 from kfloc_ros.localization.results import EVIDENCE, confidence_of, fit_score
 from kfloc_ros.maps.scene_map import SceneMap
 from kfloc_ros.pixloc.camera_fit import CameraFit, CameraScore
-from kfloc_ros.pixloc.refiner import FittedCamera
+from kfloc_ros.pixloc.image_check import BlockMatch
+from kfloc_ros.pixloc.refiner import FittedCamera, Inspection
 from kfloc_ros.types import PoseEstimate, TrackingState
 
 CAMERA = Camera(640, 480, 500.0, 500.0, 320.0, 240.0)
@@ -83,6 +84,19 @@ def test_a_pose_that_the_points_own_matches_contradict_is_not_tracking(room_map:
     checked = localizer._refine.check(room[0], good.features, unsupported)
     assert checked.state is TrackingState.DEGRADED and "find themselves" in checked.reason
     assert checked.T_map_camera is not None
+
+
+@pytest.mark.parametrize(("matching", "state"), [(6, TrackingState.DEGRADED), (13, TrackingState.TRACKING)])
+def test_a_pose_that_little_of_the_image_is_for_is_not_tracking(
+    room_map: Any, room: Any, monkeypatch: pytest.MonkeyPatch, matching: int, state: TrackingState
+) -> None:
+    localizer = Localizer(SceneMap.load(room_map), LocalizerConfig(device="cpu"))
+    good = localizer.process(room[0])
+    seen = Inspection(BlockMatch(14, matching, 0, (0.0, 0.0), 0.0), None, None)
+    monkeypatch.setattr(localizer._refine.refiner, "inspect", lambda features, T: seen)
+    checked = localizer._refine.check(room[0], good.features, replace(good.estimate, state=TrackingState.TRACKING))
+    assert checked.state is state
+    assert ("6 parts of the image match" in checked.reason) == (state is TrackingState.DEGRADED)
 
 
 def test_a_pose_that_moves_far_with_a_free_camera_scores_worse_than_one_that_stays() -> None:
