@@ -22,9 +22,8 @@ from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.covariance import pose_tangent_error
 from kfloc_ros.geometry.lie import Matrix, inverse_pose
 from kfloc_ros.localization.results import widened
-from kfloc_ros.pixloc.camera_fit import CameraFit, CameraScore, OtherCalibration, combine
+from kfloc_ros.pixloc.camera_fit import CameraFit, CameraScore, FittedCamera, OtherCalibration, combine
 from kfloc_ros.pixloc.cost import OFFSETS
-from kfloc_ros.pixloc.refiner import FittedCamera
 from kfloc_ros.types import PoseEstimate
 
 CHI2_6_95, CHI2_6_99, CHI2_6_999 = 12.592, 16.812, 22.458

@@ -33,8 +33,6 @@ class CarrySettings:
     """Time between two images whose points are learned."""
     rest_period_s: float = 0.3
     """The same, while the map alone settles the poses."""
-    settled_support: float = 6.0
-    """Support by the map's points from which the map alone settles a pose."""
     drift_m_s: float = 0.01
     drift_deg_s: float = 0.5
     """Growth of the standard deviation of a pose that is carried on."""
@@ -68,7 +66,8 @@ class Carrier:
 
     def is_settled(self, alignment: Alignment) -> bool:
         """Return true if the map alone settles the pose, so that points of this session's images add nothing."""
-        return alignment.success and not alignment.carried and alignment.support >= self._settings.settled_support
+        settled = self._refiner.settings.settled_support
+        return alignment.success and not alignment.carried and alignment.support >= settled
 
     def align(
         self,

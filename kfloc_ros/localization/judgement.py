@@ -34,9 +34,9 @@ from kfloc_ros.localization.camera_check import (
 )
 from kfloc_ros.localization.results import GOOD_DEG, GOOD_M, StageTimes, confidence_of, fit_score, widened
 from kfloc_ros.localization.tracking import FirstPoses
-from kfloc_ros.pixloc.camera_fit import Correction
-from kfloc_ros.pixloc.image_check import BlockMatch
-from kfloc_ros.pixloc.refiner import FittedCamera, Inspection, Refiner
+from kfloc_ros.pixloc.camera_fit import Correction, FittedCamera
+from kfloc_ros.pixloc.image_check import BlockMatch, Inspection
+from kfloc_ros.pixloc.refiner import Refiner
 from kfloc_ros.types import Alignment, CoarsePose, FilterReport, Frame, PoseEstimate, TrackingState
 
 

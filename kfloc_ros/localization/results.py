@@ -18,7 +18,7 @@ from kfloc_ros.features.backbone import BackboneFeatures
 from kfloc_ros.geometry.covariance import pose_tangent_error
 from kfloc_ros.jobs import SharedWork
 from kfloc_ros.kfnet.fusion import Filtered
-from kfloc_ros.pixloc.refiner import FittedCamera
+from kfloc_ros.pixloc.camera_fit import FittedCamera
 from kfloc_ros.types import CoarsePose, FilterReport, Frame, Matrix, PoseEstimate, SceneCoordinates
 
 

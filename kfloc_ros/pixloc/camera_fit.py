@@ -331,3 +331,13 @@ class Correction:
     def apply(self, frame: Frame) -> Frame:
         """Return a frame with its image converted to the map's camera."""
         return replace(frame, image=self.adapter(frame.image))
+
+
+@dataclass(frozen=True, eq=False)
+class FittedCamera:
+    """Camera and pose that fit one image best, in the map frame."""
+
+    fit: CameraFit
+    T_map_camera: Matrix
+    covariance: Matrix
+    """(6, 6) covariance of the pose, which includes what is not known of the camera."""

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from kfloc_ros.features.backbone import COARSE_STRIDE
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import Matrix
+from kfloc_ros.pixloc.camera_fit import CameraScore
 from kfloc_ros.pixloc.cost import FeatureImage, project
 from kfloc_ros.pixloc.point_matching import best_cells
 from kfloc_ros.pixloc.references import ReferencePoints
@@ -324,3 +325,15 @@ def _moved_part(around: torch.Tensor, here: NDArray[np.float32], known: NDArray[
             shift_px = float(COARSE_STRIDE * (right - REACH)), float(COARSE_STRIDE * (down - REACH))
             found = _MovedPart(part, shift_px)
     return found
+
+
+@dataclass(frozen=True, eq=False)
+class Inspection:
+    """Comparison of a whole image with the map at an aligned pose."""
+
+    blocks: BlockMatch | None
+    """None if too few reference points are in view."""
+    camera: CameraScore | None
+    """Offsets of the camera that the residuals suggest; None if they do not determine them."""
+    sensitivity: Matrix | None
+    """(6, 5) change of the pose, in the order of its covariance, by the offsets of the camera."""

@@ -97,3 +97,11 @@ def _step(at: Linearization, damping: float) -> np.ndarray | None:
     except np.linalg.LinAlgError:
         return None
     return delta if np.isfinite(delta).all() else None
+
+
+def information_of(at: Linearization) -> Matrix:
+    """Return the information (6, 6) of (dt, dw): the Gauss-Newton matrix over the residual variance.
+
+    With weights that sum to one, n equal residuals have information n H / cost.
+    """
+    return np.asarray(at.H * at.valid_count / max(at.cost, 1e-9))

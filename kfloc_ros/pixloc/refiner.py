@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,10 +15,10 @@ from kfloc_ros.features.backbone import COARSE_STRIDE, FINE_STRIDE, BackboneFeat
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.covariance import map_frame_covariance
 from kfloc_ros.geometry.lie import Matrix, inverse_pose, make_pose, rotation_angle_deg
-from kfloc_ros.pixloc.camera_fit import CameraFit, CameraScore, FitLevel, fit_camera, score_camera
+from kfloc_ros.pixloc.camera_fit import FitLevel, FittedCamera, fit_camera, score_camera
 from kfloc_ros.pixloc.cost import FeatureImage, Linearization, RobustLoss, linearize
-from kfloc_ros.pixloc.image_check import BlockMatch, match_blocks
-from kfloc_ros.pixloc.optimizer import LevelResult, StopRule, minimize
+from kfloc_ros.pixloc.image_check import Inspection, match_blocks
+from kfloc_ros.pixloc.optimizer import LevelResult, StopRule, information_of, minimize
 from kfloc_ros.pixloc.point_matching import (
     SEARCH_CELLS,
     WIDE_SEARCH_CELLS,
@@ -49,6 +49,8 @@ class RefinerSettings:
     """Largest accepted mean robust cost at the finest level; calibrated when a map is built."""
     certain_support: float = 3.0
     """Support by the points' own matches, in standard deviations, from which a pose is certain."""
+    settled_support: float = 6.0
+    """Support by the map's points from which they settle the pose, and no other is tried."""
     max_supported_cost: float = 0.28
     """Largest accepted cost of a certain pose. Right poses cost more than the map's limit where lighting or content
     have changed; the cost of unrelated images is 0.29 and more, in every map."""
@@ -65,28 +67,6 @@ class RefinerSettings:
         """Return the covariance (6, 6) of a pose, given that by the points alone."""
         own = np.repeat([self.own_error_m**2, self.own_error_rad**2], 3)
         return np.asarray(self.covariance_scale * of_points + np.diag(own))
-
-
-@dataclass(frozen=True, eq=False)
-class FittedCamera:
-    """Camera and pose that fit one image best, in the map frame."""
-
-    fit: CameraFit
-    T_map_camera: Matrix
-    covariance: Matrix
-    """(6, 6) covariance of the pose, which includes what is not known of the camera."""
-
-
-@dataclass(frozen=True, eq=False)
-class Inspection:
-    """Comparison of a whole image with the map at an aligned pose."""
-
-    blocks: BlockMatch | None
-    """None if too few reference points are in view."""
-    camera: CameraScore | None
-    """Offsets of the camera that the residuals suggest; None if they do not determine them."""
-    sensitivity: Matrix | None
-    """(6, 5) change of the pose, in the order of its covariance, by the offsets of the camera."""
 
 
 class Refiner:
@@ -206,6 +186,7 @@ class Refiner:
             reference_ids=tuple(self.references.ids[k] for k in chosen),
             references=points,
             mapped_count=len(points) - (0 if further is None else len(further)),
+            prepare=lambda T: self._prepare(images, T, further=further, with_map=with_map),
         )
         if with_cost:
             at = self._linearize(candidate, candidate.levels[0], candidate.T_camera_local)
@@ -223,6 +204,28 @@ class Refiner:
             level.image, candidate.points, level.features, level.confidence, T_camera_local, self.camera, loss
         )
 
+    def _matched(self, start: _Candidate, search_cells: int) -> tuple[_Candidate, MatchedPose | None]:
+        """Return the pose that the points' own matches agree with, and the candidate that it was found from.
+
+        A window cuts off matches on one side if the start is off by much of it, and the fit stays near the start. If
+        the map's points do not settle the pose, they search again from where they led, once in the narrow and once in
+        the wide window, and the pose with the most support counts.
+        """
+        best: tuple[_Candidate, MatchedPose | None] = start, self._match(start, search_cells)
+        if self._is_settled(best[1]) or start.mapped_count < len(start.points):
+            return best
+        for first in (best[1], self._match(start, WIDE_SEARCH_CELLS)):
+            if first is None:
+                continue
+            again = start.prepare(start.in_map(first.T_camera_local))
+            matched = self._match(again, SEARCH_CELLS)
+            if matched is not None and (best[1] is None or matched.support > best[1].support):
+                best = again, matched
+        return best
+
+    def _is_settled(self, matched: MatchedPose | None) -> bool:
+        return matched is not None and matched.support >= self.settings.settled_support
+
     def _match(self, candidate: _Candidate, search_cells: int) -> MatchedPose | None:
         """Return the pose near the start that the points' own matches agree with."""
         matches = self._search(candidate, search_cells)
@@ -233,16 +236,16 @@ class Refiner:
         images, features = (coarse.image, fine.image), (coarse.features, fine.features)
         return search_points(images, points, features, coarse.confidence, start, self.camera, search_cells)
 
-    def _descend(self, candidate: _Candidate, max_cost: float, search_cells: int = SEARCH_CELLS) -> Alignment:
+    def _descend(self, start: _Candidate, max_cost: float, search_cells: int = SEARCH_CELLS) -> Alignment:
+        candidate, matched = self._matched(start, search_cells)
         T, iterations = candidate.T_camera_local, 0
         results: list[LevelResult] = []
         levels: tuple[FitLevel, ...] = candidate.levels
-        matched = self._match(candidate, search_cells)
         if matched is not None:  # within a pixel or two: the fine level is enough, without the points that contradict
             fine = candidate.levels[-1]
             levels = (replace(fine, confidence=fine.confidence * matched.agreement),)
-            start = self._linearize(candidate, candidate.levels[0], T)
-            results.append(LevelResult(T, start, start, 0, (T,), (start.cost,)))
+            before = self._linearize(candidate, candidate.levels[0], T)
+            results.append(LevelResult(T, before, before, 0, (T,), (before.cost,)))
             T = matched.T_camera_local
         for level in levels:
 
@@ -254,10 +257,11 @@ class Refiner:
             results.append(result)
         if matched is not None:  # cost and information of all points, so that changed content counts against the pose
             results[-1] = replace(results[-1], end=self._linearize(candidate, candidate.levels[-1], T))
-        return self._judge(candidate, results, iterations, max_cost, matched)
+        return self._judge(start, candidate, results, iterations, max_cost, matched)
 
     def _judge(
         self,
+        start: _Candidate,
         candidate: _Candidate,
         results: list[LevelResult],
         iterations: int,
@@ -268,11 +272,10 @@ class Refiner:
         support = 0.0 if matched is None else matched.support
         if support >= s.certain_support:
             max_cost = max(max_cost, s.max_supported_cost)
-        T_local_camera = inverse_pose(end.T_camera_map)
-        T_map_camera = candidate.in_map(end.T_camera_map)
+        T_map_camera, T_start = candidate.in_map(end.T_camera_map), start.in_map(start.T_camera_local)
         valid_ratio = end.end.valid_count / max(len(candidate.points), 1)
-        correction_m = float(np.linalg.norm(T_local_camera[:3, 3]))
-        correction_deg = rotation_angle_deg(candidate.T_camera_local[:3, :3] @ T_local_camera[:3, :3])
+        correction_m = float(np.linalg.norm(T_map_camera[:3, 3] - T_start[:3, 3]))
+        correction_deg = rotation_angle_deg(T_start[:3, :3].T @ T_map_camera[:3, :3])
         covariance = map_frame_covariance(information_of(end.end), end.T_camera_map)
         cost = end.end.cost
         reason = ""
@@ -316,6 +319,8 @@ class _Candidate:
     references: ReferencePoints
     mapped_count: int
     """Number of points that are the map's; further ones follow."""
+    prepare: Callable[[Matrix], _Candidate]
+    """Returns the candidate of another pose, (4, 4)."""
     cost: float = float("inf")
     valid_count: int = 0
 
@@ -334,14 +339,6 @@ def query_levels(features: BackboneFeatures) -> tuple[FeatureImage, FeatureImage
         FeatureImage.from_maps(features.coarse[0], reliability[0], COARSE_STRIDE),
         FeatureImage.from_maps(features.fine[0], fine_reliability, FINE_STRIDE),
     )
-
-
-def information_of(at: Linearization) -> Matrix:
-    """Return the information (6, 6) of (dt, dw): the Gauss-Newton matrix over the residual variance.
-
-    With weights that sum to one, n equal residuals have information n H / cost.
-    """
-    return np.asarray(at.H * at.valid_count / max(at.cost, 1e-9))
 
 
 def failed_alignment(reason: str, reference_ids: tuple[int, ...] = ()) -> Alignment:

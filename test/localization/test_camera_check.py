@@ -15,8 +15,7 @@ from kfloc_ros.localization.camera_check import CHI2_6_999, CameraCheck, CameraV
 from kfloc_ros.localization.config import LocalizerConfig
 from kfloc_ros.localization.localizer import Localizer
 from kfloc_ros.maps.scene_map import SceneMap
-from kfloc_ros.pixloc.camera_fit import CameraFit, CameraScore, Correction, OtherCalibration, combine
-from kfloc_ros.pixloc.refiner import FittedCamera
+from kfloc_ros.pixloc.camera_fit import CameraFit, CameraScore, Correction, FittedCamera, OtherCalibration, combine
 from kfloc_ros.types import Frame, PoseEstimate, TrackingState
 
 FRAMES = 24
