@@ -13,7 +13,8 @@ from kfloc_ros.localization.carrying import Carrier
 from kfloc_ros.localization.coarse import pnp_settings
 from kfloc_ros.localization.config import LocalizerConfig
 from kfloc_ros.localization.depth import DepthCheck
-from kfloc_ros.localization.judgement import JudgementSettings, PoseCheck, judge
+from kfloc_ros.localization.judgement import JudgementSettings, judge
+from kfloc_ros.localization.pose_check import PoseCheck
 from kfloc_ros.localization.results import CoarseResult, StageTimes
 from kfloc_ros.localization.tracking import ConstantVelocity, RepeatGuard, Track, TrackSettings, agrees
 from kfloc_ros.maps.scene_map import SceneMap
