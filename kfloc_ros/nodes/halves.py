@@ -79,7 +79,8 @@ class FilterStage:
         check_camera(camera_frame, self._localizer.camera)
         ahead = None if self._prepare_ahead is None else self._prepare_ahead(camera_frame.frame)
         prepared = Prepared(camera_frame, ahead)
-        self._queue.hand_over(prepared, prepared.help)
+        prepared.help()  # by one thread: the refiner's process needs the other core
+        self._queue.hand_over(prepared)
 
     def _process(self, prepared: Prepared) -> None:
         camera_frame = prepared.camera_frame
