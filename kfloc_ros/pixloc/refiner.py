@@ -214,7 +214,8 @@ class Refiner:
         best: tuple[_Candidate, MatchedPose | None] = start, self._match(start, search_cells)
         if self._is_settled(best[1]) or start.mapped_count < len(start.points):
             return best
-        for first in (best[1], self._match(start, WIDE_SEARCH_CELLS)):
+        firsts = [best[1]] if search_cells == WIDE_SEARCH_CELLS else [best[1], self._match(start, WIDE_SEARCH_CELLS)]
+        for first in firsts:
             if first is None:
                 continue
             again = start.prepare(start.in_map(first.T_camera_local))
