@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import re
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,7 @@ LENSES: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 """Names of ``camera_model``, and the distortion model and the keys of its coefficients that each stands for."""
 FOCAL = frozenset({"fl_x", "camera_angle_x"})
+PATH_KEYS = ("file_path", "depth_file_path", "depth_path")
 LENS_KEY = re.compile(r"(k|p|s|b)\d|ftheta_\w+|latlong|ortho\w*|equirect\w*|skew")
 """Keys that say something about a lens; those that a model does not have may only be zero or false."""
 
@@ -77,6 +79,7 @@ class TransformsFile(PosedImages):
         try:
             check_count(len(content["frames"]), path)
             frames = sorted(content["frames"], key=lambda frame: natural_key(str(frame["file_path"])))
+            frames = _from_here(path.parent, frames)
             stamps = stamps_with_gaps([Path(frame["file_path"]).parent for frame in frames])
             unit_m = _depth_unit_m(content)
             size = (
@@ -115,6 +118,34 @@ def _depth_unit_m(content: dict[str, Any]) -> float:
     if not (math.isfinite(unit_m) and unit_m > 0):
         raise SourceError(f"The length of one count of depth in a transforms.json must be positive, got {unit_m}.")
     return unit_m
+
+
+def _from_here(folder: Path, frames: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Frames whose paths begin in ``folder``.
+
+    Programs such as ``colmap2nerf.py`` write paths as seen from where they were started. Leading folders that all
+    images share are left out where the first image is found only without them. Paths that lead out of the folder stay.
+    """
+    names = [PurePosixPath(str(frame["file_path"])) for frame in frames]
+    if not names or any(name.is_absolute() or ".." in name.parts for name in names):
+        return frames
+    parts, shared = names[0].parts, PurePosixPath(os.path.commonpath([name.parent for name in names])).parts
+    tails = ({**frames[0], "file_path": str(PurePosixPath(*parts[count:]))} for count in range(len(shared) + 1))
+    count = next((count for count, tail in enumerate(tails) if _file(folder, tail).is_file()), 0)
+    if count == 0:
+        return frames
+    prefix = PurePosixPath(*shared[:count])
+    LOG.warning("The images of '%s' are read from there, without the '%s' before their names.", folder, prefix)
+    return [
+        {**frame, **{key: _without(prefix, frame[key]) for key in PATH_KEYS if isinstance(frame.get(key), str)}}
+        for frame in frames
+    ]
+
+
+def _without(prefix: PurePosixPath, name: str) -> str:
+    """A path without leading folders, if it begins with them."""
+    path = PurePosixPath(name)
+    return path.relative_to(prefix).as_posix() if path.is_relative_to(prefix) else name
 
 
 def _file(folder: Path, frame: dict[str, Any]) -> Path:

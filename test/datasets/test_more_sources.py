@@ -154,6 +154,33 @@ def test_transforms_json_turns_opengl_axes_and_orders_frames_by_name(tmp_path: P
     assert [frame.name for frame in source] == ["images/9", "images/10", "images/11"]
 
 
+@pytest.mark.parametrize("prefix", ["./data/phone", "data"])
+def test_transforms_json_with_paths_of_another_place(
+    tmp_path: Path, prefix: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = write_transforms(tmp_path)
+    path = root / "transforms.json"
+    content = json.loads(path.read_text())
+    names = [frame.name for frame in open_source(f"transforms:{root}")]
+    for frame in content["frames"]:
+        frame["file_path"] = f"{prefix}/{frame['file_path'].removeprefix('./')}"
+    path.write_text(json.dumps(content))
+    source = open_source(f"transforms:{root}")
+    assert [frame.name for frame in source] == names
+    assert prefix.removeprefix("./") in caplog.text
+
+
+def test_transforms_json_without_its_images_names_the_paths_of_the_file(tmp_path: Path) -> None:
+    root = write_transforms(tmp_path)
+    path = root / "transforms.json"
+    content = json.loads(path.read_text())
+    for frame in content["frames"]:
+        frame["file_path"] = "elsewhere/none.png"
+    path.write_text(json.dumps(content))
+    with pytest.raises(SourceError, match=r"elsewhere/none\.png"):
+        open_source(f"transforms:{root}")[0]
+
+
 def test_transforms_json_with_an_angle_only(tmp_path: Path) -> None:
     root = write_transforms(tmp_path)
     content = json.loads((root / "transforms.json").read_text())
