@@ -14,7 +14,6 @@ import tarfile
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
@@ -37,6 +36,7 @@ MAX_RATIO, FREE_BYTES = 50, 20_000_000
 CHUNK_BYTES = 1 << 18
 SPARE_BYTES = 1_000_000_000  # left free on a disk
 SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_OPENCV_HEADER = re.compile(r"\A%YAML:[^\n]*\n(---[^\n]*\n)?")
 _NOT_A_NUMBER = re.compile(r"[-+]?(1\.#(IND|QNAN|SNAN|INF)\d*|nan\(\w+\))", re.IGNORECASE)
 
 
@@ -191,14 +191,14 @@ def read_json(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
-def read_yaml(path: Path, edit: Callable[[str], str] = str) -> Any:
-    """Return the content of a plain YAML file, whose text ``edit`` changes before, such as another program's tags.
+def read_yaml(path: Path) -> Any:
+    """Return the content of a plain YAML file; OpenCV's first line and tags, which are no YAML 1.1, are passed over.
 
     Raises:
         OSError: see :func:`read_bytes`.
         ValueError: it is no YAML, nested too deeply, or has anchors, with which little text becomes very much.
     """
-    text, depth = edit(read_text(path, MAX_YAML_BYTES)), 0
+    text, depth = _OPENCV_HEADER.sub("", read_text(path, MAX_YAML_BYTES)).replace("!!opencv-matrix", ""), 0
     try:
         for event in yaml.parse(text, Loader=SafeLoader):
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)

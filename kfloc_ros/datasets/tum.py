@@ -99,18 +99,13 @@ def _images(
 
 
 def _loris_yaml(path: Path) -> Mapping[str, Any]:
-    """Return YAML as OpenCV writes it: with a first line and tags of its own."""
     try:
-        found = read_yaml(path, _without_tags)
+        found = read_yaml(path)
         if not isinstance(found, dict):
             raise ValueError("it holds no names")
         return found
     except (OSError, ValueError) as error:
         raise SourceError(f"'{path}' is no YAML of OpenLORIS: {' '.join(str(error).split())[:200]}.") from error
-
-
-def _without_tags(text: str) -> str:
-    return re.sub(r"\A%YAML[^\n]*\n(---[^\n]*\n)?", "", text.replace("!!opencv-matrix", ""))
 
 
 def _loris_camera(path: Path) -> Camera:

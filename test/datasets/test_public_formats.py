@@ -233,6 +233,8 @@ def test_euroc_poses_are_interpolated_and_moved_to_the_camera(tmp_path: Path) ->
     with pytest.raises(SourceError, match="cam7"):
         open_source(f"euroc:{root}?sensor=cam7")
     sensor = root / "mav0" / "cam0" / "sensor.yaml"
+    sensor.write_text("%YAML:1.0\n" + sensor.read_text())  # as OpenCV needs it
+    assert open_source(f"euroc:{root}").camera == camera
     sensor.write_text(sensor.read_text().replace("radial-tangential", "magic"))
     with pytest.raises(SourceError, match="'magic' is not one of"):
         open_source(f"euroc:{root}")
