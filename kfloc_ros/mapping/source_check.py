@@ -122,7 +122,7 @@ def check_source(source: FrameSource, *, pairs: int = 16, use_poses: bool = True
     poses = Poses(source)
     posed = [p for p in found if use_poses and all(poses.at(v.position) is not None for v in (p.first, p.second))]
     if len(posed) < MIN_PAIRS:
-        what = "have enough points in common" if len(found) < MIN_PAIRS else "have poses"
+        what = "show enough motion and common points" if len(found) < MIN_PAIRS else "have poses"
         notes.append(
             f"Poses, calibration and depth were not compared with the images: only {min(len(posed), len(found))} pairs "
             f"of neighbouring images {what}, and {MIN_PAIRS} are needed."

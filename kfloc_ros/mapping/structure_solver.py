@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Iterable, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ images, 0.6 px."""
 LAST_ITERATIONS = 30
 """Iterations of the final adjustment of all images: two to three seconds each for 650 images."""
 MIN_REGISTERED = 8
-MATCHED_AT_ONCE = 1000
+MATCHED_AT_ONCE = 400
 """Number of pairs that are matched before progress is told."""
 RANDOM_SEED = 0
 """Of COLMAP's random samples, so that the same images give the same model."""
@@ -121,15 +122,15 @@ def _match(
 ) -> None:
     import pycolmap
 
-    if len(names) <= EXHAUSTIVE_IMAGES:
-        pycolmap.match_exhaustive(database, verification_options=_verification())
-        return
     names = [name for name in names if (images / name).is_file()]
-    read = (_fitted(_read_image(images / name), camera) for name in names)
-    backbone = Backbone(runtime="auto")
-    similar = similar_pairs(read, camera, backbone, partners=SIMILAR_IMAGES, min_apart=APART)
-    near = [(i, i + step) for step in STEPS for i in range(len(names) - step)]
-    pairs = sorted({*near, *similar})
+    if len(names) <= EXHAUSTIVE_IMAGES:
+        pairs = list(combinations(range(len(names)), 2))
+    else:
+        read = (_fitted(_read_image(images / name), camera) for name in names)
+        backbone = Backbone(runtime="auto")
+        similar = similar_pairs(read, camera, backbone, partners=SIMILAR_IMAGES, min_apart=APART)
+        near = [(i, i + step) for step in STEPS for i in range(len(names) - step)]
+        pairs = sorted({*near, *similar})
     listed, pairing = database.with_name("pairs.txt"), pycolmap.ImportedPairingOptions()
     pairing.match_list_path = listed
     for start in range(0, len(pairs), MATCHED_AT_ONCE):
