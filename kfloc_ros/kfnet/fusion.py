@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Filter step: propagation of a belief along a flow, and fusion with a measurement of the same cells."""
+"""Filter step: propagation of a belief along a flow, and fusion with a measurement of the same cells.
+
+A cell's belief is an isotropic Gaussian: a mean (3,) in metres and one variance in square metres for x, y and z. The
+process model is the identity along the image flow (KFNet, section 3.1).
+"""
 
 from __future__ import annotations
 
@@ -10,11 +14,14 @@ import torch
 import torch.nn.functional as F
 
 from kfloc_ros.device import runs_compiled
-from kfloc_ros.kfnet import kalman
 from kfloc_ros.kfnet.flow import Flow
 from kfloc_ros.types import FilterReport, SceneCoordinates
 
 NO_PRIOR = float("nan")
+NIS_THRESHOLD_95 = 7.815
+"""95 % point of the chi-square distribution with 3 degrees of freedom."""
+
+MIN_VARIANCE_M2 = 1e-10
 
 
 class NisMode(Enum):
@@ -42,7 +49,7 @@ class FilterSettings:
     """Factor on the modelled process variance."""
     process_floor_m2: float
     """Process variance that is always added, m^2."""
-    nis_threshold: float = kalman.NIS_THRESHOLD_95
+    nis_threshold: float = NIS_THRESHOLD_95
     max_gap_s: float = 0.5
     """Longest gap between frames, or between refined poses that confirm the belief; a longer one resets the filter."""
     max_rejected_ratio: float = 0.7
@@ -78,7 +85,7 @@ class FilterSettings:
         process_floor_m2: float = 0.0,
         *,
         nis_test: bool = False,
-        nis_threshold: float = kalman.NIS_THRESHOLD_95,
+        nis_threshold: float = NIS_THRESHOLD_95,
         max_gap_s: float = 0.5,
     ) -> FilterSettings:
         """Return the settings of the published recursion.
@@ -165,7 +172,7 @@ def warp(
     process = process_scale * process + process_floor_m2
     return Prior(
         mean=mean,
-        variance=kalman.predict(carried.square() if blend_sigma else carried, process),
+        variance=kalman_predict(carried.square() if blend_sigma else carried, process),
         valid=flow.valid & whole,
         process_variance=process,
     )
@@ -222,9 +229,68 @@ def _metres_per_cell_squared(mean: torch.Tensor) -> torch.Tensor:
     return (dx * dx + dy * dy).sum(0) / 3
 
 
+@dataclass(frozen=True, eq=False)
+class KalmanUpdate:
+    """Posterior of a Kalman update."""
+
+    mean: torch.Tensor
+    """(3, ...) metres."""
+    variance: torch.Tensor
+    """(...) square metres; at most the smaller of prior and measurement variance."""
+    nis: torch.Tensor
+    """(...) normalised innovation squared; chi-square with 3 degrees of freedom if the variances are right."""
+
+
+def kalman_predict(variance: torch.Tensor, process_variance: torch.Tensor) -> torch.Tensor:
+    """Return the prior variance: that of the warped belief plus the process noise, both floored."""
+    return variance.clamp(min=MIN_VARIANCE_M2) + process_variance.clamp(min=MIN_VARIANCE_M2)
+
+
+def kalman_update(
+    prior_mean: torch.Tensor,
+    prior_variance: torch.Tensor,
+    measurement: torch.Tensor,
+    measurement_variance: torch.Tensor,
+    correlation: float = 0.0,
+) -> KalmanUpdate:
+    """Fuse a prior (3, ...) with a measurement (3, ...).
+
+    With independent errors:  K = P / (P + R);  x' = x + K (z - x);  P' = (1 - K) P, computed as P R / (P + R), which
+    does not cancel. With correlated errors, C = correlation * sqrt(P R) (Bar-Shalom and Campo, 1986): K = (P - C) / (P
+    + R - 2 C), kept in [0, 1];  P' = (1 - K)^2 P + K^2 R + 2 K (1 - K) C. A network's errors in neighbouring frames are
+    similar, so fusing them as if independent gives too small variances; with the correlation, the variance of a belief
+    converges to correlation^2 R.
+
+    Args:
+        prior_mean: metres.
+        prior_variance: (...) square metres.
+        measurement: metres.
+        measurement_variance: (...) square metres.
+        correlation: of the prior's and the measurement's errors, 0 to less than 1.
+    """
+    P = prior_variance.clamp(min=MIN_VARIANCE_M2)
+    R = measurement_variance.clamp(min=MIN_VARIANCE_M2)
+    innovation = measurement - prior_mean
+    if correlation == 0.0:
+        S = P + R
+        gain = P / S
+        variance = gain * R
+    else:
+        C = correlation * (P * R).sqrt()
+        S = P + R - 2.0 * C
+        gain = ((P - C) / S).clamp(0.0, 1.0)
+        rest = 1.0 - gain
+        variance = rest.square() * P + gain.square() * R + 2.0 * gain * rest * C
+    return KalmanUpdate(
+        mean=prior_mean + gain * innovation,
+        variance=variance,
+        nis=(innovation * innovation).sum(0) / S,
+    )
+
+
 def fuse(prior: Prior, measurement: SceneCoordinates, settings: FilterSettings) -> Filtered:
     """Apply the Kalman update and the NIS test where prior and measurement are valid; elsewhere take the valid one."""
-    update = kalman.update(
+    update = kalman_update(
         prior.mean, prior.variance, measurement.mean, measurement.variance, settings.error_correlation
     )
     both = prior.valid & measurement.valid

@@ -7,10 +7,13 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
 from kfloc_ros.device import compiled_loop
+from kfloc_ros.pixloc.kernels import moved, solve
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
@@ -144,29 +147,27 @@ def neighbour_inputs(flow: Floats, state: Floats, side: int, limit: float, input
         inputs: written: for each neighbour its flow relative to the cell's own, and its state.
     """
     h, w, states = state.shape
-    reach, high, width = side // 2, np.float32(limit), 2 + states
-    cells = np.empty((h, w, width), dtype=np.float32)  # so that a neighbour is one run of memory
-    cells[..., :2], cells[..., 2:] = flow, state
+    reach, width = side // 2, 2 + states
+    run = side * width
+    # a row of neighbours is one run of memory
+    cells = np.empty((h + 2 * reach, w + 2 * reach, width), dtype=np.float32)
+    for i in range(h + 2 * reach):
+        for j in range(w + 2 * reach):
+            y, x = min(max(i - reach, 0), h - 1), min(max(j - reach, 0), w - 1)
+            cells[i, j, :2], cells[i, j, 2:] = flow[y, x], state[y, x]
+    rows = cells.reshape(h + 2 * reach, (w + 2 * reach) * width)
+    own, most = np.zeros(run, dtype=np.float32), np.full(run, np.float32(np.inf))
+    for k in range(0, run, width):
+        most[k] = most[k + 1] = np.float32(limit)
     for i in range(h):
         for j in range(w):
             out = inputs[i * w + j]
-            own_x, own_y = cells[i, j, 0], cells[i, j, 1]
-            at = 0
-            for dy in range(-reach, reach + 1):
-                row = cells[min(max(i + dy, 0), h - 1)]
-                if j >= reach and j + reach < w:
-                    flat = row[j - reach : j + reach + 1].reshape(side * width)
-                    for k in range(side * width):
-                        out[at + k] = flat[k]
-                else:
-                    for dx in range(-reach, reach + 1):
-                        x = min(max(j + dx, 0), w - 1)
-                        for k in range(width):
-                            out[at + (dx + reach) * width + k] = row[x, k]
-                at += side * width
-            for k in range(0, at, width):
-                out[k] = min(max(out[k] - own_x, -high), high)
-                out[k + 1] = min(max(out[k + 1] - own_y, -high), high)
+            for k in range(0, run, width):
+                own[k], own[k + 1] = flow[i, j, 0], flow[i, j, 1]
+            for dy in range(side):
+                row, at = rows[i + dy], dy * run
+                for k in range(run):
+                    out[at + k] = min(max(row[j * width + k] - own[k], -most[k]), most[k])
 
 
 @compiled_loop
@@ -290,3 +291,38 @@ def ray_equations(
         for j in range(i):
             H[j, i] = H[i, j]
     return H, g
+
+
+@compiled_loop
+def fit_rays(
+    pixels: Doubles, points: Doubles, sigma_m: Doubles, intrinsics: Doubles, T: Doubles, sigma_px: float, steps: int
+) -> Doubles:
+    """Fit a pose to points (N, 3) and the viewing rays of pixels (N, 2); return H (6, 6) before the last step.
+
+    Args:
+        pixels, points, sigma_m: cells, see :class:`kfloc_ros.kfnet.pnp.Correspondences`.
+        intrinsics: fx, fy, cx, cy.
+        T: (4, 4) the start; the fitted pose is written.
+        sigma_px: standard deviation of a cell's position.
+        steps: largest number of steps.
+    """
+    fx, fy, cx, cy = intrinsics
+    tangents = np.empty((len(points), 2, 3))
+    for n in range(len(points)):
+        x, y = (pixels[n, 0] - cx) / fx, (pixels[n, 1] - cy) / fy
+        first = 1.0 / math.sqrt(1.0 + x * x)
+        second = first / math.sqrt(1.0 + x * x + y * y)
+        tangents[n, 0, 0], tangents[n, 0, 1], tangents[n, 0, 2] = first, 0.0, -x * first
+        tangents[n, 1, 0], tangents[n, 1, 1], tangents[n, 1, 2] = -x * y * second, (1.0 + x * x) * second, -y * second
+    H, step = np.zeros((6, 6)), np.zeros(6)
+    for _ in range(steps):
+        H, g = ray_equations(points, tangents, sigma_m, T, sigma_px / fx)
+        damped = H.copy()
+        for i in range(6):
+            damped[i, i] += 1e-9 * H[i, i]
+        if not solve(damped, g, step):
+            break
+        T[:] = moved(T, step)
+        if np.abs(step).max() < 1e-5:
+            break
+    return H

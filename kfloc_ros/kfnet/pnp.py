@@ -270,16 +270,23 @@ def _refine(T: Matrix, cells: Correspondences, camera: Camera, settings: PnpSett
     linear in the noise. The reprojection error is not: it divides by a noisy depth, which biases the pose (1 cm at 5 cm
     noise in a 3 m room).
     """
-    tangents = _ray_tangents(cells.pixels, camera)
-    sigma_per_m = settings.pixel_sigma_px / camera.fx
-    normal_equations = _ray_equations
-    if has_numba():
-        from kfloc_ros.kfnet import kernels
+    if not has_numba():
+        return _refined_step_by_step(T, cells, camera, settings)
+    from kfloc_ros.kfnet import kernels
 
-        normal_equations = kernels.ray_equations
+    refined, intrinsics = np.array(T, dtype=np.float64), np.array([camera.fx, camera.fy, camera.cx, camera.cy])
+    arrays = cells.pixels, cells.points, cells.sigma_m, intrinsics, refined
+    return refined, kernels.fit_rays(*arrays, settings.pixel_sigma_px, REFINE_ITERATIONS)
+
+
+def _refined_step_by_step(
+    T: Matrix, cells: Correspondences, camera: Camera, settings: PnpSettings
+) -> tuple[Matrix, Matrix]:
+    """Return what the compiled loop returns, but for rounding."""
+    tangents = _ray_tangents(cells.pixels, camera)
     H = np.zeros((6, 6))
     for _ in range(REFINE_ITERATIONS):
-        H, g = normal_equations(cells.points, tangents, cells.sigma_m, T, sigma_per_m)
+        H, g = _ray_equations(cells.points, tangents, cells.sigma_m, T, settings.pixel_sigma_px / camera.fx)
         try:
             delta = -np.linalg.solve(H + 1e-9 * np.diag(np.diag(H)), g)
         except np.linalg.LinAlgError:

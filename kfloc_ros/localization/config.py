@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from kfloc_ros.config import option
-from kfloc_ros.kfnet import kalman
+from kfloc_ros.kfnet.fusion import NIS_THRESHOLD_95
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class LocalizerConfig:
         0.5, "Longest gap between frames; a longer one resets the filter and the motion model.", low=0.01, high=60.0
     )
     nis_threshold: float = option(
-        kalman.NIS_THRESHOLD_95,
+        NIS_THRESHOLD_95,
         "Limit of the normalised innovation squared (NIS); a cell above it contradicts its prior.",
         low=0.1,
         high=1000.0,

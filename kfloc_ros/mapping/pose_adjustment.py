@@ -19,7 +19,8 @@ from kfloc_ros.features.backbone import Backbone, BackboneFeatures
 from kfloc_ros.frames import DerivedSource, FrameSource
 from kfloc_ros.geometry.camera import Camera, ImageAdapter
 from kfloc_ros.geometry.lie import Matrix, inverse_pose, make_pose, rotation_angle_deg, so3_exp, so3_log
-from kfloc_ros.pixloc.point_matching import PointMatches, fit_pose, match_equations, search_points
+from kfloc_ros.pixloc.optimizer import match_equations
+from kfloc_ros.pixloc.point_matching import PointMatches, fit_pose, search_points
 from kfloc_ros.pixloc.references import ReferencePoints, extract_reference_points, view_distances
 from kfloc_ros.pixloc.refiner import query_levels
 from kfloc_ros.types import Frame

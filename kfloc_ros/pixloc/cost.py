@@ -83,11 +83,11 @@ class FeatureImage:
         """
         uv = uv.float()
         if runs_compiled(self.features, self.confidence, uv):
-            from kfloc_ros.pixloc import kernels
+            from kfloc_ros.pixloc import point_kernels
 
             rows = torch.empty(len(uv), 3 * self.channels + 1)
             inside = torch.empty(len(uv), dtype=torch.bool)
-            kernels.sample(
+            point_kernels.sample(
                 self.features.numpy(), self.confidence.numpy(), uv.contiguous().numpy(), rows.numpy(), inside.numpy()
             )
             return rows, inside
@@ -133,6 +133,13 @@ class Linearization:
     """(6,) or (12,) gradient of half the cost."""
     valid_count: int
     weight_sum: float
+
+    @classmethod
+    def of_sums(cls, weights: float, losses: float, count: int, H: Matrix, g: Matrix) -> Linearization:
+        """Return the linearization of sums over ``count`` points: weights, weighted losses, unscaled H and g."""
+        if weights <= 0.0:
+            return cls(math.inf, np.zeros_like(H), np.zeros_like(g), 0, 0.0)
+        return cls(losses / weights, H / weights, g / weights, count, weights)
 
 
 def project(
@@ -228,7 +235,7 @@ def linearize(
     if runs_compiled(image.features, image.confidence, points, features, confidence):
         from kfloc_ros.pixloc import kernels
 
-        total, losses, count, H, g = kernels.normal_equations(
+        sums = kernels.normal_equations(
             image.features.numpy(),
             image.confidence.numpy(),
             points.contiguous().numpy(),
@@ -241,12 +248,8 @@ def linearize(
             size,
         )
     else:
-        total, losses, count, H, g = _linearize_in_torch(
-            image, points, features, confidence, T_camera_map, model, loss, size
-        )
-    if total <= 0.0:
-        return Linearization(math.inf, np.zeros((size, size)), np.zeros(size), 0, 0.0)
-    return Linearization(losses / total, H / total, g / total, count, total)
+        sums = _linearize_in_torch(image, points, features, confidence, T_camera_map, model, loss, size)
+    return Linearization.of_sums(*sums)
 
 
 def _linearize_in_torch(

@@ -1,5 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiled loops of the alignment; :mod:`kfloc_ros.pixloc.cost` has the equations, and the torch path."""
+"""Compiled loops of the alignment.
+
+:mod:`kfloc_ros.pixloc.cost`, :mod:`kfloc_ros.pixloc.optimizer` and :mod:`kfloc_ros.pixloc.point_matching` have the
+equations, and the torch or NumPy path of each. A loop runs to its end without the interpreter's lock, which the thread
+that prepares the next image needs meanwhile. Numba compiles a file anew when that file changes, so a change of
+:func:`solve`, :func:`moved` or :func:`derivatives` needs one in the files that call them:
+:mod:`kfloc_ros.pixloc.point_kernels` and :mod:`kfloc_ros.kfnet.kernels`.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +19,93 @@ from kfloc_ros.device import compiled_loop
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
-Booleans = NDArray[np.bool_]
+
+
+@compiled_loop
+def solve(H: Doubles, g: Doubles, step: Doubles) -> bool:
+    """Write the step (n,) with H step = -g; return false if H (n, n), which is overwritten, is not positive definite.
+
+    The lower triangle of H becomes its Cholesky factor.
+    """
+    n = len(g)
+    for j in range(n):
+        pivot = H[j, j]
+        for k in range(j):
+            pivot -= H[j, k] * H[j, k]
+        if not pivot > 0.0:
+            return False
+        H[j, j] = math.sqrt(pivot)
+        for i in range(j + 1, n):
+            rest = H[i, j]
+            for k in range(j):
+                rest -= H[i, k] * H[j, k]
+            H[i, j] = rest / H[j, j]
+    for i in range(n):
+        rest = -g[i]
+        for k in range(i):
+            rest -= H[i, k] * step[k]
+        step[i] = rest / H[i, i]
+    for i in range(n - 1, -1, -1):
+        rest = step[i]
+        for k in range(i + 1, n):
+            rest -= H[k, i] * step[k]
+        step[i] = rest / H[i, i]
+        if not math.isfinite(step[i]):
+            return False
+    return True
+
+
+@compiled_loop
+def moved(T: Doubles, step: Doubles) -> Doubles:
+    """Return a pose (4, 4) after the left perturbation (dt, dw): P' = Exp(dw) P + dt."""
+    x, y, z = step[3], step[4], step[5]
+    angle = math.sqrt(x * x + y * y + z * z)
+    sine, versine = 1.0, 0.0  # of a small angle: sin(a) / a, and (1 - cos(a)) / a^2
+    if angle >= 1e-8:
+        sine, versine = math.sin(angle) / angle, (1.0 - math.cos(angle)) / (angle * angle)
+    R = np.empty((3, 3))
+    R[0, 0], R[0, 1] = 1.0 - versine * (y * y + z * z), versine * x * y - sine * z
+    R[1, 1], R[1, 2] = 1.0 - versine * (x * x + z * z), versine * y * z - sine * x
+    R[2, 2], R[2, 0] = 1.0 - versine * (x * x + y * y), versine * x * z - sine * y
+    R[0, 2], R[1, 0], R[2, 1] = versine * x * z + sine * y, versine * x * y + sine * z, versine * y * z + sine * x
+    out = np.zeros((4, 4))
+    for i in range(3):
+        for j in range(4):
+            out[i, j] = R[i, 0] * T[0, j] + R[i, 1] * T[1, j] + R[i, 2] * T[2, j]
+        out[i, 3] += step[i]
+    out[3, 3] = 1.0
+    return out
+
+
+@compiled_loop
+def derivatives(x: float, y: float, z: float, intrinsics: Doubles, size: int, J_u: Doubles, J_v: Doubles) -> None:
+    """Write the derivatives (size,) of a position in the image, u and v, by (dt, dw) and the camera's offsets.
+
+    Args:
+        x, y, z: normalised image coordinates and depth of the point.
+        intrinsics: fx, fy, cx, cy in cells, k1, skew, cells per pixel.
+        size: 6 for the pose, 12 for pose and camera.
+        J_u, J_v: written; entries that are always zero are left alone.
+    """
+    fx, fy, _, _, k1, skew, step = intrinsics
+    r2 = x * x + y * y
+    bend = 1.0 + k1 * r2
+    # derivative of the normalised point by (dt, dw), through the distortion
+    along, across, up = fx * (bend + 2.0 * k1 * x * x), 2.0 * k1 * x * y, fy * (bend + 2.0 * k1 * y * y)
+    across_u, across_v = fx * across, fy * across
+    J_u[0], J_u[1], J_u[2] = along / z, across_u / z, -(along * x + across_u * y) / z
+    J_v[0], J_v[1], J_v[2] = across_v / z, up / z, -(across_v * x + up * y) / z
+    J_u[3], J_v[3] = -along * x * y - across_u * (1.0 + y * y), -across_v * x * y - up * (1.0 + y * y)
+    J_u[4], J_v[4] = along * (1.0 + x * x) + across_u * x * y, across_v * (1.0 + x * x) + up * x * y
+    J_u[5], J_v[5] = across_u * x - along * y, up * x - across_v * y
+    if size > 6:
+        J_u[6], J_u[8], J_u[10] = fx * x * bend, step, fx * x * r2
+        J_v[6], J_v[7], J_v[9], J_v[10] = fy * y * bend, fy * y * bend, step, fy * y * r2
+        J_u[11] = fx * y * bend
+        for i in range(6):
+            J_u[i] += skew * fx / fy * J_v[i]
+        J_u[6] += skew * fx * y * bend
+        J_u[10] += skew * fx * y * r2
 
 
 @compiled_loop
@@ -43,7 +136,7 @@ def normal_equations(
         size: 6 for the pose, 12 for pose and camera.
     """
     rows, columns, channels = image.shape
-    fx, fy, cx, cy, k1, skew, step = intrinsics
+    fx, fy, cx, cy, k1, skew, _ = intrinsics
     c2 = 2.0 * loss_scale * loss_scale
     H, g = np.zeros((size, size)), np.zeros(size)
     J_u, J_v = np.zeros(size), np.zeros(size)
@@ -95,22 +188,7 @@ def normal_equations(
         weights += w
         losses += w * c2 * math.log1p(far)
         w /= 1.0 + far
-        # derivative of the normalised point by (dt, dw), through the distortion
-        along, across, up = fx * (bend + 2.0 * k1 * x * x), 2.0 * k1 * x * y, fy * (bend + 2.0 * k1 * y * y)
-        across_u, across_v = fx * across, fy * across
-        J_u[0], J_u[1], J_u[2] = along / z, across_u / z, -(along * x + across_u * y) / z
-        J_v[0], J_v[1], J_v[2] = across_v / z, up / z, -(across_v * x + up * y) / z
-        J_u[3], J_v[3] = -along * x * y - across_u * (1.0 + y * y), -across_v * x * y - up * (1.0 + y * y)
-        J_u[4], J_v[4] = along * (1.0 + x * x) + across_u * x * y, across_v * (1.0 + x * x) + up * x * y
-        J_u[5], J_v[5] = across_u * x - along * y, up * x - across_v * y
-        if size > 6:
-            J_u[6], J_u[8], J_u[10] = fx * x * bend, step, fx * x * r2
-            J_v[6], J_v[7], J_v[9], J_v[10] = fy * y * bend, fy * y * bend, step, fy * y * r2
-            J_u[11] = fx * y * bend
-            for i in range(6):
-                J_u[i] += skew * fx / fy * J_v[i]
-            J_u[6] += skew * fx * y * bend
-            J_u[10] += skew * fx * y * r2
+        derivatives(x, y, z, intrinsics, size, J_u, J_v)
         s_uu, s_uv, s_vv, s_u, s_v = w * uu, w * uv, w * vv, w * ur, w * vr
         for i in range(size):
             t_u, t_v = J_u[i] * s_uu + J_v[i] * s_uv, J_u[i] * s_uv + J_v[i] * s_vv
@@ -124,126 +202,66 @@ def normal_equations(
 
 
 @compiled_loop
-def sample(image: Floats, trust: Floats, uv: Floats, rows_out: Floats, inside: Booleans) -> None:
-    """Write rows (N, 3 C + 1), features, their central differences and confidence, at cell positions uv (N, 2).
-
-    A position outside takes the nearest one inside, and ``inside`` (N,) is false there.
-    """
-    rows, columns, channels = image.shape
-    half = np.float32(0.5)
-    for n in range(len(uv)):
-        u, v = float(uv[n, 0]), float(uv[n, 1])
-        inside[n] = u >= 0.0 and v >= 0.0 and u <= columns - 1.0 and v <= rows - 1.0
-        if not inside[n]:
-            u = min(max(u, 0.0), columns - 1.0) if u == u else 0.0
-            v = min(max(v, 0.0), rows - 1.0) if v == v else 0.0
-        u0, v0 = min(int(u), columns - 2), min(int(v), rows - 2)
-        a, b = np.float32(u - u0), np.float32(v - v0)
-        one = np.float32(1.0)
-        w00, w10, w01, w11 = (one - a) * (one - b), a * (one - b), (one - a) * b, a * b
-        left, right = max(u0 - 1, 0), min(u0 + 2, columns - 1)
-        above, below = max(v0 - 1, 0), min(v0 + 2, rows - 1)
-        f00, f10, f01, f11 = image[v0, u0], image[v0, u0 + 1], image[v0 + 1, u0], image[v0 + 1, u0 + 1]
-        l0, r0, l1, r1 = image[v0, left], image[v0, right], image[v0 + 1, left], image[v0 + 1, right]
-        a0, a1, b0, b1 = image[above, u0], image[above, u0 + 1], image[below, u0], image[below, u0 + 1]
-        out = rows_out[n]
-        for c in range(channels):
-            q00, q10, q01, q11 = f00[c], f10[c], f01[c], f11[c]
-            out[c] = w00 * q00 + w10 * q10 + w01 * q01 + w11 * q11
-            out[channels + c] = half * (
-                w00 * (q10 - l0[c]) + w10 * (r0[c] - q00) + w01 * (q11 - l1[c]) + w11 * (r1[c] - q01)
-            )
-            out[2 * channels + c] = half * (
-                w00 * (q01 - a0[c]) + w10 * (q11 - a1[c]) + w01 * (b0[c] - q00) + w11 * (b1[c] - q10)
-            )
-        out[3 * channels] = (
-            w00 * trust[v0, u0] + w10 * trust[v0, u0 + 1] + w01 * trust[v0 + 1, u0] + w11 * trust[v0 + 1, u0 + 1]
-        )
-
-
-@compiled_loop
-def best_cells(
-    image: Floats, features: Floats, at: Floats, radius: int, place: Floats, similarity: Floats, at_border: Booleans
-) -> None:
-    """Write, for every point, the place (N, 2) of the most similar cell around ``at`` (N, 2), and its cosine (N,).
-
-    ``at_border`` (N,) is true where that cell lies at the border of the searched window. The search takes cells outside
-    the image as the nearest ones inside; places between cells come from parabolas through the neighbours' cosines.
-    """
-    rows, columns, channels = image.shape
-    side = 2 * radius + 1
-    window = np.empty((side, side), np.float32)
-    for n in range(len(at)):
-        u0, v0 = int(np.rint(at[n, 0])) - radius, int(np.rint(at[n, 1])) - radius
-        wanted = features[n]
-        best, best_row, best_column = np.float32(-2.0), 0, 0
-        for i in range(side):
-            v = min(max(v0 + i, 0), rows - 1)
-            for j in range(side):
-                cell = image[v, min(max(u0 + j, 0), columns - 1)]
-                cosine = np.float32(0.0)
-                for c in range(channels):
-                    cosine += cell[c] * wanted[c]
-                window[i, j] = cosine
-                if cosine > best:
-                    best, best_row, best_column = cosine, i, j
-        i, j = min(max(best_row, 1), side - 2), min(max(best_column, 1), side - 2)
-        bend_u = window[i, j - 1] - 2.0 * window[i, j] + window[i, j + 1]
-        bend_v = window[i - 1, j] - 2.0 * window[i, j] + window[i + 1, j]
-        du = 0.5 * (window[i, j - 1] - window[i, j + 1]) / bend_u if bend_u < -1e-6 else 0.0
-        dv = 0.5 * (window[i - 1, j] - window[i + 1, j]) / bend_v if bend_v < -1e-6 else 0.0
-        place[n, 0] = u0 + best_column + min(max(du, -0.5), 0.5)
-        place[n, 1] = v0 + best_row + min(max(dv, -0.5), 0.5)
-        similarity[n] = best
-        at_border[n] = i != best_row or j != best_column
-
-
-@compiled_loop
-def match_equations(
-    pixels: Doubles,
-    points: Doubles,
-    weights: Doubles,
+def descend(
+    image: Floats,
+    trust: Floats,
+    points: Floats,
+    features: Floats,
+    confidence: Floats,
     T: Doubles,
     intrinsics: Doubles,
-    scale_px: float,
+    loss_scale: float,
     near_m: float,
-    squared: Doubles,
-) -> tuple[Doubles, Doubles]:
-    """Return H (6, 6) and g (6,) of reprojection errors with the loss of Geman and McClure; write squared errors (N,).
+    rule: Doubles,
+    poses: Doubles,
+    costs: Doubles,
+    ends: Doubles,
+) -> tuple[int, int]:
+    """Minimise the cost from a pose by Levenberg and Marquardt; return the numbers of iterations and accepted steps.
 
     Args:
-        pixels: (N, 2) places of the points in the image.
-        points: (N, 3) metres.
-        weights: (N,)
-        T: (4, 4) ``T_camera_map``.
-        intrinsics: fx, fy, cx, cy in pixels.
-        scale_px: scale of the loss.
-        near_m: smallest depth; nearer points have no weight.
-        squared: (N,) squared errors, written, px^2.
+        image, trust, points, features, confidence, T, intrinsics, loss_scale, near_m: of :func:`normal_equations`.
+        rule: largest number of iterations, step in metres and radians and relative gain that count as converged; first,
+            smallest and largest damping, and what is added to the diagonal.
+        poses, costs: (iterations + 1, 4, 4) and (iterations + 1,) written: start and every accepted pose.
+        ends: (2, 45) written for the first and the last pose: sums of weights and losses, number of points, H and g.
     """
-    fx, fy, cx, cy = intrinsics
-    H, g = np.zeros((6, 6)), np.zeros(6)
-    J_u, J_v = np.zeros(6), np.zeros(6)
-    for n in range(len(points)):
-        X, Y, Z = points[n]
-        z = T[2, 0] * X + T[2, 1] * Y + T[2, 2] * Z + T[2, 3]
-        in_front = z > near_m
-        z = max(z, near_m)
-        x = (T[0, 0] * X + T[0, 1] * Y + T[0, 2] * Z + T[0, 3]) / z
-        y = (T[1, 0] * X + T[1, 1] * Y + T[1, 2] * Z + T[1, 3]) / z
-        e_u, e_v = fx * x + cx - pixels[n, 0], fy * y + cy - pixels[n, 1]
-        squared[n] = e_u * e_u + e_v * e_v
-        if not in_front:
-            continue
-        root = 1.0 + squared[n] / (scale_px * scale_px)
-        w = weights[n] / (root * root)
-        J_u[0], J_u[2], J_u[3], J_u[4], J_u[5] = fx / z, -fx * x / z, -fx * x * y, fx * (1.0 + x * x), -fx * y
-        J_v[1], J_v[2], J_v[3], J_v[4], J_v[5] = fy / z, -fy * y / z, -fy * (1.0 + y * y), fy * x * y, fy * x
+    step_m, step_rad, least_gain, damping, least, most, floor = rule[1:]
+    weights, losses, count, H, g = normal_equations(
+        image, trust, points, features, confidence, T, intrinsics, loss_scale, near_m, 6
+    )
+    cost = losses / weights if weights > 0.0 else math.inf
+    poses[0], costs[0] = T, cost
+    ends[0, 0], ends[0, 1], ends[0, 2] = weights, losses, count
+    ends[0, 3:39], ends[0, 39:] = H.copy().reshape(36), g
+    ends[1] = ends[0]
+    step, iterations, accepted = np.zeros(6), 0, 0
+    while iterations < rule[0] and count > 0 and weights > 0.0:
+        iterations += 1
+        damped = H / weights
         for i in range(6):
-            g[i] += w * (J_u[i] * e_u + J_v[i] * e_v)
-            for j in range(i + 1):
-                H[i, j] += w * (J_u[i] * J_u[j] + J_v[i] * J_v[j])
-    for i in range(6):
-        for j in range(i):
-            H[j, i] = H[i, j]
-    return H, g
+            damped[i, i] += damped[i, i] * damping + floor
+        if not solve(damped, g / weights, step):
+            break
+        candidate = moved(poses[accepted], step)
+        new_weights, new_losses, new_count, new_H, new_g = normal_equations(
+            image, trust, points, features, confidence, candidate, intrinsics, loss_scale, near_m, 6
+        )
+        new_cost = new_losses / new_weights if new_weights > 0.0 else math.inf
+        is_small = math.sqrt(step[0] ** 2 + step[1] ** 2 + step[2] ** 2) < step_m
+        is_small = is_small and math.sqrt(step[3] ** 2 + step[4] ** 2 + step[5] ** 2) < step_rad
+        if new_cost < cost and new_count * 3 >= count * 2:
+            gain = (cost - new_cost) / max(cost, 1e-12)
+            weights, cost, count, H, g = new_weights, new_cost, new_count, new_H, new_g
+            accepted += 1
+            poses[accepted], costs[accepted] = candidate, cost
+            ends[1, 0], ends[1, 1], ends[1, 2] = weights, new_losses, count
+            ends[1, 3:39], ends[1, 39:] = H.copy().reshape(36), g
+            damping = max(damping / 10.0, least)
+            if is_small or gain < least_gain:
+                break
+        else:
+            damping *= 10.0
+            if damping > most or is_small:
+                break
+    return iterations, accepted

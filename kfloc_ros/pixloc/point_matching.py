@@ -27,9 +27,8 @@ from kfloc_ros.pixloc.cost import (
     Intrinsics,
     project,
     projection_derivatives,
-    projection_jacobian,
 )
-from kfloc_ros.pixloc.optimizer import left_update
+from kfloc_ros.pixloc.optimizer import fitted, left_update
 
 SEARCH_CELLS = 3
 """Half side of the searched window in cells of the coarse level (24 px)."""
@@ -39,11 +38,6 @@ FINE_CELLS = 2
 """Half side of the window in cells of the fine level, around the place found at the coarse level."""
 MIN_SIMILARITY = 0.6
 """Smallest cosine of coarse features of a match."""
-SCALES_PX = (12.0, 6.0, 3.0)
-"""Scales of the redescending loss, one after another; the last one is the noise of a match."""
-STEPS_PER_SCALE = 6
-CONVERGED = 1e-6
-"""Largest step, in metres and radians, after which a scale has converged."""
 MIN_MATCHES = 30
 MIN_CAMERA_MATCHES, MAX_CAMERA_MATCHES = 60, 300
 """Fewest matches that a camera is fitted to, and the number from which only a part of them is used."""
@@ -161,16 +155,10 @@ def fit_pose(matches: PointMatches, points: torch.Tensor, T_camera_local: Matrix
     pixels, chosen, weights = (
         values[used].double().cpu().numpy() for values in (matches.pixels, points, matches.weights)
     )
-    T, squared = T_camera_local, np.zeros(found_count)
-    for scale_px in SCALES_PX:
-        for _ in range(STEPS_PER_SCALE):
-            H, g = match_equations(pixels, chosen, weights, T, camera, scale_px, squared)
-            step = _solve(H, g)
-            if step is None:
-                return None
-            T = left_update(T, step)
-            if np.abs(step).max() < CONVERGED:
-                break
+    squared = np.zeros(found_count)
+    T = fitted(pixels, chosen, weights, T_camera_local, camera, squared)
+    if T is None:
+        return None
     agreement = torch.zeros_like(matches.weights)
     agreement[used] = torch.from_numpy(1 / (1 + squared / AGREEING_PX**2) ** 2).to(agreement)
     return MatchedPose(T, agreement, found_count, int((squared < AGREEING_PX**2).sum()))
@@ -202,6 +190,28 @@ def fit_pose_and_camera(
         return None
     used = used[:: max(len(used) // MAX_CAMERA_MATCHES, 1)]
     pixels, chosen, weights = (v[used].double().cpu().numpy() for v in (matches.pixels, points, matches.weights))
+    if not has_numba():
+        return fitted_with_camera_step_by_step(pixels, chosen, weights, T_camera_local, camera, prior_sigma)
+    from kfloc_ros.pixloc import point_kernels
+
+    T, offsets = np.array(T_camera_local, dtype=np.float64), np.zeros(len(OFFSETS))
+    of_camera, scales_px = np.array([camera.fx, camera.fy, camera.cx, camera.cy]), np.array(CAMERA_SCALES_PX)
+    limits = STEPS_PER_CAMERA_SCALE, NEAR_M, MAX_CAMERA_STEP, SMALL_GAIN
+    is_fixed = point_kernels.fit_matches_and_camera(
+        pixels, chosen, weights, T, offsets, of_camera, prior_sigma**-2, scales_px, *limits
+    )
+    return (T, offsets) if is_fixed else None
+
+
+def fitted_with_camera_step_by_step(
+    pixels: NDArray[np.float64],
+    chosen: NDArray[np.float64],
+    weights: NDArray[np.float64],
+    T_camera_local: Matrix,
+    camera: Camera,
+    prior_sigma: NDArray[np.float64],
+) -> tuple[Matrix, NDArray[np.float64]] | None:
+    """Return what the compiled loop returns, but for rounding."""
     T, offsets = T_camera_local, np.zeros(len(OFFSETS))
     for scale_px in CAMERA_SCALES_PX:
         for _ in range(STEPS_PER_CAMERA_SCALE):
@@ -237,13 +247,13 @@ def best_cells(
         radius: half side of the searched window in cells, at least 1.
     """
     if runs_compiled(image.features, features, at):
-        from kfloc_ros.pixloc import kernels
+        from kfloc_ros.pixloc import point_kernels
 
         place, similarity = torch.empty(len(at), 2), torch.empty(len(at))
         at_border = torch.empty(len(at), dtype=torch.bool)
         wanted, around = features.contiguous().numpy(), at.contiguous().numpy()
         outputs = (place.numpy(), similarity.numpy(), at_border.numpy())
-        kernels.best_cells(image.features.numpy(), wanted, around, radius, *outputs)
+        point_kernels.best_cells(image.features.numpy(), wanted, around, radius, *outputs)
         return place, similarity, at_border
     side = 2 * radius + 1
     centre = at.round().long()
@@ -262,52 +272,7 @@ def best_cells(
     return place, best, (row != i) | (column != j)
 
 
-def match_equations(
-    pixels: NDArray[np.float64],
-    points: NDArray[np.float64],
-    weights: NDArray[np.float64],
-    T_camera_local: Matrix,
-    camera: Camera,
-    scale_px: float,
-    squared: NDArray[np.float64],
-) -> tuple[Matrix, NDArray[np.float64]]:
-    """Return H (6, 6) and g (6,) of the matches over the left perturbation (dt, dw); write squared errors (N,), px^2.
-
-    Args:
-        pixels: (N, 2) places of the points in the image.
-        points: (N, 3) metres, in the local frame.
-        weights: (N,) weights of the matches.
-        T_camera_local: pose, (4, 4).
-        camera: pinhole camera of the image.
-        scale_px: scale of the loss of Geman and McClure.
-        squared: (N,) written.
-    """
-    if has_numba():
-        from kfloc_ros.pixloc import kernels
-
-        intrinsics = np.array([camera.fx, camera.fy, camera.cx, camera.cy])
-        T = np.ascontiguousarray(T_camera_local, dtype=np.float64)
-        H, g = kernels.match_equations(pixels, points, weights, T, intrinsics, scale_px, NEAR_M, squared)
-        return H, g
-    at, P, in_front = project(torch.from_numpy(points), torch.from_numpy(T_camera_local), camera, 1.0)
-    J = projection_jacobian(P, camera, 1.0).numpy()
-    error_px = at.numpy() - pixels
-    squared[:] = (error_px**2).sum(axis=1)
-    weight = weights * in_front.numpy() / (1 + squared / scale_px**2) ** 2
-    JW = (J * weight[:, None, None]).reshape(-1, 6)
-    return JW.T @ J.reshape(-1, 6), JW.T @ error_px.reshape(-1)
-
-
 def _vertex(before: torch.Tensor, middle: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
     """Return the offset of the vertex of parabolas through three equidistant values, at most half a cell."""
     bend = before - 2 * middle + after
     return torch.where(bend < -1e-6, 0.5 * (before - after) / bend.clamp(max=-1e-6), 0.0).clamp(-0.5, 0.5)
-
-
-def _solve(H: Matrix, g: NDArray[np.float64]) -> NDArray[np.float64] | None:
-    """Return the Gauss-Newton step (dt, dw), or None if the matches do not fix the pose."""
-    try:
-        step = np.asarray(-np.linalg.solve(H + 1e-6 * np.diag(np.diag(H)) + 1e-9 * np.eye(6), g), dtype=np.float64)
-    except np.linalg.LinAlgError:
-        return None
-    return step if np.isfinite(step).all() else None

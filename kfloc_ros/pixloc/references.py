@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
+from kfloc_ros.device import runs_compiled
 from kfloc_ros.features.backbone import COARSE_STRIDE, FINE_STRIDE, BackboneFeatures
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import Matrix, make_pose
@@ -63,9 +65,7 @@ class ReferencePoints:
 
     def to(self, device: torch.device) -> ReferencePoints:
         """Return the points on another device."""
-        return ReferencePoints(
-            self.points.to(device), self.coarse.to(device), self.fine.to(device), self.confidence.to(device)
-        )
+        return ReferencePoints(*(values.to(device) for values in self.tensors()))
 
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return points, coarse and fine features, and confidences."""
@@ -78,12 +78,7 @@ class ReferencePoints:
     @classmethod
     def concatenate(cls, parts: Sequence[ReferencePoints]) -> ReferencePoints:
         """Return the points of several views as one set."""
-        return cls(
-            torch.cat([p.points for p in parts]),
-            torch.cat([p.coarse for p in parts]),
-            torch.cat([p.fine for p in parts]),
-            torch.cat([p.confidence for p in parts]),
-        )
+        return cls(*(torch.cat(values) for values in zip(*(part.tensors() for part in parts), strict=True)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,8 +116,7 @@ class ReferenceViews:
 
         If it sees few of their points, views beyond ``count`` follow until there are enough points.
         """
-        chosen, further = self._overlapping(T_map_camera, camera, count)
-        return chosen + further
+        return list(itertools.chain(*self._overlapping(T_map_camera, camera, count)))
 
     def best_overlapping(self, T_map_camera: Matrix, camera: Camera, count: int) -> list[int]:
         """Return positions of the nearest views, at most ``count``, with enough points in a camera's view.
@@ -148,7 +142,7 @@ class ReferenceViews:
         near = self.nearest(T_map_camera, max(count, CONSIDERED_VIEWS))
         sessions = [self.session_of(k) for k in near]
         if len(set(sessions)) < 2:
-            return self.overlapping(T_map_camera, camera, count)
+            return list(itertools.chain(*self._overlapping(T_map_camera, camera, count, near)))
         likeness = self._likeness(image, T_map_camera, camera, near)
         mean = {
             session: float(
@@ -157,10 +151,8 @@ class ReferenceViews:
             for session in set(sessions)
         }
         alike = {session for session, value in mean.items() if value >= max(mean.values()) - LESS_ALIKE}
-        chosen, further = self._overlapping(
-            T_map_camera, camera, count, [k for k, s in zip(near, sessions, strict=True) if s in alike]
-        )
-        return chosen + further
+        among = [k for k, s in zip(near, sessions, strict=True) if s in alike]
+        return list(itertools.chain(*self._overlapping(T_map_camera, camera, count, among)))
 
     def _likeness(
         self, image: FeatureImage, T_map_camera: Matrix, camera: Camera, positions: Sequence[int]
@@ -206,8 +198,13 @@ class ReferenceViews:
         """Return the number of each view's points that lie in the camera's image."""
         if not positions:
             return []
-        counts = [len(self.views[k]) for k in positions]
-        points = torch.cat([self.views[k].points for k in positions])
+        views = [self.views[k].points for k in positions]
+        if runs_compiled(*views):
+            from kfloc_ros.pixloc.point_kernels import count_in_view
+
+            T, K = T_map_camera.astype(np.float32), np.array([camera.fx, camera.fy, camera.cx, camera.cy], np.float32)
+            return [count_in_view(view.numpy(), T, K, camera.width, camera.height, NEAR_M) for view in views]
+        counts, points = [len(view) for view in views], torch.cat(views)
         # float32 is exact enough only near the origin, and a map may be far from its own
         local = points - torch.from_numpy(T_map_camera[:3, 3]).to(points)
         x, y, z = (local @ torch.from_numpy(T_map_camera[:3, :3]).to(points)).unbind(dim=1)
@@ -261,8 +258,7 @@ def extract_reference_points(
     reliability = coarse_rows[:, -1]
     keep = _spread(uv, reliability * _corner_strength(fine_rows, fine.channels), max_points)
     uv, depth = uv[keep].double(), depth[keep].double()
-    x = (uv[:, 0] - camera.cx) / camera.fx * depth
-    y = (uv[:, 1] - camera.cy) / camera.fy * depth
+    x, y = (uv[:, 0] - camera.cx) / camera.fx * depth, (uv[:, 1] - camera.cy) / camera.fy * depth
     T = torch.from_numpy(T_map_camera)
     points = torch.stack([x, y, depth], dim=1) @ T[:3, :3].T + T[:3, 3]
     return ReferencePoints(
@@ -300,15 +296,20 @@ def choose_points(
     rows, columns = (torch.arange(BORDER_PX, side - BORDER_PX, CANDIDATE_STEP_PX, device=device) for side in (h, w))
     v, u = torch.meshgrid(rows, columns, indexing="ij")
     uv = torch.stack([u.reshape(-1), v.reshape(-1)], dim=1).float()
-    coarse_rows, _ = coarse.sample((uv + 0.5) / COARSE_STRIDE - 0.5)
-    fine_rows, _ = fine.sample((uv + 0.5) / FINE_STRIDE - 0.5)
-    score = coarse_rows[:, -1] * _corner_strength(fine_rows, fine.channels)
+    at, at_fine, score = (uv + 0.5) / COARSE_STRIDE - 0.5, (uv + 0.5) / FINE_STRIDE - 0.5, torch.empty(len(uv))
+    if runs_compiled(fine.features, coarse.confidence):
+        from kfloc_ros.pixloc.point_kernels import corner_scores
+
+        corner_scores(fine.features.numpy(), coarse.confidence.numpy(), at_fine.numpy(), at.numpy(), score.numpy())
+    else:
+        score = coarse.sample(at)[0][:, -1] * _corner_strength(fine.sample(at_fine)[0], fine.channels)
     keep = _spread(uv.cpu(), score.cpu(), max_points).to(device)
+    (coarse_rows, _), (fine_rows, _) = coarse.sample(at[keep]), fine.sample(at_fine[keep])
     return (
         uv[keep],
-        F.normalize(coarse_rows[keep, : coarse.channels], dim=1),
-        F.normalize(fine_rows[keep, : fine.channels], dim=1),
-        coarse_rows[keep, -1],
+        F.normalize(coarse_rows[:, : coarse.channels], dim=1),
+        F.normalize(fine_rows[:, : fine.channels], dim=1),
+        coarse_rows[:, -1],
     )
 
 

@@ -18,7 +18,7 @@ from kfloc_ros.geometry.lie import Matrix, inverse_pose, make_pose, rotation_ang
 from kfloc_ros.pixloc.camera_fit import FitLevel, FittedCamera, fit_camera, score_camera
 from kfloc_ros.pixloc.cost import FeatureImage, Linearization, RobustLoss, linearize
 from kfloc_ros.pixloc.image_check import Inspection, match_blocks
-from kfloc_ros.pixloc.optimizer import LevelResult, StopRule, information_of, minimize
+from kfloc_ros.pixloc.optimizer import LevelResult, StopRule, descend, information_of
 from kfloc_ros.pixloc.point_matching import (
     SEARCH_CELLS,
     WIDE_SEARCH_CELLS,
@@ -248,12 +248,10 @@ class Refiner:
             before = self._linearize(candidate, candidate.levels[0], T)
             results.append(LevelResult(T, before, before, 0, (T,), (before.cost,)))
             T = matched.T_camera_local
+        loss, rule = RobustLoss(self.settings.loss_scale), StopRule(self.settings.max_iterations)
         for level in levels:
-
-            def at(pose: Matrix, level: FitLevel = level) -> Linearization:
-                return self._linearize(candidate, level, pose)
-
-            result = minimize(at, T, StopRule(self.settings.max_iterations))
+            of_points = candidate.points, level.features, level.confidence
+            result = descend(level.image, *of_points, T, self.camera, loss, rule)
             T, iterations = result.T_camera_map, iterations + result.iterations
             results.append(result)
         if matched is not None:  # cost and information of all points, so that changed content counts against the pose

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kfloc_ros.device import has_numba
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import Matrix, inverse_pose, make_pose
 from kfloc_ros.pixloc.cost import NEAR_M, FeatureImage
@@ -198,7 +199,7 @@ class SessionPoints:
         chosen, coarse, fine, confidence = choose_points(images, s.per_image)
         pixels = chosen.double().cpu().numpy()
         if len(taken):
-            distance = np.linalg.norm(pixels[:, None] - taken[None], axis=2).min(axis=1)
+            _, distance = _nearest(pixels, taken)
             free = np.flatnonzero(distance > s.apart_px)[:wanted]
             rows = torch.from_numpy(free).to(coarse.device)
             pixels, coarse, fine, confidence = pixels[free], coarse[rows], fine[rows], confidence[rows]
@@ -235,9 +236,8 @@ class SessionPoints:
         at, depth = at[inside], local[inside, 2]
         if not len(at):
             return np.full(len(pixels), 2.0), np.full(len(pixels), 2 * s.far_sigma)
-        distance = np.linalg.norm(pixels[:, None] - at[None], axis=2)
-        nearest = distance.argmin(axis=1)
-        lends = distance[np.arange(len(pixels)), nearest] < s.near_px
+        nearest, distance = _nearest(pixels, at)
+        lends = distance < s.near_px
         return np.where(lends, depth[nearest], np.median(depth)), np.where(lends, s.near_sigma, s.far_sigma)
 
     def _project(self, points: _Points, T_map_camera: Matrix) -> tuple[Doubles, Doubles, Booleans]:
@@ -258,3 +258,14 @@ class SessionPoints:
         in_view = (local[:, 2] > NEAR_M) & (at > 8).all(axis=1)
         in_view &= (at[:, 0] < camera.width - 9) & (at[:, 1] < camera.height - 9)
         return at, slope, in_view
+
+
+def _nearest(pixels: Doubles, others: Doubles) -> tuple[NDArray[np.int64], Doubles]:
+    """Return, for each pixel (N, 2), the index of the nearest of others (M, 2), at least one, and its distance."""
+    if has_numba():
+        from kfloc_ros.pixloc import point_kernels
+
+        return point_kernels.nearest(np.ascontiguousarray(pixels), np.ascontiguousarray(others))
+    distance = np.linalg.norm(pixels[:, None] - others[None], axis=2)
+    index = distance.argmin(axis=1)
+    return index, distance[np.arange(len(pixels)), index]

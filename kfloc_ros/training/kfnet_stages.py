@@ -20,9 +20,8 @@ from torch import nn
 
 from kfloc_ros.errors import ConfigError
 from kfloc_ros.frames import FrameSource
-from kfloc_ros.kfnet import kalman
 from kfloc_ros.kfnet.flow import Flow
-from kfloc_ros.kfnet.fusion import warp
+from kfloc_ros.kfnet.fusion import kalman_update, warp
 from kfloc_ros.kfnet.reference.frame import NetworkFrame
 from kfloc_ros.kfnet.reference.layers import Padding
 from kfloc_ros.kfnet.reference.oflownet import ReferenceOFlowNet
@@ -199,7 +198,7 @@ class JointStage(KfnetStage):
             mean, spread, _ = stages[-1][2]
             flow = self.oflownet.flow(features[k], features[k - 1])
             prior = warp(SceneCoordinates(mean, spread, everywhere, 8), flow, float(scale2), 0.0)
-            fused = kalman.update(prior.mean, prior.variance, measured.coordinates[k], variance[k])
+            fused = kalman_update(prior.mean, prior.variance, measured.coordinates[k], variance[k])
             posterior = torch.where(prior.valid, fused.mean, measured.coordinates[k])
             certainty = torch.where(prior.valid, fused.variance, variance[k])
             stages.append(

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from kfloc_ros.kfnet import kalman
 from kfloc_ros.kfnet.flow import Flow
+from kfloc_ros.kfnet.fusion import NIS_THRESHOLD_95
 from kfloc_ros.localization.results import CoarseResult
 from kfloc_ros.types import SceneCoordinates
 
@@ -152,7 +152,7 @@ def sigma_picture(
     return CellPicture(title, scale.rgb(values), scale)
 
 
-def nis_scale(threshold: float = kalman.NIS_THRESHOLD_95) -> Scale:
+def nis_scale(threshold: float = NIS_THRESHOLD_95) -> Scale:
     """Return the colour scale of NIS. Blue: prior and measurement agree; white: at the threshold; red: they contradict
     each other.
     """
@@ -161,7 +161,7 @@ def nis_scale(threshold: float = kalman.NIS_THRESHOLD_95) -> Scale:
 
 
 def nis_picture(
-    nis: torch.Tensor | None, valid: torch.Tensor | None = None, threshold: float = kalman.NIS_THRESHOLD_95
+    nis: torch.Tensor | None, valid: torch.Tensor | None = None, threshold: float = NIS_THRESHOLD_95
 ) -> CellPicture | None:
     """Return the picture of the normalized innovation squared (h, w) around its threshold; None if there was no
     prior.

@@ -160,3 +160,13 @@ def test_compiled_normal_equations_agree_with_numpy() -> None:
     given = points, tangents, sigma, make_pose(so3_exp([0.1, 0.2, 0.0]), [0.1, 0.0, 0.2]), 0.004
     for compiled, expected in zip(kernels.ray_equations(*given), _ray_equations(*given), strict=True):
         assert np.allclose(compiled, expected, rtol=1e-9, atol=1e-9 * np.abs(expected).max())
+
+
+@pytest.mark.skipif(not pnp.has_numba(), reason="Numba is not installed; there is nothing to compare")
+def test_the_compiled_refinement_agrees_with_numpy() -> None:
+    cells = pnp.choose_cells(room(0.03, 0, outliers=0.1), PnpSettings())
+    start = make_pose(so3_exp([0.0, 0.02, 0.01]), [0.02, 0.0, -0.03]) @ inverse_pose(TRUTH)
+    T, H = pnp._refine(start, cells, CAMERA, PnpSettings())
+    expected_T, expected_H = pnp._refined_step_by_step(start, cells, CAMERA, PnpSettings())
+    assert np.allclose(T, expected_T, atol=1e-9)
+    assert np.allclose(H, expected_H, rtol=1e-6, atol=1e-6 * np.abs(expected_H).max())

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from kfloc_ros.device import has_numba
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import make_pose, so3_exp, so3_exp_torch
 from kfloc_ros.pixloc.cost import (
@@ -19,7 +20,7 @@ from kfloc_ros.pixloc.cost import (
     project,
     projection_jacobian,
 )
-from kfloc_ros.pixloc.optimizer import StopRule, left_update, minimize
+from kfloc_ros.pixloc.optimizer import StopRule, descend, left_update, minimize
 
 CAMERA = Camera(160, 128, 140.0, 145.0, 80.0, 63.0)
 
@@ -166,3 +167,23 @@ def test_minimize_finds_the_pose_the_features_were_sampled_at() -> None:
     assert result.end.cost < result.start.cost
     costs = [at(T).cost for T in result.poses]
     assert costs == sorted(costs, reverse=True)
+
+
+@pytest.mark.skipif(not has_numba(), reason="Numba is not installed; there is nothing to compare")
+@pytest.mark.parametrize("iterations", [1, 30])
+def test_the_compiled_descent_takes_the_steps_of_minimize(iterations: int) -> None:
+    points, truth = scene()
+    level = image(channels=16)
+    uv, _, _ = project(points.float(), torch.from_numpy(truth).float(), CAMERA, level.stride)
+    rows, inside = level.sample(uv)
+    given = level, points.float(), rows[:, :16].contiguous(), inside.float()
+    start = left_update(truth, np.array([0.03, -0.05, 0.04, 0.02, 0.02, -0.03]))
+    fast = descend(*given, start, CAMERA, RobustLoss(0.5), StopRule(iterations))
+    slow = minimize(lambda T: linearize(*given, T, CAMERA, RobustLoss(0.5)), start, StopRule(iterations))
+    assert fast.iterations == slow.iterations and len(fast.poses) == len(slow.poses)
+    assert np.allclose(fast.poses, slow.poses, atol=1e-9) and np.allclose(fast.costs, slow.costs, atol=1e-9)
+    for a, b in ((fast.start, slow.start), (fast.end, slow.end)):
+        assert a.valid_count == b.valid_count and a.cost == pytest.approx(b.cost)
+        assert np.allclose(a.H, b.H, rtol=1e-6, atol=1e-6 * np.abs(b.H).max())
+    nowhere = make_pose(np.eye(3), [0.0, 0.0, -100.0])
+    assert descend(*given, nowhere, CAMERA, RobustLoss(0.5), StopRule(30)).end.cost == float("inf")

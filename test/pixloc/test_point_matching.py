@@ -15,12 +15,13 @@ from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import inverse_pose, make_pose, rotation_angle_deg, so3_exp
 from kfloc_ros.pixloc.camera_fit import PRIOR_SIGMA
 from kfloc_ros.pixloc.cost import FeatureImage, project
+from kfloc_ros.pixloc.optimizer import fitted, fitted_step_by_step, match_equations
 from kfloc_ros.pixloc.point_matching import (
     PointMatches,
     best_cells,
     fit_pose,
     fit_pose_and_camera,
-    match_equations,
+    fitted_with_camera_step_by_step,
     search_points,
 )
 
@@ -112,6 +113,31 @@ def test_compiled_loops_equal_torch() -> None:
         slow = best_cells(image, wanted, at, 3)
     for a, b in zip(fast, slow, strict=True):
         assert torch.allclose(a.float(), b.float(), atol=1e-3)
+
+
+@pytest.mark.skipif(not has_numba(), reason="Numba is not installed; there is nothing to compare")
+def test_compiled_fits_equal_those_step_by_step() -> None:
+    points, truth = scene()
+    pixels, _, _ = project(points, torch.from_numpy(truth).float(), CAMERA, 1.0)
+    X, start = points.double().numpy(), off_by(truth, 0.05, 2.0)
+    seen, weights = pixels.double().numpy() + rng.normal(0.0, 2.0, (len(X), 2)), rng.uniform(0.5, 1.0, len(X))
+    squared, expected_squared = np.zeros(len(X)), np.zeros(len(X))
+    T = fitted(seen, X, weights, start, CAMERA, squared)
+    expected = fitted_step_by_step(seen, X, weights, start, CAMERA, expected_squared)
+    assert np.allclose(T, expected, atol=1e-9) and np.allclose(squared, expected_squared, atol=1e-6)
+    matches = PointMatches(torch.from_numpy(seen), torch.from_numpy(weights))
+    fast = fit_pose_and_camera(matches, points, start, CAMERA, PRIOR_SIGMA)
+    few = fitted_with_camera_step_by_step(seen, X, weights, start, CAMERA, PRIOR_SIGMA)
+    assert fast is not None and few is not None and len(X) <= 300
+    assert np.allclose(fast[0], few[0], atol=1e-9) and np.allclose(fast[1], few[1], atol=1e-8)
+
+
+def test_points_that_do_not_fix_a_pose_give_none() -> None:
+    X = np.repeat([[0.0, 0.0, -1.0]], 40, axis=0)  # all behind the camera
+    pixels, weights = np.full((40, 2), np.nan), np.ones(40)
+    assert fitted(pixels, X * [1.0, 1.0, -1.0], weights, np.eye(4), CAMERA, np.zeros(40)) is None
+    T = fitted(np.zeros((40, 2)), X, weights, np.eye(4), CAMERA, np.zeros(40))
+    assert T is None or np.allclose(T, np.eye(4))
 
 
 def test_equations_are_the_gradient_of_the_robust_cost() -> None:

@@ -7,10 +7,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from kfloc_ros.device import torch_only
 from kfloc_ros.features.backbone import BackboneFeatures
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import make_pose, so3_exp
-from kfloc_ros.pixloc.references import ReferencePoints, ReferenceViews, extract_reference_points, smooth_depth_mask
+from kfloc_ros.pixloc.references import (
+    ReferencePoints,
+    ReferenceViews,
+    extract_reference_points,
+    query_points,
+    smooth_depth_mask,
+)
 
 CAMERA = Camera(320, 256, 260.0, 260.0, 159.5, 127.5)
 
@@ -108,3 +115,21 @@ def test_further_views_lend_points_where_little_is_in_view() -> None:
     assert past.overlapping(np.eye(4), camera, 2) == [2, 0, 1]
     assert little.best_overlapping(np.eye(4), camera, 2) == [0, 1]
     assert past.best_overlapping(np.eye(4), camera, 2) == [2, 0]
+
+
+def test_compiled_loops_choose_the_points_and_views_that_torch_does() -> None:
+    features, generator = random_features(), np.random.default_rng(0)
+    clouds = [generator.normal([x, 0.0, 2.0], 1.5, (200, 3)) for x in (-1.0, 0.0, 1.0)]
+    parts = tuple(
+        ReferencePoints(torch.from_numpy(p).float(), torch.zeros(200, 64), torch.zeros(200, 24), torch.ones(200))
+        for p in clouds
+    )
+    views = ReferenceViews((0, 1, 2), np.repeat(np.eye(4)[None], 3, axis=0), parts)
+    pose = make_pose(so3_exp([0.1, -0.2, 0.0]), [0.1, 0.0, -0.3])
+    pixels, _ = query_points(features, 200)
+    in_view = views._in_view(pose, CAMERA, [2, 0, 1])
+    with torch_only():
+        slow_pixels, _ = query_points(features, 200)
+        assert views._in_view(pose, CAMERA, [2, 0, 1]) == in_view and min(in_view) > 0 and max(in_view) < 200
+    shared = {tuple(p) for p in pixels.tolist()} & {tuple(p) for p in slow_pixels.tolist()}
+    assert len(shared) >= 198  # points whose scores differ by rounding may swap

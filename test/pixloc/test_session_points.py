@@ -9,6 +9,7 @@ import torch
 
 from kfloc_ros.features.backbone import Backbone
 from kfloc_ros.geometry.lie import make_pose, so3_exp
+from kfloc_ros.pixloc import session_points
 from kfloc_ros.pixloc.cost import FeatureImage
 from kfloc_ros.pixloc.references import ReferencePoints, choose_points
 from kfloc_ros.pixloc.refiner import query_levels
@@ -83,3 +84,12 @@ def test_points_that_do_not_find_themselves_are_dropped(room, views) -> None:
     assert kept < 30
     points.reset()
     assert len(points) == 0 and points.usable(T) is None
+
+
+def test_the_nearest_are_those_that_numpy_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    pixels, others = rng.uniform(0, 640, (40, 2)), rng.uniform(0, 640, (90, 2))
+    found = session_points._nearest(pixels, others)
+    monkeypatch.setattr(session_points, "has_numba", lambda: False)
+    index, distance = session_points._nearest(pixels, others)
+    assert (found[0] == index).all() and np.allclose(found[1], distance)

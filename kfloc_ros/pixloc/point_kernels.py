@@ -1,0 +1,323 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiled loops over points: rows of a feature level, views, corners, searches, and poses fitted to matches.
+
+:mod:`kfloc_ros.pixloc.cost`, :mod:`kfloc_ros.pixloc.references`, :mod:`kfloc_ros.pixloc.session_points` and
+:mod:`kfloc_ros.pixloc.point_matching` have the torch or NumPy path of each.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kfloc_ros.device import compiled_loop
+from kfloc_ros.pixloc.kernels import derivatives, moved, solve
+
+Floats = NDArray[np.float32]
+Doubles = NDArray[np.float64]
+Integers = NDArray[np.int64]
+Booleans = NDArray[np.bool_]
+
+
+@compiled_loop
+def sample(image: Floats, trust: Floats, uv: Floats, rows_out: Floats, inside: Booleans) -> None:
+    """Write rows (N, 3 C + 1), features, their central differences and confidence, at cell positions uv (N, 2).
+
+    A position outside takes the nearest one inside, and ``inside`` (N,) is false there.
+    """
+    rows, columns, channels = image.shape
+    half = np.float32(0.5)
+    for n in range(len(uv)):
+        u, v = float(uv[n, 0]), float(uv[n, 1])
+        inside[n] = u >= 0.0 and v >= 0.0 and u <= columns - 1.0 and v <= rows - 1.0
+        if not inside[n]:
+            u = min(max(u, 0.0), columns - 1.0) if u == u else 0.0
+            v = min(max(v, 0.0), rows - 1.0) if v == v else 0.0
+        u0, v0 = min(int(u), columns - 2), min(int(v), rows - 2)
+        a, b = np.float32(u - u0), np.float32(v - v0)
+        one = np.float32(1.0)
+        w00, w10, w01, w11 = (one - a) * (one - b), a * (one - b), (one - a) * b, a * b
+        left, right = max(u0 - 1, 0), min(u0 + 2, columns - 1)
+        above, below = max(v0 - 1, 0), min(v0 + 2, rows - 1)
+        f00, f10, f01, f11 = image[v0, u0], image[v0, u0 + 1], image[v0 + 1, u0], image[v0 + 1, u0 + 1]
+        l0, r0, l1, r1 = image[v0, left], image[v0, right], image[v0 + 1, left], image[v0 + 1, right]
+        a0, a1, b0, b1 = image[above, u0], image[above, u0 + 1], image[below, u0], image[below, u0 + 1]
+        out = rows_out[n]
+        for c in range(channels):
+            q00, q10, q01, q11 = f00[c], f10[c], f01[c], f11[c]
+            out[c] = w00 * q00 + w10 * q10 + w01 * q01 + w11 * q11
+            out[channels + c] = half * (
+                w00 * (q10 - l0[c]) + w10 * (r0[c] - q00) + w01 * (q11 - l1[c]) + w11 * (r1[c] - q01)
+            )
+            out[2 * channels + c] = half * (
+                w00 * (q01 - a0[c]) + w10 * (q11 - a1[c]) + w01 * (b0[c] - q00) + w11 * (b1[c] - q10)
+            )
+        out[3 * channels] = (
+            w00 * trust[v0, u0] + w10 * trust[v0, u0 + 1] + w01 * trust[v0 + 1, u0] + w11 * trust[v0 + 1, u0 + 1]
+        )
+
+
+@compiled_loop
+def best_cells(
+    image: Floats, features: Floats, at: Floats, radius: int, place: Floats, similarity: Floats, at_border: Booleans
+) -> None:
+    """Write, for every point, the place (N, 2) of the most similar cell around ``at`` (N, 2), and its cosine (N,).
+
+    ``at_border`` (N,) is true where that cell lies at the border of the searched window. The search takes cells outside
+    the image as the nearest ones inside; places between cells come from parabolas through the neighbours' cosines.
+    """
+    rows, columns, channels = image.shape
+    side = 2 * radius + 1
+    window = np.empty((side, side), np.float32)
+    for n in range(len(at)):
+        u0, v0 = int(np.rint(at[n, 0])) - radius, int(np.rint(at[n, 1])) - radius
+        wanted = features[n]
+        best, best_row, best_column = np.float32(-2.0), 0, 0
+        for i in range(side):
+            v = min(max(v0 + i, 0), rows - 1)
+            for j in range(side):
+                cell = image[v, min(max(u0 + j, 0), columns - 1)]
+                cosine = np.float32(0.0)
+                for c in range(channels):
+                    cosine += cell[c] * wanted[c]
+                window[i, j] = cosine
+                if cosine > best:
+                    best, best_row, best_column = cosine, i, j
+        i, j = min(max(best_row, 1), side - 2), min(max(best_column, 1), side - 2)
+        bend_u = window[i, j - 1] - 2.0 * window[i, j] + window[i, j + 1]
+        bend_v = window[i - 1, j] - 2.0 * window[i, j] + window[i + 1, j]
+        du = 0.5 * (window[i, j - 1] - window[i, j + 1]) / bend_u if bend_u < -1e-6 else 0.0
+        dv = 0.5 * (window[i - 1, j] - window[i + 1, j]) / bend_v if bend_v < -1e-6 else 0.0
+        place[n, 0] = u0 + best_column + min(max(du, -0.5), 0.5)
+        place[n, 1] = v0 + best_row + min(max(dv, -0.5), 0.5)
+        similarity[n] = best
+        at_border[n] = i != best_row or j != best_column
+
+
+@compiled_loop
+def count_in_view(points: Floats, T: Floats, intrinsics: Floats, width: int, height: int, near_m: float) -> int:
+    """Return the number of points (N, 3) in the image of a camera with the pose T (4, 4), ``T_map_camera``.
+
+    ``intrinsics`` are fx, fy, cx, cy in pixels; the border of a pixel does not count.
+    """
+    fx, fy, cx, cy = intrinsics
+    least, right, below, count = np.float32(near_m), np.float32(width - 1), np.float32(height - 1), 0
+    for n in range(len(points)):
+        X, Y, Z = points[n, 0] - T[0, 3], points[n, 1] - T[1, 3], points[n, 2] - T[2, 3]
+        z = X * T[0, 2] + Y * T[1, 2] + Z * T[2, 2]
+        u = fx * (X * T[0, 0] + Y * T[1, 0] + Z * T[2, 0]) / z + cx
+        v = fy * (X * T[0, 1] + Y * T[1, 1] + Z * T[2, 1]) / z + cy
+        if z > least and u > 0 and v > 0 and u < right and v < below:
+            count += 1
+    return count
+
+
+@compiled_loop
+def corner_scores(fine: Floats, trust: Floats, at: Floats, at_trust: Floats, scores: Floats) -> None:
+    """Write the score (N,) of points that lie within the image: reliability times corner strength.
+
+    The strength is the root of the smaller eigenvalue of the structure tensor of the fine features.
+
+    Args:
+        fine: (H, W, C) fine features.
+        trust: (h, w) reliability of the coarse level.
+        at, at_trust: (N, 2) positions in cells of either.
+        scores: written.
+    """
+    rows, columns, channels = fine.shape
+    high, wide = trust.shape
+    one, half = np.float32(1.0), np.float32(0.5)
+    for n in range(len(at)):
+        u0, v0 = min(int(at[n, 0]), columns - 2), min(int(at[n, 1]), rows - 2)
+        a, b = at[n, 0] - np.float32(u0), at[n, 1] - np.float32(v0)
+        w00, w10, w01, w11 = (one - a) * (one - b), a * (one - b), (one - a) * b, a * b
+        left, right = max(u0 - 1, 0), min(u0 + 2, columns - 1)
+        above, below = max(v0 - 1, 0), min(v0 + 2, rows - 1)
+        f00, f10, f01, f11 = fine[v0, u0], fine[v0, u0 + 1], fine[v0 + 1, u0], fine[v0 + 1, u0 + 1]
+        l0, r0, l1, r1 = fine[v0, left], fine[v0, right], fine[v0 + 1, left], fine[v0 + 1, right]
+        a0, a1, b0, b1 = fine[above, u0], fine[above, u0 + 1], fine[below, u0], fine[below, u0 + 1]
+        uu, uv, vv = np.float32(0.0), np.float32(0.0), np.float32(0.0)
+        for c in range(channels):
+            q00, q10, q01, q11 = f00[c], f10[c], f01[c], f11[c]
+            du = half * (w00 * (q10 - l0[c]) + w10 * (r0[c] - q00) + w01 * (q11 - l1[c]) + w11 * (r1[c] - q01))
+            dv = half * (w00 * (q01 - a0[c]) + w10 * (q11 - a1[c]) + w01 * (b0[c] - q00) + w11 * (b1[c] - q10))
+            uu += du * du
+            uv += du * dv
+            vv += dv * dv
+        smaller = half * (uu + vv) - np.sqrt((half * (uu - vv)) ** 2 + uv * uv)
+        u0, v0 = min(int(at_trust[n, 0]), wide - 2), min(int(at_trust[n, 1]), high - 2)
+        a, b = at_trust[n, 0] - np.float32(u0), at_trust[n, 1] - np.float32(v0)
+        seen = (one - b) * ((one - a) * trust[v0, u0] + a * trust[v0, u0 + 1])
+        seen += b * ((one - a) * trust[v0 + 1, u0] + a * trust[v0 + 1, u0 + 1])
+        scores[n] = seen * np.sqrt(max(smaller, np.float32(0.0)))
+
+
+@compiled_loop
+def nearest(pixels: Doubles, others: Doubles) -> tuple[Integers, Doubles]:
+    """Return, for each pixel (N, 2), the index of the nearest of others (M, 2), at least one, and its distance."""
+    index, distance = np.zeros(len(pixels), dtype=np.int64), np.empty(len(pixels))
+    for n in range(len(pixels)):
+        best = math.inf
+        for k in range(len(others)):
+            x, y = others[k, 0] - pixels[n, 0], others[k, 1] - pixels[n, 1]
+            squared = x * x + y * y
+            if squared < best:
+                best, index[n] = squared, k
+        distance[n] = math.sqrt(best)
+    return index, distance
+
+
+@compiled_loop
+def match_equations(
+    pixels: Doubles,
+    points: Doubles,
+    weights: Doubles,
+    T: Doubles,
+    intrinsics: Doubles,
+    scale_px: float,
+    near_m: float,
+    squared: Doubles,
+) -> tuple[Doubles, Doubles]:
+    """Return H (6, 6) and g (6,) of reprojection errors with the loss of Geman and McClure; write squared errors (N,).
+
+    Args:
+        pixels: (N, 2) places of the points in the image.
+        points: (N, 3) metres.
+        weights: (N,)
+        T: (4, 4) ``T_camera_map``.
+        intrinsics: fx, fy, cx, cy in pixels.
+        scale_px: scale of the loss.
+        near_m: smallest depth; nearer points have no weight.
+        squared: (N,) squared errors, written, px^2.
+    """
+    fx, fy, cx, cy = intrinsics
+    H, g = np.zeros((6, 6)), np.zeros(6)
+    J_u, J_v = np.zeros(6), np.zeros(6)
+    for n in range(len(points)):
+        X, Y, Z = points[n]
+        z = T[2, 0] * X + T[2, 1] * Y + T[2, 2] * Z + T[2, 3]
+        in_front = z > near_m
+        z = max(z, near_m)
+        x = (T[0, 0] * X + T[0, 1] * Y + T[0, 2] * Z + T[0, 3]) / z
+        y = (T[1, 0] * X + T[1, 1] * Y + T[1, 2] * Z + T[1, 3]) / z
+        e_u, e_v = fx * x + cx - pixels[n, 0], fy * y + cy - pixels[n, 1]
+        squared[n] = e_u * e_u + e_v * e_v
+        if not in_front:
+            continue
+        root = 1.0 + squared[n] / (scale_px * scale_px)
+        w = weights[n] / (root * root)
+        J_u[0], J_u[2], J_u[3], J_u[4], J_u[5] = fx / z, -fx * x / z, -fx * x * y, fx * (1.0 + x * x), -fx * y
+        J_v[1], J_v[2], J_v[3], J_v[4], J_v[5] = fy / z, -fy * y / z, -fy * (1.0 + y * y), fy * x * y, fy * x
+        for i in range(6):
+            g[i] += w * (J_u[i] * e_u + J_v[i] * e_v)
+            for j in range(i + 1):
+                H[i, j] += w * (J_u[i] * J_u[j] + J_v[i] * J_v[j])
+    for i in range(6):
+        for j in range(i):
+            H[j, i] = H[i, j]
+    return H, g
+
+
+@compiled_loop
+def fit_matches(
+    pixels: Doubles,
+    points: Doubles,
+    weights: Doubles,
+    T: Doubles,
+    intrinsics: Doubles,
+    scales_px: Doubles,
+    steps: int,
+    converged: float,
+    near_m: float,
+    squared: Doubles,
+) -> bool:
+    """Fit a pose to matches by Gauss-Newton, one scale of the loss after another; return false if they do not fix it.
+
+    Args:
+        pixels, points, weights, intrinsics, near_m, squared: of :func:`match_equations`.
+        T: (4, 4) the start; the fitted pose is written.
+        scales_px: scales of the loss.
+        steps: largest number of steps for a scale.
+        converged: largest step, metres and radians, that ends a scale.
+    """
+    step = np.zeros(6)
+    for scale_px in scales_px:
+        for _ in range(steps):
+            H, g = match_equations(pixels, points, weights, T, intrinsics, scale_px, near_m, squared)
+            for i in range(6):
+                H[i, i] += 1e-6 * H[i, i] + 1e-9
+            if not solve(H, g, step):
+                return False
+            T[:] = moved(T, step)
+            if np.abs(step).max() < converged:
+                break
+    return True
+
+
+@compiled_loop
+def fit_matches_and_camera(
+    pixels: Doubles,
+    points: Doubles,
+    weights: Doubles,
+    T: Doubles,
+    offsets: Doubles,
+    camera: Doubles,
+    precision: Doubles,
+    scales_px: Doubles,
+    steps: int,
+    near_m: float,
+    largest_step: float,
+    small_gain: float,
+) -> bool:
+    """Fit a pose and a camera to matches by Gauss-Newton; return false if they do not fix them.
+
+    Args:
+        pixels, points, weights, near_m: of :func:`match_equations`.
+        T, offsets: (4, 4) and (6,) the start; the fitted ones are written.
+        camera: fx, fy, cx, cy in pixels.
+        precision: (6,) inverse variances of the prior on the offsets.
+        scales_px: scales of the loss, one after another.
+        steps: largest number of steps for a scale.
+        largest_step: in metres and radians, of a fit that stays near its start.
+        small_gain: expected decrease, relative to the squared scale, that ends a scale.
+    """
+    J_u, J_v, model, step = np.zeros(12), np.zeros(12), np.zeros(7), np.zeros(12)
+    for scale_px in scales_px:
+        for _ in range(steps):
+            fx, fy = camera[0] * math.exp(offsets[0]), camera[1] * math.exp(offsets[0] + offsets[1])
+            cx, cy, k1, skew = camera[2] + offsets[2], camera[3] + offsets[3], offsets[4], offsets[5]
+            model[0], model[1], model[2], model[3], model[4], model[5], model[6] = fx, fy, cx, cy, k1, skew, 1.0
+            H, g = np.zeros((12, 12)), np.zeros(12)
+            for n in range(len(points)):
+                X, Y, Z = points[n]
+                z = T[2, 0] * X + T[2, 1] * Y + T[2, 2] * Z + T[2, 3]
+                if not z > near_m:
+                    continue
+                x = (T[0, 0] * X + T[0, 1] * Y + T[0, 2] * Z + T[0, 3]) / z
+                y = (T[1, 0] * X + T[1, 1] * Y + T[1, 2] * Z + T[1, 3]) / z
+                r2 = x * x + y * y
+                if not 1.0 + 3.0 * k1 * r2 > 0.0:
+                    continue
+                bend = 1.0 + k1 * r2
+                e_u, e_v = fx * (x + skew * y) * bend + cx - pixels[n, 0], fy * y * bend + cy - pixels[n, 1]
+                root = 1.0 + (e_u * e_u + e_v * e_v) / (scale_px * scale_px)
+                w = weights[n] / (root * root)
+                derivatives(x, y, z, model, 12, J_u, J_v)
+                for i in range(12):
+                    g[i] += w * (J_u[i] * e_u + J_v[i] * e_v)
+                    for j in range(i + 1):
+                        H[i, j] += w * (J_u[i] * J_u[j] + J_v[i] * J_v[j])
+            for i in range(6):
+                H[6 + i, 6 + i] += scale_px * scale_px * precision[i]
+                g[6 + i] += scale_px * scale_px * precision[i] * offsets[i]
+            for i in range(12):
+                H[i, i] += 1e-9 * H[i, i] + 1e-9
+            if not solve(H, g, step) or np.abs(step[:6]).max() > largest_step:
+                return False
+            T[:] = moved(T, step)
+            offsets += step[6:]
+            if -(g * step).sum() < small_gain * scale_px * scale_px:
+                break
+    return True
