@@ -206,6 +206,7 @@ class Localizer:
         frame = noise(self.camera)
         self.process(frame, list(self.references.T_map_camera[:1]))  # a pose to align from, which noise does not give
         self._coarse.warm_up(frame)
+        self._refine.warm_up()
         self.reset("warm-up")
 
     def reset(self, reason: str) -> None:

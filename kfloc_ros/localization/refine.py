@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from kfloc_ros.device import choose_device
+from kfloc_ros.device import choose_device, has_numba
 from kfloc_ros.features.backbone import BackboneFeatures
 from kfloc_ros.kfnet.pnp import agreeing_share
 from kfloc_ros.localization.carrying import Carrier
@@ -233,6 +233,13 @@ class RefineStage:
         if checked.state is not estimate.state:
             self._track.end()
         return checked
+
+    def warm_up(self) -> None:
+        """Run the compiled loops that a frame of noise does not reach."""
+        if has_numba():
+            from kfloc_ros.pixloc import point_kernels
+
+            point_kernels.run_once()
 
     def reset(self) -> None:
         """Reset the motion model and the track; the next frame starts from its coarse pose alone."""

@@ -321,3 +321,18 @@ def fit_matches_and_camera(
             if -(g * step).sum() < small_gain * scale_px * scale_px:
                 break
     return True
+
+
+def run_once() -> None:
+    """Run every loop on a point or two, so that it is compiled, or read from the disk, before an image waits for it."""
+    image, trust, at, row = (np.zeros(size, dtype=np.float32) for size in ((2, 2, 1), (2, 2), (2, 2), (2, 1)))
+    flags, values, eye = np.zeros(2, dtype=np.bool_), np.zeros(2, dtype=np.float32), np.eye(4)
+    sample(image, trust, at, np.zeros((2, 4), dtype=np.float32), flags)
+    best_cells(image, row, at, 1, np.zeros((2, 2), dtype=np.float32), values, flags)
+    count_in_view(np.zeros((2, 3), dtype=np.float32), eye.astype(np.float32), np.ones(4, dtype=np.float32), 2, 2, 0.1)
+    corner_scores(image, trust, at, at, values)
+    pixels, points, ones = np.zeros((2, 2)), np.ones((2, 3)), np.ones(4)
+    nearest(pixels, pixels)
+    fit_matches(pixels, points, ones[:2], eye, ones, ones[:1], 1, 1.0, 0.1, np.zeros(2))
+    match_equations(pixels, points, ones[:2], eye, ones, 1.0, 0.1, np.zeros(2))
+    fit_matches_and_camera(pixels, points, ones[:2], eye, np.zeros(6), ones, np.ones(6), ones[:1], 1, 0.1, 1.0, 1.0)
