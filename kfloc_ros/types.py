@@ -154,6 +154,10 @@ class Alignment:
     """True if the map does not confirm the pose, and points of this session's own images gave it."""
     steps: tuple[AlignmentStep, ...] = ()
     """Start and accepted poses of every level, in order."""
+    distance_m: float = 0.0
+    """Distance from the nearest of the reference views, a radian counted as half a metre; 0 if there are none."""
+    disagreement: NDArray[np.float64] = field(default_factory=lambda: np.zeros((6, 6)))
+    """(6, 6) part of the covariance: what the reference views disagree by on the pose."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,8 +18,9 @@ from kfloc_ros.localization.pose_check import PoseCheck
 from kfloc_ros.localization.results import CoarseResult, StageTimes
 from kfloc_ros.localization.tracking import ConstantVelocity, RepeatGuard, Track, TrackSettings, agrees
 from kfloc_ros.maps.scene_map import SceneMap
+from kfloc_ros.pixloc.optimizer import RefinerSettings
 from kfloc_ros.pixloc.references import ReferenceViews
-from kfloc_ros.pixloc.refiner import Refiner, RefinerSettings
+from kfloc_ros.pixloc.refiner import Refiner
 from kfloc_ros.relocalization.decision import UNRELATED_COST, realigned
 from kfloc_ros.relocalization.search import Relocalizer
 from kfloc_ros.types import Alignment, CoarsePose, Frame, Matrix, PoseEstimate, TrackingState, check_frame
@@ -47,6 +48,7 @@ class RefineStage:
                 num_references=config.num_references,
                 max_cost=min(calibration.max_alignment_cost, UNRELATED_COST),
                 covariance_scale=calibration.refined_covariance_scale,
+                covariance_doubling_m=calibration.covariance_doubling_m,
                 own_error_m=calibration.own_error_m,
                 own_error_rad=calibration.own_error_rad,
             ),

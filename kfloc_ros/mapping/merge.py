@@ -123,6 +123,7 @@ def _calibration(a: Calibration, b: Calibration) -> Calibration:
         own_error_m=max(a.own_error_m, b.own_error_m),
         own_error_rad=max(a.own_error_rad, b.own_error_rad),
         camera_fit_scale=max(a.camera_fit_scale, b.camera_fit_scale),
+        covariance_doubling_m=min(a.covariance_doubling_m, b.covariance_doubling_m),
         roughness=_roughness(a.roughness, b.roughness),
     )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -25,8 +25,9 @@ from kfloc_ros.mapping.schedule import HeldOut
 from kfloc_ros.mapping.views import View
 from kfloc_ros.maps.scene_map import Calibration, SceneMap
 from kfloc_ros.pixloc.cost import RobustLoss
-from kfloc_ros.pixloc.references import ReferenceViews, view_distances
-from kfloc_ros.pixloc.refiner import Refiner, RefinerSettings
+from kfloc_ros.pixloc.optimizer import MEASURED_M, RefinerSettings
+from kfloc_ros.pixloc.references import view_distances
+from kfloc_ros.pixloc.refiner import Refiner
 from kfloc_ros.types import Alignment, Frame
 
 CHI2_6_MEDIAN, CHI2_6_90 = 5.348, 10.645
@@ -36,13 +37,20 @@ MOST_COVERED = 0.72
 """Largest share of axis errors inside one sigma of a covariance that is not too careful."""
 FREEDOM = 4.0
 """Degrees of freedom of the t distribution of normalised errors; outliers then count little."""
+LEAST_SHARE = 0.2
+"""Smallest scale of the covariance by the points, relative to the one that explains the errors alone."""
 MIN_ERRORS = 8
 """Fewest errors that a covariance is fitted to."""
 SIGMA_LIMITS = 1e-5, 0.3
-LEAST_OWN_ERROR_M, LEAST_OWN_ERROR_RAD = 7e-4, 4e-4
+LEAST_OWN_ERROR_M, LEAST_OWN_ERROR_RAD = 3e-4, 2e-4
 """Smallest own error of a map. Views held out of a recording lie between its references; those of another walk, even
 in a rendered room without noise, have errors that are larger by this."""
 FIT_SCALE_LIMITS = 0.5, 100.0
+LEFT_OUT_M = 0.15, 0.45
+"""Distances within which reference views are left out, to measure how errors grow away from the mapped views (a radian
+counts as half a metre)."""
+DOUBLING_M = tuple(0.06 * 2.0**k for k in (0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0))
+"""Distances that are tried for :attr:`PoseCovariance.doubling_m`, besides none."""
 OTHER_PASS_FRAMES, OTHER_PASS_M = 60, 0.25
 """A view of another part of the recording is more frames away than the first, and nearer than the second (a radian
 counts as half a metre)."""
@@ -70,21 +78,39 @@ class PoseErrors:
     """(N, 6) tangent errors."""
     covariances: NDArray[np.float64]
     """(N, 6, 6) covariances by the points alone, unscaled."""
+    distances_m: NDArray[np.float64]
+    """(N,) distances from the nearest view that each was aligned with."""
+    disagreements: NDArray[np.float64]
+    """(N, 6, 6) covariances by which the views disagree that each was aligned with."""
 
     @classmethod
     def of(cls, aligned: Sequence[tuple[Matrix, Alignment]], own: RefinerSettings) -> PoseErrors:
         """Return the errors of alignments, each given after its true pose, made with settings ``own``."""
-        errors, covariances = np.zeros((0, 6)), np.zeros((0, 6, 6))
-        for T_true, alignment in aligned:
-            if alignment.T_map_camera is not None and alignment.covariance is not None:
-                by_points = (alignment.covariance - own.pose_covariance(np.zeros((6, 6)))) / own.covariance_scale
-                errors = np.append(errors, [pose_tangent_error(alignment.T_map_camera, T_true)], axis=0)
-                covariances = np.append(covariances, [by_points], axis=0)
-        return cls(errors, covariances)
+        found = [item for item in aligned if item[1].T_map_camera is not None and item[1].covariance is not None]
+        errors, by_points = np.zeros((len(found), 6)), np.zeros((len(found), 6, 6))
+        for k, (T_true, alignment) in enumerate(found):
+            assert alignment.T_map_camera is not None and alignment.covariance is not None
+            errors[k] = pose_tangent_error(alignment.T_map_camera, T_true)
+            scaled = alignment.covariance - own.own_covariance - alignment.disagreement
+            by_points[k] = scaled / own.scale_at(alignment.distance_m)
+        distances = np.array([alignment.distance_m for _, alignment in found])
+        apart = np.array([alignment.disagreement for _, alignment in found]).reshape(-1, 6, 6)
+        return cls(errors, by_points, distances, apart)
+
+    def grown(self, doubling_m: float) -> PoseErrors:
+        """Return the errors with covariances that grow with the distance."""
+        growth = 1.0 + np.minimum(self.distances_m, MEASURED_M) / doubling_m
+        return replace(self, covariances=growth[:, None, None] * self.covariances)
+
+    def joined(self, other: PoseErrors) -> PoseErrors:
+        """Return the errors of both."""
+        both = ((getattr(self, item.name), getattr(other, item.name)) for item in fields(self))
+        return PoseErrors(*(np.concatenate(pair) for pair in both))
 
     def covered(self, scale: float, sigma: float, axes: slice) -> float:
         """Return the share of axis errors inside one sigma, with ``sigma`` in addition on the chosen axes."""
-        variances = scale * np.diagonal(self.covariances, axis1=1, axis2=2)[:, axes] + sigma**2
+        total = scale * self.covariances + self.disagreements
+        variances = np.diagonal(total, axis1=1, axis2=2)[:, axes] + sigma**2
         return float((self.errors[:, axes] ** 2 < variances).mean())
 
     def needed_sigma(self, scale: float, axes: slice) -> float:
@@ -97,9 +123,17 @@ class PoseErrors:
             low, high = (low, middle) if self.covered(scale, middle, axes) >= ONE_SIGMA else (middle, high)
         return high
 
+    @property
+    def median_scale(self) -> float:
+        """Scale of the covariances at which the median of the normalised squared errors is right."""
+        return median_scale(
+            [float(e @ np.linalg.solve(C, e)) for e, C in zip(self.errors, self.covariances, strict=True)]
+        )
+
     def likelihood(self, scale: float, sigma_m: float, sigma_rad: float) -> float:
         """Return the mean log-likelihood under a multivariate t distribution, up to a constant."""
-        total = scale * self.covariances + np.diag(np.repeat([sigma_m**2, sigma_rad**2], 3))
+        own = np.diag(np.repeat([sigma_m**2, sigma_rad**2], 3))
+        total = scale * self.covariances + self.disagreements + own
         nees = np.einsum("ni,ni->n", self.errors, np.linalg.solve(total, self.errors[:, :, None])[:, :, 0])
         tails = 0.5 * (FREEDOM + 6) * np.log1p(nees / FREEDOM)
         return float((-0.5 * np.linalg.slogdet(total)[1] - tails).mean())
@@ -107,42 +141,48 @@ class PoseErrors:
 
 @dataclass(frozen=True)
 class PoseCovariance:
-    """Scale of the covariance by the points, and the map's own error on each axis."""
+    """Scale of the covariance by the points, its growth with distance, and the map's own error on each axis."""
 
     scale: float
     own_error_m: float
     own_error_rad: float
+    doubling_m: float = Calibration().covariance_doubling_m
+    """Distance from the nearest view at which the scale is twice as large."""
 
     @classmethod
-    def of(cls, near: PoseErrors, other_passes: PoseErrors) -> PoseCovariance:
+    def of(cls, near: PoseErrors, far: PoseErrors, other_passes: PoseErrors) -> PoseCovariance:
         """Return the covariance that covers 68 % of the errors on every axis and is the most likely of these.
 
-        The poses of a map's views are not exact. Views that are aligned with their neighbours in time share the errors
-        of these; those of another pass through the place show them.
+        Features change with the viewpoint, so errors grow with the distance from the mapped views: views that were
+        held out lie close to them, and are also aligned without the nearest. The poses of a map's views are not exact
+        either. Views that are aligned with their neighbours in time share the errors of these; those of another pass
+        through the place show them.
 
         Args:
             near: errors of views aligned with all others.
+            far: errors of views aligned without the nearest.
             other_passes: errors of views aligned with views of other parts of the recording.
         """
+        least = LEAST_OWN_ERROR_M, LEAST_OWN_ERROR_RAD
         if len(near.errors) < MIN_ERRORS:
-            return cls(1.0, LEAST_OWN_ERROR_M, LEAST_OWN_ERROR_RAD)
+            return cls(1.0, *least)
+        if (usual := near.median_scale) > ABSURD_COVARIANCE_SCALE:
+            return cls(usual, *least)
         found: list[tuple[bool, float, PoseCovariance]] = []
-        usual = median_scale(
-            [float(e @ np.linalg.solve(C, e)) for e, C in zip(near.errors, near.covariances, strict=True)]
-        )
-        if usual > ABSURD_COVARIANCE_SCALE:
-            return cls(usual, LEAST_OWN_ERROR_M, LEAST_OWN_ERROR_RAD)
-        for scale in usual * np.geomspace(0.05, 2.0, 24):
-            sigma_m, sigma_rad = (near.needed_sigma(scale, axes) for axes in (_POSITION, _ROTATION))
-            covered = [near.covered(scale, s, axes) for s, axes in ((sigma_m, _POSITION), (sigma_rad, _ROTATION))]
-            candidate = cls(float(scale), sigma_m, sigma_rad)
-            found.append((max(covered) <= MOST_COVERED, near.likelihood(scale, sigma_m, sigma_rad), candidate))
+        for doubling_m in (cls.doubling_m, *DOUBLING_M):
+            errors = near.joined(far).grown(doubling_m)
+            for scale in errors.median_scale * np.geomspace(LEAST_SHARE, 2.0, 18):
+                sigma_m, sigma_rad = (errors.needed_sigma(scale, axes) for axes in (_POSITION, _ROTATION))
+                covered = [errors.covered(scale, s, axes) for s, axes in ((sigma_m, _POSITION), (sigma_rad, _ROTATION))]
+                candidate = cls(float(scale), sigma_m, sigma_rad, doubling_m)
+                found.append((max(covered) <= MOST_COVERED, errors.likelihood(scale, sigma_m, sigma_rad), candidate))
         best = max(found, key=lambda item: item[:2])[2]
         own = [best.own_error_m, best.own_error_rad]
         if len(other_passes.errors) >= MIN_ERRORS:
-            needed = (other_passes.needed_sigma(best.scale, axes) for axes in (_POSITION, _ROTATION))
+            others = other_passes.grown(best.doubling_m)
+            needed = (others.needed_sigma(best.scale, axes) for axes in (_POSITION, _ROTATION))
             own = [max(pair) for pair in zip(own, needed, strict=True)]
-        return cls(best.scale, max(own[0], LEAST_OWN_ERROR_M), max(own[1], LEAST_OWN_ERROR_RAD))
+        return replace(best, own_error_m=max(own[0], least[0]), own_error_rad=max(own[1], least[1]))
 
 
 def calibrate_poses(draft: SceneMap, held_out: Sequence[HeldOut], device: str) -> tuple[Calibration, str]:
@@ -154,7 +194,7 @@ def calibrate_poses(draft: SceneMap, held_out: Sequence[HeldOut], device: str) -
     """
     views, stamps_ns = [held.view for held in held_out], [held.stamp_ns for held in held_out]
     localizer = Localizer(draft, LocalizerConfig(device=device, camera_check="off", carry_s=0.0))
-    coarse, refined, costs, ratios, errors, cameras, others = [], [], [], [], [], [], []
+    coarse, refined, costs, ratios, errors, cameras, far, others = [], [], [], [], [], [], [], []
     for view, stamp in zip(views, stamps_ns, strict=True):
         localization = localizer.process(Frame(view.image, view.camera, stamp, view.index))
         estimate, features = localization.estimate, localization.features
@@ -171,16 +211,21 @@ def calibrate_poses(draft: SceneMap, held_out: Sequence[HeldOut], device: str) -
             fitted = localizer.refiner.fit_camera(features.to(choose_device(device)), alignment.T_map_camera)
             if fitted is not None:
                 cameras.append(float(fitted.fit.offsets @ fitted.fit.information @ fitted.fit.offsets))
-        elsewhere = _aligned_elsewhere(localizer.refiner, view, features.to(choose_device(device)))
-        if elsewhere is not None:
-            others.append((view.T_map_camera, elsewhere))
+        references, on_device = localizer.refiner.references, features.to(choose_device(device))
+        distances = view_distances(references.T_map_camera, view.T_map_camera)
+        for left_out_m in LEFT_OUT_M:
+            far += _aligned_with(distances >= left_out_m, localizer.refiner, view, on_device)
+        others_in_time = np.abs(np.array(references.ids) - view.index) > OTHER_PASS_FRAMES
+        if (distances[others_in_time] <= OTHER_PASS_M).any():
+            others += _aligned_with(others_in_time, localizer.refiner, view, on_device)
     draft.head.to("cpu")
     own = localizer.refiner.settings
-    covariance = PoseCovariance.of(PoseErrors.of(refined, own), PoseErrors.of(others, own))
+    covariance = PoseCovariance.of(*(PoseErrors.of(aligned, own) for aligned in (refined, far, others)))
     found = replace(
         draft.calibration,
         coarse_covariance_scale=median_scale(coarse),
         refined_covariance_scale=covariance.scale,
+        covariance_doubling_m=covariance.doubling_m,
         own_error_m=covariance.own_error_m,
         own_error_rad=covariance.own_error_rad,
         camera_fit_scale=camera_fit_scale(cameras),
@@ -190,17 +235,16 @@ def calibrate_poses(draft: SceneMap, held_out: Sequence[HeldOut], device: str) -
     return found, _accuracy(errors)
 
 
-def _aligned_elsewhere(refiner: Refiner, view: View, features: BackboneFeatures) -> Alignment | None:
-    """Return the alignment of a view with near views of other parts of the recording; None if there are none."""
-    references = refiner.references
-    far = [k for k, ident in enumerate(references.ids) if abs(ident - view.index) > OTHER_PASS_FRAMES]
-    others = ReferenceViews(
-        tuple(references.ids[k] for k in far), references.T_map_camera[far], tuple(references.views[k] for k in far)
-    )
-    if not far or view_distances(others.T_map_camera, view.T_map_camera).min() > OTHER_PASS_M:
-        return None
+def _aligned_with(
+    chosen: NDArray[np.bool_], refiner: Refiner, view: View, features: BackboneFeatures
+) -> list[tuple[Matrix, Alignment]]:
+    """Return the true pose of a view and its alignment with chosen reference views; nothing if it fails."""
+    if not chosen.any():
+        return []
+    others = refiner.references.selected([int(k) for k in np.flatnonzero(chosen)])
     alignment = Refiner(others, refiner.camera, refiner.settings).align(features, [view.T_map_camera])
-    return alignment if alignment.success and is_good(view.T_map_camera, alignment.T_map_camera) else None
+    is_right = alignment.success and is_good(view.T_map_camera, alignment.T_map_camera)
+    return [(view.T_map_camera, alignment)] if is_right else []
 
 
 def camera_fit_scale(squared: Sequence[float]) -> float:

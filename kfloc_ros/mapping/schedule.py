@@ -102,7 +102,7 @@ class HoldOut:
 READ_SHARE = 0.45
 """Largest share of the time budget for reading views."""
 CALIBRATION_SHARE = 0.2
-CALIBRATION_PER_PASS = 8.0
+CALIBRATION_PER_PASS = 10.0
 """Time to calibrate with one held-out view, in backbone passes."""
 CALIBRATION_MARGIN = 1.3
 WRITE_S = 2.0

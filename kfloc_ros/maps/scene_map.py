@@ -48,7 +48,7 @@ from kfloc_ros.maps.format import (
 )
 from kfloc_ros.pixloc.references import ReferenceViews
 
-LATER = frozenset({"confidence_odds", "own_error_m", "own_error_rad", "camera_fit_scale"})
+LATER = frozenset({"confidence_odds", "own_error_m", "own_error_rad", "camera_fit_scale", "covariance_doubling_m"})
 """Values that maps of earlier versions lack; they have the defaults."""
 ROUGHNESS = "roughness"
 
@@ -78,6 +78,8 @@ class Calibration:
     other views, such as those of another pass through the place."""
     camera_fit_scale: float = 4.0
     """Factor on the covariance of cameras that are fitted to an image; neighbouring residuals share errors."""
+    covariance_doubling_m: float = 1e6
+    """Distance from the nearest reference view at which ``refined_covariance_scale`` counts twice; it grows evenly."""
     roughness: RoughnessScale | None = None
     """Growth of the head's variance away from the mapped views; None if it does not grow."""
 
@@ -275,7 +277,10 @@ def scaled_map(scene_map: SceneMap, factor: float) -> SceneMap:
         head=ensemble_of(heads).eval(),
         references=replace(references, T_map_camera=T_map_camera),
         calibration=replace(
-            calibration, process_floor_m2=calibration.process_floor_m2 * factor**2, roughness=roughness
+            calibration,
+            process_floor_m2=calibration.process_floor_m2 * factor**2,
+            own_error_m=calibration.own_error_m * factor,
+            roughness=roughness,
         ),
         bounds_m=_box(scene_map.bounds_m, S),
     )

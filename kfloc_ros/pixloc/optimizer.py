@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Least squares over SE(3): Levenberg-Marquardt on the features of one level, and Gauss-Newton on points' matches."""
+"""Least squares over SE(3): Levenberg-Marquardt on the features of one level, and Gauss-Newton on points' matches.
+
+Also the settings of the alignment, and what reference views disagree by at its end.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,6 +34,55 @@ LAMBDA_MIN = 1e-7
 LAMBDA_MAX = 1e3
 DAMPING_FLOOR = 1e-9
 """Added to the diagonal, so that the pose does not move in directions that the image does not constrain."""
+
+
+MEASURED_M = 0.5
+"""Distance from the nearest reference view up to which the growth of errors is measured when a map is built; beyond
+it, the covariance does not grow any more."""
+
+
+@dataclass(frozen=True)
+class RefinerSettings:
+    """Settings of the alignment, and the conditions for accepting its result."""
+
+    num_references: int = 3
+    loss_scale: float = 0.3
+    max_iterations: int = 20
+    """Largest number of iterations per level."""
+    min_points: int = 60
+    """Smallest number of reference points in view at the start; with fewer, the alignment fails."""
+    min_remaining: float = 0.3
+    """Smallest share of the points in view at the start that must be in view at the end."""
+    max_tries: int = 2
+    """Largest number of starting poses that are refined, one after another until one succeeds."""
+    max_cost: float = 1.0
+    """Largest accepted mean robust cost at the finest level; calibrated when a map is built."""
+    certain_support: float = 3.0
+    """Support by the points' own matches, in standard deviations, from which a pose is certain."""
+    settled_support: float = 6.0
+    """Support by the map's points from which they settle the pose, and no other is tried."""
+    max_supported_cost: float = 0.28
+    """Largest accepted cost of a certain pose. Right poses cost more than the map's limit where lighting or content
+    have changed; the cost of unrelated images is 0.29 and more, in every map."""
+    max_correction_m: float = 0.5
+    max_correction_deg: float = 15.0
+    """A result further than either limit from its start is rejected."""
+    covariance_scale: float = 1.0
+    """Scale of the covariance, from the map's calibration; neighbouring residuals share errors."""
+    covariance_doubling_m: float = math.inf
+    """Distance from the nearest reference view at which that scale is twice as large, from the map's calibration."""
+    own_error_m: float = 0.0
+    own_error_rad: float = 0.0
+    """Standard deviations of the map's own error, on each axis, from its calibration."""
+
+    @property
+    def own_covariance(self) -> Matrix:
+        """Covariance (6, 6) of the map's own error."""
+        return np.diag(np.repeat([self.own_error_m**2, self.own_error_rad**2], 3))
+
+    def scale_at(self, distance_m: float) -> float:
+        """Return the scale of the covariance at a distance from the nearest reference view, see ``view_distances``."""
+        return self.covariance_scale * (1.0 + min(distance_m, MEASURED_M) / self.covariance_doubling_m)
 
 
 @dataclass(frozen=True)
@@ -170,6 +223,33 @@ def information_of(at: Linearization) -> Matrix:
     With weights that sum to one, n equal residuals have information n H / cost.
     """
     return np.asarray(at.H * at.valid_count / max(at.cost, 1e-9))
+
+
+DAMPING = 0.3
+"""Share of the views' mean matrix that is added to each view's own: what a view does not fix it says nothing about."""
+MIN_VIEW_POINTS = 30
+"""Fewest points in view of a reference view whose own pose is asked for."""
+
+
+def disagreement(views: Sequence[Linearization]) -> Matrix:
+    """Return the second moment (6, 6) of the steps (dt, dw) that reference views would take on their own.
+
+    At the pose on which views agree as a whole, each has a gradient of its own: its points, its pose in the map and its
+    depth are not exact, and features change with the viewpoint. The residuals of one view share these errors, so they
+    show between views alone, as in covariances that are robust to clusters.
+
+    Args:
+        views: linearizations of the points of each view, at the common pose. Zeros are returned for fewer than two.
+    """
+    used = [view for view in views if view.valid_count >= MIN_VIEW_POINTS]
+    if len(used) < 2:
+        return np.zeros((6, 6))
+    H = np.stack([view.weight_sum * view.H for view in used])
+    g = np.stack([view.weight_sum * view.g for view in used])
+    mean = H.mean(axis=0)
+    damped = H + DAMPING * mean + DAMPING_FLOOR * np.trace(mean) * np.eye(6)
+    steps = np.linalg.solve(damped, g[:, :, None])[:, :, 0]
+    return np.asarray(steps.T @ steps / len(used))
 
 
 SCALES_PX = (12.0, 6.0, 3.0)

@@ -18,7 +18,7 @@ from kfloc_ros.geometry.lie import Matrix, inverse_pose, make_pose, rotation_ang
 from kfloc_ros.pixloc.camera_fit import FitLevel, FittedCamera, fit_camera, score_camera
 from kfloc_ros.pixloc.cost import FeatureImage, Linearization, RobustLoss, linearize
 from kfloc_ros.pixloc.image_check import Inspection, match_blocks
-from kfloc_ros.pixloc.optimizer import LevelResult, StopRule, descend, information_of
+from kfloc_ros.pixloc.optimizer import LevelResult, RefinerSettings, StopRule, descend, disagreement, information_of
 from kfloc_ros.pixloc.point_matching import (
     SEARCH_CELLS,
     WIDE_SEARCH_CELLS,
@@ -27,46 +27,8 @@ from kfloc_ros.pixloc.point_matching import (
     fit_pose,
     search_points,
 )
-from kfloc_ros.pixloc.references import ReferencePoints, ReferenceViews
+from kfloc_ros.pixloc.references import ReferencePoints, ReferenceViews, view_distances
 from kfloc_ros.types import Alignment, AlignmentStep
-
-
-@dataclass(frozen=True)
-class RefinerSettings:
-    """Settings of the alignment, and the conditions for accepting its result."""
-
-    num_references: int = 3
-    loss_scale: float = 0.3
-    max_iterations: int = 20
-    """Largest number of iterations per level."""
-    min_points: int = 60
-    """Smallest number of reference points in view at the start; with fewer, the alignment fails."""
-    min_remaining: float = 0.3
-    """Smallest share of the points in view at the start that must be in view at the end."""
-    max_tries: int = 2
-    """Largest number of starting poses that are refined, one after another until one succeeds."""
-    max_cost: float = 1.0
-    """Largest accepted mean robust cost at the finest level; calibrated when a map is built."""
-    certain_support: float = 3.0
-    """Support by the points' own matches, in standard deviations, from which a pose is certain."""
-    settled_support: float = 6.0
-    """Support by the map's points from which they settle the pose, and no other is tried."""
-    max_supported_cost: float = 0.28
-    """Largest accepted cost of a certain pose. Right poses cost more than the map's limit where lighting or content
-    have changed; the cost of unrelated images is 0.29 and more, in every map."""
-    max_correction_m: float = 0.5
-    max_correction_deg: float = 15.0
-    """A result further than either limit from its start is rejected."""
-    covariance_scale: float = 1.0
-    """Scale of the covariance, from the map's calibration; neighbouring residuals share errors."""
-    own_error_m: float = 0.0
-    own_error_rad: float = 0.0
-    """Standard deviations of the map's own error, on each axis, from its calibration."""
-
-    def pose_covariance(self, of_points: Matrix) -> Matrix:
-        """Return the covariance (6, 6) of a pose, given that by the points alone."""
-        own = np.repeat([self.own_error_m**2, self.own_error_rad**2], 3)
-        return np.asarray(self.covariance_scale * of_points + np.diag(own))
 
 
 class Refiner:
@@ -144,7 +106,8 @@ class Refiner:
         covariance = None if fit is None else map_frame_covariance(fit.pose_information, fit.T_camera_local)
         if fit is None or covariance is None:
             return None
-        return FittedCamera(fit, candidate.in_map(fit.T_camera_local), self.settings.pose_covariance(covariance))
+        covariance = self.settings.scale_at(candidate.distance_m) * covariance + self.settings.own_covariance
+        return FittedCamera(fit, candidate.in_map(fit.T_camera_local), covariance)
 
     @torch.inference_mode()
     def inspect(self, features: BackboneFeatures, T_map_camera: Matrix) -> Inspection:
@@ -185,7 +148,8 @@ class Refiner:
             levels=self._levels(images, points, confidence),
             reference_ids=tuple(self.references.ids[k] for k in chosen),
             references=points,
-            mapped_count=len(points) - (0 if further is None else len(further)),
+            view_counts=tuple(len(view) for view in views[: len(chosen)]),
+            distance_m=float(min(view_distances(self.references.T_map_camera[chosen], T_map_camera), default=0.0)),
             prepare=lambda T: self._prepare(images, T, further=further, with_map=with_map),
         )
         if with_cost:
@@ -203,6 +167,16 @@ class Refiner:
         return linearize(
             level.image, candidate.points, level.features, level.confidence, T_camera_local, self.camera, loss
         )
+
+    def _disagreement(self, candidate: _Candidate, T_camera_local: Matrix) -> Matrix:
+        """Return the covariance (6, 6) by which the reference views disagree on a pose, in the map frame."""
+        fine, parts, first = candidate.levels[-1], [], 0
+        for count in candidate.view_counts:
+            part = slice(first, first := first + count)
+            level = FitLevel(fine.image, fine.features[part], fine.confidence[part])
+            parts.append(self._linearize(replace(candidate, points=candidate.points[part]), level, T_camera_local))
+        turn = np.kron(np.eye(2), T_camera_local[:3, :3].T)  # as in map_frame_covariance
+        return np.asarray(turn @ disagreement(parts) @ turn.T)
 
     def _matched(self, start: _Candidate, search_cells: int) -> tuple[_Candidate, MatchedPose | None]:
         """Return the pose that the points' own matches agree with, and the candidate that it was found from.
@@ -267,7 +241,7 @@ class Refiner:
         max_cost: float,
         matched: MatchedPose | None,
     ) -> Alignment:
-        end, s = results[-1], self.settings
+        end, s, distance_m = results[-1], self.settings, candidate.distance_m
         support = 0.0 if matched is None else matched.support
         if support >= s.certain_support:
             max_cost = max(max_cost, s.max_supported_cost)
@@ -276,6 +250,7 @@ class Refiner:
         correction_m = float(np.linalg.norm(T_map_camera[:3, 3] - T_start[:3, 3]))
         correction_deg = rotation_angle_deg(T_start[:3, :3].T @ T_map_camera[:3, :3])
         covariance = map_frame_covariance(information_of(end.end), end.T_camera_map)
+        apart = self._disagreement(candidate, end.T_camera_map)
         cost = end.end.cost
         reason = ""
         if end.end.valid_count < max(s.min_points, s.min_remaining * candidate.valid_count):
@@ -290,12 +265,14 @@ class Refiner:
             success=not reason,
             reason=reason,
             T_map_camera=T_map_camera,
-            covariance=None if covariance is None else s.pose_covariance(covariance),
+            covariance=None if covariance is None else s.scale_at(distance_m) * covariance + s.own_covariance + apart,
             initial_cost=results[0].start.cost,
             final_cost=cost,
             valid_ratio=valid_ratio,
             iterations=iterations,
             reference_ids=candidate.reference_ids,
+            distance_m=distance_m,
+            disagreement=apart,
             support=support,
             map_support=0.0 if matched is None else matched.support_by(candidate.mapped_count),
             steps=tuple(
@@ -316,12 +293,19 @@ class _Candidate:
     levels: tuple[FitLevel, FitLevel]
     reference_ids: tuple[int, ...]
     references: ReferencePoints
-    mapped_count: int
-    """Number of points that are the map's; further ones follow."""
+    view_counts: tuple[int, ...]
+    """Number of points of each reference view; further ones that are not the map's follow."""
+    distance_m: float
+    """Distance of the start from the nearest of the reference views; 0 if there are none."""
     prepare: Callable[[Matrix], _Candidate]
     """Returns the candidate of another pose, (4, 4)."""
     cost: float = float("inf")
     valid_count: int = 0
+
+    @property
+    def mapped_count(self) -> int:
+        """Number of points that are the map's."""
+        return sum(self.view_counts)
 
     def in_map(self, T_camera_local: Matrix) -> Matrix:
         """Return ``T_map_camera`` of a pose in the relative coordinates."""

@@ -180,7 +180,9 @@ def with_matches(
         return alignment
     H, _ = _normal_equations(pixels, points, camera, moved)
     both = map_frame_covariance(information + H / MATCHES_PER_INDEPENDENT_ONE, moved)
-    return replace(alignment, T_map_camera=inverse_pose(moved), covariance=covariance if both is None else both)
+    if both is None:
+        return replace(alignment, T_map_camera=inverse_pose(moved))
+    return replace(alignment, T_map_camera=inverse_pose(moved), covariance=both, disagreement=np.zeros((6, 6)))
 
 
 def _descend(

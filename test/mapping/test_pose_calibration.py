@@ -19,12 +19,20 @@ from kfloc_ros.maps.scene_map import Calibration
 BY_POINTS = np.diag([0.001**2] * 3 + [0.0005**2] * 3)
 
 
-def errors(count: int, scale: float, own_m: float, own_rad: float, seed: int = 0) -> PoseErrors:
-    """Errors of poses whose covariance by the points is too small by a scale, in a map with an error of its own."""
-    covariance = scale * BY_POINTS + np.diag([own_m**2] * 3 + [own_rad**2] * 3)
-    drawn = np.random.default_rng(seed).multivariate_normal(np.zeros(6), covariance, count)
-    repeated = np.repeat(BY_POINTS[None], count, axis=0)
-    return PoseErrors(drawn, repeated)
+def errors(
+    count: int, scale: float, own_m: float, own_rad: float, seed: int = 0, distance_m: float = 0.0, apart_m: float = 0.0
+) -> PoseErrors:
+    """Errors of poses whose covariance by the points is too small by a scale, in a map with an error of its own.
+
+    They are aligned ``distance_m`` away, with views of which those of every second one disagree by ``apart_m``.
+    """
+    apart = np.zeros((count, 6, 6))
+    apart[::2, :3, :3] = apart_m**2 * np.eye(3)
+    own = np.diag([own_m**2] * 3 + [own_rad**2] * 3)
+    rng = np.random.default_rng(seed)
+    drawn = np.array([rng.multivariate_normal(np.zeros(6), scale * BY_POINTS + own + more) for more in apart])
+    by_points = np.repeat(BY_POINTS[None], count, axis=0)
+    return PoseErrors(drawn.reshape(-1, 6), by_points, np.full(count, distance_m), apart)
 
 
 NONE = errors(0, 1.0, 0.0, 0.0)
@@ -32,7 +40,7 @@ NONE = errors(0, 1.0, 0.0, 0.0)
 
 @pytest.mark.parametrize(("scale", "own_m", "own_rad"), [(4.0, 0.0, 0.0), (1.0, 0.005, 0.004), (50.0, 0.0, 0.01)])
 def test_the_covariance_covers_as_many_errors_as_it_says(scale: float, own_m: float, own_rad: float) -> None:
-    found = PoseCovariance.of(errors(60, scale, own_m, own_rad), NONE)
+    found = PoseCovariance.of(errors(60, scale, own_m, own_rad), NONE, NONE)
     fresh = errors(2000, scale, own_m, own_rad, seed=1)
     for sigma, axes in ((found.own_error_m, slice(0, 3)), (found.own_error_rad, slice(3, 6))):
         assert fresh.covered(found.scale, sigma, axes) == pytest.approx(0.68, abs=0.07)
@@ -40,17 +48,31 @@ def test_the_covariance_covers_as_many_errors_as_it_says(scale: float, own_m: fl
 
 def test_other_passes_show_the_error_that_neighbours_share() -> None:
     near = errors(60, 2.0, 0.0, 0.0)
-    found = PoseCovariance.of(near, errors(20, 2.0, 0.01, 0.015))
+    found = PoseCovariance.of(near, NONE, errors(20, 2.0, 0.01, 0.015))
     assert found.own_error_m == pytest.approx(0.01, rel=0.3) and found.own_error_rad == pytest.approx(0.015, rel=0.3)
-    alike = PoseCovariance.of(near, errors(20, 2.0, 0.0, 0.0, seed=3))
+    alike = PoseCovariance.of(near, NONE, errors(20, 2.0, 0.0, 0.0, seed=3))
     assert alike.own_error_m <= 0.001 and alike.own_error_rad < 0.001
 
 
+def test_errors_that_grow_away_from_the_mapped_views_make_the_covariance_grow() -> None:
+    near, far = errors(60, 2.0, 0.0, 0.0, distance_m=0.05), errors(60, 10.0, 0.0, 0.0, seed=1, distance_m=0.45)
+    found = PoseCovariance.of(near, far, NONE)
+    ratio = (1.0 + 0.45 / found.doubling_m) / (1.0 + 0.05 / found.doubling_m)
+    assert 2.5 < ratio < 8.0, "the scale is five times as large there"
+    even = PoseCovariance.of(near, errors(60, 2.0, 0.0, 0.0, seed=1, distance_m=0.45), NONE)
+    assert 0.45 / even.doubling_m < 0.6
+
+
+def test_what_views_disagree_by_is_no_error_of_the_whole_map() -> None:
+    known = PoseCovariance.of(errors(80, 2.0, 0.0, 0.0, apart_m=0.01), NONE, NONE)
+    assert known.scale < 4.0 and known.own_error_m < 0.002, "half of the poses hold to a millimetre"
+
+
 def test_few_errors_and_absurd_ones_are_no_error_of_the_map() -> None:
-    assert PoseCovariance.of(errors(3, 9.0, 0.0, 0.0), NONE) == PoseCovariance(
+    assert PoseCovariance.of(errors(3, 9.0, 0.0, 0.0), NONE, NONE) == PoseCovariance(
         1.0, LEAST_OWN_ERROR_M, LEAST_OWN_ERROR_RAD
     )
-    absurd = PoseCovariance.of(errors(60, 5000.0, 0.0, 0.0), NONE)
+    absurd = PoseCovariance.of(errors(60, 5000.0, 0.0, 0.0), NONE, NONE)
     assert absurd.scale > ABSURD_COVARIANCE_SCALE and absurd.own_error_m == LEAST_OWN_ERROR_M
 
 

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Alignment from starts that are off by about the width of a search window."""
+"""Alignment from starts that are off by about the width of a search window, and its covariance."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -9,7 +11,10 @@ import torch
 from kfloc_ros.features.backbone import Backbone
 from kfloc_ros.geometry.lie import make_pose, so3_exp
 from kfloc_ros.maps.scene_map import SceneMap
-from kfloc_ros.pixloc.refiner import Refiner, RefinerSettings
+from kfloc_ros.pixloc.cost import Linearization
+from kfloc_ros.pixloc.optimizer import MEASURED_M, RefinerSettings, disagreement
+from kfloc_ros.pixloc.refiner import Refiner
+from kfloc_ros.types import Alignment
 
 
 def test_points_find_themselves_from_starts_a_window_away(room, room_map) -> None:
@@ -25,3 +30,51 @@ def test_points_find_themselves_from_starts_a_window_away(room, room_map) -> Non
             end = refiner.align(features, [frame.T_map_camera @ make_pose(so3_exp(turn), np.zeros(3))])
             assert end.success and end.T_map_camera is not None and end.support > 6.0
             assert np.linalg.norm((end.T_map_camera - frame.T_map_camera)[:3, 3]) < 0.1
+
+
+def test_the_covariance_holds_what_the_reference_views_disagree_by(room, room_map) -> None:
+    scene_map = SceneMap.load(room_map)
+    frame = room.view(make_pose(so3_exp(np.array([0.0, 0.05, 0.0])), [0.05, 0.0, -0.6]), 0)
+    features = Backbone(device=torch.device("cpu")).extract(frame.image)
+    references = scene_map.references.selected(scene_map.references.nearest(frame.T_map_camera, 3))
+
+    def apart_m(shift_m: float) -> float:
+        moved = replace(references.views[1], points=references.views[1].points + torch.tensor([shift_m, 0.0, 0.0]))
+        views = replace(references, views=(references.views[0], moved, *references.views[2:]))
+        alignment = Refiner(views, scene_map.camera, RefinerSettings(max_cost=1.0)).align(
+            features, [frame.T_map_camera]
+        )
+        assert alignment.success and alignment.covariance is not None
+        assert (np.linalg.eigvalsh(alignment.covariance) > 0).all()
+        of_points = alignment.covariance - alignment.disagreement
+        assert (np.linalg.eigvalsh(of_points) > 0).all(), "it is a part of the covariance"
+        return float(np.sqrt(np.trace(alignment.disagreement[:3, :3])))
+
+    together, apart = apart_m(0.0), apart_m(0.05)
+    assert apart > 1.25 * together and apart > 0.009, "one view of three is 5 cm away from the others"
+
+
+def test_a_view_alone_and_views_that_agree_do_not_disagree() -> None:
+    def view(gradient: float, count: int = 100) -> Linearization:
+        return Linearization(0.1, np.eye(6), np.full(6, gradient), count, 1.0)
+
+    assert not disagreement([view(0.5)]).any() and not disagreement([]).any()
+    assert not disagreement([view(0.0), view(0.0)]).any()
+    assert not disagreement([view(0.5), view(-0.5, count=3)]).any(), "too few points to say anything"
+    apart = disagreement([view(0.13), view(-0.13)])
+    np.testing.assert_allclose(apart, np.full((6, 6), 0.01), rtol=1e-6)
+
+
+def test_the_covariance_grows_away_from_the_reference_views(room, room_map) -> None:
+    scene_map = SceneMap.load(room_map)
+    frame = room.view(make_pose(so3_exp(np.array([0.0, 0.3, 0.0])), [0.2, 0.0, -0.6]), 0)
+    features = Backbone(device=torch.device("cpu")).extract(frame.image)
+
+    def aligned(settings: RefinerSettings) -> Alignment:
+        return Refiner(scene_map.references, scene_map.camera, settings).align(features, [frame.T_map_camera])
+
+    even, grown = aligned(RefinerSettings()), aligned(RefinerSettings(covariance_doubling_m=0.1))
+    assert even.distance_m > 0.01 and even.covariance is not None and grown.covariance is not None
+    of_points = even.covariance - even.disagreement
+    factor = 1.0 + min(even.distance_m, MEASURED_M) / 0.1
+    np.testing.assert_allclose(grown.covariance - grown.disagreement, factor * of_points, rtol=1e-9)

@@ -17,8 +17,9 @@ from kfloc_ros.localization.config import LocalizerConfig
 from kfloc_ros.localization.localizer import Localizer
 from kfloc_ros.localization.results import CoarseResult
 from kfloc_ros.maps.scene_map import SceneMap
+from kfloc_ros.pixloc.optimizer import RefinerSettings
 from kfloc_ros.pixloc.references import ReferenceViews
-from kfloc_ros.pixloc.refiner import Refiner, RefinerSettings, failed_alignment
+from kfloc_ros.pixloc.refiner import Refiner, failed_alignment
 from kfloc_ros.relocalization.decision import RelocalizationSettings, choose, has_more_support, realigned
 from kfloc_ros.relocalization.retrieval import ReferenceIndex
 from kfloc_ros.relocalization.search import Relocalizer
