@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from kfloc_ros.errors import FrameError
 from kfloc_ros.features.backbone import COARSE_CHANNELS, COARSE_STRIDE, FINE_CHANNELS, FINE_STRIDE, BackboneFeatures
@@ -23,7 +22,7 @@ _STEPS = 127
 
 def fill_coarse(message: Any, features: BackboneFeatures) -> Any:
     """Put the coarse features and the reliability into an ``Image`` and return it."""
-    return _fill(message, torch.cat([features.coarse[0], features.reliability[:1].to(features.coarse)]))
+    return _fill(message, features.coarse[0], features.reliability[:1])
 
 
 def fill_fine(message: Any, features: BackboneFeatures) -> Any:
@@ -37,30 +36,40 @@ def read_features(coarse: Any, fine: Any, camera: Camera) -> BackboneFeatures:
     Raises:
         FrameError: a message does not hold features of that camera's images.
     """
-    coarse_grid = _read(coarse, camera, COARSE_STRIDE, COARSE_CHANNELS + 1)
-    fine_grid = _read(fine, camera, FINE_STRIDE, FINE_CHANNELS)
+    coarse_cells = _read(coarse, camera, COARSE_STRIDE, COARSE_CHANNELS + 1)
+    fine_cells = _read(fine, camera, FINE_STRIDE, FINE_CHANNELS)
     return BackboneFeatures(
-        coarse=F.normalize(coarse_grid[None, :COARSE_CHANNELS], dim=1),
-        fine=F.normalize(fine_grid[None], dim=1),
-        context=torch.empty(1, 0, *coarse_grid.shape[1:]),
-        reliability=coarse_grid[None, COARSE_CHANNELS].clamp(0.0, 1.0),
+        coarse=_unit(coarse_cells[..., :COARSE_CHANNELS]),
+        fine=_unit(fine_cells),
+        context=torch.empty(1, 0, *coarse_cells.shape[:2]),
+        reliability=(coarse_cells[None, ..., COARSE_CHANNELS] / _STEPS).clamp(0.0, 1.0),
     )
 
 
-def _fill(message: Any, grid: torch.Tensor) -> Any:
-    channels, message.height, message.width = grid.shape
+def _fill(message: Any, *grids: torch.Tensor) -> Any:
+    """Put grids (C, H, W) into an ``Image``, one after the other in its channels."""
+    (_, message.height, message.width), channels = grids[0].shape, sum(len(grid) for grid in grids)
     message.encoding, message.is_bigendian = f"8SC{channels}", 0
     message.step = message.width * channels
-    quantized = (grid.permute(1, 2, 0) * _STEPS).round().to(torch.int8).contiguous()
+    quantized, first = torch.empty(message.height, message.width, channels, dtype=torch.int8), 0
+    for grid in grids:  # in the backbone's memory layout, channels last; joined first, they would be moved twice
+        quantized[..., first : first + len(grid)] = (grid.permute(1, 2, 0).cpu() * _STEPS).round_()
+        first += len(grid)
     # An array.array is taken over as it is; any other sequence is checked byte by byte in Python.
     data = array.array("B")
-    data.frombytes(quantized.cpu().numpy().tobytes())
+    data.frombytes(memoryview(quantized.numpy()).cast("B"))
     message.data = data
     return message
 
 
+def _unit(cells: torch.Tensor) -> torch.Tensor:
+    """Return (1, C, H, W) unit features, channels last in memory, of cells (H, W, C) of any scale."""
+    length = torch.linalg.vector_norm(cells, dim=-1, keepdim=True).clamp_(min=1e-12)
+    return (cells / length).permute(2, 0, 1)[None]
+
+
 def _read(message: Any, camera: Camera, stride: int, channels: int) -> torch.Tensor:
-    """(C, H, W) float32 in [-1, 1]."""
+    """(H, W, C) float32 in steps: [-127, 127]."""
     height, width = camera.height // stride, camera.width // stride
     values = np.frombuffer(message.data, dtype=np.int8)
     if (
@@ -72,5 +81,4 @@ def _read(message: Any, camera: Camera, stride: int, channels: int) -> torch.Ten
             f"A features message is {message.width}x{message.height} '{message.encoding}' with {values.size} bytes, "
             f"expected {width}x{height} '8SC{channels}'; filter_node and refiner_node must be given the same map."
         )
-    grid = torch.from_numpy(values.reshape(height, width, channels).copy())
-    return grid.permute(2, 0, 1).float() / _STEPS
+    return torch.from_numpy(values.reshape(height, width, channels).astype(np.float32))

@@ -3,9 +3,8 @@
 
 :mod:`kfloc_ros.pixloc.cost`, :mod:`kfloc_ros.pixloc.optimizer` and :mod:`kfloc_ros.pixloc.point_matching` have the
 equations, and the torch or NumPy path of each. A loop runs to its end without the interpreter's lock, which the thread
-that prepares the next image needs meanwhile. Numba compiles a file anew when that file changes, so a change of
-:func:`solve`, :func:`moved` or :func:`derivatives` needs one in the files that call them:
-:mod:`kfloc_ros.pixloc.point_kernels` and :mod:`kfloc_ros.kfnet.kernels`.
+that prepares the next image needs meanwhile. Numba compiles a file anew when that file changes, so a change of a loop
+that ``point_kernels`` or ``kfnet.kernels`` calls needs one in these files.
 """
 
 from __future__ import annotations
@@ -81,11 +80,7 @@ def moved(T: Doubles, step: Doubles) -> Doubles:
 def derivatives(x: float, y: float, z: float, intrinsics: Doubles, size: int, J_u: Doubles, J_v: Doubles) -> None:
     """Write the derivatives (size,) of a position in the image, u and v, by (dt, dw) and the camera's offsets.
 
-    Args:
-        x, y, z: normalised image coordinates and depth of the point.
-        intrinsics: fx, fy, cx, cy in cells, k1, skew, cells per pixel.
-        size: 6 for the pose, 12 for pose and camera.
-        J_u, J_v: written; entries that are always zero are left alone.
+    ``x``, ``y`` and ``z`` are normalised image coordinates and depth; entries that are always zero are left alone.
     """
     fx, fy, _, _, k1, skew, step = intrinsics
     r2 = x * x + y * y
@@ -265,3 +260,90 @@ def descend(
             if damping > most or is_small:
                 break
     return iterations, accepted
+
+
+@compiled_loop
+def match_equations(
+    pixels: Doubles,
+    points: Doubles,
+    weights: Doubles,
+    T: Doubles,
+    intrinsics: Doubles,
+    scale_px: float,
+    near_m: float,
+    squared: Doubles,
+) -> tuple[Doubles, Doubles]:
+    """Return H (6, 6) and g (6,) of reprojection errors with the loss of Geman and McClure; write squared errors (N,).
+
+    Args:
+        pixels: (N, 2) places of the points in the image.
+        points: (N, 3) metres.
+        weights: (N,)
+        T: (4, 4) ``T_camera_map``.
+        intrinsics: fx, fy, cx, cy in pixels.
+        scale_px: scale of the loss.
+        near_m: smallest depth; nearer points have no weight.
+        squared: (N,) squared errors, written, px^2.
+    """
+    fx, fy, cx, cy = intrinsics
+    H, g = np.zeros((6, 6)), np.zeros(6)
+    J_u, J_v = np.zeros(6), np.zeros(6)
+    for n in range(len(points)):
+        X, Y, Z = points[n]
+        z = T[2, 0] * X + T[2, 1] * Y + T[2, 2] * Z + T[2, 3]
+        in_front = z > near_m
+        z = max(z, near_m)
+        x = (T[0, 0] * X + T[0, 1] * Y + T[0, 2] * Z + T[0, 3]) / z
+        y = (T[1, 0] * X + T[1, 1] * Y + T[1, 2] * Z + T[1, 3]) / z
+        e_u, e_v = fx * x + cx - pixels[n, 0], fy * y + cy - pixels[n, 1]
+        squared[n] = e_u * e_u + e_v * e_v
+        if not in_front:
+            continue
+        root = 1.0 + squared[n] / (scale_px * scale_px)
+        w = weights[n] / (root * root)
+        J_u[0], J_u[2], J_u[3], J_u[4], J_u[5] = fx / z, -fx * x / z, -fx * x * y, fx * (1.0 + x * x), -fx * y
+        J_v[1], J_v[2], J_v[3], J_v[4], J_v[5] = fy / z, -fy * y / z, -fy * (1.0 + y * y), fy * x * y, fy * x
+        for i in range(6):
+            g[i] += w * (J_u[i] * e_u + J_v[i] * e_v)
+            for j in range(i + 1):
+                H[i, j] += w * (J_u[i] * J_u[j] + J_v[i] * J_v[j])
+    for i in range(6):
+        for j in range(i):
+            H[j, i] = H[i, j]
+    return H, g
+
+
+@compiled_loop
+def fit_matches(
+    pixels: Doubles,
+    points: Doubles,
+    weights: Doubles,
+    T: Doubles,
+    intrinsics: Doubles,
+    scales_px: Doubles,
+    steps: int,
+    converged: float,
+    near_m: float,
+    squared: Doubles,
+) -> bool:
+    """Fit a pose to matches by Gauss-Newton, one scale of the loss after another; return false if they do not fix it.
+
+    Args:
+        pixels, points, weights, intrinsics, near_m, squared: of :func:`match_equations`.
+        T: (4, 4) the start; the fitted pose is written.
+        scales_px: scales of the loss.
+        steps: largest number of steps for a scale.
+        converged: largest step, metres and radians, that ends a scale.
+    """
+    step = np.zeros(6)
+    for scale_px in scales_px:
+        for _ in range(steps):
+            H, g = match_equations(pixels, points, weights, T, intrinsics, scale_px, near_m, squared)
+            for i in range(6):
+                H[i, i] += 1e-6 * H[i, i] + 1e-9
+            if not solve(H, g, step):
+                return False
+            T[:] = moved(T, step)
+            if np.abs(step).max() < converged:
+                break
+    return True

@@ -270,11 +270,11 @@ def fitted(
     """Return the pose fitted to matches, None if they do not fix it; arguments as of :func:`match_equations`."""
     if not has_numba():
         return fitted_step_by_step(pixels, points, weights, T_camera_local, camera, squared)
-    from kfloc_ros.pixloc import point_kernels
+    from kfloc_ros.pixloc import kernels
 
     intrinsics = np.array([camera.fx, camera.fy, camera.cx, camera.cy])
     T, limits = np.array(T_camera_local, dtype=np.float64), (np.array(SCALES_PX), STEPS_PER_SCALE, CONVERGED, NEAR_M)
-    return T if point_kernels.fit_matches(pixels, points, weights, T, intrinsics, *limits, squared) else None
+    return T if kernels.fit_matches(pixels, points, weights, T, intrinsics, *limits, squared) else None
 
 
 def fitted_step_by_step(
@@ -320,11 +320,11 @@ def match_equations(
         squared: (N,) written.
     """
     if has_numba():
-        from kfloc_ros.pixloc import point_kernels
+        from kfloc_ros.pixloc import kernels
 
         intrinsics = np.array([camera.fx, camera.fy, camera.cx, camera.cy])
         T = np.ascontiguousarray(T_camera_local, dtype=np.float64)
-        H, g = point_kernels.match_equations(pixels, points, weights, T, intrinsics, scale_px, NEAR_M, squared)
+        H, g = kernels.match_equations(pixels, points, weights, T, intrinsics, scale_px, NEAR_M, squared)
         return H, g
     at, P, in_front = project(torch.from_numpy(points), torch.from_numpy(T_camera_local), camera, 1.0)
     J = projection_jacobian(P, camera, 1.0).numpy()

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kfloc_ros.device import compiled_loop
-from kfloc_ros.pixloc.kernels import derivatives, moved, solve
+from kfloc_ros.pixloc.kernels import derivatives, fit_matches, match_equations, moved, solve
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
@@ -97,6 +97,63 @@ def best_cells(
 
 
 @compiled_loop
+def search(
+    coarse: Floats,
+    fine: Floats,
+    strides: Floats,
+    points: Floats,
+    coarse_features: Floats,
+    fine_features: Floats,
+    confidence: Floats,
+    T: Floats,
+    intrinsics: Floats,
+    near_m: float,
+    radii: tuple[int, int],
+    min_similarity: float,
+    pixels: Floats,
+    weights: Floats,
+) -> None:
+    """Write the pixels (N, 2) where points find themselves, and weights (N,); 0 where they do not.
+
+    Args:
+        coarse, fine: (H, W, C) feature levels of the image.
+        strides: of the two levels.
+        points, coarse_features, fine_features, confidence: (N, 3), (N, C), (N, C) and (N,) of the points.
+        T: (4, 4) ``T_camera_points``.
+        intrinsics: fx, fy, cx, cy in pixels.
+        near_m: smallest depth.
+        radii: half sides of the searched windows in cells of the two levels.
+        min_similarity: smallest cosine at the coarse level.
+        pixels, weights: written.
+    """
+    rows, columns, _ = coarse.shape
+    fx, fy, cx, cy = intrinsics
+    half, near = np.float32(0.5), np.float32(near_m)
+    at, found = np.zeros((len(points), 2), dtype=np.float32), np.empty((len(points), 2), dtype=np.float32)
+    similarity, unused = np.empty(len(points), dtype=np.float32), np.empty(len(points), dtype=np.float32)
+    at_border, inside = np.empty(len(points), dtype=np.bool_), np.zeros(len(points), dtype=np.bool_)
+    for n in range(len(points)):
+        X, Y, Z = points[n, 0], points[n, 1], points[n, 2]
+        z = X * T[2, 0] + Y * T[2, 1] + Z * T[2, 2] + T[2, 3]
+        if not z > near:
+            continue
+        u = (fx * (X * T[0, 0] + Y * T[0, 1] + Z * T[0, 2] + T[0, 3]) / z + cx + half) / strides[0] - half
+        v = (fy * (X * T[1, 0] + Y * T[1, 1] + Z * T[1, 2] + T[1, 3]) / z + cy + half) / strides[0] - half
+        if u > 0 and v > 0 and u < columns - 1 and v < rows - 1:
+            inside[n], at[n, 0], at[n, 1] = True, u, v
+    best_cells(coarse, coarse_features, at, radii[0], found, similarity, at_border)
+    for n in range(len(points)):
+        for k in range(2):
+            at[n, k] = ((found[n, k] + half) * strides[0] - half + half) / strides[1] - half
+        is_match = inside[n] and not at_border[n] and similarity[n] > np.float32(min_similarity)
+        weights[n] = confidence[n] * max(similarity[n], np.float32(0.0)) if is_match else np.float32(0.0)
+    best_cells(fine, fine_features, at, radii[1], found, unused, at_border)
+    for n in range(len(points)):
+        for k in range(2):
+            pixels[n, k] = (found[n, k] + half) * strides[1] - half
+
+
+@compiled_loop
 def count_in_view(points: Floats, T: Floats, intrinsics: Floats, width: int, height: int, near_m: float) -> int:
     """Return the number of points (N, 3) in the image of a camera with the pose T (4, 4), ``T_map_camera``.
 
@@ -167,93 +224,6 @@ def nearest(pixels: Doubles, others: Doubles) -> tuple[Integers, Doubles]:
                 best, index[n] = squared, k
         distance[n] = math.sqrt(best)
     return index, distance
-
-
-@compiled_loop
-def match_equations(
-    pixels: Doubles,
-    points: Doubles,
-    weights: Doubles,
-    T: Doubles,
-    intrinsics: Doubles,
-    scale_px: float,
-    near_m: float,
-    squared: Doubles,
-) -> tuple[Doubles, Doubles]:
-    """Return H (6, 6) and g (6,) of reprojection errors with the loss of Geman and McClure; write squared errors (N,).
-
-    Args:
-        pixels: (N, 2) places of the points in the image.
-        points: (N, 3) metres.
-        weights: (N,)
-        T: (4, 4) ``T_camera_map``.
-        intrinsics: fx, fy, cx, cy in pixels.
-        scale_px: scale of the loss.
-        near_m: smallest depth; nearer points have no weight.
-        squared: (N,) squared errors, written, px^2.
-    """
-    fx, fy, cx, cy = intrinsics
-    H, g = np.zeros((6, 6)), np.zeros(6)
-    J_u, J_v = np.zeros(6), np.zeros(6)
-    for n in range(len(points)):
-        X, Y, Z = points[n]
-        z = T[2, 0] * X + T[2, 1] * Y + T[2, 2] * Z + T[2, 3]
-        in_front = z > near_m
-        z = max(z, near_m)
-        x = (T[0, 0] * X + T[0, 1] * Y + T[0, 2] * Z + T[0, 3]) / z
-        y = (T[1, 0] * X + T[1, 1] * Y + T[1, 2] * Z + T[1, 3]) / z
-        e_u, e_v = fx * x + cx - pixels[n, 0], fy * y + cy - pixels[n, 1]
-        squared[n] = e_u * e_u + e_v * e_v
-        if not in_front:
-            continue
-        root = 1.0 + squared[n] / (scale_px * scale_px)
-        w = weights[n] / (root * root)
-        J_u[0], J_u[2], J_u[3], J_u[4], J_u[5] = fx / z, -fx * x / z, -fx * x * y, fx * (1.0 + x * x), -fx * y
-        J_v[1], J_v[2], J_v[3], J_v[4], J_v[5] = fy / z, -fy * y / z, -fy * (1.0 + y * y), fy * x * y, fy * x
-        for i in range(6):
-            g[i] += w * (J_u[i] * e_u + J_v[i] * e_v)
-            for j in range(i + 1):
-                H[i, j] += w * (J_u[i] * J_u[j] + J_v[i] * J_v[j])
-    for i in range(6):
-        for j in range(i):
-            H[j, i] = H[i, j]
-    return H, g
-
-
-@compiled_loop
-def fit_matches(
-    pixels: Doubles,
-    points: Doubles,
-    weights: Doubles,
-    T: Doubles,
-    intrinsics: Doubles,
-    scales_px: Doubles,
-    steps: int,
-    converged: float,
-    near_m: float,
-    squared: Doubles,
-) -> bool:
-    """Fit a pose to matches by Gauss-Newton, one scale of the loss after another; return false if they do not fix it.
-
-    Args:
-        pixels, points, weights, intrinsics, near_m, squared: of :func:`match_equations`.
-        T: (4, 4) the start; the fitted pose is written.
-        scales_px: scales of the loss.
-        steps: largest number of steps for a scale.
-        converged: largest step, metres and radians, that ends a scale.
-    """
-    step = np.zeros(6)
-    for scale_px in scales_px:
-        for _ in range(steps):
-            H, g = match_equations(pixels, points, weights, T, intrinsics, scale_px, near_m, squared)
-            for i in range(6):
-                H[i, i] += 1e-6 * H[i, i] + 1e-9
-            if not solve(H, g, step):
-                return False
-            T[:] = moved(T, step)
-            if np.abs(step).max() < converged:
-                break
-    return True
 
 
 @compiled_loop
@@ -331,6 +301,9 @@ def run_once() -> None:
     best_cells(image, row, at, 1, np.zeros((2, 2), dtype=np.float32), values, flags)
     count_in_view(np.zeros((2, 3), dtype=np.float32), eye.astype(np.float32), np.ones(4, dtype=np.float32), 2, 2, 0.1)
     corner_scores(image, trust, at, at, values)
+    cloud, four = np.ones((2, 3), dtype=np.float32), np.ones(4, dtype=np.float32)
+    of_level = cloud, row, row, values, eye.astype(np.float32), four
+    search(image, image, four[:2], *of_level, 0.1, (1, 1), 0.0, np.zeros((2, 2), dtype=np.float32), values)
     pixels, points, ones = np.zeros((2, 2)), np.ones((2, 3)), np.ones(4)
     nearest(pixels, pixels)
     fit_matches(pixels, points, ones[:2], eye, ones, ones[:1], 1, 1.0, 0.1, np.zeros(2))

@@ -16,7 +16,7 @@ from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.covariance import map_frame_covariance
 from kfloc_ros.geometry.lie import Matrix, inverse_pose, make_pose, rotation_angle_deg
 from kfloc_ros.pixloc.camera_fit import FitLevel, FittedCamera, fit_camera, score_camera
-from kfloc_ros.pixloc.cost import FeatureImage, Linearization, RobustLoss, linearize
+from kfloc_ros.pixloc.cost import POSE, FeatureImage, Linearization, RobustLoss, linearize
 from kfloc_ros.pixloc.image_check import Inspection, match_blocks
 from kfloc_ros.pixloc.optimizer import LevelResult, RefinerSettings, StopRule, descend, disagreement, information_of
 from kfloc_ros.pixloc.point_matching import (
@@ -70,12 +70,14 @@ class Refiner:
             return failed_alignment("there is no pose to start from")
         images = query_levels(features)
         candidates = [self._prepare(images, start, further=further, with_map=with_map) for start in starts]
-        fullest = max(candidates, key=lambda c: c.valid_count)
-        if fullest.valid_count < self.settings.min_points:
+        fullest = max(candidates, key=lambda c: c.at.valid_count)
+        if fullest.at.valid_count < self.settings.min_points:
             return failed_alignment(
-                f"only {fullest.valid_count} reference points are in view", reference_ids=fullest.reference_ids
+                f"only {fullest.at.valid_count} reference points are in view", reference_ids=fullest.reference_ids
             )
-        promising = sorted((c for c in candidates if c.valid_count >= self.settings.min_points), key=lambda c: c.cost)
+        promising = sorted(
+            (c for c in candidates if c.at.valid_count >= self.settings.min_points), key=lambda c: c.at.cost
+        )
         limit = self.settings.max_cost if max_cost is None else max_cost
         first = self._descend(promising[0], limit)
         tried = promising[: self.settings.max_tries]
@@ -153,8 +155,7 @@ class Refiner:
             prepare=lambda T: self._prepare(images, T, further=further, with_map=with_map),
         )
         if with_cost:
-            at = self._linearize(candidate, candidate.levels[0], candidate.T_camera_local)
-            candidate.cost, candidate.valid_count = at.cost, at.valid_count
+            candidate.at = self._linearize(candidate, candidate.levels[0], candidate.T_camera_local)
         return candidate
 
     def _levels(
@@ -219,8 +220,7 @@ class Refiner:
         if matched is not None:  # within a pixel or two: the fine level is enough, without the points that contradict
             fine = candidate.levels[-1]
             levels = (replace(fine, confidence=fine.confidence * matched.agreement),)
-            before = self._linearize(candidate, candidate.levels[0], T)
-            results.append(LevelResult(T, before, before, 0, (T,), (before.cost,)))
+            results.append(LevelResult(T, candidate.at, candidate.at, 0, (T,), (candidate.at.cost,)))
             T = matched.T_camera_local
         loss, rule = RobustLoss(self.settings.loss_scale), StopRule(self.settings.max_iterations)
         for level in levels:
@@ -253,8 +253,8 @@ class Refiner:
         apart = self._disagreement(candidate, end.T_camera_map)
         cost = end.end.cost
         reason = ""
-        if end.end.valid_count < max(s.min_points, s.min_remaining * candidate.valid_count):
-            reason = f"only {end.end.valid_count} of {candidate.valid_count} reference points stayed in view"
+        if end.end.valid_count < max(s.min_points, s.min_remaining * candidate.at.valid_count):
+            reason = f"only {end.end.valid_count} of {candidate.at.valid_count} reference points stayed in view"
         elif cost > max_cost:
             reason = f"the image does not look like the map there (cost {cost:.3f} > {max_cost:.3f})"
         elif correction_m > s.max_correction_m or correction_deg > s.max_correction_deg:
@@ -283,6 +283,9 @@ class Refiner:
         )
 
 
+_NOWHERE = Linearization.of_sums(0.0, 0.0, 0, np.zeros((POSE, POSE)), np.zeros(POSE))
+
+
 @dataclass(eq=False)
 class _Candidate:
     """Starting pose with its reference points, in coordinates relative to the start."""
@@ -299,8 +302,8 @@ class _Candidate:
     """Distance of the start from the nearest of the reference views; 0 if there are none."""
     prepare: Callable[[Matrix], _Candidate]
     """Returns the candidate of another pose, (4, 4)."""
-    cost: float = float("inf")
-    valid_count: int = 0
+    at: Linearization = _NOWHERE
+    """Cost at the pose, at the coarse level."""
 
     @property
     def mapped_count(self) -> int:

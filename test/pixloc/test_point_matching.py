@@ -113,6 +113,15 @@ def test_compiled_loops_equal_torch() -> None:
         slow = best_cells(image, wanted, at, 3)
     for a, b in zip(fast, slow, strict=True):
         assert torch.allclose(a.float(), b.float(), atol=1e-3)
+    images, T = (image, level(64, 4, 8)), off_by(points[1], 0.05, 1.0)
+    given = images, points[0].float(), (wanted, features_at(images[1], *points)), torch.rand(100), T, CAMERA
+    compiled = search_points(*given)
+    with torch_only():
+        expected = search_points(*given)
+    found = expected.weights > 0
+    assert torch.equal(compiled.weights > 0, found) and 10 < int(found.sum()) <= 100
+    assert torch.allclose(compiled.weights, expected.weights, atol=1e-4)
+    assert torch.allclose(compiled.pixels[found], expected.pixels[found], atol=1e-2)
 
 
 @pytest.mark.skipif(not has_numba(), reason="Numba is not installed; there is nothing to compare")
