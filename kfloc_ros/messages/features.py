@@ -57,7 +57,7 @@ def _fill(message: Any, *grids: torch.Tensor) -> Any:
         first += len(grid)
     # An array.array is taken over as it is; any other sequence is checked byte by byte in Python.
     data = array.array("B")
-    data.frombytes(memoryview(quantized.numpy()).cast("B"))
+    data.frombytes(quantized.numpy().tobytes())
     message.data = data
     return message
 
@@ -65,7 +65,8 @@ def _fill(message: Any, *grids: torch.Tensor) -> Any:
 def _unit(cells: torch.Tensor) -> torch.Tensor:
     """Return (1, C, H, W) unit features, channels last in memory, of cells (H, W, C) of any scale."""
     length = torch.linalg.vector_norm(cells, dim=-1, keepdim=True).clamp_(min=1e-12)
-    return (cells / length).permute(2, 0, 1)[None]
+    unit: torch.Tensor = cells / length
+    return unit.permute(2, 0, 1)[None]
 
 
 def _read(message: Any, camera: Camera, stride: int, channels: int) -> torch.Tensor:

@@ -128,12 +128,14 @@ def search_points(
     if runs_compiled(*tensors):
         from kfloc_ros.pixloc import point_kernels
 
-        first, second, *of_points = (values.contiguous().numpy() for values in tensors)
+        cells, finer, cloud, *wanted, trust = (values.contiguous().numpy() for values in tensors)
         strides = np.array([coarse.stride, fine.stride], dtype=np.float32)
         T, K = T_camera_local.astype(np.float32), np.array([camera.fx, camera.fy, camera.cx, camera.cy], np.float32)
         pixels, weights = torch.empty(len(points), 2), torch.empty(len(points))
-        how = NEAR_M, (search_cells, FINE_CELLS), MIN_SIMILARITY, pixels.numpy(), weights.numpy()
-        point_kernels.search(first, second, strides, *of_points, np.ascontiguousarray(T), K, *how)
+        point_kernels.search(
+            cells, finer, strides, cloud, wanted[0], wanted[1], trust, np.ascontiguousarray(T), K, NEAR_M,
+            (search_cells, FINE_CELLS), MIN_SIMILARITY, pixels.numpy(), weights.numpy(),
+        )  # fmt: skip
         return PointMatches(pixels, weights)
     at, _, in_front = project(points, torch.from_numpy(T_camera_local).to(points), camera, coarse.stride)
     u, v = at.unbind(-1)
