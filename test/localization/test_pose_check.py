@@ -75,13 +75,16 @@ def test_a_pose_that_its_covariance_does_not_fix_is_not_tracking(room_map: Any, 
     assert checked.T_map_camera is not None  # it is still given
 
 
-def test_a_pose_that_the_points_own_matches_contradict_is_not_tracking(room_map: Any, room: Any) -> None:
+@pytest.mark.parametrize("support", [-0.5, 1.5])
+def test_a_pose_that_the_points_own_matches_hardly_support_is_not_tracking(
+    room_map: Any, room: Any, support: float
+) -> None:
     localizer = Localizer(SceneMap.load(room_map), LocalizerConfig(device="cpu"))
     good = localizer.process(room[0])
     assert good.estimate.alignment is not None
-    unsupported = replace(good.estimate, alignment=replace(good.estimate.alignment, map_support=-0.5))
+    unsupported = replace(good.estimate, alignment=replace(good.estimate.alignment, map_support=support))
     checked = localizer._refine.check(room[0], good.features, unsupported)
-    assert checked.state is TrackingState.DEGRADED and "find themselves" in checked.reason
+    assert checked.state is TrackingState.DEGRADED and f"by {support:.1f} standard" in checked.reason
     assert checked.T_map_camera is not None
 
 
