@@ -152,6 +152,8 @@ class Alignment:
     """The same, by the map's points alone, where points of this session's images were aligned, too."""
     carried: bool = False
     """True if the map does not confirm the pose, and points of this session's own images gave it."""
+    by_patches: bool = False
+    """True if grey patches have aligned the pose at the image's full resolution, after the features."""
     steps: tuple[AlignmentStep, ...] = ()
     """Start and accepted poses of every level, in order."""
     distance_m: float = 0.0

@@ -14,8 +14,8 @@ from kfloc_ros.datasets import open_source
 from kfloc_ros.errors import FrameError, SourceError
 from kfloc_ros.frames import FrameSource, Selection
 from kfloc_ros.geometry.camera import ImageAdapter
-from kfloc_ros.localization.confidence import EVIDENCE
 from kfloc_ros.localization.config import LocalizerConfig
+from kfloc_ros.localization.judgement import EVIDENCE
 from kfloc_ros.localization.place_localizer import AnyLocalizer, localizer_for, preparer
 from kfloc_ros.localization.results import Ahead, Localization
 from kfloc_ros.maps.place import load_map

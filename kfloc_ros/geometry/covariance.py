@@ -156,3 +156,11 @@ def planar_map_to_odom(T_map_base: Matrix, T_odom_base: Matrix) -> Matrix:
     """
     turn = so3_exp([0.0, 0.0, yaw(T_map_base) - yaw(T_odom_base)])
     return make_pose(turn, T_map_base[:3, 3] - turn @ T_odom_base[:3, 3])
+
+
+def mahalanobis(T_true: Matrix, T: Matrix | None, covariance: Matrix | None) -> float:
+    """Return the squared Mahalanobis length of a pose error (NEES); not a number without a pose."""
+    if T is None or covariance is None:
+        return float("nan")
+    error = pose_tangent_error(T, T_true)
+    return float(error @ np.linalg.solve(covariance, error))

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.covariance import pose_tangent_error
 from kfloc_ros.geometry.lie import Matrix, inverse_pose
-from kfloc_ros.localization.confidence import widened
+from kfloc_ros.localization.judgement import widened
 from kfloc_ros.pixloc.camera_fit import CameraFit, CameraScore, FittedCamera, OtherCalibration, combine
 from kfloc_ros.pixloc.cost import OFFSETS
 from kfloc_ros.types import PoseEstimate

@@ -32,8 +32,7 @@ from kfloc_ros.localization.camera_check import (
     sentence,
     sentence_on_one_image,
 )
-from kfloc_ros.localization.confidence import GOOD_DEG, GOOD_M, confidence_of, fit_score, widened
-from kfloc_ros.localization.judgement import JudgementSettings
+from kfloc_ros.localization.judgement import GOOD_DEG, GOOD_M, JudgementSettings, confidence_of, fit_score, widened
 from kfloc_ros.localization.results import StageTimes
 from kfloc_ros.localization.tracking import FirstPoses
 from kfloc_ros.pixloc.camera_fit import Correction, FittedCamera

@@ -19,6 +19,7 @@ from kfloc_ros.localization.results import CoarseResult, StageTimes
 from kfloc_ros.localization.tracking import ConstantVelocity, RepeatGuard, Track, TrackSettings, agrees
 from kfloc_ros.maps.scene_map import SceneMap
 from kfloc_ros.pixloc.optimizer import RefinerSettings
+from kfloc_ros.pixloc.patches import PatchAligner
 from kfloc_ros.pixloc.references import ReferenceViews
 from kfloc_ros.pixloc.refiner import Refiner
 from kfloc_ros.relocalization.decision import UNRELATED_COST, realigned
@@ -54,6 +55,7 @@ class RefineStage:
             ),
         )
         """Aligner of poses; it has no state."""
+        self._patches = PatchAligner(references, scene_map.camera, calibration.patch_covariance_scale)
         self._depth = DepthCheck(self.refiner, scene_map.camera)
         self._config = config
         self._camera = scene_map.camera
@@ -111,7 +113,7 @@ class RefineStage:
         if self._repeats.fault(frame.image, stamp_ns):
             return None
         with times.stage("refine"):
-            alignment = self._by_depth(frame, features, self.refiner.align(features, [predicted]))
+            alignment = self._completed(frame, features, self.refiner.align(features, [predicted]))
         if self._track.contradiction(alignment, predicted):
             return None
         estimate = PoseEstimate(
@@ -160,7 +162,7 @@ class RefineStage:
                     alignment = by_session
                 elif alignment.success and not self._is_supported(alignment, coarse, features):
                     alignment = self._examine(alignment, features, self._expected(predicted))
-            return self._by_depth(frame, features, alignment)
+            return self._completed(frame, features, alignment)
 
     def relocalize(
         self,
@@ -187,7 +189,7 @@ class RefineStage:
                 self._expected(predicted),
                 likely,
             )
-            found = self._by_depth(frame, features, found)
+            found = self._completed(frame, features, found)
         if found.success:
             return found
         return replace(alignment, reason=f"{alignment.reason}; searched the map: {found.reason}")
@@ -259,8 +261,9 @@ class RefineStage:
         limit = None if self._relocalizer is None else self._relocalizer.settings.near_max_cost
         return self.refiner.align(features, starts, max_cost=limit)
 
-    def _by_depth(self, frame: Frame, features: BackboneFeatures, alignment: Alignment) -> Alignment:
-        """Return the alignment, corrected or refused by the frame's depth, if depth is used."""
+    def _completed(self, frame: Frame, features: BackboneFeatures, alignment: Alignment) -> Alignment:
+        """Return the alignment, improved by the map's patches, and corrected or refused by depth if that is used."""
+        alignment = self._patches.improved(frame.image, alignment)
         return self._depth.of_alignment(frame.depth_m, features, alignment) if self._config.use_depth else alignment
 
     def _predicted(self, stamp_ns: int, by_odometry: Matrix | None) -> Matrix | None:

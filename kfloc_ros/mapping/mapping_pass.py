@@ -31,6 +31,7 @@ from kfloc_ros.mapping.views import (
     sample_cells,
     warp_image,
 )
+from kfloc_ros.pixloc.patches import with_patches
 from kfloc_ros.pixloc.references import ReferencePoints, ReferenceViews, extract_reference_points
 from kfloc_ros.types import Frame
 
@@ -148,9 +149,10 @@ def mapping_pass_over(
 
     def reference_points(taken: _Taken) -> ReferencePoints:
         view = taken.view
-        return extract_reference_points(
+        points = extract_reference_points(
             taken.features, view.depth_m, camera, view.T_map_camera, settings.points_per_view
         )
+        return with_patches(points, view.image, camera, view.T_map_camera)
 
     reading, recordings = _Reading(source, time_budget), source.sequences()
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from kfloc_ros.device import choose_device
 from kfloc_ros.features.backbone import Backbone, BackboneFeatures
-from kfloc_ros.geometry.covariance import pose_tangent_error
+from kfloc_ros.geometry.covariance import mahalanobis, pose_tangent_error
 from kfloc_ros.geometry.lie import Matrix, make_pose, so3_exp
 from kfloc_ros.localization.config import LocalizerConfig
 from kfloc_ros.localization.localizer import Localizer
@@ -26,6 +26,7 @@ from kfloc_ros.mapping.views import View
 from kfloc_ros.maps.scene_map import Calibration, SceneMap
 from kfloc_ros.pixloc.cost import RobustLoss
 from kfloc_ros.pixloc.optimizer import MEASURED_M, RefinerSettings
+from kfloc_ros.pixloc.patches import PatchAligner
 from kfloc_ros.pixloc.references import view_distances
 from kfloc_ros.pixloc.refiner import Refiner
 from kfloc_ros.types import Alignment, Frame
@@ -51,6 +52,7 @@ LEFT_OUT_M = 0.15, 0.45
 counts as half a metre)."""
 DOUBLING_M = tuple(0.06 * 2.0**k for k in (0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0))
 """Distances that are tried for :attr:`PoseCovariance.doubling_m`, besides none."""
+PATCH_SCALE_LIMITS = 0.05, 1.0
 OTHER_PASS_FRAMES, OTHER_PASS_M = 60, 0.25
 """A view of another part of the recording is more frames away than the first, and nearer than the second (a radian
 counts as half a metre)."""
@@ -84,13 +86,14 @@ class PoseErrors:
     """(N, 6, 6) covariances by which the views disagree that each was aligned with."""
 
     @classmethod
-    def of(cls, aligned: Sequence[tuple[Matrix, Alignment]], own: RefinerSettings) -> PoseErrors:
-        """Return the errors of alignments, each given after its true pose, made with settings ``own``."""
+    def of(cls, aligned: Sequence[tuple[Matrix, Alignment]], own: RefinerSettings, raw: bool = False) -> PoseErrors:
+        """Return the errors of alignments after their true poses, made with settings ``own``; raw: before patches."""
         found = [item for item in aligned if item[1].T_map_camera is not None and item[1].covariance is not None]
         errors, by_points = np.zeros((len(found), 6)), np.zeros((len(found), 6, 6))
         for k, (T_true, alignment) in enumerate(found):
             assert alignment.T_map_camera is not None and alignment.covariance is not None
-            errors[k] = pose_tangent_error(alignment.T_map_camera, T_true)
+            T = alignment.steps[-1].T_map_camera if raw and alignment.by_patches else alignment.T_map_camera
+            errors[k] = pose_tangent_error(T, T_true)
             scaled = alignment.covariance - own.own_covariance - alignment.disagreement
             by_points[k] = scaled / own.scale_at(alignment.distance_m)
         distances = np.array([alignment.distance_m for _, alignment in found])
@@ -220,9 +223,10 @@ def calibrate_poses(draft: SceneMap, held_out: Sequence[HeldOut], device: str) -
             others += _aligned_with(others_in_time, localizer.refiner, view, on_device)
     draft.head.to("cpu")
     own = localizer.refiner.settings
-    covariance = PoseCovariance.of(*(PoseErrors.of(aligned, own) for aligned in (refined, far, others)))
+    covariance = PoseCovariance.of(*(PoseErrors.of(aligned, own, True) for aligned in (refined, far, others)))
     found = replace(
         draft.calibration,
+        patch_covariance_scale=patch_covariance_scale([*refined, *others], own, covariance),
         coarse_covariance_scale=median_scale(coarse),
         refined_covariance_scale=covariance.scale,
         covariance_doubling_m=covariance.doubling_m,
@@ -243,8 +247,22 @@ def _aligned_with(
         return []
     others = refiner.references.selected([int(k) for k in np.flatnonzero(chosen)])
     alignment = Refiner(others, refiner.camera, refiner.settings).align(features, [view.T_map_camera])
+    alignment = PatchAligner(others, refiner.camera).improved(view.image, alignment)
     is_right = alignment.success and is_good(view.T_map_camera, alignment.T_map_camera)
     return [(view.T_map_camera, alignment)] if is_right else []
+
+
+def patch_covariance_scale(
+    aligned: Sequence[tuple[Matrix, Alignment]], own: RefinerSettings, covariance: PoseCovariance
+) -> float:
+    """Return the factor on calibrated covariances at which the median error of poses improved by patches is right.
+
+    The alignments, each after its true pose, were made with settings ``own``.
+    """
+    errors = PoseErrors.of([item for item in aligned if item[1].by_patches], own).grown(covariance.doubling_m)
+    own_error = np.diag(np.repeat([covariance.own_error_m**2, covariance.own_error_rad**2], 3))
+    total = replace(errors, covariances=covariance.scale * errors.covariances + errors.disagreements + own_error)
+    return float(np.clip(total.median_scale, *PATCH_SCALE_LIMITS)) if len(errors.errors) >= MIN_ERRORS else 1.0
 
 
 def camera_fit_scale(squared: Sequence[float]) -> float:
@@ -320,16 +338,7 @@ def _accuracy(errors: Sequence[tuple[float, float]]) -> str:
     posed = np.array([error for error in errors if math.isfinite(error[0])])
     if not len(posed):
         return text
-    metres, degrees = np.median(posed, axis=0)
-    return f"{text}, median {100 * metres:.1f} cm, {degrees:.2f} deg"
-
-
-def mahalanobis(T_true: Matrix, T: Matrix | None, covariance: NDArray[np.float64] | None) -> float:
-    """Return the squared Mahalanobis length of a pose error (NEES)."""
-    if T is None or covariance is None:
-        return float("nan")
-    error = pose_tangent_error(T, T_true)
-    return float(error @ np.linalg.solve(covariance, error))
+    return text + ", median {:.1f} cm, {:.2f} deg".format(*np.median(posed, axis=0) * (100, 1))
 
 
 def median_scale(squared: Sequence[float]) -> float:

@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -28,13 +29,14 @@ from kfloc_ros.errors import MapError
 from kfloc_ros.features.backbone import COARSE_CHANNELS, FINE_CHANNELS
 from kfloc_ros.files import check_tensor_list, read_bytes
 from kfloc_ros.kfnet.scoordnet import MAX_HEADS, Head, SCoordNet, ensemble_of
+from kfloc_ros.pixloc.patches import PATCH_SIDE
 from kfloc_ros.pixloc.references import ReferencePoints, ReferenceViews
 
 T = TypeVar("T")
 
 MAX_FILE_BYTES = 1_000_000_000
 MAX_POINTS = 500_000
-"""Limit on reference points of a map: 51 MB on disk, and about four times as much in memory."""
+"""Limit on reference points of a map: 76 MB on disk, and about three times as much in memory."""
 MAX_REFERENCES_BYTES = 100_000_000
 REPLACED_S, RETRY_S = 2.0, 0.02
 """Total time and interval of retries if a map is replaced while it is read, in seconds."""
@@ -241,8 +243,17 @@ def pack_references(references: ReferenceViews) -> dict[str, torch.Tensor]:
         "coarse": _quantize(everything.coarse),
         "fine": _quantize(everything.fine),
         "confidence": everything.confidence.half().contiguous(),
+        **_stored_patches(references.views),
         **sessions,
     }
+
+
+def _stored_patches(views: Sequence[ReferencePoints]) -> dict[str, torch.Tensor]:
+    """Return the patches of all views, if any has some; those of a view without have no contrast, and do not count."""
+    if all(view.patches is None for view in views):
+        return {}
+    none = torch.zeros(1, PATCH_SIDE**2, dtype=torch.uint8)
+    return {"patches": torch.cat([none.expand(len(v), -1) if v.patches is None else v.patches for v in views])}
 
 
 def _quantize(unit_features: torch.Tensor) -> torch.Tensor:
@@ -278,6 +289,12 @@ def unpack_references(tensors: Mapping[str, torch.Tensor]) -> ReferenceViews:
         ReferencePoints(points, coarse, fine, confidence)
         for points, coarse, fine, confidence in zip(*parts.values(), strict=True)
     )
+    if "patches" in tensors:
+        patches = tensors["patches"]
+        if patches.dtype != torch.uint8 or tuple(patches.shape) != (total, PATCH_SIDE**2):
+            raise ValueError(f"the references' patches have the shape {tuple(patches.shape)} of {patches.dtype}")
+        cut = zip(views, torch.split(patches, counts), strict=True)
+        views = tuple(replace(view, patches=own) for view, own in cut)
     poses = tensors["T_map_camera"].double().numpy()
     if poses.shape != (len(views), 4, 4):
         raise ValueError("the reference poses do not match the reference views")

@@ -48,7 +48,16 @@ from kfloc_ros.maps.format import (
 )
 from kfloc_ros.pixloc.references import ReferenceViews
 
-LATER = frozenset({"confidence_odds", "own_error_m", "own_error_rad", "camera_fit_scale", "covariance_doubling_m"})
+LATER = frozenset(
+    {
+        "confidence_odds",
+        "own_error_m",
+        "own_error_rad",
+        "camera_fit_scale",
+        "covariance_doubling_m",
+        "patch_covariance_scale",
+    }
+)
 """Values that maps of earlier versions lack; they have the defaults."""
 ROUGHNESS = "roughness"
 
@@ -80,6 +89,8 @@ class Calibration:
     """Factor on the covariance of cameras that are fitted to an image; neighbouring residuals share errors."""
     covariance_doubling_m: float = 1e6
     """Distance from the nearest reference view at which ``refined_covariance_scale`` counts twice; it grows evenly."""
+    patch_covariance_scale: float = 1.0
+    """Factor on the covariance of aligned poses where patches have improved them."""
     roughness: RoughnessScale | None = None
     """Growth of the head's variance away from the mapped views; None if it does not grow."""
 

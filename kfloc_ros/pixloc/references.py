@@ -59,13 +59,15 @@ class ReferencePoints:
     """(N, 24) unit features at stride 4."""
     confidence: torch.Tensor
     """(N,)"""
+    patches: torch.Tensor | None = None
+    """(N, side^2) uint8 grey values of the view around each point, as :mod:`kfloc_ros.pixloc.patches` has them."""
 
     def __len__(self) -> int:
         return len(self.points)
 
     def to(self, device: torch.device) -> ReferencePoints:
-        """Return the points on another device."""
-        return ReferencePoints(*(values.to(device) for values in self.tensors()))
+        """Return the points on another device; the patches stay, since the processor compares them."""
+        return replace(ReferencePoints(*(values.to(device) for values in self.tensors())), patches=self.patches)
 
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return points, coarse and fine features, and confidences."""
@@ -73,12 +75,13 @@ class ReferencePoints:
 
     def selected(self, chosen: torch.Tensor) -> ReferencePoints:
         """Return the points of a mask (N,) or of indices."""
-        return ReferencePoints(*(values[chosen] for values in self.tensors()))
+        patches = None if self.patches is None else self.patches[chosen.to(self.patches.device)]
+        return replace(ReferencePoints(*(values[chosen] for values in self.tensors())), patches=patches)
 
     @classmethod
     def concatenate(cls, parts: Sequence[ReferencePoints]) -> ReferencePoints:
-        """Return the points of several views as one set."""
-        return cls(*(torch.cat(values) for values in zip(*(part.tensors() for part in parts), strict=True)))
+        """Return the points of several views as one set, without their patches, which belong to single views."""
+        return cls(*(torch.cat(values) for values in zip(*(p.tensors() for p in parts), strict=True)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -261,12 +264,9 @@ def extract_reference_points(
     x, y = (uv[:, 0] - camera.cx) / camera.fx * depth, (uv[:, 1] - camera.cy) / camera.fy * depth
     T = torch.from_numpy(T_map_camera)
     points = torch.stack([x, y, depth], dim=1) @ T[:3, :3].T + T[:3, 3]
-    return ReferencePoints(
-        points=points.float(),
-        coarse=F.normalize(coarse_rows[keep, : coarse.channels], dim=1),
-        fine=F.normalize(fine_rows[keep, : fine.channels], dim=1),
-        confidence=reliability[keep],
-    )
+    coarse_features = F.normalize(coarse_rows[keep, : coarse.channels], dim=1)
+    fine_features = F.normalize(fine_rows[keep, : fine.channels], dim=1)
+    return ReferencePoints(points.float(), coarse_features, fine_features, reliability[keep])
 
 
 def query_points(features: BackboneFeatures, max_points: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,8 +11,8 @@ import pytest
 
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.localization.camera_check import CameraCheck
-from kfloc_ros.localization.confidence import EVIDENCE, confidence_of, fit_score
 from kfloc_ros.localization.config import LocalizerConfig
+from kfloc_ros.localization.judgement import EVIDENCE, confidence_of, fit_score
 from kfloc_ros.localization.localizer import Localizer
 from kfloc_ros.maps.scene_map import SceneMap
 from kfloc_ros.pixloc.camera_fit import CameraFit, CameraScore, FittedCamera

@@ -6,6 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from kfloc_ros.geometry.lie import make_pose, so3_exp
 from kfloc_ros.mapping.pose_calibration import (
     ABSURD_COVARIANCE_SCALE,
     LEAST_OWN_ERROR_M,
@@ -13,8 +14,11 @@ from kfloc_ros.mapping.pose_calibration import (
     PoseCovariance,
     PoseErrors,
     camera_fit_scale,
+    patch_covariance_scale,
 )
 from kfloc_ros.maps.scene_map import Calibration
+from kfloc_ros.pixloc.optimizer import RefinerSettings
+from kfloc_ros.types import Alignment, Matrix
 
 BY_POINTS = np.diag([0.001**2] * 3 + [0.0005**2] * 3)
 
@@ -81,3 +85,19 @@ def test_cameras_that_scatter_are_believed_less() -> None:
     assert camera_fit_scale(3.0 * lengths) == pytest.approx(3.0, rel=0.2)
     assert camera_fit_scale(np.append(lengths, 40.0 * lengths[:80])) > 3.0, "right cameras in the tail stay right"
     assert camera_fit_scale([]) == Calibration().camera_fit_scale
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.5, 0.25), (2.0, 1.0), (0.01, 0.05)])
+def test_poses_improved_by_patches_have_the_covariance_of_their_errors(share: float, expected: float) -> None:
+    own = RefinerSettings()
+    drawn = share * errors(80, 4.0, 0.0, 0.0).errors
+
+    def improved(error: np.ndarray) -> tuple[Matrix, Alignment]:
+        T = make_pose(so3_exp(error[3:]), error[:3])
+        covariance = own.scale_at(0.0) * BY_POINTS + own.own_covariance
+        return np.eye(4), Alignment(True, "", T, covariance, 0.2, 0.1, 1.0, 3, (1,), by_patches=True)
+
+    by_features = PoseCovariance(4.0, 1e-5, 1e-5)
+    aligned = [improved(error) for error in drawn]
+    assert patch_covariance_scale(aligned, own, by_features) == pytest.approx(expected, rel=0.25)
+    assert patch_covariance_scale(aligned[:3], own, by_features) == 1.0, "too few to tell"

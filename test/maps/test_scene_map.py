@@ -20,6 +20,7 @@ from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.kfnet.scoordnet import RoughnessScale, SCoordNet
 from kfloc_ros.maps.format import REFERENCES_FILE, read_description, resolve_map
 from kfloc_ros.maps.scene_map import Calibration, SceneMap, verify_map
+from kfloc_ros.pixloc.patches import PATCH_SIDE
 from kfloc_ros.pixloc.references import ReferencePoints, ReferenceViews
 
 NUMBERS = {name: value for name, value in asdict(Calibration()).items() if name != "roughness"}
@@ -86,17 +87,35 @@ def test_there_is_nothing_to_migrate_in_a_present_map(folder: Path, capsys: pyte
     assert "current format version 4" in capsys.readouterr().out and verify_map(folder) == []
 
 
-def test_reference_features_of_another_type_are_refused(folder: Path) -> None:
+def with_tensors(folder: Path, **changed: torch.Tensor) -> None:
+    """Replace tensors of the references, with the checksum of the new file."""
     path = folder / REFERENCES_FILE
-    tensors = load_file(path)
-    save_file({**tensors, "coarse": tensors["coarse"].half()}, path)
+    save_file({**load_file(path), **changed}, path)
     description = yaml.safe_load((folder / "map.yaml").read_text())
     description["files"][REFERENCES_FILE] = {
         "bytes": path.stat().st_size,
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
     }
     (folder / "map.yaml").write_text(yaml.safe_dump(description))
+
+
+def test_reference_features_of_another_type_are_refused(folder: Path) -> None:
+    with_tensors(folder, coarse=torch.zeros(130, 64).half())
     with pytest.raises(MapError, match=r"coarse are stored as torch\.float16"):
+        SceneMap.load(folder)
+
+
+def test_patches_are_read_back_and_those_of_another_size_refused(tmp_path: Path) -> None:
+    original = small_map()
+    first, second = original.references.views
+    patches = torch.randint(0, 255, (70, PATCH_SIDE**2), dtype=torch.uint8)
+    views = replace(original.references, views=(replace(first, patches=patches), second))
+    folder = replace(original, references=views).save(tmp_path / "closet")
+    loaded = SceneMap.load(folder).references.views
+    assert loaded[0].patches is not None and torch.equal(loaded[0].patches, patches)
+    assert loaded[1].patches is not None and not loaded[1].patches.any(), "a view without has no contrast"
+    with_tensors(folder, patches=torch.zeros(130, 25, dtype=torch.uint8))
+    with pytest.raises(MapError, match=r"patches have the shape \(130, 25\)"):
         SceneMap.load(folder)
 
 

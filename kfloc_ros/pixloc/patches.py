@@ -1,0 +1,299 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Last step of an alignment: grey patches of the reference points, at the full resolution of the image.
+
+The finest features have a stride of four pixels. A point that finds itself in them is off by 0.9 px, towards the centre
+of a cell, and points of one view share a part of that. A patch around the point, warped as its view and the pose say,
+and compared with the image as grey values, finds itself within a tenth of a pixel. Gain and offset of the brightness of
+every patch are free (normalised correlation), and patches that do not resemble the image have little weight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kfloc_ros.device import runs_compiled
+from kfloc_ros.geometry.camera import Camera
+from kfloc_ros.geometry.lie import Matrix, inverse_pose, make_pose, rotation_angle_deg
+from kfloc_ros.pixloc.cost import NEAR_M
+from kfloc_ros.pixloc.optimizer import left_update
+from kfloc_ros.pixloc.references import ReferencePoints, ReferenceViews
+from kfloc_ros.types import Alignment
+
+PATCH_RADIUS = 3
+PATCH_SIDE = 2 * PATCH_RADIUS + 1
+WARP_LIMITS = 0.1, 10.0
+"""Smallest and largest area of a patch in the image, relative to its view; others are not compared."""
+
+Doubles = NDArray[np.float64]
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class PatchSettings:
+    """Settings of the alignment of patches, and the conditions for accepting its result."""
+
+    loss_scale: float = 0.35
+    """Scale of the loss: a patch whose correlation with the image is 0.94 has half of its weight."""
+    window_sigma_px: float = 2.5
+    """Standard deviation of the weights of a patch's pixels."""
+    min_deviation: float = 3.0
+    """Smallest standard deviation of the grey values of a patch, of 255, that is compared."""
+    max_iterations: int = 12
+    step_m: float = 5e-5
+    step_rad: float = 2e-5
+    """A step below both limits is the last one."""
+    longest_step_m: float = 0.02
+    agreeing: float = 0.25
+    """Largest dissimilarity of a patch that agrees: a correlation of 0.88."""
+    min_agreeing: int = 20
+    min_agreeing_share: float = 0.03
+    """Smallest number of agreeing patches, and smallest share of those in view."""
+    max_moved_m: float = 0.1
+    max_moved_deg: float = 3.0
+    """A result further from its start than either limit is not taken: patches see a few pixels around themselves."""
+
+
+@dataclass(frozen=True, eq=False)
+class Patches:
+    """Patches to align, in coordinates relative to the start."""
+
+    points: Doubles
+    """(N, 3) metres."""
+    right: Doubles
+    down: Doubles
+    """(N, 3) metres from the point to its neighbours by one pixel in its view, if the surface faces the view."""
+    values: Floats
+    """(N, side^2) grey values with mean 0 and standard deviation 1."""
+    confidence: Doubles
+    """(N,)"""
+
+
+class PatchAligner:
+    """Aligner of a pose by the patches of the views that it was aligned with.
+
+    Args:
+        references: reference views of the map, with or without patches.
+        camera: pinhole camera of map and image.
+        covariance_scale: factor on the covariance of a pose that patches have aligned, from the map's calibration.
+        settings: settings and conditions; None: the defaults.
+    """
+
+    def __init__(
+        self,
+        references: ReferenceViews,
+        camera: Camera,
+        covariance_scale: float = 1.0,
+        settings: PatchSettings | None = None,
+    ) -> None:
+        self._references, self._camera = references, camera
+        self._covariance_scale, self._settings = covariance_scale, settings or PatchSettings()
+        self._position = {ident: k for k, ident in enumerate(references.ids)}
+        offsets = np.arange(PATCH_SIDE) - PATCH_RADIUS
+        window = np.exp(-(offsets[:, None] ** 2 + offsets**2) / (2 * self._settings.window_sigma_px**2)).reshape(-1)
+        self._window = (window / window.sum()).astype(np.float32)
+
+    def improved(self, image: NDArray[np.uint8], alignment: Alignment) -> Alignment:
+        """Return an alignment with the pose at which the patches fit the image best.
+
+        The given one is returned if it failed, if points of this session alone gave it, if the map has no patches, or
+        if too few of them fit the image. Cost and steps stay those of the features.
+
+        Args:
+            image: (H, W, 3) RGB, of the map's camera.
+            alignment: result of the features' alignment.
+        """
+        T, s = alignment.T_map_camera, self._settings
+        if not alignment.success or alignment.carried or T is None:
+            return alignment
+        chosen = [self._position[ident] for ident in alignment.reference_ids if ident in self._position]
+        patches = self._around(T, chosen)
+        if patches is None:
+            return alignment
+        grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(np.float32)
+        start = make_pose(T[:3, :3].T, np.zeros(3))
+        moved = self._minimize(grey, patches, start)
+        if moved is None:
+            return alignment
+        back = inverse_pose(moved)
+        away_m, away_deg = float(np.linalg.norm(back[:3, 3])), rotation_angle_deg(back[:3, :3].T @ T[:3, :3])
+        if away_m > s.max_moved_m or away_deg > s.max_moved_deg:
+            return alignment
+        back[:3, 3] += T[:3, 3]
+        covariance = alignment.covariance
+        if covariance is not None:
+            covariance = self._covariance_scale * covariance
+        return replace(alignment, T_map_camera=back, covariance=covariance, by_patches=True)
+
+    def _around(self, T_map_camera: Matrix, positions: list[int]) -> Patches | None:
+        """Return the patches of views, relative to a pose; None without any."""
+        if not positions:
+            return None
+        nearness = self._references.nearness(T_map_camera, positions)
+        origin = T_map_camera[:3, 3]
+        parts: list[tuple[Doubles, ...]] = []
+        for k, near in zip(positions, nearness, strict=True):
+            T, view = self._references.T_map_camera[k], self._references.views[k]
+            if view.patches is None:
+                continue
+            points = view.points.double().cpu().numpy()
+            depth = (points - T[:3, 3]) @ T[:3, 2]
+            right = depth[:, None] / self._camera.fx * T[:3, 0]
+            down = depth[:, None] / self._camera.fy * T[:3, 1]
+            values = view.patches.cpu().numpy().astype(np.float64)
+            parts.append((points - origin, right, down, values, near * view.confidence.double().cpu().numpy()))
+        if not parts:
+            return None
+        points, right, down, values, confidence = (np.concatenate(part) for part in zip(*parts, strict=True))
+        deviation = values.std(axis=1)
+        used = deviation > self._settings.min_deviation
+        values = ((values - values.mean(axis=1, keepdims=True)) / np.maximum(deviation, 1.0)[:, None])[used]
+        return Patches(points[used], right[used], down[used], values.astype(np.float32), confidence[used])
+
+    def _minimize(self, grey: Floats, patches: Patches, start: Matrix) -> Matrix | None:
+        """Return ``T_camera_local`` after Gauss-Newton; None if the patches do not fit the image there, or diverge."""
+        s, T, first = self._settings, start, -np.inf
+        dissimilarity = np.empty(len(patches.points))
+        for iteration in range(s.max_iterations):
+            H, g = self._equations(grey, patches, T, dissimilarity)
+            if iteration == 0:
+                first = self._fit(dissimilarity, patches)
+            try:
+                step = -np.linalg.solve(H + 1e-6 * np.diag(np.diag(H)) + 1e-12 * np.eye(6), g)
+            except np.linalg.LinAlgError:
+                return None
+            if not np.isfinite(step).all():
+                return None
+            step *= min(1.0, s.longest_step_m / max(float(np.linalg.norm(step[:3])), 1e-12))
+            T = left_update(T, step)
+            if np.linalg.norm(step[:3]) < s.step_m and np.linalg.norm(step[3:]) < s.step_rad:
+                break
+        self._equations(grey, patches, T, dissimilarity)
+        agreeing, in_view = int(((dissimilarity >= 0) & (dissimilarity < s.agreeing)).sum()), dissimilarity >= 0
+        enough = agreeing >= max(s.min_agreeing, s.min_agreeing_share * int(in_view.sum()))
+        return T if enough and self._fit(dissimilarity, patches) > first else None
+
+    def _fit(self, dissimilarity: Doubles, patches: Patches) -> float:
+        """Return how well the patches fit the image: the sum of the robust scores that the iterations increase."""
+        squared = np.where(dissimilarity < 0, np.inf, dissimilarity)
+        return float((patches.confidence / (1 + squared / (2 * self._settings.loss_scale**2))).sum())
+
+    def _equations(
+        self, grey: Floats, patches: Patches, T: Matrix, dissimilarity: Doubles
+    ) -> tuple[Matrix, NDArray[np.float64]]:
+        """Return H (6, 6) and g (6,) at a pose; write the dissimilarity (N,), -1 for patches that are not in view."""
+        camera = self._camera
+        intrinsics = np.array([camera.fx, camera.fy, camera.cx, camera.cy])
+        p, scale = patches, self._settings.loss_scale
+        T = np.ascontiguousarray(T, dtype=np.float64)
+        equations = patch_equations
+        if runs_compiled():
+            from kfloc_ros.pixloc import patch_kernels
+
+            equations = patch_kernels.patch_equations
+        args = (grey, p.points, p.right, p.down, p.values, self._window, p.confidence, T, intrinsics, scale)
+        H, g = equations(*args, NEAR_M, dissimilarity)
+        return H, g
+
+
+def with_patches(
+    points: ReferencePoints, image: NDArray[np.uint8], camera: Camera, T_map_camera: Matrix
+) -> ReferencePoints:
+    """Return reference points with the patches around them.
+
+    Args:
+        points: points of one view, at whole pixels of it, at least ``PATCH_RADIUS`` from the border.
+        image: (H, W, 3) RGB image of the view.
+        camera: pinhole camera of the image.
+        T_map_camera: pose of the view, (4, 4).
+    """
+    local = (points.points.double().cpu().numpy() - T_map_camera[:3, 3]) @ T_map_camera[:3, :3]
+    at = local[:, :2] / local[:, 2:] * (camera.fx, camera.fy) + (camera.cx, camera.cy)
+    limit = np.array([camera.width, camera.height]) - 1 - PATCH_RADIUS
+    columns, rows = np.clip(np.rint(at).astype(np.int64), PATCH_RADIUS, limit).T
+    span = np.arange(-PATCH_RADIUS, PATCH_RADIUS + 1)
+    grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+    patches = grey[rows[:, None, None] + span[:, None], columns[:, None, None] + span]
+    return replace(points, patches=torch.from_numpy(patches.reshape(len(points), -1)))
+
+
+def patch_equations(
+    image: Floats,
+    points: Doubles,
+    right: Doubles,
+    down: Doubles,
+    patches: Floats,
+    window: Floats,
+    confidence: Doubles,
+    T: Doubles,
+    intrinsics: Doubles,
+    loss_scale: float,
+    near_m: float,
+    dissimilarity: Doubles,
+) -> tuple[Doubles, Doubles]:
+    """Return H (6, 6) and g (6,) of patches over the left perturbation (dt, dw); write (N,) ``dissimilarity``.
+
+    The dissimilarity of a patch is the mean squared difference of normalised grey values, weighted by the window: about
+    twice one minus the correlation. It is -1 where the patch is not in view. The loss of a patch is that of Geman and
+    McClure. A compiled version is in :mod:`kfloc_ros.pixloc.patch_kernels`.
+
+    Args:
+        image: (H, W) grey values.
+        points: (N, 3) metres.
+        right, down: (N, 3) metres from the point to its neighbours by one pixel in its reference view.
+        patches: (N, side^2) grey values with mean 0 and standard deviation 1.
+        window: (side^2,) weights with sum 1.
+        confidence: (N,) of the points.
+        T: (4, 4) ``T_camera_local``.
+        intrinsics: fx, fy, cx, cy in pixels.
+        loss_scale: scale of the loss.
+        near_m: smallest depth.
+        dissimilarity: (N,), written.
+    """
+    fx, fy, cx, cy = intrinsics
+    local = points @ T[:3, :3].T + T[:3, 3]
+    z = np.maximum(local[:, 2], near_m)
+    x, y = local[:, 0] / z, local[:, 1] / z
+
+    def derivative(axis: Doubles) -> Doubles:
+        moved = axis @ T[:3, :3].T
+        return np.stack([fx * (moved[:, 0] - x * moved[:, 2]) / z, fy * (moved[:, 1] - y * moved[:, 2]) / z], axis=1)
+
+    warp = np.stack([derivative(right), derivative(down)], axis=2)  # (N, 2, 2): pixel by pixel of the view
+    at = np.stack([fx * x + cx, fy * y + cy], axis=1)
+    area = np.linalg.det(warp)
+    reach = (PATCH_RADIUS + 1) * np.abs(warp).sum(axis=2)
+    size = np.array([image.shape[1], image.shape[0]])
+    seen = (local[:, 2] > near_m) & (area > WARP_LIMITS[0]) & (area < WARP_LIMITS[1])
+    seen &= (at > reach).all(axis=1) & (at < size - 1.001 - reach).all(axis=1)
+    dissimilarity[:] = -1.0
+    if not seen.any():
+        return np.zeros((6, 6)), np.zeros(6)
+    span = np.arange(PATCH_SIDE + 2) - PATCH_RADIUS - 1
+    offsets = np.stack(np.meshgrid(span, span), axis=-1).reshape(-1, 2)  # (right, down)
+    pixels = (at[seen, None] + np.einsum("nij,kj->nki", warp[seen], offsets)).astype(np.float32)
+    sampled = cv2.remap(image, pixels[..., 0], pixels[..., 1], cv2.INTER_LINEAR).astype(np.float64)
+    sampled = sampled.reshape(-1, PATCH_SIDE + 2, PATCH_SIDE + 2)
+    inner = sampled[:, 1:-1, 1:-1].reshape(len(sampled), -1)
+    deviation = np.maximum(inner.std(axis=1, keepdims=True), 1.0)
+    error = (inner - inner.mean(axis=1, keepdims=True)) / deviation - patches[seen]
+    along = 0.5 * (sampled[:, 1:-1, 2:] - sampled[:, 1:-1, :-2]).reshape(len(sampled), -1)
+    across = 0.5 * (sampled[:, 2:, 1:-1] - sampled[:, :-2, 1:-1]).reshape(len(sampled), -1)
+    slopes = np.stack([along, across], axis=2)
+    slopes = (slopes - slopes.mean(axis=1, keepdims=True)) / deviation[:, :, None]
+    slopes = slopes @ np.linalg.inv(warp[seen])  # along the image's axes
+    squared = (window * error**2).sum(axis=1)
+    dissimilarity[seen] = squared
+    weight = confidence[seen] / (1 + squared / (2 * loss_scale**2)) ** 2
+    tensor = np.einsum("nki,nkj,k,n->nij", slopes, slopes, window, weight)
+    slope = np.einsum("nki,nk,k,n->ni", slopes, error, window, weight)
+    x, y, z = x[seen], y[seen], z[seen]
+    zero = np.zeros_like(z)
+    J_u = fx * np.stack([1 / z, zero, -x / z, -x * y, 1 + x * x, -y], axis=1)
+    J_v = fy * np.stack([zero, 1 / z, -y / z, -(1 + y * y), x * y, x], axis=1)
+    J = np.stack([J_u, J_v], axis=1)
+    return np.einsum("nia,nij,njb->ab", J, tensor, J), np.einsum("nia,ni->a", J, slope)
