@@ -5,8 +5,11 @@ The localizer runs over the whole SOURCE in order. The peers see single frames (
 LightGlue matches with the reference views that the map's index retrieves, the depth of these views, and PnP. The table
 has the localizer on all frames, and everyone on the peers' frames. "wrong" is the share of frames whose pose is claimed
 (TRACKING, by the localizer) and is more than 10 cm or 10 degrees off. If the truth is not exact, --truth-sigma gives
-its standard deviations, which are added to the covariance for NEES. --other-maps adds a row for the localizer with each
-of them, such as the map after an update.
+its standard deviations, which are added to the covariance for NEES. The medians of methods that give poses on different
+frames are not comparable, so a second table has the frames on which the localizer (in its first run) and a peer both
+give one. "searched" is the share of frames, after the first pose, in which the whole map is searched; searches among
+the views within reach of the last pose are not counted. --other-maps adds a row for the localizer with each of them,
+such as the map after an update.
 
 One frame that is taken otherwise changes all that follow, so a single run decides little. --runs N localizes N times:
 once with the map as it is, then with 2 % of noise on the confidences of its points. The table has means, and "+-" the
@@ -72,6 +75,7 @@ class Answer:
     claimed: bool
     time_ms: float
     searched: bool = False
+    """True if the whole map was searched, and there was a pose before."""
     nees: float = float("nan")
 
 
@@ -89,6 +93,7 @@ class Row:
     searched: float
     median_nees: float
     median_ms: float
+    mean_ms: float
     spread: Mapping[str, float] = field(default_factory=dict)
     """Standard deviation over the runs, by the figure; empty for a single run."""
     runs: Sequence[Row] = ()
@@ -122,6 +127,7 @@ def main() -> int:
         chosen = list(own[0])[:: args.every]
         peers_frames = [[answers[p] for p in chosen] for answers in own]
         rows.append(mean_row([row("kfloc, frames of the peers", answers) for answers in peers_frames]))
+        shared: list[Row] = []
         for name in args.other_maps:
             other = SceneMap.load(resolve_map(name))
             runs = [localizer_answers(source, noisy(other, run), *args.truth_sigma) for run in range(args.runs)]
@@ -129,15 +135,20 @@ def main() -> int:
             rows.append(mean_row([row(title, list(answers.values())) for answers in runs]))
         for name in args.peers:
             mapped = open_source(args.mapped, poses=args.poses, split=args.mapped_split)
-            rows.append(row(*peer_answers(name, source, scene_map, mapped, chosen, args)))
+            title, answers = peer_answers(name, source, scene_map, mapped, chosen, args)
+            rows.append(row(title, answers))
+            shared += shared_rows(title, answers, peers_frames[0])
     except KflocError as error:
         print(error, file=sys.stderr)
         return 2
     names = [f"{100 * m:.0f} cm/{deg:.0f} deg" for m, deg in RECALLS]
-    header = ["method", "frames", "pose", *names, "median", "wrong", "searched", "NEES", "ms a frame"]
+    header = ["method", "frames", "pose", *names, "median", "wrong", "searched", "NEES", "ms a frame (mean)"]
     print(format_table([cells(r) for r in rows], header=header))
+    if shared:
+        print("\nFrames on which both methods give a pose:")
+        print(format_table([cells(r) for r in shared], header=header))
     if args.json is not None:
-        args.json.write_text(json.dumps([asdict(r) for r in rows], indent=1))
+        args.json.write_text(json.dumps([asdict(r) for r in (*rows, *shared)], indent=1))
     return 0
 
 
@@ -175,7 +186,7 @@ def localizer_answers(
             *_away(estimate.T_map_camera, truth),
             claimed=estimate.state.value == "TRACKING",
             time_ms=estimate.timings_ms.get("total", float("nan")),
-            searched="relocalize" in estimate.timings_ms,
+            searched="relocalize" in estimate.timings_ms and any(np.isfinite(a.away_m) for a in answers.values()),
             nees=nees,
         )
     return answers
@@ -237,7 +248,16 @@ def row(method: str, answers: Sequence[Answer]) -> Row:
         searched=float(np.mean([a.searched for a in answers])),
         median_nees=float(np.median(nees)) if nees else float("nan"),
         median_ms=float(np.median([a.time_ms for a in answers])),
+        mean_ms=float(np.mean([a.time_ms for a in answers])),
     )
+
+
+def shared_rows(title: str, peer: Sequence[Answer], own: Sequence[Answer]) -> list[Row]:
+    """Return the rows of a peer and of the localizer over the frames on which both give a pose; empty without any."""
+    both = [(a, b) for a, b in zip(peer, own, strict=True) if np.isfinite(a.away_m) and np.isfinite(b.away_m)]
+    if not both:
+        return []
+    return [row(f"kfloc, shared with {title}", [b for _, b in both]), row(f"{title}, shared", [a for a, _ in both])]
 
 
 def mean_row(runs: Sequence[Row]) -> Row:
@@ -267,7 +287,8 @@ def cells(r: Row) -> list[str]:
     shares = [text(key, value, "%", 100, 1) for key, value in {"pose_given": r.pose_given, **r.recalls}.items()]
     median = f"{text('median_m', r.median_m, 'cm', 100, 2)}, {text('median_deg', r.median_deg, 'deg', 1, 2)}"
     rest = [text(key, getattr(r, key), "%", 100, 1) for key in ("wrong", "searched")]
-    return [r.method, str(r.frames), *shares, median, *rest, f"{r.median_nees:.1f}", f"{r.median_ms:.0f}"]
+    times = f"{r.median_ms:.0f} ({r.mean_ms:.0f})"
+    return [r.method, str(r.frames), *shares, median, *rest, f"{r.median_nees:.1f}", times]
 
 
 def _away(T: Matrix | None, truth: Matrix) -> tuple[float, float]:

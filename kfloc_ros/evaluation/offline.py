@@ -36,8 +36,8 @@ STATISTICS = {
 }
 """Statistics of the stages by their names in records, with their keys in the nodes' ``status``."""
 STAGES = (
-    "decode", "rectify", "backbone", "measure", "filter", "pnp", "refine", "relocalize", "check", "change_over",
-    "publish", "total",
+    "decode", "rectify", "backbone", "measure", "filter", "pnp", "refine", "search_near", "relocalize", "check",
+    "change_over", "publish", "total",
 )  # fmt: skip
 """Stages in the order of their work, as named in ``timings_ms``; no run has times of all."""
 

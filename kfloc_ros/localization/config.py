@@ -51,7 +51,11 @@ class LocalizerConfig:
     tracking_check_period: int = option(
         10, "With tracking: frames between two checks by a coarse pose.", low=2, high=1000
     )
-    relocalize: bool = option(True, "Search the whole map if the alignment fails or has no start.")
+    relocalize: bool = option(True, "Search the map if the alignment fails: near the last pose, or the whole of it.")
+    max_speed_m_s: float = option(
+        2.0, "Largest speed of the camera: what it can reach is searched first.", low=0.01, high=100.0
+    )
+    max_turn_deg_s: float = option(120.0, "Largest rate at which the camera turns.", low=1.0, high=3600.0)
     carry_s: float = option(
         5.0,
         "Longest time, in seconds, that this session's images carry a pose where the map shows too little; 0: never.",

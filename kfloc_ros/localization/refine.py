@@ -22,7 +22,7 @@ from kfloc_ros.pixloc.optimizer import RefinerSettings
 from kfloc_ros.pixloc.patches import PatchAligner
 from kfloc_ros.pixloc.references import ReferenceViews
 from kfloc_ros.pixloc.refiner import Refiner
-from kfloc_ros.relocalization.decision import UNRELATED_COST, realigned
+from kfloc_ros.relocalization.decision import UNRELATED_COST, SearchPlan, SearchSettings, realigned
 from kfloc_ros.relocalization.search import Relocalizer
 from kfloc_ros.types import Alignment, CoarsePose, Frame, Matrix, PoseEstimate, TrackingState, check_frame
 
@@ -64,6 +64,7 @@ class RefineStage:
         self.tracks = config.tracking and config.refine
         """True if frames may be aligned from the predicted pose alone."""
         self._had_pose = False
+        self._search = SearchPlan(SearchSettings(config.max_speed_m_s, config.max_turn_deg_s))
         self._carrier = Carrier(self.refiner, scene_map.camera, config.carry_s)
         self._follows_pose = False
         """True if the previous frame had a pose, so that this one is expected near the predicted pose."""
@@ -172,7 +173,10 @@ class RefineStage:
         times: StageTimes,
         predicted: Matrix | None = None,
     ) -> Alignment | None:
-        """Search the whole map if the alignment failed.
+        """Search the map if the alignment failed: what is within reach of the last pose, or the whole of it.
+
+        An image that resembles the map less than those that were searched in vain waits; see :class:`SearchPlan`. The
+        stage ``relocalize`` has searches of the whole map alone.
 
         Returns:
             The accepted alignment, or the failed one with the search's reason added.
@@ -182,17 +186,25 @@ class RefineStage:
         features = coarse.features.to(self._device)
         predicted = self._predicted(coarse.stamp_ns, predicted)
         likely = [T for T in (alignment.T_map_camera, predicted) if T is not None]
-        with times.stage("relocalize"):
+        with times.stage("search_near"):
+            likeness, best = self._relocalizer.likeness(features)
+            if not self._search.is_due(coarse.stamp_ns, likeness):
+                return alignment
+            among = self._search.in_reach(coarse.stamp_ns, self.references.T_map_camera, best)
+        with times.stage("relocalize" if among is None else "search_near"):
             found = self._relocalizer.find(
                 features,
                 lambda starts: self._align_costly(features, starts),
                 self._expected(predicted),
                 likely,
+                among,
             )
             found = self._completed(frame, features, found)
         if found.success:
             return found
-        return replace(alignment, reason=f"{alignment.reason}; searched the map: {found.reason}")
+        self._search.failed(coarse.stamp_ns, likeness)
+        searched = "the map" if among is None else "near the last pose"
+        return replace(alignment, reason=f"{alignment.reason}; searched {searched}: {found.reason}")
 
     def judge(self, frame: Frame, coarse: CoarseResult, alignment: Alignment | None, times: StageTimes) -> PoseEstimate:
         """Return state, reason, pose and covariance of the frame; the pose updates the motion model."""
@@ -248,6 +260,7 @@ class RefineStage:
     def reset(self) -> None:
         """Reset the motion model and the track; the next frame starts from its coarse pose alone."""
         self._motion.reset()
+        self._search.reset()
         self._follows_pose = False
         self._track.end()
         self._check.reset()
@@ -332,5 +345,6 @@ class RefineStage:
         self._follows_pose = estimate.T_map_camera is not None
         if estimate.T_map_camera is not None:
             self._motion.observe(estimate.stamp_ns, estimate.T_map_camera)
+            self._search.observe(estimate.stamp_ns, estimate.T_map_camera, estimate.covariance)
             self._had_pose = True
         return replace(estimate, timings_ms=times.with_total())

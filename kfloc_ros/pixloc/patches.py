@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from kfloc_ros.device import runs_compiled
 from kfloc_ros.geometry.camera import Camera
-from kfloc_ros.geometry.lie import Matrix, inverse_pose, make_pose, rotation_angle_deg
+from kfloc_ros.geometry.lie import Matrix, inverse_pose, make_pose, rotation_angle_deg, so3_log
 from kfloc_ros.pixloc.cost import NEAR_M
 from kfloc_ros.pixloc.optimizer import left_update
 from kfloc_ros.pixloc.references import ReferencePoints, ReferenceViews
@@ -43,6 +43,9 @@ class PatchSettings:
     """Standard deviation of the weights of a patch's pixels."""
     min_deviation: float = 3.0
     """Smallest standard deviation of the grey values of a patch, of 255, that is compared."""
+    feature_weight: float = 0.03
+    """Weight of the features' covariance as a prior, for directions that few patches constrain. With 0, on RedKitchen
+    12 frames of 200 slide by 0.8 cm; with 0.1, the demo room has 0.07 instead of 0.04 cm."""
     max_iterations: int = 12
     step_m: float = 5e-5
     step_rad: float = 2e-5
@@ -116,7 +119,9 @@ class PatchAligner:
             return alignment
         grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(np.float32)
         start = make_pose(T[:3, :3].T, np.zeros(3))
-        moved = self._minimize(grey, patches, start)
+        A = np.kron(np.eye(2), -T[:3, :3])  # as in map_frame_covariance
+        prior = np.zeros((6, 6)) if alignment.covariance is None else A.T @ np.linalg.inv(alignment.covariance) @ A
+        moved = self._minimize(grey, patches, start, s.feature_weight * prior)
         if moved is None:
             return alignment
         back = inverse_pose(moved)
@@ -154,14 +159,25 @@ class PatchAligner:
         values = ((values - values.mean(axis=1, keepdims=True)) / np.maximum(deviation, 1.0)[:, None])[used]
         return Patches(points[used], right[used], down[used], values.astype(np.float32), confidence[used])
 
-    def _minimize(self, grey: Floats, patches: Patches, start: Matrix) -> Matrix | None:
-        """Return ``T_camera_local`` after Gauss-Newton; None if the patches do not fit the image there, or diverge."""
+    def _minimize(self, grey: Floats, patches: Patches, start: Matrix, prior: Matrix) -> Matrix | None:
+        """Return ``T_camera_local`` after Gauss-Newton; None if the patches do not fit the image there, or diverge.
+
+        Args:
+            grey: (H, W) image.
+            patches: patches to align.
+            start: pose to start from, (4, 4).
+            prior: (6, 6) information of (dt, dw) at the start.
+        """
         s, T, first = self._settings, start, -np.inf
         dissimilarity = np.empty(len(patches.points))
         for iteration in range(s.max_iterations):
             H, g = self._equations(grey, patches, T, dissimilarity)
             if iteration == 0:
                 first = self._fit(dissimilarity, patches)
+            since_start = T @ inverse_pose(start)
+            away = np.concatenate([since_start[:3, 3], so3_log(since_start[:3, :3])])
+            weighted = self._variance(dissimilarity, patches) * prior
+            H, g = H + weighted, g + weighted @ away
             try:
                 step = -np.linalg.solve(H + 1e-6 * np.diag(np.diag(H)) + 1e-12 * np.eye(6), g)
             except np.linalg.LinAlgError:
@@ -176,6 +192,13 @@ class PatchAligner:
         agreeing, in_view = int(((dissimilarity >= 0) & (dissimilarity < s.agreeing)).sum()), dissimilarity >= 0
         enough = agreeing >= max(s.min_agreeing, s.min_agreeing_share * int(in_view.sum()))
         return T if enough and self._fit(dissimilarity, patches) > first else None
+
+    def _variance(self, dissimilarity: Doubles, patches: Patches) -> float:
+        """Return the mean dissimilarity of the patches that the loss lets count."""
+        weight = (
+            (dissimilarity >= 0) * patches.confidence / (1 + dissimilarity / (2 * self._settings.loss_scale**2)) ** 2
+        )
+        return float(weight @ dissimilarity / max(float(weight.sum()), 1e-9))
 
     def _fit(self, dissimilarity: Doubles, patches: Patches) -> float:
         """Return how well the patches fit the image: the sum of the robust scores that the iterations increase."""

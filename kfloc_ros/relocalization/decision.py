@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decision between several alignments of one image: the pose of one of them, or a failure with its reason."""
+"""Decisions: when and where an image is searched, and which of several alignments is its pose, or why none is."""
 
 from __future__ import annotations
 
@@ -158,3 +158,83 @@ def _place(alignment: Alignment) -> str:
     assert alignment.T_map_camera is not None
     x, y, z = alignment.T_map_camera[:3, 3]
     return f"({x:.1f}, {y:.1f}, {z:.1f}) m"
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """Limits of a camera's motion, and the times between two searches for it."""
+
+    max_speed_m_s: float = 2.0
+    max_turn_deg_s: float = 120.0
+    sigmas: float = 3.0
+    view_m: float = 0.5
+    view_deg: float = 45.0
+    """Largest difference between an image and a view that shows enough of the same."""
+    wait_s: float = 0.4
+    longest_wait_s: float = 3.0
+    """Time after a search without success until the next one; it doubles with every further one."""
+    more_alike: float = 1.25
+    """Factor by which an image resembles the map more than all searched in vain, if it is searched at once."""
+
+
+class SearchPlan:
+    """Plan of searches for a camera that has lost its pose: when, and among which views.
+
+    A camera that had a pose is near it for a while. An image that resembles the map less than those that were searched
+    in vain is not searched again and again.
+    """
+
+    def __init__(self, settings: SearchSettings | None = None) -> None:
+        self._settings = settings or SearchSettings()
+        self._last: tuple[int, Matrix, Matrix] | None = None
+        self._failed: tuple[int, float, int] | None = None
+        """Stamp of the last search without success, the greatest likeness of those since the pose, and their number."""
+
+    def observe(self, stamp_ns: int, T_map_camera: Matrix, covariance: Matrix | None) -> None:
+        """Add a pose (4, 4) with its covariance (6, 6); it ends the waiting."""
+        self._last = stamp_ns, T_map_camera, np.zeros((6, 6)) if covariance is None else covariance
+        self._failed = None
+
+    def is_due(self, stamp_ns: int, likeness: float) -> bool:
+        """Return true if an image is worth a search; every image is until there was a pose.
+
+        Args:
+            stamp_ns: of the image.
+            likeness: of the image to the views that it resembles most, on any scale.
+        """
+        if self._last is None or self._failed is None:
+            return True
+        s, (failed_ns, best, count) = self._settings, self._failed
+        wait_s = min(s.wait_s * 2.0 ** (count - 1), s.longest_wait_s)
+        return likeness > s.more_alike * best or not 0 <= stamp_ns - failed_ns < 1e9 * wait_s
+
+    def failed(self, stamp_ns: int, likeness: float) -> None:
+        """Add a search without success."""
+        _, best, count = self._failed or (0, 0.0, 0)
+        self._failed = stamp_ns, max(best, likeness), count + 1
+
+    def in_reach(self, stamp_ns: int, T_map_cameras: NDArray[np.float64], best: int) -> list[int] | None:
+        """Return the positions of the views that a camera can have in front of it, or None for the whole map.
+
+        It is the whole map if the image resembles a view out of reach most, or if a search has failed since the pose.
+
+        Args:
+            stamp_ns: of the image.
+            T_map_cameras: (K, 4, 4) poses of all views.
+            best: position of the view that the image resembles most.
+        """
+        if self._last is None or self._failed is not None or stamp_ns <= self._last[0]:
+            return None
+        s, (last_ns, T, covariance) = self._settings, self._last
+        passed_s = 1e-9 * (stamp_ns - last_ns)
+        sigma_m, sigma_rad = (float(np.linalg.eigvalsh(covariance[k, k])[-1]) ** 0.5 for k in (slice(3), slice(3, 6)))
+        limit_m = s.sigmas * sigma_m + s.max_speed_m_s * passed_s + s.view_m
+        limit_deg = s.sigmas * np.degrees(sigma_rad) + s.max_turn_deg_s * passed_s + s.view_deg
+        away_m = np.linalg.norm(T_map_cameras[:, :3, 3] - T[:3, 3], axis=1)
+        cosine = (np.einsum("kij,ij->k", T_map_cameras[:, :3, :3], T[:3, :3]) - 1) / 2
+        reached = (away_m <= limit_m) & (np.degrees(np.arccos(np.clip(cosine, -1.0, 1.0))) <= limit_deg)
+        return [int(k) for k in np.flatnonzero(reached)] if reached[best] and not reached.all() else None
+
+    def reset(self) -> None:
+        """Forget the pose; the next image is searched in the whole map."""
+        self._last = self._failed = None

@@ -90,10 +90,10 @@ class ReferenceIndex:
         self._mean = torch.stack(rows).mean(dim=0)
         self._descriptors = F.normalize(torch.stack(rows) - self._mean, dim=1)
 
-    def search(self, features: BackboneFeatures, count: int) -> list[Retrieved]:
-        """Return the reference views that show most of an image, best first, at most ``count``."""
+    def search(self, features: BackboneFeatures, count: int, among: Sequence[int] | None = None) -> list[Retrieved]:
+        """Return the reference views that show most of an image, best first, at most ``count``, of all or some."""
         cells = reliable_cells(features)
-        listed = self._nearest(self._vocabulary.describe(cells.features, cells.weight), max(count, SHORTLIST))
+        listed = self._nearest(self._vocabulary.describe(cells.features, cells.weight), max(count, SHORTLIST), among)
         votes = self._votes(cells, [item.position for item in listed])
         voted = [replace(item, votes=weight) for item, weight in zip(listed, votes, strict=True)]
         return sorted(voted, key=lambda item: -item.votes)[:count]
@@ -111,10 +111,12 @@ class ReferenceIndex:
         votes = torch.zeros(len(positions), device=weight.device)
         return [float(v) for v in votes.index_add_(0, best.indices.reshape(-1), weight.reshape(-1))]
 
-    def _nearest(self, row: torch.Tensor, count: int) -> list[Retrieved]:
-        similarity = self._descriptors @ F.normalize(row - self._mean, dim=0)
-        values, positions = similarity.topk(min(count, len(similarity)))
-        return [Retrieved(int(k), float(v)) for k, v in zip(positions.tolist(), values.tolist(), strict=True)]
+    def _nearest(self, row: torch.Tensor, count: int, among: Sequence[int] | None = None) -> list[Retrieved]:
+        positions = torch.arange(len(self._descriptors)) if among is None else torch.tensor(list(among))
+        similarity = self._descriptors[positions] @ F.normalize(row - self._mean, dim=0)
+        values, order = similarity.topk(min(count, len(similarity)))
+        chosen = positions[order.cpu()].tolist()
+        return [Retrieved(int(k), float(v)) for k, v in zip(chosen, values.tolist(), strict=True)]
 
 
 def reliable_cells(features: BackboneFeatures) -> QueryCells:

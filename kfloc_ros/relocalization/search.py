@@ -21,7 +21,7 @@ from kfloc_ros.pixloc.references import ReferenceViews
 from kfloc_ros.relocalization.decision import RelocalizationSettings, choose, distinct, has_more_support, is_near
 from kfloc_ros.relocalization.evidence import VERIFYING_VIEWS, Align, Evidence
 from kfloc_ros.relocalization.matching import ImageMatches, Matches
-from kfloc_ros.relocalization.retrieval import ReferenceIndex
+from kfloc_ros.relocalization.retrieval import ReferenceIndex, Retrieved
 from kfloc_ros.types import Alignment
 
 
@@ -50,8 +50,9 @@ class Relocalizer:
         align: Align,
         expected: Matrix | None = None,
         likely: Sequence[Matrix] = (),
+        among: Sequence[int] | None = None,
     ) -> Alignment:
-        """Find the pose of an image in the whole map.
+        """Find the pose of an image in the whole map, or among some of its views.
 
         Args:
             features: backbone features of the image.
@@ -59,11 +60,12 @@ class Relocalizer:
             expected: expected pose ``T_map_camera`` (4, 4), if any. The search still covers the whole map, but a pose
                 elsewhere needs more evidence.
             likely: further starting poses, such as the end of a rejected alignment.
+            among: positions of the views to search; None: all.
 
         Returns:
             The alignment; a failed one, with the reason, if the image fits no place or several.
         """
-        found = self.alignments(features, align, self._retrieve(features, expected), expected, likely)
+        found = self.alignments(features, align, self._retrieve(features, expected, among), expected, likely)
         return self._evidence(features, align).constrained(choose(found, self.settings, expected=expected))
 
     @torch.inference_mode()
@@ -192,11 +194,25 @@ class Relocalizer:
     def _evidence(self, features: BackboneFeatures, align: Align) -> Evidence:
         return Evidence(self._references, self._camera, self.settings, self.matches(features), align)
 
-    def _retrieve(self, features: BackboneFeatures, expected: Matrix | None = None) -> list[int]:
-        """Return positions of the views that an image may show, best first."""
+    @torch.inference_mode()
+    def likeness(self, features: BackboneFeatures) -> tuple[float, int]:
+        """Return how much an image resembles the most similar views of the map, and the position of the first of them.
+
+        The likeness is the sum of their votes: near 0 for an image without texture, or of what no view shows.
+        """
+        retrieved = self._views_like(features, None)
+        return sum(item.votes for item in retrieved), retrieved[0].position
+
+    def _views_like(self, features: BackboneFeatures, among: Sequence[int] | None) -> list[Retrieved]:
         if self._index is None:
             self._index = ReferenceIndex(self._references)
-        retrieved = [item.position for item in self._index.search(features, self.settings.retrieved)]
+        return self._index.search(features, self.settings.retrieved, among)
+
+    def _retrieve(
+        self, features: BackboneFeatures, expected: Matrix | None = None, among: Sequence[int] | None = None
+    ) -> list[int]:
+        """Return positions of the views that an image may show, best first."""
+        retrieved = [item.position for item in self._views_like(features, among)]
         if expected is None:
             return retrieved
         near = self._references.best_overlapping(expected, self._camera, self.settings.near)

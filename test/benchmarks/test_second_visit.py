@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from closets import closet
-from second_visit import Answer, cells, mean_row, noisy, row
+from second_visit import Answer, cells, mean_row, noisy, row, shared_rows
 
 
 def answers(*away_m: float) -> list[Answer]:
@@ -29,6 +29,14 @@ def test_a_single_run_is_told_without_a_spread() -> None:
     single = row("kfloc", answers(0.01, math.inf))
     assert mean_row([single]) is single
     assert "+-" not in "".join(cells(single))
+
+
+def test_methods_are_compared_on_the_frames_on_which_both_give_a_pose() -> None:
+    peer, own = answers(0.01, math.inf, 0.03, 0.02), answers(0.04, 0.2, math.inf, 0.06)
+    mine, other = shared_rows("SIFT", peer, own)
+    assert mine.frames == other.frames == 2
+    assert mine.median_m == pytest.approx(0.05) and other.median_m == pytest.approx(0.015)
+    assert shared_rows("SIFT", answers(math.inf), answers(0.1)) == []
 
 
 def test_the_first_run_has_the_map_as_it_is_and_every_other_its_own_noise() -> None:
