@@ -175,8 +175,7 @@ class RefineStage:
     ) -> Alignment | None:
         """Search the map if the alignment failed: what is within reach of the last pose, or the whole of it.
 
-        An image that resembles the map less than those that were searched in vain waits; see :class:`SearchPlan`. The
-        stage ``relocalize`` has searches of the whole map alone.
+        Images wait after a search in vain; see :class:`SearchPlan`. Stage ``relocalize`` is that of the whole map.
 
         Returns:
             The accepted alignment, or the failed one with the search's reason added.
@@ -253,9 +252,10 @@ class RefineStage:
     def warm_up(self) -> None:
         """Run the compiled loops that a frame of noise does not reach."""
         if has_numba():
-            from kfloc_ros.pixloc import point_kernels
+            from kfloc_ros.pixloc import patch_kernels, point_kernels
 
             point_kernels.run_once()
+            patch_kernels.run_once()
 
     def reset(self) -> None:
         """Reset the motion model and the track; the next frame starts from its coarse pose alone."""

@@ -98,3 +98,14 @@ def patch_equations(
         for j in range(i):
             H[j, i] = H[i, j]
     return H, g
+
+
+def run_once() -> None:
+    """Run the loop on one patch, so that it is compiled or read from the disk before the first image."""
+    point, image = np.array([[0.0, 0.0, 1.0]]), np.zeros((32, 32), np.float32)
+    patch, window = np.zeros((1, 9), np.float32), np.full(9, 1 / 9, np.float32)
+    right, down = np.array([[0.1, 0.0, 0.0]]), np.array([[0.0, 0.1, 0.0]])
+    intrinsics = np.array([10.0, 10.0, 16.0, 16.0])
+    patch_equations(
+        image, point, right, down, patch, window, np.ones(1), np.eye(4), intrinsics, 0.35, 0.05, np.empty(1)
+    )
