@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import rclpy
-from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.qos import HistoryPolicy, QoSProfile, ReliabilityPolicy
 from rclpy.signals import SignalHandlerOptions
@@ -33,6 +32,7 @@ from kfloc_ros.bags.truth import BagTransforms, Edge, TransformEvent
 from kfloc_ros.errors import KflocError
 from kfloc_ros.messages.poses import fill_stamp, read_tum
 from kfloc_ros.nodes import qos
+from kfloc_ros.nodes.runtime import make_executor
 from kfloc_ros.nodes.transforms import stamped
 from kfloc_ros.replay.recorder import Recorder, TruthPath
 from kfloc_ros.replay.recording import Played, Recording
@@ -271,7 +271,7 @@ def _run(args: argparse.Namespace, stream: BagStream) -> int:
 
     for which in (signal.SIGINT, signal.SIGTERM):
         signal.signal(which, stop)
-    executor = SingleThreadedExecutor()
+    executor = make_executor()
     executor.add_node(node)
     spinning = threading.Event()
 
