@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
+from kfloc_ros.device import has_numba, runs_compiled
 from kfloc_ros.features.backbone import COARSE_STRIDE
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import Matrix
@@ -178,8 +179,7 @@ def match_blocks(
         seen = seen[torch.linspace(0, len(seen) - 1, MAX_POINTS, device=seen.device).long()]
     column, row = column[seen], row[seen]
     block = (row * ROWS // h) * COLUMNS + column * COLUMNS // w
-    count = torch.bincount(block, minlength=ROWS * COLUMNS)
-    known = (count >= BLOCK_POINTS).cpu().numpy()
+    known = (torch.bincount(block, minlength=ROWS * COLUMNS) >= BLOCK_POINTS).cpu().numpy()
     blocks = int(known.sum())
     if blocks < MIN_BLOCKS:
         return None
@@ -232,10 +232,8 @@ def _shifts(
 
     Args:
         image: coarse unit features of the image.
-        wanted: (N, C) features of the points.
-        at: (N, 2) cells at which they are projected.
-        here: (N,) their similarity at these cells and next to them.
-        block: (N,) their blocks.
+        wanted, block: (N, C) features and (N,) blocks of the points.
+        at, here: (N, 2) cells at which they are projected, and (N,) their similarity there and next to them.
     """
     found, similarity, at_border = best_cells(image, wanted, at, SHIFT_CELLS)
     shift = ((found - at) * image.stride).cpu().numpy()
@@ -265,6 +263,12 @@ def _block_medians(
     values: NDArray[np.float32], block: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Return the numbers (blocks,) and the medians (blocks, 2) of values (N, 2) in each block; 0 for empty blocks."""
+    if has_numba():
+        from kfloc_ros.pixloc.point_kernels import group_medians
+
+        counts, found = np.empty(ROWS * COLUMNS, np.int64), np.empty((ROWS * COLUMNS, 2))
+        group_medians(values.astype(np.float64), block, counts, found)
+        return counts, found
     count = np.bincount(block, minlength=ROWS * COLUMNS)
     order = np.argsort(block, kind="stable")
     rank = np.arange(len(block)) - np.repeat(np.cumsum(count) - count, count)
@@ -278,6 +282,13 @@ def _block_medians(
 
 def _here(cells: torch.Tensor, wanted: torch.Tensor, column: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
     """Return the similarities (N, 3, 3) of points to the cells (h, w, C) at and around their own."""
+    if runs_compiled(cells, wanted):
+        from kfloc_ros.pixloc.point_kernels import around
+
+        around(
+            cells.numpy(), wanted.numpy(), column.numpy(), row.numpy(), (out := torch.empty(len(wanted), 3, 3)).numpy()
+        )
+        return out
     h, w, _ = cells.shape
     step = torch.arange(-1, 2, device=row.device)
     rows = (row[:, None] + step).clamp(0, h - 1)[:, :, None]

@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 
 from kfloc_ros.geometry.camera import Camera
+from kfloc_ros.pixloc import image_check
 from kfloc_ros.pixloc.cost import FeatureImage
 from kfloc_ros.pixloc.image_check import COLUMNS, ROWS, BlockMatch, match_blocks
 from kfloc_ros.pixloc.references import ReferencePoints
@@ -91,3 +93,16 @@ def test_too_few_points_in_view_are_not_compared() -> None:
     wanted = known[:, 0, :1].T.repeat(100, 1)
     references = ReferencePoints(behind, wanted, wanted[:, :8], torch.ones(100))
     assert match_blocks(image_of(known), behind, references, np.eye(4), CAMERA) is None
+
+
+def test_compiled_loops_agree_with_torch_and_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    cells, wanted = torch.randn(20, 30, 8), torch.randn(50, 8)
+    column, row = torch.from_numpy(rng.integers(0, 30, 50)), torch.from_numpy(rng.integers(0, 20, 50))
+    values, block = rng.normal(size=(50, 2)).astype(np.float32), rng.integers(0, 9, 50)
+    near, (count, median) = image_check._here(cells, wanted, column, row), image_check._block_medians(values, block)
+    monkeypatch.setattr(image_check, "has_numba", lambda: False)
+    monkeypatch.setattr(image_check, "runs_compiled", lambda *tensors: False)
+    assert torch.allclose(near, image_check._here(cells, wanted, column, row), atol=1e-5)
+    expected = image_check._block_medians(values, block)
+    assert (count == expected[0]).all() and np.allclose(median, expected[1], atol=1e-6)
