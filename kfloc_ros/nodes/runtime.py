@@ -31,7 +31,7 @@ from kfloc_ros.types import Matrix
 
 try:
     from rclpy.experimental import EventsExecutor
-except ImportError:  # of a distribution before Kilted
+except ImportError:  # of an older rclpy
     EventsExecutor = None
 
 try:

@@ -11,9 +11,10 @@ import pytest
 pytest.importorskip("rclpy", reason="rclpy is not installed: `make setup` brings it, or source a ROS 2 installation")
 
 import rclpy
+from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
 
-from kfloc_ros.nodes.runtime import _MAX_FAILURES, _spin
+from kfloc_ros.nodes.runtime import _MAX_FAILURES, _spin, make_executor
 
 pytestmark = pytest.mark.ros
 
@@ -58,3 +59,13 @@ def test_a_node_that_does_nothing_but_fail_ends(ros: None) -> None:
         _spin(node, node.stop_requested)  # type: ignore[arg-type]
     node.destroy_node()
     assert node.failed <= 2 * _MAX_FAILURES
+
+
+def test_the_executor_can_be_chosen_in_the_environment(ros: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KFLOC_EXECUTOR", "single_threaded")
+    executor = make_executor()
+    assert type(executor) is SingleThreadedExecutor
+    node = Failing(turns=5)
+    _spin(node, node.stop_requested)  # type: ignore[arg-type]
+    node.destroy_node()
+    assert node.failed == 5
