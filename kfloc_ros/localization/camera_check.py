@@ -121,6 +121,8 @@ class CameraCheck:
         self._known = self._tolerance
         self._other: OtherCalibration | None = None
         self.verdict: CameraVerdict | None = None
+        self.mapped_probability: float | None = None
+        """Probability that the images are of the map's camera, by what alignments with both cameras cost."""
 
     def begin(self, source: Camera | None, turn_rad: float) -> bool:
         """Begin an image of a camera; return True, and forget the fits so far, if the last one was of another.
@@ -133,8 +135,14 @@ class CameraCheck:
             self.reset()
             self._made = self._frames = 0
         if source is not None and (last is None or is_changed):
-            self._other = OtherCalibration.of(source, self._camera)
+            self._other, self.mapped_probability = OtherCalibration.of(source, self._camera), None
         return is_changed
+
+    @property
+    def mapped_offsets(self) -> NDArray[np.float64] | None:
+        """Offsets (6,) of the images if they are of the map's camera; None if that is not, or no more, in question."""
+        is_settled = self.mapped_probability is not None and self.mapped_probability < 1.0 - CERTAIN
+        return None if self._other is None or is_settled else self._other.offsets
 
     def count_frame(self) -> bool:
         """Count a frame; return True if it is to be fitted."""
@@ -227,6 +235,7 @@ class CameraCheck:
             elif fit is not None and alone is not None:
                 offsets, covariance = fit.offsets, self._fit_scale * alone
             share = self._probability_mapped(offsets, PARTLY_FOUND * covariance)
+            share = max(share, self.mapped_probability or 0.0)
             second = second + share * np.outer(mapped, mapped)
         return np.asarray(0.5 * (second + second.T))
 
@@ -265,7 +274,7 @@ class CameraCheck:
     def reset(self) -> None:
         """Drop all fits, such as after a correction of the camera."""
         self._fits.clear()
-        self.verdict = self._combined = self._other = None
+        self.verdict = self._combined = self._other = self.mapped_probability = None
 
     def _judged(self) -> CameraVerdict | None:
         s = self._settings

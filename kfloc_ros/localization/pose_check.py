@@ -19,10 +19,12 @@ import math
 from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kfloc_ros.features.backbone import BackboneFeatures
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.covariance import pose_tangent_error, probability_within
+from kfloc_ros.geometry.lie import Matrix, make_pose, so3_exp
 from kfloc_ros.localization.camera_check import (
     CHI2_6_95,
     CHI2_6_999,
@@ -35,7 +37,7 @@ from kfloc_ros.localization.camera_check import (
 from kfloc_ros.localization.judgement import GOOD_DEG, GOOD_M, JudgementSettings, confidence_of, fit_score, widened
 from kfloc_ros.localization.results import StageTimes
 from kfloc_ros.localization.tracking import FirstPoses
-from kfloc_ros.pixloc.camera_fit import Correction, FittedCamera
+from kfloc_ros.pixloc.camera_fit import MAPPED_ODDS, Correction, FittedCamera
 from kfloc_ros.pixloc.image_check import BlockMatch, Inspection
 from kfloc_ros.pixloc.refiner import Refiner
 from kfloc_ros.types import Alignment, Frame, PoseEstimate, TrackingState
@@ -50,6 +52,8 @@ LEAST_SUPPORT = 2.0
 with one wrong pose of 44 by chance. Good frames of five maps have 1.0 and more, of four of them 4.2 and more."""
 FEW_BLOCKS = 7
 """Number of matching blocks of the image, of 48, below which a pose is not TRACKING if most others do not match."""
+KEPT_IN_VIEW = 0.67
+"""Share of the points in view that an alignment with another camera has to keep to be compared."""
 LEAST_CONFIDENCE = 0.5
 """Confidence below which a pose is not TRACKING: it is more likely wrong than right."""
 
@@ -81,6 +85,7 @@ class PoseCheck:
         readout_s: float = 0.0,
         settings: CameraCheckSettings | None = None,
     ) -> None:
+        self._fit_scale = fit_scale
         self._odds, self._first_poses = confidence_odds, FirstPoses(first_fix_agreement)
         self._readout_s, self._last = readout_s, (0, np.eye(4))
         self._refiner, self._camera, self._corrects_camera = refiner, camera, mode == "correct"
@@ -181,6 +186,10 @@ class PoseCheck:
             chi2 = max(cameras.chi2_of(fitted.fit) or 0.0, chi2 or 0.0)
             if is_due:
                 cameras.add(fitted, T)
+            if cameras.mapped_offsets is not None and inspection.blocks is not None:
+                depth_m = inspection.blocks.depth_m
+                found = self._mapped_probability(features, T, cameras.mapped_offsets, depth_m)
+                cameras.mapped_probability = cameras.mapped_probability if found is None else found
         verdict = cameras.verdict
         if verdict is not None and verdict.wrong is not None:
             self.camera_note = sentence(verdict, frame.source_camera, self._camera)
@@ -204,6 +213,35 @@ class PoseCheck:
             wider = estimate.covariance + S @ cameras.moments(inspection.camera, frame.source_camera, fit) @ S.T
             estimate = replace(estimate, covariance=0.5 * (wider + wider.T))
         return estimate, chi2, fitted
+
+    def _mapped_probability(
+        self, features: BackboneFeatures, T: Matrix, offsets: NDArray[np.float64], depth_m: float
+    ) -> float | None:
+        """Return the probability that an image with another calibration is of the map's camera; None if not known.
+
+        The image is aligned with either camera. Where it hardly tells them apart, both cost the same, however sharp the
+        minimum is that a fit of the camera found.
+
+        Args:
+            features: features of the image.
+            T: aligned pose, (4, 4).
+            offsets: (6,) offsets of the map's camera from the given one.
+            depth_m: usual depth; the second alignment begins where points at this depth stay in the image.
+        """
+        focal, aspect, dx, dy = (float(c) for c in offsets[:4])
+        c, refiner, scale = self._camera, self._refiner, math.exp(focal)
+        mapped = replace(c, fx=c.fx * scale, fy=c.fy * scale * math.exp(aspect), cx=c.cx + dx, cy=c.cy + dy)
+        turn = so3_exp(np.array([-dy / mapped.fy, dx / mapped.fx, 0.0]))
+        start = T @ make_pose(turn, np.array([0.0, 0.0, depth_m * (1.0 - scale)]))
+        given = refiner.align(features, [T], max_cost=math.inf)
+        other = Refiner(refiner.references, mapped, refiner.settings).align(features, [start], max_cost=math.inf)
+        if not (given.success and other.success and other.valid_ratio >= KEPT_IN_VIEW * given.valid_ratio):
+            return None
+        rise = (other.final_cost - given.final_cost) / max(given.final_cost, 1e-9)
+        sizes = {ident: len(view) for ident, view in zip(refiner.references.ids, refiner.references.views, strict=True)}
+        points = given.valid_ratio * sum(sizes[ident] for ident in given.reference_ids)
+        odds = math.log(MAPPED_ODDS) - 0.5 * points * rise / self._fit_scale
+        return 1.0 / (1.0 + math.exp(-max(min(odds, 30.0), -30.0)))
 
     def _contradicted(
         self, frame: Frame, estimate: PoseEstimate, fitted: FittedCamera, certain: CameraVerdict | None

@@ -6,10 +6,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 
-from kfloc_ros.geometry.camera import Camera
+from kfloc_ros.geometry.camera import Camera, ImageAdapter
 from kfloc_ros.localization.camera_check import CameraCheck
 from kfloc_ros.localization.config import LocalizerConfig
 from kfloc_ros.localization.judgement import EVIDENCE, confidence_of, fit_score
@@ -17,7 +18,7 @@ from kfloc_ros.localization.localizer import Localizer
 from kfloc_ros.maps.scene_map import SceneMap
 from kfloc_ros.pixloc.camera_fit import CameraFit, CameraScore, FittedCamera
 from kfloc_ros.pixloc.image_check import BlockMatch, Inspection
-from kfloc_ros.types import PoseEstimate, TrackingState
+from kfloc_ros.types import Frame, PoseEstimate, TrackingState
 
 CAMERA = Camera(640, 480, 500.0, 500.0, 320.0, 240.0)
 OTHER = replace(CAMERA, fx=505.0, fy=505.0)
@@ -170,3 +171,23 @@ def test_the_readout_of_a_rolling_shutter_widens_poses_of_a_camera_that_moves(ro
     moved = room[2].T_map_camera[:3, 3] - room[1].T_map_camera[:3, 3]
     step_s = 1e-9 * (room[2].stamp_ns - room[1].stamp_ns)
     assert (rolling - still)[0, 0] >= (0.03 * np.linalg.norm(moved) / step_s) ** 2 / 13
+
+
+@pytest.mark.parametrize("is_zoomed", [False, True])
+def test_an_image_with_another_calibration_is_aligned_with_the_maps_camera_too(
+    room_map: Any, room: Any, is_zoomed: bool
+) -> None:
+    frame, factor = room[0], 1.1
+    camera = frame.camera
+    told = replace(camera, fx=factor * camera.fx, fy=factor * camera.fy)
+    zoom = np.array([[factor, 0.0, (1 - factor) * camera.cx], [0.0, factor, (1 - factor) * camera.cy]])
+    image = cv2.warpAffine(frame.image, zoom, (camera.width, camera.height)) if is_zoomed else frame.image
+    localizer = Localizer(SceneMap.load(room_map), LocalizerConfig(device="cpu"))
+    adapted = ImageAdapter(told, localizer.camera)(image)
+    estimate = localizer.process(Frame(adapted, localizer.camera, frame.stamp_ns, 0, source_camera=told)).estimate
+    cameras = localizer._refine._check._cameras
+    assert cameras is not None and cameras.mapped_probability is not None
+    if is_zoomed:  # it is of the camera that it comes with
+        assert cameras.mapped_probability < 0.2 and estimate.state is TrackingState.TRACKING
+    else:
+        assert cameras.mapped_probability > 0.5 and estimate.state is TrackingState.DEGRADED
