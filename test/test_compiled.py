@@ -15,7 +15,7 @@ from kfloc_ros.device import compiled_loop, has_numba, runs_compiled, torch_only
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import make_pose, so3_exp
 from kfloc_ros.kfnet.flow import Flow, cost_window
-from kfloc_ros.kfnet.flow_network import shipped_flow_network
+from kfloc_ros.kfnet.flow_network import load_flow_network
 from kfloc_ros.kfnet.fusion import warp
 from kfloc_ros.pixloc.cost import FeatureImage, RobustLoss, linearize
 from kfloc_ros.types import SceneCoordinates
@@ -71,7 +71,7 @@ def test_flow_agrees_with_torch(size: tuple[int, int]) -> None:
     generator = torch.Generator().manual_seed(0)
     world = F.interpolate(torch.randn(1, 64, 20, 24, generator=generator), scale_factor=2, mode="bicubic")[0]
     before, now = (F.normalize(world[:, 2 : 2 + h, k : k + w], dim=0) for k in (0, 2))
-    network = shipped_flow_network(torch.device("cpu"))
+    network = load_flow_network().requires_grad_(False)
     window, flow = cost_window(now, before), network.flow(now, before)
     with torch_only():
         expected_window, expected = cost_window(now, before), network.flow(now, before)

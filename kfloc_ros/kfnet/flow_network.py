@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from kfloc_ros.device import runs_compiled
+from kfloc_ros.device import runs_compiled, with_packed_layers
 from kfloc_ros.errors import WeightsError
 from kfloc_ros.kfnet.filter import FlowFunction
 from kfloc_ros.kfnet.flow import WINDOW_CELLS, CostWindow, Flow, backward_flow, cost_window, ends_inside, window_offsets
@@ -96,7 +96,7 @@ class FlowNetwork(nn.Module):
         best = known.amax(1, keepdim=True)
         mean = known.mean(1, keepdim=True)
         relative = (4.0 * (known - best)).clamp(min=-4.0)
-        out = self.cell_out(self.cell(torch.cat([relative, inside.to(scores.dtype), best, mean], dim=1)))
+        out = self.cell_out(self.cell(torch.cat([relative, inside.to(scores.dtype), best, mean], dim=1)).float())
         logits = (known - best) * (-self.log_temperature).exp() + out[:, :WINDOW_CELLS]
         probability = logits.masked_fill(~inside, -1e4).softmax(dim=1)
         return probability @ window_offsets(scores.device).to(scores.dtype), out[:, WINDOW_CELLS:]
@@ -109,7 +109,7 @@ class FlowNetwork(nn.Module):
         own = flow.permute(0, 2, 3, 1).reshape(B, h * w, 1, 2)
         apart = flows - own
         clipped = apart.clamp(-MAX_FLOW_DIFFERENCE, MAX_FLOW_DIFFERENCE)
-        out = self.join_out(self.join(torch.cat([clipped, around[..., 2:]], dim=-1).flatten(2)))
+        out = self.join_out(self.join(torch.cat([clipped, around[..., 2:]], dim=-1).flatten(2)).float())
         weights = out[..., :n].softmax(dim=-1)
         offset = own[:, :, 0] + (weights[..., None] * apart).sum(2) + 0.5 * out[..., n : n + 2]
         log_scale = out[..., n + 2].clamp(math.log(MIN_SCALE), math.log(MAX_SCALE))
@@ -124,14 +124,14 @@ class FlowNetwork(nn.Module):
         (h, w), n = window.grid, NEIGHBOURS * NEIGHBOURS
         inputs, relative = torch.empty(h * w, 2 * WINDOW_CELLS + 2), torch.empty(h * w, WINDOW_CELLS)
         kernels.cell_inputs(window.scores.numpy(), window.inside.numpy(), inputs.numpy(), relative.numpy())
-        out = self.cell_out(self.cell(inputs))
+        out = self.cell_out(self.cell(inputs).float())
         logits = torch.add(out[:, :WINDOW_CELLS], relative, alpha=math.exp(-float(self.log_temperature)))
         probability = logits.masked_fill_(~window.inside, -1e4).softmax(dim=1)
         flow = (probability @ window_offsets().float()).reshape(h, w, 2) + window.base.permute(1, 2, 0)
         state = out[:, WINDOW_CELLS:].reshape(h, w, _STATES).contiguous()
         around = torch.empty(h * w, n * (2 + _STATES))
         kernels.neighbour_inputs(flow.numpy(), state.numpy(), NEIGHBOURS, MAX_FLOW_DIFFERENCE, around.numpy())
-        out = self.join_out(self.join(around))
+        out = self.join_out(self.join(around).float())
         offset = torch.empty(1, 2, h, w)
         weights, correction = out[:, :n].softmax(dim=1), out[:, n : n + 2].contiguous()
         kernels.neighbour_mean(flow.numpy(), weights.numpy(), correction.numpy(), NEIGHBOURS, offset[0].numpy())
@@ -197,8 +197,13 @@ def load_flow_network(path: Path = WEIGHTS_FILE) -> FlowNetwork:
 
 @cache
 def shipped_flow_network(device: torch.device) -> FlowNetwork:
-    """Return the network of this package on a device; all callers share it."""
-    return load_flow_network().to(device).requires_grad_(False)
+    """Return the network of this package on a device, its hidden layers in bfloat16 where the processor computes that.
+
+    All callers share it. The precision moves a flow by 1e-4 cells in the median, by up to 6e-3, and scales by 0.3 %.
+    """
+    network = load_flow_network().to(device).requires_grad_(False)
+    # the last layers stay in float32, as the scene-coordinate head's does
+    return with_packed_layers(network, {"cell.0", "cell.2", "join.0", "join.2"})
 
 
 LEARNED_FLOOR_M2 = 0.002**2

@@ -57,6 +57,16 @@ def test_noise_is_not_matched_and_the_answer_is_finite() -> None:
     assert flow.variance.median() > 4 * same.variance.median()
 
 
+def test_the_precision_of_the_shipped_network_hardly_moves_a_flow() -> None:
+    world = smooth_features(48, 64)
+    previous, current = F.normalize(world[:, 8:48, 8:64], dim=0), F.normalize(world[:, 9:49, 10:66], dim=0)
+    fast, exact = (net.flow(current, previous) for net in (shipped_flow_network(CPU), load_flow_network()))
+    apart = (fast.offset - exact.offset).abs()  # cells of 8 px
+    assert apart.median() < 1e-3 and apart.max() < 0.05
+    assert (fast.variance / exact.variance).log().abs().max() < 0.1
+    assert (fast.valid != exact.valid).float().mean() < 0.01
+
+
 def test_shipped_weights_are_small_and_whole() -> None:
     assert WEIGHTS_FILE.stat().st_size < 200_000  # the limit is 4 MB
     network = load_flow_network()
