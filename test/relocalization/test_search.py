@@ -135,6 +135,22 @@ def test_nothing_is_searched_while_tracking(
     assert estimate.state is TrackingState.TRACKING and "relocalize" not in estimate.timings_ms
 
 
+def test_a_covered_camera_is_searched_now_and_then_and_found_with_its_first_image(scene_map: SceneMap, room) -> None:
+    localizer, seen = Localizer(scene_map, LocalizerConfig(device="cpu")), room[9]
+    assert localizer.process(seen).estimate.T_map_camera is not None
+    random = np.random.default_rng(0)
+    searches = []
+    for tenths in range(1, 11):
+        noise = random.integers(0, 30, seen.image.shape, dtype=np.uint8)
+        covered = replace(seen, image=noise, stamp_ns=seen.stamp_ns + tenths * 100_000_000)
+        estimate = localizer.process(covered).estimate
+        assert estimate.T_map_camera is None
+        searches.append("relocalize" in estimate.timings_ms)
+    assert sum(searches) <= 3
+    again = localizer.process(replace(seen, stamp_ns=seen.stamp_ns + 1_100_000_000)).estimate
+    assert again.T_map_camera is not None and away(again.T_map_camera, seen) < 0.03
+
+
 def shifted(T: Matrix, x_m: float, turn_deg: float = 0.0) -> Matrix:
     return T @ make_pose(so3_exp([0.0, np.radians(turn_deg), 0.0]), [x_m, 0.0, 0.0])
 
