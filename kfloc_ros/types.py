@@ -154,6 +154,8 @@ class Alignment:
     """True if the map does not confirm the pose, and points of this session's own images gave it."""
     by_patches: bool = False
     """True if grey patches have aligned the pose at the image's full resolution, after the features."""
+    patch_noise: NDArray[np.float64] = field(default_factory=lambda: np.zeros((6, 6)))
+    """(6, 6) part of the covariance: noise of these patches."""
     steps: tuple[AlignmentStep, ...] = ()
     """Start and accepted poses of every level, in order."""
     distance_m: float = 0.0

@@ -94,7 +94,7 @@ class PoseErrors:
             assert alignment.T_map_camera is not None and alignment.covariance is not None
             T = alignment.steps[-1].T_map_camera if raw and alignment.by_patches else alignment.T_map_camera
             errors[k] = pose_tangent_error(T, T_true)
-            scaled = alignment.covariance - own.own_covariance - alignment.disagreement
+            scaled = alignment.covariance - own.own_covariance - alignment.disagreement - alignment.patch_noise
             by_points[k] = scaled / own.scale_at(alignment.distance_m)
         distances = np.array([alignment.distance_m for _, alignment in found])
         apart = np.array([alignment.disagreement for _, alignment in found]).reshape(-1, 6, 6)
@@ -255,14 +255,16 @@ def _aligned_with(
 def patch_covariance_scale(
     aligned: Sequence[tuple[Matrix, Alignment]], own: RefinerSettings, covariance: PoseCovariance
 ) -> float:
-    """Return the factor on calibrated covariances at which the median error of poses improved by patches is right.
-
-    The alignments, each after its true pose, were made with settings ``own``.
-    """
-    errors = PoseErrors.of([item for item in aligned if item[1].by_patches], own).grown(covariance.doubling_m)
+    """Return the factor on calibrated covariances at which poses improved by patches, made with ``own``, are right."""
+    used = [item for item in aligned if item[1].by_patches and item[1].covariance is not None]
+    if len(used) < MIN_ERRORS:
+        return 1.0
+    errors = PoseErrors.of(used, own).grown(covariance.doubling_m)
     own_error = np.diag(np.repeat([covariance.own_error_m**2, covariance.own_error_rad**2], 3))
-    total = replace(errors, covariances=covariance.scale * errors.covariances + errors.disagreements + own_error)
-    return float(np.clip(total.median_scale, *PATCH_SCALE_LIMITS)) if len(errors.errors) >= MIN_ERRORS else 1.0
+    total = covariance.scale * errors.covariances + errors.disagreements + own_error
+    noise, factors = np.array([item[1].patch_noise for item in used]), np.geomspace(*PATCH_SCALE_LIMITS, 80)
+    scales = [replace(errors, covariances=factor * total + noise).median_scale for factor in factors]
+    return float(factors[np.argmin(np.abs(np.log(scales)))])
 
 
 def camera_fit_scale(squared: Sequence[float]) -> float:
@@ -336,9 +338,9 @@ def _accuracy(errors: Sequence[tuple[float, float]]) -> str:
     good = sum(metres < NEAR_M and degrees < NEAR_DEG for metres, degrees in errors)
     text = f"{good} of {len(errors)} views within {100 * NEAR_M:g} cm and {NEAR_DEG:g} deg"
     posed = np.array([error for error in errors if math.isfinite(error[0])])
-    if not len(posed):
-        return text
-    return text + ", median {:.1f} cm, {:.2f} deg".format(*np.median(posed, axis=0) * (100, 1))
+    return (
+        text if not len(posed) else text + ", median {:.1f} cm, {:.2f} deg".format(*np.median(posed, axis=0) * (100, 1))
+    )
 
 
 def median_scale(squared: Sequence[float]) -> float:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from kfloc_ros.device import runs_compiled
 from kfloc_ros.geometry.camera import Camera
+from kfloc_ros.geometry.covariance import map_frame_covariance
 from kfloc_ros.geometry.lie import Matrix, inverse_pose, make_pose, rotation_angle_deg, so3_log
 from kfloc_ros.pixloc.cost import NEAR_M
 from kfloc_ros.pixloc.optimizer import left_update
@@ -58,6 +59,10 @@ class PatchSettings:
     """Smallest number of agreeing patches, and smallest share of those in view. From true poses on d435_office, where
     75 % of the frames have less, patches better 20 to 43 % of the poses with a smaller share; on hololens_office, where
     15 % have less, 67 to 82 % of those with a larger one."""
+    noise_scale: float = 2.0
+    """Factor on the squared mean dissimilarity, which scales the covariance by the patches' residuals. Residuals of bad
+    images are not independent: those of a quarter of the resolution are three times as large in the demo room, and the
+    errors eleven times."""
     max_moved_m: float = 0.1
     max_moved_deg: float = 3.0
     """A result further from its start than either limit is not taken: patches see a few pixels around themselves."""
@@ -76,6 +81,17 @@ class Patches:
     """(N, side^2) grey values with mean 0 and standard deviation 1."""
     confidence: Doubles
     """(N,)"""
+
+
+@dataclass(frozen=True, eq=False)
+class PatchFit:
+    """Pose at which patches fit an image."""
+
+    T_camera_local: Matrix
+    H: Matrix
+    """(6, 6) normal equations of (dt, dw)."""
+    variance: float
+    """Mean dissimilarity of the patches that the loss lets count."""
 
 
 class PatchAligner:
@@ -123,18 +139,19 @@ class PatchAligner:
         start = make_pose(T[:3, :3].T, np.zeros(3))
         A = np.kron(np.eye(2), -T[:3, :3])  # as in map_frame_covariance
         prior = np.zeros((6, 6)) if alignment.covariance is None else A.T @ np.linalg.inv(alignment.covariance) @ A
-        moved = self._minimize(grey, patches, start, s.feature_weight * prior)
-        if moved is None:
+        fit = self._minimize(grey, patches, start, s.feature_weight * prior)
+        noise = None if fit is None else map_frame_covariance(fit.H / fit.variance + prior, fit.T_camera_local)
+        if fit is None or noise is None:
             return alignment
-        back = inverse_pose(moved)
+        back = inverse_pose(fit.T_camera_local)
         away_m, away_deg = float(np.linalg.norm(back[:3, 3])), rotation_angle_deg(back[:3, :3].T @ T[:3, :3])
         if away_m > s.max_moved_m or away_deg > s.max_moved_deg:
             return alignment
         back[:3, 3] += T[:3, 3]
-        covariance = alignment.covariance
+        noise, covariance = s.noise_scale * fit.variance**2 * noise, alignment.covariance
         if covariance is not None:
-            covariance = self._covariance_scale * covariance
-        return replace(alignment, T_map_camera=back, covariance=covariance, by_patches=True)
+            covariance = self._covariance_scale * covariance + noise
+        return replace(alignment, T_map_camera=back, covariance=covariance, by_patches=True, patch_noise=noise)
 
     def _around(self, T_map_camera: Matrix, positions: list[int]) -> Patches | None:
         """Return the patches of views, relative to a pose; None without any."""
@@ -161,8 +178,8 @@ class PatchAligner:
         values = ((values - values.mean(axis=1, keepdims=True)) / np.maximum(deviation, 1.0)[:, None])[used]
         return Patches(points[used], right[used], down[used], values.astype(np.float32), confidence[used])
 
-    def _minimize(self, grey: Floats, patches: Patches, start: Matrix, prior: Matrix) -> Matrix | None:
-        """Return ``T_camera_local`` after Gauss-Newton; None if the patches do not fit the image there, or diverge.
+    def _minimize(self, grey: Floats, patches: Patches, start: Matrix, prior: Matrix) -> PatchFit | None:
+        """Return the pose after Gauss-Newton; None if the patches do not fit the image there, or diverge.
 
         Args:
             grey: (H, W) image.
@@ -190,10 +207,12 @@ class PatchAligner:
             T = left_update(T, step)
             if np.linalg.norm(step[:3]) < s.step_m and np.linalg.norm(step[3:]) < s.step_rad:
                 break
-        self._equations(grey, patches, T, dissimilarity)
+        H, _ = self._equations(grey, patches, T, dissimilarity)
         agreeing, in_view = int(((dissimilarity >= 0) & (dissimilarity < s.agreeing)).sum()), dissimilarity >= 0
         enough = agreeing >= max(s.min_agreeing, s.min_agreeing_share * int(in_view.sum()))
-        return T if enough and self._fit(dissimilarity, patches) > first else None
+        if not enough or self._fit(dissimilarity, patches) <= first:
+            return None
+        return PatchFit(T, H, max(self._variance(dissimilarity, patches), 1e-6))
 
     def _variance(self, dissimilarity: Doubles, patches: Patches) -> float:
         """Return the mean dissimilarity of the patches that the loss lets count."""

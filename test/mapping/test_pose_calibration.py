@@ -89,13 +89,13 @@ def test_cameras_that_scatter_are_believed_less() -> None:
 
 @pytest.mark.parametrize(("share", "expected"), [(0.5, 0.25), (2.0, 1.0), (0.01, 0.005)])
 def test_poses_improved_by_patches_have_the_covariance_of_their_errors(share: float, expected: float) -> None:
-    own = RefinerSettings()
+    own, noise = RefinerSettings(), 1e-6 * BY_POINTS
     drawn = share * errors(80, 4.0, 0.0, 0.0).errors
 
     def improved(error: np.ndarray) -> tuple[Matrix, Alignment]:
         T = make_pose(so3_exp(error[3:]), error[:3])
-        covariance = own.scale_at(0.0) * BY_POINTS + own.own_covariance
-        return np.eye(4), Alignment(True, "", T, covariance, 0.2, 0.1, 1.0, 3, (1,), by_patches=True)
+        covariance = own.scale_at(0.0) * BY_POINTS + own.own_covariance + noise
+        return np.eye(4), Alignment(True, "", T, covariance, 0.2, 0.1, 1.0, 3, (1,), by_patches=True, patch_noise=noise)
 
     by_features = PoseCovariance(4.0, 1e-5, 1e-5)
     aligned = [improved(error) for error in drawn]

@@ -80,7 +80,7 @@ def test_a_pose_that_is_millimetres_off_becomes_right() -> None:
     assert away_m(off) > 0.008
     assert away_m(better.T_map_camera) < 0.001
     assert better.covariance is not None
-    assert np.allclose(better.covariance, 0.25 * np.eye(6))
+    assert np.allclose(better.covariance, 0.25 * np.eye(6) + better.patch_noise)
     assert better.final_cost == 0.1
 
 
@@ -88,6 +88,18 @@ def test_another_brightness_changes_nothing() -> None:
     off = TRUE @ make_pose(np.eye(3), np.array([0.004, 0.0, 0.003]))
     darker = (0.5 * seen_from(TRUE) + 10).astype(np.uint8)
     assert away_m(PatchAligner(references(), CAMERA).improved(darker, aligned(off)).T_map_camera) < 0.001
+
+
+def test_a_blurred_image_has_more_noise() -> None:
+    noises = []
+    for sigma in (0.3, 1.5):
+        blurred = np.asarray(cv2.GaussianBlur(seen_from(TRUE), (0, 0), sigma), dtype=np.uint8)
+        alignment = PatchAligner(references(), CAMERA).improved(
+            blurred, aligned(TRUE @ make_pose(np.eye(3), np.full(3, 1e-3)))
+        )
+        assert alignment.by_patches
+        noises.append(np.trace(alignment.patch_noise[:3, :3]))
+    assert noises[1] > 4 * noises[0]
 
 
 def test_an_image_of_something_else_leaves_the_pose_as_it_is() -> None:
