@@ -3,7 +3,8 @@
 that share the pieces of a frame.
 
 A part is computed with one thread wherever it runs, so that the results are the same to the bit (on processors of one
-kind). If a worker is lost, its part is computed again.
+kind; the process that compiles a loop, once, may differ in the last bits). If a worker is lost, its part is computed
+again.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ class PatchSettings:
     """Smallest number of agreeing patches, and smallest share of those in view. From true poses on d435_office, where
     75 % of the frames have less, patches better 20 to 43 % of the poses with a smaller share; on hololens_office, where
     15 % have less, 67 to 82 % of those with a larger one."""
-    noise_scale: float = 2.0
+    noise_scale: float = 5.0
     """Factor on the squared mean dissimilarity, which scales the covariance by the patches' residuals. Residuals of bad
     images are not independent: those of a quarter of the resolution are three times as large in the demo room, and the
     errors eleven times."""

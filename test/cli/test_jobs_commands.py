@@ -47,10 +47,12 @@ def write_recordings(room: Room, root: Path, parts: dict[str, range]) -> Path:
     return root
 
 
-def poses_of(out: Path) -> list[list[str]]:
-    wanted = ("index", "state", "tx_m", "ty_m", "tz_m", "qx", "qy", "qz", "qw", "sigma_tx_m")
+def poses_of(out: Path) -> list[tuple[str, str, list[float]]]:
+    """Return frames, states and numbers; rounded, since loops that are compiled anew differ in the last bits."""
+    wanted = ("tx_m", "ty_m", "tz_m", "qx", "qy", "qz", "qw", "sigma_tx_m")
     with open(out / "frames.csv", newline="", encoding="utf-8") as stream:
-        return [[row[name] for name in wanted] for row in csv.DictReader(stream)]
+        rows = list(csv.DictReader(stream))
+    return [(row["index"], row["state"], [round(float(row[name]), 9) for name in wanted]) for row in rows]
 
 
 def test_recordings_are_localized_alike_in_one_process_two_and_a_cluster(
