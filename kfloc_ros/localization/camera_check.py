@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.covariance import pose_tangent_error
 from kfloc_ros.geometry.lie import Matrix, inverse_pose
-from kfloc_ros.localization.judgement import widened
+from kfloc_ros.localization.judgement import PARTLY_FOUND, CameraDoubt, CameraVerdict, widened
 from kfloc_ros.pixloc.camera_fit import CameraFit, CameraScore, FittedCamera, OtherCalibration, combine
 from kfloc_ros.pixloc.cost import OFFSETS
 from kfloc_ros.types import PoseEstimate
@@ -35,9 +36,6 @@ SHEARED = np.array([0.0, 1.0, 0.0, 0.0, 0.0, 1.0])
 """Offsets that look like the shear of a rolling shutter: ratio fy/fx in a pitch, skew in a yaw."""
 CERTAIN = 0.99
 """Probability from which images are said to be of the map's camera, not of the one that is given."""
-PARTLY_FOUND = 4.0
-"""Factor on the covariance of fits in that probability until it is certain: fits begin at the given camera, and those
-that find only a part of its mistake are too near to it."""
 MIN_SCATTER = 0.1
 """Smallest observed scatter of fits, relative to their information, that is believed."""
 
@@ -51,7 +49,7 @@ class CameraCheckSettings:
     period: int = 15
     """Frames between later fits; a fit takes about a third of a frame's time."""
     doubt_period: int = 3
-    """The same, while the camera counts as wrong."""
+    """The same, while the camera counts as wrong, or may be."""
     window: int = 24
     """Number of fits that are combined."""
     min_fits: int = 3
@@ -73,23 +71,6 @@ class CameraCheckSettings:
     for the principal point; absolute for k1. The option ``calibration_error`` scales them together."""
 
 
-@dataclass(frozen=True, eq=False)
-class CameraVerdict:
-    """Combined fits, and their contradiction of the camera, if any."""
-
-    offsets: NDArray[np.float64]
-    """(6,) offsets as in :class:`CameraFit`."""
-    covariance: NDArray[np.float64]
-    """(6, 6) covariance of the offsets, without the tolerance."""
-    wrong: int | None
-    """Index of the offset that contradicts the camera most; None: the camera fits."""
-
-    @property
-    def focal_sigma(self) -> float:
-        """Relative standard deviation of the focal length."""
-        return math.sqrt(self.covariance[0, 0])
-
-
 class CameraCheck:
     """Combination of the fits of the last frames.
 
@@ -98,6 +79,7 @@ class CameraCheck:
         settings: rate of the fits, and conditions under which a camera is wrong.
         calibration_error: usual relative error of a focal length; scales the tolerances.
         fit_scale: factor on the covariance of the fit to one image, from the map's calibration.
+        wrong_prior: probability of a wrong camera before any image.
     """
 
     def __init__(
@@ -106,12 +88,15 @@ class CameraCheck:
         settings: CameraCheckSettings | None = None,
         calibration_error: float = 0.005,
         fit_scale: float = 4.0,
+        wrong_prior: float = 0.05,
     ) -> None:
-        self._fit_scale = fit_scale
+        self._fit_scale, self._wrong_prior = fit_scale, wrong_prior
         self._camera, self._settings = camera, settings or CameraCheckSettings()
         tolerance = np.array(self._settings.tolerance) * (1.0, 1.0, camera.width, camera.width, 1.0, 1.0)
         self._tolerance = np.diag((tolerance * calibration_error / self._settings.tolerance[0]) ** 2)
         self._fits: deque[FittedCamera] = deque(maxlen=self._settings.window)
+        self._sharpest: list[FittedCamera] = []
+        """Fits with the smallest variance of the focal length, also of images that hardly tell a camera."""
         self._made, self._shear_rad, self._frames = 0, 0.0, 0
         self._source: Camera | None = None
         self._fitted: FittedCamera | None = None
@@ -120,6 +105,10 @@ class CameraCheck:
         """Combined offsets (6,) and their covariance (6, 6) by the observed scatter."""
         self._known = self._tolerance
         self._other: OtherCalibration | None = None
+        self.doubt = CameraDoubt.of(wrong_prior, self._tolerance, camera.width)
+        """What is left of the possibility that the camera is wrong."""
+        self.is_doubtful = False
+        """True if what is left moved the last pose too far, so that more fits are needed."""
         self.verdict: CameraVerdict | None = None
         self.mapped_probability: float | None = None
         """Probability that the images are of the map's camera, by what alignments with both cameras cost."""
@@ -150,7 +139,7 @@ class CameraCheck:
         period = next((frames for fits, frames in s.schedule if self._made < fits), s.period)
         if self._made < s.window and (self.verdict is None or self.verdict.focal_sigma > s.sure_focal_sigma):
             period = 1
-        elif self.verdict is not None and self.verdict.wrong is not None:
+        elif self.is_doubtful or (self.verdict is not None and self.verdict.wrong is not None):
             period = min(period, s.doubt_period)
         self._frames += 1
         return self._frames % period == 0
@@ -164,7 +153,11 @@ class CameraCheck:
         """
         self._made += 1
         variance = _covariance_of(fitted.fit.information)
-        if variance is None or math.sqrt(variance[0, 0]) > self._settings.max_focal_sigma:
+        if variance is None:
+            return
+        self._sharpest = sorted([*self._sharpest, fitted], key=_focal_variance)[: self._settings.window]
+        self.doubt = self._doubt(self._sharpest)
+        if math.sqrt(variance[0, 0]) > self._settings.max_focal_sigma:
             return
         self._fits.append(fitted)
         self._fitted, self._shift = fitted, inverse_pose(T_aligned) @ fitted.T_map_camera
@@ -274,7 +267,15 @@ class CameraCheck:
     def reset(self) -> None:
         """Drop all fits, such as after a correction of the camera."""
         self._fits.clear()
+        self._sharpest.clear()
+        self.doubt = self._doubt(())
         self.verdict = self._combined = self._other = self.mapped_probability = None
+
+    def _doubt(self, fits: Sequence[FittedCamera]) -> CameraDoubt:
+        """Return what fits leave of the possibility that the camera is wrong."""
+        poses = np.array([f.T_map_camera for f in fits]).reshape(-1, 4, 4)
+        found = combine([f.fit for f in fits], poses, self._fit_scale) if fits else None
+        return CameraDoubt.of(self._wrong_prior, self._tolerance, self._camera.width, found)
 
     def _judged(self) -> CameraVerdict | None:
         s = self._settings
@@ -301,42 +302,14 @@ class CameraCheck:
         return CameraVerdict(offsets, covariance, int(np.argmax(ratio)) if is_wrong else None)
 
 
-def sentence(verdict: CameraVerdict, given: Camera | None, camera: Camera) -> str:
-    """Return a sentence with both values of the offset that contradicts the camera most.
-
-    Args:
-        verdict: result of the check.
-        given: camera of the images before conversion to the map's, as given by camera_info or the source.
-        camera: pinhole camera of the map.
-    """
-    c, known = verdict.offsets, given or camera
-    source = "camera_info" if given is not None else "the map's camera"
-    px_x, px_y = known.fx / camera.fx, known.fy / camera.fy
-    if verdict.wrong == 0:
-        return f"the images fit a focal length of {known.fx * math.exp(c[0]):.0f} px, {source} says {known.fx:.0f} px"
-    if verdict.wrong == 1:
-        fitted = known.fy / known.fx * math.exp(c[1])
-        return f"the images fit a ratio fy/fx of {fitted:.3f}, {source} says {known.fy / known.fx:.3f}"
-    if verdict.wrong in (2, 3):
-        x, y = known.cx + px_x * c[2], known.cy + px_y * c[3]
-        return (
-            f"the images fit a principal point of ({x:.0f}, {y:.0f}) px, "
-            f"{source} says ({known.cx:.0f}, {known.cy:.0f}) px"
-        )
-    if verdict.wrong == 5:
-        return f"the images fit a skew of {c[5]:+.3f}, as a rolling shutter makes in a turn; {source} says 0"
-    return f"the images fit a radial distortion that differs from {source} by k1 = {c[4]:+.3f}"
-
-
-def sentence_on_one_image(verdict: CameraVerdict, given: Camera | None, camera: Camera) -> str:
-    """Return a sentence on an image that fits the map with another camera only; arguments as :func:`sentence`."""
-    fits = sentence(verdict, given, camera).replace("the images fit", "this image fits", 1)
-    return f"{fits}: it may show a print of the room, or parts that moved, or the calibration is wrong"
-
-
 def _covariance_of(information: NDArray[np.float64]) -> NDArray[np.float64] | None:
     try:
         covariance = np.asarray(np.linalg.inv(information), dtype=np.float64)
     except np.linalg.LinAlgError:
         return None
     return covariance if np.isfinite(covariance).all() and (np.diag(covariance) > 0).all() else None
+
+
+def _focal_variance(fitted: FittedCamera) -> float:
+    covariance = _covariance_of(fitted.fit.information)
+    return math.inf if covariance is None else float(covariance[0, 0])

@@ -75,8 +75,8 @@ class LocalizerConfig:
     )
     camera_check: str = option(
         "warn",
-        "Check of the camera by the images. warn: poses of one that does not fit are DEGRADED; correct: a fitted one "
-        "replaces it (one process, one map); off: none.",
+        "Check of the camera. warn: poses of one that does not fit are DEGRADED; correct: a fitted one replaces it "
+        "(one process, one map).",
         choices=("off", "warn", "correct"),
     )
     calibration_error_percent: float = option(
@@ -84,6 +84,13 @@ class LocalizerConfig:
         "Usual calibration error, in percent of the focal length, for covariances.",
         low=0.01,
         high=10.0,
+    )
+    wrong_camera_percent: float = option(
+        5.0,
+        "Share of runs with a wrong camera_info, in percent; poses that it may move far are DEGRADED until images "
+        "exclude it.",
+        low=0.0,
+        high=50.0,
     )
     first_fix_agreement: int = option(
         2,

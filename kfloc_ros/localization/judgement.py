@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from kfloc_ros.geometry.covariance import pose_tangent_error
+from kfloc_ros.geometry.camera import Camera
+from kfloc_ros.geometry.covariance import pose_tangent_error, probability_within
 from kfloc_ros.geometry.lie import inverse_pose, rotation_angle_deg
 from kfloc_ros.localization.tracking import CHI2_6_999
-from kfloc_ros.pixloc.camera_fit import FittedCamera
+from kfloc_ros.pixloc.camera_fit import FittedCamera, log_evidence
 from kfloc_ros.types import Alignment, CoarsePose, FilterReport, Matrix, PoseEstimate, TrackingState
 
 
@@ -168,3 +169,128 @@ def widened(estimate: PoseEstimate, moved: NDArray[np.float64], covariance: Matr
     around = share**2 * np.repeat([moved[:3] @ moved[:3], moved[3:] @ moved[3:]], 3)
     wider = estimate.covariance + np.outer(moved, moved) + np.diag(around) + covariance
     return replace(estimate, covariance=0.5 * (wider + wider.T))
+
+
+WRONG_CAMERAS = np.array(
+    [
+        [0.12, 0.0, 0.0, 0.0, 0.0, 0.0],  # a zoom, a resized image, another focal length
+        [0.12, 0.15, 0.0, 0.0, 0.0, 0.0],  # a squeezed image
+        [0.12, 0.0, 0.02, 0.02, 0.0, 0.0],  # a crop
+        [0.06, 0.0, 0.0, 0.0, 0.1, 0.0],  # another lens
+    ]
+)
+"""Standard deviations of cameras that are wrong, not inaccurate, by kind, each as likely as the others: relative to the
+focal length, the aspect ratio, and the image's width for the principal point; absolute for k1 and skew."""
+PARTLY_FOUND = 4.0
+"""Factor on the covariance of fits where they are to exclude a wrong camera: fits begin at the given camera, and those
+that find only a part of its mistake are too near to it."""
+
+
+@dataclass(frozen=True, eq=False)
+class CameraDoubt:
+    """What is left of the possibility that the camera is wrong, by what the images have said so far.
+
+    The prior of a calibration is a mixture: mostly the usual error, and with a small probability a wrong camera.
+    """
+
+    probability: float
+    """Probability of a wrong camera."""
+    moments: NDArray[np.float64]
+    """(6, 6) second moments of a wrong camera's offsets."""
+
+    @classmethod
+    def of(
+        cls,
+        prior: float,
+        usual: NDArray[np.float64],
+        width: int,
+        found: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None,
+    ) -> CameraDoubt:
+        """Return the doubt by Bayes' rule.
+
+        Args:
+            prior: probability of a wrong camera before any image; 0: none is ever wrong.
+            usual: (6, 6) covariance of the usual error of calibrations.
+            width: image width, pixels.
+            found: offsets (6,) that images fit, and their covariance (6, 6); None: no image has said anything yet.
+        """
+        kinds = usual + np.stack([np.diag(kind**2) for kind in WRONG_CAMERAS * (1.0, 1.0, width, width, 1.0, 1.0)])
+        if found is None or prior == 0.0:
+            return cls(prior, kinds.mean(0))
+        offsets, covariance = found[0], PARTLY_FOUND * found[1]
+        right = log_evidence(offsets, covariance + usual)
+        odds, moments = [], []
+        for wrong in kinds:
+            more = log_evidence(offsets, covariance + wrong) - right
+            odds.append(prior / (1.0 - prior) / len(kinds) * math.exp(max(min(more, 30.0), -30.0)))
+            gain = wrong @ np.linalg.inv(wrong + covariance)
+            mean = gain @ offsets
+            moments.append(wrong - gain @ wrong + np.outer(mean, mean))
+        total = sum(odds)
+        mixed = np.einsum("k,kij->ij", np.array(odds) / total, np.stack(moments))
+        return cls(total / (1.0 + total), 0.5 * (mixed + mixed.T))
+
+    @property
+    def focal_sigma(self) -> float:
+        """Relative standard deviation of the focal length if the camera is wrong."""
+        return math.sqrt(self.moments[0, 0])
+
+    def of_pose(self, sensitivity: NDArray[np.float64]) -> tuple[Matrix, float]:
+        """Return the covariance (6, 6) of a pose, and the probability of an error above the limits, by a wrong camera.
+
+        Args:
+            sensitivity: (6, 6) derivative of the pose by the offsets.
+        """
+        covariance = sensitivity @ self.moments @ sensitivity.T + 1e-12 * np.eye(6)
+        risk = self.probability * (1.0 - probability_within(covariance, GOOD_M, math.radians(GOOD_DEG)))
+        return self.probability * 0.5 * (covariance + covariance.T), risk
+
+
+@dataclass(frozen=True, eq=False)
+class CameraVerdict:
+    """Combined fits, and their contradiction of the camera, if any."""
+
+    offsets: NDArray[np.float64]
+    """(6,) offsets as in :class:`CameraFit`."""
+    covariance: NDArray[np.float64]
+    """(6, 6) covariance of the offsets, without the tolerance."""
+    wrong: int | None
+    """Index of the offset that contradicts the camera most; None: the camera fits."""
+
+    @property
+    def focal_sigma(self) -> float:
+        """Relative standard deviation of the focal length."""
+        return math.sqrt(self.covariance[0, 0])
+
+
+def sentence(verdict: CameraVerdict, given: Camera | None, camera: Camera) -> str:
+    """Return a sentence with both values of the offset that contradicts the camera most.
+
+    Args:
+        verdict: result of the check.
+        given: camera of the images before conversion to the map's, as given by camera_info or the source.
+        camera: pinhole camera of the map.
+    """
+    c, known = verdict.offsets, given or camera
+    source = "camera_info" if given is not None else "the map's camera"
+    px_x, px_y = known.fx / camera.fx, known.fy / camera.fy
+    if verdict.wrong == 0:
+        return f"the images fit a focal length of {known.fx * math.exp(c[0]):.0f} px, {source} says {known.fx:.0f} px"
+    if verdict.wrong == 1:
+        fitted = known.fy / known.fx * math.exp(c[1])
+        return f"the images fit a ratio fy/fx of {fitted:.3f}, {source} says {known.fy / known.fx:.3f}"
+    if verdict.wrong in (2, 3):
+        x, y = known.cx + px_x * c[2], known.cy + px_y * c[3]
+        return (
+            f"the images fit a principal point of ({x:.0f}, {y:.0f}) px, "
+            f"{source} says ({known.cx:.0f}, {known.cy:.0f}) px"
+        )
+    if verdict.wrong == 5:
+        return f"the images fit a skew of {c[5]:+.3f}, as a rolling shutter makes in a turn; {source} says 0"
+    return f"the images fit a radial distortion that differs from {source} by k1 = {c[4]:+.3f}"
+
+
+def sentence_on_one_image(verdict: CameraVerdict, given: Camera | None, camera: Camera) -> str:
+    """Return a sentence on an image that fits the map with another camera only; arguments as :func:`sentence`."""
+    fits = sentence(verdict, given, camera).replace("the images fit", "this image fits", 1)
+    return f"{fits}: it may show a print of the room, or parts that moved, or the calibration is wrong"

@@ -25,18 +25,22 @@ from kfloc_ros.features.backbone import BackboneFeatures
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.covariance import pose_tangent_error, probability_within
 from kfloc_ros.geometry.lie import Matrix, make_pose, so3_exp
-from kfloc_ros.localization.camera_check import (
-    CHI2_6_95,
-    CHI2_6_999,
-    CameraCheck,
-    CameraCheckSettings,
+from kfloc_ros.localization.camera_check import CHI2_6_95, CHI2_6_999, CameraCheck
+from kfloc_ros.localization.config import LocalizerConfig
+from kfloc_ros.localization.judgement import (
+    GOOD_DEG,
+    GOOD_M,
     CameraVerdict,
+    JudgementSettings,
+    confidence_of,
+    fit_score,
     sentence,
     sentence_on_one_image,
+    widened,
 )
-from kfloc_ros.localization.judgement import GOOD_DEG, GOOD_M, JudgementSettings, confidence_of, fit_score, widened
 from kfloc_ros.localization.results import StageTimes
 from kfloc_ros.localization.tracking import FirstPoses
+from kfloc_ros.maps.scene_map import Calibration
 from kfloc_ros.pixloc.camera_fit import MAPPED_ODDS, Correction, FittedCamera
 from kfloc_ros.pixloc.image_check import BlockMatch, Inspection
 from kfloc_ros.pixloc.refiner import Refiner
@@ -54,6 +58,8 @@ FEW_BLOCKS = 7
 """Number of matching blocks of the image, of 48, below which a pose is not TRACKING if most others do not match."""
 KEPT_IN_VIEW = 0.67
 """Share of the points in view that an alignment with another camera has to keep to be compared."""
+MOST_CAMERA_RISK = 0.005
+"""Probability of an error above 10 cm, 5 deg by a wrong camera from which a pose is not TRACKING."""
 LEAST_CONFIDENCE = 0.5
 """Confidence below which a pose is not TRACKING: it is more likely wrong than right."""
 
@@ -64,32 +70,18 @@ class PoseCheck:
     Args:
         refiner: aligner of the map's reference views.
         camera: pinhole camera of the map.
-        mode: ``off``, ``warn`` or ``correct``; see ``LocalizerConfig.camera_check``.
-        calibration_error: usual relative error of a focal length.
-        confidence_odds: factor on the odds that a pose is right, from the map's calibration.
-        fit_scale: factor on the covariance of cameras fitted to an image, from the map's calibration.
-        first_fix_agreement: number of first poses that must agree; see ``LocalizerConfig``.
-        readout_s: time from the first row of an image to the last one, of a rolling shutter.
-        settings: rate and conditions of the camera's check; None: the defaults.
+        config: options of the localizer.
+        calibration: of the map.
     """
 
-    def __init__(
-        self,
-        refiner: Refiner,
-        camera: Camera,
-        mode: str,
-        calibration_error: float,
-        confidence_odds: float = 1.0,
-        fit_scale: float = 4.0,
-        first_fix_agreement: int = 1,
-        readout_s: float = 0.0,
-        settings: CameraCheckSettings | None = None,
-    ) -> None:
-        self._fit_scale = fit_scale
-        self._odds, self._first_poses = confidence_odds, FirstPoses(first_fix_agreement)
-        self._readout_s, self._last = readout_s, (0, np.eye(4))
-        self._refiner, self._camera, self._corrects_camera = refiner, camera, mode == "correct"
-        self._cameras = None if mode == "off" else CameraCheck(camera, settings, calibration_error, fit_scale)
+    def __init__(self, refiner: Refiner, camera: Camera, config: LocalizerConfig, calibration: Calibration) -> None:
+        self._fit_scale, self._odds = calibration.camera_fit_scale, calibration.confidence_odds
+        self._first_poses = FirstPoses(config.first_fix_agreement)
+        self._readout_s, self._last = config.rolling_shutter_readout_s, (0, np.eye(4))
+        self._refiner, self._camera, self._corrects_camera = refiner, camera, config.camera_check == "correct"
+        usual, wrong = 0.01 * config.calibration_error_percent, 0.01 * config.wrong_camera_percent
+        cameras = CameraCheck(camera, None, usual, self._fit_scale, wrong)
+        self._cameras = None if config.camera_check == "off" else cameras
         self._correction: Correction | None = None
         self._applies_correction = False
         """True once images pass through :meth:`corrected`; the halves and places never correct, they only warn."""
@@ -120,6 +112,7 @@ class PoseCheck:
                 checked, chi2, fitted = self._check_camera(frame, features, estimate, inspection, turn_rad)
                 checked = _check_blocks(checked, inspection.blocks, self._camera)
                 estimate = _check_support(checked, alignment, inspection.blocks)
+                estimate = self._check_doubt(estimate, inspection, frame.source_camera)
             evidence = self._evidence(estimate, inspection, chi2)
             if fitted is not None:
                 evidence["fit_score"] = fit_score(T, fitted)
@@ -213,6 +206,29 @@ class PoseCheck:
             wider = estimate.covariance + S @ cameras.moments(inspection.camera, frame.source_camera, fit) @ S.T
             estimate = replace(estimate, covariance=0.5 * (wider + wider.T))
         return estimate, chi2, fitted
+
+    def _check_doubt(self, estimate: PoseEstimate, inspection: Inspection, given: Camera | None) -> PoseEstimate:
+        """Return the estimate with what a wrong camera may do to it; DEGRADED if it may be off by more than the limits.
+
+        An image can fit a wrong camera as well as the right one. Images of a stream tell them apart sooner or later;
+        then nothing is left of this.
+        """
+        cameras, S = self._cameras, inspection.sensitivity
+        if cameras is None or S is None or estimate.covariance is None:
+            return estimate
+        doubt = cameras.doubt
+        covariance, risk = doubt.of_pose(S)
+        cameras.is_doubtful = risk > MOST_CAMERA_RISK
+        estimate = replace(estimate, covariance=estimate.covariance + covariance)
+        if not cameras.is_doubtful or estimate.state is not TrackingState.TRACKING:
+            return estimate
+        source = "camera_info" if given is not None else "the map's images"
+        reason = (
+            f"the images do not tell yet whether the camera is that of {source}: its focal length is known to "
+            f"{100 * doubt.focal_sigma:.0f} %, and errors above {100 * GOOD_M:g} cm, {GOOD_DEG:g} deg by a wrong one "
+            f"have a probability of {100 * risk:.1f} %"
+        )
+        return replace(estimate, state=TrackingState.DEGRADED, reason=reason)
 
     def _mapped_probability(
         self, features: BackboneFeatures, T: Matrix, offsets: NDArray[np.float64], depth_m: float

@@ -72,16 +72,7 @@ class RefineStage:
         self._repeats = RepeatGuard(config.max_repeat_s)
         self.corrects_camera = config.camera_check == "correct"
         """True if images may be converted to a fitted camera."""
-        self._check = PoseCheck(
-            self.refiner,
-            scene_map.camera,
-            config.camera_check,
-            0.01 * config.calibration_error_percent,
-            calibration.confidence_odds,
-            fit_scale=calibration.camera_fit_scale,
-            first_fix_agreement=config.first_fix_agreement,
-            readout_s=config.rolling_shutter_readout_s,
-        )
+        self._check = PoseCheck(self.refiner, scene_map.camera, config, calibration)
 
     @property
     def camera_note(self) -> str:

@@ -226,11 +226,14 @@ class OtherCalibration:
         """
         odds = math.log(MAPPED_ODDS)
         for sign, expected, tolerance in ((-1, 0.0, of_given), (1, self.offsets, of_mapped)):
-            total, error = covariance + tolerance, offsets - expected
-            squared = float(error @ np.linalg.solve(total, error))
-            tails = (FREEDOM + len(OFFSETS)) * math.log1p(squared / FREEDOM)
-            odds -= 0.5 * sign * (tails + float(np.linalg.slogdet(total)[1]))
+            odds += sign * log_evidence(offsets - expected, covariance + tolerance)
         return 1.0 / (1.0 + math.exp(-max(min(odds, 30.0), -30.0)))
+
+
+def log_evidence(error: NDArray[np.float64], covariance: NDArray[np.float64]) -> float:
+    """Return the log density of an error (6,) of offsets, up to a constant: a t distribution with a scale (6, 6)."""
+    tails = (FREEDOM + len(OFFSETS)) * math.log1p(float(error @ np.linalg.solve(covariance, error)) / FREEDOM)
+    return -0.5 * (tails + float(np.linalg.slogdet(covariance)[1]))
 
 
 def _step(system: _System, offsets: NDArray[np.float64], damping: float) -> NDArray[np.float64]:

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from kfloc_ros.geometry.camera import Camera, ImageAdapter
-from kfloc_ros.localization.camera_check import CHI2_6_999, CameraCheck, CameraVerdict, sentence
+from kfloc_ros.localization.camera_check import CHI2_6_999, CameraCheck
 from kfloc_ros.localization.config import LocalizerConfig
+from kfloc_ros.localization.judgement import CameraDoubt, CameraVerdict, sentence
 from kfloc_ros.localization.localizer import Localizer
 from kfloc_ros.maps.scene_map import SceneMap
 from kfloc_ros.pixloc.camera_fit import CameraFit, CameraScore, Correction, FittedCamera, OtherCalibration, combine
@@ -236,3 +237,51 @@ def test_what_hangs_on_a_single_view_is_not_certain() -> None:
 def test_an_outlier_among_views_has_little_weight() -> None:
     found, _ = combined([(0.01, 0.0, 0.0, 0.0, 0.0)] * 8 + [(0.3, 0.0, 0.0, 0.0, 0.0)], 2.0)
     assert found[0] == pytest.approx(0.01, abs=0.005)
+
+
+def doubt_after(focal: float, count: int, focal_sigma: float, step_m: float = 1.0) -> CameraDoubt:
+    """What fits of one focal length and standard deviation, from several views, leave of a wrong camera."""
+    check = CameraCheck(Camera(640, 480, 500.0, 500.0, 320.0, 240.0), fit_scale=1.0, wrong_prior=0.1)
+    for T in poses(count, step_m):
+        check.add(replace(fit((focal,), focal_sigma), T_map_camera=T), T)
+    return check.doubt
+
+
+def test_a_wrong_camera_is_possible_until_images_exclude_it() -> None:
+    before, vague, sharp = (doubt_after(0.0, *seen) for seen in ((0, 0.0), (1, 0.1), (1, 0.01)))
+    assert before.probability == 0.1 and before.focal_sigma > 0.1
+    assert before.probability > vague.probability > 4.0 * sharp.probability
+    assert before.focal_sigma > vague.focal_sigma > 0.08 > 0.02 > sharp.focal_sigma
+
+
+def test_vague_images_from_many_places_confirm_a_camera_together() -> None:
+    moved_m = np.zeros((6, 6))
+    moved_m[2, 0] = 2.0  # a focal length that is wrong by 10 % moves the pose by 20 cm
+    one, many, still = (doubt_after(0.0, count, 0.06, step).of_pose(moved_m)[1] for count, step in SEEN)
+    assert one > 0.005 > 10.0 * many
+    assert still == pytest.approx(one, rel=0.01)  # images of one view tell as much as one
+
+
+SEEN = ((1, 1.0), (24, 1.0), (24, 0.0))
+"""Number of images, and metres between them."""
+
+
+def test_a_wrong_camera_that_images_show_is_likely() -> None:
+    shown = doubt_after(0.15, 1, 0.02)
+    assert shown.probability > 0.9 and shown.focal_sigma == pytest.approx(0.15, rel=0.1)
+
+
+def test_a_camera_that_is_never_wrong_is_not_doubted() -> None:
+    never = CameraDoubt.of(0.0, 1e-6 * np.eye(6), 640, (np.full(6, 0.2), 1e-6 * np.eye(6)))
+    covariance, risk = never.of_pose(np.eye(6))
+    assert risk == 0.0 and not covariance.any()
+
+
+def test_fits_of_another_camera_do_not_confirm_this_one() -> None:
+    camera = Camera(640, 480, 500.0, 500.0, 320.0, 240.0)
+    check = CameraCheck(camera, wrong_prior=0.1)
+    check.begin(camera, 0.0)
+    check.add(fit((0.0,)), np.eye(4))
+    assert check.doubt.probability < 0.01
+    check.begin(replace(camera, fx=550.0, fy=550.0), 0.0)
+    assert check.doubt.probability == 0.1

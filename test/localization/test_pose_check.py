@@ -76,6 +76,29 @@ def test_a_pose_that_its_covariance_does_not_fix_is_not_tracking(room_map: Any, 
     assert checked.T_map_camera is not None  # it is still given
 
 
+def test_a_pose_is_not_tracking_until_images_exclude_a_camera_that_would_move_it_far(
+    room_map: Any, room: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    localizer = Localizer(SceneMap.load(room_map), LocalizerConfig(device="cpu"))
+    refiner, fit_camera = localizer._refine.refiner, localizer._refine.refiner.fit_camera
+    monkeypatch.setattr(refiner, "fit_camera", lambda features, T: None)  # no image tells anything
+    before = localizer.process(room[0]).estimate
+    assert before.state is TrackingState.DEGRADED and "do not tell yet whether the camera" in before.reason
+    monkeypatch.setattr(refiner, "fit_camera", fit_camera)
+    after = localizer.process(room[1]).estimate
+    assert after.state is TrackingState.TRACKING
+    assert before.covariance is not None and after.covariance is not None
+    assert np.trace(before.covariance[:3, :3]) > 2.0 * np.trace(after.covariance[:3, :3])
+
+
+def test_a_camera_that_is_known_to_be_right_needs_no_images(
+    room_map: Any, room: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    localizer = Localizer(SceneMap.load(room_map), LocalizerConfig(device="cpu", wrong_camera_percent=0.0))
+    monkeypatch.setattr(localizer._refine.refiner, "fit_camera", lambda features, T: None)
+    assert localizer.process(room[0]).estimate.state is TrackingState.TRACKING
+
+
 @pytest.mark.parametrize("support", [-0.5, 1.5])
 def test_a_pose_that_the_points_own_matches_hardly_support_is_not_tracking(
     room_map: Any, room: Any, support: float
@@ -182,7 +205,9 @@ def test_an_image_with_another_calibration_is_aligned_with_the_maps_camera_too(
     told = replace(camera, fx=factor * camera.fx, fy=factor * camera.fy)
     zoom = np.array([[factor, 0.0, (1 - factor) * camera.cx], [0.0, factor, (1 - factor) * camera.cy]])
     image = cv2.warpAffine(frame.image, zoom, (camera.width, camera.height)) if is_zoomed else frame.image
-    localizer = Localizer(SceneMap.load(room_map), LocalizerConfig(device="cpu"))
+    loaded = SceneMap.load(room_map)
+    loaded = replace(loaded, calibration=replace(loaded.calibration, camera_fit_scale=0.5))  # of rendered rooms
+    localizer = Localizer(loaded, LocalizerConfig(device="cpu"))
     adapted = ImageAdapter(told, localizer.camera)(image)
     estimate = localizer.process(Frame(adapted, localizer.camera, frame.stamp_ns, 0, source_camera=told)).estimate
     cameras = localizer._refine._check._cameras
