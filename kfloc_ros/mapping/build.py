@@ -69,7 +69,7 @@ class MapBuildConfig:
     )
     max_points: int = option(
         100_000,
-        "Limit on reference points, 102 bytes each; the spacing of the views grows if necessary.",
+        "Limit on reference points, about 150 bytes each; the spacing of the views grows if necessary.",
         low=1_000,
         high=MAX_POINTS,
     )

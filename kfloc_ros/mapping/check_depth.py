@@ -18,6 +18,8 @@ MIN_POINTS = 12
 """Matches with depth that a pair needs."""
 MIN_BASELINE = 0.02
 """Least way between two views, as a share of the depth, that tells the unit."""
+ON_LINE_PX = 1.5
+"""Largest distance of a match from its epipolar line, in pixels of the working images, for its depth to count."""
 MIN_DEPTH_PAIRS = 6
 SEARCH_SHARE = 0.08
 """Depth is looked for as far from its place as this share of the image's width."""
@@ -98,16 +100,39 @@ def depth_size_doubt(usual_m: float) -> str:
     )
 
 
-def _log_factors(T: Array, x: Array, y: Array, depth: Array) -> Array:
-    """Logarithm of triangulated depth by measured depth of each match with enough parallax."""
+def triangulated_depths(observed: Observations, model: Model) -> Array:
+    """Return the depths, in the poses' unit, of matches with enough parallax that lie on their epipolar lines.
+
+    Every match gives its depth in both images. One that lies off its line is of poses that are wrong there, or no
+    match; its depth may be anything.
+    """
+    motions, known = observed.relative(model)
+    x, y = observed.rays(model)
+    on_line = np.abs(observed.residuals(model)) < ON_LINE_PX
+    found = [np.zeros(0)]
+    for k in np.flatnonzero(known):
+        own = (observed.pair_of == k) & on_line
+        found += [_depths(motions[k], x[own], y[own]), _depths(inverse_pose(motions[k]), y[own], x[own])]
+    depths = np.concatenate(found)
+    return np.asarray(depths[np.isfinite(depths)])
+
+
+def _depths(T: Array, x: Array, y: Array) -> Array:
+    """Return the triangulated depth (N,) of matches in the first image; NaN without enough parallax, or behind it."""
     a, t = x @ T[:3, :3].T, T[:3, 3]
     # y ~ s d a + t: the component across y, by least squares
     ca, ct = np.cross(y, a), np.cross(y, np.broadcast_to(t, y.shape))
     parallax = np.linalg.norm(ca, axis=1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(y, axis=1))
     with np.errstate(divide="ignore", invalid="ignore"):
-        triangulated = -(ca * ct).sum(1) / (ca * ca).sum(1)
-        good = (triangulated > 0) & np.isfinite(depth) & (parallax > MIN_BASELINE)
-        return np.asarray(np.log(triangulated[good] / depth[good]))
+        depths = -(ca * ct).sum(1) / (ca * ca).sum(1)
+    return np.where((depths > 0) & (parallax > MIN_BASELINE), depths, np.nan)
+
+
+def _log_factors(T: Array, x: Array, y: Array, depth: Array) -> Array:
+    """Logarithm of triangulated depth by measured depth of each match that has both."""
+    triangulated = _depths(T, x, y)
+    good = np.isfinite(triangulated) & np.isfinite(depth)
+    return np.asarray(np.log(triangulated[good] / depth[good]))
 
 
 def depth_place(views: Sequence[View], observed: Observations, model: Model, factor: float) -> DepthPlace | None:

@@ -2,7 +2,9 @@
 """Depth from motion: depth images for views with poses but without depth, so that they can be mapped like RGB-D.
 
 Depth is computed by :mod:`kfloc_ros.mapping.plane_sweep`. If the source has points of a reconstruction (see
-``FrameSource.visible_points``), they set the search range and replace the plane sweep's depth at their pixels.
+``FrameSource.visible_points``), they set the search range and replace the plane sweep's depth at their pixels. If it
+has none, matches of a few pairs of images, triangulated with the poses, set the range: places differ in size, and a
+reconstruction without a scale may have any unit.
 """
 
 from __future__ import annotations
@@ -21,6 +23,9 @@ from kfloc_ros.errors import SourceError
 from kfloc_ros.features.backbone import COARSE_STRIDE, Backbone
 from kfloc_ros.frames import DerivedSource, FrameSource, Selection
 from kfloc_ros.geometry.camera import Camera, ImageAdapter
+from kfloc_ros.mapping.check_depth import triangulated_depths
+from kfloc_ros.mapping.check_geometry import Model, Observations
+from kfloc_ros.mapping.check_pairs import PairFinder, Poses
 from kfloc_ros.mapping.plane_sweep import AGREE_RATIO, PlaneSweepSettings, PlaneSweepView, plane_sweep_depth
 from kfloc_ros.mapping.views import map_camera
 from kfloc_ros.types import Frame, Matrix
@@ -33,6 +38,12 @@ MAX_EPIPOLAR = 1.5e-3
 """Median distance of matches from their epipolar lines, by the focal length, beyond which poses are too inaccurate.
 With 0.0008 (RedKitchen, SfM poses), four fifths of the depths are within 5 %; with 0.0029 (``d435_office``), one fifth
 is within 10 %."""
+RANGE_PAIRS = 12
+"""Number of pairs of images whose matches set the search range."""
+MIN_RANGE_POINTS = 100
+RANGE_QUANTILES = (0.01, 0.5, 0.99)
+NEARER, FARTHER = 0.6, 2.0
+"""Factors from the nearest and the farthest point to the search range."""
 PROBES = 10
 """Number of frames read to find out whether a source has depth."""
 CACHED_VIEWS = 300
@@ -41,12 +52,12 @@ CACHED_VIEWS = 300
 
 @dataclass(frozen=True)
 class MotionDepthSettings:
-    """Assumptions about the place before its views are read."""
+    """Range of depth and acceptance limits; the range counts where the views' points do not tell one."""
 
     near_m: float = 0.3
     far_m: float = 12.0
     usual_m: float = 2.0
-    """Depth for which baselines are chosen if there is no reconstruction, in metres."""
+    """Depth for which baselines are chosen, in metres."""
     min_score: float = 0.7
     min_margin: float = 0.03
     max_views: int = 250
@@ -74,8 +85,8 @@ class MotionDepth(DerivedSource):
         device: torch.device | None = None,
         on_progress: Callable[[float], None] = lambda share: None,
     ) -> None:
-        self._settings = settings or MotionDepthSettings()
-        step = -(-len(source) // self._settings.max_views)
+        settings = settings or MotionDepthSettings()
+        step = -(-len(source) // settings.max_views)
         super().__init__(source if step == 1 else Selection(source, range(0, len(source), step)))
         self._camera = map_camera(source.camera)
         self._adapter = ImageAdapter(source.camera, self._camera)
@@ -89,6 +100,7 @@ class MotionDepth(DerivedSource):
             on_progress((position + 1) / len(self._source))
         if len(self._poses) < 3:
             raise SourceError(f"Depth from motion needs at least three views with poses; '{source.name}' has fewer.")
+        self._settings = settings_by_matches(source, settings)
 
     @property
     def camera(self) -> Camera:
@@ -155,10 +167,30 @@ class MotionDepth(DerivedSource):
 
     def _range(self, points: NDArray[np.float64] | None) -> MotionDepthSettings:
         """Return the settings with the depth range of a view's own points, which is right at any scale."""
-        if points is None:
-            return self._settings
-        near, usual, far = np.quantile(points[:, 2], (0.01, 0.5, 0.99))
-        return replace(self._settings, near_m=0.6 * float(near), usual_m=float(usual), far_m=2.0 * float(far))
+        return self._settings if points is None else settings_by_depths(self._settings, points[:, 2])
+
+
+def settings_by_depths(settings: MotionDepthSettings, depths_m: NDArray[np.float64]) -> MotionDepthSettings:
+    """Return settings with the range of the depths (N,) of points, which is right at any scale."""
+    near, usual, far = (float(depth) for depth in np.quantile(depths_m, RANGE_QUANTILES))
+    return replace(settings, near_m=NEARER * near, usual_m=usual, far_m=FARTHER * far)
+
+
+def settings_by_matches(source: FrameSource, settings: MotionDepthSettings) -> MotionDepthSettings:
+    """Return settings with the range of matches between a source's images, triangulated with its poses.
+
+    The settings stay as they are if the source has points of a reconstruction, or too few matches with poses.
+    """
+    poses = Poses(source)
+    pairs = [
+        pair
+        for pair in PairFinder(source, RANGE_PAIRS).pairs()
+        if all(poses.at(view.position) is not None for view in (pair.first, pair.second))
+    ]
+    if not pairs:
+        return settings
+    depths = triangulated_depths(Observations(pairs, poses, source.camera), Model())
+    return settings if len(depths) < MIN_RANGE_POINTS else settings_by_depths(settings, depths)
 
 
 def with_depth(

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -20,6 +21,7 @@ from kfloc_ros.mapping.motion_depth import (
     MotionDepthSettings,
     choose_neighbours,
     draw_points,
+    settings_by_matches,
     spread_cells,
 )
 from kfloc_ros.mapping.plane_sweep import PlaneSweepSettings, PlaneSweepView, cell_rays, plane_sweep_depth
@@ -37,14 +39,14 @@ def wall_pixels(T_map_camera: Matrix, rays: np.ndarray) -> tuple[np.ndarray, np.
 
 
 class Wall(FrameSource):
-    """Views of a flat wall with blotches of many sizes."""
+    """Views of a flat wall with blotches of many sizes; ``unit`` is a metre in the unit of the poses."""
 
     name = "wall"
     camera = CAMERA
 
-    def __init__(self, poses: Sequence[Matrix | None], points: np.ndarray | None = None) -> None:
+    def __init__(self, poses: Sequence[Matrix | None], points: np.ndarray | None = None, unit: float = 1.0) -> None:
         rng = np.random.default_rng(3)
-        self._poses, self._points = poses, points
+        self._poses, self._points, self._unit = poses, points, unit
         layers = [
             cv2.resize(rng.uniform(0, 1, (n, n)), (1024, 1024), interpolation=cv2.INTER_CUBIC) for n in (16, 64, 200)
         ]
@@ -66,7 +68,8 @@ class Wall(FrameSource):
         xy, _ = wall_pixels(np.eye(4) if T is None else T, rays.reshape(-1, 3))
         where = ((xy / 4.0 + 0.5) * 1024).reshape(CAMERA.height, CAMERA.width, 2).astype(np.float32)
         grey = cv2.remap(self._paint, where[..., 0], where[..., 1], cv2.INTER_LINEAR)
-        return Frame(np.repeat(grey[..., None], 3, axis=2), CAMERA, position, position, T_map_camera=T)
+        told = None if T is None else make_pose(T[:3, :3], self._unit * T[:3, 3])
+        return Frame(np.repeat(grey[..., None], 3, axis=2), CAMERA, position, position, T_map_camera=told)
 
 
 def walk(count: int = 5) -> list[Matrix | None]:
@@ -89,6 +92,25 @@ def test_depth_of_a_wall_is_found() -> None:
     assert share > 0.3
     assert np.median(relative) < 0.03
     assert np.quantile(relative, 0.75) < 0.08
+
+
+@pytest.mark.parametrize("unit", [0.05, 12.0])
+def test_places_of_any_size_and_poses_of_any_unit_have_depth(unit: float) -> None:
+    frame = MotionDepth(Wall(walk(), unit=unit))[2]
+    assert frame.depth_m is not None and frame.T_map_camera is not None
+    metres = replace(
+        frame,
+        depth_m=(frame.depth_m / unit).astype(np.float32),
+        T_map_camera=make_pose(frame.T_map_camera[:3, :3], frame.T_map_camera[:3, 3] / unit),
+    )
+    relative, share = errors(metres)
+    assert share > 0.3
+    assert np.median(relative) < 0.03
+
+
+def test_the_range_stays_where_no_matches_tell_it() -> None:
+    source = Wall([make_pose(np.eye(3), [5.0 * k, 0.0, 0.0]) for k in range(5)])
+    assert settings_by_matches(source, MotionDepthSettings()) == MotionDepthSettings()
 
 
 def test_points_of_a_reconstruction_give_the_range_whatever_the_scale_is() -> None:
