@@ -23,15 +23,22 @@ from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.covariance import pose_tangent_error
 from kfloc_ros.geometry.lie import Matrix, inverse_pose
 from kfloc_ros.localization.judgement import PARTLY_FOUND, CameraDoubt, CameraVerdict, widened
-from kfloc_ros.pixloc.camera_fit import CameraFit, CameraScore, FittedCamera, OtherCalibration, combine
+from kfloc_ros.pixloc.camera_fit import (
+    CameraFit,
+    CameraScore,
+    FittedCamera,
+    OtherCalibration,
+    calibration_offsets,
+    combine,
+)
 from kfloc_ros.pixloc.cost import OFFSETS
 from kfloc_ros.types import PoseEstimate
 
 CHI2_6_95, CHI2_6_99, CHI2_6_999 = 12.592, 16.812, 22.458
 """Quantiles of the chi-square distribution with 6 degrees of freedom."""
-SAME_CAMERA, SAME_WITHIN = 0.1, 1e-4
-"""Share of a calibration's usual error that remains between images of one calibration; largest difference of the
-intrinsics relative to the image's size of what counts as one calibration."""
+SAME_CAMERA = 0.1
+"""Share of a calibration's usual error that remains between images of one calibration. Two that differ by less than
+their usual error are of one camera: others differ by far more."""
 SHEARED = np.array([0.0, 1.0, 0.0, 0.0, 0.0, 1.0])
 """Offsets that look like the shear of a rolling shutter: ratio fy/fx in a pitch, skew in a yaw."""
 CERTAIN = 0.99
@@ -124,7 +131,8 @@ class CameraCheck:
             self.reset()
             self._made = self._frames = 0
         if source is not None and (last is None or is_changed):
-            self._other, self.mapped_probability = OtherCalibration.of(source, self._camera), None
+            is_other, self.mapped_probability = self._agreeing(source) is None, None
+            self._other = OtherCalibration.of(source, self._camera) if is_other else None
         return is_changed
 
     @property
@@ -196,15 +204,17 @@ class CameraCheck:
         significant (a positive-part shrinkage, as of James and Stein, with the 99 % quantile of the chi-square
         distribution): a camera that the images do not contradict must not make every covariance too large.
 
-        If the images come with the calibration that the map was made with, its error is in the map as well, and moves
-        poses little; the prior is then narrower.
+        If the images come with the calibration that the map was made with, or nearly, its error is in the map as well,
+        and moves poses little; the prior is then narrower.
 
         Args:
             score: score of this image.
             given: camera of the image before conversion to the map's; None: the map's own.
             fit: fit to this image, if there is one.
         """
-        tolerance = self._tolerance * (SAME_CAMERA**2 if self._is_same(given) else 1.0)
+        tolerance, apart = self._tolerance, self._agreeing(given)
+        if apart is not None:
+            tolerance = SAME_CAMERA**2 * tolerance + np.outer(apart, apart)
         combined = self._combined
         if combined is not None:
             offsets, covariance = combined
@@ -244,13 +254,10 @@ class CameraCheck:
         ratio = np.abs(self._other.offsets) / np.sqrt(np.diag(self._tolerance))
         return CameraVerdict(self._other.offsets, covariance, int(np.argmax(ratio)))
 
-    def _is_same(self, given: Camera | None) -> bool:
-        """Return true if a camera has the focal length and the principal point of the map's."""
-        if given is None:
-            return True
-        c = self._camera
-        of_map, of_images = ([k.fx / k.width, k.fy / k.height, k.cx / k.width, k.cy / k.height] for k in (c, given))
-        return bool(np.allclose(of_map, of_images, rtol=0.0, atol=SAME_WITHIN))
+    def _agreeing(self, given: Camera | None) -> NDArray[np.float64] | None:
+        """Return the difference (6,) of a calibration from the map's if it is below the usual error; None if not."""
+        apart = np.zeros(6) if given is None else calibration_offsets(given, self._camera)
+        return apart if apart is not None and (apart**2 / np.diag(self._tolerance)).sum() <= 1.0 else None
 
     def widened(self, estimate: PoseEstimate) -> PoseEstimate:
         """Return an estimate whose covariance also covers the pose of the fitted camera.

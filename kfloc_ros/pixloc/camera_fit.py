@@ -47,8 +47,6 @@ MAX_MAPPED_FOCAL, MAX_MAPPED_CENTRE = 0.25, 0.1
 """Largest differences at which two calibrations may be of one camera: log focal length, share of the image's width."""
 MAX_MAPPED_ASPECT = 0.05
 """Largest log ratio of the sides of two images of one camera; a map's images may have rounded sides."""
-MIN_DIFFERENCE = 1e-3
-"""Difference of two calibrations, as a share of the largest, from which they are not the same."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,6 +182,18 @@ def score_camera(
     return CameraScore(offsets, symmetric, np.asarray(-by_camera, dtype=np.float64))
 
 
+def calibration_offsets(given: Camera, camera: Camera) -> NDArray[np.float64] | None:
+    """Return the offsets (6,) of converted images if they are of the map's camera; None if their sides differ."""
+    across, down = camera.width / given.width, camera.height / given.height
+    if abs(math.log(down / across)) > MAX_MAPPED_ASPECT:
+        return None
+    focal = math.log(camera.fx / (across * given.fx))
+    aspect = math.log(camera.fy / (down * given.fy)) - focal
+    dx = math.exp(focal) * (camera.cx + 0.5 - across * (given.cx + 0.5))
+    dy = math.exp(focal + aspect) * (camera.cy + 0.5 - down * (given.cy + 0.5))
+    return np.array([focal, aspect, dx, dy, 0.0, 0.0])
+
+
 @dataclass(frozen=True, eq=False)
 class OtherCalibration:
     """Two explanations of images that come with another calibration than the map's: another camera, or a wrong one.
@@ -197,17 +207,11 @@ class OtherCalibration:
 
     @classmethod
     def of(cls, given: Camera, camera: Camera) -> OtherCalibration | None:
-        """Return the explanations for a given camera and the map's; None if they are equal, or too different."""
-        across, down = camera.width / given.width, camera.height / given.height
-        if abs(math.log(down / across)) > MAX_MAPPED_ASPECT:
+        """Return the explanations for a given camera and the map's; None if they are too different."""
+        if (offsets := calibration_offsets(given, camera)) is None:
             return None
-        focal = math.log(camera.fx / (across * given.fx))
-        aspect = math.log(camera.fy / (down * given.fy)) - focal
-        dx = math.exp(focal) * (camera.cx + 0.5 - across * (given.cx + 0.5))
-        dy = math.exp(focal + aspect) * (camera.cy + 0.5 - down * (given.cy + 0.5))
-        centre = math.hypot(dx, dy) / camera.width
-        size = max(abs(focal) / MAX_MAPPED_FOCAL, abs(aspect) / MAX_MAPPED_FOCAL, centre / MAX_MAPPED_CENTRE)
-        return cls(np.array([focal, aspect, dx, dy, 0.0, 0.0])) if MIN_DIFFERENCE < size < 1.0 else None
+        is_near = math.hypot(offsets[2], offsets[3]) < MAX_MAPPED_CENTRE * camera.width
+        return cls(offsets) if is_near and np.abs(offsets[:2]).max() < MAX_MAPPED_FOCAL else None
 
     def probability(
         self,

@@ -16,7 +16,15 @@ from kfloc_ros.localization.config import LocalizerConfig
 from kfloc_ros.localization.judgement import CameraDoubt, CameraVerdict, sentence
 from kfloc_ros.localization.localizer import Localizer
 from kfloc_ros.maps.scene_map import SceneMap
-from kfloc_ros.pixloc.camera_fit import CameraFit, CameraScore, Correction, FittedCamera, OtherCalibration, combine
+from kfloc_ros.pixloc.camera_fit import (
+    CameraFit,
+    CameraScore,
+    Correction,
+    FittedCamera,
+    OtherCalibration,
+    calibration_offsets,
+    combine,
+)
 from kfloc_ros.types import Frame, PoseEstimate, TrackingState
 
 FRAMES = 24
@@ -169,7 +177,8 @@ def test_calibrations_of_images_of_other_sizes_are_compared() -> None:
     """A map's images have sides that are rounded to whole cells, so each axis has its own scale."""
     camera = Camera(544, 352, 499.2, 484.5, 271.5, 165.4)
     full = Camera(1088, 725, 2 * 499.2, 484.5 * 725 / 352, 2 * 272.0 - 0.5, 165.9 * 725 / 352 - 0.5)
-    assert OtherCalibration.of(full, camera) is None  # the same
+    same = calibration_offsets(full, camera)
+    assert same is not None and np.abs(same).max() < 1e-6
     found = OtherCalibration.of(replace(full, fx=1.1 * full.fx, fy=1.1 * full.fy), camera)
     assert found is not None and found.offsets[:2] == pytest.approx([-math.log(1.1), 0.0], abs=1e-6)
     assert OtherCalibration.of(replace(full, height=544), camera) is None  # of other sides

@@ -166,6 +166,14 @@ def test_the_calibration_that_the_map_was_made_with_counts_less() -> None:
     assert same == check.moments(None)[0, 0] and same < 0.1 * other
 
 
+def test_calibrations_that_nearly_agree_are_of_one_camera_and_err_by_their_difference() -> None:
+    check = CameraCheck(CAMERA)
+    near = check.moments(None, replace(CAMERA, cx=320.6))
+    assert np.sqrt(near[2, 2]) == pytest.approx(0.64, abs=0.03) and near[0, 0] == check.moments(None)[0, 0]
+    far = check.moments(None, replace(CAMERA, cx=323.0))
+    assert far[2, 2] > 4.0 * near[2, 2] and far[0, 0] > 10.0 * near[0, 0]
+
+
 def test_an_offset_that_the_images_show_counts_in_full() -> None:
     check = CameraCheck(CAMERA)
     shown = np.array([0.01, 0.0, 0.0, 0.0, 0.0, 0.0])
