@@ -49,7 +49,7 @@ in a rendered room without noise, have errors that are larger by this."""
 FIT_SCALE_LIMITS = 0.5, 100.0
 LEFT_OUT_M = 0.15, 0.45
 """Distances within which reference views are left out, to measure how errors grow away from the mapped views (a radian
-counts as half a metre)."""
+counts as half a metre). Patches gain most near a view, so their factor is fitted to poses without it, too."""
 DOUBLING_M = tuple(0.06 * 2.0**k for k in (0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0))
 """Distances that are tried for :attr:`PoseCovariance.doubling_m`, besides none."""
 PATCH_SCALE_LIMITS = 0.02, 1.0  # in the light of the demo's second walk, 0.008 as by its held-out views is too small
@@ -61,8 +61,7 @@ ABSURD_COVARIANCE_SCALE = 300.0
 """Limit on the calibrated scale of aligned poses' covariances. Measured: 0.5 to 44 in maps of right data, 834 where
 depth was read five times too small."""
 MIN_WRONG = 5
-MAX_MIRRORED = 20
-"""Limit on mirrored views that are localized."""
+MAX_MIRRORED = 20  # views that are localized
 RATIO_LIMITS = 0.1, 0.5
 GOOD_M, GOOD_DEG = 0.10, 5.0
 """Position and rotation errors below which an alignment is good."""
@@ -197,7 +196,7 @@ def calibrate_poses(draft: SceneMap, held_out: Sequence[HeldOut], device: str) -
     """
     views, stamps_ns = [held.view for held in held_out], [held.stamp_ns for held in held_out]
     localizer = Localizer(draft, LocalizerConfig(device=device, camera_check="off", carry_s=0.0))
-    coarse, refined, costs, ratios, errors, cameras, far, others = [], [], [], [], [], [], [], []
+    coarse, refined, costs, ratios, errors, cameras, apart, far, others = [], [], [], [], [], [], [], [], []
     for view, stamp in zip(views, stamps_ns, strict=True):
         localization = localizer.process(Frame(view.image, view.camera, stamp, view.index))
         estimate, features = localization.estimate, localization.features
@@ -216,8 +215,9 @@ def calibrate_poses(draft: SceneMap, held_out: Sequence[HeldOut], device: str) -
                 cameras.append(float(fitted.fit.offsets @ fitted.fit.information @ fitted.fit.offsets))
         references, on_device = localizer.refiner.references, features.to(choose_device(device))
         distances = view_distances(references.T_map_camera, view.T_map_camera)
-        for left_out_m in LEFT_OUT_M:
-            far += _aligned_with(distances >= left_out_m, localizer.refiner, view, on_device)
+        less, more = (_aligned_with(distances >= m, localizer.refiner, view, on_device) for m in LEFT_OUT_M)
+        apart += less
+        far += less + more
         others_in_time = np.abs(np.array(references.ids) - view.index) > OTHER_PASS_FRAMES
         if (distances[others_in_time] <= OTHER_PASS_M).any():
             others += _aligned_with(others_in_time, localizer.refiner, view, on_device)
@@ -226,7 +226,7 @@ def calibrate_poses(draft: SceneMap, held_out: Sequence[HeldOut], device: str) -
     covariance = PoseCovariance.of(*(PoseErrors.of(aligned, own, True) for aligned in (refined, far, others)))
     found = replace(
         draft.calibration,
-        patch_covariance_scale=patch_covariance_scale([*refined, *others], own, covariance),
+        patch_covariance_scale=patch_covariance_scale([*refined, *apart, *others], own, covariance),
         coarse_covariance_scale=median_scale(coarse),
         refined_covariance_scale=covariance.scale,
         covariance_doubling_m=covariance.doubling_m,
