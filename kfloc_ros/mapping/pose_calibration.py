@@ -20,6 +20,7 @@ from kfloc_ros.features.backbone import Backbone, BackboneFeatures
 from kfloc_ros.geometry.covariance import mahalanobis, pose_tangent_error
 from kfloc_ros.geometry.lie import Matrix, make_pose, so3_exp
 from kfloc_ros.localization.config import LocalizerConfig
+from kfloc_ros.localization.judgement import GOOD_DEG, GOOD_M
 from kfloc_ros.localization.localizer import Localizer
 from kfloc_ros.mapping.schedule import HeldOut
 from kfloc_ros.mapping.views import View
@@ -60,11 +61,8 @@ _POSITION, _ROTATION = slice(0, 3), slice(3, 6)
 ABSURD_COVARIANCE_SCALE = 300.0
 """Limit on the calibrated scale of aligned poses' covariances. Measured: 0.5 to 44 in maps of right data, 834 where
 depth was read five times too small."""
-MIN_WRONG = 5
-MAX_MIRRORED = 20  # views that are localized
+MIN_WRONG, MAX_MIRRORED = 5, 20  # fewest wrong poses of a threshold; most mirrored views that are localized
 RATIO_LIMITS = 0.1, 0.5
-GOOD_M, GOOD_DEG = 0.10, 5.0
-"""Position and rotation errors below which an alignment is good."""
 NEAR_M, NEAR_DEG = 0.05, 5.0
 """Errors below which a held-out view counts as localized in the description of the map."""
 WRONG_START = make_pose(so3_exp(np.array([0.0, 0.5, 0.0])), np.array([0.5, 0.0, 0.0]))
@@ -263,8 +261,10 @@ def patch_covariance_scale(
     own_error = np.diag(np.repeat([covariance.own_error_m**2, covariance.own_error_rad**2], 3))
     total = covariance.scale * errors.covariances + errors.disagreements + own_error
     noise, factors = np.array([item[1].patch_noise for item in used]), np.geomspace(*PATCH_SCALE_LIMITS, 80)
-    scales = [replace(errors, covariances=factor * total + noise).median_scale for factor in factors]
-    return float(factors[np.argmin(np.abs(np.log(scales)))])
+    scaled = [replace(errors, covariances=k * total + noise, disagreements=0.0 * noise) for k in factors]
+    by_median = np.argmin([abs(math.log(one.median_scale)) for one in scaled])
+    by_coverage = np.argmin([abs(one.covered(1.0, 0.0, slice(0, 6)) - ONE_SIGMA) for one in scaled])
+    return float(factors[min(by_median, by_coverage)])  # heavy tails make them differ
 
 
 def camera_fit_scale(squared: Sequence[float]) -> float:
