@@ -291,6 +291,7 @@ def scaled_map(scene_map: SceneMap, factor: float) -> SceneMap:
             calibration,
             process_floor_m2=calibration.process_floor_m2 * factor**2,
             own_error_m=calibration.own_error_m * factor,
+            covariance_doubling_m=calibration.covariance_doubling_m * factor,
             roughness=roughness,
         ),
         bounds_m=_box(scene_map.bounds_m, S),

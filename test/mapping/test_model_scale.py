@@ -215,6 +215,8 @@ def test_a_map_is_scaled_in_all_its_lengths(room_map: Path, tmp_path: Path, caps
     torch.testing.assert_close(scaled, 2.5 * mean, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(log_scaled, log_b + np.log(2.5), rtol=1e-4, atol=1e-4)
     assert made.calibration.process_floor_m2 == pytest.approx(2.5**2 * scene_map.calibration.process_floor_m2)
+    for name in ("own_error_m", "covariance_doubling_m"):
+        assert getattr(made.calibration, name) == pytest.approx(2.5 * getattr(scene_map.calibration, name))
     with pytest.raises(MapError, match="by a factor"):
         scaled_map(scene_map, float("nan"))
 
