@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -196,12 +196,13 @@ def mapping_pass_over(
             f"'{source.name}' has {used} usable views with depth and pose out of {len(source)}"
             f"{_reasons(checks.left_out)}; a map needs at least {MIN_VIEWS}, with usable depth in most of the image."
         )
-    references = evidence.weighed(collector.views())
+    collected = collector.views()
+    ids = (*collected.ids, *(held.view.index for held in held_out))
+    poses = np.stack([*collected.T_map_camera, *(held.view.T_map_camera for held in held_out)])
+    checked = evidence.weighed(evidence.placed(ReferenceViews(ids, poses, (*collected.views, *held_out_points))))
+    references = replace(collected, views=checked.views[: len(collected.views)])
     collector.replace(references)
-    if held_out:
-        poses, ids = np.stack([held.view.T_map_camera for held in held_out]), (held.view.index for held in held_out)
-        held_out_points = list(evidence.weighed(ReferenceViews(tuple(ids), poses, tuple(held_out_points))).views)
-    for held, points in zip(held_out, held_out_points, strict=True):
+    for held, points in zip(held_out, checked.views[len(collected.views) :], strict=True):
         if collector.extends_coverage(held.view.T_map_camera):
             collector.add(held.view.index, held.view.T_map_camera, points)
     return MappingPass(

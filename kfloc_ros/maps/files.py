@@ -29,7 +29,7 @@ from kfloc_ros.errors import MapError
 from kfloc_ros.features.backbone import COARSE_CHANNELS, FINE_CHANNELS
 from kfloc_ros.files import check_tensor_list, read_bytes
 from kfloc_ros.kfnet.scoordnet import MAX_HEADS, Head, SCoordNet, ensemble_of
-from kfloc_ros.pixloc.patches import PATCH_SIDE
+from kfloc_ros.pixloc.patch_kernels import PATCH_SIDE
 from kfloc_ros.pixloc.references import ReferencePoints, ReferenceViews
 
 T = TypeVar("T")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiled loop of the alignment of patches; :mod:`kfloc_ros.pixloc.patches` has the other one."""
+"""Form of the patches, and the compiled loop of their alignment; :mod:`kfloc_ros.pixloc.patches` has the other one."""
 
 from __future__ import annotations
 
@@ -12,6 +12,30 @@ from kfloc_ros.device import compiled_loop
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
+
+PATCH_RADIUS = 3
+PATCH_SIDE = 2 * PATCH_RADIUS + 1
+WARP_LIMITS = 0.1, 10.0
+"""Smallest and largest area of a patch in the image, relative to its view; others are not compared."""
+MIN_DEVIATION = 3.0
+"""Standard deviation of a patch's grey values, of 255, below which it shows nothing."""
+
+
+def window_of(sigma_px: float) -> Floats:
+    """Return the weights (side^2,) of a patch's pixels, with sum 1."""
+    offsets = np.arange(PATCH_SIDE) - PATCH_RADIUS
+    window = np.exp(-(offsets[:, None] ** 2 + offsets**2) / (2 * sigma_px**2)).reshape(-1)
+    return np.asarray(window / window.sum(), dtype=np.float32)
+
+
+def normalised_patches(
+    patches: NDArray[np.uint8], min_deviation: float = MIN_DEVIATION
+) -> tuple[Floats, NDArray[np.bool_]]:
+    """Return patches (N, side^2) with mean 0 and standard deviation 1, and which of them show something, (N,)."""
+    values = patches.astype(np.float64)
+    deviation = values.std(axis=1)
+    values = (values - values.mean(axis=1, keepdims=True)) / np.maximum(deviation, 1.0)[:, None]
+    return values.astype(np.float32), deviation > min_deviation
 
 
 @compiled_loop
@@ -42,7 +66,7 @@ def patch_equations(
         a, b = fx * (A[0] - x * A[2]) / z, fx * (B[0] - x * B[2]) / z
         c, d = fy * (A[1] - y * A[2]) / z, fy * (B[1] - y * B[2]) / z
         area = a * d - b * c
-        if not (0.1 < area < 10.0):
+        if not (WARP_LIMITS[0] < area < WARP_LIMITS[1]):
             continue
         reach_u, reach_v = (radius + 1) * (abs(a) + abs(b)), (radius + 1) * (abs(c) + abs(d))
         if not (u > reach_u and v > reach_v and u < columns - 1.001 - reach_u and v < rows - 1.001 - reach_v):

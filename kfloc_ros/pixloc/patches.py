@@ -20,15 +20,19 @@ from kfloc_ros.device import runs_compiled
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.covariance import map_frame_covariance
 from kfloc_ros.geometry.lie import Matrix, inverse_pose, make_pose, rotation_angle_deg, so3_log
+from kfloc_ros.pixloc import patch_kernels
 from kfloc_ros.pixloc.cost import NEAR_M
 from kfloc_ros.pixloc.optimizer import left_update
+from kfloc_ros.pixloc.patch_kernels import (
+    MIN_DEVIATION,
+    PATCH_RADIUS,
+    PATCH_SIDE,
+    WARP_LIMITS,
+    normalised_patches,
+    window_of,
+)
 from kfloc_ros.pixloc.references import ReferencePoints, ReferenceViews
 from kfloc_ros.types import Alignment
-
-PATCH_RADIUS = 3
-PATCH_SIDE = 2 * PATCH_RADIUS + 1
-WARP_LIMITS = 0.1, 10.0
-"""Smallest and largest area of a patch in the image, relative to its view; others are not compared."""
 
 Doubles = NDArray[np.float64]
 Floats = NDArray[np.float32]
@@ -42,7 +46,7 @@ class PatchSettings:
     """Scale of the loss: a patch whose correlation with the image is 0.94 has half of its weight."""
     window_sigma_px: float = 2.5
     """Standard deviation of the weights of a patch's pixels."""
-    min_deviation: float = 3.0
+    min_deviation: float = MIN_DEVIATION
     """Smallest standard deviation of the grey values of a patch, of 255, that is compared."""
     feature_weight: float = 0.03
     """Weight of the features' covariance as a prior, for directions that few patches constrain. With 0, on RedKitchen
@@ -114,9 +118,7 @@ class PatchAligner:
         self._references, self._camera = references, camera
         self._covariance_scale, self._settings = covariance_scale, settings or PatchSettings()
         self._position = {ident: k for k, ident in enumerate(references.ids)}
-        offsets = np.arange(PATCH_SIDE) - PATCH_RADIUS
-        window = np.exp(-(offsets[:, None] ** 2 + offsets**2) / (2 * self._settings.window_sigma_px**2)).reshape(-1)
-        self._window = (window / window.sum()).astype(np.float32)
+        self._window = window_of(self._settings.window_sigma_px)
 
     def improved(self, image: NDArray[np.uint8], alignment: Alignment) -> Alignment:
         """Return an alignment with the pose at which the patches fit the image best.
@@ -159,7 +161,7 @@ class PatchAligner:
             return None
         nearness = self._references.nearness(T_map_camera, positions)
         origin = T_map_camera[:3, 3]
-        parts: list[tuple[Doubles, ...]] = []
+        parts: list[tuple[Doubles, Doubles, Doubles, Floats, Doubles]] = []
         for k, near in zip(positions, nearness, strict=True):
             T, view = self._references.T_map_camera[k], self._references.views[k]
             if view.patches is None:
@@ -168,15 +170,12 @@ class PatchAligner:
             depth = (points - T[:3, 3]) @ T[:3, 2]
             right = depth[:, None] / self._camera.fx * T[:3, 0]
             down = depth[:, None] / self._camera.fy * T[:3, 1]
-            values = view.patches.cpu().numpy().astype(np.float64)
-            parts.append((points - origin, right, down, values, near * view.confidence.double().cpu().numpy()))
+            values, used = normalised_patches(view.patches.cpu().numpy(), self._settings.min_deviation)
+            confidence = near * view.confidence.double().cpu().numpy()
+            parts.append(((points - origin)[used], right[used], down[used], values[used], confidence[used]))
         if not parts:
             return None
-        points, right, down, values, confidence = (np.concatenate(part) for part in zip(*parts, strict=True))
-        deviation = values.std(axis=1)
-        used = deviation > self._settings.min_deviation
-        values = ((values - values.mean(axis=1, keepdims=True)) / np.maximum(deviation, 1.0)[:, None])[used]
-        return Patches(points[used], right[used], down[used], values.astype(np.float32), confidence[used])
+        return Patches(*(np.concatenate(part) for part in zip(*parts, strict=True)))
 
     def _minimize(self, grey: Floats, patches: Patches, start: Matrix, prior: Matrix) -> PatchFit | None:
         """Return the pose after Gauss-Newton; None if the patches do not fit the image there, or diverge.
@@ -236,8 +235,6 @@ class PatchAligner:
         T = np.ascontiguousarray(T, dtype=np.float64)
         equations = patch_equations
         if runs_compiled():
-            from kfloc_ros.pixloc import patch_kernels
-
             equations = patch_kernels.patch_equations
         args = (grey, p.points, p.right, p.down, p.values, self._window, p.confidence, T, intrinsics, scale)
         H, g = equations(*args, NEAR_M, dissimilarity)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Points that other views find elsewhere lose confidence; those that other views do not see keep theirs."""
+"""Points get their depths from other views; those found elsewhere lose confidence, those not seen keep theirs."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import torch
 
 from kfloc_ros.features.backbone import Backbone
 from kfloc_ros.frames import FrameSource
-from kfloc_ros.mapping.point_evidence import EvidenceSettings, PointEvidence
+from kfloc_ros.geometry.lie import make_pose, so3_exp
+from kfloc_ros.mapping.point_evidence import DepthSettings, EvidenceSettings, PointEvidence
 from kfloc_ros.mapping.views import View
+from kfloc_ros.pixloc.patches import with_patches
 from kfloc_ros.pixloc.references import ReferencePoints, ReferenceViews, extract_reference_points
 from kfloc_ros.types import Frame
 
@@ -35,8 +37,10 @@ def references_of(frame: Frame, points: ReferencePoints) -> ReferenceViews:
     return ReferenceViews((frame.index,), frame.T_map_camera[None], (points,))
 
 
-def evidence_of(frames: list[Frame], settings: EvidenceSettings | None = None) -> PointEvidence:
-    evidence = PointEvidence(frames[0].camera, settings)
+def evidence_of(
+    frames: list[Frame], settings: EvidenceSettings | None = None, depths: DepthSettings | None = None
+) -> PointEvidence:
+    evidence = PointEvidence(frames[0].camera, settings, depths)
     for frame in frames:
         evidence.add(view_of(frame), BACKBONE.extract(frame.image))
     return evidence
@@ -85,3 +89,67 @@ def test_a_long_recording_is_thinned_evenly(frames: list[Frame]) -> None:
 def test_no_view_changes_nothing(frames: list[Frame]) -> None:
     references = references_of(frames[0], points_of(frames[0]))
     assert PointEvidence(frames[0].camera).weighed(references) is references
+
+
+@pytest.fixture(scope="module")
+def all_frames(room: FrameSource) -> list[Frame]:
+    return [room[position] for position in range(0, 40)]
+
+
+def with_patches_of(frame: Frame) -> ReferencePoints:
+    assert frame.T_map_camera is not None
+    return with_patches(points_of(frame), frame.image, frame.camera, frame.T_map_camera)
+
+
+def at_other_depths(points: ReferencePoints, frame: Frame, factor: torch.Tensor) -> ReferencePoints:
+    assert frame.T_map_camera is not None
+    centre = torch.from_numpy(frame.T_map_camera[:3, 3])
+    return replace(points, points=(centre + (points.points - centre) * factor[:, None]).float())
+
+
+def placed(frames: list[Frame], number: int, points: ReferencePoints) -> ReferencePoints | None:
+    """Return the points with depths by the other frames; None if these do not tell them."""
+    references = references_of(frames[number], points)
+    found = evidence_of(frames, depths=SETTINGS).placed(references)
+    return None if found is references else found.views[0]
+
+
+SETTINGS = DepthSettings(min_points=30)
+
+
+def test_wrong_depths_are_found_by_other_views(all_frames: list[Frame]) -> None:
+    points = with_patches_of(all_frames[12])
+    factor = 1 + 0.03 * torch.sin(torch.arange(len(points)))
+    found = placed(all_frames, 12, at_other_depths(points, all_frames[12], factor))
+    assert found is not None
+    before = (at_other_depths(points, all_frames[12], factor).points - points.points).norm(dim=1)
+    after = (found.points - points.points).norm(dim=1)
+    moved = found.points.ne(at_other_depths(points, all_frames[12], factor).points).any(dim=1)
+    assert moved.float().mean() > 0.3
+    assert after[moved].median() < 0.35 * before[moved].median()
+    assert torch.equal(found.confidence, points.confidence)
+
+
+def test_depths_stay_where_poses_contradict_each_other(all_frames: list[Frame]) -> None:
+    rng = np.random.default_rng(3)
+    points = with_patches_of(all_frames[12])
+    drifting = []
+    for frame in all_frames:
+        assert frame.T_map_camera is not None
+        off = make_pose(so3_exp(rng.normal(0, np.radians(1.5), 3)), rng.normal(0, 0.03, 3))
+        drifting.append(replace(frame, T_map_camera=frame.T_map_camera @ off))
+    assert placed([*drifting[:12], all_frames[12], *drifting[13:]], 12, points) is None
+
+
+def test_patches_that_no_other_view_shows_are_left_out(all_frames: list[Frame]) -> None:
+    points = with_patches_of(all_frames[12])
+    assert points.patches is not None
+    wrong = torch.arange(len(points)) % 4 == 0
+    noise = torch.from_numpy(np.random.default_rng(1).integers(0, 256, points.patches.shape, dtype=np.uint8))
+    factor = 1 + 0.03 * torch.sin(torch.arange(len(points)))
+    spoiled = replace(points, patches=torch.where(wrong[:, None], noise, points.patches))
+    found = placed(all_frames, 12, at_other_depths(spoiled, all_frames[12], factor))
+    assert found is not None and found.patches is not None
+    flat = (found.patches == 0).all(dim=1)
+    assert flat[wrong].float().mean() > 0.8
+    assert flat[~wrong].float().mean() < 0.5

@@ -20,7 +20,7 @@ from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.kfnet.scoordnet import RoughnessScale, SCoordNet
 from kfloc_ros.maps.format import REFERENCES_FILE, read_description, resolve_map
 from kfloc_ros.maps.scene_map import Calibration, SceneMap, verify_map
-from kfloc_ros.pixloc.patches import PATCH_SIDE
+from kfloc_ros.pixloc.patch_kernels import PATCH_SIDE
 from kfloc_ros.pixloc.references import ReferencePoints, ReferenceViews
 
 NUMBERS = {name: value for name, value in asdict(Calibration()).items() if name != "roughness"}

@@ -15,7 +15,8 @@ from kfloc_ros.device import torch_only
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import Matrix, make_pose, so3_exp
 from kfloc_ros.pixloc import patches as module
-from kfloc_ros.pixloc.patches import PATCH_SIDE, PatchAligner, with_patches
+from kfloc_ros.pixloc.patch_kernels import PATCH_SIDE
+from kfloc_ros.pixloc.patches import PatchAligner, with_patches
 from kfloc_ros.pixloc.references import ReferencePoints, ReferenceViews
 from kfloc_ros.types import Alignment
 
