@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Form of the patches, and the compiled loop of their alignment; :mod:`kfloc_ros.pixloc.patches` has the other one."""
+"""Form of the patches, and the compiled loops of their alignment; :mod:`kfloc_ros.pixloc.patches` has the others."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kfloc_ros.device import compiled_loop
+from kfloc_ros.pixloc.kernels import moved, solve
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
@@ -45,10 +46,16 @@ def patch_equations(
 ) -> tuple[Doubles, Doubles]:  # fmt: skip
     """Return H (6, 6) and g (6,) of patches, as ``patches.patch_equations`` does, which has the arguments."""
     rows, columns = image.shape
+    pixels, one, below_px = image.ravel(), np.uintp(1), np.uintp(columns)
     fx, fy, cx, cy = intrinsics
     side = round(math.sqrt(patches.shape[1]))
     radius, count = side // 2, side * side
     seen = np.empty((side + 2, side + 2), np.float32)
+    flat, where = seen.ravel(), np.empty((side + 2) ** 2, np.int64)
+    rest_u, rest_v = np.empty(len(flat), np.float32), np.empty(len(flat), np.float32)
+    across_px, along_px = np.empty(len(flat), np.float32), np.empty(len(flat), np.float32)
+    for k in range(len(flat)):
+        across_px[k], along_px[k] = k % (side + 2) - radius - 1, k // (side + 2) - radius - 1
     H, g = np.zeros((6, 6)), np.zeros(6)
     J_u, J_v = np.zeros(6), np.zeros(6)
     P, A, B = np.empty(3), np.empty(3), np.empty(3)
@@ -71,15 +78,21 @@ def patch_equations(
         reach_u, reach_v = (radius + 1) * (abs(a) + abs(b)), (radius + 1) * (abs(c) + abs(d))
         if not (u > reach_u and v > reach_v and u < columns - 1.001 - reach_u and v < rows - 1.001 - reach_v):
             continue
-        for i in range(side + 2):
-            for j in range(side + 2):
-                at_u = u + a * (j - radius - 1) + b * (i - radius - 1)
-                at_v = v + c * (j - radius - 1) + d * (i - radius - 1)
-                u0, v0 = int(at_u), int(at_v)
-                s, t = np.float32(at_u - u0), np.float32(at_v - v0)
-                above = image[v0, u0] + s * (image[v0, u0 + 1] - image[v0, u0])
-                below = image[v0 + 1, u0] + s * (image[v0 + 1, u0 + 1] - image[v0 + 1, u0])
-                seen[i, j] = above + t * (below - above)
+        u0, v0 = int(u), int(v)
+        base, part_u, part_v = v0 * columns + u0, np.float32(u - u0), np.float32(v - v0)
+        a32, b32, c32, d32 = np.float32(a), np.float32(b), np.float32(c), np.float32(d)
+        for k in range(len(across_px)):
+            at_u = part_u + a32 * across_px[k] + b32 * along_px[k]
+            at_v = part_v + c32 * across_px[k] + d32 * along_px[k]
+            low_u, low_v = np.floor(at_u), np.floor(at_v)
+            rest_u[k], rest_v[k] = at_u - low_u, at_v - low_v
+            where[k] = base + np.int32(low_v) * columns + np.int32(low_u)
+        for k in range(len(across_px)):
+            s, t = rest_u[k], rest_v[k]
+            at = np.uintp(where[k])  # unsigned: a negative index would count from the end, which costs a test
+            p00, p10, p01, p11 = pixels[at], pixels[at + one], pixels[at + below_px], pixels[at + below_px + one]
+            above, below = p00 + s * (p10 - p00), p01 + s * (p11 - p01)
+            flat[k] = above + t * (below - above)
         mean = mean_r = mean_s = squares = 0.0
         for i in range(1, side + 1):
             for j in range(1, side + 1):
@@ -89,13 +102,15 @@ def patch_equations(
                 mean_s += 0.5 * (seen[i + 1, j] - seen[i - 1, j])
         mean, mean_r, mean_s = mean / count, mean_r / count, mean_s / count
         scale = 1.0 / max(math.sqrt(max(squares / count - mean * mean, 0.0)), 1.0)
-        squared = rr = ss = rs = r_e = s_e = 0.0
+        scale32, mean32, half = np.float32(scale), np.float32(mean), np.float32(0.5 * scale)
+        mean_r32, mean_s32 = np.float32(scale * mean_r), np.float32(scale * mean_s)
+        squared = rr = ss = rs = r_e = s_e = np.float32(0.0)
         for i in range(side):
             for j in range(side):
                 w = window[i * side + j]
-                e = scale * (seen[i + 1, j + 1] - mean) - patches[n, i * side + j]
-                along = scale * (0.5 * (seen[i + 1, j + 2] - seen[i + 1, j]) - mean_r)
-                across = scale * (0.5 * (seen[i + 2, j + 1] - seen[i, j + 1]) - mean_s)
+                e = scale32 * (seen[i + 1, j + 1] - mean32) - patches[n, i * side + j]
+                along = half * (seen[i + 1, j + 2] - seen[i + 1, j]) - mean_r32
+                across = half * (seen[i + 2, j + 1] - seen[i, j + 1]) - mean_s32
                 squared += w * e * e
                 rr += w * along * along
                 rs += w * along * across
@@ -124,12 +139,97 @@ def patch_equations(
     return H, g
 
 
+@compiled_loop
+def robust_sums(dissimilarity: Doubles, confidence: Doubles, loss_scale: float) -> tuple[float, float]:
+    """Return the mean dissimilarity of the patches that the loss lets count, and the sum of their robust scores."""
+    weights = weighted = scores = 0.0
+    for n in range(len(confidence)):
+        if dissimilarity[n] < 0.0:
+            continue
+        root = 1.0 + dissimilarity[n] / (2.0 * loss_scale * loss_scale)
+        weight = confidence[n] / (root * root)
+        scores += confidence[n] / root
+        weights += weight
+        weighted += weight * dissimilarity[n]
+    return weighted / max(weights, 1e-9), scores
+
+
+@compiled_loop
+def away_from(T: Doubles, start: Doubles, away: Doubles) -> None:
+    """Write (dt, dw) (6,) of the left perturbation that takes one pose (4, 4) to another."""
+    R = np.zeros((3, 3))
+    for i in range(3):
+        for j in range(3):
+            for k in range(3):
+                R[i, j] += T[i, k] * start[j, k]
+        away[i] = T[i, 3]
+    for i in range(3):
+        for j in range(3):
+            away[i] -= R[i, j] * start[j, 3]
+    x, y, z = 0.5 * (R[2, 1] - R[1, 2]), 0.5 * (R[0, 2] - R[2, 0]), 0.5 * (R[1, 0] - R[0, 1])
+    sine = math.sqrt(x * x + y * y + z * z)
+    angle = math.atan2(sine, 0.5 * (R[0, 0] + R[1, 1] + R[2, 2] - 1.0))
+    factor = angle / sine if sine > 1e-12 else 1.0
+    away[3], away[4], away[5] = factor * x, factor * y, factor * z
+
+
+@compiled_loop
+def fit_patches(
+    image: Floats, points: Doubles, right: Doubles, down: Doubles, patches: Floats, window: Floats,
+    confidence: Doubles, T: Doubles, intrinsics: Doubles, loss_scale: float, near_m: float, dissimilarity: Doubles,
+    prior: Doubles, rule: Doubles, H: Doubles,
+) -> tuple[float, float, float]:  # fmt: skip
+    """Fit a pose to patches by Gauss-Newton, as ``patches.PatchAligner`` does step by step.
+
+    Args:
+        image, points, right, down, patches, window, confidence, intrinsics, loss_scale, near_m, dissimilarity: of
+            :func:`patch_equations`.
+        T: (4, 4) the start; the fitted pose is written.
+        prior: (6, 6) information of (dt, dw) at the start.
+        rule: largest number of iterations; step in metres and radians that is the last one; longest step in metres.
+        H: (6, 6) written: normal equations of the patches at the end.
+
+    Returns:
+        Mean dissimilarity at the end, and sums of robust scores at the start and the end; a mean of -1: diverged.
+    """
+    start, first = T.copy(), 0.0
+    away, step = np.empty(6), np.empty(6)
+    for iteration in range(int(rule[0])):
+        A, g = patch_equations(
+            image, points, right, down, patches, window, confidence, T, intrinsics, loss_scale, near_m, dissimilarity
+        )
+        variance, score = robust_sums(dissimilarity, confidence, loss_scale)
+        if iteration == 0:
+            first = score
+        away_from(T, start, away)
+        for i in range(6):
+            for j in range(6):
+                A[i, j] += variance * prior[i, j]
+                g[i] += variance * prior[i, j] * away[j]
+        for i in range(6):
+            A[i, i] += 1e-6 * A[i, i] + 1e-12
+        if not solve(A, g, step):
+            return -1.0, first, score
+        length = math.sqrt(step[0] ** 2 + step[1] ** 2 + step[2] ** 2)
+        if length > rule[3]:
+            step *= rule[3] / length
+            length = rule[3]
+        T[:] = moved(T, step)
+        if length < rule[1] and math.sqrt(step[3] ** 2 + step[4] ** 2 + step[5] ** 2) < rule[2]:
+            break
+    A, g = patch_equations(
+        image, points, right, down, patches, window, confidence, T, intrinsics, loss_scale, near_m, dissimilarity
+    )
+    H[:] = A
+    variance, last = robust_sums(dissimilarity, confidence, loss_scale)
+    return variance, first, last
+
+
 def run_once() -> None:
-    """Run the loop on one patch, so that it is compiled or read from the disk before the first image."""
+    """Run the loops on one patch, so that they are compiled or read from the disk before the first image."""
     point, image = np.array([[0.0, 0.0, 1.0]]), np.zeros((32, 32), np.float32)
     patch, window = np.zeros((1, 9), np.float32), np.full(9, 1 / 9, np.float32)
     right, down = np.array([[0.1, 0.0, 0.0]]), np.array([[0.0, 0.1, 0.0]])
-    intrinsics = np.array([10.0, 10.0, 16.0, 16.0])
-    patch_equations(
-        image, point, right, down, patch, window, np.ones(1), np.eye(4), intrinsics, 0.35, 0.05, np.empty(1)
-    )
+    args = image, point, right, down, patch, window, np.ones(1), np.eye(4), np.array([10.0, 10.0, 16.0, 16.0])
+    patch_equations(*args, 0.35, 0.05, np.empty(1))
+    fit_patches(*args, 0.35, 0.05, np.empty(1), np.eye(6), np.array([1.0, 1.0, 1.0, 1.0]), np.empty((6, 6)))

@@ -9,7 +9,9 @@ every patch are free (normalised correlation), and patches that do not resemble 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+from typing import Any
 
 import cv2
 import numpy as np
@@ -34,6 +36,8 @@ from kfloc_ros.pixloc.patch_kernels import (
 from kfloc_ros.pixloc.references import ReferencePoints, ReferenceViews
 from kfloc_ros.types import Alignment
 
+_KEPT_VIEWS = 64
+"""Number of views whose patches stay prepared; a view takes about 80 kB."""
 Doubles = NDArray[np.float64]
 Floats = NDArray[np.float32]
 
@@ -117,6 +121,7 @@ class PatchAligner:
     ) -> None:
         self._references, self._camera = references, camera
         self._covariance_scale, self._settings = covariance_scale, settings or PatchSettings()
+        self._of_view = lru_cache(_KEPT_VIEWS)(self._patches_of)
         self._position = {ident: k for k, ident in enumerate(references.ids)}
         self._window = window_of(self._settings.window_sigma_px)
 
@@ -160,22 +165,26 @@ class PatchAligner:
         if not positions:
             return None
         nearness = self._references.nearness(T_map_camera, positions)
-        origin = T_map_camera[:3, 3]
-        parts: list[tuple[Doubles, Doubles, Doubles, Floats, Doubles]] = []
-        for k, near in zip(positions, nearness, strict=True):
-            T, view = self._references.T_map_camera[k], self._references.views[k]
-            if view.patches is None:
-                continue
-            points = view.points.double().cpu().numpy()
-            depth = (points - T[:3, 3]) @ T[:3, 2]
-            right = depth[:, None] / self._camera.fx * T[:3, 0]
-            down = depth[:, None] / self._camera.fy * T[:3, 1]
-            values, used = normalised_patches(view.patches.cpu().numpy(), self._settings.min_deviation)
-            confidence = near * view.confidence.double().cpu().numpy()
-            parts.append(((points - origin)[used], right[used], down[used], values[used], confidence[used]))
-        if not parts:
+        parts = [
+            replace(view, points=view.points - T_map_camera[:3, 3], confidence=near * view.confidence)
+            for k, near in zip(positions, nearness, strict=True)
+            if (view := self._of_view(k)) is not None
+        ]
+        joined = (np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Patches) if parts)
+        return Patches(*joined) if parts else None
+
+    def _patches_of(self, position: int) -> Patches | None:
+        """Return the patches of a view that have enough contrast, in the map's coordinates; None without any."""
+        T, view = self._references.T_map_camera[position], self._references.views[position]
+        if view.patches is None:
             return None
-        return Patches(*(np.concatenate(part) for part in zip(*parts, strict=True)))
+        points = view.points.double().cpu().numpy()
+        depth = (points - T[:3, 3]) @ T[:3, 2]
+        right = depth[:, None] / self._camera.fx * T[:3, 0]
+        down = depth[:, None] / self._camera.fy * T[:3, 1]
+        values, used = normalised_patches(view.patches.cpu().numpy(), self._settings.min_deviation)
+        confidence = view.confidence.double().cpu().numpy()
+        return Patches(points[used], right[used], down[used], values[used], confidence[used])
 
     def _minimize(self, grey: Floats, patches: Patches, start: Matrix, prior: Matrix) -> PatchFit | None:
         """Return the pose after Gauss-Newton; None if the patches do not fit the image there, or diverge.
@@ -186,32 +195,39 @@ class PatchAligner:
             start: pose to start from, (4, 4).
             prior: (6, 6) information of (dt, dw) at the start.
         """
-        s, T, first = self._settings, start, -np.inf
-        dissimilarity = np.empty(len(patches.points))
-        for iteration in range(s.max_iterations):
-            H, g = self._equations(grey, patches, T, dissimilarity)
-            if iteration == 0:
-                first = self._fit(dissimilarity, patches)
-            since_start = T @ inverse_pose(start)
-            away = np.concatenate([since_start[:3, 3], so3_log(since_start[:3, :3])])
-            weighted = self._variance(dissimilarity, patches) * prior
-            H, g = H + weighted, g + weighted @ away
-            try:
-                step = -np.linalg.solve(H + 1e-6 * np.diag(np.diag(H)) + 1e-12 * np.eye(6), g)
-            except np.linalg.LinAlgError:
+        s, first, dissimilarity = self._settings, -np.inf, np.empty(len(patches.points))
+        if runs_compiled():
+            T, H = np.array(start, dtype=np.float64), np.empty((6, 6))
+            rule = np.array([s.max_iterations, s.step_m, s.step_rad, s.longest_step_m])
+            args = *self._arguments(grey, patches, T, dissimilarity), np.ascontiguousarray(prior), rule, H
+            variance, first, last = patch_kernels.fit_patches(*args)
+            if variance < 0 or not np.isfinite(T).all():
                 return None
-            if not np.isfinite(step).all():
-                return None
-            step *= min(1.0, s.longest_step_m / max(float(np.linalg.norm(step[:3])), 1e-12))
-            T = left_update(T, step)
-            if np.linalg.norm(step[:3]) < s.step_m and np.linalg.norm(step[3:]) < s.step_rad:
-                break
-        H, _ = self._equations(grey, patches, T, dissimilarity)
+        else:
+            T = start
+            for iteration in range(s.max_iterations):
+                H, g = patch_equations(*self._arguments(grey, patches, T, dissimilarity))
+                if iteration == 0:
+                    first = self._fit(dissimilarity, patches)
+                since_start = T @ inverse_pose(start)
+                away = np.concatenate([since_start[:3, 3], so3_log(since_start[:3, :3])])
+                weighted = self._variance(dissimilarity, patches) * prior
+                H, g = H + weighted, g + weighted @ away
+                try:
+                    step = -np.linalg.solve(H + 1e-6 * np.diag(np.diag(H)) + 1e-12 * np.eye(6), g)
+                except np.linalg.LinAlgError:
+                    return None
+                if not np.isfinite(step).all():
+                    return None
+                step *= min(1.0, s.longest_step_m / max(float(np.linalg.norm(step[:3])), 1e-12))
+                T = left_update(T, step)
+                if np.linalg.norm(step[:3]) < s.step_m and np.linalg.norm(step[3:]) < s.step_rad:
+                    break
+            H, _ = patch_equations(*self._arguments(grey, patches, T, dissimilarity))
+            variance, last = self._variance(dissimilarity, patches), self._fit(dissimilarity, patches)
         agreeing, in_view = int(((dissimilarity >= 0) & (dissimilarity < s.agreeing)).sum()), dissimilarity >= 0
         enough = agreeing >= max(s.min_agreeing, s.min_agreeing_share * int(in_view.sum()))
-        if not enough or self._fit(dissimilarity, patches) <= first:
-            return None
-        return PatchFit(T, H, max(self._variance(dissimilarity, patches), 1e-6))
+        return PatchFit(T, H, max(variance, 1e-6)) if enough and last > first else None
 
     def _variance(self, dissimilarity: Doubles, patches: Patches) -> float:
         """Return the mean dissimilarity of the patches that the loss lets count."""
@@ -225,20 +241,12 @@ class PatchAligner:
         squared = np.where(dissimilarity < 0, np.inf, dissimilarity)
         return float((patches.confidence / (1 + squared / (2 * self._settings.loss_scale**2))).sum())
 
-    def _equations(
-        self, grey: Floats, patches: Patches, T: Matrix, dissimilarity: Doubles
-    ) -> tuple[Matrix, NDArray[np.float64]]:
-        """Return H (6, 6) and g (6,) at a pose; write the dissimilarity (N,), -1 for patches that are not in view."""
-        camera = self._camera
-        intrinsics = np.array([camera.fx, camera.fy, camera.cx, camera.cy])
+    def _arguments(self, grey: Floats, patches: Patches, T: Matrix, dissimilarity: Doubles) -> tuple[Any, ...]:
+        """Return the arguments of :func:`patch_equations` at a pose."""
         p, scale = patches, self._settings.loss_scale
-        T = np.ascontiguousarray(T, dtype=np.float64)
-        equations = patch_equations
-        if runs_compiled():
-            equations = patch_kernels.patch_equations
-        args = (grey, p.points, p.right, p.down, p.values, self._window, p.confidence, T, intrinsics, scale)
-        H, g = equations(*args, NEAR_M, dissimilarity)
-        return H, g
+        intrinsics = np.array([self._camera.fx, self._camera.fy, self._camera.cx, self._camera.cy])
+        at = p.points, p.right, p.down, p.values, self._window, p.confidence, T, intrinsics
+        return grey, *at, scale, NEAR_M, dissimilarity
 
 
 def with_patches(
