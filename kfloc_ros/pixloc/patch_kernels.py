@@ -186,7 +186,8 @@ def fit_patches(
             :func:`patch_equations`.
         T: (4, 4) the start; the fitted pose is written.
         prior: (6, 6) information of (dt, dw) at the start.
-        rule: largest number of iterations; step in metres and radians that is the last one; longest step in metres.
+        rule: largest number of iterations; step in metres and radians that is the last one; longest step in metres;
+            mean dissimilarity at which the prior counts fully.
         H: (6, 6) written: normal equations of the patches at the end.
 
     Returns:
@@ -202,10 +203,11 @@ def fit_patches(
         if iteration == 0:
             first = score
         away_from(T, start, away)
+        weight = variance * (variance / rule[4]) ** 4
         for i in range(6):
             for j in range(6):
-                A[i, j] += variance * prior[i, j]
-                g[i] += variance * prior[i, j] * away[j]
+                A[i, j] += weight * prior[i, j]
+                g[i] += weight * prior[i, j] * away[j]
         for i in range(6):
             A[i, i] += 1e-6 * A[i, i] + 1e-12
         if not solve(A, g, step):
@@ -232,4 +234,4 @@ def run_once() -> None:
     right, down = np.array([[0.1, 0.0, 0.0]]), np.array([[0.0, 0.1, 0.0]])
     args = image, point, right, down, patch, window, np.ones(1), np.eye(4), np.array([10.0, 10.0, 16.0, 16.0])
     patch_equations(*args, 0.35, 0.05, np.empty(1))
-    fit_patches(*args, 0.35, 0.05, np.empty(1), np.eye(6), np.array([1.0, 1.0, 1.0, 1.0]), np.empty((6, 6)))
+    fit_patches(*args, 0.35, 0.05, np.empty(1), np.eye(6), np.ones(5), np.empty((6, 6)))

@@ -46,15 +46,18 @@ Floats = NDArray[np.float32]
 class PatchSettings:
     """Settings of the alignment of patches, and the conditions for accepting its result."""
 
+    max_views: int = 6
+    """Nearest views that are aligned, beside the features' views; three side by side share the errors of points."""
     loss_scale: float = 0.35
     """Scale of the loss: a patch whose correlation with the image is 0.94 has half of its weight."""
     window_sigma_px: float = 2.5
     """Standard deviation of the weights of a patch's pixels."""
     min_deviation: float = MIN_DEVIATION
     """Smallest standard deviation of the grey values of a patch, of 255, that is compared."""
-    feature_weight: float = 0.03
-    """Weight of the features' covariance as a prior, for directions that few patches constrain. With 0, on RedKitchen
-    12 frames of 200 slide by 0.8 cm; with 0.1, the demo room has 0.07 instead of 0.04 cm."""
+    even_dissimilarity: float = 0.25
+    """Mean dissimilarity at which the features' covariance counts fully, as a prior of the patches' pose; else by the
+    fourth power. Errors grow faster than residuals: at a quarter of the resolution, residuals are three times as large
+    in the demo room, and errors eleven times. With constant weights, its and RedKitchen's best differ by ten."""
     max_iterations: int = 12
     step_m: float = 5e-5
     step_rad: float = 2e-5
@@ -63,10 +66,7 @@ class PatchSettings:
     agreeing: float = 0.25
     """Largest dissimilarity of a patch that agrees: a correlation of 0.88."""
     min_agreeing: int = 20
-    min_agreeing_share: float = 0.2
-    """Smallest number of agreeing patches, and smallest share of those in view. From true poses on d435_office, where
-    75 % of the frames have less, patches better 20 to 43 % of the poses with a smaller share; on hololens_office, where
-    15 % have less, 67 to 82 % of those with a larger one."""
+    """Smallest number of agreeing patches."""
     noise_scale: float = 5.0
     """Factor on the squared mean dissimilarity, which scales the covariance by the patches' residuals. Residuals of bad
     images are not independent: those of a quarter of the resolution are three times as large in the demo room, and the
@@ -129,24 +129,19 @@ class PatchAligner:
         """Return an alignment with the pose at which the patches fit the image best.
 
         The given one is returned if it failed, if points of this session alone gave it, if the map has no patches, or
-        if too few of them fit the image. Cost and steps stay those of the features.
-
-        Args:
-            image: (H, W, 3) RGB, of the map's camera.
-            alignment: result of the features' alignment.
+        if too few of them fit the image (H, W, 3). Cost and steps stay those of the features.
         """
         T, s = alignment.T_map_camera, self._settings
         if not alignment.success or alignment.carried or T is None:
             return alignment
-        chosen = [self._position[ident] for ident in alignment.reference_ids if ident in self._position]
-        patches = self._around(T, chosen)
+        patches = self._around(T, self._views(alignment, T))
         if patches is None:
             return alignment
         grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(np.float32)
         start = make_pose(T[:3, :3].T, np.zeros(3))
         A = np.kron(np.eye(2), -T[:3, :3])  # as in map_frame_covariance
         prior = np.zeros((6, 6)) if alignment.covariance is None else A.T @ np.linalg.inv(alignment.covariance) @ A
-        fit = self._minimize(grey, patches, start, s.feature_weight * prior)
+        fit = self._minimize(grey, patches, start, prior)
         noise = None if fit is None else map_frame_covariance(fit.H / fit.variance + prior, fit.T_camera_local)
         if fit is None or noise is None:
             return alignment
@@ -159,6 +154,13 @@ class PatchAligner:
         if covariance is not None:
             covariance = self._covariance_scale * covariance + noise
         return replace(alignment, T_map_camera=back, covariance=covariance, by_patches=True, patch_noise=noise)
+
+    def _views(self, alignment: Alignment, T_map_camera: Matrix) -> list[int]:
+        """Return the views of an alignment and further ones nearest to its pose, of the same sessions, by number."""
+        own, references = [self._position[k] for k in alignment.reference_ids if k in self._position], self._references
+        sessions = {references.session_of(k) for k in own}
+        near = references.nearest(T_map_camera, self._settings.max_views)
+        return list(dict.fromkeys([*own, *(k for k in near if references.session_of(k) in sessions)]))
 
     def _around(self, T_map_camera: Matrix, positions: list[int]) -> Patches | None:
         """Return the patches of views, relative to a pose; None without any."""
@@ -198,7 +200,7 @@ class PatchAligner:
         s, first, dissimilarity = self._settings, -np.inf, np.empty(len(patches.points))
         if runs_compiled():
             T, H = np.array(start, dtype=np.float64), np.empty((6, 6))
-            rule = np.array([s.max_iterations, s.step_m, s.step_rad, s.longest_step_m])
+            rule = np.array([s.max_iterations, s.step_m, s.step_rad, s.longest_step_m, s.even_dissimilarity])
             args = *self._arguments(grey, patches, T, dissimilarity), np.ascontiguousarray(prior), rule, H
             variance, first, last = patch_kernels.fit_patches(*args)
             if variance < 0 or not np.isfinite(T).all():
@@ -211,7 +213,8 @@ class PatchAligner:
                     first = self._fit(dissimilarity, patches)
                 since_start = T @ inverse_pose(start)
                 away = np.concatenate([since_start[:3, 3], so3_log(since_start[:3, :3])])
-                weighted = self._variance(dissimilarity, patches) * prior
+                variance = self._variance(dissimilarity, patches)
+                weighted = variance * (variance / s.even_dissimilarity) ** 4 * prior
                 H, g = H + weighted, g + weighted @ away
                 try:
                     step = -np.linalg.solve(H + 1e-6 * np.diag(np.diag(H)) + 1e-12 * np.eye(6), g)
@@ -225,9 +228,8 @@ class PatchAligner:
                     break
             H, _ = patch_equations(*self._arguments(grey, patches, T, dissimilarity))
             variance, last = self._variance(dissimilarity, patches), self._fit(dissimilarity, patches)
-        agreeing, in_view = int(((dissimilarity >= 0) & (dissimilarity < s.agreeing)).sum()), dissimilarity >= 0
-        enough = agreeing >= max(s.min_agreeing, s.min_agreeing_share * int(in_view.sum()))
-        return PatchFit(T, H, max(variance, 1e-6)) if enough and last > first else None
+        agreeing = int(((dissimilarity >= 0) & (dissimilarity < s.agreeing)).sum())
+        return PatchFit(T, H, max(variance, 1e-6)) if agreeing >= s.min_agreeing and last > first else None
 
     def _variance(self, dissimilarity: Doubles, patches: Patches) -> float:
         """Return the mean dissimilarity of the patches that the loss lets count."""

@@ -130,7 +130,7 @@ def test_wrong_depths_are_found_by_other_views(all_frames: list[Frame]) -> None:
     assert torch.equal(found.confidence, points.confidence)
 
 
-def test_depths_stay_where_poses_contradict_each_other(all_frames: list[Frame]) -> None:
+def test_depths_stay_and_patches_go_where_poses_contradict_each_other(all_frames: list[Frame]) -> None:
     rng = np.random.default_rng(3)
     points = with_patches_of(all_frames[12])
     drifting = []
@@ -138,7 +138,9 @@ def test_depths_stay_where_poses_contradict_each_other(all_frames: list[Frame]) 
         assert frame.T_map_camera is not None
         off = make_pose(so3_exp(rng.normal(0, np.radians(1.5), 3)), rng.normal(0, 0.03, 3))
         drifting.append(replace(frame, T_map_camera=frame.T_map_camera @ off))
-    assert placed([*drifting[:12], all_frames[12], *drifting[13:]], 12, points) is None
+    found = placed([*drifting[:12], all_frames[12], *drifting[13:]], 12, points)
+    assert found is not None and found.patches is None
+    assert torch.equal(found.points, points.points) and torch.equal(found.confidence, points.confidence)
 
 
 def test_patches_that_no_other_view_shows_are_left_out(all_frames: list[Frame]) -> None:
@@ -153,3 +155,8 @@ def test_patches_that_no_other_view_shows_are_left_out(all_frames: list[Frame]) 
     flat = (found.patches == 0).all(dim=1)
     assert flat[wrong].float().mean() > 0.8
     assert flat[~wrong].float().mean() < 0.5
+
+
+def test_depths_and_patches_stay_where_few_views_tell(all_frames: list[Frame]) -> None:
+    points = with_patches_of(all_frames[12])
+    assert placed(all_frames[10:15:2], 1, points) is None
