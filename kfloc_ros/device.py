@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
+import cv2
 import torch
 from torch import nn
 
@@ -111,10 +112,13 @@ def limit_threads() -> None:
     """Set torch to half the cores, at most ``MAX_THREADS``, for localization; ``OMP_NUM_THREADS`` overrides it.
 
     A frame is hundreds of small operations, which wait for each other longer than they compute: on two cores one thread
-    is a fifth faster than two, and the other core is free for the robot's other work.
+    is a fifth faster than two, and the other core is free for the robot's other work. OpenCV gets as many: its own
+    choice is one for every core, and where the cores are busy, a conversion of an image waits for threads that wait for
+    a core.
     """
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(min(max((os.cpu_count() or 1) // 2, 1), MAX_THREADS))
+    cv2.setNumThreads(torch.get_num_threads())
 
 
 # A stage of a frame is hundreds of operations on small tensors, whose calls take longer than their arithmetic; a

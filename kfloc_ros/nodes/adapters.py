@@ -48,27 +48,19 @@ class StampJoiner:
     """Joiner for where ``message_filters`` is not installed. A complete stamp discards all that arrived before it.
 
     Args:
-        topics: topics that every set has.
+        topics: topics of a set.
         pass_on: called with each complete set.
-        also: topic that some sets have.
-        wanted: called with a set of ``topics``; True if it has ``also``, too.
     """
 
-    def __init__(
-        self,
-        topics: Sequence[str],
-        pass_on: Callable[[Messages], None],
-        also: str = "",
-        wanted: Callable[[Messages], bool] = lambda messages: False,
-    ) -> None:
-        self._topics, self._pass_on, self._also, self._wanted = set(topics), pass_on, also, wanted
+    def __init__(self, topics: Sequence[str], pass_on: Callable[[Messages], None]) -> None:
+        self._topics, self._pass_on = set(topics), pass_on
         self._parts: dict[int, dict[str, Any]] = {}
 
     def add(self, topic: str, message: Any) -> None:
         stamp_ns = stamp_to_ns(message.header.stamp)
         parts = self._parts.setdefault(stamp_ns, {})
         parts[topic] = message
-        if self._topics <= parts.keys() and (self._also in parts or not self._wanted(parts)):
+        if self._topics <= parts.keys():
             # By order of arrival, not by stamp: after a jump back in time, later messages have smaller stamps.
             for key in list(self._parts):
                 del self._parts[key]
@@ -79,30 +71,16 @@ class StampJoiner:
             del self._parts[next(iter(self._parts))]
 
 
-class _Set:
-    """Messages of one stamp, as one input of a second synchronizer."""
-
-    def __init__(self, messages: Messages) -> None:
-        self.messages = messages
-        self.header = next(iter(messages.values())).header
-
-
 class FilterJoiner:
     """Joiner by ``message_filters.TimeSynchronizer``, with the arguments of :class:`StampJoiner`.
 
-    A topic that some sets have is joined in a second step. Two things that the synchronizer lacks are added: it is
-    renewed when time jumps back, since it would discard what has smaller stamps than what it holds; and sets are
-    passed on outside its lock, which an exception would leave closed.
+    Two things that the synchronizer lacks are added: it is renewed when time jumps back, since it would discard what
+    has smaller stamps than what it holds; and sets are passed on outside its lock, which an exception would leave
+    closed.
     """
 
-    def __init__(
-        self,
-        topics: Sequence[str],
-        pass_on: Callable[[Messages], None],
-        also: str = "",
-        wanted: Callable[[Messages], bool] = lambda messages: False,
-    ) -> None:
-        self._topics, self._pass_on, self._also, self._wanted = tuple(topics), pass_on, also, wanted
+    def __init__(self, topics: Sequence[str], pass_on: Callable[[Messages], None]) -> None:
+        self._topics, self._pass_on = tuple(topics), pass_on
         self._complete: list[Messages] = []
         self._newest_ns = 0
         self._inputs: dict[str, Any] = {}
@@ -118,41 +96,23 @@ class FilterJoiner:
             self._pass_on(self._complete.pop(0))
 
     def _connect(self) -> None:
-        """Make inputs and synchronizers anew."""
+        """Make inputs and synchronizer anew."""
         self._newest_ns = 0
-        self._inputs = {topic: message_filters.SimpleFilter() for topic in (*self._topics, self._also) if topic}
-        self._first = message_filters.TimeSynchronizer([self._inputs[topic] for topic in self._topics], MAX_INCOMPLETE)
-        self._first.registerCallback(self._on_first)
-        self._synchronizers = [self._first]
-        if self._also:
-            self._sets = message_filters.SimpleFilter()
-            second = message_filters.TimeSynchronizer([self._sets, self._inputs[self._also]], MAX_INCOMPLETE)
-            second.registerCallback(lambda found, message: self._finish({**found.messages, self._also: message}))
-            self._synchronizers.append(second)
+        self._inputs = {topic: message_filters.SimpleFilter() for topic in self._topics}
+        self._synchronizer = message_filters.TimeSynchronizer(list(self._inputs.values()), MAX_INCOMPLETE)
+        self._synchronizer.registerCallback(self._finish)
 
-    def _on_first(self, *found: Any) -> None:
-        messages = dict(zip(self._topics, found, strict=True))
-        if self._also and self._wanted(messages):
-            self._sets.signalMessage(_Set(messages))
-        else:
-            self._finish(messages)
-
-    def _finish(self, messages: Messages) -> None:
-        self._complete.append(messages)
-        stamp_ns = stamp_to_ns(next(iter(messages.values())).header.stamp)
-        for queue in (queue for item in self._synchronizers for queue in item.queues):
+    def _finish(self, *found: Any) -> None:
+        self._complete.append(dict(zip(self._topics, found, strict=True)))
+        stamp_ns = stamp_to_ns(found[0].header.stamp)
+        for queue in self._synchronizer.queues:
             for older_ns in [key for key in queue if key < stamp_ns]:
                 del queue[older_ns]
 
 
-def make_joiner(
-    topics: Sequence[str],
-    pass_on: Callable[[Messages], None],
-    also: str = "",
-    wanted: Callable[[Messages], bool] = lambda messages: False,
-) -> Joiner:
+def make_joiner(topics: Sequence[str], pass_on: Callable[[Messages], None]) -> Joiner:
     """Return a joiner by ``message_filters`` if that is installed, else our own; see :class:`StampJoiner`."""
-    return (StampJoiner if message_filters is None else FilterJoiner)(topics, pass_on, also, wanted)
+    return (StampJoiner if message_filters is None else FilterJoiner)(topics, pass_on)
 
 
 def subscribe(node: Node, topics: Mapping[str, type], joiner: Joiner) -> None:

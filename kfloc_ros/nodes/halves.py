@@ -9,12 +9,14 @@ from __future__ import annotations
 from typing import ClassVar
 
 from rclpy.node import Node
+from sensor_msgs.msg import CompressedImage
 
 from kfloc_ros.errors import FrameError
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.localization.localizer import Localizer
 from kfloc_ros.localization.place_localizer import preparer
 from kfloc_ros.maps.place import AnyMap, single_map
+from kfloc_ros.messages import features
 from kfloc_ros.nodes.adapters import Messages
 from kfloc_ros.nodes.diagnostics import DiagnosticsPublisher, Report
 from kfloc_ros.nodes.handover import (
@@ -118,6 +120,7 @@ class RefinerStage:
         health = Health(node.get_logger())
         warm_up(scene_map, parameters.localizer)
         self._localizer = Localizer(scene_map, parameters.localizer)
+        features.warm_up(CompressedImage(), self._localizer.camera)
         self._output = PoseOutput(node, parameters, scene_map, self._localizer, health, switch)
         self._send_back = FeedbackPublisher(node, parameters.node.map_frame or scene_map.frame_id)
         self._queue = LatestQueue("refiner", health, switch, parameters, self._process, self._output.reset)

@@ -12,13 +12,14 @@ import numpy as np
 from diagnostic_msgs.msg import DiagnosticArray
 from geometry_msgs.msg import PoseStamped, PoseWithCovarianceStamped
 from rclpy.node import Node
-from sensor_msgs.msg import CameraInfo, Image
+from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 
 from kfloc_ros.errors import FrameError
-from kfloc_ros.features.backbone import BackboneFeatures
+from kfloc_ros.geometry.camera import Camera
+from kfloc_ros.geometry.lie import is_rotation
 from kfloc_ros.localization.results import CoarseResult
-from kfloc_ros.messages.camera_info import camera_from_info, fill_info
-from kfloc_ros.messages.features import fill_coarse, fill_fine, read_features
+from kfloc_ros.messages.camera_info import fill_info
+from kfloc_ros.messages.features import fill_features, read_features
 from kfloc_ros.messages.poses import (
     BodyPose,
     check_stamp,
@@ -75,9 +76,11 @@ class CoarseFrame:
     result: CoarseResult
 
 
-FRAME_TOPICS = {"frame/image": Image, "frame/camera_info": CameraInfo, "frame/status": DiagnosticArray}
-FEATURE_TOPICS = {"frame/features_coarse": Image, "frame/features_fine": Image}
-COARSE_TOPICS = {"coarse_pose": PoseWithCovarianceStamped, "coarse_status": DiagnosticArray, **FEATURE_TOPICS}
+FRAME_TOPICS = {"frame/image": Image, "frame/status": DiagnosticArray}
+"""Topics of a :class:`CameraFrame`. Every message costs the receiver 0.3 ms, so that there are few."""
+COARSE_TOPICS = {"coarse_status": DiagnosticArray, "frame/features": CompressedImage}
+"""Further topics of a :class:`CoarseFrame`; ``coarse_pose`` is for others, the status has the pose exactly."""
+_INTRINSICS = "fx", "fy", "cx", "cy"
 
 
 def join_frames(node: Node, pass_on: Callable[[Messages], None]) -> None:
@@ -88,24 +91,15 @@ def join_frames(node: Node, pass_on: Callable[[Messages], None]) -> None:
 def join_coarse(node: Node, pass_on: Callable[[Messages], None]) -> None:
     """Subscribe to the topics of a :class:`CoarseFrame`, and pass on the messages of each stamp."""
     topics = {**FRAME_TOPICS, **COARSE_TOPICS}
-    subscribe(node, topics, make_joiner(ALWAYS, pass_on, also="coarse_pose", wanted=has_coarse_pose))
-
-
-ALWAYS = tuple(topic for topic in (*FRAME_TOPICS, *COARSE_TOPICS) if topic != "coarse_pose")
-
-
-def has_coarse_pose(messages: Messages) -> bool:
-    """Return True if the status says that there is a coarse pose; a frame without one has no ``coarse_pose``."""
-    return read_values(messages["coarse_status"]).get("success") == "true"
+    subscribe(node, topics, make_joiner(tuple(topics), pass_on))
 
 
 class FramePublisher:
-    """Publisher of camera frames on the ``frame/...`` topics."""
+    """Publisher of camera frames on the ``frame/...`` topics; ``frame/camera_info`` is for viewers."""
 
     def __init__(self, node: Node, own: Callable[[], Counters]) -> None:
-        self._publishers = {
-            topic: node.create_publisher(kind, topic, qos.results(2)) for topic, kind in FRAME_TOPICS.items()
-        }
+        topics = {**FRAME_TOPICS, "frame/camera_info": CameraInfo}
+        self._publishers = {topic: node.create_publisher(kind, topic, qos.results(2)) for topic, kind in topics.items()}
         self._own = own
 
     def __call__(self, camera_frame: CameraFrame) -> None:
@@ -115,20 +109,22 @@ class FramePublisher:
             fill_stamp(message.header.stamp, frame.stamp_ns)
             message.header.frame_id = camera_frame.frame_id
         values: dict[str, Value] = {"receipt_unix_ns": str(camera_frame.receipt_unix_ns), "index": frame.index}
+        values |= {name: repr(getattr(frame.camera, name)) for name in _INTRINSICS}
         values |= counter_values(camera_frame.counters(self._own())) | timing_values(camera_frame.timings_ms)
         self._publishers["frame/status"].publish(make_status(frame.stamp_ns, "frame", values))
-        self._publishers["frame/camera_info"].publish(info)
         self._publishers["frame/image"].publish(image)
+        self._publishers["frame/camera_info"].publish(info)
 
 
 def read_frame(messages: Messages) -> CameraFrame:
     """Return the camera frame in the messages of one stamp. Raises FrameError if one of them is damaged."""
-    image, info = messages["frame/image"], messages["frame/camera_info"]
-    values, stamp_ns = read_values(messages["frame/status"]), stamp_to_ns(image.header.stamp)
+    image, values = messages["frame/image"], read_values(messages["frame/status"])
+    stamp_ns = stamp_to_ns(image.header.stamp)
     check_stamp(stamp_ns)
+    fx, fy, cx, cy = (number(values, name) for name in _INTRINSICS)
     frame = Frame(
         image=decode(image),
-        camera=camera_from_info(info),
+        camera=Camera(image.width, image.height, fx, fy, cx, cy),
         stamp_ns=stamp_ns,
         index=whole(values, "index"),
     )
@@ -149,58 +145,69 @@ class CoarsePublisher:
         self._for_refiner = for_refiner
         if for_refiner:
             self._statuses = node.create_publisher(DiagnosticArray, "coarse_status", qos.results())
-            self._coarse, self._fine = (
-                node.create_publisher(kind, topic, qos.results(2)) for topic, kind in FEATURE_TOPICS.items()
-            )
+            self._features = node.create_publisher(CompressedImage, "frame/features", qos.results(2))
 
     def __call__(self, coarse: CoarseFrame) -> None:
         result, pose = coarse.result, coarse.result.pose
-        success = False
+        body = None
         if pose.success and pose.T_map_camera is not None and pose.covariance is not None:
             body = BodyPose(pose.T_map_camera, pose.covariance)
-            success = not body.fault()
-            if success:
-                message = PoseWithCovarianceStamped()
-                fill_stamp(message.header.stamp, result.stamp_ns)
-                message.header.frame_id = self._map_frame
-                fill_pose_with_covariance(message.pose, body)
-                self._poses.publish(message)
-        if not self._for_refiner:
-            return
+        if body is not None and body.fault():
+            body = None
+        if self._for_refiner:
+            self._hand_over(coarse, body)
+        if body is not None:
+            message = PoseWithCovarianceStamped()
+            fill_stamp(message.header.stamp, result.stamp_ns)
+            message.header.frame_id = self._map_frame
+            fill_pose_with_covariance(message.pose, body)
+            self._poses.publish(message)
+
+    def _hand_over(self, coarse: CoarseFrame, body: BodyPose | None) -> None:
+        """Publish what a refiner in another process needs."""
+        result, pose = coarse.result, coarse.result.pose
         if result.features is not None:
-            self._publish_features(coarse.camera, result.features)
+            message = fill_features(CompressedImage(), result.features)
+            fill_stamp(message.header.stamp, result.stamp_ns)
+            message.header.frame_id = coarse.camera.frame_id
+            self._features.publish(message)
         values: dict[str, Value] = {
-            "success": success, "reason": pose.reason, "inliers": pose.inlier_count, "inlier_ratio": pose.inlier_ratio,
-            "filter_reset": result.filter.reset_reason, "prior_ratio": result.filter.prior_ratio,
-            "nis": result.filter.nis_mean, "rejected_ratio": result.filter.rejected_ratio,
-            "confirmed": result.filter.confirmed,
+            "success": body is not None, "reason": pose.reason, "inliers": pose.inlier_count,
+            "inlier_ratio": pose.inlier_ratio, "filter_reset": result.filter.reset_reason,
+            "prior_ratio": result.filter.prior_ratio, "nis": result.filter.nis_mean,
+            "rejected_ratio": result.filter.rejected_ratio, "confirmed": result.filter.confirmed,
         }  # fmt: skip
+        if body is not None:
+            values |= {"T_map_camera": _exactly(body.T_map_body), "covariance": _exactly(body.covariance)}
         values |= counter_values(coarse.camera.counters(self._own())) | timing_values(result.timings_ms)
         self._statuses.publish(make_status(result.stamp_ns, "coarse", values))
 
-    def _publish_features(self, camera: CameraFrame, features: BackboneFeatures) -> None:
-        for publisher, fill in ((self._coarse, fill_coarse), (self._fine, fill_fine)):
-            message = fill(Image(), features)
-            fill_stamp(message.header.stamp, camera.frame.stamp_ns)
-            message.header.frame_id = camera.frame_id
-            publisher.publish(message)
+
+def _exactly(matrix: Matrix) -> str:
+    """Return the values of a matrix as a text from which they are read back to the bit."""
+    return " ".join(map(repr, matrix.ravel().tolist()))
+
+
+def _matrix(values: Mapping[str, str], key: str, side: int) -> Matrix:
+    """Return a square matrix of a status. Raises FrameError if there is none."""
+    try:
+        return np.array([float(word) for word in values[key].split()]).reshape(side, side)
+    except (KeyError, ValueError) as error:
+        raise FrameError(f"A coarse_status has no '{key}' of {side}x{side} numbers: {error}.") from error
 
 
 def read_coarse(messages: Messages) -> CoarseFrame:
     """Return the coarse frame in the messages of one stamp. Raises FrameError if one of them is damaged."""
     camera = read_frame(messages)
     values = read_values(messages["coarse_status"])
-    pose_message = messages.get("coarse_pose")
     T = covariance = None
-    if pose_message is not None:
-        try:
-            T = pose_from_message(pose_message.pose.pose)
-        except ValueError as error:
-            raise FrameError(f"A coarse_pose cannot be used: {error}") from error
-        covariance = np.asarray(pose_message.pose.covariance, dtype=np.float64).reshape(6, 6)
+    if values.get("success") == "true":
+        T, covariance = _matrix(values, "T_map_camera", 4), _matrix(values, "covariance", 6)
         fault = BodyPose(T, covariance).fault()
+        if not fault and not (is_rotation(T[:3, :3]) and T[3].tolist() == [0.0, 0.0, 0.0, 1.0]):
+            fault = "the pose is not a rigid transform"
         if fault:
-            raise FrameError(f"A coarse_pose cannot be used: {fault}.")
+            raise FrameError(f"A coarse_status cannot be used: {fault}.")
     result = CoarseResult(
         stamp_ns=camera.frame.stamp_ns,
         pose=CoarsePose(
@@ -219,7 +226,7 @@ def read_coarse(messages: Messages) -> CoarseFrame:
             confirmed=values.get("confirmed") == "true",
         ),
         timings_ms=read_timings(values),
-        features=read_features(messages["frame/features_coarse"], messages["frame/features_fine"], camera.frame.camera),
+        features=read_features(messages["frame/features"], camera.frame.camera),
     )
     whole_path = CameraFrame(
         camera.frame, camera.frame_id, camera.receipt_unix_ns, camera.timings_ms, read_counters(values)

@@ -66,7 +66,8 @@ def play(
 
     Args:
         rate: 1 plays as recorded, 2 twice as fast.
-        tick: takes the replay's time in nanoseconds, at least every ``CLOCK_PERIOD_S`` and before each event.
+        tick: takes the replay's time in nanoseconds, at least every ``CLOCK_PERIOD_S`` and before each event of another
+            time: a tick wakes every node.
         stopped: asked before every wait; True ends the play.
 
     Returns:
@@ -74,7 +75,7 @@ def play(
     """
     count = 0
     origin_ns: int | None = None
-    origin_s = now_s()
+    told_ns, origin_s = -1, now_s()
     for event in events:
         if origin_ns is None:
             origin_ns, origin_s = event.log_ns, now_s()
@@ -85,7 +86,9 @@ def play(
                 tick(origin_ns + int((now_s() - origin_s) * rate * 1e9))
         if stopped():
             break
-        tick(event.log_ns)
+        if event.log_ns != told_ns:
+            tick(event.log_ns)
+            told_ns = event.log_ns
         publish(event)
         count += 1
     return count

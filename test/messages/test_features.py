@@ -11,10 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from kfloc_ros.device import torch_only
 from kfloc_ros.errors import FrameError
 from kfloc_ros.features.backbone import BackboneFeatures
 from kfloc_ros.geometry.camera import Camera
-from kfloc_ros.messages.features import fill_coarse, fill_fine, read_features
+from kfloc_ros.messages.features import fill_features, read_features, warm_up
 
 CAMERA = Camera(width=64, height=32, fx=50.0, fy=50.0, cx=31.5, cy=15.5)
 
@@ -32,12 +33,12 @@ def features() -> BackboneFeatures:
     )  # fmt: skip
 
 
-def messages(features: BackboneFeatures) -> tuple[Any, Any]:
-    return fill_coarse(SimpleNamespace(), features), fill_fine(SimpleNamespace(), features)
+def message_of(features: BackboneFeatures) -> Any:
+    return fill_features(SimpleNamespace(), features)
 
 
 def test_features_come_back_as_unit_vectors_that_are_nearly_the_same(features: BackboneFeatures) -> None:
-    read = read_features(*messages(features), CAMERA)
+    read = read_features(message_of(features), CAMERA)
     for name in ("coarse", "fine"):
         sent, came = getattr(features, name), getattr(read, name)
         assert came.shape == sent.shape
@@ -48,20 +49,32 @@ def test_features_come_back_as_unit_vectors_that_are_nearly_the_same(features: B
 
 def test_cells_without_features_do_not_become_nan(features: BackboneFeatures) -> None:
     features.coarse[:], features.fine[:] = 0, 0
-    read = read_features(*messages(features), CAMERA)
+    read = read_features(message_of(features), CAMERA)
     assert torch.isfinite(read.coarse).all() and torch.isfinite(read.fine).all()
+
+
+def test_the_compiled_loop_reads_what_the_other_one_reads(features: BackboneFeatures) -> None:
+    message = message_of(features)
+    read = read_features(message, CAMERA)
+    with torch_only():
+        other = read_features(message, CAMERA)
+    for name in ("coarse", "fine", "reliability"):
+        assert (getattr(read, name) - getattr(other, name)).abs().max() < 1e-6
+        assert getattr(read, name).stride() == getattr(other, name).stride()
+
+
+def test_a_camera_whose_sides_the_strides_do_not_divide_warms_up() -> None:
+    warm_up(SimpleNamespace(), Camera(width=70, height=45, fx=50.0, fy=50.0, cx=31.5, cy=15.5))
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"width": 7}, {"height": 5}, {"encoding": "8UC65"}, {"encoding": "8SC64"}, {"step": 1}, {"data": array.array("B")},
+    [{"format": "jpeg"}, {"format": "8SC65 8x4, 8SC24 16x7"}, {"data": array.array("B")},
      {"data": array.array("B", bytes(64 * 32))}],
 )  # fmt: skip
 def test_a_message_that_does_not_fit_is_refused(features: BackboneFeatures, change: dict[str, Any]) -> None:
-    coarse, fine = messages(features)
+    message = message_of(features)
     for name, value in change.items():
-        setattr(coarse, name, value)
+        setattr(message, name, value)
     with pytest.raises(FrameError, match="same map"):
-        read_features(coarse, fine, CAMERA)
-    with pytest.raises(FrameError, match="same map"):
-        read_features(fine, coarse, CAMERA)
+        read_features(message, CAMERA)

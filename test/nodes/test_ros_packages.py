@@ -73,24 +73,6 @@ def test_three_topics_come_in_any_order(make: Callable[..., Joiner]) -> None:
     assert [stamp.nanosec // 10**6 + 1000 * stamp.sec for stamp in stamps] == list(range(100, 1100, 100))
 
 
-def test_some_sets_wait_for_one_topic_more(make: Callable[..., Joiner]) -> None:
-    complete: list[Any] = []
-    joiner = make(
-        ("a", "b"), complete.append, also="pose", wanted=lambda found: found["a"].header.frame_id == "has a pose"
-    )
-    joiner.add("a", stamped(100))
-    joiner.add("b", stamped(100))
-    assert [sorted(found) for found in complete] == [["a", "b"]]
-    joiner.add("a", stamped(200, "has a pose"))
-    joiner.add("b", stamped(200))
-    assert len(complete) == 1
-    joiner.add("pose", stamped(200))
-    joiner.add("pose", stamped(300))
-    joiner.add("b", stamped(300))
-    joiner.add("a", stamped(300, "has a pose"))
-    assert [sorted(found) for found in complete] == [["a", "b"], ["a", "b", "pose"], ["a", "b", "pose"]]
-
-
 def test_a_joiner_works_after_a_jump_back_and_keeps_little(make: Callable[..., Joiner]) -> None:
     complete: list[Any] = []
     joiner = make(("a", "b"), complete.append)
