@@ -33,7 +33,7 @@ from kfloc_ros.pixloc.patch_kernels import (
     normalised_patches,
     window_of,
 )
-from kfloc_ros.pixloc.references import ReferencePoints, ReferenceViews
+from kfloc_ros.pixloc.references import ReferencePoints, ReferenceViews, view_distances
 from kfloc_ros.types import Alignment
 
 _KEPT_VIEWS = 64
@@ -47,7 +47,9 @@ class PatchSettings:
     """Settings of the alignment of patches, and the conditions for accepting its result."""
 
     max_views: int = 6
-    """Nearest views that are aligned, beside the features' views; three side by side share the errors of points."""
+    farthest_m: float = 0.6
+    """Nearest views, and their largest ``view_distances``, that are aligned beside the features' views; three side by
+    side share errors, and patches are taken to face their view."""
     loss_scale: float = 0.35
     """Scale of the loss: a patch whose correlation with the image is 0.94 has half of its weight."""
     window_sigma_px: float = 2.5
@@ -64,16 +66,15 @@ class PatchSettings:
     """A step below both limits is the last one."""
     longest_step_m: float = 0.02
     agreeing: float = 0.25
-    """Largest dissimilarity of a patch that agrees: a correlation of 0.88."""
     min_agreeing: int = 20
-    """Smallest number of agreeing patches."""
+    """Largest dissimilarity of a patch that agrees, a correlation of 0.88, and fewest such patches."""
     noise_scale: float = 5.0
     """Factor on the squared mean dissimilarity, which scales the covariance by the patches' residuals. Residuals of bad
     images are not independent: those of a quarter of the resolution are three times as large in the demo room, and the
     errors eleven times."""
     max_moved_m: float = 0.1
     max_moved_deg: float = 3.0
-    """A result further from its start than either limit is not taken: patches see a few pixels around themselves."""
+    """A result further from its start is not taken: patches see a few pixels around themselves."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +109,7 @@ class PatchAligner:
     Args:
         references: reference views of the map, with or without patches.
         camera: pinhole camera of map and image.
-        covariance_scale: factor on the covariance of a pose that patches have aligned, from the map's calibration.
+        covariance_scale: factor on the covariance of aligned poses, from the map's calibration.
         settings: settings and conditions; None: the defaults.
     """
 
@@ -158,8 +159,9 @@ class PatchAligner:
     def _views(self, alignment: Alignment, T_map_camera: Matrix) -> list[int]:
         """Return the views of an alignment and further ones nearest to its pose, of the same sessions, by number."""
         own, references = [self._position[k] for k in alignment.reference_ids if k in self._position], self._references
-        sessions = {references.session_of(k) for k in own}
-        near = references.nearest(T_map_camera, self._settings.max_views)
+        sessions, s = {references.session_of(k) for k in own}, self._settings
+        away = view_distances(references.T_map_camera, T_map_camera)
+        near = (int(k) for k in np.argsort(away, kind="stable")[: s.max_views] if away[k] < s.farthest_m)
         return list(dict.fromkeys([*own, *(k for k in near if references.session_of(k) in sessions)]))
 
     def _around(self, T_map_camera: Matrix, positions: list[int]) -> Patches | None:
@@ -192,10 +194,8 @@ class PatchAligner:
         """Return the pose after Gauss-Newton; None if the patches do not fit the image there, or diverge.
 
         Args:
-            grey: (H, W) image.
-            patches: patches to align.
-            start: pose to start from, (4, 4).
-            prior: (6, 6) information of (dt, dw) at the start.
+            grey, patches: image (H, W), and patches to align.
+            start, prior: pose to start from, (4, 4), and information (6, 6) of (dt, dw) there.
         """
         s, first, dissimilarity = self._settings, -np.inf, np.empty(len(patches.points))
         if runs_compiled():

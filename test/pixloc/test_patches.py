@@ -145,3 +145,27 @@ def test_the_compiled_loop_and_the_other_one_agree(monkeypatch: pytest.MonkeyPat
     assert compiled is not None
     assert other is not None
     assert np.abs(compiled - other).max() < 2e-5
+
+
+def test_the_features_pose_counts_more_where_patches_fit_badly() -> None:
+    start = TRUE @ make_pose(np.eye(3), np.array([0.004, 0.0, 0.0]))
+    features = replace(aligned(start), covariance=np.diag(np.repeat([0.002, 0.001], 3) ** 2))
+    clear = seen_from(TRUE)
+    grain = np.random.default_rng(2).normal(0, 40, clear.shape[:2])[..., None]
+    bad = np.clip(clear + grain, 0, 255).astype(np.uint8)
+    aligner = PatchAligner(references(), CAMERA)
+    of_clear, of_bad = (aligner.improved(image, features) for image in (clear, bad))
+    assert of_clear.by_patches and of_bad.by_patches
+    assert away_m(of_clear.T_map_camera) < 0.0005
+    assert 0.002 < away_m(of_bad.T_map_camera) < 0.0045
+
+
+def test_near_views_that_the_features_did_not_use_are_aligned_too() -> None:
+    start = TRUE @ make_pose(np.eye(3), np.array([0.004, 0.0, 0.0]))
+    features, both = replace(aligned(start), reference_ids=(3,)), references()
+    bare = replace(both, views=(replace(both.views[0], patches=None), both.views[1]))
+    assert away_m(PatchAligner(bare, CAMERA).improved(seen_from(TRUE), features).T_map_camera) < 0.001
+    other_day = replace(bare, sessions=(0, 1))
+    far = replace(bare, T_map_camera=np.stack([both.T_map_camera[0], make_pose(np.eye(3), np.array([0.9, 0, 0]))]))
+    for views in (other_day, far):
+        assert not PatchAligner(views, CAMERA).improved(seen_from(TRUE), features).by_patches
