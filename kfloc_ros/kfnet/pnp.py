@@ -106,6 +106,12 @@ MAJORITY = 0.6
 then have as many inliers."""
 
 
+PROMISING = 0.15
+"""Share of the cells that must agree with the expected pose, after a first fit, for others to be drawn to it."""
+WIDE_ERRORS = 3.0
+"""Truncation of the loss that draws them, in inlier thresholds."""
+
+
 def solve_pnp(
     coordinates: SceneCoordinates, camera: Camera, settings: PnpSettings, expected: Matrix | None = None
 ) -> CoarsePose:
@@ -147,9 +153,11 @@ def _majority(
     """
     wide = replace(settings, pixel_sigma_px=settings.max_error_px)
     T, _ = _refine(T_camera_map, cells, camera, wide)
-    inliers = _agreeing(cells, camera, T, settings)
-    if float(inliers.mean()) < MAJORITY:
+    share = float(_agreeing(cells, camera, T, settings).mean())
+    if share < PROMISING:
         return None
+    if share < MAJORITY:  # the camera has moved further than the loss is wide
+        T = _polished(cells.pixels, cells.points, T, camera, WIDE_ERRORS * settings.max_error_px)
     T = _polished(cells.pixels, cells.points, T, camera, settings.max_error_px)
     inliers = _agreeing(cells, camera, T, settings)
     return (T, inliers) if float(inliers.mean()) >= MAJORITY else None

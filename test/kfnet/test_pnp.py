@@ -134,6 +134,18 @@ def test_most_cells_near_an_expected_pose_give_the_pose_of_ransac() -> None:
     assert np.linalg.norm(apart[:3]) < 1e-3 and np.degrees(np.linalg.norm(apart[3:])) < 0.02
 
 
+def test_moved_content_does_not_keep_the_other_cells_from_their_pose() -> None:
+    cells, settings = room(0.03, 0, outliers=0.0), PnpSettings()
+    cells.mean[0, :, :16] += 0.25  # a fifth of the image has moved, and pulls the first fit away
+    near = inverse_pose(left_update(TRUTH, np.array([0.05, -0.03, 0.04, 0.03, -0.02, 0.04])))
+    chosen = pnp.choose_cells(cells, settings)
+    first, _ = pnp._refine(near, chosen, CAMERA, replace(settings, pixel_sigma_px=settings.max_error_px))
+    assert pnp._agreeing(chosen, CAMERA, first, settings).mean() < pnp.MAJORITY
+    found, searched = pnp._majority(chosen, CAMERA, settings, near), solve_pnp(cells, CAMERA, settings)
+    assert found is not None and abs(float(found[1].mean()) - searched.inlier_ratio) < 0.02
+    assert np.abs(pose_tangent_error(inverse_pose(found[0]), searched.T_map_camera)[:3]).max() < 0.01
+
+
 @pytest.mark.parametrize("outliers", [0.2, 0.6])
 def test_a_wrong_expected_pose_or_a_minority_is_left_to_ransac(outliers: float) -> None:
     cells = room(0.03, 0, outliers=outliers)
