@@ -128,7 +128,7 @@ def test_three_nodes_publish_what_the_table_says_of_each(
     world = new_world()
     nodes = ("camera_node", "filter_node", "refiner_node")
     for name in nodes:
-        world.start(name, f"map:={room_map}")
+        world.start(name, f"map:={room_map}", "rate_hz:=10.0")  # for odometry/map
     world.wait_ready()
     node = world.harness.node
     hand_over = ("/frame/", "/coarse_status", "/refined_pose", "/parameter_events", "/rosout")
