@@ -130,7 +130,7 @@ class PointEvidence:
         s, seen = self._depths, sum(int(depths.seen.sum()) for depths in found)
         share = sum(int(depths.agreeing.sum()) for depths in found) / max(seen, 1)
         if seen >= s.min_points and share < s.min_share:
-            LOG.info("patches are left out: only %.0f %% of them fit other views, so poses are off", 100 * share)
+            LOG.warning("Only %.0f %% of the patches fit other views: poses are off. Try --adjust-poses.", 100 * share)
             return replace(references, views=tuple(replace(view, patches=None) for view in references.views))
         halves = np.concatenate([depths.halves[depths.told_twice] for depths in found]) if found else np.empty((0, 2))
         ranks = halves.argsort(axis=0).argsort(axis=0)
