@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,8 +21,9 @@ from textured_room import Room
 from kfloc_ros.features.backbone import Backbone
 from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import Camera
-from kfloc_ros.mapping import mapping_pass
+from kfloc_ros.mapping import mapping_pass, schedule
 from kfloc_ros.mapping.build import MapBuildConfig, build_map
+from kfloc_ros.mapping.point_evidence import EvidenceSettings, PointEvidence
 from kfloc_ros.mapping.schedule import TimeBudget
 from kfloc_ros.types import Frame
 
@@ -70,8 +72,10 @@ def peak_bytes() -> int:
 
 
 def run_pass(count: int) -> None:
-    """One mapping pass with a training buffer of 50,000 cells (20 MB)."""
+    """One mapping pass whose limits on memory are reached with 200 views: a training buffer of 50,000 cells (20 MB)."""
     mapping_pass.MAX_CELLS = 50_000
+    schedule.MAX_HELD_OUT = 16
+    mapping_pass.PointEvidence = partial(PointEvidence, settings=EvidenceSettings(max_views=100))  # type: ignore[misc]
     settings = mapping_pass.MappingPassSettings(0, 100, 0.04, 2_000, 0)
     budget = TimeBudget(0.0, time.monotonic())
     recording = LongRecording(count, SMALL)
