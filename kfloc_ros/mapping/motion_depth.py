@@ -179,7 +179,8 @@ def settings_by_depths(settings: MotionDepthSettings, depths_m: NDArray[np.float
 def settings_by_matches(source: FrameSource, settings: MotionDepthSettings) -> MotionDepthSettings:
     """Return settings with the range of matches between a source's images, triangulated with its poses.
 
-    The settings stay as they are if the source has points of a reconstruction, or too few matches with poses.
+    The settings stay as they are if too few matches have poses. Views with points of a reconstruction have ranges of
+    their own.
     """
     poses = Poses(source)
     pairs = [
