@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kfloc_ros.device import compiled_loop
-from kfloc_ros.pixloc.kernels import moved, solve
+from kfloc_ros.geometry.kernels import moved, solve
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
