@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import cv2
@@ -45,6 +46,11 @@ class BackboneFeatures:
     """(B, 128, H/8, W/8): the strides 16 and 32 resampled to stride 8; the surroundings of each cell."""
     reliability: torch.Tensor
     """(B, H/8, W/8) in (0, 1): probability that a cell is matched correctly."""
+
+    @cached_property
+    def fine_reliability(self) -> torch.Tensor:
+        """(B, H/4, W/4) the reliability at the fine level; every alignment of the image asks for it."""
+        return F.interpolate(self.reliability[:, None], self.fine.shape[-2:], mode="bilinear")[:, 0]
 
     def to(self, device: torch.device) -> BackboneFeatures:
         """Return the features on a device."""

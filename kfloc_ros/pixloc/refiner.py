@@ -6,17 +6,17 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from kfloc_ros.features.backbone import COARSE_STRIDE, FINE_STRIDE, BackboneFeatures
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.covariance import map_frame_covariance
 from kfloc_ros.geometry.lie import Matrix, inverse_pose, make_pose, rotation_angle_deg
 from kfloc_ros.pixloc.camera_fit import FitLevel, FittedCamera, fit_camera, score_camera
-from kfloc_ros.pixloc.cost import POSE, FeatureImage, Linearization, RobustLoss, linearize
+from kfloc_ros.pixloc.cost import FeatureImage, Linearization, RobustLoss, linearize
 from kfloc_ros.pixloc.image_check import Inspection, match_blocks
 from kfloc_ros.pixloc.optimizer import LevelResult, RefinerSettings, StopRule, descend, disagreement, information_of
 from kfloc_ros.pixloc.point_matching import (
@@ -114,7 +114,7 @@ class Refiner:
     @torch.inference_mode()
     def inspect(self, features: BackboneFeatures, T_map_camera: Matrix) -> Inspection:
         """Compare the whole image with the map at an aligned pose (4, 4)."""
-        candidate = self._prepare(query_levels(features), T_map_camera, with_cost=False)
+        candidate = self._prepare(query_levels(features), T_map_camera)
         T = candidate.T_camera_local
         blocks = match_blocks(candidate.levels[0].image, candidate.points, candidate.references, T, self.camera)
         loss = RobustLoss(self.settings.loss_scale)
@@ -129,7 +129,6 @@ class Refiner:
         images: tuple[FeatureImage, FeatureImage],
         T_map_camera: Matrix,
         *,
-        with_cost: bool = True,
         further: ReferencePoints | None = None,
         with_map: bool = True,
     ) -> _Candidate:
@@ -143,7 +142,7 @@ class Refiner:
         confidence = torch.cat([view.confidence * w for view, w in zip(views, nearness, strict=True)])
         # coordinates relative to the start: float32 is not exact enough far from the map's origin
         origin = T_map_camera[:3, 3].copy()
-        candidate = _Candidate(
+        return _Candidate(
             T_camera_local=make_pose(T_map_camera[:3, :3].T, np.zeros(3)),
             origin=origin,
             points=points.points - torch.from_numpy(origin).to(points.points),
@@ -153,10 +152,8 @@ class Refiner:
             view_counts=tuple(len(view) for view in views[: len(chosen)]),
             distance_m=float(min(view_distances(self.references.T_map_camera[chosen], T_map_camera), default=0.0)),
             prepare=lambda T: self._prepare(images, T, further=further, with_map=with_map),
+            linearize=self._linearize,
         )
-        if with_cost:
-            candidate.at = self._linearize(candidate, candidate.levels[0], candidate.T_camera_local)
-        return candidate
 
     def _levels(
         self, images: tuple[FeatureImage, FeatureImage], points: ReferencePoints, confidence: torch.Tensor
@@ -283,9 +280,6 @@ class Refiner:
         )
 
 
-_NOWHERE = Linearization.of_sums(0.0, 0.0, 0, np.zeros((POSE, POSE)), np.zeros(POSE))
-
-
 @dataclass(eq=False)
 class _Candidate:
     """Starting pose with its reference points, in coordinates relative to the start."""
@@ -302,8 +296,13 @@ class _Candidate:
     """Distance of the start from the nearest of the reference views; 0 if there are none."""
     prepare: Callable[[Matrix], _Candidate]
     """Returns the candidate of another pose, (4, 4)."""
-    at: Linearization = _NOWHERE
-    """Cost at the pose, at the coarse level."""
+    linearize: Callable[[_Candidate, FitLevel, Matrix], Linearization]
+    """Returns the cost of a level at a pose, (4, 4)."""
+
+    @cached_property
+    def at(self) -> Linearization:
+        """Cost at the pose, at the coarse level."""
+        return self.linearize(self, self.levels[0], self.T_camera_local)
 
     @property
     def mapped_count(self) -> int:
@@ -319,11 +318,9 @@ class _Candidate:
 
 def query_levels(features: BackboneFeatures) -> tuple[FeatureImage, FeatureImage]:
     """Return the two levels of one image, coarse then fine, laid out for sampling."""
-    reliability = features.reliability[:1]
-    fine_reliability = F.interpolate(reliability[None], features.fine.shape[-2:], mode="bilinear")[0, 0]
     return (
-        FeatureImage.from_maps(features.coarse[0], reliability[0], COARSE_STRIDE),
-        FeatureImage.from_maps(features.fine[0], fine_reliability, FINE_STRIDE),
+        FeatureImage.from_maps(features.coarse[0], features.reliability[0], COARSE_STRIDE),
+        FeatureImage.from_maps(features.fine[0], features.fine_reliability[0], FINE_STRIDE),
     )
 
 
