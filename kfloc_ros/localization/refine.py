@@ -243,10 +243,10 @@ class RefineStage:
     def warm_up(self) -> None:
         """Run the compiled loops that a frame of noise does not reach."""
         if has_numba():
-            from kfloc_ros.pixloc import patch_kernels, point_kernels
+            from kfloc_ros.pixloc import check_kernels, patch_kernels, point_kernels
 
-            point_kernels.run_once()
-            patch_kernels.run_once()
+            for loops in (point_kernels, patch_kernels, check_kernels):
+                loops.run_once()
 
     def reset(self) -> None:
         """Reset the motion model and the track; the next frame starts from its coarse pose alone."""

@@ -26,6 +26,7 @@ from kfloc_ros.device import has_numba, runs_compiled
 from kfloc_ros.features.backbone import COARSE_STRIDE
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import Matrix
+from kfloc_ros.pixloc import check_kernels
 from kfloc_ros.pixloc.camera_fit import CameraScore
 from kfloc_ros.pixloc.cost import FeatureImage, project
 from kfloc_ros.pixloc.point_matching import best_cells
@@ -169,7 +170,7 @@ def match_blocks(
     Returns:
         None if too few blocks have points in view.
     """
-    h, w, C = image.features.shape
+    h, w, _ = image.features.shape
     at, P, in_front = project(points, torch.from_numpy(T_camera_local).to(points), camera, COARSE_STRIDE)
     column, row = at.round().long().unbind(1)
     seen = torch.nonzero(in_front & (column >= 0) & (column < w) & (row >= 0) & (row < h))[:, 0]
@@ -194,9 +195,8 @@ def match_blocks(
         return BlockMatch(blocks, int(similar.sum()), 0, (0.0, 0.0), 0.0, *shifts)
     open_blocks = known & ~similar  # a block that is similar here is not displaced
     of_open = torch.from_numpy(open_blocks).to(block.device)[block]
-    similarity = (wanted[of_open] @ image.features.reshape(-1, C).T).reshape(-1, h, w)
     mean = _BlockMean(block[of_open], references.confidence[seen][of_open])
-    around = mean(_surroundings(similarity, column[of_open], row[of_open])).cpu()
+    around = mean.around(image.features, wanted[of_open], (column[of_open], row[of_open])).cpu()
     moved = _moved_part(around, here, open_blocks)
     best = around.flatten(1).max(1).values.numpy()
     matching = similar | (open_blocks & (here > MIN_SIMILARITY) & (best - here <= MATCHING_GAP))
@@ -223,6 +223,20 @@ class _BlockMean:
         """Return (blocks, a, b) means of values (N, a, b)."""
         mean = torch.zeros(ROWS * COLUMNS, *values.shape[1:], device=values.device)
         return mean.index_add_(0, self._block, values * self._weight[:, None, None])
+
+    def around(self, cells: torch.Tensor, wanted: torch.Tensor, at: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """Return means (blocks, 2 REACH + 1, 2 REACH + 1) of similarities to cells (h, w, C) around points, 0 outside."""
+        (h, w, C), size, (column, row) = cells.shape, 2 * REACH + 1, at
+        if runs_compiled(cells, wanted, self._weight):
+            mean, of_points = torch.zeros(ROWS * COLUMNS, size, size), (*at, self._block, self._weight)
+            check_kernels.add_surroundings(
+                cells.numpy(), wanted.numpy(), *(v.numpy() for v in of_points), REACH, mean.numpy()
+            )
+            return mean
+        padded = F.pad((wanted @ cells.reshape(-1, C).T).reshape(-1, h, w), (REACH, REACH, REACH, REACH))
+        step, width = torch.arange(size, device=cells.device), w + 2 * REACH
+        index = (row * width + column)[:, None] + (step[:, None] * width + step).reshape(1, -1)
+        return self(padded.reshape(len(wanted), -1).gather(1, index).reshape(-1, size, size))
 
 
 def _shifts(
@@ -264,10 +278,8 @@ def _block_medians(
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Return the numbers (blocks,) and the medians (blocks, 2) of values (N, 2) in each block; 0 for empty blocks."""
     if has_numba():
-        from kfloc_ros.pixloc.point_kernels import group_medians
-
         counts, found = np.empty(ROWS * COLUMNS, np.int64), np.empty((ROWS * COLUMNS, 2))
-        group_medians(values.astype(np.float64), block, counts, found)
+        check_kernels.group_medians(values.astype(np.float64), block, counts, found)
         return counts, found
     count = np.bincount(block, minlength=ROWS * COLUMNS)
     order = np.argsort(block, kind="stable")
@@ -283,11 +295,8 @@ def _block_medians(
 def _here(cells: torch.Tensor, wanted: torch.Tensor, column: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
     """Return the similarities (N, 3, 3) of points to the cells (h, w, C) at and around their own."""
     if runs_compiled(cells, wanted):
-        from kfloc_ros.pixloc.point_kernels import around
-
-        around(
-            cells.numpy(), wanted.numpy(), column.numpy(), row.numpy(), (out := torch.empty(len(wanted), 3, 3)).numpy()
-        )
+        out, given = torch.empty(len(wanted), 3, 3), (cells, wanted, column, row)
+        check_kernels.around(*(values.numpy() for values in given), out.numpy())
         return out
     h, w, _ = cells.shape
     step = torch.arange(-1, 2, device=row.device)
@@ -295,16 +304,6 @@ def _here(cells: torch.Tensor, wanted: torch.Tensor, column: torch.Tensor, row: 
     columns = (column[:, None] + step).clamp(0, w - 1)[:, None, :]
     near = cells[rows, columns]
     return torch.einsum("nijc,nc->nij", near, wanted)
-
-
-def _surroundings(similarity: torch.Tensor, column: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
-    """Return the similarities (N, 2 REACH + 1, 2 REACH + 1) around each point's own cell; 0 outside the image."""
-    padded = F.pad(similarity, (REACH, REACH, REACH, REACH))
-    n, size, width = len(similarity), 2 * REACH + 1, padded.shape[2]
-    step = torch.arange(size, device=similarity.device)
-    window = step[:, None] * width + step[None, :]
-    index = (row * width + column)[:, None] + window.reshape(1, -1)
-    return padded.reshape(n, -1).gather(1, index).reshape(n, size, size)
 
 
 @dataclass(frozen=True, eq=False)

@@ -173,41 +173,6 @@ def count_in_view(points: Floats, T: Floats, intrinsics: Floats, width: int, hei
 
 
 @compiled_loop
-def around(image: Floats, wanted: Floats, column: Integers, row: Integers, out: Floats) -> None:
-    """Write the similarities (N, 3, 3) of features (N, C) to the cells (H, W, C) at and around their own."""
-    rows, columns, channels = image.shape
-    for n in range(len(wanted)):
-        feature = wanted[n]
-        for i in range(3):
-            for j in range(3):
-                cell = image[min(max(row[n] + i - 1, 0), rows - 1), min(max(column[n] + j - 1, 0), columns - 1)]
-                cosine = np.float32(0.0)
-                for c in range(channels):
-                    cosine += cell[c] * feature[c]
-                out[n, i, j] = cosine
-
-
-@compiled_loop
-def group_medians(values: Doubles, group: Integers, counts: Integers, medians: Doubles) -> None:
-    """Write the numbers (G,) and the medians (G, 2) of values (N, 2) in each group; 0 for empty groups."""
-    counts[:] = 0
-    for g in group:
-        counts[g] += 1
-    for g in range(len(counts)):
-        medians[g] = 0.0
-        if counts[g] == 0:
-            continue
-        for axis in range(2):
-            own, at = np.empty(counts[g]), 0
-            for n in range(len(group)):
-                if group[n] == g:
-                    own[at] = values[n, axis]
-                    at += 1
-            own.sort()
-            medians[g, axis] = 0.5 * (own[(at - 1) // 2] + own[at // 2])
-
-
-@compiled_loop
 def corner_scores(fine: Floats, trust: Floats, at: Floats, at_trust: Floats, scores: Floats) -> None:
     """Write the score (N,) of points that lie within the image: reliability times corner strength.
 
@@ -337,9 +302,6 @@ def run_once() -> None:
     best_cells(image, row, at, 1, np.zeros((2, 2), dtype=np.float32), values, flags)
     count_in_view(np.zeros((2, 3), dtype=np.float32), eye.astype(np.float32), np.ones(4, dtype=np.float32), 2, 2, 0.1)
     corner_scores(image, trust, at, at, values)
-    first = np.zeros(2, dtype=np.int64)
-    around(image, row, first, first, np.zeros((2, 3, 3), dtype=np.float32))
-    group_medians(np.zeros((2, 2)), first, np.zeros(1, dtype=np.int64), np.zeros((1, 2)))
     cloud, four = np.ones((2, 3), dtype=np.float32), np.ones(4, dtype=np.float32)
     of_level = cloud, row, row, values, eye.astype(np.float32), four
     search(image, image, four[:2], *of_level, 0.1, (1, 1), 0.0, np.zeros((2, 2), dtype=np.float32), values)

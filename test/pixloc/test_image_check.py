@@ -101,8 +101,11 @@ def test_compiled_loops_agree_with_torch_and_numpy(monkeypatch: pytest.MonkeyPat
     column, row = torch.from_numpy(rng.integers(0, 30, 50)), torch.from_numpy(rng.integers(0, 20, 50))
     values, block = rng.normal(size=(50, 2)).astype(np.float32), rng.integers(0, 9, 50)
     near, (count, median) = image_check._here(cells, wanted, column, row), image_check._block_medians(values, block)
+    mean, at = image_check._BlockMean(torch.from_numpy(block), torch.rand(50)), (column, row)  # windows leave the image
+    around = mean.around(cells, wanted, at)
     monkeypatch.setattr(image_check, "has_numba", lambda: False)
     monkeypatch.setattr(image_check, "runs_compiled", lambda *tensors: False)
     assert torch.allclose(near, image_check._here(cells, wanted, column, row), atol=1e-5)
+    assert torch.allclose(around, mean.around(cells, wanted, at), atol=1e-5) and float(around.abs().max()) > 0.1
     expected = image_check._block_medians(values, block)
     assert (count == expected[0]).all() and np.allclose(median, expected[1], atol=1e-6)
