@@ -11,8 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import torch
 
+from kfloc_ros.device import runs_compiled
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import inverse_pose, jumped
 from kfloc_ros.kfnet.flow import Flow, backward_flow
@@ -220,6 +222,14 @@ def onto_rays(belief: SceneCoordinates, camera: Camera, T_map_camera: Matrix) ->
     """
     _, h, w = belief.mean.shape
     device = belief.mean.device
+    if runs_compiled(belief.mean):
+        from kfloc_ros.kfnet import kernels
+
+        onto, valid, c = torch.empty(3, h, w), torch.empty(h, w, dtype=torch.bool), camera
+        model = np.array([c.fx, c.fy, c.cx, c.cy, belief.stride, belief.pixel_offset], dtype=np.float64)
+        before, T = (belief.mean.contiguous().numpy(), belief.valid.contiguous().numpy()), T_map_camera.astype(float)
+        kernels.onto_rays(*before, np.ascontiguousarray(T), model, MIN_DEPTH_M, onto.numpy(), valid.numpy())
+        return replace(belief, mean=onto, valid=valid)
     pose = torch.from_numpy(T_map_camera).to(device)
     back = torch.from_numpy(inverse_pose(T_map_camera)).to(device)
     depth_m = torch.einsum("k,khw->hw", back[2, :3], belief.mean.double()) + back[2, 3]

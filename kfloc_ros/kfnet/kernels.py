@@ -262,6 +262,25 @@ def warp(
 
 
 @compiled_loop
+def onto_rays(mean: Floats, valid: Flags, T: Doubles, model: Doubles, near_m: float, onto: Floats, kept: Flags) -> None:
+    """Write points (3, h, w) moved, at their depth, onto the rays of their cells, and which are valid, (h, w).
+
+    ``T`` is ``T_map_camera`` (4, 4); ``model`` has fx, fy, cx, cy, and the cells' stride and first pixel.
+    """
+    _, h, w = mean.shape
+    fx, fy, cx, cy, stride, first = model
+    for i in range(h):
+        for j in range(w):
+            z = 0.0
+            for k in range(3):
+                z += T[k, 2] * (mean[k, i, j] - T[k, 3])
+            x, y = (stride * j + first - cx) / fx * z, (stride * i + first - cy) / fy * z
+            for k in range(3):
+                onto[k, i, j] = T[k, 0] * x + T[k, 1] * y + T[k, 2] * z + T[k, 3]
+            kept[i, j] = valid[i, j] and z > near_m
+
+
+@compiled_loop
 def ray_equations(
     points: Doubles, tangents: Doubles, sigma_m: Doubles, T: Doubles, sigma_per_m: float
 ) -> tuple[Doubles, Doubles]:

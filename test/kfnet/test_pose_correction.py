@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from kfloc_ros.device import torch_only
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import make_pose, so3_exp
 from kfloc_ros.kfnet.filter import SceneCoordinateFilter, onto_rays
@@ -64,6 +65,17 @@ def test_points_behind_the_camera_are_dropped() -> None:
     corrected = onto_rays(seen_from(POSE, z), CAMERA, POSE)
     assert not corrected.valid[3, 4]
     assert int(corrected.valid.sum()) == H * W - 1
+
+
+def test_the_compiled_correction_agrees_with_torch() -> None:
+    noise = 0.1 * torch.randn(3, H, W, generator=torch.Generator().manual_seed(6))
+    belief = seen_from(POSE, depth())
+    belief = replace(belief, mean=belief.mean + noise, valid=noise[0] > -0.1)
+    compiled = onto_rays(belief, CAMERA, POSE)
+    with torch_only():
+        expected = onto_rays(belief, CAMERA, POSE)
+    assert torch.allclose(compiled.mean, expected.mean, atol=1e-6)
+    assert torch.equal(compiled.valid, expected.valid) and not compiled.valid.all()
 
 
 def test_an_error_that_all_cells_share_is_not_averaged_away_but_corrected() -> None:
