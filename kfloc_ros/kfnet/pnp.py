@@ -169,10 +169,22 @@ def _camera_dict(camera: Camera) -> dict[str, object]:
     return {"model": "PINHOLE", "width": camera.width, "height": camera.height, "params": parameters}
 
 
+RANSAC_CELLS = 500
+"""Cells on which RANSAC counts inliers; its time grows with them, and this many find the same pose."""
+
+
 def _ransac(cells: Correspondences, camera: Camera, settings: PnpSettings) -> tuple[Matrix, NDArray[np.bool_]]:
-    """Return the pose ``T_camera_map`` with the most inliers, and (N,) bool, the inliers."""
-    limits = {"max_iterations": 1000, "min_iterations": 50}
-    return absolute_pose(cells.pixels, cells.points, camera, settings.max_error_px, **limits)
+    """Return the pose ``T_camera_map`` with the most inliers, and (N,) bool, the inliers.
+
+    RANSAC has a part of the cells; its pose is then polished with all of them, as RANSAC polishes its best one.
+    """
+    limits, step = {"max_iterations": 1000, "min_iterations": 50}, max(len(cells.pixels) // RANSAC_CELLS, 1)
+    pixels, points = (np.ascontiguousarray(values[::step]) for values in (cells.pixels, cells.points))
+    T, inliers = absolute_pose(pixels, points, camera, settings.max_error_px, **limits)
+    if step == 1 or not inliers.any():
+        return (T, inliers) if step == 1 else (T, np.zeros(len(cells.pixels), dtype=bool))
+    T = _polished(cells.pixels, cells.points, T, camera, settings.max_error_px)
+    return T, _agreeing(cells, camera, T, settings)
 
 
 def absolute_pose(
