@@ -247,6 +247,8 @@ def disagreement(views: Sequence[Linearization]) -> Matrix:
     H = np.stack([view.weight_sum * view.H for view in used])
     g = np.stack([view.weight_sum * view.g for view in used])
     mean = H.mean(axis=0)
+    if not np.trace(mean) > 0.0:  # nothing in the image changes with the pose, as where the camera is covered
+        return np.zeros((6, 6))
     damped = H + DAMPING * mean + DAMPING_FLOOR * np.trace(mean) * np.eye(6)
     steps = np.linalg.solve(damped, g[:, :, None])[:, :, 0]
     return np.asarray(steps.T @ steps / len(used))

@@ -55,12 +55,13 @@ def test_the_covariance_holds_what_the_reference_views_disagree_by(room, room_ma
 
 
 def test_a_view_alone_and_views_that_agree_do_not_disagree() -> None:
-    def view(gradient: float, count: int = 100) -> Linearization:
-        return Linearization(0.1, np.eye(6), np.full(6, gradient), count, 1.0)
+    def view(gradient: float, count: int = 100, information: float = 1.0) -> Linearization:
+        return Linearization(0.1, information * np.eye(6), np.full(6, gradient), count, 1.0)
 
     assert not disagreement([view(0.5)]).any() and not disagreement([]).any()
     assert not disagreement([view(0.0), view(0.0)]).any()
     assert not disagreement([view(0.5), view(-0.5, count=3)]).any(), "too few points to say anything"
+    assert not disagreement([view(0.0, information=0.0)] * 2).any(), "a covered camera"
     apart = disagreement([view(0.13), view(-0.13)])
     np.testing.assert_allclose(apart, np.full((6, 6), 0.01), rtol=1e-6)
 
