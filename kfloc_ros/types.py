@@ -182,6 +182,9 @@ class PoseEstimate:
     """True if the frame was aligned from the predicted pose alone; it then has no coarse pose."""
     tentative: bool = False
     """True for a first pose that waits for others which agree: ``map -> odom`` must not follow it yet."""
+    bridged: bool = False
+    """True if neither the map nor this session's points confirm the pose: optical flow or the motion carried it on.
+    It is DEGRADED, and no measurement: ``map -> odom`` must not follow it."""
     confidence: float | None = None
     """Probability that the errors are below 10 cm and 5 deg; None without a pose, or if refinement is off."""
     evidence: Mapping[str, float] = field(default_factory=dict)

@@ -1,20 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Poses by points of this session's own images, where the map alone does not settle the pose."""
+"""Poses by this session's own images, where the map alone does not settle the pose: by their points, or from one image
+to the next."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kfloc_ros.features.backbone import BackboneFeatures
 from kfloc_ros.geometry.camera import Camera
-from kfloc_ros.geometry.lie import Matrix, jumped
-from kfloc_ros.pixloc.references import ReferencePoints
-from kfloc_ros.pixloc.refiner import Refiner, query_levels
+from kfloc_ros.geometry.covariance import probability_within
+from kfloc_ros.geometry.lie import Matrix, inverse_pose, jumped
+from kfloc_ros.kfnet.pnp import absolute_pose, agreeing_share
+from kfloc_ros.localization.bridging import Bridge, BridgedPose
+from kfloc_ros.localization.coarse import pnp_settings
+from kfloc_ros.localization.config import LocalizerConfig
+from kfloc_ros.localization.judgement import GOOD_DEG, GOOD_M
+from kfloc_ros.localization.results import CoarseResult
+from kfloc_ros.localization.tracking import agrees
+from kfloc_ros.pixloc.refiner import Refiner, failed_alignment, query_levels
 from kfloc_ros.pixloc.session_points import SessionPoints
-from kfloc_ros.types import Alignment, PoseEstimate
+from kfloc_ros.relocalization.matching import cell_centres, mutual_nearest
+from kfloc_ros.relocalization.search import Relocalizer
+from kfloc_ros.types import Alignment, Frame, PoseEstimate, TrackingState
 
 
 @dataclass(frozen=True)
@@ -36,24 +47,62 @@ class CarrySettings:
     drift_m_s: float = 0.01
     drift_deg_s: float = 0.5
     """Growth of the standard deviation of a pose that is carried on."""
+    min_similarity: float = 0.7
+    """Smallest cosine of two features that match, where points are searched in the whole image."""
+    max_error_px: float = 12.0
+    """Inlier threshold of the reprojection error of these matches: a cell and a half."""
+    min_inliers: int = 15
+    """Number of these matches that a pose needs to be aligned."""
+
+
+@dataclass(frozen=True, eq=False)
+class FrameEvidence:
+    """Evidence of one frame, independent of earlier poses, for an alignment."""
+
+    refiner: Refiner
+    relocalizer: Relocalizer | None
+    camera: Camera
+    config: LocalizerConfig
+    min_inlier_ratio: float
+    """Share of a measurement's cells that agree with a right pose, from the map's calibration."""
+
+    def supports(self, alignment: Alignment, coarse: CoarseResult, features: BackboneFeatures) -> bool:
+        """Return true if independent evidence supports an alignment.
+
+        Enough reference points that find themselves there are such evidence. So is the coarse pose; but if refined
+        poses have corrected its belief, it is not independent, and only this frame's own measurement or its matches
+        count.
+        """
+        if self.refiner.is_certain(alignment):
+            return True
+        if not agrees(alignment, coarse.pose):
+            return False
+        if not coarse.filter.confirmed:
+            return True
+        pose, measurement = alignment.T_map_camera, coarse.measurement
+        assert pose is not None
+        if measurement is not None:
+            share = agreeing_share(measurement, self.camera, pose, pnp_settings(self.config, measurement.stride))
+            if share >= self.min_inlier_ratio:
+                return True
+        return self.relocalizer is not None and self.relocalizer.agrees(features, pose)
 
 
 class Carrier:
     """Points of the last images of one camera, and alignments with them.
 
     Args:
-        refiner: aligner, with the map's reference views.
-        camera: pinhole camera of the images.
-        longest_s: longest time without a pose that the map confirms; 0: session points are not used.
+        evidence: evidence for alignments, with the aligner, the camera and the localizer's options.
         settings: conditions; None: the defaults.
     """
 
-    def __init__(
-        self, refiner: Refiner, camera: Camera, longest_s: float, settings: CarrySettings | None = None
-    ) -> None:
-        self._refiner, self._camera, self._longest_ns = refiner, camera, int(longest_s * 1e9)
+    def __init__(self, evidence: FrameEvidence, settings: CarrySettings | None = None) -> None:
+        self._evidence, self._refiner, self._camera = evidence, evidence.refiner, evidence.camera
+        config = evidence.config
+        self._longest_ns = int(config.carry_s * 1e9)
+        self._bridge = Bridge(self._camera, config.max_gap_s, config.carry_s, config.carry_sigma_m)
         self._settings = settings or CarrySettings()
-        self._points = SessionPoints(camera)
+        self._points = SessionPoints(self._camera)
         self._confirmed: tuple[int, Matrix] | None = None
         """Stamp of the last pose that the map confirms, and covariance of the last one that the map alone gave."""
         self._learned: tuple[int, Matrix] | None = None
@@ -62,6 +111,7 @@ class Carrier:
     def reset(self) -> None:
         """Drop all points."""
         self._points.reset()
+        self._bridge.reset()
         self._confirmed = self._learned = None
 
     def is_settled(self, alignment: Alignment) -> bool:
@@ -70,12 +120,7 @@ class Carrier:
         return alignment.success and not alignment.carried and alignment.support >= settled
 
     def align(
-        self,
-        features: BackboneFeatures,
-        stamp_ns: int,
-        predicted: Matrix | None,
-        alignment: Alignment,
-        is_supported: Callable[[Alignment], bool],
+        self, coarse: CoarseResult, features: BackboneFeatures, predicted: Matrix | None, alignment: Alignment
     ) -> Alignment | None:
         """Align with the map's points and this session's together, or with this session's alone.
 
@@ -83,48 +128,121 @@ class Carrier:
         with the session's points alone; it is tried only where the map's points do not support the pose.
 
         Args:
-            features: backbone features of the image.
-            stamp_ns: stamp of the image.
+            coarse: coarse result of the image.
+            features: its backbone features.
             predicted: predicted pose, (4, 4), if any.
             alignment: alignment with the map alone.
-            is_supported: returns true if evidence beside the points supports an alignment.
 
         Returns:
             The alignment; None if points of this session do not settle the pose.
         """
-        points = self._points_in_view(stamp_ns, predicted)
-        if predicted is None or points is None:
+        s, stamp_ns = self._settings, coarse.stamp_ns
+        if self._confirmed is None or not 0 < stamp_ns - self._confirmed[0] <= self._longest_ns:
             return None
-        s, align = self._settings, self._refiner.align
-        starts = [T for T in (predicted, alignment.T_map_camera) if T is not None]
-        light = replace(points, confidence=s.session_weight * points.confidence)
-        found = align(features, starts, max_cost=s.max_cost, further=light)
-        if self._refiner.is_certain(found):
-            joint = self._widened(found, stamp_ns)
-            if joint.map_support >= s.min_map_support or (alignment.success and is_supported(joint)):
-                return joint
-            return replace(joint, carried=True, reason=alignment.reason)
+        points = None if predicted is None else self._points.usable(predicted)
+        if predicted is not None and points is not None:
+            starts = [T for T in (predicted, alignment.T_map_camera) if T is not None]
+            light = replace(points, confidence=s.session_weight * points.confidence)
+            found = self._refiner.align(features, starts, max_cost=s.max_cost, further=light)
+            if self._refiner.is_certain(found):
+                joint = self._widened(found, stamp_ns)
+                # its own support includes points of this session, which are not independent of earlier poses
+                alone = replace(joint, support=0.0)
+                by_map = joint.map_support >= s.min_map_support
+                if by_map or (alignment.success and self._evidence.supports(alone, coarse, features)):
+                    return joint
+                return replace(joint, carried=True, reason=alignment.reason)
         if alignment.success and alignment.support >= s.min_map_support:
             return None
-        starts = [predicted] if self._learned is None else [predicted, self._learned[1]]  # or it has not moved on
-        found = align(features, starts, max_cost=s.max_cost, further=points, with_map=False)
+        starts = [] if predicted is None else [predicted]
+        if predicted is not None and self._learned is not None:
+            starts.append(self._learned[1])  # or it has not moved on
+        found = self._by_session(features, starts)
+        if not self._refiner.is_certain(found):  # the motion has changed: where do the points lie in the image?
+            located = self._located(features)
+            found = self._by_session(features, [] if located is None else [located])
         if not self._refiner.is_certain(found):
             return None
         return replace(self._widened(found, stamp_ns), carried=True, reason=alignment.reason)
 
-    def keep_session_view(self, features: BackboneFeatures, estimate: PoseEstimate, count: int) -> None:
+    def _by_session(self, features: BackboneFeatures, starts: list[Matrix]) -> Alignment:
+        """Return the alignment with this session's points alone, from the points in view from the first start."""
+        points = self._points.usable(starts[0]) if starts else None
+        if points is None:
+            return failed_alignment("no points of this session are in view")
+        return self._refiner.align(features, starts, max_cost=self._settings.max_cost, further=points, with_map=False)
+
+    def _located(self, features: BackboneFeatures) -> Matrix | None:
+        """Return the pose (4, 4) by mutual nearest neighbours of all points of this session in the whole image."""
+        s, (rows, positions) = self._settings, self._points.all()
+        if len(rows) < s.min_inliers:
+            return None
+        grid = features.coarse[0].float()
+        cell, value, kept = mutual_nearest(rows, grid)
+        kept &= value > s.min_similarity
+        chosen = kept.cpu().numpy()
+        pixels, points = cell_centres(cell[kept], grid.shape[2]), positions[chosen]
+        if len(points) < s.min_inliers:
+            return None
+        origin = points.mean(axis=0)
+        T, inliers = absolute_pose(pixels, points - origin, self._camera, s.max_error_px, max_iterations=1000)
+        if inliers.sum() < s.min_inliers:
+            return None
+        T_map_camera = inverse_pose(T)
+        T_map_camera[:3, 3] += origin
+        return T_map_camera
+
+    def bridge(self, frame: Frame, features: BackboneFeatures) -> BridgedPose | None:
+        """Return the pose of an image that neither the map nor points settle, as far as the images before tell it."""
+
+        def usual_depth(pixels: NDArray[np.float64], T: Matrix) -> float:
+            mapped = self._refiner.references.points_near(T, self._camera, self._evidence.config.num_references)
+            return float(np.median(self._points.depths(pixels, T, mapped)[0]))
+
+        return self._bridge.carry(frame, features.reliability[0], usual_depth)
+
+    def bridged_pose(self, stamp_ns: int) -> Matrix | None:
+        """Return the pose (4, 4) that :meth:`bridge` has found for an image; None if there is none."""
+        found = self._bridge.pose(stamp_ns)
+        return None if found is None else found.T_map_camera
+
+    def bridged(self, estimate: PoseEstimate) -> PoseEstimate:
+        """Return an estimate without a pose with that of :meth:`bridge`, if there is one: DEGRADED, and said so."""
+        found = self._bridge.pose(estimate.stamp_ns)
+        if found is None or estimate.T_map_camera is not None:
+            return estimate
+        how = "by the flow of the images" if found.by_flow else "at a fading speed"
+        return replace(
+            estimate,
+            state=TrackingState.DEGRADED,
+            reason=f"carried on {how} for {found.since_s:.1f} s: {estimate.reason}",
+            T_map_camera=found.T_map_camera,
+            covariance=found.covariance,
+            bridged=True,
+            confidence=probability_within(found.covariance, GOOD_M, math.radians(GOOD_DEG)),
+        )
+
+    def end_bridge(self) -> None:
+        """Carry no earlier pose on: something excludes it."""
+        self._bridge.reset()
+
+    def keep_session_view(self, frame: Frame, features: BackboneFeatures, estimate: PoseEstimate) -> None:
         """Keep points of an image with an accepted alignment, and measure the depths of the others in it.
 
         A tentative first pose teaches nothing: those that have to agree with it must be independent of it.
 
         Args:
-            features: backbone features of the image.
+            frame: the image.
+            features: its backbone features.
             estimate: its pose.
-            count: number of reference views whose points lend their depths.
         """
         s = self._settings
         alignment, T, stamp_ns = estimate.alignment, estimate.T_map_camera, estimate.stamp_ns
-        if not self._longest_ns or T is None or alignment is None or not alignment.success or estimate.tentative:
+        if not self._longest_ns or T is None or estimate.tentative or estimate.bridged:
+            return
+        if estimate.covariance is not None:
+            self._bridge.observe(frame, features.reliability[0], T, estimate.covariance)
+        if alignment is None or not alignment.success:
             return
         if alignment.covariance is not None and not alignment.carried:
             is_joint = alignment.map_support != alignment.support
@@ -137,14 +255,8 @@ class Carrier:
             elif stamp_ns - before_ns < 1e9 * (s.rest_period_s if self.is_settled(alignment) else s.learn_period_s):
                 return
         self._learned = stamp_ns, T
-        mapped = self._refiner.references.points_near(T, self._camera, count)
+        mapped = self._refiner.references.points_near(T, self._camera, self._evidence.config.num_references)
         self._points.observe(query_levels(features), T, mapped)
-
-    def _points_in_view(self, stamp_ns: int, predicted: Matrix | None) -> ReferencePoints | None:
-        """Return the points in view from a predicted pose (4, 4); None if there are none, or the time is over."""
-        if predicted is None or self._confirmed is None or not 0 < stamp_ns - self._confirmed[0] <= self._longest_ns:
-            return None
-        return self._points.usable(predicted)
 
     def _widened(self, alignment: Alignment, stamp_ns: int) -> Alignment:
         """Return an alignment with what is not known of its points: the errors of the poses that they come from."""

@@ -62,6 +62,12 @@ class LocalizerConfig:
         low=0.0,
         high=3600.0,
     )
+    carry_sigma_m: float = option(
+        0.25,
+        "Largest standard deviation, in metres, of a pose that only optical flow or the motion carries on; then LOST.",
+        low=0.0,
+        high=10.0,
+    )
     loaded_submaps: int = option(4, "Submaps of a place (several maps) kept in memory.", low=2, high=1000)
     num_references: int = option(3, "Reference views used in each alignment.", low=1, high=20)
     max_gap_s: float = option(

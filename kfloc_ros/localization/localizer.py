@@ -124,7 +124,7 @@ class Localizer:
         if tracked is not None:
             self._coarse.skip(frame, features)
             tracked = self._refine.check(frame, features, tracked)
-            return Localization(frame, features, self._refine.keep_session_view(features, tracked))
+            return Localization(frame, features, self._refine.keep_session_view(frame, features, tracked))
 
         coarse = self.coarse_half(frame, ahead=ahead)  # steps 3 to 5
         localization = self.refine_half(frame, coarse, hints, predicted)  # steps 6 to 8
@@ -182,9 +182,9 @@ class Localizer:
         alignment = self._refine.relocalize(frame, coarse, alignment, times, predicted)
 
         # 8. Judge pose and camera; an accepted pose then corrects the belief (correct_belief)
-        estimate = self._refine.judge(frame, coarse, alignment, times)
+        estimate = self._refine.judge(frame, coarse, alignment, times, predicted)
         estimate = self._refine.check(frame, coarse.features, estimate)
-        estimate = self._refine.keep_session_view(coarse.features, estimate)
+        estimate = self._refine.keep_session_view(frame, coarse.features, estimate)
         return Localization(frame, coarse.features, estimate, coarse)
 
     def correct_belief(self, stamp_ns: int, T_map_camera: Matrix | None) -> None:

@@ -140,6 +140,10 @@ class PlaceGuide:
         Returns:
             The estimate, LOST if its pose is a jump, or that of a search or of a neighbour.
         """
+        bridged = estimate if estimate.bridged else None
+        if bridged is not None:  # no measurement: a search or a neighbour may have one
+            lost = TrackingState.LOST
+            estimate = replace(estimate, state=lost, T_map_camera=None, covariance=None, confidence=None, bridged=False)
         if self.active is not None and estimate.T_map_camera is not None and predicted is not None:
             jump = self._jump(predicted, estimate.T_map_camera)
             if jump:
@@ -154,6 +158,8 @@ class PlaceGuide:
             self.had_pose = True
             if self.active is not None:
                 self._memory.observe(stamp_ns, estimate.T_map_camera, self.active.number)
+        elif bridged is not None:
+            estimate = replace(bridged, timings_ms=estimate.timings_ms)
         elif self.had_pose:  # a submap's stage does not know of poses in other submaps
             estimate = replace(estimate, state=TrackingState.LOST)
         return estimate

@@ -8,15 +8,13 @@ from dataclasses import replace
 
 from kfloc_ros.device import choose_device, has_numba
 from kfloc_ros.features.backbone import BackboneFeatures
-from kfloc_ros.kfnet.pnp import agreeing_share
-from kfloc_ros.localization.carrying import Carrier
-from kfloc_ros.localization.coarse import pnp_settings
+from kfloc_ros.localization.carrying import Carrier, FrameEvidence
 from kfloc_ros.localization.config import LocalizerConfig
 from kfloc_ros.localization.depth import DepthCheck
 from kfloc_ros.localization.judgement import JudgementSettings, judge
 from kfloc_ros.localization.pose_check import PoseCheck
 from kfloc_ros.localization.results import CoarseResult, StageTimes
-from kfloc_ros.localization.tracking import ConstantVelocity, RepeatGuard, Track, TrackSettings, agrees
+from kfloc_ros.localization.tracking import ConstantVelocity, RepeatGuard, Track, TrackSettings
 from kfloc_ros.maps.scene_map import SceneMap
 from kfloc_ros.pixloc.optimizer import RefinerSettings
 from kfloc_ros.pixloc.patches import PatchAligner
@@ -65,10 +63,13 @@ class RefineStage:
         """True if frames may be aligned from the predicted pose alone."""
         self._had_pose = False
         self._search = SearchPlan(SearchSettings(config.max_speed_m_s, config.max_turn_deg_s))
-        self._carrier = Carrier(self.refiner, scene_map.camera, config.carry_s)
+        self._judgement = JudgementSettings(min_inlier_ratio=calibration.min_inlier_ratio)
+        self._evidence = FrameEvidence(
+            self.refiner, self._relocalizer, scene_map.camera, config, calibration.min_inlier_ratio
+        )
+        self._carrier = Carrier(self._evidence)
         self._follows_pose = False
         """True if the previous frame had a pose, so that this one is expected near the predicted pose."""
-        self._judgement = JudgementSettings(min_inlier_ratio=calibration.min_inlier_ratio)
         self._repeats = RepeatGuard(config.max_repeat_s)
         self.corrects_camera = config.camera_check == "correct"
         """True if images may be converted to a fitted camera."""
@@ -142,19 +143,23 @@ class RefineStage:
         if not self._config.refine:
             return None
         features = coarse.features.to(self._device)
-        predicted = self._predicted(coarse.stamp_ns, predicted)
-        starts = [T for T in (coarse.pose.T_map_camera, predicted, *hints) if T is not None]
         with times.stage("refine"):
-            alignment = self._align_costly(features, starts)
-            if self.tracks:
-                alignment = self._compare(alignment, coarse.pose, features)
-            if not self._carrier.is_settled(alignment):
-                by_session = self._by_session(alignment, coarse, features, predicted)
-                if by_session is not None:
-                    alignment = by_session
-                elif alignment.success and not self._is_supported(alignment, coarse, features):
-                    alignment = self._examine(alignment, features, self._expected(predicted))
-            return self._completed(frame, features, alignment)
+            if not self._follows_pose and predicted is None:
+                self._carrier.bridge(frame, features)
+            first = self._predicted(coarse.stamp_ns, predicted)
+            starts = [T for T in (coarse.pose.T_map_camera, first, *hints) if T is not None]
+            alignment = self._align_from(starts, coarse, features, first)
+            if self._follows_pose and predicted is None and not self.refiner.is_certain(alignment):
+                bridged = self._carrier.bridge(frame, features)
+                if bridged is not None and bridged.by_flow:  # the motion has changed, or the pose is in another minimum
+                    start = bridged.T_map_camera
+                    again = self._align_from([start], coarse, features, start)
+                    if again.success and not (alignment.success and alignment.support >= again.support):
+                        alignment = again
+            completed = self._completed(frame, features, alignment)
+            if alignment.success and not completed.success:  # the depth excludes it: nothing may be carried on
+                self._carrier.end_bridge()
+            return completed
 
     def relocalize(
         self,
@@ -196,8 +201,18 @@ class RefineStage:
         searched = "the map" if among is None else "near the last pose"
         return replace(alignment, reason=f"{alignment.reason}; searched {searched}: {found.reason}")
 
-    def judge(self, frame: Frame, coarse: CoarseResult, alignment: Alignment | None, times: StageTimes) -> PoseEstimate:
-        """Return state, reason, pose and covariance of the frame; the pose updates the motion model."""
+    def judge(
+        self,
+        frame: Frame,
+        coarse: CoarseResult,
+        alignment: Alignment | None,
+        times: StageTimes,
+        predicted: Matrix | None = None,
+    ) -> PoseEstimate:
+        """Return state, reason, pose and covariance of the frame; the pose updates the motion model.
+
+        Without odometry, an image that has no pose may have the one before carried on.
+        """
         estimate = judge(
             coarse.stamp_ns,
             coarse.pose,
@@ -212,15 +227,17 @@ class RefineStage:
         if repeated:
             state = TrackingState.LOST if self._had_pose else TrackingState.INITIALIZING
             estimate = replace(estimate, state=state, reason=repeated, T_map_camera=None, covariance=None)
+        elif predicted is None:
+            estimate = self._carrier.bridged(estimate)
         return self._remember(estimate, times)
 
-    def keep_session_view(self, features: BackboneFeatures, estimate: PoseEstimate) -> PoseEstimate:
+    def keep_session_view(self, frame: Frame, features: BackboneFeatures, estimate: PoseEstimate) -> PoseEstimate:
         """Keep an image with an accepted pose as a view of this session, for later images to be aligned with."""
         if not self._config.refine:
             return estimate
         times = StageTimes(estimate.timings_ms)
         with times.stage("session"):
-            self._carrier.keep_session_view(features.to(self._device), estimate, self._config.num_references)
+            self._carrier.keep_session_view(frame, features.to(self._device), estimate)
         return replace(estimate, timings_ms=times.with_total())
 
     def corrected(self, frame: Frame) -> Frame:
@@ -233,7 +250,7 @@ class RefineStage:
         Returns:
             The estimate with its confidence; DEGRADED with a larger covariance if the image contradicts it.
         """
-        if not self._config.refine:
+        if not self._config.refine or estimate.bridged:
             return estimate
         checked = self._check.check(frame, features.to(self._device), estimate)
         if checked.state is not estimate.state:
@@ -271,8 +288,11 @@ class RefineStage:
         return self._depth.of_alignment(frame.depth_m, features, alignment) if self._config.use_depth else alignment
 
     def _predicted(self, stamp_ns: int, by_odometry: Matrix | None) -> Matrix | None:
-        """Return the pose predicted by odometry, else by constant velocity; None without a recent pose."""
-        return self._motion.predict(stamp_ns) if by_odometry is None else by_odometry
+        """Return the pose predicted by odometry, else carried on, else by constant velocity; None without any."""
+        if by_odometry is not None:
+            return by_odometry
+        bridged = self._carrier.bridged_pose(stamp_ns)
+        return self._motion.predict(stamp_ns) if bridged is None else bridged
 
     def _expected(self, predicted: Matrix | None) -> Matrix | None:
         """Return the pose at which the camera is expected, if the previous frame had a pose."""
@@ -288,37 +308,21 @@ class RefineStage:
         self._track.check(other, coarse)
         return other
 
-    def _by_session(
-        self, alignment: Alignment, coarse: CoarseResult, features: BackboneFeatures, predicted: Matrix | None
-    ) -> Alignment | None:
-        """Return the alignment with points of this session's images, too; None if they do not settle the pose."""
-
-        def is_supported(joint: Alignment) -> bool:
-            # its own support includes points of this session, which are not independent of earlier poses
-            return self._is_supported(replace(joint, support=0.0), coarse, features)
-
-        return self._carrier.align(features, coarse.stamp_ns, predicted, alignment, is_supported)
-
-    def _is_supported(self, alignment: Alignment, coarse: CoarseResult, features: BackboneFeatures) -> bool:
-        """Return true if evidence that is independent of earlier poses supports an alignment.
-
-        Enough reference points that find themselves there are such evidence. So is the coarse pose; but if refined
-        poses have corrected its belief, it is not independent, and only this frame's own measurement or its matches
-        count.
-        """
-        if self.refiner.is_certain(alignment):
-            return True
-        if not agrees(alignment, coarse.pose):
-            return False
-        if not coarse.filter.confirmed:
-            return True
-        pose, measurement = alignment.T_map_camera, coarse.measurement
-        assert pose is not None
-        if measurement is not None:
-            share = agreeing_share(measurement, self._camera, pose, pnp_settings(self._config, measurement.stride))
-            if share >= self._judgement.min_inlier_ratio:
-                return True
-        return self._relocalizer is not None and self._relocalizer.agrees(features, pose)
+    def _align_from(
+        self, starts: Sequence[Matrix], coarse: CoarseResult, features: BackboneFeatures, predicted: Matrix | None
+    ) -> Alignment:
+        """Align with the map, with this session's points if that does not settle the pose, and check the result."""
+        alignment = self._align_costly(features, starts)
+        if self.tracks:
+            alignment = self._compare(alignment, coarse.pose, features)
+        if self._carrier.is_settled(alignment):
+            return alignment
+        by_session = self._carrier.align(coarse, features, predicted, alignment)
+        if by_session is not None:
+            return by_session
+        if alignment.success and not self._evidence.supports(alignment, coarse, features):
+            return self._examine(alignment, features, self._expected(predicted))
+        return alignment
 
     def _examine(self, alignment: Alignment, features: BackboneFeatures, expected: Matrix | None) -> Alignment:
         """Check an alignment that the coarse pose does not support, by the image's matches and the motion."""
@@ -333,8 +337,8 @@ class RefineStage:
         return self._relocalizer.examine(features, align, alignment, expected)
 
     def _remember(self, estimate: PoseEstimate, times: StageTimes) -> PoseEstimate:
-        self._follows_pose = estimate.T_map_camera is not None
-        if estimate.T_map_camera is not None:
+        self._follows_pose = estimate.T_map_camera is not None and not estimate.bridged
+        if estimate.T_map_camera is not None and self._follows_pose:
             self._motion.observe(estimate.stamp_ns, estimate.T_map_camera)
             self._search.observe(estimate.stamp_ns, estimate.T_map_camera, estimate.covariance)
             self._had_pose = True

@@ -160,7 +160,7 @@ class RigLocalizer:
     def _candidate(
         self, k: int, views: Sequence[RigView], moved: Sequence[Matrix], estimate: PoseEstimate
     ) -> _Candidate | None:
-        if estimate.T_map_camera is None or estimate.covariance is None:
+        if estimate.T_map_camera is None or estimate.covariance is None or estimate.bridged:
             return None
         mount = np.diag([MOUNT_SIGMA_M**2] * 3 + [MOUNT_SIGMA_RAD**2] * 3)
         camera = BodyPose(estimate.T_map_camera, estimate.covariance + mount)
@@ -185,7 +185,7 @@ class RigLocalizer:
             alignment = self.localizers[views[k].camera].refiner.align(found[k].features, [start])
             if alignment.success:
                 estimate = replace(
-                    found[k].estimate, state=TrackingState.TRACKING, reason="",
+                    found[k].estimate, state=TrackingState.TRACKING, reason="", bridged=False,
                     T_map_camera=alignment.T_map_camera, covariance=alignment.covariance, alignment=alignment,
                 )  # fmt: skip
                 candidate = self._candidate(k, views, moved, estimate)
@@ -265,7 +265,7 @@ class RigLocalizer:
         if not group:
             reasons = "; ".join(f"camera {view.camera}: {every[k].estimate.reason}" for k, view in enumerate(views))
             state = TrackingState.LOST if self._had_pose else TrackingState.INITIALIZING
-            lost = replace(own.estimate, state=state, reason=reasons, T_map_camera=None, covariance=None)
+            lost = replace(own.estimate, state=state, reason=reasons, T_map_camera=None, covariance=None, bridged=False)
             return RigLocalization(replace(own, estimate=lost), reference, None, (), every)
         joint = _joined(group)
         members = {item.position for item in group}
@@ -293,7 +293,7 @@ class RigLocalizer:
         state = TrackingState.TRACKING if tracks and not disputed else TrackingState.DEGRADED
         estimate = replace(
             own.estimate, state=state, reason=reason, T_map_camera=at_camera.T_map_body,
-            covariance=at_camera.covariance, tentative=own.estimate.tentative and not tracks,
+            covariance=at_camera.covariance, tentative=own.estimate.tentative and not tracks, bridged=False,
         )  # fmt: skip
         self._had_pose = True
         self._motion.observe(views[reference].frame.stamp_ns, joint.T_map_body)

@@ -150,6 +150,10 @@ class PosePublisher:
             self._health.warn(f"A pose is not published: {fault}.")
             return Outcome(pose=fault)
         self._publish_pose(estimate.stamp_ns, body)
+        deviation_m = math.sqrt(float(np.linalg.eigvalsh(body.covariance[:2, :2])[-1]))
+        if estimate.bridged:
+            self._without_measurement()
+            return Outcome(transform=estimate.reason, deviation_m=deviation_m)
         self.last = LastPose(estimate.stamp_ns, base_frame, body)
         self._publish_path(estimate.stamp_ns, body)
         if estimate.tentative:
@@ -157,7 +161,6 @@ class PosePublisher:
         fault = self._transforms.publish(estimate.stamp_ns, body.T_map_body, base_frame)
         if not self._transforms.suspect:
             self._odometry.fix(estimate.stamp_ns, body, base_frame)
-        deviation_m = math.sqrt(float(np.linalg.eigvalsh(body.covariance[:2, :2])[-1]))
         return Outcome(
             transform=fault, suspect=fault if self._transforms.suspect else off_plane, deviation_m=deviation_m
         )
@@ -238,14 +241,18 @@ class PosePublisher:
         config = self._parameters.node
         if estimate.state is not TrackingState.LOST:
             return
-        self._transforms.allow_jump()
-        if config.when_lost == "stop":
-            self._transforms.stop()
-        elif config.when_lost == "mark" and self.last is not None:
+        self._without_measurement()
+        if config.when_lost == "mark" and self.last is not None:
             T_then_now = None
             if config.tf_mode == "map_to_odom":
                 T_then_now = self.last.travelled(self._listener, config.odom_frame, estimate.stamp_ns)
             self._publish_pose(estimate.stamp_ns, self.last.grown(estimate.stamp_ns, config.lost_growth, T_then_now))
+
+    def _without_measurement(self) -> None:
+        """Let ``map -> odom`` go to the next measured pose at once; stop it meanwhile if ``when_lost`` demands it."""
+        self._transforms.allow_jump()
+        if self._parameters.node.when_lost == "stop":
+            self._transforms.stop()
 
     def _publish_pose(self, stamp_ns: int, body: BodyPose) -> None:
         message = PoseWithCovarianceStamped()

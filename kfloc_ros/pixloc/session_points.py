@@ -146,6 +146,12 @@ class SessionPoints:
         confidence = chosen.confidence * torch.from_numpy(certainty).to(chosen.confidence)
         return ReferencePoints(positions, chosen.coarse, chosen.fine, confidence)
 
+    def all(self) -> tuple[torch.Tensor, Doubles]:
+        """Return the coarse features (N, 64) of all points, and their positions (N, 3), metres, map frame."""
+        if self._points is None:
+            return torch.zeros(0, 64), np.zeros((0, 3))
+        return self._points.coarse, self._points.positions
+
     def observe(self, images: tuple[FeatureImage, FeatureImage], T_map_camera: Matrix, mapped: ReferencePoints) -> None:
         """Measure the depths of the points in an image, drop those that are gone, and add new ones.
 
@@ -205,7 +211,7 @@ class SessionPoints:
             pixels, coarse, fine, confidence = pixels[free], coarse[rows], fine[rows], confidence[rows]
         if not len(pixels):
             return
-        depth_m, sigma = self._depths(pixels, T_map_camera, mapped)
+        depth_m, sigma = self.depths(pixels, T_map_camera, mapped)
         x, y = (pixels[:, 0] - camera.cx) / camera.fx, (pixels[:, 1] - camera.cy) / camera.fy
         ray = np.stack([x, y, np.ones_like(x)], axis=1) @ T_map_camera[:3, :3].T
         new = _Points(
@@ -221,8 +227,11 @@ class SessionPoints:
         joined = new if old is None else old.joined(new)
         self._points = joined[np.arange(max(0, len(joined) - s.max_points), len(joined))]
 
-    def _depths(self, pixels: Doubles, T_map_camera: Matrix, mapped: ReferencePoints) -> tuple[Doubles, Doubles]:
-        """Return depths (N,), metres, and relative standard deviations (N,) of new points."""
+    def depths(self, pixels: Doubles, T_map_camera: Matrix, mapped: ReferencePoints) -> tuple[Doubles, Doubles]:
+        """Return depths (N,), metres, and relative standard deviations (N,), of pixels (N, 2) of an image with a pose.
+
+        They are those of points nearby, of this session or of the map; the usual depth where there is none.
+        """
         s, camera = self._settings, self._camera
         back = inverse_pose(T_map_camera)
         local = mapped.points.double().cpu().numpy() @ back[:3, :3].T + back[:3, 3]

@@ -78,21 +78,10 @@ class ImageMatches:
         """Return the mutual nearest neighbours between a view's points and the image's cells."""
         if position not in self._mutual_nearest:
             view, grid = self._references.views[position], self.features.coarse[0].float()
-            w = grid.shape[2]
-            similarity = view.coarse.to(grid) @ grid.reshape(len(grid), -1)
-            if similarity.device.type == "cpu":  # a tenth of the time of torch's
-                cell = torch.from_numpy(similarity.numpy().argmax(axis=1))
-            else:
-                cell = similarity.argmax(dim=1)
-            value = similarity.gather(1, cell[:, None])[:, 0]
-            best_point = similarity[:, cell].argmax(dim=0)
-            kept = best_point == torch.arange(len(cell), device=cell.device)
-            chosen = cell[kept].cpu().numpy()
-            pixels = np.stack([chosen % w, chosen // w], axis=1) * COARSE_STRIDE + (COARSE_STRIDE - 1) / 2
+            cell, value, kept = mutual_nearest(view.coarse, grid)
+            pixels = cell_centres(cell[kept], grid.shape[2])
             points = view.points[kept.to(view.points.device)].cpu().double().numpy()
-            self._mutual_nearest[position] = Matches(
-                pixels.astype(np.float64), points, value[kept].cpu().double().numpy()
-            )
+            self._mutual_nearest[position] = Matches(pixels, points, value[kept].cpu().double().numpy())
         return self._mutual_nearest[position]
 
     @torch.inference_mode()
@@ -157,6 +146,32 @@ class ImageMatches:
             in_view += int(inside.sum())
             made += len(inside)
         return agreeing, in_view, made
+
+
+def mutual_nearest(features: torch.Tensor, grid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the most similar cell of each point, and whether no other point is more similar to that cell.
+
+    Args:
+        features: (N, C) unit features of the points.
+        grid: (C, h, w) unit features of an image.
+
+    Returns:
+        Indices (N,) of cells, row by row; cosines (N,); and (N,) bool, true for mutual nearest neighbours.
+    """
+    similarity = features.to(grid) @ grid.reshape(len(grid), -1)
+    if similarity.device.type == "cpu":  # a tenth of the time of torch's
+        cell = torch.from_numpy(similarity.numpy().argmax(axis=1))
+    else:
+        cell = similarity.argmax(dim=1)
+    best_point = similarity[:, cell].argmax(dim=0)
+    kept = best_point == torch.arange(len(cell), device=cell.device)
+    return cell, similarity.gather(1, cell[:, None])[:, 0], kept
+
+
+def cell_centres(cells: torch.Tensor, width: int) -> NDArray[np.float64]:
+    """Return the pixels (N, 2) at the centres of cells (N,) of a grid with so many columns."""
+    chosen = cells.cpu().numpy()
+    return np.stack([chosen % width, chosen // width], axis=1) * COARSE_STRIDE + (COARSE_STRIDE - 1) / 2
 
 
 def _project(

@@ -32,14 +32,13 @@ def assert_localized(harness: Any, frame: Any) -> None:
     assert np.linalg.norm(T[:3, 3] - frame.T_map_camera[:3, 3]) < 0.05
 
 
-def state_of(harness: Any, image: Any, camera: Any) -> str:
+def status_of(harness: Any, image: Any, camera: Any) -> dict[str, str]:
     """What the localizer says of a picture that shows nothing of the map."""
     frame = Frame(image, camera, 0)
     for _ in range(5):
         stamp_ns = harness.send(frame)
         if harness.wait(lambda stamp=stamp_ns: stamp in harness.statuses, 5.0, must=False):
-            assert stamp_ns not in harness.poses, "no pose is made up"
-            return str(harness.statuses[stamp_ns]["state"])
+            return dict(harness.statuses[stamp_ns])
     raise AssertionError("no answer")
 
 
@@ -54,7 +53,12 @@ def test_after_the_camera_was_covered(world: Any, room: Any, cover: str) -> None
     }
     assert_localized(harness, room[4])
     for _ in range(2):
-        assert state_of(harness, pictures[cover], room.camera) == "LOST"
+        status = status_of(harness, pictures[cover], room.camera)
+        # soon after a pose, the motion carries it on for a while, and says so
+        assert status["state"] == "LOST" or (
+            status["state"] == "DEGRADED" and status["reason"].startswith("carried on at a fading speed")
+        )
+        assert status["transform"] != "sound"
     assert_localized(harness, room[5])
 
 
