@@ -139,19 +139,10 @@ class Carrier:
         s, stamp_ns = self._settings, coarse.stamp_ns
         if self._confirmed is None or not 0 < stamp_ns - self._confirmed[0] <= self._longest_ns:
             return None
-        points = None if predicted is None else self._points.usable(predicted)
-        if predicted is not None and points is not None:
-            starts = [T for T in (predicted, alignment.T_map_camera) if T is not None]
-            light = replace(points, confidence=s.session_weight * points.confidence)
-            found = self._refiner.align(features, starts, max_cost=s.max_cost, further=light)
-            if self._refiner.is_certain(found):
-                joint = self._widened(found, stamp_ns)
-                # its own support includes points of this session, which are not independent of earlier poses
-                alone = replace(joint, support=0.0)
-                by_map = joint.map_support >= s.min_map_support
-                if by_map or (alignment.success and self._evidence.supports(alone, coarse, features)):
-                    return joint
-                return replace(joint, carried=True, reason=alignment.reason)
+        if predicted is not None:
+            joint = self._joint(predicted, coarse, features, alignment)
+            if joint is not None:
+                return joint
         if alignment.success and alignment.support >= s.min_map_support:
             return None
         starts = [] if predicted is None else [predicted]
@@ -160,10 +151,36 @@ class Carrier:
         found = self._by_session(features, starts)
         if not self._refiner.is_certain(found):  # the motion has changed: where do the points lie in the image?
             located = self._located(features)
-            found = self._by_session(features, [] if located is None else [located])
+            joint = None if located is None else self._joint(located, coarse, features, alignment)
+            if joint is not None or located is None:
+                return joint
+            found = self._by_session(features, [located])
         if not self._refiner.is_certain(found):
             return None
         return replace(self._widened(found, stamp_ns), carried=True, reason=alignment.reason)
+
+    def _joint(
+        self, start: Matrix, coarse: CoarseResult, features: BackboneFeatures, alignment: Alignment
+    ) -> Alignment | None:
+        """Return the alignment with the map's points and this session's together; None if they do not settle it.
+
+        Points of this session are those in view from the start; the end of the alignment with the map alone is another
+        start.
+        """
+        s, points = self._settings, self._points.usable(start)
+        if points is None:
+            return None
+        light = replace(points, confidence=s.session_weight * points.confidence)
+        starts = [T for T in (start, alignment.T_map_camera) if T is not None]
+        found = self._refiner.align(features, starts, max_cost=s.max_cost, further=light)
+        if not self._refiner.is_certain(found):
+            return None
+        joint = self._widened(found, coarse.stamp_ns)
+        # its own support includes points of this session, which are not independent of earlier poses
+        alone, by_map = replace(joint, support=0.0), joint.map_support >= s.min_map_support
+        if by_map or (alignment.success and self._evidence.supports(alone, coarse, features)):
+            return joint
+        return replace(joint, carried=True, reason=alignment.reason)
 
     def _by_session(self, features: BackboneFeatures, starts: list[Matrix]) -> Alignment:
         """Return the alignment with this session's points alone, from the points in view from the first start."""

@@ -162,16 +162,15 @@ def test_the_same_frames_give_the_same_poses(scene_map: SceneMap, room) -> None:
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("value", [0, 255])
-def test_a_blank_image_gives_no_pose_and_a_reason(scene_map: SceneMap, room, value: int) -> None:
+def test_a_blank_image_gives_no_pose_of_its_own_and_a_reason(scene_map: SceneMap, room, value: int) -> None:
     good, blank = room[0], replace(room[1], image=np.full_like(room[1].image, value))
-    estimates = localize(scene_map, [blank, good, blank, room[2]])
-    assert [e.state for e in estimates] == [
-        TrackingState.INITIALIZING,
-        TrackingState.TRACKING,
-        TrackingState.LOST,
-        TrackingState.TRACKING,
-    ]
-    for estimate in (estimates[0], estimates[2]):
+    frames = [blank, good, replace(blank, stamp_ns=good.stamp_ns + 100_000_000), replace(room[2], stamp_ns=10**9)]
+    first, _, soon, _ = carried_on = localize(scene_map, frames)
+    late = localize(scene_map, [good, replace(blank, stamp_ns=good.stamp_ns + 700_000_000)])[1]
+    assert [e.state.name for e in carried_on] == ["INITIALIZING", "TRACKING", "DEGRADED", "TRACKING"]
+    assert soon.bridged and "at a fading speed" in soon.reason and soon.refined_pose is None
+    assert late.state is TrackingState.LOST
+    for estimate in (first, late):
         assert estimate.T_map_camera is None and estimate.covariance is None and estimate.reason
 
 

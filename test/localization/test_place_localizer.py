@@ -196,7 +196,7 @@ def test_where_the_present_submap_gives_no_pose_a_neighbour_takes_over(make: Mak
 
 def test_after_a_sudden_turn_the_present_submap_alone_is_searched(three_alike: Place, room) -> None:
     """Its twin looks the same, but the camera cannot be there."""
-    localizer = localizer_of(three_alike)
+    localizer = localizer_of(three_alike, carry_s=0.0)  # the session's points would know it at once
     hints = [room[9].T_map_camera]
     localizer.process(at(room[9], 0), hints)
     turned = room.view(room[9].T_map_camera @ make_pose(so3_exp([0.0, 0.33, 0.0]), np.zeros(3)))
@@ -328,6 +328,7 @@ def test_after_a_lift_the_other_floor_is_found(make: Make, room, other_room) -> 
     assert localizer.submap == "low" and away_m(below, room[9].T_map_camera) < 0.03
     for number in range(1, 4):
         door = replace(room[9], image=np.full_like(room[9].image, 40 + number))
-        assert localizer.process(at(door, number)).estimate.T_map_camera is None
+        estimate = localizer.process(at(door, number)).estimate
+        assert estimate.T_map_camera is None or estimate.bridged
     above = [localizer.process(at(other_room[k], 40 + k)).estimate for k in (9, 10)]
     assert localizer.submap == "high" and away_m(above[-1], up @ other_room[10].T_map_camera) < 0.03

@@ -119,7 +119,7 @@ def test_a_covered_lens_and_another_place_end_the_track(scene_map: SceneMap, roo
     tracking = localizer(scene_map)
     estimates = [tracking.process(frame).estimate for frame in frames]
     assert [e.tracked for e in estimates] == [False, True, False, False, True, False]
-    assert estimates[2].state is TrackingState.LOST
+    assert estimates[2].bridged and estimates[2].state is TrackingState.DEGRADED
     assert estimates[2].timings_ms["total"] == pytest.approx(
         sum(v for k, v in estimates[2].timings_ms.items() if k != "total")
     )

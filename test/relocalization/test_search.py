@@ -144,7 +144,7 @@ def test_a_covered_camera_is_searched_now_and_then_and_found_with_its_first_imag
         noise = random.integers(0, 30, seen.image.shape, dtype=np.uint8)
         covered = replace(seen, image=noise, stamp_ns=seen.stamp_ns + tenths * 100_000_000)
         estimate = localizer.process(covered).estimate
-        assert estimate.T_map_camera is None
+        assert estimate.T_map_camera is None or estimate.bridged
         searches.append("relocalize" in estimate.timings_ms)
     assert sum(searches) <= 3
     again = localizer.process(replace(seen, stamp_ns=seen.stamp_ns + 1_100_000_000)).estimate
