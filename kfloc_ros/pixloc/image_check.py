@@ -225,7 +225,7 @@ class _BlockMean:
         return mean.index_add_(0, self._block, values * self._weight[:, None, None])
 
     def around(self, cells: torch.Tensor, wanted: torch.Tensor, at: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        """Return means (blocks, 2 REACH + 1, 2 REACH + 1) of similarities to cells (h, w, C) around points, 0 outside."""
+        """Return mean similarities (blocks, 2 REACH + 1, 2 REACH + 1) to cells (h, w, C) around points, 0 outside."""
         (h, w, C), size, (column, row) = cells.shape, 2 * REACH + 1, at
         if runs_compiled(cells, wanted, self._weight):
             mean, of_points = torch.zeros(ROWS * COLUMNS, size, size), (*at, self._block, self._weight)
