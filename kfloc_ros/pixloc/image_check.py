@@ -228,10 +228,9 @@ class _BlockMean:
         """Return mean similarities (blocks, 2 REACH + 1, 2 REACH + 1) to cells (h, w, C) around points, 0 outside."""
         (h, w, C), size, (column, row) = cells.shape, 2 * REACH + 1, at
         if runs_compiled(cells, wanted, self._weight):
-            mean, of_points = torch.zeros(ROWS * COLUMNS, size, size), (*at, self._block, self._weight)
-            check_kernels.add_surroundings(
-                cells.numpy(), wanted.numpy(), *(v.numpy() for v in of_points), REACH, mean.numpy()
-            )
+            mean, block, weight = torch.zeros(ROWS * COLUMNS, size, size), self._block.numpy(), self._weight.numpy()
+            image, points, u, v = cells.numpy(), wanted.numpy(), column.numpy(), row.numpy()
+            check_kernels.add_surroundings(image, points, u, v, block, weight, REACH, mean.numpy())
             return mean
         padded = F.pad((wanted @ cells.reshape(-1, C).T).reshape(-1, h, w), (REACH, REACH, REACH, REACH))
         step, width = torch.arange(size, device=cells.device), w + 2 * REACH
@@ -295,8 +294,8 @@ def _block_medians(
 def _here(cells: torch.Tensor, wanted: torch.Tensor, column: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
     """Return the similarities (N, 3, 3) of points to the cells (h, w, C) at and around their own."""
     if runs_compiled(cells, wanted):
-        out, given = torch.empty(len(wanted), 3, 3), (cells, wanted, column, row)
-        check_kernels.around(*(values.numpy() for values in given), out.numpy())
+        out = torch.empty(len(wanted), 3, 3)
+        check_kernels.around(cells.numpy(), wanted.numpy(), column.numpy(), row.numpy(), out.numpy())
         return out
     h, w, _ = cells.shape
     step = torch.arange(-1, 2, device=row.device)
