@@ -64,7 +64,7 @@ class LocalizerConfig:
     )
     carry_sigma_m: float = option(
         0.25,
-        "Largest standard deviation, in metres, of a pose that only optical flow or the motion carries on; then LOST.",
+        "Standard deviation, in metres, up to which optical flow or the motion carries a pose on.",
         low=0.0,
         high=10.0,
     )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 LOCALIZER, CAMERA, FILTER, REFINER = "localizer", "camera_node", "filter_node", "refiner_node"
 REPLAY = "kfloc replay"
 
-WATCHED = "while subscribed, for as many frames as time allows"
+WATCHED = "while subscribed, as time allows"
 ONCE = "once, at the first subscription, and latched"
 
 
