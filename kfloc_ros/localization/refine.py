@@ -183,7 +183,7 @@ class RefineStage:
         likely = [T for T in (alignment.T_map_camera, predicted) if T is not None]
         with times.stage("search_near"):
             likeness, best = self._relocalizer.likeness(features)
-            if not self._search.is_due(coarse.stamp_ns, likeness):
+            if not self._search.is_due(coarse.stamp_ns, likeness, best):
                 return alignment
             among = self._search.in_reach(coarse.stamp_ns, self.references.T_map_camera, best)
         with times.stage("relocalize" if among is None else "search_near"):
@@ -197,7 +197,7 @@ class RefineStage:
             found = self._completed(frame, features, found)
         if found.success:
             return found
-        self._search.failed(coarse.stamp_ns, likeness)
+        self._search.failed(coarse.stamp_ns, likeness, best)
         searched = "the map" if among is None else "near the last pose"
         return replace(alignment, reason=f"{alignment.reason}; searched {searched}: {found.reason}")
 

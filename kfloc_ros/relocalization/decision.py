@@ -189,29 +189,37 @@ class SearchPlan:
         self._last: tuple[int, Matrix, Matrix] | None = None
         self._failed: tuple[int, float, int] | None = None
         """Stamp of the last search without success, the greatest likeness of those since the pose, and their number."""
+        self._in_vain: set[int] = set()
+        """Views that these images resembled most."""
 
     def observe(self, stamp_ns: int, T_map_camera: Matrix, covariance: Matrix | None) -> None:
         """Add a pose (4, 4) with its covariance (6, 6); it ends the waiting."""
         self._last = stamp_ns, T_map_camera, np.zeros((6, 6)) if covariance is None else covariance
         self._failed = None
+        self._in_vain.clear()
 
-    def is_due(self, stamp_ns: int, likeness: float) -> bool:
+    def is_due(self, stamp_ns: int, likeness: float, best: int) -> bool:
         """Return true if an image is worth a search; every image is until there was a pose.
+
+        An image that resembles the map more than those before, and another view than they did, shows another place.
 
         Args:
             stamp_ns: of the image.
             likeness: of the image to the views that it resembles most, on any scale.
+            best: position of the view that it resembles most.
         """
         if self._last is None or self._failed is None:
             return True
-        s, (failed_ns, best, count) = self._settings, self._failed
+        s, (failed_ns, most, count) = self._settings, self._failed
         wait_s = min(s.wait_s * 2.0 ** (count - 1), s.longest_wait_s)
-        return likeness > s.more_alike * best or not 0 <= stamp_ns - failed_ns < 1e9 * wait_s
+        is_other = likeness > (most if best not in self._in_vain else s.more_alike * most)
+        return is_other or not 0 <= stamp_ns - failed_ns < 1e9 * wait_s
 
-    def failed(self, stamp_ns: int, likeness: float) -> None:
-        """Add a search without success."""
-        _, best, count = self._failed or (0, 0.0, 0)
-        self._failed = stamp_ns, max(best, likeness), count + 1
+    def failed(self, stamp_ns: int, likeness: float, best: int) -> None:
+        """Add a search without success; arguments as of :meth:`is_due`."""
+        _, most, count = self._failed or (0, 0.0, 0)
+        self._failed = stamp_ns, max(most, likeness), count + 1
+        self._in_vain.add(best)
 
     def in_reach(self, stamp_ns: int, T_map_cameras: NDArray[np.float64], best: int) -> list[int] | None:
         """Return the positions of the views that a camera can have in front of it, or None for the whole map.
@@ -238,3 +246,4 @@ class SearchPlan:
     def reset(self) -> None:
         """Forget the pose; the next image is searched in the whole map."""
         self._last = self._failed = None
+        self._in_vain.clear()

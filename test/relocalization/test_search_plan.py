@@ -42,7 +42,7 @@ def test_an_uncertain_pose_has_a_wider_reach() -> None:
 def test_a_camera_that_was_carried_elsewhere_is_searched_in_the_whole_map() -> None:
     made = plan()
     assert made.in_reach(NS // 10, ROW, best=6) is None, "the image resembles a view out of reach most"
-    made.failed(NS // 10, 50.0)
+    made.failed(NS // 10, 50.0, 0)
     assert made.in_reach(NS // 2, ROW, best=0) is None, "it is not where it was expected"
     assert SearchPlan().in_reach(NS, ROW, best=0) is None, "there was no pose"
 
@@ -50,38 +50,49 @@ def test_a_camera_that_was_carried_elsewhere_is_searched_in_the_whole_map() -> N
 def test_waiting_grows_while_searches_are_in_vain() -> None:
     made, searched = plan(), []
     for step in range(1, 101):  # 10 s at 10 Hz
-        if made.is_due(step * NS // 10, 20.0):
+        if made.is_due(step * NS // 10, 20.0, 0):
             searched.append(step)
-            made.failed(step * NS // 10, 20.0)
+            made.failed(step * NS // 10, 20.0, 0)
     assert searched == [1, 5, 13, 29, 59, 89]
 
 
 def test_a_promising_image_does_not_wait_and_a_poorer_one_does() -> None:
     made = plan()
-    made.failed(NS // 10, 40.0)
-    made.failed(NS // 2, 10.0)
-    assert not made.is_due(6 * NS // 10, 45.0), "the best in vain counts, not the last"
-    assert made.is_due(6 * NS // 10, 60.0)
+    made.failed(NS // 10, 40.0, 0)
+    made.failed(NS // 2, 10.0, 0)
+    assert not made.is_due(6 * NS // 10, 45.0, 0), "the best in vain counts, not the last"
+    assert made.is_due(6 * NS // 10, 60.0, 0)
+
+
+def test_an_image_of_another_place_does_not_wait() -> None:
+    made = plan()
+    made.failed(NS // 10, 40.0, 0)
+    assert made.is_due(2 * NS // 10, 42.0, 5) and not made.is_due(2 * NS // 10, 42.0, 0)
+    made.failed(2 * NS // 10, 42.0, 5)
+    assert not made.is_due(3 * NS // 10, 43.0, 5) and not made.is_due(3 * NS // 10, 41.0, 6), "no more alike than these"
+    made.observe(4 * NS // 10, HERE, None)
+    made.failed(5 * NS // 10, 40.0, 1)
+    assert made.is_due(6 * NS // 10, 41.0, 5), "a pose ends what was in vain before"
 
 
 def test_a_pose_ends_the_waiting_and_a_reset_forgets_it() -> None:
     made = plan()
-    made.failed(NS // 10, 40.0)
+    made.failed(NS // 10, 40.0, 0)
     made.observe(NS // 5, HERE, None)
-    assert made.is_due(3 * NS // 10, 1.0)
-    made.failed(3 * NS // 10, 1.0)
+    assert made.is_due(3 * NS // 10, 1.0, 0)
+    made.failed(3 * NS // 10, 1.0, 0)
     made.reset()
-    assert made.is_due(3 * NS // 10, 1.0)
+    assert made.is_due(3 * NS // 10, 1.0, 0)
     assert made.in_reach(3 * NS // 10, ROW, best=0) is None
 
 
 def test_images_are_searched_again_and_again_until_there_was_a_pose() -> None:
     made = SearchPlan()
-    made.failed(0, 5.0)
-    assert made.is_due(1, 5.0)
+    made.failed(0, 5.0, 0)
+    assert made.is_due(1, 5.0, 0)
 
 
 def test_stamps_that_step_back_do_not_stop_the_search() -> None:
     made = plan()
-    made.failed(5 * NS, 20.0)
-    assert made.is_due(NS, 20.0)
+    made.failed(5 * NS, 20.0, 0)
+    assert made.is_due(NS, 20.0, 0)
