@@ -110,27 +110,6 @@ class Sequences(FrameSource):
         return self._parts[part].encoded_image(inner)
 
 
-class InFrame(DerivedSource):
-    """Another source whose poses are told in another frame: ``T_new_old`` times what they were."""
-
-    passes_images_on = True
-
-    def __init__(self, source: FrameSource, T_new_old: Matrix) -> None:
-        super().__init__(source)
-        self._T = T_new_old
-
-    def changed(self, frame: Frame, position: int) -> Frame:
-        return frame if frame.T_map_camera is None else replace(frame, T_map_camera=self._T @ frame.T_map_camera)
-
-    def pose(self, position: int) -> Matrix | None:
-        T = super().pose(position)
-        return None if T is None else self._T @ T
-
-    def visible_points(self, position: int) -> NDArray[np.float64] | None:
-        points = super().visible_points(position)
-        return None if points is None else points @ self._T[:3, :3].T + self._T[:3, 3]
-
-
 class Remembered(DerivedSource):
     """Another source whose latest frames are kept in memory; frames are made one at a time, for any thread."""
 

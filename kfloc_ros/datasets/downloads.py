@@ -16,7 +16,6 @@ from kfloc_ros.errors import DownloadError
 DATA, HLOC, TRAINING = "data", "hloc", "training"
 """Roots of the layout: images and ground truth; models, lists and pairs of hloc; weights and training runs."""
 
-SEVEN = ("chess", "fire", "heads", "office", "pumpkin", "redkitchen", "stairs")
 CMU_TEST_SLICES = tuple(str(n) for n in (*range(2, 7), *range(13, 22)))
 CMU_TRAINING_SLICES = tuple(str(n) for n in (*range(8, 13), *range(22, 26)))
 

@@ -30,7 +30,6 @@ from kfloc_ros.maps.format import (
 from kfloc_ros.maps.place import AnyMap, load_map, submaps_of, verify_place
 from kfloc_ros.maps.scene_map import SceneMap
 
-ENDING = ".kfmap"
 LIMITS = {DESCRIPTION: MAX_DESCRIPTION_BYTES, HEAD_FILE: MAX_FILE_BYTES, REFERENCES_FILE: MAX_REFERENCES_BYTES}
 """Files of a map, with the size limit of each."""
 MAX_UNPACKED_BYTES = 8_000_000_000

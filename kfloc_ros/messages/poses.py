@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from kfloc_ros.errors import FrameError, SourceError
-from kfloc_ros.geometry.lie import make_pose, matrix_to_quaternion, quaternion_to_matrix, skew, unit_quaternion
+from kfloc_ros.geometry.covariance import move_covariance
+from kfloc_ros.geometry.lie import make_pose, matrix_to_quaternion, quaternion_to_matrix, unit_quaternion
 from kfloc_ros.types import Matrix
 
 _NS_PER_S = 1_000_000_000
@@ -31,13 +32,10 @@ class BodyPose:
     def moved(self, T_body_other: Matrix) -> BodyPose:
         """The pose of another frame fixed to the same body.
 
-        The rotation error turns the body about its old origin, so that the other origin, at the map-frame
-        offset p from it, moves by ``dt + dr x p``.
+        See :func:`kfloc_ros.geometry.covariance.move_covariance`.
         """
-        offset = self.T_map_body[:3, :3] @ T_body_other[:3, 3]
-        adjoint = np.eye(6)
-        adjoint[:3, 3:] = -skew(offset)
-        return BodyPose(self.T_map_body @ T_body_other, adjoint @ self.covariance @ adjoint.T)
+        covariance = move_covariance(self.covariance, self.T_map_body, T_body_other)
+        return BodyPose(self.T_map_body @ T_body_other, covariance)
 
     def fault(self) -> str:
         """Why this pose must not be published, or empty: it has to be finite and its covariance positive."""

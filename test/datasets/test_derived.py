@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from kfloc_ros.datasets.derived import Degradation, Degraded, InFrame, Remembered
+from kfloc_ros.datasets.derived import Degradation, Degraded, Remembered
 from kfloc_ros.frames import DerivedSource, FrameSource, Selection
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import make_pose, so3_exp
@@ -71,15 +71,6 @@ def test_an_image_that_was_changed_is_not_had_as_it_was_recorded() -> None:
     derived = Darker(Recorded())
     assert derived[1].image[0, 0, 0] == 5 and derived.encoded_image(1) is None
     assert Degraded(Recorded(), Degradation(drop_share=0.5)).encoded_image(0) is None
-
-
-def test_in_another_frame_poses_and_points_move_together_and_no_image_is_read() -> None:
-    source = Recorded()
-    moved = InFrame(source, T_NEW_OLD)
-    assert np.allclose(moved.pose(3), T_NEW_OLD @ source.pose(3)) and moved.pose(2) is None
-    assert np.allclose(moved.visible_points(3), T_NEW_OLD[:3, :3] @ [3, 3, 3] + T_NEW_OLD[:3, 3])
-    assert source.reads == 0 and moved.encoded_image(0) == b"\x0a"
-    assert np.allclose(moved[3].T_map_camera, moved.pose(3)) and moved[2].T_map_camera is None
 
 
 def test_what_is_remembered_is_not_read_again_until_it_is_forgotten() -> None:

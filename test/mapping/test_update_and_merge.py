@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from in_frame import InFrame
 from textured_room import small_head
 
 from kfloc_ros.cli.main import main
-from kfloc_ros.datasets.derived import InFrame
 from kfloc_ros.errors import MapError
 from kfloc_ros.geometry.lie import Matrix, inverse_pose, make_pose, rotation_angle_deg, so3_exp
 from kfloc_ros.kfnet.scoordnet import RoughnessScale, SCoordNetEnsemble, heads_of, transformed_head

@@ -265,17 +265,6 @@ class ReferenceScene:
     """(P,) number of images that observe each point."""
     images: tuple[ReferenceImage, ...]
 
-    def position_of(self, name: str) -> int:
-        """Return the position of an image by its name.
-
-        Raises:
-            MapError: there is no such image.
-        """
-        for position, image in enumerate(self.images):
-            if image.name == name:
-                return position
-        raise MapError(f"The map has no image '{name}'.")
-
     def covisibility(self, positions: Sequence[int]) -> NDArray[np.int64]:
         """Return (K, K) numbers of points that images observe in common."""
         seen = np.zeros((len(positions), len(self.points)), dtype=np.float32)

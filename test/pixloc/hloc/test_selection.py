@@ -62,8 +62,7 @@ def test_a_colmap_model_is_a_scene(tmp_path: Path) -> None:
     assert len(scene.images) == model.num_reg_images()
     assert len(scene.points) == model.num_points3D()
     by_name = {str(image.name): image for image in model.images.values()}
-    for position, view in enumerate(scene.images):
-        assert scene.position_of(view.name) == position
+    for view in scene.images:
         image = by_name[view.name]
         assert np.allclose(view.T_camera_map[:3], image.cam_from_world().matrix())
         ids = {p.point3D_id for p in image.points2D if p.has_point3D()}
@@ -71,7 +70,5 @@ def test_a_colmap_model_is_a_scene(tmp_path: Path) -> None:
     for ident, xyz, length in zip(scene.point_ids, scene.points, scene.track_lengths, strict=True):
         assert np.allclose(model.points3D[int(ident)].xyz, xyz)
         assert model.points3D[int(ident)].track.length() == length
-    with pytest.raises(MapError, match="no image"):
-        scene.position_of("none.jpg")
     with pytest.raises(MapError, match="COLMAP model"):
         read_scene(tmp_path / "absent")
