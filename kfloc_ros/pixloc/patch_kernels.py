@@ -188,20 +188,23 @@ def fit_patches(
         prior: (6, 6) information of (dt, dw) at the start.
         rule: largest number of iterations; step in metres and radians that is the last one; longest step in metres;
             mean dissimilarity at which the prior counts fully.
-        H: (6, 6) written: normal equations of the patches at the end.
+        H: (6, 6) written: normal equations of the patches at the end, before the last step if that is a small one.
 
     Returns:
         Mean dissimilarity at the end, and sums of robust scores at the start and the end; a mean of -1: diverged.
     """
-    start, first = T.copy(), 0.0
+    start, first, last, variance = T.copy(), 0.0, 0.0, 0.0
     away, step = np.empty(6), np.empty(6)
-    for iteration in range(int(rule[0])):
+    for iteration in range(int(rule[0]) + 1):
         A, g = patch_equations(
             image, points, right, down, patches, window, confidence, T, intrinsics, loss_scale, near_m, dissimilarity
         )
-        variance, score = robust_sums(dissimilarity, confidence, loss_scale)
+        variance, last = robust_sums(dissimilarity, confidence, loss_scale)
+        H[:] = A
         if iteration == 0:
-            first = score
+            first = last
+        if iteration == int(rule[0]):
+            break
         away_from(T, start, away)
         weight = variance * (variance / rule[4]) ** 4
         for i in range(6):
@@ -211,19 +214,15 @@ def fit_patches(
         for i in range(6):
             A[i, i] += 1e-6 * A[i, i] + 1e-12
         if not solve(A, g, step):
-            return -1.0, first, score
+            return -1.0, first, last
         length = math.sqrt(step[0] ** 2 + step[1] ** 2 + step[2] ** 2)
         if length > rule[3]:
             step *= rule[3] / length
             length = rule[3]
         T[:] = moved(T, step)
-        if length < rule[1] and math.sqrt(step[3] ** 2 + step[4] ** 2 + step[5] ** 2) < rule[2]:
+        # what a step below the limits changes needs no evaluation
+        if iteration > 0 and length < rule[1] and math.sqrt(step[3] ** 2 + step[4] ** 2 + step[5] ** 2) < rule[2]:
             break
-    A, g = patch_equations(
-        image, points, right, down, patches, window, confidence, T, intrinsics, loss_scale, near_m, dissimilarity
-    )
-    H[:] = A
-    variance, last = robust_sums(dissimilarity, confidence, loss_scale)
     return variance, first, last
 
 

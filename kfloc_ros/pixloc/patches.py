@@ -207,27 +207,27 @@ class PatchAligner:
                 return None
         else:
             T = start
-            for iteration in range(s.max_iterations):
+            for iteration in range(s.max_iterations + 1):
                 H, g = patch_equations(*self._arguments(grey, patches, T, dissimilarity))
-                if iteration == 0:
-                    first = self._fit(dissimilarity, patches)
+                variance, last = self._variance(dissimilarity, patches), self._fit(dissimilarity, patches)
+                first = last if iteration == 0 else first
+                if iteration == s.max_iterations:
+                    break
                 since_start = T @ inverse_pose(start)
                 away = np.concatenate([since_start[:3, 3], so3_log(since_start[:3, :3])])
-                variance = self._variance(dissimilarity, patches)
                 weighted = variance * (variance / s.even_dissimilarity) ** 4 * prior
-                H, g = H + weighted, g + weighted @ away
+                A, b = H + weighted, g + weighted @ away
                 try:
-                    step = -np.linalg.solve(H + 1e-6 * np.diag(np.diag(H)) + 1e-12 * np.eye(6), g)
+                    step = -np.linalg.solve(A + 1e-6 * np.diag(np.diag(A)) + 1e-12 * np.eye(6), b)
                 except np.linalg.LinAlgError:
                     return None
                 if not np.isfinite(step).all():
                     return None
                 step *= min(1.0, s.longest_step_m / max(float(np.linalg.norm(step[:3])), 1e-12))
                 T = left_update(T, step)
-                if np.linalg.norm(step[:3]) < s.step_m and np.linalg.norm(step[3:]) < s.step_rad:
+                is_small = np.linalg.norm(step[:3]) < s.step_m and np.linalg.norm(step[3:]) < s.step_rad
+                if iteration > 0 and is_small:
                     break
-            H, _ = patch_equations(*self._arguments(grey, patches, T, dissimilarity))
-            variance, last = self._variance(dissimilarity, patches), self._fit(dissimilarity, patches)
         agreeing = int(((dissimilarity >= 0) & (dissimilarity < s.agreeing)).sum())
         return PatchFit(T, H, max(variance, 1e-6)) if agreeing >= s.min_agreeing and last > first else None
 
