@@ -17,9 +17,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kfloc_ros.device import runs_compiled
 from kfloc_ros.geometry.camera import Camera, ImageAdapter
-from kfloc_ros.geometry.lie import Matrix, make_pose, so3_exp
-from kfloc_ros.pixloc.cost import OFFSETS, POSE, FeatureImage, RobustLoss, linearize
+from kfloc_ros.geometry.lie import Matrix
+from kfloc_ros.pixloc import kernels
+from kfloc_ros.pixloc.cost import NEAR_M, OFFSETS, POSE, FitLevel, Linearization, RobustLoss, linearize
+from kfloc_ros.pixloc.optimizer import left_update
 from kfloc_ros.pixloc.point_matching import PointMatches, fit_pose_and_camera
 from kfloc_ros.pixloc.references import view_distances
 from kfloc_ros.types import Frame
@@ -64,27 +67,6 @@ class CameraFit:
     cost: float
 
 
-@dataclass(frozen=True, eq=False)
-class FitLevel:
-    """Feature level of an image with the reference features of the same level."""
-
-    image: FeatureImage
-    features: torch.Tensor
-    """(N, C)"""
-    confidence: torch.Tensor
-    """(N,)"""
-
-
-@dataclass(frozen=True, eq=False)
-class _System:
-    """Normal equations (12, 12) of pose and camera, scaled to information."""
-
-    cost: float
-    H: NDArray[np.float64]
-    g: NDArray[np.float64]
-    valid_count: int
-
-
 def fit_camera(
     levels: tuple[FitLevel, ...],
     points: torch.Tensor,
@@ -113,26 +95,12 @@ def fit_camera(
         other = _linearize(levels[-1], points, by_matches[0], camera, by_matches[1], loss)
         if other.cost < given.cost and 3 * other.valid_count >= 2 * given.valid_count:
             (T, offsets), levels = by_matches, levels[-1:]
-    system: _System | None = None
+    system: Linearization | None = None
     for level in levels:
-        system = _linearize(level, points, T, camera, offsets, loss)
-        if system.valid_count < MIN_POINTS:
+        found = _descend(level, points, T, camera, offsets, loss)
+        if found is None:
             return None
-        damping = 1e-3
-        for _ in range(MAX_ITERATIONS):
-            step = _step(system, offsets, damping)
-            T_new = make_pose(so3_exp(step[3:POSE]), step[:3]) @ T
-            new_offsets = offsets + step[POSE:]
-            new = _linearize(level, points, T_new, camera, new_offsets, loss)
-            if new.cost < system.cost and 3 * new.valid_count >= 2 * system.valid_count:
-                gain = (system.cost - new.cost) / max(system.cost, 1e-12)
-                T, offsets, system, damping = T_new, new_offsets, new, max(damping / 10, 1e-7)
-                if gain < 1e-5:
-                    break
-            else:
-                damping *= 10
-                if damping > 1e3:
-                    break
+        T, offsets, system = found
     if system is None or not np.isfinite(offsets).all():
         return None
     H = system.H
@@ -144,6 +112,39 @@ def fit_camera(
     full[POSE:, POSE:] += np.diag(PRIOR_SIGMA**-2)
     of_pose = full[:POSE, :POSE] - full[:POSE, POSE:] @ np.linalg.solve(full[POSE:, POSE:], full[POSE:, :POSE])
     return CameraFit(offsets, 0.5 * (information + information.T), T, of_pose, system.cost)
+
+
+def _descend(
+    level: FitLevel, points: torch.Tensor, T: Matrix, camera: Camera, offsets: NDArray[np.float64], loss: RobustLoss
+) -> tuple[Matrix, NDArray[np.float64], Linearization] | None:
+    """Return pose, offsets and their system by Levenberg and Marquardt at a level; None if few points are in view."""
+    tensors = level.image.features, level.image.confidence, points, level.features, level.confidence
+    if runs_compiled(*tensors):
+        T, offsets, H = np.array(T, dtype=np.float64), offsets.copy(), np.zeros((POSE + len(OFFSETS),) * 2)
+        given = np.array([camera.fx, camera.fy, camera.cx, camera.cy, level.image.stride])
+        image, trust, cloud, wanted, confidence = (values.contiguous().numpy() for values in tensors)
+        cost, count = kernels.descend_with_camera(
+            image, trust, cloud, wanted, confidence, T, offsets, given, PRIOR_SIGMA**-2, loss.scale, NEAR_M, MIN_POINTS,
+            MAX_ITERATIONS, H,
+        )  # fmt: skip
+        return None if count < MIN_POINTS else (T, offsets, Linearization(cost, H, np.zeros(len(H)), count, 1.0))
+    system, damping = _linearize(level, points, T, camera, offsets, loss), 1e-3
+    if system.valid_count < MIN_POINTS:
+        return None
+    for _ in range(MAX_ITERATIONS):
+        step = _step(system, offsets, damping)
+        T_new, new_offsets = left_update(T, step[:POSE]), offsets + step[POSE:]
+        new = _linearize(level, points, T_new, camera, new_offsets, loss)
+        if new.cost < system.cost and 3 * new.valid_count >= 2 * system.valid_count:
+            gain = (system.cost - new.cost) / max(system.cost, 1e-12)
+            T, offsets, system, damping = T_new, new_offsets, new, max(damping / 10, 1e-7)
+            if gain < 1e-5:
+                break
+        else:
+            damping *= 10
+            if damping > 1e3:
+                break
+    return T, offsets, system
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,8 +179,7 @@ def score_camera(
     offsets = -covariance @ (g[POSE:] - H[POSE:, :POSE] @ by_pose)
     if not np.isfinite(offsets).all() or not (np.diag(covariance) > 0).all():
         return None
-    symmetric = np.asarray(0.5 * (covariance + covariance.T), dtype=np.float64)
-    return CameraScore(offsets, symmetric, np.asarray(-by_camera, dtype=np.float64))
+    return CameraScore(offsets, 0.5 * (covariance + covariance.T), np.asarray(-by_camera, dtype=np.float64))
 
 
 def calibration_offsets(given: Camera, camera: Camera) -> NDArray[np.float64] | None:
@@ -240,7 +240,7 @@ def log_evidence(error: NDArray[np.float64], covariance: NDArray[np.float64]) ->
     return -0.5 * (tails + float(np.linalg.slogdet(covariance)[1]))
 
 
-def _step(system: _System, offsets: NDArray[np.float64], damping: float) -> NDArray[np.float64]:
+def _step(system: Linearization, offsets: NDArray[np.float64], damping: float) -> NDArray[np.float64]:
     """Return the damped Gauss-Newton step of pose and offsets under the prior."""
     H, g = system.H.copy(), system.g.copy()
     H[np.diag_indices_from(H)] += damping * np.diag(system.H) + 1e-9
@@ -257,10 +257,10 @@ def _linearize(
     camera: Camera,
     offsets: NDArray[np.float64],
     loss: RobustLoss,
-) -> _System:
+) -> Linearization:
     at = linearize(level.image, points, level.features, level.confidence, T, camera, loss, offsets)
     scale = at.valid_count / max(at.cost, 1e-9)  # to information, as for the pose alone
-    return _System(at.cost, scale * at.H, scale * at.g, at.valid_count)
+    return replace(at, H=scale * at.H, g=scale * at.g)
 
 
 def combine(

@@ -105,6 +105,17 @@ class FeatureImage:
         return rows, inside
 
 
+@dataclass(frozen=True, eq=False)
+class FitLevel:
+    """Feature level of an image with the reference features of the same level."""
+
+    image: FeatureImage
+    features: torch.Tensor
+    """(N, C)"""
+    confidence: torch.Tensor
+    """(N,)"""
+
+
 @dataclass(frozen=True)
 class RobustLoss:
     """General loss of Barron (CVPR 2019) at alpha = 0 with scale c: 2 c^2 log(1 + x / (2 c^2)), x = |r|^2."""

@@ -208,6 +208,59 @@ def descend(
 
 
 @compiled_loop
+def descend_with_camera(
+    image: Floats, trust: Floats, points: Floats, features: Floats, confidence: Floats, T: Doubles, offsets: Doubles,
+    camera: Doubles, precision: Doubles, loss_scale: float, near_m: float, min_points: int, iterations: int, H: Doubles,
+) -> tuple[float, int]:  # fmt: skip
+    """Minimise the cost over pose and camera by Levenberg and Marquardt; return the cost and the number of points.
+
+    Args:
+        image, trust, points, features, confidence, loss_scale, near_m: of :func:`normal_equations`.
+        T, offsets: (4, 4) and (6,) the start; the end is written.
+        camera: fx, fy, cx, cy in pixels, and the stride of the level.
+        precision: (6,) inverse variances of the prior on the offsets.
+        min_points: number of points below which nothing is done.
+        iterations: largest number of them.
+        H: (12, 12) written: the normal equations at the end, scaled to information.
+    """
+    new_T, new_offsets, model, step = T.copy(), offsets.copy(), np.empty(7), np.zeros(12)
+    g, cost, count, damping, stride = np.zeros(12), math.inf, 0, 1e-3, camera[4]
+    for iteration in range(iterations + 1):
+        model[0] = camera[0] * math.exp(new_offsets[0]) / stride
+        model[1] = camera[1] * math.exp(new_offsets[0] + new_offsets[1]) / stride
+        model[2] = (camera[2] + new_offsets[2] + 0.5) / stride - 0.5
+        model[3] = (camera[3] + new_offsets[3] + 0.5) / stride - 0.5
+        model[4], model[5], model[6] = new_offsets[4], new_offsets[5], 1.0 / stride
+        weights, losses, new_count, new_H, new_g = normal_equations(
+            image, trust, points, features, confidence, new_T, model, loss_scale, near_m, 12
+        )
+        new_cost = losses / weights if weights > 0.0 else math.inf
+        if iteration == 0 and new_count < min_points:
+            return new_cost, new_count
+        if iteration == 0 or (new_cost < cost and 3 * new_count >= 2 * count):
+            is_last = iteration > 0 and (cost - new_cost) / max(cost, 1e-12) < 1e-5
+            damping = damping if iteration == 0 else max(damping / 10.0, 1e-7)
+            scale = new_count / max(new_cost, 1e-9) / weights
+            cost, count, H[:], g = new_cost, new_count, scale * new_H, scale * new_g
+            T[:], offsets[:] = new_T, new_offsets
+        else:
+            damping *= 10.0
+            is_last = damping > 1e3
+        if is_last:
+            break
+        damped, slope = H.copy(), g.copy()
+        for i in range(12):
+            damped[i, i] += damping * H[i, i] + 1e-9
+        for i in range(6):
+            damped[6 + i, 6 + i] += precision[i]
+            slope[6 + i] += precision[i] * offsets[i]
+        if not solve(damped, slope, step):
+            break
+        new_T, new_offsets = moved(T, step), offsets + step[6:]
+    return cost, count
+
+
+@compiled_loop
 def match_equations(
     pixels: Doubles,
     points: Doubles,

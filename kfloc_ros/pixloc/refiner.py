@@ -15,8 +15,8 @@ from kfloc_ros.features.backbone import COARSE_STRIDE, FINE_STRIDE, BackboneFeat
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.covariance import map_frame_covariance
 from kfloc_ros.geometry.lie import Matrix, inverse_pose, make_pose, rotation_angle_deg
-from kfloc_ros.pixloc.camera_fit import FitLevel, FittedCamera, fit_camera, score_camera
-from kfloc_ros.pixloc.cost import FeatureImage, Linearization, RobustLoss, linearize
+from kfloc_ros.pixloc.camera_fit import FittedCamera, fit_camera, score_camera
+from kfloc_ros.pixloc.cost import FeatureImage, FitLevel, Linearization, RobustLoss, linearize
 from kfloc_ros.pixloc.image_check import Inspection, match_blocks
 from kfloc_ros.pixloc.optimizer import LevelResult, RefinerSettings, StopRule, descend, disagreement, information_of
 from kfloc_ros.pixloc.point_matching import (

@@ -11,8 +11,11 @@ import torch.nn.functional as F
 from kfloc_ros.device import has_numba
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import make_pose, so3_exp, so3_exp_torch
+from kfloc_ros.pixloc import camera_fit
+from kfloc_ros.pixloc.camera_fit import fit_camera
 from kfloc_ros.pixloc.cost import (
     FeatureImage,
+    FitLevel,
     Intrinsics,
     RobustLoss,
     _jacobian,
@@ -187,3 +190,26 @@ def test_the_compiled_descent_takes_the_steps_of_minimize(iterations: int) -> No
         assert np.allclose(a.H, b.H, rtol=1e-6, atol=1e-6 * np.abs(b.H).max())
     nowhere = make_pose(np.eye(3), [0.0, 0.0, -100.0])
     assert descend(*given, nowhere, CAMERA, RobustLoss(0.5), StopRule(30)).end.cost == float("inf")
+
+
+@pytest.mark.skipif(not has_numba(), reason="Numba is not installed; there is nothing to compare")
+def test_the_compiled_fit_of_a_camera_takes_the_steps_of_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    points, truth = scene()
+    image_level = image(channels=16)
+    other = Camera(160, 128, 147.0, 145.0, 82.0, 63.0)
+    uv, _, _ = project(points.float(), torch.from_numpy(truth).float(), other, image_level.stride)
+    rows, inside = image_level.sample(uv)
+    noise = 0.05 * torch.randn(len(rows), 16, generator=torch.Generator().manual_seed(2))
+    level = FitLevel(image_level, rows[:, :16] + noise, inside.float())
+    start = left_update(truth, np.array([0.02, -0.03, 0.02, 0.01, 0.01, -0.02]))
+    given = (level, level), points.float(), start, CAMERA, RobustLoss(0.5)
+    fast = fit_camera(*given)
+    monkeypatch.setattr(camera_fit, "runs_compiled", lambda *tensors: False)
+    slow = fit_camera(*given)
+    assert fast is not None and slow is not None and slow.offsets[0] > 0.01
+    assert np.allclose(fast.offsets, slow.offsets, atol=1e-6) and fast.cost == pytest.approx(slow.cost)
+    assert np.allclose(fast.T_camera_local, slow.T_camera_local, atol=1e-6)
+    assert np.allclose(fast.information, slow.information, rtol=1e-4)
+    nowhere = make_pose(np.eye(3), [0.0, 0.0, -100.0])
+    monkeypatch.undo()
+    assert fit_camera(*given[:2], nowhere, *given[3:]) is None
