@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from kfloc_ros.geometry.lie import Matrix, make_pose, skew, so3_exp, so3_log
 
+CHI2_6_MEDIAN = 5.348
+"""Median of the chi-square distribution with 6 degrees of freedom."""
 MAX_STD_M = 10.0
 MAX_STD_RAD = np.pi
 
@@ -54,6 +57,16 @@ def move_covariance(covariance: Matrix, T_map_camera: Matrix, T_camera_body: Mat
     A = np.eye(6)
     A[:3, 3:] = -skew(lever)
     return np.asarray(A @ covariance @ A.T)
+
+
+def at_least(covariance: Matrix, variances: Matrix) -> Matrix:
+    """Return the covariance (6, 6), enlarged where independent ``variances`` (6,) exceed it, in every direction.
+
+    Two covariances of one error are not added: in each direction, the larger one counts.
+    """
+    scale = np.sqrt(np.maximum(variances, 1e-18))
+    values, vectors = np.linalg.eigh(covariance / np.outer(scale, scale))
+    return np.asarray(np.outer(scale, scale) * ((vectors * np.maximum(values, 1.0)) @ vectors.T))
 
 
 def probability_within(covariance: Matrix, metres: float, radians: float) -> float:
@@ -164,3 +177,21 @@ def mahalanobis(T_true: Matrix, T: Matrix | None, covariance: Matrix | None) -> 
         return float("nan")
     error = pose_tangent_error(T, T_true)
     return float(error @ np.linalg.solve(covariance, error))
+
+
+def normalised(errors: Matrix, covariances: Matrix) -> Matrix:
+    """Return the squared Mahalanobis lengths (N,) of errors (N, 6)."""
+    return np.asarray(np.einsum("ni,ni->n", errors, np.linalg.solve(covariances, errors[:, :, None])[:, :, 0]))
+
+
+def covered(errors: Matrix, covariances: Matrix, axes: slice) -> float:
+    """Return the share of errors (N, 6) inside one sigma on some axes."""
+    return float((errors[:, axes] ** 2 < np.diagonal(covariances, axis1=1, axis2=2)[:, axes]).mean())
+
+
+def median_scale(squared: Sequence[float] | Matrix) -> float:
+    """Return the factor at which the median of squared Mahalanobis lengths is right; 1 if there are few."""
+    finite = np.asarray(squared)[np.isfinite(squared)] if len(squared) else np.zeros(0)
+    if len(finite) < 5:
+        return 1.0
+    return float(np.clip(np.median(finite) / CHI2_6_MEDIAN, 1e-3, 1e6))

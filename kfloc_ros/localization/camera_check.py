@@ -36,9 +36,10 @@ from kfloc_ros.types import PoseEstimate
 
 CHI2_6_95, CHI2_6_99, CHI2_6_999 = 12.592, 16.812, 22.458
 """Quantiles of the chi-square distribution with 6 degrees of freedom."""
-SAME_CAMERA = 0.1
-"""Share of a calibration's usual error that remains between images of one calibration. Two that differ by less than
-their usual error are of one camera: others differ by far more."""
+SAME_CAMERA = np.array([0.0, 0.1, 0.1, 0.1, 0.1, 0.1])
+"""Share of a calibration's usual error, by offset, that remains between images of one calibration: none of the focal
+length's, since depth does not depend on it. Two that differ by less than their usual error are of one camera: others
+differ by far more."""
 SHEARED = np.array([0.0, 1.0, 0.0, 0.0, 0.0, 1.0])
 """Offsets that look like the shear of a rolling shutter: ratio fy/fx in a pitch, skew in a yaw."""
 CERTAIN = 0.99
@@ -214,7 +215,7 @@ class CameraCheck:
         """
         tolerance, apart = self._tolerance, self._agreeing(given)
         if apart is not None:
-            tolerance = SAME_CAMERA**2 * tolerance + np.outer(apart, apart)
+            tolerance = np.diag(SAME_CAMERA**2) @ tolerance + np.outer(apart, apart)
         combined = self._combined
         if combined is not None:
             offsets, covariance = combined
@@ -244,7 +245,7 @@ class CameraCheck:
 
     def _probability_mapped(self, offsets: NDArray[np.float64], covariance: NDArray[np.float64]) -> float:
         """Return the probability that the images are of the map's camera; 0 if they come with its calibration."""
-        tolerances = self._tolerance, SAME_CAMERA**2 * self._tolerance
+        tolerances = self._tolerance, SAME_CAMERA[1] ** 2 * self._tolerance
         return 0.0 if self._other is None else self._other.probability(offsets, covariance, *tolerances)
 
     def _mapped(self, offsets: NDArray[np.float64], covariance: NDArray[np.float64]) -> CameraVerdict | None:

@@ -111,6 +111,16 @@ def _weakness(coarse: CoarsePose, settings: JudgementSettings) -> str:
 
 GOOD_M, GOOD_DEG = 0.10, 5.0
 """Errors below which a pose is right, in the meaning of its confidence."""
+
+
+def is_good(T_true: Matrix, T: Matrix | None) -> bool:
+    """Return true if the error of a pose is below these limits."""
+    error = None if T is None else pose_tangent_error(T, T_true)
+    return error is not None and bool(
+        np.linalg.norm(error[:3]) < GOOD_M and np.linalg.norm(error[3:]) < math.radians(GOOD_DEG)
+    )
+
+
 _EVIDENCE = {
     "cost_ratio": (0.88, -0.3),
     "missing_share": (0.18, -1.2),

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from kfloc_ros.features.backbone import BackboneFeatures
 from kfloc_ros.geometry.camera import Camera
-from kfloc_ros.geometry.covariance import pose_tangent_error, probability_within
+from kfloc_ros.geometry.covariance import at_least, pose_tangent_error, probability_within
 from kfloc_ros.geometry.lie import Matrix, make_pose, so3_exp
 from kfloc_ros.localization.camera_check import CHI2_6_95, CHI2_6_999, CameraCheck
 from kfloc_ros.localization.config import LocalizerConfig
@@ -76,6 +76,7 @@ class PoseCheck:
 
     def __init__(self, refiner: Refiner, camera: Camera, config: LocalizerConfig, calibration: Calibration) -> None:
         self._fit_scale, self._odds = calibration.camera_fit_scale, calibration.confidence_odds
+        self._usual_chi2 = calibration.usual_shift_chi2
         self._first_poses = FirstPoses(config.first_fix_agreement)
         self._readout_s, self._last = config.rolling_shutter_readout_s, (0, np.eye(4))
         self._refiner, self._camera, self._corrects_camera = refiner, camera, config.camera_check == "correct"
@@ -110,7 +111,7 @@ class PoseCheck:
                     scale = JudgementSettings.unrefined_scale * excess**2
                     estimate = replace(estimate, covariance=scale * estimate.covariance)
                 checked, chi2, fitted = self._check_camera(frame, features, estimate, inspection, turn_rad)
-                checked = _check_blocks(checked, inspection.blocks, self._camera)
+                checked = _check_blocks(checked, inspection.blocks, self._camera, self._usual_chi2)
                 estimate = _check_support(checked, alignment, inspection.blocks)
                 estimate = self._check_doubt(estimate, inspection, frame.source_camera)
             evidence = self._evidence(estimate, inspection, chi2)
@@ -208,10 +209,9 @@ class PoseCheck:
         return estimate, chi2, fitted
 
     def _check_doubt(self, estimate: PoseEstimate, inspection: Inspection, given: Camera | None) -> PoseEstimate:
-        """Return the estimate with what a wrong camera may do to it; DEGRADED if it may be off by more than the limits.
+        """Return the estimate; DEGRADED if a wrong camera may move it by more than the limits, which it then covers.
 
-        An image can fit a wrong camera as well as the right one. Images of a stream tell them apart sooner or later;
-        then nothing is left of this.
+        An image can fit a wrong camera as well as the right one. Images of a stream tell them apart sooner or later.
         """
         cameras, S = self._cameras, inspection.sensitivity
         if cameras is None or S is None or estimate.covariance is None:
@@ -219,8 +219,10 @@ class PoseCheck:
         doubt = cameras.doubt
         covariance, risk = doubt.of_pose(S)
         cameras.is_doubtful = risk > MOST_CAMERA_RISK
+        if not cameras.is_doubtful:
+            return estimate
         estimate = replace(estimate, covariance=estimate.covariance + covariance)
-        if not cameras.is_doubtful or estimate.state is not TrackingState.TRACKING:
+        if estimate.state is not TrackingState.TRACKING:
             return estimate
         source = "camera_info" if given is not None else "the map's images"
         reason = (
@@ -290,12 +292,16 @@ class PoseCheck:
         return evidence
 
 
-def _check_blocks(estimate: PoseEstimate, blocks: BlockMatch | None, camera: Camera) -> PoseEstimate:
-    """Return the estimate with a covariance that includes what displaces blocks; DEGRADED if they contradict it."""
+def _check_blocks(estimate: PoseEstimate, blocks: BlockMatch | None, camera: Camera, usual_chi2: float) -> PoseEstimate:
+    """Return the estimate with a covariance that includes what displaces blocks; DEGRADED if they contradict it.
+
+    A pose that is off displaces blocks, too, so that its covariance may explain them already: the larger one counts.
+    """
     if blocks is None:
         return estimate
     if estimate.covariance is not None:
-        estimate = replace(estimate, covariance=estimate.covariance + np.diag(blocks.variances(camera)))
+        variances = blocks.variances(camera, usual_chi2)
+        estimate = replace(estimate, covariance=at_least(estimate.covariance, variances))
     if not blocks.fault or estimate.state is not TrackingState.TRACKING:
         return estimate
     return replace(estimate, state=TrackingState.DEGRADED, reason=blocks.fault)

@@ -50,6 +50,7 @@ class RefineStage:
                 covariance_doubling_m=calibration.covariance_doubling_m,
                 own_error_m=calibration.own_error_m,
                 own_error_rad=calibration.own_error_rad,
+                own_error_growth=calibration.own_error_growth,
             ),
         )
         """Aligner of poses; it has no state."""

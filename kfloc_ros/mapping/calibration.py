@@ -30,8 +30,9 @@ from kfloc_ros.kfnet.flow_network import LEARNED_FLOOR_M2, shipped_flow_network
 from kfloc_ros.kfnet.fusion import warp
 from kfloc_ros.kfnet.scoordnet import Head, RoughnessScale, measure, roughness_m
 from kfloc_ros.localization.config import LocalizerConfig
+from kfloc_ros.localization.judgement import is_good
 from kfloc_ros.localization.localizer import Localizer
-from kfloc_ros.mapping.pose_calibration import ONE_SIGMA, calibrate_poses, is_good
+from kfloc_ros.mapping.pose_calibration import ONE_SIGMA, calibrate_poses
 from kfloc_ros.mapping.schedule import HeldOut, inner_half
 from kfloc_ros.mapping.views import IDENTITY, View, similarity, true_coordinates, warp_image
 from kfloc_ros.maps.scene_map import Calibration, SceneMap
@@ -51,8 +52,7 @@ TURNS = ((30.0, 1.0), (60.0, 1.0), (-45.0, 0.7), (0.0, 0.6))
 1.3."""
 MAX_TURNED = 12
 """Number of views that are rotated, each in all these ways; a quarter of the held-out views at most."""
-MAX_POWER = 6.0
-LEAST_POWER = 0.01
+LEAST_POWER, MAX_POWER = 0.01, 6.0
 BISECTIONS = 20
 MAX_RATIOS = 3000
 """Limit on ratios per view: sufficient, and quick to sort."""

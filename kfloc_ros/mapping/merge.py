@@ -124,6 +124,8 @@ def _calibration(a: Calibration, b: Calibration) -> Calibration:
         own_error_rad=max(a.own_error_rad, b.own_error_rad),
         camera_fit_scale=max(a.camera_fit_scale, b.camera_fit_scale),
         covariance_doubling_m=min(a.covariance_doubling_m, b.covariance_doubling_m),
+        own_error_growth=max(a.own_error_growth, b.own_error_growth),
+        usual_shift_chi2=max(a.usual_shift_chi2, b.usual_shift_chi2),
         roughness=_roughness(a.roughness, b.roughness),
     )
 

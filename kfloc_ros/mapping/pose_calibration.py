@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Calibration of a map's poses on held-out views: covariances, acceptance thresholds, confidence, the map's own error.
 
-The covariance of poses is chosen such that 68 % of the errors are inside one sigma on every axis, and the acceptance
-threshold such that good alignments pass.
+The covariance of poses is the one that makes their errors most likely, and the acceptance threshold is such that good
+alignments pass.
 """
 
 from __future__ import annotations
@@ -16,51 +16,51 @@ import torch
 from numpy.typing import NDArray
 
 from kfloc_ros.device import choose_device
+from kfloc_ros.evaluation.metrics import PoseError, pose_error
 from kfloc_ros.features.backbone import Backbone, BackboneFeatures
-from kfloc_ros.geometry.covariance import mahalanobis, pose_tangent_error
+from kfloc_ros.geometry.covariance import covered, mahalanobis, median_scale, normalised, pose_tangent_error
 from kfloc_ros.geometry.lie import Matrix, make_pose, so3_exp
 from kfloc_ros.localization.config import LocalizerConfig
-from kfloc_ros.localization.judgement import GOOD_DEG, GOOD_M
+from kfloc_ros.localization.judgement import is_good
 from kfloc_ros.localization.localizer import Localizer
 from kfloc_ros.mapping.schedule import HeldOut
 from kfloc_ros.mapping.views import View
 from kfloc_ros.maps.scene_map import Calibration, SceneMap
 from kfloc_ros.pixloc.cost import RobustLoss
-from kfloc_ros.pixloc.optimizer import MEASURED_M, RefinerSettings
+from kfloc_ros.pixloc.optimizer import RefinerSettings
 from kfloc_ros.pixloc.patches import PatchAligner
 from kfloc_ros.pixloc.references import view_distances
 from kfloc_ros.pixloc.refiner import Refiner
 from kfloc_ros.types import Alignment, Frame
 
-CHI2_6_MEDIAN, CHI2_6_90 = 5.348, 10.645
-"""Median and 90 % quantile of the chi-square distribution with 6 degrees of freedom."""
+CHI2_6_90 = 10.645
+"""90 % quantile of the chi-square distribution with 6 degrees of freedom."""
 ONE_SIGMA = 0.6827
-MOST_COVERED = 0.72
-"""Largest share of axis errors inside one sigma of a covariance that is not too careful."""
 FREEDOM = 4.0
 """Degrees of freedom of the t distribution of normalised errors; outliers then count little."""
-LEAST_SHARE = 0.2
-"""Smallest scale of the covariance by the points, relative to the one that explains the errors alone."""
 MIN_ERRORS = 8
 """Fewest errors that a covariance is fitted to."""
-SIGMA_LIMITS = 1e-5, 0.3
-LEAST_OWN_ERROR_M, LEAST_OWN_ERROR_RAD = 3e-4, 2e-4
-"""Smallest own error of a map. Views held out of a recording lie between its references; those of another walk, even
-in a rendered room without noise, have errors that are larger by this."""
+LEAST_OWN_ERROR_M, LEAST_OWN_ERROR_RAD, LEAST_GROWTH = 3e-4, 2e-4, 8e-4
+"""Smallest own error of a map, and its growth. Views held out of a recording lie between its references, and share
+their drift; those of another walk, even in a rendered room without noise, have errors that are larger by this."""
+SIGMA_LIMIT, STARTING_SCALES = 0.3, (0.1, 0.5, 2.0, 8.0)
+VALUE_LIMITS = np.array([(1e-3, 1e3), (LEAST_OWN_ERROR_M, 0.1), (LEAST_OWN_ERROR_RAD, 0.1), (LEAST_GROWTH, 0.1)])
+SMALLEST_STEP = 0.02
+"""Limits of the values of a :class:`PoseCovariance`, and the step of their logarithms that ends the search."""
+PATCH_SCALE_LIMITS = 0.01, 1.0  # in the light of the demo's second walk, 0.006 as by its held-out views is too small
+ABSURD_COVARIANCE_SCALE = 300.0
+"""Limit on the calibrated scale of aligned poses' covariances. Measured: 0.1 to 45 in maps of right data, 834 where
+depth was read five times too small."""
+_POSITION, _ROTATION = slice(0, 3), slice(3, 6)
+SHIFT_LIMITS, USUAL_QUANTILE = (2.0, 4.0), 0.9
+"""Limits of the displacement of blocks that right poses have in a map, and its quantile among held-out views."""
 FIT_SCALE_LIMITS = 0.5, 100.0
-LEFT_OUT_M = 0.15, 0.45
-"""Distances within which reference views are left out, to measure how errors grow away from the mapped views (a radian
-counts as half a metre). Patches gain most near a view, so their factor is fitted to poses without it, too."""
-DOUBLING_M = tuple(0.06 * 2.0**k for k in (0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0))
-"""Distances that are tried for :attr:`PoseCovariance.doubling_m`, besides none."""
-PATCH_SCALE_LIMITS = 0.02, 1.0  # in the light of the demo's second walk, 0.008 as by its held-out views is too small
+LEFT_OUT_M = 0.15, 0.45, 0.8
+"""Distances (``view_distances``) within which reference views are left out, to measure how errors grow away from the
+mapped views. Patches gain most near a view, so their factor is fitted to poses without the views within the first."""
 OTHER_PASS_FRAMES, OTHER_PASS_M = 60, 0.25
 """A view of another part of the recording is more frames away than the first, and nearer than the second (a radian
 counts as half a metre)."""
-_POSITION, _ROTATION = slice(0, 3), slice(3, 6)
-ABSURD_COVARIANCE_SCALE = 300.0
-"""Limit on the calibrated scale of aligned poses' covariances. Measured: 0.5 to 44 in maps of right data, 834 where
-depth was read five times too small."""
 MIN_WRONG, MAX_MIRRORED = 5, 20  # fewest wrong poses of a threshold; most mirrored views that are localized
 RATIO_LIMITS = 0.1, 0.5
 NEAR_M, NEAR_DEG = 0.05, 5.0
@@ -91,98 +91,101 @@ class PoseErrors:
             assert alignment.T_map_camera is not None and alignment.covariance is not None
             T = alignment.steps[-1].T_map_camera if raw and alignment.by_patches else alignment.T_map_camera
             errors[k] = pose_tangent_error(T, T_true)
-            scaled = alignment.covariance - own.own_covariance - alignment.disagreement - alignment.patch_noise
+            of_map = own.own_covariance_at(alignment.distance_m)
+            scaled = alignment.covariance - of_map - alignment.disagreement - alignment.patch_noise
             by_points[k] = scaled / own.scale_at(alignment.distance_m)
         distances = np.array([alignment.distance_m for _, alignment in found])
         apart = np.array([alignment.disagreement for _, alignment in found]).reshape(-1, 6, 6)
         return cls(errors, by_points, distances, apart)
-
-    def grown(self, doubling_m: float) -> PoseErrors:
-        """Return the errors with covariances that grow with the distance."""
-        growth = 1.0 + np.minimum(self.distances_m, MEASURED_M) / doubling_m
-        return replace(self, covariances=growth[:, None, None] * self.covariances)
 
     def joined(self, other: PoseErrors) -> PoseErrors:
         """Return the errors of both."""
         both = ((getattr(self, item.name), getattr(other, item.name)) for item in fields(self))
         return PoseErrors(*(np.concatenate(pair) for pair in both))
 
-    def covered(self, scale: float, sigma: float, axes: slice) -> float:
-        """Return the share of axis errors inside one sigma, with ``sigma`` in addition on the chosen axes."""
-        total = scale * self.covariances + self.disagreements
-        variances = np.diagonal(total, axis1=1, axis2=2)[:, axes] + sigma**2
-        return float((self.errors[:, axes] ** 2 < variances).mean())
-
-    def needed_sigma(self, scale: float, axes: slice) -> float:
-        """Return the sigma with which 68 % of the axis errors are inside one sigma; 0 if they are without."""
-        if self.covered(scale, 0.0, axes) >= ONE_SIGMA:
-            return 0.0
-        low, high = SIGMA_LIMITS
-        for _ in range(30):
-            middle = math.sqrt(low * high)
-            low, high = (low, middle) if self.covered(scale, middle, axes) >= ONE_SIGMA else (middle, high)
-        return high
-
-    @property
-    def median_scale(self) -> float:
-        """Scale of the covariances at which the median of the normalised squared errors is right."""
-        return median_scale(
-            [float(e @ np.linalg.solve(C, e)) for e, C in zip(self.errors, self.covariances, strict=True)]
-        )
-
-    def likelihood(self, scale: float, sigma_m: float, sigma_rad: float) -> float:
-        """Return the mean log-likelihood under a multivariate t distribution, up to a constant."""
-        own = np.diag(np.repeat([sigma_m**2, sigma_rad**2], 3))
-        total = scale * self.covariances + self.disagreements + own
-        nees = np.einsum("ni,ni->n", self.errors, np.linalg.solve(total, self.errors[:, :, None])[:, :, 0])
-        tails = 0.5 * (FREEDOM + 6) * np.log1p(nees / FREEDOM)
-        return float((-0.5 * np.linalg.slogdet(total)[1] - tails).mean())
-
 
 @dataclass(frozen=True)
 class PoseCovariance:
-    """Scale of the covariance by the points, its growth with distance, and the map's own error on each axis."""
+    """Scale of the covariance by the points, the map's own error on each axis, and its growth with the distance."""
 
     scale: float
     own_error_m: float
     own_error_rad: float
-    doubling_m: float = Calibration().covariance_doubling_m
-    """Distance from the nearest view at which the scale is twice as large."""
+    own_error_growth: float = LEAST_GROWTH
+    """Rotation, rad per metre from the nearest view."""
 
     @classmethod
     def of(cls, near: PoseErrors, far: PoseErrors, other_passes: PoseErrors) -> PoseCovariance:
-        """Return the covariance that covers 68 % of the errors on every axis and is the most likely of these.
+        """Return the covariance with the largest likelihood of the errors.
 
-        Features change with the viewpoint, so errors grow with the distance from the mapped views: views that were
-        held out lie close to them, and are also aligned without the nearest. The poses of a map's views are not exact
+        Features change with the viewpoint, for all points of a view alike, so errors grow with the distance from the
+        mapped views, and most in the directions that many points fix: as a common rotation. Views that were held out
+        lie close to the mapped ones, and are also aligned without the nearest. The poses of a map's views are not exact
         either. Views that are aligned with their neighbours in time share the errors of these; those of another pass
         through the place show them.
 
         Args:
             near: errors of views aligned with all others.
             far: errors of views aligned without the nearest.
-            other_passes: errors of views aligned with views of other parts of the recording.
+            other_passes: errors of views aligned with views of other parts of the recording; 68 % are covered.
         """
         least = LEAST_OWN_ERROR_M, LEAST_OWN_ERROR_RAD
         if len(near.errors) < MIN_ERRORS:
             return cls(1.0, *least)
-        if (usual := near.median_scale) > ABSURD_COVARIANCE_SCALE:
+        if (usual := median_scale(normalised(near.errors, near.covariances))) > ABSURD_COVARIANCE_SCALE:
             return cls(usual, *least)
-        found: list[tuple[bool, float, PoseCovariance]] = []
-        for doubling_m in (cls.doubling_m, *DOUBLING_M):
-            errors = near.joined(far).grown(doubling_m)
-            for scale in errors.median_scale * np.geomspace(LEAST_SHARE, 2.0, 18):
-                sigma_m, sigma_rad = (errors.needed_sigma(scale, axes) for axes in (_POSITION, _ROTATION))
-                covered = [errors.covered(scale, s, axes) for s, axes in ((sigma_m, _POSITION), (sigma_rad, _ROTATION))]
-                candidate = cls(float(scale), sigma_m, sigma_rad, doubling_m)
-                found.append((max(covered) <= MOST_COVERED, errors.likelihood(scale, sigma_m, sigma_rad), candidate))
-        best = max(found, key=lambda item: item[:2])[2]
-        own = [best.own_error_m, best.own_error_rad]
+        errors = near.joined(far)
+        starts = [cls(k * usual, 1e-3, 1e-3, 1e-3)._most_likely(errors) for k in STARTING_SCALES]
+        best = max(starts, key=lambda found: found.likelihood(errors))
         if len(other_passes.errors) >= MIN_ERRORS:
-            others = other_passes.grown(best.doubling_m)
-            needed = (others.needed_sigma(best.scale, axes) for axes in (_POSITION, _ROTATION))
-            own = [max(pair) for pair in zip(own, needed, strict=True)]
-        return replace(best, own_error_m=max(own[0], least[0]), own_error_rad=max(own[1], least[1]))
+            best = best._covering(other_passes, "own_error_m", _POSITION)
+            best = best._covering(other_passes, "own_error_rad", _ROTATION)
+        return best
+
+    def total(self, errors: PoseErrors) -> NDArray[np.float64]:
+        """Return the covariances (N, 6, 6) of poses."""
+        turned = self.own_error_rad**2 + (self.own_error_growth * errors.distances_m) ** 2
+        own = np.stack([np.full_like(turned, self.own_error_m**2)] * 3 + [turned] * 3, axis=1)
+        return self.scale * errors.covariances + errors.disagreements + own[:, :, None] * np.eye(6)
+
+    def covered(self, errors: PoseErrors, axes: slice = slice(0, 6)) -> float:
+        """Return the share of axis errors inside one sigma."""
+        return covered(errors.errors, self.total(errors), axes)
+
+    def likelihood(self, errors: PoseErrors) -> float:
+        """Return the mean log-likelihood under a multivariate t distribution, up to a constant."""
+        total = self.total(errors)
+        tails = 0.5 * (FREEDOM + 6) * np.log1p(normalised(errors.errors, total) / FREEDOM)
+        return float((-0.5 * np.linalg.slogdet(total)[1] - tails).mean())
+
+    def _most_likely(self, errors: PoseErrors) -> PoseCovariance:
+        """Return the nearest maximum of the likelihood, by a search along the logarithms of the values in turns."""
+        low, high = np.log(VALUE_LIMITS).T
+        values, step = np.clip(np.log([getattr(self, item.name) for item in fields(self)]), low, high), np.full(4, 0.7)
+        best = self.likelihood(errors)
+        while step.max() > SMALLEST_STEP:
+            for k in range(len(values)):
+                for sign in (1.0, -1.0):
+                    tried = values.copy()
+                    tried[k] = np.clip(tried[k] + sign * step[k], low[k], high[k])
+                    found = PoseCovariance(*np.exp(tried)).likelihood(errors)
+                    if found > best + 1e-6:
+                        values, best = tried, found
+                        break
+                else:
+                    step[k] *= 0.6
+        return PoseCovariance(*(float(value) for value in np.exp(values)))
+
+    def _covering(self, errors: PoseErrors, name: str, axes: slice) -> PoseCovariance:
+        """Return the covariance with an own error that covers 68 % of the errors on some axes."""
+        low, high = getattr(self, name), SIGMA_LIMIT
+        if self.covered(errors, axes) >= ONE_SIGMA:
+            return self
+        for _ in range(30):
+            middle = math.sqrt(low * high)
+            is_enough = replace(self, **{name: middle}).covered(errors, axes) >= ONE_SIGMA
+            low, high = (low, middle) if is_enough else (middle, high)
+        return replace(self, **{name: high})
 
 
 def calibrate_poses(draft: SceneMap, held_out: Sequence[HeldOut], device: str) -> tuple[Calibration, str]:
@@ -194,7 +197,9 @@ def calibrate_poses(draft: SceneMap, held_out: Sequence[HeldOut], device: str) -
     """
     views, stamps_ns = [held.view for held in held_out], [held.stamp_ns for held in held_out]
     localizer = Localizer(draft, LocalizerConfig(device=device, camera_check="off", carry_s=0.0))
-    coarse, refined, costs, ratios, errors, cameras, apart, far, others = [], [], [], [], [], [], [], [], []
+    coarse, refined, costs, ratios, errors, cameras, others = [], [], [], [], [], [], []
+    left_out: list[list[tuple[Matrix, Alignment]]] = [[] for _ in LEFT_OUT_M]
+    shifts: list[float] = []
     for view, stamp in zip(views, stamps_ns, strict=True):
         localization = localizer.process(Frame(view.image, view.camera, stamp, view.index))
         estimate, features = localization.estimate, localization.features
@@ -202,7 +207,7 @@ def calibrate_poses(draft: SceneMap, held_out: Sequence[HeldOut], device: str) -
             coarse.append(mahalanobis(view.T_map_camera, estimate.coarse.T_map_camera, estimate.coarse.covariance))
             if is_good(view.T_map_camera, estimate.coarse.T_map_camera):
                 ratios.append(estimate.coarse.inlier_ratio)
-        errors.append(_error(view.T_map_camera, estimate.T_map_camera))
+        errors.append(pose_error(estimate.T_map_camera, view.T_map_camera))
         alignment = estimate.alignment
         if alignment is not None and alignment.success and is_good(view.T_map_camera, alignment.T_map_camera):
             assert alignment.T_map_camera is not None
@@ -213,41 +218,52 @@ def calibrate_poses(draft: SceneMap, held_out: Sequence[HeldOut], device: str) -
                 cameras.append(float(fitted.fit.offsets @ fitted.fit.information @ fitted.fit.offsets))
         references, on_device = localizer.refiner.references, features.to(choose_device(device))
         distances = view_distances(references.T_map_camera, view.T_map_camera)
-        less, more = (_aligned_with(distances >= m, localizer.refiner, view, on_device) for m in LEFT_OUT_M)
-        apart += less
-        far += less + more
+        for found, least_m in zip(left_out, LEFT_OUT_M, strict=True):
+            of_usual = shifts if least_m < LEFT_OUT_M[-1] else []
+            found += _aligned_with(distances >= least_m, localizer.refiner, view, on_device, of_usual)
         others_in_time = np.abs(np.array(references.ids) - view.index) > OTHER_PASS_FRAMES
         if (distances[others_in_time] <= OTHER_PASS_M).any():
-            others += _aligned_with(others_in_time, localizer.refiner, view, on_device)
+            others += _aligned_with(others_in_time, localizer.refiner, view, on_device, [])
     draft.head.to("cpu")
     own = localizer.refiner.settings
+    far = [item for found in left_out for item in found]
     covariance = PoseCovariance.of(*(PoseErrors.of(aligned, own, True) for aligned in (refined, far, others)))
-    found = replace(
+    calibration = replace(
         draft.calibration,
-        patch_covariance_scale=patch_covariance_scale([*refined, *apart, *others], own, covariance),
+        patch_covariance_scale=patch_covariance_scale([*left_out[0], *others], own, covariance),
         coarse_covariance_scale=median_scale(coarse),
         refined_covariance_scale=covariance.scale,
-        covariance_doubling_m=covariance.doubling_m,
         own_error_m=covariance.own_error_m,
         own_error_rad=covariance.own_error_rad,
+        own_error_growth=covariance.own_error_growth,
+        usual_shift_chi2=usual_shift_chi2(shifts),
         camera_fit_scale=camera_fit_scale(cameras),
         max_alignment_cost=_threshold(costs, _wrong_costs(draft, views, device)),
         min_inlier_ratio=_ratio_threshold(ratios, _mirrored_ratios(draft, views, stamps_ns, device)),
     )
-    return found, _accuracy(errors)
+    return calibration, _accuracy(errors)
 
 
 def _aligned_with(
-    chosen: NDArray[np.bool_], refiner: Refiner, view: View, features: BackboneFeatures
+    chosen: NDArray[np.bool_], refiner: Refiner, view: View, features: BackboneFeatures, shifts: list[float]
 ) -> list[tuple[Matrix, Alignment]]:
-    """Return the true pose of a view and its alignment with chosen reference views; nothing if it fails."""
+    """Return the true pose of a view and its alignment with chosen reference views; nothing if it fails.
+
+    The displacement of the image's blocks at that pose is added to ``shifts``.
+    """
     if not chosen.any():
         return []
     others = refiner.references.selected([int(k) for k in np.flatnonzero(chosen)])
-    alignment = Refiner(others, refiner.camera, refiner.settings).align(features, [view.T_map_camera])
+    refiner = Refiner(others, refiner.camera, refiner.settings)
+    alignment = refiner.align(features, [view.T_map_camera])
     alignment = PatchAligner(others, refiner.camera).improved(view.image, alignment)
-    is_right = alignment.success and is_good(view.T_map_camera, alignment.T_map_camera)
-    return [(view.T_map_camera, alignment)] if is_right else []
+    T = alignment.T_map_camera
+    if not alignment.success or T is None or not is_good(view.T_map_camera, T):
+        return []
+    blocks = refiner.inspect(features, T).blocks
+    if blocks is not None:
+        shifts.append(blocks.shift_chi2)
+    return [(view.T_map_camera, alignment)]
 
 
 def patch_covariance_scale(
@@ -257,14 +273,19 @@ def patch_covariance_scale(
     used = [item for item in aligned if item[1].by_patches and item[1].covariance is not None]
     if len(used) < MIN_ERRORS:
         return 1.0
-    errors = PoseErrors.of(used, own).grown(covariance.doubling_m)
-    own_error = np.diag(np.repeat([covariance.own_error_m**2, covariance.own_error_rad**2], 3))
-    total = covariance.scale * errors.covariances + errors.disagreements + own_error
-    noise, factors = np.array([item[1].patch_noise for item in used]), np.geomspace(*PATCH_SCALE_LIMITS, 80)
-    scaled = [replace(errors, covariances=k * total + noise, disagreements=0.0 * noise) for k in factors]
-    by_median = np.argmin([abs(math.log(one.median_scale)) for one in scaled])
-    by_coverage = np.argmin([abs(one.covered(1.0, 0.0, slice(0, 6)) - ONE_SIGMA) for one in scaled])
-    return float(factors[min(by_median, by_coverage)])  # heavy tails make them differ
+    found = PoseErrors.of(used, own)
+    errors, total, noise = found.errors, covariance.total(found), np.array([item[1].patch_noise for item in used])
+    factors = np.geomspace(*PATCH_SCALE_LIMITS, 80)
+    by_median = [abs(math.log(median_scale(normalised(errors, k * total + noise)))) for k in factors]
+    by_coverage = [abs(covered(errors, k * total + noise, slice(0, 6)) - ONE_SIGMA) for k in factors]
+    return float(factors[min(np.argmin(by_median), np.argmin(by_coverage))])  # heavy tails make them differ
+
+
+def usual_shift_chi2(found: Sequence[float]) -> float:
+    """Return the displacement of blocks that right poses have in a map, from those of held-out views."""
+    if len(found) < MIN_ERRORS:
+        return SHIFT_LIMITS[0]
+    return float(np.clip(np.quantile(found, USUAL_QUANTILE), *SHIFT_LIMITS))
 
 
 def camera_fit_scale(squared: Sequence[float]) -> float:
@@ -274,7 +295,7 @@ def camera_fit_scale(squared: Sequence[float]) -> float:
     """
     if len(squared) < MIN_ERRORS:
         return Calibration().camera_fit_scale
-    by_median, by_tail = np.quantile(squared, (0.5, 0.9)) / (CHI2_6_MEDIAN, CHI2_6_90)
+    by_median, by_tail = median_scale(squared), float(np.quantile(squared, 0.9)) / CHI2_6_90
     return float(np.clip(max(by_median, by_tail), *FIT_SCALE_LIMITS))
 
 
@@ -319,32 +340,9 @@ def _threshold(good: Sequence[float], wrong: Sequence[float]) -> float:
     return max((highest + lowest) / 2, highest)
 
 
-def _error(T_true: Matrix, T: Matrix | None) -> tuple[float, float]:
-    """Return the position error in metres and the rotation error in degrees; infinite without a pose."""
-    if T is None:
-        return math.inf, math.inf
-    error = pose_tangent_error(T, T_true)
-    return float(np.linalg.norm(error[:3])), float(np.degrees(np.linalg.norm(error[3:])))
-
-
-def is_good(T_true: Matrix, T: Matrix | None) -> bool:
-    """Return true if the error of a pose is below 10 cm and 5 deg."""
-    metres, degrees = _error(T_true, T)
-    return metres < GOOD_M and degrees < GOOD_DEG
-
-
-def _accuracy(errors: Sequence[tuple[float, float]]) -> str:
+def _accuracy(errors: Sequence[PoseError]) -> str:
     """Return the accuracy on held-out views, for ``kfloc map info``."""
-    good = sum(metres < NEAR_M and degrees < NEAR_DEG for metres, degrees in errors)
+    good = sum(error.translation_m < NEAR_M and error.rotation_deg < NEAR_DEG for error in errors)
     text = f"{good} of {len(errors)} views within {100 * NEAR_M:g} cm and {NEAR_DEG:g} deg"
-    posed = np.array([error for error in errors if math.isfinite(error[0])])
-    return (
-        text if not len(posed) else text + ", median {:.1f} cm, {:.2f} deg".format(*np.median(posed, axis=0) * (100, 1))
-    )
-
-
-def median_scale(squared: Sequence[float]) -> float:
-    finite = np.asarray(squared)[np.isfinite(squared)] if len(squared) else np.zeros(0)
-    if len(finite) < 5:
-        return 1.0
-    return float(np.clip(np.median(finite) / CHI2_6_MEDIAN, 1e-3, 1e6))
+    posed = [(100 * e.translation_m, e.rotation_deg) for e in errors if math.isfinite(e.translation_m)]
+    return text if not posed else text + ", median {:.1f} cm, {:.2f} deg".format(*np.median(posed, axis=0))

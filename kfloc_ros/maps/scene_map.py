@@ -56,6 +56,8 @@ LATER = frozenset(
         "camera_fit_scale",
         "covariance_doubling_m",
         "patch_covariance_scale",
+        "own_error_growth",
+        "usual_shift_chi2",
     }
 )
 """Values that maps of earlier versions lack; they have the defaults."""
@@ -88,7 +90,13 @@ class Calibration:
     camera_fit_scale: float = 4.0
     """Factor on the covariance of cameras that are fitted to an image; neighbouring residuals share errors."""
     covariance_doubling_m: float = 1e6
-    """Distance from the nearest reference view at which ``refined_covariance_scale`` counts twice; it grows evenly."""
+    """Distance from the nearest reference view at which ``refined_covariance_scale`` counts twice; it grows evenly.
+    Only maps of builds that did not measure ``own_error_growth`` have one below the default."""
+    own_error_growth: float = 1e-6
+    """Standard deviation of a rotation, on each axis, that is added to the map's own error, rad per metre from the
+    nearest reference view: features change with the viewpoint, and all points of a view alike."""
+    usual_shift_chi2: float = 2.0
+    """Mean squared displacement of the image's blocks, relative to its variance, that right poses have in this map."""
     patch_covariance_scale: float = 1.0
     """Factor on the covariance of aligned poses where patches have improved them."""
     roughness: RoughnessScale | None = None
@@ -292,6 +300,7 @@ def scaled_map(scene_map: SceneMap, factor: float) -> SceneMap:
             process_floor_m2=calibration.process_floor_m2 * factor**2,
             own_error_m=calibration.own_error_m * factor,
             covariance_doubling_m=calibration.covariance_doubling_m * factor,
+            own_error_growth=calibration.own_error_growth / factor,
             roughness=roughness,
         ),
         bounds_m=_box(scene_map.bounds_m, S),

@@ -59,8 +59,6 @@ MAX_SHIFT_CHI2 = 25.0
 """Largest squared displacement of a block, relative to its variance, that counts."""
 MOVED_BLOCKS, MOVED_SHARE = 4, 0.08
 """Blocks, and share of the blocks, that agree on a displacement where a part has moved."""
-USUAL_SHIFT_CHI2 = 2.0
-"""``shift_chi2`` that noise explains; the part of the displacements beyond it enlarges the covariance."""
 EXCESS_POWER = 0.75
 """Power of that part's share: displacements a little beyond noise, as good images of every map have, say little."""
 SHIFTED_CHI2, SHIFTED_SHARE, SHIFTED_RMS_PX = 6.0, 0.25, 8.5
@@ -123,8 +121,10 @@ class BlockMatch:
             "square over the image: something has moved, or the image is distorted"
         )
 
-    def variances(self, camera: Camera) -> NDArray[np.float64]:
+    def variances(self, camera: Camera, usual_chi2: float) -> NDArray[np.float64]:
         """Return the variances (6,) of the pose, m^2 and rad^2, that cover the displacements: by turning, by moving.
+
+        Displacements count as far as they are beyond ``usual_chi2``, the ``shift_chi2`` of right poses in the map.
 
         The pose is that of a moved part as likely as the part is large among what agrees with either; its displacement
         is one turn or motion in an unknown direction, so each axis has a third.
@@ -135,8 +135,8 @@ class BlockMatch:
             turn_rad = math.hypot(right / camera.fx, down / camera.fy)
             likely = self.moved / (self.moved + self.matching)
             variances += likely / 3.0 * np.repeat([(turn_rad * self.moved_depth_m) ** 2, turn_rad**2], 3)
-        if self.shift_chi2 > USUAL_SHIFT_CHI2:
-            turn_rad = self.shift_px * (1.0 - USUAL_SHIFT_CHI2 / self.shift_chi2) ** EXCESS_POWER / camera.fx
+        if self.shift_chi2 > usual_chi2:
+            turn_rad = self.shift_px * (1.0 - usual_chi2 / self.shift_chi2) ** EXCESS_POWER / camera.fx
             variances += np.repeat([(turn_rad * self.depth_m) ** 2, turn_rad**2], 3)
         return variances
 

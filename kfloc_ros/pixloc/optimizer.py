@@ -38,7 +38,7 @@ DAMPING_FLOOR = 1e-9
 
 MEASURED_M = 0.5
 """Distance from the nearest reference view up to which the growth of errors is measured when a map is built; beyond
-it, the covariance does not grow any more."""
+it, the scale of the covariance does not grow any more."""
 
 
 @dataclass(frozen=True)
@@ -74,11 +74,13 @@ class RefinerSettings:
     own_error_m: float = 0.0
     own_error_rad: float = 0.0
     """Standard deviations of the map's own error, on each axis, from its calibration."""
+    own_error_growth: float = 0.0
+    """Standard deviation of a rotation that is added to it, on each axis, rad per metre from the nearest view."""
 
-    @property
-    def own_covariance(self) -> Matrix:
-        """Covariance (6, 6) of the map's own error."""
-        return np.diag(np.repeat([self.own_error_m**2, self.own_error_rad**2], 3))
+    def own_covariance_at(self, distance_m: float) -> Matrix:
+        """Return the covariance (6, 6) of the map's own error at a distance from the nearest reference view."""
+        turned = (self.own_error_growth * distance_m) ** 2
+        return np.diag(np.repeat([self.own_error_m**2, self.own_error_rad**2 + turned], 3))
 
     def scale_at(self, distance_m: float) -> float:
         """Return the scale of the covariance at a distance from the nearest reference view, see ``view_distances``."""

@@ -68,7 +68,7 @@ class PatchSettings:
     agreeing: float = 0.25
     min_agreeing: int = 20
     """Largest dissimilarity of a patch that agrees, a correlation of 0.88, and fewest such patches."""
-    noise_scale: float = 5.0
+    noise_scale: float = 4.0
     """Factor on the squared mean dissimilarity, which scales the covariance by the patches' residuals. Residuals of bad
     images are not independent: those of a quarter of the resolution are three times as large in the demo room, and the
     errors eleven times."""

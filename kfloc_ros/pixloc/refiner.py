@@ -108,7 +108,8 @@ class Refiner:
         covariance = None if fit is None else map_frame_covariance(fit.pose_information, fit.T_camera_local)
         if fit is None or covariance is None:
             return None
-        covariance = self.settings.scale_at(candidate.distance_m) * covariance + self.settings.own_covariance
+        s, distance_m = self.settings, candidate.distance_m
+        covariance = s.scale_at(distance_m) * covariance + s.own_covariance_at(distance_m)
         return FittedCamera(fit, candidate.in_map(fit.T_camera_local), covariance)
 
     @torch.inference_mode()
@@ -248,6 +249,8 @@ class Refiner:
         correction_deg = rotation_angle_deg(T_start[:3, :3].T @ T_map_camera[:3, :3])
         covariance = map_frame_covariance(information_of(end.end), end.T_camera_map)
         apart = self._disagreement(candidate, end.T_camera_map)
+        if covariance is not None:
+            covariance = s.scale_at(distance_m) * covariance + s.own_covariance_at(distance_m) + apart
         cost = end.end.cost
         reason = ""
         if end.end.valid_count < max(s.min_points, s.min_remaining * candidate.at.valid_count):
@@ -262,7 +265,7 @@ class Refiner:
             success=not reason,
             reason=reason,
             T_map_camera=T_map_camera,
-            covariance=None if covariance is None else s.scale_at(distance_m) * covariance + s.own_covariance + apart,
+            covariance=covariance,
             initial_cost=results[0].start.cost,
             final_cost=cost,
             valid_ratio=valid_ratio,

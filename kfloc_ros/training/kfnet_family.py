@@ -17,13 +17,12 @@ from kfloc_ros.errors import SourceError
 from kfloc_ros.evaluation.flow import FlowStatistics
 from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import Camera, ImageAdapter
-from kfloc_ros.geometry.covariance import mahalanobis
+from kfloc_ros.geometry.covariance import mahalanobis, median_scale
 from kfloc_ros.kfnet.reference.networks import ReferenceNetworks
 from kfloc_ros.kfnet.reference.scoordnet import CELL_PIXEL_OFFSET, STRIDE
 from kfloc_ros.localization.config import LocalizerConfig
 from kfloc_ros.localization.localizer import Localizer
 from kfloc_ros.mapping.calibration import scale_of_worse_runs
-from kfloc_ros.mapping.pose_calibration import median_scale
 from kfloc_ros.mapping.views import View, true_flow
 from kfloc_ros.maps.scene_map import Calibration, SceneMap
 from kfloc_ros.training.kfnet_samples import cell_points, consecutive, identity

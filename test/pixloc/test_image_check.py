@@ -69,15 +69,16 @@ def test_a_pose_is_that_of_a_moved_part_as_likely_as_the_part_is_large() -> None
     turn_rad = 50.0 / CAMERA.fx
     for match, share in ((small, 6 / 48), (large, 30 / 48)):
         expected = share / 3 * np.repeat([(2.0 * turn_rad) ** 2, turn_rad**2], 3)
-        np.testing.assert_allclose(match.variances(CAMERA), expected)
+        np.testing.assert_allclose(match.variances(CAMERA, 2.0), expected)
 
 
 def test_displacements_a_little_beyond_noise_widen_the_covariance_little() -> None:
     noise, little, much = (
         BlockMatch(48, 48, 0, (0.0, 0.0), 0.0, shift_px=5.0, shift_chi2=chi2, depth_m=2.0) for chi2 in (1.5, 2.5, 20.0)
     )
-    assert not noise.variances(CAMERA).any()
-    assert 0.0 < little.variances(CAMERA)[3] < 0.15 * much.variances(CAMERA)[3] < 0.15 * (5.0 / CAMERA.fx) ** 2
+    assert not noise.variances(CAMERA, 2.0).any() and not little.variances(CAMERA, 3.0).any()
+    of_little, of_much = (match.variances(CAMERA, 2.0)[3] for match in (little, much))
+    assert 0.0 < of_little < 0.15 * of_much < 0.15 * (5.0 / CAMERA.fx) ** 2
 
 
 def test_what_is_covered_is_missing_but_not_displaced() -> None:

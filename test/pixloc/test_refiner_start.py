@@ -79,3 +79,9 @@ def test_the_covariance_grows_away_from_the_reference_views(room, room_map) -> N
     of_points = even.covariance - even.disagreement
     factor = 1.0 + min(even.distance_m, MEASURED_M) / 0.1
     np.testing.assert_allclose(grown.covariance - grown.disagreement, factor * of_points, rtol=1e-9)
+
+
+def test_a_rotation_of_the_map_grows_with_the_distance_from_its_views() -> None:
+    settings = RefinerSettings(own_error_m=0.003, own_error_rad=0.004, own_error_growth=0.002)
+    variances = np.diag(settings.own_covariance_at(1.5))
+    np.testing.assert_allclose(variances, [9e-6] * 3 + [25e-6] * 3)
