@@ -25,17 +25,22 @@ _STEPS = 127
 
 def fill_features(message: Any, features: BackboneFeatures) -> Any:
     """Put features and reliability into a ``CompressedImage`` and return it."""
-    coarse, fine, reliability = features.coarse[0], features.fine[0], features.reliability[0, ..., None]
-    cells = torch.empty(*coarse.shape[1:], COARSE_CHANNELS + 1, dtype=torch.int8)
-    # in the backbone's memory layout, channels last; joined first, they would be moved twice
-    cells[..., :COARSE_CHANNELS] = (coarse.permute(1, 2, 0).cpu() * _STEPS).round_()
-    cells[..., COARSE_CHANNELS:] = (reliability.cpu() * _STEPS).round_()
-    fine_cells = (fine.permute(1, 2, 0).cpu() * _STEPS).round_().to(torch.int8)
+    coarse, fine, reliability = (grid[0].cpu() for grid in (features.coarse, features.fine, features.reliability))
+    grids = [(coarse.permute(1, 2, 0), reliability), (fine.permute(1, 2, 0), None)]
+    parts = [np.empty((*grid.shape[:2], grid.shape[2] + (last is not None)), np.int8) for grid, last in grids]
+    for (grid, last), cells in zip(grids, parts, strict=True):
+        if runs_compiled(grid, *([] if last is None else [last])):
+            extra = np.empty(grid.shape[:2], np.float32) if last is None else last.contiguous().numpy()
+            byte_cells(grid.contiguous().numpy(), extra, cells)
+            continue
+        cells[..., : grid.shape[2]] = (grid * _STEPS).round().to(torch.int8).numpy()
+        if last is not None:
+            cells[..., -1] = (last * _STEPS).round().to(torch.int8).numpy()
     # An array.array is taken over as it is; any other sequence is checked byte by byte in Python.
     data = array.array("B")
-    for grid in (cells, fine_cells):
-        data.frombytes(np.ascontiguousarray(grid.numpy()).tobytes())
-    message.data, message.format = data, _format(cells.shape[1], cells.shape[0], fine_cells.shape[1], fine.shape[1])
+    for cells in parts:
+        data.frombytes(cells.data.cast("B"))
+    message.data, message.format = data, _format(coarse.shape[2], coarse.shape[1], fine.shape[2], fine.shape[1])
     return message
 
 
@@ -104,3 +109,15 @@ def unit_cells(cells: NDArray[np.int8], channels: int) -> NDArray[np.float32]:
         for c in range(channels):
             out[n, c] = np.float32(cells[n, c]) * scale
     return out
+
+
+@compiled_loop
+def byte_cells(grid: NDArray[np.float32], last: NDArray[np.float32], cells: NDArray[np.int8]) -> None:
+    """Write cells (H, W, C) as signed bytes; if ``cells`` have one channel more, it is the values (H, W)."""
+    rows, columns, channels = grid.shape
+    for i in range(rows):
+        for j in range(columns):
+            for c in range(channels):
+                cells[i, j, c] = np.int8(np.rint(grid[i, j, c] * np.float32(_STEPS)))
+            if cells.shape[2] > channels:
+                cells[i, j, channels] = np.int8(np.rint(last[i, j] * np.float32(_STEPS)))

@@ -53,11 +53,12 @@ def test_cells_without_features_do_not_become_nan(features: BackboneFeatures) ->
     assert torch.isfinite(read.coarse).all() and torch.isfinite(read.fine).all()
 
 
-def test_the_compiled_loop_reads_what_the_other_one_reads(features: BackboneFeatures) -> None:
+def test_compiled_loops_write_and_read_what_the_others_do(features: BackboneFeatures) -> None:
     message = message_of(features)
     read = read_features(message, CAMERA)
     with torch_only():
         other = read_features(message, CAMERA)
+        assert message_of(features).data == message.data
     for name in ("coarse", "fine", "reliability"):
         assert (getattr(read, name) - getattr(other, name)).abs().max() < 1e-6
         assert getattr(read, name).stride() == getattr(other, name).stride()
