@@ -213,6 +213,25 @@ def corner_scores(fine: Floats, trust: Floats, at: Floats, at_trust: Floats, sco
 
 
 @compiled_loop
+def in_turns(group: Integers, count: int) -> Integers:
+    """Return ``count`` positions in numbers of groups (N,): the first of every group, then every second one, ..."""
+    turn, sizes = np.empty(len(group), dtype=np.int64), np.zeros(group.max() + 1, dtype=np.int64)
+    for n in range(len(group)):
+        turn[n] = sizes[group[n]]
+        sizes[group[n]] += 1
+    ends = np.zeros(sizes.max() + 1, dtype=np.int64)
+    for n in range(len(group)):
+        ends[turn[n] + 1] += 1
+    for k in range(1, len(ends)):
+        ends[k] += ends[k - 1]
+    positions = np.empty(len(group), dtype=np.int64)
+    for n in range(len(group)):
+        positions[ends[turn[n]]] = n
+        ends[turn[n]] += 1
+    return positions[:count]
+
+
+@compiled_loop
 def nearest(pixels: Doubles, others: Doubles) -> tuple[Integers, Doubles]:
     """Return, for each pixel (N, 2), the index of the nearest of others (M, 2), at least one, and its distance."""
     index, distance = np.zeros(len(pixels), dtype=np.int64), np.empty(len(pixels))
@@ -307,6 +326,7 @@ def run_once() -> None:
     search(image, image, four[:2], *of_level, 0.1, (1, 1), 0.0, np.zeros((2, 2), dtype=np.float32), values)
     pixels, points, ones = np.zeros((2, 2)), np.ones((2, 3)), np.ones(4)
     nearest(pixels, pixels)
+    in_turns(np.zeros(2, dtype=np.int64), 1)
     fit_matches(pixels, points, ones[:2], eye, ones, ones[:1], 1, 1.0, 0.1, np.zeros(2))
     match_equations(pixels, points, ones[:2], eye, ones, 1.0, 0.1, np.zeros(2))
     fit_matches_and_camera(pixels, points, ones[:2], eye, np.zeros(6), ones, np.ones(6), ones[:1], 1, 0.1, 1.0, 1.0)

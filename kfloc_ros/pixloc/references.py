@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from kfloc_ros.device import runs_compiled
+from kfloc_ros.device import has_numba, runs_compiled
 from kfloc_ros.features.backbone import COARSE_STRIDE, FINE_STRIDE, BackboneFeatures
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import Matrix, make_pose
+from kfloc_ros.pixloc import point_kernels
 from kfloc_ros.pixloc.cost import NEAR_M, FeatureImage, project
 from kfloc_ros.pixloc.point_matching import SEARCH_CELLS, best_cells
 
@@ -203,18 +204,17 @@ class ReferenceViews:
             return []
         views = [self.views[k].points for k in positions]
         if runs_compiled(*views):
-            from kfloc_ros.pixloc.point_kernels import count_in_view
-
             T, K = T_map_camera.astype(np.float32), np.array([camera.fx, camera.fy, camera.cx, camera.cy], np.float32)
-            return [count_in_view(view.numpy(), T, K, camera.width, camera.height, NEAR_M) for view in views]
+            return [
+                point_kernels.count_in_view(view.numpy(), T, K, camera.width, camera.height, NEAR_M) for view in views
+            ]
         counts, points = [len(view) for view in views], torch.cat(views)
         # float32 is exact enough only near the origin, and a map may be far from its own
         local = points - torch.from_numpy(T_map_camera[:3, 3]).to(points)
         x, y, z = (local @ torch.from_numpy(T_map_camera[:3, :3]).to(points)).unbind(dim=1)
         u, v = camera.fx * x / z + camera.cx, camera.fy * y / z + camera.cy
         inside = (z > NEAR_M) & (u > 0) & (v > 0) & (u < camera.width - 1) & (v < camera.height - 1)
-        parts = torch.split(inside, counts)
-        return [int(part.sum()) for part in parts]
+        return [int(part.sum()) for part in torch.split(inside, counts)]
 
     def _shares(self, positions: Sequence[int], in_view: Sequence[int]) -> list[float]:
         return [n / max(len(self.views[k]), 1) for k, n in zip(positions, in_view, strict=False)]
@@ -298,9 +298,9 @@ def choose_points(
     uv = torch.stack([u.reshape(-1), v.reshape(-1)], dim=1).float()
     at, at_fine, score = (uv + 0.5) / COARSE_STRIDE - 0.5, (uv + 0.5) / FINE_STRIDE - 0.5, torch.empty(len(uv))
     if runs_compiled(fine.features, coarse.confidence):
-        from kfloc_ros.pixloc.point_kernels import corner_scores
-
-        corner_scores(fine.features.numpy(), coarse.confidence.numpy(), at_fine.numpy(), at.numpy(), score.numpy())
+        point_kernels.corner_scores(
+            fine.features.numpy(), coarse.confidence.numpy(), at_fine.numpy(), at.numpy(), score.numpy()
+        )
     else:
         score = coarse.sample(at)[0][:, -1] * _corner_strength(fine.sample(at_fine)[0], fine.channels)
     keep = _spread(uv.cpu(), score.cpu(), max_points).to(device)
@@ -338,13 +338,13 @@ def _corner_strength(rows: torch.Tensor, channels: int) -> torch.Tensor:
 
 def _spread(uv: torch.Tensor, score: torch.Tensor, count: int) -> torch.Tensor:
     """Return indices of at most ``count`` points: the best of every bucket, then the second best, and so on."""
-    order = torch.argsort(score, descending=True)
-    bucket = (uv[order] // BUCKET_PX).long()
-    key = (bucket[:, 1] * 100_000 + bucket[:, 0]).numpy()
+    order = np.argsort(-score.numpy())  # a sixth of the time of torch's
+    key = (uv.numpy()[order] // BUCKET_PX).astype(np.int64) @ np.array([1, 1024])  # of images up to 32,768 px wide
+    if has_numba() and len(key):
+        return torch.from_numpy(order[point_kernels.in_turns(key, count)])
     by_bucket = np.argsort(key, kind="stable")
     sorted_key = key[by_bucket]
     starts = np.flatnonzero(np.r_[True, sorted_key[1:] != sorted_key[:-1]]) if len(key) else np.zeros(0, dtype=int)
-    rank = np.arange(len(key)) - np.repeat(starts, np.diff(np.r_[starts, len(key)]))
     turn = np.empty(len(key), dtype=np.int64)
-    turn[by_bucket] = rank
-    return order[torch.from_numpy(np.argsort(turn, kind="stable")[:count])]
+    turn[by_bucket] = np.arange(len(key)) - np.repeat(starts, np.diff(np.r_[starts, len(key)]))
+    return torch.from_numpy(order[np.argsort(turn, kind="stable")[:count]])

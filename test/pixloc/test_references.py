@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -11,6 +12,7 @@ from kfloc_ros.device import torch_only
 from kfloc_ros.features.backbone import BackboneFeatures
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import make_pose, so3_exp
+from kfloc_ros.pixloc import references
 from kfloc_ros.pixloc.references import (
     ReferencePoints,
     ReferenceViews,
@@ -115,6 +117,19 @@ def test_further_views_lend_points_where_little_is_in_view() -> None:
     assert past.overlapping(np.eye(4), camera, 2) == [2, 0, 1]
     assert little.best_overlapping(np.eye(4), camera, 2) == [0, 1]
     assert past.best_overlapping(np.eye(4), camera, 2) == [2, 0]
+
+
+@pytest.mark.parametrize("count", [1, 40, 10_000])
+def test_points_of_the_buckets_take_turns(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(1)
+    uv, score = torch.randint(0, 200, (500, 2), generator=generator).float(), torch.rand(500, generator=generator)
+    chosen = references._spread(uv, score, count)
+    monkeypatch.setattr(references, "has_numba", lambda: False)
+    assert torch.equal(chosen, references._spread(uv, score, count)) and len(chosen) == min(count, 500)
+    buckets = [tuple(b) for b in (uv[chosen] // references.BUCKET_PX).long().tolist()]
+    first = len({tuple(b) for b in (uv // references.BUCKET_PX).long().tolist()})
+    assert len(set(buckets[:first])) == min(first, count)  # no second one before the first of every bucket
+    assert (score[chosen][: min(first, count)].diff() <= 0).all()
 
 
 def test_compiled_loops_choose_the_points_and_views_that_torch_does() -> None:
