@@ -52,7 +52,7 @@ ABSURD_COVARIANCE_SCALE = 300.0
 """Limit on the calibrated scale of aligned poses' covariances. Measured: 0.1 to 45 in maps of right data, 834 where
 depth was read five times too small."""
 _POSITION, _ROTATION = slice(0, 3), slice(3, 6)
-SHIFT_LIMITS, USUAL_QUANTILE = (2.0, 4.0), 0.9
+SHIFT_LIMITS, USUAL_QUANTILE = (2.0, 4.0), 0.95
 """Limits of the displacement of blocks that right poses have in a map, and its quantile among held-out views."""
 FIT_SCALE_LIMITS = 0.5, 100.0
 LEFT_OUT_M = 0.15, 0.45, 0.8

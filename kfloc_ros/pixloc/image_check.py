@@ -59,7 +59,7 @@ MAX_SHIFT_CHI2 = 25.0
 """Largest squared displacement of a block, relative to its variance, that counts."""
 MOVED_BLOCKS, MOVED_SHARE = 4, 0.08
 """Blocks, and share of the blocks, that agree on a displacement where a part has moved."""
-EXCESS_POWER = 0.75
+EXCESS_POWER = 0.5
 """Power of that part's share: displacements a little beyond noise, as good images of every map have, say little."""
 SHIFTED_CHI2, SHIFTED_SHARE, SHIFTED_RMS_PX = 6.0, 0.25, 8.5
 """``shift_chi2``, share of displaced blocks, and ``shift_px`` from which an image contradicts its pose."""
