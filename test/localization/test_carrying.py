@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from kfloc_ros.geometry.lie import make_pose, rotation_angle_deg, so3_exp
+from kfloc_ros.localization.carrying import Carrier
 from kfloc_ros.localization.config import LocalizerConfig
 from kfloc_ros.localization.localizer import Localizer
 from kfloc_ros.maps.scene_map import SceneMap
@@ -69,6 +70,18 @@ def test_it_ends_after_the_time_that_was_given_and_the_map_takes_over_again(room
     assert np.mean([e.T_map_camera is not None for e in estimates]) > 0.9
     assert estimates[-1].state is TrackingState.TRACKING
     assert off(estimates[-1], frames[0])[0] < 0.02
+
+
+@pytest.mark.thorough
+def test_points_of_the_session_are_found_after_a_sudden_turn(room_map, frames, monkeypatch) -> None:
+    turned = replace(frames[MAPPED_STEPS + 12], stamp_ns=frames[MAPPED_STEPS + 7].stamp_ns)  # by 17 deg in 0.1 s
+    given = [*frames[: MAPPED_STEPS + 7], turned]
+    estimate = localize(room_map, given, relocalize=False)[-1]
+    assert not estimate.bridged and estimate.alignment is not None and estimate.alignment.success
+    assert off(estimate, turned)[0] < 0.08 and off(estimate, turned)[1] < 1.5
+    monkeypatch.setattr(Carrier, "_located", lambda *_: None)
+    without = localize(room_map, given, relocalize=False)[-1]
+    assert without.T_map_camera is None or without.bridged or off(without, turned)[0] > 0.08
 
 
 def test_a_reset_forgets_the_images_of_the_session(room_map, frames) -> None:
