@@ -60,8 +60,8 @@ KEPT_IN_VIEW = 0.67
 """Share of the points in view that an alignment with another camera has to keep to be compared."""
 MOST_CAMERA_RISK = 0.005
 """Probability of an error above 10 cm, 5 deg by a wrong camera from which a pose is not TRACKING."""
-LEAST_CONFIDENCE = 0.5
-"""Confidence below which a pose is not TRACKING: it is more likely wrong than right."""
+LEAST_CONFIDENCE = 0.75
+"""Confidence below which a pose is not TRACKING: a pose that is claimed without a word has to hold."""
 
 
 class PoseCheck:
