@@ -23,6 +23,7 @@ from kfloc_ros.nodes.handover import (
     CameraFrame,
     CoarseFrame,
     CoarsePublisher,
+    FeaturesPublisher,
     FeedbackPublisher,
     FeedbackQueue,
     join_coarse,
@@ -52,6 +53,7 @@ class FilterStage:
         tell_runtime(self._health, self._localizer.runtime_note)
         map_frame = parameters.node.map_frame or scene_map.frame_id
         self._publish = CoarsePublisher(node, map_frame, lambda: self._health.counters, for_refiner=True)
+        self._publish_features = FeaturesPublisher(node)
         self._cells = cell_publisher(node, map_frame, self._health.warn)
         self._watch = TimeWatch(node)
         self._prepare_ahead = preparer(self._localizer)
@@ -81,6 +83,8 @@ class FilterStage:
         check_camera(camera_frame, self._localizer.camera)
         ahead = None if self._prepare_ahead is None else self._prepare_ahead(camera_frame.frame)
         prepared = Prepared(camera_frame, ahead)
+        if ahead is not None:
+            self._publish_features(camera_frame, ahead.features)
         prepared.help()  # by one thread: the refiner's process needs the other core
         self._queue.hand_over(prepared)
 
@@ -92,6 +96,8 @@ class FilterStage:
         if reason:
             self._localizer.reset(reason)
         coarse = CoarseFrame(camera_frame, self._localizer.coarse_half(camera_frame.frame, ahead=prepared.ahead))
+        if prepared.ahead is None:
+            self._publish_features(camera_frame, coarse.result.features)
         self._publish(coarse)
         self._cells.offer(coarse)
         self._health.count_processed(camera_frame.latency_ms())

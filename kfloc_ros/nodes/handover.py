@@ -15,6 +15,7 @@ from rclpy.node import Node
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 
 from kfloc_ros.errors import FrameError
+from kfloc_ros.features.backbone import BackboneFeatures
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import is_rotation
 from kfloc_ros.localization.results import CoarseResult
@@ -132,11 +133,24 @@ def read_frame(messages: Messages) -> CameraFrame:
     return CameraFrame(frame, image.header.frame_id, receipt_unix_ns, read_timings(values), read_counters(values))
 
 
+class FeaturesPublisher:
+    """Publisher of a frame's features, also before its coarse pose: the refiner's process reads them meanwhile."""
+
+    def __init__(self, node: Node) -> None:
+        self._publisher = node.create_publisher(CompressedImage, "frame/features", qos.results(2))
+
+    def __call__(self, camera_frame: CameraFrame, features: BackboneFeatures) -> None:
+        message = fill_features(CompressedImage(), features)
+        fill_stamp(message.header.stamp, camera_frame.frame.stamp_ns)
+        message.header.frame_id = camera_frame.frame_id
+        self._publisher.publish(message)
+
+
 class CoarsePublisher:
     """Publisher of coarse poses of the camera (not of the base frame).
 
     Args:
-        for_refiner: also publish the status and features that a refiner in another process needs.
+        for_refiner: also publish the status that a refiner in another process needs.
     """
 
     def __init__(self, node: Node, map_frame: str, own: Callable[[], Counters], *, for_refiner: bool) -> None:
@@ -145,7 +159,6 @@ class CoarsePublisher:
         self._for_refiner = for_refiner
         if for_refiner:
             self._statuses = node.create_publisher(DiagnosticArray, "coarse_status", qos.results())
-            self._features = node.create_publisher(CompressedImage, "frame/features", qos.results(2))
 
     def __call__(self, coarse: CoarseFrame) -> None:
         result, pose = coarse.result, coarse.result.pose
@@ -166,11 +179,6 @@ class CoarsePublisher:
     def _hand_over(self, coarse: CoarseFrame, body: BodyPose | None) -> None:
         """Publish what a refiner in another process needs."""
         result, pose = coarse.result, coarse.result.pose
-        if result.features is not None:
-            message = fill_features(CompressedImage(), result.features)
-            fill_stamp(message.header.stamp, result.stamp_ns)
-            message.header.frame_id = coarse.camera.frame_id
-            self._features.publish(message)
         values: dict[str, Value] = {
             "success": body is not None, "reason": pose.reason, "inliers": pose.inlier_count,
             "inlier_ratio": pose.inlier_ratio, "filter_reset": result.filter.reset_reason,
