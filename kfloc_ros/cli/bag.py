@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
 def run_make(args: argparse.Namespace) -> int:
     """Run ``kfloc bag make``; return 0 when the bag is complete."""
     from kfloc_ros.bags.writer import write_bag
-    from kfloc_ros.cli.progress import progress_bar
+    from kfloc_ros.cli.tables import progress_bar
 
     source = open_source_from(args, depth=not args.no_depth)
     need_camera(source)

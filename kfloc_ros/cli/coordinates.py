@@ -68,7 +68,7 @@ def run_coordinates(args: argparse.Namespace) -> int:
     """Run ``kfloc coordinates``; return 0."""
     source = open_source_from(args, depth=False)
 
-    from kfloc_ros.cli.progress import progress_bar
+    from kfloc_ros.cli.tables import progress_bar
     from kfloc_ros.localization.config import LocalizerConfig
     from kfloc_ros.maps.format import resolve_map
     from kfloc_ros.maps.scene_map import SceneMap
@@ -198,7 +198,7 @@ def run_labels(args: argparse.Namespace) -> int:
 
     import numpy as np
 
-    from kfloc_ros.cli.progress import progress_bar
+    from kfloc_ros.cli.tables import progress_bar
     from kfloc_ros.datasets.kfnet import write_kfnet_folder
     from kfloc_ros.mapping.motion_depth import MotionDepth, MotionDepthSettings, with_depth
 

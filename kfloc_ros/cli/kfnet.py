@@ -130,7 +130,7 @@ def run(args: argparse.Namespace) -> int:
 
 def run_eval(args: argparse.Namespace) -> int:
     """Run ``kfloc kfnet eval``; print the figures."""
-    from kfloc_ros.cli.progress import progress_bar
+    from kfloc_ros.cli.tables import progress_bar
     from kfloc_ros.datasets.posed_images import read_calibration
     from kfloc_ros.datasets.scenes import find_scene
     from kfloc_ros.device import choose_device

@@ -110,8 +110,7 @@ def run(args: argparse.Namespace) -> int:
         raise SourceError(f"'{source.name}' has no depth images: its first frame has none. Leave --use-depth out.")
 
     # Imported late, so that a mistyped SOURCE is reported before torch is loaded.
-    from kfloc_ros.cli.progress import progress_bar
-    from kfloc_ros.cli.tables import summary_table
+    from kfloc_ros.cli.tables import progress_bar, summary_table
     from kfloc_ros.device import choose_device, describe_hardware, limit_threads
     from kfloc_ros.evaluation.collection import Collection, cost_limit
     from kfloc_ros.evaluation.offline import localize_frames

@@ -21,8 +21,7 @@ from kfloc_ros.cli.check import add_no_check, check_first
 from kfloc_ros.cli.map_join import add_join, describe_place
 from kfloc_ros.cli.map_scale import add_scale, add_scale_options, notes_beside, scale_method, scaled_source
 from kfloc_ros.cli.map_tools import add_tools
-from kfloc_ros.cli.progress import DONE, BuildBars, StageBars, progress_bar
-from kfloc_ros.cli.tables import describe
+from kfloc_ros.cli.tables import DONE, BuildBars, StageBars, describe, progress_bar
 from kfloc_ros.errors import KflocError, SourceError
 
 if TYPE_CHECKING:

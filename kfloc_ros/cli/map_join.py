@@ -22,7 +22,7 @@ from kfloc_ros.cli.build_options import (
     words_of,
 )
 from kfloc_ros.cli.check import add_no_check, check_first
-from kfloc_ros.cli.progress import BuildBars, progress_bar
+from kfloc_ros.cli.tables import BuildBars, progress_bar
 from kfloc_ros.errors import MapError
 from kfloc_ros.jobs import add_jobs_arguments, run_parts, workers_from
 

@@ -181,8 +181,8 @@ def _run_part(
     args: argparse.Namespace, data_set: DataSet, part: str, paths: Paths, options: RunOptions
 ) -> dict[str, Matrix]:
     """Localize one part's queries and write the results; return the poses by the names in the results."""
-    from kfloc_ros.cli.progress import progress_bar
     from kfloc_ros.cli.show_alignment import PixLocPictures
+    from kfloc_ros.cli.tables import progress_bar
     from kfloc_ros.files import inside
     from kfloc_ros.pixloc.hloc.files import read_descriptors, read_hloc_log, read_pairs, result_name, write_poses
     from kfloc_ros.pixloc.hloc.layouts import queries_of

@@ -192,7 +192,7 @@ class _Bars:
         self._what = ""
 
     def __call__(self, done: int, total: int, what: str) -> None:
-        from kfloc_ros.cli.progress import progress_bar
+        from kfloc_ros.cli.tables import progress_bar
 
         if not total:
             return

@@ -67,7 +67,7 @@ def add_parser(actions: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the scenes that do not exist yet."""
-    from kfloc_ros.cli.progress import progress_bar
+    from kfloc_ros.cli.tables import progress_bar
     from kfloc_ros.datasets.colmap import find_model
     from kfloc_ros.training.preprocess import (
         preprocess_cmu,

@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     """Run ``kfloc pnp``; return 1 if no pose was found."""
     from dataclasses import replace
 
-    from kfloc_ros.cli.progress import progress_bar
+    from kfloc_ros.cli.tables import progress_bar
     from kfloc_ros.errors import SourceError
     from kfloc_ros.evaluation.metrics import accuracy, pose_error
     from kfloc_ros.kfnet.pnp import PnpSettings

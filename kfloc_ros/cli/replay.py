@@ -120,8 +120,7 @@ def _add_topics(group: argparse._ArgumentGroup) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run ``kfloc replay``; return 0 when done, 1 if a requirement is not met, 130 when interrupted."""
-    from kfloc_ros.cli.progress import progress_bar
-    from kfloc_ros.cli.tables import summary_table
+    from kfloc_ros.cli.tables import progress_bar, summary_table
     from kfloc_ros.errors import ConfigError
     from kfloc_ros.evaluation.compare import parse_requirement
     from kfloc_ros.evaluation.report import command_line

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kfloc_ros.cli.arguments import open_source_from
-from kfloc_ros.cli.progress import progress_bar
+from kfloc_ros.cli.tables import progress_bar
 from kfloc_ros.datasets.images import read_image
 from kfloc_ros.errors import DrawingError
 from kfloc_ros.localization.config import LocalizerConfig

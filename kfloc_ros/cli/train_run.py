@@ -130,7 +130,7 @@ def run_training(
     continued: Path | None = None,
 ) -> int:
     """Train with a progress bar and print the result; return 0, or 130 when interrupted."""
-    from kfloc_ros.cli.progress import progress_bar
+    from kfloc_ros.cli.tables import progress_bar
     from kfloc_ros.device import choose_device
     from kfloc_ros.training.distributed import processes, rank
     from kfloc_ros.training.loop import train

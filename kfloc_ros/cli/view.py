@@ -90,7 +90,7 @@ def _run_results(args: argparse.Namespace, folder: Path) -> int:
 
 
 def _run_source(args: argparse.Namespace) -> int:
-    from kfloc_ros.cli.progress import progress_bar
+    from kfloc_ros.cli.tables import progress_bar
     from kfloc_ros.datasets import SOURCE_KINDS, open_source
 
     if args.map is None:

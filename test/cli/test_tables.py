@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import pytest
 
-from kfloc_ros.cli import progress
-from kfloc_ros.cli.progress import LogLines, StageBars, progress_bar
+from kfloc_ros.cli import tables
+from kfloc_ros.cli.tables import LogLines, StageBars, progress_bar
 
 
 def test_short_work_leaves_no_line_in_a_log(capsys: pytest.CaptureFixture[str]) -> None:
@@ -18,7 +18,7 @@ def test_long_work_leaves_a_line_now_and_then(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     now = [100.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(tables.time, "monotonic", lambda: now[0])
     lines = LogLines()
     for second in range(0, 61, 5):
         now[0] = 100.0 + second
