@@ -52,7 +52,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     make.add_argument("--no-depth", action="store_true", help="omit the depth images")
     make.add_argument("--force", action="store_true", help="replace an existing bag")
     make.add_argument("--quiet", action="store_true", help="print only errors")
-    make.set_defaults(action=run_make)
+    make.set_defaults(run_action=run_make)
     info = actions.add_parser(
         "info",
         help="list the topics and frames of a bag, and what can be made of it",
@@ -61,12 +61,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     info.add_argument("bag", metavar="BAG", type=Path, help="rosbag2 folder, or rosbag1 file")
-    info.set_defaults(action=run_info)
-
-
-def run(args: argparse.Namespace) -> int:
-    """Run ``kfloc bag``."""
-    return int(args.action(args))
+    info.set_defaults(run_action=run_info)
 
 
 def run_make(args: argparse.Namespace) -> int:
@@ -180,7 +175,7 @@ def add_record_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentPa
     parser.add_argument(
         "--wait", type=float, default=10.0, metavar="S", help="longest wait for the topics, in seconds (default: 10)"
     )
-    parser.set_defaults(action=run_record)
+    parser.set_defaults(run_action=run_record)
 
 
 def run_record(args: argparse.Namespace) -> int:

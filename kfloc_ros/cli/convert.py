@@ -61,11 +61,6 @@ def add_parser(subparsers: Any) -> None:
     pixloc.set_defaults(run_action=run_pixloc)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Run the selected conversion; return the exit code."""
-    return int(args.run_action(args))
-
-
 def run_kfnet(args: argparse.Namespace) -> int:
     """Run ``kfloc convert kfnet-checkpoint``; print the files written."""
     from kfloc_ros.errors import WeightsError

@@ -56,15 +56,9 @@ def add_parser(subparsers: Any) -> None:
         "--gt-out", type=Path, metavar="DIR", help="write the true poses and gt_list.txt to this folder"
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="device of the networks")
-    parser.set_defaults(action=run_coordinates)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run ``kfloc coordinates`` or ``kfloc labels``; return 0."""
-    return int(args.action(args))
-
-
-def run_coordinates(args: argparse.Namespace) -> int:
     """Run ``kfloc coordinates``; return 0."""
     source = open_source_from(args, depth=False)
 
@@ -188,7 +182,7 @@ def add_labels_parser(subparsers: Any) -> None:
         "--no-depth", action="store_true", help="estimate depth from the views' motion, even if the source has depth"
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="device for depth estimation")
-    parser.set_defaults(action=run_labels)
+    parser.set_defaults(run_action=run_labels)
 
 
 def run_labels(args: argparse.Namespace) -> int:

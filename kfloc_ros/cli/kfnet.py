@@ -123,11 +123,6 @@ def run_report(args: argparse.Namespace) -> int:
     return 0
 
 
-def run(args: argparse.Namespace) -> int:
-    """Run the selected action; return the exit code."""
-    return int(args.run_action(args))
-
-
 def run_eval(args: argparse.Namespace) -> int:
     """Run ``kfloc kfnet eval``; print the figures."""
     from kfloc_ros.cli.tables import progress_bar

@@ -21,7 +21,8 @@ from kfloc_ros.errors import KflocError
 class Command(NamedTuple):
     """Subcommand: a module with ``add_parser(subparsers)`` and ``run(args) -> int``, and its help.
 
-    A second subcommand of a module has its parser from ``add_NAME_parser(subparsers)``.
+    A second subcommand of a module has its parser from ``add_NAME_parser(subparsers)``. Its parser, and those of
+    actions, set ``run_action(args) -> int``, which is run instead of ``run``.
     """
 
     module: str
@@ -37,7 +38,7 @@ COMMANDS = {
     "record": Command("kfloc_ros.cli.bag", "record a running camera for a map, with help while walking"),
     "bag": Command("kfloc_ros.cli.bag", "write a source as a rosbag2, or list the content of one"),
     "replay": Command("kfloc_ros.cli.replay", "play a bag to the live ROS 2 nodes and evaluate their poses"),
-    "compare": Command("kfloc_ros.cli.compare", "compare two result folders"),
+    "compare": Command("kfloc_ros.cli.evaluate", "compare two result folders"),
     "evaluate": Command("kfloc_ros.cli.evaluate", "judge any trajectory file against its truth"),
     "convert": Command("kfloc_ros.cli.convert", "convert published weights of KFNet and PixLoc"),
     "labels": Command("kfloc_ros.cli.coordinates", "write scene-coordinate labels in KFNet's format"),
@@ -77,7 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.print_help()
             return 2
         args.words = arguments
-        code = int(module.run(args))
+        run = getattr(args, "run_action", None) or module.run
+        code = int(run(args))
         sys.stdout.flush()
         return code
     except SystemExit as stop:  # argparse ends this way; its message is already printed

@@ -128,11 +128,6 @@ def _add_kfnet(actions: Any) -> None:
     parser.set_defaults(run_action=run_kfnet)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Run the selected action; return the exit code."""
-    return int(args.run_action(args))
-
-
 def run_build(args: argparse.Namespace) -> int:
     """Run ``kfloc map build``; return 0."""
     started = time.monotonic()

@@ -74,11 +74,6 @@ def add_parser(subparsers: Any) -> None:
     pixloc_preprocess.add_parser(actions)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Run the selected action; return the exit code."""
-    return int(args.run_action(args))
-
-
 def _add_run(actions: Any) -> None:
     """Add the ``run`` action."""
     from kfloc_ros.config import options_of
