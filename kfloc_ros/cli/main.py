@@ -44,7 +44,7 @@ COMMANDS = {
     "labels": Command("kfloc_ros.cli.coordinates", "write scene-coordinate labels in KFNet's format"),
     "kfnet": Command("kfloc_ros.cli.kfnet", "evaluate KFNet's networks on a folder in KFNet's format"),
     "coordinates": Command("kfloc_ros.cli.coordinates", "write scene-coordinate maps in KFNet's format"),
-    "pnp": Command("kfloc_ros.cli.pnp", "compute camera poses from scene-coordinate maps in KFNet's format"),
+    "pnp": Command("kfloc_ros.cli.kfnet", "compute camera poses from scene-coordinate maps in KFNet's format"),
     "show": Command("kfloc_ros.cli.show", "draw intermediate results: pictures, videos, point clouds, an HTML page"),
     "train": Command("kfloc_ros.cli.train", "train KFNet's and PixLoc's networks"),
     "pixloc": Command("kfloc_ros.cli.pixloc", "run PixLoc on benchmark data sets or on one image"),
