@@ -20,7 +20,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from kfloc_ros.cli.build_options import duration_s
+from kfloc_ros.cli.arguments import duration_s
 from kfloc_ros.cli.tables import format_table
 from kfloc_ros.device import describe_hardware
 

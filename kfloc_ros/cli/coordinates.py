@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from kfloc_ros.cli.arguments import add_recursion_argument, add_source_arguments, open_source_from
-from kfloc_ros.cli.build_options import need_poses
+from kfloc_ros.cli.arguments import add_recursion_argument, add_source_arguments, need_poses, open_source_from
 from kfloc_ros.device import choose_device
 from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import ImageAdapter

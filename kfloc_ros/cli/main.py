@@ -34,7 +34,7 @@ COMMANDS = {
     "localize": Command("kfloc_ros.cli.localize", "localize the frames of a source in a map, without ROS"),
     "sources": Command("kfloc_ros.cli.sources", "list the kinds of SOURCE that commands read"),
     "download": Command("kfloc_ros.cli.download", "download public data sets and weights into their layout"),
-    "check": Command("kfloc_ros.cli.check", "find mistakes in a source's poses, calibration and depth by its images"),
+    "check": Command("kfloc_ros.cli.sources", "find mistakes in a source's poses, calibration and depth by its images"),
     "record": Command("kfloc_ros.cli.bag", "record a running camera for a map, with help while walking"),
     "bag": Command("kfloc_ros.cli.bag", "write a source as a rosbag2, or list the content of one"),
     "replay": Command("kfloc_ros.cli.replay", "play a bag to the live ROS 2 nodes and evaluate their poses"),

@@ -9,15 +9,17 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kfloc_ros.cli.arguments import add_source_arguments, open_source_from
-from kfloc_ros.cli.build_options import (
+from kfloc_ros.cli.arguments import (
     add_build_options,
+    add_no_check,
+    add_source_arguments,
     build_config_from,
+    check_first,
     need_poses,
+    open_source_from,
     provenance_of,
     words_of,
 )
-from kfloc_ros.cli.check import add_no_check, check_first
 from kfloc_ros.cli.map_join import add_join, describe_place
 from kfloc_ros.cli.map_scale import add_scale, add_scale_options, notes_beside, scale_method, scaled_source
 from kfloc_ros.cli.map_tools import add_tools

@@ -11,17 +11,19 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kfloc_ros.cli.arguments import add_source_arguments, open_source_from
-from kfloc_ros.cli.build_options import (
+from kfloc_ros.cli.arguments import (
     Submap,
     add_build_options,
+    add_no_check,
+    add_source_arguments,
     build_config_from,
     build_submap,
+    check_first,
     need_poses,
+    open_source_from,
     provenance_of,
     words_of,
 )
-from kfloc_ros.cli.check import add_no_check, check_first
 from kfloc_ros.cli.tables import BuildBars, progress_bar
 from kfloc_ros.errors import MapError
 from kfloc_ros.jobs import add_jobs_arguments, run_parts, workers_from

@@ -9,7 +9,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from kfloc_ros.cli.check import add_no_check, check_bag
+from kfloc_ros.cli.arguments import add_no_check
+from kfloc_ros.cli.sources import check_bag
 
 DESCRIPTION = """\
 Play a bag with /clock over DDS to the live ROS 2 nodes, record their poses, and evaluate them.

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kfloc_ros.cli import train_run
-from kfloc_ros.cli.arguments import OverridesParser, add_source_arguments, open_source_from
-from kfloc_ros.cli.build_options import need_poses
+from kfloc_ros.cli.arguments import OverridesParser, add_source_arguments, need_poses, open_source_from
 from kfloc_ros.cli.train_run import add_run_arguments, choose_folder, conf_words, describe_options, run_training
 from kfloc_ros.errors import ConfigError
 

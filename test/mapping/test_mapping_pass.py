@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from kfloc_ros.cli.build_options import duration_s
+from kfloc_ros.cli.arguments import duration_s
 from kfloc_ros.errors import FrameError, SourceError
 from kfloc_ros.features.backbone import Backbone
 from kfloc_ros.frames import DerivedSource, FrameSource
