@@ -20,7 +20,7 @@ _MODULES = {"ReplayConfig": "recording", "run_offline": "offline", "run_replay":
 
 
 def __getattr__(name: str) -> Any:
-    # Late, because the guard of every process also comes through here and must not load torch first.
+    # Late, because every process of a replay also comes through here and must not load torch first.
     if name in _MODULES:
         return getattr(importlib.import_module(f"kfloc_ros.replay.{_MODULES[name]}"), name)
     raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""No process outlives what started it: not after an orderly end, not after a crash, not after SIGKILL."""
+"""No process outlives what started it: not after an end, a crash or SIGKILL. The environment of these processes."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from kfloc_ros.replay.guard import GRACE_S
-from kfloc_ros.replay.processes import ProcessSet
+import kfloc_ros.replay
+from kfloc_ros.errors import RosUnavailableError
+from kfloc_ros.replay import processes as env
+from kfloc_ros.replay.processes import GRACE_S, ProcessSet
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 FAST = ((signal.SIGINT, 0.3), (signal.SIGTERM, 0.3), (signal.SIGKILL, 3.0))
@@ -127,3 +129,38 @@ def test_children_die_with_a_parent_that_is_killed(environment: dict[str, str], 
         process.kill()
     assert wait_until(lambda: not is_alive(child), GRACE_S + 2.0)
     assert ("tidied" in log.read_text()) == (kind == "tidy"), "whoever obeys SIGTERM has the time to clean up"
+
+
+def test_a_domain_of_its_own_and_local_discovery(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ROS_DOMAIN_ID", "42")
+    monkeypatch.delenv("ROS_AUTOMATIC_DISCOVERY_RANGE", raising=False)
+    values = env.ros_environment()
+    assert 1 <= int(values["ROS_DOMAIN_ID"]) <= env.MAX_DOMAIN_ID
+    assert values["ROS_AUTOMATIC_DISCOVERY_RANGE"] == "LOCALHOST"
+    assert env.ros_environment(7)["ROS_DOMAIN_ID"] == "7"
+    assert os.environ["ROS_DOMAIN_ID"] == "42"
+
+
+def test_what_the_user_set_for_fast_dds_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FASTRTPS_DEFAULT_PROFILES_FILE", raising=False)
+    monkeypatch.setenv("FASTDDS_DEFAULT_PROFILES_FILE", "mine.xml")
+    assert env.ros_environment()["FASTDDS_DEFAULT_PROFILES_FILE"] == "mine.xml"
+    monkeypatch.delenv("FASTDDS_DEFAULT_PROFILES_FILE")
+    assert env.ros_environment()["FASTDDS_DEFAULT_PROFILES_FILE"].endswith("config/fastdds.xml")
+
+
+def test_without_rclpy_there_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(env.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(RosUnavailableError, match="make setup"):
+        env.check_ros()
+
+
+@pytest.mark.thorough
+def test_preparing_a_replay_does_not_import_rclpy() -> None:
+    code = "import sys, kfloc_ros.replay, kfloc_ros.cli.replay; sys.exit('rclpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("name", kfloc_ros.replay.__all__)
+def test_names_that_are_imported_late_exist(name: str) -> None:
+    assert callable(getattr(kfloc_ros.replay, name))
