@@ -64,7 +64,7 @@ def add_parser(subparsers: Any) -> None:
 def run_kfnet(args: argparse.Namespace) -> int:
     """Run ``kfloc convert kfnet-checkpoint``; print the files written."""
     from kfloc_ros.errors import WeightsError
-    from kfloc_ros.kfnet.reference.frame import read_transform
+    from kfloc_ros.kfnet.reference.scoordnet import read_transform
     from kfloc_ros.kfnet.reference.weights import import_networks, read_archive, save_network
 
     frame = read_transform(args.transform, args.scale) if args.transform else None

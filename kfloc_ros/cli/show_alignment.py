@@ -26,14 +26,17 @@ from kfloc_ros.pixloc.reference.losses import RobustLoss
 from kfloc_ros.pixloc.reference.two_view import AlignmentTrace
 from kfloc_ros.pixloc.reference.views import ReferenceScene
 from kfloc_ros.types import Alignment
-from kfloc_ros.visualization.alignment import alignment_panels, moved, steps_picture, summary
-from kfloc_ros.visualization.basin import (
+from kfloc_ros.visualization.alignment import (
     NEAR_DEG,
     NEAR_M,
     Trial,
+    alignment_panels,
     basin_picture,
+    moved,
     reference_pose,
+    steps_picture,
     summarize,
+    summary,
     trials,
     write_trials,
 )

@@ -15,7 +15,7 @@ from kfloc_ros.errors import ConfigError
 
 if TYPE_CHECKING:
     from kfloc_ros.frames import FrameSource
-    from kfloc_ros.kfnet.reference.frame import NetworkFrame
+    from kfloc_ros.kfnet.reference.scoordnet import NetworkFrame
     from kfloc_ros.training.kfnet_config import TrainConfig
 
 STAGES = {
@@ -148,7 +148,7 @@ def _config(args: argparse.Namespace) -> TrainConfig:
 
 def _given_frame(args: argparse.Namespace, scale: float) -> NetworkFrame | None:
     """Return the frame of ``--transform`` or of a ``kfnet:DIR`` source; None if it must be computed from the points."""
-    from kfloc_ros.kfnet.reference.frame import read_transform
+    from kfloc_ros.kfnet.reference.scoordnet import read_transform
 
     kind, _, path = args.source.partition(":")
     beside = Path(path) / "transform.txt"

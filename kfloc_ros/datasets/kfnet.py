@@ -36,7 +36,7 @@ from kfloc_ros.kfnet.reference.files import (
     read_pose,
     write_label,
 )
-from kfloc_ros.kfnet.reference.frame import NetworkFrame, read_transform, write_transform
+from kfloc_ros.kfnet.reference.scoordnet import NetworkFrame, read_transform, write_transform
 from kfloc_ros.types import Frame, Matrix
 
 MIN_LABELS = 30

@@ -19,8 +19,7 @@ from numpy.typing import NDArray
 from kfloc_ros.errors import SourceError
 from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import Camera, ImageAdapter
-from kfloc_ros.kfnet.reference.frame import NetworkFrame
-from kfloc_ros.kfnet.reference.scoordnet import STRIDE
+from kfloc_ros.kfnet.reference.scoordnet import STRIDE, NetworkFrame
 from kfloc_ros.mapping.views import View
 
 Affine = NDArray[np.float64]

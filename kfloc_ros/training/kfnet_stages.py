@@ -22,12 +22,11 @@ from kfloc_ros.errors import ConfigError
 from kfloc_ros.frames import FrameSource
 from kfloc_ros.kfnet.flow import Flow
 from kfloc_ros.kfnet.fusion import kalman_update, warp
-from kfloc_ros.kfnet.reference.frame import NetworkFrame
 from kfloc_ros.kfnet.reference.layers import Padding
 from kfloc_ros.kfnet.reference.oflownet import ReferenceOFlowNet
-from kfloc_ros.kfnet.reference.scoordnet import MIN_SIGMA, ReferenceSCoordNet
+from kfloc_ros.kfnet.reference.scoordnet import MIN_SIGMA, NetworkFrame, ReferenceSCoordNet
 from kfloc_ros.kfnet.reference.weights import OFLOWNET, SCOORDNET, load_oflownet, load_scoordnet, save_network
-from kfloc_ros.training import kfnet_losses as losses
+from kfloc_ros.training import losses
 from kfloc_ros.training.distributed import draw
 from kfloc_ros.training.kfnet_config import TrainConfig
 from kfloc_ros.training.kfnet_samples import Group, Samples

@@ -19,7 +19,7 @@ from kfloc_ros.pixloc.reference.model import PixLocConfig, PixLocModel, save_mod
 from kfloc_ros.pixloc.reference.two_view import align_two_views, training_settings
 from kfloc_ros.pixloc.reference.unet import ENCODERS, UNetConfig
 from kfloc_ros.training.loop import LoopConfig, Schedule
-from kfloc_ros.training.pixloc_losses import GnNetLoss, gnnet_loss, two_view_loss
+from kfloc_ros.training.losses import GnNetLoss, gnnet_loss, two_view_loss
 from kfloc_ros.training.pixloc_samples import PairRule, Pairs, together
 from kfloc_ros.training.stage import Stage, StepLoss
 

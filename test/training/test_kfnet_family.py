@@ -25,10 +25,9 @@ from kfloc_ros.geometry.camera import ImageAdapter
 from kfloc_ros.geometry.lie import inverse_pose, make_pose, so3_exp
 from kfloc_ros.kfnet.filter import SceneCoordinateFilter
 from kfloc_ros.kfnet.fusion import FilterSettings, NisMode
-from kfloc_ros.kfnet.reference.frame import NetworkFrame
 from kfloc_ros.kfnet.reference.networks import ReferenceNetworks
 from kfloc_ros.kfnet.reference.oflownet import ReferenceOFlowNet
-from kfloc_ros.kfnet.reference.scoordnet import ReferenceSCoordNet
+from kfloc_ros.kfnet.reference.scoordnet import NetworkFrame, ReferenceSCoordNet
 from kfloc_ros.kfnet.reference.weights import save_network
 from kfloc_ros.localization.coarse import recursion_of
 from kfloc_ros.localization.config import LocalizerConfig

@@ -23,7 +23,7 @@ from kfloc_ros.pixloc.reference.cost import FeatureMap
 from kfloc_ros.pixloc.reference.model import PixLocConfig, PixLocModel, load_model
 from kfloc_ros.pixloc.reference.two_view import TwoViewLevel, TwoViewResult
 from kfloc_ros.training.loop import take_step, train, validate
-from kfloc_ros.training.pixloc_losses import gnnet_loss, two_view_loss
+from kfloc_ros.training.losses import gnnet_loss, two_view_loss
 from kfloc_ros.training.pixloc_samples import PairRule, PairSamples, initial_pose, together
 from kfloc_ros.training.pixloc_stages import GnNetStage, PixLocTrainConfig, TwoViewStage
 from kfloc_ros.training.stage import BEST_FILE, Best, hold_out, mean_figures

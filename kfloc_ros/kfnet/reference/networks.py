@@ -13,10 +13,9 @@ import torch
 from kfloc_ros.errors import SourceError, WeightsError
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import Matrix, inverse_pose
-from kfloc_ros.kfnet.reference.frame import NetworkFrame
 from kfloc_ros.kfnet.reference.layers import Padding
 from kfloc_ros.kfnet.reference.oflownet import ReferenceOFlowNet
-from kfloc_ros.kfnet.reference.scoordnet import STRIDE, ReferenceSCoordNet
+from kfloc_ros.kfnet.reference.scoordnet import STRIDE, NetworkFrame, ReferenceSCoordNet
 from kfloc_ros.kfnet.reference.weights import MAX_WIDTH, OFLOWNET, SCOORDNET
 
 MIN_IMAGE_SIDE_PX = 64

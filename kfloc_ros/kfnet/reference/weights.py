@@ -17,10 +17,9 @@ from torch import nn
 
 from kfloc_ros.errors import SourceError, WeightsError
 from kfloc_ros.files import check_tensor_file, read_arrays
-from kfloc_ros.kfnet.reference.frame import NetworkFrame, read_transform
 from kfloc_ros.kfnet.reference.layers import Padding
 from kfloc_ros.kfnet.reference.oflownet import ReferenceOFlowNet
-from kfloc_ros.kfnet.reference.scoordnet import ReferenceSCoordNet
+from kfloc_ros.kfnet.reference.scoordnet import NetworkFrame, ReferenceSCoordNet, read_transform
 
 FORMAT = "kfloc_kfnet"
 FORMAT_VERSION = "1"

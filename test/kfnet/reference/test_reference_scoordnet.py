@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
-from kfloc_ros.kfnet.reference.frame import NetworkFrame
+from kfloc_ros.errors import SourceError
 from kfloc_ros.kfnet.reference.layers import Padding
-from kfloc_ros.kfnet.reference.scoordnet import RECEPTIVE_FIELD_PX, ReferenceSCoordNet
+from kfloc_ros.kfnet.reference.scoordnet import NetworkFrame, ReferenceSCoordNet, read_transform, write_transform
 
 
 def test_published_number_of_parameters() -> None:
@@ -28,7 +30,7 @@ def test_receptive_field_is_79_pixels_about_the_stated_one(padding: Padding, cen
     net(image).coordinates[0, 0, 10, 9].backward()
     assert image.grad is not None
     rows, cols = (image.grad[0, 0] != 0).nonzero().unbind(1)
-    half = RECEPTIVE_FIELD_PX // 2
+    half = 79 // 2  # pixels of the receptive field
     assert (int(rows.min()), int(rows.max())) == (8 * 10 + centre - half, 8 * 10 + centre + half)
     assert (int(cols.min()), int(cols.max())) == (8 * 9 + centre - half, 8 * 9 + centre + half)
 
@@ -64,3 +66,46 @@ def test_frame_survives_saving() -> None:
     other.load_state_dict(net.state_dict())
     assert np.allclose(other.frame.to_network(points), net.frame.to_network(points))
     assert other.frame.scale == pytest.approx(0.1)
+
+
+def test_principal_axes_decorrelate_and_centre() -> None:
+    rng = np.random.default_rng(0)
+    points = rng.normal(size=(2000, 3)) @ rng.normal(size=(3, 3)) + [5.0, -1.0, 2.0]
+    moved = NetworkFrame.of_points(points).to_network(points)
+    assert np.allclose(moved.mean(0), 0, atol=1e-9)
+    covariance = np.cov(moved.T)
+    assert np.allclose(covariance, np.diag(np.diag(covariance)), atol=1e-9)
+    assert np.all(np.diff(np.diag(covariance)) < 0)
+
+
+@pytest.mark.parametrize("determinant", [1.0, -1.0])
+def test_there_and_back_through_a_file(tmp_path: Path, determinant: float) -> None:
+    Q, _ = np.linalg.qr(np.random.default_rng(1).normal(size=(3, 3)))
+    Q[:, 0] *= determinant * np.linalg.det(Q)
+    T = np.eye(4)
+    T[:3, :3], T[:3, 3] = Q, [0.1, -7.0, 3.0]
+    write_transform(tmp_path / "transform.txt", NetworkFrame(T))
+    frame = read_transform(tmp_path / "transform.txt", scale=0.02)
+    assert np.array_equal(frame.T_network_map, T)
+    points = np.random.default_rng(2).normal(size=(7, 3))
+    assert np.allclose(frame.to_map(frame.to_network(points)), points)
+    assert np.linalg.norm(frame.to_network(points[0]) - frame.to_network(points[1])) == pytest.approx(
+        0.02 * np.linalg.norm(points[0] - points[1])
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("2 0 0 0\n0 1 0 0\n0 0 1 0\n0 0 0 1", "stretches"),
+        ("1 0 0\n0 1 0\n0 0 1", "4x4"),
+        ("1 0 0 0\n0 1 0 0\n0 0 nan 0\n0 0 0 1", "finite"),
+        ("a b c d", "not a scene transform"),
+    ],
+)
+def test_what_is_not_an_isometry_is_refused_by_name(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "transform.txt"
+    path.write_text(text)
+    with pytest.raises(SourceError, match=words) as caught:
+        read_transform(path)
+    assert "transform.txt" in str(caught.value)

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from kfloc_ros.training import kfnet_losses as losses
+from kfloc_ros.training import losses
 
 
 def cell(error_m: float, sigma_m: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
