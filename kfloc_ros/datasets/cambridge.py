@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from kfloc_ros.datasets.derived import recordings, stamps_with_gaps
-from kfloc_ros.datasets.images import image_fault, read_image, usual_size
+from kfloc_ros.datasets.images import usual_size
 from kfloc_ros.datasets.posed_images import (
     CALIBRATION_FILE,
     PosedImage,
@@ -22,17 +22,16 @@ from kfloc_ros.datasets.posed_images import (
 from kfloc_ros.datasets.seven_scenes import PARTS
 from kfloc_ros.errors import SourceError
 from kfloc_ros.files import check_count, inside, number, read_bytes, read_text
-from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import inverse_pose, make_pose
-from kfloc_ros.types import Frame, Matrix
+from kfloc_ros.types import Matrix
 
 NOMINAL_FOCAL_PER_WIDTH = 744.0 / 852.0
 """The focal length that others use for all scenes, in image widths; ``reconstruction.nvm`` has one for every image."""
 HEADER_LINES = 3
 
 
-class Cambridge(FrameSource):
+class Cambridge(PosedImages):
     """One scene: ``dataset_train.txt`` or ``dataset_test.txt`` with ``seq1/frame00001.png X Y Z W P Q R`` lines.
 
     The camera has the median focal length of ``reconstruction.nvm`` if the scene's folder has one, else a nominal one,
@@ -47,53 +46,50 @@ class Cambridge(FrameSource):
     """
 
     def __init__(self, root: Path, part: str | None = None) -> None:
-        self.name = root.name
-        self._root = root
-        self._entries = [entry for p in PARTS if part in (None, p) for entry in _read_list(root / f"dataset_{p}.txt")]
-        self._entries.sort(key=lambda entry: entry[0])
-        self._sequences = recordings([Path(name).parent for name, _ in self._entries])
-        self._stamps_ns = stamps_with_gaps(self._sequences)
-        self._paths = [inside(root, name) for name, _ in self._entries]
-        width, height = usual_size(self._paths)
+        lists = [root / f"dataset_{p}.txt" for p in PARTS if part in (None, p)]
+        entries = [
+            entry for path in lists for entry in _read_list(path, "name X Y Z W P Q R", _pose_of_centre, HEADER_LINES)
+        ]
+        entries.sort(key=lambda entry: entry[0])
+        paths = [inside(root, name) for name, _ in entries]
+        width, height = usual_size(paths)
         share = _median_focal_share(root / "reconstruction.nvm", width) or NOMINAL_FOCAL_PER_WIDTH
-        self._camera = Camera(width, height, share * width, share * width, (width - 1) / 2, (height - 1) / 2)
-
-    @property
-    def camera(self) -> Camera:
-        return self._camera
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def indices(self) -> Sequence[int]:
-        return range(len(self._entries))
-
-    def sequences(self) -> Sequence[int]:
-        return self._sequences
-
-    def __getitem__(self, position: int) -> Frame:
-        index = range(len(self))[position]
-        name, T_map_camera = self._entries[index]
-        return Frame(
-            image=read_image(self._paths[index], (self._camera.width, self._camera.height)),
-            camera=self._camera,
-            stamp_ns=self._stamps_ns[index],
-            index=index,
-            name=name,
-            T_map_camera=T_map_camera,
+        camera = Camera(width, height, share * width, share * width, (width - 1) / 2, (height - 1) / 2)
+        stamps = stamps_with_gaps(recordings([Path(name).parent for name, _ in entries]))
+        super().__init__(
+            root.name,
+            [
+                PosedImage(path, name, stamp, camera, T)
+                for path, (name, T), stamp in zip(paths, entries, stamps, strict=True)
+            ],
         )
 
-    def fault(self, position: int) -> str:
-        return image_fault(self._paths[position], (self._camera.width, self._camera.height))
-
-    def pose(self, position: int) -> Matrix | None:
-        return self._entries[position][1]
+    def sequences(self) -> Sequence[int]:
+        return recordings([Path(image.name).parent for image in self._images])
 
 
-def _read_list(path: Path) -> list[tuple[str, Matrix | None]]:
-    """Names and T_map_camera; the list has camera centres and world-to-camera quaternions, w first."""
+def _pose_of_centre(centre: Sequence[float], xyzw: Sequence[float]) -> Matrix | None:
+    """T_map_camera of a camera centre and the rotation from the world to the camera."""
+    turned = pose_of_row((0.0, 0.0, 0.0), xyzw)
+    if turned is None or not np.isfinite(centre).all():
+        return None
+    R = turned[:3, :3]
+    return usable_pose(inverse_pose(make_pose(R, -R @ np.asarray(centre))))
+
+
+def _read_list(
+    path: Path, form: str, pose_of: Callable[[Sequence[float], Sequence[float]], Matrix | None], header_lines: int = 0
+) -> list[tuple[str, Matrix | None]]:
+    """Names and T_map_camera, None where a number is not finite, of a list with a position and a quaternion a line.
+
+    Args:
+        path: of the list.
+        form: of a line, for the error.
+        pose_of: makes T_map_camera of the position and the quaternion (x, y, z, w).
+        header_lines: lines before the first image.
+    """
     try:
-        lines = read_text(path).splitlines()[HEADER_LINES:]
+        lines = read_text(path).splitlines()[header_lines:]
     except (OSError, UnicodeDecodeError) as error:
         raise SourceError(f"The list '{path}' cannot be read: {error}.") from error
     check_count(len(lines), path)
@@ -102,14 +98,9 @@ def _read_list(path: Path) -> list[tuple[str, Matrix | None]]:
         name, *numbers = line.split()
         try:
             x, y, z, qw, qx, qy, qz = (number(word) for word in numbers)
-            turned = pose_of_row((0.0, 0.0, 0.0), (qx, qy, qz, qw))
+            entries.append((name, pose_of((x, y, z), (qx, qy, qz, qw))))
         except ValueError as error:
-            raise SourceError(f"'{path}' has a line that is not 'name X Y Z W P Q R': {line!r}.") from error
-        if turned is None or not np.isfinite([x, y, z]).all():
-            entries.append((name, None))
-            continue
-        R = turned[:3, :3]
-        entries.append((name, usable_pose(inverse_pose(make_pose(R, -R @ np.array([x, y, z]))))))
+            raise SourceError(f"'{path}' has a line that is not '{form}': {line!r}.") from error
     if not entries:
         raise SourceError(f"The list '{path}' is empty.")
     return entries
@@ -161,23 +152,8 @@ class DeepLoc(PosedImages):
 
 
 def _read_deeploc_list(path: Path) -> list[tuple[str, Matrix | None]]:
-    """Names without ending and T_map_camera, None where a number is not finite, in the order of the names."""
-    try:
-        lines = read_text(path).splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise SourceError(f"The list '{path}' cannot be read: {error}.") from error
-    check_count(len(lines), path)
-    entries: list[tuple[str, Matrix | None]] = []
-    for line in filter(str.strip, lines):
-        name, *numbers = line.split()
-        try:
-            x, y, z, qw, qx, qy, qz = (number(word) for word in numbers)
-            T = pose_of_row((x, y, z), (qx, qy, qz, qw))
-        except ValueError as error:
-            raise SourceError(f"'{path}' has a line that is not 'name x y z qw qx qy qz': {line!r}.") from error
-        entries.append((name, T))
-    if not entries:
-        raise SourceError(f"The list '{path}' is empty.")
+    """Names without ending and T_map_camera, in the order of the names."""
+    entries = _read_list(path, "name x y z qw qx qy qz", pose_of_row)
     return sorted(entries, key=lambda entry: natural_key(entry[0]))
 
 
