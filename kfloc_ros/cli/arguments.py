@@ -107,6 +107,7 @@ def need_camera(source: FrameSource) -> None:
 
 
 NO_CHECK = "--no-check"
+MAX_NUMBER = 1e9
 BUDGET = "budget_s"
 UNITS_S = {"": 1.0, "s": 1.0, "min": 60.0, "h": 3600.0}
 
@@ -212,6 +213,29 @@ def provenance_of(args: argparse.Namespace, source: FrameSource, command: str) -
 def words_of(args: argparse.Namespace) -> str:
     """Return the command line, as typed, so that it can be repeated."""
     return shlex.join(["kfloc", *args.words])
+
+
+def positive(text: str) -> float:
+    """Return the positive number of an option."""
+    value = _number(text)
+    if not 0 < value < MAX_NUMBER:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a positive number")
+    return value
+
+
+def not_negative(text: str) -> float:
+    """Return the number of an option, which can be 0."""
+    value = _number(text)
+    if not 0 <= value < MAX_NUMBER:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number from 0 on")
+    return value
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return float("nan")
 
 
 def duration_s(text: str) -> float:

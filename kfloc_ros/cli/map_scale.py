@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kfloc_ros.cli.arguments import add_source_arguments, open_source_from
+from kfloc_ros.cli.arguments import add_source_arguments, open_source_from, positive
 from kfloc_ros.errors import MapError, SourceError
 
 if TYPE_CHECKING:
@@ -110,17 +110,6 @@ def notes_beside(spec: str) -> ModelNotes | None:
     from kfloc_ros.mapping.structure import read_notes
 
     return read_notes(Path(spec.removeprefix("colmap:").partition("?")[0]))
-
-
-def positive(text: str) -> float:
-    """Return a positive number of an option."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = float("nan")
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"'{text}' is not a positive number")
-    return value
 
 
 def add_scale(actions: Any) -> None:

@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from kfloc_ros.cli.arguments import add_no_check
+from kfloc_ros.cli.arguments import add_no_check, not_negative, positive
 from kfloc_ros.cli.sources import check_bag
 
 DESCRIPTION = """\
@@ -67,14 +67,14 @@ def _add_playing(group: argparse._ArgumentGroup) -> None:
         "--offline", action="store_true", help="run the localizer on every image in this process, without nodes"
     )
     group.add_argument(
-        "--rate", type=_positive, default=1.0, metavar="R", help="playback rate; 2 is twice real time (default: 1)"
+        "--rate", type=positive, default=1.0, metavar="R", help="playback rate; 2 is twice real time (default: 1)"
     )
     group.add_argument(
         "--every-frame", action="store_true",
         help="wait for the result of each image before the next one, so that slow nodes drop none",
     )  # fmt: skip
-    group.add_argument("--start", type=_not_negative, default=0.0, metavar="S", help="seconds to skip")
-    group.add_argument("--duration", type=_positive, metavar="S", help="seconds to play (default: to the end)")
+    group.add_argument("--start", type=not_negative, default=0.0, metavar="S", help="seconds to skip")
+    group.add_argument("--duration", type=positive, metavar="S", help="seconds to play (default: to the end)")
     group.add_argument(
         "--loop", type=_count, default=1, metavar="N", help="play N times; the clock jumps back in between"
     )
@@ -83,7 +83,7 @@ def _add_playing(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--patience",
-        type=_positive,
+        type=positive,
         default=90.0,
         metavar="S",
         help="seconds to wait for the nodes to start (default: 90)",
@@ -200,21 +200,4 @@ def _count(text: str) -> int:
         raise argparse.ArgumentTypeError(f"'{text}' is not a number") from None
     if not 1 <= value <= 10_000:
         raise argparse.ArgumentTypeError(f"must lie between 1 and 10000, not {text}")
-    return value
-
-
-def _positive(text: str) -> float:
-    value = _not_negative(text)
-    if value == 0:
-        raise argparse.ArgumentTypeError("must be above 0")
-    return value
-
-
-def _not_negative(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a number") from None
-    if not 0 <= value < 1e9:
-        raise argparse.ArgumentTypeError(f"must be at least 0 and finite, not {text}")
     return value

@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from kfloc_ros.cli.arguments import add_source_arguments
+from kfloc_ros.cli.arguments import add_source_arguments, not_negative, positive
 
 DESCRIPTION = """\
 Run the localizer over SOURCE in a map and draw its intermediate results.
@@ -160,7 +160,7 @@ def _add_arguments(name: str, verb: argparse.ArgumentParser) -> None:
         usual = "0.05 for files, else 0.1" if name == "cells" else "0.01 for files"
         limit.add_argument(
             "--max-sigma",
-            type=_positive,
+            type=positive,
             metavar="M",
             help=f"omit points with a larger standard deviation (default: {usual})",
         )
@@ -184,7 +184,7 @@ def _add_arguments(name: str, verb: argparse.ArgumentParser) -> None:
             default="vp9",
             help="codec: vp9 plays everywhere; mpeg4 is written 30 times faster, but browsers do not play it",
         )
-        group.add_argument("--fps", type=_positive, default=10.0, help="frame rate of the video, in Hz (default: 10)")
+        group.add_argument("--fps", type=positive, default=10.0, help="frame rate of the video, in Hz (default: 10)")
     if name in ("cells", "filter", "alignment"):
         viewer = verb.add_argument_group("Rerun viewer (needs the package rerun-sdk)")
         viewer.add_argument("--rerun", action="store_true", help=f"write OUT/{name}.rrd")
@@ -196,7 +196,7 @@ def _add_arguments(name: str, verb: argparse.ArgumentParser) -> None:
         )
         verb.add_argument(
             "--voxel",
-            type=_positive,
+            type=positive,
             default=0.02,
             metavar="M",
             help="keep one point per cube of this side (default: 0.02)",
@@ -205,14 +205,14 @@ def _add_arguments(name: str, verb: argparse.ArgumentParser) -> None:
         verb.add_argument("--frame", required=True, type=_index, metavar="N", help="index of the frame")
         verb.add_argument(
             "--offset-m",
-            type=_not_negative,
+            type=not_negative,
             default=0.0,
             metavar="M",
             help="offset of the start along the camera's x axis",
         )
         verb.add_argument(
             "--offset-deg",
-            type=_not_negative,
+            type=not_negative,
             default=0.0,
             metavar="DEG",
             help="rotation of the start about the camera's y axis",
@@ -256,37 +256,20 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _positive(text: str) -> float:
-    value = _not_negative(text)
-    if value == 0.0:
-        raise argparse.ArgumentTypeError("must be above 0")
-    return value
-
-
-def _not_negative(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0.0 <= value < 1e6:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a number from 0 on")
-    return value
-
-
 def _angle(text: str) -> float:
-    return _not_negative(text.removeprefix("-")) * (-1.0 if text.startswith("-") else 1.0)
+    return not_negative(text.removeprefix("-")) * (-1.0 if text.startswith("-") else 1.0)
 
 
 def _confidence(text: str) -> float:
-    return 1.0 / _positive(text)
+    return 1.0 / positive(text)
 
 
 def _numbers(text: str) -> tuple[float, ...]:
-    return tuple(sorted({_not_negative(part) for part in text.split(",")}))
+    return tuple(sorted({not_negative(part) for part in text.split(",")}))
 
 
 def _count(text: str) -> int:
-    return max(round(_positive(text)), 1)
+    return max(round(positive(text)), 1)
 
 
 def _index(text: str) -> int:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from kfloc_ros.cli.arguments import positive
 from kfloc_ros.errors import ConfigError, SourceError
 
 DESCRIPTION = """\
@@ -50,7 +51,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     live = parser.add_argument_group("running nodes")
     live.add_argument("--live", action="store_true", help="show the topics of running nodes, until Ctrl-C")
     live.add_argument("--namespace", metavar="NS", help="namespace of the nodes, such as /robot")
-    live.add_argument("--duration", type=_positive, metavar="S", help="end after this many seconds")
+    live.add_argument("--duration", type=positive, metavar="S", help="end after this many seconds")
     parser.add_argument("--quiet", action="store_true", help="print only errors")
 
 
@@ -148,13 +149,3 @@ def _say_done(args: argparse.Namespace, count: int) -> None:
     if not args.quiet:
         where = "the window" if args.save is None else f"{args.save}; open it with `rerun {args.save}`"
         print(f"{count} frames are in {where}.")
-
-
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a number") from None
-    if not 0 < value < 1e9:
-        raise argparse.ArgumentTypeError(f"must be more than 0, and finite, not {text}")
-    return value
