@@ -28,6 +28,13 @@ from kfloc_ros.pixloc.references import ReferencePoints, ReferenceViews
 
 MAX_FOCAL_RATIO = 1.25
 """Largest ratio of focal lengths: heads and features tolerate as much zoom as they are trained with."""
+LARGER = (
+    "process_scale", "process_floor_m2", "coarse_covariance_scale", "refined_covariance_scale", "max_alignment_cost",
+    "min_inlier_ratio", "own_error_m", "own_error_rad", "camera_fit_scale", "own_error_growth", "usual_shift_chi2",
+    "patch_covariance_scale",
+)  # fmt: skip
+SMALLER = ("confidence_odds", "covariance_doubling_m")
+"""Values of two calibrations of which the larger, or the smaller, is the more cautious one."""
 Corner = tuple[float, float, float]
 
 
@@ -109,24 +116,13 @@ def _join(
 def _calibration(a: Calibration, b: Calibration) -> Calibration:
     """Return the calibration of both maps: the larger of each uncertainty. Head variances are already scaled."""
     learned = (a.learned_process_scale, b.learned_process_scale)
-    return Calibration(
+    return replace(
+        a,
         measurement_variance_scale=1.0,
-        flow_temperature=a.flow_temperature,
-        process_scale=max(a.process_scale, b.process_scale),
-        process_floor_m2=max(a.process_floor_m2, b.process_floor_m2),
-        coarse_covariance_scale=max(a.coarse_covariance_scale, b.coarse_covariance_scale),
-        refined_covariance_scale=max(a.refined_covariance_scale, b.refined_covariance_scale),
-        max_alignment_cost=max(a.max_alignment_cost, b.max_alignment_cost),
-        min_inlier_ratio=max(a.min_inlier_ratio, b.min_inlier_ratio),
         learned_process_scale=None if None in learned else max(scale for scale in learned if scale is not None),
-        confidence_odds=min(a.confidence_odds, b.confidence_odds),
-        own_error_m=max(a.own_error_m, b.own_error_m),
-        own_error_rad=max(a.own_error_rad, b.own_error_rad),
-        camera_fit_scale=max(a.camera_fit_scale, b.camera_fit_scale),
-        covariance_doubling_m=min(a.covariance_doubling_m, b.covariance_doubling_m),
-        own_error_growth=max(a.own_error_growth, b.own_error_growth),
-        usual_shift_chi2=max(a.usual_shift_chi2, b.usual_shift_chi2),
         roughness=_roughness(a.roughness, b.roughness),
+        **{name: max(getattr(a, name), getattr(b, name)) for name in LARGER},
+        **{name: min(getattr(a, name), getattr(b, name)) for name in SMALLER},
     )
 
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +21,11 @@ from kfloc_ros.kfnet.scoordnet import RoughnessScale, SCoordNetEnsemble, heads_o
 from kfloc_ros.localization.config import LocalizerConfig
 from kfloc_ros.localization.localizer import Localizer
 from kfloc_ros.mapping import build
-from kfloc_ros.mapping.merge import merge_maps
+from kfloc_ros.mapping.merge import LARGER, SMALLER, merge_maps
 from kfloc_ros.mapping.registration import register
 from kfloc_ros.mapping.update import Updated, update_map
 from kfloc_ros.maps.format import read_description
-from kfloc_ros.maps.scene_map import SceneMap, transformed
+from kfloc_ros.maps.scene_map import Calibration, SceneMap, transformed
 from kfloc_ros.pixloc.references import ReferencePoints, ReferenceViews
 
 T_MAP_SESSION = make_pose(so3_exp(np.array([0.1, 0.8, -0.05])), np.array([2.0, -0.5, 1.0]))
@@ -151,3 +151,16 @@ def test_what_is_rough_in_both_parts_is_rough_in_the_whole(scene_map: SceneMap) 
     assert scene_map.calibration.roughness is not None  # a map that is built has it
     assert merged(RoughnessScale(0.02, 1.5), RoughnessScale(0.03, 1.0)) == RoughnessScale(0.03, 1.5)
     assert merged(None, RoughnessScale(0.03, 1.0)) is None
+
+
+def test_every_value_of_two_calibrations_is_merged() -> None:
+    """A value that is left out would make a merged map claim more than its parts."""
+    by_hand = {"measurement_variance_scale", "flow_temperature", "learned_process_scale", "roughness"}
+    assert by_hand | {*LARGER, *SMALLER} == {item.name for item in fields(Calibration)}
+
+
+def test_a_merged_map_claims_no_more_than_its_parts(scene_map: SceneMap) -> None:
+    other = replace(scene_map, calibration=replace(scene_map.calibration, patch_covariance_scale=7.0))
+    for a, b in ((scene_map, other), (other, scene_map)):
+        merged = merge_maps(a, b, np.eye(4), spacing_m=0.03, max_points=1000)
+        assert merged.calibration.patch_covariance_scale == 7.0
