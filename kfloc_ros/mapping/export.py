@@ -20,7 +20,7 @@ from kfloc_ros.features.backbone import COARSE_STRIDE, Backbone
 from kfloc_ros.features.runtime import is_installed, onnx_bytes
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.colmap import camera_to_colmap, pixels_to_colmap
-from kfloc_ros.geometry.lie import Matrix, inverse_pose
+from kfloc_ros.geometry.lie import Matrix, inverse_pose, matrix_to_quaternion
 from kfloc_ros.kfnet.flow import WINDOW_CELLS, CostWindow
 from kfloc_ros.kfnet.flow_network import FlowNetwork, FlowReading, load_flow_network
 from kfloc_ros.kfnet.scoordnet import INPUT_CHANNELS, heads_of
@@ -197,7 +197,8 @@ def _colmap_lines(known: AnyMap) -> Iterator[tuple[str, str, list[str]]]:
         T_camera_map = inverse_pose(T)
         points = view.points.cpu().double().numpy()
         pixels = pixels_to_colmap(_project(points, T_camera_map, known.camera))
-        pose = " ".join(repr(float(v)) for v in (*quaternion_wxyz(T_camera_map[:3, :3]), *T_camera_map[:3, 3]))
+        x, y, z, w = matrix_to_quaternion(T_camera_map[:3, :3])
+        pose = " ".join(repr(float(v)) for v in (w, x, y, z, *T_camera_map[:3, 3]))
         numbers = range(first, first + len(points))
         observations = " ".join(f"{u:.3f} {v:.3f} {k}" for (u, v), k in zip(pixels, numbers, strict=True))
         lines = [
@@ -216,18 +217,3 @@ def _image_name(submap: str, ident: int) -> str:
 def _project(points: NDArray[np.float64], T_camera_map: Matrix, camera: Camera) -> NDArray[np.float64]:
     P = points @ T_camera_map[:3, :3].T + T_camera_map[:3, 3]
     return np.stack([camera.fx * P[:, 0] / P[:, 2] + camera.cx, camera.fy * P[:, 1] / P[:, 2] + camera.cy], axis=1)
-
-
-def quaternion_wxyz(R: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the unit quaternion (w, x, y, z), w >= 0, of a rotation, by Bar-Itzhack's method (2000)."""
-    (a, b, c), (d, e, f), (g, h, i) = R
-    K = np.array(
-        [
-            [a + e + i, h - f, c - g, d - b],
-            [h - f, a - e - i, b + d, c + g],
-            [c - g, b + d, e - a - i, f + h],
-            [d - b, c + g, f + h, i - a - e],
-        ]
-    )
-    q = np.linalg.eigh(K)[1][:, -1]
-    return np.asarray(q if q[0] >= 0 else -q)

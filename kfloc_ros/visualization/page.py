@@ -109,12 +109,7 @@ class LocalizationPage:
             "residual_steps": RESIDUAL_STEPS,
             "frames": self._frames,
         }
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(page_text(data), encoding="utf-8")
-        except OSError as error:
-            raise DrawingError(f"The page '{path}' cannot be written: {error.strerror}.") from error
-        return path
+        return write_page(path, data)
 
     def _residuals(self, features: BackboneFeatures, steps: Sequence[AlignmentStep], ids: Sequence[int]) -> list[str]:
         """Return one byte for every reference point at every step; 255 if it is out of view."""
@@ -127,6 +122,20 @@ class LocalizationPage:
             values = torch.where(in_view, (residuals * RESIDUAL_STEPS).round().clamp(0, UNSEEN - 1), UNSEEN)
             rows.append(bytes_text(values.to(torch.uint8).cpu().numpy()))
         return rows
+
+
+def write_page(path: Path, data: dict[str, Any]) -> Path:
+    """Write the page of some data.
+
+    Raises:
+        DrawingError: the file cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(page_text(data), encoding="utf-8")
+    except OSError as error:
+        raise DrawingError(f"The page '{path}' cannot be written: {error.strerror}.") from error
+    return path
 
 
 def page_text(data: dict[str, Any]) -> str:

@@ -30,9 +30,9 @@ from kfloc_ros.visualization.page import (
     jpeg,
     packed,
     packed_points,
-    page_text,
     pose_rows,
     step_entry,
+    write_page,
 )
 from kfloc_ros.visualization.sheet import Panel
 
@@ -260,12 +260,7 @@ class PixLocPage:
             "residual_text": "cost of a point, 1: as features of other places",
             "frames": self._frames,
         }
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(page_text(data), encoding="utf-8")
-        except OSError as error:
-            raise DrawingError(f"The page '{path}' cannot be written: {error.strerror}.") from error
-        return path
+        return write_page(path, data)
 
     def _residuals(self, step: TraceStep, views: Sequence[int]) -> str:
         """Return one byte for every point of the references, 255 if it is not used or out of view."""

@@ -12,8 +12,7 @@ import pytest
 
 from kfloc_ros.cli.main import main
 from kfloc_ros.errors import MapError
-from kfloc_ros.geometry.lie import so3_exp
-from kfloc_ros.mapping.export import quaternion_wxyz
+from kfloc_ros.geometry.lie import matrix_to_quaternion, so3_exp
 from kfloc_ros.mapping.merge import crop_map
 from kfloc_ros.maps.scene_map import SceneMap
 
@@ -41,8 +40,7 @@ def test_colmap_reads_the_export_and_sees_every_point_where_it_was_seen(room_map
 @pytest.mark.parametrize("vector", [(0, 0, 0), (0.3, -0.2, 0.1), (np.pi, 0, 0), (0, np.pi, 0), (0, 0, -3.1)])
 def test_quaternions_turn_as_the_matrix_does(vector) -> None:
     R = so3_exp(np.array(vector, dtype=np.float64))
-    w, x, y, z = quaternion_wxyz(R)
-    assert pycolmap.Rotation3d(np.array([x, y, z, w])).matrix() == pytest.approx(R, abs=1e-9)
+    assert pycolmap.Rotation3d(matrix_to_quaternion(R)).matrix() == pytest.approx(R, abs=1e-9)
 
 
 def test_ply_holds_all_points(room_map, scene_map, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -156,30 +156,6 @@ def fingerprint_of_scene(scene: ReferenceScene) -> str:
         digest.update(np.ascontiguousarray(image.point_rows).tobytes())
         digest.update(repr(image.camera).encode())
     return digest.hexdigest()[:16]
-
-
-def build_views(
-    model: PixLocModel,
-    scene: ReferenceScene,
-    read_image: Callable[[ReferenceImage], NDArray[np.uint8]],
-    settings: ViewSettings,
-    positions: Sequence[int] | None = None,
-) -> ViewStore:
-    """Extract the features of reference images, with one image in memory at a time.
-
-    Args:
-        model: in evaluation mode, on the device to use.
-        scene: points and images.
-        read_image: returns the RGB image (H, W, 3) of a reference image, in its camera's size.
-        settings: stored with the features.
-        positions: images to extract (default: all).
-    """
-    views = {}
-    for position in range(len(scene.images)) if positions is None else positions:
-        pixels = read_image(scene.images[position])
-        for scale in settings.image_scales:
-            views[position, scale] = extract_view(model, scene, position, pixels, settings, scale).to("cpu")
-    return ViewStore(views, settings, fingerprint_of(model))
 
 
 def extract_view(

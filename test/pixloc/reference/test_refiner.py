@@ -25,7 +25,14 @@ from kfloc_ros.pixloc.reference.model import PixLocModel
 from kfloc_ros.pixloc.reference.refiner import ReferenceRefiner, ReferenceRefinerSettings
 from kfloc_ros.pixloc.reference.solver import Method, SolverSettings, minimize
 from kfloc_ros.pixloc.reference.unet import ImageSize
-from kfloc_ros.pixloc.reference.views import ReferenceImage, ReferenceScene, ViewSettings, ViewStore, build_views
+from kfloc_ros.pixloc.reference.views import (
+    ReferenceImage,
+    ReferenceScene,
+    ViewSettings,
+    ViewStore,
+    extract_view,
+    fingerprint_of,
+)
 from kfloc_ros.types import Matrix
 from studies.parity import formula_model
 
@@ -75,7 +82,12 @@ def model() -> PixLocModel:
 @pytest.fixture(scope="module")
 def store(model: PixLocModel) -> ViewStore:
     settings = ViewSettings(ImageSize(240), image_scales=(1, 2), pad=1)
-    return build_views(model, scene(), lambda image: render(inverse_pose(image.T_camera_map)), settings)
+    views = {}
+    for position, image in enumerate(scene().images):
+        pixels = render(inverse_pose(image.T_camera_map))
+        for scale in settings.image_scales:
+            views[position, scale] = extract_view(model, scene(), position, pixels, settings, scale)
+    return ViewStore(views, settings, fingerprint_of(model))
 
 
 TRUTH = make_pose(so3_exp([0.02, -0.03, 0.02]), FAR_M + np.array([0.03, -0.02, 0.08]))
