@@ -32,9 +32,9 @@ import torch
 
 from kfloc_ros.cli.arguments import add_source_arguments, open_source_from
 from kfloc_ros.cli.tables import format_table
-from kfloc_ros.datasets.derived import DEGRADATIONS, Degraded
 from kfloc_ros.device import choose_device, describe_hardware
 from kfloc_ros.evaluation.metrics import PoseError, accuracy, pose_error, recall
+from kfloc_ros.evaluation.summary import finite
 from kfloc_ros.features.backbone import COARSE_STRIDE, Backbone
 from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import ImageAdapter
@@ -52,6 +52,7 @@ from kfloc_ros.maps.format import resolve_map
 from kfloc_ros.maps.scene_map import SceneMap
 from kfloc_ros.types import FilterReport, Frame, SceneCoordinates
 from studies.cells import CellStatistics
+from studies.degraded import DEGRADATIONS, Degraded
 from studies.paired import median_change
 
 FLOOR_M2 = 0.02**2
@@ -239,15 +240,6 @@ def table(run: dict[str, Any]) -> str:
             )
         )
     return f"{run['source']}, {run['degradation']}\n{format_table(lines, header=header)}\n"
-
-
-def finite(value: Any) -> Any:
-    """Return the same structure with None for numbers that JSON cannot represent."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def main() -> int:

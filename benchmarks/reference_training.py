@@ -30,6 +30,7 @@ from kfloc_ros.cli.arguments import OverridesParser, add_source_arguments, open_
 from kfloc_ros.cli.tables import format_table
 from kfloc_ros.config import build_config, parse_overrides
 from kfloc_ros.device import choose_device, describe_hardware
+from kfloc_ros.evaluation.summary import finite
 from kfloc_ros.frames import FrameSource
 from kfloc_ros.kfnet.fusion import FilterSettings
 from kfloc_ros.kfnet.reference.weights import OFLOWNET, SCOORDNET, load_oflownet, load_scoordnet
@@ -143,15 +144,6 @@ def with_infinity(value: Any) -> Any:
     if isinstance(value, list):
         return [with_infinity(item) for item in value]
     return math.inf if value is None else value
-
-
-def finite(value: Any) -> Any:
-    """Return the same structure with None for numbers that JSON cannot represent."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def table_of(stage: str, curve: Sequence[Figures]) -> str:

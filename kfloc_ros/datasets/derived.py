@@ -7,11 +7,9 @@ import itertools
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-import cv2
 import numpy as np
-from numpy.typing import NDArray
 
 from kfloc_ros.errors import SourceError
 from kfloc_ros.frames import DerivedSource, FrameSource
@@ -130,88 +128,3 @@ class Remembered(DerivedSource):
                     self._frames.popitem(last=False)
             self._frames.move_to_end(position)
             return self._frames[position]
-
-
-@dataclass(frozen=True)
-class Degradation:
-    """What is done to a source; the zeros of the default leave it as it is."""
-
-    blur_every: int = 0
-    """Every so many frames, one is blurred as by a jerk of the camera; 0: none."""
-    blur_length_px: float = 40.0
-    """Length of the blur at a width of 640 pixels; the direction is random."""
-    cover_every: int = 0
-    """Every so many frames, half of the image is covered for a while; 0: never."""
-    cover_frames: int = 10
-    """Frames that the cover stays."""
-    drop_share: float = 0.0
-    """Share of the frames that are missing."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.drop_share < 1:
-            raise SourceError(f"The share of dropped frames must lie in [0, 1), got {self.drop_share}.")
-        if min(self.blur_every, self.cover_every, self.cover_frames) < 0 or self.blur_length_px < 1:
-            raise SourceError("Periods of a degradation must not be negative, and a blur at least a pixel long.")
-
-
-DEGRADATIONS = {
-    "clean": Degradation(),
-    "blur": Degradation(blur_every=3),
-    "cover": Degradation(cover_every=25),
-    "drop": Degradation(drop_share=0.3),
-    "all": Degradation(blur_every=3, cover_every=25, drop_share=0.3),
-}
-"""By name: every third frame blurred, half the image covered for ten frames of 25, 30 % dropped, and all of it."""
-
-
-class Degraded(DerivedSource):
-    """Another source with blurred, covered and missing frames; stamps, indices, depth and poses stay true."""
-
-    def __init__(self, source: FrameSource, degradation: Degradation) -> None:
-        super().__init__(source)
-        self._degradation = degradation
-        chance = np.random.default_rng((degradation.seed, 1)).random(len(source))
-        self._kept = [p for p in range(len(source)) if chance[p] >= degradation.drop_share]
-        if not self._kept:
-            raise SourceError(f"All {len(source)} frames of '{source.name}' would be dropped.")
-
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def origin(self, position: int) -> int:
-        return self._kept[position]
-
-    def changed(self, frame: Frame, position: int) -> Frame:
-        original = self._kept[position]
-        d = self._degradation
-        rng = np.random.default_rng((d.seed, 2, original))
-        image = frame.image
-        if d.blur_every and original % d.blur_every == d.blur_every - 1:
-            image = motion_blur(image, d.blur_length_px * image.shape[1] / 640, float(rng.uniform(0, np.pi)))
-        if d.cover_every and original % d.cover_every >= d.cover_every - d.cover_frames:
-            side = np.random.default_rng((d.seed, 3, original // d.cover_every)).integers(4)
-            image = cover_half(image, int(side), rng)
-        return replace(frame, image=image)
-
-
-def motion_blur(image: NDArray[np.uint8], length_px: float, angle_rad: float) -> NDArray[np.uint8]:
-    """The mean of an image (H, W, 3) moved along a straight line, as when the camera turns during the exposure."""
-    size = 2 * int(np.ceil(length_px / 2)) + 1
-    kernel = np.zeros((size, size), dtype=np.float32)
-    for s in np.linspace(-length_px / 2, length_px / 2, 4 * size):
-        x, y = size // 2 + s * np.cos(angle_rad), size // 2 + s * np.sin(angle_rad)
-        kernel[round(float(y)), round(float(x))] += 1
-    kernel /= kernel.sum()
-    return np.asarray(cv2.filter2D(image, -1, kernel, borderType=cv2.BORDER_REFLECT_101), dtype=np.uint8)
-
-
-def cover_half(image: NDArray[np.uint8], side: int, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """A copy whose left, right, upper or lower half (0..3) is a dim, slightly noisy surface near the lens."""
-    h, w = image.shape[:2]
-    top, bottom = (0, h) if side < 2 else ((0, h // 2) if side == 2 else (h // 2, h))
-    left, right = (0, w) if side >= 2 else ((0, w // 2) if side == 0 else (w // 2, w))
-    covered = image.copy()
-    noise = rng.normal(60.0, 3.0, (bottom - top, right - left, 3))
-    covered[top:bottom, left:right] = np.clip(noise, 0, 255).astype(np.uint8)
-    return covered

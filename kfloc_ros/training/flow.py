@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import nn
 
-from kfloc_ros.datasets.derived import Remembered, motion_blur
+from kfloc_ros.datasets.derived import Remembered
 from kfloc_ros.errors import SourceError
 from kfloc_ros.features.backbone import COARSE_STRIDE, Backbone
 from kfloc_ros.frames import FrameSource
@@ -145,6 +145,17 @@ def disturbed(image: NDArray[np.uint8], rng: np.random.Generator) -> tuple[NDArr
         covered[top : top + height, left : left + width] = True
         bright[covered] = rng.uniform(20, 200) + rng.normal(0.0, 3.0, (int(covered.sum()), 3))
     return np.clip(bright, 0, 255).astype(np.uint8), covered
+
+
+def motion_blur(image: NDArray[np.uint8], length_px: float, angle_rad: float) -> NDArray[np.uint8]:
+    """The mean of an image (H, W, 3) moved along a straight line, as when the camera turns during the exposure."""
+    size = 2 * int(np.ceil(length_px / 2)) + 1
+    kernel = np.zeros((size, size), dtype=np.float32)
+    for s in np.linspace(-length_px / 2, length_px / 2, 4 * size):
+        x, y = size // 2 + s * np.cos(angle_rad), size // 2 + s * np.sin(angle_rad)
+        kernel[round(float(y)), round(float(x))] += 1
+    kernel /= kernel.sum()
+    return np.asarray(cv2.filter2D(image, -1, kernel, borderType=cv2.BORDER_REFLECT_101), dtype=np.uint8)
 
 
 def _at_cells(mask: Mask, flow: NDArray[np.float32]) -> Mask:

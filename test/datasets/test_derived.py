@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from kfloc_ros.datasets.derived import Degradation, Degraded, Remembered
+from kfloc_ros.datasets.derived import Remembered
 from kfloc_ros.frames import DerivedSource, FrameSource, Selection
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import make_pose, so3_exp
@@ -70,7 +70,6 @@ def test_what_is_not_changed_is_passed_on() -> None:
 def test_an_image_that_was_changed_is_not_had_as_it_was_recorded() -> None:
     derived = Darker(Recorded())
     assert derived[1].image[0, 0, 0] == 5 and derived.encoded_image(1) is None
-    assert Degraded(Recorded(), Degradation(drop_share=0.5)).encoded_image(0) is None
 
 
 def test_what_is_remembered_is_not_read_again_until_it_is_forgotten() -> None:

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from kfloc_ros.datasets.derived import Degradation, Degraded, motion_blur
 from kfloc_ros.errors import SourceError
 from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import Camera
+from kfloc_ros.training.flow import motion_blur
 from kfloc_ros.types import Frame
+from studies.degraded import Degradation, Degraded
 
 
 class Noise(FrameSource):
