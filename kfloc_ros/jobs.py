@@ -15,11 +15,11 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from kfloc_ros.errors import ConfigError
 
@@ -161,6 +161,92 @@ class SharedWork:
                 if error is not None:
                     self._error, self._left = error, []
                 self._changed.notify_all()
+
+
+class SharedResult(Generic[R]):
+    """Result that whichever thread is first computes.
+
+    Args:
+        compute: returns the result.
+    """
+
+    def __init__(self, compute: Callable[[], R]) -> None:
+        self._found: list[R] = []
+        self._work = SharedWork([lambda: self._found.append(compute())])
+
+    @property
+    def helped_s(self) -> float:
+        """Time that :meth:`help` spent, in seconds."""
+        return self._work.helped_s
+
+    def help(self) -> None:
+        """Compute the result, unless another thread does."""
+        self._work.help()
+
+    def result(self) -> R:
+        """Return the result; compute it, or wait for the thread that does.
+
+        Raises:
+            Exception: what the computation raised, in whatever thread.
+        """
+        self._work.finish()
+        return self._found[0]
+
+
+class HelperThreads:
+    """Threads that run pieces of a frame, one thread of torch each, in place of torch's own threads.
+
+    Torch's threads wait for each other at every layer, and sleep meanwhile: small layers take longer with two than with
+    one.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._contexts, self._threads = threading.Lock(), 0, 1
+        self._pools: dict[int, ThreadPoolExecutor] = {}
+        self._of_caller = threading.local()
+
+    @contextlib.contextmanager
+    def sharing(self) -> Iterator[None]:
+        """Run torch in one thread within this context; as many as it had before, less this one, can be enlisted."""
+        import torch
+
+        with self._lock:
+            self._threads = self._threads if self._contexts else torch.get_num_threads()
+            self._contexts += 1
+            torch.set_num_threads(1)
+            self._of_caller.pool = self._pool(self._threads - 1) if self._threads > 1 else None
+        try:
+            yield
+        finally:
+            self._of_caller.pool = None
+            with self._lock:
+                self._contexts -= 1
+                torch.set_num_threads(self._threads)
+
+    @property
+    def are_at_hand(self) -> bool:
+        """True if this thread can enlist helpers."""
+        return getattr(self._of_caller, "pool", None) is not None
+
+    def enlist(self, *tasks: Callable[[], None]) -> None:
+        """Let helpers run tasks, which may also run late; they do nothing if none are at hand."""
+        for task in tasks if self.are_at_hand else ():
+            self._of_caller.pool.submit(task)
+
+    def _pool(self, count: int) -> ThreadPoolExecutor:
+        import torch
+
+        if count not in self._pools:
+            started = threading.Barrier(count + 1)
+            pool = self._pools[count] = ThreadPoolExecutor(count, "helper", torch.set_num_threads, (1,))
+            for _ in range(count):
+                pool.submit(started.wait)
+            started.wait()  # the number of threads is set for all of torch; later it would end the caller's
+        return self._pools[count]
+
+
+HELPERS = HelperThreads()
+"""Helpers of this process."""
 
 
 def _with_one_thread(task: Callable[[P], R], part: P) -> R:

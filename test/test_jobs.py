@@ -13,9 +13,10 @@ from typing import Any
 
 import parts as work
 import pytest
+import torch
 
 from kfloc_ros.errors import ConfigError, SourceError
-from kfloc_ros.jobs import SharedWork, Workers, run_parts
+from kfloc_ros.jobs import HelperThreads, SharedResult, SharedWork, Workers, run_parts
 
 HELPERS = Path(work.__file__).parent
 
@@ -142,3 +143,54 @@ def test_what_a_piece_raises_is_raised_where_the_work_is_finished() -> None:
     shared.help()
     with pytest.raises(IndexError):
         shared.finish()
+
+
+def test_a_shared_result_is_computed_once() -> None:
+    done: list[int] = []
+    shared = SharedResult(lambda: done.append(1) or len(done))
+    helper = threading.Thread(target=shared.help)
+    helper.start()
+    assert shared.result() == shared.result() == 1
+    helper.join()
+    assert done == [1]
+
+
+def test_two_threads_that_share_at_once_leave_torch_its_number_of_threads() -> None:
+    before, helpers, inside = torch.get_num_threads(), HelperThreads(), threading.Barrier(2)
+
+    def share() -> None:
+        with helpers.sharing():
+            inside.wait(10.0)
+
+    torch.set_num_threads(2)
+    try:
+        other = threading.Thread(target=share)
+        other.start()
+        share()
+        other.join()
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_helpers_run_torch_in_one_thread_each_and_are_as_many_as_torch_had(threads: int) -> None:
+    before, helpers = torch.get_num_threads(), HelperThreads()
+    met, seen = threading.Barrier(threads), []
+
+    def meet() -> None:
+        seen.append((threading.get_ident(), torch.get_num_threads()))
+        met.wait(10.0)
+
+    torch.set_num_threads(threads)
+    try:
+        for _ in range(2):
+            with helpers.sharing():
+                assert helpers.are_at_hand == (threads > 1)
+                helpers.enlist(*[meet] * (threads - 1))
+                meet()
+            assert not helpers.are_at_hand and torch.get_num_threads() == threads
+            helpers.enlist(lambda: seen.append((0, 0)))  # outside: none
+    finally:
+        torch.set_num_threads(before)
+    assert len({ident for ident, _ in seen}) == threads and {number for _, number in seen} == {1}

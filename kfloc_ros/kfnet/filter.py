@@ -17,6 +17,7 @@ import torch
 from kfloc_ros.device import runs_compiled
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import inverse_pose, jumped
+from kfloc_ros.jobs import SharedResult
 from kfloc_ros.kfnet.flow import Flow, backward_flow
 from kfloc_ros.kfnet.fusion import Filtered, FilterSettings, NisMode, confirmed, fuse, restarted, warp
 from kfloc_ros.types import CoarsePose, Matrix, SceneCoordinates
@@ -63,6 +64,8 @@ class SceneCoordinateFilter:
         self._belief: SceneCoordinates | None = None
         self._features: torch.Tensor | None = None
         self._stamp_ns = 0
+        self._flowing: tuple[int, SharedResult[Flow]] | None = None
+        """Flow of the next frame, begun before its :meth:`step`, with its stamp."""
         self._poses: dict[int, Matrix] = {}
         """Coarse poses of the last frames since the reset, by stamp, with all corrections applied."""
         self._confirmed_ns: int | None = None
@@ -72,7 +75,7 @@ class SceneCoordinateFilter:
 
     def reset(self, reason: str) -> None:
         """Drop the belief; the next frame starts from its measurement alone."""
-        self._belief, self._features, self._reset_reason = None, None, reason
+        self._belief, self._features, self._flowing, self._reset_reason = None, None, None, reason
         self._confirmed_ns, self._poses = None, {}
         self._contradictions, self._settling = 0, 0
 
@@ -150,6 +153,19 @@ class SceneCoordinateFilter:
         least = SETTLED_COVER if self.is_settled else MIN_COVER
         return float(self._belief.valid.float().mean()) >= least
 
+    def begin_flow(self, stamp_ns: int, features: torch.Tensor) -> Callable[[], None]:
+        """Begin the flow of the next :meth:`step`, which needs no measurement; return what another thread can run."""
+        if self._belief is None or self._features is None:
+            return lambda: None
+        before, flow = self._features, self._flow
+
+        @torch.inference_mode()
+        def compute() -> Flow:
+            return flow(features, before)
+
+        self._flowing = stamp_ns, SharedResult(compute)
+        return self._flowing[1].help
+
     def step(self, stamp_ns: int, features: torch.Tensor, measurement: SceneCoordinates) -> Filtered:
         """Fuse the measurement of a frame with the belief propagated from the previous frame.
 
@@ -162,7 +178,9 @@ class SceneCoordinateFilter:
         if self._belief is None or self._features is None:
             filtered = restarted(measurement, self._reset_reason)
         else:
-            filtered = self._propagate(self._belief, self._flow(features, self._features), measurement)
+            begun_ns, begun = self._flowing or (None, None)
+            flow = begun.result() if begun and begun_ns == stamp_ns else self._flow(features, self._features)
+            filtered = self._propagate(self._belief, flow, measurement)
             if filtered.report.reset_reason:
                 self._confirmed_ns, self._poses = None, {}
             if filtered.report.reset_reason or filtered.report.rejected_ratio > SETTLED_REJECTED_RATIO:
@@ -170,7 +188,7 @@ class SceneCoordinateFilter:
             if self._confirmed_ns is not None:
                 filtered = confirmed(filtered, self.settings.confirmed_variance_scale)
         self._belief = filtered.belief or filtered.posterior
-        self._features, self._stamp_ns, self._reset_reason = features, stamp_ns, ""
+        self._features, self._stamp_ns, self._reset_reason, self._flowing = features, stamp_ns, "", None
         return filtered
 
     def _check_time(self, stamp_ns: int) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Protocol
 
@@ -12,6 +13,7 @@ import torch
 from kfloc_ros.device import choose_device, prefers_int8
 from kfloc_ros.features.backbone import COARSE_STRIDE, Backbone, BackboneFeatures
 from kfloc_ros.geometry.camera import Camera, ImageAdapter
+from kfloc_ros.jobs import HELPERS
 from kfloc_ros.kfnet.filter import SETTLED_S, FlowFunction, SceneCoordinateFilter
 from kfloc_ros.kfnet.flow_network import flow_of
 from kfloc_ros.kfnet.fusion import NO_PRIOR, Filtered, FilterSettings
@@ -88,6 +90,11 @@ class CoarseStage:
         part = self._next_part(frame.stamp_ns) if self._alternates and self._filter.is_confirmed else WHOLE
         return Ahead(times, features, self._networks.begin(frame, features, self._cells(features, part)))
 
+    def sharing(self, ahead: Ahead) -> AbstractContextManager[None]:
+        """Return a context in which threads share measurement and flow, unless one that works ahead helps anyway."""
+        alone = self._networks.is_divisible and ahead.measuring is None
+        return HELPERS.sharing() if alone else nullcontext()
+
     def measure(
         self, frame: Frame, features: BackboneFeatures, times: StageTimes, ahead: Ahead | None = None
     ) -> SceneCoordinates:
@@ -108,6 +115,9 @@ class CoarseStage:
             measuring = ahead.measuring if ahead is not None else None
             self._measuring = measuring or self._networks.begin(frame, features, cells)
             times.add("measure", self._measuring.helped_s)  # before this frame's turn
+            if HELPERS.are_at_hand:
+                flow_features = self._networks.flow_features(frame, features)
+                HELPERS.enlist(self._filter.begin_flow(frame.stamp_ns, flow_features), self._measuring.help)
             return self._measuring.coordinates(cells)
 
     def _next_part(self, stamp_ns: int) -> CellPart:
@@ -239,6 +249,8 @@ class CoarseNetworks(Protocol):
     process_floor_m2: float
     stride: int
     """Pixels of the map's camera per cell."""
+    is_divisible: bool
+    """True if threads can share a frame's measurement and flow, so that torch needs no threads of its own."""
 
     def begin(self, frame: Frame, features: BackboneFeatures, cells: torch.Tensor | None = None) -> Measuring:
         """Begin to measure a frame's scene coordinates; cells are in pixels of the map's camera.
@@ -292,6 +304,7 @@ class FastNetworks:
     stride = COARSE_STRIDE
 
     def __init__(self, scene_map: SceneMap, device: torch.device, *, exact: bool = False) -> None:
+        self.is_divisible = device.type == "cpu"
         head = scene_map.head.to(device)
         self._head = quantized(head) if prefers_int8(device) and not exact else packed(head)
         self._calibration = scene_map.calibration
@@ -308,6 +321,8 @@ class FastNetworks:
 
 class ReferencePair:
     """Networks of the reference family: KFNet's own SCoordNet and OFlowNet, on the image itself."""
+
+    is_divisible = False
 
     def __init__(self, scene_map: SceneMap, networks: ReferenceNetworks, device: torch.device) -> None:
         self._networks = networks.to(device)

@@ -141,11 +141,12 @@ class Localizer:
         ahead = self._coarse.prepare(frame, measures=False) if ahead is None else ahead
         times, features = ahead.times, ahead.features
 
-        # 3. Measure scene coordinates and their variance (SCoordNet)
-        measurement = self._coarse.measure(frame, features, times, ahead)
+        with self._coarse.sharing(ahead):
+            # 3. Measure scene coordinates and their variance (SCoordNet)
+            measurement = self._coarse.measure(frame, features, times, ahead)
 
-        # 4. Carry the belief over by optical flow and fuse (KFNet)
-        filtered = self._coarse.fuse(frame, features, measurement, times)
+            # 4. Carry the belief over by optical flow and fuse (KFNet)
+            filtered = self._coarse.fuse(frame, features, measurement, times)
 
         # 5. Coarse pose by RANSAC-PnP
         pose = self._coarse.solve(frame, filtered, times)

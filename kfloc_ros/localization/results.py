@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 
 from kfloc_ros.features.backbone import BackboneFeatures
-from kfloc_ros.jobs import SharedWork
+from kfloc_ros.jobs import SharedResult
 from kfloc_ros.kfnet.fusion import Filtered
 from kfloc_ros.types import CoarsePose, FilterReport, Frame, PoseEstimate, SceneCoordinates
 
@@ -90,31 +90,13 @@ class Measuring(Protocol):
         ...
 
 
-class WholeMeasurement:
-    """Measurement by a network that takes the image as a whole, by whichever thread is first.
-
-    Args:
-        measure: returns the scene coordinates of all cells.
-    """
-
-    def __init__(self, measure: Callable[[], SceneCoordinates]) -> None:
-        self._measure, self._found = measure, list[SceneCoordinates]()
-        self._work = SharedWork([lambda: self._found.append(self._measure())])
-
-    @property
-    def helped_s(self) -> float:
-        """Time that :meth:`help` spent, in seconds."""
-        return self._work.helped_s
-
-    def help(self) -> None:
-        """Measure, unless another thread does."""
-        self._work.help()
+class WholeMeasurement(SharedResult[SceneCoordinates]):
+    """Measurement by a network that takes the image as a whole."""
 
     def coordinates(self, cells: torch.Tensor | None = None) -> SceneCoordinates:
         """Return the scene coordinates of all cells, whichever are needed."""
         del cells
-        self._work.finish()
-        return self._found[0]
+        return self.result()
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from kfloc_ros.errors import SourceError
 from kfloc_ros.evaluation.offline import localize_frames
@@ -40,8 +41,19 @@ def run(scene_map: SceneMap, source: Any, *, ahead: bool, **options: Any) -> lis
     return list(localize_frames(Localizer(scene_map, LocalizerConfig(device="cpu", **options)), source, ahead=ahead))
 
 
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """Number of torch's threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("options", [{}, {"tracking": True}, {"camera_check": "correct"}])
-def test_features_computed_ahead_change_no_bit(scene_map: SceneMap, room, options: dict[str, Any]) -> None:
+def test_features_computed_ahead_change_no_bit(
+    scene_map: SceneMap, room, options: dict[str, Any], threads: int
+) -> None:
     frames = [room[i] for i in range(6)]
     plain, quick = (run(scene_map, Frames(frames), ahead=ahead, **options) for ahead in (False, True))
     assert [item.frame.index for item in quick] == [frame.index for frame in frames]
@@ -50,6 +62,7 @@ def test_features_computed_ahead_change_no_bit(scene_map: SceneMap, room, option
         assert np.array_equal(a.estimate.covariance, b.estimate.covariance)
         assert set(a.estimate.timings_ms) == set(b.estimate.timings_ms)
         assert b.latency_ms >= b.estimate.timings_ms["backbone"] > 0
+    assert torch.get_num_threads() == threads
 
 
 @pytest.mark.parametrize("ahead", [False, True])

@@ -49,6 +49,15 @@ def test_static_view_is_averaged() -> None:
     assert (last.posterior.variance <= 0.1**2).all()
 
 
+def test_a_flow_that_was_begun_before_the_measurement_is_taken_for_its_frame_alone() -> None:
+    plain, early = SceneCoordinateFilter(SETTINGS), SceneCoordinateFilter(SETTINGS)
+    assert early.begin_flow(0, features())() is None  # nothing to begin with
+    for k in range(4):
+        early.begin_flow((k + (k == 3)) * FRAME_NS, features())()
+        a, b = (recursion.step(k * FRAME_NS, features(), plane(0.1, k)) for recursion in (plain, early))
+        assert torch.equal(a.posterior.mean, b.posterior.mean) and a.report == b.report
+
+
 def still(process_m2: float, *, at_edge: bool = False) -> Flow:
     """No motion anywhere, with a process variance of its own."""
     everywhere = torch.ones(H, W, dtype=torch.bool)

@@ -15,6 +15,7 @@ from kfloc_ros.errors import ConfigError, FrameError
 from kfloc_ros.evaluation.offline import localize_source
 from kfloc_ros.frames import Selection
 from kfloc_ros.geometry.lie import make_pose, rotation_angle_deg, so3_exp
+from kfloc_ros.jobs import HELPERS
 from kfloc_ros.localization.config import LocalizerConfig
 from kfloc_ros.localization.localizer import Localizer
 from kfloc_ros.localization.results import CellPart
@@ -197,3 +198,22 @@ def test_cells_measured_beside_the_frame_before_are_those_that_the_frame_needs(s
         assert (localization.estimate.T_map_camera == alone[k].T_map_camera).all()
         if k > 1:
             assert shares[k - 1] == pytest.approx(float(coarse.measurement.valid.float().mean()))
+
+
+@pytest.mark.parametrize("tracking", [False, True])
+def test_threads_that_share_a_frame_change_no_bit(
+    scene_map: SceneMap, room, monkeypatch: pytest.MonkeyPatch, tracking: bool
+) -> None:
+    frames, before, helped = [room[i] for i in range(0, 12, 2)], torch.get_num_threads(), []
+    enlist = HELPERS.enlist
+    torch.set_num_threads(2)
+    try:
+        monkeypatch.setattr(HELPERS, "enlist", lambda *tasks: helped.append(enlist(*tasks)))
+        shared = localize(scene_map, frames, tracking=tracking)
+        monkeypatch.setattr(HELPERS, "enlist", lambda *tasks: None)
+        alone = localize(scene_map, frames, tracking=tracking)
+    finally:
+        torch.set_num_threads(before)
+    assert helped
+    for a, b in zip(shared, alone, strict=True):
+        assert np.array_equal(a.T_map_camera, b.T_map_camera) and np.array_equal(a.covariance, b.covariance)
