@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import yaml
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import make_pose, so3_exp
 from kfloc_ros.kfnet.scoordnet import SCoordNet
-from kfloc_ros.maps.format import DESCRIPTION, INDEX_FILE
+from kfloc_ros.maps.format import DESCRIPTION, HEAD_FILE, INDEX_FILE, REFERENCES_FILE
 from kfloc_ros.maps.scene_map import Calibration, SceneMap
 from kfloc_ros.pixloc.references import ReferencePoints, ReferenceViews
 
@@ -48,10 +48,21 @@ def closet(seed: int, camera: Camera = CAMERA) -> SceneMap:
 
 def change(folder: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
     """Write a place's description that somebody who means harm has made, checksums and all."""
+    sign(folder, (INDEX_FILE,), edit)
+
+
+def sign(
+    folder: Path,
+    names: Sequence[str] = (HEAD_FILE, REFERENCES_FILE),
+    edit: Callable[[dict[str, Any]], Any] = lambda description: None,
+) -> None:
+    """Make the checksums of files right again, as somebody who means harm would, with a change of the description."""
     description = yaml.safe_load((folder / DESCRIPTION).read_text())
     edit(description)
-    data = (folder / INDEX_FILE).read_bytes()
-    description["files"] = {INDEX_FILE: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}}
+    data = {name: (folder / name).read_bytes() for name in names}
+    description["files"] = {
+        name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()} for name, content in data.items()
+    }
     (folder / DESCRIPTION).write_text(yaml.safe_dump(description))
 
 

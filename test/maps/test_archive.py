@@ -3,44 +3,27 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from closets import closet, files_below, sign
 from safetensors.torch import load_file, save_file
 
 from kfloc_ros.errors import MapError
-from kfloc_ros.geometry.camera import Camera
-from kfloc_ros.kfnet.scoordnet import SCoordNet
 from kfloc_ros.maps.archive import LIMITS, pack_map, unpack_map
 from kfloc_ros.maps.format import DESCRIPTION, HEAD_FILE, REFERENCES_FILE
-from kfloc_ros.maps.scene_map import Calibration, SceneMap
-from kfloc_ros.pixloc.references import ReferencePoints, ReferenceViews
+from kfloc_ros.maps.scene_map import SceneMap
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    unit = torch.nn.functional.normalize
-    view = ReferencePoints(torch.randn(40, 3), unit(torch.randn(40, 64)), unit(torch.randn(40, 24)), torch.rand(40))
-    head = SCoordNet(width=16, blocks=1)
-    head.normalize_with(torch.randn(100, 192), torch.randn(100, 3))
-    made = SceneMap(
-        name="closet",
-        frame_id="map",
-        camera=Camera(320, 256, 260.0, 261.0, 159.5, 127.5),
-        head=head.eval(),
-        references=ReferenceViews((3,), np.eye(4)[None], (view,)),
-        calibration=Calibration(),
-        bounds_m=((0.0, 0.0, 0.0), (1.0, 2.0, 3.0)),
-        provenance={"source": "test"},
-    )
-    return made.save(tmp_path_factory.mktemp("maps") / "closet")
+    return replace(closet(0), name="closet").save(tmp_path_factory.mktemp("maps") / "closet")
 
 
 @pytest.fixture
@@ -48,25 +31,10 @@ def folder(whole: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(whole, tmp_path / "closet"))
 
 
-def files_below(path: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file()}
-
-
 def edit(folder: Path, change) -> None:
     description = yaml.safe_load((folder / DESCRIPTION).read_text())
     change(description)
     (folder / DESCRIPTION).write_text(yaml.safe_dump(description))
-
-
-def sign(folder: Path) -> None:
-    """Make the checksums right again, as somebody who means harm would."""
-
-    def checksums(description) -> None:
-        for name in (HEAD_FILE, REFERENCES_FILE):
-            data = (folder / name).read_bytes()
-            description["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-
-    edit(folder, checksums)
 
 
 def test_a_packed_map_comes_out_as_it_went_in(folder: Path, tmp_path: Path) -> None:

@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +18,16 @@ from safetensors.torch import load_file
 
 pytest.importorskip("hypothesis", reason="hypothesis is not installed: `make setup-dev` brings it")
 
+from closets import closet, sign
 from damage import TensorChange, damaged_archive, tensor_changes, write_changed
 from hypothesis import strategies as st
 
 from kfloc_ros.errors import MapError
-from kfloc_ros.geometry.camera import Camera
-from kfloc_ros.kfnet.scoordnet import SCoordNet
 from kfloc_ros.localization.config import LocalizerConfig
 from kfloc_ros.localization.localizer import Localizer
 from kfloc_ros.maps.archive import LIMITS, pack_map, unpack_map
 from kfloc_ros.maps.format import DESCRIPTION, HEAD_FILE, REFERENCES_FILE, resolve_map
-from kfloc_ros.maps.scene_map import Calibration, SceneMap
-from kfloc_ros.pixloc.references import ReferencePoints, ReferenceViews
+from kfloc_ros.maps.scene_map import SceneMap
 from kfloc_ros.types import Frame
 
 Fuzz = Callable[..., None]
@@ -37,37 +35,12 @@ Fuzz = Callable[..., None]
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    unit = torch.nn.functional.normalize
-    points = torch.randn(80, 3) + torch.tensor([0.0, 0.0, 4.0])
-    view = ReferencePoints(points, unit(torch.randn(80, 64)), unit(torch.randn(80, 24)), torch.rand(80))
-    head = SCoordNet(width=8, blocks=0)
-    head.normalize_with(torch.randn(50, 192), points)
-    made = SceneMap(
-        name="closet",
-        frame_id="map",
-        camera=Camera(96, 64, 70.0, 70.0, 47.5, 31.5),
-        head=head.eval(),
-        references=ReferenceViews((3, 5), np.stack([np.eye(4)] * 2), (view, view)),
-        calibration=Calibration(),
-        bounds_m=((0.0, 0.0, 0.0), (1.0, 2.0, 3.0)),
-        provenance={"source": "test"},
-    )
-    return made.save(tmp_path_factory.mktemp("maps") / "closet")
+    return replace(closet(0), name="closet").save(tmp_path_factory.mktemp("maps") / "closet")
 
 
 @pytest.fixture
 def folder(whole: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(whole, tmp_path / "closet"))
-
-
-def sign(folder: Path) -> None:
-    """Make the checksums right again, as somebody who means harm would."""
-    description = yaml.safe_load((folder / DESCRIPTION).read_text())
-    for name in (HEAD_FILE, REFERENCES_FILE):
-        data = (folder / name).read_bytes()
-        description["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    (folder / DESCRIPTION).write_text(yaml.safe_dump(description))
 
 
 def assert_sound(loaded: SceneMap) -> None:
