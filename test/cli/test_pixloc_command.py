@@ -17,6 +17,7 @@ import pycolmap
 import pytest
 import torch
 import yaml
+from poster import wall
 
 from kfloc_ros.cli.main import main
 from kfloc_ros.geometry.camera import Camera
@@ -45,24 +46,9 @@ TRUTH = {
 QUICK = ["num_iters=30", "method=classic", "stop_period=1", "resize=160", "pad=1", "min_points_opt=20"]
 
 
-def render(T_map_camera: Matrix) -> np.ndarray:
-    """A textured wall at z = 2.5 m."""
-    rng = np.random.default_rng(5)
-    texture = np.zeros((600, 800, 3), dtype=np.float32)
-    for cells in (12, 30, 60):
-        noise = rng.uniform(0, 255, (cells * 3 // 4, cells, 3)).astype(np.float32)
-        texture += cv2.resize(noise, (800, 600), interpolation=cv2.INTER_CUBIC) / 3
-    u, v = np.meshgrid(np.arange(CAMERA.width), np.arange(CAMERA.height))
-    pixels = torch.from_numpy(np.stack([u, v], -1).reshape(-1, 2).astype(np.float64))
-    rays = CameraTensor.from_camera(CAMERA).image2world(pixels).numpy() @ T_map_camera[:3, :3].T
-    hits = T_map_camera[:3, 3] + rays * ((2.5 - T_map_camera[2, 3]) / rays[:, 2:])
-    xy = (hits[:, :2] * 120 + [400, 300]).astype(np.float32).reshape(CAMERA.height, CAMERA.width, 2)
-    return cv2.remap(texture, xy, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT).clip(0, 255).astype(np.uint8)
-
-
 def write_image(path: Path, T: Matrix) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    assert cv2.imwrite(str(path), render(T)[..., ::-1])
+    assert cv2.imwrite(str(path), wall(CAMERA, T)[..., ::-1])
 
 
 def write_model(folder: Path, poses: dict[str, Matrix]) -> None:

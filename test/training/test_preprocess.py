@@ -9,15 +9,14 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from poster import CAMERA, Poster
+from poster import CAMERA, Poster, colour_difference
 
 from kfloc_ros.cli.main import main
 from kfloc_ros.errors import SourceError
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import inverse_pose, make_pose, matrix_to_quaternion
 from kfloc_ros.pixloc.reference import unet
-from kfloc_ros.pixloc.reference.cost import FeatureMap
-from kfloc_ros.training.pixloc_samples import PairRule, Pairs
+from kfloc_ros.training.pixloc_samples import PairRule
 from kfloc_ros.training.preprocess import (
     preprocess_megadepth,
     quarter_turns,
@@ -78,19 +77,6 @@ def megadepth(root: Path, scene: str = "hall", turned: int = 1) -> Path:
         views.append((f"{k}.png", camera, T))
     write_model(folder / "sparse", views)
     return folder
-
-
-def colour_difference(pairs: Pairs, roll: int = 0) -> float:
-    """Between the two views, at the points that both see."""
-    uv_r = pairs.camera_reference.world2image(pairs.points)
-    uv_q = pairs.camera_query.world2image(pairs.T_true.transform(pairs.points))
-    both = uv_r.valid & uv_q.valid
-    assert int(both.sum()) > 15
-    colours = [
-        FeatureMap.from_maps(image.double()).sample(uv.points).values[both]
-        for image, uv in ((pairs.reference, uv_r), (pairs.query, uv_q))
-    ]
-    return float((colours[0] - colours[1].roll(roll, 0)).abs().median())
 
 
 def test_a_model_becomes_a_scene_that_is_trained_on(

@@ -13,14 +13,14 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from poster import colour_difference
 
 from kfloc_ros.cli.main import main
 from kfloc_ros.errors import SourceError
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import inverse_pose, make_pose, so3_exp
 from kfloc_ros.pixloc.reference import unet
-from kfloc_ros.pixloc.reference.cost import FeatureMap
-from kfloc_ros.training.pixloc_samples import PairRule, Pairs
+from kfloc_ros.training.pixloc_samples import PairRule
 from kfloc_ros.training.preprocessed import CMU_CAMERAS, open_preprocessed
 
 RULE = PairRule(resize=160, resize_by="shorter", crop=140, points=64, min_overlap=0.2)
@@ -116,19 +116,6 @@ def write_cmu(root: Path, room: Any, name: str) -> None:
     folder = root / "cmu_pixloc_training"
     folder.mkdir(exist_ok=True)
     (folder / f"{name}.pkl").write_bytes(pickle.dumps(content, protocol=2))
-
-
-def colour_difference(pairs: Pairs, roll: int = 0) -> float:
-    """Between the two views, at the points that both see."""
-    uv_r = pairs.camera_reference.world2image(pairs.points)
-    uv_q = pairs.camera_query.world2image(pairs.T_true.transform(pairs.points))
-    both = uv_r.valid & uv_q.valid
-    assert int(both.sum()) > 15
-    colours = [
-        FeatureMap.from_maps(image.double()).sample(uv.points).values[both]
-        for image, uv in ((pairs.reference, uv_r), (pairs.query, uv_q))
-    ]
-    return float((colours[0] - colours[1].roll(roll, 0)).abs().median())
 
 
 def test_pairs_of_megadepth_show_the_same_points(tmp_path: Path, room: Any) -> None:

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from poster import wall
 
 from kfloc_ros.errors import ConfigError, MapError
 from kfloc_ros.geometry.camera import Camera
@@ -45,18 +45,7 @@ FAR_M = np.array([4.5e5, 5.1e6, 300.0])
 
 def render(T_map_camera: Matrix) -> np.ndarray:
     """A textured wall at z = 2.5 m beyond FAR_M, seen through the camera's lens."""
-    rng = np.random.default_rng(5)
-    texture = np.zeros((600, 800, 3), dtype=np.float32)
-    for cells in (12, 30, 60):
-        noise = rng.uniform(0, 255, (cells * 3 // 4, cells, 3)).astype(np.float32)
-        texture += cv2.resize(noise, (800, 600), interpolation=cv2.INTER_CUBIC) / 3
-    u, v = np.meshgrid(np.arange(CAMERA.width), np.arange(CAMERA.height))
-    pixels = torch.from_numpy(np.stack([u, v], -1).reshape(-1, 2).astype(np.float64))
-    rays = CameraTensor.from_camera(CAMERA).image2world(pixels).numpy() @ T_map_camera[:3, :3].T
-    centre = T_map_camera[:3, 3] - FAR_M
-    hits = centre + rays * ((2.5 - centre[2]) / rays[:, 2:])
-    xy = (hits[:, :2] * 120 + [400, 300]).astype(np.float32).reshape(CAMERA.height, CAMERA.width, 2)
-    return cv2.remap(texture, xy, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT).clip(0, 255).astype(np.uint8)
+    return wall(CAMERA, make_pose(T_map_camera[:3, :3], T_map_camera[:3, 3] - FAR_M))
 
 
 def scene() -> ReferenceScene:
