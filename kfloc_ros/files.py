@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that others wrote, read and unpacked within limits: plain files only, and sizes are known beforehand."""
+"""Files that others wrote, read and unpacked within limits: plain files only, and sizes are known beforehand.
+
+Files of our own are written whole or not at all.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,8 @@ import tarfile
 import tempfile
 import zipfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
@@ -209,25 +214,6 @@ def read_yaml(path: Path) -> Any:
         raise ValueError(" ".join(str(error).split())[:200]) from error
 
 
-def hdf5_values(dataset: Any, path: Path, taken: int = 0) -> NDArray[Any]:
-    """Return the values of a data set of an HDF5 file, whose size is checked before memory is taken.
-
-    Args:
-        dataset: of h5py.
-        path: file that it is in.
-        taken: bytes that were read from the file before.
-
-    Raises:
-        ValueError: it is larger than what the file can hold, lies in another file, or is no array of numbers.
-    """
-    limit = FREE_BYTES + MAX_RATIO * path.stat().st_size
-    if getattr(dataset, "dtype", None) is None or dataset.dtype.kind not in "fiu" or dataset.external:
-        raise ValueError(f"'{dataset.name}' is no array of numbers in this file")
-    if taken + dataset.size * dataset.dtype.itemsize > limit:
-        raise ValueError(f"'{dataset.name}' unpacks to more than {limit} bytes")
-    return np.asarray(dataset[()])
-
-
 def check_tensor_list(start: bytes) -> None:
     """Have the list of tensors at the start of a safetensors file, whose first 8 bytes are its length, be short.
 
@@ -247,6 +233,17 @@ def check_tensor_file(path: Path) -> None:
     """
     with open_plain(path) as stream:
         check_tensor_list(stream.read(8))
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a path beside ``path``. The file written there replaces it if the block succeeds, and else is removed."""
+    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def check_space(folder: Path, needed_bytes: int) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -141,6 +140,7 @@ def _contact_sheet(bags: Sequence[Path], path: Path) -> None:
     import numpy as np
 
     from kfloc_ros.datasets.ros_bag import RosBag
+    from kfloc_ros.files import replacing
 
     rows = []
     for bag in bags:
@@ -149,9 +149,8 @@ def _contact_sheet(bags: Sequence[Path], path: Path) -> None:
         rows.append(np.concatenate([cv2.resize(source[int(i)].image, (480, 360)) for i in places], axis=1))
     done, data = cv2.imencode(".png", np.concatenate(rows)[..., ::-1])
     if done:
-        partial = path.with_suffix(".partial")
-        partial.write_bytes(data.tobytes())
-        os.replace(partial, path)
+        with replacing(path) as partial:
+            partial.write_bytes(data.tobytes())
 
 
 def _verdict(summary_path: Path) -> int:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 
 from kfloc_ros.evaluation.metrics import Reliability, pose_error, pose_errors, recall, reliability
 from kfloc_ros.evaluation.offline import FrameRecord
+from kfloc_ros.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,9 +42,8 @@ def write_plots(out: Path, records: Sequence[FrameRecord]) -> list[str]:
         if not draw(figure, records):
             continue
         FigureCanvasAgg(figure)
-        partial = out / f".{name}.partial"
-        figure.savefig(partial, format="png", dpi=120)
-        os.replace(partial, out / name)
+        with replacing(out / name) as partial:
+            figure.savefig(partial, format="png", dpi=120)
         names.append(name)
     return names
 

@@ -12,7 +12,6 @@ import csv
 import fcntl
 import io
 import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from kfloc_ros.evaluation.page import ImagesOf, page_text
 from kfloc_ros.evaluation.plots import PICTURES, write_plots
 from kfloc_ros.evaluation.report import report_text
 from kfloc_ros.evaluation.summary import RunInfo, Summary, finite, summarize
+from kfloc_ros.files import replacing
 from kfloc_ros.geometry.lie import matrix_to_quaternion
 from kfloc_ros.messages.poses import tum_text
 from kfloc_ros.types import Matrix
@@ -143,6 +143,5 @@ def _vector(T_map_camera: Matrix) -> list[Any]:
 
 
 def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from kfloc_ros.datasets.colmap import MIN_TRACK_LENGTH, camera_of
 from kfloc_ros.datasets.posed_images import CALIBRATION_FILE, write_calibration
 from kfloc_ros.errors import SourceError
-from kfloc_ros.files import read_text
+from kfloc_ros.files import read_text, replacing
 from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import Matrix, inverse_pose, make_pose
@@ -161,9 +161,8 @@ def _make_model(source: FrameSource, folder: Path, on_progress: Callable[[str, f
 
 
 def _write_notes(folder: Path, notes: ModelNotes) -> None:
-    partial = folder / f".{NOTES}.partial"
-    partial.write_text(json.dumps(asdict(notes), indent=2) + "\n", encoding="utf-8")
-    partial.replace(folder / NOTES)
+    with replacing(folder / NOTES) as partial:
+        partial.write_text(json.dumps(asdict(notes), indent=2) + "\n", encoding="utf-8")
 
 
 def _rescale(model: Any, folder: Path, notes: ModelNotes) -> None:

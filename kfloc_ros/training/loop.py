@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ import torch
 
 from kfloc_ros.config import option
 from kfloc_ros.errors import KflocError, WeightsError
+from kfloc_ros.files import replacing
 from kfloc_ros.training.distributed import agree, interruptions, mean_of_figures, parallel_loss, rank, world_size
 from kfloc_ros.training.stage import Best, ItemT, Samples, Stage, mean_figures, prefetched
 from kfloc_ros.training.state import Progress, TrainingLog, load_state, save_state
@@ -240,9 +240,8 @@ class _Run(Generic[ItemT]):
         spent = self.progress.seconds + time.monotonic() - self.start
         save_state(self.out, self.modules, self.optimizer, Progress(self.step, spent), self.described)
         for name in self.modules:
-            temporary = self.out / f".{name}.safetensors.new"
-            self.stage.write(name, temporary, f"trained here, step {self.step}")
-            os.replace(temporary, self.out / f"{name}.safetensors")
+            with replacing(self.out / f"{name}.safetensors") as partial:
+                self.stage.write(name, partial, f"trained here, step {self.step}")
 
 
 def validate(

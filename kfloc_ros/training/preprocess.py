@@ -9,7 +9,6 @@ slice's references, and queries whose poses are known. A scene becomes one ``.np
 from __future__ import annotations
 
 import importlib
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +19,11 @@ from numpy.typing import NDArray
 
 from kfloc_ros.datasets.images import read_depth_m
 from kfloc_ros.errors import FrameError, SourceError
-from kfloc_ros.files import hdf5_values, inside, open_plain, read_array, read_arrays, read_text
+from kfloc_ros.files import inside, open_plain, read_array, read_arrays, read_text, replacing
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.colmap import camera_from_colmap
 from kfloc_ros.geometry.lie import Matrix, inverse_pose, make_pose, quaternion_to_matrix
+from kfloc_ros.pixloc.hloc.files import hdf5_values
 
 MIN_COMMON = 50
 """Points that two views must share to overlap, as published."""
@@ -299,9 +299,8 @@ def write_scene(path: Path, scene: Mapping[str, Any]) -> None:
     arrays["p3D_observed"] = np.concatenate(observed).astype(np.int64)
     arrays["p3D_observed_counts"] = np.array([len(rows) for rows in observed])
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.new.npz")
-    np.savez_compressed(temporary, **arrays)  # type: ignore[arg-type]
-    os.replace(temporary, path)
+    with replacing(path) as partial:
+        np.savez_compressed(partial, **arrays)  # type: ignore[arg-type]
 
 
 def read_scene(path: Path) -> dict[str, Any]:

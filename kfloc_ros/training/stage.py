@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ import torch
 from torch import nn
 
 from kfloc_ros.errors import WeightsError
-from kfloc_ros.files import read_json
+from kfloc_ros.files import read_json, replacing
 from kfloc_ros.frames import FrameSource, Selection
 
 BEST_FILE = "best.json"
@@ -96,13 +95,11 @@ class Best:
         if not loss < self.loss:
             return False
         for path, name in files.items():
-            temporary = path.with_name(f".{path.name}.new")
-            write(temporary, name)
-            os.replace(temporary, path)
+            with replacing(path) as partial:
+                write(partial, name)
         self.loss, self.step = loss, step
-        note = self.folder / f".{BEST_FILE}.new"
-        note.write_text(json.dumps({"loss": loss, "step": step}) + "\n", encoding="utf-8")
-        os.replace(note, self.folder / BEST_FILE)
+        with replacing(self.folder / BEST_FILE) as partial:
+            partial.write_text(json.dumps({"loss": loss, "step": step}) + "\n", encoding="utf-8")
         return True
 
 

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from kfloc_ros.errors import WeightsError
-from kfloc_ros.files import read_json
+from kfloc_ros.files import read_json, replacing
 
 STATE_FILE = "state.json"
 LOG_FILE = "log.jsonl"
@@ -66,12 +66,10 @@ def save_state(
         "tensors": path.name,
         "config": dict(config),
     }
-    temporary = folder / f".{STATE_FILE}.new"
-    with temporary.open("w", encoding="utf-8") as stream:
+    with replacing(folder / STATE_FILE) as partial, partial.open("w", encoding="utf-8") as stream:
         stream.write(json.dumps(state, indent=1) + "\n")
         stream.flush()
         os.fsync(stream.fileno())
-    os.replace(temporary, folder / STATE_FILE)
     for old in folder.glob("checkpoint-*.safetensors"):
         if old != path:
             old.unlink()
@@ -196,6 +194,5 @@ def _forget_after(log: Path, step: int) -> None:
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
             continue  # the line that the kill cut short
-    temporary = log.with_name(f".{log.name}.new")
-    temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    temporary.replace(log)
+    with replacing(log) as partial:
+        partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")

@@ -164,7 +164,7 @@ def read_networks(paths: Sequence[Path], transform: Path, scale: float = 1.0) ->
     """
     found = Imported(None, None, ())
     for path in paths:
-        files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+        files = sorted(path.glob("[!.]*.safetensors")) if path.is_dir() else [path]
         if not files:
             raise WeightsError(f"'{path}' has no .safetensors file; `kfloc convert` and `kfloc train` write them.")
         for file in files:

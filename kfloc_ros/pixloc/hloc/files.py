@@ -24,7 +24,15 @@ from safetensors.numpy import load_file
 
 from kfloc_ros.errors import FrameError, SourceError
 from kfloc_ros.evaluation.metrics import FAILURE, pose_error, recall
-from kfloc_ros.files import check_tensor_file, hdf5_values, open_plain, read_arrays, read_bytes, read_text
+from kfloc_ros.files import (
+    FREE_BYTES,
+    MAX_RATIO,
+    check_tensor_file,
+    open_plain,
+    read_arrays,
+    read_bytes,
+    read_text,
+)
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.colmap import camera_from_parameters
 from kfloc_ros.geometry.lie import Matrix, inverse_pose, make_pose, matrix_to_quaternion, quaternion_to_matrix
@@ -274,3 +282,22 @@ def _read_hdf5(path: Path) -> dict[str, Any]:
     with open_plain(path) as stream, h5py.File(stream, "r") as file:
         file.visititems(visit)
     return found
+
+
+def hdf5_values(dataset: Any, path: Path, taken: int = 0) -> NDArray[Any]:
+    """Return the values of a data set of an HDF5 file, whose size is checked before memory is taken.
+
+    Args:
+        dataset: of h5py.
+        path: file that it is in.
+        taken: bytes that were read from the file before.
+
+    Raises:
+        ValueError: it is larger than what the file can hold, lies in another file, or is no array of numbers.
+    """
+    limit = FREE_BYTES + MAX_RATIO * path.stat().st_size
+    if getattr(dataset, "dtype", None) is None or dataset.dtype.kind not in "fiu" or dataset.external:
+        raise ValueError(f"'{dataset.name}' is no array of numbers in this file")
+    if taken + dataset.size * dataset.dtype.itemsize > limit:
+        raise ValueError(f"'{dataset.name}' unpacks to more than {limit} bytes")
+    return np.asarray(dataset[()])

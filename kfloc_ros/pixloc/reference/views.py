@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from kfloc_ros.errors import MapError, SourceError
+from kfloc_ros.files import replacing
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.camera_tensor import CameraTensor
 from kfloc_ros.geometry.colmap import camera_from_colmap, read_model
@@ -98,10 +98,9 @@ class ViewStore:
             "scene": self.scene,
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
-        save_file(tensors, partial, metadata)
-        partial.chmod(0o644)  # safetensors makes it private
-        os.replace(partial, path)
+        with replacing(path) as partial:
+            save_file(tensors, partial, metadata)
+            partial.chmod(0o644)  # safetensors makes it private
 
     @classmethod
     def load(cls, path: Path) -> ViewStore:
