@@ -136,16 +136,19 @@ def _worst_frames(records: Sequence[FrameRecord], images_of: ImagesOf | None) ->
             else f"{100 * error.translation_m:.1f} cm, {error.rotation_deg:.2f} deg"
         )
         image = images.get(record.stamp_ns)
-        picture = (
-            "" if image is None else f'<img src="{embedded(_thumbnail(image), "jpeg")}" alt="frame {record.index}">'
-        )
+        picture = ""
+        if image is not None:
+            small = embedded(jpeg(image, _WIDTH_PX / image.shape[1], 80), "jpeg")
+            picture = f'<img src="{small}" alt="frame {record.index}">'
         text = f"frame {record.index}: {what}; {record.state}" + (f": {record.reason}" if record.reason else "")
         cells.append(f"<figure>{picture}<figcaption>{escape(text)}</figcaption></figure>")
     return ["<h2>Worst frames</h2>", f'<div class="frames">{"".join(cells)}</div>']
 
 
-def _thumbnail(image: NDArray[np.uint8]) -> bytes:
-    height = max(round(image.shape[0] * _WIDTH_PX / image.shape[1]), 1)
-    small = cv2.resize(image, (_WIDTH_PX, height), interpolation=cv2.INTER_AREA)
-    _, encoded = cv2.imencode(".jpg", small[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 80])
-    return bytes(encoded)
+def jpeg(image: NDArray[np.uint8], scale: float = 1.0, quality: int = 82) -> bytes:
+    """Return an RGB image (H, W, 3), scaled, as JPEG."""
+    if scale != 1.0:
+        size = (max(round(image.shape[1] * scale), 1), max(round(image.shape[0] * scale), 1))
+        image = np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA), dtype=np.uint8)
+    _, data = cv2.imencode(".jpg", np.ascontiguousarray(image[..., ::-1]), [cv2.IMWRITE_JPEG_QUALITY, quality])
+    return bytes(data)

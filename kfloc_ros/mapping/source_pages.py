@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kfloc_ros.errors import SourceError
-from kfloc_ros.evaluation.page import document, embedded, escape, table
+from kfloc_ros.evaluation.page import document, embedded, escape, jpeg, table
 from kfloc_ros.frames import FrameSource
 from kfloc_ros.mapping.check_geometry import Model, Observations
 from kfloc_ros.mapping.source_check import SourceCheck
@@ -61,7 +61,7 @@ def write_page(check: SourceCheck, path: Path) -> None:
         count = len(check.observed.pairs)
         for k in np.unique(np.linspace(0, count - 1, min(SHOWN_PAIRS, count)).astype(int)).tolist():
             pair = check.observed.pairs[k]
-            picture = embedded(_jpeg(_drawn(check.observed, k, check.model)), "jpeg")
+            picture = embedded(jpeg(_drawn(check.observed, k, check.model)), "jpeg")
             caption = f"frames {pair.first.frame.index} and {pair.second.frame.index}"
             parts.append(f'<figure><img src="{picture}" alt="{caption}"><figcaption>{caption}</figcaption></figure>')
     path.write_text(document(f"Check of {check.name}", parts), encoding="utf-8")
@@ -174,7 +174,7 @@ def measure_page(source: FrameSource, indices: Sequence[int] | None = None) -> s
         if frame is None:
             continue
         height, width = frame.image.shape[:2]
-        picture = embedded(_jpeg(_fitted(frame.image), 88), "jpeg")
+        picture = embedded(jpeg(_fitted(frame.image), quality=88), "jpeg")
         views.append(
             f'<figure><figcaption>image {frame.index} ({escape(frame.name)})</figcaption><div class="view" '
             f'data-n="{frame.index}" data-w="{width}" data-h="{height}"><img src="{picture}" '
@@ -194,11 +194,6 @@ def measure_page(source: FrameSource, indices: Sequence[int] | None = None) -> s
     glass = '<canvas id="glass" width="180" height="180"></canvas>'
     parts = [_STYLE, f"<h1>Scale of {escape(source.name)}</h1>", intro, words, *views, glass, _SCRIPT]
     return document(f"Scale of {source.name}", parts)
-
-
-def _jpeg(image: NDArray[np.uint8], quality: int = 82) -> bytes:
-    _, data = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])
-    return bytes(data)
 
 
 def _fitted(image: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -15,12 +15,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from kfloc_ros.errors import DrawingError
+from kfloc_ros.evaluation.page import jpeg
 from kfloc_ros.features.backbone import BackboneFeatures
 from kfloc_ros.geometry.lie import Matrix
 from kfloc_ros.mapping.picture import up_axis
@@ -73,7 +73,7 @@ class LocalizationPage:
             "index": frame.index,
             "state": estimate.state.value,
             "reason": estimate.reason,
-            "image": jpeg(frame.image, self._scale),
+            "image": jpeg_text(frame.image, self._scale),
             "coarse": pose_rows(view.coarse.pose.T_map_camera),
             "pose": pose_rows(estimate.T_map_camera),
             "truth": pose_rows(frame.T_map_camera),
@@ -198,9 +198,6 @@ def step_entry(step: AlignmentStep | TraceStep, end: Matrix, truth: Matrix | Non
     return entry
 
 
-def jpeg(image: NDArray[np.uint8], scale: float) -> str:
+def jpeg_text(image: NDArray[np.uint8], scale: float) -> str:
     """Return an RGB image (H, W, 3), made smaller, as JPEG in base64."""
-    size = (max(round(image.shape[1] * scale), 1), max(round(image.shape[0] * scale), 1))
-    small = cv2.resize(image, size, interpolation=cv2.INTER_AREA) if scale < 1.0 else image
-    _, data = cv2.imencode(".jpg", np.ascontiguousarray(small[..., ::-1]), [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
-    return base64.b64encode(data.tobytes()).decode("ascii")
+    return base64.b64encode(jpeg(image, min(scale, 1.0), JPEG_QUALITY)).decode("ascii")

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,12 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kfloc_ros.errors import FrameError, SourceError
-from kfloc_ros.evaluation.compare import read_summary
+from kfloc_ros.evaluation.compare import read_records, read_summary
 from kfloc_ros.evaluation.metrics import pose_error
 from kfloc_ros.files import read_text
 from kfloc_ros.geometry.lie import inverse_pose
 from kfloc_ros.kfnet.reference.files import read_list, read_pose
-from kfloc_ros.messages.poses import read_tum
 from kfloc_ros.pixloc.reference.views import read_scene
 from kfloc_ros.types import Matrix
 
@@ -77,18 +75,11 @@ def read_track(folder: Path, truth_list: Path | None = None) -> Track:
     if (folder / "poses.json").is_file() and not (folder / "summary.json").is_file():
         return _pnp_track(folder, truth_list)
     summary = read_summary(folder)
+    frames = [TrackFrame(r.index, r.truth, r.estimate, r.state) for r in read_records(folder) if r.processed]
     try:
-        truth, found = read_tum(folder / "groundtruth.tum"), read_tum(folder / "trajectory.tum")
-        with (folder / "frames.csv").open(newline="", encoding="utf-8") as stream:
-            frames = [
-                TrackFrame(int(row["index"]), truth.get(stamp), found.get(stamp), row["state"])
-                for row in csv.DictReader(stream)
-                if row["processed"] == "1"
-                for stamp in (int(row["stamp_ns"]),)
-            ]
         return Track(folder.name, frames, str(summary["source"]), str(summary.get("poses") or "file"))
-    except (OSError, KeyError, ValueError, TypeError, csv.Error) as error:
-        raise SourceError(f"The result folder '{folder}' is damaged: {error}") from error
+    except KeyError as error:
+        raise SourceError(f"The result folder '{folder}' is damaged: it names no {error}.") from error
 
 
 def _pnp_track(folder: Path, truth_list: Path | None) -> Track:
