@@ -179,7 +179,7 @@ def choose_info(
     return chosen
 
 
-def choose_truth(bag: Path, topics: Iterable[Topic], option: Option = "--truth {}".format) -> Topic | None:
+def choose_truth(bag: Path, topics: Iterable[Topic]) -> Topic | None:
     """The PoseStamped topic that is the truth where none is named: a bag of our own's, or the only one.
 
     Raises:
@@ -187,17 +187,10 @@ def choose_truth(bag: Path, topics: Iterable[Topic], option: Option = "--truth {
     """
     poses = [topic for topic in topics if topic.kind == POSE and topic.count]
     own = [topic for topic in poses if topic.name == TRUTH_TOPIC]
-    return _only(bag, own or poses, "PoseStamped", option) if poses else None
+    return _only(bag, own or poses, "PoseStamped", "--truth {}".format) if poses else None
 
 
-def choose_pose(
-    bag: Path,
-    topics: Iterable[Topic],
-    named: str | None,
-    *,
-    with_tf: bool,
-    option: Option = "?pose={}".format,
-) -> Topic | str | None:
+def choose_pose(bag: Path, topics: Iterable[Topic], named: str | None, *, with_tf: bool) -> Topic | str | None:
     """The topic of poses that is named, or the only source of them; ``tf`` for the tree of transforms; or None.
 
     Args:
@@ -217,7 +210,7 @@ def choose_pose(
         return "tf" if with_tf else None
     if len(poses) > 1 or with_tf:
         choices = [topic.name for topic in poses] + ["tf"] * with_tf
-        raise _several(bag, choices, "sources of poses", option)
+        raise _several(bag, choices, "sources of poses", "?pose={}".format)
     return poses[0]
 
 

@@ -166,12 +166,8 @@ def read_description(folder: Path) -> MapDescription:
         raise SourceError(f"'{path}' is damaged: {error}.") from error
 
 
-def read_list(path: Path, root: Path | None = None) -> list[Path]:
+def read_list(path: Path) -> list[Path]:
     """Return the paths of a list file, one a line; relative ones are relative to its folder.
-
-    Args:
-        path: of the list.
-        root: the folder in which the files must lie; None: the list's own.
 
     Raises:
         SourceError: missing, empty, or a path leads out of the folder.
@@ -181,9 +177,8 @@ def read_list(path: Path, root: Path | None = None) -> list[Path]:
     except (OSError, UnicodeDecodeError) as error:
         raise SourceError(f"The list '{path}' cannot be read: {error}.") from error
     check_count(len(lines), path)
-    folder = (root or path.parent).absolute()
     try:
-        paths = [inside(folder, line if root is None else str(path.parent.absolute() / line)) for line in lines if line]
+        paths = [inside(path.parent.absolute(), line) for line in lines if line]
     except SourceError as error:
         raise SourceError(
             f"The list '{path}' names a file outside of its folder; put the list above the files that it names. {error}"

@@ -138,8 +138,6 @@ def align_two_views(
     T_init: Pose,
     *,
     settings: SolverSettings | None = None,
-    pad: int | None = None,
-    visible: torch.Tensor | None = None,
     observer: LevelObserver | None = None,
 ) -> TwoViewResult:
     """Align a batch of pairs.
@@ -151,12 +149,10 @@ def align_two_views(
         points_reference: (B, N, 3) in the reference camera's frame.
         T_init: (B,) T_query_reference to start from.
         settings: settings of the solver (default: the model's).
-        pad: cells at the maps' border that are not used (default: the model's).
-        visible: (B, N) bool, points to use (default: all).
         observer: called after every iteration; its poses are T_query_reference.
     """
     settings = settings or solver_settings(model.config)
-    pad = model.config.pad if pad is None else pad
+    pad = model.config.pad
     dtype = query.features[0].dtype
     local = recentre(points_reference, T_init, dtype)
     T = local.T
@@ -166,7 +162,6 @@ def align_two_views(
         uv, seen = camera_reference.scale(scale).world2image(points_reference, legacy=settings.legacy)
         maps = FeatureMap.with_confidence(reference.features[level], reference.confidences[level])
         values, inside = maps.sample(uv.to(dtype), pad)
-        mask = seen & inside if visible is None else seen & inside & visible
         features, query_features = values[..., :-1], query.features[level]
         if model.config.normalize_features:
             features, query_features = F.normalize(features, dim=-1), F.normalize(query_features, dim=1)
@@ -176,7 +171,7 @@ def align_two_views(
             points=local.points,
             features=features,
             confidence=values[..., -1],
-            mask=mask,
+            mask=seen & inside,
             pad=pad,
             legacy=settings.legacy,
         )
