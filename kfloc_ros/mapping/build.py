@@ -26,7 +26,7 @@ from kfloc_ros.geometry.lie import rotation_angle_deg
 from kfloc_ros.kfnet.scoordnet import SCoordNet
 from kfloc_ros.mapping.calibration import calibrate
 from kfloc_ros.mapping.mapping_pass import MappingPass, MappingPassSettings, describe_left_out, mapping_pass_over
-from kfloc_ros.mapping.pose_calibration import ABSURD_COVARIANCE_SCALE
+from kfloc_ros.mapping.pose_covariance import ABSURD_COVARIANCE_SCALE
 from kfloc_ros.mapping.scene_head import HeadProgress, HeadTraining, train_head
 from kfloc_ros.mapping.schedule import HeldOut, TimeBudget
 from kfloc_ros.mapping.views import View, map_camera
@@ -35,6 +35,9 @@ from kfloc_ros.maps.format import DESCRIPTION
 from kfloc_ros.maps.scene_map import Calibration, SceneMap
 
 MIN_CALIBRATION_VIEWS = 3
+VIEWS_PER_FAR_VIEW = 3
+"""Held-out views for each view that is aligned without what is near it, if time is limited: it takes three times as
+long."""
 FEW_REFERENCES = 4
 ALIKE_M, ALIKE_DEG = 0.25, 20.0
 """Extent of the reference views below which they count as alike."""
@@ -196,7 +199,7 @@ def make_map(
         frame_id="map",
         camera=camera,
         head=_train(mapping_pass, config, time_budget, len(held_out), device, on_progress),
-        references=mapping_pass.references,
+        references=mapping_pass.references.views,
         calibration=Calibration(),
         bounds_m=_bounds(mapping_pass.cells.coordinates),
         provenance={
@@ -215,7 +218,10 @@ def make_map(
     def calibrating(share: float, text: str) -> None:
         on_progress(BuildProgress("calibrate", share, text))
 
-    finished = calibrate(draft, held_out, config.device, calibrating)
+    checked = mapping_pass.references
+    if time_budget.limited:
+        checked = checked.with_spread(len(held_out) // VIEWS_PER_FAR_VIEW)
+    finished = calibrate(draft, held_out, config.device, calibrating, checked)
     _check_sane(finished.calibration)
     finished = dataclasses.replace(finished, references=mapping_pass.all_references)
     return MadeMap(finished, [held.view for held in mapping_pass.held_out])

@@ -32,7 +32,9 @@ from kfloc_ros.kfnet.scoordnet import Head, RoughnessScale, measure, roughness_m
 from kfloc_ros.localization.config import LocalizerConfig
 from kfloc_ros.localization.judgement import is_good
 from kfloc_ros.localization.localizer import Localizer
-from kfloc_ros.mapping.pose_calibration import ONE_SIGMA, calibrate_poses
+from kfloc_ros.mapping.checked_references import CheckedReferences
+from kfloc_ros.mapping.pose_calibration import calibrate_poses
+from kfloc_ros.mapping.pose_covariance import ONE_SIGMA
 from kfloc_ros.mapping.schedule import HeldOut, inner_half
 from kfloc_ros.mapping.views import IDENTITY, View, similarity, true_coordinates, warp_image
 from kfloc_ros.maps.scene_map import Calibration, SceneMap
@@ -63,8 +65,9 @@ def calibrate(
     held_out: Sequence[HeldOut],
     device: str,
     on_progress: Callable[[float, str], None],
+    checked: CheckedReferences | None = None,
 ) -> SceneMap:
-    """Return the map with its calibration; with the defaults if too few views were held out."""
+    """Return the map with its calibration, see ``calibrate_poses``; with the defaults if no view was held out."""
     usual = replace(draft.calibration, learned_process_scale=USUAL_LEARNED_SCALE)
     draft = replace(draft, calibration=usual)
     if not held_out:
@@ -81,8 +84,8 @@ def calibrate(
     if pairs:
         on_progress(0.5, "flow")
         calibration = calibrate_flow(calibration, features, truth, pairs)
-    on_progress(0.6, "poses")
-    calibration, quality = calibrate_poses(replace(draft, calibration=calibration), held_out, device)
+    draft, of_poses = replace(draft, calibration=calibration), lambda share: on_progress(0.6 + 0.3 * share, "poses")
+    calibration, quality = calibrate_poses(draft, held_out, device, checked, of_poses)
     on_progress(0.9, "confidence")
     odds = confidence_odds(replace(draft, calibration=calibration), views, device)
     calibration = replace(calibration, confidence_odds=odds)

@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from kfloc_ros.features.backbone import COARSE_STRIDE, Backbone, BackboneFeature
 from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import Camera, ImageAdapter
 from kfloc_ros.kfnet.scoordnet import INPUT_CHANNELS
+from kfloc_ros.mapping.checked_references import CheckedReferences
 from kfloc_ros.mapping.depth_checks import DEPTH, UNREADABLE, CheckedFrame, DepthChecks
 from kfloc_ros.mapping.point_evidence import PointEvidence
 from kfloc_ros.mapping.schedule import HeldOut, HoldOut, TimeBudget
@@ -61,7 +62,8 @@ class MappingPass:
     """Result of a mapping pass."""
 
     cells: Cells
-    references: ReferenceViews
+    references: CheckedReferences
+    """References without the held-out views."""
     all_references: ReferenceViews
     """References including the held-out views, which join after calibration so that the map has no gap there."""
     held_out: list[HeldOut]
@@ -199,10 +201,10 @@ def mapping_pass_over(
     collected = collector.views()
     ids = (*collected.ids, *(held.view.index for held in held_out))
     poses = np.stack([*collected.T_map_camera, *(held.view.T_map_camera for held in held_out)])
-    checked = evidence.weighed(evidence.placed(ReferenceViews(ids, poses, (*collected.views, *held_out_points))))
-    references = replace(collected, views=checked.views[: len(collected.views)])
-    collector.replace(references)
-    for held, points in zip(held_out, checked.views[len(collected.views) :], strict=True):
+    checked = CheckedReferences.of(evidence, ReferenceViews(ids, poses, (*collected.views, *held_out_points)))
+    references = checked.first(len(collected.views))
+    collector.replace(references.views)
+    for held, points in zip(held_out, checked.views.views[len(collected.views) :], strict=True):
         if collector.extends_coverage(held.view.T_map_camera):
             collector.add(held.view.index, held.view.T_map_camera, points)
     return MappingPass(

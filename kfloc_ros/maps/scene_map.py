@@ -90,8 +90,7 @@ class Calibration:
     camera_fit_scale: float = 4.0
     """Factor on the covariance of cameras that are fitted to an image; neighbouring residuals share errors."""
     covariance_doubling_m: float = 1e6
-    """Distance from the nearest reference view at which ``refined_covariance_scale`` counts twice; it grows evenly.
-    Only maps of builds that did not measure ``own_error_growth`` have one below the default."""
+    """Distance from the nearest reference view at which ``refined_covariance_scale`` counts twice; it grows evenly."""
     own_error_growth: float = 1e-6
     """Standard deviation of a rotation, on each axis, that is added to the map's own error, rad per metre from the
     nearest reference view: features change with the viewpoint, and all points of a view alike."""

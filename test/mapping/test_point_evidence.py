@@ -12,7 +12,8 @@ import torch
 from kfloc_ros.features.backbone import Backbone
 from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.lie import make_pose, so3_exp
-from kfloc_ros.mapping.point_evidence import DepthSettings, EvidenceSettings, PointEvidence
+from kfloc_ros.mapping.point_depths import DepthSettings
+from kfloc_ros.mapping.point_evidence import EvidenceSettings, PointEvidence
 from kfloc_ros.mapping.views import View
 from kfloc_ros.pixloc.patches import with_patches
 from kfloc_ros.pixloc.references import ReferencePoints, ReferenceViews, extract_reference_points
@@ -79,10 +80,10 @@ def test_points_that_no_other_view_shows_all_keep_the_same_share(frames: list[Fr
 
 def test_a_long_recording_is_thinned_evenly(frames: list[Frame]) -> None:
     evidence = evidence_of(frames * 3, EvidenceSettings(max_views=8))
-    kept = evidence._images
+    kept = evidence._images.items
     assert 4 <= len(kept) <= 8
     order = [frames[k % len(frames)].T_map_camera for k in range(3 * len(frames))]
-    step = evidence._step
+    step = evidence._images.step
     assert [image.T_map_camera is order[k * step] for k, image in enumerate(kept)] == [True] * len(kept)
 
 

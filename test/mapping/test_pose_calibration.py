@@ -1,96 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Covariance of a map's poses: from errors of held-out views, and from what passes through the place disagree by."""
+"""Calibration of poses on views of the recording: the camera's fit, displacements, and errors away from all images."""
 
 from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
-from kfloc_ros.geometry.lie import make_pose, so3_exp
-from kfloc_ros.mapping.pose_calibration import (
-    ABSURD_COVARIANCE_SCALE,
-    LEAST_OWN_ERROR_M,
-    LEAST_OWN_ERROR_RAD,
-    SHIFT_LIMITS,
-    PoseCovariance,
-    PoseErrors,
-    camera_fit_scale,
-    patch_covariance_scale,
-    usual_shift_chi2,
-)
-from kfloc_ros.maps.scene_map import Calibration
+from kfloc_ros.frames import FrameSource
+from kfloc_ros.mapping import pose_calibration
+from kfloc_ros.mapping.pose_calibration import LEFT_OUT_M, SHIFT_LIMITS, camera_fit_scale, usual_shift_chi2
+from kfloc_ros.mapping.views import View
+from kfloc_ros.maps.scene_map import Calibration, SceneMap
 from kfloc_ros.pixloc.optimizer import RefinerSettings
-from kfloc_ros.types import Alignment, Matrix
-
-BY_POINTS = np.diag([0.001**2] * 3 + [0.0005**2] * 3)
-
-
-def errors(
-    count: int,
-    scale: float,
-    own_m: float,
-    own_rad: float,
-    seed: int = 0,
-    distance_m: float = 0.0,
-    apart_m: float = 0.0,
-    by_points: Matrix = BY_POINTS,
-) -> PoseErrors:
-    """Errors of poses whose covariance by the points is too small by a scale, in a map with an error of its own.
-
-    They are aligned ``distance_m`` away, with views of which those of every second one disagree by ``apart_m``.
-    """
-    apart = np.zeros((count, 6, 6))
-    apart[::2, :3, :3] = apart_m**2 * np.eye(3)
-    own = np.diag([own_m**2] * 3 + [own_rad**2] * 3)
-    rng = np.random.default_rng(seed)
-    drawn = np.array([rng.multivariate_normal(np.zeros(6), scale * by_points + own + more) for more in apart])
-    covariances = np.repeat(by_points[None], count, axis=0)
-    return PoseErrors(drawn.reshape(-1, 6), covariances, np.full(count, distance_m), apart)
-
-
-NONE = errors(0, 1.0, 0.0, 0.0)
-
-
-@pytest.mark.parametrize(("scale", "own_m", "own_rad"), [(4.0, 0.0, 0.0), (1.0, 0.005, 0.004), (50.0, 0.0, 0.01)])
-def test_the_covariance_covers_as_many_errors_as_it_says(scale: float, own_m: float, own_rad: float) -> None:
-    found = PoseCovariance.of(errors(60, scale, own_m, own_rad), NONE, NONE)
-    fresh = errors(2000, scale, own_m, own_rad, seed=1)
-    for axes in (slice(0, 3), slice(3, 6)):
-        assert found.covered(fresh, axes) == pytest.approx(0.68, abs=0.07)
-
-
-def test_other_passes_show_the_error_that_neighbours_share() -> None:
-    near = errors(60, 2.0, 0.0, 0.0)
-    found = PoseCovariance.of(near, NONE, errors(20, 2.0, 0.01, 0.015))
-    assert found.own_error_m == pytest.approx(0.01, rel=0.3) and found.own_error_rad == pytest.approx(0.015, rel=0.3)
-    alike = PoseCovariance.of(near, NONE, errors(20, 2.0, 0.0, 0.0, seed=3))
-    assert alike.own_error_m <= 0.0015 and alike.own_error_rad < 0.001
-
-
-def test_a_common_rotation_of_all_points_grows_away_from_the_mapped_views() -> None:
-    """Many points fix rotation and position together far better than either; what they share is not averaged out."""
-    valley = np.zeros((6, 6))
-    valley[0, 0], valley[4, 4], valley[0, 4] = 1e-4, 1e-4, -0.999e-4
-    valley = valley + valley.T - np.diag(np.diag(valley)) + 1e-9 * np.eye(6)
-    near = errors(60, 2.0, 0.0, 0.0, distance_m=0.1, by_points=valley)
-    far = errors(60, 2.0, 0.0, 0.004, seed=1, distance_m=0.8, by_points=valley)
-    found = PoseCovariance.of(near, far, NONE)
-    assert found.own_error_growth * 0.8 == pytest.approx(0.004, rel=0.4) and found.scale < 4.0
-    even = PoseCovariance.of(near, errors(60, 2.0, 0.0, 0.0, seed=1, distance_m=0.8, by_points=valley), NONE)
-    assert even.own_error_growth * 0.8 < 0.001
-
-
-def test_what_views_disagree_by_is_no_error_of_the_whole_map() -> None:
-    known = PoseCovariance.of(errors(80, 2.0, 0.0, 0.0, apart_m=0.01), NONE, NONE)
-    assert known.scale < 4.0 and known.own_error_m < 0.002, "half of the poses hold to a millimetre"
-
-
-def test_few_errors_and_absurd_ones_are_no_error_of_the_map() -> None:
-    assert PoseCovariance.of(errors(3, 9.0, 0.0, 0.0), NONE, NONE) == PoseCovariance(
-        1.0, LEAST_OWN_ERROR_M, LEAST_OWN_ERROR_RAD
-    )
-    absurd = PoseCovariance.of(errors(60, 5000.0, 0.0, 0.0), NONE, NONE)
-    assert absurd.scale > ABSURD_COVARIANCE_SCALE and absurd.own_error_m == LEAST_OWN_ERROR_M
+from kfloc_ros.pixloc.references import ReferenceViews, view_distances
+from kfloc_ros.pixloc.refiner import Refiner
+from kfloc_ros.types import Matrix
 
 
 def test_cameras_that_scatter_are_believed_less() -> None:
@@ -106,17 +33,46 @@ def test_displacements_that_right_poses_have_in_a_map_are_usual_there() -> None:
     assert usual_shift_chi2([30.0] * 20) == SHIFT_LIMITS[1], "something moves in all of them"
 
 
-@pytest.mark.parametrize(("share", "expected"), [(0.5, 0.25), (2.0, 1.0), (0.01, 0.01)])
-def test_poses_improved_by_patches_have_the_covariance_of_their_errors(share: float, expected: float) -> None:
-    own, noise = RefinerSettings(), 1e-6 * BY_POINTS
-    drawn = share * errors(80, 4.0, 0.0, 0.0).errors
+@pytest.fixture(scope="module")
+def room_views(room: FrameSource) -> list[View]:
+    views = []
+    for position in (4, 12):
+        frame = room[position]
+        assert frame.depth_m is not None and frame.T_map_camera is not None
+        views.append(View(frame.image, frame.depth_m, frame.camera, frame.T_map_camera, frame.index))
+    return views
 
-    def improved(error: np.ndarray) -> tuple[Matrix, Alignment]:
-        T = make_pose(so3_exp(error[3:]), error[:3])
-        covariance = own.scale_at(0.0) * BY_POINTS + own.own_covariance_at(0.0) + noise
-        return np.eye(4), Alignment(True, "", T, covariance, 0.2, 0.1, 1.0, 3, (1,), by_patches=True, patch_noise=noise)
 
-    by_features = PoseCovariance(4.0, 1e-5, 1e-5)
-    aligned = [improved(error) for error in drawn]
-    assert patch_covariance_scale(aligned, own, by_features) == pytest.approx(expected, rel=0.25)
-    assert patch_covariance_scale(aligned[:3], own, by_features) == 1.0, "too few to tell"
+def test_errors_away_from_the_mapped_views_are_those_with_references_checked_away_from_them(
+    room_map: Any, room_views: list[View], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene_map, used = SceneMap.load(room_map), []
+
+    def away_from(T_map_camera: Matrix, least_m: float) -> ReferenceViews | None:
+        used.append((T_map_camera, least_m))
+        return scene_map.references if least_m < LEFT_OUT_M[-1] else None
+
+    aligned_with = []
+
+    def aligned(others: ReferenceViews, *rest: object) -> list[Any]:
+        aligned_with.append(others)
+        return []
+
+    monkeypatch.setattr(pose_calibration, "_aligned_with", aligned)
+    refiner = Refiner(scene_map.references, scene_map.camera, RefinerSettings())
+    checked: Any = SimpleNamespace(spread=room_views, away_from=away_from)
+    pose_calibration._aligned_away(refiner, [], "cpu", checked, lambda share: None)
+    assert [least_m for _, least_m in used] == [*LEFT_OUT_M, *LEFT_OUT_M], (
+        "all views over the recording, held out or not"
+    )
+    assert [T is view.T_map_camera for (T, _), view in zip(used[::3], room_views, strict=True)] == [True, True]
+    assert len(aligned_with) == 4, "none where nothing is left"
+
+
+def test_without_evidence_the_nearest_references_are_left_out(room_map: Any, room_views: list[View]) -> None:
+    scene_map = SceneMap.load(room_map)
+    refiner = Refiner(scene_map.references, scene_map.camera, RefinerSettings())
+    found, _ = pose_calibration._aligned_away(refiner, room_views, "cpu", None, lambda share: None)
+    nearest = [view_distances(scene_map.references.T_map_camera, view.T_map_camera).min() for view in room_views]
+    assert max(nearest) < LEFT_OUT_M[0] and found
+    assert min(alignment.distance_m for _, alignment in found) >= 0.9 * LEFT_OUT_M[0]
