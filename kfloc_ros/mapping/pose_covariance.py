@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass, fields, replace
+from dataclasses import astuple, dataclass, fields
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,7 @@ LEAST_OWN_ERROR_M, LEAST_OWN_ERROR_RAD, LEAST_GROWTH = 3e-4, 2e-4, 8e-4
 """Smallest own error of a map, and its growth. Views held out of a recording lie between its references, and share
 their drift; those of another walk, even in a rendered room without noise, have errors that are larger by this."""
 DOUBLING_LIMITS_M = 0.03, 30.0
-SIGMA_LIMIT, STARTING_SCALES = 0.3, (0.1, 0.5, 2.0, 8.0)
+STARTING_SCALES = 0.1, 0.5, 2.0, 8.0
 VALUE_LIMITS = np.array(
     [(1e-3, 1e3), (LEAST_OWN_ERROR_M, 0.1), (LEAST_OWN_ERROR_RAD, 0.1), (LEAST_GROWTH, 0.1), DOUBLING_LIMITS_M]
 )
@@ -36,7 +36,6 @@ PATCH_SCALE_LIMITS = 0.01, 1.5  # in the light of the demo's second walk, 0.006 
 ABSURD_COVARIANCE_SCALE = 300.0
 """Limit on the calibrated scale of aligned poses' covariances. Measured: 0.1 to 45 in maps of right data, 834 where
 depth was read five times too small."""
-_POSITION, _ROTATION = slice(0, 3), slice(3, 6)
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +94,7 @@ class PoseCovariance:
         depths move their images by the more, the further the camera is from the view: in the directions that the points
         fix badly. Views that were held out lie close to the mapped ones, and others are aligned without the nearest.
         The poses of a map's views are not exact either. Views that are aligned with their neighbours in time share the
-        errors of these; those of another pass through the place show them.
+        errors of these; where the recording passes a place again, those of another pass show them, and count instead.
 
         A likelihood with heavy tails finds the shape, but not the size at which 68 % of the errors are inside one
         sigma; if fewer are, all but the disagreement is multiplied by the factor at which they are.
@@ -103,21 +102,17 @@ class PoseCovariance:
         Args:
             near: errors of views aligned with all others.
             far: errors of views aligned without those nearer than some distances, and without their images' evidence.
-            other_passes: errors of views aligned with views of other parts of the recording; 68 % are covered.
+            other_passes: errors of views aligned with views of other parts of the recording.
         """
         least = LEAST_OWN_ERROR_M, LEAST_OWN_ERROR_RAD
         if len(near.errors) < MIN_ERRORS:
             return cls(1.0, *least)
         if (usual := median_scale(normalised(near.errors, near.covariances))) > ABSURD_COVARIANCE_SCALE:
             return cls(usual, *least)
-        errors = near.joined(far)
+        errors = far.joined(other_passes if len(other_passes.errors) >= MIN_ERRORS else near)
         starts = [cls(k * usual, 1e-3, 1e-3, 1e-3, 1.0)._most_likely(errors) for k in STARTING_SCALES]
         best = max(starts, key=lambda found: found.likelihood(errors))
-        best = best._times(right_factor(errors.errors, lambda k: best._times(k).total(errors), FACTOR_LIMITS))
-        if len(other_passes.errors) >= MIN_ERRORS:
-            best = best._covering(other_passes, "own_error_m", _POSITION)
-            best = best._covering(other_passes, "own_error_rad", _ROTATION)
-        return best
+        return best._times(right_factor(errors.errors, lambda k: best._times(k).total(errors), FACTOR_LIMITS))
 
     def total(self, errors: PoseErrors) -> NDArray[np.float64]:
         """Return the covariances (N, 6, 6) of poses."""
@@ -139,10 +134,8 @@ class PoseCovariance:
     def _most_likely(self, errors: PoseErrors) -> PoseCovariance:
         """Return the nearest maximum of the likelihood, by a search along the logarithms of the values in turns."""
         low, high = np.log(VALUE_LIMITS).T
-        values, step = (
-            np.clip(np.log([getattr(self, item.name) for item in fields(self)]), low, high),
-            np.full(len(low), 0.7),
-        )
+        values = np.clip(np.log([getattr(self, item.name) for item in fields(self)]), low, high)
+        step = np.full(len(values), 0.7)
         best = self.likelihood(errors)
         while step.max() > SMALLEST_STEP:
             for k in range(len(values)):
@@ -162,17 +155,6 @@ class PoseCovariance:
         wider = (factor, *[math.sqrt(factor)] * 3, 1.0)
         values = np.clip([k * v for k, v in zip(wider, astuple(self), strict=True)], *VALUE_LIMITS.T)
         return PoseCovariance(*(float(value) for value in values))
-
-    def _covering(self, errors: PoseErrors, name: str, axes: slice) -> PoseCovariance:
-        """Return the covariance with an own error that covers 68 % of the errors on some axes."""
-        low, high = getattr(self, name), SIGMA_LIMIT
-        if self.covered(errors, axes) >= ONE_SIGMA:
-            return self
-        for _ in range(30):
-            middle = math.sqrt(low * high)
-            is_enough = replace(self, **{name: middle}).covered(errors, axes) >= ONE_SIGMA
-            low, high = (low, middle) if is_enough else (middle, high)
-        return replace(self, **{name: high})
 
 
 def patch_covariance_scale(

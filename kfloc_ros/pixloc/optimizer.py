@@ -36,7 +36,7 @@ DAMPING_FLOOR = 1e-9
 """Added to the diagonal, so that the pose does not move in directions that the image does not constrain."""
 
 
-MEASURED_M = 0.8
+MEASURED_M = 0.6
 """Distance from the nearest reference view up to which the growth of errors is measured when a map is built; beyond
 it, the scale of the covariance does not grow any more."""
 
