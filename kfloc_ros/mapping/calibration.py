@@ -68,8 +68,7 @@ def calibrate(
     checked: CheckedReferences | None = None,
 ) -> SceneMap:
     """Return the map with its calibration, see ``calibrate_poses``; with the defaults if no view was held out."""
-    usual = replace(draft.calibration, learned_process_scale=USUAL_LEARNED_SCALE)
-    draft = replace(draft, calibration=usual)
+    draft = replace(draft, calibration=replace(draft.calibration, learned_process_scale=USUAL_LEARNED_SCALE))
     if not held_out:
         return draft
     views = [held.view for held in held_out]
@@ -80,16 +79,14 @@ def calibrate(
     found = calibrate_measurement(draft.head.to(target), Backbone(device=target, runtime="auto"), held_out)
     draft.head.to("cpu")
     calibration = replace(draft.calibration, measurement_variance_scale=found.variance_scale, roughness=found.roughness)
-    pairs = neighbours(held_out)
-    if pairs:
+    if pairs := neighbours(held_out):
         on_progress(0.5, "flow")
         calibration = calibrate_flow(calibration, features, truth, pairs)
     draft, of_poses = replace(draft, calibration=calibration), lambda share: on_progress(0.6 + 0.3 * share, "poses")
     calibration, quality = calibrate_poses(draft, held_out, device, checked, of_poses)
     on_progress(0.9, "confidence")
-    odds = confidence_odds(replace(draft, calibration=calibration), views, device)
-    calibration = replace(calibration, confidence_odds=odds)
-    return replace(draft, calibration=calibration, provenance={**draft.provenance, "held_out": quality})
+    draft = replace(draft, calibration=calibration, provenance={**draft.provenance, "held_out": quality})
+    return replace(draft, calibration=replace(calibration, confidence_odds=confidence_odds(draft, views, device)))
 
 
 def neighbours(held_out: Sequence[HeldOut]) -> list[int]:
