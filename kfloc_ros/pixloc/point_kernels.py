@@ -61,40 +61,46 @@ def sample(image: Floats, trust: Floats, uv: Floats, rows_out: Floats, inside: B
 
 
 @compiled_loop
+def best_cell(image: Floats, wanted: Floats, u: float, v: float, window: Floats) -> tuple[float, float, float, bool]:
+    """Return column and row of the place most similar to a feature (C,), its cosine, and true at the window's border.
+
+    The window (side, side) is written; it lies around the cell nearest to (u, v), and takes cells outside the image as
+    the nearest ones inside. Places between cells come from parabolas through the neighbours' cosines.
+    """
+    rows, columns, channels = image.shape
+    side = len(window)
+    u0, v0 = int(np.rint(u)) - side // 2, int(np.rint(v)) - side // 2
+    best, best_row, best_column = np.float32(-2.0), 0, 0
+    for i in range(side):
+        row = min(max(v0 + i, 0), rows - 1)
+        for j in range(side):
+            cell = image[row, min(max(u0 + j, 0), columns - 1)]
+            cosine = np.float32(0.0)
+            for c in range(channels):
+                cosine += cell[c] * wanted[c]
+            window[i, j] = cosine
+            if cosine > best:
+                best, best_row, best_column = cosine, i, j
+    i, j = min(max(best_row, 1), side - 2), min(max(best_column, 1), side - 2)
+    bend_u = window[i, j - 1] - 2.0 * window[i, j] + window[i, j + 1]
+    bend_v = window[i - 1, j] - 2.0 * window[i, j] + window[i + 1, j]
+    du = 0.5 * (window[i, j - 1] - window[i, j + 1]) / bend_u if bend_u < -1e-6 else 0.0
+    dv = 0.5 * (window[i - 1, j] - window[i + 1, j]) / bend_v if bend_v < -1e-6 else 0.0
+    at_border = i != best_row or j != best_column
+    return u0 + best_column + min(max(du, -0.5), 0.5), v0 + best_row + min(max(dv, -0.5), 0.5), best, at_border
+
+
+@compiled_loop
 def best_cells(
     image: Floats, features: Floats, at: Floats, radius: int, place: Floats, similarity: Floats, at_border: Booleans
 ) -> None:
     """Write, for every point, the place (N, 2) of the most similar cell around ``at`` (N, 2), and its cosine (N,).
 
-    ``at_border`` (N,) is true where that cell lies at the border of the searched window. The search takes cells outside
-    the image as the nearest ones inside; places between cells come from parabolas through the neighbours' cosines.
+    ``at_border`` (N,) is true where that cell lies at the border of the searched window; see :func:`best_cell`.
     """
-    rows, columns, channels = image.shape
-    side = 2 * radius + 1
-    window = np.empty((side, side), np.float32)
+    window = np.empty((2 * radius + 1, 2 * radius + 1), np.float32)
     for n in range(len(at)):
-        u0, v0 = int(np.rint(at[n, 0])) - radius, int(np.rint(at[n, 1])) - radius
-        wanted = features[n]
-        best, best_row, best_column = np.float32(-2.0), 0, 0
-        for i in range(side):
-            v = min(max(v0 + i, 0), rows - 1)
-            for j in range(side):
-                cell = image[v, min(max(u0 + j, 0), columns - 1)]
-                cosine = np.float32(0.0)
-                for c in range(channels):
-                    cosine += cell[c] * wanted[c]
-                window[i, j] = cosine
-                if cosine > best:
-                    best, best_row, best_column = cosine, i, j
-        i, j = min(max(best_row, 1), side - 2), min(max(best_column, 1), side - 2)
-        bend_u = window[i, j - 1] - 2.0 * window[i, j] + window[i, j + 1]
-        bend_v = window[i - 1, j] - 2.0 * window[i, j] + window[i + 1, j]
-        du = 0.5 * (window[i, j - 1] - window[i, j + 1]) / bend_u if bend_u < -1e-6 else 0.0
-        dv = 0.5 * (window[i - 1, j] - window[i + 1, j]) / bend_v if bend_v < -1e-6 else 0.0
-        place[n, 0] = u0 + best_column + min(max(du, -0.5), 0.5)
-        place[n, 1] = v0 + best_row + min(max(dv, -0.5), 0.5)
-        similarity[n] = best
-        at_border[n] = i != best_row or j != best_column
+        place[n, 0], place[n, 1], similarity[n], at_border[n] = best_cell(image, features[n], at[n, 0], at[n, 1], window)
 
 
 @compiled_loop
@@ -114,7 +120,7 @@ def search(
     pixels: Floats,
     weights: Floats,
 ) -> None:
-    """Write the pixels (N, 2) where points find themselves, and weights (N,); 0 where they do not.
+    """Write the pixels (N, 2) where points find themselves, and weights (N,); zeros where they do not.
 
     Args:
         coarse, fine: (H, W, C) feature levels of the image.
@@ -130,9 +136,9 @@ def search(
     rows, columns, _ = coarse.shape
     fx, fy, cx, cy = intrinsics
     half, near = np.float32(0.5), np.float32(near_m)
-    at, found = np.zeros((len(points), 2), dtype=np.float32), np.empty((len(points), 2), dtype=np.float32)
-    similarity, unused = np.empty(len(points), dtype=np.float32), np.empty(len(points), dtype=np.float32)
-    at_border, inside = np.empty(len(points), dtype=np.bool_), np.zeros(len(points), dtype=np.bool_)
+    window = np.empty((2 * radii[0] + 1, 2 * radii[0] + 1), np.float32)
+    finer = np.empty((2 * radii[1] + 1, 2 * radii[1] + 1), np.float32)
+    pixels[:], weights[:] = 0.0, 0.0
     for n in range(len(points)):
         X, Y, Z = points[n, 0], points[n, 1], points[n, 2]
         z = X * T[2, 0] + Y * T[2, 1] + Z * T[2, 2] + T[2, 3]
@@ -140,18 +146,17 @@ def search(
             continue
         u = (fx * (X * T[0, 0] + Y * T[0, 1] + Z * T[0, 2] + T[0, 3]) / z + cx + half) / strides[0] - half
         v = (fy * (X * T[1, 0] + Y * T[1, 1] + Z * T[1, 2] + T[1, 3]) / z + cy + half) / strides[0] - half
-        if u > 0 and v > 0 and u < columns - 1 and v < rows - 1:
-            inside[n], at[n, 0], at[n, 1] = True, u, v
-    best_cells(coarse, coarse_features, at, radii[0], found, similarity, at_border)
-    for n in range(len(points)):
-        for k in range(2):
-            at[n, k] = ((found[n, k] + half) * strides[0] - half + half) / strides[1] - half
-        is_match = inside[n] and not at_border[n] and similarity[n] > np.float32(min_similarity)
-        weights[n] = confidence[n] * max(similarity[n], np.float32(0.0)) if is_match else np.float32(0.0)
-    best_cells(fine, fine_features, at, radii[1], found, unused, at_border)
-    for n in range(len(points)):
-        for k in range(2):
-            pixels[n, k] = (found[n, k] + half) * strides[1] - half
+        if not (u > 0 and v > 0 and u < columns - 1 and v < rows - 1):
+            continue
+        column, row, similarity, at_border = best_cell(coarse, coarse_features[n], u, v, window)
+        if at_border or not similarity > np.float32(min_similarity):
+            continue
+        weights[n] = confidence[n] * max(similarity, np.float32(0.0))
+        u = ((np.float32(column) + half) * strides[0] - half + half) / strides[1] - half
+        v = ((np.float32(row) + half) * strides[0] - half + half) / strides[1] - half
+        column, row, _, _ = best_cell(fine, fine_features[n], u, v, finer)
+        pixels[n, 0] = (np.float32(column) + half) * strides[1] - half
+        pixels[n, 1] = (np.float32(row) + half) * strides[1] - half
 
 
 @compiled_loop
