@@ -42,8 +42,8 @@ from kfloc_ros.localization.results import StageTimes
 from kfloc_ros.localization.tracking import FirstPoses
 from kfloc_ros.maps.scene_map import Calibration
 from kfloc_ros.pixloc.camera_fit import MAPPED_ODDS, Correction, FittedCamera
-from kfloc_ros.pixloc.image_check import BlockMatch, Inspection
-from kfloc_ros.pixloc.refiner import Refiner
+from kfloc_ros.pixloc.image_check import BlockMatch
+from kfloc_ros.pixloc.refiner import Inspection, Refiner
 from kfloc_ros.types import Alignment, Frame, PoseEstimate, TrackingState
 
 SUSPICIOUS_CHI2, SUSPICIOUS_SHARE = 6.0, 0.75

@@ -11,6 +11,7 @@ from kfloc_ros.device import compiled_loop
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 Integers = NDArray[np.int64]
+Booleans = NDArray[np.bool_]
 
 
 @compiled_loop
@@ -69,6 +70,31 @@ def group_medians(values: Doubles, group: Integers, counts: Integers, medians: D
             medians[g, axis] = 0.5 * (own[(at - 1) // 2] + own[at // 2])
 
 
+@compiled_loop
+def displacement_votes(
+    around: Floats, here: Floats, known: Booleans, gap: float, nearly: float, similar: float, votes: Booleans
+) -> None:
+    """Write (G, side, side) bool: a displacement explains a group better than none, which is the middle one.
+
+    A vote is for similarities (G, side, side), or ones next to them, above three limits: that of no displacement (G,)
+    plus ``gap``, the group's best less ``nearly``, and ``similar``. Groups that are not ``known`` (G,) have no votes,
+    and neither have displacements by a cell.
+    """
+    side = around.shape[1]
+    votes[:] = False
+    for g in range(len(around)):
+        if not known[g]:
+            continue
+        best = around[g].max()
+        least = max(here[g] + np.float32(gap), best - np.float32(nearly), np.float32(similar))
+        for i in range(side):
+            for j in range(side):
+                if around[g, i, j] > least:
+                    votes[g, max(i - 1, 0) : i + 2, max(j - 1, 0) : j + 2] = True
+        middle = side // 2
+        votes[g, middle - 1 : middle + 2, middle - 1 : middle + 2] = False
+
+
 def run_once() -> None:
     """Run every loop on a point, so that it is compiled, or read from the disk, before an image waits for it."""
     image, row, weight = (np.zeros(size, dtype=np.float32) for size in ((2, 2, 1), (1, 1), 1))
@@ -76,3 +102,5 @@ def run_once() -> None:
     around(image, row, first, first, out)
     add_surroundings(image, row, first, first, first, weight, 1, out)
     group_medians(np.zeros((1, 2)), first, np.zeros(1, dtype=np.int64), np.zeros((1, 2)))
+    known = np.ones(1, dtype=np.bool_)
+    displacement_votes(out, row[0], known, 0.0, 0.0, 0.0, np.empty(out.shape, dtype=np.bool_))

@@ -27,7 +27,6 @@ from kfloc_ros.features.backbone import COARSE_STRIDE
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import Matrix
 from kfloc_ros.pixloc import check_kernels
-from kfloc_ros.pixloc.camera_fit import CameraScore
 from kfloc_ros.pixloc.cost import FeatureImage, project
 from kfloc_ros.pixloc.point_matching import best_cells
 from kfloc_ros.pixloc.references import ReferencePoints
@@ -314,13 +313,8 @@ class _MovedPart:
 
 def _moved_part(around: torch.Tensor, here: NDArray[np.float32], known: NDArray[np.bool_]) -> _MovedPart | None:
     """Return the largest connected set of blocks that agree on one displacement; None if no block is displaced."""
-    near = slice(REACH - 1, REACH + 2)
-    best = around.flatten(1).max(1).values
-    smooth = F.max_pool2d(around[:, None], 3, stride=1, padding=1)[:, 0]  # parallax and tilt move blocks apart
-    least = torch.maximum(torch.from_numpy(here) + MOVED_GAP, best - MOVED_NEARLY).clamp(min=MOVED_SIMILARITY)
-    votes = (smooth > least[:, None, None]).numpy() & known[:, None, None]
-    votes[:, near, near] = False
-    tally = votes.sum(axis=0)
+    votes = _displacement_votes(around, here, known)
+    tally = votes.sum(axis=0, dtype=np.int32)
     found: _MovedPart | None = None
     for flat in np.argsort(-tally, axis=None, kind="stable")[:8]:
         down, right = (int(i) for i in np.unravel_index(flat, tally.shape))
@@ -336,13 +330,17 @@ def _moved_part(around: torch.Tensor, here: NDArray[np.float32], known: NDArray[
     return found
 
 
-@dataclass(frozen=True, eq=False)
-class Inspection:
-    """Comparison of a whole image with the map at an aligned pose."""
-
-    blocks: BlockMatch | None
-    """None if too few reference points are in view."""
-    camera: CameraScore | None
-    """Offsets of the camera that the residuals suggest; None if they do not determine them."""
-    sensitivity: Matrix | None
-    """(6, 5) change of the pose, in the order of its covariance, by the offsets of the camera."""
+def _displacement_votes(around: torch.Tensor, here: NDArray[np.float32], known: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Return (blocks, side, side) bool: a displacement explains a known block clearly better than none."""
+    if runs_compiled(around):
+        found = np.empty(around.shape, dtype=np.bool_)
+        limits = MOVED_GAP, MOVED_NEARLY, MOVED_SIMILARITY
+        check_kernels.displacement_votes(around.numpy(), here, known, *limits, found)
+        return found
+    near = slice(REACH - 1, REACH + 2)
+    best = around.flatten(1).max(1).values
+    smooth = F.max_pool2d(around[:, None], 3, stride=1, padding=1)[:, 0]  # parallax and tilt move blocks apart
+    least = torch.maximum(torch.from_numpy(here) + MOVED_GAP, best - MOVED_NEARLY).clamp(min=MOVED_SIMILARITY)
+    votes = (smooth > least[:, None, None]).numpy() & known[:, None, None]
+    votes[:, near, near] = False
+    return votes

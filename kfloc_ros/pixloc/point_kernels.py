@@ -61,7 +61,9 @@ def sample(image: Floats, trust: Floats, uv: Floats, rows_out: Floats, inside: B
 
 
 @compiled_loop
-def best_cell(image: Floats, wanted: Floats, u: float, v: float, window: Floats) -> tuple[float, float, float, bool]:
+def best_cell(
+    image: Floats, wanted: Floats, u: float, v: float, window: Floats
+) -> tuple[float, float, np.float32, bool]:
     """Return column and row of the place most similar to a feature (C,), its cosine, and true at the window's border.
 
     The window (side, side) is written; it lies around the cell nearest to (u, v), and takes cells outside the image as
@@ -100,7 +102,8 @@ def best_cells(
     """
     window = np.empty((2 * radius + 1, 2 * radius + 1), np.float32)
     for n in range(len(at)):
-        place[n, 0], place[n, 1], similarity[n], at_border[n] = best_cell(image, features[n], at[n, 0], at[n, 1], window)
+        u, v = at[n]
+        place[n, 0], place[n, 1], similarity[n], at_border[n] = best_cell(image, features[n], u, v, window)
 
 
 @compiled_loop

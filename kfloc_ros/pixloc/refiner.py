@@ -15,9 +15,9 @@ from kfloc_ros.features.backbone import COARSE_STRIDE, FINE_STRIDE, BackboneFeat
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.covariance import map_frame_covariance
 from kfloc_ros.geometry.lie import Matrix, inverse_pose, make_pose, rotation_angle_deg
-from kfloc_ros.pixloc.camera_fit import FittedCamera, fit_camera, score_camera
+from kfloc_ros.pixloc.camera_fit import CameraScore, FittedCamera, fit_camera, score_camera
 from kfloc_ros.pixloc.cost import FeatureImage, FitLevel, Linearization, RobustLoss, linearize
-from kfloc_ros.pixloc.image_check import Inspection, match_blocks
+from kfloc_ros.pixloc.image_check import BlockMatch, match_blocks
 from kfloc_ros.pixloc.optimizer import LevelResult, RefinerSettings, StopRule, descend, disagreement, information_of
 from kfloc_ros.pixloc.point_matching import (
     SEARCH_CELLS,
@@ -29,6 +29,18 @@ from kfloc_ros.pixloc.point_matching import (
 )
 from kfloc_ros.pixloc.references import ReferencePoints, ReferenceViews, view_distances
 from kfloc_ros.types import Alignment, AlignmentStep
+
+
+@dataclass(frozen=True, eq=False)
+class Inspection:
+    """Comparison of a whole image with the map at an aligned pose."""
+
+    blocks: BlockMatch | None
+    """None if too few reference points are in view."""
+    camera: CameraScore | None
+    """Offsets of the camera that the residuals suggest; None if they do not determine them."""
+    sensitivity: Matrix | None
+    """(6, 5) change of the pose, in the order of its covariance, by the offsets of the camera."""
 
 
 class Refiner:

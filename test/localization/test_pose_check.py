@@ -17,7 +17,8 @@ from kfloc_ros.localization.judgement import EVIDENCE, confidence_of, fit_score
 from kfloc_ros.localization.localizer import Localizer
 from kfloc_ros.maps.scene_map import SceneMap
 from kfloc_ros.pixloc.camera_fit import CameraFit, CameraScore, FittedCamera
-from kfloc_ros.pixloc.image_check import BlockMatch, Inspection
+from kfloc_ros.pixloc.image_check import BlockMatch
+from kfloc_ros.pixloc.refiner import Inspection
 from kfloc_ros.types import Frame, PoseEstimate, TrackingState
 
 CAMERA = Camera(640, 480, 500.0, 500.0, 320.0, 240.0)

@@ -104,9 +104,14 @@ def test_compiled_loops_agree_with_torch_and_numpy(monkeypatch: pytest.MonkeyPat
     near, (count, median) = image_check._here(cells, wanted, column, row), image_check._block_medians(values, block)
     mean, at = image_check._BlockMean(torch.from_numpy(block), torch.rand(50)), (column, row)  # windows leave the image
     around = mean.around(cells, wanted, at)
+    here, known = np.linspace(0.5, 1.0, 9, dtype=np.float32), np.arange(9) % 4 > 0
+    similar = torch.rand(9, 25, 25, generator=torch.Generator().manual_seed(0))
+    votes = image_check._displacement_votes(similar, here, known)
     monkeypatch.setattr(image_check, "has_numba", lambda: False)
     monkeypatch.setattr(image_check, "runs_compiled", lambda *tensors: False)
     assert torch.allclose(near, image_check._here(cells, wanted, column, row), atol=1e-5)
     assert torch.allclose(around, mean.around(cells, wanted, at), atol=1e-5) and float(around.abs().max()) > 0.1
     expected = image_check._block_medians(values, block)
     assert (count == expected[0]).all() and np.allclose(median, expected[1], atol=1e-6)
+    expected = image_check._displacement_votes(similar, here, known)
+    assert (votes == expected).all() and 0.02 < votes[known].mean() < 0.9 and not votes[~known].any()
