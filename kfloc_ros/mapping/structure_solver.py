@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""COLMAP's features, matching and incremental mapping of a source's images, by pycolmap."""
+"""COLMAP's features, matching and mapping of a source's images, by pycolmap."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ SIMILAR_IMAGES, APART = 4, (4, 56)
 """Number of similar images that each image is matched with in addition, at least so far from it in the sequence: near
 ones for photos in any order, and as many far ones, which close loops."""
 KEY_IMAGES = 240
-"""Number of images above which all are placed at once by global mapping. Where that fails, this many evenly spaced ones
-are placed one after the other, and the others are registered to them."""
-GLOBAL_SHARE, MAX_MEAN_ERROR_PX = 0.95, 2.0
-"""Smallest share of the images that global mapping must place, and largest mean reprojection error. RedKitchen: all
+"""Where not all images are placed at once, this many evenly spaced ones are placed one after the other, and the others
+are registered to them."""
+ENOUGH_AT_ONCE, MAX_MEAN_ERROR_PX = 0.95, 2.0
+"""Share of the images that are enough if placed at once, and largest mean reprojection error then. RedKitchen: all
 images, 0.6 px."""
 LAST_ITERATIONS = 30
 """Iterations of the final adjustment of all images: two to three seconds each for 650 images."""
@@ -178,17 +178,16 @@ def _largest_model(
 ) -> Any:
     """Return the model with the most registered images.
 
-    The images of a long recording are placed at once. Where that fails, every n-th image is first registered and
-    adjusted. The images in between are then registered to that model, and all are adjusted once. Repeated adjustment of
-    all images takes hours.
+    All are placed at once. Where that fails, they are placed one after the other: of many, every n-th image first. The
+    images in between are then registered to that model, and all are adjusted once. Repeated adjustment of all images
+    takes hours.
     """
     there = sum((images / name).is_file() for name in names)
-    if there > KEY_IMAGES:
-        on_progress("placing images at once", 0.0)
-        model = _global(database, images, out / "global", source.camera_is_guess)
-        if model is not None and _is_good(model, there):
-            on_progress("placing images at once", 1.0)
-            return model
+    on_progress("placing images at once", 0.0)
+    at_once = _global(database, images, out / "global", source.camera_is_guess)
+    on_progress("placing images at once", 1.0)
+    if at_once is not None and int(at_once.num_reg_images()) >= ENOUGH_AT_ONCE * there:
+        return at_once
     placed = 2
 
     def next_image() -> None:
@@ -207,22 +206,23 @@ def _largest_model(
         on_progress("adjusting all", 0.0)
         _adjust(model, refine_camera=source.camera_is_guess)
         on_progress("adjusting all", 1.0)
-    if model is None:
+    found = _largest([model, at_once])
+    if found is None:
         raise SourceError(
             "No two of the images could be registered: they overlap too little, or the camera only turned on the "
             "spot. Record while moving sideways."
         )
-    return model
+    return found
 
 
-def _is_good(model: Any, images: int) -> bool:
-    """Return True if a model of global mapping has nearly all images, and its points lie where they are seen."""
-    enough = int(model.num_reg_images()) >= GLOBAL_SHARE * images
-    return enough and float(model.compute_mean_reprojection_error()) <= MAX_MEAN_ERROR_PX
+def _largest(models: Iterable[Any]) -> Any:
+    """Return the model with the most registered images, or None."""
+    there = (model for model in models if model is not None)
+    return max(there, key=lambda model: int(model.num_reg_images()), default=None)
 
 
 def _global(database: Path, images: Path, out: Path, refine_camera: bool) -> Any:
-    """Return COLMAP's model of all images by global mapping (GLOMAP), or None.
+    """Return COLMAP's model of all images by global mapping (GLOMAP), or None; also if points lie where none are seen.
 
     All rotations are averaged first, then positions and points are found together, and all are adjusted.
     """
@@ -238,10 +238,10 @@ def _global(database: Path, images: Path, out: Path, refine_camera: bool) -> Any
     adjustment = options.mapper.bundle_adjustment
     adjustment.refine_focal_length = adjustment.refine_extra_params = refine_camera
     try:
-        models = pycolmap.global_mapping(database, images, out, options)
+        model = _largest(pycolmap.global_mapping(database, images, out, options).values())
     except RuntimeError:
         return None
-    return max(models.values(), key=lambda model: int(model.num_reg_images()), default=None)
+    return model if model is not None and model.compute_mean_reprojection_error() <= MAX_MEAN_ERROR_PX else None
 
 
 def _incremental(
@@ -268,7 +268,7 @@ def _incremental(
     models = pycolmap.incremental_mapping(
         database, images, out, options, input_path=standing or "", next_image_callback=next_image
     )
-    return max(models.values(), key=lambda model: int(model.num_reg_images()), default=None)
+    return _largest(models.values())
 
 
 def _adjust(model: Any, *, refine_camera: bool) -> None:

@@ -76,7 +76,7 @@ def found(walk, tmp_path_factory) -> ReconstructedSource:
     folder = tmp_path_factory.mktemp("sfm")
     stages: dict[str, float] = {}
     source = reconstruct(walk, folder / "walk", on_progress=lambda stage, share: stages.update({stage: share}))
-    assert stages["writing images"] == 1.0 and stages["placing images"] == 1.0
+    assert stages["writing images"] == 1.0 and stages["placing images at once"] == 1.0
     again = open_source(f"colmap:{folder / 'walk'}")  # the model that is kept is the same map frame
     np.testing.assert_allclose(again[3].T_map_camera, source[3].T_map_camera, atol=1e-6)
     return source
@@ -101,6 +101,18 @@ def test_many_images_are_placed_at_once_or_those_between_find_their_place_among_
     assert [k for k in range(len(source)) if source.pose(k) is not None] == list(range(10))
     np.testing.assert_allclose(distances(source), distances(walk), atol=0.03)
     assert shares[-1] == 1.0
+
+
+def test_the_larger_model_is_taken_where_neither_way_places_all_images(
+    walk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(structure_solver, "ENOUGH_AT_ONCE", 1.1)
+    incremental = structure_solver._incremental
+    monkeypatch.setattr(
+        structure_solver, "_incremental", lambda d, i, out, names, *o: incremental(d, i, out, names[:8], *o)
+    )
+    source = reconstruct(walk, tmp_path / "walk")
+    assert [k for k in range(len(source)) if source.pose(k) is not None] == list(range(10))
 
 
 def test_the_map_frame_has_its_z_axis_upwards(found) -> None:
