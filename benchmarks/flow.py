@@ -28,7 +28,6 @@ import torch
 from kfloc_ros.cli.arguments import add_source_arguments, open_source_from
 from kfloc_ros.cli.tables import format_table
 from kfloc_ros.device import describe_hardware
-from kfloc_ros.evaluation.flow import FlowStatistics
 from kfloc_ros.features.backbone import Backbone
 from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import ImageAdapter
@@ -39,6 +38,7 @@ from kfloc_ros.mapping.calibration import TEMPERATURES
 from kfloc_ros.mapping.views import View, map_camera, true_coordinates, true_flow
 from kfloc_ros.maps.scene_map import Calibration
 from kfloc_ros.training.flow import motion_blur
+from studies.flow_accuracy import FlowStatistics
 
 BLUR_PX = 20.0
 

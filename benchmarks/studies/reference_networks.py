@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kfloc_ros.evaluation.flow import FlowAccuracy, FlowStatistics
 from kfloc_ros.evaluation.metrics import Accuracy, PoseError, accuracy, pose_error
 from kfloc_ros.kfnet.filter import SceneCoordinateFilter
 from kfloc_ros.kfnet.flow import Flow
@@ -21,6 +20,7 @@ from kfloc_ros.mapping.views import View, true_flow
 from kfloc_ros.training.kfnet_family import HeldOutFrames
 from kfloc_ros.types import SceneCoordinates
 from studies.cells import CellAccuracy, CellStatistics
+from studies.flow_accuracy import FlowAccuracy, FlowStatistics
 
 AS_PUBLISHED = FilterSettings.published()
 """Filter settings of the joint training stage, except for the mask of invalid priors."""

@@ -6,6 +6,7 @@ The map gives what the networks lack: the camera, reference views to align with,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -14,16 +15,16 @@ import torch
 
 from kfloc_ros.device import choose_device
 from kfloc_ros.errors import SourceError
-from kfloc_ros.evaluation.flow import FlowStatistics
 from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import Camera, ImageAdapter
 from kfloc_ros.geometry.covariance import mahalanobis, median_scale
+from kfloc_ros.kfnet.fusion import warp
 from kfloc_ros.kfnet.reference.networks import ReferenceNetworks
 from kfloc_ros.kfnet.reference.scoordnet import CELL_PIXEL_OFFSET, STRIDE
 from kfloc_ros.localization.config import LocalizerConfig
 from kfloc_ros.localization.localizer import Localizer
-from kfloc_ros.mapping.calibration import scale_of_worse_runs
-from kfloc_ros.mapping.views import View, true_flow
+from kfloc_ros.mapping.calibration import PropagationErrors, scale_of_worse_runs
+from kfloc_ros.mapping.views import View
 from kfloc_ros.maps.scene_map import Calibration, SceneMap
 from kfloc_ros.training.kfnet_samples import cell_points, consecutive, identity
 from kfloc_ros.types import Frame, SceneCoordinates
@@ -81,14 +82,16 @@ def calibrate_networks(
     networks = scene_map.kfnet.to(target)
     frames = HeldOutFrames(source, networks.camera(scene_map.camera), target)
     chosen = frames.runs(RUN_LENGTH, runs)
-    ratios, flow = list[torch.Tensor](), FlowStatistics()
+    looked_at = []
     for number, run in enumerate(chosen):
         on_progress(0.5 * number / len(chosen), "cells and flow")
-        ratios.append(_look_at(networks, frames, run, flow))
+        looked_at.append(_look_at(networks, frames, run))
+    ratios, squared_m2, process_m2 = zip(*looked_at, strict=True)
+    propagated = PropagationErrors(torch.cat(squared_m2), torch.cat(process_m2), math.nan)
     calibration = replace(
         scene_map.calibration,
         measurement_variance_scale=scale_of_worse_runs(ratios),
-        process_scale=flow.result().process_scale,
+        process_scale=propagated.scale(0.0),
     )
     draft = replace(scene_map, calibration=calibration)
     on_progress(0.5, "poses")
@@ -97,24 +100,30 @@ def calibrate_networks(
     return replace(draft, calibration=replace(calibration, coarse_covariance_scale=scale))
 
 
-def _look_at(networks: ReferenceNetworks, frames: HeldOutFrames, run: range, flow: FlowStatistics) -> torch.Tensor:
-    """Add the pairs of a run to the statistics of the flow; (n,) |error| / sigma of its cells, per axis."""
+def _look_at(
+    networks: ReferenceNetworks, frames: HeldOutFrames, run: range
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the axis errors of a run's cells: of the measurements, and of coordinates propagated along the flow.
+
+    Returns:
+        (n,) |error| / sigma of the measurements; (m,) squared errors of true coordinates that were carried over from
+        the frame before, in square metres; (m,) the process noise that they were given.
+    """
     views = [frames.view(position) for position in run]
     truths = [frames.truth(view) for view in views]
     features = [networks.oflownet.features(frames.pixels(view))[0] for view in views]
+    squared, process = [], []
     for k in range(1, len(views)):
-        carried = networks.oflownet.flow(features[k], features[k - 1])
-        offset, _, visible = (
-            torch.from_numpy(part).to(frames.device)
-            for part in true_flow(views[k], views[k - 1], first_pixel=truths[k].pixel_offset)
-        )
-        flow.add(carried, offset, visible, truths[k], truths[k - 1])
+        prior = warp(truths[k - 1], networks.oflownet.flow(features[k], features[k - 1]), 1.0, 0.0)
+        both = prior.valid & truths[k].valid
+        squared.append((prior.mean - truths[k].mean)[:, both].square().reshape(-1).cpu())
+        process.append(prior.variance[both].repeat(3).cpu())
     ratios = []
     for view, truth in zip(views, truths, strict=True):
         measured = networks.scoordnet.measure(view.image)
         ratio = (measured.mean - truth.mean).abs() / measured.variance.sqrt()
         ratios.append(ratio[:, truth.valid & measured.valid].reshape(-1).cpu())
-    return torch.cat(ratios)
+    return torch.cat(ratios), torch.cat(squared), torch.cat(process)
 
 
 def _pose_errors(draft: SceneMap, source: FrameSource, runs: Sequence[range], device: str) -> list[float]:

@@ -12,12 +12,12 @@ import torch
 from poster import CAMERA, Poster
 
 from kfloc_ros.errors import SourceError
-from kfloc_ros.evaluation.flow import FlowStatistics
 from kfloc_ros.kfnet.flow import Flow
 from kfloc_ros.kfnet.reference.oflownet import ReferenceOFlowNet
 from kfloc_ros.kfnet.reference.scoordnet import ReferenceSCoordNet
 from kfloc_ros.mapping.views import true_flow
 from kfloc_ros.training.kfnet_family import HeldOutFrames
+from studies.flow_accuracy import FlowStatistics
 from studies.reference_networks import evaluate_kfnet, evaluate_oflownet, evaluate_scoordnet
 
 SIGMA_M = 0.3

@@ -8,9 +8,9 @@ import math
 import pytest
 import torch
 
-from kfloc_ros.evaluation.flow import FlowStatistics
 from kfloc_ros.kfnet.flow import Flow
 from kfloc_ros.types import SceneCoordinates
+from studies.flow_accuracy import FlowStatistics
 
 H, W = 30, 40
 EVERYWHERE = torch.ones(H, W, dtype=torch.bool)
