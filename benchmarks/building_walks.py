@@ -18,7 +18,7 @@ from kfloc_ros.geometry.lie import rotation_angle_deg
 from kfloc_ros.localization.config import LocalizerConfig
 from kfloc_ros.localization.place_localizer import PlaceLocalizer
 from kfloc_ros.maps.place import Place
-from kfloc_ros.simulation.building import PITCH_X_M, RATE_HZ, WalkSource, door_distance_m, room_at
+from kfloc_ros.simulation.building import PITCH_X_M, PITCH_Y_M, RATE_HZ, ROOMS, ROOMS_IN_A_ROW, WalkSource
 from kfloc_ros.types import Frame, Matrix, PoseEstimate
 
 NEAR_M, NEAR_DEG = 0.5, 20.0
@@ -178,3 +178,15 @@ def door_table(rows: Sequence[DoorRow]) -> str:
         lines.append([*cells, f"{row.frame_ms:.0f} ms", f"{row.slowest_ms:.0f} ms", str(row.waits)])
     changes = [f"{row.walk}: {'; '.join(row.changes) or 'no change of submap'}" for row in rows]
     return "\n".join([format_table(lines, header=header), *changes])
+
+
+def room_at(x_m: float, y_m: float) -> int:
+    """Return the number of the room at a place in the building; half of a wall belongs to each of its rooms."""
+    across = np.clip(round(x_m / PITCH_X_M), 0, ROOMS_IN_A_ROW - 1)
+    along = np.clip(round(y_m / PITCH_Y_M), 0, ROOMS // ROOMS_IN_A_ROW - 1)
+    return int(1 + across + ROOMS_IN_A_ROW * along)
+
+
+def door_distance_m(x_m: float) -> float:
+    """Return the distance along a row from a place to the nearest plane between two rooms."""
+    return float(abs((x_m / PITCH_X_M - 0.5) - round(x_m / PITCH_X_M - 0.5)) * PITCH_X_M)

@@ -297,7 +297,7 @@ def path_errors_m(scene_map: SceneMap) -> NDArray[np.float64]:
 
 
 def heading_rad(T_map_camera: Matrix, up_axis: int, up_sign: float) -> float:
-    """Return the heading of a camera, as in :func:`level_pose`; of one that looks straight down, of its image's top."""
+    """Return the heading of a camera about the vertical; of one that looks straight down, of its image's top."""
     first, second = _floor_directions(up_axis, up_sign)
     ahead = T_map_camera[:3, 2]
     if np.hypot(ahead @ first, ahead @ second) < 1e-3:
@@ -317,12 +317,3 @@ def _floor_directions(up_axis: int, up_sign: float) -> tuple[NDArray[np.float64]
     down[up_axis] = -up_sign
     first[(up_axis + 1) % 3] = 1.0
     return first, np.cross(down, first)
-
-
-def level_pose(place: NDArray[np.float64], heading_rad: float, up_axis: int, up_sign: float) -> Matrix:
-    """Return the pose (4, 4) of a level camera at a position, with its image upright."""
-    first, second = _floor_directions(up_axis, up_sign)
-    down = np.zeros(3)
-    down[up_axis] = -up_sign
-    ahead = np.cos(heading_rad) * first + np.sin(heading_rad) * second
-    return make_pose(np.stack([np.cross(down, ahead), down, ahead], axis=1), place)

@@ -142,18 +142,6 @@ def building_source(name: str) -> RecordedSource:
     raise SourceError(f"There is no simulated recording '{name}'; {_HELP}.")
 
 
-def room_at(x_m: float, y_m: float) -> int:
-    """Return the number of the room at a place in the building; half of a wall belongs to each of its rooms."""
-    across = np.clip(round(x_m / PITCH_X_M), 0, ROOMS_IN_A_ROW - 1)
-    along = np.clip(round(y_m / PITCH_Y_M), 0, ROOMS // ROOMS_IN_A_ROW - 1)
-    return int(1 + across + ROOMS_IN_A_ROW * along)
-
-
-def door_distance_m(x_m: float) -> float:
-    """Return the distance along a row from a place to the nearest plane between two rooms."""
-    return float(abs((x_m / PITCH_X_M - 0.5) - round(x_m / PITCH_X_M - 0.5)) * PITCH_X_M)
-
-
 def _map_route(seed: int) -> Route:
     """Return a route that looks through the west doorway, goes around the room, and looks through the east doorway."""
     around = map_route(seed)

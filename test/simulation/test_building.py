@@ -7,6 +7,7 @@ import itertools
 
 import numpy as np
 import pytest
+from building_walks import door_distance_m, room_at
 
 from kfloc_ros.datasets import open_source
 from kfloc_ros.errors import SourceError
@@ -20,8 +21,6 @@ from kfloc_ros.simulation.building import (
     T_building_room,
     WalkSource,
     build_building,
-    door_distance_m,
-    room_at,
 )
 from kfloc_ros.simulation.room import DOOR_HEIGHT_M, HALF_X_M, HALF_Y_M, HEIGHT_M, HIGH_Y_M, LOW_Y_M, own_faces, room
 from kfloc_ros.types import Frame
