@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -20,11 +21,11 @@ from kfloc_ros.datasets.posed_images import CALIBRATION_FILE, write_calibration
 from kfloc_ros.errors import SourceError
 from kfloc_ros.files import read_text, replacing
 from kfloc_ros.frames import FrameSource
-from kfloc_ros.geometry.camera import Camera
+from kfloc_ros.geometry.camera import Camera, ImageAdapter
 from kfloc_ros.geometry.lie import Matrix, inverse_pose, make_pose
 from kfloc_ros.mapping.measured_scale import PosedViews, Scale, upright
 from kfloc_ros.mapping.structure_scale import UNSCALED, FromSource, ReconstructedSource, ScaleMethod
-from kfloc_ros.mapping.structure_solver import MIN_REGISTERED, solve, write_images
+from kfloc_ros.mapping.structure_solver import MIN_REGISTERED, solve
 
 MIN_SHARE = 0.5
 """Smallest share of registered images: below it, the model covers only a part of the recording."""
@@ -136,7 +137,7 @@ def _make_model(source: FrameSource, folder: Path, on_progress: Callable[[str, f
         folder.absolute().parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.absolute().parent))
         (temporary / "images").mkdir()
-        names = write_images(source, temporary / "images", on_progress)
+        names = _write_images(source, temporary / "images", on_progress)
         try:
             model = solve(source, temporary, names, on_progress)
         except (RuntimeError, ValueError) as error:
@@ -158,6 +159,30 @@ def _make_model(source: FrameSource, folder: Path, on_progress: Callable[[str, f
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_images(source: FrameSource, images: Path, on_progress: Callable[[str, float], None]) -> list[str]:
+    """Write the images for COLMAP: as recorded if their cameras are guesses, else without distortion.
+
+    Returns:
+        A name for every position, also of images that cannot be read.
+
+    Raises:
+        SourceError: an image cannot be written.
+    """
+    adapter = ImageAdapter(source.camera, source.camera.pinhole())
+    names = []
+    for position in range(len(source)):
+        names.append(f"{position:06d}.png")
+        frame = source.read_recorded(position) if source.camera_is_guess else source.read(position)
+        if frame is None:  # COLMAP uses only the images that exist
+            continue
+        image = frame.image if source.camera_is_guess else adapter(frame.image)
+        bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
+        if not cv2.imwrite(str(images / names[-1]), bgr):
+            raise SourceError(f"'{images / names[-1]}' cannot be written.")
+        on_progress("writing images", (position + 1) / len(source))
+    return names
 
 
 def _write_notes(folder: Path, notes: ModelNotes) -> None:

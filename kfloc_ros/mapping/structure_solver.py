@@ -41,6 +41,10 @@ images, 0.6 px."""
 LAST_ITERATIONS = 30
 """Iterations of the final adjustment of all images: two to three seconds each for 650 images."""
 MIN_REGISTERED = 8
+MIN_SHARED = 30
+"""Fewest points that an image shares with another one of its model. Fewer may be similar things in two places: 7 and 11
+join the parts of a wrong model of an office, and at least 53 those of four right models."""
+POINTS_AT_ONCE = 4096
 MATCHED_AT_ONCE = 400
 """Number of pairs that are matched before progress is told."""
 RANDOM_SEED = 0
@@ -91,30 +95,6 @@ def _by_camera(source: FrameSource, images: Path, names: Sequence[str]) -> dict[
             camera = source.own_camera(position) if source.camera_is_guess else source.camera.pinhole()
             found.setdefault(camera, []).append(name)
     return found
-
-
-def write_images(source: FrameSource, images: Path, on_progress: Callable[[str, float], None]) -> list[str]:
-    """Write the images for COLMAP: as recorded if their cameras are guesses, else without distortion.
-
-    Returns:
-        A name for every position, also of images that cannot be read.
-
-    Raises:
-        SourceError: an image cannot be written.
-    """
-    adapter = ImageAdapter(source.camera, source.camera.pinhole())
-    names = []
-    for position in range(len(source)):
-        names.append(f"{position:06d}.png")
-        frame = source.read_recorded(position) if source.camera_is_guess else source.read(position)
-        if frame is None:  # COLMAP uses only the images that exist
-            continue
-        image = frame.image if source.camera_is_guess else adapter(frame.image)
-        bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
-        if not cv2.imwrite(str(images / names[-1]), bgr):
-            raise SourceError(f"'{images / names[-1]}' cannot be written.")
-        on_progress("writing images", (position + 1) / len(source))
-    return names
 
 
 def _match(
@@ -207,7 +187,7 @@ def _largest_model(
         _adjust(model, refine_camera=source.camera_is_guess)
         on_progress("adjusting all", 1.0)
     found = _largest([model, at_once])
-    if found is None:
+    if found is None or found.num_reg_images() < 2:
         raise SourceError(
             "No two of the images could be registered: they overlap too little, or the camera only turned on the "
             "spot. Record while moving sideways."
@@ -215,9 +195,35 @@ def _largest_model(
     return found
 
 
+def _joined(model: Any) -> Any:
+    """Return a model without the images that too few points join to its largest part, see ``MIN_SHARED``."""
+    if model is None:
+        return None
+    images = [image for image in model.images.values() if image.has_pose]
+    column = {image.image_id: k for k, image in enumerate(images)}
+    tracks = [[column[e.image_id] for e in point.track.elements] for point in model.points3D.values()]
+    shared = np.zeros((len(images), len(images)), np.float32)
+    for start in range(0, len(tracks), POINTS_AT_ONCE):
+        part = tracks[start : start + POINTS_AT_ONCE]
+        seen = np.zeros((len(part), len(images)), np.float32)
+        seen[np.repeat(np.arange(len(part)), [len(track) for track in part]), np.concatenate(part)] = 1.0
+        shared += seen.T @ seen
+    left, largest = set(range(len(images))), set[int]()
+    while len(left) > len(largest):
+        found, reached = set[int](), {min(left)}
+        while reached:
+            found |= reached
+            near = (shared[sorted(reached)] >= MIN_SHARED).any(axis=0)
+            reached = set(np.flatnonzero(near).tolist()) - found
+        left, largest = left - found, max(largest, found, key=len)
+    for frame in {image.frame_id for k, image in enumerate(images) if k not in largest}:
+        model.deregister_frame(frame)
+    return model
+
+
 def _largest(models: Iterable[Any]) -> Any:
-    """Return the model with the most registered images, or None."""
-    there = (model for model in models if model is not None)
+    """Return the model with the most images that are well joined, or None."""
+    there = (joined for joined in map(_joined, models) if joined is not None)
     return max(there, key=lambda model: int(model.num_reg_images()), default=None)
 
 

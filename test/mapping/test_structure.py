@@ -115,6 +115,23 @@ def test_the_larger_model_is_taken_where_neither_way_places_all_images(
     assert [k for k in range(len(source)) if source.pose(k) is not None] == list(range(10))
 
 
+def test_parts_that_few_points_join_are_not_one_model(walk, tmp_path: Path) -> None:
+    pycolmap = pytest.importorskip("pycolmap")
+    reconstruct(walk, tmp_path / "walk")
+    model = pycolmap.Reconstruction(tmp_path / "walk" / "sparse")
+    assert structure_solver._joined(model).num_reg_images() == 10
+    part = {image_id: image.name < "000006.png" for image_id, image in model.images.items()}
+    across = [
+        key
+        for key, point in model.points3D.items()
+        if len({part[element.image_id] for element in point.track.elements}) == 2
+    ]
+    for key in across[structure_solver.MIN_SHARED - 1 :]:
+        model.delete_point3D(key)
+    joined = structure_solver._joined(model)
+    assert sorted(joined.images[key].name for key in joined.reg_image_ids()) == [f"{k:06d}.png" for k in range(6)]
+
+
 def test_the_map_frame_has_its_z_axis_upwards(found) -> None:
     down = np.mean([found.pose(k)[:3, 1] for k in range(len(found))], axis=0)
     assert down[2] < -0.95
