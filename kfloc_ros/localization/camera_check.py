@@ -142,16 +142,21 @@ class CameraCheck:
         is_settled = self.mapped_probability is not None and self.mapped_probability < 1.0 - CERTAIN
         return None if self._other is None or is_settled else self._other.offsets
 
-    def count_frame(self) -> bool:
-        """Count a frame; return True if it is to be fitted."""
+    @property
+    def is_due(self) -> bool:
+        """True if the next frame is to be fitted, as :meth:`count_frame` then says."""
         s = self._settings
         period = next((frames for fits, frames in s.schedule if self._made < fits), s.period)
         if self._made < s.window and (self.verdict is None or self.verdict.focal_sigma > s.sure_focal_sigma):
             period = 1
         elif self.is_doubtful or (self.verdict is not None and self.verdict.wrong is not None):
             period = min(period, s.doubt_period)
-        self._frames += 1
-        return self._frames % period == 0
+        return (self._frames + 1) % period == 0
+
+    def count_frame(self) -> bool:
+        """Count a frame; return True if it is to be fitted."""
+        is_due, self._frames = self.is_due, self._frames + 1
+        return is_due
 
     def add(self, fitted: FittedCamera, T_aligned: Matrix) -> None:
         """Add the fit of a frame.

@@ -91,7 +91,7 @@ class CoarseStage:
         return Ahead(times, features, self._networks.begin(frame, features, self._cells(features, part)))
 
     def sharing(self, ahead: Ahead) -> AbstractContextManager[None]:
-        """Return a context in which threads share measurement and flow, unless one that works ahead helps anyway."""
+        """Return a context in which threads share the work on a frame, unless one that works ahead helps anyway."""
         alone = self._networks.is_divisible and ahead.measuring is None
         return HELPERS.sharing() if alone else nullcontext()
 

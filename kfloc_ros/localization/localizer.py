@@ -127,7 +127,8 @@ class Localizer:
             return Localization(frame, features, self._refine.keep_session_view(frame, features, tracked))
 
         coarse = self.coarse_half(frame, ahead=ahead)  # steps 3 to 5
-        localization = self.refine_half(frame, coarse, hints, predicted)  # steps 6 to 8
+        with self._coarse.sharing(ahead):
+            localization = self.refine_half(frame, coarse, hints, predicted)  # steps 6 to 8
         if correct:
             self.correct_belief(frame.stamp_ns, localization.estimate.refined_pose)
         return localization

@@ -25,6 +25,7 @@ from kfloc_ros.features.backbone import BackboneFeatures
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.covariance import at_least, pose_tangent_error, probability_within
 from kfloc_ros.geometry.lie import Matrix, make_pose, so3_exp
+from kfloc_ros.jobs import HELPERS, SharedResult
 from kfloc_ros.localization.camera_check import CHI2_6_95, CHI2_6_999, CameraCheck
 from kfloc_ros.localization.config import LocalizerConfig
 from kfloc_ros.localization.judgement import (
@@ -77,7 +78,7 @@ class PoseCheck:
     def __init__(self, refiner: Refiner, camera: Camera, config: LocalizerConfig, calibration: Calibration) -> None:
         self._fit_scale, self._odds = calibration.camera_fit_scale, calibration.confidence_odds
         self._usual_chi2 = calibration.usual_shift_chi2
-        self._first_poses = FirstPoses(config.first_fix_agreement)
+        self._first_poses, self._expects_fit = FirstPoses(config.first_fix_agreement), False
         self._readout_s, self._last = config.rolling_shutter_readout_s, (0, np.eye(4))
         self._refiner, self._camera, self._corrects_camera = refiner, camera, config.camera_check == "correct"
         usual, wrong = 0.01 * config.calibration_error_percent, 0.01 * config.wrong_camera_percent
@@ -100,17 +101,21 @@ class PoseCheck:
         if T is None:
             return estimate
         times = StageTimes(estimate.timings_ms)
+        is_aligned = alignment is not None and alignment.success and estimate.state is TrackingState.TRACKING
         with times.stage("check"):
+            fit = SharedResult(lambda: self._refiner.fit_camera(features, T))
+            if is_aligned and self._cameras is not None and (self._expects_fit or self._cameras.is_due):
+                HELPERS.enlist(fit.help)  # beside the inspection, which may find that it is not needed
             inspection = self._refiner.inspect(features, T)
             estimate, turn_rad = self._rolled(estimate, inspection.blocks)
             chi2: float | None = None
             fitted: FittedCamera | None = None
-            if alignment is not None and alignment.success and estimate.state is TrackingState.TRACKING:
+            if alignment is not None and is_aligned:
                 excess = alignment.final_cost / self._refiner.settings.max_cost
                 if excess > 1.0 and estimate.covariance is not None:  # matches alone support it: a bad image
                     scale = JudgementSettings.unrefined_scale * excess**2
                     estimate = replace(estimate, covariance=scale * estimate.covariance)
-                checked, chi2, fitted = self._check_camera(frame, features, estimate, inspection, turn_rad)
+                checked, chi2, fitted = self._check_camera(frame, features, estimate, inspection, turn_rad, fit)
                 checked = _check_blocks(checked, inspection.blocks, self._camera, self._usual_chi2)
                 estimate = _check_support(checked, alignment, inspection.blocks)
                 estimate = self._check_doubt(estimate, inspection, frame.source_camera)
@@ -161,7 +166,13 @@ class PoseCheck:
         return replace(estimate, state=TrackingState.DEGRADED, reason=reason, tentative=True)
 
     def _check_camera(
-        self, frame: Frame, features: BackboneFeatures, estimate: PoseEstimate, inspection: Inspection, turn_rad: float
+        self,
+        frame: Frame,
+        features: BackboneFeatures,
+        estimate: PoseEstimate,
+        inspection: Inspection,
+        turn_rad: float,
+        fit: SharedResult[FittedCamera | None],
     ) -> tuple[PoseEstimate, float | None, FittedCamera | None]:
         """Return the estimate, the chi-square of the camera's offsets in this image, and the fit, if one is due."""
         cameras, T = self._cameras, estimate.T_map_camera
@@ -174,8 +185,9 @@ class PoseCheck:
         is_suspicious = blocks is not None and blocks.matching_share < SUSPICIOUS_SHARE
         is_suspicious = is_suspicious or (chi2 is not None and chi2 > SUSPICIOUS_CHI2)
         is_due = cameras.count_frame()
+        self._expects_fit = is_suspicious
         if is_due or is_suspicious:
-            fitted = self._refiner.fit_camera(features, T)
+            fitted = fit.result()
         if fitted is not None:
             chi2 = max(cameras.chi2_of(fitted.fit) or 0.0, chi2 or 0.0)
             if is_due:
@@ -203,8 +215,8 @@ class PoseCheck:
                 return self._contradicted(frame, estimate, fitted, certain), chi2, fitted
         if inspection.sensitivity is not None and estimate.covariance is not None:
             S = inspection.sensitivity
-            fit = None if fitted is None else fitted.fit
-            wider = estimate.covariance + S @ cameras.moments(inspection.camera, frame.source_camera, fit) @ S.T
+            alone = None if fitted is None else fitted.fit
+            wider = estimate.covariance + S @ cameras.moments(inspection.camera, frame.source_camera, alone) @ S.T
             estimate = replace(estimate, covariance=0.5 * (wider + wider.T))
         return estimate, chi2, fitted
 

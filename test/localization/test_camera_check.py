@@ -132,6 +132,13 @@ def test_fits_that_scatter_more_than_they_claim_decide_nothing() -> None:
     assert scattered is not None and scattered.wrong is None
 
 
+def test_a_frame_is_due_before_it_is_counted() -> None:
+    check = CameraCheck(Camera(640, 480, 500.0, 500.0, 320.0, 240.0))
+    check._made = check._settings.window
+    due = [(check.is_due, check.is_due, check.count_frame()) for _ in range(3 * check._settings.period)]
+    assert all(len(set(three)) == 1 for three in due) and sum(three[0] for three in due) == 3
+
+
 def test_a_few_fits_and_fits_of_few_points_decide_nothing() -> None:
     assert verdict_of([fit((0.1, 0.0, 0.0, 0.0, 0.0))] * 2) is None
     assert verdict_of([fit((0.1, 0.0, 0.0, 0.0, 0.0), focal_sigma=0.1)] * 8) is None
