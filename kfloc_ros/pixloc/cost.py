@@ -9,7 +9,9 @@ never its C x 6 Jacobian.
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -242,25 +244,35 @@ def linearize(
         loss: robust loss.
         offsets: (6,) ``OFFSETS`` of the camera, which then are six more unknowns; None: the pose alone.
     """
+    of_points = points, features, confidence
+    return linearize_parts(image, *of_points, [len(points)], T_camera_map, camera, loss, offsets)[0]
+
+
+def linearize_parts(
+    image: FeatureImage,
+    points: torch.Tensor,
+    features: torch.Tensor,
+    confidence: torch.Tensor,
+    counts: Sequence[int],
+    T_camera_map: Matrix,
+    camera: Camera,
+    loss: RobustLoss,
+    offsets: NDArray[np.float64] | None = None,
+) -> list[Linearization]:
+    """Return :func:`linearize` of the first ``counts[0]`` points, of the ``counts[1]`` points after them, and so on."""
     model, size = Intrinsics.of(camera, image.stride, offsets), POSE if offsets is None else POSE + len(OFFSETS)
+    parts = [slice(*ends) for ends in itertools.pairwise([0, *itertools.accumulate(counts)])]
     if runs_compiled(image.features, image.confidence, points, features, confidence):
         from kfloc_ros.pixloc import kernels
 
-        sums = kernels.normal_equations(
-            image.features.numpy(),
-            image.confidence.numpy(),
-            points.contiguous().numpy(),
-            features.contiguous().numpy(),
-            confidence.contiguous().numpy(),
-            np.ascontiguousarray(T_camera_map, dtype=np.float64),
-            model.as_array(),
-            loss.scale,
-            NEAR_M,
-            size,
-        )
+        cells, trust = image.features.numpy(), image.confidence.numpy()
+        cloud, wanted, weights = (values.contiguous().numpy() for values in (points, features, confidence))
+        at = np.ascontiguousarray(T_camera_map, dtype=np.float64), model.as_array(), loss.scale, NEAR_M, size
+        sums = [kernels.normal_equations(cells, trust, cloud[p], wanted[p], weights[p], *at) for p in parts]
     else:
-        sums = _linearize_in_torch(image, points, features, confidence, T_camera_map, model, loss, size)
-    return Linearization.of_sums(*sums)
+        given = T_camera_map, model, loss, size
+        sums = [_linearize_in_torch(image, points[p], features[p], confidence[p], *given) for p in parts]
+    return [Linearization.of_sums(*found) for found in sums]
 
 
 def _linearize_in_torch(

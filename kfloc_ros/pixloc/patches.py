@@ -33,7 +33,7 @@ from kfloc_ros.pixloc.patch_kernels import (
     normalised_patches,
     window_of,
 )
-from kfloc_ros.pixloc.references import ReferencePoints, ReferenceViews, view_distances
+from kfloc_ros.pixloc.references import ReferencePoints, ReferenceViews, nearness_of, view_distances
 from kfloc_ros.types import Alignment
 
 _KEPT_VIEWS = 64
@@ -168,7 +168,7 @@ class PatchAligner:
         """Return the patches of views, relative to a pose; None without any."""
         if not positions:
             return None
-        nearness = self._references.nearness(T_map_camera, positions)
+        nearness = nearness_of(view_distances(self._references.T_map_camera[positions], T_map_camera))
         parts = [
             replace(view, points=view.points - T_map_camera[:3, 3], confidence=near * view.confidence)
             for k, near in zip(positions, nearness, strict=True)

@@ -161,20 +161,21 @@ def fit_pose(matches: PointMatches, points: torch.Tensor, T_camera_local: Matrix
     Returns:
         None if there are too few matches, or they do not fix the pose.
     """
-    used = matches.weights > 0
+    pixels, chosen, weights = (values.cpu().numpy() for values in (matches.pixels, points, matches.weights))
+    used = weights > 0
     found_count = int(used.sum())
     if found_count < MIN_MATCHES:
         return None
-    pixels, chosen, weights = (
-        values[used].double().cpu().numpy() for values in (matches.pixels, points, matches.weights)
-    )
+    pixels, chosen, weights = (values[used].astype(np.float64) for values in (pixels, chosen, weights))
     squared = np.zeros(found_count)
     T = fitted(pixels, chosen, weights, T_camera_local, camera, squared)
     if T is None:
         return None
-    agreement = torch.zeros_like(matches.weights)
-    agreement[used] = torch.from_numpy(1 / (1 + squared / AGREEING_PX**2) ** 2).to(agreement)
-    return MatchedPose(T, agreement, found_count, int((squared < AGREEING_PX**2).sum()))
+    agreement = np.zeros(len(used), dtype=np.float32)
+    agreement[used] = 1 / (1 + squared / AGREEING_PX**2) ** 2
+    return MatchedPose(
+        T, torch.from_numpy(agreement).to(matches.weights), found_count, int((squared < AGREEING_PX**2).sum())
+    )
 
 
 def fit_pose_and_camera(

@@ -23,7 +23,6 @@ from kfloc_ros.pixloc.point_matching import SEARCH_CELLS, best_cells
 
 METRES_PER_RADIAN = 1.2
 """Weight of a change of direction against a change of place when views are compared (about 2 cm a degree)."""
-
 NEARNESS_FLOOR_M = 0.02
 """Distance, the noise of a coarse pose, below which views count as equally near."""
 
@@ -219,20 +218,21 @@ class ReferenceViews:
     def _shares(self, positions: Sequence[int], in_view: Sequence[int]) -> list[float]:
         return [n / max(len(self.views[k]), 1) for k, n in zip(positions, in_view, strict=False)]
 
-    def nearness(self, T_map_camera: Matrix, positions: Sequence[int]) -> list[float]:
-        """Return each view's weight in an alignment from a pose: 1 for the nearest of them, less for others.
-
-        Nearer views look more similar, and their own poses have smaller errors relative to each other.
-        """
-        distances = view_distances(self.T_map_camera[list(positions)], T_map_camera) + NEARNESS_FLOOR_M
-        return [float(w) for w in (distances.min() / distances) ** 2]
-
 
 def view_distances(T_map_cameras: NDArray[np.float64], T_map_camera: Matrix) -> NDArray[np.float64]:
     """Return distances (K,) of views (K, 4, 4) to a pose, metres; a radian counts as ``METRES_PER_RADIAN``."""
     centres = np.linalg.norm(T_map_cameras[:, :3, 3] - T_map_camera[:3, 3], axis=1)
     cosine = (np.einsum("kij,ij->k", T_map_cameras[:, :3, :3], T_map_camera[:3, :3]) - 1) / 2
     return np.asarray(centres + METRES_PER_RADIAN * np.arccos(np.clip(cosine, -1.0, 1.0)))
+
+
+def nearness_of(distances: NDArray[np.float64]) -> list[float]:
+    """Return the weights of views at distances (K,) of a pose in an alignment: 1 for the nearest, less for others.
+
+    Nearer views look more similar, and their own poses have smaller errors relative to each other.
+    """
+    floored = distances + NEARNESS_FLOOR_M
+    return [float(w) for w in (floored.min(initial=np.inf) / floored) ** 2]
 
 
 def extract_reference_points(

@@ -16,7 +16,7 @@ from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.covariance import map_frame_covariance
 from kfloc_ros.geometry.lie import Matrix, inverse_pose, make_pose, rotation_angle_deg
 from kfloc_ros.pixloc.camera_fit import CameraScore, FittedCamera, fit_camera, score_camera
-from kfloc_ros.pixloc.cost import FeatureImage, FitLevel, Linearization, RobustLoss, linearize
+from kfloc_ros.pixloc.cost import FeatureImage, FitLevel, Linearization, RobustLoss, linearize, linearize_parts
 from kfloc_ros.pixloc.image_check import BlockMatch, match_blocks
 from kfloc_ros.pixloc.optimizer import LevelResult, RefinerSettings, StopRule, descend, disagreement, information_of
 from kfloc_ros.pixloc.point_matching import (
@@ -27,7 +27,7 @@ from kfloc_ros.pixloc.point_matching import (
     fit_pose,
     search_points,
 )
-from kfloc_ros.pixloc.references import ReferencePoints, ReferenceViews, view_distances
+from kfloc_ros.pixloc.references import ReferencePoints, ReferenceViews, nearness_of, view_distances
 from kfloc_ros.types import Alignment, AlignmentStep
 
 
@@ -148,7 +148,8 @@ class Refiner:
         count = self.settings.num_references
         chosen = self.references.alike(images[0], T_map_camera, self.camera, count) if with_map else []
         views = [self.references.views[k] for k in chosen]
-        nearness = self.references.nearness(T_map_camera, chosen) if chosen else []
+        distances = view_distances(self.references.T_map_camera[chosen], T_map_camera)
+        nearness = nearness_of(distances)
         if further is not None:
             views, nearness = [*views, further], [*nearness, 1.0]
         points = ReferencePoints.concatenate(views)
@@ -163,7 +164,7 @@ class Refiner:
             reference_ids=tuple(self.references.ids[k] for k in chosen),
             references=points,
             view_counts=tuple(len(view) for view in views[: len(chosen)]),
-            distance_m=float(min(view_distances(self.references.T_map_camera[chosen], T_map_camera), default=0.0)),
+            distance_m=float(min(distances, default=0.0)),
             prepare=lambda T: self._prepare(images, T, further=further, with_map=with_map),
             linearize=self._linearize,
         )
@@ -181,11 +182,9 @@ class Refiner:
 
     def _disagreement(self, candidate: _Candidate, T_camera_local: Matrix) -> Matrix:
         """Return the covariance (6, 6) by which the reference views disagree on a pose, in the map frame."""
-        fine, parts, first = candidate.levels[-1], [], 0
-        for count in candidate.view_counts:
-            part = slice(first, first := first + count)
-            level = FitLevel(fine.image, fine.features[part], fine.confidence[part])
-            parts.append(self._linearize(replace(candidate, points=candidate.points[part]), level, T_camera_local))
+        fine, loss = candidate.levels[-1], RobustLoss(self.settings.loss_scale)
+        of_points = candidate.points, fine.features, fine.confidence
+        parts = linearize_parts(fine.image, *of_points, candidate.view_counts, T_camera_local, self.camera, loss)
         turn = np.kron(np.eye(2), T_camera_local[:3, :3].T)  # as in map_frame_covariance
         return np.asarray(turn @ disagreement(parts) @ turn.T)
 

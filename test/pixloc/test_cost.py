@@ -20,6 +20,7 @@ from kfloc_ros.pixloc.cost import (
     RobustLoss,
     _jacobian,
     linearize,
+    linearize_parts,
     project,
     projection_jacobian,
 )
@@ -121,6 +122,22 @@ def test_normal_equations_agree_with_dense_jacobians() -> None:
     assert np.allclose(at.H, H, rtol=1e-3, atol=1e-5)
     assert np.allclose(at.g, g, rtol=1e-3, atol=1e-5)
     assert at.valid_count == int((inside & front).sum())
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_parts_of_points_are_linearized_like_points_of_their_own(
+    compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not compiled:
+        monkeypatch.setattr("kfloc_ros.pixloc.cost.runs_compiled", lambda *tensors: False)
+    points, pose = scene()
+    level, cloud, features, confidence = image(), points.float(), torch.randn(len(points), 8), torch.rand(len(points))
+    at = pose, CAMERA, RobustLoss(0.5)
+    parts = linearize_parts(level, cloud, features, confidence, (120, 0, 150), *at)
+    for part, rows in zip(parts, (slice(120), slice(0), slice(120, 270)), strict=True):
+        own = linearize(level, cloud[rows], features[rows], confidence[rows], *at)
+        assert (part.cost, part.valid_count, part.weight_sum) == (own.cost, own.valid_count, own.weight_sum)
+        assert np.array_equal(part.H, own.H) and np.array_equal(part.g, own.g)
 
 
 def test_no_point_in_view_is_an_infinite_cost_not_a_crash() -> None:

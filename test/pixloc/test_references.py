@@ -17,8 +17,10 @@ from kfloc_ros.pixloc.references import (
     ReferencePoints,
     ReferenceViews,
     extract_reference_points,
+    nearness_of,
     query_points,
     smooth_depth_mask,
+    view_distances,
 )
 
 CAMERA = Camera(320, 256, 260.0, 260.0, 159.5, 127.5)
@@ -77,10 +79,10 @@ def test_the_nearest_view_counts_most() -> None:
     references = ReferenceViews((0, 1, 2), poses, (empty,) * 3)
     here = np.eye(4)
     assert references.nearest(here, 2) == [1, 2]
-    weights = references.nearness(here, [1, 2, 0])
+    weights = nearness_of(view_distances(poses[[1, 2, 0]], here))
     assert weights[0] == 1.0 and weights[0] > weights[1] > weights[2] > 0.0
     there = make_pose(np.eye(3), [50.0, 0.0, 0.0])
-    assert min(references.nearness(there, [1, 2, 0])) > 0.9  # far from all of them none is better
+    assert min(nearness_of(view_distances(poses, there))) > 0.9  # far from all of them none is better
 
 
 def test_views_that_look_past_what_the_camera_sees_come_last() -> None:
