@@ -103,10 +103,11 @@ class PoseCheck:
         times = StageTimes(estimate.timings_ms)
         is_aligned = alignment is not None and alignment.success and estimate.state is TrackingState.TRACKING
         with times.stage("check"):
-            fit = SharedResult(lambda: self._refiner.fit_camera(features, T))
+            prepared = self._refiner.prepared(features, T)
+            fit = SharedResult(lambda: self._refiner.fit_camera(prepared))
             if is_aligned and self._cameras is not None and (self._expects_fit or self._cameras.is_due):
                 HELPERS.enlist(fit.help)  # beside the inspection, which may find that it is not needed
-            inspection = self._refiner.inspect(features, T)
+            inspection = self._refiner.inspect(prepared)
             estimate, turn_rad = self._rolled(estimate, inspection.blocks)
             chi2: float | None = None
             fitted: FittedCamera | None = None

@@ -95,7 +95,8 @@ def calibrate_poses(
             assert alignment.T_map_camera is not None
             refined.append((view.T_map_camera, alignment))
             costs.append(alignment.final_cost)
-            fitted = localizer.refiner.fit_camera(features.to(choose_device(device)), alignment.T_map_camera)
+            prepared = localizer.refiner.prepared(features.to(choose_device(device)), alignment.T_map_camera)
+            fitted = localizer.refiner.fit_camera(prepared)
             if fitted is not None:
                 cameras.append(float(fitted.fit.offsets @ fitted.fit.information @ fitted.fit.offsets))
         references, on_device = localizer.refiner.references, features.to(choose_device(device))
@@ -167,7 +168,7 @@ def _aligned_with(
     T = alignment.T_map_camera
     if not alignment.success or T is None or not is_good(view.T_map_camera, T):
         return []
-    blocks = refiner.inspect(features, T).blocks
+    blocks = refiner.inspect(refiner.prepared(features, T)).blocks
     if blocks is not None:
         shifts.append(blocks.shift_chi2)
     return [(view.T_map_camera, alignment)]

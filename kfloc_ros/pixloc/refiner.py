@@ -103,17 +103,13 @@ class Refiner:
         return alignment.success and alignment.support >= self.settings.certain_support
 
     @torch.inference_mode()
-    def fit_camera(self, features: BackboneFeatures, T_map_camera: Matrix) -> FittedCamera | None:
-        """Fit pose and camera together, from an aligned pose.
+    def prepared(self, features: BackboneFeatures, T_map_camera: Matrix) -> Candidate:
+        """Return a pose (4, 4) that was aligned with the map's camera, with the features of its image, to check it."""
+        return self._prepare(query_levels(features), T_map_camera)
 
-        Args:
-            features: backbone features of the query image.
-            T_map_camera: pose that was aligned with the map's camera, (4, 4).
-
-        Returns:
-            None if too few reference points are in view, or they do not fix the pose.
-        """
-        candidate = self._prepare(query_levels(features), T_map_camera)
+    @torch.inference_mode()
+    def fit_camera(self, candidate: Candidate) -> FittedCamera | None:
+        """Fit pose and camera together; None if too few points are in view, or they do not fix the pose."""
         loss = RobustLoss(self.settings.loss_scale)
         matches = self._search(candidate, WIDE_SEARCH_CELLS)
         fit = fit_camera(candidate.levels, candidate.points, candidate.T_camera_local, self.camera, loss, matches)
@@ -125,9 +121,8 @@ class Refiner:
         return FittedCamera(fit, candidate.in_map(fit.T_camera_local), covariance)
 
     @torch.inference_mode()
-    def inspect(self, features: BackboneFeatures, T_map_camera: Matrix) -> Inspection:
-        """Compare the whole image with the map at an aligned pose (4, 4)."""
-        candidate = self._prepare(query_levels(features), T_map_camera)
+    def inspect(self, candidate: Candidate) -> Inspection:
+        """Compare the whole image with the map at a pose."""
         T = candidate.T_camera_local
         blocks = match_blocks(candidate.levels[0].image, candidate.points, candidate.references, T, self.camera)
         loss = RobustLoss(self.settings.loss_scale)
@@ -144,7 +139,7 @@ class Refiner:
         *,
         further: ReferencePoints | None = None,
         with_map: bool = True,
-    ) -> _Candidate:
+    ) -> Candidate:
         count = self.settings.num_references
         chosen = self.references.alike(images[0], T_map_camera, self.camera, count) if with_map else []
         views = [self.references.views[k] for k in chosen]
@@ -156,7 +151,7 @@ class Refiner:
         confidence = torch.cat([view.confidence * w for view, w in zip(views, nearness, strict=True)])
         # coordinates relative to the start: float32 is not exact enough far from the map's origin
         origin = T_map_camera[:3, 3].copy()
-        return _Candidate(
+        return Candidate(
             T_camera_local=make_pose(T_map_camera[:3, :3].T, np.zeros(3)),
             origin=origin,
             points=points.points - torch.from_numpy(origin).to(points.points),
@@ -174,13 +169,13 @@ class Refiner:
     ) -> tuple[FitLevel, FitLevel]:
         return FitLevel(images[0], points.coarse, confidence), FitLevel(images[1], points.fine, confidence)
 
-    def _linearize(self, candidate: _Candidate, level: FitLevel, T_camera_local: Matrix) -> Linearization:
+    def _linearize(self, candidate: Candidate, level: FitLevel, T_camera_local: Matrix) -> Linearization:
         loss = RobustLoss(self.settings.loss_scale)
         return linearize(
             level.image, candidate.points, level.features, level.confidence, T_camera_local, self.camera, loss
         )
 
-    def _disagreement(self, candidate: _Candidate, T_camera_local: Matrix) -> Matrix:
+    def _disagreement(self, candidate: Candidate, T_camera_local: Matrix) -> Matrix:
         """Return the covariance (6, 6) by which the reference views disagree on a pose, in the map frame."""
         fine, loss = candidate.levels[-1], RobustLoss(self.settings.loss_scale)
         of_points = candidate.points, fine.features, fine.confidence
@@ -188,14 +183,14 @@ class Refiner:
         turn = np.kron(np.eye(2), T_camera_local[:3, :3].T)  # as in map_frame_covariance
         return np.asarray(turn @ disagreement(parts) @ turn.T)
 
-    def _matched(self, start: _Candidate, search_cells: int) -> tuple[_Candidate, MatchedPose | None]:
+    def _matched(self, start: Candidate, search_cells: int) -> tuple[Candidate, MatchedPose | None]:
         """Return the pose that the points' own matches agree with, and the candidate that it was found from.
 
         A window cuts off matches on one side if the start is off by much of it, and the fit stays near the start. If
         the map's points do not settle the pose, they search again from where they led, once in the narrow and once in
         the wide window, and the pose with the most support counts.
         """
-        best: tuple[_Candidate, MatchedPose | None] = start, self._match(start, search_cells)
+        best: tuple[Candidate, MatchedPose | None] = start, self._match(start, search_cells)
         if self._is_settled(best[1]) or start.mapped_count < len(start.points):
             return best
         firsts = [best[1]] if search_cells == WIDE_SEARCH_CELLS else [best[1], self._match(start, WIDE_SEARCH_CELLS)]
@@ -211,17 +206,17 @@ class Refiner:
     def _is_settled(self, matched: MatchedPose | None) -> bool:
         return matched is not None and matched.support >= self.settings.settled_support
 
-    def _match(self, candidate: _Candidate, search_cells: int) -> MatchedPose | None:
+    def _match(self, candidate: Candidate, search_cells: int) -> MatchedPose | None:
         """Return the pose near the start that the points' own matches agree with."""
         matches = self._search(candidate, search_cells)
         return fit_pose(matches, candidate.points, candidate.T_camera_local, self.camera)
 
-    def _search(self, candidate: _Candidate, search_cells: int) -> PointMatches:
+    def _search(self, candidate: Candidate, search_cells: int) -> PointMatches:
         points, (coarse, fine), start = candidate.points, candidate.levels, candidate.T_camera_local
         images, features = (coarse.image, fine.image), (coarse.features, fine.features)
         return search_points(images, points, features, coarse.confidence, start, self.camera, search_cells)
 
-    def _descend(self, start: _Candidate, max_cost: float, search_cells: int = SEARCH_CELLS) -> Alignment:
+    def _descend(self, start: Candidate, max_cost: float, search_cells: int = SEARCH_CELLS) -> Alignment:
         candidate, matched = self._matched(start, search_cells)
         T, iterations = candidate.T_camera_local, 0
         results: list[LevelResult] = []
@@ -243,8 +238,8 @@ class Refiner:
 
     def _judge(
         self,
-        start: _Candidate,
-        candidate: _Candidate,
+        start: Candidate,
+        candidate: Candidate,
         results: list[LevelResult],
         iterations: int,
         max_cost: float,
@@ -295,7 +290,7 @@ class Refiner:
 
 
 @dataclass(eq=False)
-class _Candidate:
+class Candidate:
     """Starting pose with its reference points, in coordinates relative to the start."""
 
     T_camera_local: Matrix
@@ -308,9 +303,9 @@ class _Candidate:
     """Number of points of each reference view; further ones that are not the map's follow."""
     distance_m: float
     """Distance of the start from the nearest of the reference views; 0 if there are none."""
-    prepare: Callable[[Matrix], _Candidate]
+    prepare: Callable[[Matrix], Candidate]
     """Returns the candidate of another pose, (4, 4)."""
-    linearize: Callable[[_Candidate, FitLevel, Matrix], Linearization]
+    linearize: Callable[[Candidate, FitLevel, Matrix], Linearization]
     """Returns the cost of a level at a pose, (4, 4)."""
 
     @cached_property

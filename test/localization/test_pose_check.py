@@ -82,7 +82,7 @@ def test_a_pose_is_not_tracking_until_images_exclude_a_camera_that_would_move_it
 ) -> None:
     localizer = Localizer(SceneMap.load(room_map), LocalizerConfig(device="cpu"))
     refiner, fit_camera = localizer._refine.refiner, localizer._refine.refiner.fit_camera
-    monkeypatch.setattr(refiner, "fit_camera", lambda features, T: None)  # no image tells anything
+    monkeypatch.setattr(refiner, "fit_camera", lambda candidate: None)  # no image tells anything
     before = localizer.process(room[0]).estimate
     assert before.state is TrackingState.DEGRADED and "do not tell yet whether the camera" in before.reason
     monkeypatch.setattr(refiner, "fit_camera", fit_camera)
@@ -96,7 +96,7 @@ def test_a_camera_that_is_known_to_be_right_needs_no_images(
     room_map: Any, room: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     localizer = Localizer(SceneMap.load(room_map), LocalizerConfig(device="cpu", wrong_camera_percent=0.0))
-    monkeypatch.setattr(localizer._refine.refiner, "fit_camera", lambda features, T: None)
+    monkeypatch.setattr(localizer._refine.refiner, "fit_camera", lambda candidate: None)
     assert localizer.process(room[0]).estimate.state is TrackingState.TRACKING
 
 
@@ -120,7 +120,7 @@ def test_a_pose_that_little_of_the_image_is_for_is_not_tracking(
     localizer = Localizer(SceneMap.load(room_map), LocalizerConfig(device="cpu"))
     good = localizer.process(room[0])
     seen = Inspection(BlockMatch(14, matching, 0, (0.0, 0.0), 0.0), None, None)
-    monkeypatch.setattr(localizer._refine.refiner, "inspect", lambda features, T: seen)
+    monkeypatch.setattr(localizer._refine.refiner, "inspect", lambda candidate: seen)
     checked = localizer._refine.check(room[0], good.features, replace(good.estimate, state=TrackingState.TRACKING))
     assert checked.state is state
     assert ("6 parts of the image match" in checked.reason) == (state is TrackingState.DEGRADED)
