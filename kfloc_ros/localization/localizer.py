@@ -149,8 +149,8 @@ class Localizer:
             # 4. Carry the belief over by optical flow and fuse (KFNet)
             filtered = self._coarse.fuse(frame, features, measurement, times)
 
-        # 5. Coarse pose by RANSAC-PnP
-        pose = self._coarse.solve(frame, filtered, times)
+            # 5. Coarse pose by RANSAC-PnP
+            pose = self._coarse.solve(frame, filtered, times)
         return CoarseResult(
             frame.stamp_ns,
             pose,
