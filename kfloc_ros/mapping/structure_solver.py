@@ -197,8 +197,6 @@ def _largest_model(
 
 def _joined(model: Any) -> Any:
     """Return a model without the images that too few points join to its largest part, see ``MIN_SHARED``."""
-    if model is None:
-        return None
     images = [image for image in model.images.values() if image.has_pose]
     column = {image.image_id: k for k, image in enumerate(images)}
     tracks = [[column[e.image_id] for e in point.track.elements] for point in model.points3D.values()]
@@ -222,8 +220,8 @@ def _joined(model: Any) -> Any:
 
 
 def _largest(models: Iterable[Any]) -> Any:
-    """Return the model with the most images that are well joined, or None."""
-    there = (joined for joined in map(_joined, models) if joined is not None)
+    """Return the model with the most registered images, or None."""
+    there = (model for model in models if model is not None)
     return max(there, key=lambda model: int(model.num_reg_images()), default=None)
 
 
@@ -244,7 +242,7 @@ def _global(database: Path, images: Path, out: Path, refine_camera: bool) -> Any
     adjustment = options.mapper.bundle_adjustment
     adjustment.refine_focal_length = adjustment.refine_extra_params = refine_camera
     try:
-        model = _largest(pycolmap.global_mapping(database, images, out, options).values())
+        model = _largest(map(_joined, pycolmap.global_mapping(database, images, out, options).values()))
     except RuntimeError:
         return None
     return model if model is not None and model.compute_mean_reprojection_error() <= MAX_MEAN_ERROR_PX else None
@@ -274,7 +272,7 @@ def _incremental(
     models = pycolmap.incremental_mapping(
         database, images, out, options, input_path=standing or "", next_image_callback=next_image
     )
-    return _largest(models.values())
+    return _largest(map(_joined, models.values()))
 
 
 def _adjust(model: Any, *, refine_camera: bool) -> None:
