@@ -19,7 +19,7 @@ from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import Camera, ImageAdapter
 from kfloc_ros.kfnet.scoordnet import INPUT_CHANNELS
 from kfloc_ros.mapping.checked_references import CheckedReferences
-from kfloc_ros.mapping.depth_checks import DEPTH, UNREADABLE, CheckedFrame, DepthChecks
+from kfloc_ros.mapping.frame_checks import DEPTH, UNREADABLE, CheckedFrame, FrameChecks
 from kfloc_ros.mapping.point_evidence import PointEvidence
 from kfloc_ros.mapping.schedule import HeldOut, HoldOut, TimeBudget
 from kfloc_ros.mapping.views import (
@@ -142,7 +142,7 @@ def mapping_pass_over(
     buffer = CellBuffer(capacity, np.random.default_rng(settings.seed))
     collector = ReferenceCollector(settings.reference_spacing_m, settings.max_points)
     adapter = ImageAdapter(source.camera, camera)
-    checks, evidence = DepthChecks(), PointEvidence(camera)
+    checks, evidence = FrameChecks(), PointEvidence(camera)
     held_out: list[HeldOut] = []
     held_out_points: list[ReferencePoints] = []
     held_out_cells: list[Cells] = []

@@ -20,7 +20,7 @@ from kfloc_ros.errors import FrameError, SourceError
 from kfloc_ros.features.backbone import Backbone
 from kfloc_ros.frames import DerivedSource, FrameSource
 from kfloc_ros.mapping import mapping_pass
-from kfloc_ros.mapping.depth_checks import UNREADABLE
+from kfloc_ros.mapping.frame_checks import UNREADABLE
 from kfloc_ros.mapping.mapping_pass import CellBuffer
 from kfloc_ros.mapping.schedule import READ_SHARE, TimeBudget
 from kfloc_ros.mapping.views import Cells, ReferenceCollector

@@ -34,9 +34,9 @@ VIDEO_PAIRS, VIDEO_JUMPS = 10, 0.1
 BLUR_RATIO = 0.3
 """Share of the usual detail below which an image is blurred."""
 BLUR_WINDOW, BLUR_LEAST = 30, 8
-"""Number of previous images that give the usual detail, and the fewest needed. RedKitchen's frames have 0.42 to 1.5
-times
-the detail of the previous ones; a blur of 13 pixels leaves 0.2.
+"""Number of previous images that give the usual detail, and the fewest needed.
+
+RedKitchen's frames have 0.42 to 1.5 times the detail of the previous ones; a blur of 13 pixels leaves 0.2.
 """
 GREY_WIDTH_PX = 320
 CONTRAST_SHARE = 0.01
@@ -51,7 +51,7 @@ class CheckedFrame(NamedTuple):
     frame: Frame
 
 
-class DepthChecks:
+class FrameChecks:
     """Checks of one source's frames, in order; each check uses the previous and the next frame."""
 
     def __init__(self) -> None:

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 
-from kfloc_ros.mapping.depth_checks import BLUR, JUMP, NO_POSE, NO_RIGID_POSE, STAMP, DepthChecks
+from kfloc_ros.mapping.frame_checks import BLUR, JUMP, NO_POSE, NO_RIGID_POSE, STAMP, FrameChecks
 from kfloc_ros.types import Frame
 
 
@@ -19,7 +19,7 @@ def frames(room) -> list[Frame]:
 
 
 def screened(frames: list[Frame]) -> tuple[list[int], dict[str, int]]:
-    checks = DepthChecks()
+    checks = FrameChecks()
     kept = [item.position for item in checks.passing(iter(enumerate(frames)))]
     return kept, dict(checks.left_out)
 
