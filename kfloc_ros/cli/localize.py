@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,15 +15,19 @@ from kfloc_ros.errors import SourceError
 from kfloc_ros.jobs import add_jobs_arguments, run_parts, workers_from
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     import numpy as np
     from numpy.typing import NDArray
 
+    from kfloc_ros.evaluation.collection import Collection
     from kfloc_ros.evaluation.offline import FrameRecord
+    from kfloc_ros.evaluation.summary import RunInfo
     from kfloc_ros.frames import FrameSource
     from kfloc_ros.jobs import Workers
     from kfloc_ros.localization.config import LocalizerConfig
+    from kfloc_ros.localization.place_localizer import AnyLocalizer
+    from kfloc_ros.maps.place import AnyMap
 
 DESCRIPTION = """\
 Localize every frame of SOURCE in a map, offline, and evaluate the poses against the source's ground truth.
@@ -111,83 +116,34 @@ def run(args: argparse.Namespace) -> int:
 
     # Imported late, so that a mistyped SOURCE is reported before torch is loaded.
     from kfloc_ros.cli.tables import progress_bar, summary_table
-    from kfloc_ros.device import choose_device, describe_hardware, limit_threads
+    from kfloc_ros.device import limit_threads
     from kfloc_ros.evaluation.collection import Collection, cost_limit
-    from kfloc_ros.evaluation.offline import localize_frames
-    from kfloc_ros.evaluation.report import command_line
     from kfloc_ros.evaluation.results import result_folder, write_results
-    from kfloc_ros.evaluation.summary import RunInfo
-    from kfloc_ros.localization.config import LocalizerConfig
     from kfloc_ros.localization.place_localizer import localizer_for
-    from kfloc_ros.mapping.structure_scale import UNSCALED
     from kfloc_ros.maps.format import resolve_map
     from kfloc_ros.maps.place import load_map
 
     limit_threads()
-    device = str(choose_device(args.device))
-    config = LocalizerConfig(
-        device=device,
-        filter=not args.no_filter,
-        recursion=args.recursion,
-        refine=not args.no_refine,
-        tracking=args.tracking,
-        camera_check=args.camera_check,
-        use_depth=args.use_depth,
-        loaded_submaps=args.loaded_submaps,
-    )
+    config = _config_from(args)
     map_path = resolve_map(args.map)
     loaded = load_map(map_path)
-    provenance, workers = loaded.provenance, workers_from(args)
+    workers = workers_from(args)
     if args.collect is not None and workers:
         raise SourceError("--collect follows one localizer from frame to frame; omit --jobs and --scheduler.")
     localizer = None if workers else localizer_for(loaded, config)
     collection = None if args.collect is None else Collection(args.collect, max_cost=cost_limit(loaded))
-    notes: list[str] = []
 
     with result_folder(args.out, force=args.force):
-        records: list[FrameRecord] = []
-        interrupted = False
         start = time.perf_counter()
         with progress_bar(total=len(source), unit="frame", disable=args.quiet) as bar:
-            if workers is not None:
-                records, notes = _in_parts(args, source, map_path, config, workers, bar)
-            elif localizer is not None:
-                try:
-                    for item in localize_frames(localizer, source):
-                        records.append(item.record)
-                        if collection is not None:
-                            collection.offer(item.frame, item.estimate)
-                        bar.set_postfix_str(records[-1].state, refresh=False)
-                        bar.update()
-                except KeyboardInterrupt:
-                    interrupted = True
-                notes = [localizer.camera_note]
-        info = RunInfo(
-            kind="localize",
-            command=command_line(args.words),
-            map=str(map_path),
-            source=args.source,
-            poses=args.poses,
-            split=args.split,
-            frames=args.frames,
-            hardware=describe_hardware(device),
-            received=len(records),
-            processed=len(records),
-            dropped=0,
-            duration_s=time.perf_counter() - start,
-            interrupted=interrupted,
-            left_out=len(source.left_out),
-            left_out_first=next(iter(source.left_out.values()), ""),
-            options={
-                "device": device,
-                "filter": config.filter,
-                "recursion": config.recursion,
-                "refine": config.refine,
-                "tracking": config.tracking,
-                **({"use_depth": True} if config.use_depth else {}),
-            },
-        )
-        if interrupted and not records:
+            if localizer is not None:
+                localized = _in_order(source, localizer, collection, bar)
+            else:
+                assert workers is not None
+                localized = _in_parts(args, source, map_path, config, workers, bar)
+        records = localized.records
+        info = _run_info(args, source, map_path, config, localized, time.perf_counter() - start)
+        if localized.interrupted and not records:
             raise KeyboardInterrupt
         if not records:
             raise SourceError(f"No frame of '{source.name}' can be used. The first: {info.left_out_first}")
@@ -204,22 +160,59 @@ def run(args: argparse.Namespace) -> int:
     if not args.quiet:
         print(summary_table(summary))
         print(f"\nResults: {args.out / 'report.html'}; poses: {args.out / 'frames.csv'} (a line an image, by name)")
-    if collection is not None:
-        print(collection.text, file=sys.stderr)
-    if provenance.get("scale") == UNSCALED:
-        print(f"The scale of the map is {UNSCALED} (see kfloc map scale).", file=sys.stderr)
-    for note in dict.fromkeys(filter(None, notes)):
-        print(f"The camera does not fit: {note}.", file=sys.stderr)
-    if interrupted:
-        print(f"Interrupted; the results cover the first {len(records)} of {len(source)} frames.", file=sys.stderr)
-        return 130
-    return 0
+    for line in _remarks(source, loaded, collection, localized):
+        print(line, file=sys.stderr)
+    return 130 if localized.interrupted else 0
+
+
+@dataclass
+class _Localized:
+    """Frames that were localized, and what was noticed."""
+
+    records: list[FrameRecord] = field(default_factory=list)
+    camera_notes: list[str] = field(default_factory=list)
+    """What the images say against the camera; empty strings where nothing."""
+    interrupted: bool = False
+
+
+def _config_from(args: argparse.Namespace) -> LocalizerConfig:
+    from kfloc_ros.device import choose_device
+    from kfloc_ros.localization.config import LocalizerConfig
+
+    return LocalizerConfig(
+        device=str(choose_device(args.device)),
+        filter=not args.no_filter,
+        recursion=args.recursion,
+        refine=not args.no_refine,
+        tracking=args.tracking,
+        camera_check=args.camera_check,
+        use_depth=args.use_depth,
+        loaded_submaps=args.loaded_submaps,
+    )
+
+
+def _in_order(source: FrameSource, localizer: AnyLocalizer, collection: Collection | None, bar: Any) -> _Localized:
+    """Localize frame after frame by one localizer; Ctrl-C ends it with the frames so far."""
+    from kfloc_ros.evaluation.offline import localize_frames
+
+    localized = _Localized()
+    try:
+        for item in localize_frames(localizer, source):
+            localized.records.append(item.record)
+            if collection is not None:
+                collection.offer(item.frame, item.estimate)
+            bar.set_postfix_str(item.record.state, refresh=False)
+            bar.update()
+    except KeyboardInterrupt:
+        localized.interrupted = True
+    localized.camera_notes.append(localizer.camera_note)
+    return localized
 
 
 def _in_parts(
     args: argparse.Namespace, source: FrameSource, map_path: Path, config: LocalizerConfig, workers: Workers, bar: Any
-) -> tuple[list[FrameRecord], list[str]]:
-    """Return the records of all recordings in the order of the source, and the notes on their cameras."""
+) -> _Localized:
+    """Localize each recording by a localizer of its own; the records are in the order of the source."""
     from kfloc_ros.evaluation.offline import Recording, localize_recording
 
     numbers = list(source.sequences())
@@ -234,4 +227,55 @@ def _in_parts(
     )
     place = {index: position for position, index in enumerate(source.indices())}
     records = sorted((record for part, _ in found for record in part), key=lambda record: place[record.index])
-    return records, [note for _, note in found]
+    return _Localized(records, [note for _, note in found])
+
+
+def _run_info(
+    args: argparse.Namespace, source: FrameSource, map_path: Path, config: LocalizerConfig, localized: _Localized,
+    duration_s: float,
+) -> RunInfo:  # fmt: skip
+    from kfloc_ros.device import describe_hardware
+    from kfloc_ros.evaluation.report import command_line
+    from kfloc_ros.evaluation.summary import RunInfo
+
+    return RunInfo(
+        kind="localize",
+        command=command_line(args.words),
+        map=str(map_path),
+        source=args.source,
+        poses=args.poses,
+        split=args.split,
+        frames=args.frames,
+        hardware=describe_hardware(config.device),
+        received=len(localized.records),
+        processed=len(localized.records),
+        dropped=0,
+        duration_s=duration_s,
+        interrupted=localized.interrupted,
+        left_out=len(source.left_out),
+        left_out_first=next(iter(source.left_out.values()), ""),
+        options={
+            "device": config.device,
+            "filter": config.filter,
+            "recursion": config.recursion,
+            "refine": config.refine,
+            "tracking": config.tracking,
+            **({"use_depth": True} if config.use_depth else {}),
+        },
+    )
+
+
+def _remarks(
+    source: FrameSource, loaded: AnyMap, collection: Collection | None, localized: _Localized
+) -> Iterator[str]:
+    """Yield what the user should know besides the figures."""
+    from kfloc_ros.mapping.structure_scale import UNSCALED
+
+    if collection is not None:
+        yield collection.text
+    if loaded.provenance.get("scale") == UNSCALED:
+        yield f"The scale of the map is {UNSCALED} (see kfloc map scale)."
+    for note in dict.fromkeys(filter(None, localized.camera_notes)):
+        yield f"The camera does not fit: {note}."
+    if localized.interrupted:
+        yield f"Interrupted; the results cover the first {len(localized.records)} of {len(source)} frames."

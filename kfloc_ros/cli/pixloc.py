@@ -179,7 +179,7 @@ def _run_part(
     from kfloc_ros.cli.show_alignment import PixLocPictures
     from kfloc_ros.cli.tables import progress_bar
     from kfloc_ros.files import inside
-    from kfloc_ros.pixloc.hloc.files import read_descriptors, read_hloc_log, read_pairs, result_name, write_poses
+    from kfloc_ros.pixloc.hloc.files import result_name, write_poses
     from kfloc_ros.pixloc.hloc.layouts import queries_of
     from kfloc_ros.pixloc.hloc.plan import Planner
     from kfloc_ros.pixloc.hloc.run import gather_views, log_entry, read_image, run_queries, view_settings
@@ -191,18 +191,8 @@ def _run_part(
     queries = queries_of(args.data_set, part, paths)
     names = list(queries)[:: args.skip]
     scene = read_scene(paths.reference_sfm)
-    # hloc's log has priority over the pairs; if its path is a default, it is used only if necessary.
-    needs_log = args.from_poses or options.do_inlier_ranking or options.point_selection != "all"
-    logs = read_hloc_log(paths.hloc_logs) if paths.hloc_logs and (needs_log or args.hloc_logs) else None
-    planner = Planner(
-        scene,
-        options,
-        pairs=read_pairs(paths.retrieval) if logs is None else None,
-        logs=logs,
-        descriptors=read_descriptors(paths.global_descriptors)
-        if options.do_pose_approximation and paths.global_descriptors
-        else None,
-    )
+    # a log whose path is a default is used only if necessary
+    planner = Planner.from_files(scene, paths, options, needs_log=args.from_poses or bool(args.hloc_logs))
     make = planner.from_pose if args.from_poses else planner.from_retrieval
     plans = {name: make(name) for name in names}
     label = f"{args.data_set} {part}".strip()
@@ -253,18 +243,22 @@ def _run_part(
         progress.close()
         drawn = pictures.close() if pictures is not None else []
         write_poses(paths.results, poses)
-        log = {
-            "paths": {key: str(value) for key, value in asdict(paths).items() if value is not None},
-            "configuration": {"weights": str(args.weights), "from_poses": args.from_poses, **asdict(options)},
-            "localization": entries,
-        }
-        Path(f"{paths.results}_logs.json").write_text(json.dumps(log, indent=1) + "\n")
+        _write_log(args, paths, options, entries)
     print(f"{label}: {success} of {len(plans)} queries aligned, {len(poses)} poses in {paths.results}", flush=True)
     for line in drawn:
         print(line)
     for reason, count in _common_reasons(entries)[:3]:
         print(f"  {count} not aligned: {reason}")
     return poses
+
+
+def _write_log(args: argparse.Namespace, paths: Paths, options: RunOptions, entries: Mapping[str, Any]) -> None:
+    log = {
+        "paths": {key: str(value) for key, value in asdict(paths).items() if value is not None},
+        "configuration": {"weights": str(args.weights), "from_poses": args.from_poses, **asdict(options)},
+        "localization": entries,
+    }
+    Path(f"{paths.results}_logs.json").write_text(json.dumps(log, indent=1) + "\n")
 
 
 def _common_reasons(entries: Mapping[str, Any]) -> list[tuple[str, int]]:

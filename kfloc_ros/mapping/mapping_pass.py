@@ -114,6 +114,56 @@ class CellBuffer:
         return Cells(self._inputs[: len(self)], self._coordinates[: len(self)])
 
 
+@dataclass(frozen=True, eq=False)
+class _Taken:
+    """What one view gives."""
+
+    view: View
+    features: BackboneFeatures
+    cells: list[Cells]
+    """Of the view and of its augmented copies."""
+
+
+class _Taker:
+    """Takes from one view what the map needs of it; several threads call it.
+
+    Args:
+        camera: camera of the map.
+        adapter: adapts images to that camera.
+        backbone: feature network.
+        settings: amounts of data.
+        limit: limit on the training cells of a view.
+    """
+
+    def __init__(
+        self, camera: Camera, adapter: ImageAdapter, backbone: Backbone, settings: MappingPassSettings, limit: int
+    ) -> None:
+        self._camera, self._adapter, self._backbone = camera, adapter, backbone
+        self._settings, self._limit = settings, limit
+
+    def take(self, position: int, frame: Frame, *, held_out: bool) -> _Taken | None:
+        """Return what a frame gives, a held-out one without augmented copies; None if it has almost no depth."""
+        view = _view(frame, self._adapter)
+        if view is None:
+            return None
+        features = self._backbone.extract(view.image)
+        rng = np.random.default_rng((self._settings.seed, position))  # of its own: threads finish in any order
+        cells = [sample_cells(view, features, IDENTITY, HELD_OUT_CELLS if held_out else self._limit, rng)]
+        for _ in range(0 if held_out else self._settings.augmentations):
+            similarity = random_similarity(self._camera, rng)
+            augmented = self._backbone.extract(warp_image(view.image, similarity))
+            cells.append(sample_cells(view, augmented, similarity, self._limit, rng))
+        return _Taken(view, features, cells)
+
+    def reference_points(self, taken: _Taken) -> ReferencePoints:
+        """Return the reference points of a view, with their patches."""
+        view = taken.view
+        points = extract_reference_points(
+            taken.features, view.depth_m, self._camera, view.T_map_camera, self._settings.points_per_view
+        )
+        return with_patches(points, view.image, self._camera, view.T_map_camera)
+
+
 def mapping_pass_over(
     source: FrameSource,
     camera: Camera,
@@ -141,37 +191,17 @@ def mapping_pass_over(
     capacity = min(MAX_CELLS, len(source) * copies * min(limit, grid_cells))
     buffer = CellBuffer(capacity, np.random.default_rng(settings.seed))
     collector = ReferenceCollector(settings.reference_spacing_m, settings.max_points)
-    adapter = ImageAdapter(source.camera, camera)
+    taker = _Taker(camera, ImageAdapter(source.camera, camera), backbone, settings, limit)
     checks, evidence = FrameChecks(), PointEvidence(camera)
     held_out: list[HeldOut] = []
     held_out_points: list[ReferencePoints] = []
     held_out_cells: list[Cells] = []
     used = passes = 0
     start = time.monotonic()
-
-    def reference_points(taken: _Taken) -> ReferencePoints:
-        view = taken.view
-        points = extract_reference_points(
-            taken.features, view.depth_m, camera, view.T_map_camera, settings.points_per_view
-        )
-        return with_patches(points, view.image, camera, view.T_map_camera)
-
     reading, recordings = _Reading(source, time_budget), source.sequences()
 
     def take(position: int, frame: Frame) -> _Taken | None:
-        view = _view(frame, adapter)
-        if view is None:
-            return None
-        features = backbone.extract(view.image)
-        rng = np.random.default_rng((settings.seed, position))  # of its own: threads finish in any order
-        is_held_out = position in reading.held_out
-        cells = [sample_cells(view, features, IDENTITY, HELD_OUT_CELLS if is_held_out else limit, rng)]
-        if not is_held_out:
-            for _ in range(settings.augmentations):
-                similarity = random_similarity(camera, rng)
-                augmented = backbone.extract(warp_image(view.image, similarity))
-                cells.append(sample_cells(view, augmented, similarity, limit, rng))
-        return _Taken(view, features, cells)
+        return taker.take(position, frame, held_out=position in reading.held_out)
 
     for (position, frame), taken in _beside(take, checks.passing(iter(reading))):
         if taken is None:
@@ -183,14 +213,14 @@ def mapping_pass_over(
         run = reading.held_out.get(position)
         if run is not None:
             held_out.append(HeldOut(taken.view, frame.stamp_ns, run, recordings[position]))
-            held_out_points.append(reference_points(taken))
+            held_out_points.append(taker.reference_points(taken))
             held_out_cells += taken.cells
             continue
         for cells in taken.cells:
             buffer.add(cells)
         evidence.add(taken.view, taken.features)
         if collector.extends_coverage(taken.view.T_map_camera):
-            collector.add(taken.view.index, taken.view.T_map_camera, reference_points(taken))
+            collector.add(taken.view.index, taken.view.T_map_camera, taker.reference_points(taken))
     if source.left_out:
         checks.left_out[UNREADABLE] += len(source.left_out)
     if used < MIN_VIEWS or not len(collector) or len(buffer) < MIN_CELLS:
@@ -198,15 +228,7 @@ def mapping_pass_over(
             f"'{source.name}' has {used} usable views with depth and pose out of {len(source)}"
             f"{_reasons(checks.left_out)}; a map needs at least {MIN_VIEWS}, with usable depth in most of the image."
         )
-    collected = collector.views()
-    ids = (*collected.ids, *(held.view.index for held in held_out))
-    poses = np.stack([*collected.T_map_camera, *(held.view.T_map_camera for held in held_out)])
-    checked = CheckedReferences.of(evidence, ReferenceViews(ids, poses, (*collected.views, *held_out_points)))
-    references = checked.first(len(collected.views))
-    collector.replace(references.views)
-    for held, points in zip(held_out, checked.views.views[len(collected.views) :], strict=True):
-        if collector.extends_coverage(held.view.T_map_camera):
-            collector.add(held.view.index, held.view.T_map_camera, points)
+    references = _check_references(collector, held_out, held_out_points, evidence)
     return MappingPass(
         buffer.cells(),
         references,
@@ -220,14 +242,23 @@ def mapping_pass_over(
     )
 
 
-@dataclass(frozen=True, eq=False)
-class _Taken:
-    """What one view gives."""
-
-    view: View
-    features: BackboneFeatures
-    cells: list[Cells]
-    """Of the view and of its augmented copies."""
+def _check_references(
+    collector: ReferenceCollector,
+    held_out: list[HeldOut],
+    held_out_points: list[ReferencePoints],
+    evidence: PointEvidence,
+) -> CheckedReferences:
+    """Check the points of all views, add held-out views that extend the coverage; return references without them."""
+    collected = collector.views()
+    ids = (*collected.ids, *(held.view.index for held in held_out))
+    poses = np.stack([*collected.T_map_camera, *(held.view.T_map_camera for held in held_out)])
+    checked = CheckedReferences.of(evidence, ReferenceViews(ids, poses, (*collected.views, *held_out_points)))
+    references = checked.first(len(collected.views))
+    collector.replace(references.views)
+    for held, points in zip(held_out, checked.views.views[len(collected.views) :], strict=True):
+        if collector.extends_coverage(held.view.T_map_camera):
+            collector.add(held.view.index, held.view.T_map_camera, points)
+    return references
 
 
 def _beside(

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from kfloc_ros.errors import MapError, SourceError
 from kfloc_ros.geometry.lie import Matrix, inverse_pose, make_pose, matrix_to_quaternion, quaternion_to_matrix
-from kfloc_ros.pixloc.hloc.files import HlocQuery
+from kfloc_ros.pixloc.hloc.files import HlocQuery, read_descriptors, read_hloc_log, read_pairs
+from kfloc_ros.pixloc.hloc.layouts import Paths
 from kfloc_ros.pixloc.hloc.options import RunOptions
 from kfloc_ros.pixloc.reference.views import ReferenceScene
 
@@ -72,6 +73,21 @@ class Planner:
                 "'do_pose_approximation' needs global descriptors; give them with --global-descriptors, or turn it "
                 "off with do_pose_approximation=false."
             )
+
+    @classmethod
+    def from_files(cls, scene: ReferenceScene, paths: Paths, options: RunOptions, *, needs_log: bool) -> Planner:
+        """Return the planner of a run's files. Where hloc's log is needed and known, it replaces the pairs.
+
+        Raises:
+            SourceError: a file is damaged, or an option needs one that is not given.
+        """
+        needs_log = needs_log or options.do_inlier_ranking or options.point_selection != "all"
+        logs = read_hloc_log(paths.hloc_logs) if paths.hloc_logs and needs_log else None
+        pairs = read_pairs(paths.retrieval) if logs is None else None
+        descriptors = None
+        if options.do_pose_approximation and paths.global_descriptors:
+            descriptors = read_descriptors(paths.global_descriptors)
+        return cls(scene, options, pairs=pairs, logs=logs, descriptors=descriptors)
 
     def from_retrieval(self, query: str) -> Plan:
         """Start at the best retrieved image, or at a mean of several."""
