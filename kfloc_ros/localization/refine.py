@@ -265,6 +265,7 @@ class RefineStage:
 
             for loops in (point_kernels, patch_kernels, check_kernels):
                 loops.run_once()
+            self.refiner.warm_up()
 
     def reset(self) -> None:
         """Reset the motion model and the track; the next frame starts from its coarse pose alone."""

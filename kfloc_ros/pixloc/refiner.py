@@ -121,6 +121,12 @@ class Refiner:
         return FittedCamera(fit, candidate.in_map(fit.T_camera_local), covariance)
 
     @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Run the compiled loop of :meth:`fit_camera` on a point: a frame of noise gives no pose to fit it to."""
+        level = FitLevel(FeatureImage(torch.zeros(2, 2, 1), torch.zeros(2, 2), 1.0), torch.zeros(1, 1), torch.zeros(1))
+        fit_camera((level,), torch.ones(1, 3), np.eye(4), self.camera, RobustLoss(self.settings.loss_scale))
+
+    @torch.inference_mode()
     def inspect(self, candidate: Candidate) -> Inspection:
         """Compare the whole image with the map at a pose."""
         T = candidate.T_camera_local

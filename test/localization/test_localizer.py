@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from kfloc_ros.localization.config import LocalizerConfig
 from kfloc_ros.localization.localizer import Localizer
 from kfloc_ros.localization.results import CellPart
 from kfloc_ros.maps.scene_map import SceneMap
+from kfloc_ros.pixloc import kernels
 from kfloc_ros.types import Frame, PoseEstimate, TrackingState
 from kfloc_ros.visualization.stream import watch
 
@@ -217,3 +219,22 @@ def test_threads_that_share_a_frame_change_no_bit(
     assert set(helped) == {1, 2}, "the fit of the camera alone; flow and head"
     for a, b in zip(shared, alone, strict=True):
         assert np.array_equal(a.T_map_camera, b.T_map_camera) and np.array_equal(a.covariance, b.covariance)
+
+
+def test_the_first_fit_of_a_camera_finds_its_loop_compiled(
+    scene_map: SceneMap, room, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loop is compiled for the types of its arguments, so that the warm-up calls it with those of an image."""
+    numba, given, descend = pytest.importorskip("numba"), [], kernels.descend_with_camera
+
+    def noted(*arguments: Any) -> Any:
+        given.append([numba.typeof(argument) for argument in arguments])
+        return descend(*arguments)
+
+    monkeypatch.setattr(kernels, "descend_with_camera", noted)
+    localizer = Localizer(scene_map, LocalizerConfig(device="cpu"))
+    localizer.warm_up()
+    in_warm_up, found = given[:], localizer.process(room[0])
+    T, refiner = found.estimate.T_map_camera, localizer.refiner
+    assert refiner.fit_camera(refiner.prepared(found.features, T)) is not None
+    assert in_warm_up and all(types == in_warm_up[0] for types in given)
