@@ -17,6 +17,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import cv2
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from kfloc_ros.errors import ConfigError
@@ -55,6 +56,32 @@ def quick_matmul(device: torch.device) -> AbstractContextManager[object]:
     error is 2 cm or more.
     """
     return torch.autocast(device.type, dtype=torch.bfloat16) if computes_bfloat16(device) else nullcontext()
+
+
+@cache
+def _has_onednn() -> bool:
+    """Return true if torch has oneDNN's product of matrices, as it has on most processors."""
+    try:
+        return bool(_by_onednn(torch.ones(1, 1), torch.ones(1, 1), None) == 1)
+    except (AttributeError, RuntimeError, NotImplementedError):
+        return False
+
+
+def _by_onednn(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    linear: Callable[..., torch.Tensor] = torch.ops.mkldnn._linear_pointwise
+    return linear(inputs, weight, bias, "none", [], "")
+
+
+def linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Return ``inputs @ weight.t() + bias`` of matrices (n, in) and (out, in), without gradients.
+
+    Torch leaves products in float32 to MKL, which uses half of the width of an AMD's vectors; oneDNN, which torch has
+    for other precisions, uses all of it. The two differ by rounding.
+    """
+    if inputs.device.type == "cpu" and inputs.dtype == weight.dtype == torch.float32 and _has_onednn():
+        # in one piece: other layouts may take oneDNN's slow path
+        return _by_onednn(inputs.contiguous(), weight.contiguous(), bias)
+    return F.linear(inputs, weight, bias)
 
 
 class PackedLinear(nn.Module):

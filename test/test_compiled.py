@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kfloc_ros.device import compiled_loop, has_numba, runs_compiled, torch_only
+from kfloc_ros.device import compiled_loop, has_numba, linear, runs_compiled, torch_only
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import make_pose, so3_exp
 from kfloc_ros.kfnet.flow import Flow, cost_window
@@ -119,6 +119,15 @@ def test_without_numba_the_torch_path_serves_and_says_so_once(
         assert compiled_loop(len) is len
     finally:
         has_numba.cache_clear()
+
+
+def test_a_product_of_matrices_is_that_of_torch() -> None:
+    """Also of rows and columns that are not in one piece, and in other precisions."""
+    rows, weight, bias = torch.randn(40, 30), torch.randn(20, 30), torch.randn(20)
+    for inputs, of in ((rows, weight), (rows[:, :15], weight[:, 15:]), (rows.t()[:, :20], weight.t()[:, ::1])):
+        assert torch.allclose(linear(inputs, of), inputs @ of.t(), atol=1e-4)
+    assert torch.allclose(linear(rows, weight, bias), rows @ weight.t() + bias, atol=1e-4)
+    assert torch.equal(linear(rows.double(), weight.double()), rows.double() @ weight.double().t())
 
 
 def test_only_plain_tensors_are_served() -> None:

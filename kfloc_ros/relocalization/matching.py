@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kfloc_ros.device import linear
 from kfloc_ros.features.backbone import COARSE_STRIDE, BackboneFeatures
 from kfloc_ros.features.lighterglue import LighterGlue, PointSet
 from kfloc_ros.geometry.camera import Camera
@@ -158,7 +159,7 @@ def mutual_nearest(features: torch.Tensor, grid: torch.Tensor) -> tuple[torch.Te
     Returns:
         Indices (N,) of cells, row by row; cosines (N,); and (N,) bool, true for mutual nearest neighbours.
     """
-    similarity = features.to(grid) @ grid.reshape(len(grid), -1)
+    similarity = linear(features.to(grid), grid.reshape(len(grid), -1).t())
     if similarity.device.type == "cpu":  # a tenth of the time of torch's
         cell = torch.from_numpy(similarity.numpy().argmax(axis=1))
     else:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
+from kfloc_ros.device import linear
 from kfloc_ros.features.backbone import BackboneFeatures
 from kfloc_ros.pixloc.references import ReferencePoints, ReferenceViews
 
@@ -55,6 +56,16 @@ class QueryCells:
 
 
 @dataclass(frozen=True, eq=False)
+class _ImageCells:
+    """Cells of an image, with what was computed of them."""
+
+    features: BackboneFeatures
+    cells: QueryCells
+    similarity: dict[int, torch.Tensor]
+    """(N,) greatest cosine of each cell with the points of a view, by the view's position."""
+
+
+@dataclass(frozen=True, eq=False)
 class Vocabulary:
     """Cluster centres of the VLAD descriptor."""
 
@@ -89,12 +100,16 @@ class ReferenceIndex:
         rows = [self._vocabulary.describe_view(view) for view in references.views]
         self._mean = torch.stack(rows).mean(dim=0)
         self._descriptors = F.normalize(torch.stack(rows) - self._mean, dim=1)
+        self._image: _ImageCells | None = None
+        """Of the last image, which is often compared several times."""
 
     def search(self, features: BackboneFeatures, count: int, among: Sequence[int] | None = None) -> list[Retrieved]:
         """Return the reference views that show most of an image, best first, at most ``count``, of all or some."""
-        cells = reliable_cells(features)
+        if self._image is None or self._image.features is not features:
+            self._image = _ImageCells(features, reliable_cells(features), {})
+        cells = self._image.cells
         listed = self._nearest(self._vocabulary.describe(cells.features, cells.weight), max(count, SHORTLIST), among)
-        votes = self._votes(cells, [item.position for item in listed])
+        votes = self._votes(self._image, [item.position for item in listed])
         voted = [replace(item, votes=weight) for item, weight in zip(listed, votes, strict=True)]
         return sorted(voted, key=lambda item: -item.votes)[:count]
 
@@ -102,12 +117,14 @@ class ReferenceIndex:
         """Return the views most similar to a reference view, such as one of another map, by descriptor alone."""
         return self._nearest(self._vocabulary.describe_view(view), count)
 
-    def _votes(self, cells: QueryCells, positions: Sequence[int]) -> list[float]:
+    def _votes(self, image: _ImageCells, positions: Sequence[int]) -> list[float]:
         """Return the weight of votes of each view; a cell votes for the views with the points most similar to it."""
-        features = cells.features.float()
-        similarity = [(features @ self._views[k].coarse.to(features).t()).amax(dim=1) for k in positions]
-        best = torch.stack(similarity, dim=1).topk(min(VOTES, len(positions)), dim=1)
-        weight = (best.values - MIN_VOTE).clamp(min=0) * cells.weight[:, None]
+        features, similarity = image.cells.features.float(), image.similarity
+        for k in positions:
+            if k not in similarity:
+                similarity[k] = linear(features, self._views[k].coarse.to(features)).amax(dim=1)
+        best = torch.stack([similarity[k] for k in positions], dim=1).topk(min(VOTES, len(positions)), dim=1)
+        weight = (best.values - MIN_VOTE).clamp(min=0) * image.cells.weight[:, None]
         votes = torch.zeros(len(positions), device=weight.device)
         return [float(v) for v in votes.index_add_(0, best.indices.reshape(-1), weight.reshape(-1))]
 
@@ -131,7 +148,7 @@ def reliable_cells(features: BackboneFeatures) -> QueryCells:
 
     best = blocks(reliability).topk(CELLS_PER_BLOCK, dim=1)
     chosen = blocks(index).gather(1, best.indices).reshape(-1)
-    return QueryCells(coarse.reshape(len(coarse), -1)[:, chosen].t(), best.values.reshape(-1))
+    return QueryCells(coarse.reshape(len(coarse), -1)[:, chosen].t().contiguous(), best.values.reshape(-1))
 
 
 def _cluster(rows: torch.Tensor, count: int) -> torch.Tensor:

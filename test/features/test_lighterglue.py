@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from kfloc_ros.errors import WeightsError
 from kfloc_ros.features.backbone import Backbone, find_weights
@@ -43,3 +44,25 @@ def test_other_weights_are_refused(tmp_path: Path) -> None:
         LighterGlue(find_weights())
     with pytest.raises(WeightsError, match="cannot be read"):
         LighterGlue(tmp_path / "none.pt")
+
+
+def test_attention_is_that_of_the_published_layers(matcher: LighterGlue) -> None:
+    """The file has query, key and value of a channel side by side, and rotates neighbouring channels."""
+    state = torch.load(find_weights().with_name("xfeat-lighterglue.pt"), map_location="cpu", weights_only=True)
+    name = "matcher.transformers.2.self_attn"
+    generator = torch.Generator().manual_seed(0)
+    x, positions = torch.randn(50, 96, generator=generator), torch.rand(50, 2, generator=generator)
+
+    def published(rows: torch.Tensor) -> torch.Tensor:
+        even, odd = rows[:, 0::2], rows[:, 1::2]
+        angle = (positions @ state["matcher.posenc.Wr.weight"].t()).repeat_interleave(2, dim=-1)
+        return rows * angle.cos() + torch.stack([-odd, even], dim=-1).reshape(rows.shape) * angle.sin()
+
+    projected = F.linear(x, state[f"{name}.Wqkv.weight"], state[f"{name}.Wqkv.bias"])
+    query, key, value = projected.reshape(50, -1, 3).unbind(-1)
+    message = F.scaled_dot_product_attention(published(query)[None], published(key)[None], value[None])[0]
+    layer = matcher.transformers[2].self_attn
+    with torch.inference_mode():
+        message = layer.out_proj(message)
+        wanted = x + layer.ffn(torch.cat([x, message], dim=-1))
+        assert torch.allclose(layer(x, matcher.posenc(positions)), wanted, atol=1e-4)

@@ -68,6 +68,14 @@ def test_the_view_most_alike_is_near(scene_map: SceneMap, features: BackboneFeat
     assert best.votes > 0 and all(best.votes >= other.votes for other in others)
 
 
+def test_an_index_compares_each_image_anew(scene_map: SceneMap, features: BackboneFeatures, room) -> None:
+    """What is kept of the last image changes nothing, neither for it nor for another one."""
+    other, among = Backbone(device="cpu").extract(room[2].image), [4, 2, 0]
+    index = ReferenceIndex(scene_map.references)
+    for image, views in ((features, among), (features, None), (other, among), (features, among)):
+        assert index.search(image, 3, views) == ReferenceIndex(scene_map.references).search(image, 3, views)
+
+
 def test_no_more_views_are_returned_than_there_are(scene_map: SceneMap, features: BackboneFeatures) -> None:
     count = len(scene_map.references.ids)
     found = ReferenceIndex(scene_map.references).search(features, 10 * count)
