@@ -59,8 +59,10 @@ def quick_matmul(device: torch.device) -> AbstractContextManager[object]:
 
 
 @cache
-def _has_onednn() -> bool:
-    """Return true if torch has oneDNN's product of matrices, as it has on most processors."""
+def _prefers_onednn() -> bool:
+    """Return true if torch leaves products to MKL and has oneDNN's, too: on x86-64, not on arm64."""
+    if not torch.backends.mkl.is_available():  # type: ignore[no-untyped-call]
+        return False
     try:
         return bool(_by_onednn(torch.ones(1, 1), torch.ones(1, 1), None) == 1)
     except (AttributeError, RuntimeError, NotImplementedError):
@@ -78,7 +80,7 @@ def linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     Torch leaves products in float32 to MKL, which uses half of the width of an AMD's vectors; oneDNN, which torch has
     for other precisions, uses all of it. The two differ by rounding.
     """
-    if inputs.device.type == "cpu" and inputs.dtype == weight.dtype == torch.float32 and _has_onednn():
+    if inputs.device.type == "cpu" and inputs.dtype == weight.dtype == torch.float32 and _prefers_onednn():
         # in one piece: other layouts may take oneDNN's slow path
         return _by_onednn(inputs.contiguous(), weight.contiguous(), bias)
     return F.linear(inputs, weight, bias)
