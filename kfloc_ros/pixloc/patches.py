@@ -269,7 +269,7 @@ def with_patches(
     span = np.arange(-PATCH_RADIUS, PATCH_RADIUS + 1)
     grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
     patches = grey[rows[:, None, None] + span[:, None], columns[:, None, None] + span]
-    return replace(points, patches=torch.from_numpy(patches.reshape(len(points), -1)))
+    return replace(points, patches=torch.from_numpy(patches.reshape(len(points), PATCH_SIDE**2)))
 
 
 def patch_equations(

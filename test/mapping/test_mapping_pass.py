@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import long_recording
@@ -158,20 +159,46 @@ class Unreadable(DerivedSource):
         return frame
 
 
+def mapping_pass_of(source: FrameSource) -> mapping_pass.MappingPass:
+    settings = mapping_pass.MappingPassSettings(0, 100, 0.04, 2_000, 0)
+    budget = TimeBudget(0.0, time.monotonic())
+    return mapping_pass.mapping_pass_over(
+        source, long_recording.SMALL, Backbone(device="cpu"), settings, budget, lambda position: None
+    )
+
+
 def test_frames_that_cannot_be_read_are_left_out_of_a_map_and_counted(caplog: pytest.LogCaptureFixture) -> None:
     recording = long_recording.LongRecording(32, long_recording.SMALL)
-    settings = mapping_pass.MappingPassSettings(0, 100, 0.04, 2_000, 0)
-
-    def survey(source: FrameSource) -> mapping_pass.MappingPass:
-        budget = TimeBudget(0.0, time.monotonic())
-        return mapping_pass.mapping_pass_over(
-            source, long_recording.SMALL, Backbone(device="cpu"), settings, budget, lambda position: None
-        )
-
-    found = survey(Unreadable(recording, {3, 11}))
-    assert found.left_out[UNREADABLE] == 2 and found.used == survey(recording).used - 2
+    found = mapping_pass_of(Unreadable(recording, {3, 11}))
+    assert found.left_out[UNREADABLE] == 2 and found.used == mapping_pass_of(recording).used - 2
     assert "'3.png' is cut off" in caplog.text and "'11.png' is cut off" in caplog.text
     strict = Unreadable(recording, {3})
     strict.strict = True
     with pytest.raises(FrameError, match=r"3\.png"):
-        survey(strict)
+        mapping_pass_of(strict)
+
+
+class Striped(DerivedSource):
+    """A source in which the depth of some frames is known in every second column, where no point can be taken."""
+
+    def __init__(self, source: FrameSource, positions: set[int]) -> None:
+        super().__init__(source)
+        self._positions = positions
+
+    def changed(self, frame: Frame, position: int) -> Frame:
+        if position not in self._positions or frame.depth_m is None:
+            return frame
+        depth_m = frame.depth_m.copy()
+        depth_m[:, ::2] = 0
+        return replace(frame, depth_m=depth_m)
+
+
+def test_views_without_any_reference_point_are_no_reference_views() -> None:
+    recording = long_recording.LongRecording(32, long_recording.SMALL)
+    usual = mapping_pass_of(recording)
+    held_out = usual.held_out[0].view.index
+    mapped = usual.references.views.ids[0]
+    striped = mapping_pass_of(Striped(recording, {mapped, held_out}))
+    assert striped.used == usual.used
+    assert {mapped, held_out}.isdisjoint(striped.all_references.ids)
+    assert all(len(view) for view in striped.all_references.views)
