@@ -98,13 +98,16 @@ class Evidence:
         Args:
             alignment: to verify.
             min_agreement: smallest accepted share of agreeing matches.
-            with_lightglue: average the share with that of LightGlue matches.
+            with_lightglue: average the share with that of LightGlue matches. No more of these are made for an
+                alignment that hardly any match supports so far, of either kind.
         """
         if not alignment.success or alignment.T_map_camera is None:
             return alignment
         agreement = self.agreement(alignment)
         if with_lightglue:
-            other = self._matches.lightglue_agreement(alignment.T_map_camera, self._verifying_views(alignment))
+            T, other = alignment.T_map_camera, 0.0
+            if self._is_worth_more_matches(T, agreement):
+                other = self._matches.lightglue_agreement(T, self._verifying_views(alignment))
             agreement = (agreement + other) / 2
         if agreement >= min_agreement:
             return alignment
@@ -117,6 +120,11 @@ class Evidence:
             return False
         largest_m2 = float(np.linalg.eigvalsh(best.covariance[:3, :3])[-1])
         return largest_m2 < CERTAIN_M**2 and self.agreement(best) >= self._settings.certain_agreement
+
+    def _is_worth_more_matches(self, T_map_camera: Matrix, agreement: float) -> bool:
+        s = self._settings
+        supporting = int(self._matches.supporting(T_map_camera).sum())
+        return agreement >= s.certain_agreement / 2 or supporting >= s.min_matched_inliers
 
     def _verifying_views(self, alignment: Alignment) -> list[int]:
         """Return positions of the views that verify a pose: the best of those that it was aligned with."""

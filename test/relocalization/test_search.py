@@ -21,11 +21,13 @@ from kfloc_ros.pixloc.optimizer import RefinerSettings
 from kfloc_ros.pixloc.references import ReferenceViews
 from kfloc_ros.pixloc.refiner import Refiner, failed_alignment
 from kfloc_ros.relocalization.decision import RelocalizationSettings, choose, has_more_support, realigned
+from kfloc_ros.relocalization.evidence import Evidence
 from kfloc_ros.relocalization.retrieval import ReferenceIndex
 from kfloc_ros.relocalization.search import Relocalizer
 from kfloc_ros.types import Alignment, CoarsePose, FilterReport, TrackingState
 
 NO_COARSE_POSE = CoarsePose(False, "too few inliers", None, None, 0, 0.0)
+NOT_FOUND = failed_alignment("nothing")
 FILTER_OFF = FilterReport("off", 0.0, 0.0, 0.0)
 
 
@@ -297,3 +299,28 @@ def test_an_alignment_is_repeated_and_the_better_kept() -> None:
     assert realigned(lambda starts: first, better) is better
     failed = alignment_at(np.eye(4), reason="failed")
     assert realigned(lambda starts: better, failed) is failed and realigned(lambda starts: failed, first) is first
+
+
+@pytest.mark.parametrize("supporting, asked", [(9, 0), (10, 1)])
+def test_no_more_lightglue_matches_are_made_for_what_no_match_supports(
+    scene_map: SceneMap, supporting: int, asked: int
+) -> None:
+    class Few:
+        def __init__(self) -> None:
+            self.asked = 0
+
+        def agreement(self, T: Matrix, views: Sequence[int]) -> float:
+            return 0.01
+
+        def supporting(self, T: Matrix) -> NDArray[np.bool_]:
+            return np.arange(100) < supporting
+
+        def lightglue_agreement(self, T: Matrix, views: Sequence[int]) -> float:
+            self.asked += 1
+            return 1.0
+
+    few, settings = Few(), RelocalizationSettings()
+    evidence = Evidence(scene_map.references, scene_map.camera, settings, few, lambda starts: NOT_FOUND)  # type: ignore[arg-type]
+    found = replace(NOT_FOUND, success=True, T_map_camera=scene_map.references.T_map_camera[0])
+    verified = evidence.verified(found, settings.min_agreement, with_lightglue=True)
+    assert few.asked == asked and verified.success == bool(asked)
