@@ -150,6 +150,14 @@ def limit_threads() -> None:
     cv2.setNumThreads(torch.get_num_threads())
 
 
+def spare_threads() -> int:
+    """Return the number of threads beside those of torch that may help with a frame that waits for nothing else.
+
+    It is one on a processor with a second core, and none if ``OMP_NUM_THREADS`` says how many there are.
+    """
+    return min(len(os.sched_getaffinity(0)) - 1, 1) if "OMP_NUM_THREADS" not in os.environ else 0
+
+
 # A stage of a frame is hundreds of operations on small tensors, whose calls take longer than their arithmetic; a
 # compiled loop makes one call of them. Beside every loop there is a torch path, its reference. Numba keeps the machine
 # code on disk (beside the module, or in the user's cache folder), so a machine compiles once, in seconds. It looks at

@@ -204,6 +204,8 @@ class HelperThreads:
         self._lock, self._contexts, self._threads = threading.Lock(), 0, 1
         self._pools: dict[int, ThreadPoolExecutor] = {}
         self._of_caller = threading.local()
+        self.spare = 0
+        """Number of threads that may help even where torch has one thread: other cores are mostly free."""
 
     @contextlib.contextmanager
     def sharing(self) -> Iterator[None]:
@@ -214,23 +216,33 @@ class HelperThreads:
             self._threads = self._threads if self._contexts else torch.get_num_threads()
             self._contexts += 1
             torch.set_num_threads(1)
-            self._of_caller.pool = self._pool(self._threads - 1) if self._threads > 1 else None
         try:
-            yield
+            with self.lending(self._threads - 1):
+                yield
         finally:
-            self._of_caller.pool = None
             with self._lock:
                 self._contexts -= 1
                 torch.set_num_threads(self._threads)
 
+    @contextlib.contextmanager
+    def lending(self, count: int = 0) -> Iterator[None]:
+        """Let this thread enlist at least ``count`` helpers within this context, and those that are spare."""
+        count = max(count, self.spare)
+        with self._lock:
+            self._of_caller.pool, self._of_caller.count = self._pool(count) if count else None, count
+        try:
+            yield
+        finally:
+            self._of_caller.pool, self._of_caller.count = None, 0
+
     @property
-    def are_at_hand(self) -> bool:
-        """True if this thread can enlist helpers."""
-        return getattr(self._of_caller, "pool", None) is not None
+    def at_hand(self) -> int:
+        """Number of helpers that this thread can enlist."""
+        return getattr(self._of_caller, "count", 0)
 
     def enlist(self, *tasks: Callable[[], None]) -> None:
         """Let helpers run tasks, which may also run late; they do nothing if none are at hand."""
-        for task in tasks if self.are_at_hand else ():
+        for task in tasks if self.at_hand else ():
             self._of_caller.pool.submit(task)
 
     def _pool(self, count: int) -> ThreadPoolExecutor:

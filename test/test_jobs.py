@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import parts as work
 import pytest
 import torch
 
+from kfloc_ros.device import spare_threads
 from kfloc_ros.errors import ConfigError, SourceError
 from kfloc_ros.jobs import HelperThreads, SharedResult, SharedWork, Workers, run_parts
 
@@ -186,11 +188,44 @@ def test_helpers_run_torch_in_one_thread_each_and_are_as_many_as_torch_had(threa
     try:
         for _ in range(2):
             with helpers.sharing():
-                assert helpers.are_at_hand == (threads > 1)
+                assert helpers.at_hand == threads - 1
                 helpers.enlist(*[meet] * (threads - 1))
                 meet()
-            assert not helpers.are_at_hand and torch.get_num_threads() == threads
+            assert not helpers.at_hand and torch.get_num_threads() == threads
             helpers.enlist(lambda: seen.append((0, 0)))  # outside: none
     finally:
         torch.set_num_threads(before)
     assert len({ident for ident, _ in seen}) == threads and {number for _, number in seen} == {1}
+
+
+def test_spare_helpers_are_at_hand_where_torch_has_one_thread_and_leave_its_threads_alone() -> None:
+    before, helpers, seen = torch.get_num_threads(), HelperThreads(), []
+    helpers.spare = 1
+
+    def meet(met: threading.Barrier) -> None:
+        seen.append(threading.get_ident())
+        met.wait(10.0)
+
+    try:
+        for threads, context in ((1, helpers.sharing), (3, helpers.lending)):
+            torch.set_num_threads(threads)
+            met = threading.Barrier(2)
+            with context():
+                assert helpers.at_hand == 1 and torch.get_num_threads() == threads
+                helpers.enlist(partial(meet, met))
+                meet(met)
+            assert helpers.at_hand == 0
+    finally:
+        torch.set_num_threads(before)
+    assert len(set(seen)) == 2, "this thread and one helper, the same both times"
+
+
+@pytest.mark.parametrize(("cores", "said", "spare"), [(1, None, 0), (2, None, 1), (16, None, 1), (2, "1", 0)])
+def test_nodes_have_a_spare_thread_where_there_is_a_core_for_it_unless_the_user_says_how_many(
+    monkeypatch: pytest.MonkeyPatch, cores: int, said: str | None, spare: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if said is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", said)
+    assert spare_threads() == spare

@@ -22,6 +22,7 @@ from torch import nn
 
 from kfloc_ros.errors import FrameError, WeightsError
 from kfloc_ros.features.runtime import REFERENCE, Engine, choose, shared_engine
+from kfloc_ros.jobs import HELPERS
 
 COARSE_STRIDE = 8
 FINE_STRIDE = 4
@@ -136,7 +137,7 @@ class Backbone(nn.Module):
         path = weights or find_weights()
         self.runtime, self.runtime_note = REFERENCE, ""
         self._source = str(path)
-        self._engines: dict[tuple[int, int], Engine] = {}
+        self._engines: dict[tuple[tuple[int, int], int], Engine] = {}
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
@@ -166,10 +167,11 @@ class Backbone(nn.Module):
         """Return features of grey images (B, 1, H, W), any scale of intensity; H and W are multiples of 32."""
         if self.runtime == REFERENCE or len(images) != 1 or images.device.type != "cpu":
             return BackboneFeatures(*self.grids(images))
-        size = (images.shape[2], images.shape[3])
-        if size not in self._engines:
-            self._engines[size] = shared_engine(self._source, ChannelsLast(self), self.runtime, size)
-        coarse, fine, context, reliability = self._engines[size](images)
+        size, helpers = (images.shape[2], images.shape[3]), HELPERS.at_hand if self.runtime.name == "openvino" else 0
+        if (size, helpers) not in self._engines:
+            engine = shared_engine(self._source, ChannelsLast(self), self.runtime, size, helpers)
+            self._engines[size, helpers] = engine
+        coarse, fine, context, reliability = self._engines[size, helpers](images)
         coarse, fine, context = (grid.permute(0, 3, 1, 2) for grid in (coarse, fine, context))
         return BackboneFeatures(coarse, fine, context, reliability[..., 0])
 

@@ -148,10 +148,13 @@ def measure(network: nn.Module, among: list[Runtime]) -> dict[str, float]:
     return times
 
 
-def engine_of(network: nn.Module, runtime: Runtime, size: tuple[int, int]) -> Engine:
-    """Return a network compiled for one size (H, W) of images on the processor, with torch's number of threads."""
+def engine_of(network: nn.Module, runtime: Runtime, size: tuple[int, int], helpers: int = 0) -> Engine:
+    """Return a network compiled for one size (H, W) of images on the processor, with torch's number of threads.
+
+    OpenVINO gets ``helpers`` threads more; its results do not depend on their number.
+    """
     if runtime.name == "openvino":
-        return _openvino_engine(network, runtime.precision, size)
+        return _openvino_engine(network, runtime.precision, size, torch.get_num_threads() + helpers)
     if runtime.name == "onnxruntime":
         return _onnxruntime_engine(network, size)
     if runtime.precision == "bfloat16":
@@ -163,15 +166,15 @@ _SHARED: dict[tuple[str, Runtime, tuple[int, int], int], Engine] = {}
 _LOCK = threading.Lock()
 
 
-def shared_engine(source: str, network: nn.Module, runtime: Runtime, size: tuple[int, int]) -> Engine:
+def shared_engine(source: str, network: nn.Module, runtime: Runtime, size: tuple[int, int], helpers: int = 0) -> Engine:
     """Return :func:`engine_of` a network, which all networks from the same source share; it runs one image at a time.
 
     A map that is reloaded, or a second submap, then does not compile it again.
     """
-    key = source, runtime, size, torch.get_num_threads()
+    key = source, runtime, size, torch.get_num_threads() + helpers
     with _LOCK:
         if key not in _SHARED:
-            engine, lock = engine_of(network, runtime, size), threading.Lock()
+            engine, lock = engine_of(network, runtime, size, helpers), threading.Lock()
 
             def run(image: torch.Tensor) -> Grids:
                 with lock:
@@ -181,7 +184,7 @@ def shared_engine(source: str, network: nn.Module, runtime: Runtime, size: tuple
         return _SHARED[key]
 
 
-def _openvino_engine(network: nn.Module, precision: str, size: tuple[int, int]) -> Engine:
+def _openvino_engine(network: nn.Module, precision: str, size: tuple[int, int], threads: int) -> Engine:
     import openvino as ov
     from openvino.frontend import FrontEndManager
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
@@ -201,7 +204,7 @@ def _openvino_engine(network: nn.Module, precision: str, size: tuple[int, int]) 
         "CPU",
         {
             "INFERENCE_PRECISION_HINT": hint,
-            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            "INFERENCE_NUM_THREADS": threads,
             "PERFORMANCE_HINT": "LATENCY",
         },
     )

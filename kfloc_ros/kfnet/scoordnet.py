@@ -21,7 +21,7 @@ from torch import nn
 from kfloc_ros.device import quick_matmul, with_packed_layers
 from kfloc_ros.features.backbone import COARSE_CHANNELS, COARSE_STRIDE, CONTEXT_CHANNELS, BackboneFeatures
 from kfloc_ros.geometry.lie import Matrix
-from kfloc_ros.jobs import SharedWork
+from kfloc_ros.jobs import HELPERS, SharedWork
 from kfloc_ros.types import SceneCoordinates
 
 INPUT_CHANNELS = COARSE_CHANNELS + CONTEXT_CHANNELS
@@ -277,6 +277,7 @@ class CellRegression:
         missing = ~self._begun if cells is None else cells & ~self._begun
         if bool(missing.any()):
             self._begin(missing)
+            HELPERS.enlist(self._work.help)
             self._work.finish()
         h, w = self._begun.shape
         mean = self._mean.clone().reshape(h, w, 3)

@@ -91,9 +91,10 @@ class CoarseStage:
         return Ahead(times, features, self._networks.begin(frame, features, self._cells(features, part)))
 
     def sharing(self, ahead: Ahead) -> AbstractContextManager[None]:
-        """Return a context in which threads share the work on a frame, unless one that works ahead helps anyway."""
-        alone = self._networks.is_divisible and ahead.measuring is None
-        return HELPERS.sharing() if alone else nullcontext()
+        """Return a context in which threads share the work on a frame; one that works ahead shares the measurement."""
+        if not self._networks.is_divisible:
+            return nullcontext()
+        return HELPERS.sharing() if ahead.measuring is None else HELPERS.lending()
 
     def measure(
         self, frame: Frame, features: BackboneFeatures, times: StageTimes, ahead: Ahead | None = None
@@ -115,9 +116,14 @@ class CoarseStage:
             measuring = ahead.measuring if ahead is not None else None
             self._measuring = measuring or self._networks.begin(frame, features, cells)
             times.add("measure", self._measuring.helped_s)  # before this frame's turn
-            if HELPERS.are_at_hand:
-                flow_features = self._networks.flow_features(frame, features)
-                HELPERS.enlist(self._filter.begin_flow(frame.stamp_ns, flow_features), self._measuring.help)
+        if self._networks.is_divisible and (measuring is not None or HELPERS.at_hand):
+            with times.stage("filter"):
+                flow = self._filter.begin_flow(frame.stamp_ns, self._networks.flow_features(frame, features))
+                if measuring is None:
+                    HELPERS.enlist(flow, self._measuring.help)
+                else:  # the thread that prepared the frame measures meanwhile
+                    flow()
+        with times.stage("measure"):
             return self._measuring.coordinates(cells)
 
     def _next_part(self, stamp_ns: int) -> CellPart:
@@ -191,7 +197,8 @@ class CoarseStage:
         A frame of noise has no pose, and what follows a pose would be compiled when the first image arrives.
         """
         times = StageTimes()
-        features = self.extract(frame, times)
+        with HELPERS.lending():
+            features = self.extract(frame, times)
         for stamp_ns in (frame.stamp_ns, frame.stamp_ns + 1):
             frame = replace(frame, stamp_ns=stamp_ns)
             measured = self.measure(frame, features, times)

@@ -212,7 +212,8 @@ class LocalizerStage:
         self._output.request_reset(reason)
 
     def _prepare(self, camera_frame: CameraFrame) -> None:
-        ahead = None if self._prepare_ahead is None else self._prepare_ahead(camera_frame.frame)
+        with self._queue.helpers():
+            ahead = None if self._prepare_ahead is None else self._prepare_ahead(camera_frame.frame)
         prepared = Prepared(camera_frame, ahead)
         self._queue.hand_over(prepared, prepared.help)
 

@@ -22,9 +22,10 @@ from rclpy.lifecycle import TransitionCallbackReturn
 from rclpy.logging import get_logger
 from rclpy.signals import SignalHandlerOptions
 
-from kfloc_ros.device import limit_threads
+from kfloc_ros.device import limit_threads, spare_threads
 from kfloc_ros.errors import KflocError
 from kfloc_ros.geometry.lie import make_pose
+from kfloc_ros.jobs import HELPERS
 from kfloc_ros.messages.poses import Quaternions, use_quaternions
 from kfloc_ros.nodes.managed_node import Build, ManagedNode
 from kfloc_ros.types import Matrix
@@ -66,6 +67,7 @@ def run_node(name: str, build: Build) -> int:
 
 def _run(name: str, build: Build, stop_requested: threading.Event) -> int:
     limit_threads()
+    HELPERS.spare = spare_threads()
     use_quaternions(ros_quaternions())
     try:
         node = ManagedNode(name, build)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -19,6 +20,7 @@ from rclpy.duration import Duration
 from rclpy.node import Node
 
 from kfloc_ros.errors import FrameError, KflocError
+from kfloc_ros.jobs import HELPERS
 from kfloc_ros.nodes.health import Health
 from kfloc_ros.nodes.parameter_server import ParameterServer
 
@@ -65,6 +67,11 @@ class LatestWorker(Generic[ItemT]):
         # Not a daemon: a thread that publishes while the interpreter ends aborts the process.
         self._thread = threading.Thread(target=self._run, name=name)
         self._thread.start()
+
+    @property
+    def is_idle(self) -> bool:
+        """True if no item is being handled or waits."""
+        return self._item is None and not self._working
 
     def submit(self, item: ItemT) -> bool:
         """Queue an item for the worker; return True if it overwrites one that was not started."""
@@ -169,6 +176,10 @@ class LatestQueue(Generic[ItemT]):
         """Queue an item that another queue received, help with it, and wait until it is taken: ``HAND_OVER_S``."""
         if self._worker.hand_over(item, HAND_OVER_S, help_with):
             self._health.count("dropped")
+
+    def helpers(self) -> AbstractContextManager[None]:
+        """Return a context in which threads of the free cores can be enlisted, if the worker is idle now."""
+        return HELPERS.lending() if self._worker.is_idle else nullcontext()
 
     def discard(self) -> None:
         """Discard the waiting item."""

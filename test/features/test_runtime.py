@@ -56,6 +56,14 @@ def test_every_runtime_gives_the_features_of_the_reference(backbone: Backbone, w
     assert torch.allclose(got[3][..., 0], wanted.reliability, atol=0.1 if low else 1e-4)
 
 
+@pytest.mark.skipif(not runtime.is_installed("openvino"), reason="OpenVINO is not installed")
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_threads_that_help_change_no_bit(backbone: Backbone, precision: str) -> None:
+    alone, helped = (engine_of(ChannelsLast(backbone), Runtime("openvino", precision), SIZE, n) for n in (0, 1))
+    for one, other in zip(alone(image()), helped(image()), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_torch_is_the_reference_to_the_bit_and_measures_nothing(cache: Path) -> None:
     picture = np.random.default_rng(0).integers(0, 256, (*SIZE, 3), dtype=np.uint8)
     plain, forced = Backbone().extract(picture), Backbone(runtime="torch").extract(picture)

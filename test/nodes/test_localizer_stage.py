@@ -20,6 +20,7 @@ from rclpy.node import Node
 from sensor_msgs.msg import CameraInfo, Image
 
 from kfloc_ros.features.backbone import Backbone
+from kfloc_ros.jobs import HELPERS
 from kfloc_ros.maps.scene_map import SceneMap
 from kfloc_ros.messages.camera_info import fill_info
 from kfloc_ros.messages.images import fill_image
@@ -60,6 +61,7 @@ def test_features_computed_beside_the_frame_before_change_no_bit(
     parameters, began_ns = ParameterServer(node), time.time_ns()
     for cores in ({0}, {0, 1}):
         monkeypatch.setattr(os, "sched_getaffinity", lambda process, cores=cores: cores)
+        monkeypatch.setattr(HELPERS, "spare", len(cores) - 1)
         found.append(estimates(node, parameters, scene_map, room, began_ns, extracting, monkeypatch))
         threads.append(set(extracting))
     assert threads == [{"localizer"}, {"camera"}]

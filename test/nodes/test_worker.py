@@ -111,6 +111,14 @@ def test_an_item_handed_over_waits_until_it_is_taken_or_a_newer_one_is_due(held:
     _wait(lambda: held.seen == [0, 3])
 
 
+def test_a_worker_is_idle_while_no_item_waits_or_is_in_work(held: HeldUp) -> None:
+    assert held.worker.is_idle
+    held.worker.submit(0)
+    assert held.begun.wait(PATIENCE_S) and not held.worker.is_idle
+    held.may_end.set()
+    _wait(lambda: held.worker.is_idle)
+
+
 def test_a_pause_lets_go_of_who_hands_over(held: HeldUp) -> None:
     held.worker.submit(0)
     assert held.begun.wait(PATIENCE_S)
