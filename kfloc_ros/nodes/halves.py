@@ -81,12 +81,16 @@ class FilterStage:
         """Read a frame and run the networks on it, beside the frame before."""
         camera_frame = read_frame(messages)
         check_camera(camera_frame, self._localizer.camera)
-        ahead = None if self._prepare_ahead is None else self._prepare_ahead(camera_frame.frame)
+        with self._queue.helpers():
+            ahead = None if self._prepare_ahead is None else self._prepare_ahead(camera_frame.frame)
         prepared = Prepared(camera_frame, ahead)
-        if ahead is not None:
-            self._publish_features(camera_frame, ahead.features)
-        prepared.help()  # by one thread: the refiner's process needs the other core
-        self._queue.hand_over(prepared)
+
+        def help_with() -> None:
+            if ahead is not None:  # the refiner's process reads them meanwhile
+                self._publish_features(camera_frame, ahead.features)
+            prepared.help()
+
+        self._queue.hand_over(prepared, help_with)
 
     def _process(self, prepared: Prepared) -> None:
         camera_frame = prepared.camera_frame
