@@ -68,11 +68,7 @@ class CoarseStage:
         return self.backbone.runtime_note
 
     def extract(self, frame: Frame, times: StageTimes) -> BackboneFeatures:
-        """Run the backbone on a frame.
-
-        Raises:
-            FrameError: the image does not have the size of the map's camera.
-        """
+        """Run the backbone on a frame; see :func:`extract_features`."""
         return extract_features(frame, self.camera, self.backbone, times)
 
     def prepare(self, frame: Frame, *, measures: bool = True) -> Ahead:
@@ -81,8 +77,7 @@ class CoarseStage:
         Raises:
             FrameError: the image does not have the size of the map's camera.
         """
-        times = StageTimes()
-        features = self.extract(frame, times)
+        features = self.extract(frame, times := StageTimes())
         if not measures:
             return Ahead(times, features)
         if self._measuring is not None:  # of the frame before: what its turn is must be known
@@ -202,8 +197,7 @@ class CoarseStage:
         for stamp_ns in (frame.stamp_ns, frame.stamp_ns + 1):
             frame = replace(frame, stamp_ns=stamp_ns)
             measured = self.measure(frame, features, times)
-            _, h, w = measured.mean.shape
-            offset = measured.pixel_offset
+            (_, h, w), offset = measured.mean.shape, measured.pixel_offset
             u = torch.arange(w) * measured.stride + offset - self.camera.cx
             v = torch.arange(h) * measured.stride + offset - self.camera.cy
             wall = torch.stack([*torch.meshgrid(2.0 * u / self.camera.fx, 2.0 * v / self.camera.fy, indexing="xy"),

@@ -214,8 +214,7 @@ class LocalizerStage:
     def _prepare(self, camera_frame: CameraFrame) -> None:
         with self._queue.helpers():
             ahead = None if self._prepare_ahead is None else self._prepare_ahead(camera_frame.frame)
-        prepared = Prepared(camera_frame, ahead)
-        self._queue.hand_over(prepared, prepared.help)
+        self._queue.hand_over(prepared := Prepared(camera_frame, ahead), prepared.help)
 
     def _process(self, prepared: Prepared) -> None:
         camera_frame = prepared.camera_frame
