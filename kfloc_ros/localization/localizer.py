@@ -120,11 +120,12 @@ class Localizer:
         times, features = ahead.times, ahead.features
 
         # 2. Track: align from the predicted pose alone, while that holds
-        tracked = None if hints else self._refine.track(frame, features, times, predicted)
-        if tracked is not None:
-            self._coarse.skip(frame, features)
-            tracked = self._refine.check(frame, features, tracked)
-            return Localization(frame, features, self._refine.keep_session_view(frame, features, tracked))
+        with self._coarse.sharing(ahead):
+            tracked = None if hints else self._refine.track(frame, features, times, predicted)
+            if tracked is not None:
+                self._coarse.skip(frame, features)
+                tracked = self._refine.check(frame, features, tracked)
+                return Localization(frame, features, self._refine.keep_session_view(frame, features, tracked))
 
         coarse = self.coarse_half(frame, ahead=ahead)  # steps 3 to 5
         with self._coarse.sharing(ahead):
