@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,16 @@ class PointSet:
     """(N, 64) unit vectors: the backbone's coarse features at the points."""
     width: int
     height: int
+
+
+@dataclass(frozen=True, eq=False)
+class OwnContext:
+    """Points of one image after the part of the network that has no other image: the first layer's self-attention."""
+
+    rows: torch.Tensor
+    """(N, width)"""
+    encoding: torch.Tensor
+    """(2, N, width) of the positions."""
 
 
 class LighterGlue(nn.Module):
@@ -69,7 +80,14 @@ class LighterGlue(nn.Module):
         self.to(device=torch.device(device)).eval()
 
     @torch.inference_mode()
-    def match(self, first: PointSet, second: PointSet, min_confidence: float = MIN_CONFIDENCE) -> torch.Tensor:
+    def own_context(self, points: PointSet) -> OwnContext:
+        """Return points as :meth:`match` takes them; an image is often matched with several others."""
+        encoding = self.posenc(_centred(points))
+        first = cast("_Layer", self.transformers[0])
+        return OwnContext(first.self_attn(self.input_proj(points.features.float()), encoding), encoding)
+
+    @torch.inference_mode()
+    def match(self, first: OwnContext, second: OwnContext, min_confidence: float = MIN_CONFIDENCE) -> torch.Tensor:
         """Return (M, 2) indices of matching points of two images: mutual best matches above a confidence."""
         scores = self._scores(first, second)
         best_second, best_first = scores.max(dim=1), scores.max(dim=0).indices
@@ -77,12 +95,14 @@ class LighterGlue(nn.Module):
         chosen = torch.nonzero(mutual & (best_second.values.exp() > min_confidence))[:, 0]
         return torch.stack([chosen, best_second.indices[chosen]], dim=1)
 
-    def _scores(self, first: PointSet, second: PointSet) -> torch.Tensor:
+    def _scores(self, first: OwnContext, second: OwnContext) -> torch.Tensor:
         """Return (N, M) log probabilities that two points match and are visible in both images."""
-        a, b = self.input_proj(first.features.float()), self.input_proj(second.features.float())
-        at_a, at_b = self.posenc(_centred(first)), self.posenc(_centred(second))
-        for layer in self.transformers:
-            a, b = layer(a, b, at_a, at_b)
+        a, b = first.rows, second.rows
+        for number, module in enumerate(self.transformers):
+            layer = cast("_Layer", module)
+            if number > 0:
+                a, b = layer.self_attn(a, first.encoding), layer.self_attn(b, second.encoding)
+            a, b = layer.cross_attn(a, b)
         scores: torch.Tensor = self.log_assignment[-1](a, b)
         return scores
 
@@ -110,13 +130,6 @@ class _Layer(nn.Module):
         super().__init__()
         self.self_attn = _SelfAttention(width)
         self.cross_attn = _CrossAttention(width)
-
-    def forward(
-        self, a: torch.Tensor, b: torch.Tensor, at_a: torch.Tensor, at_b: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        a, b = self.self_attn(a, at_a), self.self_attn(b, at_b)
-        updated: tuple[torch.Tensor, torch.Tensor] = self.cross_attn(a, b)
-        return updated
 
 
 class _SelfAttention(nn.Module):

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from kfloc_ros.device import linear
 from kfloc_ros.features.backbone import COARSE_STRIDE, BackboneFeatures
-from kfloc_ros.features.lighterglue import LighterGlue, PointSet
+from kfloc_ros.features.lighterglue import LighterGlue, OwnContext, PointSet
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import Matrix, inverse_pose
 from kfloc_ros.pixloc.cost import project
@@ -73,6 +73,7 @@ class ImageMatches:
         self._mutual_nearest: dict[int, Matches] = {}
         self._lightglue: dict[int, Matches] = {}
         self._query: PointSet | None = None
+        self._query_context: OwnContext | None = None
 
     @torch.inference_mode()
     def mutual_nearest(self, position: int) -> Matches:
@@ -96,9 +97,11 @@ class ImageMatches:
             seen_from = inverse_pose(self._references.T_map_camera[position])
             points = view.points.cpu().double().numpy()
             pixels, _ = _project(points, seen_from, self._camera)
-            query = self._query
+            query, matcher = self._query, self._matcher()
+            if self._query_context is None:
+                self._query_context = matcher.own_context(query)
             seen = PointSet(torch.from_numpy(pixels).to(query.pixels), view.coarse.to(query.features), width, height)
-            pairs = self._matcher().match(seen, query).cpu().numpy()
+            pairs = matcher.match(matcher.own_context(seen), self._query_context).cpu().numpy()
             similarity = (seen.features[pairs[:, 0]] * query.features[pairs[:, 1]]).sum(dim=1)
             self._lightglue[position] = Matches(
                 query.pixels.cpu().double().numpy()[pairs[:, 1]],

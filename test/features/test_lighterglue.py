@@ -28,7 +28,7 @@ def test_points_of_a_moved_view_are_found_where_they_went(matcher: LighterGlue, 
     image = room[3].image
     moved = torch.roll(torch.from_numpy(image), 16, dims=1).numpy()
     first, second = points(image), points(moved)
-    pairs = matcher.match(first, second)
+    pairs = matcher.match(matcher.own_context(first), matcher.own_context(second))
     shift = second.pixels[pairs[:, 1]] - first.pixels[pairs[:, 0]]
     assert len(pairs) > 60 and len(set(pairs[:, 1].tolist())) == len(pairs)
     assert ((shift - torch.tensor([16.0, 0.0])).norm(dim=1) < 6).float().mean() > 0.9
@@ -36,7 +36,8 @@ def test_points_of_a_moved_view_are_found_where_they_went(matcher: LighterGlue, 
 
 def test_points_of_unrelated_images_have_hardly_any_matches(matcher: LighterGlue, room) -> None:
     noise = torch.randint(0, 255, room[3].image.shape, generator=torch.Generator().manual_seed(0)).byte().numpy()
-    assert len(matcher.match(points(room[3].image), points(noise))) < 10
+    sets = [matcher.own_context(points(image)) for image in (room[3].image, noise)]
+    assert len(matcher.match(*sets)) < 10
 
 
 def test_other_weights_are_refused(tmp_path: Path) -> None:
