@@ -30,6 +30,8 @@ OUTLIER_PX = 2.0
 """Sampson distance from the pair's own fundamental matrix, in the working image."""
 MOTION = (0.06, 0.22)
 """Median motion of the points between the two images that is aimed at, as a share of the image's longer side."""
+LEAST_MOTION = 0.01
+"""Motion below which two images tell nothing of poses and depth."""
 TRIES = 3
 REACH = 6
 """Frames on either side of an image whose poses are tried for it."""
@@ -81,11 +83,17 @@ class PairFinder:
         self._views: dict[int, View | None] = {}
         self._sift = cv2.SIFT.create(nfeatures=FEATURES, contrastThreshold=0.02)
         self._sequences = source.sequences()
+        self._places = self._at_rest = 0
 
     @property
     def views(self) -> list[View]:
         """Every view that was read."""
         return [view for _, view in sorted(self._views.items()) if view is not None]
+
+    @property
+    def at_rest(self) -> float:
+        """Share of the places, so far, at which a later image shows the same from the same place."""
+        return self._at_rest / max(self._places, 1)
 
     def pairs(self) -> Iterator[Pair]:
         """Find the pairs, in temporal order."""
@@ -107,7 +115,7 @@ class PairFinder:
                         break
                     step = max(step // 2, 1)
                     continue
-                if best is None or abs(np.log(pair.motion / 0.12)) < abs(np.log(best.motion / 0.12)):
+                if best is None or _off(pair) < _off(best):
                     best = pair
                 if pair.motion < MOTION[0]:
                     step = min(max(round(step * min(0.12 / max(pair.motion, 1e-3), 3.0)), step + 1), max(n // 4, 1))
@@ -115,8 +123,11 @@ class PairFinder:
                     step = max(round(step * 0.12 / pair.motion), 1)
                 else:
                     break
-            if best is not None and best.motion > 0.01:
+            self._places += 1
+            if best is not None and best.motion > LEAST_MOTION:
                 yield best
+            elif best is not None:
+                self._at_rest += 1
 
     def _match(self, a: int, b: int) -> Pair | None:
         first, second = self._view(a), self._view(b)
@@ -147,6 +158,11 @@ class PairFinder:
         return View(position, replace(frame, image=frame.image[:1, :1]), small, pixels, roots.astype(np.float32))
 
 
+def _off(pair: Pair) -> float:
+    """Return how far a pair's motion is from the one aimed at."""
+    return abs(float(np.log(max(pair.motion, 1e-6) / 0.12)))
+
+
 def match_views(first: View, second: View) -> Pair | None:
     """Match two views by mutual nearest neighbours; None if they do not share enough points."""
     if min(len(first.pixels), len(second.pixels)) < MIN_MATCHES:
@@ -164,11 +180,9 @@ def match_views(first: View, second: View) -> Pair | None:
         return None
     side = max(first.frame.camera.width, first.frame.camera.height)
     limit = OUTLIER_PX * max(side / WORKING_SIDE_PX, 1.0)
-    cv2.setRNGSeed(7)
-    _, inliers = cv2.findFundamentalMat(x1, x2, cv2.USAC_MAGSAC, limit, 0.999, 2000)
-    if inliers is None or inliers.sum() < MIN_MATCHES:
+    mask = _inliers(x1, x2, limit)
+    if mask.sum() < MIN_MATCHES:
         return None
-    mask = inliers.ravel().astype(bool)
     x1, x2 = x1[mask], x2[mask]
     motion = float(np.median(np.linalg.norm(x1 - x2, axis=1))) / side
     if len(x1) > USED_MATCHES:
@@ -176,6 +190,19 @@ def match_views(first: View, second: View) -> Pair | None:
         x1, x2 = x1[some], x2[some]
     depths = depth_at(first.frame.depth_m, x1), depth_at(second.frame.depth_m, x2)
     return Pair(first, second, (x1, x2), depths, motion)
+
+
+def _inliers(x1: Array, x2: Array, limit_px: float) -> NDArray[np.bool_]:
+    """Return which matches (N, 2) and (N, 2) fit one motion of the camera, or stay in place where most do."""
+    stays = np.linalg.norm(x1 - x2, axis=1) < limit_px
+    if stays.mean() > 0.5:  # a camera at rest has no epipolar lines, and OpenCV may raise an error
+        return np.asarray(stays, dtype=bool)
+    cv2.setRNGSeed(7)
+    try:
+        _, inliers = cv2.findFundamentalMat(x1, x2, cv2.USAC_MAGSAC, limit_px, 0.999, 2000)
+    except cv2.error:  # of points without a solution
+        inliers = None
+    return np.zeros(len(x1), dtype=bool) if inliers is None else inliers.ravel().astype(bool)
 
 
 def depth_at(depth_m: NDArray[np.float32] | None, pixels: Array) -> Array:

@@ -42,6 +42,8 @@ class ImageFacts:
     bright: float
     blurred: float
     repeated: float
+    at_rest: float
+    """Share of the places at which a later image shows the same from the same place."""
     rate_hz: float
     """Images in a second; NaN if there is no pair of them."""
     features: float
@@ -72,6 +74,7 @@ class ImageFacts:
             ("bright", self.bright, "nearly white"),
             ("blur", self.blurred, "blurred"),
             ("repeated", self.repeated, "followed by the same image again"),
+            ("rest", self.at_rest, "like those some frames later: the camera stands still"),
         ):
             if share > MANY:
                 found.append((kind, f"Of the images looked at, {100 * share:.0f} % are {what}.", share))
@@ -91,8 +94,8 @@ class ImageFacts:
         return found
 
 
-def image_facts(source: FrameSource, views: Sequence[View], pairs: Sequence[Pair]) -> ImageFacts:
-    """Return what images are like, from those that were read and some of their neighbours."""
+def image_facts(source: FrameSource, views: Sequence[View], pairs: Sequence[Pair], at_rest: float) -> ImageFacts:
+    """Return what images are like, from those that were read and some of their neighbours; see :class:`ImageFacts`."""
     greys = [float(np.median(view.grey)) for view in views]
     steps = [(p.second.frame.stamp_ns - p.first.frame.stamp_ns) / (p.second.position - p.first.position) for p in pairs]
     period_ns = float(np.median(steps)) if steps else 0.0
@@ -104,6 +107,7 @@ def image_facts(source: FrameSource, views: Sequence[View], pairs: Sequence[Pair
         bright=float(np.mean([grey > BRIGHT for grey in greys])) if greys else 0.0,
         blurred=float(np.mean([sharpness(view) < BLURRED for view in views])) if views else 0.0,
         repeated=_repeated(source, views),
+        at_rest=at_rest,
         rate_hz=1e9 / period_ns if period_ns > 0 else float("nan"),
         features=float(np.median([len(view.pixels) for view in views])) if views else 0.0,
         depth_known=float(np.median([(depth > 0).mean() for depth in depths])) if depths else float("nan"),

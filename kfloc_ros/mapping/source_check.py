@@ -115,7 +115,7 @@ def check_source(source: FrameSource, *, pairs: int = 16, use_poses: bool = True
     """
     finder = PairFinder(source, pairs)
     found = list(finder.pairs())
-    facts = image_facts(source, finder.views, found)
+    facts = image_facts(source, finder.views, found, finder.at_rest)
     figures: dict[str, float] = {"frames": len(source), "pairs": len(found), **facts.figures()}
     findings = _image_findings(facts)
     notes: list[str] = []

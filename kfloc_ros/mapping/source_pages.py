@@ -27,6 +27,7 @@ MEANINGS = {
     "bright": "share of bright images",
     "blurred": "share of blurred images",
     "repeated": "share of images equal to the one before",
+    "at_rest": "share of places at which nothing moves in the image",
     "rate_hz": "images a second",
     "features": "features an image, median",
     "depth_known": "share of pixels with depth, median",

@@ -189,8 +189,8 @@ def _largest_model(
     found = _largest([model, at_once])
     if found is None or found.num_reg_images() < 2:
         raise SourceError(
-            "No two of the images could be registered: they overlap too little, or the camera only turned on the "
-            "spot. Record while moving sideways."
+            "No two of the images could be registered: they overlap too little, or the camera stood still or "
+            "only turned on the spot. Record while moving sideways."
         )
     return found
 

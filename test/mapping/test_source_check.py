@@ -310,3 +310,30 @@ def test_page_and_json(tmp_path: Path, walk: FrameSource, good: SourceCheck) -> 
 def test_units_without_depth_are_not_guessed(walk: FrameSource) -> None:
     flat = Wrong(walk, pose=scaled(1000.0), frame=lambda f: replace(f, depth_m=None))
     assert check_source(flat, pairs=PAIRS).findings == ()
+
+
+class Standing(Walk):
+    """The same, from one place; ``noise`` is the standard deviation of the images' grey values."""
+
+    noise = 4.0
+
+    def read(self, position: int) -> Frame | None:
+        frame = super().read(0)
+        assert frame is not None
+        noise = np.random.default_rng(position).normal(0.0, self.noise, frame.image.shape) if self.noise else 0.0
+        image = np.clip(frame.image + noise, 0, 255).astype(np.uint8)
+        return replace(frame, image=image, stamp_ns=self.stamp_ns(position), index=position)
+
+
+@pytest.mark.parametrize("noise", [0.0, 4.0])
+def test_a_camera_that_stands_still_is_told(noise: float) -> None:
+    standing = Standing(40)
+    standing.noise = noise
+    check = check_source(standing, pairs=PAIRS, use_poses=False)
+    assert check.figures["at_rest"] == 1.0 and check.figures["pairs"] == 0
+    assert "rest" in [finding.kind for finding in check.findings] and not check.errors
+    assert "the camera stands still" in " ".join(finding.text for finding in check.findings)
+
+
+def test_a_camera_that_moves_does_not_stand_still(walk: FrameSource) -> None:
+    assert check_source(walk, pairs=PAIRS).figures["at_rest"] == 0.0
