@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.covariance import pose_tangent_error
 from kfloc_ros.geometry.lie import Matrix, inverse_pose
-from kfloc_ros.localization.judgement import PARTLY_FOUND, CameraDoubt, CameraVerdict, widened
+from kfloc_ros.localization.judgement import PARTLY_FOUND, SHEARED_IMAGES, CameraDoubt, CameraVerdict, widened
 from kfloc_ros.pixloc.camera_fit import (
     CameraFit,
     CameraScore,
@@ -248,6 +248,23 @@ class CameraCheck:
             second = second + share * np.outer(mapped, mapped)
         return np.asarray(0.5 * (second + second.T))
 
+    def shear(self, score: CameraScore | None, fit: CameraFit | None) -> CameraDoubt | None:
+        """Return what one image says of its being sheared by a rolling shutter; None if it says nothing of its camera.
+
+        Other images tell nothing of it. Below what contradicts the camera, a shear moves poses still. Only what is
+        found counts: how badly images tell a shear is in the poses' calibration, whose images are not sheared.
+        """
+        alone = None if fit is None else _covariance_of(fit.information)
+        if fit is not None and alone is not None:
+            found = fit.offsets, self._fit_scale * alone
+        elif score is not None:
+            found = score.offsets, self._fit_scale * score.covariance
+        else:
+            return None
+        usual = self._tolerance + np.diag(self._shear_rad**2 * SHEARED)
+        doubt = CameraDoubt.of(self._wrong_prior, usual, self._camera.width, found, SHEARED_IMAGES)
+        return replace(doubt, moments=doubt.shown * np.outer(SHEARED, SHEARED))
+
     def _probability_mapped(self, offsets: NDArray[np.float64], covariance: NDArray[np.float64]) -> float:
         """Return the probability that the images are of the map's camera; 0 if they come with its calibration."""
         tolerances = self._tolerance, SAME_CAMERA[1] ** 2 * self._tolerance
@@ -288,7 +305,8 @@ class CameraCheck:
         """Return what fits leave of the possibility that the camera is wrong."""
         poses = np.array([f.T_map_camera for f in fits]).reshape(-1, 4, 4)
         found = combine([f.fit for f in fits], poses, self._fit_scale) if fits else None
-        return CameraDoubt.of(self._wrong_prior, self._tolerance, self._camera.width, found)
+        partly = None if found is None else (found[0], PARTLY_FOUND * found[1])
+        return CameraDoubt.of(self._wrong_prior, self._tolerance, self._camera.width, partly)
 
     def _judged(self) -> CameraVerdict | None:
         s = self._settings

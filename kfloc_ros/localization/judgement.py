@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -191,6 +191,9 @@ WRONG_CAMERAS = np.array(
 )
 """Standard deviations of cameras that are wrong, not inaccurate, by kind, each as likely as the others: relative to the
 focal length, the aspect ratio, and the image's width for the principal point; absolute for k1 and skew."""
+SHEARED_IMAGES = np.array([[0.0, 0.0, 0.0, 0.0, 0.0, 0.03], [0.0, 0.03, 0.0, 0.0, 0.0, 0.0]])
+"""The same of images that a rolling shutter sheared in a turn, by a skew (yaw) or an aspect ratio (pitch): as much as a
+turn by a radian per second during 30 ms."""
 PARTLY_FOUND = 4.0
 """Factor on the covariance of fits where they are to exclude a wrong camera: fits begin at the given camera, and those
 that find only a part of its mistake are too near to it."""
@@ -207,6 +210,8 @@ class CameraDoubt:
     """Probability of a wrong camera."""
     moments: NDArray[np.float64]
     """(6, 6) second moments of a wrong camera's offsets."""
+    shown: NDArray[np.float64] = field(default_factory=lambda: np.zeros((6, 6)))
+    """The same of their means alone: what images show of a wrong camera, not what they leave open."""
 
     @classmethod
     def of(
@@ -215,6 +220,7 @@ class CameraDoubt:
         usual: NDArray[np.float64],
         width: int,
         found: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None,
+        kinds: NDArray[np.float64] = WRONG_CAMERAS,
     ) -> CameraDoubt:
         """Return the doubt by Bayes' rule.
 
@@ -223,22 +229,24 @@ class CameraDoubt:
             usual: (6, 6) covariance of the usual error of calibrations.
             width: image width, pixels.
             found: offsets (6,) that images fit, and their covariance (6, 6); None: no image has said anything yet.
+            kinds: (K, 6) standard deviations of wrong cameras, as ``WRONG_CAMERAS``.
         """
-        kinds = usual + np.stack([np.diag(kind**2) for kind in WRONG_CAMERAS * (1.0, 1.0, width, width, 1.0, 1.0)])
+        wrongs = usual + np.stack([np.diag(kind**2) for kind in kinds * (1.0, 1.0, width, width, 1.0, 1.0)])
         if found is None or prior == 0.0:
-            return cls(prior, kinds.mean(0))
-        offsets, covariance = found[0], PARTLY_FOUND * found[1]
+            return cls(prior, wrongs.mean(0))
+        offsets, covariance = found
         right = log_evidence(offsets, covariance + usual)
-        odds, moments = [], []
-        for wrong in kinds:
+        odds, moments, means = [], [], []
+        for wrong in wrongs:
             more = log_evidence(offsets, covariance + wrong) - right
             odds.append(prior / (1.0 - prior) / len(kinds) * math.exp(max(min(more, 30.0), -30.0)))
             gain = wrong @ np.linalg.inv(wrong + covariance)
             mean = gain @ offsets
             moments.append(wrong - gain @ wrong + np.outer(mean, mean))
+            means.append(np.outer(mean, mean))
         total = sum(odds)
-        mixed = np.einsum("k,kij->ij", np.array(odds) / total, np.stack(moments))
-        return cls(total / (1.0 + total), 0.5 * (mixed + mixed.T))
+        mixed, shown = (np.einsum("k,kij->ij", np.array(odds) / total, np.stack(m)) for m in (moments, means))
+        return cls(total / (1.0 + total), 0.5 * (mixed + mixed.T), shown)
 
     @property
     def focal_sigma(self) -> float:

@@ -218,6 +218,8 @@ class PoseCheck:
             S = inspection.sensitivity
             alone = None if fitted is None else fitted.fit
             wider = estimate.covariance + S @ cameras.moments(inspection.camera, frame.source_camera, alone) @ S.T
+            if (shear := cameras.shear(inspection.camera, alone)) is not None:
+                wider = wider + shear.of_pose(S)[0]
             estimate = replace(estimate, covariance=0.5 * (wider + wider.T))
         return estimate, chi2, fitted
 

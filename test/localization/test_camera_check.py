@@ -293,6 +293,22 @@ def test_a_camera_that_is_never_wrong_is_not_doubted() -> None:
     assert risk == 0.0 and not covariance.any()
 
 
+def test_a_shear_that_an_image_suggests_is_as_likely_as_it_is_clear() -> None:
+    """What a rolling shutter does to one image is no property of the camera, so no other image counts."""
+    check = CameraCheck(Camera(640, 480, 500.0, 500.0, 320.0, 240.0), fit_scale=1.0)
+    none, some, much = (check.shear(None, fit((0.0, 0.0, 0.0, 0.0, 0.0, skew)).fit) for skew in (0.0, 0.012, 0.03))
+    assert none is not None and some is not None and much is not None
+    assert none.probability < 0.02 < 0.1 < some.probability < 0.9 < much.probability
+    moved_m = np.zeros((6, 6))
+    moved_m[0, 5] = 1.0
+    sigmas = [math.sqrt(doubt.of_pose(moved_m)[0][0, 0]) for doubt in (none, some, much)]
+    assert sigmas[0] < 1e-5 < 0.003 < sigmas[1] < 0.01 < 0.025 < sigmas[2] < 0.035
+    assert check.shear(None, None) is None
+    steady = CameraCheck(Camera(640, 480, 500.0, 500.0, 320.0, 240.0), fit_scale=1.0, wrong_prior=0.0)
+    certain = steady.shear(None, fit((0.0, 0.0, 0.0, 0.0, 0.0, 0.03)).fit)
+    assert certain is not None and not certain.of_pose(moved_m)[0].any()
+
+
 def test_fits_of_another_camera_do_not_confirm_this_one() -> None:
     camera = Camera(640, 480, 500.0, 500.0, 320.0, 240.0)
     check = CameraCheck(camera, wrong_prior=0.1)
