@@ -94,6 +94,8 @@ class OpenNode(Node):
 class AtOnce:
     """A worker that works in the caller's thread."""
 
+    is_idle = True
+
     def __init__(self, name: str, handle: Callable[[Any], None], on_error: Callable[[Exception], None]) -> None:
         self._handle, self._on_error = handle, on_error
 
