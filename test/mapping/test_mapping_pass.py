@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -146,17 +147,27 @@ def test_what_is_no_duration(text: str) -> None:
         duration_s(text)
 
 
-class Unreadable(DerivedSource):
-    """A source of which some frames cannot be read."""
+class Damaged(DerivedSource):
+    """A source some of whose frames are damaged."""
 
-    def __init__(self, source: FrameSource, positions: set[int]) -> None:
+    def __init__(self, source: FrameSource, positions: set[int], damaged: Callable[[Frame, int], Frame]) -> None:
         super().__init__(source)
-        self._positions = positions
+        self._positions, self._damaged = positions, damaged
 
     def changed(self, frame: Frame, position: int) -> Frame:
-        if position in self._positions:
-            raise FrameError(f"'{position}.png' is cut off: its end is missing.")
-        return frame
+        return self._damaged(frame, position) if position in self._positions else frame
+
+
+def unreadable(frame: Frame, position: int) -> Frame:
+    raise FrameError(f"'{position}.png' is cut off: its end is missing.")
+
+
+def striped(frame: Frame, position: int) -> Frame:
+    """The frame with depth in every second column, where no point can be taken."""
+    assert frame.depth_m is not None
+    depth_m = frame.depth_m.copy()
+    depth_m[:, ::2] = 0
+    return replace(frame, depth_m=depth_m)
 
 
 def mapping_pass_of(source: FrameSource) -> mapping_pass.MappingPass:
@@ -169,28 +180,13 @@ def mapping_pass_of(source: FrameSource) -> mapping_pass.MappingPass:
 
 def test_frames_that_cannot_be_read_are_left_out_of_a_map_and_counted(caplog: pytest.LogCaptureFixture) -> None:
     recording = long_recording.LongRecording(32, long_recording.SMALL)
-    found = mapping_pass_of(Unreadable(recording, {3, 11}))
+    found = mapping_pass_of(Damaged(recording, {3, 11}, unreadable))
     assert found.left_out[UNREADABLE] == 2 and found.used == mapping_pass_of(recording).used - 2
     assert "'3.png' is cut off" in caplog.text and "'11.png' is cut off" in caplog.text
-    strict = Unreadable(recording, {3})
+    strict = Damaged(recording, {3}, unreadable)
     strict.strict = True
     with pytest.raises(FrameError, match=r"3\.png"):
         mapping_pass_of(strict)
-
-
-class Striped(DerivedSource):
-    """A source in which the depth of some frames is known in every second column, where no point can be taken."""
-
-    def __init__(self, source: FrameSource, positions: set[int]) -> None:
-        super().__init__(source)
-        self._positions = positions
-
-    def changed(self, frame: Frame, position: int) -> Frame:
-        if position not in self._positions or frame.depth_m is None:
-            return frame
-        depth_m = frame.depth_m.copy()
-        depth_m[:, ::2] = 0
-        return replace(frame, depth_m=depth_m)
 
 
 def test_views_without_any_reference_point_are_no_reference_views() -> None:
@@ -198,7 +194,7 @@ def test_views_without_any_reference_point_are_no_reference_views() -> None:
     usual = mapping_pass_of(recording)
     held_out = usual.held_out[0].view.index
     mapped = usual.references.views.ids[0]
-    striped = mapping_pass_of(Striped(recording, {mapped, held_out}))
-    assert striped.used == usual.used
-    assert {mapped, held_out}.isdisjoint(striped.all_references.ids)
-    assert all(len(view) for view in striped.all_references.views)
+    found = mapping_pass_of(Damaged(recording, {mapped, held_out}, striped))
+    assert found.used == usual.used
+    assert {mapped, held_out}.isdisjoint(found.all_references.ids)
+    assert all(len(view) for view in found.all_references.views)
