@@ -29,6 +29,7 @@ from kfloc_ros.device import runs_compiled, with_packed_layers
 from kfloc_ros.errors import WeightsError
 from kfloc_ros.kfnet.filter import FlowFunction
 from kfloc_ros.kfnet.flow import WINDOW_CELLS, CostWindow, Flow, backward_flow, cost_window, ends_inside, window_offsets
+from kfloc_ros.kfnet.scoordnet import laplace_variance
 
 FORMAT, FORMAT_VERSION = "kfloc_flow", "1"
 WEIGHTS_FILE = Path(__file__).parent / "weights" / "oflownet_fast.safetensors"
@@ -145,17 +146,7 @@ class FlowNetwork(nn.Module):
         read = self._read(window) if runs_compiled(window.scores) else self([window])
         offset = read.offset[0]
         valid = (read.visible[0] > 0) & ends_inside(offset) & ~window.at_edge
-        return Flow(offset, laplace_variance(read.log_scale[0]), valid, window.at_edge)
-
-
-def laplace_variance(log_scale: torch.Tensor) -> torch.Tensor:
-    """Return the variance per axis, square cells, of the isotropic Laplace density in the plane: E|e|^2 = 6 b^2."""
-    return 3.0 * (2.0 * log_scale).exp()
-
-
-def laplace_nll(error: torch.Tensor, log_scale: torch.Tensor) -> torch.Tensor:
-    """Return the negative log-likelihood, up to a constant, of error lengths |e| at log b, both in cells."""
-    return 2.0 * log_scale + error * (-log_scale).exp()
+        return Flow(offset, laplace_variance(read.log_scale[0], axes=2), valid, window.at_edge)
 
 
 def _neighbours(values: torch.Tensor) -> torch.Tensor:

@@ -81,14 +81,14 @@ class SCoordNet(nn.Module):
         return points, log_scale
 
 
-def laplace_variance(log_scale: torch.Tensor) -> torch.Tensor:
-    """Return the variance per axis, m^2, of the isotropic Laplace density in 3-D: E|e|^2 = 12 b^2."""
-    return 4.0 * (2.0 * log_scale).exp()
+def laplace_variance(log_scale: torch.Tensor, axes: int = 3) -> torch.Tensor:
+    """Return the variance per axis, in units of b^2, of the isotropic Laplace density: E|e|^2 = n (n + 1) b^2."""
+    return (axes + 1.0) * (2.0 * log_scale).exp()
 
 
-def laplace_nll(error_m: torch.Tensor, log_scale: torch.Tensor) -> torch.Tensor:
+def laplace_nll(error: torch.Tensor, log_scale: torch.Tensor, axes: int = 3) -> torch.Tensor:
     """Return the negative log-likelihood, up to a constant, of error lengths |e| (N,) at log b (N,)."""
-    return 3.0 * log_scale + error_m * (-log_scale).exp()
+    return axes * log_scale + error * (-log_scale).exp()
 
 
 MAX_HEADS = 8

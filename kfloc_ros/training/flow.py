@@ -25,7 +25,8 @@ from kfloc_ros.features.backbone import COARSE_STRIDE, Backbone
 from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import ImageAdapter
 from kfloc_ros.kfnet.flow import cost_window
-from kfloc_ros.kfnet.flow_network import FlowNetwork, laplace_nll, laplace_variance, save_flow_network
+from kfloc_ros.kfnet.flow_network import FlowNetwork, save_flow_network
+from kfloc_ros.kfnet.scoordnet import laplace_nll, laplace_variance
 from kfloc_ros.mapping.views import IDENTITY, Mask, View, map_camera, true_flow, warp_image
 from kfloc_ros.training.distributed import mean_count, world_size
 from kfloc_ros.training.kfnet_samples import random_placement
@@ -218,11 +219,11 @@ class FastFlowStage(Stage[FlowPair]):
         within = seen & ~torch.stack([window.at_edge for window in windows])
         difference = read.offset - truth
         error = (difference.square().sum(1) + 1e-8).sqrt()
-        nll = laplace_nll(error, read.log_scale).clamp(max=MAX_NLL)[within].sum()
+        nll = laplace_nll(error, read.log_scale, axes=2).clamp(max=MAX_NLL)[within].sum()
         nll = nll / (mean_count(within.sum()) + 1 / world_size()).float()
         visibility = F.binary_cross_entropy_with_logits(read.visible[known], seen[known].float())
         visibility = visibility * (known.sum() / mean_count(known.sum())).float()
-        sigma = laplace_variance(read.log_scale.detach()).sqrt()
+        sigma = laplace_variance(read.log_scale.detach(), axes=2).sqrt()
         inside = (difference.detach().abs() < sigma[:, None]).float().mean(1)[within]
         figures = {
             "nll": float(nll.detach()),

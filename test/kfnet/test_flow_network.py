@@ -19,7 +19,6 @@ from kfloc_ros.kfnet.flow_network import (
     FlowNetwork,
     cost_volume_flow,
     flow_of,
-    laplace_variance,
     load_flow_network,
     save_flow_network,
     shipped_flow_network,
@@ -84,14 +83,6 @@ def test_windows_hold_the_cosines_of_the_cells_they_name() -> None:
     assert window.scores[y * 32 + x, k] == pytest.approx(float(expected), abs=1e-5)
     assert window.inside[y * 32 + x].all() and not window.inside[0].all()
     assert ends_inside(torch.zeros(2, 4, 5)).all() and not ends_inside(torch.full((2, 4, 5), -4.5)).any()
-
-
-def test_variance_is_that_of_the_density() -> None:
-    """Samples of p(e) ~ exp(-|e| / b) in the plane: the length is gamma distributed with shape 2."""
-    torch.manual_seed(0)
-    b, angle = 0.3, 2 * torch.pi * torch.rand(200_000)
-    length = torch.distributions.Gamma(2.0, 1.0 / b).sample((200_000,))
-    assert (length * angle.cos()).var() == pytest.approx(float(laplace_variance(torch.tensor(b).log())), rel=0.02)
 
 
 @dataclass(frozen=True)
