@@ -193,16 +193,18 @@ class FlowTracks:
         window = {"winSize": (s.window_px, s.window_px), "maxLevel": s.levels}
         start = corners.pixels.astype(np.float32)[:, None]
         there, found, _ = cv2.calcOpticalFlowPyrLK(old, new, start, None, **window)  # type: ignore[call-overload]
-        back, returned, _ = cv2.calcOpticalFlowPyrLK(new, old, there, None, **window)  # type: ignore[call-overload]
-        is_same = np.linalg.norm((back - start)[:, 0], axis=1) < s.return_px
-        kept = is_same & (found.ravel() == 1) & (returned.ravel() == 1)
+        kept = found.ravel() == 1
+        corners, start, there = corners[kept], start[kept], there[kept]
+        if len(there) < s.min_inliers:
+            return None
+        back, found, _ = cv2.calcOpticalFlowPyrLK(new, old, there, None, **window)  # type: ignore[call-overload]
+        kept = (np.linalg.norm((back - start)[:, 0], axis=1) < s.return_px) & (found.ravel() == 1)
         corners = _Corners(there[kept, 0].astype(np.float64), corners.points[kept])
-        if len(corners.pixels) < s.min_inliers:
+        if kept.sum() < s.min_inliers:
             return None
         origin = self._T[:3, 3].copy()
-        T_camera_local, inliers = absolute_pose(
-            corners.pixels, corners.points - origin, self._camera, s.max_error_px, max_iterations=500
-        )
+        given = corners.pixels, corners.points - origin
+        T_camera_local, inliers = absolute_pose(*given, self._camera, s.max_error_px, max_iterations=500)
         if inliers.sum() < max(s.min_inliers, s.min_share * len(inliers)):
             return None
         corners = corners[inliers]
@@ -234,9 +236,9 @@ class FlowTracks:
         pixels = found[:, 0].astype(np.float64)
         rays = np.stack([(pixels[:, 0] - c.cx) / c.fx, (pixels[:, 1] - c.cy) / c.fy, np.ones(len(pixels))], axis=1)
         points = usual_depth(pixels, self._T) * rays @ self._T[:3, :3].T + self._T[:3, 3]
-        if old is None:
-            return _Corners(pixels, points)
-        return _Corners(np.concatenate([old.pixels, pixels]), np.concatenate([old.points, points]))
+        if old is not None:
+            pixels, points = np.concatenate([old.pixels, pixels]), np.concatenate([old.points, points])
+        return _Corners(pixels, points)
 
 
 @dataclass(frozen=True, eq=False)
@@ -249,6 +251,8 @@ class BridgedPose:
     """True if the image's optical flow gave it; false if only the motion model did."""
     since_s: float
     """Time since the last pose."""
+    is_blind: bool = False
+    """True if the image shows too little to be found anywhere."""
 
 
 @dataclass(frozen=True)
@@ -259,7 +263,7 @@ class BridgeSettings:
     """Largest standard deviation of the orientation about any axis."""
     reliable: float = 0.5
     blind_share: float = 0.5
-    """Share of the reliable cells (above the first) of the last image with a pose, below which an image shows too
+    """Share of the reliable cells (above the first) of the last images with a pose, below which an image shows too
     little to be followed. One that shows more, and nothing of the image before, was taken elsewhere."""
 
 
@@ -276,7 +280,7 @@ class Bridge:
     def __init__(self, camera: Camera, max_gap_s: float, longest_s: float, max_sigma_m: float) -> None:
         self._settings, self._longest_ns, self._max_sigma_m = BridgeSettings(), 1e9 * longest_s, max_sigma_m
         self._motion, self._tracks, self._max_gap_ns = FadingMotion(max_gap_s), FlowTracks(camera), 1e9 * max_gap_s
-        self._pose_ns, self._seen_ns, self._reliable = 0, 0, 0
+        self._pose_ns, self._seen_ns, self._reliable = 0, 0, 0.0
         self._last: Matrix | None = None
         """Covariance of the last pose that the motion model knows."""
         self._begun = np.zeros((6, 6))
@@ -292,9 +296,9 @@ class Bridge:
         """Add an image with a pose (4, 4) and its covariance (6, 6), and the reliability (h, w) of its cells."""
         self._motion.observe(frame.stamp_ns, T_map_camera)
         self._tracks.begin(frame.image, T_map_camera)
+        self._reliable += (1.0 if self._last is None else 0.5) * (self._count(reliability) - self._reliable)
         self._last = self._begun = covariance
         self._pose_ns = self._seen_ns = frame.stamp_ns
-        self._reliable = self._count(reliability)
 
     def pose(self, stamp_ns: int) -> BridgedPose | None:
         """Return the result of :meth:`carry` for an image, if it was called for it."""
@@ -320,18 +324,18 @@ class Bridge:
         if self._last is None or not 0 < passed_ns <= self._longest_ns or not 0 < seen_ns <= self._max_gap_ns:
             return None
         self._seen_ns, since_s = frame.stamp_ns, 1e-9 * passed_ns
+        is_blind = self._count(reliability) <= self._settings.blind_share * self._reliable
         followed = self._tracks.follow(frame.image, usual_depth)
         if followed is not None:
-            T, added = followed
+            T, self._last = followed[0], self._begun + followed[1]
             self._motion.observe(frame.stamp_ns, T)
-            self._last = self._begun + added
-            bridged = BridgedPose(T, self._last, True, since_s)
+            bridged = BridgedPose(T, self._last, True, since_s, is_blind)
         else:
             predicted = self._motion.predict(frame.stamp_ns)
-            if predicted is None or self._count(reliability) > self._settings.blind_share * self._reliable:
+            if predicted is None or not is_blind:
                 return None
             T, added = predicted
-            bridged = BridgedPose(T, self._last + added, False, since_s)
+            bridged = BridgedPose(T, self._last + added, False, since_s, is_blind)
             self._tracks.begin(frame.image, T)
             self._begun = bridged.covariance
         variances = [float(np.linalg.eigvalsh(bridged.covariance[k, k])[-1]) for k in (slice(3), slice(3, 6))]

@@ -150,7 +150,7 @@ class Carrier:
             starts.append(self._learned[1])  # or it has not moved on
         found = self._by_session(features, starts)
         if not self._refiner.is_certain(found):  # the motion has changed: where do the points lie in the image?
-            located = self._located(features)
+            located = None if self.is_blind(stamp_ns) else self._located(features)
             joint = None if located is None else self._joint(located, coarse, features, alignment)
             if joint is not None or located is None:
                 return joint
@@ -222,6 +222,14 @@ class Carrier:
         """Return the pose (4, 4) that :meth:`bridge` has found for an image; None if there is none."""
         found = self._bridge.pose(stamp_ns)
         return None if found is None else found.T_map_camera
+
+    def is_blind(self, stamp_ns: int) -> bool:
+        """Return true if :meth:`bridge` carries the pose through an image that shows too little to be found anywhere.
+
+        It shows less than half as much as the last image that had a pose: a dark corner, a hand, or a blurred swing.
+        """
+        found = self._bridge.pose(stamp_ns)
+        return found is not None and found.is_blind
 
     def bridged(self, estimate: PoseEstimate) -> PoseEstimate:
         """Return an estimate without a pose with that of :meth:`bridge`, if there is one: DEGRADED, and said so."""

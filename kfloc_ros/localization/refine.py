@@ -172,12 +172,15 @@ class RefineStage:
     ) -> Alignment | None:
         """Search the map if the alignment failed: what is within reach of the last pose, or the whole of it.
 
-        Images wait after a search in vain; see :class:`SearchPlan`. Stage ``relocalize`` is that of the whole map.
+        Images wait after a search in vain; see :class:`SearchPlan`. An image that shows too little to be found is not
+        searched while its pose is carried on. Stage ``relocalize`` is that of the whole map.
 
         Returns:
             The accepted alignment, or the failed one with the search's reason added.
         """
         if alignment is None or alignment.success or self._relocalizer is None:
+            return alignment
+        if predicted is None and self._carrier.is_blind(coarse.stamp_ns):
             return alignment
         features = coarse.features.to(self._device)
         predicted = self._predicted(coarse.stamp_ns, predicted)

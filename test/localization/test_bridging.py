@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -119,3 +120,32 @@ def test_flow_goes_on_after_a_dark_image(frames) -> None:
     assert not bridge.carry(dark(frames[4]), DARK, usual_depth).by_flow
     first = bridge.carry(frames[5], DARK, usual_depth)
     assert not first.by_flow and bridge.carry(frames[6], DARK, usual_depth).by_flow
+
+
+def test_an_image_is_blind_that_shows_less_than_half_of_those_before(frames) -> None:
+    bridge = begun(frames)
+    assert not bridge.carry(frames[4], CLEAR, usual_depth).is_blind
+    assert bridge.carry(frames[5], DARK, usual_depth).is_blind
+    half = CLEAR.clone()
+    half[:3] = 0.1
+    assert not bridge.carry(frames[6], half, usual_depth).is_blind  # 40 of 64 cells
+    bridge.observe(frames[7], DARK, frames[7].T_map_camera, SMALL)  # one bad image of several is not the usual one
+    half[:6] = 0.1
+    assert bridge.carry(frames[8], half, usual_depth).is_blind
+
+
+def test_corners_that_are_not_found_are_not_followed_back(frames, monkeypatch) -> None:
+    given, real = [], cv2.calcOpticalFlowPyrLK
+
+    def counted(old, new, start, *args, **options):
+        there, found, error = real(old, new, start, *args, **options)
+        if not given:
+            found[::2] = 0
+        given.append(len(start))
+        return there, found, error
+
+    monkeypatch.setattr(cv2, "calcOpticalFlowPyrLK", counted)
+    tracks = FlowTracks(frames[0].camera)
+    tracks.begin(frames[0].image, frames[0].T_map_camera)
+    tracks.follow(frames[1].image, usual_depth)
+    assert len(given) == 2 and 15 < given[1] <= given[0] // 2

@@ -84,6 +84,18 @@ def test_points_of_the_session_are_found_after_a_sudden_turn(room_map, frames, m
     assert without.T_map_camera is None or without.bridged or off(without, turned)[0] > 0.08
 
 
+def test_an_image_without_content_is_not_searched_while_its_pose_is_carried_on(room_map, frames, monkeypatch) -> None:
+    def stages(**options) -> set[str]:
+        localizer = Localizer(SceneMap.load(room_map), LocalizerConfig(device="cpu", **options))
+        for frame in frames[:4]:
+            assert localizer.process(frame).estimate.state is TrackingState.TRACKING
+        covered = replace(frames[4], image=np.full_like(frames[4].image, 60))
+        return set(localizer.process(covered).estimate.timings_ms)
+
+    assert "relocalize" not in stages() and "search_near" not in stages()
+    assert "search_near" in stages(carry_s=0.0)
+
+
 def test_a_reset_forgets_the_images_of_the_session(room_map, frames) -> None:
     localizer = Localizer(SceneMap.load(room_map), LocalizerConfig(device="cpu"))
     for frame in frames[:MAPPED_STEPS]:
