@@ -140,16 +140,16 @@ class CoarseStage:
 
         A measurement of a part of the cells is completed if the belief proves wrong.
 
-        A frame skipped just before is filtered first, so that the belief is one frame old. Tracking mostly ends at a
-        bad image, and that image must meet a recent belief.
+        A frame skipped just before is filtered first: a bad image, at which tracking ends, must meet a recent belief.
         """
         if not self._use_filter:
             self._skipped = None
             return Filtered(measurement, FilterReport("the filter is off", 0.0, NO_PRIOR, 0.0))
         with times.stage("filter"), torch.inference_mode():
             if self._skipped is not None:
-                before, its_features = self._skipped
-                self._step(before, its_features, self._networks.begin(before, its_features).coordinates())
+                begun = self._networks.begin(*self._skipped)
+                HELPERS.enlist(begun.help)
+                self._step(*self._skipped, begun.coordinates())
                 self._skipped = None
             filtered = self._step(frame, features, measurement)
             reason = filtered.report.reset_reason
