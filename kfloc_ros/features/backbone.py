@@ -215,9 +215,11 @@ class Backbone(nn.Module):
             )
         if self.device.type == "cuda":
             return torch.from_numpy(image).to(self.device).float().mean(dim=2)[None, None] / 255.0
-        red, green, blue = (torch.from_numpy(channel) for channel in cv2.split(image))
-        grey = red.float().add_(green).add_(blue).div_(3.0)  # a sixth of the time of a mean over the last axis
-        return grey[None, None].div_(255.0)
+        # in one thread: threads of torch would have to be woken; a mean over the last axis takes several times as long
+        red, green, blue = cv2.split(image)
+        grey = cv2.add(cv2.add(red, green, dtype=cv2.CV_32F), blue, dtype=cv2.CV_32F)
+        np.divide(np.divide(grey, np.float32(3.0), out=grey), np.float32(255.0), out=grey)
+        return torch.from_numpy(grey)[None, None]
 
 
 class ChannelsLast(nn.Module):

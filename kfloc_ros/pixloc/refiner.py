@@ -6,7 +6,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -333,8 +333,9 @@ class Candidate:
         return T_map_camera
 
 
+@lru_cache(1)
 def query_levels(features: BackboneFeatures) -> tuple[FeatureImage, FeatureImage]:
-    """Return the two levels of one image, coarse then fine, laid out for sampling."""
+    """Return the two levels of one image, coarse then fine, laid out for sampling; every step on the image asks."""
     return (
         FeatureImage.from_maps(features.coarse[0], features.reliability[0], COARSE_STRIDE),
         FeatureImage.from_maps(features.fine[0], features.fine_reliability[0], FINE_STRIDE),

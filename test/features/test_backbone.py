@@ -53,6 +53,12 @@ def test_batch_equals_singles(backbone: Backbone) -> None:
     assert torch.allclose(both.coarse[1], backbone.extract(second).coarse[0], atol=1e-4)
 
 
+def test_grey_values_are_means_of_the_colours_to_the_bit(backbone: Backbone) -> None:
+    image = np.random.default_rng(2).integers(0, 256, (64, 96, 3), dtype=np.uint8)
+    wanted = torch.from_numpy(image.astype(np.float32)).sum(2) / 3.0 / 255.0
+    assert torch.equal(backbone.prepare(image), wanted[None, None])
+
+
 def test_unfit_images_are_refused(backbone: Backbone) -> None:
     with pytest.raises(FrameError, match="multiples of 32"):
         backbone.extract(np.zeros((100, 64, 3), dtype=np.uint8))

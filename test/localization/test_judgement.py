@@ -95,5 +95,8 @@ def test_an_image_that_is_repeated_for_longer_than_the_limit_is_no_new_image() -
     assert guard.fault(image, round(1.5e9)) == said[3]  # asked again for the same frame
     assert guard.fault(other, round(2.0e9)) == "" and guard.fault(image, round(2.5e9)) == ""
     assert guard.fault(image, 0) == ""  # a recording begins again
+    nearly = np.zeros((130, 4, 3), np.uint8)
+    nearly[77, 1, 2] = 1
+    assert guard.fault(np.zeros_like(nearly), round(3.0e9)) == "" and guard.fault(nearly, round(4.5e9)) == ""
     never = RepeatGuard(0.0)
     assert not any(never.fault(image, round(1e9 * k)) for k in range(5))
