@@ -25,7 +25,7 @@ from kfloc_ros.geometry.camera import Camera, ImageAdapter
 from kfloc_ros.geometry.lie import Matrix, inverse_pose, make_pose
 from kfloc_ros.mapping.measured_scale import PosedViews, Scale, upright
 from kfloc_ros.mapping.structure_scale import UNSCALED, FromSource, ReconstructedSource, ScaleMethod
-from kfloc_ros.mapping.structure_solver import MIN_REGISTERED, solve
+from kfloc_ros.mapping.structure_solver import MIN_REGISTERED, adjustment_options, solve
 
 MIN_SHARE = 0.5
 """Smallest share of registered images: below it, the model covers only a part of the recording."""
@@ -33,6 +33,8 @@ MODEL, NOTES = "sparse", "model.json"
 MAX_NOTES_BYTES = 10_000
 USUAL_DEPTH = 2.0
 """Median depth of the points in a model without a scale: thresholds in metres then are of a sensible size."""
+MAX_CENTRE_SIGMA = 0.002
+"""Largest standard deviation, as a share of the image's width, of a principal point that is taken from the images."""
 Array = NDArray[np.float64]
 
 
@@ -142,6 +144,10 @@ def _make_model(source: FrameSource, folder: Path, on_progress: Callable[[str, f
             model = solve(source, temporary, names, on_progress)
         except (RuntimeError, ValueError) as error:
             raise SourceError(f"The images of '{source.name}' could not be registered: {error}") from error
+        if source.camera_is_guess:
+            on_progress("adjusting the camera", 0.0)
+            model = with_principal_points(model)
+            on_progress("adjusting the camera", 1.0)
         poses, points, cameras = _read(model, {name: k for k, name in enumerate(names)})
         depths = [((points[k] - T[:3, 3]) @ T[:3, 2]) for k, T in poses.items()]
         usual = float(np.median(np.concatenate(depths))) if any(map(len, depths)) else USUAL_DEPTH
@@ -159,6 +165,37 @@ def _make_model(source: FrameSource, folder: Path, on_progress: Callable[[str, f
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def with_principal_points(model: Any) -> Any:
+    """Return a model that is adjusted with its cameras' principal points, if the images tell all of them; else itself.
+
+    Mapping keeps them in the middle of the image: of few images, or such that never turn about the optical axis, they
+    cannot be told from the rotations.
+    """
+    import pycolmap
+
+    found, config = pycolmap.Reconstruction(model), pycolmap.BundleAdjustmentConfig()
+    options = adjustment_options(refine_camera=True)
+    options.refine_principal_point = True
+    for image in found.images.values():
+        if image.has_pose:
+            config.add_image(image.image_id)
+    config.fix_gauge(pycolmap.BundleAdjustmentGauge.TWO_CAMS_FROM_WORLD)
+    adjuster = pycolmap.create_default_ceres_bundle_adjuster(options, config, found)
+    if not adjuster.solve().is_solution_usable():
+        return model
+    wanted = pycolmap.BACovarianceOptions(params=pycolmap.BACovarianceOptionsParams.ALL)
+    covariance = pycolmap.estimate_ba_covariance(wanted, found, adjuster)
+    used = {image.camera_id for image in found.images.values() if image.has_pose}
+    for camera in (found.cameras[key] for key in used):
+        of_camera = None if covariance is None else covariance.get_other_params_cov(camera.params)
+        if of_camera is None or len(of_camera) != len(camera.params):
+            return model
+        variances = np.diag(of_camera)[camera.principal_point_idxs()]
+        if not (variances <= (MAX_CENTRE_SIGMA * camera.width) ** 2).all():
+            return model
+    return found
 
 
 def _write_images(source: FrameSource, images: Path, on_progress: Callable[[str, float], None]) -> list[str]:

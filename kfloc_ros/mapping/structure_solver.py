@@ -279,12 +279,18 @@ def _adjust(model: Any, *, refine_camera: bool) -> None:
     """Adjust all poses, points and, if it was estimated, the camera of a model together."""
     import pycolmap
 
+    pycolmap.bundle_adjustment(model, adjustment_options(refine_camera=refine_camera))
+
+
+def adjustment_options(*, refine_camera: bool) -> Any:
+    """Return COLMAP's options of the final adjustment; the principal point stays."""
+    import pycolmap
+
     options = pycolmap.BundleAdjustmentOptions()
     options.refine_focal_length = options.refine_extra_params = refine_camera
-    options.refine_principal_point = False
-    options.print_summary = False
+    options.refine_principal_point = options.print_summary = False
     options.ceres.solver_options.max_num_iterations = LAST_ITERATIONS
-    pycolmap.bundle_adjustment(model, options)
+    return options
 
 
 BLOCK_ROWS = 512

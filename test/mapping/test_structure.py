@@ -18,7 +18,7 @@ from kfloc_ros.errors import SourceError
 from kfloc_ros.frames import FrameSource, Selection
 from kfloc_ros.geometry.lie import make_pose, so3_exp
 from kfloc_ros.mapping import structure_solver
-from kfloc_ros.mapping.structure import reconstruct
+from kfloc_ros.mapping.structure import reconstruct, with_principal_points
 from kfloc_ros.mapping.structure_scale import KnownLength, ReconstructedSource, known_length, scale_from_poses
 from kfloc_ros.types import Frame
 
@@ -130,6 +130,27 @@ def test_parts_that_few_points_join_are_not_one_model(walk, tmp_path: Path) -> N
         model.delete_point3D(key)
     joined = structure_solver._joined(model)
     assert sorted(joined.images[key].name for key in joined.reg_image_ids()) == [f"{k:06d}.png" for k in range(6)]
+
+
+@pytest.mark.parametrize("views", [4, 30])
+def test_the_principal_point_is_found_if_the_images_tell_it(views: int) -> None:
+    """A camera whose principal point is 12 px from the middle: many views tell it, four with noise do not."""
+    pycolmap = pytest.importorskip("pycolmap")
+    options = pycolmap.SyntheticDatasetOptions(num_rigs=1, num_cameras_per_rig=1, num_frames_per_rig=views)
+    options.num_points3D, options.camera_width, options.camera_height = 60 * views // 4, 640, 480
+    options.camera_model_id, options.camera_params = pycolmap.CameraModelId.SIMPLE_RADIAL, [500.0, 320.0, 252.0, 0.0]
+    pycolmap.set_random_seed(0)
+    model = pycolmap.synthesize_dataset(options)
+    noise = pycolmap.SyntheticNoiseOptions(point2D_stddev=0.5)
+    pycolmap.synthesize_noise(noise, model)
+    (camera,) = model.cameras.values()
+    camera.params = [500.0, 320.0, 240.0, 0.0]
+    found = with_principal_points(model)
+    (camera,) = found.cameras.values()
+    if views == 4:
+        assert found is model and list(camera.params) == [500.0, 320.0, 240.0, 0.0]
+    else:
+        assert camera.params[1:3] == pytest.approx([320.0, 252.0], abs=1.0)
 
 
 def test_the_map_frame_has_its_z_axis_upwards(found) -> None:
