@@ -151,6 +151,8 @@ def run_build(args: argparse.Namespace) -> int:
         check_first(frames, skip=args.no_check, use_poses=False)
         frames = reconstruct(frames, args.sfm, method=method, on_progress=StageBars())
         notes |= {"poses": "from the images", "model": str(args.sfm), "scale": frames.scale.origin}
+        if doubt := frames.camera_doubt:
+            print(f"Warning: {doubt}", file=sys.stderr)
     else:
         need_poses(frames)
         made = notes_beside(args.source)

@@ -33,8 +33,13 @@ MODEL, NOTES = "sparse", "model.json"
 MAX_NOTES_BYTES = 10_000
 USUAL_DEPTH = 2.0
 """Median depth of the points in a model without a scale: thresholds in metres then are of a sensible size."""
-MAX_CENTRE_SIGMA = 0.002
-"""Largest standard deviation, as a share of the image's width, of a principal point that is taken from the images."""
+CAMERA_SIGMA_FACTOR = 10.0
+"""Factor on the formal standard deviations of a camera that images tell: principal points were off by 6 to 14 of them
+with four calibrated cameras, since one radial term is not the whole lens, and shutters roll."""
+MIDDLE_CHI2 = 5.99
+"""Squared Mahalanobis distance of a principal point from the middle that contradicts the middle (95 %)."""
+CAMERA_IMAGES, CAMERA_ITERATIONS = 160, 8
+"""Number of images that tell their cameras, and iterations of the adjustment of all images after that."""
 Array = NDArray[np.float64]
 
 
@@ -68,7 +73,7 @@ def reconstruct(
         method.check(source)
     if kept is None:
         _make_model(source, folder, on_progress)
-        kept = ModelNotes(source.name, len(source), None)
+        kept = _kept_model(folder, source)
     model = pycolmap.Reconstruction(folder / MODEL)
     numbers = {image.name: int(Path(image.name).stem) for image in model.images.values() if image.has_pose}
     poses, points, cameras = _read(model, numbers)
@@ -90,7 +95,7 @@ def reconstruct(
             ) from error
         _rescale(model, folder, replace(kept, scale=scale))
         poses, points, _ = _read(model, numbers)
-    return ReconstructedSource(source, poses, points, estimated, scale)
+    return ReconstructedSource(source, poses, points, estimated, scale, kept.focal_sigma)
 
 
 @dataclass(frozen=True)
@@ -100,6 +105,8 @@ class ModelNotes:
     source: str
     images: int
     scale: Scale | None
+    focal_sigma: float | None = None
+    """Standard deviation of the focal length that the images tell, as a share of it; None: not known."""
 
 
 def read_notes(folder: Path) -> ModelNotes | None:
@@ -115,7 +122,8 @@ def read_notes(folder: Path) -> ModelNotes | None:
         content = json.loads(read_text(path, MAX_NOTES_BYTES))
         scale = content["scale"]
         told = None if scale is None else Scale(float(scale["metres_per_unit"]), str(scale["origin"]))
-        return ModelNotes(str(content["source"]), int(content["images"]), told)
+        sigma = content.get("focal_sigma")
+        return ModelNotes(str(content["source"]), int(content["images"]), told, None if sigma is None else float(sigma))
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise SourceError(f"'{path}' is damaged: {error}. Delete the folder and build again.") from error
 
@@ -144,9 +152,11 @@ def _make_model(source: FrameSource, folder: Path, on_progress: Callable[[str, f
             model = solve(source, temporary, names, on_progress)
         except (RuntimeError, ValueError) as error:
             raise SourceError(f"The images of '{source.name}' could not be registered: {error}") from error
+        focal_sigma: float | None = None
         if source.camera_is_guess:
             on_progress("adjusting the camera", 0.0)
-            model = with_principal_points(model)
+            adjusted = with_principal_points(model)
+            model, focal_sigma = adjusted.model, adjusted.focal_sigma
             on_progress("adjusting the camera", 1.0)
         poses, points, cameras = _read(model, {name: k for k, name in enumerate(names)})
         depths = [((points[k] - T[:3, 3]) @ T[:3, 2]) for k, T in poses.items()]
@@ -157,7 +167,7 @@ def _make_model(source: FrameSource, folder: Path, on_progress: Callable[[str, f
         model.write(temporary / MODEL)
         if source.camera_is_guess:
             write_calibration(temporary / CALIBRATION_FILE, Counter(cameras.values()).most_common(1)[0][0])
-        _write_notes(temporary, ModelNotes(source.name, len(source), None))
+        _write_notes(temporary, ModelNotes(source.name, len(source), None, focal_sigma))
         temporary.chmod(0o755)
         temporary.rename(folder)
     except OSError as error:
@@ -167,35 +177,71 @@ def _make_model(source: FrameSource, folder: Path, on_progress: Callable[[str, f
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def with_principal_points(model: Any) -> Any:
-    """Return a model that is adjusted with its cameras' principal points, if the images tell all of them; else itself.
+@dataclass(frozen=True)
+class AdjustedModel:
+    """A model that is adjusted with its cameras."""
 
-    Mapping keeps them in the middle of the image: of few images, or such that never turn about the optical axis, they
-    cannot be told from the rotations.
+    model: Any
+    """COLMAP's model."""
+    focal_sigma: float | None
+    """Largest standard deviation of a camera's focal length, as a share of it; None if the images do not tell it."""
+
+
+def with_principal_points(model: Any) -> AdjustedModel:
+    """Adjust a model with its cameras' principal points, where the images contradict the middle; else it stays.
+
+    Mapping keeps them in the middle: of few images, or such that never turn about the optical axis, they cannot be told
+    from the rotations. ``CAMERA_IMAGES`` evenly spaced images tell them; all are adjusted after that.
     """
     import pycolmap
 
+    posed = sorted((image for image in model.images.values() if image.has_pose), key=lambda image: str(image.name))
+    chosen = posed[:: -(-len(posed) // CAMERA_IMAGES)]
     found, config = pycolmap.Reconstruction(model), pycolmap.BundleAdjustmentConfig()
     options = adjustment_options(refine_camera=True)
     options.refine_principal_point = True
-    for image in found.images.values():
-        if image.has_pose:
-            config.add_image(image.image_id)
+    for image in chosen:
+        config.add_image(image.image_id)
     config.fix_gauge(pycolmap.BundleAdjustmentGauge.TWO_CAMS_FROM_WORLD)
     adjuster = pycolmap.create_default_ceres_bundle_adjuster(options, config, found)
     if not adjuster.solve().is_solution_usable():
-        return model
+        return AdjustedModel(model, None)
     wanted = pycolmap.BACovarianceOptions(params=pycolmap.BACovarianceOptionsParams.ALL)
     covariance = pycolmap.estimate_ba_covariance(wanted, found, adjuster)
-    used = {image.camera_id for image in found.images.values() if image.has_pose}
-    for camera in (found.cameras[key] for key in used):
+    middle_chi2 = focal_sigma = 0.0
+    for key in {image.camera_id for image in posed}:
+        camera = found.cameras[key]
         of_camera = None if covariance is None else covariance.get_other_params_cov(camera.params)
         if of_camera is None or len(of_camera) != len(camera.params):
-            return model
-        variances = np.diag(of_camera)[camera.principal_point_idxs()]
-        if not (variances <= (MAX_CENTRE_SIGMA * camera.width) ** 2).all():
-            return model
-    return found
+            return AdjustedModel(model, None)
+        centre, focal = camera.principal_point_idxs(), camera.focal_length_idxs()
+        moved = (np.array(camera.params) - model.cameras[key].params)[centre]
+        of_centre = CAMERA_SIGMA_FACTOR**2 * of_camera[np.ix_(centre, centre)]
+        middle_chi2 = max(middle_chi2, float(moved @ np.linalg.solve(of_centre, moved)))
+        focal_sigma = max(focal_sigma, float(np.sqrt(np.diag(of_camera)[focal].max())) / camera.mean_focal_length())
+    if middle_chi2 <= MIDDLE_CHI2:
+        return AdjustedModel(model, focal_sigma)
+    if len(chosen) < len(posed):
+        found = _with_cameras(model, found.cameras)
+        options.ceres.solver_options.max_num_iterations = CAMERA_ITERATIONS
+        pycolmap.bundle_adjustment(found, options)
+    return AdjustedModel(found, focal_sigma)
+
+
+def _with_cameras(model: Any, cameras: Mapping[int, Any]) -> Any:
+    """Return a model with other cameras; images are turned so that the middle of each sees what it saw."""
+    import pycolmap
+
+    changed = pycolmap.Reconstruction(model)
+    for image in changed.images.values():
+        if image.has_pose:
+            old, new = model.cameras[image.camera_id], cameras[image.camera_id]
+            right, down = (np.array(new.params) - old.params)[old.principal_point_idxs()] / new.mean_focal_length()
+            turn = pycolmap.Rigid3d(pycolmap.Rotation3d(np.array([down, -right, 0.0])), np.zeros(3))
+            image.frame.set_cam_from_world(image.camera_id, turn * image.cam_from_world())
+    for key, camera in changed.cameras.items():
+        camera.params = cameras[key].params
+    return changed
 
 
 def _write_images(source: FrameSource, images: Path, on_progress: Callable[[str, float], None]) -> list[str]:

@@ -26,6 +26,9 @@ from kfloc_ros.types import Frame
 DEPTH_VIEWS = 30
 MIN_DEPTH_PAIRS = 200
 MIN_BASELINE_M = 0.05
+DOUBTED_FOCAL_SIGMA = 0.005
+"""Standard deviation of an estimated focal length, as a share of it, from which on it is told: the usual error of a
+calibration."""
 UNSCALED = "unknown: lengths are in units of the model"
 Array = NDArray[np.float64]
 
@@ -219,6 +222,7 @@ class ReconstructedSource(DerivedSource):
         cameras: estimated cameras of the images as recorded, by position, if the source's camera was a guess. Images of
             other cameras are brought to the camera that most of them have.
         scale: metres per unit of the model and their origin, which was applied.
+        focal_sigma: standard deviation of an estimated focal length, as a share of it; None if it is not known.
     """
 
     passes_images_on = True
@@ -230,10 +234,12 @@ class ReconstructedSource(DerivedSource):
         points: Mapping[int, NDArray[np.float64]],
         cameras: Mapping[int, Camera] | None = None,
         scale: Scale | None = None,
+        focal_sigma: float | None = None,
     ) -> None:
         super().__init__(source)
         self._poses, self._points, self._cameras = poses, points, dict(cameras or {})
         self.scale = scale or Scale(1.0, UNSCALED)
+        self.focal_sigma = focal_sigma
         kinds = Counter(self._cameras.values())
         self._is_of_several = len(kinds) > 1
         usual = kinds.most_common(1)[0][0] if kinds else source.camera
@@ -243,6 +249,17 @@ class ReconstructedSource(DerivedSource):
     @property
     def camera(self) -> Camera:
         return self._camera
+
+    @property
+    def camera_doubt(self) -> str:
+        """Return a sentence if the images hardly tell the focal length that was estimated; else an empty string."""
+        if self.focal_sigma is None or self.focal_sigma <= DOUBTED_FOCAL_SIGMA:
+            return ""
+        return (
+            f"The images tell the focal length of {self._camera.fx:.0f} px to {100 * self.focal_sigma:.1f} % at best; "
+            "the map may be bent. Put a camera.txt with the camera's calibration beside the images, or record near and "
+            "far things from more sides."
+        )
 
     @property
     def camera_is_guess(self) -> bool:

@@ -17,9 +17,9 @@ from kfloc_ros.datasets.posed_images import write_calibration
 from kfloc_ros.errors import SourceError
 from kfloc_ros.frames import FrameSource, Selection
 from kfloc_ros.geometry.lie import make_pose, so3_exp
-from kfloc_ros.mapping import structure_solver
+from kfloc_ros.mapping import structure, structure_scale, structure_solver
 from kfloc_ros.mapping.structure import reconstruct, with_principal_points
-from kfloc_ros.mapping.structure_scale import KnownLength, ReconstructedSource, known_length, scale_from_poses
+from kfloc_ros.mapping.structure_scale import KnownLength, ReconstructedSource, Unscaled, known_length, scale_from_poses
 from kfloc_ros.types import Frame
 
 pytestmark = pytest.mark.thorough
@@ -132,25 +132,40 @@ def test_parts_that_few_points_join_are_not_one_model(walk, tmp_path: Path) -> N
     assert sorted(joined.images[key].name for key in joined.reg_image_ids()) == [f"{k:06d}.png" for k in range(6)]
 
 
-@pytest.mark.parametrize("views", [4, 30])
-def test_the_principal_point_is_found_if_the_images_tell_it(views: int) -> None:
+@pytest.mark.parametrize(("views", "at_once"), [(4, 160), (30, 160), (30, 10)])
+def test_the_principal_point_is_found_if_the_images_contradict_the_middle(
+    views: int, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A camera whose principal point is 12 px from the middle: many views tell it, four with noise do not."""
     pycolmap = pytest.importorskip("pycolmap")
     options = pycolmap.SyntheticDatasetOptions(num_rigs=1, num_cameras_per_rig=1, num_frames_per_rig=views)
-    options.num_points3D, options.camera_width, options.camera_height = 60 * views // 4, 640, 480
+    options.num_points3D, options.camera_width, options.camera_height = 50 * views, 640, 480
     options.camera_model_id, options.camera_params = pycolmap.CameraModelId.SIMPLE_RADIAL, [500.0, 320.0, 252.0, 0.0]
     pycolmap.set_random_seed(0)
     model = pycolmap.synthesize_dataset(options)
-    noise = pycolmap.SyntheticNoiseOptions(point2D_stddev=0.5)
+    noise = pycolmap.SyntheticNoiseOptions(point2D_stddev=0.2)
     pycolmap.synthesize_noise(noise, model)
     (camera,) = model.cameras.values()
     camera.params = [500.0, 320.0, 240.0, 0.0]
-    found = with_principal_points(model)
-    (camera,) = found.cameras.values()
+    monkeypatch.setattr(structure, "CAMERA_IMAGES", at_once)
+    adjusted = with_principal_points(model)
+    (camera,) = adjusted.model.cameras.values()
+    assert adjusted.focal_sigma is not None
     if views == 4:
-        assert found is model and list(camera.params) == [500.0, 320.0, 240.0, 0.0]
+        assert adjusted.model is model and list(camera.params) == [500.0, 320.0, 240.0, 0.0]
+        assert adjusted.focal_sigma > structure_scale.DOUBTED_FOCAL_SIGMA
     else:
         assert camera.params[1:3] == pytest.approx([320.0, 252.0], abs=1.0)
+        assert adjusted.model.compute_mean_reprojection_error() < 0.7
+        assert adjusted.focal_sigma < structure_scale.DOUBTED_FOCAL_SIGMA
+
+
+def test_a_focal_length_that_the_images_hardly_tell_is_told(walk) -> None:
+    def doubt(sigma: float | None) -> str:
+        return ReconstructedSource(walk, {}, {}, focal_sigma=sigma).camera_doubt
+
+    assert not doubt(None) and not doubt(0.001)
+    assert "to 1.6 % at best" in doubt(0.016) and "camera.txt" in doubt(0.016)
 
 
 def test_the_map_frame_has_its_z_axis_upwards(found) -> None:
@@ -226,6 +241,17 @@ def test_a_folder_of_images_and_a_video_are_sources(walk, tmp_path: Path, capsys
         assert difference.mean() < 12
     with pytest.raises(SourceError, match="every=10"):
         open_source(f"video:{tmp_path / 'walk.avi'}?each=3")
+
+
+def test_how_well_the_images_tell_their_camera_is_kept_with_the_model(walk, tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for k, frame in enumerate(walk.frames):
+        cv2.imwrite(str(folder / f"{k}.png"), cv2.cvtColor(frame.image, cv2.COLOR_RGB2BGR))
+    found = reconstruct(open_source(str(folder)), tmp_path / "model", method=Unscaled())
+    again = reconstruct(open_source(str(folder)), tmp_path / "model", method=Unscaled())
+    assert found.focal_sigma is not None and found.focal_sigma == again.focal_sigma > 0
+    assert found.camera == again.camera and (tmp_path / "model" / "camera.txt").is_file()
 
 
 @pytest.mark.parametrize("words", [["labels"], ["train", "scoordnet"], ["map", "build"]])
