@@ -183,26 +183,22 @@ class CameraCheck:
         total = self._fit_scale * covariance + self._tolerance + shear
         return float(offsets @ np.linalg.solve(total, offsets))
 
-    def _alone(self, fit: CameraFit) -> NDArray[np.float64] | None:
-        """Return the covariance (6, 6) of a fit on its own; None if it does not determine the camera."""
-        covariance = _covariance_of(fit.information)
-        return None if covariance is None else self._fit_scale * fit.growth * covariance
-
     def chi2_of(self, fit: CameraFit) -> float | None:
         """Return :meth:`chi2` of a fit; None if it does not determine the camera."""
         covariance = _covariance_of(fit.information)
-        return None if covariance is None else self.chi2(fit.offsets, fit.growth * covariance)
+        return None if covariance is None else self.chi2(fit.offsets, covariance)
 
     def verdict_of(self, fit: CameraFit) -> CameraVerdict:
         """Return the verdict on the fit to one image: the offset that contradicts the camera most."""
-        covariance = np.zeros_like(self._tolerance) if (alone := self._alone(fit)) is None else alone
+        covariance = _covariance_of(fit.information)
+        covariance = np.zeros_like(self._tolerance) if covariance is None else self._fit_scale * covariance
         ratio = np.abs(fit.offsets) / np.sqrt(np.diag(covariance + self._tolerance))
         return CameraVerdict(fit.offsets, covariance, int(np.argmax(ratio)))
 
     def mapped_verdict(self, fit: CameraFit) -> CameraVerdict | None:
         """Return the verdict that one image is of the map's camera, not of the given one; None if it is not certain."""
-        covariance = self._alone(fit)
-        return None if covariance is None else self._mapped(fit.offsets, covariance)
+        covariance = _covariance_of(fit.information)
+        return None if covariance is None else self._mapped(fit.offsets, self._fit_scale * covariance)
 
     def moments(
         self, score: CameraScore | None, given: Camera | None = None, fit: CameraFit | None = None
@@ -242,11 +238,11 @@ class CameraCheck:
         focal = np.diag([left[0, 0], 0.0, 0.0, 0.0, 0.0, 0.0])
         second = share * (np.outer(mean, mean) + careful) + (1.0 - share) * focal
         if self._other is not None:
-            mapped, alone = self._other.offsets, None if fit is None else self._alone(fit)
+            mapped, alone = self._other.offsets, None if fit is None else _covariance_of(fit.information)
             if self.verdict is not None:
                 offsets, covariance = self.verdict.offsets, self.verdict.covariance
             elif fit is not None and alone is not None:
-                offsets, covariance = fit.offsets, alone
+                offsets, covariance = fit.offsets, self._fit_scale * alone
             share = self._probability_mapped(offsets, PARTLY_FOUND * covariance)
             share = max(share, self.mapped_probability or 0.0)
             second = second + share * np.outer(mapped, mapped)
@@ -258,9 +254,9 @@ class CameraCheck:
         Other images tell nothing of it. Below what contradicts the camera, a shear moves poses still. Only what is
         found counts: how badly images tell a shear is in the poses' calibration, whose images are not sheared.
         """
-        alone = None if fit is None else self._alone(fit)
+        alone = None if fit is None else _covariance_of(fit.information)
         if fit is not None and alone is not None:
-            found = fit.offsets, alone
+            found = fit.offsets, self._fit_scale * alone
         elif score is not None:
             found = score.offsets, self._fit_scale * score.covariance
         else:

@@ -40,17 +40,19 @@ class RefineStage:
         self._device = choose_device(config.device)
         references = scene_map.references.to(self._device)
         self._relocalizer = Relocalizer(references, scene_map.camera) if config.relocalize else None
-        settings = RefinerSettings(
-            num_references=config.num_references,
-            max_cost=min(calibration.max_alignment_cost, UNRELATED_COST),
-            covariance_scale=calibration.refined_covariance_scale,
-            covariance_doubling_m=calibration.covariance_doubling_m,
-            camera_fit_doubling_m=calibration.camera_fit_doubling_m,
-            own_error_m=calibration.own_error_m,
-            own_error_rad=calibration.own_error_rad,
-            own_error_growth=calibration.own_error_growth,
+        self.refiner = Refiner(
+            references,
+            scene_map.camera,
+            RefinerSettings(
+                num_references=config.num_references,
+                max_cost=min(calibration.max_alignment_cost, UNRELATED_COST),
+                covariance_scale=calibration.refined_covariance_scale,
+                covariance_doubling_m=calibration.covariance_doubling_m,
+                own_error_m=calibration.own_error_m,
+                own_error_rad=calibration.own_error_rad,
+                own_error_growth=calibration.own_error_growth,
+            ),
         )
-        self.refiner = Refiner(references, scene_map.camera, settings)
         """Aligner of poses; it has no state."""
         self._patches = PatchAligner(references, scene_map.camera, calibration.patch_covariance_scale)
         self._depth = DepthCheck(self.refiner, scene_map.camera)

@@ -33,7 +33,7 @@ LARGER = (
     "min_inlier_ratio", "own_error_m", "own_error_rad", "camera_fit_scale", "own_error_growth", "usual_shift_chi2",
     "patch_covariance_scale",
 )  # fmt: skip
-SMALLER = ("confidence_odds", "covariance_doubling_m", "camera_fit_doubling_m")
+SMALLER = ("confidence_odds", "covariance_doubling_m")
 """Values of two calibrations of which the larger, or the smaller, is the more cautious one."""
 Corner = tuple[float, float, float]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -29,10 +29,10 @@ from kfloc_ros.mapping.schedule import HeldOut
 from kfloc_ros.mapping.views import View
 from kfloc_ros.maps.scene_map import Calibration, SceneMap
 from kfloc_ros.pixloc.cost import RobustLoss
-from kfloc_ros.pixloc.optimizer import MEASURED_M, RefinerSettings
+from kfloc_ros.pixloc.optimizer import RefinerSettings
 from kfloc_ros.pixloc.patches import PatchAligner
 from kfloc_ros.pixloc.references import ReferenceViews, view_distances
-from kfloc_ros.pixloc.refiner import Candidate, Refiner
+from kfloc_ros.pixloc.refiner import Refiner
 from kfloc_ros.types import Alignment, Frame
 
 CHI2_6_90 = 10.645
@@ -40,8 +40,6 @@ CHI2_6_90 = 10.645
 SHIFT_LIMITS, USUAL_QUANTILE = (2.0, 4.0), 0.95
 """Limits of the displacement of blocks that right poses have in a map, and its quantile among held-out views."""
 FIT_SCALE_LIMITS = 0.5, 100.0
-FIT_DOUBLINGS_M = 1e6, *np.geomspace(30.0, 0.1, 40)
-"""Distances at which the covariance of a fitted camera may double; the first one: it does not grow."""
 LEFT_OUT_M = 0.15, 0.3, 0.6
 """Distances (``view_distances``) within which reference views and images are left out, to measure how errors grow away
 from the mapped views."""
@@ -82,8 +80,7 @@ def calibrate_poses(
     """
     views, stamps_ns = [held.view for held in held_out], [held.stamp_ns for held in held_out]
     localizer = Localizer(draft, LocalizerConfig(device=device, camera_check="off", carry_s=0.0))
-    coarse, refined, costs, ratios, errors, others = [], [], [], [], [], []
-    cameras = list[CameraError]()
+    coarse, refined, costs, ratios, errors, cameras, others = [], [], [], [], [], [], []
     for k, (view, stamp) in enumerate(zip(views, stamps_ns, strict=True)):
         on_progress(0.3 * k / len(views))
         localization = localizer.process(Frame(view.image, view.camera, stamp, view.index))
@@ -99,64 +96,34 @@ def calibrate_poses(
             refined.append((view.T_map_camera, alignment))
             costs.append(alignment.final_cost)
             prepared = localizer.refiner.prepared(features.to(choose_device(device)), alignment.T_map_camera)
-            cameras += _camera_errors(localizer.refiner, prepared)
+            fitted = localizer.refiner.fit_camera(prepared)
+            if fitted is not None:
+                cameras.append(float(fitted.fit.offsets @ fitted.fit.information @ fitted.fit.offsets))
         references, on_device = localizer.refiner.references, features.to(choose_device(device))
         others_in_time = np.abs(np.array(references.ids) - view.index) > OTHER_PASS_FRAMES
         distances = view_distances(references.T_map_camera, view.T_map_camera)
         if (distances[others_in_time] <= OTHER_PASS_M).any():
             chosen = references.selected([int(k) for k in np.flatnonzero(others_in_time)])
-            others += _aligned_with(chosen, localizer.refiner, view, on_device).poses
-    away = _aligned_away(localizer.refiner, views, device, checked, lambda share: on_progress(0.3 + 0.5 * share))
+            others += _aligned_with(chosen, localizer.refiner, view, on_device, [])
+    far, shifts = _aligned_away(localizer.refiner, views, device, checked, lambda share: on_progress(0.3 + 0.5 * share))
     draft.head.to("cpu")
     own = localizer.refiner.settings
-    covariance = PoseCovariance.of(*(PoseErrors.of(aligned, own, True) for aligned in (refined, away.poses, others)))
-    fit_scale = camera_fit_scale([squared for squared, _ in cameras])
+    covariance = PoseCovariance.of(*(PoseErrors.of(aligned, own, True) for aligned in (refined, far, others)))
     calibration = replace(
         draft.calibration,
-        patch_covariance_scale=patch_covariance_scale([*away.poses, *others], own, covariance),
+        patch_covariance_scale=patch_covariance_scale([*far, *others], own, covariance),
         coarse_covariance_scale=median_scale(coarse),
         refined_covariance_scale=covariance.scale,
         own_error_m=covariance.own_error_m,
         own_error_rad=covariance.own_error_rad,
         own_error_growth=covariance.own_error_growth,
         covariance_doubling_m=covariance.doubling_m,
-        usual_shift_chi2=usual_shift_chi2(away.shifts),
-        camera_fit_scale=fit_scale,
-        camera_fit_doubling_m=camera_fit_doubling_m(away.cameras, fit_scale),
+        usual_shift_chi2=usual_shift_chi2(shifts),
+        camera_fit_scale=camera_fit_scale(cameras),
         max_alignment_cost=_threshold(costs, _wrong_costs(draft, views, device)),
         min_inlier_ratio=_ratio_threshold(ratios, _mirrored_ratios(draft, views, stamps_ns, device)),
     )
     return calibration, _accuracy(errors)
-
-
-CameraError = tuple[float, float]
-"""Squared error of a fitted camera, relative to its information, and the distance of its pose from the views, m."""
-
-
-@dataclass(frozen=True)
-class _Aligned:
-    """What alignments of views with a known pose give."""
-
-    poses: list[tuple[Matrix, Alignment]] = field(default_factory=list)
-    """True poses and alignments."""
-    shifts: list[float] = field(default_factory=list)
-    """Displacements of the image's blocks, ``shift_chi2``."""
-    cameras: list[CameraError] = field(default_factory=list)
-
-    def add(self, other: _Aligned, *, with_shifts: bool) -> None:
-        """Add the results of others, those of their blocks only where they count."""
-        self.poses.extend(other.poses)
-        self.cameras.extend(other.cameras)
-        self.shifts.extend(other.shifts if with_shifts else ())
-
-
-def _camera_errors(refiner: Refiner, prepared: Candidate) -> list[CameraError]:
-    """Return the error of the camera that is fitted to an image of the map's camera, if it can be fitted."""
-    fitted = refiner.fit_camera(prepared)
-    if fitted is None:
-        return []
-    squared = float(fitted.fit.offsets @ fitted.fit.information @ fitted.fit.offsets)
-    return [(squared, prepared.distance_m)]
 
 
 def _aligned_away(
@@ -165,9 +132,9 @@ def _aligned_away(
     device: str,
     checked: CheckedReferences | None,
     on_progress: Callable[[float], None],
-) -> _Aligned:
-    """Return the alignments without what is near."""
-    target, found = choose_device(device), _Aligned()
+) -> tuple[list[tuple[Matrix, Alignment]], list[float]]:
+    """Return true poses and alignments without what is near, and the displacement of the image's blocks."""
+    target, found, shifts = choose_device(device), list[tuple[Matrix, Alignment]](), list[float]()
     backbone = Backbone(device=target, runtime="auto")
     views = held_out if checked is None else checked.spread
     away_from = partial(_away_from, refiner.references) if checked is None else checked.away_from
@@ -177,9 +144,9 @@ def _aligned_away(
         for least_m in LEFT_OUT_M:
             others = away_from(view.T_map_camera, least_m)
             if others is not None:
-                aligned = _aligned_with(others.to(target), refiner, view, features)
-                found.add(aligned, with_shifts=least_m < LEFT_OUT_M[-1])
-    return found
+                of_usual = shifts if least_m < LEFT_OUT_M[-1] else []
+                found += _aligned_with(others.to(target), refiner, view, features, of_usual)
+    return found, shifts
 
 
 def _away_from(references: ReferenceViews, T_map_camera: Matrix, least_m: float) -> ReferenceViews | None:
@@ -188,18 +155,23 @@ def _away_from(references: ReferenceViews, T_map_camera: Matrix, least_m: float)
     return references.selected([int(k) for k in far]) if len(far) else None
 
 
-def _aligned_with(others: ReferenceViews, refiner: Refiner, view: View, features: BackboneFeatures) -> _Aligned:
-    """Return the alignment of a view with other reference views; nothing if it fails."""
+def _aligned_with(
+    others: ReferenceViews, refiner: Refiner, view: View, features: BackboneFeatures, shifts: list[float]
+) -> list[tuple[Matrix, Alignment]]:
+    """Return the true pose of a view and its alignment with other reference views; nothing if it fails.
+
+    The displacement of the image's blocks at that pose is added to ``shifts``.
+    """
     refiner = Refiner(others, refiner.camera, refiner.settings)
     alignment = refiner.align(features, [view.T_map_camera])
     alignment = PatchAligner(others, refiner.camera).improved(view.image, alignment)
     T = alignment.T_map_camera
     if not alignment.success or T is None or not is_good(view.T_map_camera, T):
-        return _Aligned()
-    prepared = refiner.prepared(features, T)
-    blocks = refiner.inspect(prepared).blocks
-    shifts = [] if blocks is None else [blocks.shift_chi2]
-    return _Aligned([(view.T_map_camera, alignment)], shifts, _camera_errors(refiner, prepared))
+        return []
+    blocks = refiner.inspect(refiner.prepared(features, T)).blocks
+    if blocks is not None:
+        shifts.append(blocks.shift_chi2)
+    return [(view.T_map_camera, alignment)]
 
 
 def usual_shift_chi2(found: Sequence[float]) -> float:
@@ -218,26 +190,6 @@ def camera_fit_scale(squared: Sequence[float]) -> float:
         return Calibration().camera_fit_scale
     by_median, by_tail = median_scale(squared), float(np.quantile(squared, 0.9)) / CHI2_6_90
     return float(np.clip(max(by_median, by_tail), *FIT_SCALE_LIMITS))
-
-
-def camera_fit_doubling_m(far: Sequence[CameraError], scale: float) -> float:
-    """Return the distance at which a fitted camera's covariance doubles: at the least growth at which a scale is right.
-
-    Fits away from the mapped views are looser, where the depths of the points are off or features change with the
-    viewpoint. Where they are not, nothing grows.
-
-    Args:
-        far: errors of views aligned without those nearer than some distances.
-        scale: factor on the covariance beside the mapped views.
-    """
-    if len(far) < MIN_ERRORS:
-        return Calibration().camera_fit_doubling_m
-    squared, distances_m = np.array(far).T
-    for doubling_m in FIT_DOUBLINGS_M:
-        growths = 1.0 + np.minimum(distances_m, MEASURED_M) / doubling_m
-        if camera_fit_scale((squared / growths).tolist()) <= scale:
-            break
-    return float(doubling_m)
 
 
 def _wrong_costs(draft: SceneMap, views: Sequence[View], device: str) -> list[float]:

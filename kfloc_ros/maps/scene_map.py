@@ -58,7 +58,6 @@ LATER = frozenset(
         "patch_covariance_scale",
         "own_error_growth",
         "usual_shift_chi2",
-        "camera_fit_doubling_m",
     }
 )
 """Values that maps of earlier versions lack; they have the defaults."""
@@ -90,9 +89,6 @@ class Calibration:
     other views, such as those of another pass through the place."""
     camera_fit_scale: float = 4.0
     """Factor on the covariance of cameras that are fitted to an image; neighbouring residuals share errors."""
-    camera_fit_doubling_m: float = 1e6
-    """Distance from the nearest reference view at which ``camera_fit_scale`` counts twice for one image; it grows
-    evenly."""
     covariance_doubling_m: float = 1e6
     """Distance from the nearest reference view at which ``refined_covariance_scale`` counts twice; it grows evenly."""
     own_error_growth: float = 1e-6
@@ -303,7 +299,6 @@ def scaled_map(scene_map: SceneMap, factor: float) -> SceneMap:
             process_floor_m2=calibration.process_floor_m2 * factor**2,
             own_error_m=calibration.own_error_m * factor,
             covariance_doubling_m=calibration.covariance_doubling_m * factor,
-            camera_fit_doubling_m=calibration.camera_fit_doubling_m * factor,
             own_error_growth=calibration.own_error_growth / factor,
             roughness=roughness,
         ),

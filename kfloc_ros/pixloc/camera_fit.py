@@ -65,9 +65,6 @@ class CameraFit:
     pose_information: NDArray[np.float64]
     """(6, 6) information of the left perturbation (dt, dw) of the pose, with the camera marginalised."""
     cost: float
-    growth: float = 1.0
-    """Factor on the covariance of this fit on its own, away from the reference views: fits err there as outliers do,
-    which several together show by themselves."""
 
 
 def fit_camera(
@@ -326,10 +323,16 @@ class Correction:
             scale = math.exp(before.offsets[0])
             offsets = before.offsets + offsets * (1.0, 1.0, scale, scale, 1.0, 1.0)
         scale = math.exp(offsets[0])
-        fx, fy = camera.fx * scale, camera.fy * scale * math.exp(offsets[1])
-        cx, cy = camera.cx + offsets[2], camera.cy + offsets[3]
-        distortion = offsets[4], 0.0, 0.0, 0.0, 0.0
-        fitted = Camera(camera.width, camera.height, fx, fy, cx, cy, "plumb_bob", distortion)
+        fitted = Camera(
+            camera.width,
+            camera.height,
+            camera.fx * scale,
+            camera.fy * scale * math.exp(offsets[1]),
+            camera.cx + offsets[2],
+            camera.cy + offsets[3],
+            "plumb_bob",
+            (offsets[4], 0.0, 0.0, 0.0, 0.0),
+        )
         return cls(offsets, ImageAdapter(fitted, camera))
 
     def apply(self, frame: Frame) -> Frame:

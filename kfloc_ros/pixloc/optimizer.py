@@ -34,6 +34,8 @@ LAMBDA_MIN = 1e-7
 LAMBDA_MAX = 1e3
 DAMPING_FLOOR = 1e-9
 """Added to the diagonal, so that the pose does not move in directions that the image does not constrain."""
+
+
 MEASURED_M = 0.6
 """Distance from the nearest reference view up to which the growth of errors is measured when a map is built; beyond
 it, the scale of the covariance does not grow any more."""
@@ -69,8 +71,6 @@ class RefinerSettings:
     """Scale of the covariance, from the map's calibration; neighbouring residuals share errors."""
     covariance_doubling_m: float = math.inf
     """Distance from the nearest reference view at which that scale is twice as large, from the map's calibration."""
-    camera_fit_doubling_m: float = math.inf
-    """Distance at which the covariance of a camera that is fitted to one image is twice as large, from there too."""
     own_error_m: float = 0.0
     own_error_rad: float = 0.0
     """Standard deviations of the map's own error, on each axis, from its calibration."""
@@ -85,10 +85,6 @@ class RefinerSettings:
     def scale_at(self, distance_m: float) -> float:
         """Return the scale of the covariance at a distance from the nearest reference view, see ``view_distances``."""
         return self.covariance_scale * (1.0 + min(distance_m, MEASURED_M) / self.covariance_doubling_m)
-
-    def camera_growth_at(self, distance_m: float) -> float:
-        """Return the factor on the covariance of a fitted camera at a distance from the nearest reference view."""
-        return 1.0 + min(distance_m, MEASURED_M) / self.camera_fit_doubling_m
 
 
 @dataclass(frozen=True)
@@ -130,7 +126,9 @@ def descend(
     loss: RobustLoss,
     rule: StopRule,
 ) -> LevelResult:
-    """Minimise the cost of a feature level from a pose: :func:`minimize`, or one compiled loop, alike but for rounding.
+    """Minimise the cost of one feature level from a pose: :func:`minimize`, where possible as one compiled loop.
+
+    The two differ by rounding.
 
     Args:
         image, points, features, confidence, T_camera_map, camera, loss: as of :func:`~kfloc_ros.pixloc.cost.linearize`.
@@ -295,7 +293,8 @@ def fitted_step_by_step(
     T = T_camera_local
     for scale_px in SCALES_PX:
         for _ in range(STEPS_PER_SCALE):
-            step = _solve(*match_equations(pixels, points, weights, T, camera, scale_px, squared))
+            H, g = match_equations(pixels, points, weights, T, camera, scale_px, squared)
+            step = _solve(H, g)
             if step is None:
                 return None
             T = left_update(T, step)

@@ -118,7 +118,6 @@ class Refiner:
             return None
         s, distance_m = self.settings, candidate.distance_m
         covariance = s.scale_at(distance_m) * covariance + s.own_covariance_at(distance_m)
-        fit = replace(fit, growth=s.camera_growth_at(distance_m))
         return FittedCamera(fit, candidate.in_map(fit.T_camera_local), covariance)
 
     @torch.inference_mode()
@@ -136,7 +135,6 @@ class Refiner:
         score = score_camera(candidate.levels[-1], candidate.points, T, self.camera, loss)
         if score is None:
             return Inspection(blocks, None, None)
-        score = replace(score, covariance=self.settings.camera_growth_at(candidate.distance_m) * score.covariance)
         turn = -np.kron(np.eye(2), T[:3, :3].T)  # as in map_frame_covariance
         return Inspection(blocks, score, turn @ score.sensitivity)
 

@@ -215,7 +215,7 @@ def test_a_map_is_scaled_in_all_its_lengths(room_map: Path, tmp_path: Path, caps
     torch.testing.assert_close(scaled, 2.5 * mean, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(log_scaled, log_b + np.log(2.5), rtol=1e-4, atol=1e-4)
     assert made.calibration.process_floor_m2 == pytest.approx(2.5**2 * scene_map.calibration.process_floor_m2)
-    for name in ("own_error_m", "covariance_doubling_m", "camera_fit_doubling_m"):
+    for name in ("own_error_m", "covariance_doubling_m"):
         assert getattr(made.calibration, name) == pytest.approx(2.5 * getattr(scene_map.calibration, name))
     assert made.calibration.own_error_growth == pytest.approx(scene_map.calibration.own_error_growth / 2.5)
     with pytest.raises(MapError, match="by a factor"):

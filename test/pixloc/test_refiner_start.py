@@ -81,26 +81,6 @@ def test_the_covariance_grows_away_from_the_reference_views(room, room_map) -> N
     np.testing.assert_allclose(grown.covariance - grown.disagreement, factor * of_points, rtol=1e-9)
 
 
-def test_a_fitted_camera_is_known_less_away_from_the_reference_views(room, room_map) -> None:
-    scene_map = SceneMap.load(room_map)
-    frame = room.view(make_pose(so3_exp(np.array([0.0, 0.3, 0.0])), [0.2, 0.0, -0.6]), 0)
-    features = Backbone(device=torch.device("cpu")).extract(frame.image)
-    by = []
-    for settings in (RefinerSettings(), RefinerSettings(camera_fit_doubling_m=0.1)):
-        refiner = Refiner(scene_map.references, scene_map.camera, settings)
-        prepared = refiner.prepared(features, frame.T_map_camera)
-        fitted, score = refiner.fit_camera(prepared), refiner.inspect(prepared).camera
-        assert fitted is not None and score is not None
-        by.append((fitted.fit, score, prepared.distance_m))
-    (fit, score, distance_m), (grown_fit, grown_score, _) = by
-    factor = 1.0 + min(distance_m, MEASURED_M) / 0.1
-    assert factor > 1.5
-    assert fit.growth == 1.0 and grown_fit.growth == factor
-    np.testing.assert_array_equal(grown_fit.information, fit.information)
-    np.testing.assert_allclose(grown_score.covariance, factor * score.covariance, rtol=1e-9)
-    np.testing.assert_array_equal(grown_fit.offsets, fit.offsets)
-
-
 def test_a_rotation_of_the_map_grows_with_the_distance_from_its_views() -> None:
     settings = RefinerSettings(own_error_m=0.003, own_error_rad=0.004, own_error_growth=0.002)
     variances = np.diag(settings.own_covariance_at(1.5))
