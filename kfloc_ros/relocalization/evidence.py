@@ -113,13 +113,21 @@ class Evidence:
             return alignment
         return replace(alignment, success=False, reason=f"only {100 * agreement:.0f} % of the matches agree with it")
 
-    def is_certain(self, alignments: Sequence[Alignment]) -> bool:
-        """Return true if the cheapest alignment is well constrained and enough matches agree with it."""
+    def is_certain(self, alignments: Sequence[Alignment], *, with_lightglue: bool = False) -> bool:
+        """Return true if the cheapest alignment is well constrained and enough matches agree with it.
+
+        Args:
+            alignments: of one image.
+            with_lightglue: average the share that agrees with that of LightGlue matches of the views nearest to it.
+        """
         best = min((r for r in alignments if r.success), key=cost_of, default=None)
         if best is None or best.final_cost > self._settings.max_cost or best.covariance is None:
             return False
         largest_m2 = float(np.linalg.eigvalsh(best.covariance[:3, :3])[-1])
-        return largest_m2 < CERTAIN_M**2 and self.agreement(best) >= self._settings.certain_agreement
+        return (
+            largest_m2 < CERTAIN_M**2
+            and self.verified(best, self._settings.certain_agreement, with_lightglue=with_lightglue).success
+        )
 
     def _is_worth_more_matches(self, T_map_camera: Matrix, agreement: float) -> bool:
         s = self._settings

@@ -118,7 +118,7 @@ class Relocalizer:
         """Return alignments at all places that the image may show; those that its matches contradict have failed.
 
         Mutual nearest neighbours come first, since they are fast. Only if they give no certain pose, LightGlue matches
-        the best-ranked views.
+        the views nearest to it and, if that is not certain either, the best-ranked views.
 
         Args:
             features: backbone features of the image.
@@ -136,7 +136,7 @@ class Relocalizer:
         near = [align([T]) for T in likely]
         found = evidence.improvements(near) + [evidence.aligned(start) for start in starts]
         possible = [evidence.verified(r, s.certain_agreement / 2, with_lightglue=False) for r in near + found]
-        if evidence.is_certain(possible):
+        if evidence.is_certain(possible) or evidence.is_certain(possible, with_lightglue=True):
             return possible
         likeliest = positions[: s.matched + (s.near if expected is not None else 0)]
         lightglue = {k: matches.lightglue(k) for k in likeliest}

@@ -21,7 +21,8 @@ from kfloc_ros.pixloc.optimizer import RefinerSettings
 from kfloc_ros.pixloc.references import ReferenceViews
 from kfloc_ros.pixloc.refiner import Refiner, failed_alignment
 from kfloc_ros.relocalization.decision import RelocalizationSettings, choose, has_more_support, realigned
-from kfloc_ros.relocalization.evidence import Evidence
+from kfloc_ros.relocalization.evidence import VERIFYING_VIEWS, Evidence
+from kfloc_ros.relocalization.matching import ImageMatches
 from kfloc_ros.relocalization.retrieval import ReferenceIndex
 from kfloc_ros.relocalization.search import Relocalizer
 from kfloc_ros.types import Alignment, CoarsePose, FilterReport, TrackingState
@@ -324,3 +325,24 @@ def test_no_more_lightglue_matches_are_made_for_what_no_match_supports(
     found = replace(NOT_FOUND, success=True, T_map_camera=scene_map.references.T_map_camera[0])
     verified = evidence.verified(found, settings.min_agreement, with_lightglue=True)
     assert few.asked == asked and verified.success == bool(asked)
+
+
+def test_lightglue_begins_with_the_views_nearest_to_the_likeliest_pose(
+    scene_map: SceneMap, features: BackboneFeatures, room, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    real = ImageMatches.lightglue
+    monkeypatch.setattr(ImageMatches, "lightglue", lambda self, k: asked.append(k) or real(self, k))
+
+    def views(agreement: float, **options) -> set[int]:
+        asked.clear()
+        monkeypatch.setattr(ImageMatches, "agreement", lambda *_: agreement)
+        relocalizer = Relocalizer(scene_map.references, scene_map.camera, RelocalizationSettings(**options))
+        found = relocalizer.find(features, aligning(scene_map, features))
+        assert found.success and away(found.T_map_camera, room[9]) < 0.05
+        return set(asked)
+
+    near = set(scene_map.references.best_overlapping(room[9].T_map_camera, scene_map.camera, VERIFYING_VIEWS))
+    assert not views(agreement=0.5)  # certain by mutual nearest neighbours alone
+    assert views(agreement=0.35) == near  # in the mean with LightGlue's
+    assert len(views(agreement=0.35, certain_agreement=0.69)) > len(near)
