@@ -81,7 +81,7 @@ class FilterStage:
         """Read a frame and run the networks on it, beside the frame before."""
         camera_frame = read_frame(messages)
         check_camera(camera_frame, self._localizer.camera)
-        with self._queue.helpers():
+        with self._queue.helpers(others_idle=not self._feedback.refiner_is_busy):
             ahead = None if self._prepare_ahead is None else self._prepare_ahead(camera_frame.frame)
         prepared = Prepared(camera_frame, ahead)
 
@@ -102,6 +102,7 @@ class FilterStage:
         coarse = CoarseFrame(camera_frame, self._localizer.coarse_half(camera_frame.frame, ahead=prepared.ahead))
         if prepared.ahead is None:
             self._publish_features(camera_frame, coarse.result.features)
+        self._feedback.expect(coarse.result.stamp_ns)
         self._publish(coarse)
         self._cells.offer(coarse)
         self._health.count_processed(camera_frame.latency_ms())

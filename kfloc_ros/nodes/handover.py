@@ -272,13 +272,33 @@ class FeedbackPublisher:
         self._publisher.publish(message)
 
 
+SOON_S, LONGEST_S = 0.005, 0.1
+"""Time, in seconds, before the usual one, at which an answer counts as here, and the longest one that counts: a second
+thread then pays at once, and a search of the map is not usual."""
+LEARNING_RATE = 0.1
+
+
 class FeedbackQueue:
     """Subscriber of ``refined_pose``, in the filter; queues poses for the worker thread."""
 
     def __init__(self, node: Node, warn: Callable[[str], None]) -> None:
         self._waiting: deque[RefinedPose] = deque(maxlen=8)
         self._warn = warn
+        self._asked_ns, self._asked_s, self._answered_ns, self._usual_s = -1, 0.0, -1, 0.0
         node.create_subscription(PoseStamped, TOPIC, self._receive, qos.results())
+
+    def expect(self, stamp_ns: int) -> None:
+        """Expect an answer to the frame that is handed over to the refiner now."""
+        self._asked_ns, self._asked_s = stamp_ns, time.monotonic()
+
+    @property
+    def refiner_is_busy(self) -> bool:
+        """True while the refiner works on the frame, and will for a while, as the times of earlier answers tell.
+
+        False where no refiner answers, and for a frame without an answer soon after it was handed over.
+        """
+        is_open = self._answered_ns != self._asked_ns
+        return is_open and time.monotonic() - self._asked_s < self._usual_s - SOON_S
 
     def take(self) -> Iterator[RefinedPose]:
         """Yield the poses received since the last call, in order."""
@@ -291,4 +311,8 @@ class FeedbackQueue:
         except ValueError as error:
             self._warn(f"A refined_pose cannot be used: {error}")
             return
-        self._waiting.append(RefinedPose(stamp_to_ns(message.header.stamp), pose))
+        self._answered_ns = stamp_to_ns(message.header.stamp)
+        if self._answered_ns == self._asked_ns:
+            took_s = min(time.monotonic() - self._asked_s, LONGEST_S)
+            self._usual_s += LEARNING_RATE * (took_s - self._usual_s)
+        self._waiting.append(RefinedPose(self._answered_ns, pose))

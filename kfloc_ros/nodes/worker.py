@@ -177,9 +177,13 @@ class LatestQueue(Generic[ItemT]):
         if self._worker.hand_over(item, HAND_OVER_S, help_with):
             self._health.count("dropped")
 
-    def helpers(self) -> AbstractContextManager[None]:
-        """Return a context in which threads of the free cores can be enlisted, if the worker is idle now."""
-        return HELPERS.lending() if self._worker.is_idle else nullcontext()
+    def helpers(self, *, others_idle: bool = True) -> AbstractContextManager[None]:
+        """Return a context in which threads of the free cores can be enlisted, if the worker and others are idle now.
+
+        Args:
+            others_idle: no other process of the chain computes, as far as is known.
+        """
+        return HELPERS.lending() if others_idle and self._worker.is_idle else nullcontext()
 
     def discard(self) -> None:
         """Discard the waiting item."""

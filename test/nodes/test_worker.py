@@ -6,10 +6,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import pytest
 
-from kfloc_ros.nodes.worker import LatestWorker
+from kfloc_ros.jobs import HELPERS
+from kfloc_ros.nodes.worker import EnableSwitch, LatestQueue, LatestWorker
 
 PATIENCE_S = 5.0
 
@@ -117,6 +119,29 @@ def test_a_worker_is_idle_while_no_item_waits_or_is_in_work(held: HeldUp) -> Non
     assert held.begun.wait(PATIENCE_S) and not held.worker.is_idle
     held.may_end.set()
     _wait(lambda: held.worker.is_idle)
+
+
+def test_helpers_are_lent_while_neither_the_worker_nor_another_process_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, may_end, health = threading.Event(), threading.Event(), SimpleNamespace(count=lambda what: None, fault=_fail)
+    monkeypatch.setattr(HELPERS, "spare", 1)
+
+    def handle(item: int) -> None:
+        begun.set()
+        assert may_end.wait(PATIENCE_S)
+
+    queue: LatestQueue[int] = LatestQueue("test", health, EnableSwitch(active=True), None, handle)  # type: ignore[arg-type]
+
+    def at_hand(**others: bool) -> int:
+        with queue.helpers(**others):
+            return HELPERS.at_hand
+
+    try:
+        assert (at_hand(), at_hand(others_idle=False)) == (1, 0)
+        queue.offer(0)
+        assert begun.wait(PATIENCE_S) and at_hand() == 0
+    finally:
+        may_end.set()
+        queue.stop()
 
 
 def test_a_pause_lets_go_of_who_hands_over(held: HeldUp) -> None:
