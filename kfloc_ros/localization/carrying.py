@@ -226,7 +226,7 @@ class Carrier:
     def is_blind(self, stamp_ns: int) -> bool:
         """Return true if :meth:`bridge` carries the pose through an image that shows too little to be found anywhere.
 
-        It shows less than half as much as the last image that had a pose: a dark corner, a hand, or a blurred swing.
+        It shows less than half as much as the last images that had a pose: a dark corner, a hand, or a blurred swing.
         """
         found = self._bridge.pose(stamp_ns)
         return found is not None and found.is_blind

@@ -35,7 +35,7 @@ USUAL_DEPTH = 2.0
 """Median depth of the points in a model without a scale: thresholds in metres then are of a sensible size."""
 CAMERA_SIGMA_FACTOR = 10.0
 """Factor on the formal standard deviations of a camera that images tell: principal points were off by 6 to 14 of them
-with four calibrated cameras, since one radial term is not the whole lens, and shutters roll."""
+with four cameras, since one radial term is not the whole lens, and shutters roll."""
 MIDDLE_CHI2 = 5.99
 """Squared Mahalanobis distance of a principal point from the middle that contradicts the middle (95 %)."""
 CAMERA_IMAGES, CAMERA_ITERATIONS = 160, 8
@@ -155,7 +155,7 @@ def _make_model(source: FrameSource, folder: Path, on_progress: Callable[[str, f
         focal_sigma: float | None = None
         if source.camera_is_guess:
             on_progress("adjusting the camera", 0.0)
-            adjusted = with_principal_points(model)
+            adjusted = with_principal_point(model)
             model, focal_sigma = adjusted.model, adjusted.focal_sigma
             on_progress("adjusting the camera", 1.0)
         poses, points, cameras = _read(model, {name: k for k, name in enumerate(names)})
@@ -179,21 +179,25 @@ def _make_model(source: FrameSource, folder: Path, on_progress: Callable[[str, f
 
 @dataclass(frozen=True)
 class AdjustedModel:
-    """A model that is adjusted with its cameras."""
+    """A model that is adjusted with its camera."""
 
     model: Any
     """COLMAP's model."""
     focal_sigma: float | None
-    """Largest standard deviation of a camera's focal length, as a share of it; None if the images do not tell it."""
+    """Standard deviation of the camera's focal length, as a share of it; None if the images do not tell it."""
 
 
-def with_principal_points(model: Any) -> AdjustedModel:
-    """Adjust a model with its cameras' principal points, where the images contradict the middle; else it stays.
+def with_principal_point(model: Any) -> AdjustedModel:
+    """Adjust a model with its camera's principal point, where the images contradict the middle; else it stays.
 
-    Mapping keeps them in the middle: of few images, or such that never turn about the optical axis, they cannot be told
-    from the rotations. ``CAMERA_IMAGES`` evenly spaced images tell them; all are adjusted after that.
+    Mapping keeps it in the middle: of few images, or such that never turn about the optical axis, it cannot be told
+    from the rotations. ``CAMERA_IMAGES`` evenly spaced images tell it; all are adjusted after that. A model of several
+    cameras, each with few images, stays.
     """
     import pycolmap
+
+    if len(model.cameras) > 1:
+        return AdjustedModel(model, None)
 
     posed = sorted((image for image in model.images.values() if image.has_pose), key=lambda image: str(image.name))
     chosen = posed[:: -(-len(posed) // CAMERA_IMAGES)]
@@ -208,39 +212,36 @@ def with_principal_points(model: Any) -> AdjustedModel:
         return AdjustedModel(model, None)
     wanted = pycolmap.BACovarianceOptions(params=pycolmap.BACovarianceOptionsParams.ALL)
     covariance = pycolmap.estimate_ba_covariance(wanted, found, adjuster)
-    middle_chi2 = focal_sigma = 0.0
-    for key in {image.camera_id for image in posed}:
-        camera = found.cameras[key]
-        of_camera = None if covariance is None else covariance.get_other_params_cov(camera.params)
-        if of_camera is None or len(of_camera) != len(camera.params):
-            return AdjustedModel(model, None)
-        centre, focal = camera.principal_point_idxs(), camera.focal_length_idxs()
-        moved = (np.array(camera.params) - model.cameras[key].params)[centre]
-        of_centre = CAMERA_SIGMA_FACTOR**2 * of_camera[np.ix_(centre, centre)]
-        middle_chi2 = max(middle_chi2, float(moved @ np.linalg.solve(of_centre, moved)))
-        focal_sigma = max(focal_sigma, float(np.sqrt(np.diag(of_camera)[focal].max())) / camera.mean_focal_length())
-    if middle_chi2 <= MIDDLE_CHI2:
+    (camera,), (given,) = found.cameras.values(), model.cameras.values()
+    of_camera = None if covariance is None else covariance.get_other_params_cov(camera.params)
+    if of_camera is None or len(of_camera) != len(camera.params) or not np.isfinite(of_camera).all():
+        return AdjustedModel(model, None)
+    centre, focal = camera.principal_point_idxs(), camera.focal_length_idxs()
+    focal_sigma = float(np.sqrt(np.diag(of_camera)[focal].max())) / camera.mean_focal_length()
+    moved = (np.array(camera.params) - given.params)[centre]
+    of_centre = CAMERA_SIGMA_FACTOR**2 * of_camera[np.ix_(centre, centre)]
+    if moved @ np.linalg.pinv(of_centre) @ moved <= MIDDLE_CHI2:
         return AdjustedModel(model, focal_sigma)
     if len(chosen) < len(posed):
-        found = _with_cameras(model, found.cameras)
+        found = _with_camera(model, camera)
         options.ceres.solver_options.max_num_iterations = CAMERA_ITERATIONS
         pycolmap.bundle_adjustment(found, options)
+    found.update_point_3d_errors()
     return AdjustedModel(found, focal_sigma)
 
 
-def _with_cameras(model: Any, cameras: Mapping[int, Any]) -> Any:
-    """Return a model with other cameras; images are turned so that the middle of each sees what it saw."""
+def _with_camera(model: Any, camera: Any) -> Any:
+    """Return a model with another camera; its images are turned so that the middle of each sees what it saw."""
     import pycolmap
 
     changed = pycolmap.Reconstruction(model)
+    (old,) = changed.cameras.values()
+    right, down = (np.array(camera.params) - old.params)[old.principal_point_idxs()] / camera.mean_focal_length()
+    turn = pycolmap.Rigid3d(pycolmap.Rotation3d(np.array([down, -right, 0.0])), np.zeros(3))
     for image in changed.images.values():
         if image.has_pose:
-            old, new = model.cameras[image.camera_id], cameras[image.camera_id]
-            right, down = (np.array(new.params) - old.params)[old.principal_point_idxs()] / new.mean_focal_length()
-            turn = pycolmap.Rigid3d(pycolmap.Rotation3d(np.array([down, -right, 0.0])), np.zeros(3))
             image.frame.set_cam_from_world(image.camera_id, turn * image.cam_from_world())
-    for key, camera in changed.cameras.items():
-        camera.params = cameras[key].params
+    old.params = camera.params
     return changed
 
 
