@@ -44,6 +44,11 @@ class CarrySettings:
     """Time between two images whose points are learned."""
     rest_period_s: float = 0.3
     """The same, while the map alone settles the poses."""
+    learn_motion: float = 0.04
+    """Motion of the points in the image, in the median and relative to its width, from which an image is learned
+    earlier: a fast camera, or few images a second."""
+    rest_motion: float = 0.1
+    """The same, while the map alone settles the poses."""
     drift_m_s: float = 0.01
     drift_deg_s: float = 0.5
     """Growth of the standard deviation of a pose that is carried on."""
@@ -261,7 +266,6 @@ class Carrier:
             features: its backbone features.
             estimate: its pose.
         """
-        s = self._settings
         alignment, T, stamp_ns = estimate.alignment, estimate.T_map_camera, estimate.stamp_ns
         if not self._longest_ns or T is None or estimate.tentative or estimate.bridged:
             return
@@ -277,11 +281,19 @@ class Carrier:
             before_ns, before = self._learned
             if jumped(before, T) or stamp_ns <= before_ns:
                 self._points.reset()
-            elif stamp_ns - before_ns < 1e9 * (s.rest_period_s if self.is_settled(alignment) else s.learn_period_s):
+            elif not self._is_due(stamp_ns - before_ns, before, T, self.is_settled(alignment)):
                 return
         self._learned = stamp_ns, T
         mapped = self._refiner.references.points_near(T, self._camera, self._evidence.config.num_references)
         self._points.observe(query_levels(features), T, mapped)
+
+    def _is_due(self, passed_ns: int, before: Matrix, now: Matrix, settled: bool) -> bool:
+        """Return true if an image is to be learned, by time or motion since the last one that was."""
+        s = self._settings
+        if passed_ns >= 1e9 * (s.rest_period_s if settled else s.learn_period_s):
+            return True
+        limit = s.rest_motion if settled else s.learn_motion
+        return self._points.displacement_px(before, now) >= limit * self._camera.width
 
     def _widened(self, alignment: Alignment, stamp_ns: int) -> Alignment:
         """Return an alignment with what is not known of its points: the errors of the poses that they come from."""

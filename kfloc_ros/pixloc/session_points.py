@@ -152,6 +152,19 @@ class SessionPoints:
             return torch.zeros(0, 64), np.zeros((0, 3))
         return self._points.coarse, self._points.positions
 
+    def displacement_px(self, before: Matrix, now: Matrix) -> float:
+        """Return how far the points move in the image between two poses (4, 4), in the median.
+
+        One that leaves the image has moved by its width, and so has everything if nothing was in view.
+        """
+        width = float(self._camera.width)
+        if self._points is None:
+            return width
+        at, _, in_view = self._project(self._points, before)
+        later, _, stays = self._project(self._points, now)
+        moved = np.where(stays, np.linalg.norm(later - at, axis=1), width)[in_view]
+        return float(np.median(moved)) if len(moved) else width
+
     def observe(self, images: tuple[FeatureImage, FeatureImage], T_map_camera: Matrix, mapped: ReferencePoints) -> None:
         """Measure the depths of the points in an image, drop those that are gone, and add new ones.
 

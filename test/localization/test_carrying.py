@@ -13,6 +13,7 @@ from kfloc_ros.localization.carrying import Carrier
 from kfloc_ros.localization.config import LocalizerConfig
 from kfloc_ros.localization.localizer import Localizer
 from kfloc_ros.maps.scene_map import SceneMap
+from kfloc_ros.pixloc.session_points import SessionPoints
 from kfloc_ros.types import Frame, PoseEstimate, TrackingState
 
 STEPS = 32
@@ -82,6 +83,20 @@ def test_points_of_the_session_are_found_after_a_sudden_turn(room_map, frames, m
     monkeypatch.setattr(Carrier, "_located", lambda *_: None)
     without = localize(room_map, given, relocalize=False)[-1]
     assert without.T_map_camera is None or without.bridged or off(without, turned)[0] > 0.08
+
+
+def test_images_are_learned_by_motion_where_little_time_passes(room_map, frames, monkeypatch) -> None:
+    def learned(given: list[Frame]) -> int:
+        poses, observe = [], SessionPoints.observe
+        monkeypatch.setattr(SessionPoints, "observe", lambda *a: poses.append(a[2]) or observe(*a))
+        assert all(e.T_map_camera is not None for e in localize(room_map, given))
+        monkeypatch.undo()
+        return len(poses)
+
+    moving = [replace(f, stamp_ns=1 + k * 1_000_000) for k, f in enumerate(frames[:MAPPED_STEPS])]  # 1 ms apart
+    standing = [replace(frames[0], stamp_ns=f.stamp_ns) for f in moving]
+    assert learned(standing) == 1
+    assert learned(moving) >= 3
 
 
 def test_an_image_without_content_is_not_searched_while_its_pose_is_carried_on(room_map, frames, monkeypatch) -> None:

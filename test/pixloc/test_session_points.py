@@ -57,6 +57,19 @@ def test_points_of_unknown_depth_are_used_only_near_their_image(room, views) -> 
     assert points.usable(aside) is None
 
 
+def test_the_displacement_is_that_of_the_motion_and_the_width_for_what_leaves_the_image(room, views) -> None:
+    points, width = SessionPoints(room.camera), room.camera.width
+    images, T = views[0]
+    assert points.displacement_px(T, T) == width  # no points yet
+    for images, T in views:
+        points.observe(images, T, NOTHING_MAPPED)
+    aside = make_pose(T[:3, :3], T[:3, 3] + [0.12, 0.0, 0.0])
+    assert points.displacement_px(T, T) == 0.0
+    assert points.displacement_px(T, aside) == pytest.approx(room.camera.fx * 0.12 / DISTANCE_M, rel=0.1)
+    turned = make_pose(T[:3, :3] @ so3_exp(np.array([0.0, np.pi, 0.0])), T[:3, 3])
+    assert points.displacement_px(T, turned) == width and points.displacement_px(turned, T) == width
+
+
 def test_the_map_lends_its_depths(room, views) -> None:
     images, T = views[0]
     wall = torch.cartesian_prod(torch.linspace(-1.5, 1.5, 40), torch.linspace(-1.2, 1.2, 40))
