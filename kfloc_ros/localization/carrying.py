@@ -237,9 +237,17 @@ class Carrier:
         return found is not None and found.is_blind
 
     def bridged(self, estimate: PoseEstimate) -> PoseEstimate:
-        """Return an estimate without a pose with that of :meth:`bridge`, if there is one: DEGRADED, and said so."""
-        found = self._bridge.pose(estimate.stamp_ns)
-        if found is None or estimate.T_map_camera is not None:
+        """Return an estimate without a refined pose with that of :meth:`bridge`: DEGRADED, and said so.
+
+        A coarse pose that could not be refined stays if it is more likely to be right, by the two covariances. Both may
+        come from the poses before, so that they are not fused.
+        """
+        found, alignment = self._bridge.pose(estimate.stamp_ns), estimate.alignment
+        if found is None or (estimate.T_map_camera is not None and (alignment is None or alignment.success)):
+            return estimate
+        limits, coarse = (GOOD_M, math.radians(GOOD_DEG)), estimate.covariance
+        confidence = probability_within(found.covariance, *limits)
+        if coarse is not None and probability_within(coarse, *limits) >= confidence:
             return estimate
         how = "by the flow of the images" if found.by_flow else "at a fading speed"
         return replace(
@@ -249,7 +257,7 @@ class Carrier:
             T_map_camera=found.T_map_camera,
             covariance=found.covariance,
             bridged=True,
-            confidence=probability_within(found.covariance, GOOD_M, math.radians(GOOD_DEG)),
+            confidence=confidence,
         )
 
     def end_bridge(self) -> None:

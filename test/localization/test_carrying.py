@@ -14,7 +14,7 @@ from kfloc_ros.localization.config import LocalizerConfig
 from kfloc_ros.localization.localizer import Localizer
 from kfloc_ros.maps.scene_map import SceneMap
 from kfloc_ros.pixloc.session_points import SessionPoints
-from kfloc_ros.types import Frame, PoseEstimate, TrackingState
+from kfloc_ros.types import CoarsePose, Frame, PoseEstimate, TrackingState
 
 STEPS = 32
 TURN_RAD, MOVE_M = 0.05, 0.02
@@ -109,6 +109,26 @@ def test_an_image_without_content_is_not_searched_while_its_pose_is_carried_on(r
 
     assert "relocalize" not in stages() and "search_near" not in stages()
     assert "search_near" in stages(carry_s=0.0)
+
+
+@pytest.mark.parametrize("sigma", [0.002, 0.3])
+def test_a_coarse_pose_that_is_not_refined_replaces_a_carried_one_that_is_known_less_only(
+    room_map, frames, sigma: float
+) -> None:
+    localizer = Localizer(SceneMap.load(room_map), LocalizerConfig(device="cpu", relocalize=False))
+    for frame in frames[:4]:
+        assert localizer.process(frame).estimate.state is TrackingState.TRACKING
+    covered = replace(frames[4], image=np.full_like(frames[4].image, 60))
+    T = make_pose(so3_exp(np.array([0.0, 0.1, 0.0])), [0.2, 0.0, 0.0]) @ frames[4].T_map_camera
+    accepted = CoarsePose(True, "", T, sigma**2 * np.eye(6), 500, 0.9)
+    coarse = replace(localizer.coarse_half(covered), pose=accepted)
+    estimate = localizer.refine_half(covered, coarse).estimate
+    assert estimate.state is TrackingState.DEGRADED and "not refined" in estimate.reason
+    if sigma < 0.01:
+        assert not estimate.bridged and np.array_equal(estimate.T_map_camera, T)
+        return
+    assert estimate.bridged and off(estimate, frames[4])[0] < 0.05 and 0 < estimate.confidence <= 1
+    assert np.all(np.diag(estimate.covariance) < sigma**2)
 
 
 def test_a_reset_forgets_the_images_of_the_session(room_map, frames) -> None:
