@@ -131,7 +131,7 @@ def solve_pnp(
     if len(cells.pixels) < settings.min_inliers:
         return _failure(f"only {len(cells.pixels)} cells are certain enough for PnP", 0, 0.0)
     found = None if expected is None else _majority(cells, camera, settings, inverse_pose(expected))
-    start, inliers = found or _ransac(cells, camera, settings)
+    start, inliers = found or _ransac(cells, camera, settings, ITERATIONS if expected is None else FEWER_ITERATIONS)
     count, ratio = int(inliers.sum()), float(inliers.mean())
     if count < settings.min_inliers or ratio < settings.min_inlier_ratio:
         return _failure(f"PnP found {count} inliers of {len(inliers)} cells", count, ratio)
@@ -171,14 +171,19 @@ def _camera_dict(camera: Camera) -> dict[str, object]:
 
 RANSAC_CELLS = 500
 """Cells on which RANSAC counts inliers; its time grows with them, and this many find the same pose."""
+ITERATIONS, FEWER_ITERATIONS = 1000, 400
+"""Largest number of RANSAC's samples without an expected pose and with one: a camera that is followed has another
+start, and a pose that less than 30 % of its cells agree with is of little use to it."""
 
 
-def _ransac(cells: Correspondences, camera: Camera, settings: PnpSettings) -> tuple[Matrix, NDArray[np.bool_]]:
+def _ransac(
+    cells: Correspondences, camera: Camera, settings: PnpSettings, iterations: int
+) -> tuple[Matrix, NDArray[np.bool_]]:
     """Return the pose ``T_camera_map`` with the most inliers, and (N,) bool, the inliers.
 
     RANSAC has a part of the cells; its pose is then polished with all of them, as RANSAC polishes its best one.
     """
-    limits, step = {"max_iterations": 1000, "min_iterations": 50}, max(len(cells.pixels) // RANSAC_CELLS, 1)
+    limits, step = {"max_iterations": iterations, "min_iterations": 50}, max(len(cells.pixels) // RANSAC_CELLS, 1)
     pixels, points = (np.ascontiguousarray(values[::step]) for values in (cells.pixels, cells.points))
     T, inliers = absolute_pose(pixels, points, camera, settings.max_error_px, **limits)
     if step == 1 or not inliers.any():

@@ -154,13 +154,13 @@ class Carrier:
         if predicted is not None and self._learned is not None:
             starts.append(self._learned[1])  # or it has not moved on
         found = self._by_session(features, starts)
-        if not self._refiner.is_certain(found):  # the motion has changed: where do the points lie in the image?
+        if not found.success:  # the motion has changed: where do the points lie in the image?
             located = None if self.is_blind(stamp_ns) else self._located(features)
             joint = None if located is None else self._joint(located, coarse, features, alignment)
             if joint is not None or located is None:
                 return joint
             found = self._by_session(features, [located])
-        if not self._refiner.is_certain(found):
+        if not found.success:
             return None
         return replace(self._widened(found, stamp_ns), carried=True, reason=alignment.reason)
 
@@ -177,8 +177,8 @@ class Carrier:
             return None
         light = replace(points, confidence=s.session_weight * points.confidence)
         starts = [T for T in (start, alignment.T_map_camera) if T is not None]
-        found = self._refiner.align(features, starts, max_cost=s.max_cost, further=light)
-        if not self._refiner.is_certain(found):
+        found = self._refiner.align(features, starts, max_cost=s.max_cost, further=light, only_certain=True)
+        if not found.success:
             return None
         joint = self._widened(found, coarse.stamp_ns)
         # its own support includes points of this session, which are not independent of earlier poses
@@ -192,7 +192,8 @@ class Carrier:
         points = self._points.usable(starts[0]) if starts else None
         if points is None:
             return failed_alignment("no points of this session are in view")
-        return self._refiner.align(features, starts, max_cost=self._settings.max_cost, further=points, with_map=False)
+        limit = self._settings.max_cost
+        return self._refiner.align(features, starts, max_cost=limit, further=points, with_map=False, only_certain=True)
 
     def _located(self, features: BackboneFeatures) -> Matrix | None:
         """Return the pose (4, 4) by mutual nearest neighbours of all points of this session in the whole image."""

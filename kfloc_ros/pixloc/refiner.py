@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -64,6 +64,7 @@ class Refiner:
         max_cost: float | None = None,
         further: ReferencePoints | None = None,
         with_map: bool = True,
+        only_certain: bool = False,
     ) -> Alignment:
         """Refine the most promising of several starting poses, and the next one if that fails.
 
@@ -74,6 +75,7 @@ class Refiner:
             max_cost: limit of the final cost; None: that of the settings.
             further: points beside those of the map, with positions in the map frame.
             with_map: False: align with the further points alone.
+            only_certain: give up where the points' own matches, in the narrow window, do not make the pose certain.
 
         Returns:
             The alignment; a failed one has the reason.
@@ -91,12 +93,12 @@ class Refiner:
             (c for c in candidates if c.at.valid_count >= self.settings.min_points), key=lambda c: c.at.cost
         )
         limit = self.settings.max_cost if max_cost is None else max_cost
-        first = self._descend(promising[0], limit)
+        windows = (SEARCH_CELLS,) if only_certain else (SEARCH_CELLS, WIDE_SEARCH_CELLS)
+        least = self.settings.certain_support if only_certain else -math.inf
         tried = promising[: self.settings.max_tries]
-        others = itertools.chain(
-            (self._descend(c, limit) for c in tried[1:]), (self._descend(c, limit, WIDE_SEARCH_CELLS) for c in tried)
-        )
-        return first if first.success else next((other for other in others if other.success), first)
+        results = (self._descend(c, limit, cells, least) for cells in windows for c in tried)
+        first = next(results)
+        return first if first.success else next((other for other in results if other.success), first)
 
     def is_certain(self, alignment: Alignment) -> bool:
         """Return true if an accepted alignment is certain by its points' own matches."""
@@ -222,8 +224,10 @@ class Refiner:
         images, features = (coarse.image, fine.image), (coarse.features, fine.features)
         return search_points(images, points, features, coarse.confidence, start, self.camera, search_cells)
 
-    def _descend(self, start: Candidate, max_cost: float, search_cells: int = SEARCH_CELLS) -> Alignment:
+    def _descend(self, start: Candidate, max_cost: float, search_cells: int, least_support: float) -> Alignment:
         candidate, matched = self._matched(start, search_cells)
+        if (0.0 if matched is None else matched.support) < least_support:
+            return failed_alignment("too few points find themselves near the pose", candidate.reference_ids)
         T, iterations = candidate.T_camera_local, 0
         results: list[LevelResult] = []
         levels: tuple[FitLevel, ...] = candidate.levels

@@ -166,6 +166,21 @@ def test_a_wrong_expected_pose_or_a_minority_is_left_to_ransac(outliers: float) 
     assert misled.inlier_count == searched.inlier_count
 
 
+def test_a_camera_that_is_followed_needs_fewer_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    given, real = [], pnp.absolute_pose
+
+    def noted(*args, max_iterations: int, **options):
+        given.append(max_iterations)
+        return real(*args, max_iterations=max_iterations, **options)
+
+    monkeypatch.setattr(pnp, "absolute_pose", noted)
+    cells = room(0.03, 0, outliers=0.65)
+    elsewhere = make_pose(so3_exp([0.0, 2.5, 0.0]), [4.0, 1.0, 0.0]) @ TRUTH
+    searched, followed = (solve_pnp(cells, CAMERA, PnpSettings(), expected=T) for T in (None, elsewhere))
+    assert given == [pnp.ITERATIONS, pnp.FEWER_ITERATIONS] and given[1] < given[0]
+    assert followed.success and abs(followed.inlier_ratio - searched.inlier_ratio) < 0.02
+
+
 def test_a_chessboard_of_cells_is_chosen_from_as_strictly_as_all() -> None:
     cells = room(0.03, 0, outliers=0.4)
     cells.variance[:, 40:] *= 100.0  # half of the cells are certain, and all of those are taken, or half of them

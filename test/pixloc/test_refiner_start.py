@@ -11,6 +11,7 @@ import torch
 from kfloc_ros.features.backbone import Backbone
 from kfloc_ros.geometry.lie import make_pose, so3_exp
 from kfloc_ros.maps.scene_map import SceneMap
+from kfloc_ros.pixloc import refiner as refiner_module
 from kfloc_ros.pixloc.cost import Linearization
 from kfloc_ros.pixloc.optimizer import MEASURED_M, RefinerSettings, disagreement
 from kfloc_ros.pixloc.refiner import Refiner
@@ -30,6 +31,23 @@ def test_points_find_themselves_from_starts_a_window_away(room, room_map) -> Non
             end = refiner.align(features, [frame.T_map_camera @ make_pose(so3_exp(turn), np.zeros(3))])
             assert end.success and end.T_map_camera is not None and end.support > 6.0
             assert np.linalg.norm((end.T_map_camera - frame.T_map_camera)[:3, 3]) < 0.1
+
+
+def test_where_only_a_certain_pose_is_wanted_others_are_not_aligned(room, room_map, monkeypatch) -> None:
+    scene_map = SceneMap.load(room_map)
+    refiner = Refiner(scene_map.references, scene_map.camera, RefinerSettings(max_cost=1.0))
+    frame = room.view(make_pose(np.eye(3), [0.1, 0.0, -0.6]), 0)
+    features = Backbone(device=torch.device("cpu")).extract(frame.image)
+    near, far = (frame.T_map_camera @ make_pose(so3_exp([0.0, turn, 0.0]), np.zeros(3)) for turn in (0.02, 0.35))
+    usual, certain = (refiner.align(features, [near], only_certain=c) for c in (False, True))
+    assert certain.success and np.array_equal(certain.T_map_camera, usual.T_map_camera)
+    descents, real = [], refiner_module.descend
+    monkeypatch.setattr(refiner_module, "descend", lambda *args: descents.append(1) or real(*args))
+    hopeless = refiner.align(features, [far], only_certain=True)
+    assert not hopeless.success and "few points" in hopeless.reason and not descents
+    assert refiner.align(features, [far]).final_cost < np.inf and descents
+    both = refiner.align(features, [far, near], only_certain=True)
+    assert both.success and both.support >= refiner.settings.certain_support
 
 
 def test_the_covariance_holds_what_the_reference_views_disagree_by(room, room_map) -> None:
