@@ -100,6 +100,37 @@ def pose_tangent_error(estimate: Matrix, truth: Matrix) -> Matrix:
     return np.concatenate([truth[:3, 3] - estimate[:3, 3], so3_log(dR)])
 
 
+@dataclass(frozen=True, eq=False)
+class UncertainPose:
+    """Pose with its covariance."""
+
+    T_map_camera: Matrix
+    """(4, 4)"""
+    covariance: Matrix
+    """(6, 6) in the order of PoseWithCovariance."""
+
+    def chi2(self, other: UncertainPose) -> float:
+        """Return the chi-square of the difference from another estimate, with 6 degrees of freedom."""
+        apart = pose_tangent_error(self.T_map_camera, other.T_map_camera)
+        return float(apart @ np.linalg.solve(self.covariance + other.covariance, apart))
+
+    def intersected(self, other: UncertainPose) -> UncertainPose:
+        """Return the covariance intersection with another estimate, whose errors may be correlated with these.
+
+        Of all weights w of the other's information, and 1 - w of this one's, the one with the smallest determinant
+        counts (Julier and Uhlmann, A non-divergent estimation algorithm in the presence of unknown correlations, 1997).
+        """
+        own, others = np.linalg.inv(self.covariance), np.linalg.inv(other.covariance)
+        weights = np.linspace(0.0, 1.0, INTERSECTION_STEPS + 1)
+        w = max(weights, key=lambda w: float(np.linalg.slogdet((1 - w) * own + w * others)[1]))
+        covariance = np.linalg.inv((1 - w) * own + w * others)
+        step = w * covariance @ others @ pose_tangent_error(self.T_map_camera, other.T_map_camera)
+        T = make_pose(so3_exp(step[3:]) @ self.T_map_camera[:3, :3], self.T_map_camera[:3, 3] + step[:3])
+        return UncertainPose(T, 0.5 * (covariance + covariance.T))
+
+
+INTERSECTION_STEPS = 20
+"""Number of steps in which the weight of an intersection is searched."""
 FLOOR_SIGMA_M, FLOOR_SIGMA_DEG = 0.02, 1.0
 """Standard deviations of a real floor, of a robot's suspension and of the map's vertical axis from the ideal plane."""
 CHI2_3_999 = 16.266

@@ -12,15 +12,15 @@ from numpy.typing import NDArray
 
 from kfloc_ros.features.backbone import BackboneFeatures
 from kfloc_ros.geometry.camera import Camera
-from kfloc_ros.geometry.covariance import probability_within
+from kfloc_ros.geometry.covariance import UncertainPose, pose_tangent_error, probability_within
 from kfloc_ros.geometry.lie import Matrix, inverse_pose, jumped
 from kfloc_ros.kfnet.pnp import absolute_pose, agreeing_share
 from kfloc_ros.localization.bridging import Bridge, BridgedPose
 from kfloc_ros.localization.coarse import pnp_settings
 from kfloc_ros.localization.config import LocalizerConfig
-from kfloc_ros.localization.judgement import GOOD_DEG, GOOD_M
+from kfloc_ros.localization.judgement import GOOD_DEG, GOOD_M, LEAST_CONFIDENCE
 from kfloc_ros.localization.results import CoarseResult
-from kfloc_ros.localization.tracking import agrees
+from kfloc_ros.localization.tracking import CHI2_6_999, agrees
 from kfloc_ros.pixloc.refiner import Refiner, failed_alignment, query_levels
 from kfloc_ros.pixloc.session_points import SessionPoints
 from kfloc_ros.relocalization.matching import cell_centres, mutual_nearest
@@ -110,7 +110,7 @@ class Carrier:
         self._points = SessionPoints(self._camera)
         self._confirmed: tuple[int, Matrix] | None = None
         """Stamp of the last pose that the map confirms, and covariance of the last one that the map alone gave."""
-        self._learned: tuple[int, Matrix] | None = None
+        self._learned: tuple[int, UncertainPose] | None = None
         """Stamp and pose of the last image whose points were learned."""
 
     def reset(self) -> None:
@@ -141,19 +141,21 @@ class Carrier:
         Returns:
             The alignment; None if points of this session do not settle the pose.
         """
-        s, stamp_ns = self._settings, coarse.stamp_ns
+        s, stamp_ns, learned = self._settings, coarse.stamp_ns, self._learned
         if self._confirmed is None or not 0 < stamp_ns - self._confirmed[0] <= self._longest_ns:
             return None
-        if predicted is not None:
-            joint = self._joint(predicted, coarse, features, alignment)
+        starts = [] if predicted is None else [predicted]
+        if predicted is not None and learned is not None:
+            starts.append(learned[1].T_map_camera)  # or it has not moved on
+        found = None if alignment.success else self._by_session(features, starts)
+        start = found.T_map_camera if found is not None and found.success else predicted
+        if start is not None:
+            joint = self._joint(start, coarse, features, alignment)
             if joint is not None:
                 return joint
         if alignment.success and alignment.support >= s.min_map_support:
             return None
-        starts = [] if predicted is None else [predicted]
-        if predicted is not None and self._learned is not None:
-            starts.append(self._learned[1])  # or it has not moved on
-        found = self._by_session(features, starts)
+        found = self._by_session(features, starts) if found is None else found
         if not found.success:  # the motion has changed: where do the points lie in the image?
             located = None if self.is_blind(stamp_ns) else self._located(features)
             joint = None if located is None else self._joint(located, coarse, features, alignment)
@@ -177,7 +179,7 @@ class Carrier:
             return None
         light = replace(points, confidence=s.session_weight * points.confidence)
         starts = [T for T in (start, alignment.T_map_camera) if T is not None]
-        found = self._refiner.align(features, starts, max_cost=s.max_cost, further=light, only_certain=True)
+        found = self._refiner.align(features, starts, max_cost=s.max_cost, further=light, only_certain=True, wide=False)
         if not found.success:
             return None
         joint = self._widened(found, coarse.stamp_ns)
@@ -280,19 +282,19 @@ class Carrier:
             return
         if estimate.covariance is not None:
             self._bridge.observe(frame, features.reliability[0], T, estimate.covariance)
-        if alignment is None or not alignment.success:
+        if alignment is None or not alignment.success or estimate.covariance is None:
             return
         if alignment.covariance is not None and not alignment.carried:
             is_joint = alignment.map_support != alignment.support
             last = alignment.covariance if self._confirmed is None or not is_joint else self._confirmed[1]
             self._confirmed = stamp_ns, last
         if self._learned is not None:
-            before_ns, before = self._learned
+            before_ns, before = self._learned[0], self._learned[1].T_map_camera
             if jumped(before, T) or stamp_ns <= before_ns:
                 self._points.reset()
             elif not self._is_due(stamp_ns - before_ns, before, T, self.is_settled(alignment)):
                 return
-        self._learned = stamp_ns, T
+        self._learned = stamp_ns, UncertainPose(T, estimate.covariance)
         mapped = self._refiner.references.points_near(T, self._camera, self._evidence.config.num_references)
         self._points.observe(query_levels(features), T, mapped)
 
@@ -304,12 +306,41 @@ class Carrier:
         limit = s.rest_motion if settled else s.learn_motion
         return self._points.displacement_px(before, now) >= limit * self._camera.width
 
+    def fused(
+        self, stamp_ns: int, features: BackboneFeatures, predicted: Matrix | None, alignment: Alignment
+    ) -> Alignment:
+        """Return an alignment that is too uncertain to be claimed, fused with the pose by this session's points alone.
+
+        Where the map shows little of a view, or from afar, the last poses may be better known. The errors of both come
+        from one map, so their covariances are intersected. If the two contradict each other, the covariance holds both.
+        """
+        T, covariance, limits = alignment.T_map_camera, alignment.covariance, (GOOD_M, math.radians(GOOD_DEG))
+        if self._learned is None or not alignment.success or alignment.carried or T is None or covariance is None:
+            return alignment
+        passed_ns, certainty = stamp_ns - self._learned[0], probability_within(covariance, *limits)
+        if not 0 < passed_ns <= self._longest_ns or certainty >= LEAST_CONFIDENCE:
+            return alignment
+        known = self._learned[1].covariance + self._drift(passed_ns)
+        if probability_within(known, *limits) <= certainty:
+            return alignment
+        found = self._by_session(features, [T if predicted is None else predicted, T])
+        if not found.success or found.T_map_camera is None or found.covariance is None:
+            return alignment
+        by_map, by_session = UncertainPose(T, covariance), UncertainPose(found.T_map_camera, found.covariance + known)
+        both = by_map.intersected(by_session)
+        if by_map.chi2(by_session) > CHI2_6_999:
+            apart = [pose_tangent_error(both.T_map_camera, p.T_map_camera) for p in (by_map, by_session)]
+            both = replace(both, covariance=both.covariance + sum(np.outer(a, a) for a in apart))
+        return replace(alignment, T_map_camera=both.T_map_camera, covariance=both.covariance)
+
+    def _drift(self, passed_ns: int) -> Matrix:
+        """Return the covariance (6, 6) by which a pose that is carried on gets worse in a time."""
+        s = self._settings
+        return np.diag(np.repeat([s.drift_m_s, math.radians(s.drift_deg_s)], 3) * (1e-9 * passed_ns)) ** 2
+
     def _widened(self, alignment: Alignment, stamp_ns: int) -> Alignment:
         """Return an alignment with what is not known of its points: the errors of the poses that they come from."""
-        s = self._settings
         if alignment.covariance is None or self._confirmed is None:
             return alignment
         confirmed_ns, covariance = self._confirmed
-        passed_s = 1e-9 * (stamp_ns - confirmed_ns)
-        drift = np.repeat([s.drift_m_s * passed_s, np.radians(s.drift_deg_s) * passed_s], 3) ** 2
-        return replace(alignment, covariance=alignment.covariance + covariance + np.diag(drift))
+        return replace(alignment, covariance=alignment.covariance + covariance + self._drift(stamp_ns - confirmed_ns))

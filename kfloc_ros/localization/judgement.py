@@ -111,6 +111,8 @@ def _weakness(coarse: CoarsePose, settings: JudgementSettings) -> str:
 
 GOOD_M, GOOD_DEG = 0.10, 5.0
 """Errors below which a pose is right, in the meaning of its confidence."""
+LEAST_CONFIDENCE = 0.75
+"""Confidence below which a pose is not TRACKING: a pose that is claimed without a word has to hold."""
 
 
 def is_good(T_true: Matrix, T: Matrix | None) -> bool:

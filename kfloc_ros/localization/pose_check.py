@@ -31,6 +31,7 @@ from kfloc_ros.localization.config import LocalizerConfig
 from kfloc_ros.localization.judgement import (
     GOOD_DEG,
     GOOD_M,
+    LEAST_CONFIDENCE,
     CameraVerdict,
     JudgementSettings,
     confidence_of,
@@ -61,8 +62,6 @@ KEPT_IN_VIEW = 0.67
 """Share of the points in view that an alignment with another camera has to keep to be compared."""
 MOST_CAMERA_RISK = 0.005
 """Probability of an error above 10 cm, 5 deg by a wrong camera from which a pose is not TRACKING."""
-LEAST_CONFIDENCE = 0.75
-"""Confidence below which a pose is not TRACKING: a pose that is claimed without a word has to hold."""
 
 
 class PoseCheck:

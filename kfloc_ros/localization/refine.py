@@ -160,7 +160,7 @@ class RefineStage:
             completed = self._completed(frame, features, alignment)
             if alignment.success and not completed.success:  # the depth excludes it: nothing may be carried on
                 self._carrier.end_bridge()
-            return completed
+            return self._carrier.fused(coarse.stamp_ns, features, first, completed)
 
     def relocalize(
         self,

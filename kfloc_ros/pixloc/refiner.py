@@ -65,6 +65,7 @@ class Refiner:
         further: ReferencePoints | None = None,
         with_map: bool = True,
         only_certain: bool = False,
+        wide: bool = True,
     ) -> Alignment:
         """Refine the most promising of several starting poses, and the next one if that fails.
 
@@ -75,7 +76,8 @@ class Refiner:
             max_cost: limit of the final cost; None: that of the settings.
             further: points beside those of the map, with positions in the map frame.
             with_map: False: align with the further points alone.
-            only_certain: give up where the points' own matches, in the narrow window, do not make the pose certain.
+            only_certain: give up where the points' own matches do not make the pose certain.
+            wide: search the wide window, too, where the narrow one fails.
 
         Returns:
             The alignment; a failed one has the reason.
@@ -89,14 +91,12 @@ class Refiner:
             return failed_alignment(
                 f"only {fullest.at.valid_count} reference points are in view", reference_ids=fullest.reference_ids
             )
-        promising = sorted(
-            (c for c in candidates if c.at.valid_count >= self.settings.min_points), key=lambda c: c.at.cost
-        )
+        in_view = [c for c in candidates if c.at.valid_count >= self.settings.min_points]
+        promising = sorted(in_view, key=lambda c: c.at.cost)[: self.settings.max_tries]
         limit = self.settings.max_cost if max_cost is None else max_cost
-        windows = (SEARCH_CELLS,) if only_certain else (SEARCH_CELLS, WIDE_SEARCH_CELLS)
+        windows = (SEARCH_CELLS, WIDE_SEARCH_CELLS) if wide else (SEARCH_CELLS,)
         least = self.settings.certain_support if only_certain else -math.inf
-        tried = promising[: self.settings.max_tries]
-        results = (self._descend(c, limit, cells, least) for cells in windows for c in tried)
+        results = (self._descend(c, limit, cells, least) for cells in windows for c in promising)
         first = next(results)
         return first if first.success else next((other for other in results if other.success), first)
 

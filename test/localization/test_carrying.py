@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -83,6 +84,34 @@ def test_points_of_the_session_are_found_after_a_sudden_turn(room_map, frames, m
     monkeypatch.setattr(Carrier, "_located", lambda *_: None)
     without = localize(room_map, given, relocalize=False)[-1]
     assert without.T_map_camera is None or without.bridged or off(without, turned)[0] > 0.08
+
+
+@pytest.mark.parametrize(("sigma_m", "off_m"), [(0.08, 0.1), (0.02, 0.1), (0.08, 1.0)])
+def test_a_pose_that_is_too_uncertain_is_fused_with_what_this_session_knows(
+    room_map, frames, sigma_m: float, off_m: float
+) -> None:
+    localizer = Localizer(SceneMap.load(room_map), LocalizerConfig(device="cpu"))
+    for frame in frames[:MAPPED_STEPS]:
+        last = localizer.process(frame)
+    now = frames[MAPPED_STEPS]
+    features, carrier = localizer.prepare(now).features, localizer._refine._carrier
+    T = now.T_map_camera @ make_pose(np.eye(3), [off_m, 0.0, 0.0])
+    covariance = np.diag([sigma_m**2] * 3 + [math.radians(1.0) ** 2] * 3)
+    uncertain = replace(last.estimate.alignment, T_map_camera=T, covariance=covariance)
+    fused = carrier.fused(now.stamp_ns, features, last.estimate.T_map_camera, uncertain)
+    if sigma_m == 0.02:  # good enough to be claimed
+        assert fused is uncertain
+        return
+    error = now.T_map_camera[:3, 3] - fused.T_map_camera[:3, 3]
+    assert np.linalg.norm(error) < 0.3 * off_m
+    if off_m < 0.5:
+        assert np.trace(fused.covariance[:3, :3]) < 0.3 * np.trace(covariance[:3, :3])
+    else:  # they contradict each other: the covariance holds both
+        apart = T[:3, 3] - fused.T_map_camera[:3, 3]
+        assert apart @ np.linalg.solve(fused.covariance[:3, :3], apart) < 4.0
+    after_ns = int((LocalizerConfig().carry_s + 1.0) * 1e9)
+    late = carrier.fused(now.stamp_ns + after_ns, features, last.estimate.T_map_camera, uncertain)
+    assert late is uncertain
 
 
 def test_images_are_learned_by_motion_where_little_time_passes(room_map, frames, monkeypatch) -> None:

@@ -48,6 +48,13 @@ def test_where_only_a_certain_pose_is_wanted_others_are_not_aligned(room, room_m
     assert refiner.align(features, [far]).final_cost < np.inf and descents
     both = refiner.align(features, [far, near], only_certain=True)
     assert both.success and both.support >= refiner.settings.certain_support
+    aside = frame.T_map_camera @ make_pose(so3_exp([0.0, 40.0 / scene_map.camera.fx, 0.0]), np.zeros(3))
+    points = scene_map.references.points_near(frame.T_map_camera, scene_map.camera, 1)
+    narrow, wide = (
+        refiner.align(features, [aside], further=points, with_map=False, only_certain=True, wide=w)
+        for w in (False, True)
+    )
+    assert wide.success and not narrow.success
 
 
 def test_the_covariance_holds_what_the_reference_views_disagree_by(room, room_map) -> None:
