@@ -300,6 +300,10 @@ class Bridge:
         self._last = self._begun = covariance
         self._pose_ns = self._seen_ns = frame.stamp_ns
 
+    def shows_enough(self, reliability: torch.Tensor) -> bool:
+        """Return true unless an image shows too little to be found anywhere, against the last images with a pose."""
+        return self._last is None or self._count(reliability) > self._settings.blind_share * self._reliable
+
     def pose(self, stamp_ns: int) -> BridgedPose | None:
         """Return the result of :meth:`carry` for an image, if it was called for it."""
         return self._of_image[1] if self._of_image[0] == stamp_ns else None
@@ -324,7 +328,7 @@ class Bridge:
         if self._last is None or not 0 < passed_ns <= self._longest_ns or not 0 < seen_ns <= self._max_gap_ns:
             return None
         self._seen_ns, since_s = frame.stamp_ns, 1e-9 * passed_ns
-        is_blind = self._count(reliability) <= self._settings.blind_share * self._reliable
+        is_blind = not self.shows_enough(reliability)
         followed = self._tracks.follow(frame.image, usual_depth)
         if followed is not None:
             T, self._last = followed[0], self._begun + followed[1]

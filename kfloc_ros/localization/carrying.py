@@ -231,6 +231,10 @@ class Carrier:
         found = self._bridge.pose(stamp_ns)
         return None if found is None else found.T_map_camera
 
+    def shows_enough(self, features: BackboneFeatures) -> bool:
+        """Return true if an image shows at least half as much as the last images that had a pose."""
+        return self._bridge.shows_enough(features.reliability[0])
+
     def is_blind(self, stamp_ns: int) -> bool:
         """Return true if :meth:`bridge` carries the pose through an image that shows too little to be found anywhere.
 

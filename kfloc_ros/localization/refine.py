@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 from kfloc_ros.device import choose_device, has_numba
 from kfloc_ros.features.backbone import BackboneFeatures
@@ -132,7 +133,8 @@ class RefineStage:
         """Align from the coarse pose, the predicted pose or a hint, whichever fits the image best.
 
         If the map's points do not settle the pose, points of this session's images are aligned, too. An alignment
-        without support that is independent of earlier poses is checked by the image's matches.
+        without support that is independent of earlier poses is checked by the image's matches. An image that shows too
+        little to be found, and whose pose is carried on, has another only where its points make that certain at once.
 
         Returns:
             The alignment; None if refinement is off.
@@ -145,12 +147,13 @@ class RefineStage:
             return None
         features = coarse.features.to(self._device)
         with times.stage("refine"):
-            if not self._follows_pose and predicted is None:
+            if predicted is None and not (self._follows_pose and self._carrier.shows_enough(features)):
                 self._carrier.bridge(frame, features)
             first = self._predicted(coarse.stamp_ns, predicted)
             starts = [T for T in (coarse.pose.T_map_camera, first, *hints) if T is not None]
             alignment = self._align_from(starts, coarse, features, first)
-            if self._follows_pose and predicted is None and not self.refiner.is_certain(alignment):
+            may_bridge = self._follows_pose and predicted is None and not self._carrier.is_blind(coarse.stamp_ns)
+            if may_bridge and not self.refiner.is_certain(alignment):
                 bridged = self._carrier.bridge(frame, features)
                 if bridged is not None and bridged.by_flow:  # the motion has changed, or the pose is in another minimum
                     start = bridged.T_map_camera
@@ -191,13 +194,8 @@ class RefineStage:
                 return alignment
             among = self._search.in_reach(coarse.stamp_ns, self.references.T_map_camera, best)
         with times.stage("relocalize" if among is None else "search_near"):
-            found = self._relocalizer.find(
-                features,
-                lambda starts: self._align_costly(features, starts),
-                self._expected(predicted),
-                likely,
-                among,
-            )
+            align = partial(self._align_costly, features)
+            found = self._relocalizer.find(features, align, self._expected(predicted), likely, among)
             found = self._completed(frame, features, found)
         if found.success:
             return found
@@ -279,13 +277,15 @@ class RefineStage:
         self._check.reset()
         self._carrier.reset()
 
-    def _align_costly(self, features: BackboneFeatures, starts: Sequence[Matrix]) -> Alignment:
+    def _align_costly(
+        self, features: BackboneFeatures, starts: Sequence[Matrix], *, only_certain: bool = False
+    ) -> Alignment:
         """Align, also at a cost above the map's limit; the caller asks for other evidence, if the search can give it.
 
         The map's limit is calibrated on its own recording, and right poses of another visit cost more.
         """
         limit = None if self._relocalizer is None else self._relocalizer.settings.near_max_cost
-        return self.refiner.align(features, starts, max_cost=limit)
+        return self.refiner.align(features, starts, max_cost=limit, only_certain=only_certain)
 
     def _completed(self, frame: Frame, features: BackboneFeatures, alignment: Alignment) -> Alignment:
         """Return the alignment, improved by the map's patches, and corrected or refused by depth if that is used."""
@@ -317,7 +317,8 @@ class RefineStage:
         self, starts: Sequence[Matrix], coarse: CoarseResult, features: BackboneFeatures, predicted: Matrix | None
     ) -> Alignment:
         """Align with the map, with this session's points if that does not settle the pose, and check the result."""
-        alignment = self._align_costly(features, starts)
+        is_blind = self._carrier.is_blind(coarse.stamp_ns)
+        alignment = self._align_costly(features, starts, only_certain=is_blind)
         if self.tracks:
             alignment = self._compare(alignment, coarse.pose, features)
         if self._carrier.is_settled(alignment):
@@ -332,9 +333,7 @@ class RefineStage:
     def _examine(self, alignment: Alignment, features: BackboneFeatures, expected: Matrix | None) -> Alignment:
         """Check an alignment that the coarse pose does not support, by the image's matches and the motion."""
 
-        def align(starts: Sequence[Matrix]) -> Alignment:
-            return self._align_costly(features, starts)
-
+        align = partial(self._align_costly, features)
         if len(alignment.reference_ids) > self._config.num_references:  # few points in view; other views may show more
             alignment = realigned(align, alignment)
         if self._relocalizer is None:

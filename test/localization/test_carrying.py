@@ -14,6 +14,7 @@ from kfloc_ros.localization.carrying import Carrier
 from kfloc_ros.localization.config import LocalizerConfig
 from kfloc_ros.localization.localizer import Localizer
 from kfloc_ros.maps.scene_map import SceneMap
+from kfloc_ros.pixloc.refiner import Refiner
 from kfloc_ros.pixloc.session_points import SessionPoints
 from kfloc_ros.types import CoarsePose, Frame, PoseEstimate, TrackingState
 
@@ -138,6 +139,23 @@ def test_an_image_without_content_is_not_searched_while_its_pose_is_carried_on(r
 
     assert "relocalize" not in stages() and "search_near" not in stages()
     assert "search_near" in stages(carry_s=0.0)
+
+
+def test_an_image_without_content_is_aligned_only_where_that_is_certain_at_once(room_map, frames, monkeypatch) -> None:
+    def kinds(**options) -> set[bool]:
+        given, real = [], Refiner.align
+        monkeypatch.setattr(
+            Refiner, "align", lambda *args, **k: given.append(k.get("only_certain", False)) or real(*args, **k)
+        )
+        localizer = Localizer(SceneMap.load(room_map), LocalizerConfig(device="cpu", **options))
+        for frame in frames[:4]:
+            localizer.process(frame)
+        given.clear()
+        localizer.process(replace(frames[4], image=np.full_like(frames[4].image, 60)))
+        monkeypatch.undo()
+        return set(given)
+
+    assert kinds() == {True} and kinds(carry_s=0.0) == {False}
 
 
 @pytest.mark.parametrize("sigma", [0.002, 0.3])
