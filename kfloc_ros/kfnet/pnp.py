@@ -73,13 +73,15 @@ def choose_cells(coordinates: SceneCoordinates, settings: PnpSettings) -> Corres
     return Correspondences(pixels, points, sigma[index])
 
 
-def agreeing_share(coordinates: SceneCoordinates, camera: Camera, T_map_camera: Matrix, settings: PnpSettings) -> float:
-    """Return the share of the most certain cells whose points project near their cells from a pose.
-
-    If a part of the cells is valid, that part of the largest number is taken, so that the choice is as strict.
-    """
+def choose_part(coordinates: SceneCoordinates, settings: PnpSettings) -> Correspondences:
+    """Return the most certain cells; if a part is valid, that part of the largest number: the choice is as strict."""
     part = float(coordinates.valid.float().mean())
-    cells = choose_cells(coordinates, replace(settings, max_cells=max(round(part * settings.max_cells), 1)))
+    return choose_cells(coordinates, replace(settings, max_cells=max(round(part * settings.max_cells), 1)))
+
+
+def agreeing_share(coordinates: SceneCoordinates, camera: Camera, T_map_camera: Matrix, settings: PnpSettings) -> float:
+    """Return the share of the most certain cells whose points project near their cells from a pose."""
+    cells = choose_part(coordinates, settings)
     if len(cells.pixels) < settings.min_inliers:
         return 0.0
     return float(_agreeing(cells, camera, inverse_pose(T_map_camera), settings).mean())
@@ -104,8 +106,6 @@ def _near(
 MAJORITY = 0.6
 """Share of the cells that must agree with a pose near the expected one, so that RANSAC is not needed: no other pose can
 then have as many inliers."""
-
-
 PROMISING = 0.15
 """Share of the cells that must agree with the expected pose, after a first fit, for others to be drawn to it."""
 WIDE_ERRORS = 3.0

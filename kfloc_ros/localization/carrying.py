@@ -16,8 +16,7 @@ from kfloc_ros.geometry.covariance import UncertainPose, pose_tangent_error, pro
 from kfloc_ros.geometry.lie import Matrix, inverse_pose, jumped
 from kfloc_ros.kfnet.pnp import absolute_pose, agreeing_share
 from kfloc_ros.localization.bridging import Bridge, BridgedPose
-from kfloc_ros.localization.coarse import pnp_settings
-from kfloc_ros.localization.config import LocalizerConfig
+from kfloc_ros.localization.config import LocalizerConfig, pnp_settings
 from kfloc_ros.localization.judgement import GOOD_DEG, GOOD_M, LEAST_CONFIDENCE
 from kfloc_ros.localization.results import CoarseResult
 from kfloc_ros.localization.tracking import CHI2_6_999, agrees

@@ -17,10 +17,10 @@ from kfloc_ros.jobs import HELPERS
 from kfloc_ros.kfnet.filter import SETTLED_S, FlowFunction, SceneCoordinateFilter
 from kfloc_ros.kfnet.flow_network import flow_of
 from kfloc_ros.kfnet.fusion import NO_PRIOR, Filtered, FilterSettings
-from kfloc_ros.kfnet.pnp import PnpSettings, solve_pnp
+from kfloc_ros.kfnet.pnp import solve_pnp
 from kfloc_ros.kfnet.reference.networks import ReferenceNetworks
 from kfloc_ros.kfnet.scoordnet import CellRegression, packed, quantized
-from kfloc_ros.localization.config import LocalizerConfig
+from kfloc_ros.localization.config import LocalizerConfig, pnp_settings, recursion_of
 from kfloc_ros.localization.depth import of_coarse
 from kfloc_ros.localization.results import WHOLE, Ahead, CellPart, Measuring, StageTimes, WholeMeasurement
 from kfloc_ros.maps.scene_map import SceneMap
@@ -53,6 +53,8 @@ class CoarseStage:
         self._turn, self._settled_until_ns = 0, 0
         self._measuring: Measuring | None = None
         """Measurement of the last frame."""
+        self._without_pose: CoarsePose | None = None
+        """Coarse pose of the last frame, if it failed."""
         self._skipped: tuple[Frame, BackboneFeatures] | None = None
         self._filter = SceneCoordinateFilter(filter_settings(scene_map, config, self._networks), self._networks.flow)
         self._pnp = pnp_settings(config, self._networks.stride, calibration.coarse_covariance_scale)
@@ -82,7 +84,8 @@ class CoarseStage:
             return Ahead(times, features)
         if self._measuring is not None:  # of the frame before: what its turn is must be known
             self._measuring.help()
-        part = self._next_part(frame.stamp_ns) if self._alternates and self._filter.is_confirmed else WHOLE
+        expects_part = self._filter.is_confirmed or self._without_pose is not None
+        part = self._next_part(frame.stamp_ns) if self._alternates and expects_part else WHOLE
         return Ahead(times, features, self._networks.begin(frame, features, self._cells(features, part)))
 
     def sharing(self, ahead: Ahead) -> AbstractContextManager[None]:
@@ -98,11 +101,11 @@ class CoarseStage:
 
         Where a belief that refined poses confirm covers the frame, a part of the cells is measured, and the belief
         carries the others: half of them, and a quarter once the poses of several frames in a row confirmed it. The
-        parts take turns.
+        parts take turns. After a frame without a coarse pose, a quarter comes first, and the others if it has one.
         """
         with times.stage("measure"):
-            part = WHOLE
-            if self._alternates and self._filter.covers(frame.stamp_ns):
+            part, probes = WHOLE, self._without_pose is not None
+            if self._alternates and (self._filter.covers(frame.stamp_ns) or probes):
                 part = self._next_part(frame.stamp_ns)
                 self._turn = part.turn
             self._part, until_ns = part, frame.stamp_ns + round(SETTLED_S * 1e9)
@@ -119,13 +122,24 @@ class CoarseStage:
                 else:  # the thread that prepared the frame measures meanwhile
                     flow()
         with times.stage("measure"):
-            return self._measuring.coordinates(cells)
+            measured = self._measuring.coordinates(cells)
+        if not probes:
+            return measured
+        with times.stage("pnp"):
+            most, least = self._pnp.max_cells // 4, self._pnp.min_inliers // 4
+            pose = solve_pnp(measured, self.camera, replace(self._pnp, max_cells=most, min_inliers=least))
+        if not pose.success:
+            self._without_pose, self._measuring = pose, None  # nothing is to be completed
+            return measured
+        self._without_pose, self._part = None, WHOLE
+        with times.stage("measure"):
+            return self._measuring.coordinates()
 
     def _next_part(self, stamp_ns: int) -> CellPart:
         """Return the cells to measure where the belief covers the frame."""
         # Allowed when the frame before was measured: prepare() runs beside the rest of that frame, and must agree.
-        quarter = stamp_ns <= self._settled_until_ns and self._filter.is_settled
-        return CellPart(4 if quarter else 2, (self._turn + 1) % 4)
+        is_settled = stamp_ns <= self._settled_until_ns and self._filter.is_settled
+        return CellPart(4 if is_settled or self._without_pose is not None else 2, (self._turn + 1) % 4)
 
     @staticmethod
     def _cells(features: BackboneFeatures, part: CellPart) -> torch.Tensor | None:
@@ -160,11 +174,14 @@ class CoarseStage:
 
     def solve(self, frame: Frame, filtered: Filtered, times: StageTimes) -> CoarsePose:
         """Solve RANSAC-PnP on the filtered scene coordinates; the filter takes note of the pose."""
-        with times.stage("pnp"):
-            expected = self._filter.last_pose if self._use_filter else None
-            pose = solve_pnp(filtered.posterior, self.camera, self._pnp, expected)
-            if self._uses_depth and frame.depth_m is not None:
-                pose = of_coarse(frame.depth_m, filtered.posterior, pose, self.camera, self._pnp)
+        pose = self._without_pose
+        if pose is None:
+            with times.stage("pnp"):
+                expected = self._filter.last_pose if self._use_filter else None
+                pose = solve_pnp(filtered.posterior, self.camera, self._pnp, expected)
+                if self._uses_depth and frame.depth_m is not None:
+                    pose = of_coarse(frame.depth_m, filtered.posterior, pose, self.camera, self._pnp)
+            self._without_pose = pose if self._alternates and not pose.success else None
         self._filter.accept_pose(pose)
         return pose
 
@@ -173,7 +190,7 @@ class CoarseStage:
 
         The coarse pose that later checks the track must be independent of the tracked poses.
         """
-        self._skipped = frame, features
+        self._skipped, self._without_pose = (frame, features), None
         self._filter.reset("frames before were only tracked")
 
     def correct_belief(self, stamp_ns: int, T_map_camera: Matrix) -> None:
@@ -214,6 +231,7 @@ class CoarseStage:
         """Reset the belief and all that was carried over from earlier frames."""
         self._filter.reset(reason)
         self._skipped, self._measuring, self._turn, self._settled_until_ns = None, None, 0, 0
+        self._without_pose = None
 
     def _step(self, frame: Frame, features: BackboneFeatures, measurement: SceneCoordinates) -> Filtered:
         return self._filter.step(frame.stamp_ns, self._networks.flow_features(frame, features), measurement)
@@ -228,17 +246,6 @@ def extract_features(frame: Frame, camera: Camera, backbone: Backbone, times: St
     check_frame(frame, camera)
     with times.stage("backbone"):
         return backbone.extract(frame.image)
-
-
-def pnp_settings(config: LocalizerConfig, stride: int, covariance_scale: float = 1.0) -> PnpSettings:
-    """Return PnP settings for cells of ``stride`` pixels; thresholds in pixels scale with the stride."""
-    larger = stride / COARSE_STRIDE
-    return PnpSettings(
-        max_error_px=larger * config.pnp_max_error_px,
-        pixel_sigma_px=larger * PnpSettings().pixel_sigma_px,
-        min_inliers=config.pnp_min_inliers,
-        covariance_scale=covariance_scale,
-    )
 
 
 class CoarseNetworks(Protocol):
@@ -276,13 +283,6 @@ def networks_of(scene_map: SceneMap, device: torch.device, *, exact: bool = Fals
     if scene_map.kfnet is None:
         return FastNetworks(scene_map, device, exact=exact)
     return ReferencePair(scene_map, scene_map.kfnet, device)
-
-
-def recursion_of(scene_map: SceneMap, config: LocalizerConfig) -> str:
-    """Return the recursion that the options name; for ``auto``, the one that the map's networks were trained for."""
-    if config.recursion != "auto":
-        return config.recursion
-    return "published" if scene_map.kfnet is not None and scene_map.kfnet.converted else "robust"
 
 
 def filter_settings(scene_map: SceneMap, config: LocalizerConfig, networks: CoarseNetworks) -> FilterSettings:

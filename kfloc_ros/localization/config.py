@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from kfloc_ros.config import option
+from kfloc_ros.features.backbone import COARSE_STRIDE
 from kfloc_ros.kfnet.fusion import NIS_THRESHOLD_95
+from kfloc_ros.kfnet.pnp import PnpSettings
+from kfloc_ros.maps.scene_map import SceneMap
 
 
 @dataclass(frozen=True)
@@ -122,3 +125,21 @@ class LocalizerConfig:
     )
     pnp_max_error_px: float = option(10.0, "Inlier threshold of the reprojection error in PnP.", low=0.5, high=100.0)
     pnp_min_inliers: int = option(40, "Smallest number of PnP inliers of a coarse pose.", low=6, high=100_000)
+
+
+def pnp_settings(config: LocalizerConfig, stride: int, covariance_scale: float = 1.0) -> PnpSettings:
+    """Return PnP settings for cells of ``stride`` pixels; thresholds in pixels scale with the stride."""
+    larger = stride / COARSE_STRIDE
+    return PnpSettings(
+        max_error_px=larger * config.pnp_max_error_px,
+        pixel_sigma_px=larger * PnpSettings().pixel_sigma_px,
+        min_inliers=config.pnp_min_inliers,
+        covariance_scale=covariance_scale,
+    )
+
+
+def recursion_of(scene_map: SceneMap, config: LocalizerConfig) -> str:
+    """Return the recursion that the options name; for ``auto``, the one that the map's networks were trained for."""
+    if config.recursion != "auto":
+        return config.recursion
+    return "published" if scene_map.kfnet is not None and scene_map.kfnet.converted else "robust"

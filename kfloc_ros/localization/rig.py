@@ -10,9 +10,8 @@ import numpy as np
 
 from kfloc_ros.geometry.covariance import pose_tangent_error
 from kfloc_ros.geometry.lie import inverse_pose, make_pose, rotation_angle_deg, so3_exp
-from kfloc_ros.kfnet.pnp import choose_cells
-from kfloc_ros.localization.coarse import pnp_settings
-from kfloc_ros.localization.config import LocalizerConfig
+from kfloc_ros.kfnet.pnp import choose_part
+from kfloc_ros.localization.config import LocalizerConfig, pnp_settings
 from kfloc_ros.localization.localizer import Localizer
 from kfloc_ros.localization.results import Localization
 from kfloc_ros.localization.tracking import CHI2_6_999, ConstantVelocity
@@ -205,7 +204,7 @@ class RigLocalizer:
             if coordinates is None:
                 continue
             settings = pnp_settings(self._config, coordinates.stride)
-            cells = choose_cells(coordinates, settings)
+            cells = choose_part(coordinates, settings)
             T = inverse_pose(views[k].T_base_camera) @ moved[k]  # T_camera_reference
             mount = poselib.CameraPose()
             mount.R, mount.t = T[:3, :3], T[:3, 3]

@@ -101,6 +101,23 @@ def test_a_quarter_of_the_cells_is_measured_once_settled_and_all_in_the_frame_th
     assert np.linalg.norm(localization.estimate.T_map_camera[:3, 3] - turned[:3, 3]) < 0.03
 
 
+def test_after_a_frame_without_a_coarse_pose_a_quarter_is_measured_and_all_once_that_has_one(
+    scene_map: SceneMap, room
+) -> None:
+    localizer = Localizer(scene_map, LocalizerConfig(device="cpu"))
+    covered = [replace(room[k], image=np.full_like(room[k].image, 60)) for k in (4, 5, 6)]
+    results = [localizer.coarse_half(frame) for frame in (*(room[k] for k in range(4)), *covered, room[7], room[8])]
+    shares = [float(result.measurement.valid.float().mean()) for result in results]
+    assert [result.pose.success for result in results] == 4 * [True] + 3 * [False] + 2 * [True]
+    assert shares == pytest.approx(5 * [1.0] + 2 * [0.25] + 2 * [1.0])
+    first = Localizer(scene_map, LocalizerConfig(device="cpu")).coarse_half(room[7])
+    assert np.array_equal(results[7].pose.T_map_camera, first.pose.T_map_camera)  # as if nothing had been before
+    options = {"alternate_cells": False}, {"recursion": "published"}
+    for option in options:
+        localizer = Localizer(scene_map, LocalizerConfig(device="cpu", **option))
+        assert all(localizer.coarse_half(frame).measurement.valid.float().mean() > 0.99 for frame in covered)
+
+
 @pytest.mark.parametrize("parts", [2, 4])
 def test_the_parts_of_successive_turns_cover_every_cell_once(parts: int) -> None:
     masks = [CellPart(parts, turn).mask(15, 20, torch.device("cpu")) for turn in range(parts)]
