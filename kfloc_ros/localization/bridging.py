@@ -120,6 +120,8 @@ class FlowSettings:
     window_px: int = 31
     levels: int = 4
     """Window of a corner, and the number of times that the image is halved."""
+    step_px: float = 0.1
+    """Step below which a corner is not followed further: a small part of its standard deviation."""
     return_px: float = 1.5
     """Largest distance between a corner and where the flow leads back to."""
     max_error_px: float = 3.0
@@ -175,22 +177,18 @@ class FlowTracks:
     def follow(self, image: NDArray[np.uint8], usual_depth: UsualDepth) -> tuple[Matrix, Matrix] | None:
         """Return the pose (4, 4) of the next image (H, W, 3), and the covariance (6, 6) of the way since the first.
 
-        Args:
-            image: image that follows.
-            usual_depth: returns the usual depth of new corners.
-
-        Returns:
-            None if too few corners are found again; then nothing more is followed.
+        None if too few corners are found again; then nothing more is followed. New corners have the usual depth.
         """
-        s = self._settings
         if self._image is None:
             return None
+        s = self._settings
         old, new = (cv2.cvtColor(i, cv2.COLOR_RGB2GRAY) if i.ndim == 3 else i for i in (self._image, image))
         corners = self._replenished(old, usual_depth)
         self._image = self._corners = None
         if corners is None or len(corners.pixels) < s.min_inliers:
             return None
-        window = {"winSize": (s.window_px, s.window_px), "maxLevel": s.levels}
+        ends = (cv2.TERM_CRITERIA_COUNT + cv2.TERM_CRITERIA_EPS, 30, s.step_px)
+        window = {"winSize": (s.window_px, s.window_px), "maxLevel": s.levels, "criteria": ends}
         start = corners.pixels.astype(np.float32)[:, None]
         there, found, _ = cv2.calcOpticalFlowPyrLK(old, new, start, None, **window)  # type: ignore[call-overload]
         kept = found.ravel() == 1
@@ -328,8 +326,7 @@ class Bridge:
         if self._last is None or not 0 < passed_ns <= self._longest_ns or not 0 < seen_ns <= self._max_gap_ns:
             return None
         self._seen_ns, since_s = frame.stamp_ns, 1e-9 * passed_ns
-        is_blind = not self.shows_enough(reliability)
-        followed = self._tracks.follow(frame.image, usual_depth)
+        is_blind, followed = not self.shows_enough(reliability), self._tracks.follow(frame.image, usual_depth)
         if followed is not None:
             T, self._last = followed[0], self._begun + followed[1]
             self._motion.observe(frame.stamp_ns, T)
@@ -338,9 +335,8 @@ class Bridge:
             predicted = self._motion.predict(frame.stamp_ns)
             if predicted is None or not is_blind:
                 return None
-            T, added = predicted
-            bridged = BridgedPose(T, self._last + added, False, since_s, is_blind)
-            self._tracks.begin(frame.image, T)
+            bridged = BridgedPose(predicted[0], self._last + predicted[1], False, since_s, is_blind)
+            self._tracks.begin(frame.image, predicted[0])
             self._begun = bridged.covariance
         variances = [float(np.linalg.eigvalsh(bridged.covariance[k, k])[-1]) for k in (slice(3), slice(3, 6))]
         limits = self._max_sigma_m**2, np.radians(self._settings.max_sigma_deg) ** 2

@@ -285,7 +285,7 @@ class RefineStage:
         The map's limit is calibrated on its own recording, and right poses of another visit cost more.
         """
         limit = None if self._relocalizer is None else self._relocalizer.settings.near_max_cost
-        return self.refiner.align(features, starts, max_cost=limit, only_certain=only_certain)
+        return self.refiner.align(features, starts, max_cost=limit, only_certain=only_certain, wide=not only_certain)
 
     def _completed(self, frame: Frame, features: BackboneFeatures, alignment: Alignment) -> Alignment:
         """Return the alignment, improved by the map's patches, and corrected or refused by depth if that is used."""
