@@ -190,6 +190,8 @@ class PoseCheck:
             fitted = fit.result()
         if fitted is not None:
             chi2 = max(cameras.chi2_of(fitted.fit) or 0.0, chi2 or 0.0)
+            if fitted.parts is not None and estimate.covariance is not None:
+                estimate = replace(estimate, covariance=estimate.covariance + fitted.parts.moments)
             if is_due:
                 cameras.add(fitted, T)
             if cameras.mapped_offsets is not None and inspection.blocks is not None:

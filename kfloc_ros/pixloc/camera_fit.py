@@ -22,6 +22,7 @@ from kfloc_ros.geometry.camera import Camera, ImageAdapter
 from kfloc_ros.geometry.lie import Matrix
 from kfloc_ros.pixloc import kernels
 from kfloc_ros.pixloc.cost import NEAR_M, OFFSETS, POSE, FitLevel, Linearization, RobustLoss, linearize
+from kfloc_ros.pixloc.image_check import TwoParts
 from kfloc_ros.pixloc.optimizer import left_update
 from kfloc_ros.pixloc.point_matching import PointMatches, fit_pose_and_camera
 from kfloc_ros.pixloc.references import view_distances
@@ -323,16 +324,9 @@ class Correction:
             scale = math.exp(before.offsets[0])
             offsets = before.offsets + offsets * (1.0, 1.0, scale, scale, 1.0, 1.0)
         scale = math.exp(offsets[0])
-        fitted = Camera(
-            camera.width,
-            camera.height,
-            camera.fx * scale,
-            camera.fy * scale * math.exp(offsets[1]),
-            camera.cx + offsets[2],
-            camera.cy + offsets[3],
-            "plumb_bob",
-            (offsets[4], 0.0, 0.0, 0.0, 0.0),
-        )
+        fx, fy = camera.fx * scale, camera.fy * scale * math.exp(offsets[1])
+        centre, distortion = (camera.cx + offsets[2], camera.cy + offsets[3]), (offsets[4], 0.0, 0.0, 0.0, 0.0)
+        fitted = Camera(camera.width, camera.height, fx, fy, *centre, "plumb_bob", distortion)
         return cls(offsets, ImageAdapter(fitted, camera))
 
     def apply(self, frame: Frame) -> Frame:
@@ -348,3 +342,5 @@ class FittedCamera:
     T_map_camera: Matrix
     covariance: Matrix
     """(6, 6) covariance of the pose, which includes what is not known of the camera."""
+    parts: TwoParts | None = None
+    """Part of the image that may have moved, at the aligned pose."""

@@ -9,6 +9,9 @@ displacement are a part of the scene that moved, or the pose is that of the move
 Closer by, every point searches the cells around its projection for itself, and each block has the median displacement
 of its points. At a right pose these medians are noise of a pixel or two. A wrong camera, a rolling shutter, parts that
 moved a little, or a pose between two groups of points leave displacements that whole blocks agree on.
+
+If something moved, the image has two poses: that of what stayed, and that of the part that moved. Of all rectangles of
+blocks, the one counts whose own displacement explains most of what a change of the pose does not.
 """
 
 from __future__ import annotations
@@ -16,25 +19,25 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import cv2
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from kfloc_ros.device import has_numba, runs_compiled
 from kfloc_ros.features.backbone import COARSE_STRIDE
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import Matrix
-from kfloc_ros.pixloc import check_kernels
-from kfloc_ros.pixloc.cost import FeatureImage, project
-from kfloc_ros.pixloc.point_matching import best_cells
+from kfloc_ros.pixloc.check_kernels import (
+    COLUMNS,
+    ROWS,
+    BlockMean,
+    block_medians,
+    displaced_part,
+    similarities_around,
+)
+from kfloc_ros.pixloc.cost import POSE, FeatureImage, Intrinsics, project, projection_derivatives
+from kfloc_ros.pixloc.point_matching import PointMatches, best_cells
 from kfloc_ros.pixloc.references import ReferencePoints
 
-COLUMNS, ROWS = 8, 6
-"""Blocks over the image."""
-REACH = 12
-"""Largest displacement, in coarse cells."""
 MAX_POINTS = 300
 """Points that are compared, spread over those in view."""
 BLOCK_POINTS = 4
@@ -62,12 +65,33 @@ EXCESS_POWER = 0.5
 """Power of that part's share: displacements a little beyond noise, as good images of every map have, say little."""
 SHIFTED_CHI2, SHIFTED_SHARE, SHIFTED_RMS_PX = 6.0, 0.25, 8.5
 """``shift_chi2``, share of displaced blocks, and ``shift_px`` from which an image contradicts its pose."""
+PART_BLOCKS = 4, 32
+"""Smallest and largest number of blocks of a part that may have moved; the rest of the image has at least the first."""
+LEAST_FIXED = 0.02
+"""Share of a part's information on its displacement that has to be left beside the pose's."""
+PART_NOISE_PX = 1.0
+"""Smallest standard deviation of a block's median displacement in the search of such a part."""
+USUAL_GAIN = 60.0
+"""Gain by a part up to which displacements are usual: the middle of six maps' 95 % quantiles (36 to 219) of good
+images 0.15 and 0.3 m away from the mapped views. If something moved by 25 px, nine of ten have 90 and more."""
 MATCHING_GAP, MIN_SIMILARITY = 0.03, 0.6
 """A block that is less similar matches if no displacement gains more than the first, and if it is at least as similar
 as the second, which unrelated features reach somewhere in their surroundings."""
-MOVED_GAP, MOVED_SIMILARITY, MOVED_NEARLY = 0.08, 0.75, 0.03
-"""A displaced block is more similar than without the displacement by the first, similar by the second, and no other
-displacement is better by more than the third."""
+
+
+def _rectangles() -> NDArray[np.float64]:
+    """Return the rectangles (R, blocks) of as many blocks as a part may have, 1 inside."""
+    found = []
+    for top, left in np.ndindex(ROWS, COLUMNS):
+        for bottom, right in np.ndindex(ROWS - top, COLUMNS - left):
+            inside = np.zeros((ROWS, COLUMNS))
+            inside[top : top + bottom + 1, left : left + right + 1] = 1.0
+            if PART_BLOCKS[0] <= inside.sum() <= PART_BLOCKS[1]:
+                found.append(inside.reshape(-1))
+    return np.stack(found)
+
+
+RECTANGLES = _rectangles()
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,6 +174,92 @@ class BlockMatch:
         return self.moved / self.blocks
 
 
+@dataclass(frozen=True, eq=False)
+class TwoParts:
+    """Image in which a part moved: how much speaks for it, and what the pose then errs by."""
+
+    gain: float
+    """Decrease of the squared displacements of blocks by the part's own displacement, relative to what is left."""
+    share: float
+    """Share of the blocks that belong to the part."""
+    shift_px: tuple[float, float]
+    """Displacement of the part, right and down."""
+    errors: NDArray[np.float64]
+    """(2, 6) changes of the pose, in the order of its covariance, if the part moved, and if all others did."""
+
+    @property
+    def moments(self) -> Matrix:
+        """Second moments (6, 6) of the pose's error: either of both moved, the larger one as likely as it is small."""
+        if self.gain <= USUAL_GAIN:
+            return np.zeros((POSE, POSE))
+        likely = (1.0 - USUAL_GAIN / self.gain) * np.array([1.0 - self.share, self.share])
+        return np.asarray(self.errors.T @ (likely[:, None] * self.errors))
+
+
+def two_parts(matches: PointMatches, points: torch.Tensor, T_camera_local: Matrix, camera: Camera) -> TwoParts | None:
+    """Return the part of an image whose displacement explains most, and the pose without it; None if few are matched.
+
+    Args:
+        matches: places of the points in the image, searched around their projections.
+        points: (N, 3) reference points in a frame near the camera, metres.
+        T_camera_local: pose (4, 4) that maps points of that frame to the camera frame.
+        camera: pinhole camera of the image.
+    """
+    at, J, in_view = projection_derivatives(points.double().cpu().numpy(), T_camera_local, Intrinsics.of(camera, 1.0))
+    cell = np.floor(at * (COLUMNS / camera.width, ROWS / camera.height))
+    used = (
+        in_view & (matches.weights.cpu().numpy() > 0) & (cell >= 0).all(axis=1) & (cell < (COLUMNS, ROWS)).all(axis=1)
+    )
+    block = (cell[used] @ (1, COLUMNS)).astype(np.int64)
+    shift = (matches.pixels.cpu().numpy() - at)[used].astype(np.float32)
+    count, median = block_medians(shift, block)
+    _, spread = block_medians(np.abs(shift - median[block]).astype(np.float32), block)
+    known = count >= BLOCK_POINTS
+    parts = RECTANGLES[:, known]
+    size = parts.sum(axis=1)
+    parts = parts[(size >= PART_BLOCKS[0]) & (size <= known.sum() - PART_BLOCKS[0])]
+    if not len(parts):
+        return None
+    mean_J = np.zeros((ROWS * COLUMNS, 2, POSE))
+    np.add.at(mean_J, block, J[used, :, :POSE])
+    # points of several views share corners: half of them count
+    sigma = 1.25 * 1.4826 * np.sqrt((spread[known] ** 2).sum(axis=1) / count[known])
+    root = np.repeat(1.0 / np.maximum(sigma, PART_NOISE_PX), 2)
+    A, y = (mean_J[known] / count[known, None, None]).reshape(-1, POSE), median[known].reshape(-1)
+    A, y = root[:, None] * A, root * y
+    H = A.T @ A
+    covariance = np.linalg.inv(H + np.diag(1e-6 * np.diag(H) + 1e-9))
+    left = y - A @ (covariance @ (A.T @ y))
+    # of a part's displacement right (0) and down (1): information, without what a change of the pose explains
+    by_axis = [parts @ (root[k::2, None] * A[k::2]) for k in range(2)]
+    full = parts @ (root[::2] ** 2)
+    a, b, c = (
+        float(i == j) * full - ((by_axis[i] @ covariance) * by_axis[j]).sum(1) for i, j in ((0, 0), (0, 1), (1, 1))
+    )
+    right, down = (parts @ (root[k::2] * left[k::2]) for k in range(2))
+    determinant = a * c - b * b
+    is_fixed = (np.minimum(a, c) > LEAST_FIXED * full) & (determinant > 1e-3 * a * c)
+    determinant = np.where(is_fixed, determinant, 1.0)
+    shifts = np.stack([c * right - b * down, a * down - b * right], axis=1) / determinant[:, None]
+    gains = np.where(is_fixed, right * shifts[:, 0] + down * shifts[:, 1], 0.0)
+    best = int(np.argmax(gains))
+    part, remaining = parts[best] > 0, (left @ left - gains[best]) / max(len(y) - POSE - 2, 1)
+    changes = np.stack([_pose_without(of, A, y, root) for of in (part, ~part)])
+    errors = -(changes.reshape(2, 2, 3) @ T_camera_local[:3, :3]).reshape(2, POSE)  # as in map_frame_covariance
+    moved_px = float(shifts[best, 0]), float(shifts[best, 1])
+    return TwoParts(float(gains[best]) / max(float(remaining), 1.0), float(part.mean()), moved_px, errors)
+
+
+def _pose_without(
+    part: NDArray[np.bool_], A: NDArray[np.float64], y: NDArray[np.float64], root: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Return the change of the pose (6,) by displacements y of blocks if a part of them has one of its own."""
+    own = np.repeat(part, 2)[:, None] * root[:, None] * np.tile(np.eye(2), (len(part), 1))
+    X = np.concatenate([A, own], axis=1)
+    H = X.T @ X
+    return np.asarray(np.linalg.solve(H + np.diag(1e-6 * np.diag(H) + 1e-9), X.T @ y)[:POSE])
+
+
 def match_blocks(
     image: FeatureImage,
     points: torch.Tensor,
@@ -183,9 +293,9 @@ def match_blocks(
     blocks = int(known.sum())
     if blocks < MIN_BLOCKS:
         return None
-    mean = _BlockMean(block, references.confidence[seen])
+    mean = BlockMean(block, references.confidence[seen])
     wanted = references.coarse[seen]
-    here_of_points = _here(image.features, wanted, column, row)
+    here_of_points = similarities_around(image.features, wanted, column, row)
     here = mean(here_of_points).flatten(1).max(1).values.cpu().numpy()
     found = _shifts(image, wanted, at[seen], here_of_points.flatten(1).max(1).values, block)
     shifts = (*found, float(P[seen, 2].median()))
@@ -194,9 +304,9 @@ def match_blocks(
         return BlockMatch(blocks, int(similar.sum()), 0, (0.0, 0.0), 0.0, *shifts)
     open_blocks = known & ~similar  # a block that is similar here is not displaced
     of_open = torch.from_numpy(open_blocks).to(block.device)[block]
-    mean = _BlockMean(block[of_open], references.confidence[seen][of_open])
+    mean = BlockMean(block[of_open], references.confidence[seen][of_open])
     around = mean.around(image.features, wanted[of_open], (column[of_open], row[of_open])).cpu()
-    moved = _moved_part(around, here, open_blocks)
+    moved = displaced_part(around, here, open_blocks)
     best = around.flatten(1).max(1).values.numpy()
     matching = similar | (open_blocks & (here > MIN_SIMILARITY) & (best - here <= MATCHING_GAP))
     if moved is None:
@@ -204,37 +314,6 @@ def match_blocks(
     depth = P[seen, 2][torch.from_numpy(moved.part).to(block.device)[block]]
     part, depth_m = int(moved.part.sum()), float(depth.median())
     return BlockMatch(blocks, int(matching.sum()), part, moved.shift_px, depth_m, *shifts)
-
-
-class _BlockMean:
-    """Weighted mean of the points of each block.
-
-    Args:
-        block: (N,) block of each point.
-        weight: (N,)
-    """
-
-    def __init__(self, block: torch.Tensor, weight: torch.Tensor) -> None:
-        total = torch.zeros(ROWS * COLUMNS, device=weight.device).index_add_(0, block, weight)
-        self._block, self._weight = block, weight / total.clamp(min=1e-6)[block]
-
-    def __call__(self, values: torch.Tensor) -> torch.Tensor:
-        """Return (blocks, a, b) means of values (N, a, b)."""
-        mean = torch.zeros(ROWS * COLUMNS, *values.shape[1:], device=values.device)
-        return mean.index_add_(0, self._block, values * self._weight[:, None, None])
-
-    def around(self, cells: torch.Tensor, wanted: torch.Tensor, at: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        """Return mean similarities (blocks, 2 REACH + 1, 2 REACH + 1) to cells (h, w, C) around points, 0 outside."""
-        (h, w, C), size, (column, row) = cells.shape, 2 * REACH + 1, at
-        if runs_compiled(cells, wanted, self._weight):
-            mean, block, weight = torch.zeros(ROWS * COLUMNS, size, size), self._block.numpy(), self._weight.numpy()
-            image, points, u, v = cells.numpy(), wanted.numpy(), column.numpy(), row.numpy()
-            check_kernels.add_surroundings(image, points, u, v, block, weight, REACH, mean.numpy())
-            return mean
-        padded = F.pad((wanted @ cells.reshape(-1, C).T).reshape(-1, h, w), (REACH, REACH, REACH, REACH))
-        step, width = torch.arange(size, device=cells.device), w + 2 * REACH
-        index = (row * width + column)[:, None] + (step[:, None] * width + step).reshape(1, -1)
-        return self(padded.reshape(len(wanted), -1).gather(1, index).reshape(-1, size, size))
 
 
 def _shifts(
@@ -256,8 +335,8 @@ def _shifts(
     shift[stays] = 0.0
     used = is_found | stays
     shift, blocks = shift[used], block.cpu().numpy()[used]
-    count, median = _block_medians(shift, blocks)
-    _, spread = _block_medians(np.abs(shift - median[blocks]), blocks)
+    count, median = block_medians(shift, blocks)
+    _, spread = block_medians(np.abs(shift - median[blocks]), blocks)
     is_known = count >= BLOCK_POINTS
     if is_known.sum() < MIN_BLOCKS:
         return 0.0, 0.0, 0
@@ -269,78 +348,3 @@ def _shifts(
     shifted = (length > SHIFTED_PX) & (length > 2.0 * sigma)
     rms_px = np.sqrt((np.minimum(length, MAX_SHIFT_PX) ** 2).mean())
     return float(rms_px), float(chi2), int(shifted.sum())
-
-
-def _block_medians(
-    values: NDArray[np.float32], block: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Return the numbers (blocks,) and the medians (blocks, 2) of values (N, 2) in each block; 0 for empty blocks."""
-    if has_numba():
-        counts, found = np.empty(ROWS * COLUMNS, np.int64), np.empty((ROWS * COLUMNS, 2))
-        check_kernels.group_medians(values.astype(np.float64), block, counts, found)
-        return counts, found
-    count = np.bincount(block, minlength=ROWS * COLUMNS)
-    order = np.argsort(block, kind="stable")
-    rank = np.arange(len(block)) - np.repeat(np.cumsum(count) - count, count)
-    table = np.full((ROWS * COLUMNS, max(int(count.max(initial=0)), 1), 2), np.inf)
-    table[block[order], rank] = values[order]
-    table.sort(axis=1)
-    rows, last = np.arange(ROWS * COLUMNS), np.maximum(count - 1, 0)
-    medians = 0.5 * (table[rows, last // 2] + table[rows, np.minimum(count // 2, last)])
-    return count, np.where((count > 0)[:, None], medians, 0.0)
-
-
-def _here(cells: torch.Tensor, wanted: torch.Tensor, column: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
-    """Return the similarities (N, 3, 3) of points to the cells (h, w, C) at and around their own."""
-    if runs_compiled(cells, wanted):
-        out = torch.empty(len(wanted), 3, 3)
-        check_kernels.around(cells.numpy(), wanted.numpy(), column.numpy(), row.numpy(), out.numpy())
-        return out
-    h, w, _ = cells.shape
-    step = torch.arange(-1, 2, device=row.device)
-    rows = (row[:, None] + step).clamp(0, h - 1)[:, :, None]
-    columns = (column[:, None] + step).clamp(0, w - 1)[:, None, :]
-    near = cells[rows, columns]
-    return torch.einsum("nijc,nc->nij", near, wanted)
-
-
-@dataclass(frozen=True, eq=False)
-class _MovedPart:
-    part: NDArray[np.bool_]
-    """(blocks,)"""
-    shift_px: tuple[float, float]
-
-
-def _moved_part(around: torch.Tensor, here: NDArray[np.float32], known: NDArray[np.bool_]) -> _MovedPart | None:
-    """Return the largest connected set of blocks that agree on one displacement; None if no block is displaced."""
-    votes = _displacement_votes(around, here, known)
-    tally = votes.sum(axis=0, dtype=np.int32)
-    found: _MovedPart | None = None
-    for flat in np.argsort(-tally, axis=None, kind="stable")[:8]:
-        down, right = (int(i) for i in np.unravel_index(flat, tally.shape))
-        if tally[down, right] <= (0 if found is None else found.part.sum()):
-            break
-        voting = votes[:, down, right].reshape(ROWS, COLUMNS).astype(np.uint8)
-        _, labels, stats, _ = cv2.connectedComponentsWithStats(voting, connectivity=4)
-        largest = 1 + int(np.argmax(stats[1:, cv2.CC_STAT_AREA]))
-        part = (labels == largest).reshape(-1)
-        if found is None or part.sum() > found.part.sum():
-            shift_px = float(COARSE_STRIDE * (right - REACH)), float(COARSE_STRIDE * (down - REACH))
-            found = _MovedPart(part, shift_px)
-    return found
-
-
-def _displacement_votes(around: torch.Tensor, here: NDArray[np.float32], known: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Return (blocks, side, side) bool: a displacement explains a known block clearly better than none."""
-    if runs_compiled(around):
-        found = np.empty(around.shape, dtype=np.bool_)
-        limits = MOVED_GAP, MOVED_NEARLY, MOVED_SIMILARITY
-        check_kernels.displacement_votes(around.numpy(), here, known, *limits, found)
-        return found
-    near = slice(REACH - 1, REACH + 2)
-    best = around.flatten(1).max(1).values
-    smooth = F.max_pool2d(around[:, None], 3, stride=1, padding=1)[:, 0]  # parallax and tilt move blocks apart
-    least = torch.maximum(torch.from_numpy(here) + MOVED_GAP, best - MOVED_NEARLY).clamp(min=MOVED_SIMILARITY)
-    votes = (smooth > least[:, None, None]).numpy() & known[:, None, None]
-    votes[:, near, near] = False
-    return votes

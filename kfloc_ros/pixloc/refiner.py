@@ -17,7 +17,7 @@ from kfloc_ros.geometry.covariance import map_frame_covariance
 from kfloc_ros.geometry.lie import Matrix, inverse_pose, make_pose, rotation_angle_deg
 from kfloc_ros.pixloc.camera_fit import CameraScore, FittedCamera, fit_camera, score_camera
 from kfloc_ros.pixloc.cost import FeatureImage, FitLevel, Linearization, RobustLoss, linearize, linearize_parts
-from kfloc_ros.pixloc.image_check import BlockMatch, match_blocks
+from kfloc_ros.pixloc.image_check import BlockMatch, match_blocks, two_parts
 from kfloc_ros.pixloc.optimizer import LevelResult, RefinerSettings, StopRule, descend, disagreement, information_of
 from kfloc_ros.pixloc.point_matching import (
     SEARCH_CELLS,
@@ -112,15 +112,15 @@ class Refiner:
     @torch.inference_mode()
     def fit_camera(self, candidate: Candidate) -> FittedCamera | None:
         """Fit pose and camera together; None if too few points are in view, or they do not fix the pose."""
-        loss = RobustLoss(self.settings.loss_scale)
+        T, points, loss = candidate.T_camera_local, candidate.points, RobustLoss(self.settings.loss_scale)
         matches = self._search(candidate, WIDE_SEARCH_CELLS)
-        fit = fit_camera(candidate.levels, candidate.points, candidate.T_camera_local, self.camera, loss, matches)
+        fit = fit_camera(candidate.levels, points, T, self.camera, loss, matches)
         covariance = None if fit is None else map_frame_covariance(fit.pose_information, fit.T_camera_local)
         if fit is None or covariance is None:
             return None
-        s, distance_m = self.settings, candidate.distance_m
+        s, distance_m, parts = self.settings, candidate.distance_m, two_parts(matches, points, T, self.camera)
         covariance = s.scale_at(distance_m) * covariance + s.own_covariance_at(distance_m)
-        return FittedCamera(fit, candidate.in_map(fit.T_camera_local), covariance)
+        return FittedCamera(fit, candidate.in_map(fit.T_camera_local), covariance, parts)
 
     @torch.inference_mode()
     def warm_up(self) -> None:

@@ -9,9 +9,13 @@ import torch
 import torch.nn.functional as F
 
 from kfloc_ros.geometry.camera import Camera
-from kfloc_ros.pixloc import image_check
+from kfloc_ros.geometry.covariance import pose_tangent_error
+from kfloc_ros.geometry.lie import inverse_pose, make_pose, so3_exp
+from kfloc_ros.pixloc import check_kernels
+from kfloc_ros.pixloc.check_kernels import COLUMNS, ROWS
 from kfloc_ros.pixloc.cost import FeatureImage
-from kfloc_ros.pixloc.image_check import COLUMNS, ROWS, BlockMatch, match_blocks
+from kfloc_ros.pixloc.image_check import USUAL_GAIN, BlockMatch, TwoParts, match_blocks, two_parts
+from kfloc_ros.pixloc.point_matching import PointMatches
 from kfloc_ros.pixloc.references import ReferencePoints
 
 CAMERA = Camera(640, 480, 500.0, 500.0, 319.5, 239.5)
@@ -101,17 +105,73 @@ def test_compiled_loops_agree_with_torch_and_numpy(monkeypatch: pytest.MonkeyPat
     cells, wanted = torch.randn(20, 30, 8), torch.randn(50, 8)
     column, row = torch.from_numpy(rng.integers(0, 30, 50)), torch.from_numpy(rng.integers(0, 20, 50))
     values, block = rng.normal(size=(50, 2)).astype(np.float32), rng.integers(0, 9, 50)
-    near, (count, median) = image_check._here(cells, wanted, column, row), image_check._block_medians(values, block)
-    mean, at = image_check._BlockMean(torch.from_numpy(block), torch.rand(50)), (column, row)  # windows leave the image
+    near, (count, median) = (
+        check_kernels.similarities_around(cells, wanted, column, row),
+        check_kernels.block_medians(values, block),
+    )
+    mean, at = (
+        check_kernels.BlockMean(torch.from_numpy(block), torch.rand(50)),
+        (column, row),
+    )  # windows leave the image
     around = mean.around(cells, wanted, at)
     here, known = np.linspace(0.5, 1.0, 9, dtype=np.float32), np.arange(9) % 4 > 0
     similar = torch.rand(9, 25, 25, generator=torch.Generator().manual_seed(0))
-    votes = image_check._displacement_votes(similar, here, known)
-    monkeypatch.setattr(image_check, "has_numba", lambda: False)
-    monkeypatch.setattr(image_check, "runs_compiled", lambda *tensors: False)
-    assert torch.allclose(near, image_check._here(cells, wanted, column, row), atol=1e-5)
+    votes = check_kernels.votes_of_blocks(similar, here, known)
+    monkeypatch.setattr(check_kernels, "has_numba", lambda: False)
+    monkeypatch.setattr(check_kernels, "runs_compiled", lambda *tensors: False)
+    assert torch.allclose(near, check_kernels.similarities_around(cells, wanted, column, row), atol=1e-5)
     assert torch.allclose(around, mean.around(cells, wanted, at), atol=1e-5) and float(around.abs().max()) > 0.1
-    expected = image_check._block_medians(values, block)
+    expected = check_kernels.block_medians(values, block)
     assert (count == expected[0]).all() and np.allclose(median, expected[1], atol=1e-6)
-    expected = image_check._displacement_votes(similar, here, known)
+    expected = check_kernels.votes_of_blocks(similar, here, known)
     assert (votes == expected).all() and 0.02 < votes[known].mean() < 0.9 and not votes[~known].any()
+
+
+def matched_parts(shift_px: float, moved: slice, *, T_camera_local: np.ndarray | None = None) -> TwoParts | None:
+    """Points found where a camera at the identity has them, with noise, but those of some columns of blocks elsewhere.
+
+    They were searched at another pose, by default at the right one.
+    """
+    rng = np.random.default_rng(0)
+    u, v, z = rng.uniform(10, 630, 800), rng.uniform(10, 470, 800), rng.uniform(1.5, 4.0, 800)
+    points = np.stack([(u - CAMERA.cx) / CAMERA.fx, (v - CAMERA.cy) / CAMERA.fy, np.ones_like(u)], axis=1) * z[:, None]
+    pixels = np.stack([u, v], axis=1) + rng.normal(0.0, 1.5, (800, 2))
+    column = (u * COLUMNS / CAMERA.width).astype(int)
+    pixels[np.isin(column, np.arange(COLUMNS)[moved]), 0] += shift_px
+    found = PointMatches(torch.from_numpy(pixels).float(), torch.ones(800))
+    at = np.eye(4) if T_camera_local is None else T_camera_local
+    return two_parts(found, torch.from_numpy(points).float(), at, CAMERA)
+
+
+def test_without_a_moved_part_a_pose_has_no_second_explanation() -> None:
+    """A pose that is off displaces the whole image; that is no part."""
+    off = make_pose(so3_exp(np.array([0.0, 0.01, 0.0])), np.array([0.03, 0.0, 0.0]))
+    for result in (matched_parts(0.0, slice(0)), matched_parts(0.0, slice(0), T_camera_local=off)):
+        assert result is not None and result.gain < USUAL_GAIN and not result.moments.any()
+
+
+def test_a_part_that_moved_tells_by_how_much_the_pose_between_both_is_off() -> None:
+    """The middle moved to the right, and the alignment went with it half the way: the camera turned to the left."""
+    off = make_pose(so3_exp(np.array([0.0, 0.02, 0.0])), np.array([0.0, 0.0, 0.0]))
+    result = matched_parts(20.0, slice(2, 5), T_camera_local=off)
+    assert result is not None and result.gain > 5.0 * USUAL_GAIN
+    assert result.share == pytest.approx(3 / 8) and np.abs(np.subtract(result.shift_px, (20.0, 0.0))).max() < 2.0
+    error = pose_tangent_error(inverse_pose(off), np.eye(4))
+    assert np.abs(result.errors[0] - error)[3:].max() < 0.003 and np.abs(result.errors[0] - error)[:3].max() < 0.02
+    other = np.abs(result.errors[1] - error)  # if the sides moved, the pose is another
+    assert other[4] > 0.005 and other[0] > 0.02
+    assert 0.4 * error[4] ** 2 < result.moments[4, 4] < 1.5 * error[4] ** 2
+    assert np.linalg.eigvalsh(result.moments).min() > -1e-12
+
+
+def test_a_pose_that_a_moved_part_does_not_change_stays_as_sure() -> None:
+    result = matched_parts(20.0, slice(2, 5))
+    assert result is not None and result.gain > 5.0 * USUAL_GAIN
+    right = np.sqrt(np.diag((1.0 - result.share) * np.outer(result.errors[0], result.errors[0])))
+    assert right[:3].max() < 0.02 and right[3:].max() < 0.003
+
+
+def test_few_matches_tell_nothing_of_parts() -> None:
+    found = PointMatches(torch.rand(20, 2) * 400, torch.ones(20))
+    assert two_parts(found, torch.tensor([[0.0, 0.0, 2.0]]).repeat(20, 1), np.eye(4), CAMERA) is None
+    assert two_parts(PointMatches(torch.zeros(9, 2), torch.zeros(9)), torch.ones(9, 3), np.eye(4), CAMERA) is None
