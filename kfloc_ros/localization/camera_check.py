@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.covariance import pose_tangent_error
 from kfloc_ros.geometry.lie import Matrix, inverse_pose
+from kfloc_ros.localization import judgement
 from kfloc_ros.localization.judgement import PARTLY_FOUND, SHEARED_IMAGES, CameraDoubt, CameraVerdict, widened
 from kfloc_ros.pixloc.camera_fit import (
     CameraFit,
@@ -105,13 +106,13 @@ class CameraCheck:
         self._fits: deque[FittedCamera] = deque(maxlen=self._settings.window)
         self._sharpest: list[FittedCamera] = []
         """Fits with the smallest variance of the focal length, also of images that hardly tell a camera."""
-        self._made, self._shear_rad, self._frames = 0, 0.0, 0
+        self._made = self._frames = 0
         self._source: Camera | None = None
         self._fitted: FittedCamera | None = None
         self._shift = np.eye(4)
         self._combined: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None
         """Combined offsets (6,) and their covariance (6, 6) by the observed scatter."""
-        self._known = self._tolerance
+        self._known = self._usual = self._tolerance
         self._other: OtherCalibration | None = None
         self.doubt = CameraDoubt.of(wrong_prior, self._tolerance, camera.width)
         """What is left of the possibility that the camera is wrong."""
@@ -126,7 +127,8 @@ class CameraCheck:
 
         A rolling shutter's shear is allowed for, given the angle by which the camera turns while it reads the image.
         """
-        self._shear_rad, last, self._source = turn_rad, self._source, source
+        self._usual = self._tolerance + np.diag(turn_rad**2 * SHEARED)
+        last, self._source = self._source, source
         is_changed = last is not None and source is not None and last.is_other(source)
         if is_changed:
             self.reset()
@@ -169,7 +171,8 @@ class CameraCheck:
         variance = _covariance_of(fitted.fit.information)
         if variance is None:
             return
-        self._sharpest = sorted([*self._sharpest, fitted], key=_focal_variance)[: self._settings.window]
+        by_focal = sorted([*self._sharpest, fitted], key=lambda f: float(np.linalg.inv(f.fit.information)[0, 0]))
+        self._sharpest = by_focal[: self._settings.window]
         self.doubt = self._doubt(self._sharpest)
         if math.sqrt(variance[0, 0]) > self._settings.max_focal_sigma:
             return
@@ -179,14 +182,19 @@ class CameraCheck:
 
     def chi2(self, offsets: NDArray[np.float64], covariance: NDArray[np.float64]) -> float:
         """Return the squared Mahalanobis length of offsets (6,) with covariance (6, 6) of one image, with tolerance."""
-        shear = np.diag(self._shear_rad**2 * SHEARED)
-        total = self._fit_scale * covariance + self._tolerance + shear
+        total = self._fit_scale * covariance + self._usual
         return float(offsets @ np.linalg.solve(total, offsets))
 
     def chi2_of(self, fit: CameraFit) -> float | None:
         """Return :meth:`chi2` of a fit; None if it does not determine the camera."""
         covariance = _covariance_of(fit.information)
         return None if covariance is None else self.chi2(fit.offsets, covariance)
+
+    def another(self, fit: CameraFit) -> float:
+        """Return the probability, by its own fit, that one image is of another camera, or sheared in a turn unknown."""
+        covariance, priors = _covariance_of(fit.information), (self._wrong_prior, self.doubt.probability)
+        found = None if covariance is None else (fit.offsets, self._fit_scale * covariance)
+        return judgement.probability_of_another(*priors, self._usual, self._camera.width, found)
 
     def verdict_of(self, fit: CameraFit) -> CameraVerdict:
         """Return the verdict on the fit to one image: the offset that contradicts the camera most."""
@@ -257,12 +265,11 @@ class CameraCheck:
         alone = None if fit is None else _covariance_of(fit.information)
         if fit is not None and alone is not None:
             found = fit.offsets, self._fit_scale * alone
-        elif score is not None:
-            found = score.offsets, self._fit_scale * score.covariance
-        else:
+        elif score is None:
             return None
-        usual = self._tolerance + np.diag(self._shear_rad**2 * SHEARED)
-        doubt = CameraDoubt.of(self._wrong_prior, usual, self._camera.width, found, SHEARED_IMAGES)
+        else:
+            found = score.offsets, self._fit_scale * score.covariance
+        doubt = CameraDoubt.of(self._wrong_prior, self._usual, self._camera.width, found, SHEARED_IMAGES)
         return replace(doubt, moments=doubt.shown * np.outer(SHEARED, SHEARED))
 
     def _probability_mapped(self, offsets: NDArray[np.float64], covariance: NDArray[np.float64]) -> float:
@@ -339,8 +346,3 @@ def _covariance_of(information: NDArray[np.float64]) -> NDArray[np.float64] | No
     except np.linalg.LinAlgError:
         return None
     return covariance if np.isfinite(covariance).all() and (np.diag(covariance) > 0).all() else None
-
-
-def _focal_variance(fitted: FittedCamera) -> float:
-    covariance = _covariance_of(fitted.fit.information)
-    return math.inf if covariance is None else float(covariance[0, 0])

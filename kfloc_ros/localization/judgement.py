@@ -167,7 +167,9 @@ def fit_score(T_map_camera: Matrix, fitted: FittedCamera) -> float:
     return 0.5 * math.log(min(max(far, 4e-4), 16.0))
 
 
-def widened(estimate: PoseEstimate, moved: NDArray[np.float64], covariance: Matrix, share: float = 0.3) -> PoseEstimate:
+def widened(
+    estimate: PoseEstimate, moved: NDArray[np.float64], covariance: Matrix, share: float = 0.3, likely: float = 1.0
+) -> PoseEstimate:
     """Return an estimate whose covariance also covers another pose.
 
     Args:
@@ -175,11 +177,12 @@ def widened(estimate: PoseEstimate, moved: NDArray[np.float64], covariance: Matr
         moved: (6,) tangent error between the poses.
         covariance: (6, 6) covariance of the other pose.
         share: share of the distance that is added in all directions.
+        likely: probability of the other pose.
     """
     if estimate.covariance is None:
         return estimate
     around = share**2 * np.repeat([moved[:3] @ moved[:3], moved[3:] @ moved[3:]], 3)
-    wider = estimate.covariance + np.outer(moved, moved) + np.diag(around) + covariance
+    wider = estimate.covariance + likely * (np.outer(moved, moved) + np.diag(around) + covariance)
     return replace(estimate, covariance=0.5 * (wider + wider.T))
 
 
@@ -196,6 +199,8 @@ focal length, the aspect ratio, and the image's width for the principal point; a
 SHEARED_IMAGES = np.array([[0.0, 0.0, 0.0, 0.0, 0.0, 0.03], [0.0, 0.03, 0.0, 0.0, 0.0, 0.0]])
 """The same of images that a rolling shutter sheared in a turn, by a skew (yaw) or an aspect ratio (pitch): as much as a
 turn by a radian per second during 30 ms."""
+CHANGED_SINCE = 0.1
+"""Probability of a zoom or a new focus since the images before, relative to that of a wrong camera before any image."""
 PARTLY_FOUND = 4.0
 """Factor on the covariance of fits where they are to exclude a wrong camera: fits begin at the given camera, and those
 that find only a part of its mistake are too near to it."""
@@ -264,6 +269,32 @@ class CameraDoubt:
         covariance = sensitivity @ self.moments @ sensitivity.T + 1e-12 * np.eye(6)
         risk = self.probability * (1.0 - probability_within(covariance, GOOD_M, math.radians(GOOD_DEG)))
         return self.probability * 0.5 * (covariance + covariance.T), risk
+
+
+def probability_of_another(
+    prior: float,
+    so_far: float,
+    usual: NDArray[np.float64],
+    width: int,
+    found: tuple[NDArray[np.float64], NDArray[np.float64]] | None,
+) -> float:
+    """Return the probability that one image is of another camera than the given one, or sheared, by its own fit.
+
+    One camera makes all images, so those before tell much; not all, as it may zoom. Whether a rolling shutter shears an
+    image, no other tells. A fit of the right camera deviates as well: fits have heavy tails.
+
+    Args:
+        prior: probability of a wrong camera before any image, and of a shear.
+        so_far: probability of a wrong camera by the images before.
+        usual, width, found: as in :meth:`CameraDoubt.of`, of this image.
+    """
+    odds = 0.0
+    if found is None:
+        return odds
+    for before, kinds in ((max(so_far, CHANGED_SINCE * prior), WRONG_CAMERAS), (prior, SHEARED_IMAGES)):
+        likely = CameraDoubt.of(before, usual, width, found, kinds).probability
+        odds += likely / max(1.0 - likely, 1e-9)
+    return odds / (1.0 + odds)
 
 
 @dataclass(frozen=True, eq=False)

@@ -62,6 +62,8 @@ KEPT_IN_VIEW = 0.67
 """Share of the points in view that an alignment with another camera has to keep to be compared."""
 MOST_CAMERA_RISK = 0.005
 """Probability of an error above 10 cm, 5 deg by a wrong camera from which a pose is not TRACKING."""
+LIKELY = 0.5
+"""Probability from which one image is said to be of another camera, if its fit contradicts the given one."""
 
 
 class PoseCheck:
@@ -180,7 +182,7 @@ class PoseCheck:
             return estimate, None, None
         if cameras.begin(frame.source_camera, turn_rad):
             self._correction = None
-        score, blocks, fitted = inspection.camera, inspection.blocks, None
+        score, blocks, fitted, another = inspection.camera, inspection.blocks, None, 0.0
         chi2 = None if score is None else cameras.chi2(score.offsets, score.covariance)
         is_suspicious = blocks is not None and blocks.matching_share < SUSPICIOUS_SHARE
         is_suspicious = is_suspicious or (chi2 is not None and chi2 > SUSPICIOUS_CHI2)
@@ -189,7 +191,7 @@ class PoseCheck:
         if is_due or is_suspicious:
             fitted = fit.result()
         if fitted is not None:
-            chi2 = max(cameras.chi2_of(fitted.fit) or 0.0, chi2 or 0.0)
+            chi2, another = max(cameras.chi2_of(fitted.fit) or 0.0, chi2 or 0.0), cameras.another(fitted.fit)
             if fitted.parts is not None and estimate.covariance is not None:
                 estimate = replace(estimate, covariance=estimate.covariance + fitted.parts.moments)
             if is_due:
@@ -211,10 +213,13 @@ class PoseCheck:
             self.camera_note = ""
         if fitted is not None and chi2 is not None:
             certain = cameras.mapped_verdict(fitted.fit)
-            if certain is None and chi2 > CHI2_6_999:
+            if certain is None and chi2 > CHI2_6_999 and another > LIKELY:
                 certain = cameras.verdict_of(fitted.fit)
-            if certain is not None or chi2 > CHI2_6_95:
+            if certain is not None:
                 return self._contradicted(frame, estimate, fitted, certain), chi2, fitted
+            if chi2 > CHI2_6_95:  # how vague the other camera's pose is does not count
+                apart = pose_tangent_error(T, fitted.T_map_camera)
+                estimate = widened(estimate, apart, np.zeros((6, 6)), likely=another)
         if inspection.sensitivity is not None and estimate.covariance is not None:
             S = inspection.sensitivity
             alone = None if fitted is None else fitted.fit
@@ -278,14 +283,12 @@ class PoseCheck:
         return 1.0 / (1.0 + math.exp(-max(min(odds, 30.0), -30.0)))
 
     def _contradicted(
-        self, frame: Frame, estimate: PoseEstimate, fitted: FittedCamera, certain: CameraVerdict | None
+        self, frame: Frame, estimate: PoseEstimate, fitted: FittedCamera, certain: CameraVerdict
     ) -> PoseEstimate:
-        """Return the estimate of an image that fits the map better with another camera; DEGRADED if that is certain."""
+        """Return the estimate, DEGRADED, of an image that fits the map with another camera only; with both poses."""
         T = estimate.T_map_camera
         assert T is not None
         apart = pose_tangent_error(T, fitted.T_map_camera)
-        if certain is None:  # the given camera is still the likely one: how vague the other's pose is does not count
-            return widened(estimate, apart, np.zeros_like(fitted.covariance))
         both = widened(estimate, apart, fitted.covariance)
         reason = sentence_on_one_image(certain, frame.source_camera, self._camera)
         return replace(both, state=TrackingState.DEGRADED, reason=reason)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from kfloc_ros.geometry.camera import Camera, ImageAdapter
-from kfloc_ros.localization.camera_check import CHI2_6_999, CameraCheck
+from kfloc_ros.localization.camera_check import CHI2_6_95, CHI2_6_999, CameraCheck
 from kfloc_ros.localization.config import LocalizerConfig
 from kfloc_ros.localization.judgement import CameraDoubt, CameraVerdict, sentence
 from kfloc_ros.localization.localizer import Localizer
@@ -307,6 +307,22 @@ def test_a_shear_that_an_image_suggests_is_as_likely_as_it_is_clear() -> None:
     steady = CameraCheck(Camera(640, 480, 500.0, 500.0, 320.0, 240.0), fit_scale=1.0, wrong_prior=0.0)
     certain = steady.shear(None, fit((0.0, 0.0, 0.0, 0.0, 0.0, 0.03)).fit)
     assert certain is not None and not certain.of_pose(moved_m)[0].any()
+
+
+def test_what_images_said_of_the_camera_counts_where_one_image_deviates() -> None:
+    camera, deviating = Camera(640, 480, 500.0, 500.0, 320.0, 240.0), fit((0.022,))
+    check = CameraCheck(camera, fit_scale=1.0)
+    chi2 = check.chi2_of(deviating.fit)
+    assert chi2 is not None and CHI2_6_95 < chi2 < CHI2_6_999
+    first = check.another(deviating.fit)
+    for k in range(8):
+        check.add(fit((0.001 * (-1) ** k,)), np.eye(4))
+    assert 0.1 < first < 0.9 and check.another(deviating.fit) < 0.3 * first
+    assert check.another(fit((0.001,)).fit) < 0.02
+    assert check.another(fit((0.1,)).fit) > 0.9  # a zoom is noticed, whatever was before
+    assert check.another(fit((0.0, 0.0, 0.0, 0.0, 0.0, 0.04)).fit) > 0.9  # a shear is of this image alone
+    assert CameraCheck(camera, wrong_prior=0.0).another(fit((0.1,)).fit) == 0.0
+    assert check.another(replace(deviating.fit, information=np.zeros((6, 6)))) == 0.0
 
 
 def test_fits_of_another_camera_do_not_confirm_this_one() -> None:

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 
 from kfloc_ros.geometry.camera import Camera, ImageAdapter
+from kfloc_ros.geometry.lie import make_pose
 from kfloc_ros.localization.camera_check import CameraCheck
 from kfloc_ros.localization.config import LocalizerConfig
 from kfloc_ros.localization.judgement import EVIDENCE, confidence_of, fit_score
 from kfloc_ros.localization.localizer import Localizer
 from kfloc_ros.maps.scene_map import SceneMap
 from kfloc_ros.pixloc.camera_fit import CameraFit, CameraScore, FittedCamera
-from kfloc_ros.pixloc.image_check import BlockMatch
+from kfloc_ros.pixloc.image_check import BlockMatch, TwoParts
 from kfloc_ros.pixloc.refiner import Inspection
 from kfloc_ros.types import Frame, PoseEstimate, TrackingState
 
@@ -124,6 +125,39 @@ def test_a_pose_that_little_of_the_image_is_for_is_not_tracking(
     checked = localizer._refine.check(room[0], good.features, replace(good.estimate, state=TrackingState.TRACKING))
     assert checked.state is state
     assert ("6 parts of the image match" in checked.reason) == (state is TrackingState.DEGRADED)
+
+
+def test_a_pose_that_another_explanation_of_the_image_moves_is_as_unsure_as_that_is_likely(
+    room_map: Any, room: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fit that deviates is no other camera yet; a part that moved counts by what it does to the pose."""
+    localizer = Localizer(SceneMap.load(room_map), LocalizerConfig(device="cpu"))
+    good, refiner = localizer.process(room[0]), localizer._refine.refiner
+    T, likely = good.estimate.T_map_camera, {"another": 0.1}
+    assert T is not None
+    elsewhere = T @ make_pose(np.eye(3), np.array([0.3, 0.0, 0.0]))
+    loose = fitted(elsewhere, 1e-4 * np.eye(6))
+    cameras = localizer._refine._check._cameras
+    assert cameras is not None
+    monkeypatch.setattr(refiner, "fit_camera", lambda candidate: loose)
+    monkeypatch.setattr(cameras, "count_frame", lambda: True)
+    monkeypatch.setattr(cameras, "add", lambda fit, T_aligned: None)
+    monkeypatch.setattr(cameras, "chi2_of", lambda fit: 30.0)
+    monkeypatch.setattr(cameras, "another", lambda fit: likely["another"])
+
+    def checked() -> tuple[PoseEstimate, float]:
+        estimate = localizer._refine.check(room[0], good.features, good.estimate)
+        assert estimate.covariance is not None
+        return estimate, float(np.sqrt(np.trace(estimate.covariance[:3, :3])))
+
+    unlikely, sigma_m = checked()
+    assert "this image fits" not in unlikely.reason and 0.09 < sigma_m < 0.15
+    likely["another"] = 0.9
+    other, sigma_m = checked()
+    assert other.state is TrackingState.DEGRADED and "this image fits" in other.reason and sigma_m > 0.3
+    moved = TwoParts(1e6, 0.25, (20.0, 0.0), np.array([[0.2, 0, 0, 0, 0, 0], np.zeros(6)]))
+    likely["another"], loose = 0.0, replace(fitted(T, 1e-4 * np.eye(6)), parts=moved)
+    assert 0.17 < checked()[1] < 0.2
 
 
 def test_a_pose_that_moves_far_with_a_free_camera_scores_worse_than_one_that_stays() -> None:
