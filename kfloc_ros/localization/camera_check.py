@@ -259,8 +259,8 @@ class CameraCheck:
     def shear(self, score: CameraScore | None, fit: CameraFit | None) -> CameraDoubt | None:
         """Return what one image says of its being sheared by a rolling shutter; None if it says nothing of its camera.
 
-        Other images tell nothing of it. Below what contradicts the camera, a shear moves poses still. Only what is
-        found counts: how badly images tell a shear is in the poses' calibration, whose images are not sheared.
+        Other images tell nothing of it. Below what contradicts the camera, a shear moves poses still. Only what makes
+        one likelier than before counts: what is left open is in the poses' calibration, whose images have none.
         """
         alone = None if fit is None else _covariance_of(fit.information)
         if fit is not None and alone is not None:
@@ -270,7 +270,8 @@ class CameraCheck:
         else:
             found = score.offsets, self._fit_scale * score.covariance
         doubt = CameraDoubt.of(self._wrong_prior, self._usual, self._camera.width, found, SHEARED_IMAGES)
-        return replace(doubt, moments=doubt.shown * np.outer(SHEARED, SHEARED))
+        counts = np.outer(SHEARED, SHEARED) * float(doubt.probability > self._wrong_prior)
+        return replace(doubt, moments=counts * doubt.shown)
 
     def _probability_mapped(self, offsets: NDArray[np.float64], covariance: NDArray[np.float64]) -> float:
         """Return the probability that the images are of the map's camera; 0 if they come with its calibration."""
