@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -63,11 +62,9 @@ class CameraCheckSettings:
     """Number of fits that are combined."""
     min_fits: int = 3
     max_focal_sigma: float = 0.03
-    """Largest relative standard deviation of the focal length in a fit that is used; it is exceeded if points are few
-    or flat."""
+    """Largest relative standard deviation of the focal length in a fit that is used: few or flat points exceed it."""
     sure_focal_sigma: float = 0.008
-    """Relative standard deviation of the combined focal length up to which every frame is fitted, at most ``window``
-    of them."""
+    """Relative standard deviation of the combined focal length up to which each frame is fitted, ``window`` at most."""
     correlation_factor: float = 2.0
     """Factor on the variance of combined fits in the covariance of poses, since neighbouring frames see the same
     points."""
@@ -107,6 +104,7 @@ class CameraCheck:
         self._sharpest: list[FittedCamera] = []
         """Fits with the smallest variance of the focal length, also of images that hardly tell a camera."""
         self._made = self._frames = 0
+        self._latest: deque[FittedCamera] = deque(maxlen=judgement.LATEST_FITS)
         self._source: Camera | None = None
         self._fitted: FittedCamera | None = None
         self._shift = np.eye(4)
@@ -116,8 +114,7 @@ class CameraCheck:
         self._other: OtherCalibration | None = None
         self.doubt = CameraDoubt.of(wrong_prior, self._tolerance, camera.width)
         """What is left of the possibility that the camera is wrong."""
-        self.is_doubtful = False
-        """True if what is left moved the last pose too far, so that more fits are needed."""
+        self.is_doubtful = False  # True: what is left moved the last pose too far, so that more fits are needed
         self.verdict: CameraVerdict | None = None
         self.mapped_probability: float | None = None
         """Probability that the images are of the map's camera, by what alignments with both cameras cost."""
@@ -160,21 +157,24 @@ class CameraCheck:
         is_due, self._frames = self.is_due, self._frames + 1
         return is_due
 
-    def add(self, fitted: FittedCamera, T_aligned: Matrix) -> None:
+    def add(self, fitted: FittedCamera, T_aligned: Matrix, is_due: bool = True) -> None:
         """Add the fit of a frame.
 
         Args:
             fitted: camera and pose fitted to the frame.
             T_aligned: pose ``T_map_camera`` (4, 4) aligned with the camera as it is.
+            is_due: False: made since the image is suspicious, so no fair sample; but it may tell of a zoom since.
         """
-        self._made += 1
+        self._made += is_due
         variance = _covariance_of(fitted.fit.information)
         if variance is None:
             return
-        by_focal = sorted([*self._sharpest, fitted], key=lambda f: float(np.linalg.inv(f.fit.information)[0, 0]))
-        self._sharpest = by_focal[: self._settings.window]
-        self.doubt = self._doubt(self._sharpest)
-        if math.sqrt(variance[0, 0]) > self._settings.max_focal_sigma:
+        self._latest.append(fitted)
+        if is_due:
+            by_focal = sorted([*self._sharpest, fitted], key=lambda f: float(np.linalg.inv(f.fit.information)[0, 0]))
+            self._sharpest = by_focal[: self._settings.window]
+        self.doubt = self._doubt()
+        if not is_due or math.sqrt(variance[0, 0]) > self._settings.max_focal_sigma:
             return
         self._fits.append(fitted)
         self._fitted, self._shift = fitted, inverse_pose(T_aligned) @ fitted.T_map_camera
@@ -190,23 +190,26 @@ class CameraCheck:
         covariance = _covariance_of(fit.information)
         return None if covariance is None else self.chi2(fit.offsets, covariance)
 
+    def _alone(self, fit: CameraFit | None) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
+        """Return the offsets (6,) of one image and their covariance (6, 6); None if it does not determine them."""
+        covariance = None if fit is None else _covariance_of(fit.information)
+        return None if fit is None or covariance is None else (fit.offsets, self._fit_scale * covariance)
+
     def another(self, fit: CameraFit) -> float:
         """Return the probability, by its own fit, that one image is of another camera, or sheared in a turn unknown."""
-        covariance, priors = _covariance_of(fit.information), (self._wrong_prior, self.doubt.probability)
-        found = None if covariance is None else (fit.offsets, self._fit_scale * covariance)
-        return judgement.probability_of_another(*priors, self._usual, self._camera.width, found)
+        priors = self._wrong_prior, self.doubt.probability
+        return judgement.probability_of_another(*priors, self._usual, self._camera.width, self._alone(fit))
 
     def verdict_of(self, fit: CameraFit) -> CameraVerdict:
         """Return the verdict on the fit to one image: the offset that contradicts the camera most."""
-        covariance = _covariance_of(fit.information)
-        covariance = np.zeros_like(self._tolerance) if covariance is None else self._fit_scale * covariance
+        _, covariance = self._alone(fit) or (None, np.zeros_like(self._tolerance))
         ratio = np.abs(fit.offsets) / np.sqrt(np.diag(covariance + self._tolerance))
         return CameraVerdict(fit.offsets, covariance, int(np.argmax(ratio)))
 
     def mapped_verdict(self, fit: CameraFit) -> CameraVerdict | None:
         """Return the verdict that one image is of the map's camera, not of the given one; None if it is not certain."""
-        covariance = _covariance_of(fit.information)
-        return None if covariance is None else self._mapped(fit.offsets, self._fit_scale * covariance)
+        found = self._alone(fit)
+        return None if found is None else self._mapped(*found)
 
     def moments(
         self, score: CameraScore | None, given: Camera | None = None, fit: CameraFit | None = None
@@ -214,12 +217,11 @@ class CameraCheck:
         """Return the second moments (6, 6) of the camera's offsets about the camera that is used.
 
         A Gaussian prior, the usual accuracy of calibrations, is combined with the fits so far, or with this image's
-        score until there are enough. The focal length's part always counts. Offsets count as far as they are
-        significant (a positive-part shrinkage, as of James and Stein, with the 99 % quantile of the chi-square
-        distribution): a camera that the images do not contradict must not make every covariance too large.
+        score until there are enough. The focal length's part always counts, offsets as far as they are significant
+        (by James and Stein's positive-part shrinkage, with the 99 % quantile of chi-square): a camera that the images
+        do not contradict must not make every covariance too large.
 
-        If the images come with the calibration that the map was made with, or nearly, its error is in the map as well,
-        and moves poses little; the prior is then narrower.
+        The error of a calibration that the map was made with, or nearly, moves poses little: its prior is narrower.
 
         Args:
             score: score of this image.
@@ -246,11 +248,11 @@ class CameraCheck:
         focal = np.diag([left[0, 0], 0.0, 0.0, 0.0, 0.0, 0.0])
         second = share * (np.outer(mean, mean) + careful) + (1.0 - share) * focal
         if self._other is not None:
-            mapped, alone = self._other.offsets, None if fit is None else _covariance_of(fit.information)
+            mapped, alone = self._other.offsets, self._alone(fit)
             if self.verdict is not None:
                 offsets, covariance = self.verdict.offsets, self.verdict.covariance
-            elif fit is not None and alone is not None:
-                offsets, covariance = fit.offsets, self._fit_scale * alone
+            elif alone is not None:
+                offsets, covariance = alone
             share = self._probability_mapped(offsets, PARTLY_FOUND * covariance)
             share = max(share, self.mapped_probability or 0.0)
             second = second + share * np.outer(mapped, mapped)
@@ -262,13 +264,9 @@ class CameraCheck:
         Other images tell nothing of it. Below what contradicts the camera, a shear moves poses still. Only what makes
         one likelier than before counts: what is left open is in the poses' calibration, whose images have none.
         """
-        alone = None if fit is None else _covariance_of(fit.information)
-        if fit is not None and alone is not None:
-            found = fit.offsets, self._fit_scale * alone
-        elif score is None:
+        by_score = None if score is None else (score.offsets, self._fit_scale * score.covariance)
+        if (found := self._alone(fit) or by_score) is None:
             return None
-        else:
-            found = score.offsets, self._fit_scale * score.covariance
         doubt = CameraDoubt.of(self._wrong_prior, self._usual, self._camera.width, found, SHEARED_IMAGES)
         counts = np.outer(SHEARED, SHEARED) * float(doubt.probability > self._wrong_prior)
         return replace(doubt, moments=counts * doubt.shown)
@@ -304,17 +302,20 @@ class CameraCheck:
 
     def reset(self) -> None:
         """Drop all fits, such as after a correction of the camera."""
-        self._fits.clear()
-        self._sharpest.clear()
-        self.doubt = self._doubt(())
+        for fits in (self._fits, self._sharpest, self._latest):
+            fits.clear()
+        self.doubt = self._doubt()
         self.verdict = self._combined = self._other = self.mapped_probability = None
 
-    def _doubt(self, fits: Sequence[FittedCamera]) -> CameraDoubt:
-        """Return what fits leave of the possibility that the camera is wrong."""
-        poses = np.array([f.T_map_camera for f in fits]).reshape(-1, 4, 4)
-        found = combine([f.fit for f in fits], poses, self._fit_scale) if fits else None
-        partly = None if found is None else (found[0], PARTLY_FOUND * found[1])
-        return CameraDoubt.of(self._wrong_prior, self._tolerance, self._camera.width, partly)
+    def _doubt(self) -> CameraDoubt:
+        """Return what fits leave of the possibility that the camera is wrong, or the last ones of a zoom since."""
+        doubts = []
+        for fits, prior in ((self._sharpest, 1.0), (self._latest, judgement.CHANGED_SINCE)):
+            poses = np.array([f.T_map_camera for f in fits]).reshape(-1, 4, 4)
+            found = combine([f.fit for f in fits], poses, self._fit_scale) if fits else None
+            partly = None if found is None else (found[0], PARTLY_FOUND * found[1])
+            doubts.append(CameraDoubt.of(prior * self._wrong_prior, self._tolerance, self._camera.width, partly))
+        return max(doubts, key=lambda doubt: doubt.probability)
 
     def _judged(self) -> CameraVerdict | None:
         s = self._settings

@@ -201,6 +201,8 @@ SHEARED_IMAGES = np.array([[0.0, 0.0, 0.0, 0.0, 0.0, 0.03], [0.0, 0.03, 0.0, 0.0
 turn by a radian per second during 30 ms."""
 CHANGED_SINCE = 0.1
 """Probability of a zoom or a new focus since the images before, relative to that of a wrong camera before any image."""
+LATEST_FITS = 6
+"""Number of the last fits that may be of a camera that has zoomed since."""
 PARTLY_FOUND = 4.0
 """Factor on the covariance of fits where they are to exclude a wrong camera: fits begin at the given camera, and those
 that find only a part of its mistake are too near to it."""

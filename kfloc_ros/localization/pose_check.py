@@ -194,8 +194,7 @@ class PoseCheck:
             chi2, another = max(cameras.chi2_of(fitted.fit) or 0.0, chi2 or 0.0), cameras.another(fitted.fit)
             if fitted.parts is not None and estimate.covariance is not None:
                 estimate = replace(estimate, covariance=estimate.covariance + fitted.parts.moments)
-            if is_due:
-                cameras.add(fitted, T)
+            cameras.add(fitted, T, is_due)
             if cameras.mapped_offsets is not None and inspection.blocks is not None:
                 depth_m = inspection.blocks.depth_m
                 found = self._mapped_probability(features, T, cameras.mapped_offsets, depth_m)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from kfloc_ros.geometry.camera import Camera, ImageAdapter
+from kfloc_ros.geometry.lie import make_pose
 from kfloc_ros.localization.camera_check import CHI2_6_95, CHI2_6_999, CameraCheck
 from kfloc_ros.localization.config import LocalizerConfig
 from kfloc_ros.localization.judgement import CameraDoubt, CameraVerdict, sentence
@@ -324,6 +325,27 @@ def test_what_images_said_of_the_camera_counts_where_one_image_deviates() -> Non
     assert check.another(fit((0.0, 0.0, 0.0, 0.0, 0.0, 0.04)).fit) > 0.9  # a shear is of this image alone
     assert CameraCheck(camera, wrong_prior=0.0).another(fit((0.1,)).fit) == 0.0
     assert check.another(replace(deviating.fit, information=np.zeros((6, 6)))) == 0.0
+
+
+def test_a_zoom_after_many_images_of_the_right_camera_is_doubted_soon() -> None:
+    """Fits by views apart: those of the right camera before must not outvote what the last ones show."""
+    check = CameraCheck(Camera(640, 480, 500.0, 500.0, 320.0, 240.0))
+
+    def add(focal: float, k: int, is_due: bool = True) -> None:
+        at = make_pose(np.eye(3), np.array([0.5 * k, 0.0, 0.0]))
+        check.add(replace(fit((focal,)), T_map_camera=at), at, is_due)
+
+    for k in range(40):
+        add(0.002 * (-1) ** k, k)
+    verdict, before = check.verdict, check.doubt.probability
+    assert before < 0.002
+    for k in range(40, 44):
+        add(0.1, k, is_due=False)  # images that look suspicious are fitted at once
+    assert check.doubt.probability > 0.5 and check.doubt.focal_sigma == pytest.approx(0.1, rel=0.1)
+    assert check.verdict is verdict  # but are no fair sample of the camera
+    for k in range(44, 52):
+        add(0.002 * (-1) ** k, k)
+    assert check.doubt.probability < 0.01
 
 
 def test_fits_of_another_camera_do_not_confirm_this_one() -> None:

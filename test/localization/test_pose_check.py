@@ -141,7 +141,7 @@ def test_a_pose_that_another_explanation_of_the_image_moves_is_as_unsure_as_that
     assert cameras is not None
     monkeypatch.setattr(refiner, "fit_camera", lambda candidate: loose)
     monkeypatch.setattr(cameras, "count_frame", lambda: True)
-    monkeypatch.setattr(cameras, "add", lambda fit, T_aligned: None)
+    monkeypatch.setattr(cameras, "add", lambda *fit: None)
     monkeypatch.setattr(cameras, "chi2_of", lambda fit: 30.0)
     monkeypatch.setattr(cameras, "another", lambda fit: likely["another"])
 
