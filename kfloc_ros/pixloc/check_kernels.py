@@ -193,9 +193,12 @@ def votes_of_blocks(around: torch.Tensor, here: NDArray[np.float32], known: NDAr
 
 @dataclass(frozen=True, eq=False)
 class DisplacedPart:
+    """Connected blocks that agree on one displacement."""
+
     part: NDArray[np.bool_]
-    """(blocks,)"""
+    """(blocks,) true for its blocks."""
     shift_px: tuple[float, float]
+    """Right and down."""
 
 
 def displaced_part(around: torch.Tensor, here: NDArray[np.float32], known: NDArray[np.bool_]) -> DisplacedPart | None:
