@@ -208,7 +208,7 @@ class CoarseStage:
 
         A frame of noise has no pose, and what follows a pose would be compiled when the first image arrives.
         """
-        times = StageTimes()
+        times, self._without_pose = StageTimes(), None  # as noise may have come before
         with HELPERS.lending():
             features = self.extract(frame, times)
         for stamp_ns in (frame.stamp_ns, frame.stamp_ns + 1):

@@ -79,19 +79,18 @@ MATCHING_GAP, MIN_SIMILARITY = 0.03, 0.6
 as the second, which unrelated features reach somewhere in their surroundings."""
 
 
-def _rectangles() -> NDArray[np.float64]:
-    """Return the rectangles (R, blocks) of as many blocks as a part may have, 1 inside."""
-    found = []
-    for top, left in np.ndindex(ROWS, COLUMNS):
-        for bottom, right in np.ndindex(ROWS - top, COLUMNS - left):
-            inside = np.zeros((ROWS, COLUMNS))
-            inside[top : top + bottom + 1, left : left + right + 1] = 1.0
-            if PART_BLOCKS[0] <= inside.sum() <= PART_BLOCKS[1]:
-                found.append(inside.reshape(-1))
-    return np.stack(found)
+RECTANGLES = np.array([r for r in np.ndindex(ROWS, COLUMNS, ROWS + 1, COLUMNS + 1) if r[0] < r[2] and r[1] < r[3]])
+_AREAS = (RECTANGLES[:, 2:] - RECTANGLES[:, :2]).prod(axis=1)
+RECTANGLES = RECTANGLES[(PART_BLOCKS[0] <= _AREAS) & (PART_BLOCKS[1] >= _AREAS)]
+"""Top, left, bottom and right (R, 4) of the rectangles of as many blocks as a part may have."""
 
 
-RECTANGLES = _rectangles()
+def _sums(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return sums (R, K) over rectangles of values (blocks, K), without a product that wakes BLAS' spinning threads."""
+    total = np.zeros((ROWS + 1, COLUMNS + 1, values.shape[1]))
+    total[1:, 1:] = values.reshape(ROWS, COLUMNS, -1).cumsum(axis=0).cumsum(axis=1)
+    top, left, bottom, right = RECTANGLES.T
+    return np.asarray(total[bottom, right] - total[top, right] - total[bottom, left] + total[top, left])
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,18 +206,16 @@ def two_parts(matches: PointMatches, points: torch.Tensor, T_camera_local: Matri
     """
     at, J, in_view = projection_derivatives(points.double().cpu().numpy(), T_camera_local, Intrinsics.of(camera, 1.0))
     cell = np.floor(at * (COLUMNS / camera.width, ROWS / camera.height))
-    used = (
-        in_view & (matches.weights.cpu().numpy() > 0) & (cell >= 0).all(axis=1) & (cell < (COLUMNS, ROWS)).all(axis=1)
-    )
+    inside = ((cell >= 0) & (cell < (COLUMNS, ROWS))).all(axis=1)
+    used = in_view & inside & (matches.weights.cpu().numpy() > 0)
     block = (cell[used] @ (1, COLUMNS)).astype(np.int64)
     shift = (matches.pixels.cpu().numpy() - at)[used].astype(np.float32)
     count, median = block_medians(shift, block)
     _, spread = block_medians(np.abs(shift - median[block]).astype(np.float32), block)
     known = count >= BLOCK_POINTS
-    parts = RECTANGLES[:, known]
-    size = parts.sum(axis=1)
-    parts = parts[(size >= PART_BLOCKS[0]) & (size <= known.sum() - PART_BLOCKS[0])]
-    if not len(parts):
+    size = _sums(known[:, None].astype(np.float64))[:, 0]
+    is_part = (size >= PART_BLOCKS[0]) & (size <= known.sum() - PART_BLOCKS[0])
+    if not is_part.any():
         return None
     mean_J = np.zeros((ROWS * COLUMNS, 2, POSE))
     np.add.at(mean_J, block, J[used, :, :POSE])
@@ -231,19 +228,21 @@ def two_parts(matches: PointMatches, points: torch.Tensor, T_camera_local: Matri
     covariance = np.linalg.inv(H + np.diag(1e-6 * np.diag(H) + 1e-9))
     left = y - A @ (covariance @ (A.T @ y))
     # of a part's displacement right (0) and down (1): information, without what a change of the pose explains
-    by_axis = [parts @ (root[k::2, None] * A[k::2]) for k in range(2)]
-    full = parts @ (root[::2] ** 2)
-    a, b, c = (
-        float(i == j) * full - ((by_axis[i] @ covariance) * by_axis[j]).sum(1) for i, j in ((0, 0), (0, 1), (1, 1))
-    )
-    right, down = (parts @ (root[k::2] * left[k::2]) for k in range(2))
+    of_blocks = np.zeros((ROWS * COLUMNS, 2, POSE + 2))
+    of_blocks[known] = (root[:, None] * np.column_stack([A, left, root])).reshape(-1, 2, POSE + 2)
+    sums = _sums(of_blocks.reshape(ROWS * COLUMNS, -1)).reshape(-1, 2, POSE + 2)
+    by_axis, right, down, full = sums[:, :, :POSE], sums[:, 0, POSE], sums[:, 1, POSE], sums[:, 0, POSE + 1]
+    free = full[:, None, None] * np.eye(2) - by_axis @ covariance @ by_axis.transpose(0, 2, 1)
+    a, b, c = free[:, 0, 0], free[:, 0, 1], free[:, 1, 1]
     determinant = a * c - b * b
-    is_fixed = (np.minimum(a, c) > LEAST_FIXED * full) & (determinant > 1e-3 * a * c)
+    is_fixed = is_part & (np.minimum(a, c) > LEAST_FIXED * full) & (determinant > 1e-3 * a * c)
     determinant = np.where(is_fixed, determinant, 1.0)
     shifts = np.stack([c * right - b * down, a * down - b * right], axis=1) / determinant[:, None]
     gains = np.where(is_fixed, right * shifts[:, 0] + down * shifts[:, 1], 0.0)
     best = int(np.argmax(gains))
-    part, remaining = parts[best] > 0, (left @ left - gains[best]) / max(len(y) - POSE - 2, 1)
+    cells = np.stack(np.divmod(np.flatnonzero(known), COLUMNS), axis=1)  # row and column
+    part = np.all((cells >= RECTANGLES[best, :2]) & (cells < RECTANGLES[best, 2:]), axis=1)
+    remaining = (left @ left - gains[best]) / max(len(y) - POSE - 2, 1)
     changes = np.stack([_pose_without(of, A, y, root) for of in (part, ~part)])
     errors = -(changes.reshape(2, 2, 3) @ T_camera_local[:3, :3]).reshape(2, POSE)  # as in map_frame_covariance
     moved_px = float(shifts[best, 0]), float(shifts[best, 1])

@@ -18,6 +18,7 @@ from kfloc_ros.evaluation.offline import localize_source
 from kfloc_ros.frames import Selection
 from kfloc_ros.geometry.lie import make_pose, rotation_angle_deg, so3_exp
 from kfloc_ros.jobs import HELPERS
+from kfloc_ros.localization import coarse
 from kfloc_ros.localization.config import LocalizerConfig
 from kfloc_ros.localization.localizer import Localizer
 from kfloc_ros.localization.results import CellPart
@@ -257,3 +258,10 @@ def test_the_first_fit_of_a_camera_finds_its_loop_compiled(
     T, refiner = found.estimate.T_map_camera, localizer.refiner
     assert refiner.fit_camera(refiner.prepared(found.features, T)) is not None
     assert in_warm_up and all(types == in_warm_up[0] for types in given)
+
+
+def test_the_warm_up_solves_poses_after_an_image_without_one(room_map: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    poses, solve = [], coarse.solve_pnp
+    monkeypatch.setattr(coarse, "solve_pnp", lambda *args: poses.append(solve(*args)) or poses[-1])
+    Localizer(SceneMap.load(room_map), LocalizerConfig(device="cpu")).warm_up()
+    assert [pose.success for pose in poses] == [False, True, True]  # of noise, and of two images of a wall
