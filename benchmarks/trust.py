@@ -3,8 +3,9 @@
 
 Every treatment (wrong calibration, moved parts, blur, prints, other places; see studies/treatments.py) is applied to
 frames of every scene, as single frames (the localizer is reset before each; what it knows of the camera stays) and as
-streams. A frame is falsely claimed (``false_ok``) if its state is TRACKING without any sentence, and its pose is wrong:
-an error above 10 cm or 5 deg, a normalised squared error (NEES) above 50, or any pose where none is right.
+streams, which begin treated, or after good frames (``--after``), which are not counted. A frame is falsely claimed
+(``false_ok``) if its state is TRACKING without any sentence, and its pose is wrong: an error above 10 cm or 5 deg, a
+normalised squared error (NEES) above 50, or any pose where none is right.
 
 A scene is a map and a source with truth, followed by options of the source:
 
@@ -17,8 +18,8 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ import numpy as np
 from kfloc_ros.cli.tables import format_table
 from kfloc_ros.datasets import open_source
 from kfloc_ros.errors import KflocError, SourceError
-from kfloc_ros.evaluation.metrics import auroc, pose_error
+from kfloc_ros.evaluation.metrics import pose_error
 from kfloc_ros.features.backbone import Backbone
 from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import ImageAdapter
@@ -35,58 +36,11 @@ from kfloc_ros.localization.config import LocalizerConfig
 from kfloc_ros.localization.localizer import Localizer
 from kfloc_ros.maps.format import resolve_map
 from kfloc_ros.maps.scene_map import SceneMap
-from kfloc_ros.types import Frame, Matrix, PoseEstimate, TrackingState
+from kfloc_ros.types import Frame, Matrix
+from studies.outcomes import Outcome, load, save, summarize, table
 from studies.treatments import TREATMENTS, Image, Treatment
 
-MAX_M, MAX_DEG, MAX_NEES = 0.10, 5.0, 50.0
-"""Errors above which a pose is wrong."""
 PERIOD_NS = 100_000_000
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Result of one frame."""
-
-    scene: str
-    treatment: str
-    group: str
-    mode: str
-    """``single`` or ``stream``."""
-    frame: int
-    state: str
-    said: str
-    """Reason of the state, or the sentence on the camera."""
-    has_pose: bool
-    """False if no pose is right."""
-    error_m: float | None
-    error_deg: float | None
-    nees: float | None
-    sigma_m: float | None
-    inside_sigma: float | None
-    """Share of the six axes with an error inside one sigma."""
-    total_ms: float
-    confidence: float | None
-    evidence: Mapping[str, float]
-
-    @property
-    def is_wrong(self) -> bool:
-        """True if there is a pose, and it is wrong."""
-        if self.error_m is None or self.error_deg is None:
-            return False
-        far = self.error_m > MAX_M or self.error_deg > MAX_DEG or (self.nees is not None and self.nees > MAX_NEES)
-        return far or not self.has_pose
-
-    @property
-    def is_right(self) -> bool:
-        """True if there is a pose within 10 cm and 5 deg of the truth."""
-        if self.error_m is None or self.error_deg is None:
-            return False
-        return self.has_pose and self.error_m < MAX_M and self.error_deg < MAX_DEG
-
-    @property
-    def false_ok(self) -> bool:
-        """True if a wrong pose is claimed without a word."""
-        return self.state == TrackingState.TRACKING.value and not self.said and self.is_wrong
 
 
 @dataclass(frozen=True)
@@ -122,7 +76,8 @@ def main() -> int:
     )
     parser.add_argument("--frames", type=int, default=12, help="single frames of each treatment (default: 12)")
     parser.add_argument("--streams", type=int, default=1, help="streams of each treatment (default: 1)")
-    parser.add_argument("--length", type=int, default=10, help="frames of each stream (default: 10)")
+    parser.add_argument("--length", type=int, default=10, help="treated frames of each stream (default: 10)")
+    parser.add_argument("--after", type=int, default=0, help="good frames of a stream before these (default: 0)")
     parser.add_argument("--clean-factor", type=int, default=3, help="times as many frames that are clean (default: 3)")
     parser.add_argument("--first", action="store_true", help="run the first scene only; others lend it foreign images")
     parser.add_argument("--only", help="treatments whose name or group contains this text")
@@ -144,120 +99,82 @@ def main() -> int:
                     continue
                 outcomes += run(scene, other, treatment, args)
                 if args.json is not None:
-                    text = json.dumps({**summarize(outcomes), "outcomes": [asdict(o) for o in outcomes]})
-                    (part := args.json.with_suffix(".part")).write_text(text)
-                    part.replace(args.json)
+                    save(args.json, outcomes)
                 print(f"\r{scene.name}: {treatment.name:40s} {time.time() - start:.0f} s", end="", file=sys.stderr)
     except KflocError as error:
         print(error, file=sys.stderr)
         return 2
     print(file=sys.stderr)
-    rows, header = _table(outcomes, list(dict.fromkeys(o.scene for o in outcomes)))
+    rows, header = table(outcomes, list(dict.fromkeys(o.scene for o in outcomes)))
     print(format_table(rows, header=header))
     print(json.dumps(summarize(outcomes), indent=1))
     return 0
-
-
-def load(path: Path) -> list[Outcome]:
-    """Return the outcomes in a JSON file of this benchmark."""
-    try:
-        return [Outcome(**outcome) for outcome in json.loads(path.read_text())["outcomes"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SourceError(f"{path} is not a result of this benchmark ({error}); give another --json FILE.") from error
 
 
 def run(scene: Scene, other: Sequence[Image], treatment: Treatment, args: argparse.Namespace) -> list[Outcome]:
     """Return the outcomes of one treatment in one scene; ``args`` are those of the command."""
     factor = args.clean_factor if treatment.group == "clean" else 1
     outcomes: list[Outcome] = []
-    for mode, plans in (
-        ("single", [] if treatment.frozen else [_spread(len(scene.source), args.frames * factor)]),
-        ("stream", _streams(scene.source, args.streams * factor, args.length)),
-    ):
-        for plan in plans:
-            outcomes += _localize(scene, other, treatment, mode, plan)
+    if args.frames and not treatment.frozen:
+        single = _spread(len(scene.source), args.frames * factor)
+        outcomes += localize(scene, other, treatment, "single", single)
+    for plan in stream_positions(scene.source.indices(), args.streams * factor, args.length, args.after):
+        outcomes += localize(scene, other, treatment, "stream", plan, args.after)
     return outcomes
 
 
-def summarize(outcomes: Sequence[Outcome]) -> dict[str, object]:
-    """Return the figures over all scenes and treatments."""
-    treated = [o for o in outcomes if o.group != "clean"]
-    clean = [o for o in outcomes if o.group == "clean"]
-    medians = {s: _median(o.nees for o in clean if o.scene == s) for s in dict.fromkeys(o.scene for o in outcomes)}
-    known = [m for m in medians.values() if m is not None]
-    inside = [o.inside_sigma for o in clean if o.inside_sigma is not None]
-    return {
-        "frames": len(outcomes),
-        "treated_frames": len(treated),
-        "false_ok_share": _share(o.false_ok for o in treated),
-        "clean_tracking_share": _share(o.state == TrackingState.TRACKING.value for o in clean),
-        "worst_median_nees": max(known, key=lambda m: abs(np.log(m / 5.35))) if known else None,
-        "median_nees": medians,
-        "clean_inside_one_sigma": float(np.mean(inside)) if inside else None,
-        "median_ms": _median(o.total_ms for o in clean),
-        **_areas([o for o in outcomes if o.error_m is not None]),
-    }
-
-
-def _areas(posed: Sequence[Outcome]) -> dict[str, float | None]:
-    """Return how well confidence and standard deviation tell right poses from wrong ones."""
-    right = np.array([o.is_right for o in posed], dtype=bool)
-    confidence = np.array([o.confidence if o.confidence is not None else 0.0 for o in posed])
-    sigma = np.array([o.sigma_m if o.sigma_m is not None else np.inf for o in posed])
-    return {"confidence_auroc": auroc(confidence, right), "sigma_auroc": auroc(-sigma, right)}
-
-
-def _localize(
-    scene: Scene, other: Sequence[Image], treatment: Treatment, mode: str, positions: Sequence[int]
+def localize(
+    scene: Scene, other: Sequence[Image], treatment: Treatment, mode: str, positions: Sequence[int], after: int = 0
 ) -> Iterator[Outcome]:
+    """Localize frames, of which the first ``after`` are good; yield the outcome of each treated one."""
     localizer_config = LocalizerConfig(device="cpu")
     localizer = Localizer(scene.scene_map, localizer_config, _backbone())
-    told = treatment.camera(scene.source.camera)
-    adapter = ImageAdapter(told, localizer.camera)
+    good, told = scene.source.camera, treatment.camera(scene.source.camera)
+    adapters = ImageAdapter(good, localizer.camera), ImageAdapter(told, localizer.camera)
     first: Image | None = None
-    first_ns = 10**9
+    stamp_ns = first_ns = 10**9
     for number, position in enumerate(positions):
         frame = scene.frame(position)
+        if number < after:
+            localizer.process(Frame(adapters[0](frame.image), localizer.camera, stamp_ns, position, source_camera=good))
+            stamp_ns = first_ns = stamp_ns + PERIOD_NS
+            continue
         image = treatment.paint(frame.image, other[position % len(other)], np.random.default_rng(position))
         if treatment.frozen:
             first = image if first is None else first
             image = first
-        stamp_ns = first_ns + number * (4 if treatment.frozen else 1) * PERIOD_NS
         if mode == "single":
             localizer.reset("each frame for itself")
-            stamp_ns = 10**9 * (10 * number + 1)
-        seen = Frame(adapter(image), localizer.camera, stamp_ns, position, source_camera=told)
+        seen = Frame(adapters[1](image), localizer.camera, stamp_ns, position, source_camera=told)
         estimate = localizer.process(seen).estimate
         repeated_s = 1e-9 * (stamp_ns - first_ns)
+        stamp_ns += 10**10 if mode == "single" else PERIOD_NS * (4 if treatment.frozen else 1)
         if treatment.frozen and repeated_s <= localizer_config.max_repeat_s:
             continue  # within the time that a repeated image is allowed
-        if frame.T_map_camera is not None:
-            yield _outcome(scene, treatment, mode, frame, estimate, localizer.camera_note)
-
-
-def _outcome(scene: Scene, treatment: Treatment, mode: str, frame: Frame, estimate: PoseEstimate, note: str) -> Outcome:
-    T, truth = estimate.T_map_camera, frame.T_map_camera
-    assert truth is not None
-    error = pose_error(T, truth)
-    nees, sigma, inside = _nees(T, estimate.covariance, truth, scene.truth_sigma)
-    return Outcome(
-        scene.name,
-        treatment.name,
-        treatment.group,
-        mode,
-        frame.index,
-        estimate.state.value,
-        estimate.reason or note,
-        treatment.has_pose,
-        None if T is None else error.translation_m,
-        None if T is None else error.rotation_deg,
-        nees,
-        sigma,
-        inside,
-        estimate.timings_ms.get("total", 0.0),
-        estimate.confidence,
-        dict(estimate.evidence),
-    )
+        if frame.T_map_camera is None:
+            continue
+        T = estimate.T_map_camera
+        error = pose_error(T, frame.T_map_camera)
+        nees, sigma, inside = _nees(T, estimate.covariance, frame.T_map_camera, scene.truth_sigma)
+        yield Outcome(
+            scene.name,
+            treatment.name,
+            treatment.group,
+            mode,
+            frame.index,
+            estimate.state.value,
+            estimate.reason or localizer.camera_note,
+            treatment.has_pose,
+            None if T is None else error.translation_m,
+            None if T is None else error.rotation_deg,
+            nees,
+            sigma,
+            inside,
+            estimate.timings_ms.get("total", 0.0),
+            estimate.confidence,
+            dict(estimate.evidence),
+            number - after,
+        )
 
 
 def _nees(
@@ -311,39 +228,24 @@ def _spread(length: int, count: int) -> list[int]:
     return [int(p) for p in np.linspace(0, length - 1, min(count, length) + 2)[1:-1]]
 
 
-def _streams(source: FrameSource, count: int, length: int) -> list[list[int]]:
-    """Return runs of frames that follow each other, every third one if there are enough."""
-    step = 3 if len(source) >= 3 * length * max(count, 1) else 1
-    starts = _spread(len(source) - step * length, count) if count else []
-    return [[start + step * k for k in range(length)] for start in starts]
+def stream_positions(indices: Sequence[int], count: int, length: int, after: int = 0) -> list[list[int]]:
+    """Return runs of frames that follow each other: ``after`` good ones, and ``length`` to be treated.
 
+    Runs that begin treated have every third frame if there are enough. Others have all, without gaps in the recording.
 
-def _table(outcomes: Sequence[Outcome], scenes: Sequence[str]) -> tuple[list[list[str]], list[str]]:
-    header = ["treatment", "frames", "TRACKING, silent %", "false ok %"]
-    header += [f"{scene}: false ok % / err cm / NEES" for scene in scenes]
-    rows = []
-    for treatment in dict.fromkeys(o.treatment for o in outcomes):
-        mine = [o for o in outcomes if o.treatment == treatment]
-        silent = _share(o.state == TrackingState.TRACKING.value and not o.said for o in mine)
-        row = [treatment, str(len(mine)), f"{100 * silent:.0f}", f"{100 * _share(o.false_ok for o in mine):.0f}"]
-        for scene in scenes:
-            here = [o for o in mine if o.scene == scene]
-            error, nees = _median(o.error_m for o in here), _median(o.nees for o in here)
-            figures = [f"{100 * _share(o.false_ok for o in here):.0f}"]
-            figures += ["-" if error is None else f"{100 * error:.1f}", "-" if nees is None else f"{nees:.1f}"]
-            row.append(" / ".join(figures))
-        rows.append(row)
-    return rows, header
-
-
-def _share(values: Iterable[bool]) -> float:
-    chosen = list(values)
-    return sum(chosen) / len(chosen) if chosen else 0.0
-
-
-def _median(values: Iterable[float | None]) -> float | None:
-    known = [v for v in values if v is not None]
-    return float(np.median(known)) if known else None
+    Args:
+        indices: ``Frame.index`` of each frame of the source.
+        count: number of runs.
+        length: treated frames of each run.
+        after: frames before these.
+    """
+    whole = after + length
+    step = 3 if not after and len(indices) >= 3 * length * max(count, 1) else 1
+    starts = np.arange(max(len(indices) - step * whole, 0))
+    if after and len(starts):
+        ends = np.asarray(indices)[starts + whole - 1]
+        starts = starts[ends - np.asarray(indices)[starts] == whole - 1]
+    return [[int(starts[k]) + step * n for n in range(whole)] for k in (_spread(len(starts), count) if count else [])]
 
 
 if __name__ == "__main__":
