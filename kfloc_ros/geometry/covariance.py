@@ -13,6 +13,8 @@ from kfloc_ros.geometry.lie import Matrix, make_pose, skew, so3_exp, so3_log
 
 CHI2_6_MEDIAN = 5.348
 """Median of the chi-square distribution with 6 degrees of freedom."""
+CHI2_6_999 = 22.458
+"""99.9 % quantile of the same."""
 MAX_STD_M = 10.0
 MAX_STD_RAD = np.pi
 

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kfloc_ros.geometry.camera import Camera
-from kfloc_ros.geometry.covariance import pose_tangent_error
+from kfloc_ros.geometry.covariance import CHI2_6_999, pose_tangent_error
 from kfloc_ros.geometry.lie import Matrix, inverse_pose
 from kfloc_ros.localization import judgement
 from kfloc_ros.localization.judgement import PARTLY_FOUND, SHEARED_IMAGES, CameraDoubt, CameraVerdict, widened
@@ -34,8 +34,8 @@ from kfloc_ros.pixloc.camera_fit import (
 from kfloc_ros.pixloc.cost import OFFSETS
 from kfloc_ros.types import PoseEstimate
 
-CHI2_6_95, CHI2_6_99, CHI2_6_999 = 12.592, 16.812, 22.458
-"""Quantiles of the chi-square distribution with 6 degrees of freedom."""
+CHI2_6_95, CHI2_6_99 = 12.592, 16.812
+"""95 and 99 % quantiles of the chi-square distribution with 6 degrees of freedom."""
 SAME_CAMERA = np.array([0.0, 0.1, 0.1, 0.1, 0.1, 0.1])
 """Share of a calibration's usual error, by offset, that remains between images of one calibration: none of the focal
 length's, since depth does not depend on it. Two that differ by less than their usual error are of one camera: others

@@ -12,14 +12,14 @@ from numpy.typing import NDArray
 
 from kfloc_ros.features.backbone import BackboneFeatures
 from kfloc_ros.geometry.camera import Camera
-from kfloc_ros.geometry.covariance import UncertainPose, pose_tangent_error, probability_within
+from kfloc_ros.geometry.covariance import CHI2_6_999, UncertainPose, pose_tangent_error, probability_within
 from kfloc_ros.geometry.lie import Matrix, inverse_pose, jumped
 from kfloc_ros.kfnet.pnp import absolute_pose, agreeing_share
 from kfloc_ros.localization.bridging import Bridge, BridgedPose
 from kfloc_ros.localization.config import LocalizerConfig, pnp_settings
 from kfloc_ros.localization.judgement import GOOD_DEG, GOOD_M, LEAST_CONFIDENCE
 from kfloc_ros.localization.results import CoarseResult
-from kfloc_ros.localization.tracking import CHI2_6_999, agrees
+from kfloc_ros.localization.tracking import agrees
 from kfloc_ros.pixloc.refiner import Refiner, failed_alignment, query_levels
 from kfloc_ros.pixloc.session_points import SessionPoints
 from kfloc_ros.relocalization.matching import cell_centres, mutual_nearest

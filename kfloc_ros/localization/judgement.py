@@ -11,9 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kfloc_ros.geometry.camera import Camera
-from kfloc_ros.geometry.covariance import pose_tangent_error, probability_within
+from kfloc_ros.geometry.covariance import CHI2_6_999, UncertainPose, pose_tangent_error, probability_within
 from kfloc_ros.geometry.lie import inverse_pose, rotation_angle_deg
-from kfloc_ros.localization.tracking import CHI2_6_999
 from kfloc_ros.pixloc.camera_fit import FittedCamera, log_evidence
 from kfloc_ros.types import Alignment, CoarsePose, FilterReport, Matrix, PoseEstimate, TrackingState
 
@@ -91,8 +90,7 @@ def disagreement(alignment: Alignment, coarse: CoarsePose, settings: JudgementSe
     apart_m, apart_deg = float(np.linalg.norm(between[:3, 3])), rotation_angle_deg(between[:3, :3])
     if apart_m <= settings.max_disagreement_m and apart_deg <= settings.max_disagreement_deg:
         return ""
-    error = pose_tangent_error(coarse_T, T)
-    if error @ np.linalg.solve(alignment.covariance + coarse.covariance, error) <= CHI2_6_999:
+    if UncertainPose(coarse_T, coarse.covariance).chi2(UncertainPose(T, alignment.covariance)) <= CHI2_6_999:
         return ""
     return f"the coarse and the refined pose are {apart_m:.2f} m and {apart_deg:.1f} deg apart, and both look right"
 

@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 
 from kfloc_ros.features.backbone import BackboneFeatures
 from kfloc_ros.geometry.camera import Camera
-from kfloc_ros.geometry.covariance import at_least, pose_tangent_error, probability_within
+from kfloc_ros.geometry.covariance import CHI2_6_999, at_least, pose_tangent_error, probability_within
 from kfloc_ros.geometry.lie import Matrix, make_pose, so3_exp
 from kfloc_ros.jobs import HELPERS, SharedResult
-from kfloc_ros.localization.camera_check import CHI2_6_95, CHI2_6_999, CameraCheck
+from kfloc_ros.localization.camera_check import CHI2_6_95, CameraCheck
 from kfloc_ros.localization.config import LocalizerConfig
 from kfloc_ros.localization.judgement import (
     GOOD_DEG,

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from kfloc_ros.geometry.covariance import pose_tangent_error
+from kfloc_ros.geometry.covariance import CHI2_6_999, UncertainPose, pose_tangent_error
 from kfloc_ros.geometry.lie import inverse_pose, make_pose, rotation_angle_deg, so3_exp
 from kfloc_ros.kfnet.pnp import choose_part
 from kfloc_ros.localization.config import LocalizerConfig, pnp_settings
 from kfloc_ros.localization.localizer import Localizer
 from kfloc_ros.localization.results import Localization
-from kfloc_ros.localization.tracking import CHI2_6_999, ConstantVelocity
+from kfloc_ros.localization.tracking import ConstantVelocity
 from kfloc_ros.maps.scene_map import SceneMap
 from kfloc_ros.messages.poses import BodyPose
 from kfloc_ros.types import Frame, Matrix, PoseEstimate, TrackingState
@@ -303,8 +303,8 @@ class RigLocalizer:
 
 def _agree(a: BodyPose, b: BodyPose) -> bool:
     """Return True if two poses are as near as their covariances allow."""
-    error = pose_tangent_error(a.T_map_body, b.T_map_body)
-    return bool(error @ np.linalg.solve(a.covariance + b.covariance, error) <= CHI2_6_999)
+    first, second = (UncertainPose(body.T_map_body, body.covariance) for body in (a, b))
+    return first.chi2(second) <= CHI2_6_999
 
 
 def _largest_group(candidates: Sequence[_Candidate]) -> list[_Candidate]:

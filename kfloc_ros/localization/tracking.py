@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from kfloc_ros.geometry.covariance import pose_tangent_error
+from kfloc_ros.geometry.covariance import CHI2_6_999, UncertainPose
 from kfloc_ros.geometry.lie import (
     Matrix,
     inverse_pose,
@@ -21,9 +21,6 @@ from kfloc_ros.geometry.lie import (
     so3_log,
 )
 from kfloc_ros.types import Alignment, CoarsePose
-
-CHI2_6_999 = 22.458
-"""99.9 % quantile of the chi-square distribution with 6 degrees of freedom."""
 
 
 class ConstantVelocity:
@@ -132,9 +129,9 @@ def agrees(alignment: Alignment, coarse: CoarsePose) -> bool:
         return False
     if alignment.T_map_camera is None or coarse.T_map_camera is None or coarse.covariance is None:
         return False
-    error = pose_tangent_error(coarse.T_map_camera, alignment.T_map_camera)
-    covariance = coarse.covariance if alignment.covariance is None else coarse.covariance + alignment.covariance
-    return bool(error @ np.linalg.solve(covariance, error) <= CHI2_6_999)
+    own = np.zeros((6, 6)) if alignment.covariance is None else alignment.covariance
+    aligned = UncertainPose(alignment.T_map_camera, own)
+    return UncertainPose(coarse.T_map_camera, coarse.covariance).chi2(aligned) <= CHI2_6_999
 
 
 CERTAIN_CONFIDENCE = 0.7

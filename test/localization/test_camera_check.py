@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from kfloc_ros.geometry.camera import Camera, ImageAdapter
+from kfloc_ros.geometry.covariance import CHI2_6_999
 from kfloc_ros.geometry.lie import make_pose
-from kfloc_ros.localization.camera_check import CHI2_6_95, CHI2_6_999, CameraCheck
+from kfloc_ros.localization.camera_check import CHI2_6_95, CameraCheck
 from kfloc_ros.localization.config import LocalizerConfig
 from kfloc_ros.localization.judgement import CameraDoubt, CameraVerdict, sentence
 from kfloc_ros.localization.localizer import Localizer
