@@ -61,6 +61,27 @@ def move_covariance(covariance: Matrix, T_map_camera: Matrix, T_camera_body: Mat
     return np.asarray(A @ covariance @ A.T)
 
 
+def camera_frame(T_map_camera: Matrix) -> Matrix:
+    """Return the (6, 6) rotation of a tangent error from the map's axes to those of a camera with a pose (4, 4)."""
+    return np.asarray(np.kron(np.eye(2), T_map_camera[:3, :3].T))
+
+
+def sideways_factors(sideways: float) -> Matrix:
+    """Return the factors (6,) on standard deviations in the camera frame: along x and about y, and the inverse along y
+    and about x."""
+    x, y = sideways, 1.0 / sideways
+    return np.array([x, y, 1.0, y, x, 1.0])
+
+
+def stretched(covariance: Matrix, T_map_camera: Matrix, sideways: float) -> Matrix:
+    """Return a covariance (6, 6) of a pose (4, 4), stretched along the camera's axes by :func:`sideways_factors`."""
+    if sideways == 1.0:
+        return covariance
+    turn = camera_frame(T_map_camera)
+    A = turn.T @ (sideways_factors(sideways)[:, None] * turn)
+    return np.asarray(A @ covariance @ A.T)
+
+
 def at_least(covariance: Matrix, variances: Matrix) -> Matrix:
     """Return the covariance (6, 6), enlarged where independent ``variances`` (6,) exceed it, in every direction.
 

@@ -52,6 +52,7 @@ class RefineStage:
                 own_error_m=calibration.own_error_m,
                 own_error_rad=calibration.own_error_rad,
                 own_error_growth=calibration.own_error_growth,
+                sideways=calibration.sideways,
             ),
         )
         """Aligner of poses; it has no state."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
@@ -119,6 +120,7 @@ def _calibration(a: Calibration, b: Calibration) -> Calibration:
     return replace(
         a,
         measurement_variance_scale=1.0,
+        sideways=math.sqrt(a.sideways * b.sideways),
         learned_process_scale=None if None in learned else max(scale for scale in learned if scale is not None),
         roughness=_roughness(a.roughness, b.roughness),
         **{name: max(getattr(a, name), getattr(b, name)) for name in LARGER},

@@ -18,13 +18,21 @@ import torch
 from kfloc_ros.device import choose_device
 from kfloc_ros.evaluation.metrics import PoseError, pose_error
 from kfloc_ros.features.backbone import Backbone, BackboneFeatures
+from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.covariance import mahalanobis, median_scale
 from kfloc_ros.geometry.lie import Matrix, make_pose, so3_exp
+from kfloc_ros.localization.camera_check import CameraCheck
 from kfloc_ros.localization.config import LocalizerConfig
 from kfloc_ros.localization.judgement import is_good
 from kfloc_ros.localization.localizer import Localizer
 from kfloc_ros.mapping.checked_references import CheckedReferences
-from kfloc_ros.mapping.pose_covariance import MIN_ERRORS, PoseCovariance, PoseErrors, patch_covariance_scale
+from kfloc_ros.mapping.pose_covariance import (
+    MIN_ERRORS,
+    AlignedView,
+    PoseCovariance,
+    PoseErrors,
+    patch_covariance_scale,
+)
 from kfloc_ros.mapping.schedule import HeldOut
 from kfloc_ros.mapping.views import View
 from kfloc_ros.maps.scene_map import Calibration, SceneMap
@@ -32,9 +40,11 @@ from kfloc_ros.pixloc.cost import RobustLoss
 from kfloc_ros.pixloc.optimizer import RefinerSettings
 from kfloc_ros.pixloc.patches import PatchAligner
 from kfloc_ros.pixloc.references import ReferenceViews, view_distances
-from kfloc_ros.pixloc.refiner import Refiner
+from kfloc_ros.pixloc.refiner import Inspection, Refiner
 from kfloc_ros.types import Alignment, Frame
 
+Inspected = tuple[Matrix, Alignment, Inspection]
+"""True pose of a view, (4, 4), its alignment, and the comparison of the whole image at the aligned pose."""
 CHI2_6_90 = 10.645
 """90 % quantile of the chi-square distribution with 6 degrees of freedom."""
 SHIFT_LIMITS, USUAL_QUANTILE = (2.0, 4.0), 0.95
@@ -80,7 +90,7 @@ def calibrate_poses(
     """
     views, stamps_ns = [held.view for held in held_out], [held.stamp_ns for held in held_out]
     localizer = Localizer(draft, LocalizerConfig(device=device, camera_check="off", carry_s=0.0))
-    coarse, refined, costs, ratios, errors, cameras, others = [], [], [], [], [], [], []
+    coarse, refined, costs, ratios, errors, fits, others = [], [], [], [], [], [], []
     for k, (view, stamp) in enumerate(zip(views, stamps_ns, strict=True)):
         on_progress(0.3 * k / len(views))
         localization = localizer.process(Frame(view.image, view.camera, stamp, view.index))
@@ -93,33 +103,40 @@ def calibrate_poses(
         alignment = estimate.alignment
         if alignment is not None and alignment.success and is_good(view.T_map_camera, alignment.T_map_camera):
             assert alignment.T_map_camera is not None
-            refined.append((view.T_map_camera, alignment))
             costs.append(alignment.final_cost)
             prepared = localizer.refiner.prepared(features.to(choose_device(device)), alignment.T_map_camera)
+            refined.append((view.T_map_camera, alignment, localizer.refiner.inspect(prepared)))
             fitted = localizer.refiner.fit_camera(prepared)
             if fitted is not None:
-                cameras.append(float(fitted.fit.offsets @ fitted.fit.information @ fitted.fit.offsets))
+                fits.append((fitted, alignment.T_map_camera))
         references, on_device = localizer.refiner.references, features.to(choose_device(device))
         others_in_time = np.abs(np.array(references.ids) - view.index) > OTHER_PASS_FRAMES
         distances = view_distances(references.T_map_camera, view.T_map_camera)
         if (distances[others_in_time] <= OTHER_PASS_M).any():
             chosen = references.selected([int(k) for k in np.flatnonzero(others_in_time)])
-            others += _aligned_with(chosen, localizer.refiner, view, on_device, [])
+            others += _aligned_with(chosen, localizer.refiner, view, on_device)
     far, shifts = _aligned_away(localizer.refiner, views, device, checked, lambda share: on_progress(0.3 + 0.5 * share))
     draft.head.to("cpu")
-    own = localizer.refiner.settings
-    covariance = PoseCovariance.of(*(PoseErrors.of(aligned, own, True) for aligned in (refined, far, others)))
+    own, usual_chi2 = localizer.refiner.settings, usual_shift_chi2(shifts)
+    fit_scale = camera_fit_scale([float(f.fit.offsets @ f.fit.information @ f.fit.offsets) for f, _ in fits])
+    cameras = CameraCheck(draft.camera, fit_scale=fit_scale)
+    for fitted, T in fits:
+        cameras.add(fitted, T)
+    of_check = partial(_after_check, cameras=cameras, camera=draft.camera, usual_chi2=usual_chi2)
+    near, away, other_passes = ([of_check(*item) for item in found] for found in (refined, far, others))
+    covariance = PoseCovariance.of(*(PoseErrors.of(aligned, own, True) for aligned in (near, away, other_passes)))
     calibration = replace(
         draft.calibration,
-        patch_covariance_scale=patch_covariance_scale([*far, *others], own, covariance),
+        patch_covariance_scale=patch_covariance_scale([*away, *other_passes], own, covariance),
         coarse_covariance_scale=median_scale(coarse),
         refined_covariance_scale=covariance.scale,
         own_error_m=covariance.own_error_m,
         own_error_rad=covariance.own_error_rad,
         own_error_growth=covariance.own_error_growth,
         covariance_doubling_m=covariance.doubling_m,
-        usual_shift_chi2=usual_shift_chi2(shifts),
-        camera_fit_scale=camera_fit_scale(cameras),
+        sideways=covariance.sideways,
+        usual_shift_chi2=usual_chi2,
+        camera_fit_scale=fit_scale,
         max_alignment_cost=_threshold(costs, _wrong_costs(draft, views, device)),
         min_inlier_ratio=_ratio_threshold(ratios, _mirrored_ratios(draft, views, stamps_ns, device)),
     )
@@ -132,9 +149,9 @@ def _aligned_away(
     device: str,
     checked: CheckedReferences | None,
     on_progress: Callable[[float], None],
-) -> tuple[list[tuple[Matrix, Alignment]], list[float]]:
+) -> tuple[list[Inspected], list[float]]:
     """Return true poses and alignments without what is near, and the displacement of the image's blocks."""
-    target, found, shifts = choose_device(device), list[tuple[Matrix, Alignment]](), list[float]()
+    target, found, shifts = choose_device(device), list[Inspected](), list[float]()
     backbone = Backbone(device=target, runtime="auto")
     views = held_out if checked is None else checked.spread
     away_from = partial(_away_from, refiner.references) if checked is None else checked.away_from
@@ -144,8 +161,10 @@ def _aligned_away(
         for least_m in LEFT_OUT_M:
             others = away_from(view.T_map_camera, least_m)
             if others is not None:
-                of_usual = shifts if least_m < LEFT_OUT_M[-1] else []
-                found += _aligned_with(others.to(target), refiner, view, features, of_usual)
+                aligned = _aligned_with(others.to(target), refiner, view, features)
+                found += aligned
+                if least_m < LEFT_OUT_M[-1]:
+                    shifts += [blocks.shift_chi2 for *_, seen in aligned if (blocks := seen.blocks) is not None]
     return found, shifts
 
 
@@ -155,23 +174,31 @@ def _away_from(references: ReferenceViews, T_map_camera: Matrix, least_m: float)
     return references.selected([int(k) for k in far]) if len(far) else None
 
 
-def _aligned_with(
-    others: ReferenceViews, refiner: Refiner, view: View, features: BackboneFeatures, shifts: list[float]
-) -> list[tuple[Matrix, Alignment]]:
-    """Return the true pose of a view and its alignment with other reference views; nothing if it fails.
-
-    The displacement of the image's blocks at that pose is added to ``shifts``.
-    """
+def _aligned_with(others: ReferenceViews, refiner: Refiner, view: View, features: BackboneFeatures) -> list[Inspected]:
+    """Return the true pose of a view and its alignment with other reference views; nothing if it fails."""
     refiner = Refiner(others, refiner.camera, refiner.settings)
     alignment = refiner.align(features, [view.T_map_camera])
     alignment = PatchAligner(others, refiner.camera).improved(view.image, alignment)
     T = alignment.T_map_camera
     if not alignment.success or T is None or not is_good(view.T_map_camera, T):
         return []
-    blocks = refiner.inspect(refiner.prepared(features, T)).blocks
-    if blocks is not None:
-        shifts.append(blocks.shift_chi2)
-    return [(view.T_map_camera, alignment)]
+    return [(view.T_map_camera, alignment, refiner.inspect(refiner.prepared(features, T)))]
+
+
+def _after_check(
+    T_true: Matrix,
+    alignment: Alignment,
+    inspection: Inspection,
+    *,
+    cameras: CameraCheck,
+    camera: Camera,
+    usual_chi2: float,
+) -> AlignedView:
+    """Return an alignment with what the check of its pose adds to its covariance."""
+    blocks, S = inspection.blocks, inspection.sensitivity
+    moments = np.zeros((6, 6)) if S is None else S @ cameras.moments(inspection.camera) @ S.T
+    variances = np.zeros(6) if blocks is None else blocks.variances(camera, usual_chi2)
+    return AlignedView(T_true, alignment, 0.5 * (moments + moments.T), variances)
 
 
 def usual_shift_chi2(found: Sequence[float]) -> float:

@@ -5,12 +5,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, field, fields
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kfloc_ros.geometry.covariance import covered, median_scale, normalised, pose_tangent_error
+from kfloc_ros.geometry.covariance import (
+    at_least,
+    camera_frame,
+    covered,
+    median_scale,
+    normalised,
+    pose_tangent_error,
+    sideways_factors,
+)
 from kfloc_ros.geometry.lie import Matrix
 from kfloc_ros.pixloc.optimizer import MEASURED_M, RefinerSettings
 from kfloc_ros.types import Alignment
@@ -23,10 +32,17 @@ MIN_ERRORS = 8
 LEAST_OWN_ERROR_M, LEAST_OWN_ERROR_RAD, LEAST_GROWTH = 3e-4, 2e-4, 8e-4
 """Smallest own error of a map, and its growth. Views held out of a recording lie between its references, and share
 their drift; those of another walk, even in a rendered room without noise, have errors that are larger by this."""
-DOUBLING_LIMITS_M = 0.03, 30.0
+DOUBLING_LIMITS_M, SIDEWAYS_LIMITS = (0.03, 30.0), (0.67, 1.5)
 STARTING_SCALES = 0.1, 0.5, 2.0, 8.0
 VALUE_LIMITS = np.array(
-    [(1e-3, 1e3), (LEAST_OWN_ERROR_M, 0.1), (LEAST_OWN_ERROR_RAD, 0.1), (LEAST_GROWTH, 0.1), DOUBLING_LIMITS_M]
+    [
+        (1e-3, 1e3),
+        (LEAST_OWN_ERROR_M, 0.1),
+        (LEAST_OWN_ERROR_RAD, 0.1),
+        (LEAST_GROWTH, 0.1),
+        DOUBLING_LIMITS_M,
+        SIDEWAYS_LIMITS,
+    ]
 )
 SMALLEST_STEP = 0.02
 """Limits of the values of a :class:`PoseCovariance`, and the step of their logarithms that ends the search."""
@@ -39,8 +55,21 @@ depth was read five times too small."""
 
 
 @dataclass(frozen=True, eq=False)
+class AlignedView:
+    """Alignment of a view whose pose is known, and what the check of such a pose adds to its covariance."""
+
+    T_true: Matrix
+    """(4, 4) T_map_camera."""
+    alignment: Alignment
+    moments: Matrix = field(default_factory=lambda: np.zeros((6, 6)))
+    """(6, 6) second moments of the pose by what is not known of the camera."""
+    variances: Matrix = field(default_factory=lambda: np.zeros(6))
+    """(6,) variances that cover the displacements of the image's blocks."""
+
+
+@dataclass(frozen=True, eq=False)
 class PoseErrors:
-    """Errors of aligned poses of held-out views."""
+    """Errors of aligned poses of held-out views, in their camera frames."""
 
     errors: NDArray[np.float64]
     """(N, 6) tangent errors."""
@@ -50,22 +79,36 @@ class PoseErrors:
     """(N,) distances from the nearest view that each was aligned with."""
     disagreements: NDArray[np.float64]
     """(N, 6, 6) covariances by which the views disagree that each was aligned with."""
+    moments: NDArray[np.float64]
+    """(N, 6, 6) as in :class:`AlignedView`."""
+    variances: NDArray[np.float64]
+    """(N, 6) as in :class:`AlignedView`."""
 
     @classmethod
-    def of(cls, aligned: Sequence[tuple[Matrix, Alignment]], own: RefinerSettings, raw: bool = False) -> PoseErrors:
-        """Return the errors of alignments after their true poses, made with settings ``own``; raw: before patches."""
-        found = [item for item in aligned if item[1].T_map_camera is not None and item[1].covariance is not None]
-        errors, by_points = np.zeros((len(found), 6)), np.zeros((len(found), 6, 6))
-        for k, (T_true, alignment) in enumerate(found):
+    def of(cls, aligned: Sequence[AlignedView], own: RefinerSettings, raw: bool = False) -> PoseErrors:
+        """Return the errors of alignments made with settings ``own``; raw: before patches."""
+        found = [view for view in aligned if view.alignment.covariance is not None]
+        errors, (by_points, apart, moments) = np.zeros((len(found), 6)), np.zeros((3, len(found), 6, 6))
+        factors = sideways_factors(own.sideways)
+        shape = np.outer(factors, factors)
+        for k, view in enumerate(found):
+            alignment = view.alignment
             assert alignment.T_map_camera is not None and alignment.covariance is not None
             T = alignment.steps[-1].T_map_camera if raw and alignment.by_patches else alignment.T_map_camera
-            errors[k] = pose_tangent_error(T, T_true)
-            of_map = own.own_covariance_at(alignment.distance_m)
-            scaled = alignment.covariance - of_map - alignment.disagreement - alignment.patch_noise
+            turn = camera_frame(T)
+            errors[k], apart[k] = turn @ pose_tangent_error(T, view.T_true), turn @ alignment.disagreement @ turn.T
+            total = turn @ (alignment.covariance - alignment.patch_noise) @ turn.T / shape
+            scaled = total - own.own_covariance_at(alignment.distance_m) - apart[k]
             by_points[k] = scaled / own.scale_at(alignment.distance_m)
-        distances = np.array([alignment.distance_m for _, alignment in found])
-        apart = np.array([alignment.disagreement for _, alignment in found]).reshape(-1, 6, 6)
-        return cls(errors, by_points, distances, apart)
+            moments[k] = turn @ view.moments @ turn.T
+        distances = np.array([view.alignment.distance_m for view in found])
+        variances = np.array([view.variances for view in found]).reshape(-1, 6)
+        return cls(errors, by_points, distances, apart, moments, variances)
+
+    def checked(self, totals: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return covariances (N, 6, 6) with what the check of a pose adds, as poses are published."""
+        pairs = zip(totals + self.moments, self.variances, strict=True)
+        return np.array([at_least(total, least) if least.any() else total for total, least in pairs])
 
     def joined(self, other: PoseErrors) -> PoseErrors:
         """Return the errors of both."""
@@ -84,6 +127,8 @@ class PoseCovariance:
     """Rotation, rad per metre from the nearest view."""
     doubling_m: float = DOUBLING_LIMITS_M[1]
     """Distance from the nearest view at which the scale is twice as large; it grows evenly, up to ``MEASURED_M``."""
+    sideways: float = 1.0
+    """Factor on standard deviations sideways, and divisor of those upwards, see ``stretched``."""
 
     @classmethod
     def of(cls, near: PoseErrors, far: PoseErrors, other_passes: PoseErrors) -> PoseCovariance:
@@ -97,7 +142,11 @@ class PoseCovariance:
         errors of these; where the recording passes a place again, those of another pass show them, and count instead.
 
         A likelihood with heavy tails finds the shape, but not the size at which 68 % of the errors are inside one
-        sigma; if fewer are, all but the disagreement is multiplied by the factor at which they are.
+        sigma; if fewer are, all but the disagreement is multiplied by the factor at which they are. What the check of a
+        pose adds to its covariance counts there, as the errors hold it already.
+
+        How much larger errors are sideways than upwards is a property of the recording, such as of the way its camera
+        moved and turned. The points alone do not tell it, so it has a factor.
 
         Args:
             near: errors of views aligned with all others.
@@ -112,14 +161,21 @@ class PoseCovariance:
         errors = far.joined(other_passes if len(other_passes.errors) >= MIN_ERRORS else near)
         starts = [cls(k * usual, 1e-3, 1e-3, 1e-3, 1.0)._most_likely(errors) for k in STARTING_SCALES]
         best = max(starts, key=lambda found: found.likelihood(errors))
-        return best._times(right_factor(errors.errors, lambda k: best._times(k).total(errors), FACTOR_LIMITS))
+        published = partial(best._published, errors)
+        return best._times(right_factor(errors.errors, published, FACTOR_LIMITS))
 
     def total(self, errors: PoseErrors) -> NDArray[np.float64]:
         """Return the covariances (N, 6, 6) of poses."""
         turned = self.own_error_rad**2 + (self.own_error_growth * errors.distances_m) ** 2
         own = np.stack([np.full_like(turned, self.own_error_m**2)] * 3 + [turned] * 3, axis=1)
         scales = self.scale * (1.0 + np.minimum(errors.distances_m, MEASURED_M) / self.doubling_m)
-        return scales[:, None, None] * errors.covariances + errors.disagreements + own[:, :, None] * np.eye(6)
+        total = scales[:, None, None] * errors.covariances + errors.disagreements + own[:, :, None] * np.eye(6)
+        factors = sideways_factors(self.sideways)
+        return np.outer(factors, factors) * total
+
+    def _published(self, errors: PoseErrors, factor: float) -> NDArray[np.float64]:
+        """Return the covariances (N, 6, 6) of poses after the check, with those by the alignment times a factor."""
+        return errors.checked(self._times(factor).total(errors))
 
     def covered(self, errors: PoseErrors, axes: slice = slice(0, 6)) -> float:
         """Return the share of axis errors inside one sigma."""
@@ -152,21 +208,22 @@ class PoseCovariance:
 
     def _times(self, factor: float) -> PoseCovariance:
         """Return the covariance with all but the disagreement multiplied by a factor."""
-        wider = (factor, *[math.sqrt(factor)] * 3, 1.0)
+        wider = (factor, *[math.sqrt(factor)] * 3, 1.0, 1.0)
         values = np.clip([k * v for k, v in zip(wider, astuple(self), strict=True)], *VALUE_LIMITS.T)
         return PoseCovariance(*(float(value) for value in values))
 
 
-def patch_covariance_scale(
-    aligned: Sequence[tuple[Matrix, Alignment]], own: RefinerSettings, covariance: PoseCovariance
-) -> float:
+def patch_covariance_scale(aligned: Sequence[AlignedView], own: RefinerSettings, covariance: PoseCovariance) -> float:
     """Return the factor on calibrated covariances at which poses improved by patches, made with ``own``, are right."""
-    used = [item for item in aligned if item[1].by_patches and item[1].covariance is not None]
+    used = [view for view in aligned if view.alignment.by_patches and view.alignment.covariance is not None]
     if len(used) < MIN_ERRORS:
         return 1.0
     found = PoseErrors.of(used, own)
-    total, noise = covariance.total(found), np.array([item[1].patch_noise for item in used])
-    return right_factor(found.errors, lambda k: k * total + noise, PATCH_SCALE_LIMITS)
+    total = covariance.total(found)
+    poses = [view.alignment.T_map_camera for view in used]
+    turns = np.array([camera_frame(T) for T in poses if T is not None])
+    noise = turns @ np.array([view.alignment.patch_noise for view in used]) @ np.swapaxes(turns, 1, 2)
+    return right_factor(found.errors, lambda k: found.checked(k * total + noise), PATCH_SCALE_LIMITS)
 
 
 def right_factor(

@@ -58,6 +58,7 @@ LATER = frozenset(
         "patch_covariance_scale",
         "own_error_growth",
         "usual_shift_chi2",
+        "sideways",
     }
 )
 """Values that maps of earlier versions lack; they have the defaults."""
@@ -98,6 +99,9 @@ class Calibration:
     """Mean squared displacement of the image's blocks, relative to its variance, that right poses have in this map."""
     patch_covariance_scale: float = 1.0
     """Factor on the covariance of aligned poses where patches have improved them."""
+    sideways: float = 1.0
+    """Factor on the standard deviations of aligned poses along the camera's x axis and about its y axis, and divisor of
+    those along y and about x: errors sideways and upwards differ, depending on how the recording moved and turned."""
     roughness: RoughnessScale | None = None
     """Growth of the head's variance away from the mapped views; None if it does not grow."""
 

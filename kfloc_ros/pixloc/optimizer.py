@@ -76,11 +76,13 @@ class RefinerSettings:
     """Standard deviations of the map's own error, on each axis, from its calibration."""
     own_error_growth: float = 0.0
     """Standard deviation of a rotation that is added to it, on each axis, rad per metre from the nearest view."""
+    sideways: float = 1.0
+    """Factor on standard deviations sideways, from the map's calibration; see ``stretched``."""
 
     def own_covariance_at(self, distance_m: float) -> Matrix:
         """Return the covariance (6, 6) of the map's own error at a distance from the nearest reference view."""
-        turned = (self.own_error_growth * distance_m) ** 2
-        return np.diag(np.repeat([self.own_error_m**2, self.own_error_rad**2 + turned], 3))
+        turned = self.own_error_rad**2 + (self.own_error_growth * distance_m) ** 2
+        return np.diag(np.repeat([self.own_error_m**2, turned], 3))
 
     def scale_at(self, distance_m: float) -> float:
         """Return the scale of the covariance at a distance from the nearest reference view, see ``view_distances``."""

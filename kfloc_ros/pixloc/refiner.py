@@ -13,7 +13,7 @@ import torch
 
 from kfloc_ros.features.backbone import COARSE_STRIDE, FINE_STRIDE, BackboneFeatures
 from kfloc_ros.geometry.camera import Camera
-from kfloc_ros.geometry.covariance import map_frame_covariance
+from kfloc_ros.geometry.covariance import map_frame_covariance, stretched
 from kfloc_ros.geometry.lie import Matrix, inverse_pose, make_pose, rotation_angle_deg
 from kfloc_ros.pixloc.camera_fit import CameraScore, FittedCamera, fit_camera, score_camera
 from kfloc_ros.pixloc.cost import FeatureImage, FitLevel, Linearization, RobustLoss, linearize, linearize_parts
@@ -120,7 +120,8 @@ class Refiner:
             return None
         s, distance_m, parts = self.settings, candidate.distance_m, two_parts(matches, points, T, self.camera)
         covariance = s.scale_at(distance_m) * covariance + s.own_covariance_at(distance_m)
-        return FittedCamera(fit, candidate.in_map(fit.T_camera_local), covariance, parts)
+        T_map_camera = candidate.in_map(fit.T_camera_local)
+        return FittedCamera(fit, T_map_camera, stretched(covariance, T_map_camera, s.sideways), parts)
 
     @torch.inference_mode()
     def warm_up(self) -> None:
@@ -228,8 +229,7 @@ class Refiner:
         candidate, matched = self._matched(start, search_cells)
         if (0.0 if matched is None else matched.support) < least_support:
             return failed_alignment("too few points find themselves near the pose", candidate.reference_ids)
-        T, iterations = candidate.T_camera_local, 0
-        results: list[LevelResult] = []
+        T, iterations, results = candidate.T_camera_local, 0, list[LevelResult]()
         levels: tuple[FitLevel, ...] = candidate.levels
         if matched is not None:  # within a pixel or two: the fine level is enough, without the points that contradict
             fine = candidate.levels[-1]
@@ -267,8 +267,8 @@ class Refiner:
         apart = self._disagreement(candidate, end.T_camera_map)
         if covariance is not None:
             covariance = s.scale_at(distance_m) * covariance + s.own_covariance_at(distance_m) + apart
-        cost = end.end.cost
-        reason = ""
+            covariance = stretched(covariance, T_map_camera, s.sideways)
+        cost, reason = end.end.cost, ""
         if end.end.valid_count < max(s.min_points, s.min_remaining * candidate.at.valid_count):
             reason = f"only {end.end.valid_count} of {candidate.at.valid_count} reference points stayed in view"
         elif cost > max_cost:

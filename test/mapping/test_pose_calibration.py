@@ -75,4 +75,4 @@ def test_without_evidence_the_nearest_references_are_left_out(room_map: Any, roo
     found, _ = pose_calibration._aligned_away(refiner, room_views, "cpu", None, lambda share: None)
     nearest = [view_distances(scene_map.references.T_map_camera, view.T_map_camera).min() for view in room_views]
     assert max(nearest) < LEFT_OUT_M[0] and found
-    assert min(alignment.distance_m for _, alignment in found) >= 0.9 * LEFT_OUT_M[0]
+    assert min(alignment.distance_m for _, alignment, _ in found) >= 0.9 * LEFT_OUT_M[0]

@@ -3,14 +3,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from kfloc_ros.geometry.covariance import sideways_factors
 from kfloc_ros.geometry.lie import make_pose, so3_exp
 from kfloc_ros.mapping.pose_covariance import (
     ABSURD_COVARIANCE_SCALE,
     LEAST_OWN_ERROR_M,
     LEAST_OWN_ERROR_RAD,
+    AlignedView,
     PoseCovariance,
     PoseErrors,
     patch_covariance_scale,
@@ -42,7 +46,8 @@ def errors(
     rng = np.random.default_rng(seed)
     drawn = np.array([rng.multivariate_normal(np.zeros(6), scale * by_points + own + more) for more in apart])
     covariances = np.repeat(by_points[None], count, axis=0)
-    return PoseErrors(drawn.reshape(-1, 6), covariances, np.full(count, distance_m), apart)
+    none = np.zeros((count, 6, 6)), np.zeros((count, 6))
+    return PoseErrors(drawn.reshape(-1, 6), covariances, np.full(count, distance_m), apart, *none)
 
 
 NONE = errors(0, 1.0, 0.0, 0.0)
@@ -95,6 +100,29 @@ def test_what_views_disagree_by_is_no_error_of_the_whole_map() -> None:
     assert known.scale < 4.0 and known.own_error_m < 0.002, "half of the poses hold to a millimetre"
 
 
+def test_errors_may_be_larger_sideways_than_upwards() -> None:
+    factors = sideways_factors(1.25)
+    wide = np.outer(factors, factors) * BY_POINTS
+    shaped = replace(errors(120, 3.0, 0.0, 0.0, by_points=wide), covariances=np.repeat(BY_POINTS[None], 120, axis=0))
+    found = PoseCovariance.of(shaped, NONE, NONE)
+    assert found.sideways == pytest.approx(1.25, rel=0.08)
+    even = PoseCovariance.of(errors(120, 3.0, 0.0, 0.0), NONE, NONE)
+    assert even.sideways == pytest.approx(1.0, rel=0.08)
+
+
+def test_what_the_check_of_a_pose_adds_is_not_counted_twice() -> None:
+    """Errors of poses hold those by the camera, which the check adds to every pose."""
+    drawn, by_camera = errors(400, 3.0, 0.0, 0.0), 1.5 * BY_POINTS
+    alone = right_factor(drawn.errors, lambda k: drawn.checked(k * drawn.covariances), (0.1, 30.0))
+    assert alone == pytest.approx(3.0, rel=0.15)
+    known = replace(drawn, moments=np.repeat(by_camera[None], 400, axis=0))
+    assert right_factor(drawn.errors, lambda k: known.checked(k * known.covariances), (0.1, 30.0)) == pytest.approx(
+        1.5, rel=0.2
+    )
+    displaced = replace(drawn, variances=np.tile(np.diag(9.0 * BY_POINTS), (400, 1)))
+    np.testing.assert_allclose(displaced.checked(drawn.covariances), 9.0 * drawn.covariances, rtol=1e-9)
+
+
 def test_few_errors_and_absurd_ones_are_no_error_of_the_map() -> None:
     assert PoseCovariance.of(errors(3, 9.0, 0.0, 0.0), NONE, NONE) == PoseCovariance(
         1.0, LEAST_OWN_ERROR_M, LEAST_OWN_ERROR_RAD
@@ -108,10 +136,11 @@ def test_poses_improved_by_patches_have_the_covariance_of_their_errors(share: fl
     own, noise = RefinerSettings(), 1e-6 * BY_POINTS
     drawn = share * errors(80, 4.0, 0.0, 0.0).errors
 
-    def improved(error: np.ndarray) -> tuple[Matrix, Alignment]:
+    def improved(error: np.ndarray) -> AlignedView:
         T = make_pose(so3_exp(error[3:]), error[:3])
         covariance = own.scale_at(0.0) * BY_POINTS + own.own_covariance_at(0.0) + noise
-        return np.eye(4), Alignment(True, "", T, covariance, 0.2, 0.1, 1.0, 3, (1,), by_patches=True, patch_noise=noise)
+        by_patches = Alignment(True, "", T, covariance, 0.2, 0.1, 1.0, 3, (1,), by_patches=True, patch_noise=noise)
+        return AlignedView(np.eye(4), by_patches)
 
     by_features = PoseCovariance(4.0, 1e-5, 1e-5)
     aligned = [improved(error) for error in drawn]

@@ -155,7 +155,7 @@ def test_what_is_rough_in_both_parts_is_rough_in_the_whole(scene_map: SceneMap) 
 
 def test_every_value_of_two_calibrations_is_merged() -> None:
     """A value that is left out would make a merged map claim more than its parts."""
-    by_hand = {"measurement_variance_scale", "flow_temperature", "learned_process_scale", "roughness"}
+    by_hand = {"measurement_variance_scale", "flow_temperature", "learned_process_scale", "roughness", "sideways"}
     assert by_hand | {*LARGER, *SMALLER} == {item.name for item in fields(Calibration)}
 
 

@@ -6,9 +6,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import pytest
 import torch
 
 from kfloc_ros.features.backbone import Backbone
+from kfloc_ros.geometry.covariance import camera_frame
 from kfloc_ros.geometry.lie import make_pose, so3_exp
 from kfloc_ros.maps.scene_map import SceneMap
 from kfloc_ros.pixloc import refiner as refiner_module
@@ -104,6 +106,23 @@ def test_the_covariance_grows_away_from_the_reference_views(room, room_map) -> N
     of_points = even.covariance - even.disagreement
     factor = 1.0 + min(even.distance_m, MEASURED_M) / 0.1
     np.testing.assert_allclose(grown.covariance - grown.disagreement, factor * of_points, rtol=1e-9)
+
+
+def test_a_map_may_be_surer_upwards_than_sideways(room, room_map) -> None:
+    scene_map = SceneMap.load(room_map)
+    frame = room.view(make_pose(so3_exp(np.array([0.0, 0.3, 0.0])), [0.2, 0.0, -0.6]), 0)
+    features = Backbone(device=torch.device("cpu")).extract(frame.image)
+
+    def of_camera(settings: RefinerSettings) -> np.ndarray:
+        aligned = Refiner(scene_map.references, scene_map.camera, settings).align(features, [frame.T_map_camera])
+        assert aligned.T_map_camera is not None and aligned.covariance is not None
+        turn = camera_frame(aligned.T_map_camera)
+        return turn @ aligned.covariance @ turn.T
+
+    even, shaped = of_camera(RefinerSettings()), of_camera(RefinerSettings(sideways=1.25))
+    ratio = np.sqrt(np.diag(shaped) / np.diag(even))
+    np.testing.assert_allclose(ratio, [1.25, 0.8, 1.0, 0.8, 1.25, 1.0], rtol=1e-9)
+    assert np.linalg.slogdet(shaped)[1] == pytest.approx(np.linalg.slogdet(even)[1])
 
 
 def test_a_rotation_of_the_map_grows_with_the_distance_from_its_views() -> None:
