@@ -40,7 +40,7 @@ COMMANDS = {
     "replay": Command("kfloc_ros.cli.replay", "play a bag to the live ROS 2 nodes and evaluate their poses"),
     "compare": Command("kfloc_ros.cli.evaluate", "compare two result folders"),
     "evaluate": Command("kfloc_ros.cli.evaluate", "judge any trajectory file against its truth"),
-    "convert": Command("kfloc_ros.cli.convert", "convert published weights of KFNet and PixLoc"),
+    "convert": Command("kfloc_ros.cli.download", "convert published weights of KFNet and PixLoc"),
     "labels": Command("kfloc_ros.cli.coordinates", "write scene-coordinate labels in KFNet's format"),
     "kfnet": Command("kfloc_ros.cli.kfnet", "evaluate KFNet's networks on a folder in KFNet's format"),
     "coordinates": Command("kfloc_ros.cli.coordinates", "write scene-coordinate maps in KFNet's format"),
