@@ -38,7 +38,7 @@ from kfloc_ros.maps.format import resolve_map
 from kfloc_ros.maps.scene_map import SceneMap
 from kfloc_ros.types import Frame, Matrix
 from studies.outcomes import Outcome, load, save, summarize, table
-from studies.treatments import TREATMENTS, Image, Treatment
+from studies.treatments import TREATMENTS, ZOOMS, Image, Treatment
 
 PERIOD_NS = 100_000_000
 
@@ -84,7 +84,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the summary and every frame as JSON")
     parser.add_argument("--resume", action="store_true", help="keep what --json has, and run only what it has not")
     args = parser.parse_args()
-    wanted = [t for t in TREATMENTS if not args.only or args.only in t.name or args.only == t.group]
+    known = [*TREATMENTS, *(ZOOMS if args.after else ())]
+    wanted = [t for t in known if not args.only or args.only in t.name or args.only == t.group]
     if args.resume and args.json is None:
         parser.error("--resume needs --json FILE, which has the pieces so far")
     start = time.time()

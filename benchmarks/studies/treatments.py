@@ -275,3 +275,7 @@ TREATMENTS: Sequence[Treatment] = (
     Treatment("another place", "elsewhere", paint=_other, has_pose=False),
     Treatment("frozen camera", "elsewhere", frozen=True),
 )
+ZOOMS: Sequence[Treatment] = tuple(
+    Treatment(f"digital zoom {factor:g}", "camera", paint=_zoomed(factor, factor)) for factor in (1.02, 1.05, 1.1)
+)
+"""Further treatments of streams that begin well: before any good image, they are other focal lengths."""
