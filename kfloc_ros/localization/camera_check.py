@@ -99,7 +99,7 @@ class CameraCheck:
         self._fit_scale, self._wrong_prior = fit_scale, wrong_prior
         self._camera, self._settings = camera, settings or CameraCheckSettings()
         tolerance = np.array(self._settings.tolerance) * (1.0, 1.0, camera.width, camera.width, 1.0, 1.0)
-        self._tolerance = np.diag((tolerance * calibration_error / self._settings.tolerance[0]) ** 2)
+        self.tolerance = np.diag((tolerance * calibration_error / self._settings.tolerance[0]) ** 2)
         self._fits: deque[FittedCamera] = deque(maxlen=self._settings.window)
         self._sharpest: list[FittedCamera] = []
         """Fits with the smallest variance of the focal length, also of images that hardly tell a camera."""
@@ -110,9 +110,9 @@ class CameraCheck:
         self._shift = np.eye(4)
         self._combined: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None
         """Combined offsets (6,) and their covariance (6, 6) by the observed scatter."""
-        self._known = self._usual = self._tolerance
+        self._known = self._usual = self.tolerance
         self._other: OtherCalibration | None = None
-        self.doubt = CameraDoubt.of(wrong_prior, self._tolerance, camera.width)
+        self.doubt = CameraDoubt.of(wrong_prior, self.tolerance, camera.width)
         """What is left of the possibility that the camera is wrong."""
         self.is_doubtful = False  # True: what is left moved the last pose too far, so that more fits are needed
         self.verdict: CameraVerdict | None = None
@@ -124,7 +124,7 @@ class CameraCheck:
 
         A rolling shutter's shear is allowed for, given the angle by which the camera turns while it reads the image.
         """
-        self._usual = self._tolerance + np.diag(turn_rad**2 * SHEARED)
+        self._usual = self.tolerance + np.diag(turn_rad**2 * SHEARED)
         last, self._source = self._source, source
         is_changed = last is not None and source is not None and last.is_other(source)
         if is_changed:
@@ -202,8 +202,8 @@ class CameraCheck:
 
     def verdict_of(self, fit: CameraFit) -> CameraVerdict:
         """Return the verdict on the fit to one image: the offset that contradicts the camera most."""
-        _, covariance = self._alone(fit) or (None, np.zeros_like(self._tolerance))
-        ratio = np.abs(fit.offsets) / np.sqrt(np.diag(covariance + self._tolerance))
+        _, covariance = self._alone(fit) or (None, np.zeros_like(self.tolerance))
+        ratio = np.abs(fit.offsets) / np.sqrt(np.diag(covariance + self.tolerance))
         return CameraVerdict(fit.offsets, covariance, int(np.argmax(ratio)))
 
     def mapped_verdict(self, fit: CameraFit) -> CameraVerdict | None:
@@ -228,7 +228,7 @@ class CameraCheck:
             given: camera of the image before conversion to the map's; None: the map's own.
             fit: fit to this image, if there is one.
         """
-        tolerance, apart = self._tolerance, self._agreeing(given)
+        tolerance, apart = self.tolerance, self._agreeing(given)
         if apart is not None:
             tolerance = np.diag(SAME_CAMERA**2) @ tolerance + np.outer(apart, apart)
         combined = self._combined
@@ -273,20 +273,20 @@ class CameraCheck:
 
     def _probability_mapped(self, offsets: NDArray[np.float64], covariance: NDArray[np.float64]) -> float:
         """Return the probability that the images are of the map's camera; 0 if they come with its calibration."""
-        tolerances = self._tolerance, SAME_CAMERA[1] ** 2 * self._tolerance
+        tolerances = self.tolerance, SAME_CAMERA[1] ** 2 * self.tolerance
         return 0.0 if self._other is None else self._other.probability(offsets, covariance, *tolerances)
 
     def _mapped(self, offsets: NDArray[np.float64], covariance: NDArray[np.float64]) -> CameraVerdict | None:
         """Return the verdict that the images are of the map's camera; None if that is not certain."""
         if self._other is None or self._probability_mapped(offsets, covariance) < CERTAIN:
             return None
-        ratio = np.abs(self._other.offsets) / np.sqrt(np.diag(self._tolerance))
+        ratio = np.abs(self._other.offsets) / np.sqrt(np.diag(self.tolerance))
         return CameraVerdict(self._other.offsets, covariance, int(np.argmax(ratio)))
 
     def _agreeing(self, given: Camera | None) -> NDArray[np.float64] | None:
         """Return the difference (6,) of a calibration from the map's if it is below the usual error; None if not."""
         apart = np.zeros(6) if given is None else calibration_offsets(given, self._camera)
-        return apart if apart is not None and (apart**2 / np.diag(self._tolerance)).sum() <= 1.0 else None
+        return apart if apart is not None and (apart**2 / np.diag(self.tolerance)).sum() <= 1.0 else None
 
     def widened(self, estimate: PoseEstimate) -> PoseEstimate:
         """Return an estimate whose covariance also covers the pose of the fitted camera.
@@ -314,7 +314,7 @@ class CameraCheck:
             poses = np.array([f.T_map_camera for f in fits]).reshape(-1, 4, 4)
             found = combine([f.fit for f in fits], poses, self._fit_scale) if fits else None
             partly = None if found is None else (found[0], PARTLY_FOUND * found[1])
-            doubts.append(CameraDoubt.of(prior * self._wrong_prior, self._tolerance, self._camera.width, partly))
+            doubts.append(CameraDoubt.of(prior * self._wrong_prior, self.tolerance, self._camera.width, partly))
         return max(doubts, key=lambda doubt: doubt.probability)
 
     def _judged(self) -> CameraVerdict | None:
@@ -334,7 +334,7 @@ class CameraCheck:
         self._combined = combined, covariance * max(float(scatter), MIN_SCATTER)
         self._known = covariance * max(1.0, scatter) * s.correlation_factor
         offsets, covariance = together
-        total = covariance + self._tolerance
+        total = covariance + self.tolerance
         if (mapped := self._mapped(offsets, covariance)) is not None:
             return mapped
         ratio = np.abs(offsets) / np.sqrt(np.diag(total))

@@ -26,6 +26,7 @@ from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.covariance import CHI2_6_999, at_least, pose_tangent_error, probability_within
 from kfloc_ros.geometry.lie import Matrix, make_pose, so3_exp
 from kfloc_ros.jobs import HELPERS, SharedResult
+from kfloc_ros.localization.camera_change import LIKELY, MOST_CAMERA_RISK, CameraChange
 from kfloc_ros.localization.camera_check import CHI2_6_95, CameraCheck
 from kfloc_ros.localization.config import LocalizerConfig
 from kfloc_ros.localization.judgement import (
@@ -60,10 +61,6 @@ FEW_BLOCKS = 7
 """Number of matching blocks of the image, of 48, below which a pose is not TRACKING if most others do not match."""
 KEPT_IN_VIEW = 0.67
 """Share of the points in view that an alignment with another camera has to keep to be compared."""
-MOST_CAMERA_RISK = 0.005
-"""Probability of an error above 10 cm, 5 deg by a wrong camera from which a pose is not TRACKING."""
-LIKELY = 0.5
-"""Probability from which one image is said to be of another camera, if its fit contradicts the given one."""
 
 
 class PoseCheck:
@@ -85,6 +82,7 @@ class PoseCheck:
         usual, wrong = 0.01 * config.calibration_error_percent, 0.01 * config.wrong_camera_percent
         cameras = CameraCheck(camera, None, usual, self._fit_scale, wrong)
         self._cameras = None if config.camera_check == "off" else cameras
+        self._change = CameraChange(self._fit_scale, cameras.tolerance, camera.width, wrong)
         self._correction: Correction | None = None
         self._applies_correction = False
         """True once images pass through :meth:`corrected`; the halves and places never correct, they only warn."""
@@ -102,6 +100,7 @@ class PoseCheck:
         if T is None:
             return estimate
         times = StageTimes(estimate.timings_ms)
+        self._change.observe(estimate.stamp_ns, T)
         is_aligned = alignment is not None and alignment.success and estimate.state is TrackingState.TRACKING
         with times.stage("check"):
             prepared = self._refiner.prepared(features, T)
@@ -120,7 +119,7 @@ class PoseCheck:
                 checked, chi2, fitted = self._check_camera(frame, features, estimate, inspection, turn_rad, fit)
                 checked = _check_blocks(checked, inspection.blocks, self._camera, self._usual_chi2)
                 estimate = _check_support(checked, alignment, inspection.blocks)
-                estimate = self._check_doubt(estimate, inspection, frame.source_camera)
+                estimate = self._check_doubt(estimate, inspection, frame.source_camera, fitted)
             evidence = self._evidence(estimate, inspection, chi2)
             if fitted is not None:
                 evidence["fit_score"] = fit_score(T, fitted)
@@ -128,11 +127,13 @@ class PoseCheck:
             if C is not None:  # no more than the covariance itself claims
                 confidence = min(confidence, probability_within(C, GOOD_M, math.radians(GOOD_DEG)))
             estimate = self._waiting(estimate, confidence)
+            self._change.is_claimed = estimate.state is TrackingState.TRACKING
         return replace(estimate, evidence=evidence, confidence=confidence, timings_ms=times.with_total())
 
     def reset(self) -> None:
         """Forget earlier poses, not the camera; the next pose is a first one."""
         self._first_poses.reset()
+        self._change.begin_motion()
         self._last = (0, np.eye(4))
 
     def _rolled(self, estimate: PoseEstimate, blocks: BlockMatch | None) -> tuple[PoseEstimate, float]:
@@ -180,8 +181,10 @@ class PoseCheck:
         cameras, T = self._cameras, estimate.T_map_camera
         if cameras is None or T is None:
             return estimate, None, None
+        so_far = cameras.doubt.probability
         if cameras.begin(frame.source_camera, turn_rad):
             self._correction = None
+            self._change.announced(so_far)
         score, blocks, fitted, another = inspection.camera, inspection.blocks, None, 0.0
         chi2 = None if score is None else cameras.chi2(score.offsets, score.covariance)
         is_suspicious = blocks is not None and blocks.matching_share < SUSPICIOUS_SHARE
@@ -207,6 +210,7 @@ class PoseCheck:
                 self._correction = Correction.of(self._camera, verdict.offsets, self._correction)
                 self.camera_note += "; localizing with the camera that fits"
                 cameras.reset()
+                self._change.reset()
             return estimate, chi2, fitted
         if self._correction is None:
             self.camera_note = ""
@@ -228,23 +232,28 @@ class PoseCheck:
             estimate = replace(estimate, covariance=0.5 * (wider + wider.T))
         return estimate, chi2, fitted
 
-    def _check_doubt(self, estimate: PoseEstimate, inspection: Inspection, given: Camera | None) -> PoseEstimate:
+    def _check_doubt(
+        self, estimate: PoseEstimate, inspection: Inspection, given: Camera | None, fitted: FittedCamera | None
+    ) -> PoseEstimate:
         """Return the estimate; DEGRADED if a wrong camera may move it by more than the limits, which it then covers.
 
-        An image can fit a wrong camera as well as the right one. Images of a stream tell them apart sooner or later.
+        An image can fit a wrong camera as well as the right one. Later images, or a step of the pose, tell them apart.
         """
         cameras, S = self._cameras, inspection.sensitivity
         if cameras is None or S is None or estimate.covariance is None:
             return estimate
-        doubt = cameras.doubt
-        covariance, risk = doubt.of_pose(S)
+        doubts = [d for d in (self._change.doubt(S, fitted), cameras.doubt) if d is not None]
+        doubt = max(doubts, key=lambda d: d.of_pose(S)[1])
+        (covariance, risk), is_stepped = doubt.of_pose(S), doubt is not cameras.doubt
         cameras.is_doubtful = risk > MOST_CAMERA_RISK
-        if not cameras.is_doubtful:
+        if not (cameras.is_doubtful or is_stepped):
             return estimate
         estimate = replace(estimate, covariance=estimate.covariance + covariance)
-        if estimate.state is not TrackingState.TRACKING:
+        if estimate.state is not TrackingState.TRACKING or not cameras.is_doubtful:
             return estimate
         source = "camera_info" if given is not None else "the map's images"
+        if is_stepped:
+            source += f", since the pose stepped by {self._change.step_m:.2f} m"
         reason = (
             f"the images do not tell yet whether the camera is that of {source}: its focal length is known to "
             f"{100 * doubt.focal_sigma:.0f} %, and errors above {100 * GOOD_M:g} cm, {GOOD_DEG:g} deg by a wrong one "
