@@ -185,6 +185,9 @@ class PoseEstimate:
     bridged: bool = False
     """True if neither the map nor this session's points confirm the pose: optical flow or the motion carried it on.
     It is DEGRADED, and no measurement: ``map -> odom`` must not follow it."""
+    held: bool = False
+    """True if a pose is TRACKING since this session's images agree with one that the map confirmed a moment before. It
+    does not correct the belief, which would confirm it in turn."""
     confidence: float | None = None
     """Probability that the errors are below 10 cm and 5 deg; None without a pose, or if refinement is off."""
     evidence: Mapping[str, float] = field(default_factory=dict)
@@ -194,5 +197,6 @@ class PoseEstimate:
 
     @property
     def refined_pose(self) -> Matrix | None:
-        """Pose (4, 4), if it is refined and the state is TRACKING; else None."""
-        return self.T_map_camera if self.state is TrackingState.TRACKING and self.alignment is not None else None
+        """Pose (4, 4), if it is refined, the state is TRACKING, and the map itself confirms it; else None."""
+        is_refined = self.state is TrackingState.TRACKING and self.alignment is not None and not self.held
+        return self.T_map_camera if is_refined else None

@@ -34,7 +34,6 @@ from kfloc_ros.localization.judgement import (
     GOOD_M,
     LEAST_CONFIDENCE,
     CameraVerdict,
-    JudgementSettings,
     confidence_of,
     fit_score,
     sentence,
@@ -42,23 +41,21 @@ from kfloc_ros.localization.judgement import (
     widened,
 )
 from kfloc_ros.localization.results import StageTimes
-from kfloc_ros.localization.tracking import FirstPoses
+from kfloc_ros.localization.tracking import FirstPoses, Support
 from kfloc_ros.maps.scene_map import Calibration
 from kfloc_ros.pixloc.camera_fit import MAPPED_ODDS, Correction, FittedCamera
 from kfloc_ros.pixloc.image_check import BlockMatch
 from kfloc_ros.pixloc.refiner import Inspection, Refiner
-from kfloc_ros.types import Alignment, Frame, PoseEstimate, TrackingState
+from kfloc_ros.types import Frame, PoseEstimate, TrackingState
 
 SUSPICIOUS_CHI2, SUSPICIOUS_SHARE = 6.0, 0.75
 """The camera is fitted to an image whose residuals suggest an offset beyond the first (chi-square, 6 degrees of
 freedom), or of which less than the second share of blocks matches; other images are fitted every few frames."""
 MAX_MOTION_S = 0.5
 """Longest time between two poses, in seconds, from which a motion is computed."""
-LEAST_SUPPORT = 2.0
-"""Support by the points' own matches below which a pose is not TRACKING, in standard deviations: as many points agree
-with one wrong pose of 44 by chance. Good frames of five maps have 1.0 and more, of four of them 4.2 and more."""
-FEW_BLOCKS = 7
-"""Number of matching blocks of the image, of 48, below which a pose is not TRACKING if most others do not match."""
+COSTLY_POWER = 4
+"""Power of the cost, relative to the map's limit, by which covariances of costlier poses grow. Squared errors in bad
+images of six maps are 1.2 times as large up to 1.2 times the limit, and 1.8 times up to 1.4."""
 KEPT_IN_VIEW = 0.67
 """Share of the points in view that an alignment with another camera has to keep to be compared."""
 
@@ -77,8 +74,9 @@ class PoseCheck:
         self._fit_scale, self._odds = calibration.camera_fit_scale, calibration.confidence_odds
         self._usual_chi2 = calibration.usual_shift_chi2
         self._first_poses, self._expects_fit = FirstPoses(config.first_fix_agreement), False
-        self._readout_s, self._last = config.rolling_shutter_readout_s, (0, np.eye(4))
-        self._refiner, self._camera, self._corrects_camera = refiner, camera, config.camera_check == "correct"
+        self._support, self._last = Support(), (0, np.eye(4))
+        self._readout_s, self._corrects_camera = config.rolling_shutter_readout_s, config.camera_check == "correct"
+        self._refiner, self._camera = refiner, camera
         usual, wrong = 0.01 * config.calibration_error_percent, 0.01 * config.wrong_camera_percent
         cameras = CameraCheck(camera, None, usual, self._fit_scale, wrong)
         self._cameras = None if config.camera_check == "off" else cameras
@@ -114,11 +112,10 @@ class PoseCheck:
             if alignment is not None and is_aligned:
                 excess = alignment.final_cost / self._refiner.settings.max_cost
                 if excess > 1.0 and estimate.covariance is not None:  # matches alone support it: a bad image
-                    scale = JudgementSettings.unrefined_scale * excess**2
-                    estimate = replace(estimate, covariance=scale * estimate.covariance)
+                    estimate = replace(estimate, covariance=excess**COSTLY_POWER * estimate.covariance)
                 checked, chi2, fitted = self._check_camera(frame, features, estimate, inspection, turn_rad, fit)
                 checked = _check_blocks(checked, inspection.blocks, self._camera, self._usual_chi2)
-                estimate = _check_support(checked, alignment, inspection.blocks)
+                estimate = self._support.judged(checked, inspection.blocks, self._refiner.is_certain(alignment))
                 estimate = self._check_doubt(estimate, inspection, frame.source_camera, fitted)
             evidence = self._evidence(estimate, inspection, chi2)
             if fitted is not None:
@@ -128,12 +125,14 @@ class PoseCheck:
                 confidence = min(confidence, probability_within(C, GOOD_M, math.radians(GOOD_DEG)))
             estimate = self._waiting(estimate, confidence)
             self._change.is_claimed = estimate.state is TrackingState.TRACKING
+            self._support.observe(estimate)
         return replace(estimate, evidence=evidence, confidence=confidence, timings_ms=times.with_total())
 
     def reset(self) -> None:
         """Forget earlier poses, not the camera; the next pose is a first one."""
         self._first_poses.reset()
         self._change.begin_motion()
+        self._support.reset()
         self._last = (0, np.eye(4))
 
     def _rolled(self, estimate: PoseEstimate, blocks: BlockMatch | None) -> tuple[PoseEstimate, float]:
@@ -332,18 +331,3 @@ def _check_blocks(estimate: PoseEstimate, blocks: BlockMatch | None, camera: Cam
     if not blocks.fault or estimate.state is not TrackingState.TRACKING:
         return estimate
     return replace(estimate, state=TrackingState.DEGRADED, reason=blocks.fault)
-
-
-def _check_support(estimate: PoseEstimate, alignment: Alignment, blocks: BlockMatch | None) -> PoseEstimate:
-    """Return the estimate; DEGRADED if the points' own matches speak against it, or little of the image is for it."""
-    if estimate.state is not TrackingState.TRACKING:
-        return estimate
-    reason = ""
-    if alignment.map_support < LEAST_SUPPORT:
-        reason = (
-            "hardly more points find themselves where the pose has them than at a wrong pose: by "
-            f"{alignment.map_support:.1f} standard deviations, and {LEAST_SUPPORT:g} are needed"
-        )
-    elif blocks is not None and blocks.matching < FEW_BLOCKS and blocks.matching_share < 0.5:
-        reason = f"only {blocks.matching} parts of the image match the map at the pose, and {blocks.blocks} should"
-    return replace(estimate, state=TrackingState.DEGRADED, reason=reason) if reason else estimate

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From frame to frame: prediction, tracking without a coarse pose, first poses that wait, places alike, repeats."""
+"""From frame to frame: prediction, tracking without a coarse pose, first poses, support, places alike, repeats."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,8 @@ from kfloc_ros.geometry.lie import (
     so3_exp,
     so3_log,
 )
-from kfloc_ros.types import Alignment, CoarsePose
+from kfloc_ros.pixloc.image_check import BlockMatch
+from kfloc_ros.types import Alignment, CoarsePose, PoseEstimate, TrackingState
 
 
 class ConstantVelocity:
@@ -175,6 +177,64 @@ class FirstPoses:
             return False
         limit_m = min(AGREE_M + SPEED_M_S * elapsed_s, MAX_AGREE_M)
         return not is_farther(last[1], T, limit_m, min(AGREE_DEG + SPEED_DEG_S * elapsed_s, MAX_AGREE_DEG))
+
+
+LEAST_SUPPORT = 2.0
+"""Support by the points' own matches below which a pose is not TRACKING, in standard deviations: as many points agree
+with one wrong pose of 44 by chance. Good frames of five maps have 1.0 and more, of four of them 4.2 and more."""
+FEW_BLOCKS = 7
+"""Number of matching blocks of the image, of 48, below which a pose is not TRACKING if most others do not match."""
+HELD_S, CONFIRMED_POSES, CONFIRMED_S = 1.0, 3, 2.0
+"""This session's points may stand in for the map's up to the first time after a pose that the map confirmed, if as many
+have been within the last: a single one may be wrong."""
+
+
+class Support:
+    """Support of poses by the map's points, or for a moment by this session's points in their place."""
+
+    def __init__(self) -> None:
+        self._confirmed_ns: deque[int] = deque(maxlen=CONFIRMED_POSES)
+        """Stamps of the last poses that the map itself confirmed."""
+
+    def judged(self, estimate: PoseEstimate, blocks: BlockMatch | None, is_certain: bool) -> PoseEstimate:
+        """Return the estimate; DEGRADED if the points' own matches speak against it, or little of the image is for it.
+
+        Args:
+            estimate: aligned estimate.
+            blocks: agreement of the image with the map at its pose, by blocks.
+            is_certain: true if the map's points and this session's together make the pose certain, which is enough for
+                a moment after poses that the map confirmed.
+        """
+        alignment, reason = estimate.alignment, ""
+        if alignment is None or estimate.state is not TrackingState.TRACKING:
+            return estimate
+        if alignment.map_support < LEAST_SUPPORT:
+            reason = (
+                "hardly more points find themselves where the pose has them than at a wrong pose: by "
+                f"{alignment.map_support:.1f} standard deviations, and {LEAST_SUPPORT:g} are needed"
+            )
+        elif blocks is not None and blocks.matching < FEW_BLOCKS and blocks.matching_share < 0.5:
+            reason = f"only {blocks.matching} parts of the image match the map at the pose, and {blocks.blocks} should"
+        if not reason:
+            return estimate
+        if is_certain and self._is_fresh(estimate.stamp_ns):
+            return replace(estimate, held=True)
+        return replace(estimate, state=TrackingState.DEGRADED, reason=reason)
+
+    def observe(self, estimate: PoseEstimate) -> None:
+        """Add a judged pose; one that is held only, or not TRACKING, confirms nothing."""
+        if estimate.state is TrackingState.TRACKING and not estimate.held:
+            self._confirmed_ns.append(estimate.stamp_ns)
+
+    def reset(self) -> None:
+        """Forget the last poses."""
+        self._confirmed_ns.clear()
+
+    def _is_fresh(self, stamp_ns: int) -> bool:
+        if len(self._confirmed_ns) < CONFIRMED_POSES:
+            return False
+        first, last = (1e-9 * (stamp_ns - self._confirmed_ns[k]) for k in (0, -1))
+        return 0.0 < last <= HELD_S and first <= CONFIRMED_S
 
 
 @dataclass(frozen=True)

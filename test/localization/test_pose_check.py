@@ -101,6 +101,21 @@ def test_a_camera_that_is_known_to_be_right_needs_no_images(
     assert localizer.process(room[0]).estimate.state is TrackingState.TRACKING
 
 
+@pytest.mark.parametrize(("together", "state"), [(5.0, "TRACKING"), (2.5, "DEGRADED")])
+def test_for_a_moment_after_poses_of_the_map_it_is_enough_that_the_sessions_points_agree(
+    room_map: Any, room: Any, together: float, state: str
+) -> None:
+    localizer = Localizer(SceneMap.load(room_map), LocalizerConfig(device="cpu"))
+    good = [localizer.process(room[k]) for k in range(3)][-1]
+    assert good.estimate.alignment is not None
+    alignment = replace(good.estimate.alignment, support=together, map_support=1.0)
+    later = replace(good.estimate, stamp_ns=good.estimate.stamp_ns + 10**8, alignment=alignment)
+    assert localizer._refine.check(room[2], good.features, later).state is TrackingState[state]
+    localizer.reset("a test")
+    again = localizer._refine.check(room[2], good.features, replace(later, stamp_ns=later.stamp_ns + 1))
+    assert again.state is TrackingState.DEGRADED
+
+
 @pytest.mark.parametrize("support", [-0.5, 1.5])
 def test_a_pose_that_the_points_own_matches_hardly_support_is_not_tracking(
     room_map: Any, room: Any, support: float
@@ -158,6 +173,22 @@ def test_a_pose_that_another_explanation_of_the_image_moves_is_as_unsure_as_that
     moved = TwoParts(1e6, 0.25, (20.0, 0.0), np.array([[0.2, 0, 0, 0, 0, 0], np.zeros(6)]))
     likely["another"], loose = 0.0, replace(fitted(T, 1e-4 * np.eye(6)), parts=moved)
     assert 0.17 < checked()[1] < 0.2
+
+
+def test_the_covariance_grows_with_a_cost_beyond_the_maps_limit_but_not_at_once(room_map: Any, room: Any) -> None:
+    localizer = Localizer(SceneMap.load(room_map), LocalizerConfig(device="cpu"))
+    good = localizer.process(room[0])
+    assert good.estimate.alignment is not None
+    limit = localizer._refine.refiner.settings.max_cost
+
+    def variance(ratio: float) -> float:
+        costly = replace(good.estimate, alignment=replace(good.estimate.alignment, final_cost=ratio * limit))
+        covariance = localizer._refine.check(room[0], good.features, costly).covariance
+        assert covariance is not None
+        return float(np.trace(covariance[:3, :3]))
+
+    assert variance(1.001) == pytest.approx(variance(0.5), rel=0.2)
+    assert variance(0.5) < variance(1.1) < variance(1.3) < 4.0 * variance(0.5)
 
 
 def test_a_pose_that_moves_far_with_a_free_camera_scores_worse_than_one_that_stays() -> None:

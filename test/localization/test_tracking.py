@@ -13,7 +13,7 @@ from kfloc_ros.evaluation.offline import FrameRecord
 from kfloc_ros.geometry.lie import make_pose, so3_exp
 from kfloc_ros.localization.config import LocalizerConfig
 from kfloc_ros.localization.localizer import Localizer
-from kfloc_ros.localization.tracking import ConstantVelocity, FirstPoses, Rivals, Track, TrackSettings
+from kfloc_ros.localization.tracking import ConstantVelocity, FirstPoses, Rivals, Support, Track, TrackSettings
 from kfloc_ros.maps.scene_map import SceneMap
 from kfloc_ros.types import Alignment, CoarsePose, PoseEstimate, TrackingState
 
@@ -182,6 +182,33 @@ def test_a_certain_first_pose_waits_for_none_and_one_is_enough_if_asked() -> Non
     first = FirstPoses(2)
     assert missing(first, 0, confidence=0.95) == 0 and missing(first, 1, 0.1) == 0
     assert missing(FirstPoses(1), 0, confidence=0.1) == 0
+
+
+def test_after_poses_of_the_map_this_sessions_points_may_stand_in_for_a_second() -> None:
+    support, tenths = Support(), 10**8
+    own = replace(aligned(), support=5.0, map_support=5.0)
+    good = PoseEstimate(0, TrackingState.TRACKING, "", T_map_camera=POSE, alignment=own)
+
+    def judged(stamp: int, is_certain: bool = True) -> PoseEstimate:
+        unsupported = replace(good, stamp_ns=stamp * tenths, alignment=replace(own, map_support=1.5))
+        estimate = support.judged(unsupported, None, is_certain)
+        assert estimate.refined_pose is None, "it never corrects the belief"
+        assert estimate.held or "by 1.5 standard deviations" in estimate.reason
+        return estimate
+
+    for stamp in (10, 11, 12):
+        assert not judged(stamp).held, "one or two may be wrong"
+        assert support.judged(replace(good, stamp_ns=stamp * tenths), None, True).refined_pose is not None
+        support.observe(replace(good, stamp_ns=stamp * tenths))
+    assert judged(13).held and judged(22).held and not judged(13, is_certain=False).held
+    assert not judged(12).held and not judged(23).held
+    support.observe(judged(20))
+    support.observe(judged(20, is_certain=False))
+    assert not judged(23).held, "one that is held confirms nothing"
+    support.observe(replace(good, stamp_ns=29 * tenths))
+    assert judged(30).held and not judged(32).held, "the others are too long ago"
+    support.reset()
+    assert not judged(30).held
 
 
 FAR = make_pose(so3_exp([0.0, 0.0, 1.0]), [30.0, 0.0, 0.0])
