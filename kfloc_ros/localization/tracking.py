@@ -193,8 +193,8 @@ class Support:
     """Support of poses by the map's points, or for a moment by this session's points in their place."""
 
     def __init__(self) -> None:
-        self._confirmed_ns: deque[int] = deque(maxlen=CONFIRMED_POSES)
-        """Stamps of the last poses that the map itself confirmed."""
+        self._confirmed: deque[tuple[int, Matrix]] = deque(maxlen=CONFIRMED_POSES)
+        """Stamps and poses of the last images whose poses the map itself confirmed."""
 
     def judged(self, estimate: PoseEstimate, blocks: BlockMatch | None, is_certain: bool) -> PoseEstimate:
         """Return the estimate; DEGRADED if the points' own matches speak against it, or little of the image is for it.
@@ -217,24 +217,26 @@ class Support:
             reason = f"only {blocks.matching} parts of the image match the map at the pose, and {blocks.blocks} should"
         if not reason:
             return estimate
-        if is_certain and self._is_fresh(estimate.stamp_ns):
+        if is_certain and self._goes_on(estimate):
             return replace(estimate, held=True)
         return replace(estimate, state=TrackingState.DEGRADED, reason=reason)
 
     def observe(self, estimate: PoseEstimate) -> None:
         """Add a judged pose; one that is held only, or not TRACKING, confirms nothing."""
-        if estimate.state is TrackingState.TRACKING and not estimate.held:
-            self._confirmed_ns.append(estimate.stamp_ns)
+        if estimate.state is TrackingState.TRACKING and not estimate.held and estimate.T_map_camera is not None:
+            self._confirmed.append((estimate.stamp_ns, estimate.T_map_camera))
 
     def reset(self) -> None:
         """Forget the last poses."""
-        self._confirmed_ns.clear()
+        self._confirmed.clear()
 
-    def _is_fresh(self, stamp_ns: int) -> bool:
-        if len(self._confirmed_ns) < CONFIRMED_POSES:
+    def _goes_on(self, estimate: PoseEstimate) -> bool:
+        """Return true if a pose goes on from the last ones that the map confirmed, a moment ago."""
+        T = estimate.T_map_camera
+        if T is None or len(self._confirmed) < CONFIRMED_POSES:
             return False
-        first, last = (1e-9 * (stamp_ns - self._confirmed_ns[k]) for k in (0, -1))
-        return 0.0 < last <= HELD_S and first <= CONFIRMED_S
+        first_s, last_s = (1e-9 * (estimate.stamp_ns - self._confirmed[k][0]) for k in (0, -1))
+        return 0.0 < last_s <= HELD_S and first_s <= CONFIRMED_S and not jumped(self._confirmed[-1][1], T)
 
 
 @dataclass(frozen=True)

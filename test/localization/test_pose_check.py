@@ -188,7 +188,7 @@ def test_the_covariance_grows_with_a_cost_beyond_the_maps_limit_but_not_at_once(
         return float(np.trace(covariance[:3, :3]))
 
     assert variance(1.001) == pytest.approx(variance(0.5), rel=0.2)
-    assert variance(0.5) < variance(1.1) < variance(1.3) < 4.0 * variance(0.5)
+    assert variance(0.5) < variance(1.1) < 2.0 * variance(0.5) < variance(1.3) < 6.0 * variance(0.5)
 
 
 def test_a_pose_that_moves_far_with_a_free_camera_scores_worse_than_one_that_stays() -> None:

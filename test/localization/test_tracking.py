@@ -189,8 +189,9 @@ def test_after_poses_of_the_map_this_sessions_points_may_stand_in_for_a_second()
     own = replace(aligned(), support=5.0, map_support=5.0)
     good = PoseEstimate(0, TrackingState.TRACKING, "", T_map_camera=POSE, alignment=own)
 
-    def judged(stamp: int, is_certain: bool = True) -> PoseEstimate:
-        unsupported = replace(good, stamp_ns=stamp * tenths, alignment=replace(own, map_support=1.5))
+    def judged(stamp: int, is_certain: bool = True, x_m: float = 0.0) -> PoseEstimate:
+        weak = replace(own, map_support=1.5)
+        unsupported = replace(good, stamp_ns=stamp * tenths, T_map_camera=moved(x_m), alignment=weak)
         estimate = support.judged(unsupported, None, is_certain)
         assert estimate.refined_pose is None, "it never corrects the belief"
         assert estimate.held or "by 1.5 standard deviations" in estimate.reason
@@ -200,7 +201,8 @@ def test_after_poses_of_the_map_this_sessions_points_may_stand_in_for_a_second()
         assert not judged(stamp).held, "one or two may be wrong"
         assert support.judged(replace(good, stamp_ns=stamp * tenths), None, True).refined_pose is not None
         support.observe(replace(good, stamp_ns=stamp * tenths))
-    assert judged(13).held and judged(22).held and not judged(13, is_certain=False).held
+    assert judged(13).held and judged(22, x_m=0.3).held and not judged(13, is_certain=False).held
+    assert not judged(13, x_m=0.6).held, "no camera moves so far at once"
     assert not judged(12).held and not judged(23).held
     support.observe(judged(20))
     support.observe(judged(20, is_certain=False))
