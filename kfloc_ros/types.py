@@ -186,8 +186,8 @@ class PoseEstimate:
     """True if neither the map nor this session's points confirm the pose: optical flow or the motion carried it on.
     It is DEGRADED, and no measurement: ``map -> odom`` must not follow it."""
     held: bool = False
-    """True if a pose is TRACKING since this session's images agree with one that the map confirmed a moment before. It
-    does not correct the belief, which would confirm it in turn."""
+    """True if this session's points stand in for the map's support, a moment after poses that the map confirmed. Such a
+    pose does not correct the belief, which would confirm it in turn."""
     confidence: float | None = None
     """Probability that the errors are below 10 cm and 5 deg; None without a pose, or if refinement is off."""
     evidence: Mapping[str, float] = field(default_factory=dict)
