@@ -43,6 +43,10 @@ _KINDS: dict[str, type] = {
     "tf2_msgs/msg/TFMessage": TFMessage,
 }
 """Message types that are recorded; their definitions are those of ROS 2's own packages."""
+_MOTION = ("tf2_msgs/msg/TFMessage", "nav_msgs/msg/Odometry")
+"""Message types that are recorded on whatever topic they come, also on one that comes up during the recording."""
+_SETTLED_S = 1.0
+"""DDS announces topics one by one: those to record are known once nothing has changed for so long."""
 _WORLDS = ("map", "odom")
 """TF frames in which the camera's pose is looked for."""
 
@@ -86,8 +90,7 @@ def record(plan: RecordingPlan, out: Path, say: Callable[[str], None]) -> Record
     if out.exists():
         raise SourceError(f"'{out}' exists; give another folder.")
     with signals_set() as stop, _node() as (node, executor):
-        topics = _found(node, executor, plan, stop)
-        chosen = _chosen(topics, plan)
+        chosen = _found(node, executor, plan, stop)
         say("Recording " + ", ".join(topic.name for topic in chosen) + ". Ctrl-C ends it.")
         with Writer(out.absolute(), version=BAG_VERSION, storage_plugin=StoragePlugin.MCAP) as writer:
             recorder = _Recorder(node, writer, chosen, say)
@@ -99,6 +102,10 @@ def record(plan: RecordingPlan, out: Path, say: Callable[[str], None]) -> Record
                     if now_s - told_s < 3.0:
                         continue
                     told_s, report = now_s, recorder.report()
+                    for topic in _topics(node):
+                        if topic.kind in _MOTION and topic.name not in recorder.counts:
+                            say(f"Recording {topic.name}, too.")
+                            recorder.add(topic)
                     silent = [topic.name for topic in chosen[:2] if not recorder.counts[topic.name]]
                     if silent:
                         say(f"Nothing has come on {silent[0]}. Is the camera running, or is another topic meant?")
@@ -127,23 +134,27 @@ class _Recorder:
 
     def __init__(self, node: Node, writer: Writer, topics: list[Topic], say: Callable[[str], None]) -> None:
         self._node, self._writer, self._say = node, writer, say
-        self.counts = {topic.name: 0 for topic in topics}
+        self.counts: dict[str, int] = {}
         self._watch, self._lock = RecordingWatch(), threading.Lock()
         self._told_s: dict[str, float] = {}
         self._listener = TransformListener(node, lambda sentence: None)
         self._worker: LatestWorker[tuple[bytes, type]] = LatestWorker("watch", self._look, self._on_error)
-        typestore = get_typestore(Stores.ROS2_JAZZY)
-        for number, topic in enumerate(topics):
-            connection = writer.add_connection(topic.name, topic.kind, typestore=typestore)
-            kind = _KINDS[topic.kind]
+        self._typestore = get_typestore(Stores.ROS2_JAZZY)
+        for topic in topics:
+            self.add(topic, watched=topic is topics[0])
 
-            def write(data: bytes, connection: Any = connection, kind: type = kind, image: bool = number == 0) -> None:
-                self._writer.write(connection, time.time_ns(), data)
-                self.counts[connection.topic] += 1
-                if image:
-                    self._worker.submit((data, kind))
+    def add(self, topic: Topic, *, watched: bool = False) -> None:
+        """Record a topic from now on; ``watched``: its images tell how the walk is going."""
+        kind, self.counts[topic.name] = _KINDS[topic.kind], 0
+        connection = self._writer.add_connection(topic.name, topic.kind, typestore=self._typestore)
 
-            node.create_subscription(kind, topic.name, write, _profile(node, topic.name), raw=True)
+        def write(data: bytes) -> None:
+            self._writer.write(connection, time.time_ns(), data)
+            self.counts[topic.name] += 1
+            if watched:
+                self._worker.submit((data, kind))
+
+        self._node.create_subscription(kind, topic.name, write, _profile(self._node, topic.name), raw=True)
 
     def report(self) -> WatchReport:
         with self._lock:
@@ -183,21 +194,33 @@ class _Recorder:
 
 
 def _found(node: Node, executor: SingleThreadedExecutor, plan: RecordingPlan, stop: threading.Event) -> list[Topic]:
-    """Return the topics that there are, as soon as images and a calibration are among them."""
+    """Return the topics to record, once images and a calibration are among them and no more come up."""
     deadline_s = time.monotonic() + plan.wait_s
+    chosen: list[Topic] = []
+    changed_s = 0.0
     while True:
         executor.spin_once(timeout_sec=0.1)
-        topics = [
-            Topic(name, kinds[0], 1, is_depth=bool(NAMES_DEPTH.search(name)))
-            for name, kinds in node.get_topic_names_and_types()
-            if kinds[0] in _KINDS and node.count_publishers(name)
-        ]
+        now_s, last = time.monotonic(), chosen
+        is_late = now_s > deadline_s or stop.is_set()
         try:
-            _chosen(topics, plan)
-            return topics
+            chosen = _chosen(_topics(node), plan)
         except SourceError:
-            if time.monotonic() > deadline_s or stop.is_set():
+            chosen = []
+            if is_late:
                 raise
+        if chosen != last:
+            changed_s = now_s
+        if chosen and (is_late or now_s - changed_s > _SETTLED_S):
+            return chosen
+
+
+def _topics(node: Node) -> list[Topic]:
+    """Return what is published now of the types that are recorded."""
+    return [
+        Topic(name, kinds[0], 1, is_depth=bool(NAMES_DEPTH.search(name)))
+        for name, kinds in node.get_topic_names_and_types()
+        if kinds[0] in _KINDS and node.count_publishers(name)
+    ]
 
 
 def _chosen(topics: list[Topic], plan: RecordingPlan) -> list[Topic]:
@@ -214,7 +237,7 @@ def _chosen(topics: list[Topic], plan: RecordingPlan) -> list[Topic]:
     unknown = [name for name in plan.also if name not in names]
     if unknown:
         raise SourceError(f"There is no topic {unknown[0]} of a type that is recorded ({', '.join(sorted(_KINDS))}).")
-    moving = [topic for topic in topics if topic.kind in ("tf2_msgs/msg/TFMessage", "nav_msgs/msg/Odometry")]
+    moving = [topic for topic in topics if topic.kind in _MOTION]
     wanted = [image, info, *([depth] if depth else []), *moving, *(names[name] for name in plan.also)]
     return list({topic.name: topic for topic in wanted}.values())
 

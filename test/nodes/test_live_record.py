@@ -31,6 +31,7 @@ def test_a_bag_has_the_right_topics_and_is_whole_after_ctrl_c(
 ) -> None:
     world = new_world()
     harness, out = world.harness, tmp_path / "bag"
+    from nav_msgs.msg import Odometry
     from tf2_msgs.msg import TFMessage
 
     from kfloc_ros.nodes.qos import results, static_transforms
@@ -41,11 +42,13 @@ def test_a_bag_has_the_right_topics_and_is_whole_after_ctrl_c(
     process = start(world.environment, "--out", str(out), "--wait", "30", "--image", "/image")
     harness.wait(harness.listens, 60.0)
     harness.spin(4.0)
+    late = harness.node.create_publisher(Odometry, "/late_odom", 10)
     sent = 0
     for position in range(25):
         stamp_ns = time.time_ns()
         harness.send_transform("odom", "base", stamp_ns, make_pose(np.eye(3), [0.01 * position, 0, 0]))
         harness.send(room[position], stamp_ns)
+        late.publish(Odometry())
         sent += 1
         harness.spin(0.2)
     process.send_signal(signal.SIGINT)
@@ -57,6 +60,7 @@ def test_a_bag_has_the_right_topics_and_is_whole_after_ctrl_c(
         counts = {topic.name: topic.count for topic in bag.topics}
     assert counts["/image"] >= sent - 3 and counts["/camera_info"] >= sent - 3
     assert counts["/tf"] >= sent - 3 and counts["/tf_static"] == 1
+    assert "Recording /late_odom, too." in said and counts["/late_odom"] >= 5, counts
     source = open_source(f"bag:{out}?pose=none")
     assert len(source) == counts["/image"] and source[0].camera == room.camera
 
