@@ -18,6 +18,7 @@ from rclpy.node import Node
 from rclpy.qos import DurabilityPolicy, HistoryPolicy, QoSProfile, ReliabilityPolicy
 from rclpy.serialization import deserialize_message
 from rclpy.signals import SignalHandlerOptions
+from rosbags.interfaces import Qos, QosDurability, QosHistory, QosLiveliness, QosReliability, QosTime
 from rosbags.rosbag2 import StoragePlugin, Writer
 from rosbags.typesys import Stores, get_typestore
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image, Imu
@@ -146,7 +147,10 @@ class _Recorder:
     def add(self, topic: Topic, *, watched: bool = False) -> None:
         """Record a topic from now on; ``watched``: its images tell how the walk is going."""
         kind, self.counts[topic.name] = _KINDS[topic.kind], 0
-        connection = self._writer.add_connection(topic.name, topic.kind, typestore=self._typestore)
+        profile = _profile(self._node, topic.name)
+        connection = self._writer.add_connection(
+            topic.name, topic.kind, typestore=self._typestore, offered_qos_profiles=[_offer(profile)]
+        )
 
         def write(data: bytes) -> None:
             self._writer.write(connection, time.time_ns(), data)
@@ -154,7 +158,7 @@ class _Recorder:
             if watched:
                 self._worker.submit((data, kind))
 
-        self._node.create_subscription(kind, topic.name, write, _profile(self._node, topic.name), raw=True)
+        self._node.create_subscription(kind, topic.name, write, profile, raw=True)
 
     def report(self) -> WatchReport:
         with self._lock:
@@ -252,6 +256,22 @@ def _profile(node: Node, topic: str) -> QoSProfile:
         depth=100,
         reliability=ReliabilityPolicy.RELIABLE if reliable else ReliabilityPolicy.BEST_EFFORT,
         durability=DurabilityPolicy.TRANSIENT_LOCAL if latched else DurabilityPolicy.VOLATILE,
+    )
+
+
+def _offer(profile: QoSProfile) -> Qos:
+    """Return a profile as the bag has it: without it, a player would publish /tf_static only to who listens by then."""
+    forever = QosTime(9223372036, 854775807)
+    return Qos(
+        QosHistory(profile.history.value),
+        profile.depth,
+        QosReliability(profile.reliability.value),
+        QosDurability(profile.durability.value),
+        deadline=forever,
+        lifespan=forever,
+        liveliness=QosLiveliness.SYSTEM_DEFAULT,
+        liveliness_lease_duration=forever,
+        avoid_ros_namespace_conventions=False,
     )
 
 

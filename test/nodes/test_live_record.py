@@ -58,6 +58,7 @@ def test_a_bag_has_the_right_topics_and_is_whole_after_ctrl_c(
     assert "Nothing has come on /image." in said and "Traceback" not in said
     with BagReader(out) as bag:
         counts = {topic.name: topic.count for topic in bag.topics}
+    assert (out / "metadata.yaml").read_text().count("durability: transient_local") == 1
     assert counts["/image"] >= sent - 3 and counts["/camera_info"] >= sent - 3
     assert counts["/tf"] >= sent - 3 and counts["/tf_static"] == 1
     assert "Recording /late_odom, too." in said and counts["/late_odom"] >= 5, counts
