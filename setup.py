@@ -49,7 +49,7 @@ setup(
         "poselib>=2.0.4; sys_platform != 'linux' or platform_machine == 'x86_64'",
         "pycolmap>=3.11; sys_platform != 'linux' or platform_machine == 'x86_64'",
         "pyyaml>=6",
-        "rosbags>=0.10",
+        "rosbags>=0.10.11",
         "safetensors>=0.4",
         "setuptools",
         "torch>=2.1",
