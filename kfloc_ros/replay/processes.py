@@ -14,6 +14,7 @@ import importlib.util
 import os
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -157,6 +158,35 @@ MAX_DOMAIN_ID = 101
 """Larger ROS domain ids reach into the port range that Linux hands out to programs."""
 
 
+_FIRST_PORT, _PORTS_OF_DOMAIN = 7400, 250
+"""UDP ports of the ROS domains, by the DDSI-RTPS standard: so many for each domain, from the first one on."""
+_PARTICIPANTS = 32
+"""Number of participants of a domain that are looked for."""
+
+
+def free_domain(first: int) -> int:
+    """Return the first ROS domain that no process of this machine is in, nor ``ROS_DOMAIN_ID`` of the environment.
+
+    Args:
+        first: number to begin with; beyond the last domain, it begins at 1 again.
+    """
+    own = os.environ.get("ROS_DOMAIN_ID", "")
+    domains = [1 + (first + step) % MAX_DOMAIN_ID for step in range(MAX_DOMAIN_ID)]
+    return next((domain for domain in domains if str(domain) != own and not _is_used(domain)), domains[0])
+
+
+def _is_used(domain_id: int) -> bool:
+    """Return True if a participant of a domain listens for others on this machine."""
+    base = _FIRST_PORT + _PORTS_OF_DOMAIN * domain_id
+    for port in (base, *range(base + 10, base + 10 + 2 * _PARTICIPANTS, 2)):
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            try:
+                probe.bind(("", port))
+            except OSError:
+                return True
+    return False
+
+
 def check_ros() -> None:
     """Raise RosUnavailableError where rclpy is not installed; importing it here could restart the interpreter."""
     if importlib.util.find_spec("rclpy") is None:
@@ -170,10 +200,10 @@ def ros_environment(domain_id: int | None = None) -> dict[str, str]:
     """This process's environment, changed so that ROS children find each other and nobody else.
 
     What the user has set for Fast DDS and the discovery range is kept. ``domain_id`` None takes one
-    that follows from this process's id.
+    that nobody is in.
     """
     environment = dict(os.environ)
-    environment["ROS_DOMAIN_ID"] = str(1 + os.getpid() % MAX_DOMAIN_ID if domain_id is None else domain_id)
+    environment["ROS_DOMAIN_ID"] = str(free_domain(os.getpid()) if domain_id is None else domain_id)
     environment.setdefault("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
     environment.setdefault("PYTHONUNBUFFERED", "1")
     if not ({"FASTDDS_DEFAULT_PROFILES_FILE", "FASTRTPS_DEFAULT_PROFILES_FILE"} & environment.keys()):

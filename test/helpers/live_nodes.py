@@ -21,6 +21,7 @@ from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.messages.camera_info import fill_info
 from kfloc_ros.messages.images import fill_image
 from kfloc_ros.messages.poses import fill_stamp
+from kfloc_ros.replay.processes import free_domain
 from kfloc_ros.types import Frame
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -219,7 +220,7 @@ class RosWorld:
     """A ROS domain with a harness and nodes."""
 
     def __init__(self, folder: Path) -> None:
-        self.domain_id = 1 + (os.getpid() + 17 * next(_world_numbers)) % 101
+        self.domain_id = free_domain(os.getpid() + 17 * next(_world_numbers))
         self._folder = folder
         self.environment = {
             **os.environ,

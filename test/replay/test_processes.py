@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -139,6 +142,26 @@ def test_a_domain_of_its_own_and_local_discovery(monkeypatch: pytest.MonkeyPatch
     assert values["ROS_AUTOMATIC_DISCOVERY_RANGE"] == "LOCALHOST"
     assert env.ros_environment(7)["ROS_DOMAIN_ID"] == "7"
     assert os.environ["ROS_DOMAIN_ID"] == "42"
+
+
+def test_a_domain_of_its_own_is_neither_the_robots_nor_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bag that is played into the domain of a running robot would move it."""
+    monkeypatch.delenv("ROS_DOMAIN_ID", raising=False)
+    first = env.free_domain(40)
+    monkeypatch.setenv("ROS_DOMAIN_ID", str(first))
+    second = env.free_domain(40)
+    assert second != first
+    for port in (7400, 7410, 7414):  # of discovery by multicast, and of two participants
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as participant:
+            participant.bind(("", port + 250 * second))
+            assert env.free_domain(40) not in (first, second)
+    assert 1 <= env.free_domain(env.MAX_DOMAIN_ID - 1) <= env.MAX_DOMAIN_ID
+
+
+@pytest.mark.ros
+def test_the_domain_of_a_live_node_is_in_use(new_world: Callable[[], Any]) -> None:
+    domain_id = new_world().domain_id
+    assert env.free_domain(domain_id - 1) != domain_id
 
 
 def test_what_the_user_set_for_fast_dds_stays(monkeypatch: pytest.MonkeyPatch) -> None:
