@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from geometry_msgs.msg import TransformStamped
 from rclpy.duration import Duration
+from rclpy.event_handler import SubscriptionEventCallbacks
 from rclpy.node import Node
 from rclpy.time import Time
 from tf2_msgs.msg import TFMessage
@@ -35,6 +36,10 @@ _SENT = 2000
 """Number of transforms of this node that are recognized on ``/tf``."""
 _OTHER_S = 5.0
 """Time, in seconds, for which another broadcaster of the same transform is remembered."""
+_NOT_LATCHED = (
+    "A publisher on '/tf_static' does not latch its transforms: what it sent before this node listened is lost. "
+    "Publish them with the durability transient_local; `ros2 bag play` does so with --qos-profile-overrides-path."
+)
 _SAME_MOUNT = 1e-6
 """Largest difference of two static transforms that count as one."""
 
@@ -124,7 +129,12 @@ class TransformListener:
         node.create_subscription(
             TFMessage, "/tf", lambda m: self._add(m, static=False), profile, event_callbacks=events
         )
-        node.create_subscription(TFMessage, "/tf_static", lambda m: self._add(m, static=True), qos.static_transforms())
+        events = SubscriptionEventCallbacks(incompatible_qos=lambda _: warn(_NOT_LATCHED))
+        # One profile cannot receive both what was latched before and what is not latched at all.
+        for profile in (qos.static_transforms(), qos.results(100, "best_effort")):
+            node.create_subscription(
+                TFMessage, "/tf_static", lambda m: self._add(m, static=True), profile, event_callbacks=events
+            )
 
     def lookup(self, target: str, source: str, stamp_ns: int, wait_s: float = 0.0) -> Matrix:
         """Return ``T_target_source`` (4, 4); waits up to ``wait_s``, but never in the executor's thread.

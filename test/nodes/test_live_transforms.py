@@ -211,3 +211,25 @@ def test_a_loop_of_another_node_is_not_closed(robot: Any, room: Any) -> None:
     assert "it would close a loop, because TF has odom -> map" in values["transform"]
     harness.spin(0.3)
     assert not anchors(harness), "and what was sent before is not sent again"
+
+
+def test_a_mount_that_is_not_latched_is_used_and_told(new_world: Callable[[], Any], room: Any, room_map: Path) -> None:
+    """As from a bag that was written without QoS profiles, and is played after the node has started."""
+    from tf2_msgs.msg import TFMessage
+
+    from kfloc_ros.nodes.qos import results
+    from kfloc_ros.nodes.transforms import stamped
+
+    world = new_world()
+    node = world.start_localizer(f"map:={room_map}", "base_frame:=base_link")
+    mounts = world.harness.node.create_publisher(TFMessage, "/tf_static", results())
+    world.harness.wait(lambda: mounts.get_subscription_count() > 0)
+    mount = TFMessage(transforms=[stamped("base_link", "camera", 0, T_BASE_CAMERA)])
+
+    def published() -> bool:
+        mounts.publish(mount)
+        stamp_ns = world.harness.send(room[4])
+        return bool(world.harness.wait(lambda: stamp_ns in world.harness.poses, 0.5, must=False))
+
+    world.harness.wait(published)
+    assert "does not latch its transforms" in node.log
