@@ -16,7 +16,7 @@ from typing import Any
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from rosbags.interfaces import Connection
+from rosbags.interfaces import Connection, Qos, QosDurability, QosHistory, QosLiveliness, QosReliability, QosTime
 from rosbags.rosbag2 import StoragePlugin, Writer
 from rosbags.typesys import Stores, get_typestore
 
@@ -150,6 +150,22 @@ def encode_depth(depth_m: NDArray[np.float32]) -> NDArray[np.uint8]:
 
 
 BAG_VERSION = 9
+
+
+def offered_profile(*, is_reliable: bool, is_latched: bool, depth: int) -> Qos:
+    """Return the QoS profile of a topic in a bag: without it, a player latches nothing, such as /tf_static."""
+    forever = QosTime(9223372036, 854775807)
+    return Qos(
+        QosHistory.KEEP_LAST,
+        depth,
+        QosReliability.RELIABLE if is_reliable else QosReliability.BEST_EFFORT,
+        QosDurability.TRANSIENT_LOCAL if is_latched else QosDurability.VOLATILE,
+        deadline=forever,
+        lifespan=forever,
+        liveliness=QosLiveliness.SYSTEM_DEFAULT,
+        liveliness_lease_duration=forever,
+        avoid_ros_namespace_conventions=False,
+    )
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rclpy.event_handler import SubscriptionEventCallbacks
+from rclpy.node import Node
 from rclpy.qos import (
     DurabilityPolicy,
     HistoryPolicy,
@@ -77,3 +78,28 @@ def latched() -> QoSProfile:
         reliability=ReliabilityPolicy.RELIABLE,
         durability=DurabilityPolicy.TRANSIENT_LOCAL,
     )
+
+
+def matching(node: Node, topic: str) -> list[QoSProfile]:
+    """Return the profiles of subscriptions to all publishers of a topic, as strict as they are.
+
+    Static transforms that some publishers latch and others do not need two: a volatile subscription receives nothing
+    from before it.
+    """
+    offers = [info.qos_profile for info in node.get_publishers_info_by_topic(topic)]
+    is_reliable = all(offer.reliability == ReliabilityPolicy.RELIABLE for offer in offers)
+    kept = {offer.durability for offer in offers}
+    if topic.endswith("/tf_static"):
+        kept.add(DurabilityPolicy.TRANSIENT_LOCAL)
+    elif len(kept) != 1:
+        kept = {DurabilityPolicy.VOLATILE}
+    return [
+        QoSProfile(
+            history=HistoryPolicy.KEEP_LAST,
+            depth=100,
+            reliability=ReliabilityPolicy.RELIABLE if is_reliable else ReliabilityPolicy.BEST_EFFORT,
+            durability=durability,
+        )
+        for durability in (DurabilityPolicy.TRANSIENT_LOCAL, DurabilityPolicy.VOLATILE)
+        if durability in kept
+    ]

@@ -3,34 +3,39 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import rclpy
+from geometry_msgs.msg import PoseStamped, PoseWithCovarianceStamped
 from nav_msgs.msg import Odometry
+from rclpy.event_handler import SubscriptionEventCallbacks
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
-from rclpy.qos import DurabilityPolicy, HistoryPolicy, QoSProfile, ReliabilityPolicy
+from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 from rclpy.serialization import deserialize_message
 from rclpy.signals import SignalHandlerOptions
-from rosbags.interfaces import Qos, QosDurability, QosHistory, QosLiveliness, QosReliability, QosTime
+from rclpy.subscription import Subscription
 from rosbags.rosbag2 import StoragePlugin, Writer
 from rosbags.typesys import Stores, get_typestore
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image, Imu
 from tf2_msgs.msg import TFMessage
 
-from kfloc_ros.bags.topics import Topic, choose_depth, choose_image, choose_info
-from kfloc_ros.bags.writer import BAG_VERSION
+from kfloc_ros.bags.topics import CAMERA_INFO, IMAGE_TYPES, Topic, choose_depth, choose_image, choose_info
+from kfloc_ros.bags.writer import BAG_VERSION, offered_profile
 from kfloc_ros.errors import FrameError, KflocError, SourceError
 from kfloc_ros.mapping.recording_watch import RecordingWatch, WatchReport
 from kfloc_ros.messages.images import NAMES_DEPTH, decode_compressed, decode_image
 from kfloc_ros.messages.poses import stamp_to_ns
 from kfloc_ros.messages.transforms import TransformUnknownError
+from kfloc_ros.nodes import qos
 from kfloc_ros.nodes.runtime import signals_set
 from kfloc_ros.nodes.transforms import TransformListener
 from kfloc_ros.nodes.worker import LatestWorker
@@ -41,6 +46,8 @@ _KINDS: dict[str, type] = {
     "sensor_msgs/msg/CameraInfo": CameraInfo,
     "sensor_msgs/msg/Imu": Imu,
     "nav_msgs/msg/Odometry": Odometry,
+    "geometry_msgs/msg/PoseStamped": PoseStamped,
+    "geometry_msgs/msg/PoseWithCovarianceStamped": PoseWithCovarianceStamped,
     "tf2_msgs/msg/TFMessage": TFMessage,
 }
 """Message types that are recorded; their definitions are those of ROS 2's own packages."""
@@ -48,6 +55,10 @@ _MOTION = ("tf2_msgs/msg/TFMessage", "nav_msgs/msg/Odometry")
 """Message types that are recorded on whatever topic they come, also on one that comes up during the recording."""
 _SETTLED_S = 1.0
 """DDS announces topics one by one: those to record are known once nothing has changed for so long."""
+_TELL_S = 3.0
+_FREE_BYTES = 100_000_000
+"""A recording ends while so much of the disk is free: without space for its index, a bag cannot be read."""
+_HERE = Path("this machine's topics")
 _WORLDS = ("map", "odom")
 """TF frames in which the camera's pose is looked for."""
 
@@ -94,27 +105,23 @@ def record(plan: RecordingPlan, out: Path, say: Callable[[str], None]) -> Record
         chosen = _found(node, executor, plan, stop)
         say("Recording " + ", ".join(topic.name for topic in chosen) + ". Ctrl-C ends it.")
         with Writer(out.absolute(), version=BAG_VERSION, storage_plugin=StoragePlugin.MCAP) as writer:
-            recorder = _Recorder(node, writer, chosen, say)
+            recorder = _Recorder(node, writer, chosen, plan, say)
             try:
                 started_s = told_s = time.monotonic()
                 while not stop.is_set():
                     executor.spin_once(timeout_sec=0.1)
                     now_s = time.monotonic()
-                    if now_s - told_s < 3.0:
-                        continue
-                    told_s, report = now_s, recorder.report()
-                    for topic in _topics(node):
-                        if topic.kind in _MOTION and topic.name not in recorder.counts:
-                            say(f"Recording {topic.name}, too.")
-                            recorder.add(topic)
-                    silent = [topic.name for topic in chosen[:2] if not recorder.counts[topic.name]]
-                    if silent:
-                        say(f"Nothing has come on {silent[0]}. Is the camera running, or is another topic meant?")
-                    else:
-                        say(progress_line(report))
-                    if plan.stop_when_enough and report.is_enough:
-                        break
                     if plan.duration_s and now_s - started_s >= plan.duration_s:
+                        break
+                    if shutil.disk_usage(out).free < _FREE_BYTES:
+                        say("The disk is almost full: the recording ends here.")
+                        break
+                    if now_s - told_s < _TELL_S:
+                        continue
+                    told_s = now_s
+                    recorder.add_late()
+                    report = recorder.tell()
+                    if plan.stop_when_enough and report.is_enough:
                         break
             finally:
                 recorder.close()
@@ -133,32 +140,94 @@ def progress_line(report: WatchReport) -> str:
 class _Recorder:
     """Subscriptions that write what they receive, and a thread that watches the images."""
 
-    def __init__(self, node: Node, writer: Writer, topics: list[Topic], say: Callable[[str], None]) -> None:
-        self._node, self._writer, self._say = node, writer, say
+    def __init__(
+        self, node: Node, writer: Writer, topics: list[Topic], plan: RecordingPlan, say: Callable[[str], None]
+    ) -> None:
+        self._node, self._writer, self._say, self._plan = node, writer, say, plan
+        self._image, self._info = topics[0].name, topics[1].name
         self.counts: dict[str, int] = {}
+        self._images, self._problem = 0, ""
+        self._subscriptions: dict[str, list[Subscription]] = {}
+        self._profiles: dict[str, list[QoSProfile]] = {}
+        self._unmatched: set[str] = set()
         self._watch, self._lock = RecordingWatch(), threading.Lock()
         self._told_s: dict[str, float] = {}
         self._listener = TransformListener(node, lambda sentence: None)
         self._worker: LatestWorker[tuple[bytes, type]] = LatestWorker("watch", self._look, self._on_error)
         self._typestore = get_typestore(Stores.ROS2_JAZZY)
+        self._writers: dict[str, tuple[type, Callable[[bytes], None]]] = {}
         for topic in topics:
-            self.add(topic, watched=topic is topics[0])
+            self._add(topic)
 
-    def add(self, topic: Topic, *, watched: bool = False) -> None:
-        """Record a topic from now on; ``watched``: its images tell how the walk is going."""
-        kind, self.counts[topic.name] = _KINDS[topic.kind], 0
-        profile = _profile(self._node, topic.name)
+    def _add(self, topic: Topic) -> None:
+        """Record a topic from now on; the images tell how the walk is going."""
+        name, kind, watched = topic.name, _KINDS[topic.kind], topic.name == self._image
+        profiles = qos.matching(self._node, name)
+        offer = offered_profile(
+            is_reliable=profiles[0].reliability == ReliabilityPolicy.RELIABLE,
+            is_latched=profiles[0].durability == DurabilityPolicy.TRANSIENT_LOCAL,
+            depth=profiles[0].depth,
+        )
         connection = self._writer.add_connection(
-            topic.name, topic.kind, typestore=self._typestore, offered_qos_profiles=[_offer(profile)]
+            name, topic.kind, typestore=self._typestore, offered_qos_profiles=[offer]
         )
 
         def write(data: bytes) -> None:
             self._writer.write(connection, time.time_ns(), data)
-            self.counts[topic.name] += 1
+            self.counts[name] += 1
             if watched:
                 self._worker.submit((data, kind))
 
-        self._node.create_subscription(kind, topic.name, write, profile, raw=True)
+        self.counts[name], self._writers[name] = 0, (kind, write)
+        self._subscribe(name, profiles)
+
+    def _subscribe(self, name: str, profiles: list[QoSProfile]) -> None:
+        """Subscribe to a topic, in place of the former subscriptions."""
+        kind, write = self._writers[name]
+        events = SubscriptionEventCallbacks(incompatible_qos=lambda _: self._unmatched.add(name))
+        former = self._subscriptions.get(name, [])
+        self._profiles[name] = profiles
+        self._subscriptions[name] = [
+            self._node.create_subscription(kind, name, write, profile, raw=True, event_callbacks=events)
+            for profile in profiles
+        ]
+        for subscription in former:
+            self._node.destroy_subscription(subscription)
+
+    def add_late(self) -> None:
+        """Record what has come up since the start, and subscribe anew where a new publisher does not match."""
+        unmatched, self._unmatched = self._unmatched, set()
+        for name in unmatched:
+            profiles = qos.matching(self._node, name)
+            if profiles != self._profiles[name]:
+                self._subscribe(name, profiles)
+        problem, topics = "", _topics(self._node)
+        recorded = [t.name for t in topics if t.is_depth and t.kind in IMAGE_TYPES and t.name in self.counts]
+        depth = recorded[0] if recorded else self._plan.depth
+        try:
+            for topic in _chosen(topics, replace(self._plan, image=self._image, camera_info=self._info, depth=depth)):
+                if topic.name not in self.counts:
+                    self._say(f"Recording {topic.name}, too.")
+                    self._add(topic)
+            choose_image(_HERE, topics, self._plan.image or None, "--image {}".format)
+        except SourceError as error:  # such as a second camera, or one that has gone
+            problem = f"{error} The recording goes on as it began."
+        if problem and problem != self._problem:
+            self._say(problem)
+        self._problem = problem
+
+    def tell(self) -> WatchReport:
+        """Say how it is going, or what does not come."""
+        report, images = self.report(), self.counts[self._image]
+        if images == self._images:
+            again = f"for {_TELL_S:.0f} s " if images else ""
+            self._say(f"Nothing has come {again}on {self._image}. Is the camera running, or is another topic meant?")
+        elif not self.counts[self._info]:
+            self._say(f"Nothing has come on {self._info}. Is the camera running, or is another topic meant?")
+        else:
+            self._say(progress_line(report))
+        self._images = images
+        return report
 
     def report(self) -> WatchReport:
         with self._lock:
@@ -205,7 +274,9 @@ def _found(node: Node, executor: SingleThreadedExecutor, plan: RecordingPlan, st
     while True:
         executor.spin_once(timeout_sec=0.1)
         now_s, last = time.monotonic(), chosen
-        is_late = now_s > deadline_s or stop.is_set()
+        is_late = now_s > deadline_s
+        if stop.is_set():
+            raise KeyboardInterrupt
         try:
             chosen = _chosen(_topics(node), plan)
         except SourceError:
@@ -233,46 +304,26 @@ def _chosen(topics: list[Topic], plan: RecordingPlan) -> list[Topic]:
     Raises:
         SourceError: none or several can be meant.
     """
-    here = Path("this machine's topics")
-    image = choose_image(here, topics, plan.image or None, "--image {}".format)
-    info = choose_info(here, topics, image, plan.camera_info or None, "--camera-info {}".format)
-    depth = choose_depth(here, topics, image, plan.depth or None, "--depth {}".format)
+    for kinds, what in ((IMAGE_TYPES, "images"), ((CAMERA_INFO,), "camera_info")):
+        if not any(topic.kind in kinds for topic in topics):
+            domain = os.environ.get("ROS_DOMAIN_ID", "0")
+            raise SourceError(
+                f"No topic of {what} is published in the ROS domain {domain}. Is the camera running, and does `ros2 "
+                "topic list` show its topics in this terminal?"
+            )
+    image = choose_image(_HERE, topics, plan.image or None, "--image {}".format)
+    info = choose_info(_HERE, topics, image, plan.camera_info or None, "--camera-info {}".format)
+    depth = choose_depth(_HERE, topics, image, plan.depth or None, "--depth {}".format)
     names = {topic.name: topic for topic in topics}
     unknown = [name for name in plan.also if name not in names]
     if unknown:
         raise SourceError(f"There is no topic {unknown[0]} of a type that is recorded ({', '.join(sorted(_KINDS))}).")
     moving = [topic for topic in topics if topic.kind in _MOTION]
-    wanted = [image, info, *([depth] if depth else []), *moving, *(names[name] for name in plan.also)]
+    wanted = [image, info, *moving, *(names[name] for name in plan.also)]
+    if depth:  # its own calibration, too: it may be of another frame
+        space = depth.base.rpartition("/")[0]
+        wanted[2:2] = [depth, *(t for t in topics if t.kind == CAMERA_INFO and t.name.rpartition("/")[0] == space)]
     return list({topic.name: topic for topic in wanted}.values())
-
-
-def _profile(node: Node, topic: str) -> QoSProfile:
-    """Return the profile that matches all publishers of a topic, as strict as they are."""
-    offers = [info.qos_profile for info in node.get_publishers_info_by_topic(topic)]
-    reliable = all(offer.reliability == ReliabilityPolicy.RELIABLE for offer in offers)
-    latched = bool(offers) and all(offer.durability == DurabilityPolicy.TRANSIENT_LOCAL for offer in offers)
-    return QoSProfile(
-        history=HistoryPolicy.KEEP_LAST,
-        depth=100,
-        reliability=ReliabilityPolicy.RELIABLE if reliable else ReliabilityPolicy.BEST_EFFORT,
-        durability=DurabilityPolicy.TRANSIENT_LOCAL if latched else DurabilityPolicy.VOLATILE,
-    )
-
-
-def _offer(profile: QoSProfile) -> Qos:
-    """Return a profile as the bag has it: without it, a player would publish /tf_static only to who listens by then."""
-    forever = QosTime(9223372036, 854775807)
-    return Qos(
-        QosHistory(profile.history.value),
-        profile.depth,
-        QosReliability(profile.reliability.value),
-        QosDurability(profile.durability.value),
-        deadline=forever,
-        lifespan=forever,
-        liveliness=QosLiveliness.SYSTEM_DEFAULT,
-        liveliness_lease_duration=forever,
-        avoid_ros_namespace_conventions=False,
-    )
 
 
 @contextmanager
