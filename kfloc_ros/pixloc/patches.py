@@ -56,7 +56,7 @@ class PatchSettings:
     """Standard deviation of the weights of a patch's pixels."""
     min_deviation: float = MIN_DEVIATION
     """Smallest standard deviation of the grey values of a patch, of 255, that is compared."""
-    even_dissimilarity: float = 0.25
+    even_dissimilarity: float = 0.35
     """Mean dissimilarity at which the features' covariance counts fully, as a prior of the patches' pose; else by the
     fourth power. Errors grow faster than residuals: at a quarter of the resolution, residuals are three times as large
     in the demo room, and errors eleven times. With constant weights, its and RedKitchen's best differ by ten."""
