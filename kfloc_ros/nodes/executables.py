@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 from types import FrameType
+from typing import NoReturn
 
 STAGES = {
     "camera_node": ("kfloc_ros.nodes.camera", "CameraStage"),
@@ -25,28 +26,28 @@ MAX_COMPRESSED_PIXELS = 100_000_000
 """Limit on the size of a compressed image, in pixels."""
 
 
-def camera_node() -> int:
-    """Run ``camera_node``; return its exit code."""
-    return run("camera_node")
+def camera_node() -> NoReturn:
+    """Run ``camera_node``."""
+    run("camera_node")
 
 
-def filter_node() -> int:
-    """Run ``filter_node``; return its exit code."""
-    return run("filter_node")
+def filter_node() -> NoReturn:
+    """Run ``filter_node``."""
+    run("filter_node")
 
 
-def refiner_node() -> int:
-    """Run ``refiner_node``; return its exit code."""
-    return run("refiner_node")
+def refiner_node() -> NoReturn:
+    """Run ``refiner_node``."""
+    run("refiner_node")
 
 
-def localizer() -> int:
-    """Run ``localizer``, which hosts all three stages; return its exit code."""
-    return run("localizer")
+def localizer() -> NoReturn:
+    """Run ``localizer``, which hosts all three stages."""
+    run("localizer")
 
 
-def run(name: str) -> int:
-    """Import and run the node ``name``; return its exit code."""
+def run(name: str) -> NoReturn:
+    """Import and run the node ``name``, and end the process with its exit code."""
     # Until the node installs its own handlers. Nothing is open yet that must be closed, and an exception raised while
     # a library is being loaded would appear as a traceback.
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -56,7 +57,12 @@ def run(name: str) -> int:
     module, stage = STAGES[name]
     build = getattr(importlib.import_module(module), stage)
     runtime = importlib.import_module("kfloc_ros.nodes.runtime")
-    return int(runtime.run_node(name, build))
+    code = int(runtime.run_node(name, build))
+    # All is closed. The interpreter would now free the libraries one by one: a second of computing, which on a busy
+    # robot takes longer than `ros2 launch` waits before it sends SIGTERM.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def main() -> int:
@@ -64,7 +70,7 @@ def main() -> int:
     if len(sys.argv) < 2 or sys.argv[1] not in STAGES:
         print(f"Give the name of a node to run: {', '.join(STAGES)}.", file=sys.stderr)
         return 2
-    return run(sys.argv.pop(1))
+    run(sys.argv.pop(1))
 
 
 def _leave(number: int, frame: FrameType | None) -> None:

@@ -185,6 +185,10 @@ class Harness:
         raise AssertionError("no good frame was localized")
 
 
+PATIENCE_S = 5.0
+"""Time in which a node ends after a signal, as launch has it, on a machine without other work."""
+
+
 class NodeProcess:
     """A node in a process of its own; ends when the context does, and must end well."""
 
@@ -211,6 +215,15 @@ class NodeProcess:
             self.process.kill()
             self.process.wait()
             raise AssertionError(f"The node did not end within {patience_s} s:\n{self.log}") from None
+
+    def end_well(self, how: signal.Signals = signal.SIGINT) -> None:
+        """End the process, with exit code 0, without a traceback, and in time."""
+        start_s = time.monotonic()
+        code = self.end(how, 30.0)
+        took_s = time.monotonic() - start_s
+        assert code == 0 and "Traceback" not in self.log, self.log
+        busy = max(os.getloadavg()[0] / (os.cpu_count() or 1), 1.0)  # others' work is not the node's fault
+        assert took_s < PATIENCE_S * busy, f"{took_s:.1f} s"
 
 
 _world_numbers = itertools.count()

@@ -154,8 +154,7 @@ def test_the_map_changes_through_a_parameter_and_a_bad_one_is_refused(
 def test_it_ends_well(world: Any) -> None:
     import signal
 
-    assert world.nodes[0].end(signal.SIGTERM, 5.0) == 0, world.nodes[0].log
-    assert "Traceback" not in world.nodes[0].log
+    world.nodes[0].end_well(signal.SIGTERM)
 
 
 @pytest.mark.parametrize("delay_s", [0.0, 0.4, 1.2])

@@ -167,7 +167,7 @@ def test_compressed_images_under_sim_time_and_a_clock_that_jumps_back(
     harness.localize(room[4], earlier)
     harness.wait(lambda: bool(harness.paths))
     assert all(pose.header.stamp.sec < 500 for pose in harness.paths[-1].poses)
-    assert node.end(signal.SIGTERM, 5.0) == 0, node.log
+    node.end_well(signal.SIGTERM)
 
 
 def test_pose_of_a_base_frame_through_static_transforms(new_world: NewWorld, room_map: Path, room: Any) -> None:
@@ -246,5 +246,5 @@ def test_three_processes_answer_as_one_does(new_world: NewWorld, room_map: Path,
     harness.wait(lambda: stamp_ns in harness.coarse)
     assert harness.transforms[-1].child_frame_id == "camera"
     for node, how in zip(world.nodes, (signal.SIGINT, signal.SIGTERM, signal.SIGINT), strict=True):
-        assert node.end(how, 5.0) == 0, node.log
+        node.end_well(how)
         assert "Traceback" not in node.log
