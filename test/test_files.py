@@ -17,17 +17,30 @@ import cv2
 import lz4.frame
 import numpy as np
 import pytest
+import torch
 import yaml
 from bag_messages import image, info, write_messages
 from limits import peak_bytes, reset_peak
 from rosbags.rosbag2 import CompressionMode, StoragePlugin, storage_mcap
 from rosbags.rosbag2.errors import ReaderError
+from safetensors.torch import save_file
 
 from kfloc_ros.bags.reader import MAX_METADATA_BYTES
 from kfloc_ros.datasets import open_source
 from kfloc_ros.datasets.images import image_fault, image_size, read_depth_m, read_image
-from kfloc_ros.errors import FrameError, KflocError, SourceError
-from kfloc_ros.files import MAX_IMAGE_PIXELS, inside, number, read_array, read_arrays, read_bytes, read_json, read_yaml
+from kfloc_ros.errors import FrameError, KflocError, MapError, SourceError
+from kfloc_ros.files import (
+    MAX_IMAGE_PIXELS,
+    inside,
+    number,
+    read_array,
+    read_arrays,
+    read_bytes,
+    read_json,
+    read_yaml,
+)
+from kfloc_ros.mapping.build import check_free
+from kfloc_ros.maps.files import appearing
 from kfloc_ros.pixloc.hloc.files import read_descriptors
 
 
@@ -340,3 +353,18 @@ def test_another_format_under_the_name_of_a_jpeg_is_refused_unread(tmp_path: Pat
     for read in (read_image, image_size):
         with pytest.raises(FrameError, match="not a readable image"):
             read(tmp_path / "a.jpg")
+
+
+def test_tensors_that_cannot_be_written_are_an_error_of_the_system(tmp_path: Path) -> None:
+    """The library has an error of its own for a full disk: a traceback for who has built a map for minutes."""
+    with pytest.raises(OSError, match="No such file"), appearing(tmp_path / "map") as folder:
+        save_file({"a": torch.zeros(3)}, folder / "nothing" / "head.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_map_that_cannot_be_written_is_refused_before_it_is_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(MapError, match="No map can be written"):
+        check_free(tmp_path / "file" / "map", overwrite=False)
+    check_free(tmp_path / "new" / "map", overwrite=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

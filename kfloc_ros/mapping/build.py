@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import math
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -141,14 +142,33 @@ def build_map(
     return SceneMap.load(out)
 
 
+_NEEDED_BYTES = 4_000_000
+"""Free space that the smallest maps need."""
+
+
 def check_free(out: Path, *, overwrite: bool) -> None:
     """Refuse a folder that must not be written, before minutes of work.
 
     Raises:
-        MapError: the folder exists and ``overwrite`` is false, or it is not a map.
+        MapError: the folder exists and ``overwrite`` is false, it is not a map, or nothing can be written beside it.
     """
     if out.exists() and not (overwrite and (out / DESCRIPTION).is_file()):
         raise MapError(f"'{out}' exists; pass --force to replace a map, or give another folder.")
+    check_writable(out)
+
+
+def check_writable(out: Path) -> None:
+    """Refuse a folder beside which nothing can be written, such as on a full disk.
+
+    Raises:
+        MapError: nothing can be written there.
+    """
+    parent = next(folder for folder in out.absolute().parents if folder.exists())
+    try:
+        with tempfile.NamedTemporaryFile(prefix=f".{out.name}.", dir=parent) as probe:
+            probe.write(bytes(_NEEDED_BYTES))
+    except OSError as error:
+        raise MapError(f"No map can be written to '{out}': {error.strerror}.") from error
 
 
 def make_map(

@@ -21,7 +21,7 @@ from kfloc_ros.geometry.camera import ImageAdapter
 from kfloc_ros.geometry.lie import Matrix
 from kfloc_ros.localization.config import LocalizerConfig
 from kfloc_ros.localization.place_localizer import PlaceLocalizer
-from kfloc_ros.mapping.build import MapBuildConfig, Report
+from kfloc_ros.mapping.build import MapBuildConfig, Report, check_writable
 from kfloc_ros.mapping.merge import NothingInside, crop_map
 from kfloc_ros.mapping.update import Updated, update_map
 from kfloc_ros.maps.files import appearing, file_checksum
@@ -129,6 +129,7 @@ def check_free_for_place(out: Path, *, overwrite: bool) -> None:
     """
     if out.exists() and not (overwrite and (out / DESCRIPTION).is_file()):
         raise MapError(f"'{out}' exists; pass --force to replace a place, or give another folder.")
+    check_writable(out)
 
 
 def _describe(folder: Path, name: str, motions: Sequence[tuple[str, Matrix]]) -> None:
