@@ -6,7 +6,10 @@ poses.
 from __future__ import annotations
 
 import argparse
+import csv
 import sys
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from kfloc_ros.cli.arguments import add_no_check, not_negative, positive
@@ -120,7 +123,9 @@ def _add_topics(group: argparse._ArgumentGroup) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run ``kfloc replay``; return 0 when done, 1 if a requirement is not met, 130 when interrupted."""
+    """Run ``kfloc replay``; return 0 when done, 1 if no image was processed or a requirement is not met, 130 when
+    interrupted.
+    """
     from kfloc_ros.cli.tables import progress_bar, summary_table
     from kfloc_ros.errors import ConfigError
     from kfloc_ros.evaluation.compare import parse_requirement
@@ -178,11 +183,26 @@ def run(args: argparse.Namespace) -> int:
     if summary.run.interrupted:
         print("Interrupted; the results cover the played part.", file=sys.stderr)
         return 130
+    if not summary.run.processed:
+        print(f"No image was processed. {_why_none(args.out, () if args.offline else config.nodes)}", file=sys.stderr)
+        return 1
     figures = summary.to_dict()
     failures = [failure for item in requirements if (failure := item.failure(figures))]
     for failure in failures:
         print(f"Requirement not met: {failure}", file=sys.stderr)
     return 1 if failures else 0
+
+
+def _why_none(out: Path, nodes: Sequence[str]) -> str:
+    """Return what the nodes warned of last, or else the most frequent reason in ``frames.csv``."""
+    logs = [out / "logs" / f"{name}.log" for name in nodes]
+    lines = [line for log in logs for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
+    warnings = [line.split("]: ", 1)[-1] for line in lines if line.startswith(("[WARN]", "[ERROR]"))]
+    if warnings:
+        return f"The nodes say: {' '.join(dict.fromkeys(warnings[-3:]))}"
+    with (out / "frames.csv").open(encoding="utf-8", newline="") as stream:
+        reasons = Counter(row["reason"] for row in csv.DictReader(stream))
+    return reasons.most_common(1)[0][0] if reasons else ""
 
 
 def _what_was_played(options: object, truth: str) -> str:

@@ -55,7 +55,9 @@ def _table_without_truth(summary: Summary) -> str:
     rows = [*played, ("frames", str(summary.frames)), ("with a pose", str(summary.localized)), *left_out]
     return "\n".join(
         [
-            f"{summary.run.source} has no ground truth: no error is known.",
+            f"{summary.run.source} has no ground truth: no error is known."
+            if summary.run.processed
+            else "No image was processed: no error is known.",
             format_table([*rows, *timing_rows(summary)]),
         ]
     )

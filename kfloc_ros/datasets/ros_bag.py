@@ -273,7 +273,7 @@ class RosBag(FrameSource):
         if T_color_depth is None:
             raise SourceError(
                 f"The depth of the bag '{self._path}' is in the frame '{self._depth.frame_id}', and /tf_static does "
-                f"not connect it with the images' frame '{self._image.frame_id}'."
+                f"not connect it with the images' frame '{self._image.frame_id}'. Without depth: ?depth=none."
             )
 
         def register(depth_m: NDArray[np.float32]) -> NDArray[np.float32]:
