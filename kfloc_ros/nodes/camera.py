@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from rclpy.event_handler import SubscriptionEventCallbacks
 from rclpy.node import Node
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 
@@ -153,6 +154,10 @@ class ImageReceiver:
         parameter_names = "camera_info_reliability or camera_info_durability"
         events = qos.on_mismatch(self._info_topic, parameter_names, health.warn)
         node.create_subscription(CameraInfo, self._info_topic, self._on_info, info_profile, event_callbacks=events)
+        if config.camera_info_durability == "volatile":  # which receives nothing that was latched before
+            events = SubscriptionEventCallbacks(incompatible_qos=lambda _: None)
+            latched = qos.latched()
+            node.create_subscription(CameraInfo, self._info_topic, self._on_info, latched, event_callbacks=events)
         self._depth = DepthReceiver(node, parameters, health, prefix) if parameters.localizer.use_depth else None
         topic, kind = node.resolve_topic_name(f"{prefix}image"), Image
         if config.image_transport == "compressed":

@@ -60,8 +60,8 @@ class NodeConfig:
     )
     camera_info_durability: str = option(
         "volatile",
-        "Requested durability of the camera_info subscription; transient_local for a publisher that publishes only "
-        "once.",
+        "Requested durability of the camera_info subscription; volatile receives latched messages, too, and "
+        "transient_local only these.",
         choices=("volatile", "transient_local"),
     )  # fmt: skip
     initialpose_reliability: str = option(

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -106,3 +107,26 @@ def test_a_publisher_with_other_qos_is_named_with_the_parameter_to_change(
         )
         assert f"Set {parameter}" in node.log
     world.harness.localize(room[4])  # from the other publisher, which is reliable
+
+
+def test_a_calibration_that_was_latched_before_the_start_is_received(
+    new_world: NewWorld, room_map: Path, room: Any
+) -> None:
+    """As of a camera_info that is published once, also with the parameters' defaults."""
+    from sensor_msgs.msg import CameraInfo
+
+    from kfloc_ros.nodes.qos import latched
+
+    world = new_world()
+    harness = world.harness
+    harness.node.destroy_publisher(harness._publishers["info"])
+    harness._publishers["info"] = harness.node.create_publisher(CameraInfo, "camera_info", latched())
+    harness.send_info(room.camera, time.time_ns())
+    world.start_localizer(f"map:={room_map}")
+
+    def send(frame: Any) -> int:
+        stamp_ns = time.time_ns()
+        harness.send_image(frame.image, stamp_ns)
+        return stamp_ns
+
+    harness.localize(room[4], send)
