@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from kfloc_ros.geometry.covariance import CHI2_6_999, pose_tangent_error
 from kfloc_ros.geometry.lie import Matrix, jumped
-from kfloc_ros.localization.judgement import CHANGED_SINCE, PARTLY_FOUND, WRONG_CAMERAS, CameraDoubt
+from kfloc_ros.localization.judgement import CHANGED_SINCE, PARTLY_FOUND, CameraDoubt, wrong_cameras
 from kfloc_ros.pixloc.camera_fit import FittedCamera, combine, log_evidence
 
 MOST_CAMERA_RISK = 0.005
@@ -134,7 +134,7 @@ class CameraChange:
 
     def __init__(self, fit_scale: float, usual: NDArray[np.float64], width: int, wrong_prior: float) -> None:
         self._fit_scale, self._usual, self._wrong_prior = fit_scale, usual, wrong_prior
-        self._cameras = [usual + np.diag((kind * (1.0, 1.0, width, width, 1.0, 1.0)) ** 2) for kind in WRONG_CAMERAS]
+        self._cameras = wrong_cameras(usual, width)
         self._next_prior = CHANGED_SINCE * wrong_prior
         self._poses, self._last = PoseSteps(), Steps(None, None)
         self._claims = False, False

@@ -206,6 +206,11 @@ PARTLY_FOUND = 4.0
 that find only a part of its mistake are too near to it."""
 
 
+def wrong_cameras(usual: Matrix, width: int, kinds: Matrix = WRONG_CAMERAS) -> Matrix:
+    """Return the covariance of the offsets of each kind of wrong camera, (K, 6, 6); see :meth:`CameraDoubt.of`."""
+    return np.stack([usual + np.diag(kind**2) for kind in kinds * (1.0, 1.0, width, width, 1.0, 1.0)])
+
+
 @dataclass(frozen=True, eq=False)
 class CameraDoubt:
     """What is left of the possibility that the camera is wrong, by what the images have said so far.
@@ -238,7 +243,7 @@ class CameraDoubt:
             found: offsets (6,) that images fit, and their covariance (6, 6); None: no image has said anything yet.
             kinds: (K, 6) standard deviations of wrong cameras, as ``WRONG_CAMERAS``.
         """
-        wrongs = usual + np.stack([np.diag(kind**2) for kind in kinds * (1.0, 1.0, width, width, 1.0, 1.0)])
+        wrongs = wrong_cameras(usual, width, kinds)
         if found is None or prior == 0.0:
             return cls(prior, wrongs.mean(0))
         offsets, covariance = found
@@ -248,9 +253,8 @@ class CameraDoubt:
             more = log_evidence(offsets, covariance + wrong) - right
             odds.append(prior / (1.0 - prior) / len(kinds) * math.exp(max(min(more, 30.0), -30.0)))
             gain = wrong @ np.linalg.inv(wrong + covariance)
-            mean = gain @ offsets
-            moments.append(wrong - gain @ wrong + np.outer(mean, mean))
-            means.append(np.outer(mean, mean))
+            means.append(np.outer(gain @ offsets, gain @ offsets))
+            moments.append(wrong - gain @ wrong + means[-1])
         total = sum(odds)
         mixed, shown = (np.einsum("k,kij->ij", np.array(odds) / total, np.stack(m)) for m in (moments, means))
         return cls(total / (1.0 + total), 0.5 * (mixed + mixed.T), shown)
@@ -288,9 +292,9 @@ def probability_of_another(
         so_far: probability of a wrong camera by the images before.
         usual, width, found: as in :meth:`CameraDoubt.of`, of this image.
     """
-    odds = 0.0
     if found is None:
-        return odds
+        return 0.0
+    odds = 0.0
     for before, kinds in ((max(so_far, CHANGED_SINCE * prior), WRONG_CAMERAS), (prior, SHEARED_IMAGES)):
         likely = CameraDoubt.of(before, usual, width, found, kinds).probability
         odds += likely / max(1.0 - likely, 1e-9)
@@ -324,14 +328,13 @@ def sentence(verdict: CameraVerdict, given: Camera | None, camera: Camera) -> st
     """
     c, known = verdict.offsets, given or camera
     source = "camera_info" if given is not None else "the map's camera"
-    px_x, px_y = known.fx / camera.fx, known.fy / camera.fy
     if verdict.wrong == 0:
         return f"the images fit a focal length of {known.fx * math.exp(c[0]):.0f} px, {source} says {known.fx:.0f} px"
     if verdict.wrong == 1:
         fitted = known.fy / known.fx * math.exp(c[1])
         return f"the images fit a ratio fy/fx of {fitted:.3f}, {source} says {known.fy / known.fx:.3f}"
     if verdict.wrong in (2, 3):
-        x, y = known.cx + px_x * c[2], known.cy + px_y * c[3]
+        x, y = known.cx + known.fx / camera.fx * c[2], known.cy + known.fy / camera.fy * c[3]
         return (
             f"the images fit a principal point of ({x:.0f}, {y:.0f}) px, "
             f"{source} says ({known.cx:.0f}, {known.cy:.0f}) px"
