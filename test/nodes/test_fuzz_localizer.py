@@ -7,6 +7,7 @@ image is localized.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -49,6 +50,7 @@ from kfloc_ros.nodes.managed_node import RELOCALIZE, RESET
 from kfloc_ros.nodes.parameter_server import ParameterServer
 from kfloc_ros.nodes.parameters import parameter_table
 from kfloc_ros.nodes.worker import EnableSwitch
+from kfloc_ros.replay.processes import free_domain
 
 pytestmark = pytest.mark.ros
 
@@ -122,7 +124,7 @@ def node(monkeypatch: pytest.MonkeyPatch) -> Iterator[OpenNode]:
     monkeypatch.setenv("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
     monkeypatch.setattr(intake, "LatestWorker", AtOnce)
     context = rclpy.Context()
-    rclpy.init(context=context, domain_id=9)
+    rclpy.init(context=context, domain_id=free_domain(os.getpid()))
     made = OpenNode(context)
     yield made
     made.destroy_node()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ import rclpy
 from kfloc_ros.nodes import managed_node
 from kfloc_ros.nodes.managed_node import SUCCESS, ManagedNode
 from kfloc_ros.nodes.worker import GpuMemoryError, reported_error
+from kfloc_ros.replay.processes import free_domain
 
 pytestmark = pytest.mark.ros
 
@@ -45,7 +47,7 @@ class Stage:
 def make_node(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., ManagedNode]]:
     monkeypatch.setenv("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
     monkeypatch.setattr(managed_node, "load_map", lambda path: SimpleNamespace(name="room"))
-    rclpy.init(args=["--ros-args", "-p", "map:=/"], domain_id=8)
+    rclpy.init(args=["--ros-args", "-p", "map:=/"], domain_id=free_domain(os.getpid()))
     nodes: list[ManagedNode] = []
 
     def make(failures: int) -> ManagedNode:

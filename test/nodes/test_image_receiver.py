@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import array
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 from kfloc_ros.errors import FrameError, MapError
+from kfloc_ros.replay.processes import free_domain
 
 pytest.importorskip("rclpy", reason="rclpy is not installed: `make setup` brings it, or source a ROS 2 installation")
 
@@ -36,7 +38,7 @@ pytestmark = pytest.mark.ros
 def node(monkeypatch: pytest.MonkeyPatch) -> Iterator[Node]:
     monkeypatch.setenv("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
     context = rclpy.Context()
-    rclpy.init(context=context, domain_id=7)
+    rclpy.init(context=context, domain_id=free_domain(os.getpid()))
     node = Node("camera_test", context=context, automatically_declare_parameters_from_overrides=True)
     yield node
     node.destroy_node()
@@ -135,7 +137,7 @@ def test_a_rectified_topic_that_would_be_undistorted_once_more_is_warned_of(
 ) -> None:
     monkeypatch.setenv("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
     context = rclpy.Context()
-    rclpy.init(context=context, domain_id=7)
+    rclpy.init(context=context, domain_id=free_domain(os.getpid()))
     arguments = ["--ros-args", "-r", f"image:={topic}"]
     arguments += ["-p", f"image_transport:={transport}", "-p", f"rectified:={str(rectified).lower()}"]
     node = Node(
@@ -192,7 +194,7 @@ class DepthWorld:
 
     def __init__(self, room: Any) -> None:
         self.context = rclpy.Context()
-        rclpy.init(context=self.context, domain_id=7)
+        rclpy.init(context=self.context, domain_id=free_domain(os.getpid()))
         arguments = ["--ros-args", "-p", "use_depth:=true"]
         self.node = Node(
             "camera_test",

@@ -28,6 +28,7 @@ from kfloc_ros.messages.poses import fill_stamp
 from kfloc_ros.nodes.localizer_stage import LocalizerStage, PoseOutput
 from kfloc_ros.nodes.parameter_server import ParameterServer
 from kfloc_ros.nodes.worker import EnableSwitch
+from kfloc_ros.replay.processes import free_domain
 from kfloc_ros.types import PoseEstimate
 
 pytestmark = pytest.mark.ros
@@ -38,7 +39,7 @@ FRAMES = 4
 def node(monkeypatch: pytest.MonkeyPatch) -> Iterator[Node]:
     monkeypatch.setenv("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
     context = rclpy.Context()
-    rclpy.init(context=context, domain_id=8)
+    rclpy.init(context=context, domain_id=free_domain(os.getpid()))
     arguments = ["--ros-args", "-p", "max_age_s:=0.0"]
     node = Node("stage_test", context=context, cli_args=arguments, automatically_declare_parameters_from_overrides=True)
     yield node

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from rclpy.parameter import Parameter
 
 from kfloc_ros.nodes import managed_node
 from kfloc_ros.nodes.managed_node import SUCCESS, ManagedNode
+from kfloc_ros.replay.processes import free_domain
 
 pytestmark = pytest.mark.ros
 
@@ -43,7 +45,7 @@ def node(monkeypatch: pytest.MonkeyPatch) -> Iterator[ManagedNode]:
     monkeypatch.setenv("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
     monkeypatch.setattr(managed_node, "load_map", lambda path: SimpleNamespace(name=path))
     monkeypatch.setattr(managed_node, "resolve_map", lambda name: name)
-    rclpy.init(args=["--ros-args", "-p", "map:=room"], domain_id=8)
+    rclpy.init(args=["--ros-args", "-p", "map:=room"], domain_id=free_domain(os.getpid()))
     Stage.made, Stage.broken = [], set()
     node = ManagedNode("change_test", Stage)
     assert node.trigger_configure() == SUCCESS and node.trigger_activate() == SUCCESS

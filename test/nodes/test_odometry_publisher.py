@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
@@ -26,6 +27,7 @@ from kfloc_ros.nodes.parameters import NodeConfig
 from kfloc_ros.nodes.pose_publisher import PosePublisher
 from kfloc_ros.nodes.transforms import TransformListener, stamped
 from kfloc_ros.nodes.worker import EnableSwitch
+from kfloc_ros.replay.processes import free_domain
 from kfloc_ros.types import PoseEstimate, TrackingState
 
 pytestmark = pytest.mark.ros
@@ -69,7 +71,7 @@ class World:
 @pytest.fixture
 def node(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setenv("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
-    rclpy.init(domain_id=9)
+    rclpy.init(domain_id=free_domain(os.getpid()))
     made = rclpy.create_node("odometry_test")
     yield made
     made.destroy_node()

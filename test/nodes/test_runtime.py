@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 
@@ -15,6 +16,7 @@ from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
 
 from kfloc_ros.nodes.runtime import _MAX_FAILURES, _spin, make_executor
+from kfloc_ros.replay.processes import free_domain
 
 pytestmark = pytest.mark.ros
 
@@ -39,7 +41,7 @@ class Failing(Node):
 @pytest.fixture
 def ros(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
-    rclpy.init(domain_id=11)
+    rclpy.init(domain_id=free_domain(os.getpid()))
     yield
     rclpy.try_shutdown()
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -22,6 +23,7 @@ from kfloc_ros.nodes.parameters import NodeConfig
 from kfloc_ros.nodes.tf_publisher import StampLead, TfPublisher, tree_fault
 from kfloc_ros.nodes.transforms import TransformListener, stamped
 from kfloc_ros.nodes.worker import EnableSwitch
+from kfloc_ros.replay.processes import free_domain
 
 NOW = 10**18
 MS = 10**6
@@ -141,7 +143,7 @@ def worlds(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setenv("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
     sent: list[Any] = []
     monkeypatch.setattr(tf_publisher, "make_broadcaster", lambda node: sent.append)
-    rclpy.init(domain_id=8)
+    rclpy.init(domain_id=free_domain(os.getpid()))
     node = rclpy.create_node("tree_test")
     yield lambda **values: World(node, sent, **values)
     node.destroy_node()
