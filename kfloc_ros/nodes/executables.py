@@ -7,6 +7,7 @@ A node can be interrupted at any time, including the seconds in which torch is i
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import signal
@@ -58,6 +59,7 @@ def run(name: str) -> NoReturn:
     build = getattr(importlib.import_module(module), stage)
     runtime = importlib.import_module("kfloc_ros.nodes.runtime")
     code = int(runtime.run_node(name, build))
+    gc.collect()  # the node's handles refer to each other in cycles, and its participant leaves with the last one
     # All is closed. The interpreter would now free the libraries one by one: a second of computing, which on a busy
     # robot takes longer than `ros2 launch` waits before it sends SIGTERM.
     sys.stdout.flush()

@@ -36,6 +36,19 @@ def test_the_end_takes_little_computing(new_world: NewWorld, room_map: Path) -> 
     assert usage.ru_utime + usage.ru_stime - start_s < 0.15 * start_s
 
 
+def test_what_has_ended_is_gone_for_the_others(new_world: NewWorld, room_map: Path) -> None:
+    """And not only after twenty seconds without a sign of life."""
+    world = new_world()
+    for name in EXECUTABLES:
+        world.start(name, f"map:={room_map}")
+    world.harness.wait(lambda: all("Ready: map" in node.log for node in world.nodes), 120.0)
+    names = world.harness.node.get_node_names
+    world.harness.wait(lambda: set(EXECUTABLES) <= set(names()))
+    for node in world.nodes:
+        node.end_well()
+    world.harness.wait(lambda: not set(EXECUTABLES) & set(names()), 3.0)
+
+
 @pytest.mark.slow
 def test_without_a_map_all_four_end_well(new_world: NewWorld, tmp_path: Path) -> None:
     """Up, unconfigured, and a map that is not there asked for."""
