@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rclpy.event_handler import SubscriptionEventCallbacks
 from rclpy.node import Node
+from rclpy.qos import DurabilityPolicy
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 
 from kfloc_ros.bags.topics import COMPRESSED, RAW, Topic
@@ -154,10 +154,7 @@ class ImageReceiver:
         parameter_names = "camera_info_reliability or camera_info_durability"
         events = qos.on_mismatch(self._info_topic, parameter_names, health.warn)
         node.create_subscription(CameraInfo, self._info_topic, self._on_info, info_profile, event_callbacks=events)
-        if config.camera_info_durability == "volatile":  # which receives nothing that was latched before
-            events = SubscriptionEventCallbacks(incompatible_qos=lambda _: None)
-            latched = qos.latched()
-            node.create_subscription(CameraInfo, self._info_topic, self._on_info, latched, event_callbacks=events)
+        self._node, self._hears_latched = node, config.camera_info_durability == "transient_local"
         self._depth = DepthReceiver(node, parameters, health, prefix) if parameters.localizer.use_depth else None
         topic, kind = node.resolve_topic_name(f"{prefix}image"), Image
         if config.image_transport == "compressed":
@@ -202,7 +199,19 @@ class ImageReceiver:
         self._info_came.set()
 
     def _on_image(self, message: Any) -> None:
+        if self._camera is None and not self._hears_latched:
+            self._hear_latched()
         self._queue.offer(_Arrival(message, time.time_ns()))
+
+    def _hear_latched(self) -> None:
+        """Subscribe to a camera_info that was latched before, if there is one; the executor's thread only.
+
+        Not at once: publishers that do not latch would warn of a subscription that asks for it.
+        """
+        offers = self._node.get_publishers_info_by_topic(self._info_topic)
+        if any(offer.qos_profile.durability == DurabilityPolicy.TRANSIENT_LOCAL for offer in offers):
+            self._hears_latched = True
+            self._node.create_subscription(CameraInfo, self._info_topic, self._on_info, qos.latched())
 
     def _on_jump(self) -> None:
         self._stamps.forget()
