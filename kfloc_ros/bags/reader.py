@@ -64,17 +64,17 @@ class BagReader:
     def __init__(self, path: Path) -> None:
         if not path.exists():
             raise SourceError(f"There is no bag '{path}'.")
+        files = sorted([*path.glob("*.db3"), *path.glob("*.mcap")]) if path.is_dir() else [path]
+        for file in files:
+            with reading(path):
+                _check_whole(file)
         if path.is_dir() and not (path / "metadata.yaml").is_file():
-            stored = any(path.glob("*.mcap")) or any(path.glob("*.db3"))
-            way_out = f" If its recorder was killed, `ros2 bag reindex {path}` writes it." if stored else ""
+            way_out = f" If its recorder was killed, `ros2 bag reindex {path}` writes it." if files else ""
             raise SourceError(f"'{path}' is not a rosbag2 folder: it has no metadata.yaml.{way_out}")
         if path.is_dir() and (size := (path / "metadata.yaml").stat().st_size) > MAX_METADATA_BYTES:
             raise SourceError(
                 f"'{path / 'metadata.yaml'}' has {size} bytes, more than the {MAX_METADATA_BYTES} allowed."
             )
-        for file in sorted([*path.glob("*.db3"), *path.glob("*.mcap")]) if path.is_dir() else [path]:
-            with reading(path):
-                _check_whole(file)
         self.path = path
         with reading(path):
             self._reader = AnyReader([path], default_typestore=get_typestore(Stores.ROS2_JAZZY))

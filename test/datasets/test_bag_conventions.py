@@ -351,7 +351,10 @@ def test_an_mcap_file_whose_recorder_was_killed_says_how_to_repair_it(tmp_path: 
         for opened in (lambda name=name: open_source(f"bag:{name}"), lambda name=name: BagStream(name)):
             with pytest.raises(SourceError, match=r"bag\.mcap' has no end.*mcap recover.*ros2 bag reindex"):
                 opened()
-    (bag / "metadata.yaml").unlink()
+    (bag / "metadata.yaml").unlink()  # which a recorder writes at the end
+    with pytest.raises(SourceError, match=r"bag\.mcap' has no end.*mcap recover.*ros2 bag reindex"):
+        open_source(f"bag:{bag}")
+    (bag / "bag.mcap").write_bytes(data)
     with pytest.raises(SourceError, match=r"no metadata\.yaml\. If its recorder was killed.*ros2 bag reindex"):
         open_source(f"bag:{bag}")
 
