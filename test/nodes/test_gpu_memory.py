@@ -117,7 +117,15 @@ def test_the_live_localizer_goes_on_on_the_cpu(
     import subprocess
 
     world, log = new_world(), tmp_path / "log"
-    command = [sys.executable, "-c", RUNS_OUT_ONCE.format(call=call), "--ros-args", "-p", f"map:={room_map}"]
+    command = [
+        sys.executable,
+        "-c",
+        RUNS_OUT_ONCE.format(call=call),
+        "localizer",
+        "--ros-args",
+        "-p",
+        f"map:={room_map}",
+    ]
     with log.open("w") as sink:
         process = subprocess.Popen(command, env=world.environment, stdout=sink, stderr=subprocess.STDOUT)
     try:
