@@ -253,7 +253,8 @@ class CameraDoubt:
             more = log_evidence(offsets, covariance + wrong) - right
             odds.append(prior / (1.0 - prior) / len(kinds) * math.exp(max(min(more, 30.0), -30.0)))
             gain = wrong @ np.linalg.inv(wrong + covariance)
-            means.append(np.outer(gain @ offsets, gain @ offsets))
+            mean = gain @ offsets
+            means.append(np.outer(mean, mean))
             moments.append(wrong - gain @ wrong + means[-1])
         total = sum(odds)
         mixed, shown = (np.einsum("k,kij->ij", np.array(odds) / total, np.stack(m)) for m in (moments, means))
@@ -294,10 +295,9 @@ def probability_of_another(
     """
     if found is None:
         return 0.0
-    odds = 0.0
-    for before, kinds in ((max(so_far, CHANGED_SINCE * prior), WRONG_CAMERAS), (prior, SHEARED_IMAGES)):
-        likely = CameraDoubt.of(before, usual, width, found, kinds).probability
-        odds += likely / max(1.0 - likely, 1e-9)
+    priors = (max(so_far, CHANGED_SINCE * prior), WRONG_CAMERAS), (prior, SHEARED_IMAGES)
+    likely = [CameraDoubt.of(before, usual, width, found, kinds).probability for before, kinds in priors]
+    odds = sum(p / max(1.0 - p, 1e-9) for p in likely)
     return odds / (1.0 + odds)
 
 

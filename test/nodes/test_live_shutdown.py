@@ -46,7 +46,7 @@ def test_what_has_ended_is_gone_for_the_others(new_world: NewWorld, room_map: Pa
     world.harness.wait(lambda: set(EXECUTABLES) <= set(names()))
     for node in world.nodes:
         node.end_well()
-    world.harness.wait(lambda: not set(EXECUTABLES) & set(names()), 3.0)
+    world.harness.wait(lambda: not set(EXECUTABLES) & set(names()), 10.0)
 
 
 @pytest.mark.slow
