@@ -69,7 +69,7 @@ setup(
     zip_safe=False,
     entry_points={
         "console_scripts": [
-            "kfloc = kfloc_ros.cli.main:main",
+            "kfloc = kfloc_ros.cli.main:run",
             "camera_node = kfloc_ros.nodes.executables:camera_node",
             "filter_node = kfloc_ros.nodes.executables:filter_node",
             "refiner_node = kfloc_ros.nodes.executables:refiner_node",

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import sys
+from kfloc_ros.cli.main import run
 
-from kfloc_ros.cli.main import main
-
-sys.exit(main())
+run()

@@ -7,12 +7,15 @@ Exit codes: 0 done, 1 a check failed, 2 invalid input (one sentence on stderr), 
 from __future__ import annotations
 
 import argparse
+import atexit
+import contextlib
+import gc
 import importlib
 import os
 import sys
 from collections.abc import Sequence
 from types import ModuleType
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from kfloc_ros import __version__
 from kfloc_ros.errors import KflocError
@@ -65,25 +68,35 @@ a first session:
 """
 
 
+def run() -> NoReturn:
+    """Run the command line and end the process with its exit code, without the interpreter's own end.
+
+    That would free the libraries one by one: with torch up to a second of computing. Threads are waited for, and all
+    that is registered with ``atexit`` is done, such as the removal of temporary folders.
+    """
+    codes: list[int] = []
+    atexit.register(_end, codes)  # what is registered first is done last
+    codes.append(main())
+    sys.exit(codes[0])
+
+
+def _end(codes: Sequence[int]) -> None:
+    """End the process with the exit code of its command; after an exception without one, do nothing."""
+    if not codes:
+        return
+    gc.collect()  # frees what only cycles refer to, such as a video that is being written
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # main() has told it
+            print(end="", file=stream, flush=True)
+    os._exit(codes[0])
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    selected = next((word for word in arguments if not word.startswith("-")), "")
     try:
-        # Only the selected module is imported, so that `kfloc --help` does not load torch or rclpy.
-        module = importlib.import_module(COMMANDS[selected].module) if selected in COMMANDS else None
-        parser = build_parser(selected, module)
-        args = parser.parse_args(arguments)
-        if module is None:
-            parser.print_help()
-            return 2
-        args.words = arguments
-        run = getattr(args, "run_action", None) or module.run
-        code = int(run(args))
-        sys.stdout.flush()
+        code = _run(list(sys.argv[1:] if argv is None else argv))
+        print(end="", flush=True)
         return code
-    except SystemExit as stop:  # argparse ends this way; its message is already printed
-        return stop.code if isinstance(stop.code, int) else 0
     except KeyboardInterrupt:
         print("Interrupted; nothing more was written.", file=sys.stderr)
         return 130
@@ -106,6 +119,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"kfloc: {describe(error)}", file=sys.stderr)
         return 2
+
+
+def _run(arguments: Sequence[str]) -> int:
+    selected = next((word for word in arguments if not word.startswith("-")), "")
+    # Only the selected module is imported, so that `kfloc --help` does not load torch or rclpy.
+    module = importlib.import_module(COMMANDS[selected].module) if selected in COMMANDS else None
+    parser = build_parser(selected, module)
+    try:
+        args = parser.parse_args(arguments)
+        if module is None:
+            parser.print_help()
+            return 2
+        args.words = arguments
+        return int((getattr(args, "run_action", None) or module.run)(args))
+    except SystemExit as stop:  # argparse ends this way; its message is already printed
+        return stop.code if isinstance(stop.code, int) else 0
 
 
 def build_parser(selected: str = "", module: ModuleType | None = None) -> argparse.ArgumentParser:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -94,12 +95,64 @@ def test_a_bug_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
         cli.main(["demo"])
 
 
-def test_output_into_a_closed_pipe_is_silent() -> None:
-    code = "from kfloc_ros.cli.main import main; import sys; sys.exit(main(['--help']))"
+@pytest.mark.parametrize(("reader", "code"), [("", 141), ("> /dev/full", 2), (">&-", 0)])
+def test_output_that_nobody_takes_is_no_traceback(reader: str, code: int) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    reading, pipe = os.pipe()
+    os.close(reading)
+    command = ["sh", "-c", f"'{sys.executable}' -m kfloc_ros.cli --help {reader}"]
+    done = subprocess.run(command, env=environment, stdout=pipe, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(pipe)
+    assert done.returncode == code
+    assert "Traceback" not in done.stderr and "ignored" not in done.stderr
+    assert ("No space left on device" in done.stderr) == (code == 2)
+
+
+COMMAND = """
+import atexit, os, sys, tempfile, threading, time
+from pathlib import Path
+from types import SimpleNamespace
+from kfloc_ros.cli import main as cli
+
+class Said:
+    def __init__(self, text): self.text = text
+    def __del__(self): print(self.text, file=sys.stderr, flush=True)
+
+kept = Said("freed by the interpreter")
+
+def action(args):
+    sys.temporary = tempfile.TemporaryDirectory(dir=".")
+    atexit.register(print, "and at the end")
+    cycle = [Said("freed by a collection")]
+    cycle.append(cycle)
+    threading.Thread(target=lambda: (time.sleep(0.3), Path("thread.txt").touch())).start()
+    print("told", end=" ")
+    if "BUG" in os.environ:
+        raise ZeroDivisionError
+    return 3
+
+sys.modules["stub"] = SimpleNamespace(add_parser=lambda commands: commands.add_parser("demo"), run=action)
+cli.COMMANDS["demo"] = cli.Command("stub", "")
+cli.run()
+"""
+
+
+@pytest.mark.parametrize("bug", [False, True])
+def test_end_of_a_command_loses_nothing_and_skips_that_of_the_interpreter(bug: bool, tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | ({"BUG": "1"} if bug else {})
     done = subprocess.run(
-        f"'{sys.executable}' -c \"{code}\" | true", shell=True, capture_output=True, text=True, check=False
+        [sys.executable, "-c", COMMAND, "demo"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    assert "Traceback" not in done.stderr
+    assert done.returncode == (1 if bug else 3), done.stderr
+    assert done.stdout == "told and at the end\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["thread.txt"]
+    assert "freed by a collection" in done.stderr
+    assert ("ZeroDivisionError" in done.stderr) == ("freed by the interpreter" in done.stderr) == bug
 
 
 @pytest.mark.thorough
