@@ -12,13 +12,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from kfloc_ros.errors import FrameError
 from kfloc_ros.geometry.camera import Camera
+
+if TYPE_CHECKING:
+    import torch  # half a second, which commands such as `kfloc bag info` do not need
 
 Matrix = NDArray[np.float64]
 

@@ -10,12 +10,10 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from kfloc_ros.evaluation.report import accuracy_rows, timing_rows, transform_text
-from kfloc_ros.evaluation.summary import Summary
-
 if TYPE_CHECKING:
     from tqdm import tqdm
 
+    from kfloc_ros.evaluation.summary import Summary
     from kfloc_ros.mapping.build import BuildProgress
 
 
@@ -31,6 +29,8 @@ def format_table(rows: Sequence[Sequence[str]], *, header: Sequence[str] | None 
 
 def summary_table(summary: Summary) -> str:
     """Return the accuracy and timing tables of a run."""
+    from kfloc_ros.evaluation.report import accuracy_rows, timing_rows, transform_text
+
     rows = accuracy_rows(summary)
     if not summary.accuracy.frames:
         return _table_without_truth(summary)
@@ -50,6 +50,8 @@ def summary_table(summary: Summary) -> str:
 
 
 def _table_without_truth(summary: Summary) -> str:
+    from kfloc_ros.evaluation.report import timing_rows
+
     left_out = [("left out, unusable", str(summary.run.left_out))] if summary.run.left_out else []
     played = [("played", str(summary.frames_played))] if summary.played is not None else []
     rows = [*played, ("frames", str(summary.frames)), ("with a pose", str(summary.localized)), *left_out]

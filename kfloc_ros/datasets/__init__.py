@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from kfloc_ros.datasets.kinds import KINDS, detect_kind
-from kfloc_ros.datasets.source_options import split_options, with_options
 from kfloc_ros.frames import FrameSource, Selection, select, usable
 
 __all__ = ["SOURCE_KINDS", "FrameSource", "Selection", "open_source", "select"]
@@ -36,6 +35,8 @@ def open_source(
     Raises:
         SourceError: unknown or ambiguous kind, missing or damaged data, or an empty selection.
     """
+    from kfloc_ros.datasets.source_options import split_options, with_options  # loads torch, which help does not need
+
     spec, options = split_options(spec)
     kind, separator, path = spec.partition(":")
     if not separator or kind not in KINDS:

@@ -19,7 +19,7 @@ from kfloc_ros.datasets.posed_images import (
     read_calibration,
     usable_pose,
 )
-from kfloc_ros.datasets.seven_scenes import PARTS
+from kfloc_ros.datasets.scenes import PARTS
 from kfloc_ros.errors import SourceError
 from kfloc_ros.files import check_count, inside, number, read_bytes, read_text
 from kfloc_ros.geometry.camera import Camera

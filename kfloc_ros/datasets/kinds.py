@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from kfloc_ros.datasets.seven_scenes import split_part
+from kfloc_ros.datasets.scenes import split_part
 from kfloc_ros.errors import SourceError
 from kfloc_ros.frames import FrameSource
 

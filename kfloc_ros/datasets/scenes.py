@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from kfloc_ros.errors import ConfigError
 
@@ -85,6 +86,16 @@ DATASETS: Mapping[str, Mapping[str, Scene]] = {
     "Cambridge Landmarks": CAMBRIDGE,
     "DeepLoc": DEEPLOC,
 }
+
+
+PARTS = ("train", "test")
+"""Names of a scene's official splits."""
+
+
+def split_part(path: str) -> tuple[Path, str | None]:
+    """Return folder and part of ``DIR`` or ``DIR@train``."""
+    folder, mark, part = path.rpartition("@")
+    return (Path(folder), part) if mark and part in PARTS else (Path(path), None)
 
 
 def find_scene(name: str) -> Scene:

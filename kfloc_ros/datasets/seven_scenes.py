@@ -198,15 +198,6 @@ def _read_sfm_poses(folder: Path) -> tuple[dict[str, Matrix], float]:
     return poses, focal_px
 
 
-PARTS = ("train", "test")
-
-
-def split_part(path: str) -> tuple[Path, str | None]:
-    """Folder and part of ``DIR`` or ``DIR@train``."""
-    folder, mark, part = path.rpartition("@")
-    return (Path(folder), part) if mark and part in PARTS else (Path(path), None)
-
-
 def seven_scenes(root: Path, part: str, *, poses: str, depth: bool) -> FrameSource:
     """All sequences of a part of a 7-Scenes scene, by its ``TrainSplit.txt``/``TestSplit.txt`` or, without, its name.
 

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SO(3) and quaternion maps on NumPy arrays (float64) and batched torch tensors."""
+"""SO(3) and quaternion maps on NumPy arrays (float64)."""
 
 from __future__ import annotations
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike, NDArray
 
 Matrix = NDArray[np.float64]
@@ -123,21 +122,6 @@ def interpolate(T0: Matrix, T1: Matrix, share: float) -> Matrix:
 def rotation_angle_deg(R: ArrayLike) -> float:
     """Return the angle of a rotation matrix in degrees."""
     return float(np.degrees(np.linalg.norm(so3_log(R))))
-
-
-def so3_exp_torch(v: torch.Tensor) -> torch.Tensor:
-    """Return rotation matrices (..., 3, 3) of rotation vectors (..., 3); differentiable, also at zero."""
-    angle_sq = (v * v).sum(-1)[..., None, None]
-    small = angle_sq < 1e-12
-    safe = torch.where(small, torch.ones_like(angle_sq), angle_sq)
-    angle = safe.sqrt()
-    a = torch.where(small, 1.0 - angle_sq / 6.0, angle.sin() / angle)
-    b = torch.where(small, 0.5 - angle_sq / 24.0, (1.0 - angle.cos()) / safe)
-    x, y, z = v.unbind(-1)
-    zero = torch.zeros_like(x)
-    K = torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], -1).reshape(*v.shape[:-1], 3, 3)
-    eye = torch.eye(3, dtype=v.dtype, device=v.device)
-    return eye + a * K + b * (K @ K)
 
 
 JUMP_M = 0.5

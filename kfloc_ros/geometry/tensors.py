@@ -16,7 +16,22 @@ from typing import NamedTuple
 
 from numpy.typing import ArrayLike
 
-from kfloc_ros.geometry.lie import quaternion_to_matrix, so3_exp_torch
+from kfloc_ros.geometry.lie import quaternion_to_matrix
+
+
+def so3_exp_torch(v: torch.Tensor) -> torch.Tensor:
+    """Return rotation matrices (..., 3, 3) of rotation vectors (..., 3); differentiable, also at zero."""
+    angle_sq = (v * v).sum(-1)[..., None, None]
+    small = angle_sq < 1e-12
+    safe = torch.where(small, torch.ones_like(angle_sq), angle_sq)
+    angle = safe.sqrt()
+    a = torch.where(small, 1.0 - angle_sq / 6.0, angle.sin() / angle)
+    b = torch.where(small, 0.5 - angle_sq / 24.0, (1.0 - angle.cos()) / safe)
+    x, y, z = v.unbind(-1)
+    zero = torch.zeros_like(x)
+    K = torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], -1).reshape(*v.shape[:-1], 3, 3)
+    eye = torch.eye(3, dtype=v.dtype, device=v.device)
+    return eye + a * K + b * (K @ K)
 
 
 class TensorObject:

@@ -15,9 +15,9 @@ from kfloc_ros.geometry.lie import (
     quaternion_to_matrix,
     skew,
     so3_exp,
-    so3_exp_torch,
     so3_log,
 )
+from kfloc_ros.geometry.tensors import so3_exp_torch
 
 
 @pytest.mark.parametrize("angle", [0.0, 1e-10, 1e-5, 0.3, 2.0, np.pi - 1e-7])

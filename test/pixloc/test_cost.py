@@ -10,7 +10,8 @@ import torch.nn.functional as F
 
 from kfloc_ros.device import has_numba
 from kfloc_ros.geometry.camera import Camera
-from kfloc_ros.geometry.lie import make_pose, so3_exp, so3_exp_torch
+from kfloc_ros.geometry.lie import make_pose, so3_exp
+from kfloc_ros.geometry.tensors import so3_exp_torch
 from kfloc_ros.pixloc import camera_fit
 from kfloc_ros.pixloc.camera_fit import fit_camera
 from kfloc_ros.pixloc.cost import (
