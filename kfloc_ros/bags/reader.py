@@ -26,6 +26,7 @@ from kfloc_ros.messages.poses import Header, serialized_header
 zstd = storage_mcap.zstd
 _DESCRIBED = ("sensor_msgs/", "geometry_msgs/", "nav_msgs/")
 """Packages of messages that begin with a header."""
+_ENDINGS = (".mcap", ".db3", ".bag")
 _MCAP = b"\x89MCAP0\r\n"
 """Begin and end of every whole MCAP file."""
 MAX_METADATA_BYTES = 500_000
@@ -68,9 +69,15 @@ class BagReader:
         for file in files:
             with reading(path):
                 _check_whole(file)
+        if path.is_file() and path.suffix not in _ENDINGS:
+            raise SourceError(f"'{path}' is no bag; give the folder that the recorder wrote, or a .bag file of ROS 1.")
         if path.is_dir() and not (path / "metadata.yaml").is_file():
-            way_out = f" If its recorder was killed, `ros2 bag reindex {path}` writes it." if files else ""
-            raise SourceError(f"'{path}' is not a rosbag2 folder: it has no metadata.yaml.{way_out}")
+            way_out = (
+                f"If its recorder was killed, `ros2 bag reindex {path}` writes it."
+                if files
+                else "Give the folder that the recorder wrote."
+            )
+            raise SourceError(f"'{path}' is not a rosbag2 folder: it has no metadata.yaml. {way_out}")
         if path.is_dir() and (size := (path / "metadata.yaml").stat().st_size) > MAX_METADATA_BYTES:
             raise SourceError(
                 f"'{path / 'metadata.yaml'}' has {size} bytes, more than the {MAX_METADATA_BYTES} allowed."
@@ -221,8 +228,8 @@ def _check_whole(database: Path) -> None:
         log = database.with_name(database.name + ending)
         if log.is_file() and log.stat().st_size:
             raise SourceError(
-                f"'{database}' lacks messages that are still in '{log.name}' beside it: its recorder was killed, or it "
-                f"was copied while open. Put them in with `sqlite3 {database} 'PRAGMA wal_checkpoint(TRUNCATE)'`."
+                f"'{database}' is whole only with '{log.name}' beside it: its recorder was killed, or it was copied "
+                f"while open. Work that in with `sqlite3 {database} 'PRAGMA wal_checkpoint(TRUNCATE)'`."
             )
 
 

@@ -269,7 +269,7 @@ def _only(bag: Path, topics: Sequence[Topic], what: str, option: Option) -> Topi
         return topics[0]
     if topics:
         raise _several(bag, [topic.name for topic in topics], f"{what} topics", option)
-    raise SourceError(f"'{bag}' has no {what} topic; `kfloc bag info {bag}` lists what it has.")
+    raise SourceError(f"'{bag}' has no {what} topic: record it anew; `kfloc record` chooses the topics.")
 
 
 def _several(bag: Path, names: Sequence[str], what: str, option: Option) -> SourceError:

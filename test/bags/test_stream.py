@@ -148,6 +148,22 @@ def test_what_a_bag_holds(bag: Path, capsys: pytest.CaptureFixture[str], tmp_pat
     assert "several image topics: /a/image, /b/image" in text and "?image=/a/image" in text
 
 
+def test_what_a_bag_lacks_is_told_with_what_to_do_and_not_with_the_same_command(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    blind, text = a_bag(tmp_path / "blind", []), tmp_path / "notes.txt"
+    text.touch()
+    (tmp_path / "empty").mkdir()
+    for path, code, words in (
+        (blind, 1, "record it anew"),
+        (text, 2, "is no bag; give"),
+        (tmp_path / "empty", 2, "Give the"),
+    ):
+        assert cli.main(["bag", "info", str(path)]) == code
+        said = "".join(capsys.readouterr())
+        assert words in said and "kfloc bag info" not in said
+
+
 def test_a_rosbag1_is_refused_with_the_ways_out(tmp_path: Path) -> None:
     (tmp_path / "old.bag").write_bytes(b"#ROSBAG V2.0\n")
     with pytest.raises(SourceError, match=r"rosbag1.*rosbags-convert"):
