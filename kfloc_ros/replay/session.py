@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import queue
+import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -66,11 +67,9 @@ def run_replay(config: ReplayConfig, *, command: str = "", progress: Progress | 
             **_frames(transforms),
         }
         played = config.played(stream)
-    logs = config.out / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
     report = progress or (lambda text, done, total: None)
     interrupted = False
-    with tempfile.TemporaryDirectory(prefix="kfloc_replay_") as folder:
+    with _logs(config.out / "logs") as logs, tempfile.TemporaryDirectory(prefix="kfloc_replay_") as folder:
         recording_path = Path(folder) / "recording.json"
         with ProcessSet(ros_environment(config.domain_id)) as processes:
             report("starting the nodes", 0, total)
@@ -97,8 +96,8 @@ def run_replay(config: ReplayConfig, *, command: str = "", progress: Progress | 
                 raise KeyboardInterrupt
             raise ReplayError(f"The replay agent wrote no recording: {processes.last_words(AGENT)}")
         recording = Recording.load(recording_path)
-    if not recording.played:
-        raise KeyboardInterrupt
+        if not recording.played:
+            raise KeyboardInterrupt
     report("evaluating", len(recording.played), total)
     records = replay_records(recording, truth.poses, positions, transforms)
     transform = None
@@ -140,6 +139,19 @@ def run_replay(config: ReplayConfig, *, command: str = "", progress: Progress | 
             return stream.images({record.stamp_ns for record in worst})
 
     return write_results(config.out, records, run, images_of=images_of)
+
+
+@contextlib.contextmanager
+def _logs(folder: Path) -> Iterator[Path]:
+    """A folder for the logs of the processes; an interruption before there are results leaves none."""
+    is_new = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+    except KeyboardInterrupt:
+        if is_new:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _frames(transforms: BagTransforms | None) -> dict[str, str | bool]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from textured_room import Room
 from kfloc_ros.bags.topics import CAMERA_INFO
 from kfloc_ros.bags.writer import BAG_VERSION, MessageCodec, write_bag
 from kfloc_ros.cli.main import main
+from kfloc_ros.replay import session
 
 
 @pytest.fixture(scope="module")
@@ -41,3 +43,19 @@ def test_a_bag_of_which_no_image_can_be_used_is_no_success(
     assert said.err.rstrip().splitlines()[-1].startswith("No image was processed. "), said.err
     assert "camera_info" in said.err
     assert "has no ground truth" not in said.out, said.out
+
+
+@pytest.mark.parametrize("moment", ["ProcessSet.start", "_follow"])
+def test_a_replay_that_is_interrupted_before_there_are_results_leaves_nothing(
+    moment: str, uncalibrated: Path, room_map: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(session, "check_ros", lambda: None)
+    monkeypatch.setattr(session.ProcessSet, "start", lambda self, *_, log, **__: log.touch() or io.StringIO())
+    monkeypatch.setattr(session.ProcessSet, "interrupt", lambda self, name: None)
+    monkeypatch.setattr(f"kfloc_ros.replay.session.{moment}", interrupt)
+    words = ["replay", str(uncalibrated), "--map", str(room_map), "--out", str(tmp_path / "out"), "--no-check"]
+    assert main(words) == 130
+    assert not (tmp_path / "out").exists()
