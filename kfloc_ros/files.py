@@ -6,6 +6,7 @@ Files of our own are written whole or not at all.
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import math
@@ -17,7 +18,7 @@ import tarfile
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
@@ -224,17 +225,6 @@ def check_tensor_list(start: bytes) -> None:
         raise ValueError("the list of its tensors is longer than that of any network")
 
 
-def check_tensor_file(path: Path) -> None:
-    """Have a safetensors file be a plain one, with a list of tensors that can be read.
-
-    Raises:
-        OSError: it is missing, or a folder, pipe or device.
-        ValueError: see :func:`check_tensor_list`.
-    """
-    with open_plain(path) as stream:
-        check_tensor_list(stream.read(8))
-
-
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a path beside ``path``. The file written there replaces it if the block succeeds, and else is removed."""
@@ -244,6 +234,26 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def save_tensors(tensors: Mapping[str, Any], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write tensors as safetensors, whole or not at all.
+
+    Raises:
+        OSError: the disk is full or not writable, for which the library has an error of its own.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file  # loads torch
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as partial:
+        try:
+            save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, partial, metadata)
+        except SafetensorError as error:
+            found = re.search(r"(?:os error|code:) (\d+)", str(error))
+            code = int(found[1]) if found else errno.EIO
+            raise OSError(code, os.strerror(code), str(path)) from error
+        partial.chmod(0o644)  # the library makes it private
 
 
 def check_space(folder: Path, needed_bytes: int) -> None:
@@ -257,11 +267,6 @@ def check_space(folder: Path, needed_bytes: int) -> None:
         raise DownloadError(
             f"'{folder}' has {free / 1e9:.1f} GB free; {needed_bytes / 1e9:.1f} GB are needed, and 1 GB is left free."
         )
-
-
-def is_archive(path: Path) -> bool:
-    """Return True if the name is that of an archive."""
-    return path.name.endswith((".zip", ".tar", ".tar.gz", ".tgz"))
 
 
 def unpack(archive: Path, folder: Path) -> list[str]:
@@ -297,12 +302,8 @@ def _unpack_zip(archive: Path, temporary: Path) -> list[str]:
                 raise DownloadError(f"'{archive}' has '{item.filename}', which is a link or a device; not unpacked.")
         # Explorer leaves Thumbs.db, which has made extraction fail.
         members = [item for item in members if PurePosixPath(item.filename).name != "Thumbs.db"]
-        names = [_checked(archive, item.filename) for item in members]
-        _check_unpacked(archive, sum(item.file_size for item in members), temporary)
-        for item, name in zip(members, names, strict=True):
-            with packed.open(item) as source:
-                _write(source, temporary / name, item.file_size)
-    return names
+        sizes = [(item.filename, item.file_size) for item in members]
+        return _write(archive, temporary, sizes, (packed.open(item) for item in members))
 
 
 def _unpack_tar(archive: Path, temporary: Path) -> list[str]:
@@ -311,14 +312,8 @@ def _unpack_tar(archive: Path, temporary: Path) -> list[str]:
         for item in members:
             if not item.isreg():
                 raise DownloadError(f"'{archive}' has '{item.name}', which is a link or a device; not unpacked.")
-        names = [_checked(archive, item.name) for item in members]
-        _check_unpacked(archive, sum(item.size for item in members), temporary)
-        for item, name in zip(members, names, strict=True):
-            source = packed.extractfile(item)
-            assert source is not None, "a regular member has content"
-            with source:
-                _write(source, temporary / name, item.size)
-    return names
+        sizes = [(item.name, item.size) for item in members]
+        return _write(archive, temporary, sizes, (packed.extractfile(item) for item in members))
 
 
 def _checked(archive: Path, name: str) -> str:
@@ -333,15 +328,21 @@ def _checked(archive: Path, name: str) -> str:
     return "/".join(parts)
 
 
-def _check_unpacked(archive: Path, size_bytes: int, folder: Path) -> None:
-    if size_bytes > FREE_BYTES + MAX_RATIO * archive.stat().st_size:
-        raise DownloadError(f"'{archive}' would unpack to {size_bytes} bytes, which no data set does; not unpacked.")
-    check_space(folder, size_bytes)
-
-
-def _write(source: IO[bytes], target: Path, size_bytes: int) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with open(target, "wb") as stream:
-        shutil.copyfileobj(source, stream, CHUNK_BYTES)
-    if target.stat().st_size != size_bytes:
-        raise zipfile.BadZipFile(f"'{target.name}' has another size than announced")
+def _write(
+    archive: Path, folder: Path, sizes: list[tuple[str, int]], contents: Iterator[IO[bytes] | None]
+) -> list[str]:
+    """Write members by name and size, after a check of them all; return their names."""
+    names = [_checked(archive, name) for name, _ in sizes]
+    total = sum(size for _, size in sizes)
+    if total > FREE_BYTES + MAX_RATIO * archive.stat().st_size:
+        raise DownloadError(f"'{archive}' would unpack to {total} bytes, which no data set does; not unpacked.")
+    check_space(folder, total)
+    for name, (_, size), source in zip(names, sizes, contents, strict=True):
+        assert source is not None, "a regular member has content"
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with source, open(target, "wb") as stream:
+            shutil.copyfileobj(source, stream, CHUNK_BYTES)
+        if target.stat().st_size != size:
+            raise zipfile.BadZipFile(f"'{target.name}' has another size than announced")
+    return names

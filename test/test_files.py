@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import resource
 import struct
 import time
 import zipfile
@@ -23,7 +24,7 @@ from bag_messages import image, info, write_messages
 from limits import peak_bytes, reset_peak
 from rosbags.rosbag2 import CompressionMode, StoragePlugin, storage_mcap
 from rosbags.rosbag2.errors import ReaderError
-from safetensors.torch import save_file
+from safetensors.torch import load_file
 
 from kfloc_ros.bags.reader import MAX_METADATA_BYTES
 from kfloc_ros.datasets import open_source
@@ -38,6 +39,7 @@ from kfloc_ros.files import (
     read_bytes,
     read_json,
     read_yaml,
+    save_tensors,
 )
 from kfloc_ros.mapping.build import check_free
 from kfloc_ros.maps.files import appearing
@@ -355,11 +357,27 @@ def test_another_format_under_the_name_of_a_jpeg_is_refused_unread(tmp_path: Pat
             read(tmp_path / "a.jpg")
 
 
-def test_tensors_that_cannot_be_written_are_an_error_of_the_system(tmp_path: Path) -> None:
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    """No file can have more than a thousand bytes, as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_tensors_that_cannot_be_written_are_an_error_of_the_system_and_leave_what_was_there(
+    tmp_path: Path, small_files: None
+) -> None:
     """The library has an error of its own for a full disk: a traceback for who has built a map for minutes."""
-    with pytest.raises(OSError, match="No such file"), appearing(tmp_path / "map") as folder:
-        save_file({"a": torch.zeros(3)}, folder / "nothing" / "head.safetensors")
-    assert not list(tmp_path.iterdir())
+    path = tmp_path / "new" / "weights.safetensors"
+    save_tensors({"a": torch.ones(3)}, path)
+    with pytest.raises(OSError, match=r"File too large: .*weights\.safetensors"):
+        save_tensors({"a": torch.zeros(3000)}, path)
+    assert list(path.parent.iterdir()) == [path] and load_file(path)["a"].tolist() == [1, 1, 1]
+    with pytest.raises(OSError), appearing(tmp_path / "map") as folder:
+        save_tensors({"a": torch.zeros(3000)}, folder / "head.safetensors")
+    assert [item.name for item in tmp_path.iterdir()] == ["new"]
 
 
 def test_a_map_that_cannot_be_written_is_refused_before_it_is_made(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from urllib.parse import unquote, urljoin, urlsplit
 
 from kfloc_ros.datasets.downloads import Asset
 from kfloc_ros.errors import DownloadError
-from kfloc_ros.files import check_space, is_archive, unpack
+from kfloc_ros.files import check_space, unpack
 
 CHUNK_BYTES = 1 << 18
 MAX_ATTEMPTS = 5
@@ -287,7 +287,7 @@ def obtain(
             size = fetch_file(
                 address, target, size_bytes=asset.size_bytes, sha256=asset.sha256, on_bytes=on_bytes
             )  # fmt: skip
-        if is_archive(target):
+        if target.name.endswith((".zip", ".tar", ".tar.gz", ".tgz")):
             inner = [name for name in unpack(target, folder) if asset.unpack and fnmatch.fnmatch(name, asset.unpack)]
             for name in inner:
                 _unpack_and_remove(folder / name, (folder / name).parent, keep=False)

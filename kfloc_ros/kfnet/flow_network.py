@@ -22,11 +22,12 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from kfloc_ros.device import runs_compiled, with_packed_layers
 from kfloc_ros.errors import WeightsError
+from kfloc_ros.files import save_tensors
 from kfloc_ros.kfnet.filter import FlowFunction
 from kfloc_ros.kfnet.flow import WINDOW_CELLS, CostWindow, Flow, backward_flow, cost_window, ends_inside, window_offsets
 from kfloc_ros.kfnet.scoordnet import laplace_variance
@@ -160,10 +161,8 @@ def _neighbours(values: torch.Tensor) -> torch.Tensor:
 
 def save_flow_network(path: Path, network: FlowNetwork) -> None:
     """Write the weights as safetensors."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
-    save_file(tensors, path, {"format": FORMAT, "version": FORMAT_VERSION, "width": str(network.width)})
-    path.chmod(0o644)  # safetensors makes it private
+    metadata = {"format": FORMAT, "version": FORMAT_VERSION, "width": str(network.width)}
+    save_tensors(network.state_dict(), path, metadata)
 
 
 def load_flow_network(path: Path = WEIGHTS_FILE) -> FlowNetwork:

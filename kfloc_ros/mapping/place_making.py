@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.torch import save_file
 
 from kfloc_ros import __version__
 from kfloc_ros.errors import MapError
+from kfloc_ros.files import save_tensors
 from kfloc_ros.frames import FrameSource
 from kfloc_ros.geometry.camera import ImageAdapter
 from kfloc_ros.geometry.lie import Matrix
@@ -155,8 +155,7 @@ def _describe(folder: Path, name: str, motions: Sequence[tuple[str, Matrix]]) ->
             "description": file_checksum(description_bytes(folder / SUBMAPS / submap)),
         })  # fmt: skip
     index = make_index(lambda number: load(number).references, len(motions))
-    save_file(index.tensors(), folder / INDEX_FILE)
-    (folder / INDEX_FILE).chmod(0o644)  # safetensors makes the file private
+    save_tensors(index.tensors(), folder / INDEX_FILE)
     description = {
         "format": PLACE_FORMAT,
         "version": PLACE_VERSION,

@@ -23,7 +23,6 @@ from typing import Any, BinaryIO, TypeVar
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import load
 
 from kfloc_ros.errors import MapError
@@ -112,8 +111,6 @@ def appearing(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
             _swap_in(temporary, folder)
         else:
             temporary.rename(folder)
-    except SafetensorError as error:  # of the library that writes tensors
-        raise OSError(str(error)) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.torch import save_file
 
 from kfloc_ros.errors import FrameError, MapError, WeightsError
+from kfloc_ros.files import save_tensors
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.lie import Matrix
 from kfloc_ros.kfnet.reference.networks import ReferenceNetworks, describe_networks, pack_networks, unpack_networks
@@ -158,14 +158,12 @@ class SceneMap:
 
     def _write(self, folder: Path) -> None:
         heads = heads_of(self.head)
-        save_file(pack_heads(heads), folder / HEAD_FILE)
-        save_file(pack_references(self.references), folder / REFERENCES_FILE)
+        save_tensors(pack_heads(heads), folder / HEAD_FILE)
+        save_tensors(pack_references(self.references), folder / REFERENCES_FILE)
         names, kfnet = [HEAD_FILE, REFERENCES_FILE], {}
         if self.kfnet is not None:
-            save_file(pack_networks(self.kfnet), folder / KFNET_FILE)
+            save_tensors(pack_networks(self.kfnet), folder / KFNET_FILE)
             names, kfnet = [*names, KFNET_FILE], {"kfnet": describe_networks(self.kfnet)}
-        for name in names:
-            (folder / name).chmod(0o644)  # safetensors makes the files private
         description = {
             "format": FORMAT,
             "version": FORMAT_VERSION,

@@ -22,7 +22,6 @@ import torch
 
 from kfloc_ros.config import option
 from kfloc_ros.errors import KflocError, WeightsError
-from kfloc_ros.files import replacing
 from kfloc_ros.training.distributed import agree, interruptions, mean_of_figures, parallel_loss, rank, world_size
 from kfloc_ros.training.stage import Best, ItemT, Samples, Stage, mean_figures, prefetched
 from kfloc_ros.training.state import Progress, TrainingLog, load_state, save_state
@@ -240,8 +239,7 @@ class _Run(Generic[ItemT]):
         spent = self.progress.seconds + time.monotonic() - self.start
         save_state(self.out, self.modules, self.optimizer, Progress(self.step, spent), self.described)
         for name in self.modules:
-            with replacing(self.out / f"{name}.safetensors") as partial:
-                self.stage.write(name, partial, f"trained here, step {self.step}")
+            self.stage.write(name, self.out / f"{name}.safetensors", f"trained here, step {self.step}")
 
 
 def validate(

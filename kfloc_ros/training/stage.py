@@ -90,13 +90,12 @@ class Best:
             loss: of the weights as they are now.
             step: of the training.
             files: that receive the weights, and which module's each does.
-            write: writes a module's weights to a path.
+            write: writes a module's weights to a path, whole or not at all.
         """
         if not loss < self.loss:
             return False
         for path, name in files.items():
-            with replacing(path) as partial:
-                write(partial, name)
+            write(path, name)
         self.loss, self.step = loss, step
         with replacing(self.folder / BEST_FILE) as partial:
             partial.write_text(json.dumps({"loss": loss, "step": step}) + "\n", encoding="utf-8")

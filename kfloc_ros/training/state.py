@@ -18,11 +18,11 @@ from typing import Any, TextIO
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from kfloc_ros.errors import WeightsError
-from kfloc_ros.files import read_json, replacing
+from kfloc_ros.files import read_json, replacing, save_tensors
 
 STATE_FILE = "state.json"
 LOG_FILE = "log.jsonl"
@@ -51,14 +51,12 @@ def save_state(
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
-        f"module.{name}.{key}": value.detach().cpu().contiguous()
-        for name, module in modules.items()
-        for key, value in module.state_dict().items()
+        f"module.{name}.{key}": value for name, module in modules.items() for key, value in module.state_dict().items()
     }
     for index, entry in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{key}": value.detach().cpu().contiguous() for key, value in entry.items()}
+        tensors |= {f"optimizer.{index}.{key}": value for key, value in entry.items()}
     path = folder / f"checkpoint-{progress.step:09d}.safetensors"
-    save_file(tensors, path)
+    save_tensors(tensors, path)
     state = {
         "version": FORMAT_VERSION,
         "step": progress.step,
@@ -70,7 +68,7 @@ def save_state(
         stream.write(json.dumps(state, indent=1) + "\n")
         stream.flush()
         os.fsync(stream.fileno())
-    for old in folder.glob("checkpoint-*.safetensors"):
+    for old in folder.glob("*checkpoint-*.safetensors"):
         if old != path:
             old.unlink()
 

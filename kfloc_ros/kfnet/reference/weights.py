@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from kfloc_ros.errors import SourceError, WeightsError
-from kfloc_ros.files import check_tensor_file, read_arrays
+from kfloc_ros.files import check_tensor_list, open_plain, read_arrays, save_tensors
 from kfloc_ros.kfnet.reference.layers import Padding
 from kfloc_ros.kfnet.reference.oflownet import ReferenceOFlowNet
 from kfloc_ros.kfnet.reference.scoordnet import NetworkFrame, ReferenceSCoordNet, read_transform
@@ -44,10 +44,7 @@ def save_network(path: Path, network: ReferenceSCoordNet | ReferenceOFlowNet) ->
         metadata["origin"] = CONVERTED
     if isinstance(network, ReferenceSCoordNet) and network.image_size is not None:
         metadata["image_size"] = "{}x{}".format(*network.image_size)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
-    save_file(tensors, path, metadata)
-    path.chmod(0o644)  # safetensors makes it private
+    save_tensors(network.state_dict(), path, metadata)
 
 
 def load_scoordnet(path: Path) -> ReferenceSCoordNet:
@@ -90,7 +87,8 @@ def _read_metadata(path: Path, network: str) -> dict[str, str]:
     if not path.is_file():
         raise WeightsError(f"There is no file '{path}' with the weights of {network}.")
     try:
-        check_tensor_file(path)
+        with open_plain(path) as stream:
+            check_tensor_list(stream.read(8))
         with safe_open(path, "pt") as stream:
             metadata: dict[str, str] = stream.metadata() or {}
     except (SafetensorError, OSError, ValueError) as error:

@@ -27,7 +27,7 @@ from kfloc_ros.evaluation.metrics import FAILURE, pose_error, recall
 from kfloc_ros.files import (
     FREE_BYTES,
     MAX_RATIO,
-    check_tensor_file,
+    check_tensor_list,
     open_plain,
     read_arrays,
     read_bytes,
@@ -250,7 +250,8 @@ def read_descriptors(path: Path) -> dict[str, NDArray[np.float64]]:
         if path.suffix == ".npz":
             found: dict[str, Any] = dict(read_arrays(path))
         elif path.suffix == ".safetensors":
-            check_tensor_file(path)
+            with open_plain(path) as stream:
+                check_tensor_list(stream.read(8))
             found = dict(load_file(path))
         elif path.suffix in (".h5", ".hdf5"):
             found = _read_hdf5(path)

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from kfloc_ros.errors import ConfigError, WeightsError
-from kfloc_ros.files import check_tensor_file
+from kfloc_ros.files import check_tensor_list, open_plain, save_tensors
 from kfloc_ros.pixloc.reference.losses import RobustLoss
 from kfloc_ros.pixloc.reference.unet import FeaturePyramid, UNet, UNetConfig
 
@@ -133,9 +133,7 @@ def save_model(path: Path, model: PixLocModel, origin: str = "") -> None:
         "config": model.config.to_json(),
         "origin": origin,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, path, metadata)
-    path.chmod(0o644)  # safetensors makes it private
+    save_tensors(model.state_dict(), path, metadata)
 
 
 def load_model(path: Path) -> PixLocModel:
@@ -147,7 +145,8 @@ def load_model(path: Path) -> PixLocModel:
     if not path.is_file():
         raise WeightsError(f"There is no PixLoc model '{path}'.")
     try:
-        check_tensor_file(path)
+        with open_plain(path) as stream:
+            check_tensor_list(stream.read(8))
         with safe_open(path, "pt") as stream:
             metadata: dict[str, str] = stream.metadata() or {}
     except (SafetensorError, OSError, ValueError) as error:

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from kfloc_ros.errors import MapError, SourceError
-from kfloc_ros.files import replacing
+from kfloc_ros.files import save_tensors
 from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.camera_tensor import CameraTensor
 from kfloc_ros.geometry.colmap import camera_from_colmap, read_model
@@ -86,10 +86,10 @@ class ViewStore:
         tensors: dict[str, torch.Tensor] = {}
         for (position, scale), view in self.views.items():
             prefix = f"{position}.{scale}."
-            tensors[f"{prefix}rows"] = view.rows.cpu()
+            tensors[f"{prefix}rows"] = view.rows
             for level, (f, c) in enumerate(zip(view.features, view.confidences, strict=True)):
-                tensors[f"{prefix}features.{level}"] = f.cpu().contiguous()
-                tensors[f"{prefix}confidence.{level}"] = c.cpu().contiguous()
+                tensors[f"{prefix}features.{level}"] = f
+                tensors[f"{prefix}confidence.{level}"] = c
         metadata = {
             "format": FORMAT,
             "version": str(FORMAT_VERSION),
@@ -97,10 +97,7 @@ class ViewStore:
             "fingerprint": self.fingerprint,
             "scene": self.scene,
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as partial:
-            save_file(tensors, partial, metadata)
-            partial.chmod(0o644)  # safetensors makes it private
+        save_tensors(tensors, path, metadata)
 
     @classmethod
     def load(cls, path: Path) -> ViewStore:
