@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 from kfloc_ros.cli.arguments import positive
@@ -27,6 +26,8 @@ examples:
   kfloc view out/kitchen_live --save kitchen.rrd
   kfloc view --live --save now.rrd --duration 60
 """
+VIEWER = "kfloc_ros.nodes.viewer"
+"""Module that shows the topics of running nodes, in a process of its own."""
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -121,7 +122,7 @@ def _run_source(args: argparse.Namespace) -> int:
 
 
 def _run_live(args: argparse.Namespace) -> int:
-    from kfloc_ros.replay.processes import check_ros, ros_environment
+    from kfloc_ros.replay.processes import check_ros, ros_environment, tied_command
 
     check_ros()
     # In a separate process: if ROS comes from wheels, its libraries must be known before Python starts.
@@ -132,12 +133,11 @@ def _run_live(args: argparse.Namespace) -> int:
     environment = ros_environment(domain_id)
     if "ROS_AUTOMATIC_DISCOVERY_RANGE" not in os.environ:
         del environment["ROS_AUTOMATIC_DISCOVERY_RANGE"]  # the nodes may be on another machine
-    command = [sys.executable, "-m", "kfloc_ros.nodes.viewer"]
-    command += ["--save", str(args.save)] if args.save is not None else []
-    command += ["--duration", str(args.duration)] if args.duration is not None else []
+    words = ["--save", str(args.save)] if args.save is not None else []
+    words += ["--duration", str(args.duration)] if args.duration is not None else []
     if args.namespace:
-        command += ["--ros-args", "-r", f"__ns:=/{args.namespace.strip('/')}"]
-    with subprocess.Popen(command, env=environment) as process:
+        words += ["--ros-args", "-r", f"__ns:=/{args.namespace.strip('/')}"]
+    with subprocess.Popen(tied_command(VIEWER, words), env=environment) as process:
         while True:
             try:
                 return process.wait()

@@ -45,6 +45,11 @@ class Ending:
     """The harshest signal that was needed beyond SIGINT, or empty."""
 
 
+def tied_command(module: str, arguments: Sequence[str]) -> list[str]:
+    """Return the command that runs a module as a process that ends with this one; see the top of this file."""
+    return [sys.executable, "-m", "kfloc_ros.replay.processes", str(os.getpid()), module, *arguments]
+
+
 class ProcessSet:
     """Processes that live no longer than this context, each in a session and process group of its own.
 
@@ -66,7 +71,7 @@ class ProcessSet:
         Returns:
             Its standard output if ``pipe``.
         """
-        command = [sys.executable, "-m", "kfloc_ros.replay.processes", str(os.getpid()), module, *arguments]
+        command = tied_command(module, arguments)
         with log.open("w", encoding="utf-8") as sink:
             process = subprocess.Popen(
                 command,

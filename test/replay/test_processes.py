@@ -134,6 +134,21 @@ def test_children_die_with_a_parent_that_is_killed(environment: dict[str, str], 
     assert ("tidied" in log.read_text()) == (kind == "tidy"), "whoever obeys SIGTERM has the time to clean up"
 
 
+def test_the_viewer_of_running_nodes_ends_with_its_command(environment: dict[str, str], tmp_path: Path) -> None:
+    """It is in the command's process group, where SIGTERM to the command alone does not reach it."""
+    (tmp_path / "viewer.py").write_text("import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(60)\n")
+    code = (
+        "from kfloc_ros.cli import main, view; from kfloc_ros.replay import processes; "
+        "view.VIEWER, processes.check_ros = 'viewer', lambda: None; main.main(['view', '--live'])"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        child = int(process.stdout.readline())
+        process.terminate()
+        assert process.wait(10.0) == -signal.SIGTERM
+    assert wait_until(lambda: not is_alive(child), GRACE_S + 2.0)
+
+
 def test_a_domain_of_its_own_and_local_discovery(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ROS_DOMAIN_ID", "42")
     monkeypatch.delenv("ROS_AUTOMATIC_DISCOVERY_RANGE", raising=False)
