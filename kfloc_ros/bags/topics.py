@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Topics of bags: those of the project's own recordings, and which of a robot's are meant where nobody says so.
 
-Everything that reads a bag chooses here: the ``bag`` source, ``kfloc replay`` and ``kfloc bag info``.
+Everything that reads or records a bag chooses here: the ``bag`` source, ``kfloc replay``, ``kfloc record`` and ``kfloc
+bag info``.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -51,6 +53,9 @@ _TRANSPORTS = ("compressed", "compressedDepth", "zstd", "ffmpeg", "theora")
 """What image_transport puts behind the name of a topic whose images it compresses."""
 _RECTIFIED, _RAW = {"rect", "rectified", "undistorted"}, "raw"
 _WORD = re.compile(r"[A-Z]?[a-z]+")
+
+THIS_MACHINE = Path("this machine's topics")
+"""Named in place of a bag where the topics are those of running nodes."""
 
 Option = Callable[[str], str]
 """Text with which a user chooses, such as ``--image-topic /a`` or ``?image=/a`` of ``/a``."""
@@ -212,6 +217,42 @@ def choose_pose(bag: Path, topics: Iterable[Topic], named: str | None, *, with_t
         choices = [topic.name for topic in poses] + ["tf"] * with_tf
         raise _several(bag, choices, "sources of poses", "?pose={}".format)
     return poses[0]
+
+
+def choose_recorded(
+    topics: Sequence[Topic], image: str = "", camera_info: str = "", depth: str = "", also: Sequence[str] = ()
+) -> list[Topic]:
+    """The topics of a running robot that a recording for a map needs; that of the images comes first.
+
+    All that moves is recorded on whatever topic it comes, and a depth image with the calibration beside it.
+
+    Args:
+        topics: what is published now.
+        image, camera_info, depth: names; empty: chosen. Depth ``none``: none.
+        also: names of more topics.
+
+    Raises:
+        SourceError: none or several can be meant.
+    """
+    colours = any(topic.kind in IMAGE_TYPES and not topic.is_depth for topic in topics)
+    for what, is_there in (
+        ("images", colours or image),
+        ("camera_info", any(topic.kind == CAMERA_INFO for topic in topics)),
+    ):
+        if not is_there:
+            domain = os.environ.get("ROS_DOMAIN_ID", "0")
+            raise SourceError(
+                f"No topic of {what} is published in the ROS domain {domain}. Is the camera running, and does `ros2 "
+                "topic list` show its topics in this terminal?"
+            )
+    images = choose_image(THIS_MACHINE, topics, image or None, "--image {}".format)
+    wanted = [images, choose_info(THIS_MACHINE, topics, images, camera_info or None, "--camera-info {}".format)]
+    if depths := choose_depth(THIS_MACHINE, topics, images, depth or None, "--depth {}".format):
+        space = depths.base.rpartition("/")[0]  # its own calibration, too: it may be of another frame
+        wanted += [depths, *(t for t in topics if t.kind == CAMERA_INFO and t.name.rpartition("/")[0] == space)]
+    wanted += [topic for topic in topics if topic.kind in (TF_TYPE, ODOMETRY)]
+    wanted += [_named(THIS_MACHINE, topics, name, "recordable") for name in also]
+    return list({topic.name: topic for topic in wanted}.values())
 
 
 def choose_transforms(

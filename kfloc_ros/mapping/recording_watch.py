@@ -66,6 +66,15 @@ class WatchReport:
         """True if nothing is missing."""
         return not self.missing
 
+    @property
+    def line(self) -> str:
+        """How the recording is going, and what is missing first."""
+        state = (
+            f"{self.duration_s:.0f} s, {self.images} images, {self.keyframes} views, {self.loops} loops, "
+            f"{100 * self.sharp_share:.0f} % sharp"
+        )
+        return f"{state}. It is enough." if self.is_enough else f"{state}. {self.missing[0]}"
+
 
 @dataclass(frozen=True, eq=False)
 class _Keyframe:

@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from rosbags.typesys import Stores, get_typestore
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image, Imu
 from tf2_msgs.msg import TFMessage
 
-from kfloc_ros.bags.topics import CAMERA_INFO, IMAGE_TYPES, Topic, choose_depth, choose_image, choose_info
+from kfloc_ros.bags.topics import IMAGE_TYPES, THIS_MACHINE, Topic, choose_image, choose_recorded
 from kfloc_ros.bags.writer import BAG_VERSION, offered_profile
 from kfloc_ros.errors import FrameError, KflocError, SourceError
 from kfloc_ros.mapping.recording_watch import RecordingWatch, WatchReport
@@ -51,14 +50,11 @@ _KINDS: dict[str, type] = {
     "tf2_msgs/msg/TFMessage": TFMessage,
 }
 """Message types that are recorded; their definitions are those of ROS 2's own packages."""
-_MOTION = ("tf2_msgs/msg/TFMessage", "nav_msgs/msg/Odometry")
-"""Message types that are recorded on whatever topic they come, also on one that comes up during the recording."""
 _SETTLED_S = 1.0
 """DDS announces topics one by one: those to record are known once nothing has changed for so long."""
 _TELL_S = 3.0
 _FREE_BYTES = 100_000_000
 """A recording ends while so much of the disk is free: without space for its index, a bag cannot be read."""
-_HERE = Path("this machine's topics")
 _WORLDS = ("map", "odom")
 """TF frames in which the camera's pose is looked for."""
 
@@ -126,15 +122,6 @@ def record(plan: RecordingPlan, out: Path, say: Callable[[str], None]) -> Record
             finally:
                 recorder.close()
     return RecordingResult(out, recorder.counts, recorder.report())
-
-
-def progress_line(report: WatchReport) -> str:
-    """Return how a recording is going in a line."""
-    state = (
-        f"{report.duration_s:.0f} s, {report.images} images, {report.keyframes} views, {report.loops} loops, "
-        f"{100 * report.sharp_share:.0f} % sharp"
-    )
-    return f"{state}. It is enough." if report.is_enough else f"{state}. {report.missing[0]}"
 
 
 class _Recorder:
@@ -205,11 +192,11 @@ class _Recorder:
         recorded = [t.name for t in topics if t.is_depth and t.kind in IMAGE_TYPES and t.name in self.counts]
         depth = recorded[0] if recorded else self._plan.depth
         try:
-            for topic in _chosen(topics, replace(self._plan, image=self._image, camera_info=self._info, depth=depth)):
+            for topic in choose_recorded(topics, self._image, self._info, depth, self._plan.also):
                 if topic.name not in self.counts:
                     self._say(f"Recording {topic.name}, too.")
                     self._add(topic)
-            choose_image(_HERE, topics, self._plan.image or None, "--image {}".format)
+            choose_image(THIS_MACHINE, topics, self._plan.image or None, "--image {}".format)
         except SourceError as error:  # such as a second camera, or one that has gone
             problem = f"{error} The recording goes on as it began."
         if problem and problem != self._problem:
@@ -225,7 +212,7 @@ class _Recorder:
         elif not self.counts[self._info]:
             self._say(f"Nothing has come on {self._info}. Is the camera running, or is another topic meant?")
         else:
-            self._say(progress_line(report))
+            self._say(report.line)
         self._images = images
         return report
 
@@ -278,7 +265,7 @@ def _found(node: Node, executor: SingleThreadedExecutor, plan: RecordingPlan, st
         if stop.is_set():
             raise KeyboardInterrupt
         try:
-            chosen = _chosen(_topics(node), plan)
+            chosen = choose_recorded(_topics(node), plan.image, plan.camera_info, plan.depth, plan.also)
         except SourceError:
             chosen = []
             if is_late:
@@ -296,34 +283,6 @@ def _topics(node: Node) -> list[Topic]:
         for name, kinds in node.get_topic_names_and_types()
         if kinds[0] in _KINDS and node.count_publishers(name)
     ]
-
-
-def _chosen(topics: list[Topic], plan: RecordingPlan) -> list[Topic]:
-    """Return the topics to record; that of the images comes first.
-
-    Raises:
-        SourceError: none or several can be meant.
-    """
-    for kinds, what in ((IMAGE_TYPES, "images"), ((CAMERA_INFO,), "camera_info")):
-        if not any(topic.kind in kinds for topic in topics):
-            domain = os.environ.get("ROS_DOMAIN_ID", "0")
-            raise SourceError(
-                f"No topic of {what} is published in the ROS domain {domain}. Is the camera running, and does `ros2 "
-                "topic list` show its topics in this terminal?"
-            )
-    image = choose_image(_HERE, topics, plan.image or None, "--image {}".format)
-    info = choose_info(_HERE, topics, image, plan.camera_info or None, "--camera-info {}".format)
-    depth = choose_depth(_HERE, topics, image, plan.depth or None, "--depth {}".format)
-    names = {topic.name: topic for topic in topics}
-    unknown = [name for name in plan.also if name not in names]
-    if unknown:
-        raise SourceError(f"There is no topic {unknown[0]} of a type that is recorded ({', '.join(sorted(_KINDS))}).")
-    moving = [topic for topic in topics if topic.kind in _MOTION]
-    wanted = [image, info, *moving, *(names[name] for name in plan.also)]
-    if depth:  # its own calibration, too: it may be of another frame
-        space = depth.base.rpartition("/")[0]
-        wanted[2:2] = [depth, *(t for t in topics if t.kind == CAMERA_INFO and t.name.rpartition("/")[0] == space)]
-    return list({topic.name: topic for topic in wanted}.values())
 
 
 @contextmanager

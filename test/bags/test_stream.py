@@ -15,7 +15,7 @@ from rosbags.typesys import Stores, get_typestore
 
 from kfloc_ros.bags.stream import BagStream, ReplayRange
 from kfloc_ros.bags.topics import CAMERA_INFO as INFO
-from kfloc_ros.bags.topics import COMPRESSED, RAW, TOPIC_TYPES, Topic, choose_image
+from kfloc_ros.bags.topics import COMPRESSED, ODOMETRY, RAW, TF_TYPE, TOPIC_TYPES, Topic, choose_image, choose_recorded
 from kfloc_ros.bags.truth import read_truth
 from kfloc_ros.bags.writer import MessageCodec, write_bag
 from kfloc_ros.cli import main as cli
@@ -130,6 +130,20 @@ def test_a_copy_of_an_image_topic_is_no_second_camera_and_depth_is_none() -> Non
     assert choose_image(Path("b"), topics, "/camera/image_raw").kind == RAW
     with pytest.raises(SourceError, match=r"several image topics: /a, /camera/image_raw/compressed.*--image-topic"):
         choose_image(Path("b"), [Topic("/a", RAW, 1), *topics], None)
+
+
+def test_a_recording_takes_the_camera_its_depth_and_what_moves() -> None:
+    camera = [Topic("/camera/image_raw", RAW, 1), Topic("/camera/camera_info", INFO, 1)]
+    depth = [Topic("/depth/image_raw", RAW, 1, is_depth=True), Topic("/depth/camera_info", INFO, 1, is_depth=True)]
+    rest = [Topic("/tf", TF_TYPE, 1), Topic("/wheels", ODOMETRY, 1), Topic("/imu", "sensor_msgs/msg/Imu", 1)]
+    topics = [*rest, *depth, *camera]
+    assert choose_recorded(topics) == [*camera, *depth, *rest[:2]]
+    assert choose_recorded(topics, depth="none", also=["/imu"]) == [*camera, *rest]
+    with pytest.raises(SourceError, match="no recordable topic '/lidar'; it has /tf"):
+        choose_recorded(topics, also=["/lidar"])
+    for missing, left in (("images", [*depth, *rest]), ("camera_info", camera[:1])):
+        with pytest.raises(SourceError, match=f"No topic of {missing} is published in the ROS domain"):
+            choose_recorded(left)
 
 
 def test_what_a_bag_holds(bag: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
