@@ -12,9 +12,11 @@ import contextlib
 import gc
 import importlib
 import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import NamedTuple, NoReturn
 
 from kfloc_ros import __version__
@@ -76,8 +78,21 @@ def run() -> NoReturn:
     """
     codes: list[int] = []
     atexit.register(_end, codes)  # what is registered first is done last
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
     codes.append(main())
     sys.exit(codes[0])
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Raise KeyboardInterrupt, though not while a library is imported: some swallow it, and C++ aborts for it."""
+    while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
+        frame = frame.f_back
+    if frame is None:
+        raise KeyboardInterrupt
+    again = threading.Timer(0.02, os.kill, (os.getpid(), number))
+    again.daemon = True
+    again.start()
 
 
 def _end(codes: Sequence[int]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -157,6 +158,20 @@ def test_end_of_a_command_loses_nothing_and_skips_that_of_the_interpreter(bug: b
     assert [path.name for path in tmp_path.iterdir()] == ["thread.txt"]
     assert "freed by a collection" in done.stderr
     assert ("ZeroDivisionError" in done.stderr) == ("freed by the interpreter" in done.stderr) == bug
+
+
+def test_ctrl_c_while_a_library_is_imported_is_not_lost(tmp_path: Path) -> None:
+    (tmp_path / "library.py").write_text(
+        "import time\nprint('importing', flush=True)\ntry:\n    time.sleep(0.5)\nexcept KeyboardInterrupt:\n    pass\n"
+    )
+    code = COMMAND.replace("    atexit.register", "    import library\n    time.sleep(60)\n    atexit.register")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    with subprocess.Popen(
+        [sys.executable, "-c", code, "demo"], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None and process.stdout.readline() == "importing\n"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20.0) == 130
 
 
 @pytest.mark.thorough
