@@ -184,7 +184,8 @@ class PoseEstimate:
     tracked: bool = False
     """True if the frame was aligned from the predicted pose alone; it then has no coarse pose."""
     tentative: bool = False
-    """True for a first pose that waits for others which agree: ``map -> odom`` must not follow it yet."""
+    """True for a first pose that waits for others which agree, and a jump that the image denies: ``map -> odom`` must
+    not follow it yet."""
     bridged: bool = False
     """True if neither the map nor this session's points confirm the pose: optical flow or the motion carried it on.
     It is DEGRADED, and no measurement: ``map -> odom`` must not follow it."""

@@ -2,7 +2,7 @@
 """Steps of the pose that no motion explains, and the doubt whether the camera has changed since one.
 
 An image alone hardly tells a zoom from a motion ahead. The images around it do: a camera that moves has a speed, before
-or after, and a zoom has none.
+or after, and a zoom has none. A large step shows in the image itself: what was seen before is seen elsewhere, or gone.
 """
 
 from __future__ import annotations
@@ -10,15 +10,21 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from kfloc_ros.features.backbone import BackboneFeatures
+from kfloc_ros.geometry.camera import Camera
 from kfloc_ros.geometry.covariance import CHI2_6_999, pose_tangent_error
-from kfloc_ros.geometry.lie import Matrix, jumped
+from kfloc_ros.geometry.lie import Matrix, inverse_pose, is_farther, jumped, rotation_angle_deg
 from kfloc_ros.localization.judgement import CHANGED_SINCE, PARTLY_FOUND, CameraDoubt, wrong_cameras
 from kfloc_ros.pixloc.camera_fit import FittedCamera, combine, log_evidence
+from kfloc_ros.pixloc.session_points import SessionPoints
+from kfloc_ros.relocalization.matching import similar_cells
+from kfloc_ros.types import PoseEstimate, TrackingState
 
 MOST_CAMERA_RISK = 0.005
 """Probability of an error above 10 cm, 5 deg by a wrong camera from which a pose is not TRACKING."""
@@ -235,3 +241,80 @@ class CameraChange:
         mixed = np.einsum("k,kij->ij", likely / likely.sum(), np.stack(moments))
         odds = max(logs) + math.log(likely.sum()) - right
         return CameraDoubt(1.0 / (1.0 + math.exp(-max(min(odds, 30.0), -30.0))), 0.5 * (mixed + mixed.T))
+
+
+JUMP_SHARE = 0.1
+"""Motion of the session's points in the image, in the median and relative to its width, from which a pose jumps."""
+SMALL_M, SMALL_DEG = 0.05, 2.0
+"""Motions within both limits are none."""
+STAYED_SHARE = 0.15
+"""Distance between points and where they were, in the median and relative to the width, up to which they have stayed.
+On HoloLens, points are 0.25 to 0.47 away after real jumps to where they are not in view."""
+MIN_SIMILARITY, MIN_FOUND = 0.7, 15
+"""Smallest cosine of a point and the cell in which it is found again, and fewest such points."""
+
+
+class JumpCheck:
+    """Check of a pose that jumps from a claimed one, by the points of this session's images.
+
+    Another camera, such as a squeezed image, or a picture of the room may fit the map at a pose far from the last one.
+    The image denies that the camera has moved there if most points are found again closer to where they were than to
+    where they would be seen from the new pose. A camera that did jump sees other points, or sees them there.
+
+    Args:
+        points: points of this session's images.
+        camera: pinhole camera of the images.
+        longest_s: longest time after the claimed pose.
+    """
+
+    def __init__(self, points: SessionPoints, camera: Camera, longest_s: float) -> None:
+        self._points, self._width, self._longest_ns = points, camera.width, int(1e9 * longest_s)
+        self._claimed: tuple[int, Matrix] | None = None
+        self._denied: Matrix | None = None
+        """Last pose that was denied, or went on from such a pose."""
+
+    def observe(self, estimate: PoseEstimate) -> None:
+        """Take the pose of an image whose points were learned; only one that the map confirms holds against others."""
+        T, is_claimed = estimate.T_map_camera, estimate.state is TrackingState.TRACKING and not estimate.held
+        self._claimed = (estimate.stamp_ns, T) if is_claimed and T is not None else None
+
+    def forget(self) -> None:
+        """Forget the claimed pose: the camera may be anywhere."""
+        self._claimed = self._denied = None
+
+    def judged(self, features: BackboneFeatures, estimate: PoseEstimate) -> PoseEstimate:
+        """Return the estimate of an image with these features; DEGRADED and tentative if the image denies its jump.
+
+        Poses that go on from a denied one are denied, too, whatever their images show: the camera moves on.
+        """
+        T, last, denied = estimate.T_map_camera, self._claimed, self._denied
+        if T is None or last is None or not 0 < estimate.stamp_ns - last[0] <= self._longest_ns:
+            self._denied = None
+            return estimate
+        goes_on = denied is not None and not jumped(denied, T)
+        if not is_farther(last[1], T, SMALL_M, SMALL_DEG) or not (goes_on or self._is_denied(features, last[1], T)):
+            self._denied = None
+            return estimate
+        self._denied = T
+        if estimate.state is not TrackingState.TRACKING:
+            return estimate
+        moved = inverse_pose(last[1]) @ T
+        reason = (
+            f"the image shows what the last ones showed, not a motion by {np.linalg.norm(moved[:3, 3]):.1f} m and "
+            f"{rotation_angle_deg(moved[:3, :3]):.0f} deg"
+        )
+        return replace(estimate, state=TrackingState.DEGRADED, reason=reason, tentative=True)
+
+    @torch.inference_mode()
+    def _is_denied(self, features: BackboneFeatures, before: Matrix, now: Matrix) -> bool:
+        """Return true if the image denies that the camera has moved between two poses (4, 4)."""
+        points, width = self._points, self._width
+        if points.displacement_px(before, now) < JUMP_SHARE * width:
+            return False
+        (at, in_view), (later, _) = points.places(before), points.places(now)
+        rows = points.all()[0]
+        pixels, found = similar_cells(rows[torch.from_numpy(in_view).to(rows.device)], features, MIN_SIMILARITY)
+        if len(pixels) < MIN_FOUND:
+            return False
+        stayed_px, moved_px = (np.linalg.norm(p[in_view][found] - pixels, axis=1) for p in (at, later))
+        return bool(np.median(stayed_px) < STAYED_SHARE * width and np.mean(moved_px < stayed_px) < 0.5)

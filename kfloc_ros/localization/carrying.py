@@ -16,13 +16,14 @@ from kfloc_ros.geometry.covariance import CHI2_6_999, UncertainPose, pose_tangen
 from kfloc_ros.geometry.lie import Matrix, inverse_pose, jumped
 from kfloc_ros.kfnet.pnp import absolute_pose, agreeing_share
 from kfloc_ros.localization.bridging import Bridge, BridgedPose
+from kfloc_ros.localization.camera_change import JumpCheck
 from kfloc_ros.localization.config import LocalizerConfig, pnp_settings
 from kfloc_ros.localization.judgement import GOOD_DEG, GOOD_M, LEAST_CONFIDENCE
 from kfloc_ros.localization.results import CoarseResult
 from kfloc_ros.localization.tracking import agrees
 from kfloc_ros.pixloc.refiner import Refiner, failed_alignment, query_levels
 from kfloc_ros.pixloc.session_points import SessionPoints
-from kfloc_ros.relocalization.matching import cell_centres, mutual_nearest
+from kfloc_ros.relocalization.matching import similar_cells
 from kfloc_ros.relocalization.search import Relocalizer
 from kfloc_ros.types import Alignment, Frame, PoseEstimate, TrackingState
 
@@ -107,6 +108,7 @@ class Carrier:
         self._bridge = Bridge(self._camera, config.max_gap_s, config.carry_s, config.carry_sigma_m)
         self._settings = settings or CarrySettings()
         self._points = SessionPoints(self._camera)
+        self.jumps = JumpCheck(self._points, self._camera, config.carry_s)
         self._confirmed: tuple[int, Matrix] | None = None
         """Stamp of the last pose that the map confirms, and covariance of the last one that the map alone gave."""
         self._learned: tuple[int, UncertainPose] | None = None
@@ -117,6 +119,7 @@ class Carrier:
         self._points.reset()
         self._bridge.reset()
         self._confirmed = self._learned = None
+        self.jumps.forget()
 
     def is_settled(self, alignment: Alignment) -> bool:
         """Return true if the map alone settles the pose, so that points of this session's images add nothing."""
@@ -201,13 +204,10 @@ class Carrier:
         s, (rows, positions) = self._settings, self._points.all()
         if len(rows) < s.min_inliers:
             return None
-        grid = features.coarse[0].float()
-        cell, value, kept = mutual_nearest(rows, grid)
-        kept &= value > s.min_similarity
-        chosen = kept.cpu().numpy()
-        pixels, points = cell_centres(cell[kept], grid.shape[2]), positions[chosen]
-        if len(points) < s.min_inliers:
+        pixels, found = similar_cells(rows, features, s.min_similarity)
+        if len(pixels) < s.min_inliers:
             return None
+        points = positions[found]
         origin = points.mean(axis=0)
         T, inliers = absolute_pose(pixels, points - origin, self._camera, s.max_error_px, max_iterations=1000)
         if inliers.sum() < s.min_inliers:
@@ -298,6 +298,7 @@ class Carrier:
             elif not self._is_due(stamp_ns - before_ns, before, T, self.is_settled(alignment)):
                 return
         self._learned = stamp_ns, UncertainPose(T, estimate.covariance)
+        self.jumps.observe(estimate)
         mapped = self._refiner.references.points_near(T, self._camera, self._evidence.config.num_references)
         self._points.observe(query_levels(features), T, mapped)
 

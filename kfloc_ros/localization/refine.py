@@ -150,6 +150,8 @@ class RefineStage:
         with times.stage("refine"):
             if predicted is None and not (self._follows_pose and self._carrier.shows_enough(features)):
                 self._carrier.bridge(frame, features)
+            if hints:  # the pose so far may be wrong
+                self._carrier.jumps.forget()
             first = self._predicted(coarse.stamp_ns, predicted)
             starts = [T for T in (coarse.pose.T_map_camera, first, *hints) if T is not None]
             alignment = self._align_from(starts, coarse, features, first)
@@ -157,8 +159,7 @@ class RefineStage:
             if may_bridge and not self.refiner.is_certain(alignment):
                 bridged = self._carrier.bridge(frame, features)
                 if bridged is not None and bridged.by_flow:  # the motion has changed, or the pose is in another minimum
-                    start = bridged.T_map_camera
-                    again = self._align_from([start], coarse, features, start)
+                    again = self._align_from([bridged.T_map_camera], coarse, features, bridged.T_map_camera)
                     if again.success and not (alignment.success and alignment.support >= again.support):
                         alignment = again
             completed = self._completed(frame, features, alignment)
@@ -216,14 +217,8 @@ class RefineStage:
 
         Without odometry, an image that has no pose may have the one before carried on.
         """
-        estimate = judge(
-            coarse.stamp_ns,
-            coarse.pose,
-            coarse.filter,
-            alignment,
-            had_pose=self._had_pose,
-            settings=self._judgement,
-        )
+        evidence = coarse.stamp_ns, coarse.pose, coarse.filter, alignment
+        estimate = judge(*evidence, had_pose=self._had_pose, settings=self._judgement)
         if self._config.use_depth:
             estimate = self._depth.of_estimate(frame.depth_m, coarse.features.to(self._device), estimate)
         repeated = self._repeats.fault(frame.image, frame.stamp_ns)
@@ -255,7 +250,8 @@ class RefineStage:
         """
         if not self._config.refine or estimate.bridged:
             return estimate
-        checked = self._check.check(frame, features.to(self._device), estimate)
+        features = features.to(self._device)
+        checked = self._check.check(frame, features, self._carrier.jumps.judged(features, estimate))
         if checked.state is not estimate.state:
             self._track.end()
         return checked

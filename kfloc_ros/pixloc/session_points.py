@@ -152,16 +152,20 @@ class SessionPoints:
             return torch.zeros(0, 64), np.zeros((0, 3))
         return self._points.coarse, self._points.positions
 
+    def places(self, T_map_camera: Matrix) -> tuple[Doubles, Booleans]:
+        """Return the pixels (N, 2) of all points in an image of a pose (4, 4), and (N,) bool: in view."""
+        if self._points is None:
+            return np.zeros((0, 2)), np.zeros(0, dtype=bool)
+        at, _, in_view = self._project(self._points, T_map_camera)
+        return at, in_view
+
     def displacement_px(self, before: Matrix, now: Matrix) -> float:
         """Return how far the points move in the image between two poses (4, 4), in the median.
 
         One that leaves the image has moved by its width, and so has everything if nothing was in view.
         """
         width = float(self._camera.width)
-        if self._points is None:
-            return width
-        at, _, in_view = self._project(self._points, before)
-        later, _, stays = self._project(self._points, now)
+        (at, in_view), (later, stays) = self.places(before), self.places(now)
         moved = np.where(stays, np.linalg.norm(later - at, axis=1), width)[in_view]
         return float(np.median(moved)) if len(moved) else width
 

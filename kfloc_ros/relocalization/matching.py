@@ -172,6 +172,23 @@ def mutual_nearest(features: torch.Tensor, grid: torch.Tensor) -> tuple[torch.Te
     return cell, similarity.gather(1, cell[:, None])[:, 0], kept
 
 
+def similar_cells(
+    rows: torch.Tensor, features: BackboneFeatures, min_similarity: float
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Return the pixels (M, 2) of an image's cells that are similar mutual nearest neighbours of points, and (N,) bool,
+    true for their points.
+
+    Args:
+        rows: (N, 64) coarse unit features of the points.
+        features: backbone features of the image.
+        min_similarity: smallest cosine.
+    """
+    grid = features.coarse[0].float()
+    cell, value, kept = mutual_nearest(rows, grid)
+    kept &= value > min_similarity
+    return cell_centres(cell[kept], grid.shape[2]), kept.cpu().numpy()
+
+
 def cell_centres(cells: torch.Tensor, width: int) -> NDArray[np.float64]:
     """Return the pixels (N, 2) at the centres of cells (N,) of a grid with so many columns."""
     chosen = cells.cpu().numpy()

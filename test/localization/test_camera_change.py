@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Steps of the pose: what a camera that zooms does, and what one that moves does not."""
+"""Steps of the pose: what a camera that zooms does, and what one that moves does not; and jumps that images deny."""
 
 from __future__ import annotations
 
@@ -8,10 +8,15 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
+from kfloc_ros.features.backbone import Backbone, BackboneFeatures
 from kfloc_ros.geometry.lie import Matrix, make_pose, so3_exp
-from kfloc_ros.localization.camera_change import CameraChange, PoseSteps, Step
+from kfloc_ros.localization.camera_change import CameraChange, JumpCheck, PoseSteps, Step
 from kfloc_ros.localization.judgement import CameraDoubt
+from kfloc_ros.maps.scene_map import SceneMap
 from kfloc_ros.pixloc.camera_fit import CameraFit, FittedCamera
+from kfloc_ros.pixloc.refiner import query_levels
+from kfloc_ros.pixloc.session_points import SessionPoints
+from kfloc_ros.types import PoseEstimate, TrackingState
 
 PERIOD_NS = 100_000_000
 SENSITIVITY = np.diag([0.0, 0.0, 0.0, 1e-3, 0.1, 0.1])
@@ -114,3 +119,66 @@ def test_a_new_calibration_needs_less_of_a_step() -> None:
 def test_a_camera_that_is_never_wrong_is_not_doubted() -> None:
     never = CameraChange(1.0, 1e-5 * np.eye(6), 640, 0.0)
     assert not any(doubts(walk(0.2, 0.2), change=never))
+
+
+HERE = make_pose(np.eye(3), np.array([0.0, 0.0, -0.6]))
+ASIDE = make_pose(so3_exp(np.array([0.0, 0.3, 0.0])), np.array([0.3, 0.0, -0.6]))
+FURTHER = make_pose(so3_exp(np.array([0.0, 0.35, 0.0])), np.array([0.36, 0.0, -0.6]))
+LONGEST_S = 2.0
+
+
+@pytest.fixture(scope="module")
+def seen(room) -> dict[str, BackboneFeatures]:
+    """Features of images from two places."""
+    backbone = Backbone()
+    return {name: backbone.extract(room.view(T, 0).image) for name, T in (("here", HERE), ("aside", ASIDE))}
+
+
+def claimed(T: Matrix, images: int, **other: object) -> PoseEstimate:
+    return PoseEstimate(
+        10**9 + images * PERIOD_NS, **{"state": TrackingState.TRACKING, "reason": "", **other}, T_map_camera=T
+    )
+
+
+@pytest.fixture
+def check_at(room, room_map, seen):
+    """Make a check whose session has one image, from HERE, with an estimate."""
+
+    def make(estimate: PoseEstimate) -> JumpCheck:
+        points, mapped = SessionPoints(room.camera), SceneMap.load(room_map).references
+        points.observe(query_levels(seen["here"]), HERE, mapped.points_near(HERE, room.camera, 3))
+        check = JumpCheck(points, room.camera, LONGEST_S)
+        check.observe(estimate)
+        return check
+
+    return make
+
+
+def test_an_image_that_stays_denies_a_jump_and_what_goes_on_from_it(seen, check_at) -> None:
+    check = check_at(claimed(HERE, 0))
+    assert check.judged(seen["here"], claimed(HERE, 1)).state is TrackingState.TRACKING
+    denied = check.judged(seen["here"], claimed(ASIDE, 2))
+    assert denied.state is TrackingState.DEGRADED and denied.tentative
+    assert "not a motion by 0.3 m and 17 deg" in denied.reason
+    assert check.judged(seen["aside"], claimed(FURTHER, 3)).tentative  # the camera moves on with the wrong pose
+    assert check.judged(seen["here"], claimed(HERE, 4)).state is TrackingState.TRACKING
+    assert check.judged(seen["aside"], claimed(ASIDE, 5)).state is TrackingState.TRACKING
+
+
+def test_a_camera_that_moves_far_sees_it(seen, check_at) -> None:
+    check = check_at(claimed(HERE, 0))
+    assert check.judged(seen["aside"], claimed(ASIDE, 1)).state is TrackingState.TRACKING
+
+
+@pytest.mark.parametrize("other", [{"state": TrackingState.DEGRADED, "reason": "little support"}, {"held": True}])
+def test_a_pose_that_the_map_has_not_confirmed_denies_nothing(seen, check_at, other) -> None:
+    check = check_at(claimed(HERE, 0, **other))
+    assert check.judged(seen["here"], claimed(ASIDE, 1)).state is TrackingState.TRACKING
+
+
+def test_an_old_pose_or_one_that_an_operator_corrects_denies_nothing(seen, check_at) -> None:
+    check = check_at(claimed(HERE, 0))
+    assert check.judged(seen["here"], claimed(ASIDE, 21)).state is TrackingState.TRACKING
+    assert check.judged(seen["here"], claimed(ASIDE, 1)).tentative
+    check.forget()
+    assert check.judged(seen["here"], claimed(ASIDE, 2)).state is TrackingState.TRACKING
