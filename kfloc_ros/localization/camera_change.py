@@ -274,9 +274,12 @@ class JumpCheck:
         """Last pose that was denied, or went on from such a pose."""
 
     def observe(self, estimate: PoseEstimate) -> None:
-        """Take the pose of an image whose points were learned; only one that the map confirms holds against others."""
-        T, is_claimed = estimate.T_map_camera, estimate.state is TrackingState.TRACKING and not estimate.held
-        self._claimed = (estimate.stamp_ns, T) if is_claimed and T is not None else None
+        """Take the pose of an image whose points were learned; one that the map confirms holds against others."""
+        T = estimate.T_map_camera
+        if T is not None and estimate.state is TrackingState.TRACKING and not estimate.held:
+            self._claimed = estimate.stamp_ns, T
+        elif T is None or self._claimed is None or jumped(self._claimed[1], T):
+            self._claimed = None
 
     def forget(self) -> None:
         """Forget the claimed pose: the camera may be anywhere."""
@@ -297,7 +300,7 @@ class JumpCheck:
             return estimate
         self._denied = T
         if estimate.state is not TrackingState.TRACKING:
-            return estimate
+            return replace(estimate, tentative=True)
         moved = inverse_pose(last[1]) @ T
         reason = (
             f"the image shows what the last ones showed, not a motion by {np.linalg.norm(moved[:3, 3]):.1f} m and "

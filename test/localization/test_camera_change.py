@@ -176,6 +176,15 @@ def test_a_pose_that_the_map_has_not_confirmed_denies_nothing(seen, check_at, ot
     assert check.judged(seen["here"], claimed(ASIDE, 1)).state is TrackingState.TRACKING
 
 
+def test_a_confirmed_pose_counts_until_the_session_has_left_it(seen, check_at) -> None:
+    check = check_at(claimed(HERE, 0))
+    check.observe(claimed(HERE, 1, state=TrackingState.DEGRADED, reason="little support"))
+    assert check.judged(seen["here"], claimed(ASIDE, 2)).tentative
+    away = make_pose(np.eye(3), np.array([0.0, 0.0, 0.6]))
+    check.observe(claimed(away, 3, state=TrackingState.DEGRADED, reason="little support"))
+    assert not check.judged(seen["here"], claimed(ASIDE, 4)).tentative
+
+
 def test_an_old_pose_or_one_that_an_operator_corrects_denies_nothing(seen, check_at) -> None:
     check = check_at(claimed(HERE, 0))
     assert check.judged(seen["here"], claimed(ASIDE, 21)).state is TrackingState.TRACKING
