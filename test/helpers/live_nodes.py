@@ -185,6 +185,9 @@ class Harness:
         raise AssertionError("no good frame was localized")
 
 
+READY_S = 300.0
+"""Longest time until a node listens. The first node of a new clone, or after a change of compiled loops, compiles them:
+on two cores 25 s, and two minutes beside three busy processes."""
 PATIENCE_S = 5.0
 """Time in which a node ends after a signal, as launch has it, on a machine without other work."""
 
@@ -262,7 +265,7 @@ class RosWorld:
                 assert node.process.poll() is None, f"a node ended early:\n{node.log}"
             return self.harness.listens(transport)
 
-        self.harness.wait(ready, 90.0)
+        self.harness.wait(ready, READY_S)
         # We know of their subscriptions; they may not yet know of our publishers, and would not hear them.
         self.harness.spin(0.5)
 
