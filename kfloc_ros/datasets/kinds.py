@@ -201,7 +201,7 @@ def _is_transforms(path: Path) -> bool:
 
 
 def _is_bag(path: Path) -> bool:
-    return path.suffix == ".bag" if path.is_file() else (path / "metadata.yaml").is_file()
+    return path.suffix in (".bag", ".mcap", ".db3") or any(_has(n)(path) for n in ("metadata.yaml", "*.mcap", "*.db3"))
 
 
 KINDS = {

@@ -352,8 +352,9 @@ def test_an_mcap_file_whose_recorder_was_killed_says_how_to_repair_it(tmp_path: 
             with pytest.raises(SourceError, match=r"bag\.mcap' has no end.*mcap recover.*ros2 bag reindex"):
                 opened()
     (bag / "metadata.yaml").unlink()  # which a recorder writes at the end
-    with pytest.raises(SourceError, match=r"bag\.mcap' has no end.*mcap recover.*ros2 bag reindex"):
-        open_source(f"bag:{bag}")
+    for spec in (f"bag:{bag}", str(bag), str(bag / "bag.mcap")):
+        with pytest.raises(SourceError, match=r"bag\.mcap' has no end.*mcap recover.*ros2 bag reindex"):
+            open_source(spec)
     (bag / "bag.mcap").write_bytes(data)
     with pytest.raises(SourceError, match=r"no metadata\.yaml\. If its recorder was killed.*ros2 bag reindex"):
         open_source(f"bag:{bag}")
