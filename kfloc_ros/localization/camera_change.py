@@ -247,9 +247,10 @@ JUMP_SHARE = 0.1
 """Motion of the session's points in the image, in the median and relative to its width, from which a pose jumps."""
 SMALL_M, SMALL_DEG = 0.05, 2.0
 """Motions within both limits are none."""
-STAYED_SHARE = 0.15
-"""Distance between points and where they were, in the median and relative to the width, up to which they have stayed.
-On HoloLens, points are 0.25 to 0.47 away after real jumps to where they are not in view."""
+STAYED_SHARE, MOVED_RATIO = 0.15, 0.6
+"""Median distance between points and where they were, relative to the width, up to which they may have stayed; and that
+to where the new pose has them, relative to it, from which they have not moved there. Real motions have a ratio of at
+most 0.33, or 0.19 to 0.47 of the width (six maps); squeezed images have 0.06 to 0.14 of the width and 0.95 to 2.4."""
 MIN_SIMILARITY, MIN_FOUND = 0.7, 15
 """Smallest cosine of a point and the cell in which it is found again, and fewest such points."""
 
@@ -258,8 +259,8 @@ class JumpCheck:
     """Check of a pose that jumps from a claimed one, by the points of this session's images.
 
     Another camera, such as a squeezed image, or a picture of the room may fit the map at a pose far from the last one.
-    The image denies that the camera has moved there if most points are found again closer to where they were than to
-    where they would be seen from the new pose. A camera that did jump sees other points, or sees them there.
+    The image denies that the camera has moved there if points are found again near where they were, and hardly nearer
+    to where they would be seen from the new pose. A camera that did jump sees other points, or sees them there.
 
     Args:
         points: points of this session's images.
@@ -320,4 +321,6 @@ class JumpCheck:
         if len(pixels) < MIN_FOUND:
             return False
         stayed_px, moved_px = (np.linalg.norm(p[in_view][found] - pixels, axis=1) for p in (at, later))
-        return bool(np.median(stayed_px) < STAYED_SHARE * width and np.mean(moved_px < stayed_px) < 0.5)
+        return bool(
+            np.median(stayed_px) < STAYED_SHARE * width and np.median(moved_px) > MOVED_RATIO * np.median(stayed_px)
+        )
