@@ -316,6 +316,8 @@ class JumpCheck:
         if points.displacement_px(before, now) < JUMP_SHARE * width:
             return False
         (at, in_view), (later, _) = points.places(before), points.places(now)
+        if in_view.sum() < MIN_FOUND:
+            return False
         rows = points.all()[0]
         pixels, found = similar_cells(rows[torch.from_numpy(in_view).to(rows.device)], features, MIN_SIMILARITY)
         if len(pixels) < MIN_FOUND:

@@ -191,3 +191,9 @@ def test_an_old_pose_or_one_that_an_operator_corrects_denies_nothing(seen, check
     assert check.judged(seen["here"], claimed(ASIDE, 1)).tentative
     check.forget()
     assert check.judged(seen["here"], claimed(ASIDE, 2)).state is TrackingState.TRACKING
+
+
+def test_a_session_without_points_denies_nothing(room, seen) -> None:
+    check = JumpCheck(SessionPoints(room.camera), room.camera, LONGEST_S)
+    check.observe(claimed(HERE, 0))
+    assert check.judged(seen["here"], claimed(ASIDE, 1)).state is TrackingState.TRACKING
