@@ -215,13 +215,16 @@ def read_yaml(path: Path) -> Any:
         raise ValueError(" ".join(str(error).split())[:200]) from error
 
 
-def check_tensor_list(start: bytes) -> None:
-    """Have the list of tensors at the start of a safetensors file, whose first 8 bytes are its length, be short.
+def check_tensor_list(file: Path | bytes) -> None:
+    """Have the list of tensors of a safetensors file, or of the content of one, be short.
 
     Raises:
+        OSError: the file is missing, or a folder, pipe or device.
         ValueError: it is longer than that of any network; reading it takes a hundred times as much memory.
     """
-    if len(start) < 8 or int.from_bytes(start[:8], "little") > MAX_TENSOR_LIST_BYTES:
+    with io.BytesIO(file) if isinstance(file, bytes) else open_plain(file) as stream:
+        start = stream.read(8)  # the length of the list
+    if len(start) < 8 or int.from_bytes(start, "little") > MAX_TENSOR_LIST_BYTES:
         raise ValueError("the list of its tensors is longer than that of any network")
 
 
@@ -302,8 +305,7 @@ def _unpack_zip(archive: Path, temporary: Path) -> list[str]:
                 raise DownloadError(f"'{archive}' has '{item.filename}', which is a link or a device; not unpacked.")
         # Explorer leaves Thumbs.db, which has made extraction fail.
         members = [item for item in members if PurePosixPath(item.filename).name != "Thumbs.db"]
-        sizes = [(item.filename, item.file_size) for item in members]
-        return _write(archive, temporary, sizes, (packed.open(item) for item in members))
+        return _write(archive, temporary, [(m.filename, m.file_size) for m in members], map(packed.open, members))
 
 
 def _unpack_tar(archive: Path, temporary: Path) -> list[str]:
@@ -312,8 +314,7 @@ def _unpack_tar(archive: Path, temporary: Path) -> list[str]:
         for item in members:
             if not item.isreg():
                 raise DownloadError(f"'{archive}' has '{item.name}', which is a link or a device; not unpacked.")
-        sizes = [(item.name, item.size) for item in members]
-        return _write(archive, temporary, sizes, (packed.extractfile(item) for item in members))
+        return _write(archive, temporary, [(m.name, m.size) for m in members], map(packed.extractfile, members))
 
 
 def _checked(archive: Path, name: str) -> str:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from kfloc_ros.errors import SourceError, WeightsError
-from kfloc_ros.files import check_tensor_list, open_plain, read_arrays, save_tensors
+from kfloc_ros.files import check_tensor_list, read_arrays, save_tensors
 from kfloc_ros.kfnet.reference.layers import Padding
 from kfloc_ros.kfnet.reference.oflownet import ReferenceOFlowNet
 from kfloc_ros.kfnet.reference.scoordnet import NetworkFrame, ReferenceSCoordNet, read_transform
@@ -87,8 +87,7 @@ def _read_metadata(path: Path, network: str) -> dict[str, str]:
     if not path.is_file():
         raise WeightsError(f"There is no file '{path}' with the weights of {network}.")
     try:
-        with open_plain(path) as stream:
-            check_tensor_list(stream.read(8))
+        check_tensor_list(path)
         with safe_open(path, "pt") as stream:
             metadata: dict[str, str] = stream.metadata() or {}
     except (SafetensorError, OSError, ValueError) as error:

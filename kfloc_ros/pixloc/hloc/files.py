@@ -250,8 +250,7 @@ def read_descriptors(path: Path) -> dict[str, NDArray[np.float64]]:
         if path.suffix == ".npz":
             found: dict[str, Any] = dict(read_arrays(path))
         elif path.suffix == ".safetensors":
-            with open_plain(path) as stream:
-                check_tensor_list(stream.read(8))
+            check_tensor_list(path)
             found = dict(load_file(path))
         elif path.suffix in (".h5", ".hdf5"):
             found = _read_hdf5(path)

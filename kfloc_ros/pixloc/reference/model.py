@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from kfloc_ros.errors import ConfigError, WeightsError
-from kfloc_ros.files import check_tensor_list, open_plain, save_tensors
+from kfloc_ros.files import check_tensor_list, save_tensors
 from kfloc_ros.pixloc.reference.losses import RobustLoss
 from kfloc_ros.pixloc.reference.unet import FeaturePyramid, UNet, UNetConfig
 
@@ -145,8 +145,7 @@ def load_model(path: Path) -> PixLocModel:
     if not path.is_file():
         raise WeightsError(f"There is no PixLoc model '{path}'.")
     try:
-        with open_plain(path) as stream:
-            check_tensor_list(stream.read(8))
+        check_tensor_list(path)
         with safe_open(path, "pt") as stream:
             metadata: dict[str, str] = stream.metadata() or {}
     except (SafetensorError, OSError, ValueError) as error:
